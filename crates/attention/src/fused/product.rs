@@ -1,0 +1,92 @@
+//! [`Product`]: the one matrix product that forward and backward are made of, 16 lanes wide. Knows no attention.
+
+use crate::tiles::LANES;
+use clearform_ops::simd::{Level, Real, Task, dispatch};
+
+/// A matrix inside a slice: element (row, inner) stands at row · row_step + inner · inner_step.
+#[derive(Clone, Copy)]
+pub(super) struct Strided<'a, T> {
+    pub values: &'a [T],
+    pub row_step: usize,
+    pub inner_step: usize,
+}
+
+/// out[row][lane] += Σ a(row, inner) · b[inner][lane].
+pub(super) struct Product<'a, T> {
+    pub rows: usize,
+    pub inner: usize,
+    pub a: Strided<'a, T>,
+    /// Rows of 16 lanes, `b_step` apart.
+    pub b: &'a [T],
+    pub b_step: usize,
+}
+
+impl<T: Real> Product<'_, T> {
+    /// Adds to rows of 16 lanes of `out`, `out_step` apart.
+    pub fn add_to(self, out: &mut [T], out_step: usize) {
+        dispatch(Sum { product: self, out, out_step });
+    }
+}
+
+struct Sum<'a, T> {
+    product: Product<'a, T>,
+    out: &'a mut [T],
+    out_step: usize,
+}
+
+impl<T: Real> Task for Sum<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let Self { product, out, out_step } = self;
+        if product.rows == 0 || product.inner == 0 {
+            return;
+        }
+        let Strided { values, row_step, inner_step } = product.a;
+        assert!((product.rows - 1) * row_step + (product.inner - 1) * inner_step < values.len());
+        assert!((product.inner - 1) * product.b_step + LANES <= product.b.len());
+        let mut row = 0;
+        if L::WIDE {
+            row = product.panels::<L, 8>(row, out, out_step);
+        }
+        row = product.panels::<L, 4>(row, out, out_step);
+        product.panels::<L, 1>(row, out, out_step);
+    }
+}
+
+impl<T: Real> Product<'_, T> {
+    /// As many panels of `ROWS` as there are; gives back the first row that is left.
+    #[inline(always)]
+    fn panels<L: Level, const ROWS: usize>(&self, mut row: usize, out: &mut [T], out_step: usize) -> usize {
+        while row + ROWS <= self.rows {
+            self.panel::<L, ROWS>(row, &mut out[row * out_step..], out_step);
+            row += ROWS;
+        }
+        row
+    }
+
+    #[inline(always)]
+    fn panel<L: Level, const ROWS: usize>(&self, first: usize, out: &mut [T], out_step: usize) {
+        let mut sums = [[T::ZERO; LANES]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            sums.copy_from_slice(&out[row * out_step..][..LANES]);
+        }
+        for inner in 0..self.inner {
+            let at = first * self.a.row_step + inner * self.a.inner_step;
+            let lanes = inner * self.b_step..inner * self.b_step + LANES;
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `run` asserted that the last row and inner index, the largest that occur, are inside.
+                let (a, b) = unsafe {
+                    (*self.a.values.get_unchecked(at + row * self.a.row_step), self.b.get_unchecked(lanes.clone()))
+                };
+                for lane in 0..LANES {
+                    sums[lane] = a.times_plus::<L>(b[lane], sums[lane]);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            out[row * out_step..][..LANES].copy_from_slice(sums);
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! The attention seam.
+//!
+//! A model projects, normalises and rotates its queries, keys and values once; what is exchanged is only
+//! softmax(q kᵀ) v and its neighbourhood. [`AttentionPlan`] says which policy each layer has and builds one
+//! [`Attention`] per layer; [`Geometry`] says where the image tokens lie. [`reference`] is the specification, plain
+//! tensor algebra over a full mask; what runs on the CPU is a fused kernel whose memory grows with the tokens, never
+//! with their square. Nothing here knows a model or a file.
+
+mod error;
+mod fused;
+mod geometry;
+mod plan;
+mod policies;
+mod pool;
+pub mod reference;
+mod seam;
+mod sequence;
+mod tiles;
+mod window;
+
+pub use error::AttentionError;
+pub use geometry::{Geometry, TokenGrid};
+pub use plan::AttentionPlan;
+pub use policies::{POLICIES, Policy, PolicyForm};
+pub use seam::{Attended, Attention, Qkv};
+pub use tiles::Share;
+pub use window::{Radius, Window};

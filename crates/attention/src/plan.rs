@@ -1,0 +1,207 @@
+//! [`AttentionPlan`]: which policy each layer has, as a value that is written to and read from clearform.toml.
+
+use crate::fused::Windowed;
+use crate::{Attention, AttentionError, Policy, Radius, Window, pool};
+use candle_core::{Device, Result, Tensor};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+/// One policy for all layers, with exceptions by layer name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionPlan {
+    default: Policy,
+    layers: BTreeMap<String, Policy>,
+}
+
+impl AttentionPlan {
+    /// Every layer has full attention.
+    pub fn full() -> Self {
+        Self::uniform(Policy::Full)
+    }
+
+    /// Every layer has CLEAR attention.
+    pub fn clear(radius: Radius, pool: Option<usize>) -> Self {
+        Self::uniform(Policy::Clear { radius, pool })
+    }
+
+    /// Every layer has `policy`.
+    pub fn uniform(policy: Policy) -> Self {
+        Self { default: policy, layers: BTreeMap::new() }
+    }
+
+    /// The same plan, but for `layer`, named as in the model.
+    #[must_use]
+    pub fn with_layer(mut self, layer: &str, policy: Policy) -> Self {
+        self.layers.insert(layer.to_owned(), policy);
+        self
+    }
+
+    /// The policy of `layer`, named as in the model ("transformer_blocks.0.attn").
+    pub fn policy(&self, layer: &str) -> Policy {
+        self.layers.get(layer).copied().unwrap_or(self.default)
+    }
+
+    /// The policy of all layers that are not named.
+    pub fn default_policy(&self) -> Policy {
+        self.default
+    }
+
+    /// The layers that are named, with their policies.
+    pub fn exceptions(&self) -> &BTreeMap<String, Policy> {
+        &self.layers
+    }
+
+    /// The learned tensor that `layer` adds to those of the teacher, by its full name and with its initial value in f32;
+    /// none where its policy has none.
+    ///
+    /// # Errors
+    /// The tensor library refused.
+    pub fn learned(&self, layer: &str) -> Result<Option<(String, Tensor)>> {
+        match self.policy(layer) {
+            Policy::Clear { pool: Some(factor), .. } => {
+                Ok(Some((learned_name(layer), pool::initial_weight(factor, &Device::Cpu)?)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Builds the attention of `layer`. `learned` looks up a learned tensor by its full name
+    /// ("<layer>.processor.spatial_weight"); one that is absent takes its initial value.
+    ///
+    /// # Errors
+    /// A learned tensor of the wrong shape.
+    pub fn build(&self, layer: &str, learned: &dyn Fn(&str) -> Result<Option<Tensor>>) -> Result<Box<dyn Attention>> {
+        let pool = match self.learned(layer)? {
+            None => None,
+            Some((name, initial)) => Some(checked(learned(&name)?, initial, &name)?),
+        };
+        let radius = match self.policy(layer) {
+            Policy::Full => None,
+            Policy::Clear { radius, .. } => Some(radius),
+        };
+        Ok(Box::new(Windowed(Window { radius, pool })))
+    }
+
+    /// Reads `default = "clear:r=16"` and `[layers]` of names and policies.
+    ///
+    /// # Errors
+    /// No TOML, an unknown key, or a policy that is none.
+    pub fn from_toml(text: &str) -> std::result::Result<Self, AttentionError> {
+        let table: Table = toml::from_str(text).map_err(|error| AttentionError::BadToml(error.to_string()))?;
+        let parse = |(layer, policy): (String, String)| Ok((layer, policy.parse()?));
+        let layers = table.layers.into_iter().map(parse).collect::<std::result::Result<_, AttentionError>>()?;
+        Ok(Self { default: table.default.parse()?, layers })
+    }
+
+    /// Writes what [`Self::from_toml`] reads.
+    pub fn to_toml(&self) -> String {
+        let layers = self.layers.iter().map(|(layer, policy)| (layer.clone(), policy.to_string())).collect();
+        // Two maps of strings are always TOML.
+        toml::to_string(&Table { default: self.default.to_string(), layers }).unwrap_or_default()
+    }
+}
+
+/// The plan that `--attention` names in one word: the same policy for every layer.
+impl FromStr for AttentionPlan {
+    type Err = AttentionError;
+
+    fn from_str(text: &str) -> std::result::Result<Self, AttentionError> {
+        text.parse().map(Self::uniform)
+    }
+}
+
+/// The inverse of [`FromStr`] where no layer is named; otherwise it says how many are.
+impl fmt::Display for AttentionPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.layers.len() {
+            0 => self.default.fmt(f),
+            1 => write!(f, "{} (1 layer has its own)", self.default),
+            count => write!(f, "{} ({count} layers have their own)", self.default),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    default: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    layers: BTreeMap<String, String>,
+}
+
+fn learned_name(layer: &str) -> String {
+    format!("{layer}.processor.spatial_weight")
+}
+
+fn checked(found: Option<Tensor>, initial: Tensor, name: &str) -> Result<Tensor> {
+    match found {
+        None => Ok(initial),
+        Some(found) if found.dims() == initial.dims() => Ok(found),
+        Some(found) => candle_core::bail!(
+            "tensor {name:?} is {:?}, but the attention plan asks for {:?}: give the plan it was distilled with",
+            found.dims(),
+            initial.dims()
+        ),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const LAYER: &str = "transformer_blocks.0.attn";
+
+    #[test]
+    fn toml_reads_back() {
+        let text = "default = \"clear:r=16,d=4\"\n\n[layers]\n\"transformer_blocks.0.attn\" = \"full\"\n";
+        let plan = AttentionPlan::from_toml(text).unwrap();
+        assert_eq!(plan.policy(LAYER), Policy::Full);
+        assert_eq!(plan.policy("single_transformer_blocks.0.attn").to_string(), "clear:r=16,d=4");
+        assert_eq!(plan.to_toml(), text);
+        assert_eq!(plan, AttentionPlan::from_toml(&plan.to_toml()).unwrap());
+        assert_eq!(AttentionPlan::full().to_toml(), "default = \"full\"\n");
+    }
+
+    #[test]
+    fn wrong_toml_is_an_error() {
+        for text in [
+            "",
+            "default = 3",
+            "default = \"full\"\nlayer = 1",
+            "default = \"clear\"",
+            "default = \"full\"\n[layers]\na = \"b\"",
+        ] {
+            assert!(AttentionPlan::from_toml(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn one_word_is_a_plan() {
+        for text in ["full", "clear:r=8", "clear:r=2.5,d=4"] {
+            assert_eq!(text.parse::<AttentionPlan>().unwrap().to_string(), text);
+        }
+        let plan = AttentionPlan::full().with_layer(LAYER, "clear:r=8".parse().unwrap());
+        assert_eq!(plan.to_string(), "full (1 layer has its own)");
+    }
+
+    #[test]
+    fn only_pooled_context_is_learned() {
+        let plan = AttentionPlan::clear(Radius::new(8.0).unwrap(), Some(4));
+        let (name, initial) = plan.learned(LAYER).unwrap().unwrap();
+        assert_eq!(name, "transformer_blocks.0.attn.processor.spatial_weight");
+        assert_eq!(initial.dims(), [1, 1, 1, 4, 1, 4, 1]);
+        assert_eq!(initial.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [1.0 / 16.0; 16]);
+        assert!(AttentionPlan::full().learned(LAYER).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_learned_tensor_of_another_shape_is_an_error() {
+        let plan = AttentionPlan::clear(Radius::new(8.0).unwrap(), Some(4));
+        let wrong = |_: &str| pool::initial_weight(2, &Device::Cpu).map(Some);
+        let error = plan.build(LAYER, &wrong).err().unwrap().to_string();
+        assert!(error.contains("processor.spatial_weight") && error.contains("[1, 1, 1, 4, 1, 4, 1]"), "{error}");
+    }
+}

@@ -1,0 +1,16 @@
+//! `full`: every image token sees every token.
+
+use super::{Policy, PolicyForm, Settings};
+
+pub(super) const FORM: PolicyForm = PolicyForm { name: "full", usage: "full", parse, write };
+
+fn parse(settings: Settings<'_>) -> Result<Policy, String> {
+    match settings {
+        [] => Ok(Policy::Full),
+        [(key, _), ..] => Err(format!("{key:?} is no setting of it")),
+    }
+}
+
+fn write(policy: &Policy) -> Option<String> {
+    matches!(policy, Policy::Full).then(|| FORM.name.to_owned())
+}

@@ -1,0 +1,68 @@
+//! [`Sequence`]: the streams of a layer as one run of keys, [text, image in tile order, pooled]. Knows no kernel.
+
+use crate::{Attended, Geometry, Qkv, Window, pool};
+use candle_core::{Result, Tensor, bail};
+
+/// Queries, keys and values of both streams.
+///
+/// # Shapes
+/// query (batch, text + image, heads, head_dim), key and value (batch, text + image + pooled, heads, head_dim).
+pub(crate) struct Sequence {
+    pub query: Tensor,
+    pub key: Tensor,
+    pub value: Tensor,
+    pub text: usize,
+    pub image: usize,
+    pub pooled: usize,
+}
+
+impl Sequence {
+    pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
+        check(image, text, geometry)?;
+        let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pool::pooled(x, weight, geometry)).transpose();
+        let (pooled_key, pooled_value) = (pooled(&image.key)?, pooled(&image.value)?);
+        Ok(Self {
+            query: joined(&[text.map(|text| &text.query), Some(&image.query)])?,
+            key: joined(&[text.map(|text| &text.key), Some(&image.key), pooled_key.as_ref()])?,
+            value: joined(&[text.map(|text| &text.value), Some(&image.value), pooled_value.as_ref()])?,
+            text: text.map_or(Ok(0), |text| text.query.dim(1))?,
+            image: geometry.tokens(),
+            pooled: pooled_key.map_or(Ok(0), |key| key.dim(1))?,
+        })
+    }
+
+    /// Parts what came out of all queries into the streams.
+    pub fn split(&self, out: &Tensor, has_text: bool) -> Result<Attended> {
+        let text = if has_text { Some(out.narrow(1, 0, self.text)?) } else { None };
+        Ok(Attended { image: out.narrow(1, self.text, self.image)?, text })
+    }
+}
+
+fn joined(parts: &[Option<&Tensor>]) -> Result<Tensor> {
+    let parts: Vec<&Tensor> = parts.iter().copied().flatten().filter(|part| part.elem_count() > 0).collect();
+    match parts[..] {
+        [part] => Ok(part.clone()),
+        _ => Tensor::cat(&parts, 1),
+    }
+}
+
+fn check(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<()> {
+    let (batch, tokens, heads, head_dim) = image.query.dims4()?;
+    if tokens != geometry.tokens() {
+        bail!("attention over {tokens} image tokens: the geometry has {} in {:?}", geometry.tokens(), geometry.grids());
+    }
+    if !(1..=256).contains(&head_dim) {
+        bail!("attention with head_dim {head_dim}: expected 1 to 256");
+    }
+    let text_tokens = text.map_or(Ok(0), |text| text.query.dim(1))?;
+    let tensors = |qkv: &Qkv| [qkv.query.clone(), qkv.key.clone(), qkv.value.clone()];
+    let images = tensors(image).map(|x| (x, tokens));
+    let texts = text.map(tensors).into_iter().flatten().map(|x| (x, text_tokens));
+    for (x, tokens) in images.into_iter().chain(texts) {
+        if x.dims() != [batch, tokens, heads, head_dim] || x.dtype() != image.query.dtype() {
+            let want = (batch, tokens, heads, head_dim);
+            bail!("attention over {:?} {:?}: expected {want:?} {:?}", x.dims(), x.dtype(), image.query.dtype());
+        }
+    }
+    Ok(())
+}

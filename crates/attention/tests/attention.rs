@@ -1,0 +1,387 @@
+//! The fused kernel against the plain reference, the reference against sums written out, and gradients against both.
+#![allow(clippy::unwrap_used)] // A failed test says where.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use clearform_attention::{Attended, AttentionPlan, Geometry, Qkv, Radius, TokenGrid, Window, reference};
+
+/// One problem: what is attended to, and under which plan.
+#[derive(Clone, Copy)]
+struct Case {
+    grids: &'static [(usize, usize)],
+    text: usize,
+    batch: usize,
+    heads: usize,
+    head_dim: usize,
+    plan: &'static str,
+    /// Text tokens that count in batch entry `i`: this less 3 i. Above the text, no mask is given.
+    counting: usize,
+}
+
+const ALL: usize = usize::MAX;
+
+const fn case(grids: &'static [(usize, usize)], text: usize, plan: &'static str) -> Case {
+    Case { grids, text, batch: 1, heads: 2, head_dim: 8, plan, counting: ALL }
+}
+
+const CASES: &[Case] = &[
+    case(&[(16, 16)], 8, "full"),
+    case(&[(16, 16)], 8, "clear:r=4"),
+    case(&[(16, 16)], 8, "clear:r=8"),
+    case(&[(16, 16)], 0, "full"),
+    case(&[(16, 16)], 0, "clear:r=4"),
+    case(&[(1, 1)], 0, "clear:r=3"),
+    case(&[(1, 37)], 1, "clear:r=4"),
+    case(&[(41, 1)], 1, "clear:r=4.5"),
+    case(&[(2, 29)], 7, "clear:r=3"),
+    case(&[(23, 3)], 7, "clear:r=3,d=2"),
+    case(&[(9, 14)], 7, "clear:r=1"),
+    case(&[(9, 14)], 7, "clear:r=0.5"),
+    case(&[(9, 14)], 7, "clear:r=4.5"),
+    case(&[(9, 14)], 7, "clear:r=100"),
+    case(&[(9, 14)], 77, "clear:r=2.3"),
+    case(&[(9, 14)], 513, "clear:r=4"),
+    case(&[(20, 31)], 5, "clear:r=6.7,d=4"),
+    case(&[(16, 16)], 8, "clear:r=4,d=4"),
+    case(&[(5, 7)], 3, "clear:r=2,d=9"),
+    case(&[(8, 12), (7, 5)], 6, "clear:r=3"),
+    case(&[(8, 12), (7, 5)], 6, "clear:r=3,d=4"),
+    case(&[(8, 12), (7, 5)], 6, "full"),
+    Case { batch: 2, counting: 11, ..case(&[(9, 10)], 13, "clear:r=3") },
+    Case { batch: 2, counting: 3, ..case(&[(9, 10)], 13, "clear:r=3,d=4") },
+    Case { batch: 3, counting: 8, ..case(&[(6, 6)], 8, "full") },
+    Case { head_dim: 24, ..case(&[(9, 14)], 7, "clear:r=4.5") },
+    Case { heads: 3, head_dim: 32, batch: 2, ..case(&[(12, 12)], 9, "clear:r=4") },
+    Case { head_dim: 4, ..case(&[(9, 14)], 7, "clear:r=4.5") },
+    Case { head_dim: 7, ..case(&[(9, 14)], 7, "clear:r=4.5,d=2") },
+    Case { heads: 1, head_dim: 128, ..case(&[(12, 13)], 7, "clear:r=5") },
+    Case { heads: 1, head_dim: 256, ..case(&[(6, 6)], 7, "full") },
+];
+
+/// The tensors of a problem in the order text q k v, image q k v, weight of the pooled cells.
+struct Inputs {
+    case: Case,
+    geometry: Geometry,
+    tensors: Vec<Tensor>,
+}
+
+type Attend = fn(&Inputs, &[Tensor]) -> Result<Attended>;
+
+fn noise(shape: &[usize], seed: usize) -> Tensor {
+    let count = shape.iter().product();
+    let value = |i: usize| 1.5 * ((i * 7919 + seed * 104_729 + 13) as f64 * 0.618).sin();
+    let values: Vec<f64> = (0..count).map(value).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+impl Inputs {
+    fn new(case: Case, dtype: DType) -> Self {
+        let grids = case.grids.iter().map(|(height, width)| TokenGrid::new(*height, *width).unwrap()).collect();
+        let mut geometry = Geometry::new(grids);
+        if case.counting != ALL {
+            let counts = |i: usize| u8::from(i % case.text + 3 * (i / case.text) < case.counting);
+            let mask = (0..case.batch * case.text).map(counts).collect();
+            geometry = geometry.with_text_mask(Tensor::from_vec(mask, (case.batch, case.text), &Device::Cpu).unwrap());
+        }
+        let shape = |tokens| vec![case.batch, tokens, case.heads, case.head_dim];
+        let mut tensors: Vec<Tensor> = (0..3).map(|seed| noise(&shape(case.text), seed)).collect();
+        tensors.extend((3..6).map(|seed| noise(&shape(geometry.tokens()), seed)));
+        if let Some(weight) = initial_weight(case) {
+            let learned = weight.to_dtype(DType::F64).unwrap() + (noise(weight.dims(), 7) * 0.02).unwrap();
+            tensors.push(learned.unwrap());
+        }
+        let tensors = tensors.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
+        Self { case, geometry, tensors }
+    }
+
+    fn has_text(&self) -> bool {
+        self.case.text > 0
+    }
+}
+
+fn plan(case: Case) -> AttentionPlan {
+    case.plan.parse().unwrap()
+}
+
+fn initial_weight(case: Case) -> Option<Tensor> {
+    plan(case).learned("layer").unwrap().map(|(_, weight)| weight)
+}
+
+fn radius(case: Case) -> Option<Radius> {
+    match plan(case).default_policy() {
+        clearform_attention::Policy::Clear { radius, .. } => Some(radius),
+        _ => None,
+    }
+}
+
+fn qkv(tensors: &[Tensor]) -> Qkv {
+    Qkv { query: tensors[0].clone(), key: tensors[1].clone(), value: tensors[2].clone() }
+}
+
+fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
+    let learned = |_: &str| Ok(tensors.get(6).cloned());
+    let attention = plan(inputs.case).build("layer", &learned)?;
+    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
+    attention.attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry)
+}
+
+fn plain(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
+    let window = Window { radius: radius(inputs.case), pool: tensors.get(6).cloned() };
+    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
+    reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &window)
+}
+
+fn numbers(x: &Tensor) -> Vec<f64> {
+    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn distance(got: &[f64], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |sum: f64, x: f64| sum + x * x;
+    let difference = got.iter().zip(want).map(|(a, b)| a - b).fold(0.0, square);
+    (difference / want.iter().copied().fold(f64::MIN_POSITIVE, square)).sqrt()
+}
+
+/// Text and image, one after the other.
+fn output(attended: &Attended) -> Vec<f64> {
+    let mut values = attended.text.as_ref().map(numbers).unwrap_or_default();
+    values.extend(numbers(&attended.image));
+    values
+}
+
+#[test]
+fn fused_forward_equals_the_reference() {
+    for case in CASES {
+        let exact = Inputs::new(*case, DType::F64);
+        let exact = output(&plain(&exact, &exact.tensors).unwrap());
+        for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 2e-6), (DType::BF16, 1.5e-2)] {
+            let inputs = Inputs::new(*case, dtype);
+            let got = fused(&inputs, &inputs.tensors).unwrap();
+            assert_eq!(got.image.dtype(), dtype);
+            let error = distance(&output(&got), &exact);
+            assert!(error <= bound, "{} on {:?} + {} in {dtype:?}: {error:e}", case.plan, case.grids, case.text);
+        }
+    }
+}
+
+/// Σ out · probe over both streams.
+fn loss(inputs: &Inputs, tensors: &[Tensor], attend: Attend) -> Tensor {
+    let attended = attend(inputs, tensors).unwrap();
+    let total = |out: &Tensor, seed: usize| {
+        let probe = noise(out.dims(), seed).to_dtype(out.dtype()).unwrap();
+        (out * probe).unwrap().sum_all().unwrap()
+    };
+    let image = total(&attended.image, 98);
+    attended.text.as_ref().map_or(image.clone(), |text| (image + total(text, 99)).unwrap())
+}
+
+fn gradients(inputs: &Inputs, attend: Attend) -> Vec<Vec<f64>> {
+    let vars: Vec<Var> = inputs.tensors.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let store = loss(inputs, &tensors, attend).backward().unwrap();
+    let first = if inputs.has_text() { 0 } else { 3 };
+    vars[first..].iter().map(|var| numbers(store.get(var).unwrap())).collect()
+}
+
+/// Scores of this noise reach 13 at head_dim 128 and saturate: the plain gradients lose digits there too.
+#[test]
+fn fused_gradients_are_as_good_as_those_of_the_reference() {
+    for case in CASES {
+        let exact = gradients(&Inputs::new(*case, DType::F64), plain);
+        for (dtype, least, most) in [(DType::F64, 1e-12, 1e-11), (DType::F32, 1e-6, 1e-4), (DType::BF16, 1e-2, 1e-1)] {
+            let inputs = Inputs::new(*case, dtype);
+            let (ours, theirs) = (gradients(&inputs, fused), gradients(&inputs, plain));
+            for (index, want) in exact.iter().enumerate() {
+                // Where a query sees one key alone, the gradients of query and key are 0 and no error is relative to them.
+                let size = want.iter().map(|x| x * x).sum::<f64>().sqrt().min(1.0);
+                let error = |got: &[Vec<f64>]| distance(&got[index], want) * size;
+                let (error, bound) = (error(&ours), (4.0 * error(&theirs) + least).min(most));
+                let name = format!("{} on {:?} + {}, tensor {index}, {dtype:?}", case.plan, case.grids, case.text);
+                assert!(error <= bound, "{name}: {error:e} > {bound:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_gradients_equal_finite_differences() {
+    const STEP: f64 = 1e-5;
+    let cases = [
+        Case { counting: 2, ..case(&[(3, 5), (2, 2)], 3, "clear:r=2.3,d=2") },
+        Case { heads: 1, head_dim: 4, ..case(&[(4, 6)], 2, "clear:r=3") },
+        Case { heads: 1, head_dim: 4, ..case(&[(3, 4)], 2, "full") },
+    ];
+    for case in cases {
+        let inputs = Inputs::new(case, DType::F64);
+        for (index, got) in gradients(&inputs, fused).iter().enumerate() {
+            let values = numbers(&inputs.tensors[index]);
+            let moved = |element: usize, by: f64| {
+                let (mut values, mut tensors) = (values.clone(), inputs.tensors.clone());
+                values[element] += by;
+                tensors[index] = Tensor::from_vec(values, tensors[index].shape(), &Device::Cpu).unwrap();
+                numbers(&loss(&inputs, &tensors, fused))[0]
+            };
+            let slope = |i: usize| (moved(i, STEP) - moved(i, -STEP)) / (2.0 * STEP);
+            let want: Vec<f64> = (0..values.len()).map(slope).collect();
+            let error = distance(got, &want);
+            assert!(error <= 1e-6, "{} by tensor {index}: {error:e}", case.plan);
+        }
+    }
+}
+
+/// Image token (row, column) of the first grid, averaged over its d × d cell, as sums written out.
+fn pooled_cell(
+    values: &[f64],
+    weight: &[f64],
+    factor: usize,
+    (height, width): (usize, usize),
+    cell: (usize, usize),
+) -> f64 {
+    let (mut sum, mut present) = (0.0, 0.0);
+    for i in 0..factor {
+        for j in 0..factor {
+            let (row, column) = (cell.0 * factor + i, cell.1 * factor + j);
+            if row < height && column < width {
+                sum += weight[i * factor + j] * values[row * width + column];
+                present += weight[i * factor + j];
+            }
+        }
+    }
+    sum * weight.iter().sum::<f64>() / present
+}
+
+/// Every image query over text, disc and pooled cells, as sums written out for one head of one channel.
+fn by_hand(text: [&[f64]; 2], image: [&[f64]; 3], weight: &[f64], extents: (usize, usize), radius: f64) -> Vec<f64> {
+    let factor = (weight.len() as f64).sqrt() as usize;
+    let cells: Vec<(usize, usize)> = (0..extents.0.div_ceil(factor))
+        .flat_map(|row| (0..extents.1.div_ceil(factor)).map(move |column| (row, column)))
+        .collect();
+    let pooled =
+        |values: &[f64]| cells.iter().map(|c| pooled_cell(values, weight, factor, extents, *c)).collect::<Vec<f64>>();
+    let (pooled_keys, pooled_values) = (pooled(image[1]), pooled(image[2]));
+    let attend = |query: usize| {
+        let place = |token: usize| ((token / extents.1) as f64, (token % extents.1) as f64);
+        let sees = |key: usize| {
+            (place(query).0 - place(key).0).powi(2) + (place(query).1 - place(key).1).powi(2) < radius * radius
+        };
+        let mut pairs: Vec<(f64, f64)> = text[0].iter().copied().zip(text[1].iter().copied()).collect();
+        pairs.extend((0..image[1].len()).filter(|key| sees(*key)).map(|key| (image[1][key], image[2][key])));
+        pairs.extend(pooled_keys.iter().copied().zip(pooled_values.iter().copied()));
+        let total: f64 = pairs.iter().map(|(key, _)| (image[0][query] * key).exp()).sum();
+        pairs.iter().map(|(key, value)| (image[0][query] * key).exp() / total * value).sum()
+    };
+    (0..image[0].len()).map(attend).collect()
+}
+
+#[test]
+fn the_reference_equals_sums_written_out() {
+    for (grid, plan, radius) in [((5, 7), "clear:r=2.5,d=3", 2.5), ((4, 4), "clear:r=2,d=2", 2.0)] {
+        let grids: &'static [(usize, usize)] = if grid == (5, 7) { &[(5, 7)] } else { &[(4, 4)] };
+        let inputs = Inputs::new(Case { heads: 1, head_dim: 1, ..case(grids, 3, plan) }, DType::F64);
+        let raster: Vec<Vec<f64>> = inputs.tensors.iter().map(numbers).collect();
+        let mut tensors = inputs.tensors.clone();
+        for tensor in &mut tensors[3..6] {
+            *tensor = inputs.geometry.to_tiles(tensor).unwrap();
+        }
+        let text = [raster[1].as_slice(), raster[2].as_slice()];
+        let want = by_hand(text, [&raster[3], &raster[4], &raster[5]], &raster[6], grid, radius);
+        for attend in [plain, fused] as [Attend; 2] {
+            let image = inputs.geometry.to_raster(&attend(&inputs, &tensors).unwrap().image).unwrap();
+            assert!(distance(&numbers(&image), &want) < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn a_radius_of_one_without_text_gives_the_values_back() {
+    let inputs = Inputs::new(case(&[(9, 14)], 0, "clear:r=1"), DType::F32);
+    let got = fused(&inputs, &inputs.tensors).unwrap();
+    assert!(distance(&output(&got), &numbers(&inputs.tensors[5])) < 1e-6);
+}
+
+#[test]
+fn padded_text_changes_nothing() {
+    let masked = Inputs::new(Case { counting: 5, ..case(&[(6, 7)], 9, "clear:r=3") }, DType::F32);
+    let mut short = Inputs::new(case(&[(6, 7)], 5, "clear:r=3"), DType::F32);
+    for (short, long) in short.tensors.iter_mut().zip(&masked.tensors).take(3) {
+        *short = long.narrow(1, 0, 5).unwrap();
+    }
+    let (got, want) = (fused(&masked, &masked.tensors).unwrap(), fused(&short, &short.tensors).unwrap());
+    assert!(distance(&numbers(&got.image), &numbers(&want.image)) < 1e-6);
+    assert!(distance(&numbers(&got.text.unwrap().narrow(1, 0, 5).unwrap()), &numbers(&want.text.unwrap())) < 1e-6);
+}
+
+#[test]
+fn queries_far_apart_do_not_lose_small_probabilities() {
+    let mut inputs = Inputs::new(case(&[(8, 8)], 4, "clear:r=4"), DType::F32);
+    for index in [0, 3] {
+        inputs.tensors[index] = (&inputs.tensors[index] * 60.0).unwrap();
+    }
+    let exact: Vec<Tensor> = inputs.tensors.iter().map(|x| x.to_dtype(DType::F64).unwrap()).collect();
+    let error = distance(&output(&fused(&inputs, &inputs.tensors).unwrap()), &output(&plain(&inputs, &exact).unwrap()));
+    assert!(error < 1e-5, "{error:e}");
+}
+
+#[test]
+fn not_a_number_comes_out_where_it_went_in() {
+    let mut inputs = Inputs::new(case(&[(8, 8)], 4, "clear:r=2"), DType::F32);
+    let ones = inputs.tensors[4].ones_like().unwrap();
+    inputs.tensors[4] = (ones * f64::NAN).unwrap();
+    assert!(output(&fused(&inputs, &inputs.tensors).unwrap()).iter().all(|value| value.is_nan()));
+}
+
+#[test]
+fn tile_order_is_undone_and_differentiable() {
+    for case in CASES {
+        let inputs = Inputs::new(*case, DType::F64);
+        let raster = Var::from_tensor(&inputs.tensors[3]).unwrap();
+        let tiled = inputs.geometry.to_tiles(&raster).unwrap();
+        assert_eq!(numbers(&inputs.geometry.to_raster(&tiled).unwrap()), numbers(&raster));
+        let probe = noise(tiled.dims(), 5);
+        let gradients = (tiled * &probe).unwrap().sum_all().unwrap().backward().unwrap();
+        let want = inputs.geometry.to_raster(&probe).unwrap();
+        assert_eq!(numbers(gradients.get(&raster).unwrap()), numbers(&want));
+    }
+    let geometry = Geometry::new(vec![TokenGrid::new(4, 4).unwrap()]);
+    assert!(geometry.to_tiles(&noise(&[1, 15, 1, 1], 0)).is_err());
+}
+
+#[test]
+fn a_disc_holds_as_many_tokens_as_the_paper_says() {
+    for (tokens, want) in [(8.0, 193), (16.0, 793), (32.0, 3205)] {
+        let side = 2 * tokens as i64 + 1;
+        let inside = (0..side * side).filter(|i| {
+            let (dy, dx) = (i / side - tokens as i64, i % side - tokens as i64);
+            ((dy * dy + dx * dx) as f64) < tokens * tokens
+        });
+        assert_eq!(inside.count(), want);
+        let geometry = |extent| Geometry::new(vec![TokenGrid::new(extent, extent).unwrap()]);
+        let pairs = |extent| geometry(extent).share_inside(Radius::new(tokens).unwrap()).inside as i64;
+        // The second difference of an extent's pairs counts each disc away from borders once per token: 2 · disc.
+        let extent = 4 * tokens as usize;
+        assert_eq!(pairs(extent + 2) - 2 * pairs(extent + 1) + pairs(extent), 2 * want as i64);
+    }
+}
+
+#[test]
+fn most_of_what_is_visited_lies_inside() {
+    let geometry = Geometry::new(vec![TokenGrid::new(64, 64).unwrap()]);
+    for (tokens, least) in [(8.0, 0.45), (16.0, 0.65), (32.0, 0.8)] {
+        let share = geometry.share_inside(Radius::new(tokens).unwrap());
+        assert!(share.inside as f64 >= least * share.visited as f64, "r = {tokens}: {share}");
+    }
+}
+
+#[test]
+fn bad_extents_are_errors() {
+    assert!(TokenGrid::new(0, 4).is_err() && TokenGrid::new(4, 0).is_err() && TokenGrid::new(1 << 20, 4).is_err());
+    assert!(Radius::new(0.0).is_err() && Radius::new(f64::NAN).is_err() && Radius::new(-1.0).is_err());
+    let inputs = Inputs::new(case(&[(4, 4)], 3, "clear:r=2"), DType::F32);
+    let mut tensors = inputs.tensors.clone();
+    tensors[4] = tensors[4].narrow(1, 0, 15).unwrap();
+    assert!(fused(&inputs, &tensors).unwrap_err().to_string().contains("expected (1, 16, 2, 8)"));
+    let mask = Tensor::ones((1, 4), DType::F32, &Device::Cpu).unwrap();
+    let masked = Inputs { geometry: inputs.geometry.clone().with_text_mask(mask), ..inputs };
+    assert!(
+        fused(&masked, &masked.tensors).unwrap_err().to_string().contains("expected (batch, text tokens) = (1, 3)")
+    );
+}

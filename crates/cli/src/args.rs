@@ -1,0 +1,444 @@
+//! The command line as data. Flag names follow diffusers and stable-diffusion.cpp where they have one.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Make pre-trained diffusion transformers linear: ingest a checkpoint, rewrite its attention, distil it, run it.
+#[derive(Debug, Parser)]
+#[command(name = "clearform", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print one JSON object on stdout and nothing else there.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Worker threads; all cores without it.
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  clearform demo -o demo
+  clearform inspect FLUX.1-dev
+  clearform convert FLUX.1-dev -o FLUX.1-dev-clear --radius 16
+  clearform convert flux1-dev.safetensors -o flux-clear --components FLUX.1-dev
+  clearform generate flux-clear \"a lighthouse at dawn\" --width 2048 --height 2048 -o out.png";
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what a checkpoint is, whether it is whole, and what it would cost.
+    Inspect(Inspect),
+    /// The main job: ingest, rewrite, distil, emit.
+    Convert(Box<Convert>),
+    /// Distil a converted model further.
+    Distill(Box<Distill>),
+    /// Take the attention layers out of a model, or put them into another.
+    Patch(Patch),
+    /// From a prompt to a picture.
+    Generate(Box<Generate>),
+    /// Run the transformer once on given tensors.
+    Forward(Forward),
+    /// Teacher and student side by side on the same seeds.
+    Compare(Compare),
+    /// Time attention, a step or a model.
+    Bench(Bench),
+    /// List or check plugins.
+    Plugins(Plugins),
+    /// Hold every recorded file against its size and hash.
+    Verify(Verify),
+    /// The whole story on an embedded model, ending in a report.
+    Demo(Demo),
+}
+
+/// Number formats a model can run or be stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit float.
+    F16,
+}
+
+/// How a source is read.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Reading {
+    /// Diffusers config.json for a single file whose sizes its tensors do not tell.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Take the source for this family.
+    #[arg(long, value_name = "FAMILY")]
+    pub family: Option<String>,
+    /// Take the source for this variant.
+    #[arg(long, value_name = "VARIANT")]
+    pub variant: Option<String>,
+    /// A further manifest of families, layouts and variants.
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
+    /// Go on although tensors of the source have no counterpart.
+    #[arg(long)]
+    pub allow_unmatched: bool,
+}
+
+/// Where a model runs.
+#[derive(Debug, Args)]
+pub struct Running {
+    /// `cpu`, or `cuda:N` where it was built in.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: String,
+    /// Number format; the file's own without it.
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+    /// `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer; the model's own plan without it.
+    #[arg(long, value_name = "PLAN")]
+    pub attention: Option<String>,
+}
+
+/// `clearform inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit 0 only for a complete model of a supported family.")]
+pub struct Inspect {
+    /// Diffusers folder, single file, or portable model.
+    pub source: PathBuf,
+    /// How the source is read.
+    #[command(flatten)]
+    pub reading: Reading,
+}
+
+/// `clearform convert`.
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// Diffusers folder, single file, or portable model.
+    pub source: PathBuf,
+    /// Folder of the portable model.
+    #[arg(short, long, value_name = "MODEL")]
+    pub output: PathBuf,
+    /// Radius of the window, in tokens.
+    #[arg(long, default_value_t = 16.0, value_name = "R")]
+    pub radius: f64,
+    /// Also see the whole image averaged over D x D cells.
+    #[arg(long, value_name = "D")]
+    pub pool: Option<usize>,
+    /// A whole plan instead of --radius and --pool.
+    #[arg(long, value_name = "PLAN", conflicts_with_all = ["radius", "pool"])]
+    pub attention: Option<String>,
+    /// Rewrite without distilling.
+    #[arg(long, conflicts_with = "steps")]
+    pub no_distill: bool,
+    /// Number format of the emitted transformer; the source's without it.
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+    /// Hard links instead of copies of the components.
+    #[arg(long)]
+    pub link: bool,
+    /// Replace MODEL if it stands.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Show the plan and the account of tensors; write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How the source is read.
+    #[command(flatten)]
+    pub reading: Reading,
+    /// How it is distilled.
+    #[command(flatten)]
+    pub training: Training,
+}
+
+/// How a student is distilled.
+#[derive(Debug, Clone, Args)]
+pub struct Training {
+    /// Diffusers folder with VAE, text encoders, tokenizers and scheduler, where the source has none.
+    #[arg(long, value_name = "DIR")]
+    pub components: Option<PathBuf>,
+    /// Prompts for the samples, one a line.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Samples made before.
+    #[arg(long, value_name = "DIR")]
+    pub samples: Option<PathBuf>,
+    /// How many samples to make.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub sample_count: usize,
+    /// Denoising steps of each sample.
+    #[arg(long, value_name = "N")]
+    pub sample_steps: Option<usize>,
+    /// Width and height of the samples, in pixels.
+    #[arg(long, value_name = "PIXELS")]
+    pub sample_size: Option<usize>,
+    /// Optimizer steps.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    pub steps: usize,
+    /// Samples a step.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub batch: usize,
+    /// Batches whose gradients are added up for one step.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub accumulate: usize,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 6e-4, value_name = "X")]
+    pub lr: f64,
+    /// The attention loss looks at every Kth single-stream block.
+    #[arg(long, default_value_t = 4, value_name = "K")]
+    pub attention_every: usize,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    pub checkpoint_every: usize,
+    /// Seed of samples, noise and timesteps.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Take up work that was interrupted.
+    #[arg(long)]
+    pub resume: bool,
+}
+
+/// `clearform distill`.
+#[derive(Debug, Args)]
+pub struct Distill {
+    /// Portable model.
+    pub model: PathBuf,
+    /// The original it was made from.
+    #[arg(long, value_name = "SOURCE")]
+    pub teacher: PathBuf,
+    /// Where the distilled model goes; over MODEL without it.
+    #[arg(short, long, value_name = "MODEL")]
+    pub output: Option<PathBuf>,
+    /// How it is distilled.
+    #[command(flatten)]
+    pub training: Training,
+}
+
+/// `clearform patch`.
+#[derive(Debug, Args)]
+pub struct Patch {
+    /// Which way.
+    #[command(subcommand)]
+    pub action: PatchAction,
+}
+
+/// Which way a patch goes.
+#[derive(Debug, Subcommand)]
+pub enum PatchAction {
+    /// Write the distilled attention of a model to one file.
+    Extract {
+        /// Portable model.
+        model: PathBuf,
+        /// The original it was made from.
+        #[arg(long, value_name = "SOURCE")]
+        base: PathBuf,
+        /// The patch.
+        #[arg(short, long, value_name = "PATCH")]
+        output: PathBuf,
+    },
+    /// Put distilled attention into a checkpoint.
+    Apply(PatchApply),
+}
+
+/// `clearform patch apply`.
+#[derive(Debug, Args)]
+pub struct PatchApply {
+    /// The patch, or a file of CLEAR's own.
+    pub patch: PathBuf,
+    /// The checkpoint it goes into.
+    #[arg(long, value_name = "SOURCE")]
+    pub to: PathBuf,
+    /// Folder of the portable model.
+    #[arg(short, long, value_name = "MODEL")]
+    pub output: PathBuf,
+    /// Put the tensors in, or add what distillation changed.
+    #[arg(long, value_enum, default_value = "replace")]
+    pub mode: PatchMode,
+    /// The teacher of the patch, for `--mode shift`.
+    #[arg(long, value_name = "TEACHER")]
+    pub base: Option<PathBuf>,
+    /// Radius, where the patch does not tell.
+    #[arg(long, value_name = "R")]
+    pub radius: Option<f64>,
+    /// Replace MODEL if it stands.
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// How a patch meets a fine-tune.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PatchMode {
+    /// The patch's tensors, as CLEAR does.
+    Replace,
+    /// W + (student - teacher): keeps what the fine-tune learned.
+    Shift,
+}
+
+/// `clearform generate`.
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// Portable model or diffusers folder.
+    pub model: PathBuf,
+    /// What to draw.
+    pub prompt: String,
+    /// What to stay away from, with classifier-free guidance.
+    #[arg(long, value_name = "PROMPT")]
+    pub negative_prompt: Option<String>,
+    /// Picture, or pictures with a number in the name (`out-%03d.png`).
+    #[arg(short, long, default_value = "out.png", value_name = "FILE")]
+    pub output: String,
+    /// Pixels across; the model's own size without it.
+    #[arg(long, value_name = "PIXELS")]
+    pub width: Option<usize>,
+    /// Pixels down; the model's own size without it.
+    #[arg(long, value_name = "PIXELS")]
+    pub height: Option<usize>,
+    /// Denoising steps; the variant's without it.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Guidance scale; the variant's without it.
+    #[arg(long, value_name = "X")]
+    pub guidance: Option<f64>,
+    /// Classifier-free guidance scale, as diffusers' true_cfg_scale.
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    pub true_cfg_scale: f64,
+    /// Seed: the noise of torch.Generator("cpu").manual_seed.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Pictures of the prompt.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub batch: usize,
+    /// Diffusers folder with what the model lacks.
+    #[arg(long, value_name = "DIR")]
+    pub components: Option<PathBuf>,
+    /// Where and how it runs.
+    #[command(flatten)]
+    pub running: Running,
+}
+
+/// `clearform forward`.
+#[derive(Debug, Args)]
+pub struct Forward {
+    /// Portable model, diffusers folder or single file.
+    pub model: PathBuf,
+    /// Inputs, named and shaped as the forward of the family's diffusers class takes them.
+    #[arg(long, value_name = "FILE")]
+    pub inputs: PathBuf,
+    /// The output, one tensor `sample` in f32.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// How the source is read.
+    #[command(flatten)]
+    pub reading: Reading,
+    /// Where and how it runs.
+    #[command(flatten)]
+    pub running: Running,
+}
+
+/// `clearform compare`.
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// The original.
+    pub teacher: PathBuf,
+    /// The linear model.
+    pub student: PathBuf,
+    /// Folder of the report.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Prompts, one a line; a few built-in ones without it.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Denoising steps.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Pixels across and down.
+    #[arg(long, value_name = "PIXELS")]
+    pub size: Option<usize>,
+    /// Seed of the first prompt; each next has one more.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Diffusers folder with what the models lack.
+    #[arg(long, value_name = "DIR")]
+    pub components: Option<PathBuf>,
+}
+
+/// `clearform bench`.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// What is timed.
+    #[command(subcommand)]
+    pub subject: BenchSubject,
+}
+
+/// What is timed.
+#[derive(Debug, Subcommand)]
+pub enum BenchSubject {
+    /// One attention call on random queries, keys and values already in tile order.
+    Attention(AttentionBench),
+}
+
+/// `clearform bench attention`.
+#[derive(Debug, Args)]
+pub struct AttentionBench {
+    /// Image tokens, HEIGHTxWIDTH.
+    #[arg(long, default_value = "64x64", value_name = "HxW")]
+    pub grid: String,
+    /// Radius of the window, in tokens.
+    #[arg(long, default_value_t = 16.0, value_name = "R")]
+    pub radius: f64,
+    /// Attention heads.
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub heads: usize,
+    /// Channels per head.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub head_dim: usize,
+    /// Text tokens.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub text: usize,
+    /// Number format.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+    /// Time the backward pass too.
+    #[arg(long)]
+    pub backward: bool,
+    /// `full` or `clear:r=R[,d=D]` instead of --radius.
+    #[arg(long, value_name = "PLAN")]
+    pub attention: Option<String>,
+    /// Timed runs, after one that is not counted.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub repeat: usize,
+}
+
+/// `clearform plugins`.
+#[derive(Debug, Args)]
+pub struct Plugins {
+    /// Which.
+    #[command(subcommand)]
+    pub action: PluginsAction,
+}
+
+/// What to do about plugins.
+#[derive(Debug, Subcommand)]
+pub enum PluginsAction {
+    /// Every plugin beside the binary.
+    List,
+}
+
+/// `clearform verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Portable model.
+    pub model: PathBuf,
+}
+
+/// `clearform demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Folder of the report.
+    #[arg(short, long, default_value = "demo", value_name = "DIR")]
+    pub output: PathBuf,
+    /// Distillation steps for each radius.
+    #[arg(long, default_value_t = 180, value_name = "N")]
+    pub steps: usize,
+    /// Also distil with pooled context of D x D cells.
+    #[arg(long, value_name = "D")]
+    pub pool: Option<usize>,
+}

@@ -1,0 +1,129 @@
+//! `clearform compare`: teacher and student side by side on the same seeds.
+
+use crate::args::Compare;
+use crate::opening::open_plainly;
+use crate::output::{Outcome, Output};
+use crate::report::Page;
+use crate::sitting::{Sitting, attention_errors};
+use anyhow::Context as _;
+use clearform_runtime::compare::{contact_sheet, psnr, ssim};
+use clearform_runtime::{Pipeline, RgbImage, Size, png};
+use serde::Serialize;
+use std::fmt;
+use std::path::Path;
+
+const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
+/// Pictures whose attention is compared layer by layer.
+const LAYER_PICTURES: usize = 4;
+
+pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
+    let open = |model| open_plainly(model, args.components.as_deref());
+    let (teacher, student) = (open(&args.teacher)?, open(&args.student)?);
+    let sitting = sitting(args, &teacher)?;
+    let bar = output.progress("drawing", 2 * sitting.prompts.len());
+    let mut advance = |count: usize| bar.inc(count as u64);
+    let original = teacher.load_transformer(teacher.plan(), None)?;
+    let linear = student.load_transformer(student.plan(), None)?;
+    let wanted = sitting.draw(&teacher, original.as_ref(), &mut advance)?;
+    let got = sitting.draw(&student, linear.as_ref(), &mut advance)?;
+    bar.finish_and_clear();
+    let input = sitting.halfway(&teacher, &wanted, sitting.prompts.len().min(LAYER_PICTURES))?;
+    let layers = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
+    let pictures = (sitting.develop(&teacher, &wanted)?, sitting.develop(&student, &got)?);
+    let report = Report::new(&sitting, &pictures.0, &pictures.1, layers)?;
+    write(&args.output, &report, &[pictures.0, pictures.1])?;
+    output.result(&report)?;
+    Ok(Outcome::Whole)
+}
+
+fn sitting(args: &Compare, teacher: &Pipeline) -> anyhow::Result<Sitting> {
+    let defaults = teacher.transformer().identified().variant.defaults;
+    let prompts = match &args.prompts {
+        Some(path) => read_prompts(path)?,
+        None => PROMPTS.map(str::to_owned).to_vec(),
+    };
+    Ok(Sitting {
+        prompts,
+        size: args.size.map_or(teacher.own_size(), |edge| Size { height: edge, width: edge }),
+        steps: args.steps.unwrap_or(defaults.steps),
+        guidance: defaults.guidance,
+        seed: args.seed,
+    })
+}
+
+/// Prompts, one a line; empty lines are left out.
+pub fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+    let prompts: Vec<String> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
+    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one a line, found none", path.display());
+    Ok(prompts)
+}
+
+/// How alike the models are.
+#[derive(Debug, Serialize)]
+struct Report {
+    steps: usize,
+    seed: u64,
+    psnr: f64,
+    ssim: f64,
+    pictures: Vec<Pair>,
+    attention_error: Vec<(String, f64)>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pair {
+    prompt: String,
+    psnr: f64,
+    ssim: f64,
+}
+
+impl Report {
+    fn new(
+        sitting: &Sitting,
+        wanted: &[RgbImage],
+        got: &[RgbImage],
+        attention_error: Vec<(String, f64)>,
+    ) -> anyhow::Result<Self> {
+        let pair = |(prompt, (wanted, got)): (&String, (&RgbImage, &RgbImage))| -> anyhow::Result<Pair> {
+            Ok(Pair { prompt: prompt.clone(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
+        };
+        let pictures =
+            sitting.prompts.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
+        let mean = |value: fn(&Pair) -> f64| pictures.iter().map(value).sum::<f64>() / pictures.len() as f64;
+        let (psnr, ssim) = (mean(|pair| pair.psnr), mean(|pair| pair.ssim));
+        Ok(Self { steps: sitting.steps, seed: sitting.seed, psnr, ssim, pictures, attention_error })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for pair in &self.pictures {
+            writeln!(f, "{:6.2} dB  SSIM {:.3}  {}", pair.psnr, pair.ssim, pair.prompt)?;
+        }
+        write!(f, "{:6.2} dB  SSIM {:.3}  mean of {}", self.psnr, self.ssim, self.pictures.len())
+    }
+}
+
+fn write(folder: &Path, report: &Report, rows: &[Vec<RgbImage>]) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("{}", folder.display()))?;
+    let sheet = contact_sheet(&rows.iter().map(|row| row.iter().collect()).collect::<Vec<_>>());
+    let sheet = png::encode(&sheet, None)?;
+    let mut page = Page::new("Teacher and student, side by side");
+    page.paragraph(&format!(
+        "{} prompts at {} steps from the same noise. Mean PSNR {:.2} dB, mean SSIM {:.3}.",
+        report.pictures.len(),
+        report.steps,
+        report.psnr,
+        report.ssim
+    ));
+    page.picture(&sheet, "Above: the teacher. Below: the linear model.");
+    let pair = |pair: &Pair| vec![pair.prompt.clone(), format!("{:.2}", pair.psnr), format!("{:.3}", pair.ssim)];
+    page.heading("Pictures").table(&["prompt", "PSNR, dB", "SSIM"], &report.pictures.iter().map(pair).collect::<Vec<_>>());
+    let layer = |(layer, error): &(String, f64)| vec![layer.clone(), format!("{:.1}%", 100.0 * error)];
+    page.heading("Attention, layer by layer");
+    page.paragraph("Relative error of each layer's attention output on latents noised half way; errors of earlier layers included.");
+    page.table(&["layer", "relative error"], &report.attention_error.iter().map(layer).collect::<Vec<_>>());
+    clearform_weights::write_atomically(folder.join("sheet.png"), &sheet)?;
+    clearform_weights::write_atomically(folder.join("report.json"), &serde_json::to_vec_pretty(report)?)?;
+    Ok(clearform_weights::write_atomically(folder.join("report.html"), page.render().as_bytes())?)
+}

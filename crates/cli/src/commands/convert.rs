@@ -1,0 +1,156 @@
+//! `clearform convert`, the whole main job: ingest, rewrite, distil, emit.
+
+use crate::args::Convert;
+use crate::opening::{identify, plainly, plan, reading};
+use crate::output::{Outcome, Output};
+use crate::school::{self, Lesson, Student};
+use clearform_attention::{AttentionPlan, Radius};
+use clearform_convert::{ConversionPlan, Patched, Placing, Replace, Report, Stage};
+use clearform_distill::SampleSet;
+use clearform_layout::Inspection;
+use clearform_runtime::{Components, Options, Pipeline, Transformer};
+use serde::Serialize;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub fn run(args: &Convert, output: &Output) -> anyhow::Result<Outcome> {
+    let attention = attention(args)?;
+    if args.dry_run {
+        return dry_run(args, &attention, output);
+    }
+    let converted = convert(args, &attention, output)?;
+    output.result(&Written::new(&args.output, &attention, converted.report))?;
+    Ok(Outcome::Whole)
+}
+
+/// What was made.
+pub struct Converted {
+    /// What became of every tensor.
+    pub report: Report,
+    /// What training gave, where there was training.
+    pub lesson: Option<Lesson>,
+}
+
+/// Converts; the model appears when it is whole.
+pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Converted> {
+    let transformer = open(args)?;
+    if !args.no_distill && args.training.samples.is_none() {
+        school::needed(args.training.components.as_deref(), &components(args).missing())?;
+    }
+    let replace = Replace::allowed_if(args.overwrite);
+    let stage = match args.training.resume {
+        true => Stage::resume(&args.output, replace)?,
+        false => Stage::begin(&args.output, replace)?,
+    };
+    let lesson = (!args.no_distill).then(|| lesson(args, attention, &transformer, &stage, output)).transpose()?;
+    let report = write(args, attention, &transformer, stage, lesson.as_ref(), output)?;
+    Ok(Converted { report, lesson })
+}
+
+/// The plan that the arguments ask for.
+pub fn attention(args: &Convert) -> anyhow::Result<AttentionPlan> {
+    match &args.attention {
+        Some(text) => plan(text),
+        None => Ok(AttentionPlan::clear(Radius::new(args.radius)?, args.pool)),
+    }
+}
+
+fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Outcome> {
+    let (checkpoint, identified) = identify(&args.source, &args.reading)?;
+    let inspection = Inspection::new(&identified, &identified.canonical(&checkpoint));
+    output.note(format_args!("would write {} with attention {attention}", args.output.display()));
+    output.result(&inspection)?;
+    Ok(Outcome::whole_if(inspection.complete()))
+}
+
+fn open(args: &Convert) -> anyhow::Result<Transformer> {
+    Ok(Transformer::open(&components(args).transformer(), &reading(&args.reading)?)?)
+}
+
+fn components(args: &Convert) -> Components {
+    Components::new(&args.source, args.training.components.as_deref())
+}
+
+fn lesson(
+    args: &Convert,
+    attention: &AttentionPlan,
+    transformer: &Transformer,
+    stage: &Stage,
+    output: &Output,
+) -> anyhow::Result<Lesson> {
+    let samples = samples(args, stage, output)?;
+    let student = Student { plan: attention, start: transformer.source(), folder: &stage.work().join("training") };
+    school::train(transformer, student, &samples, &args.training, output)
+}
+
+fn samples(args: &Convert, stage: &Stage, output: &Output) -> anyhow::Result<SampleSet> {
+    if let Some(folder) = &args.training.samples {
+        return school::ready_samples(folder);
+    }
+    let options =
+        Options { reading: reading(&args.reading)?, ..plainly(args.training.components.as_deref())? };
+    let pipeline = Pipeline::open(&args.source, options)?;
+    school::samples(&pipeline, &args.training, &stage.work().join("samples"), output)
+}
+
+fn write(
+    args: &Convert,
+    attention: &AttentionPlan,
+    transformer: &Transformer,
+    stage: Stage,
+    lesson: Option<&Lesson>,
+    output: &Output,
+) -> anyhow::Result<Report> {
+    let placing = if args.link { Placing::Link } else { Placing::Copy };
+    let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
+    let folders = folders.chain(args.training.components.clone()).collect();
+    let plan = ConversionPlan::new(transformer.identified(), attention.clone())
+        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
+        .with_components(folders, placing);
+    let bar = output.progress("writing", 0);
+    let mut watch = |done: u64, all: u64| {
+        bar.set_length(all);
+        bar.set_position(done);
+    };
+    let report = match lesson {
+        Some(lesson) => {
+            let distilled = Patched::new(transformer.source(), &lesson.distilled.tensors);
+            plan.apply(&distilled, transformer.account(), &stage, &mut watch)?
+        }
+        None => plan.apply(transformer.source(), transformer.account(), &stage, &mut watch)?,
+    };
+    bar.finish_and_clear();
+    let mut record = plan.record(transformer.checkpoint())?;
+    record.distillation = lesson.map(|lesson| lesson.record.clone());
+    stage.finish(record)?;
+    Ok(report)
+}
+
+/// A model that was written.
+#[derive(Debug, Serialize)]
+pub struct Written {
+    model: PathBuf,
+    attention: String,
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Written {
+    /// The model at `model`.
+    pub fn new(model: &Path, attention: &AttentionPlan, report: Report) -> Self {
+        Self { model: model.to_owned(), attention: attention.to_string(), report }
+    }
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, attention, report } = self;
+        let (used, skipped) = (report.account.used(), report.account.skipped().count());
+        writeln!(f, "{}: attention {attention}, {} parameters", model.display(), report.parameters)?;
+        write!(f, "{used} tensors used, {skipped} skipped, {} added", report.added.len())?;
+        if !report.components.is_empty() {
+            write!(f, "; with {}", report.components.join(", "))?;
+        }
+        Ok(())
+    }
+}

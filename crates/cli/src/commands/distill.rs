@@ -1,0 +1,49 @@
+//! `clearform distill`: trains a converted model further against the original it was made from.
+
+use crate::args::{Distill, Reading};
+use crate::commands::convert::Written;
+use crate::opening::{open_plainly, reading};
+use crate::output::{Outcome, Output};
+use crate::school::{self, Student};
+use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
+use clearform_distill::SampleSet;
+use clearform_runtime::{Components, Transformer};
+use std::path::Path;
+
+pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
+    let model = PortableModel::open(&args.model)?;
+    let plan = model.record().plan()?;
+    let (teacher, student) = (open(&args.teacher)?, open(&args.model)?);
+    let target = args.output.as_deref().unwrap_or(&args.model);
+    let replace = Replace::allowed_if(target == args.model);
+    let stage = match args.training.resume {
+        true => Stage::resume(target, replace)?,
+        false => Stage::begin(target, replace)?,
+    };
+    let samples = samples(args, &stage.work().join("samples"), output)?;
+    let pupil = Student { plan: &plan, start: student.source(), folder: &stage.work().join("training") };
+    let lesson = school::train(&teacher, pupil, &samples, &args.training, output)?;
+    let distilled = Patched::new(student.source(), &lesson.distilled.tensors);
+    let conversion = ConversionPlan::new(student.identified(), plan.clone())
+        .with_components(vec![args.model.clone()], Placing::Copy);
+    let report = conversion.apply(&distilled, student.account(), &stage, &mut |_, _| ())?;
+    let mut record = conversion.record(student.checkpoint())?;
+    record.source.clone_from(&model.record().source);
+    record.distillation = Some(lesson.record);
+    stage.finish(record)?;
+    output.result(&Written::new(target, &plan, report))?;
+    Ok(Outcome::Whole)
+}
+
+fn open(path: &Path) -> anyhow::Result<Transformer> {
+    Ok(Transformer::open(&Components::new(path, None).transformer(), &reading(&Reading::default())?)?)
+}
+
+fn samples(args: &Distill, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+    if let Some(folder) = &args.training.samples {
+        return school::ready_samples(folder);
+    }
+    let components = args.training.components.as_deref().unwrap_or(&args.model);
+    school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing())?;
+    school::samples(&open_plainly(&args.teacher, Some(components))?, &args.training, folder, output)
+}

@@ -1,0 +1,13 @@
+//! One file a command. Each takes its arguments, calls the libraries, and says how it ended.
+
+pub mod bench;
+pub mod compare;
+pub mod convert;
+pub mod demo;
+pub mod distill;
+pub mod forward;
+pub mod generate;
+pub mod inspect;
+pub mod patch;
+pub mod plugins;
+pub mod verify;

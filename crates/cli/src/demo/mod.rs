@@ -1,0 +1,7 @@
+//! The whole story on the embedded teacher: open, convert, distil, draw, compare, report.
+
+mod embedded;
+mod report;
+mod story;
+
+pub use story::{Settings, tell};

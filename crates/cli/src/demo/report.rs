@@ -1,0 +1,164 @@
+//! What the demo found: figures, curves and pictures, as a table, as JSON and as one HTML page.
+
+use crate::report::{Page, Series, chart};
+use anyhow::Context as _;
+use clearform_runtime::compare::contact_sheet;
+use clearform_runtime::{RgbImage, png};
+use serde::Serialize;
+use std::fmt;
+use std::path::Path;
+
+/// The whole demo.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Version of clearform.
+    pub version: &'static str,
+    /// Processors that were used.
+    pub threads: usize,
+    /// Seconds for the samples, which all students share.
+    pub sample_seconds: f64,
+    /// Samples that were made.
+    pub samples: usize,
+    /// Share of the teacher's pictures that are nearest to their own name.
+    pub teacher_retrieval: f64,
+    /// One entry a student.
+    pub students: Vec<Student>,
+    /// Seconds for everything.
+    pub seconds: f64,
+    /// What was drawn.
+    #[serde(skip)]
+    pub prompts: Vec<String>,
+    /// The teacher's pictures.
+    #[serde(skip)]
+    pub teacher: Vec<RgbImage>,
+}
+
+/// One linear model, before and after distillation.
+#[derive(Debug, Serialize)]
+pub struct Student {
+    /// The attention plan.
+    pub attention: String,
+    /// Radius, in tokens.
+    pub radius: f64,
+    /// Edge of a pooled cell.
+    pub pool: Option<usize>,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Seconds of distillation.
+    pub seconds: f64,
+    /// Mean squared error of the prediction against the teacher's, before.
+    pub error_before: f64,
+    /// The same after.
+    pub error_after: f64,
+    /// PSNR of the pictures against the teacher's, before, in dB.
+    pub psnr_before: f64,
+    /// The same after.
+    pub psnr_after: f64,
+    /// Share of pictures that are nearest to their own name, before.
+    pub retrieval_before: f64,
+    /// The same after.
+    pub retrieval_after: f64,
+    /// Loss of each step.
+    pub losses: Vec<f64>,
+    /// Pictures before.
+    #[serde(skip)]
+    pub undistilled: Vec<RgbImage>,
+    /// Pictures after.
+    #[serde(skip)]
+    pub distilled: Vec<RgbImage>,
+}
+
+const HEADINGS: [&str; 8] =
+    ["attention", "steps", "seconds", "error before", "after", "PSNR before", "after", "right names"];
+
+impl Report {
+    /// Writes `report.html`, `report.json` and a contact sheet for each student.
+    pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
+        let mut page = Page::new("A diffusion transformer, made linear");
+        page.paragraph(&self.introduction());
+        page.table(&HEADINGS, &self.rows());
+        page.paragraph(
+            "Error is the mean squared difference between the student's prediction and the teacher's, on names that no \
+             sample used. PSNR compares whole pictures, drawn from the same noise. A picture has the right name if, of \
+             all the pictures the teacher was trained on, the nearest is its own.",
+        );
+        for student in &self.students {
+            let sheet = png::encode(&self.sheet(student), None)?;
+            clearform_weights::write_atomically(folder.join(student.file_name()), &sheet)?;
+            page.heading(&student.attention).picture(&sheet, &self.caption(student));
+        }
+        let series = |student| Series { name: Student::name(student), values: &student.losses };
+        let curves: Vec<Series> = self.students.iter().map(series).collect();
+        page.heading("Loss").drawing(&chart(&curves), "Flow matching + ½ prediction + ½ attention, at each step.");
+        clearform_weights::write_atomically(folder.join("report.json"), &serde_json::to_vec_pretty(self)?)?;
+        let path = folder.join("report.html");
+        clearform_weights::write_atomically(&path, page.render().as_bytes()).with_context(|| format!("{}", path.display()))
+    }
+
+    fn introduction(&self) -> String {
+        format!(
+            "A small FLUX pipeline that draws emoji from their names was opened as diffusers saved it. Its attention \
+             was rewritten so that each image token sees the text and the image tokens within a radius; then it was \
+             distilled against the original on {} pictures that the original drew itself. Everything took {:.0} \
+             seconds on {} threads.",
+            self.samples, self.seconds, self.threads
+        )
+    }
+
+    fn caption(&self, student: &Student) -> String {
+        format!("From top: the teacher, {0} undistilled, {0} distilled. {1}.", student.attention, self.prompts.join(", "))
+    }
+
+    fn sheet(&self, student: &Student) -> RgbImage {
+        let rows = [&self.teacher, &student.undistilled, &student.distilled];
+        contact_sheet(&rows.map(|row| row.iter().collect::<Vec<_>>()))
+    }
+
+    fn rows(&self) -> Vec<Vec<String>> {
+        self.students.iter().map(|student| student.row(self.teacher_retrieval)).collect()
+    }
+}
+
+impl Student {
+    fn name(&self) -> &str {
+        &self.attention
+    }
+
+    fn file_name(&self) -> String {
+        let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
+        format!("{}.png", self.attention.chars().map(plain).collect::<String>())
+    }
+
+    fn row(&self, teacher_retrieval: f64) -> Vec<String> {
+        vec![
+            self.attention.clone(),
+            self.steps.to_string(),
+            format!("{:.0}", self.seconds),
+            format!("{:.4}", self.error_before),
+            format!("{:.4} ({:.0}%)", self.error_after, 100.0 * self.error_after / self.error_before),
+            format!("{:.1} dB", self.psnr_before),
+            format!("{:.1} dB", self.psnr_after),
+            format!(
+                "{:.0}% to {:.0}% (teacher {:.0}%)",
+                100.0 * self.retrieval_before,
+                100.0 * self.retrieval_after,
+                100.0 * teacher_retrieval
+            ),
+        ]
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows: Vec<Vec<String>> =
+            std::iter::once(HEADINGS.map(str::to_owned).to_vec()).chain(self.rows()).collect();
+        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        for row in &rows {
+            for (column, cell) in row.iter().enumerate() {
+                write!(f, "{cell:<width$}  ", width = width(column))?;
+            }
+            writeln!(f)?;
+        }
+        write!(f, "everything took {:.0} seconds on {} threads", self.seconds, self.threads)
+    }
+}

@@ -1,0 +1,260 @@
+//! The story itself, chapter by chapter, through the same doors as `convert`, `generate` and `compare`.
+
+use super::embedded;
+use super::report::{Report, Student};
+use crate::args::{Convert, Reading, Training};
+use crate::commands::convert;
+use crate::opening::plainly;
+use crate::output::Output;
+use crate::school;
+use crate::sitting::Sitting;
+use anyhow::Context as _;
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::{AttentionPlan, Radius};
+use clearform_distill::{SampleSet, prediction_error};
+use clearform_models::{Denoiser, DenoiserInput};
+use clearform_runtime::compare::{psnr, retrieve};
+use clearform_runtime::{Options, Pipeline, RgbImage};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What the demo does.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where everything goes.
+    pub folder: PathBuf,
+    /// Optimizer steps for each student.
+    pub steps: usize,
+    /// The students' attention.
+    pub plans: Vec<(Radius, Option<usize>)>,
+}
+
+const SAMPLES: usize = 128;
+const SAMPLE_STEPS: usize = 12;
+const PICTURE_STEPS: usize = 20;
+/// Every how many-th name is held out: no sample is of it, and all figures are.
+const HELD_OUT: usize = 8;
+/// Seed of the pictures; samples have others.
+const SEED: u64 = 10_000;
+/// Edge of a reference picture's tile, and how many stand in a row.
+const TILE: u32 = 32;
+const TILES: u32 = 16;
+
+/// Tells the story and gives what it found.
+pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
+    let begun = Instant::now();
+    let base = settings.folder.join("mini-flux");
+    std::fs::create_dir_all(&base).with_context(|| format!("{}", base.display()))?;
+    embedded::unpack(&base)?;
+    let teacher = open(&base)?;
+    let exam = Exam::new(&base, output)?;
+    let (samples, sample_seconds) = draw_samples(settings, &teacher, output)?;
+    let graduate = |plan: &(Radius, Option<usize>)| exam.graduate(settings, &base, &samples, *plan, output);
+    let students = settings.plans.iter().map(graduate).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(Report {
+        version: env!("CARGO_PKG_VERSION"),
+        threads: rayon::current_num_threads(),
+        sample_seconds,
+        samples: SAMPLES,
+        teacher_retrieval: exam.retrieval(&exam.pictures)?,
+        students,
+        seconds: begun.elapsed().as_secs_f64(),
+        prompts: exam.sitting.prompts.clone(),
+        teacher: exam.pictures,
+    })
+}
+
+/// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
+fn open(model: &Path) -> anyhow::Result<Pipeline> {
+    Ok(Pipeline::open(model, Options { dtype: Some(DType::F32), ..plainly(None)? })?)
+}
+
+fn names() -> Vec<String> {
+    embedded::NAMES.lines().map(str::to_owned).collect()
+}
+
+fn is_held_out(index: usize) -> bool {
+    index % HELD_OUT == HELD_OUT / 2
+}
+
+fn draw_samples(settings: &Settings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
+    let begun = Instant::now();
+    let prompts = settings.folder.join("prompts.txt");
+    let told: Vec<String> = names().into_iter().enumerate().filter(|(i, _)| !is_held_out(*i)).map(|(_, n)| n).collect();
+    std::fs::write(&prompts, told.join("\n"))?;
+    let folder = settings.folder.join("samples");
+    let _: SampleSet = school::samples(teacher, &training(settings, Some(prompts)), &folder, output)?;
+    Ok((folder, begun.elapsed().as_secs_f64()))
+}
+
+fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
+    Training {
+        components: None,
+        prompts,
+        samples: None,
+        sample_count: SAMPLES,
+        sample_steps: Some(SAMPLE_STEPS),
+        sample_size: None,
+        steps: settings.steps,
+        batch: 8,
+        accumulate: 1,
+        lr: 6e-4,
+        attention_every: 2,
+        checkpoint_every: 100,
+        seed: 0,
+        resume: false,
+    }
+}
+
+/// The names that no sample is of, and what the teacher makes of them.
+struct Exam {
+    pipeline: Pipeline,
+    teacher: Box<dyn Denoiser>,
+    sitting: Sitting,
+    pictures: Vec<RgbImage>,
+    questions: Vec<DenoiserInput>,
+    references: Vec<RgbImage>,
+}
+
+impl Exam {
+    fn new(base: &Path, output: &Output) -> anyhow::Result<Self> {
+        let pipeline = open(base)?;
+        let prompts = names().into_iter().enumerate().filter(|(index, _)| is_held_out(*index)).map(|(_, name)| name);
+        let sitting = Sitting {
+            prompts: prompts.collect(),
+            size: pipeline.own_size(),
+            steps: PICTURE_STEPS,
+            guidance: 0.0,
+            seed: SEED,
+        };
+        let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
+        let latents = draw(&pipeline, teacher.as_ref(), &sitting, output)?;
+        let pictures = sitting.develop(&pipeline, &latents)?;
+        let questions = questions(&sitting, &pipeline, &latents)?;
+        Ok(Self { references: references()?, pipeline, teacher, sitting, pictures, questions })
+    }
+
+    /// Converts and distils one student and examines it before and after.
+    fn graduate(
+        &self,
+        settings: &Settings,
+        base: &Path,
+        samples: &Path,
+        (radius, pool): (Radius, Option<usize>),
+        output: &Output,
+    ) -> anyhow::Result<Student> {
+        let plan = AttentionPlan::clear(radius, pool);
+        output.note(format_args!("{plan}: undistilled"));
+        let before = self.examine(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), output)?;
+        let model = settings.folder.join(model_name(radius, pool));
+        let begun = Instant::now();
+        output.note(format_args!("{plan}: converting and distilling"));
+        let args = conversion(settings, base, &model, samples);
+        let converted = convert::convert(&args, &plan, output)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let student = open(&model)?;
+        let after = self.examine(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
+        let entries = converted.lesson.map(|lesson| lesson.distilled.entries).unwrap_or_default();
+        Ok(Student {
+            attention: plan.to_string(),
+            radius: radius.tokens(),
+            pool,
+            steps: settings.steps,
+            seconds,
+            error_before: before.error,
+            error_after: after.error,
+            psnr_before: before.psnr,
+            psnr_after: after.psnr,
+            retrieval_before: self.retrieval(&before.pictures)?,
+            retrieval_after: self.retrieval(&after.pictures)?,
+            losses: entries.iter().map(|entry| entry.losses.total).collect(),
+            undistilled: before.pictures,
+            distilled: after.pictures,
+        })
+    }
+
+    fn examine(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<Marks> {
+        let error = prediction_error(self.teacher.as_ref(), student, &self.questions)?;
+        let latents = draw(&self.pipeline, student, &self.sitting, output)?;
+        let pictures = self.sitting.develop(&self.pipeline, &latents)?;
+        let pairs = self.pictures.iter().zip(&pictures);
+        let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
+        // The mean of mean squared errors, as the PSNR of all pictures together.
+        let error_of = |psnr: &f64| 10f64.powf(-psnr / 10.0);
+        let psnr = -10.0 * (each.iter().map(error_of).sum::<f64>() / each.len() as f64).log10();
+        Ok(Marks { error, psnr, pictures })
+    }
+
+    /// Share of pictures that are nearest, of all reference pictures, to that of their own name.
+    fn retrieval(&self, pictures: &[RgbImage]) -> anyhow::Result<f64> {
+        let nearest = retrieve(pictures, &self.references)?;
+        let own = (0..self.references.len()).filter(|index| is_held_out(*index));
+        let right = nearest.iter().zip(own).filter(|(nearest, own)| **nearest == *own).count();
+        Ok(right as f64 / pictures.len() as f64)
+    }
+}
+
+/// How a student did.
+struct Marks {
+    error: f64,
+    psnr: f64,
+    pictures: Vec<RgbImage>,
+}
+
+fn draw(
+    pipeline: &Pipeline,
+    denoiser: &dyn Denoiser,
+    sitting: &Sitting,
+    output: &Output,
+) -> anyhow::Result<Tensor> {
+    let bar = output.progress("drawing", sitting.prompts.len());
+    let latents = sitting.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
+    bar.finish_and_clear();
+    Ok(latents)
+}
+
+/// The teacher's pictures noised to four levels, with fixed noise.
+fn questions(sitting: &Sitting, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<DenoiserInput>> {
+    let count = sitting.prompts.len();
+    let halfway = sitting.halfway(pipeline, latents, count)?;
+    let noise = ((&halfway.latents * 2.0)? - latents)?;
+    let question = |level: f64| -> anyhow::Result<DenoiserInput> {
+        let noised = ((latents * (1.0 - level))? + (&noise * level)?)?;
+        let timestep = Tensor::full(level as f32, count, &Device::Cpu)?;
+        Ok(DenoiserInput { latents: noised, timestep, conditions: halfway.conditions.clone() })
+    };
+    [0.125, 0.375, 0.625, 0.875].into_iter().map(question).collect()
+}
+
+/// Reference pictures at the size of those drawn; retrieval averages both over the same cells.
+fn references() -> anyhow::Result<Vec<RgbImage>> {
+    let sheet = image::load_from_memory(embedded::REFERENCES)?.to_rgb8();
+    let tile = |index: u32| {
+        let (column, row) = (index % TILES, index / TILES);
+        let tile = image::imageops::crop_imm(&sheet, column * TILE, row * TILE, TILE, TILE).to_image();
+        image::imageops::resize(&tile, 4 * TILE, 4 * TILE, image::imageops::FilterType::Nearest)
+    };
+    Ok((0..names().len() as u32).map(tile).collect())
+}
+
+fn model_name(radius: Radius, pool: Option<usize>) -> String {
+    let pool = pool.map_or(String::new(), |pool| format!("-d{pool}"));
+    format!("mini-flux-r{}{pool}", radius.tokens())
+}
+
+fn conversion(settings: &Settings, base: &Path, model: &Path, samples: &Path) -> Convert {
+    Convert {
+        source: base.to_owned(),
+        output: model.to_owned(),
+        radius: 0.0,
+        pool: None,
+        attention: None,
+        no_distill: false,
+        dtype: None,
+        link: false,
+        overwrite: true,
+        dry_run: false,
+        reading: Reading::default(),
+        training: Training { samples: Some(samples.to_owned()), ..training(settings, None) },
+    }
+}

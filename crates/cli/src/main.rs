@@ -1,0 +1,50 @@
+//! The `clearform` command: arguments in, messages, progress and exit codes out. All that it does is done by the
+//! libraries below it; this crate alone prints.
+#![allow(clippy::print_stdout)]
+
+mod args;
+mod commands;
+mod demo;
+mod opening;
+mod output;
+mod report;
+mod school;
+mod sitting;
+
+use args::{Cli, Command};
+use clap::Parser as _;
+use output::{Outcome, Output};
+use std::process::ExitCode;
+
+/// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong use (clap's own).
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(Outcome::Whole) => ExitCode::SUCCESS,
+        Ok(Outcome::Partial) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<Outcome> {
+    if let Some(threads) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    let output = Output::new(cli.json);
+    match &cli.command {
+        Command::Inspect(args) => commands::inspect::run(args, &output),
+        Command::Convert(args) => commands::convert::run(args, &output),
+        Command::Distill(args) => commands::distill::run(args, &output),
+        Command::Patch(args) => commands::patch::run(args, &output),
+        Command::Generate(args) => commands::generate::run(args, &output),
+        Command::Forward(args) => commands::forward::run(args, &output),
+        Command::Compare(args) => commands::compare::run(args, &output),
+        Command::Bench(args) => commands::bench::run(args, &output),
+        Command::Plugins(args) => commands::plugins::run(args, &output),
+        Command::Verify(args) => commands::verify::run(args, &output),
+        Command::Demo(args) => commands::demo::run(args, &output),
+    }
+}

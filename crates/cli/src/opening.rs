@@ -1,0 +1,83 @@
+//! How the arguments of a command become an opened, identified checkpoint and the settings it runs with.
+
+use crate::args::{Dtype, Reading, Running};
+use anyhow::{Context as _, bail};
+use candle_core::{DType, Device};
+use clearform_attention::AttentionPlan;
+use clearform_layout::{Hints, Identified, Manifests, detect};
+use clearform_runtime::{Components, Options, Pipeline};
+use clearform_weights::Checkpoint;
+use serde_json::Value;
+use std::path::Path;
+
+/// The built-in manifests and that of `--manifest`, and what the person said of the source.
+pub fn reading(args: &Reading) -> anyhow::Result<clearform_runtime::Reading> {
+    let embedded = Manifests::embedded()?;
+    let manifests = match &args.manifest {
+        Some(path) => embedded.with_file(path)?,
+        None => embedded,
+    };
+    let config = args.config.as_deref().map(read_json).transpose()?;
+    let hints = Hints { family: args.family.clone(), variant: args.variant.clone(), config };
+    Ok(clearform_runtime::Reading { manifests, hints, allow_unmatched: args.allow_unmatched })
+}
+
+/// How a pipeline is opened where nothing particular is asked for.
+pub fn plainly(components: Option<&Path>) -> anyhow::Result<Options> {
+    Ok(Options {
+        reading: clearform_runtime::Reading::plain()?,
+        components: components.map(Path::to_owned),
+        plan: None,
+        dtype: None,
+        device: Device::Cpu,
+    })
+}
+
+/// Opens `model` where nothing particular is asked for.
+pub fn open_plainly(model: &Path, components: Option<&Path>) -> anyhow::Result<Pipeline> {
+    Ok(Pipeline::open(model, plainly(components)?)?)
+}
+
+/// Opens the transformer of `source` and says what it is.
+pub fn identify(source: &Path, reading: &Reading) -> anyhow::Result<(Checkpoint, Identified)> {
+    let path = Components::new(source, None).transformer();
+    let checkpoint = Checkpoint::open(&path)?;
+    let reading = self::reading(reading)?;
+    let identified = detect(&checkpoint, &reading.manifests, &reading.hints)
+        .with_context(|| format!("{}", path.display()))?;
+    Ok((checkpoint, identified))
+}
+
+/// The plan of `--attention`: one policy in a word, or a TOML file with a plan per layer.
+pub fn plan(text: &str) -> anyhow::Result<AttentionPlan> {
+    let path = Path::new(text);
+    if path.extension().is_some_and(|extension| extension == "toml") {
+        let content = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+        return AttentionPlan::from_toml(&content).with_context(|| format!("{}", path.display()));
+    }
+    Ok(text.parse()?)
+}
+
+/// The device of `--device`.
+pub fn device(running: &Running) -> anyhow::Result<Device> {
+    match running.device.as_str() {
+        "cpu" => Ok(Device::Cpu),
+        other => bail!("--device {other}: this build runs on `cpu` alone"),
+    }
+}
+
+impl Dtype {
+    /// The tensor library's name for it.
+    pub fn computed(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+fn read_json(path: &Path) -> anyhow::Result<Value> {
+    let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{}: expected JSON", path.display()))
+}

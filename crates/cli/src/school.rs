@@ -1,0 +1,179 @@
+//! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
+
+use crate::args::Training;
+use crate::commands::compare::read_prompts;
+use crate::output::Output;
+use anyhow::{Context as _, bail};
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_convert::Distillation;
+use clearform_distill::{
+    Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, Recipe, SampleSet, SampleSettings, Settings,
+    Start, Workshop, distill,
+};
+use clearform_runtime::{Pipeline, Size, Transformer};
+use clearform_weights::{Resident, TensorSource};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+/// Samples that are drawn at once where pictures are small; larger ones are drawn one by one.
+const SAMPLES_AT_ONCE: usize = 16;
+const SMALL: usize = 256;
+
+/// What a teacher draws of itself when nobody says what.
+const PROMPTS: &str = include_str!("prompts.txt");
+
+/// The samples in `folder`: made, finished, or simply there.
+pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+    let set = SampleSet::create(folder, sample_settings(pipeline, training)?)?;
+    if set.is_complete() {
+        return Ok(set);
+    }
+    let mut text_ids = None;
+    set.encode(&mut |prompts| {
+        let conditions = pipeline.encode_prompts(prompts)?;
+        text_ids.clone_from(&conditions.text_ids);
+        Ok::<_, clearform_runtime::RuntimeError>(conditions)
+    })?;
+    if text_ids.is_none() {
+        text_ids = pipeline.encode_prompts(&set.settings().prompts[..1])?.text_ids;
+    }
+    let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
+    let bar = output.progress("samples", set.settings().count);
+    set.draw(teacher.as_ref(), &canvas(pipeline, set.settings(), text_ids)?, &mut |done, _| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(set)
+}
+
+/// Samples made before, which must be whole.
+pub fn ready_samples(folder: &Path) -> anyhow::Result<SampleSet> {
+    let set = SampleSet::open(folder)?;
+    if !set.is_complete() {
+        bail!("{}: the samples are not finished; run what made them again", folder.display());
+    }
+    Ok(set)
+}
+
+/// Trains a student of `plan` that starts from `start`, and keeps its state in `folder`.
+pub fn train(
+    teacher: &Transformer,
+    student: Student,
+    samples: &SampleSet,
+    training: &Training,
+    output: &Output,
+) -> anyhow::Result<Lesson> {
+    let weights = Resident::load(teacher.source(), None, &Device::Cpu)?;
+    let recipe = Recipe { family: teacher.family(), config: teacher.config(), plan: student.plan };
+    let pair = Pair::build(recipe, &weights, student.start)?;
+    let start = if training.resume { Start::Resume } else { Start::Fresh };
+    let workshop =
+        Workshop { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
+    let bar = output.progress("distilling", training.steps);
+    let mut watch = |progress: &Progress| {
+        bar.set_position(progress.entry.step as u64);
+        bar.set_message(format!("loss {:.4}", progress.entry.losses.total));
+        ControlFlow::Continue(())
+    };
+    match distill(&pair, samples, &settings(training), &workshop, &mut watch)? {
+        Outcome::Finished(distilled) => {
+            bar.finish_and_clear();
+            Ok(Lesson { record: record(training, samples, &distilled), distilled })
+        }
+        Outcome::Stopped { step } => bail!("distillation stopped at step {step}; go on with --resume"),
+    }
+}
+
+/// A student that is to be trained.
+#[derive(Clone, Copy)]
+pub struct Student<'a> {
+    /// Its attention.
+    pub plan: &'a AttentionPlan,
+    /// Where its trained parameters start: the teacher, or an earlier student.
+    pub start: &'a dyn TensorSource,
+    /// Where the state of training lies.
+    pub folder: &'a Path,
+}
+
+/// What training gave.
+#[derive(Debug)]
+pub struct Lesson {
+    /// The trained parameters and every step's losses.
+    pub distilled: Distilled,
+    /// What the model's record says of it.
+    pub record: Distillation,
+}
+
+fn sample_settings(pipeline: &Pipeline, training: &Training) -> anyhow::Result<SampleSettings> {
+    let defaults = pipeline.transformer().identified().variant.defaults;
+    let prompts = match &training.prompts {
+        Some(path) => read_prompts(path)?,
+        None => PROMPTS.lines().map(str::to_owned).collect(),
+    };
+    let size = size(pipeline, training);
+    let tokens = pipeline.initial_latents(0, 1, size)?.tokens.dim(1)?;
+    let embeds_guidance = pipeline.transformer().config()["guidance_embeds"].as_bool().unwrap_or(false);
+    Ok(SampleSettings {
+        prompts,
+        count: training.sample_count,
+        batch: if tokens <= SMALL { SAMPLES_AT_ONCE } else { 1 },
+        size: [size.width, size.height],
+        steps: training.sample_steps.unwrap_or(defaults.steps),
+        guidance: embeds_guidance.then_some(defaults.guidance),
+        seed: training.seed,
+    })
+}
+
+fn size(pipeline: &Pipeline, training: &Training) -> Size {
+    training.sample_size.map_or(pipeline.own_size(), |edge| Size { height: edge, width: edge })
+}
+
+/// The tensor library's bf16 products run at a third of its f32 ones on a CPU, so samples are drawn in f32.
+fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<Canvas> {
+    let [width, height] = settings.size;
+    let latents = pipeline.initial_latents(0, 1, Size { height, width })?;
+    let schedule = pipeline.schedule(settings.steps, &latents)?;
+    Ok(Canvas {
+        shape: latents.tokens.dims()[1..].to_vec(),
+        image_ids: latents.image_ids,
+        text_ids,
+        schedule,
+        dtype: DType::F32,
+        device: Device::Cpu,
+    })
+}
+
+fn settings(training: &Training) -> Settings {
+    let learning_rate = LearningRate { peak: training.lr, warmup: (training.steps / 9).min(20), ..Default::default() };
+    Settings {
+        steps: training.steps,
+        batch: training.batch,
+        accumulation: training.accumulate,
+        learning_rate,
+        loss: LossSettings { every: training.attention_every, ..Default::default() },
+        seed: training.seed,
+        ..Default::default()
+    }
+}
+
+fn record(training: &Training, samples: &SampleSet, distilled: &Distilled) -> Distillation {
+    let losses: Vec<f64> = distilled.entries.iter().map(|entry| entry.losses.total).collect();
+    let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
+    Distillation {
+        steps: training.steps,
+        batch: training.batch * training.accumulate,
+        learning_rate: training.lr,
+        samples: samples.settings().count,
+        seed: training.seed,
+        first_loss: losses.first().copied().unwrap_or_default(),
+        last_loss: last.iter().sum::<f64>() / last.len().max(1) as f64,
+    }
+}
+
+/// The folder of components, or what to do without one.
+pub fn needed<'a>(components: Option<&'a Path>, missing: &[&str]) -> anyhow::Result<Option<&'a Path>> {
+    if missing.is_empty() {
+        return Ok(components);
+    }
+    Err(anyhow::anyhow!("{} are not there", missing.join(", ")))
+        .context("distilling makes samples, which needs the whole pipeline: give --components, --samples or --no-distill")
+}

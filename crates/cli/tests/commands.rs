@@ -1,0 +1,156 @@
+//! The contract of the command line: what is printed, which files appear, how it exits.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use clearform_testkit::{assert_close, fixture};
+use common::{Tiny, complaint, json, repository, run, text};
+use std::collections::HashMap;
+use std::path::Path;
+
+const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
+
+#[test]
+fn wrong_use_exits_2() {
+    run(2, &["convert"]);
+    run(2, &["generate", "model", "prompt", "--no-such-flag"]);
+    run(0, &["--help"]);
+}
+
+#[test]
+fn inspect_names_what_it_found() {
+    let tiny = Tiny::new();
+    let found = json(0, &["inspect", text(tiny.path())]);
+    assert_eq!(found["family"], "flux");
+    assert_eq!(found["layout"], "diffusers");
+    assert_eq!(found["complete"], true);
+    assert_eq!(found["depth"]["num_layers"], 2);
+    let parameters: usize = tiny.tensors.values().map(Tensor::elem_count).sum();
+    assert_eq!(found["parameters"], parameters);
+}
+
+#[test]
+fn inspect_names_each_tensor_that_is_wrong() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let complain = |change: &dyn Fn(&mut Tiny)| {
+        let mut tiny = Tiny::new();
+        change(&mut tiny);
+        tiny.save();
+        complaint(1, &["inspect", text(tiny.path())])
+    };
+    let missing = complain(&|tiny| drop(tiny.tensors.remove(QUERY)));
+    assert!(missing.contains(QUERY) && missing.contains("missing"), "{missing}");
+    let extra = complain(&|tiny| drop(tiny.tensors.insert("stray.weight".into(), zeros(&[3]))));
+    assert!(extra.contains("stray.weight") && extra.contains("not understood"), "{extra}");
+    let misshapen = complain(&|tiny| drop(tiny.tensors.insert(QUERY.into(), zeros(&[48, 47]))));
+    assert!(misshapen.contains(QUERY) && misshapen.contains("[48, 47]"), "{misshapen}");
+    let wrong = complain(&|tiny| {
+        let tensor = tiny.tensors.remove(QUERY).unwrap();
+        tiny.tensors.insert("transformer_blocks.0.attn.to_query.weight".into(), tensor);
+    });
+    assert!(wrong.contains(QUERY) && wrong.contains("to_query"), "{wrong}");
+}
+
+#[test]
+fn what_is_no_model_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n").unwrap();
+    let said = complaint(1, &["inspect", text(&path)]);
+    assert!(said.contains("model.safetensors") && said.contains("git-lfs"), "{said}");
+    let nowhere = complaint(1, &["inspect", text(&folder.path().join("nowhere"))]);
+    assert!(nowhere.contains("nowhere"), "{nowhere}");
+}
+
+/// Runs `forward` on the fixture's inputs and gives the sample.
+fn forward(model: &Path, attention: &[&str]) -> Tensor {
+    let folder = tempfile::tempdir().unwrap();
+    let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
+    let prefix = "5x8/input/";
+    let inputs: HashMap<String, Tensor> = cases
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor)))
+        .collect();
+    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    candle_core::safetensors::save(&inputs, &input).unwrap();
+    run(0, &[&["forward", text(model), "--inputs", text(&input), "-o", text(&output)], attention].concat());
+    fixture(&output)["sample"].clone()
+}
+
+fn expected(plan: &str) -> Tensor {
+    fixture(repository("tests/fixtures/flux/head24/cases.safetensors"))[&format!("5x8/{plan}/sample")].clone()
+}
+
+#[test]
+fn forward_gives_what_diffusers_gives() {
+    let tiny = Tiny::new();
+    assert_close("full", &forward(tiny.path(), &[]), &expected("full"), 2e-5);
+    assert_close("r = 3", &forward(tiny.path(), &["--attention", "clear:r=3"]), &expected("r3"), 2e-5);
+    assert_close("r = 4.5", &forward(tiny.path(), &["--attention", "clear:r=4.5"]), &expected("r4.5"), 2e-5);
+}
+
+#[test]
+fn a_converted_model_runs_its_own_plan_and_verifies() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let model = folder.path().join("model");
+    let convert = ["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill"];
+    let written = json(0, &convert);
+    assert_eq!(written["attention"], "clear:r=3");
+    assert!(!folder.path().join("model.work").exists());
+    assert_close("recorded plan", &forward(&model, &[]), &expected("r3"), 2e-5);
+    assert_close("full", &forward(&model, &["--attention", "full"]), &expected("full"), 2e-5);
+    run(0, &["verify", text(&model)]);
+    run(0, &["inspect", text(&model)]);
+    let again = complaint(1, &convert);
+    assert!(again.contains("--overwrite"), "{again}");
+    std::fs::write(model.join("README.md"), "changed").unwrap();
+    let report = json(1, &["verify", text(&model)]);
+    assert_eq!(report["changed"][0], "README.md");
+}
+
+#[test]
+fn distilling_needs_components_and_says_so() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let model = folder.path().join("model");
+    let said = complaint(1, &["convert", text(tiny.path()), "-o", text(&model)]);
+    for remedy in ["--components", "--samples", "--no-distill"] {
+        assert!(said.contains(remedy), "{said}");
+    }
+    assert!(!model.exists() && !folder.path().join("model.work").exists());
+}
+
+#[test]
+fn a_patch_carries_attention_to_a_fine_tune() {
+    let (base, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let mut student = Tiny::new();
+    let moved = (&student.tensors[QUERY] + 0.25).unwrap();
+    student.tensors.insert(QUERY.into(), moved);
+    student.save();
+    let mut fine_tune = Tiny::new();
+    let tuned = (&fine_tune.tensors[QUERY] * 2.0).unwrap();
+    fine_tune.tensors.insert(QUERY.into(), tuned.clone());
+    fine_tune.save();
+    let path = |name: &str| folder.path().join(name);
+    let (model, patch) = (path("model"), path("patch.safetensors"));
+    run(0, &["convert", text(student.path()), "-o", text(&model), "--radius", "3", "--no-distill"]);
+    let extracted = json(0, &["patch", "extract", text(&model), "--base", text(base.path()), "-o", text(&patch)]);
+    assert_eq!(extracted["tensors"], 1);
+    let apply = |mode: &str, more: &[&str]| {
+        let output = path(mode);
+        let arguments = ["patch", "apply", text(&patch), "--to", text(fine_tune.path()), "-o", text(&output), "--mode", mode];
+        run(0, &[&arguments[..], more].concat());
+        fixture(output.join("transformer/diffusion_pytorch_model.safetensors"))[QUERY].clone()
+    };
+    assert_close("replace", &apply("replace", &[]), &student.tensors[QUERY], 1e-7);
+    let shifted = apply("shift", &["--base", text(base.path())]);
+    assert_close("shift", &shifted, &(&tuned + 0.25).unwrap(), 1e-6);
+}
+
+#[test]
+fn attention_can_be_timed() {
+    let timing = json(0, &["bench", "attention", "--grid", "16x16", "--radius", "4", "--head-dim", "32", "--text", "8", "--repeat", "1"]);
+    assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
+    assert!(timing["useful_pairs"].as_u64().unwrap() < timing["visited_pairs"].as_u64().unwrap());
+    assert!(timing["visited_pairs"].as_u64().unwrap() <= 264 * 264);
+}

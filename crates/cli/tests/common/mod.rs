@@ -1,0 +1,72 @@
+//! Running the command, and small models to run it on.
+#![allow(dead_code)]
+
+use candle_core::Tensor;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// The command with its arguments.
+pub fn clearform(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_clearform"));
+    command.args(arguments);
+    command
+}
+
+/// Runs it and gives what it printed; panics unless it exits with `code`.
+pub fn run(code: i32, arguments: &[&str]) -> Output {
+    let output = clearform(arguments).output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "clearform {arguments:?}\n{stdout}\n{stderr}");
+    output
+}
+
+/// As [`run`], with `--json`: the one object on stdout.
+pub fn json(code: i32, arguments: &[&str]) -> Value {
+    let output = run(code, &[arguments, &["--json"]].concat());
+    serde_json::from_slice(&output.stdout).expect("stdout holds one JSON object")
+}
+
+/// What it said on stderr.
+pub fn complaint(code: i32, arguments: &[&str]) -> String {
+    String::from_utf8(run(code, arguments).stderr).unwrap()
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A file or folder of the repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+}
+
+/// The tiny random FLUX transformer that diffusers made, in the folder that `save_pretrained` writes.
+pub struct Tiny {
+    folder: tempfile::TempDir,
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Tiny {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let fixture = repository("tests/fixtures/flux/head24");
+        std::fs::copy(fixture.join("config.json"), folder.path().join("config.json")).unwrap();
+        let tiny = Self { folder, tensors: clearform_testkit::fixture(fixture.join("weights.safetensors")) };
+        tiny.save();
+        tiny
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes the tensors as they are now.
+    pub fn save(&self) {
+        let tensors: std::collections::HashMap<_, _> = self.tensors.clone().into_iter().collect();
+        let path = self.folder.path().join("diffusion_pytorch_model.safetensors");
+        candle_core::safetensors::save(&tensors, path).unwrap();
+    }
+}

@@ -1,0 +1,18 @@
+//! From a checkpoint to a portable model, and attention patches.
+//!
+//! The main types are [`ConversionPlan`], which is applied to a [`Stage`] and reports what it did, and
+//! [`PortableModel`], the folder that comes out. This crate moves tensors and files; it runs no model.
+
+mod error;
+mod model;
+mod patch;
+mod plan;
+mod record;
+mod stage;
+
+pub use error::{ConvertError, Result};
+pub use model::{PortableModel, VerifyReport, recorded_plan};
+pub use patch::{Mode, Patch, Patched};
+pub use plan::{ConversionPlan, Report, TRANSFORMER};
+pub use record::{Distillation, FileRecord, Record, SourceRecord};
+pub use stage::{Placing, Replace, Stage};

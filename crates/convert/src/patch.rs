@@ -1,0 +1,332 @@
+//! [`Patch`]: the distilled attention of a model as one file, and putting it into another model.
+//!
+//! A patch holds tensors under canonical names. CLEAR's own published files are patches too; they have no metadata, so
+//! their radius and pooling come from their names.
+
+use crate::{ConvertError, Result};
+use candle_core::{DType, Tensor};
+use clearform_attention::{AttentionPlan, Policy, Radius};
+use clearform_weights::{Checkpoint, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, save};
+use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// How a patch meets a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The patch's tensors take the place of the model's, as CLEAR does it.
+    Replace,
+    /// The model's tensors move by what distillation changed: W + (W_student - W_teacher). Keeps what a fine-tune
+    /// learned.
+    Shift,
+}
+
+/// A patch that is open.
+#[derive(Debug)]
+pub struct Patch {
+    tensors: Checkpoint,
+    plan: AttentionPlan,
+    base: Option<String>,
+}
+
+const KIND: &str = "clearform.kind";
+const PATCH: &str = "attention-patch";
+const PLAN: &str = "clearform.attention";
+const BASE: &str = "clearform.base_sha256";
+
+impl Patch {
+    /// Writes the attention tensors of `model` that differ from `base`, both under canonical names.
+    ///
+    /// # Errors
+    /// [`ConvertError::Misfit`] if nothing differs or the models are of two kinds.
+    pub fn extract(
+        model: &dyn TensorSource,
+        base: &dyn TensorSource,
+        family: &str,
+        plan: &AttentionPlan,
+        path: &Path,
+    ) -> Result<usize> {
+        let mut changed = Resident::default();
+        for name in attention_names(model) {
+            let tensor = model.tensor(&name)?;
+            if is_changed(&name, &tensor, base)? {
+                changed.insert(name, tensor);
+            }
+        }
+        let names: Vec<String> = changed.tensors().into_iter().map(|info| info.name).collect();
+        if names.is_empty() {
+            return Err(ConvertError::Misfit(
+                "the model's attention is that of its base; there is nothing to extract".into(),
+            ));
+        }
+        save(path, &changed, &metadata(family, plan, fingerprint(base, &names)?))?;
+        Ok(names.len())
+    }
+
+    /// Opens a patch. `radius` is needed where neither metadata nor the file's name tell it.
+    ///
+    /// # Errors
+    /// A file that is no patch, or a radius that cannot be told.
+    pub fn open(path: &Path, radius: Option<Radius>) -> Result<Self> {
+        let tensors = Checkpoint::open(path)?;
+        let bad = |reason: String| ConvertError::BadModel { path: path.to_owned(), reason };
+        if let Some(foreign) = tensors.tensors().iter().find(|info| !is_attention(&info.name)) {
+            return Err(bad(format!(
+                "expected attention layers alone, found tensor {:?}; this is no patch",
+                foreign.name
+            )));
+        }
+        let plan = match (tensors.metadata().get(PLAN), radius) {
+            (Some(text), None) => AttentionPlan::from_toml(text)?,
+            (_, Some(radius)) => AttentionPlan::clear(radius, pool_of(&tensors)),
+            (None, None) => plan_of_name(path)
+                .ok_or_else(|| bad("has no metadata and its name tells no radius; give --radius R".to_owned()))?,
+        };
+        let base = tensors.metadata().get(BASE).cloned();
+        Ok(Self { tensors, plan, base })
+    }
+
+    /// The attention plan that it was distilled for.
+    pub fn plan(&self) -> &AttentionPlan {
+        &self.plan
+    }
+
+    /// `target` with the patch put in. `Shift` needs `base`, the teacher of the patch.
+    ///
+    /// # Errors
+    /// [`ConvertError::Misfit`] if the target lacks a tensor of the patch or has it in another shape, if the base is
+    /// missing, or if it is not the one that the patch was distilled from.
+    pub fn onto<'a>(
+        &'a self,
+        target: &'a dyn TensorSource,
+        mode: Mode,
+        base: Option<&'a dyn TensorSource>,
+    ) -> Result<Patched<'a>> {
+        for info in self.tensors.tensors().iter().filter(|info| !is_learned(&info.name)) {
+            check_shape(info, target, "the model")?;
+        }
+        let base = match (mode, base) {
+            (Mode::Replace, _) => None,
+            (Mode::Shift, Some(base)) => Some(self.check_base(base)?),
+            (Mode::Shift, None) => {
+                return Err(ConvertError::Misfit("shift needs the teacher; give --base TEACHER".into()));
+            }
+        };
+        Ok(Patched { target, patch: &self.tensors, base })
+    }
+
+    fn check_base<'a>(&self, base: &'a dyn TensorSource) -> Result<&'a dyn TensorSource> {
+        let infos = self.tensors.tensors();
+        infos.iter().filter(|info| !is_learned(&info.name)).try_for_each(|info| check_shape(info, base, "the base"))?;
+        let names: Vec<String> = infos.into_iter().map(|info| info.name).collect();
+        match &self.base {
+            Some(recorded) if *recorded != fingerprint(base, &names)? => {
+                Err(ConvertError::Misfit("the base is not the teacher that this patch was distilled from".into()))
+            }
+            _ => Ok(base),
+        }
+    }
+}
+
+/// A model with a patch put in, tensor by tensor as it is read.
+pub struct Patched<'a> {
+    target: &'a dyn TensorSource,
+    patch: &'a dyn TensorSource,
+    base: Option<&'a dyn TensorSource>,
+}
+
+impl<'a> Patched<'a> {
+    /// `target` with every tensor of `changed` in the place of its own, in the number formats of `target`.
+    pub fn new(target: &'a dyn TensorSource, changed: &'a dyn TensorSource) -> Self {
+        Self { target, patch: changed, base: None }
+    }
+}
+
+impl TensorSource for Patched<'_> {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        let mut infos: BTreeMap<String, TensorInfo> =
+            self.patch.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
+        infos.extend(self.target.tensors().into_iter().map(|info| (info.name.clone(), info)));
+        infos.into_values().collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.target.info(name).or_else(|| self.patch.info(name))
+    }
+
+    fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
+        if self.patch.info(name).is_none() {
+            return self.target.read(name);
+        }
+        Resident::from_iter([(name.to_owned(), self.patched(name)?)]).read(name)
+    }
+}
+
+impl Patched<'_> {
+    fn patched(&self, name: &str) -> clearform_weights::Result<Tensor> {
+        let student = self.patch.tensor(name)?;
+        let info = self.info(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })?;
+        let dtype = DType::try_from(info.dtype).unwrap_or(student.dtype());
+        let teacher = self.base.filter(|_| !is_learned(name)).map(|base| base.tensor(name)).transpose()?;
+        match teacher {
+            None => Ok(student.to_dtype(dtype)?),
+            Some(teacher) => {
+                let change = (student.to_dtype(DType::F32)? - teacher.to_dtype(DType::F32)?)?;
+                Ok((self.target.tensor(name)?.to_dtype(DType::F32)? + change)?.to_dtype(dtype)?)
+            }
+        }
+    }
+}
+
+/// The projections that CLEAR distils, and what its policies learn.
+fn is_attention(name: &str) -> bool {
+    is_learned(name)
+        || [".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out."].iter().any(|part| name.contains(part))
+}
+
+/// Tensors without a counterpart in the teacher.
+fn is_learned(name: &str) -> bool {
+    name.ends_with(".processor.spatial_weight")
+}
+
+fn attention_names(source: &dyn TensorSource) -> BTreeSet<String> {
+    source.tensors().into_iter().map(|info| info.name).filter(|name| is_attention(name)).collect()
+}
+
+/// Compared in f32, so that a model stored in another number format than its base differs only where training changed it.
+fn is_changed(name: &str, tensor: &Tensor, base: &dyn TensorSource) -> Result<bool> {
+    if is_learned(name) {
+        return Ok(true);
+    }
+    let info = TensorInfo { name: name.to_owned(), dtype: tensor.dtype().into(), shape: tensor.dims().to_vec() };
+    check_shape(&info, base, "the base")?;
+    let base = base.tensor(name)?.to_dtype(tensor.dtype())?.to_dtype(DType::F32)?;
+    let difference = (tensor.to_dtype(DType::F32)? - base)?.abs()?.flatten_all()?;
+    Ok(difference.max(0)?.to_scalar::<f32>()? != 0.0)
+}
+
+fn check_shape(info: &TensorInfo, other: &dyn TensorSource, what: &str) -> Result<()> {
+    let found = other.info(&info.name);
+    match &found {
+        Some(found) if found.shape == info.shape => Ok(()),
+        Some(found) => Err(ConvertError::Misfit(format!(
+            "tensor {:?} is {:?} in the patch and {:?} in {what}; they are of two kinds",
+            info.name, info.shape, found.shape
+        ))),
+        None => Err(ConvertError::Misfit(format!("tensor {:?} is missing in {what}", info.name))),
+    }
+}
+
+/// Hash of those tensors of the base that a patch replaces, under their canonical names and as stored, so that the same
+/// base is known again in any layout.
+fn fingerprint(base: &dyn TensorSource, names: &[String]) -> Result<String> {
+    let mut hash = Sha256::new();
+    for name in names.iter().filter(|name| !is_learned(name)) {
+        hash.update(name.as_bytes());
+        hash.update(base.read(name)?.bytes);
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String, String> {
+    let mut metadata = BTreeMap::from([
+        (KIND.to_owned(), PATCH.to_owned()),
+        ("clearform.family".to_owned(), family.to_owned()),
+        (PLAN.to_owned(), plan.to_toml()),
+        (BASE.to_owned(), base),
+    ]);
+    if let Policy::Clear { radius, pool } = plan.default_policy() {
+        metadata.insert("clearform.radius".to_owned(), radius.tokens().to_string());
+        metadata.extend(pool.map(|pool| ("clearform.pool".to_owned(), pool.to_string())));
+    }
+    metadata
+}
+
+/// Edge of the pooled cells, by the shape of a learned weight (1, 1, 1, d, 1, d, 1).
+fn pool_of(tensors: &Checkpoint) -> Option<usize> {
+    let learned = tensors.tensors().into_iter().find(|info| is_learned(&info.name))?;
+    learned.shape.get(3).copied()
+}
+
+/// The plan that a name such as `clear_local_16_down_4` tells.
+fn plan_of_name(path: &Path) -> Option<AttentionPlan> {
+    let stem = path.file_stem()?.to_str()?;
+    let rest = stem.split_once("clear_local_")?.1;
+    let (radius, pool) = match rest.split_once("_down_") {
+        Some((radius, pool)) => (radius, Some(pool.parse().ok()?)),
+        None => (rest, None),
+    };
+    Some(AttentionPlan::clear(Radius::new(radius.parse().ok()?).ok()?, pool))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
+    const OTHER: &str = "x_embedder.weight";
+
+    fn model(query: f32, dtype: DType) -> Resident {
+        let tensor = |value: f32| Tensor::full(value, (2, 2), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        [(QUERY.to_owned(), tensor(query)), (OTHER.to_owned(), tensor(9.0))].into_iter().collect()
+    }
+
+    fn value(source: &dyn TensorSource, name: &str) -> f32 {
+        source.tensor(name).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap()[0][0]
+    }
+
+    fn extracted(folder: &Path) -> std::path::PathBuf {
+        let path = folder.join("patch.safetensors");
+        let plan = "clear:r=3".parse().unwrap();
+        let count = Patch::extract(&model(5.0, DType::F32), &model(2.0, DType::F32), "flux", &plan, &path).unwrap();
+        assert_eq!(count, 1);
+        path
+    }
+
+    #[test]
+    fn replace_puts_in_and_shift_moves() {
+        let folder = tempfile::tempdir().unwrap();
+        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
+        assert_eq!(patch.plan().to_string(), "clear:r=3");
+        let (fine_tune, teacher) = (model(2.5, DType::BF16), model(2.0, DType::F32));
+        let replaced = patch.onto(&fine_tune, Mode::Replace, None).unwrap();
+        assert_eq!(value(&replaced, QUERY), 5.0);
+        let shifted = patch.onto(&fine_tune, Mode::Shift, Some(&teacher)).unwrap();
+        assert_eq!((value(&shifted, QUERY), value(&shifted, OTHER)), (5.5, 9.0));
+        assert_eq!(shifted.tensor(QUERY).unwrap().dtype(), DType::BF16);
+    }
+
+    #[test]
+    fn shift_wants_the_very_teacher() {
+        let folder = tempfile::tempdir().unwrap();
+        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
+        let (target, other) = (model(2.5, DType::F32), model(2.1, DType::F32));
+        let error = |base| patch.onto(&target, Mode::Shift, base).err().unwrap().to_string();
+        assert!(error(None).contains("--base"));
+        assert!(error(Some(&other)).contains("not the teacher"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
+        let empty = Resident::default();
+        assert!(patch.onto(&empty, Mode::Replace, None).err().unwrap().to_string().contains(QUERY));
+        let same = model(2.0, DType::F32);
+        let path = folder.path().join("none.safetensors");
+        let error = Patch::extract(&same, &same, "flux", &AttentionPlan::full(), &path).unwrap_err();
+        assert!(error.to_string().contains("nothing to extract"));
+    }
+
+    #[test]
+    fn published_files_tell_their_plan_by_name() {
+        for (name, plan) in
+            [("clear_local_16.safetensors", "clear:r=16"), ("clear_local_8_down_4.safetensors", "clear:r=8,d=4")]
+        {
+            assert_eq!(plan_of_name(Path::new(name)).unwrap().to_string(), plan);
+        }
+        assert!(plan_of_name(Path::new("lora.safetensors")).is_none());
+    }
+}

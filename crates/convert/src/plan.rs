@@ -1,0 +1,219 @@
+//! [`ConversionPlan`]: what is to be written, and [applying](ConversionPlan::apply) it, one tensor at a time.
+
+use crate::error::at;
+use crate::stage::{Placing, Stage};
+use crate::{Record, Result, SourceRecord};
+use candle_core::DType;
+use clearform_attention::AttentionPlan;
+use clearform_layout::{Account, Identified};
+use clearform_weights::{Checkpoint, RawTensor, Resident, SafetensorsWriter, TensorInfo, TensorSource, sha256_file};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Where the transformer's tensors lie in a portable model.
+pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
+
+/// Parts of a pipeline that are taken along as they are.
+const COMPONENTS: [&str; 6] = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"];
+
+/// What is to be written.
+#[derive(Debug, Clone)]
+pub struct ConversionPlan {
+    identified: Identified,
+    attention: AttentionPlan,
+    dtype: Option<DType>,
+    components: Vec<PathBuf>,
+    placing: Placing,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The fate of each input tensor.
+    pub account: Account,
+    /// Tensors that the attention plan adds, with their initial values.
+    pub added: Vec<String>,
+    /// Parts of the pipeline that were taken along.
+    pub components: Vec<String>,
+    /// Numbers in the transformer.
+    pub parameters: u64,
+}
+
+impl ConversionPlan {
+    /// A plan that gives the identified transformer the attention that is asked for.
+    pub fn new(identified: &Identified, attention: AttentionPlan) -> Self {
+        let identified = identified.clone();
+        Self { identified, attention, dtype: None, components: Vec::new(), placing: Placing::Copy }
+    }
+
+    /// Writes floating-point tensors in this number format, not in the source's.
+    #[must_use]
+    pub fn with_dtype(mut self, dtype: Option<DType>) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// Takes the parts of a pipeline along from these folders, each part from the first that has it.
+    #[must_use]
+    pub fn with_components(mut self, folders: Vec<PathBuf>, placing: Placing) -> Self {
+        self.components = folders;
+        self.placing = placing;
+        self
+    }
+
+    /// What a model by this plan is recorded as.
+    ///
+    /// # Errors
+    /// A plan that cannot be written, or a source that cannot be read.
+    pub fn record(&self, checkpoint: &Checkpoint) -> Result<Record> {
+        let mut record = Record::new(&self.identified.family, &self.identified.variant.name, &self.attention)?;
+        for file in checkpoint.files() {
+            let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            record.source.push(SourceRecord { name, sha256: sha256_file(&file.path)? });
+        }
+        Ok(record)
+    }
+
+    /// Writes the transformer, given under canonical names, and its parts into `stage`. `watch` is told the bytes written and the bytes in all.
+    ///
+    /// # Errors
+    /// Too little room, a tensor that cannot be read or converted, or what the system says.
+    pub fn apply(
+        &self,
+        canonical: &dyn TensorSource,
+        account: &Account,
+        stage: &Stage,
+        watch: &mut dyn FnMut(u64, u64),
+    ) -> Result<Report> {
+        let added = self.added(canonical)?;
+        let tensors = self.outputs(canonical, &added)?;
+        stage.check_room(tensors.iter().map(byte_count).sum::<u64>() + self.component_bytes())?;
+        self.write_transformer(canonical, &added, &tensors, stage, watch)?;
+        let components = self.place_components(stage)?;
+        write_file(&stage.folder().join("README.md"), self.readme().as_bytes())?;
+        Ok(Report {
+            account: account.clone(),
+            added: added.iter().map(|(name, _)| name.to_owned()).collect(),
+            components,
+            parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
+        })
+    }
+
+    /// Learned tensors of the attention plan that the source lacks.
+    fn added(&self, source: &dyn TensorSource) -> Result<Resident> {
+        let names: BTreeSet<String> = source.tensors().into_iter().filter_map(|info| layer_of(&info.name)).collect();
+        let learned = names.iter().filter_map(|layer| self.attention.learned(layer).transpose());
+        let learned = learned.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(learned.into_iter().filter(|(name, _)| source.info(name).is_none()).collect())
+    }
+
+    fn outputs(&self, source: &dyn TensorSource, added: &Resident) -> Result<Vec<TensorInfo>> {
+        let converted = source.tensors().into_iter().map(|info| TensorInfo { dtype: self.output_dtype(&info), ..info });
+        Ok(converted.chain(added.tensors()).collect())
+    }
+
+    fn output_dtype(&self, info: &TensorInfo) -> clearform_weights::Dtype {
+        use clearform_weights::Dtype::{BF16, F16, F32, F64};
+        match self.dtype {
+            Some(dtype) if matches!(info.dtype, BF16 | F16 | F32 | F64) => dtype.into(),
+            _ => info.dtype,
+        }
+    }
+
+    fn write_transformer(
+        &self,
+        source: &dyn TensorSource,
+        added: &Resident,
+        tensors: &[TensorInfo],
+        stage: &Stage,
+        watch: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        let path = stage.folder().join(TRANSFORMER);
+        create_parent(&path)?;
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let mut writer = SafetensorsWriter::create(&path, tensors, &metadata)?;
+        let (mut done, all) = (0, tensors.iter().map(byte_count).sum());
+        for info in tensors {
+            let tensor =
+                if added.info(&info.name).is_some() { added.read(&info.name)? } else { source.read(&info.name)? };
+            writer.write(&info.name, &converted(tensor, info)?)?;
+            done += byte_count(info);
+            watch(done, all);
+        }
+        writer.finish()?;
+        let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
+        write_file(&stage.folder().join("transformer/config.json"), &config)
+    }
+
+    fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
+        let mut placed = Vec::new();
+        for name in COMPONENTS {
+            if let Some(folder) = self.component(name) {
+                stage.place(&folder, name, self.placing)?;
+                placed.push(name.to_owned());
+            }
+        }
+        if let Some(index) = self.component("model_index.json") {
+            let bytes = std::fs::read(&index).map_err(at(&index))?;
+            write_file(&stage.folder().join("model_index.json"), &bytes)?;
+        }
+        Ok(placed)
+    }
+
+    fn component(&self, name: &str) -> Option<PathBuf> {
+        self.components.iter().map(|folder| folder.join(name)).find(|path| path.exists())
+    }
+
+    fn component_bytes(&self) -> u64 {
+        let files = COMPONENTS.into_iter().filter_map(|name| self.component(name));
+        let entries = files.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
+        entries
+            .filter_map(|entry| entry.ok()?.metadata().ok())
+            .filter(|data| data.is_file())
+            .map(|data| data.len())
+            .sum()
+    }
+
+    fn readme(&self) -> String {
+        format!(
+            "# A linear {family} model\n\n\
+             This folder holds a {family} diffusion transformer (variant {variant}) whose attention was rewritten by \
+             clearform: `{plan}`. It has the form of a diffusers pipeline, and clearform.toml says where it came from, \
+             how it was distilled, and the size and hash of every file.\n\n\
+             Run it with `clearform generate FOLDER \"PROMPT\"`. diffusers can open the folder too, but runs the \
+             transformer with full attention, which is neither linear nor what it was distilled for, unless CLEAR's \
+             attention processors are set.\n",
+            family = self.identified.family,
+            variant = self.identified.variant.name,
+            plan = self.attention,
+        )
+    }
+}
+
+/// The attention layer that a query projection belongs to.
+fn layer_of(name: &str) -> Option<String> {
+    name.strip_suffix(".to_q.weight").map(str::to_owned)
+}
+
+fn converted(tensor: RawTensor, info: &TensorInfo) -> Result<RawTensor> {
+    if tensor.dtype == info.dtype {
+        return Ok(tensor);
+    }
+    let dtype = DType::try_from(info.dtype)?;
+    let one: Resident = [(info.name.clone(), tensor.to_tensor(&info.name)?.to_dtype(dtype)?)].into_iter().collect();
+    Ok(one.read(&info.name)?)
+}
+
+pub(crate) fn byte_count(info: &TensorInfo) -> u64 {
+    info.shape.iter().map(|extent| *extent as u64).product::<u64>() * info.dtype.bitsize() as u64 / 8
+}
+
+fn create_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |parent| std::fs::create_dir_all(parent).map_err(at(parent)))
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    create_parent(path)?;
+    Ok(clearform_weights::write_atomically(path, bytes)?)
+}

@@ -1,0 +1,210 @@
+//! [`Stage`]: a folder in which a model is put together, beside the place where it will stand. The model appears under
+//! its name by one rename, when it is whole; a run that is killed leaves the old model or none.
+
+use crate::error::at;
+use crate::{ConvertError, FileRecord, Record, Result};
+use clearform_weights::sha256_file;
+use std::fs;
+use std::path::{Path, PathBuf};
+use walkdir::WalkDir;
+
+/// How files come from elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placing {
+    /// As copies of their own.
+    Copy,
+    /// As further names of the same bytes, where the file system allows it.
+    Link,
+}
+
+/// A model being put together.
+#[derive(Debug)]
+pub struct Stage {
+    target: PathBuf,
+    work: PathBuf,
+}
+
+impl Stage {
+    /// Begins work on `target` in `target.work/`; `replace` allows `target` to be a portable model that stands.
+    ///
+    /// # Errors
+    /// [`ConvertError::InTheWay`] if `target` stands or work of an earlier run does.
+    pub fn begin(target: &Path, replace: Replace) -> Result<Self> {
+        let stage = Self::of(target, replace)?;
+        if stage.work.exists() {
+            return Err(in_the_way(
+                &stage.work,
+                "holds the work of an earlier run; go on with --resume, or delete it to begin anew",
+            ));
+        }
+        fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
+        Ok(stage)
+    }
+
+    /// Goes on with earlier work on `target`, or begins if there is none.
+    ///
+    /// # Errors
+    /// As [`Self::begin`], but for the earlier work.
+    pub fn resume(target: &Path, replace: Replace) -> Result<Self> {
+        let stage = Self::of(target, replace)?;
+        // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
+        if stage.folder().exists() {
+            fs::remove_dir_all(stage.folder()).map_err(at(&stage.work))?;
+        }
+        fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
+        Ok(stage)
+    }
+
+    fn of(target: &Path, replace: Replace) -> Result<Self> {
+        check_target(target, replace)?;
+        let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
+        name.push(".work");
+        Ok(Self { target: target.to_owned(), work: target.with_file_name(name) })
+    }
+
+    /// Where the model's files go.
+    pub fn folder(&self) -> PathBuf {
+        self.work.join("stage")
+    }
+
+    /// Where everything else of the work goes: samples, training state.
+    pub fn work(&self) -> &Path {
+        &self.work
+    }
+
+    /// Puts the files of `source`, a folder or a file, at `path` within the model. Symbolic links are followed.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn place(&self, source: &Path, path: &str, placing: Placing) -> Result<()> {
+        for entry in WalkDir::new(source).follow_links(true).sort_by_file_name() {
+            let entry = entry.map_err(|error| at(source)(error.into()))?;
+            if entry.file_type().is_file() {
+                let inside = entry.path().strip_prefix(source).unwrap_or(entry.path());
+                let to = self.folder().join(path);
+                put(entry.path(), &if inside == Path::new("") { to } else { to.join(inside) }, placing)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that are free where the stage lies.
+    ///
+    /// # Errors
+    /// [`ConvertError::NoRoom`] if they are fewer than `needed`.
+    pub fn check_room(&self, needed: u64) -> Result<()> {
+        let status = rustix::fs::statvfs(&self.work).map_err(|error| at(&self.work)(error.into()))?;
+        let free = status.f_bavail.saturating_mul(status.f_frsize);
+        if free < needed {
+            return Err(ConvertError::NoRoom { path: self.work.clone(), needed, free });
+        }
+        Ok(())
+    }
+
+    /// Records every file, brings all to the disk, and gives the model its name.
+    ///
+    /// # Errors
+    /// The system refused; the old model, if any, then stands as it stood.
+    pub fn finish(self, mut record: Record) -> Result<()> {
+        let folder = self.folder();
+        record.file = files_of(&folder)?;
+        record.write(&folder)?;
+        sync_folders(&folder)?;
+        let old = self.work.join("replaced");
+        if self.target.exists() {
+            if old.exists() {
+                fs::remove_dir_all(&old).map_err(at(&old))?;
+            }
+            fs::rename(&self.target, &old).map_err(at(&self.target))?;
+        }
+        fs::rename(&folder, &self.target).map_err(at(&self.target))?;
+        fs::remove_dir_all(&self.work).map_err(at(&self.work))
+    }
+}
+
+/// Whether a model that stands may be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replace {
+    /// Nothing may stand there.
+    Never,
+    /// A portable model may, and is replaced when the new one is whole.
+    PortableModel,
+}
+
+impl Replace {
+    /// A portable model may be replaced if `allowed`.
+    pub fn allowed_if(allowed: bool) -> Self {
+        if allowed { Self::PortableModel } else { Self::Never }
+    }
+}
+
+fn check_target(target: &Path, replace: Replace) -> Result<()> {
+    if !target.exists() {
+        return Ok(());
+    }
+    let ours = target.join(Record::FILE).is_file();
+    match (replace, ours) {
+        (Replace::PortableModel, true) => Ok(()),
+        (Replace::Never, true) => {
+            Err(in_the_way(target, "stands already; give --overwrite to replace it, or another name"))
+        }
+        (_, false) => {
+            Err(in_the_way(target, "stands and is no portable model, so it is not touched; give another name"))
+        }
+    }
+}
+
+fn in_the_way(path: &Path, reason: &str) -> ConvertError {
+    ConvertError::InTheWay { path: path.to_owned(), reason: reason.to_owned() }
+}
+
+fn put(from: &Path, to: &Path, placing: Placing) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent).map_err(at(parent))?;
+    }
+    if to.exists() {
+        fs::remove_file(to).map_err(at(to))?;
+    }
+    let real = fs::canonicalize(from).map_err(at(from))?;
+    if placing == Placing::Link && fs::hard_link(&real, to).is_ok() {
+        return Ok(());
+    }
+    fs::copy(&real, to).map_err(at(from))?;
+    fs::File::open(to).and_then(|file| file.sync_all()).map_err(at(to))
+}
+
+/// Every file below `folder` but the record, with its size and hash.
+pub(crate) fn files_of(folder: &Path) -> Result<Vec<FileRecord>> {
+    paths_of(folder)?.into_iter().map(|path| record_file(folder, path)).collect()
+}
+
+/// Paths of every file below `folder` but the record, with `/` between folders, sorted.
+pub(crate) fn paths_of(folder: &Path) -> Result<Vec<String>> {
+    let mut paths = Vec::new();
+    for entry in WalkDir::new(folder).sort_by_file_name() {
+        let entry = entry.map_err(|error| at(folder)(error.into()))?;
+        let inside = entry.path().strip_prefix(folder).unwrap_or(entry.path());
+        let parts: Vec<_> = inside.iter().map(|part| part.to_string_lossy()).collect();
+        let path = parts.join("/");
+        if !entry.file_type().is_dir() && path != Record::FILE {
+            paths.push(path);
+        }
+    }
+    Ok(paths)
+}
+
+fn record_file(folder: &Path, path: String) -> Result<FileRecord> {
+    let whole = folder.join(&path);
+    let size = fs::metadata(&whole).map_err(at(&whole))?.len();
+    Ok(FileRecord { sha256: sha256_file(&whole)?, path, size })
+}
+
+fn sync_folders(folder: &Path) -> Result<()> {
+    for entry in WalkDir::new(folder).into_iter().filter_map(|entry| entry.ok()) {
+        if entry.file_type().is_dir() {
+            // Systems that cannot sync a folder say so, and nothing more can be done.
+            let _ = fs::File::open(entry.path()).and_then(|folder| folder.sync_all());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! A tiny FLUX converted: what is written, what is recorded, and what a patch of it does.
+
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_convert::{ConversionPlan, Mode, Patch, Patched, Placing, PortableModel, Replace, Stage, TRANSFORMER};
+use clearform_layout::{Hints, Identified, Manifests, detect};
+use clearform_weights::{Checkpoint, Dtype, Resident, SafetensorsWriter, TensorInfo, TensorSource, sha256_file};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
+const POOLED: &str = "single_transformer_blocks.0.attn.processor.spatial_weight";
+
+fn fixture() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/flux/head24")
+}
+
+/// A pipeline folder around the fixture's transformer.
+fn source(folder: &Path) -> PathBuf {
+    let (root, transformer) = (folder.join("source"), folder.join("source/transformer"));
+    std::fs::create_dir_all(&transformer).unwrap();
+    std::fs::copy(fixture().join("config.json"), transformer.join("config.json")).unwrap();
+    let weights = transformer.join("diffusion_pytorch_model.safetensors");
+    std::fs::copy(fixture().join("weights.safetensors"), weights).unwrap();
+    std::fs::create_dir_all(root.join("vae/deep")).unwrap();
+    std::fs::write(root.join("vae/deep/config.json"), "{}").unwrap();
+    std::fs::write(root.join("model_index.json"), "{\"_class_name\": \"FluxPipeline\"}").unwrap();
+    root
+}
+
+fn open(path: &Path) -> (Checkpoint, Identified) {
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let identified = detect(&checkpoint, &Manifests::embedded().unwrap(), &Hints::default()).unwrap();
+    (checkpoint, identified)
+}
+
+fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSource, target: &Path) -> Vec<String> {
+    let stage = Stage::begin(target, Replace::Never).unwrap();
+    let (_, identified) = open(checkpoint.path());
+    let canonical = identified.canonical(checkpoint);
+    let mut told = (0, 0);
+    let report = plan.apply(source, canonical.account(), &stage, &mut |done, all| told = (done, all)).unwrap();
+    assert!(told.0 == told.1 && told.0 > 0 && report.account.complete());
+    assert_eq!(report.account.used(), checkpoint.tensors().len());
+    assert!(!target.exists());
+    stage.finish(plan.record(checkpoint).unwrap()).unwrap();
+    report.added
+}
+
+#[test]
+fn a_pipeline_becomes_a_portable_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = source(folder.path());
+    let (checkpoint, identified) = open(&root.join("transformer"));
+    let plan = ConversionPlan::new(&identified, "clear:r=3".parse().unwrap())
+        .with_components(vec![root.clone()], Placing::Copy);
+    let model = folder.path().join("model");
+    assert!(write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model).is_empty());
+
+    let opened = PortableModel::open(&model).unwrap();
+    assert_eq!(opened.record().family, "flux");
+    assert_eq!(opened.record().plan().unwrap().to_string(), "clear:r=3");
+    let hash = sha256_file(fixture().join("weights.safetensors")).unwrap();
+    assert_eq!(opened.record().source[0].sha256, hash);
+    assert_eq!(std::fs::read_to_string(model.join("vae/deep/config.json")).unwrap(), "{}");
+    assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("full attention"));
+    let report = PortableModel::verify(&model).unwrap();
+    assert!(report.holds() && report.unchanged == 5, "{report}");
+
+    let (written, again) = open(&model.join("transformer"));
+    assert_eq!(again.config["num_layers"], identified.config["num_layers"]);
+    assert_eq!(written.tensors(), checkpoint.tensors());
+    for info in written.tensors() {
+        assert_eq!(written.read(&info.name).unwrap(), checkpoint.read(&info.name).unwrap(), "{}", info.name);
+    }
+}
+
+#[test]
+fn number_formats_change_and_learned_tensors_are_added() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = source(folder.path());
+    let (checkpoint, identified) = open(&root.join("transformer"));
+    let plan = ConversionPlan::new(&identified, "clear:r=3,d=2".parse().unwrap()).with_dtype(Some(DType::BF16));
+    let model = folder.path().join("model");
+    let added = write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model);
+    assert_eq!(added.len(), 3);
+    let (written, again) = open(&model.join(TRANSFORMER));
+    assert!(again.canonical(&written).account().complete());
+    let query = written.tensor(QUERY).unwrap();
+    assert_eq!(query.dtype(), DType::BF16);
+    let numbers =
+        |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let wanted = checkpoint.tensor(QUERY).unwrap().to_dtype(DType::BF16).unwrap();
+    assert_eq!(numbers(&query), numbers(&wanted));
+    assert_eq!(numbers(&written.tensor(POOLED).unwrap()), [0.25; 4]);
+}
+
+#[test]
+fn a_patch_brings_a_student_to_its_teacher() {
+    let folder = tempfile::tempdir().unwrap();
+    let (checkpoint, identified) = open(&source(folder.path()).join("transformer"));
+    let attention: AttentionPlan = "clear:r=3,d=2".parse().unwrap();
+    let trained: Resident = [
+        (QUERY.to_owned(), (checkpoint.tensor(QUERY).unwrap() + 1.0).unwrap()),
+        (POOLED.to_owned(), Tensor::full(0.5f32, &[1, 1, 1, 2, 1, 2, 1], &Device::Cpu).unwrap()),
+    ]
+    .into_iter()
+    .collect();
+    let plan = ConversionPlan::new(&identified, attention.clone());
+    let model = folder.path().join("model");
+    let canonical = identified.canonical(&checkpoint);
+    let added = write(&plan, &checkpoint, &Patched::new(&canonical, &trained), &model);
+    assert_eq!(added.len(), 2, "the third spatial weight was trained");
+
+    let (student, kind) = open(&model.join("transformer"));
+    let student = kind.canonical(&student);
+    let path = folder.path().join("patch.safetensors");
+    // The query, and a spatial weight in each of three layers, which the teacher does not have.
+    assert_eq!(Patch::extract(&student, &canonical, "flux", &attention, &path).unwrap(), 4);
+    let patch = Patch::open(&path, None).unwrap();
+    assert_eq!(patch.plan(), &attention);
+    for mode in [Mode::Replace, Mode::Shift] {
+        let patched = patch.onto(&canonical, mode, Some(&canonical)).unwrap();
+        assert_eq!(patched.tensors(), student.tensors());
+        for info in patched.tensors() {
+            let (got, wanted) = (patched.tensor(&info.name).unwrap(), student.tensor(&info.name).unwrap());
+            let apart = (got - wanted).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            assert!(apart.to_scalar::<f32>().unwrap() < 1e-6, "{} by {mode:?}", info.name);
+        }
+    }
+}
+
+/// `cargo test --release -p clearform-convert --test conversion -- --ignored --nocapture`: writes 12 GB.
+#[test]
+#[ignore = "writes 12 GB"]
+fn six_gigabytes_are_converted_in_one() {
+    let folder = tempfile::tempdir_in(std::env::current_dir().unwrap()).unwrap();
+    let path = folder.path().join("large.safetensors");
+    let bytes = large(&path);
+    let (checkpoint, identified) = open(&path);
+    let plan = ConversionPlan::new(&identified, "clear:r=16".parse().unwrap()).with_dtype(Some(DType::F16));
+    let model = folder.path().join("model");
+    write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model);
+    assert!(PortableModel::verify(&model).unwrap().holds());
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim().to_owned();
+    eprintln!("{bytes} bytes converted, peak resident memory {peak}");
+    let kilobytes: u64 = peak.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(bytes > 6_000_000_000 && kilobytes < 1_000_000, "{bytes} bytes, {peak}");
+}
+
+/// The fixture's blocks at FLUX's width, 4 double and 12 single, in bf16.
+fn large(path: &Path) -> u64 {
+    let fixture = Checkpoint::open(fixture().join("weights.safetensors")).unwrap();
+    let mut tensors = BTreeMap::new();
+    for info in fixture.tensors() {
+        let shape: Vec<usize> = info.shape.iter().map(|&extent| enlarged(extent)).collect();
+        let names: Vec<String> = match info.name.split_once("blocks.0.") {
+            Some((kind, rest)) => {
+                let count = if kind == "transformer_" { 4 } else { 12 };
+                (0..count).map(|block| format!("{kind}blocks.{block}.{rest}")).collect()
+            }
+            None if info.name.contains("blocks.") => Vec::new(),
+            None => vec![info.name],
+        };
+        tensors.extend(names.into_iter().map(|name| (name, shape.clone())));
+    }
+    let info = |(name, shape)| TensorInfo { name, dtype: Dtype::BF16, shape };
+    let tensors: Vec<TensorInfo> = tensors.into_iter().map(info).collect();
+    let mut writer = SafetensorsWriter::create(path, &tensors, &BTreeMap::new()).unwrap();
+    for TensorInfo { name, dtype, shape } in tensors {
+        let bytes = vec![0x3c; shape.iter().product::<usize>() * 2];
+        writer.write(&name, &clearform_weights::RawTensor { dtype, shape, bytes }).unwrap();
+    }
+    writer.finish().unwrap();
+    std::fs::metadata(path).unwrap().len()
+}
+
+/// Widths of the fixture (48 wide, 24 a head) to those of FLUX.1 (3072 wide, 128 a head).
+fn enlarged(extent: usize) -> usize {
+    match extent {
+        256 => 256,
+        24 => 128,
+        20 => 4096,
+        12 => 768,
+        16 => 64,
+        multiple => multiple / 48 * 3072,
+    }
+}

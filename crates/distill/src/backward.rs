@@ -1,0 +1,244 @@
+//! [`backward`]: losses and gradients of one batch, block by block.
+//!
+//! Forward keeps what enters each block and nothing inside it. Backward runs each block again, from the last to the
+//! first, with the gradient of what came out of it: memory holds the activations of one block, whatever the depth.
+//! Where memory is plenty, [`Activations::Keep`] keeps the inside too and saves the second run.
+
+use crate::{Activations, Batch, LossSettings, Pair, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+use clearform_attention::Attended;
+use clearform_models::{Denoiser, DenoiserInput, State};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Gradients of the trained parameters by name, f32.
+pub type Gradients = BTreeMap<String, Tensor>;
+
+/// The terms of the loss, each before its weight, and their weighted sum.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Losses {
+    /// Against noise minus sample.
+    pub flow: f64,
+    /// Against the teacher's prediction.
+    pub prediction: f64,
+    /// Against the teacher's attention outputs, the mean over the watched layers.
+    pub attention: f64,
+    /// What is minimised.
+    pub total: f64,
+}
+
+/// Losses of `batch` and the gradients of their total. `activations` changes memory and time, not a bit of the result.
+///
+/// # Errors
+/// The models or the tensor library refused.
+pub fn backward(
+    pair: &Pair,
+    batch: &Batch,
+    settings: &LossSettings,
+    activations: Activations,
+) -> Result<(Losses, Gradients)> {
+    let watched = settings.watched(pair.student().layers())?;
+    let lesson = Lesson::hear(pair.teacher(), &batch.input, &watched)?;
+    let (mut visits, last) = forward(pair.student(), &batch.input, activations)?;
+    let (losses, gradients) = (Losses::default(), BTreeMap::new());
+    let mut pass = Pass { pair, settings, lesson, watched: watched.len(), losses, gradients };
+    let mut cotangent = pass.head(last, &batch.target)?;
+    while let Some(visit) = visits.pop() {
+        cotangent = pass.block(visits.len(), visit, &cotangent)?;
+    }
+    Ok((pass.losses, pass.gradients))
+}
+
+/// Mean squared difference of the predictions of two models on fixed inputs.
+///
+/// # Errors
+/// A model refused, or no inputs.
+pub fn prediction_error(teacher: &dyn Denoiser, student: &dyn Denoiser, inputs: &[DenoiserInput]) -> Result<f64> {
+    let mut sum = 0.0;
+    let mut count = 0;
+    for input in inputs {
+        let difference = (student.forward(input)?.detach() - teacher.forward(input)?.detach())?;
+        sum += difference.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+        count += difference.elem_count();
+    }
+    Ok(sum / count.max(1) as f64)
+}
+
+/// What the teacher says of a batch.
+struct Lesson {
+    prediction: Tensor,
+    attention: BTreeMap<usize, Attended>,
+}
+
+impl Lesson {
+    fn hear(teacher: &dyn Denoiser, input: &DenoiserInput, watched: &[usize]) -> Result<Self> {
+        let mut state = teacher.embed(input)?;
+        let mut attention = BTreeMap::new();
+        for index in 0..teacher.block_count() {
+            state = teacher.block(index, state)?;
+            if let Some(attended) = state.attention.take().filter(|_| watched.contains(&index)) {
+                attention.insert(index, attended);
+            }
+        }
+        Ok(Self { prediction: teacher.head(&state)?.to_dtype(DType::F32)?, attention })
+    }
+}
+
+/// What is kept of a block from forward to backward.
+enum Visit {
+    /// What entered; the block will run again.
+    Entry(State),
+    /// What entered and what came out, with the graph between.
+    Whole(Inlet, State),
+}
+
+/// A visit of each block, and what leaves the last, cut from the graph.
+fn forward(student: &dyn Denoiser, input: &DenoiserInput, activations: Activations) -> Result<(Vec<Visit>, State)> {
+    let mut state = detached(student.embed(input)?);
+    let mut visits = Vec::with_capacity(student.block_count());
+    for index in 0..student.block_count() {
+        let output = match activations {
+            Activations::Recompute => {
+                visits.push(Visit::Entry(state.clone()));
+                student.block(index, state)?
+            }
+            Activations::Keep => {
+                let (inlet, entry) = Inlet::before(index, state)?;
+                let output = student.block(index, entry)?;
+                visits.push(Visit::Whole(inlet, output.clone()));
+                output
+            }
+        };
+        state = detached(output);
+    }
+    Ok((visits, state))
+}
+
+fn detached(state: State) -> State {
+    let text = state.text.map(|text| text.detach());
+    State { image: state.image.detach(), text, attention: None, context: state.context }
+}
+
+/// Gradients of the loss in what leaves a block; none where the loss does not depend on it.
+struct Cotangent {
+    image: Option<Tensor>,
+    text: Option<Tensor>,
+}
+
+impl Cotangent {
+    /// A scalar whose gradient in `output` is this one.
+    fn product(&self, output: &State) -> Result<Tensor> {
+        let mut sum = Tensor::zeros((), DType::F32, output.image.device())?;
+        for (value, gradient) in [(Some(&output.image), &self.image), (output.text.as_ref(), &self.text)] {
+            if let (Some(value), Some(gradient)) = (value, gradient) {
+                sum = (sum + (value * gradient)?.sum_all()?.to_dtype(DType::F32)?)?;
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// What enters a block, as variables whose gradients can be asked for.
+#[derive(Default)]
+struct Inlet {
+    image: Option<Var>,
+    text: Option<Var>,
+}
+
+impl Inlet {
+    /// The inlet of block `index`; nothing trained stands before the first.
+    fn before(index: usize, entry: State) -> Result<(Self, State)> {
+        if index == 0 { Ok((Self::default(), entry)) } else { Self::open(entry) }
+    }
+
+    fn open(entry: State) -> Result<(Self, State)> {
+        let image = Var::from_tensor(&entry.image)?;
+        let text = entry.text.as_ref().map(Var::from_tensor).transpose()?;
+        let as_tensor = |var: &Var| var.as_tensor().clone();
+        let state = State { image: as_tensor(&image), text: text.as_ref().map(as_tensor), ..entry };
+        Ok((Self { image: Some(image), text }, state))
+    }
+
+    fn gradients(&self, store: &GradStore) -> Cotangent {
+        // What the store gives may hold the graph it came from.
+        let take = |var: &Option<Var>| store.get(var.as_ref()?).map(Tensor::detach);
+        Cotangent { image: take(&self.image), text: take(&self.text) }
+    }
+}
+
+/// A pass from head to embedding.
+struct Pass<'a> {
+    pair: &'a Pair,
+    settings: &'a LossSettings,
+    lesson: Lesson,
+    watched: usize,
+    losses: Losses,
+    gradients: Gradients,
+}
+
+impl Pass<'_> {
+    fn head(&mut self, last: State, target: &Tensor) -> Result<Cotangent> {
+        let (inlet, state) = Inlet::open(last)?;
+        let prediction = self.pair.student().head(&state)?.to_dtype(DType::F32)?;
+        let flow = mean_square(&prediction, target)?;
+        let taught = mean_square(&prediction, &self.lesson.prediction)?;
+        self.losses.flow = scalar(&flow)?;
+        self.losses.prediction = scalar(&taught)?;
+        let loss = ((flow * self.settings.flow)? + (taught * self.settings.prediction)?)?;
+        self.losses.total = scalar(&loss)?;
+        Ok(inlet.gradients(&loss.backward()?))
+    }
+
+    fn block(&mut self, index: usize, visit: Visit, cotangent: &Cotangent) -> Result<Cotangent> {
+        let (inlet, output) = match visit {
+            Visit::Whole(inlet, output) => (inlet, output),
+            Visit::Entry(entry) => {
+                let (inlet, entry) = Inlet::before(index, entry)?;
+                (inlet, self.pair.student().block(index, entry)?)
+            }
+        };
+        let mut loss = cotangent.product(&output)?;
+        if let (Some(taught), Some(own)) = (self.lesson.attention.remove(&index), &output.attention) {
+            let term = (attention_distance(own, &taught)? / self.watched as f64)?;
+            self.losses.attention += scalar(&term)?;
+            let weighted = (term * self.settings.attention)?;
+            self.losses.total += scalar(&weighted)?;
+            loss = (loss + weighted)?;
+        }
+        let store = loss.backward()?;
+        self.collect(&store);
+        Ok(inlet.gradients(&store))
+    }
+
+    fn collect(&mut self, store: &GradStore) {
+        for (name, master) in self.pair.masters() {
+            if let Some(gradient) = store.get(master) {
+                self.gradients.insert(name.clone(), gradient.detach());
+            }
+        }
+    }
+}
+
+/// One mean over text and image rows together.
+fn attention_distance(own: &Attended, taught: &Attended) -> Result<Tensor> {
+    let mut sum = square_sum(&own.image, &taught.image)?;
+    let mut count = own.image.elem_count();
+    if let (Some(own), Some(taught)) = (&own.text, &taught.text) {
+        sum = (sum + square_sum(own, taught)?)?;
+        count += own.elem_count();
+    }
+    Ok((sum / count as f64)?)
+}
+
+fn square_sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
+    (a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.sqr()?.sum_all()
+}
+
+fn mean_square(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
+    (a - b)?.sqr()?.mean_all()
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
+}

@@ -1,0 +1,308 @@
+//! [`SampleSet`]: what the teacher drew for itself, in a folder.
+//!
+//! `set.json` says what is drawn; `prompt-00000.safetensors` and so on hold each prompt's text features once,
+//! `ids.safetensors` where the tokens lie, `batch-00000.safetensors` and so on the finished latents. Each file is whole
+//! or absent, and sample n is drawn from its own seed, so making a set can stop and go on at any file.
+
+use crate::{DistillError, Result};
+use candle_core::{DType, Device, Tensor};
+use clearform_models::{Conditions, Denoiser};
+use clearform_sampling::{Guidance, Schedule, TorchGenerator, denoise};
+use clearform_weights::{Checkpoint, Resident, TensorSource, write_atomically};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Prompts that are encoded at once: what they give must fit in memory.
+const PROMPTS_AT_ONCE: usize = 64;
+const EDITION: u32 = 1;
+
+/// What a set holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SampleSettings {
+    /// The prompts; sample n is of prompt n modulo their count.
+    pub prompts: Vec<String>,
+    /// Samples in all.
+    pub count: usize,
+    /// Samples drawn at once, which are one file.
+    pub batch: usize,
+    /// Pixels across and down.
+    pub size: [usize; 2],
+    /// Denoising steps.
+    pub steps: usize,
+    /// Embedded guidance scale, for models that have one.
+    pub guidance: Option<f64>,
+    /// Seed of sample 0; each next has one more.
+    pub seed: u64,
+}
+
+/// What samples are drawn on.
+#[derive(Debug, Clone)]
+pub struct Canvas {
+    /// Extents of one sample's latents as the transformer takes them, without the batch.
+    pub shape: Vec<usize>,
+    /// Grid, row and column of each image token.
+    pub image_ids: Option<Tensor>,
+    /// The same for text.
+    pub text_ids: Option<Tensor>,
+    /// Noise levels.
+    pub schedule: Schedule,
+    /// Number format of the latents while they are drawn; they are kept in f32.
+    pub dtype: DType,
+    /// Where they are drawn.
+    pub device: Device,
+}
+
+/// Samples read for training.
+#[derive(Debug, Clone)]
+pub struct Samples {
+    /// Latents, f32, (batch, ...) as the transformer takes them.
+    pub latents: Tensor,
+    /// What they were drawn from.
+    pub conditions: Conditions,
+}
+
+/// A set of samples on disk.
+#[derive(Debug)]
+pub struct SampleSet {
+    folder: PathBuf,
+    settings: SampleSettings,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Recorded {
+    edition: u32,
+    #[serde(flatten)]
+    settings: SampleSettings,
+}
+
+impl SampleSet {
+    /// Begins a set in `folder`, or takes up one that was begun with the same settings.
+    ///
+    /// # Errors
+    /// [`DistillError::OtherSettings`] if it was begun with others.
+    pub fn create(folder: &Path, settings: SampleSettings) -> Result<Self> {
+        check(&settings)?;
+        let path = folder.join("set.json");
+        if path.exists() {
+            let found = Self::open(folder)?;
+            let differing = differences(&found.settings, &settings);
+            return if differing.is_empty() { Ok(found) } else { Err(DistillError::OtherSettings { path, differing }) };
+        }
+        std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.to_owned(), source })?;
+        let recorded = serde_json::to_vec_pretty(&Recorded { edition: EDITION, settings: settings.clone() });
+        write_atomically(&path, &recorded.map_err(|error| bad(&path, error.to_string()))?)?;
+        Ok(Self { folder: folder.to_owned(), settings })
+    }
+
+    /// Opens a set, finished or not.
+    ///
+    /// # Errors
+    /// There is none, or it was made by a newer version.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("set.json");
+        let text = std::fs::read(&path).map_err(|source| DistillError::Io { path: path.clone(), source })?;
+        let recorded: Recorded = serde_json::from_slice(&text)
+            .map_err(|error| bad(&path, format!("not a sample set that this version can read: {error}")))?;
+        if recorded.edition != EDITION {
+            let reason = format!("edition {}, this version reads {EDITION}; upgrade clearform", recorded.edition);
+            return Err(bad(&path, reason));
+        }
+        check(&recorded.settings)?;
+        Ok(Self { folder: folder.to_owned(), settings: recorded.settings })
+    }
+
+    /// What the set holds when it is finished.
+    pub fn settings(&self) -> &SampleSettings {
+        &self.settings
+    }
+
+    /// Whether every file is there.
+    pub fn is_complete(&self) -> bool {
+        self.unencoded().is_empty() && self.ids_path().exists() && self.undrawn().is_empty()
+    }
+
+    /// Encodes the prompts that are not encoded yet. `encode` gives text (prompts, tokens, channels) and pooled
+    /// (prompts, channels).
+    ///
+    /// # Errors
+    /// What `encode` says, or a file that cannot be written.
+    pub fn encode<E>(&self, encode: &mut dyn FnMut(&[String]) -> std::result::Result<Conditions, E>) -> Result<()>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        // Always the same chunks: what is encoded together may change the last bits.
+        let chunks: BTreeSet<usize> = self.unencoded().into_iter().map(|prompt| prompt / PROMPTS_AT_ONCE).collect();
+        for first in chunks.into_iter().map(|chunk| chunk * PROMPTS_AT_ONCE) {
+            let last = (first + PROMPTS_AT_ONCE).min(self.used_prompts());
+            let prompts = &self.settings.prompts[first..last];
+            let refused = |error: E| DistillError::Prompt { prompt: prompts[0].clone(), source: error.into() };
+            let encoded = encode(prompts).map_err(refused)?;
+            for (row, index) in (first..last).enumerate() {
+                let parts = [("text", &encoded.text), ("text_mask", &encoded.text_mask), ("pooled", &encoded.pooled)];
+                let parts = parts.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
+                let rows = parts.map(|(name, tensor)| Ok((name.to_owned(), tensor.get(row)?.contiguous()?)));
+                save(&self.prompt_path(index), rows.collect::<Result<Resident>>()?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws the batches that are not drawn yet; `progress` is told how many samples are there of all.
+    ///
+    /// # Errors
+    /// A prompt that is not encoded, or what sampling says.
+    pub fn draw(&self, teacher: &dyn Denoiser, canvas: &Canvas, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        self.save_ids(canvas)?;
+        let undrawn = self.undrawn();
+        let mut done = self.settings.count - undrawn.iter().map(|&batch| self.members(batch).len()).sum::<usize>();
+        progress(done, self.settings.count);
+        for batch in undrawn {
+            let members = self.members(batch);
+            let conditions = self.conditions(&members, &canvas.device)?;
+            let noise = self.noise(&members, canvas)?;
+            let guidance = Guidance::Embedded(conditions);
+            let latents = denoise(teacher, &noise, &canvas.schedule, &guidance, &mut |_| ())?;
+            let prompts: Vec<u32> = members.iter().map(|&member| self.prompt_of(member) as u32).collect();
+            let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+            let prompts = Tensor::new(prompts, &Device::Cpu)?;
+            let tensors = [("latents".to_owned(), latents), ("prompt".to_owned(), prompts)];
+            save(&self.batch_path(batch), Resident::from_iter(tensors))?;
+            done += members.len();
+            progress(done, self.settings.count);
+        }
+        Ok(())
+    }
+
+    /// Reads samples by number.
+    ///
+    /// # Errors
+    /// A file that is missing or not of this set.
+    pub fn read(&self, members: &[usize], device: &Device) -> Result<Samples> {
+        let rows = members.iter().map(|&member| self.latents(member)).collect::<Result<Vec<_>>>()?;
+        let latents = Tensor::stack(&rows, 0)?.to_device(device)?;
+        Ok(Samples { latents, conditions: self.conditions(members, device)? })
+    }
+
+    fn latents(&self, member: usize) -> Result<Tensor> {
+        let path = self.batch_path(member / self.settings.batch);
+        let row = member % self.settings.batch;
+        let file = Checkpoint::open(&path)?;
+        let info = file.info("latents").filter(|info| info.shape.first().is_some_and(|&rows| rows > row));
+        let info = info.ok_or_else(|| bad(&path, format!("sample {member} is not in it; delete it and resume")))?;
+        let shape = &info.shape[1..];
+        let size = shape.iter().product::<usize>() * size_of::<f32>();
+        let bytes = file.read_range("latents", row * size..(row + 1) * size)?;
+        Ok(Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?)
+    }
+
+    fn conditions(&self, members: &[usize], device: &Device) -> Result<Conditions> {
+        let mut parts: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+        for &member in members {
+            let file = Checkpoint::open(self.prompt_path(self.prompt_of(member)))?;
+            for info in file.tensors() {
+                let tensor = file.tensor(&info.name)?;
+                parts.entry(info.name).or_default().push(tensor);
+            }
+        }
+        let mut take = |name: &str| {
+            let rows = parts.remove(name);
+            rows.map(|rows| Tensor::stack(&rows, 0)?.to_device(device)).transpose()
+        };
+        let ids = Checkpoint::open(self.ids_path())?;
+        let id = |name: &str| -> Result<Option<Tensor>> {
+            ids.info(name).map(|_| Ok(ids.tensor(name)?.to_device(device)?)).transpose()
+        };
+        let scale = |scale: f64| Tensor::new(vec![scale as f32; members.len()], device);
+        Ok(Conditions {
+            text: take("text")?,
+            text_mask: take("text_mask")?,
+            pooled: take("pooled")?,
+            guidance: self.settings.guidance.map(scale).transpose()?,
+            image_ids: id("image_ids")?,
+            text_ids: id("text_ids")?,
+            classes: None,
+        })
+    }
+
+    fn noise(&self, members: &[usize], canvas: &Canvas) -> Result<Tensor> {
+        let one = |&member: &usize| {
+            let noise = TorchGenerator::new(self.settings.seed + member as u64).randn(canvas.shape.as_slice())?;
+            Ok(noise.to_device(&canvas.device)?.to_dtype(canvas.dtype)?)
+        };
+        Ok(Tensor::stack(&members.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    fn save_ids(&self, canvas: &Canvas) -> Result<()> {
+        let ids = [("image_ids", &canvas.image_ids), ("text_ids", &canvas.text_ids)];
+        let ids = ids.into_iter().filter_map(|(name, ids)| Some((name.to_owned(), ids.clone()?)));
+        save(&self.ids_path(), ids.collect())
+    }
+
+    fn unencoded(&self) -> Vec<usize> {
+        (0..self.used_prompts()).filter(|&prompt| !self.prompt_path(prompt).exists()).collect()
+    }
+
+    fn used_prompts(&self) -> usize {
+        self.settings.prompts.len().min(self.settings.count)
+    }
+
+    fn undrawn(&self) -> Vec<usize> {
+        let batches = self.settings.count.div_ceil(self.settings.batch);
+        (0..batches).filter(|&batch| !self.batch_path(batch).exists()).collect()
+    }
+
+    fn members(&self, batch: usize) -> Vec<usize> {
+        let first = batch * self.settings.batch;
+        (first..(first + self.settings.batch).min(self.settings.count)).collect()
+    }
+
+    fn prompt_of(&self, member: usize) -> usize {
+        member % self.settings.prompts.len()
+    }
+
+    fn prompt_path(&self, prompt: usize) -> PathBuf {
+        self.folder.join(format!("prompt-{prompt:05}.safetensors"))
+    }
+
+    fn batch_path(&self, batch: usize) -> PathBuf {
+        self.folder.join(format!("batch-{batch:05}.safetensors"))
+    }
+
+    fn ids_path(&self) -> PathBuf {
+        self.folder.join("ids.safetensors")
+    }
+}
+
+fn check(settings: &SampleSettings) -> Result<()> {
+    for (key, count) in [("prompts", settings.prompts.len()), ("count", settings.count), ("batch", settings.batch)] {
+        if count == 0 {
+            return Err(DistillError::BadSetting { key, reason: "expected at least 1, found 0".to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// Keys whose values differ, "key: then, now"; empty if none does.
+pub(crate) fn differences<T: Serialize>(then: &T, now: &T) -> String {
+    let fields =
+        |value: &T| serde_json::to_value(value).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
+    let (then, now) = (fields(then), fields(now));
+    let differ = now.iter().filter(|(key, value)| then.get(*key) != Some(value));
+    let lines = differ.map(|(key, value)| match then.get(key) {
+        Some(before) if before.to_string().len() + value.to_string().len() < 100 => {
+            format!("{key}: {before}, now {value}")
+        }
+        _ => format!("{key}: another"),
+    });
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+fn save(path: &Path, tensors: Resident) -> Result<()> {
+    Ok(clearform_weights::save(path, &tensors, &BTreeMap::new())?)
+}
+
+fn bad(path: &Path, reason: String) -> DistillError {
+    DistillError::BadFile { path: path.to_owned(), reason }
+}

@@ -1,0 +1,221 @@
+//! [`distill`]: the training loop. What it needs to go on after a kill lies in one file, written at intervals.
+
+use crate::checkpoint::{Begun, Record, TrainingState};
+use crate::journal::Journal;
+use crate::{
+    Batches, DistillError, Entry, Gradients, Losses, OptimizerState, Pair, Result, SampleSet, Settings, backward, clip,
+};
+use candle_core::{Device, Tensor};
+use clearform_weights::Resident;
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Where training keeps its files: `training.safetensors` and `losses.jsonl`.
+#[derive(Debug, Clone)]
+pub struct Workshop {
+    /// The folder; it is made if it is not there.
+    pub folder: PathBuf,
+    /// Steps between checkpoints; one is written at the end in any case.
+    pub checkpoint_every: usize,
+    /// What to do with what is there.
+    pub start: Start,
+}
+
+/// What to do with an earlier checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// There must be none.
+    Fresh,
+    /// Continue from it bit for bit; where there is none, begin.
+    Resume,
+}
+
+/// A step that is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// The step, as the journal has it.
+    pub entry: Entry,
+    /// Steps in all.
+    pub steps: usize,
+    /// Time left, from the mean of this sitting's steps.
+    pub left: Duration,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished(Distilled),
+    /// The observer stopped it; the checkpoint holds this many steps.
+    Stopped {
+        /// Steps done.
+        step: usize,
+    },
+}
+
+/// A trained student.
+#[derive(Debug)]
+pub struct Distilled {
+    /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters.
+    pub tensors: Resident,
+    /// Every step.
+    pub entries: Vec<Entry>,
+    /// Seconds of training, all sittings together.
+    pub seconds: f64,
+}
+
+/// Trains the student of `pair` on `samples`. After each step `observe` is told, and may stop it.
+///
+/// # Errors
+/// A setting that nothing can be trained with, work begun with other settings, a loss that is not finite.
+pub fn distill(
+    pair: &Pair,
+    samples: &SampleSet,
+    settings: &Settings,
+    workshop: &Workshop,
+    observe: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+) -> Result<Outcome> {
+    settings.check()?;
+    let mut training = Training::begin(pair, samples, settings, workshop)?;
+    let (begun, from) = (Instant::now(), training.record.step);
+    let earlier = training.record.seconds;
+    while training.record.step < settings.steps {
+        let mut entry = training.step()?;
+        entry.seconds = earlier + begun.elapsed().as_secs_f64();
+        training.record.seconds = entry.seconds;
+        training.journal.add(entry)?;
+        let left = begun.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - from) as u32;
+        let flow = observe(&Progress { entry, steps: settings.steps, left });
+        if flow.is_break()
+            || entry.step.is_multiple_of(workshop.checkpoint_every.max(1))
+            || entry.step == settings.steps
+        {
+            training.save()?;
+        }
+        if flow.is_break() && entry.step < settings.steps {
+            return Ok(Outcome::Stopped { step: entry.step });
+        }
+    }
+    training.finish().map(Outcome::Finished)
+}
+
+struct Training<'a> {
+    pair: &'a Pair,
+    settings: &'a Settings,
+    batches: Batches<'a>,
+    optimizer: OptimizerState,
+    average: BTreeMap<String, Tensor>,
+    record: Record,
+    begun: Begun,
+    journal: Journal,
+    path: PathBuf,
+}
+
+impl<'a> Training<'a> {
+    fn begin(pair: &'a Pair, samples: &'a SampleSet, settings: &'a Settings, workshop: &Workshop) -> Result<Self> {
+        let folder = &workshop.folder;
+        std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
+        let path = folder.join("training.safetensors");
+        let begun = Begun { settings: settings.clone(), samples: samples.settings().clone() };
+        let state = match (path.exists(), workshop.start) {
+            (true, Start::Resume) => Some(TrainingState::load(&path, begun.clone())?),
+            (true, Start::Fresh) => {
+                let reason = "an earlier training stands here; give --resume to go on with it, or delete it".to_owned();
+                return Err(DistillError::BadFile { path, reason });
+            }
+            (false, _) => None,
+        };
+        let (record, optimizer, average) = match state {
+            Some(state) => {
+                pair.restore(&state.masters)?;
+                (state.record, state.optimizer, state.average)
+            }
+            None => {
+                let average = if settings.ema.is_some() { pair.snapshot()? } else { BTreeMap::new() };
+                (Record::new(settings.seed), OptimizerState::default(), average)
+            }
+        };
+        let device = device(pair);
+        let batches = Batches::new(samples, settings, &device, record.generator.clone());
+        let journal = Journal::open(&folder.join("losses.jsonl"), record.step)?;
+        Ok(Self { pair, settings, batches, optimizer, average, record, begun, journal, path })
+    }
+
+    fn step(&mut self) -> Result<Entry> {
+        let (losses, mut gradients) = self.accumulate()?;
+        let step = self.record.step + 1;
+        let norm = clip(&mut gradients, self.settings.clip)?;
+        for (what, value) in [("loss", losses.total), ("gradient", norm)] {
+            if !value.is_finite() {
+                return Err(DistillError::NotFinite { step, what });
+            }
+        }
+        let rate = self.settings.learning_rate.at(self.record.step, self.settings.steps);
+        self.optimizer.step(self.settings.optimizer, rate, self.pair.masters(), &gradients)?;
+        self.record.step = step;
+        self.follow()?;
+        Ok(Entry { step, losses, norm, rate, seconds: 0.0 })
+    }
+
+    /// Mean losses and gradients of the batches that make one step.
+    fn accumulate(&mut self) -> Result<(Losses, Gradients)> {
+        let share = 1.0 / self.settings.accumulation as f64;
+        let (mut losses, mut sum) = (Losses::default(), Gradients::new());
+        for _ in 0..self.settings.accumulation {
+            let (found, gradients) =
+                backward(self.pair, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
+            losses.flow += found.flow * share;
+            losses.prediction += found.prediction * share;
+            losses.attention += found.attention * share;
+            losses.total += found.total * share;
+            for (name, gradient) in gradients {
+                let gradient = (gradient * share)?;
+                let added = match sum.get(&name) {
+                    Some(before) => (before + gradient)?,
+                    None => gradient,
+                };
+                sum.insert(name, added);
+            }
+        }
+        Ok((losses, sum))
+    }
+
+    /// Moves the average towards the masters, faster in the first steps.
+    fn follow(&mut self) -> Result<()> {
+        let Some(decay) = self.settings.ema else { return Ok(()) };
+        let step = self.record.step as f64;
+        let decay = decay.min((1.0 + step) / (10.0 + step));
+        for (name, average) in &mut self.average {
+            if let Some(master) = self.pair.masters().get(name) {
+                *average = ((&*average * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
+            }
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.record.generator = self.batches.generator().clone();
+        let masters = self.pair.masters().iter();
+        let state = TrainingState {
+            record: self.record.clone(),
+            begun: self.begun.clone(),
+            // Not copies: nothing steps while they are written.
+            masters: masters.map(|(name, master)| (name.clone(), master.as_detached_tensor())).collect(),
+            average: self.average.clone(),
+            optimizer: self.optimizer.clone(),
+        };
+        state.save(&self.path)
+    }
+
+    fn finish(self) -> Result<Distilled> {
+        let tensors = if self.average.is_empty() { self.pair.snapshot()? } else { self.average };
+        let seconds = self.record.seconds;
+        Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.journal.into_entries(), seconds })
+    }
+}
+
+fn device(pair: &Pair) -> Device {
+    pair.masters().values().next().map_or(Device::Cpu, |master| master.device().clone())
+}

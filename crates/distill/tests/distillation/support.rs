@@ -1,0 +1,65 @@
+//! The model of tests/fixtures/distill, and batches of its fixture.
+
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_distill::{Batch, Pair, Recipe};
+use clearform_models::Conditions;
+use clearform_models::families::flux::Flux;
+use clearform_testkit::fixture;
+use clearform_weights::{Checkpoint, Resident};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+pub const HEIGHT: usize = 4;
+pub const WIDTH: usize = 6;
+pub const TEXT: usize = 5;
+
+pub fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/distill")
+}
+
+pub fn config() -> Value {
+    serde_json::from_slice(&std::fs::read(folder().join("config.json")).unwrap()).unwrap()
+}
+
+pub fn weights(dtype: DType) -> Resident {
+    let checkpoint = Checkpoint::open(folder().join("weights.safetensors")).unwrap();
+    Resident::load(&checkpoint, Some(dtype), &Device::Cpu).unwrap()
+}
+
+pub fn pair(plan: &str, dtype: DType) -> Pair {
+    let (weights, plan): (_, AttentionPlan) = (weights(dtype), plan.parse().unwrap());
+    Pair::build(Recipe { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
+}
+
+pub fn image_ids() -> Tensor {
+    let ids = (0..HEIGHT * WIDTH).flat_map(|token| [0.0, (token / WIDTH) as f32, (token % WIDTH) as f32]);
+    Tensor::from_iter(ids, &Device::Cpu).unwrap().reshape((HEIGHT * WIDTH, 3)).unwrap()
+}
+
+pub fn text_ids() -> Tensor {
+    Tensor::zeros((TEXT, 3), DType::F32, &Device::Cpu).unwrap()
+}
+
+pub fn steps() -> BTreeMap<String, Tensor> {
+    fixture(folder().join("steps.safetensors"))
+}
+
+pub fn batch(steps: &BTreeMap<String, Tensor>, step: usize) -> Batch {
+    let part = |name: &str| steps[&format!("{step}/{name}")].clone();
+    let conditions = Conditions {
+        text: Some(part("text")),
+        pooled: Some(part("pooled")),
+        image_ids: Some(image_ids()),
+        text_ids: Some(text_ids()),
+        ..Conditions::default()
+    };
+    Batch::noised(&part("x0"), &part("noise"), &part("t"), conditions).unwrap()
+}
+
+/// Tensors of `steps` below `prefix`, without it.
+pub fn below(steps: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
+    let stripped = steps.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)));
+    stripped.map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect()
+}

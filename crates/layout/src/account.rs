@@ -1,0 +1,158 @@
+//! [`Account`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
+
+use crate::shape::Expected;
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// What became of an input tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// It became these tensors, or a part of them.
+    Used {
+        /// Names on the other side.
+        names: Vec<String>,
+    },
+    /// It is not for us.
+    Skipped {
+        /// Why.
+        reason: String,
+    },
+    /// Nobody knows what it is.
+    Unmatched {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A canonical tensor that nothing gives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    /// Canonical name.
+    pub name: String,
+    /// The name it would have in this checkpoint, where it is another.
+    pub foreign: Option<String>,
+}
+
+/// A tensor of another shape than the model's sizes ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Misshapen {
+    /// Canonical name and shape; an extent of none may be any.
+    #[serde(flatten)]
+    pub expected: Expected,
+    /// Its shape in canonical form.
+    pub found: Vec<usize>,
+    /// The input tensor it comes from.
+    pub from: String,
+}
+
+/// A setting that two witnesses give differently.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Contradiction {
+    /// Key of config.json.
+    pub key: String,
+    /// The value that was declared.
+    pub declared: Value,
+    /// Who declared it.
+    pub origin: String,
+    /// The other value.
+    pub found: Value,
+    /// Who gives the other value.
+    pub witness: String,
+}
+
+/// The fate of every input tensor, and what is missing or wrong.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Account {
+    /// By input name.
+    pub fates: BTreeMap<String, Fate>,
+    /// Canonical tensors that nothing gives.
+    pub missing: Vec<Missing>,
+    /// Tensors of a wrong shape.
+    pub misshapen: Vec<Misshapen>,
+    /// Settings that config.json and the tensors give differently.
+    pub contradictions: Vec<Contradiction>,
+}
+
+impl Account {
+    /// Whether nothing is missing, misshapen, unmatched or contradicted.
+    pub fn complete(&self) -> bool {
+        self.sufficient() && self.unmatched().next().is_none()
+    }
+
+    /// Whether nothing is missing, misshapen or contradicted.
+    pub fn sufficient(&self) -> bool {
+        self.missing.is_empty() && self.misshapen.is_empty() && self.contradictions.is_empty()
+    }
+
+    /// Names that nobody knows, with reasons.
+    pub fn unmatched(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.fates.iter().filter_map(|(name, fate)| match fate {
+            Fate::Unmatched { reason } => Some((name.as_str(), reason.as_str())),
+            _ => None,
+        })
+    }
+
+    /// Names that are not for us, with reasons.
+    pub fn skipped(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.fates.iter().filter_map(|(name, fate)| match fate {
+            Fate::Skipped { reason } => Some((name.as_str(), reason.as_str())),
+            _ => None,
+        })
+    }
+
+    /// How many input tensors were used.
+    pub fn used(&self) -> usize {
+        self.fates.values().filter(|fate| matches!(fate, Fate::Used { .. })).count()
+    }
+
+    /// What is wrong, a line each.
+    pub fn complaints(&self) -> Vec<String> {
+        let missing = self.missing.iter().map(ToString::to_string);
+        let misshapen = self.misshapen.iter().map(ToString::to_string);
+        let unmatched = self.unmatched().map(|(name, reason)| format!("tensor {name:?} is not understood: {reason}"));
+        let contradictions = self.contradictions.iter().map(ToString::to_string);
+        contradictions.chain(missing).chain(misshapen).chain(unmatched).collect()
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        const MOST: usize = 8;
+        let complaints = self.complaints();
+        let shown = complaints.len().min(MOST);
+        f.write_str(&complaints[..shown].join("; "))?;
+        match complaints.len() - shown {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "tensor {:?} is missing", self.foreign.as_ref().unwrap_or(&self.name))?;
+        match &self.foreign {
+            Some(_) => write!(f, " (it gives {:?})", self.name),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Misshapen {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let extent = |extent: &Option<usize>| extent.map_or("any".to_owned(), |extent| extent.to_string());
+        let expected: Vec<String> = self.expected.shape.iter().map(extent).collect();
+        let Self { found, from, expected: Expected { name, .. } } = self;
+        write!(f, "tensor {from:?} has a wrong shape: {name:?} expected [{}], found {found:?}", expected.join(", "))
+    }
+}
+
+impl fmt::Display for Contradiction {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { key, declared, origin, found, witness } = self;
+        write!(f, "{key:?} is {declared} by {origin}, {found} by {witness}")
+    }
+}

@@ -1,0 +1,278 @@
+//! [`detect`]: which family, layout and variant a checkpoint is, from names and shapes; [`Identified`]: the answer.
+
+use crate::account::{Account, Contradiction, Fate, Misshapen, Missing};
+use crate::assembly::{Canonical, Exported, Mapped};
+use crate::choose::{self, Candidate};
+use crate::error::{LayoutError, Result};
+use crate::family::{FamilyManifest, Layout, Variant};
+use crate::known::Known;
+use crate::manifests::Manifests;
+use crate::mapping::{Mapping, Scope};
+use crate::settings::{Declared, Settled, Sizes};
+use crate::shape::Expected;
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// What the user says of a checkpoint.
+#[derive(Debug, Clone, Default)]
+pub struct Hints {
+    /// Take this family.
+    pub family: Option<String>,
+    /// Take this variant.
+    pub variant: Option<String>,
+    /// Take this in place of the checkpoint's config.json.
+    pub config: Option<Value>,
+}
+
+/// What lies beside the tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct Beside<'a> {
+    /// The content of config.json.
+    pub config: Option<&'a Value>,
+    /// Metadata of the tensor files.
+    pub metadata: &'a BTreeMap<String, String>,
+}
+
+/// What a checkpoint is.
+#[derive(Debug, Clone)]
+pub struct Identified {
+    /// Name of the family.
+    pub family: String,
+    /// The variant and how it is best sampled.
+    pub variant: Variant,
+    /// Name of the layout.
+    pub layout: String,
+    /// What stands before every name of the layout.
+    pub prefix: String,
+    /// The diffusers config.json, complete.
+    pub config: Value,
+    /// By what all this was found.
+    pub evidence: Vec<String>,
+    /// What was taken for granted, and how to set it.
+    pub notes: Vec<String>,
+    contradictions: Vec<Contradiction>,
+    sizes: Sizes,
+    manifest: Arc<FamilyManifest>,
+    known: Arc<Known>,
+}
+
+/// Identifies a checkpoint.
+///
+/// # Errors
+/// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is no model of a supported family,
+/// [`LayoutError::Ambiguous`] if something that changes arithmetic stays open.
+pub fn detect(checkpoint: &Checkpoint, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
+    let beside = Beside { config: checkpoint.config(), metadata: checkpoint.metadata() };
+    detect_source(checkpoint, beside, manifests, hints)
+}
+
+/// Identifies any source of tensors.
+///
+/// # Errors
+/// As [`detect`].
+pub fn detect_source(
+    source: &dyn TensorSource,
+    beside: Beside,
+    manifests: &Manifests,
+    hints: &Hints,
+) -> Result<Identified> {
+    let infos = source.tensors();
+    let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
+    let declared = Declared { config: hints.config.as_ref().or(beside.config), metadata: beside.metadata };
+    let mut candidate = choose::choose(&names, declared, manifests, hints)?;
+    let scope = Scope { family: &candidate.family, sizes: None };
+    let (inputs, _) = inside(infos, &candidate.prefix);
+    let mapping = Mapping::new(&candidate.layout().inward, &inputs, scope);
+    let settled = Settled::new(&candidate.family.settings, &mapping.tensors, declared);
+    let mut settled = settled.map_err(|error| candidate.explain(error))?;
+    let variant = variant(&candidate.family, &mut settled, hints)?;
+    candidate.evidence.append(&mut settled.evidence);
+    candidate.notes.append(&mut settled.notes);
+    Ok(candidate.identified(settled, variant, declared, &manifests.known))
+}
+
+impl Identified {
+    /// `source`, which it was detected in, under canonical names. Nothing is read yet.
+    pub fn canonical<S: TensorSource>(&self, source: S) -> Canonical<S> {
+        let (inputs, outside) = inside(source.tensors(), &self.prefix);
+        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, scope);
+        for name in outside {
+            mapping.fates.insert(name, Fate::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
+        }
+        let mut account = Account { contradictions: self.contradictions.clone(), ..Account::default() };
+        self.judge(&mut mapping, &mut account);
+        self.skip_components(&mut mapping.fates);
+        account.fates = mapping.fates;
+        Mapped::new(source, mapping.tensors, account)
+    }
+
+    /// `canonical` under the names of another layout, those of a portable model for instance.
+    ///
+    /// # Errors
+    /// [`LayoutError::NoSuch`] for a layout that the family does not have.
+    pub fn foreign<S: TensorSource>(&self, layout: &str, canonical: S) -> Result<Exported<S>> {
+        let layouts = &self.manifest.layouts;
+        let layout = layouts.iter().find(|known| known.name == layout).ok_or_else(|| LayoutError::NoSuch {
+            kind: "layout",
+            name: layout.to_owned(),
+            choices: layouts.iter().map(|layout| layout.name.clone()).collect(),
+        })?;
+        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let inputs: Vec<_> = canonical.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
+        let Mapping { tensors, fates } = Mapping::new(&layout.outward, &inputs, scope);
+        let prefix = layout.prefixes.first().map_or("", String::as_str);
+        let tensors = tensors.into_values().map(|tensor| tensor.under(prefix)).collect();
+        Ok(Mapped::new(canonical, tensors, Account { fates, ..Account::default() }))
+    }
+
+    /// Every canonical tensor a model of these sizes has.
+    pub fn expected(&self) -> Vec<Expected> {
+        self.manifest.expected(&self.sizes)
+    }
+
+    /// A size by its key in config.json, or a hidden one such as "width".
+    pub fn size(&self, key: &str) -> Option<usize> {
+        self.sizes.number(key)
+    }
+
+    /// Numbers of blocks by their keys in config.json.
+    pub fn depths(&self) -> BTreeMap<String, usize> {
+        let depth = |key: &str| Some((key.to_owned(), self.sizes.number(key)?));
+        self.manifest.depths().filter_map(depth).collect()
+    }
+
+    /// Pixels along one side of the square that an image token stands for.
+    pub fn pixels_per_token(&self) -> usize {
+        self.manifest.pixels_per_token
+    }
+
+    fn found_layout(&self) -> &Layout {
+        let found = self.manifest.layouts.iter().find(|layout| layout.name == self.layout);
+        // The name was taken from this very manifest.
+        found.unwrap_or(&self.manifest.layouts[0])
+    }
+
+    /// Compares with what the sizes ask for; takes out what they do not.
+    fn judge(&self, mapping: &mut Mapping, account: &mut Account) {
+        let expected: BTreeMap<String, Expected> =
+            self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        for tensor in expected.values().filter(|tensor| !tensor.optional && !mapping.tensors.contains_key(&tensor.name))
+        {
+            let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix);
+            account.missing.push(Missing { name: tensor.name.clone(), foreign });
+        }
+        mapping.tensors.retain(|name, tensor| match expected.get(name) {
+            Some(expected) => {
+                let found = tensor.info.shape.clone();
+                if !expected.fits(&found) {
+                    let from = tensor.first_input().to_owned();
+                    account.misshapen.push(Misshapen { expected: expected.clone(), found, from });
+                }
+                true
+            }
+            None => {
+                let reason = format!("it would give {name:?}, which a model of these sizes does not have");
+                mapping.fates.insert(tensor.first_input().to_owned(), Fate::Unmatched { reason });
+                false
+            }
+        });
+    }
+
+    fn skip_components(&self, fates: &mut BTreeMap<String, Fate>) {
+        for (name, fate) in fates {
+            if let (Fate::Unmatched { .. }, Some(reason)) = (&fate, self.known.component(name)) {
+                *fate = Fate::Skipped { reason: reason.to_owned() };
+            }
+        }
+    }
+}
+
+impl Candidate {
+    /// What stays open may do so for want of a tensor of the signature.
+    fn explain(&self, error: LayoutError) -> LayoutError {
+        match error {
+            LayoutError::Ambiguous { what, reason } => {
+                let notes = self.notes.iter().map(|note| format!("; {note}"));
+                LayoutError::Ambiguous { what, reason: reason + &notes.collect::<String>() }
+            }
+            other => other,
+        }
+    }
+
+    fn identified(self, settled: Settled, variant: Variant, declared: Declared, known: &Arc<Known>) -> Identified {
+        let mut contradictions = settled.contradictions;
+        contradictions.extend(class_contradiction(&self.family, declared));
+        Identified {
+            family: self.family.name.clone(),
+            variant,
+            layout: self.layout().name.clone(),
+            prefix: self.prefix,
+            config: config(&self.family, settled.config, declared.config),
+            evidence: self.evidence,
+            notes: self.notes,
+            contradictions,
+            sizes: settled.sizes,
+            manifest: self.family,
+            known: known.clone(),
+        }
+    }
+}
+
+/// Tensors under `prefix`, with the names that rules know, and the names of the others.
+fn inside(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, TensorInfo)>, Vec<String>) {
+    let mut inside = Vec::new();
+    let mut outside = Vec::new();
+    for info in infos {
+        match info.name.strip_prefix(prefix) {
+            Some(name) => inside.push((name.to_owned(), info)),
+            None => outside.push(info.name),
+        }
+    }
+    (inside, outside)
+}
+
+/// What config.json says, completed by what was found.
+fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&Value>) -> Value {
+    let mut config = Map::from_iter([("_class_name".to_owned(), Value::from(family.class.as_str()))]);
+    let declared = declared.and_then(Value::as_object).into_iter().flatten();
+    config.extend(declared.filter(|(key, _)| *key != "_class_name").map(|(key, value)| (key.clone(), value.clone())));
+    config.extend(found);
+    Value::Object(config)
+}
+
+fn class_contradiction(family: &FamilyManifest, declared: Declared) -> Option<Contradiction> {
+    let class = declared.config?.get("_class_name")?;
+    let ours = |name: &str| name == family.class || family.aliases.iter().any(|alias| alias == name);
+    (!class.as_str().is_some_and(ours)).then(|| Contradiction {
+        key: "_class_name".to_owned(),
+        declared: class.clone(),
+        origin: "config.json".to_owned(),
+        found: family.class.clone().into(),
+        witness: "the tensors".to_owned(),
+    })
+}
+
+fn variant(family: &FamilyManifest, settled: &mut Settled, hints: &Hints) -> Result<Variant> {
+    let fitting = family.variants(&settled.sizes);
+    if let Some(name) = &hints.variant {
+        let choices = family.variant_names();
+        if !fitting.iter().any(|variant| variant.name == *name) {
+            settled.notes.push(format!("the tensors are not those of the variant {name:?}, which was asked for"));
+        }
+        return family.variant(name).ok_or(LayoutError::NoSuch { kind: "variant", name: name.clone(), choices });
+    }
+    if let [first, second, ..] = &fitting[..] {
+        let names: Vec<&str> = fitting.iter().map(|variant| variant.name.as_str()).collect();
+        settled.notes.push(format!(
+            "the variants {} have the same tensors; {} is taken (--variant {} sets another)",
+            names.join(", "),
+            first.name,
+            second.name
+        ));
+    }
+    let custom = || family.variant("custom").ok_or_else(|| LayoutError::Unknown { near: Vec::new() });
+    fitting.into_iter().next().map_or_else(custom, Ok)
+}

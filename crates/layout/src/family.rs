@@ -1,0 +1,220 @@
+//! [`FamilyManifest`]: one family's sizes, tensors, layouts and variants, read from its manifest.
+
+use crate::pattern::Pattern;
+use crate::rule::{RawRule, Rule, Step};
+use crate::settings::{Setting, Sizes};
+use crate::shape::{Expected, TensorRule};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Sampling defaults of a variant.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Defaults {
+    /// Steps of denoising.
+    pub steps: usize,
+    /// Guidance scale.
+    pub guidance: f64,
+    /// Text tokens of the longer encoder; 0 where the family takes no text.
+    pub text_tokens: usize,
+}
+
+/// A training of the family that is used in its own way.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Variant {
+    /// Name as in the manifest; "custom" where none fits.
+    pub name: String,
+    /// How it is best sampled.
+    pub defaults: Defaults,
+}
+
+/// A manifest file as written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RawFamily {
+    pub edition: u32,
+    pub family: String,
+    class: Option<String>,
+    #[serde(default)]
+    aliases: Vec<String>,
+    pixels_per_token: Option<usize>,
+    #[serde(default)]
+    defaults: RawDefaults,
+    #[serde(default)]
+    settings: Vec<Setting>,
+    #[serde(default)]
+    tensors: Vec<TensorRule>,
+    #[serde(default)]
+    layout: Vec<RawLayout>,
+    #[serde(default)]
+    variant: Vec<RawVariant>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLayout {
+    name: String,
+    /// A layout whose rules and signature are taken.
+    like: Option<String>,
+    #[serde(default)]
+    present: Vec<String>,
+    #[serde(default)]
+    absent: Vec<String>,
+    prefixes: Vec<String>,
+    rules: Option<Vec<RawRule>>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVariant {
+    name: String,
+    #[serde(rename = "where")]
+    conditions: Map<String, Value>,
+    #[serde(default)]
+    defaults: RawDefaults,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDefaults {
+    steps: Option<usize>,
+    guidance: Option<f64>,
+    text_tokens: Option<usize>,
+}
+
+/// A naming of the family's tensors on disk.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub name: String,
+    pub present: Vec<String>,
+    pub absent: Vec<String>,
+    pub prefixes: Vec<String>,
+    pub inward: Vec<Step>,
+    pub outward: Vec<Step>,
+}
+
+/// A family, ready for use.
+#[derive(Debug, Clone)]
+pub(crate) struct FamilyManifest {
+    pub name: String,
+    pub class: String,
+    pub aliases: Vec<String>,
+    pub pixels_per_token: usize,
+    pub settings: Vec<Setting>,
+    pub layouts: Vec<Layout>,
+    defaults: RawDefaults,
+    tensors: Vec<TensorRule>,
+    variants: Vec<RawVariant>,
+}
+
+impl FamilyManifest {
+    /// Reads a family that is new; the error says what is wrong with it.
+    pub fn new(raw: RawFamily) -> Result<Self, String> {
+        let class = raw.class.clone().ok_or("a new family needs a class")?;
+        let mut family = Self {
+            name: raw.family.clone(),
+            class,
+            aliases: raw.aliases.clone(),
+            pixels_per_token: raw.pixels_per_token.unwrap_or(16).max(1),
+            settings: raw.settings.clone(),
+            layouts: Vec::new(),
+            defaults: raw.defaults,
+            tensors: raw.tensors.clone(),
+            variants: Vec::new(),
+        };
+        family.extend(raw)?;
+        Ok(family)
+    }
+
+    /// Puts the layouts and variants of `raw` before its own, so that a user's come first.
+    pub fn extend(&mut self, raw: RawFamily) -> Result<(), String> {
+        for (at, layout) in raw.layout.into_iter().enumerate() {
+            let layout = self.layout(layout)?;
+            self.layouts.insert(at, layout);
+        }
+        self.variants.splice(0..0, raw.variant);
+        Ok(())
+    }
+
+    /// Every tensor a model of `sizes` has.
+    pub fn expected(&self, sizes: &Sizes) -> Vec<Expected> {
+        self.tensors.iter().flat_map(|rule| rule.expand(sizes, self.blocks_of(&rule.name, sizes))).collect()
+    }
+
+    /// The shape that the canonical tensor `name` must have, where it is known.
+    pub fn expected_shape(&self, name: &str, sizes: &Sizes) -> Option<Vec<usize>> {
+        let expected = self.expected(sizes).into_iter().find(|expected| expected.name == name)?;
+        expected.shape.into_iter().collect()
+    }
+
+    /// Keys that count blocks.
+    pub fn depths(&self) -> impl Iterator<Item = &str> {
+        self.settings.iter().filter(|setting| setting.blocks.is_some()).map(|setting| setting.key.as_str())
+    }
+
+    /// The variants that `sizes` allow, in order.
+    pub fn variants(&self, sizes: &Sizes) -> Vec<Variant> {
+        let fitting = self.variants.iter().filter(|variant| sizes.satisfy(&variant.conditions));
+        fitting.map(|variant| self.with_defaults(&variant.name, variant.defaults)).collect()
+    }
+
+    /// The variant called `name`, whatever the sizes.
+    pub fn variant(&self, name: &str) -> Option<Variant> {
+        let custom = (name == "custom").then(|| self.with_defaults(name, RawDefaults::default()));
+        let named = self.variants.iter().find(|variant| variant.name == name);
+        named.map(|variant| self.with_defaults(name, variant.defaults)).or(custom)
+    }
+
+    /// Names of all variants.
+    pub fn variant_names(&self) -> Vec<String> {
+        self.variants.iter().map(|variant| variant.name.clone()).chain(["custom".to_owned()]).collect()
+    }
+
+    fn with_defaults(&self, name: &str, own: RawDefaults) -> Variant {
+        let defaults = Defaults {
+            steps: own.steps.or(self.defaults.steps).unwrap_or(28),
+            guidance: own.guidance.or(self.defaults.guidance).unwrap_or(1.0),
+            text_tokens: own.text_tokens.or(self.defaults.text_tokens).unwrap_or(0),
+        };
+        Variant { name: name.to_owned(), defaults }
+    }
+
+    /// How many blocks the number in the pattern `name` runs over.
+    pub fn blocks_of(&self, name: &str, sizes: &Sizes) -> usize {
+        let counts = |setting: &&Setting| setting.blocks.as_ref().is_some_and(|prefix| name.starts_with(prefix));
+        self.settings.iter().find(counts).and_then(|setting| sizes.number(&setting.key)).unwrap_or(0)
+    }
+
+    fn layout(&self, raw: RawLayout) -> Result<Layout, String> {
+        let rules = match (raw.rules, &raw.like) {
+            (None, Some(like)) => {
+                let like = self.layouts.iter().find(|layout| layout.name == *like);
+                let like = like.ok_or_else(|| format!("layout {:?} is like an unknown one", raw.name))?;
+                return Ok(Layout { name: raw.name, prefixes: raw.prefixes, ..like.clone() });
+            }
+            (Some(rules), None) => rules.into_iter().map(Rule::new).collect::<Result<Vec<_>, _>>()?,
+            (None, None) => self.tensors.iter().map(|tensor| Rule::identity(&tensor.name)).collect(),
+            (Some(_), Some(_)) => return Err(format!("layout {:?} has both rules and like", raw.name)),
+        };
+        let (inward, outward): (Vec<_>, Vec<_>) = rules.into_iter().map(|rule| (rule.inward, rule.outward)).unzip();
+        let (present, absent) = (raw.present, raw.absent);
+        Ok(Layout {
+            name: raw.name,
+            present,
+            absent,
+            prefixes: raw.prefixes,
+            inward,
+            outward: outward.into_iter().flatten().collect(),
+        })
+    }
+}
+
+impl Layout {
+    /// The name that the canonical tensor `name` is found under, where it is another.
+    pub fn foreign_name(&self, name: &str, prefix: &str) -> Option<String> {
+        let fill = |step: &Step| {
+            let captures = step.inputs.iter().find_map(|input: &Pattern| input.captures(name))?;
+            Some(format!("{prefix}{}", step.outputs.first()?.fill(captures)))
+        };
+        self.outward.iter().find_map(fill).filter(|foreign| foreign != name)
+    }
+}

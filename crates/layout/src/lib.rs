@@ -1,0 +1,31 @@
+//! Which model a checkpoint holds, in which layout, and its tensors under their canonical names.
+//!
+//! The main types are [`Manifests`], the rules as data, [`Identified`], what [`detect`] found, and [`Canonical`], a
+//! checkpoint as seen through the rules. All that is particular to a family stands in `manifests/<family>.toml`; this
+//! crate knows no family and does no arithmetic on weights: it moves bytes.
+
+mod account;
+mod assembly;
+mod choose;
+mod detect;
+mod error;
+mod estimate;
+mod family;
+mod inspection;
+mod known;
+mod manifests;
+mod mapping;
+mod pattern;
+mod rule;
+mod settings;
+mod shape;
+
+pub use account::{Account, Contradiction, Fate, Misshapen, Missing};
+pub use assembly::{Canonical, Exported, Mapped};
+pub use detect::{Beside, Hints, Identified, detect, detect_source};
+pub use error::{LayoutError, Result};
+pub use estimate::Estimate;
+pub use family::{Defaults, Variant};
+pub use inspection::{Inspection, Unused};
+pub use manifests::Manifests;
+pub use shape::Expected;

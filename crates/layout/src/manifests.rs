@@ -1,0 +1,89 @@
+//! [`Manifests`]: every family's rules, those in the program and those a user adds.
+
+use crate::error::{LayoutError, Result};
+use crate::family::{FamilyManifest, RawFamily};
+use crate::known::Known;
+use clearform_weights::WeightsError;
+use serde::de::DeserializeOwned;
+use std::path::Path;
+use std::sync::Arc;
+
+const EDITION: u32 = 1;
+const KNOWN: &str = include_str!("../../../manifests/known.toml");
+
+/// The manifests in the program, alphabetically.
+const EMBEDDED: &[(&str, &str)] = &[("flux.toml", include_str!("../../../manifests/flux.toml"))];
+
+/// All rules.
+#[derive(Debug, Clone)]
+pub struct Manifests {
+    pub(crate) families: Vec<Arc<FamilyManifest>>,
+    pub(crate) known: Arc<Known>,
+}
+
+impl Manifests {
+    /// The manifests in the program.
+    ///
+    /// # Errors
+    /// [`LayoutError::BadManifest`] if the program was built with a broken one.
+    pub fn embedded() -> Result<Self> {
+        let known: Known = parse("known.toml", KNOWN)?;
+        check_edition("known.toml", known.edition)?;
+        let mut manifests = Self { families: Vec::new(), known: Arc::new(known) };
+        for (origin, text) in EMBEDDED {
+            manifests.add(origin, text)?;
+        }
+        Ok(manifests)
+    }
+
+    /// These and the manifest at `path`: a new family, or more layouts and variants of one that is here.
+    ///
+    /// # Errors
+    /// [`LayoutError::Weights`] if it cannot be read, [`LayoutError::BadManifest`] if it is not a manifest.
+    pub fn with_file(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let io = |source| WeightsError::Io { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(io)?;
+        self.add(&path.display().to_string(), &text)?;
+        Ok(self)
+    }
+
+    /// Names of the families.
+    pub fn families(&self) -> Vec<String> {
+        self.families.iter().map(|family| family.name.clone()).collect()
+    }
+
+    /// Names of a family's layouts.
+    pub fn layouts(&self, family: &str) -> Vec<String> {
+        let layouts = self.families.iter().filter(|known| known.name == family).flat_map(|family| &family.layouts);
+        layouts.map(|layout| layout.name.clone()).collect()
+    }
+
+    fn add(&mut self, origin: &str, text: &str) -> Result<()> {
+        let bad = |reason| LayoutError::BadManifest { origin: origin.to_owned(), reason };
+        let raw: RawFamily = parse(origin, text)?;
+        check_edition(origin, raw.edition)?;
+        match self.families.iter_mut().find(|family| family.name == raw.family) {
+            Some(family) => Arc::make_mut(family).extend(raw).map_err(bad),
+            None => {
+                self.families.push(Arc::new(FamilyManifest::new(raw).map_err(bad)?));
+                Ok(())
+            }
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(origin: &str, text: &str) -> Result<T> {
+    toml::from_str(text)
+        .map_err(|error| LayoutError::BadManifest { origin: origin.to_owned(), reason: error.to_string() })
+}
+
+fn check_edition(origin: &str, edition: u32) -> Result<()> {
+    match edition {
+        EDITION => Ok(()),
+        _ => {
+            let reason = format!("edition {edition}; this program reads edition {EDITION}: upgrade it");
+            Err(LayoutError::BadManifest { origin: origin.to_owned(), reason })
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! [`Mapping`]: what a set of rules makes of a list of tensors, by names and shapes alone.
+
+use crate::account::Fate;
+use crate::assembly::Assembly;
+use crate::family::FamilyManifest;
+use crate::pattern::{Captures, Pattern};
+use crate::rule::{Edit, How, Reshape, Step};
+use crate::settings::Sizes;
+use clearform_weights::TensorInfo;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+/// Outputs by name and what became of each input.
+#[derive(Debug, Default)]
+pub(crate) struct Mapping {
+    pub tensors: BTreeMap<String, Assembly>,
+    pub fates: BTreeMap<String, Fate>,
+}
+
+/// What is known of the model when its tensors are mapped.
+#[derive(Clone, Copy)]
+pub(crate) struct Scope<'a> {
+    pub family: &'a FamilyManifest,
+    /// None before the sizes are known.
+    pub sizes: Option<&'a Sizes>,
+}
+
+/// The tensors that one application of a step takes together.
+struct Group<'a> {
+    /// By place in the step.
+    slots: Vec<Option<&'a TensorInfo>>,
+    /// All of them; copies may share a place.
+    inputs: Vec<&'a TensorInfo>,
+}
+
+impl Mapping {
+    /// Applies `steps` to `inputs`: (name as the rules know it, tensor under its own name).
+    pub fn new(steps: &[Step], inputs: &[(String, TensorInfo)], scope: Scope) -> Self {
+        let mut mapping = Self::default();
+        let mut groups: BTreeMap<(usize, Captures), Group> = BTreeMap::new();
+        for (name, info) in inputs {
+            match find(steps, name) {
+                Some((at, slot, captures)) => {
+                    let step = &steps[at];
+                    let group = groups.entry((at, step.together(captures))).or_insert_with(|| Group::of(step));
+                    group.slots[slot].get_or_insert(info);
+                    group.inputs.push(info);
+                }
+                None => mapping.tell(info, Fate::Unmatched { reason: "no rule knows this name".to_owned() }),
+            }
+        }
+        for ((step, captures), group) in groups {
+            mapping.perform(&steps[step], captures, &group, scope);
+        }
+        mapping
+    }
+
+    fn perform(&mut self, step: &Step, captures: Captures, group: &Group, scope: Scope) {
+        let fate = match step.apply(captures, &group.slots, scope) {
+            Ok(outputs) => self.put(outputs, &step.how),
+            Err(reason) => Fate::Unmatched { reason },
+        };
+        for info in &group.inputs {
+            self.tell(info, fate.clone());
+        }
+    }
+
+    fn put(&mut self, outputs: Vec<Assembly>, how: &How) -> Fate {
+        if let How::Drop(reason) = how {
+            return Fate::Skipped { reason: reason.clone() };
+        }
+        let names: Vec<String> = outputs.iter().map(|output| output.info.name.clone()).collect();
+        if let Some(name) = names.iter().find(|name| self.tensors.contains_key(*name)) {
+            return Fate::Unmatched { reason: format!("another tensor gives {name:?} already") };
+        }
+        for output in outputs {
+            self.tensors.insert(output.info.name.clone(), output);
+        }
+        Fate::Used { names }
+    }
+
+    fn tell(&mut self, info: &TensorInfo, fate: Fate) {
+        if let Entry::Vacant(free) = self.fates.entry(info.name.clone()) {
+            free.insert(fate);
+        }
+    }
+}
+
+impl Group<'_> {
+    fn of(step: &Step) -> Self {
+        Self { slots: vec![None; step.inputs.len()], inputs: Vec::new() }
+    }
+}
+
+impl Step {
+    fn apply(&self, captures: Captures, slots: &[Option<&TensorInfo>], scope: Scope) -> Result<Vec<Assembly>, String> {
+        let names = self.names(captures, scope);
+        match (&self.how, &self.inputs(captures, slots)?[..], &names[..]) {
+            (How::Same(edit, reshape), [input], [name]) => {
+                let output = match edit {
+                    None => Assembly::whole(input, name),
+                    Some(Edit::SwapHalves) => Assembly::swapped(input, name)?,
+                };
+                reshape.apply(output, scope).map(|output| vec![output])
+            }
+            (How::Split(shares), [input], names) => Assembly::split(input, names, shares),
+            (How::Join(shares), inputs, [name]) => Assembly::join(inputs, name, shares).map(|output| vec![output]),
+            (How::Copy, [input], names) => Ok(names.iter().map(|name| Assembly::whole(input, name)).collect()),
+            (How::Pick, [input, ..], [name]) => Ok(vec![Assembly::whole(input, name)]),
+            (How::Drop(_), ..) => Ok(Vec::new()),
+            _ => Err("its rule does not say what to do with it".to_owned()),
+        }
+    }
+
+    /// What inputs of one application have in common: copies from all blocks go back to one tensor.
+    fn together(&self, captures: Captures) -> Captures {
+        match self.how {
+            How::Pick if !self.outputs.iter().any(Pattern::is_numbered) => Captures { number: None, ..captures },
+            _ => captures,
+        }
+    }
+
+    fn inputs<'a>(&self, captures: Captures, slots: &[Option<&'a TensorInfo>]) -> Result<Vec<&'a TensorInfo>, String> {
+        if matches!(self.how, How::Pick | How::Drop(_)) {
+            return Ok(slots.iter().flatten().copied().collect());
+        }
+        let partner = |pattern: &Pattern| format!("it belongs to {:?}, which is missing", pattern.fill(captures));
+        slots.iter().zip(&self.inputs).map(|(slot, pattern)| slot.ok_or_else(|| partner(pattern))).collect()
+    }
+
+    /// Names of the outputs; a number that no input has runs over all blocks.
+    fn names(&self, captures: Captures, scope: Scope) -> Vec<String> {
+        let blocks = |output: &Pattern| scope.sizes.map_or(1, |sizes| scope.family.blocks_of(output.as_str(), sizes));
+        let mut names = Vec::new();
+        for output in &self.outputs {
+            match output.is_numbered() && captures.number.is_none() {
+                true => {
+                    names.extend((0..blocks(output)).map(|at| output.fill(Captures { number: Some(at), ..captures })))
+                }
+                false => names.push(output.fill(captures)),
+            }
+        }
+        names
+    }
+}
+
+impl Reshape {
+    fn apply(&self, mut output: Assembly, scope: Scope) -> Result<Assembly, String> {
+        let Some(sizes) = scope.sizes else { return Ok(output) };
+        let shape: Option<Vec<usize>> = match self {
+            Self::Keep => return Ok(output),
+            Self::Canonical => scope.family.expected_shape(&output.info.name, sizes),
+            Self::To(extents) => extents.iter().map(|extent| extent.value(sizes)).collect(),
+        };
+        let found = &output.info.shape;
+        match shape {
+            Some(shape) if count(&shape).is_some_and(|elements| count(found) == Some(elements)) => {
+                output.info.shape = shape;
+            }
+            _ => return Err(format!("its shape {found:?} cannot become {shape:?}")),
+        }
+        Ok(output)
+    }
+}
+
+fn find(steps: &[Step], name: &str) -> Option<(usize, usize, Captures)> {
+    steps.iter().enumerate().find_map(|(index, step)| {
+        let slot = |(slot, input): (usize, &Pattern)| Some((index, slot, input.captures(name)?));
+        step.inputs.iter().enumerate().find_map(slot)
+    })
+}
+
+fn count(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent))
+}

@@ -1,0 +1,77 @@
+//! [`Expected`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in manifests.
+
+use crate::pattern::{Captures, Parameter, Pattern};
+use crate::settings::Sizes;
+use serde::{Deserialize, Serialize};
+
+/// A canonical tensor and the shape it must have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Expected {
+    /// Canonical name.
+    pub name: String,
+    /// Extents; none where any extent will do.
+    pub shape: Vec<Option<usize>>,
+    /// Whether a model may lack it.
+    pub optional: bool,
+}
+
+impl Expected {
+    /// Whether `shape` will do.
+    pub fn fits(&self, shape: &[usize]) -> bool {
+        let fits = |(expected, found): (&Option<usize>, &usize)| expected.is_none_or(|expected| expected == *found);
+        self.shape.len() == shape.len() && self.shape.iter().zip(shape).all(fits)
+    }
+}
+
+/// One extent in a manifest: a number, a product such as "3*width", or "?" for any.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Extent {
+    Number(usize),
+    Product(String),
+}
+
+impl Extent {
+    /// Its value; none where any will do. A size that is not known counts as none.
+    pub fn value(&self, sizes: &Sizes) -> Option<usize> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Product(product) => {
+                let factor = |factor: &str| factor.parse().ok().or_else(|| sizes.number(factor));
+                product.split('*').try_fold(1usize, |value, name| Some(value.saturating_mul(factor(name.trim())?)))
+            }
+        }
+    }
+}
+
+/// Tensors of one name pattern, as a manifest gives them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TensorRule {
+    pub name: String,
+    shape: Vec<Extent>,
+    /// A setting that must be true for the tensor to be there.
+    when: Option<String>,
+    #[serde(default)]
+    optional: bool,
+}
+
+impl TensorRule {
+    /// The tensors of this pattern that a model of `sizes` has, of which `blocks` are numbered.
+    pub fn expand(&self, sizes: &Sizes, blocks: usize) -> Vec<Expected> {
+        if self.when.as_ref().is_some_and(|key| !sizes.flag(key)) {
+            return Vec::new();
+        }
+        let pattern = Pattern::new(&self.name);
+        let numbers: Vec<_> = if pattern.is_numbered() { (0..blocks).map(Some).collect() } else { vec![None] };
+        let parameters = if pattern.is_layer() { &Parameter::ALL.map(Some)[..] } else { &[None] };
+        let pairs = numbers.iter().flat_map(|number| parameters.iter().map(move |parameter| (*number, *parameter)));
+        pairs.map(|(number, parameter)| self.fill(&pattern, Captures { number, parameter }, sizes)).collect()
+    }
+
+    fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &Sizes) -> Expected {
+        let extents = if captures.parameter == Some(Parameter::Bias) { 1 } else { self.shape.len() };
+        let shape = self.shape[..extents].iter().map(|extent| extent.value(sizes)).collect();
+        Expected { name: pattern.fill(captures), shape, optional: self.optional }
+    }
+}

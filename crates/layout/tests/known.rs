@@ -1,0 +1,74 @@
+//! What is not supported is named for what it is, and what is unknown is answered with what came near.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use clearform_layout::{Hints, LayoutError};
+use common::{Fake, TINY, detect};
+
+fn message(source: &Fake) -> String {
+    let error = detect(source, None, &Hints::default()).unwrap_err();
+    assert!(matches!(error, LayoutError::Unsupported { .. } | LayoutError::Unknown { .. }), "{error:?}");
+    error.to_string()
+}
+
+#[test]
+fn known_models_and_adapters_are_named() {
+    let cases: &[(&str, &[&str])] = &[
+        ("LoRA", &["transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.x.lora_B.weight"]),
+        ("LoRA", &["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
+        (
+            "LoRA",
+            &["double_blocks.0.processor.qkv_lora1.down.weight", "single_blocks.0.processor.qkv_lora.down.weight"],
+        ),
+        ("LoRA", &["lycoris_transformer_blocks_0_attn_to_q.lokr_w1"]),
+        ("ControlNet", &["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"]),
+        ("IP-Adapter", &["ip_adapter_proj_model.proj.weight"]),
+        (
+            "CLEAR attention patch",
+            &["transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+        ),
+        ("Chroma", &["distilled_guidance_layer.in_proj.bias", "double_blocks.0.img_attn.qkv.weight"]),
+        ("FLUX.2", &["single_stream_modulation.lin.weight", "img_in.weight"]),
+        ("Stable Diffusion 3", &["model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"]),
+        ("Stable Diffusion 3", &["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.pos_embed"]),
+        ("Qwen-Image", &["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"]),
+        ("PixArt", &["t_block.1.weight", "blocks.0.cross_attn.q_linear.weight"]),
+        ("Sana", &["blocks.0.cross_attn.q_linear.weight"]),
+        ("DiT or SiT", &["y_embedder.embedding_table.weight", "x_embedder.proj.weight"]),
+        ("HunyuanVideo", &["context_embedder.token_refiner.refiner_blocks.0.norm1.weight", "x_embedder.proj.weight"]),
+        ("U-Net", &["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]),
+        ("a VAE", &["decoder.conv_in.weight", "encoder.conv_in.weight"]),
+        ("T5 text encoder", &["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"]),
+        ("CLIP text encoder", &["text_model.embeddings.token_embedding.weight"]),
+    ];
+    for (expected, names) in cases {
+        let message = message(&Fake::of(names));
+        assert!(message.contains(expected), "{names:?}: {message:?} does not say {expected:?}");
+    }
+}
+
+#[test]
+fn a_quantised_flux_is_not_taken_for_a_plain_one() {
+    for (expected, marker) in [
+        ("scaled fp8", "double_blocks.0.img_attn.qkv.scale_weight"),
+        ("scaled fp8", "scaled_fp8"),
+        ("bitsandbytes", "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"),
+        ("SVDQuant", "transformer_blocks.0.attn.to_q.wscales"),
+        ("GPTQ", "double_blocks.0.img_attn.qkv.qweight"),
+    ] {
+        let mut source = TINY.foreign("bfl");
+        source.put(marker, &[1]);
+        let message = message(&source);
+        assert!(message.contains(expected) && message.contains("give the bf16"), "{marker}: {message}");
+    }
+}
+
+#[test]
+fn what_is_unknown_is_answered_with_what_came_near() {
+    let message = message(&Fake::of(&["img_in.weight", "a", "b", "c"]));
+    assert!(message.contains("flux in layout bfl: 1 of 3 signature tensors"), "{message}");
+    assert!(message.contains("single_blocks.0.linear1.weight"), "{message}");
+    assert!(self::message(&Fake::of(&["a"])).contains("nearest: none"));
+    assert!(self::message(&Fake::default()).contains("nearest: none"));
+}

@@ -1,0 +1,153 @@
+//! Manifests that a user gives: every kind of rule, both ways, and what is said of a broken one.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use clearform_layout::{Beside, Fate, Hints, Identified, LayoutError, Manifests, detect_source};
+use clearform_weights::TensorSource;
+use common::{Fake, TINY};
+use std::collections::BTreeMap;
+
+const TOY: &str = r#"
+edition = 1
+family = "toy"
+class = "ToyModel"
+settings = [
+  { key = "depth", blocks = "layers.{n}." },
+  { key = "width", extent = [["embed.weight", 0]] },
+]
+tensors = [
+  { name = "embed.{p}", shape = ["width", 3] },
+  { name = "token", shape = [1, "width"] },
+  { name = "layers.{n}.mix.weight", shape = ["3*width", "width"] },
+  { name = "layers.{n}.table", shape = [5, 2] },
+  { name = "extra.table", shape = [5, 2] },
+]
+
+[[layout]]
+name = "toy"
+present = ["embed.weight", "token"]
+prefixes = [""]
+
+[[layout]]
+name = "old"
+present = ["e.weight"]
+prefixes = ["", "m."]
+rules = [
+  { foreign = "e.{p}", canonical = "embed.{p}" },
+  { foreign = "t", canonical = "token", foreign_shape = ["width"] },
+  { foreign = ["l.{n}.a", "l.{n}.b"], canonical = "layers.{n}.mix.weight", rows = [1, 2] },
+  { foreign = "table", copy = ["layers.{n}.table", "extra.table"] },
+  { foreign = "unused.{n}", drop = "a buffer of training" },
+]
+"#;
+
+fn with(text: &str) -> Result<Manifests, LayoutError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("toy.toml");
+    std::fs::write(&path, text).unwrap();
+    Manifests::embedded().unwrap().with_file(&path)
+}
+
+fn old() -> Fake {
+    let mut source = Fake::default();
+    for (name, shape) in [
+        ("e.weight", &[4, 3][..]),
+        ("e.bias", &[4]),
+        ("t", &[4]),
+        ("l.0.a", &[4, 4]),
+        ("l.0.b", &[8, 4]),
+        ("l.1.a", &[4, 4]),
+        ("l.1.b", &[8, 4]),
+        ("table", &[5, 2]),
+        ("unused.0", &[9]),
+    ] {
+        source.put(name, shape);
+    }
+    source
+}
+
+fn identify(source: &Fake) -> Identified {
+    let beside = Beside { config: None, metadata: &BTreeMap::new() };
+    detect_source(source, beside, &with(TOY).unwrap(), &Hints::default()).unwrap()
+}
+
+#[test]
+fn joins_reshapes_copies_and_drops_go_both_ways() {
+    let source = old();
+    let identified = identify(&source);
+    assert_eq!((identified.family.as_str(), identified.layout.as_str()), ("toy", "old"));
+    let canonical = identified.canonical(&source).complete().unwrap();
+    let bytes = |name: &str| source.read(name).unwrap().bytes;
+    let mix = canonical.read("layers.0.mix.weight").unwrap();
+    assert_eq!((mix.shape, mix.bytes), (vec![12, 4], [bytes("l.0.a"), bytes("l.0.b")].concat()));
+    let token = canonical.read("token").unwrap();
+    assert_eq!((token.shape, token.bytes), (vec![1, 4], bytes("t")));
+    assert_eq!(canonical.tensor("token").unwrap().dims(), [1, 4]);
+    for copy in ["layers.0.table", "layers.1.table", "extra.table"] {
+        assert_eq!(canonical.read(copy).unwrap().bytes, bytes("table"));
+    }
+    let dropped = Fate::Skipped { reason: "a buffer of training".to_owned() };
+    assert_eq!(canonical.account().fates["unused.0"], dropped);
+    let back = identified.foreign("old", &canonical).unwrap();
+    for name in source.tensors.keys().filter(|name| *name != "unused.0") {
+        assert_eq!(back.read(name).unwrap(), source.read(name).unwrap(), "{name}");
+    }
+    assert_eq!(back.tensors().len(), source.tensors.len() - 1);
+}
+
+#[test]
+fn half_of_a_join_is_no_whole() {
+    let mut source = old();
+    source.tensors.remove("l.0.b");
+    source.put("l.0.a", &[4, 4]);
+    let canonical = identify(&source).canonical(&source).complete().unwrap_err().to_string();
+    assert!(canonical.contains("\"l.0.a\"") && canonical.contains("\"l.0.b\", which is missing"), "{canonical}");
+}
+
+#[test]
+fn a_layout_and_a_variant_are_added_to_a_family() {
+    let text = r#"
+        edition = 1
+        family = "flux"
+        [[layout]]
+        name = "mine"
+        like = "bfl"
+        prefixes = ["mine."]
+        [[variant]]
+        name = "house"
+        where = { in_channels = 64 }
+        defaults = { guidance = 1.5 }
+    "#;
+    let manifests = with(text).unwrap();
+    let source = TINY.foreign("bfl").under("mine.");
+    let config = TINY.config();
+    let beside = Beside { config: Some(&config), metadata: &BTreeMap::new() };
+    let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
+    assert_eq!((identified.layout.as_str(), identified.variant.name.as_str()), ("mine", "house"));
+    assert_eq!((identified.variant.defaults.guidance, identified.variant.defaults.steps), (1.5, 28));
+    assert_eq!(identified.canonical(&source).complete().unwrap().tensors(), TINY.diffusers().tensors());
+}
+
+#[test]
+fn broken_manifests_are_explained() {
+    for (text, expected) in [
+        ("edition = 1", "family"),
+        ("edition = 2\nfamily = \"x\"\nclass = \"X\"", "upgrade"),
+        ("edition = 1\nfamily = \"x\"", "needs a class"),
+        ("edition = 1\nfamily = \"flux\"\nsurprise = 1", "surprise"),
+        ("edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nlike = \"b\"\nprefixes = []", "unknown one"),
+        (
+            "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nprefixes = [\"\"]\nrules = [{ foreign = \"a\" }]",
+            "exactly one of canonical, split, copy and drop",
+        ),
+        (
+            "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nprefixes = []\n\
+             rules = [{ foreign = \"a\", split = [\"b\", \"c\"], rows = [1] }]",
+            "2 shares",
+        ),
+    ] {
+        let error = with(text).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("toy.toml"), "{error:?} does not say {expected:?}");
+    }
+}

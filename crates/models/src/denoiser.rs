@@ -1,0 +1,113 @@
+//! [`Denoiser`]: a diffusion transformer that is stepped block by block.
+//!
+//! The step by blocks is the seam for all that must stand between blocks: residuals of a ControlNet, backward with
+//! recomputation, activations for the attention loss.
+
+use crate::Result;
+use candle_core::Tensor;
+use clearform_attention::{Attended, Geometry};
+use std::sync::Arc;
+
+/// What stays the same over all steps of one picture.
+#[derive(Debug, Clone, Default)]
+pub struct Conditions {
+    /// Text features, (batch, text tokens, channels).
+    pub text: Option<Tensor>,
+    /// 1 where a text token counts, (batch, text tokens).
+    pub text_mask: Option<Tensor>,
+    /// Pooled text features, (batch, channels).
+    pub pooled: Option<Tensor>,
+    /// Embedded guidance scale, (batch).
+    pub guidance: Option<Tensor>,
+    /// Class labels, (batch).
+    pub classes: Option<Tensor>,
+    /// Grid, row and column of each image token in raster order, (image tokens, 3).
+    pub image_ids: Option<Tensor>,
+    /// The same for text, (text tokens, 3); all zero for FLUX.
+    pub text_ids: Option<Tensor>,
+}
+
+/// One evaluation's input, as the forward of the family's diffusers class takes it.
+#[derive(Debug, Clone)]
+pub struct DenoiserInput {
+    /// Noisy latents: packed (batch, image tokens, channels) or (batch, channels, height, width), as the family's class.
+    pub latents: Tensor,
+    /// Timestep in the unit of the family's class, (batch).
+    pub timestep: Tensor,
+    /// Everything else.
+    pub conditions: Conditions,
+}
+
+/// Cosines and sines of rotary positions, each (tokens, head_dim / 2) in f32; image in tile order.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    /// (cos, sin) of the image tokens.
+    pub image: (Tensor, Tensor),
+    /// (cos, sin) of the text tokens.
+    pub text: (Tensor, Tensor),
+}
+
+/// What every block reads and none changes.
+#[derive(Debug)]
+pub struct Context {
+    /// Timestep, guidance and pooled text, embedded: (batch, width).
+    pub conditioning: Tensor,
+    /// Rotary positions, where the family has them.
+    pub rotary: Option<Rotary>,
+    /// Where the image tokens lie.
+    pub geometry: Geometry,
+}
+
+/// What travels from block to block.
+#[derive(Debug, Clone)]
+pub struct State {
+    /// Image stream, (batch, image tokens, width), in the geometry's tile order.
+    pub image: Tensor,
+    /// Text stream, (batch, text tokens, width).
+    pub text: Option<Tensor>,
+    /// What the last block's attention gave, before its output projection; none before the first block.
+    pub attention: Option<Attended>,
+    /// What every block reads.
+    pub context: Arc<Context>,
+}
+
+/// A diffusion transformer.
+pub trait Denoiser: Send + Sync {
+    /// Names of the attention layers, one per block, in order ("transformer_blocks.0.attn").
+    fn layers(&self) -> &[String];
+
+    /// Embeds latents, text and conditions, and permutes image tokens to tile order.
+    ///
+    /// # Errors
+    /// A missing or misshapen input.
+    fn embed(&self, input: &DenoiserInput) -> Result<State>;
+
+    /// Runs block `index`.
+    ///
+    /// # Errors
+    /// The tensor library refused.
+    fn block(&self, index: usize, state: State) -> Result<State>;
+
+    /// The prediction from the last state, shaped as the latents were, in raster order.
+    ///
+    /// # Errors
+    /// The tensor library refused.
+    fn head(&self, state: &State) -> Result<Tensor>;
+
+    /// How many blocks there are.
+    fn block_count(&self) -> usize {
+        self.layers().len()
+    }
+
+    /// Embed, blocks, head.
+    ///
+    /// # Errors
+    /// As its parts.
+    fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
+        let mut state = self.embed(input)?;
+        for index in 0..self.block_count() {
+            state = self.block(index, state)?;
+        }
+        self.head(&state)
+    }
+}

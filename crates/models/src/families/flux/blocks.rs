@@ -1,0 +1,215 @@
+//! [`DoubleBlock`] and [`SingleBlock`]: FLUX's two kinds of transformer block. They know neither how attention is
+//! computed nor where the image tokens lie.
+
+use crate::scope::{Linear, Scope};
+use crate::{Context, ModelError, Result, State};
+use candle_core::{D, Tensor};
+use clearform_attention::{Attended, Attention, Qkv};
+use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
+
+/// Added to the variance in every norm of this family.
+pub(super) const NORM_EPS: f64 = 1e-6;
+
+/// Cosines and sines, (tokens, head_dim / 2) each.
+type Rotation = (Tensor, Tensor);
+
+/// A block with weights of its own for image and text, joined by attention alone.
+pub(super) struct DoubleBlock {
+    image: Stream,
+    text: Stream,
+    attention: Box<dyn Attention>,
+}
+
+/// A block whose weights serve image and text alike, with attention and MLP side by side.
+pub(super) struct SingleBlock {
+    modulation: Linear,
+    projections: Projections,
+    mlp: Linear,
+    out: Linear,
+    attention: Box<dyn Attention>,
+}
+
+/// One stream's half of a double block.
+struct Stream {
+    modulation: Linear,
+    projections: Projections,
+    out: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// The way from tokens to queries, keys and values.
+struct Projections {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    query_norm: Tensor,
+    key_norm: Tensor,
+}
+
+/// Names of a stream's tensors in a double block.
+struct StreamNames {
+    modulation: &'static str,
+    projections: [&'static str; 5],
+    out: &'static str,
+    up: &'static str,
+    down: &'static str,
+}
+
+const IMAGE: StreamNames = StreamNames {
+    modulation: "norm1.linear",
+    projections: ["to_q", "to_k", "to_v", "norm_q", "norm_k"],
+    out: "attn.to_out.0",
+    up: "ff.net.0.proj",
+    down: "ff.net.2",
+};
+
+const TEXT: StreamNames = StreamNames {
+    modulation: "norm1_context.linear",
+    projections: ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"],
+    out: "attn.to_add_out",
+    up: "ff_context.net.0.proj",
+    down: "ff_context.net.2",
+};
+
+impl DoubleBlock {
+    pub(super) fn load(scope: &Scope, attention: Box<dyn Attention>) -> Result<Self> {
+        Ok(Self { image: Stream::load(scope, &IMAGE)?, text: Stream::load(scope, &TEXT)?, attention })
+    }
+
+    pub(super) fn forward(&self, state: State) -> Result<State> {
+        let (context, rotary) = (&state.context, rotary(&state.context)?);
+        let text = text(&state)?;
+        let image_modulation = modulation::<6>(&self.image.modulation, &context.conditioning)?;
+        let text_modulation = modulation::<6>(&self.text.modulation, &context.conditioning)?;
+
+        let image_qkv = self.image.qkv(&state.image, &image_modulation, &rotary.image)?;
+        let text_qkv = self.text.qkv(text, &text_modulation, &rotary.text)?;
+        let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
+
+        let image = self.image.finish(&state.image, &attended.image, &image_modulation)?;
+        let text = self.text.finish(text, attended_text(&attended)?, &text_modulation)?;
+        Ok(State { image, text: Some(text), attention: Some(attended), context: state.context })
+    }
+}
+
+impl SingleBlock {
+    pub(super) fn load(scope: &Scope, attention: Box<dyn Attention>) -> Result<Self> {
+        Ok(Self {
+            modulation: scope.linear("norm.linear")?,
+            projections: Projections::load(&scope.at("attn"), IMAGE.projections)?,
+            mlp: scope.linear("proj_mlp")?,
+            out: scope.linear("proj_out")?,
+            attention,
+        })
+    }
+
+    pub(super) fn forward(&self, state: State) -> Result<State> {
+        let (context, rotary) = (&state.context, rotary(&state.context)?);
+        let text = text(&state)?;
+        let [shift, scale, gate] = modulation::<3>(&self.modulation, &context.conditioning)?;
+        let image_normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
+        let text_normed = modulated_layer_norm(text, &shift, &scale, NORM_EPS)?;
+
+        let image_qkv = self.projections.forward(&image_normed, &rotary.image)?;
+        let text_qkv = self.projections.forward(&text_normed, &rotary.text)?;
+        let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
+
+        let image = gated_add(&state.image, &gate, &self.join(&attended.image, &image_normed)?)?;
+        let text = gated_add(text, &gate, &self.join(attended_text(&attended)?, &text_normed)?)?;
+        Ok(State { image, text: Some(text), attention: Some(attended), context: state.context })
+    }
+
+    /// Projects attention and MLP together.
+    ///
+    /// # Shapes
+    /// attended (batch, tokens, heads, head_dim), normed (batch, tokens, width) -> as normed.
+    fn join(&self, attended: &Tensor, normed: &Tensor) -> Result<Tensor> {
+        let mlp = gelu(&self.mlp.forward(normed)?)?; // (batch, tokens, 4 width)
+        Ok(self.out.forward(&Tensor::cat(&[&attended.flatten_from(2)?, &mlp], 2)?)?)
+    }
+}
+
+impl Stream {
+    fn load(scope: &Scope, names: &StreamNames) -> Result<Self> {
+        Ok(Self {
+            modulation: scope.linear(names.modulation)?,
+            projections: Projections::load(&scope.at("attn"), names.projections)?,
+            out: scope.linear(names.out)?,
+            up: scope.linear(names.up)?,
+            down: scope.linear(names.down)?,
+        })
+    }
+
+    fn qkv(&self, x: &Tensor, [shift, scale, ..]: &[Tensor; 6], rotation: &Rotation) -> Result<Qkv> {
+        self.projections.forward(&modulated_layer_norm(x, shift, scale, NORM_EPS)?, rotation)
+    }
+
+    /// Everything after attention.
+    ///
+    /// # Shapes
+    /// x (batch, tokens, width), attended (batch, tokens, heads, head_dim) -> as x.
+    fn finish(&self, x: &Tensor, attended: &Tensor, modulation: &[Tensor; 6]) -> Result<Tensor> {
+        let [_, _, gate, mlp_shift, mlp_scale, mlp_gate] = modulation;
+        let x = gated_add(x, gate, &self.out.forward(&attended.flatten_from(2)?)?)?;
+        let normed = modulated_layer_norm(&x, mlp_shift, mlp_scale, NORM_EPS)?;
+        let mlp = self.down.forward(&gelu(&self.up.forward(&normed)?)?)?;
+        Ok(gated_add(&x, mlp_gate, &mlp)?)
+    }
+}
+
+impl Projections {
+    fn load(scope: &Scope, [query, key, value, query_norm, key_norm]: [&str; 5]) -> Result<Self> {
+        Ok(Self {
+            query: scope.linear(query)?,
+            key: scope.linear(key)?,
+            value: scope.linear(value)?,
+            query_norm: scope.at(query_norm).tensor("weight")?,
+            key_norm: scope.at(key_norm).tensor("weight")?,
+        })
+    }
+
+    /// # Shapes
+    /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
+    fn forward(&self, x: &Tensor, (cos, sin): &Rotation) -> Result<Qkv> {
+        let query = split_heads(&self.query.forward(x)?, &self.query_norm)?;
+        let key = split_heads(&self.key.forward(x)?, &self.key_norm)?;
+        Ok(Qkv {
+            query: rms_norm_rope(&query, &self.query_norm, cos, sin, NORM_EPS)?,
+            key: rms_norm_rope(&key, &self.key_norm, cos, sin, NORM_EPS)?,
+            value: split_heads(&self.value.forward(x)?, &self.key_norm)?,
+        })
+    }
+}
+
+/// Shift, scale and gate, once or twice, from the conditioning (adaLN-Zero; DiT, section 3.2).
+///
+/// # Shapes
+/// conditioning (batch, width) -> N of (batch, width).
+pub(super) fn modulation<const N: usize>(linear: &Linear, conditioning: &Tensor) -> Result<[Tensor; N]> {
+    let parts = linear.forward(&conditioning.silu()?)?.chunk(N, D::Minus1)?;
+    parts.try_into().map_err(|_| candle_core::Error::Msg(format!("modulation is not {N} times as wide")).into())
+}
+
+/// # Shapes
+/// x (batch, tokens, width), norm (head_dim) -> (batch, tokens, heads, head_dim).
+fn split_heads(x: &Tensor, norm: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, _) = x.dims3()?;
+    Ok(x.reshape((batch, tokens, (), norm.dim(0)?))?)
+}
+
+fn rotary(context: &Context) -> Result<&crate::Rotary> {
+    context.rotary.as_ref().ok_or_else(|| lost("img_ids", "the state has no rotary positions"))
+}
+
+fn text(state: &State) -> Result<&Tensor> {
+    state.text.as_ref().ok_or_else(|| lost("encoder_hidden_states", "the state has no text stream"))
+}
+
+fn attended_text(attended: &Attended) -> Result<&Tensor> {
+    attended.text.as_ref().ok_or_else(|| lost("encoder_hidden_states", "attention gave no text stream"))
+}
+
+fn lost(name: &str, reason: &str) -> ModelError {
+    ModelError::bad_input(name, format!("{reason}; states come from embed"))
+}

@@ -1,0 +1,164 @@
+//! [`FluxTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+
+use super::blocks::{DoubleBlock, NORM_EPS, SingleBlock, modulation};
+use super::conditioning::ConditioningEmbedder;
+use super::config::FluxConfig;
+use super::positions::{grids, read_ids, rotary_tables};
+use crate::scope::{Linear, Scope};
+use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, Rotary, State};
+use candle_core::Tensor;
+use clearform_attention::{Attention, AttentionPlan, Geometry};
+use clearform_ops::modulated_layer_norm;
+use clearform_weights::TensorSource;
+use std::sync::Arc;
+
+/// FLUX's transformer.
+pub struct FluxTransformer {
+    config: FluxConfig,
+    layers: Vec<String>,
+    image_embedder: Linear,
+    text_embedder: Linear,
+    conditioning: ConditioningEmbedder,
+    double_blocks: Vec<DoubleBlock>,
+    single_blocks: Vec<SingleBlock>,
+    norm_out: Linear,
+    proj_out: Linear,
+}
+
+impl FluxTransformer {
+    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    ///
+    /// # Errors
+    /// A tensor that is missing.
+    pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
+        let scope = Scope::root(source);
+        let double = |index| {
+            let name = format!("transformer_blocks.{index}");
+            DoubleBlock::load(&scope.at(&name), attention(plan, &format!("{name}.attn"), source)?)
+        };
+        let single = |index| {
+            let name = format!("single_transformer_blocks.{index}");
+            SingleBlock::load(&scope.at(&name), attention(plan, &format!("{name}.attn"), source)?)
+        };
+        Ok(Self {
+            image_embedder: scope.linear("x_embedder")?,
+            text_embedder: scope.linear("context_embedder")?,
+            conditioning: ConditioningEmbedder::load(&scope.at("time_text_embed"), config.guidance)?,
+            double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
+            single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
+            norm_out: scope.linear("norm_out.linear")?,
+            proj_out: scope.linear("proj_out")?,
+            layers: layers(&config),
+            config,
+        })
+    }
+
+    /// Sizes of the transformer.
+    pub fn config(&self) -> &FluxConfig {
+        &self.config
+    }
+}
+
+impl Denoiser for FluxTransformer {
+    fn layers(&self) -> &[String] {
+        &self.layers
+    }
+
+    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+        let text = check(input, &self.config)?;
+        let (geometry, rotary) = self.positions(input)?;
+        let latents = geometry.to_tiles(&input.latents)?;
+        let context = Context { conditioning: self.conditioning.forward(input)?, rotary: Some(rotary), geometry };
+        Ok(State {
+            image: self.image_embedder.forward(&latents)?, // (batch, image tokens, width)
+            text: Some(self.text_embedder.forward(&text)?), // (batch, text tokens, width)
+            attention: None,
+            context: Arc::new(context),
+        })
+    }
+
+    fn block(&self, index: usize, state: State) -> Result<State> {
+        let single = index.wrapping_sub(self.double_blocks.len());
+        match (self.double_blocks.get(index), self.single_blocks.get(single)) {
+            (Some(block), _) => block.forward(state),
+            (None, Some(block)) => block.forward(state),
+            (None, None) => Err(ModelError::bad_input("index", format!("there is no block {index}"))),
+        }
+    }
+
+    fn head(&self, state: &State) -> Result<Tensor> {
+        let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
+        let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
+        Ok(state.context.geometry.to_raster(&self.proj_out.forward(&normed)?)?)
+    }
+}
+
+impl FluxTransformer {
+    /// Where the tokens lie, and how far their heads are turned.
+    fn positions(&self, input: &DenoiserInput) -> Result<(Geometry, Rotary)> {
+        let (axes, device) = (&self.config.rope_axes, input.latents.device());
+        let image_ids = ids(input, "img_ids", input.latents.dim(1)?)?;
+        let text_ids = ids(input, "txt_ids", input.conditions.text.as_ref().map_or(Ok(0), |text| text.dim(1))?)?;
+        let geometry = Geometry::new(grids(&image_ids)?);
+        let (cos, sin) = rotary_tables(&image_ids, axes, device)?;
+        let tiled = |table: Tensor| geometry.to_tiles(&table.unsqueeze(0)?)?.squeeze(0);
+        let rotary = Rotary { image: (tiled(cos)?, tiled(sin)?), text: rotary_tables(&text_ids, axes, device)? };
+        let masked = input.conditions.text_mask.clone().map(|mask| geometry.clone().with_text_mask(mask));
+        Ok((masked.unwrap_or(geometry), rotary))
+    }
+}
+
+fn layers(config: &FluxConfig) -> Vec<String> {
+    let double = (0..config.double_blocks).map(|index| format!("transformer_blocks.{index}.attn"));
+    let single = (0..config.single_blocks).map(|index| format!("single_transformer_blocks.{index}.attn"));
+    double.chain(single).collect()
+}
+
+fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSource) -> Result<Box<dyn Attention>> {
+    let learned = |name: &str| match source.info(name) {
+        Some(_) => source.tensor(name).map(Some).map_err(candle_core::Error::wrap),
+        None => Ok(None),
+    };
+    Ok(plan.build(layer, &learned)?)
+}
+
+/// Checks latents, times and text against the sizes of the model, and gives the text in the dtype of the latents.
+fn check(input: &DenoiserInput, config: &FluxConfig) -> Result<Tensor> {
+    let batch = input.latents.dim(0)?;
+    expect("hidden_states", &input.latents, &[Some(batch), None, Some(config.in_channels)])?;
+    expect("timestep", &input.timestep, &[Some(batch)])?;
+    let conditions = &input.conditions;
+    if let Some(pooled) = &conditions.pooled {
+        expect("pooled_projections", pooled, &[Some(batch), Some(config.pooled_channels)])?;
+    }
+    if let Some(guidance) = &conditions.guidance {
+        expect("guidance", guidance, &[Some(batch)])?;
+    }
+    let text = conditions.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
+    expect("encoder_hidden_states", text, &[Some(batch), None, Some(config.text_channels)])?;
+    Ok(text.to_dtype(input.latents.dtype())?)
+}
+
+fn expect(name: &str, tensor: &Tensor, shape: &[Option<usize>]) -> Result<()> {
+    let fits = |(found, wanted): (&usize, &Option<usize>)| wanted.is_none_or(|wanted| wanted == *found);
+    if tensor.rank() == shape.len() && tensor.dims().iter().zip(shape).all(fits) {
+        return Ok(());
+    }
+    let wanted: Vec<String> = shape.iter().map(|size| size.map_or("any".to_owned(), |size| size.to_string())).collect();
+    let reason = format!("expected shape ({}), found {:?}", wanted.join(", "), tensor.dims());
+    Err(ModelError::bad_input(name, reason))
+}
+
+/// The ids of one stream, one for each of `tokens`. Text has none of its own in FLUX and may be left out.
+fn ids(input: &DenoiserInput, name: &str, tokens: usize) -> Result<Vec<Vec<f64>>> {
+    let conditions = &input.conditions;
+    let ids = match (name, &conditions.image_ids, &conditions.text_ids) {
+        ("img_ids", Some(ids), _) | ("txt_ids", _, Some(ids)) => read_ids(name, ids)?,
+        ("txt_ids", _, None) => vec![vec![0.0; 3]; tokens],
+        _ => return Err(ModelError::missing_input(name)),
+    };
+    match ids.len() == tokens {
+        true => Ok(ids),
+        false => Err(ModelError::bad_input(name, format!("expected {tokens} ids, one per token, found {}", ids.len()))),
+    }
+}

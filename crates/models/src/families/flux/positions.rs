@@ -1,0 +1,150 @@
+//! Ids to positions: rotary tables, and the grids that the ids describe. It does not know what a token holds.
+
+use crate::{ModelError, Result};
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::TokenGrid;
+
+/// Base of the rotary frequencies.
+const THETA: f64 = 10000.0;
+/// Two distances between neighbours are equal if they differ by less than this part of one.
+const SPACING_TOLERANCE: f64 = 1e-3;
+
+/// Cosines and sines of the rotary angles, f64 until the last step (RoFormer, section 3.2.2): channel pair i of an axis
+/// of d channels turns by id / 10000^(2i/d).
+///
+/// # Shapes
+/// `ids` holds (tokens, axes) -> (cos, sin), each (tokens, head_dim / 2) in f32.
+pub(super) fn rotary_tables(ids: &[Vec<f64>], axes: &[usize], device: &Device) -> Result<(Tensor, Tensor)> {
+    let pairs = axes.iter().sum::<usize>() / 2;
+    let angles: Vec<f64> =
+        ids.iter().flat_map(|id| id.iter().zip(axes).flat_map(|(id, axis)| turn(*id, *axis))).collect();
+    let table = |function: fn(f64) -> f64| {
+        let values: Vec<f32> = angles.iter().map(|angle| function(*angle) as f32).collect();
+        Tensor::from_vec(values, (ids.len(), pairs), device)
+    };
+    Ok((table(f64::cos)?, table(f64::sin)?))
+}
+
+/// Rows of an id tensor, as f64.
+///
+/// # Shapes
+/// (tokens, 3), or (batch, tokens, 3), of which the first counts.
+pub(super) fn read_ids(name: &str, ids: &Tensor) -> Result<Vec<Vec<f64>>> {
+    let ids = if ids.rank() == 3 { ids.get(0)? } else { ids.clone() };
+    match ids.dims() {
+        [_, 3] => Ok(ids.to_dtype(DType::F64)?.to_vec2()?),
+        other => Err(ModelError::bad_input(name, format!("expected shape (tokens, 3), found {other:?}"))),
+    }
+}
+
+/// The grids of the image tokens: each run of tokens with the same column 0 is one, and columns 1 and 2 are its rows and
+/// columns in raster order, evenly spaced from any origin.
+pub(super) fn grids(ids: &[Vec<f64>]) -> Result<Vec<TokenGrid>> {
+    let mut first = 0;
+    let mut grids = Vec::new();
+    if ids.is_empty() {
+        return Err(ModelError::bad_input("img_ids", "there are no image tokens"));
+    }
+    for run in ids.chunk_by(|one, next| one[0] == next[0]) {
+        grids.push(grid(run, first)?);
+        first += run.len();
+    }
+    Ok(grids)
+}
+
+fn turn(id: f64, axis: usize) -> impl Iterator<Item = f64> {
+    (0..axis / 2).map(move |pair| id / THETA.powf((2 * pair) as f64 / axis as f64))
+}
+
+/// The grid of one run of ids, whose first token is number `first`.
+fn grid(run: &[Vec<f64>], first: usize) -> Result<TokenGrid> {
+    let width = run.iter().take_while(|id| id[1] == run[0][1]).count();
+    let broken = |token: usize, reason: &str| {
+        let id = run.get(token).map_or(&[][..], Vec::as_slice);
+        let remedy = "image tokens must be a full grid in raster order: column 1 the row, column 2 the column";
+        ModelError::bad_input("img_ids", format!("token {} has id {id:?}: {reason}; {remedy}", first + token))
+    };
+    if width == 0 || run.iter().flatten().any(|id| !id.is_finite()) {
+        return Err(broken(0, "an id of its grid is not a finite number"));
+    }
+    if !run.len().is_multiple_of(width) {
+        return Err(broken(run.len() - 1, &format!("{} tokens do not fill rows of {width}", run.len())));
+    }
+    for (token, id) in run.iter().enumerate() {
+        if id[1] != run[token - token % width][1] || id[2] != run[token % width][2] {
+            return Err(broken(token, "its row or column is not that of its neighbours"));
+        }
+    }
+    let rows: Vec<f64> = run.iter().step_by(width).map(|id| id[1]).collect();
+    let columns: Vec<f64> = run[..width].iter().map(|id| id[2]).collect();
+    match (uneven(&rows), uneven(&columns)) {
+        (Some(row), _) => Err(broken(row * width, "its row does not follow the row before")),
+        (_, Some(column)) => Err(broken(column, "its column does not follow the column before")),
+        _ => TokenGrid::new(rows.len(), width).map_err(|error| ModelError::bad_input("img_ids", error.to_string())),
+    }
+}
+
+/// The first place whose distance from the one before is not that of the first two, or not forward.
+fn uneven(places: &[f64]) -> Option<usize> {
+    let spacing = places.get(1)? - places[0];
+    let follows = |pair: &[f64]| spacing > 0.0 && ((pair[1] - pair[0]) / spacing - 1.0).abs() < SPACING_TOLERANCE;
+    places.windows(2).position(|pair| !follows(pair)).map(|place| place + 1)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn ids(places: &[(usize, usize, usize)]) -> Vec<Vec<f64>> {
+        places.iter().map(|(grid, row, column)| vec![*grid as f64, *row as f64, *column as f64]).collect()
+    }
+
+    fn full(grid: usize, height: usize, width: usize) -> Vec<(usize, usize, usize)> {
+        (0..height * width).map(|token| (grid, token / width, token % width)).collect()
+    }
+
+    #[test]
+    fn column_0_separates_grids() {
+        let tokens = [full(0, 5, 8), full(1, 3, 2)].concat();
+        let expected = [TokenGrid::new(5, 8).unwrap(), TokenGrid::new(3, 2).unwrap()];
+        assert_eq!(grids(&ids(&tokens)).unwrap(), expected);
+    }
+
+    #[test]
+    fn an_offset_and_a_spacing_are_a_grid_still() {
+        let stretched: Vec<Vec<f64>> =
+            ids(&full(0, 4, 3)).iter().map(|id| vec![0.0, id[1] * 0.75 + 7.0, id[2] * 0.75]).collect();
+        assert_eq!(grids(&stretched).unwrap(), [TokenGrid::new(4, 3).unwrap()]);
+    }
+
+    #[test]
+    fn what_is_no_full_grid_is_an_error_that_names_the_token() {
+        let cases = [
+            (full(0, 4, 3)[..11].to_vec(), "token 10 has id [0.0, 3.0, 1.0]: 11 tokens do not fill rows of 3"),
+            (
+                [full(0, 2, 2), vec![(0, 3, 0), (0, 3, 1)]].concat(),
+                "token 4 has id [0.0, 3.0, 0.0]: its row does not follow",
+            ),
+            (vec![(0, 0, 0), (0, 0, 2), (0, 0, 3)], "token 2 has id [0.0, 0.0, 3.0]: its column does not follow"),
+            (vec![(0, 0, 1), (0, 0, 0)], "its column does not follow"),
+            (vec![(0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0)], "token 2 has id [0.0, 1.0, 1.0]: its row or column"),
+            ([full(3, 2, 2), vec![(4, 0, 0), (4, 0, 0)]].concat(), "token 5 has id [4.0, 0.0, 0.0]"),
+        ];
+        for (tokens, expected) in cases {
+            let error = grids(&ids(&tokens)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(grids(&[vec![0.0, f64::NAN, 0.0]]).is_err());
+    }
+
+    #[test]
+    fn tables_turn_each_axis_by_its_own_id() {
+        let (cos, sin) = rotary_tables(&[vec![0.0, 2.0, 5.0]], &[2, 2, 4], &Device::Cpu).unwrap();
+        let cos = cos.to_vec2::<f32>().unwrap().remove(0);
+        let sin = sin.to_vec2::<f32>().unwrap().remove(0);
+        let angles = [0.0f64, 2.0, 5.0, 5.0 / 100.0];
+        assert_eq!(cos, angles.map(|angle| angle.cos() as f32));
+        assert_eq!(sin, angles.map(|angle| angle.sin() as f32));
+    }
+}

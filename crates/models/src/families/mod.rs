@@ -1,0 +1,3 @@
+//! The families, one folder each; [`crate::FAMILIES`] lists them.
+
+pub mod flux;

@@ -1,0 +1,113 @@
+//! [`Keys`]: a config.json read key by key, with errors that name the key. It does not know which keys a model has.
+
+use crate::{ModelError, Result};
+use serde_json::Value;
+
+/// Sizes beyond this are no model's; refusing them keeps a mistyped config from asking for all of memory.
+const LARGEST: u64 = 1 << 24;
+
+/// The keys of one config.json. A key that is absent or null takes the default of the class that wrote the file.
+#[derive(Clone, Copy)]
+pub(crate) struct Keys<'a>(&'a Value);
+
+impl<'a> Keys<'a> {
+    pub(crate) fn new(config: &'a Value) -> Result<Self> {
+        match config {
+            Value::Object(_) => Ok(Self(config)),
+            _ => Err(bad("", "config.json should hold an object")),
+        }
+    }
+
+    pub(crate) fn count(&self, key: &str, default: impl Into<Option<usize>>) -> Result<usize> {
+        match self.get(key) {
+            Some(value) => as_count(key, value),
+            None => default.into().ok_or_else(|| bad(key, "is missing")),
+        }
+    }
+
+    pub(crate) fn counts(&self, key: &str, default: &[usize]) -> Result<Vec<usize>> {
+        match self.get(key) {
+            Some(Value::Array(items)) => items.iter().map(|item| as_count(key, item)).collect(),
+            Some(other) => Err(bad(key, format!("expected a list of whole numbers, found {other}"))),
+            None => Ok(default.to_vec()),
+        }
+    }
+
+    pub(crate) fn number(&self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            Some(value) => value.as_f64().ok_or_else(|| bad(key, format!("expected a number, found {value}"))),
+            None => Ok(default),
+        }
+    }
+
+    pub(crate) fn flag(&self, key: &str, default: impl Into<Option<bool>>) -> Result<bool> {
+        match self.get(key) {
+            Some(value) => value.as_bool().ok_or_else(|| bad(key, format!("expected true or false, found {value}"))),
+            None => default.into().ok_or_else(|| bad(key, "is missing")),
+        }
+    }
+
+    pub(crate) fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
+        match self.get(key) {
+            Some(value) => value.as_str().ok_or_else(|| bad(key, format!("expected a text, found {value}"))),
+            None => Ok(default),
+        }
+    }
+
+    /// Fails unless every item of the list `key`, where there is one, is `only`.
+    pub(crate) fn expect_all(&self, key: &str, only: &str) -> Result<()> {
+        let items = self.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        match items.iter().find(|item| item.as_str() != Some(only)) {
+            Some(other) => Err(bad(key, format!("{other} is not supported, only {only:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+}
+
+/// An error that names `key`.
+pub(crate) fn bad(key: &str, reason: impl Into<String>) -> ModelError {
+    ModelError::BadConfig { key: key.to_owned(), reason: reason.into() }
+}
+
+fn as_count(key: &str, value: &Value) -> Result<usize> {
+    let number = value.as_u64().ok_or_else(|| bad(key, format!("expected a whole number, found {value}")))?;
+    match number {
+        0..=LARGEST => Ok(number as usize),
+        _ => Err(bad(key, format!("{number} is larger than any model's; is the file damaged?"))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn absent_and_null_keys_take_the_default() {
+        let config = json!({"heads": 3, "out": null});
+        let keys = Keys::new(&config).unwrap();
+        assert_eq!(keys.count("heads", None).unwrap(), 3);
+        assert_eq!(keys.count("out", 16).unwrap(), 16);
+        assert_eq!(keys.text("act_fn", "silu").unwrap(), "silu");
+    }
+
+    #[test]
+    fn errors_name_the_key_and_what_was_found() {
+        let cases = [
+            (json!({"heads": "three"}), "config key \"heads\": expected a whole number, found \"three\""),
+            (json!({"heads": -1}), "config key \"heads\": expected a whole number, found -1"),
+            (json!({"heads": 1e9 as u64}), "larger than any model's"),
+            (json!({}), "config key \"heads\": is missing"),
+        ];
+        for (config, expected) in cases {
+            let error = Keys::new(&config).unwrap().count("heads", None).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(Keys::new(&json!([])).is_err());
+    }
+}

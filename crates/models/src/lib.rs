@@ -1,0 +1,17 @@
+//! Diffusion transformers, VAEs and text encoders, as computations alone.
+//!
+//! The main types are [`Denoiser`], a transformer that is stepped block by block, and [`Family`], which builds one.
+//! This crate opens no file: weights come from a [`clearform_weights::TensorSource`], tokenizers from bytes.
+
+mod denoiser;
+mod error;
+pub mod families;
+mod family;
+mod keys;
+mod scope;
+pub mod text;
+pub mod vae;
+
+pub use denoiser::{Conditions, Context, Denoiser, DenoiserInput, Rotary, State};
+pub use error::{ModelError, Result};
+pub use family::{FAMILIES, Family};

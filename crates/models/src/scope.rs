@@ -1,0 +1,100 @@
+//! [`Scope`]: a tensor source seen from one module of a model, and [`Linear`], the layer all of them have. They know
+//! no architecture.
+
+use crate::Result;
+use candle_core::{DType, Tensor};
+use clearform_weights::{TensorSource, WeightsError};
+
+/// A source seen from the module `prefix`: names are relative to it.
+#[derive(Clone)]
+pub(crate) struct Scope<'a> {
+    source: &'a dyn TensorSource,
+    prefix: String,
+    dtype: Option<DType>,
+}
+
+/// x wᵀ + b.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl<'a> Scope<'a> {
+    /// All of `source`, in the number formats it has.
+    pub(crate) fn root(source: &'a dyn TensorSource) -> Self {
+        Self { source, prefix: String::new(), dtype: None }
+    }
+
+    /// The same, with every tensor converted to `dtype`.
+    pub(crate) fn in_dtype(self, dtype: DType) -> Self {
+        Self { dtype: Some(dtype), ..self }
+    }
+
+    /// The submodule `name`.
+    pub(crate) fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.source.info(&self.full(name)).is_some()
+    }
+
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.source.tensor(&self.full(name))?;
+        // Converting makes a new tensor, and a trained one must stay the very variable that the optimizer steps.
+        match self.dtype {
+            Some(dtype) if dtype != tensor.dtype() => Ok(tensor.to_dtype(dtype)?),
+            _ => Ok(tensor),
+        }
+    }
+
+    /// As [`Self::tensor`], and its extents are `shape`.
+    pub(crate) fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.tensor(name)?;
+        if tensor.dims() == shape {
+            return Ok(tensor);
+        }
+        let found = tensor.dims();
+        let reason = format!("expected shape {shape:?}, found {found:?}; config.json may belong to another model");
+        Err(WeightsError::BadTensor { name: self.full(name), reason }.into())
+    }
+
+    /// The layer `name`: its weight, and its bias where it has one.
+    pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
+        let scope = self.at(name);
+        let bias = if scope.has("bias") { Some(scope.tensor("bias")?) } else { None };
+        Ok(Linear { weight: scope.tensor("weight")?, bias })
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+}
+
+impl Linear {
+    /// # Shapes
+    /// x (.., inputs) -> (.., outputs).
+    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        clearform_ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use clearform_weights::Resident;
+
+    #[test]
+    fn a_wrong_shape_is_named_with_the_full_name() {
+        let source =
+            Resident::from_iter([("a.b".to_owned(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap())]);
+        let scope = Scope::root(&source).in_dtype(DType::F32).at("a");
+        assert_eq!(scope.shaped("b", &[2, 3]).unwrap().dtype(), DType::F32);
+        let error = scope.shaped("b", &[3, 3]).unwrap_err().to_string();
+        assert!(error.contains("\"a.b\": expected shape [3, 3], found [2, 3]"), "{error}");
+        assert!(scope.tensor("c").unwrap_err().to_string().contains("\"a.c\" is missing"));
+    }
+}

@@ -1,0 +1,103 @@
+//! [`T5Encoder`]: the encoder of T5 (Raffel et al., 2020), over candle-transformers. It takes token ids, not text, and
+//! masks nothing: FLUX lets every token see the padding.
+
+use super::{checked_ids, f32_weights};
+use crate::Result;
+use crate::keys::{Keys, bad};
+use candle_core::Tensor;
+use candle_nn::Activation;
+use candle_transformers::models::t5::{self, ActivationWithOptionalGating, T5EncoderModel};
+use clearform_weights::TensorSource;
+use serde_json::Value;
+
+/// Sizes of a T5 encoder, from its config.json.
+#[derive(Debug, Clone)]
+pub struct T5Config(t5::Config);
+
+/// The encoder of T5.
+#[derive(Debug)]
+pub struct T5Encoder {
+    model: T5EncoderModel,
+    vocabulary: usize,
+}
+
+impl T5Config {
+    /// Reads config.json.
+    ///
+    /// # Errors
+    /// A key of the wrong type, or an activation that is not supported.
+    pub fn new(config: &Value) -> Result<Self> {
+        let keys = Keys::new(config)?;
+        let buckets = keys.count("relative_attention_num_buckets", 32)?;
+        let distance = keys.count("relative_attention_max_distance", 128)?;
+        if buckets < 4 || distance <= buckets / 4 {
+            let reason = format!("expected at least 4, and 4 relative_attention_max_distance more; found {buckets}");
+            return Err(bad("relative_attention_num_buckets", reason));
+        }
+        Ok(Self(t5::Config {
+            vocab_size: keys.count("vocab_size", 32128)?,
+            d_model: keys.count("d_model", 512)?,
+            d_kv: keys.count("d_kv", 64)?,
+            d_ff: keys.count("d_ff", 2048)?,
+            num_layers: keys.count("num_layers", 6)?,
+            num_heads: keys.count("num_heads", 8)?,
+            relative_attention_num_buckets: buckets,
+            relative_attention_max_distance: distance,
+            layer_norm_epsilon: keys.number("layer_norm_epsilon", 1e-6)?,
+            feed_forward_proj: feed_forward(keys.text("feed_forward_proj", "relu")?)?,
+            ..t5::Config::default()
+        }))
+    }
+}
+
+impl T5Encoder {
+    /// Builds the encoder from `source`, whose token embedding may be called "shared.weight",
+    /// "encoder.embed_tokens.weight" or both.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen.
+    pub fn build(config: T5Config, source: &dyn TensorSource) -> Result<Self> {
+        let model = T5EncoderModel::load(f32_weights(source, str::to_owned)?, &config.0)?;
+        Ok(Self { model, vocabulary: config.0.vocab_size })
+    }
+
+    /// Encodes token ids.
+    ///
+    /// # Shapes
+    /// ids (batch, tokens) of integers -> (batch, tokens, channels) in f32.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary.
+    pub fn encode(&self, ids: &Tensor) -> Result<Tensor> {
+        let ids = checked_ids(ids, self.vocabulary)?;
+        // The model is mutable for its decoder's cache alone; a clone shares all weights.
+        Ok(self.model.clone().forward(&ids)?)
+    }
+}
+
+fn feed_forward(name: &str) -> Result<ActivationWithOptionalGating> {
+    let (gated, activation) = match name {
+        "relu" => (false, Activation::Relu),
+        "gated-gelu" => (true, Activation::NewGelu),
+        "gated-silu" => (true, Activation::Silu),
+        _ => {
+            let known = "relu, gated-gelu and gated-silu";
+            return Err(bad("feed_forward_proj", format!("{name:?} is not supported, only {known}")));
+        }
+    };
+    Ok(ActivationWithOptionalGating { gated, activation })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn unknown_activations_are_errors() {
+        let error = T5Config::new(&json!({"feed_forward_proj": "gelu"})).unwrap_err().to_string();
+        assert!(error.contains("\"feed_forward_proj\": \"gelu\" is not supported"), "{error}");
+        assert!(T5Config::new(&json!({"relative_attention_num_buckets": 2})).is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! The layers of the autoencoder: [`Resnet`], [`Attention`], and how convolutions and group norms are read.
+
+use crate::Result;
+use crate::scope::{Linear, Scope};
+use candle_core::{D, Tensor};
+use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module};
+
+/// Added to the variance in every norm of the autoencoder.
+const NORM_EPS: f64 = 1e-6;
+/// Queries that attend at a time: the scores of a whole large picture would not fit in memory.
+const QUERIES: usize = 1024;
+
+/// Two convolutions around a shortcut.
+#[derive(Debug)]
+pub(super) struct Resnet {
+    norms: [GroupNorm; 2],
+    convs: [Conv2d; 2],
+    shortcut: Option<Conv2d>,
+}
+
+/// One head over all places of the picture.
+#[derive(Debug)]
+pub(super) struct Attention {
+    norm: GroupNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+}
+
+/// A square convolution of [inputs, outputs, edge].
+pub(super) fn conv(scope: &Scope, [inputs, outputs, edge]: [usize; 3], config: Conv2dConfig) -> Result<Conv2d> {
+    let weight = scope.shaped("weight", &[outputs, inputs, edge, edge])?;
+    Ok(Conv2d::new(weight, Some(scope.shaped("bias", &[outputs])?), config))
+}
+
+pub(super) fn group_norm(scope: &Scope, channels: usize, groups: usize) -> Result<GroupNorm> {
+    let (weight, bias) = (scope.shaped("weight", &[channels])?, scope.shaped("bias", &[channels])?);
+    Ok(GroupNorm::new(weight, bias, channels, groups, NORM_EPS)?)
+}
+
+impl Resnet {
+    pub(super) fn load(scope: &Scope, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
+        let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
+        let shortcut = || conv(&scope.at("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
+        Ok(Self {
+            norms: [group_norm(&scope.at("norm1"), inputs, groups)?, group_norm(&scope.at("norm2"), outputs, groups)?],
+            convs: [
+                conv(&scope.at("conv1"), [inputs, outputs, 3], same)?,
+                conv(&scope.at("conv2"), [outputs, outputs, 3], same)?,
+            ],
+            shortcut: (inputs != outputs).then(shortcut).transpose()?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mut inner = x.clone();
+        for (norm, conv) in self.norms.iter().zip(&self.convs) {
+            inner = conv.forward(&norm.forward(&inner)?.silu()?)?;
+        }
+        match &self.shortcut {
+            Some(shortcut) => shortcut.forward(x)? + inner,
+            None => x + inner,
+        }
+    }
+}
+
+impl Attention {
+    pub(super) fn load(scope: &Scope, channels: usize, groups: usize) -> Result<Self> {
+        Ok(Self {
+            norm: group_norm(&scope.at("group_norm"), channels, groups)?,
+            query: scope.linear("to_q")?,
+            key: scope.linear("to_k")?,
+            value: scope.linear("to_v")?,
+            out: scope.linear("to_out.0")?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (batch, channels, height, width) = x.dims4()?;
+        let places = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (batch, places, channels)
+        let query = (self.query.forward(&places)? / (channels as f64).sqrt())?;
+        let key = self.key.forward(&places)?.transpose(1, 2)?.contiguous()?; // (batch, channels, places)
+        let value = self.value.forward(&places)?;
+        let mut rows = Vec::new();
+        for start in (0..height * width).step_by(QUERIES) {
+            let some = query.narrow(1, start, QUERIES.min(height * width - start))?.contiguous()?;
+            rows.push(candle_nn::ops::softmax(&some.matmul(&key)?, D::Minus1)?.matmul(&value)?);
+        }
+        let attended = self.out.forward(&Tensor::cat(&rows, 1)?)?; // (batch, places, channels)
+        x + attended.transpose(1, 2)?.reshape((batch, channels, height, width))?
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+    use clearform_weights::Resident;
+
+    /// With zero scores every place takes the mean of all, in one chunk of queries or in two.
+    #[test]
+    fn attention_in_chunks_is_attention() {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let eye = Tensor::eye(2, DType::F32, &Device::Cpu).unwrap();
+        let ones = Tensor::ones(2, DType::F32, &Device::Cpu).unwrap();
+        let linears = [("to_q", zeros(&[2, 2])), ("to_k", zeros(&[2, 2])), ("to_v", eye.clone()), ("to_out.0", eye)];
+        let tensors = linears.into_iter().map(|(name, weight)| (format!("{name}.weight"), weight));
+        let norm = [
+            ("group_norm.weight".to_owned(), ones),
+            ("group_norm.bias".to_owned(), Tensor::new(&[3f32, -1.], &Device::Cpu).unwrap()),
+        ];
+        let source: Resident = tensors.chain(norm).collect();
+        let attention = Attention::load(&Scope::root(&source), 2, 2).unwrap();
+        let x = Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap();
+        let added = (attention.forward(&x).unwrap() - &x).unwrap();
+        for (channel, mean) in [(0, 3f32), (1, -1.)] {
+            let added = added.get(0).unwrap().get(channel).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(added.iter().all(|value| (value - mean).abs() < 1e-4));
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! [`AutoencoderKl`]: pictures to latents and back (latent diffusion, section 3.1), in diffusers' layout of tensors.
+//! It computes in f32 whatever the stored number format, and knows nothing of packing or of files.
+
+mod layers;
+
+use crate::Result;
+use crate::keys::{Keys, bad};
+use crate::scope::Scope;
+use candle_core::{D, DType, Tensor};
+use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module};
+use clearform_weights::TensorSource;
+use layers::{Attention, Resnet, conv, group_norm};
+use serde_json::Value;
+
+/// Sizes of an AutoencoderKL and the range of its latents, from its config.json.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VaeConfig {
+    /// Channels of a picture, in and out.
+    pub picture_channels: [usize; 2],
+    /// Channels of each level, finest first.
+    pub level_channels: Vec<usize>,
+    /// Residual blocks per level of the encoder; the decoder has one more.
+    pub level_blocks: usize,
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Groups of every group norm.
+    pub groups: usize,
+    /// Whether the coarsest level attends.
+    pub attention: bool,
+    /// Whether a 1 x 1 convolution follows the encoder, and another precedes the decoder.
+    pub quant_convs: [bool; 2],
+    /// Latents as the transformer sees them are (raw - shift) · scale.
+    pub scale: f64,
+    /// See `scale`.
+    pub shift: f64,
+}
+
+/// A variational autoencoder.
+#[derive(Debug)]
+pub struct AutoencoderKl {
+    config: VaeConfig,
+    encoder: Encoder,
+    decoder: Decoder,
+    quant: Option<Conv2d>,
+    post_quant: Option<Conv2d>,
+}
+
+impl VaeConfig {
+    /// Reads config.json.
+    ///
+    /// # Errors
+    /// A key of the wrong type, or a kind of block that only other autoencoders have.
+    pub fn new(config: &Value) -> Result<Self> {
+        let keys = Keys::new(config)?;
+        keys.expect_all("down_block_types", "DownEncoderBlock2D")?;
+        keys.expect_all("up_block_types", "UpDecoderBlock2D")?;
+        let activation = keys.text("act_fn", "silu")?;
+        if activation != "silu" {
+            return Err(bad("act_fn", format!("{activation:?} is not supported, only \"silu\"")));
+        }
+        let read = Self {
+            picture_channels: [keys.count("in_channels", 3)?, keys.count("out_channels", 3)?],
+            level_channels: keys.counts("block_out_channels", &[64])?,
+            level_blocks: keys.count("layers_per_block", 1)?,
+            latent_channels: keys.count("latent_channels", 4)?,
+            groups: keys.count("norm_num_groups", 32)?,
+            attention: keys.flag("mid_block_add_attention", true)?,
+            quant_convs: [keys.flag("use_quant_conv", true)?, keys.flag("use_post_quant_conv", true)?],
+            scale: keys.number("scaling_factor", 0.18215)?,
+            shift: keys.number("shift_factor", 0.0)?,
+        };
+        read.check()
+    }
+
+    /// How many pixels one latent place spans along an edge.
+    pub fn downscale(&self) -> usize {
+        1 << (self.level_channels.len() - 1)
+    }
+
+    fn check(self) -> Result<Self> {
+        let (levels, groups) = (&self.level_channels, self.groups);
+        if levels.is_empty() || levels.len() > 8 {
+            return Err(bad("block_out_channels", format!("expected 1 to 8 levels, found {}", levels.len())));
+        }
+        if groups == 0 || levels.iter().any(|channels| *channels == 0 || channels % groups != 0) {
+            let reason = format!("expected a divisor of every entry of block_out_channels {levels:?}, found {groups}");
+            return Err(bad("norm_num_groups", reason));
+        }
+        if self.scale == 0.0 {
+            return Err(bad("scaling_factor", "should not be 0"));
+        }
+        Ok(self)
+    }
+}
+
+impl AutoencoderKl {
+    /// Builds the autoencoder from `source`, in diffusers' names.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen.
+    pub fn build(config: VaeConfig, source: &dyn TensorSource) -> Result<Self> {
+        let scope = Scope::root(source).in_dtype(DType::F32);
+        let latent = config.latent_channels;
+        let one_by_one = |wanted: bool, name, channels| {
+            let load = || conv(&scope.at(name), [channels, channels, 1], Conv2dConfig::default());
+            wanted.then(load).transpose()
+        };
+        Ok(Self {
+            quant: one_by_one(config.quant_convs[0], "quant_conv", 2 * latent)?,
+            post_quant: one_by_one(config.quant_convs[1], "post_quant_conv", latent)?,
+            encoder: Encoder::load(&scope.at("encoder"), &config)?,
+            decoder: Decoder::load(&scope.at("decoder"), &config)?,
+            config,
+        })
+    }
+
+    /// Sizes, and the range of the latents.
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+
+    /// The most likely latents of `pictures`, as the transformer sees them: (mean - shift) · scale.
+    ///
+    /// # Shapes
+    /// (batch, 3, height, width) in -1..1 -> (batch, channels, height/downscale, width/downscale) in f32.
+    ///
+    /// # Errors
+    /// Extents that are no picture's.
+    pub fn encode(&self, pictures: &Tensor) -> Result<Tensor> {
+        let [mean, _] = self.moments(pictures)?;
+        Ok(((mean - self.config.shift)? * self.config.scale)?)
+    }
+
+    /// Mean and log-variance of the raw latents of `pictures`.
+    ///
+    /// # Shapes
+    /// As [`Self::encode`], twice.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn moments(&self, pictures: &Tensor) -> Result<[Tensor; 2]> {
+        let encoded = self.encoder.forward(&pictures.to_dtype(DType::F32)?)?;
+        let moments = match &self.quant {
+            Some(quant) => quant.forward(&encoded)?,
+            None => encoded,
+        };
+        let channels = self.config.latent_channels;
+        Ok([moments.narrow(1, 0, channels)?, moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?])
+    }
+
+    /// Pictures of latents as the transformer gives them; not clamped.
+    ///
+    /// # Shapes
+    /// (batch, channels, height, width) -> (batch, 3, height · downscale, width · downscale) in f32, about -1..1.
+    ///
+    /// # Errors
+    /// Channels that are not those of the latents.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let raw = ((latents.to_dtype(DType::F32)? / self.config.scale)? + self.config.shift)?;
+        let raw = match &self.post_quant {
+            Some(post_quant) => post_quant.forward(&raw)?,
+            None => raw,
+        };
+        Ok(self.decoder.forward(&raw)?)
+    }
+}
+
+#[derive(Debug)]
+struct Encoder {
+    conv_in: Conv2d,
+    levels: Vec<Level>,
+    middle: Middle,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+#[derive(Debug)]
+struct Decoder {
+    conv_in: Conv2d,
+    middle: Middle,
+    levels: Vec<Level>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+/// Residual blocks, then the convolution that halves or doubles the extents, where there is one.
+#[derive(Debug)]
+struct Level {
+    resnets: Vec<Resnet>,
+    resample: Option<Conv2d>,
+}
+
+#[derive(Debug)]
+struct Middle {
+    first: Resnet,
+    attention: Option<Attention>,
+    second: Resnet,
+}
+
+/// Which channels and convolution a level has.
+struct LevelShape {
+    channels: [usize; 2],
+    blocks: usize,
+    groups: usize,
+    resample: Option<(&'static str, Conv2dConfig)>,
+}
+
+const SAME: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, groups: 1, cudnn_fwd_algo: None };
+const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME };
+
+impl Encoder {
+    fn load(scope: &Scope, config: &VaeConfig) -> Result<Self> {
+        let (channels, last) = (&config.level_channels, config.level_channels.len() - 1);
+        let level = |index: usize| {
+            let shape = LevelShape {
+                channels: [channels[index.saturating_sub(1)], channels[index]],
+                blocks: config.level_blocks,
+                groups: config.groups,
+                resample: (index < last).then_some(("downsamplers.0.conv", HALVING)),
+            };
+            Level::load(&scope.at(format!("down_blocks.{index}")), &shape)
+        };
+        Ok(Self {
+            conv_in: conv(&scope.at("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
+            levels: (0..=last).map(level).collect::<Result<_>>()?,
+            middle: Middle::load(&scope.at("mid_block"), channels[last], config)?,
+            norm_out: group_norm(&scope.at("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&scope.at("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
+        })
+    }
+
+    fn forward(&self, pictures: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = self.conv_in.forward(pictures)?;
+        for level in &self.levels {
+            x = level.resnets(&x)?;
+            if let Some(halve) = &level.resample {
+                // Padding is on the far edges alone, as in diffusers' downsampler.
+                x = halve.forward(&x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?)?;
+            }
+        }
+        let x = self.middle.forward(&x)?;
+        self.conv_out.forward(&self.norm_out.forward(&x)?.silu()?)
+    }
+}
+
+impl Decoder {
+    fn load(scope: &Scope, config: &VaeConfig) -> Result<Self> {
+        let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
+        let last = channels.len() - 1;
+        let level = |index: usize| {
+            let shape = LevelShape {
+                channels: [channels[index.saturating_sub(1)], channels[index]],
+                blocks: config.level_blocks + 1,
+                groups: config.groups,
+                resample: (index < last).then_some(("upsamplers.0.conv", SAME)),
+            };
+            Level::load(&scope.at(format!("up_blocks.{index}")), &shape)
+        };
+        Ok(Self {
+            conv_in: conv(&scope.at("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
+            middle: Middle::load(&scope.at("mid_block"), channels[0], config)?,
+            levels: (0..=last).map(level).collect::<Result<_>>()?,
+            norm_out: group_norm(&scope.at("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&scope.at("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
+        })
+    }
+
+    fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = self.middle.forward(&self.conv_in.forward(latents)?)?;
+        for level in &self.levels {
+            x = level.resnets(&x)?;
+            if let Some(smooth) = &level.resample {
+                let (_, _, height, width) = x.dims4()?;
+                x = smooth.forward(&x.upsample_nearest2d(2 * height, 2 * width)?)?;
+            }
+        }
+        self.conv_out.forward(&self.norm_out.forward(&x)?.silu()?)
+    }
+}
+
+impl Level {
+    fn load(scope: &Scope, shape: &LevelShape) -> Result<Self> {
+        let [inputs, outputs] = shape.channels;
+        let resnet = |index: usize| {
+            let channels = [if index == 0 { inputs } else { outputs }, outputs];
+            Resnet::load(&scope.at(format!("resnets.{index}")), channels, shape.groups)
+        };
+        let resample = shape.resample.map(|(name, config)| conv(&scope.at(name), [outputs, outputs, 3], config));
+        Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
+    }
+
+    fn resnets(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.resnets.iter().try_fold(x.clone(), |x, resnet| resnet.forward(&x))
+    }
+}
+
+impl Middle {
+    fn load(scope: &Scope, channels: usize, config: &VaeConfig) -> Result<Self> {
+        let attention = || Attention::load(&scope.at("attentions.0"), channels, config.groups);
+        Ok(Self {
+            first: Resnet::load(&scope.at("resnets.0"), [channels; 2], config.groups)?,
+            attention: config.attention.then(attention).transpose()?,
+            second: Resnet::load(&scope.at("resnets.1"), [channels; 2], config.groups)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let x = self.first.forward(x)?;
+        let x = match &self.attention {
+            Some(attention) => attention.forward(&x)?,
+            None => x,
+        };
+        self.second.forward(&x)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn config_errors_name_the_key() {
+        let cases = [
+            (json!({"block_out_channels": [16, 24], "norm_num_groups": 16}), "norm_num_groups"),
+            (json!({"block_out_channels": []}), "1 to 8 levels"),
+            (json!({"act_fn": "relu"}), "act_fn"),
+            (json!({"down_block_types": ["AttnDownEncoderBlock2D"]}), "AttnDownEncoderBlock2D"),
+        ];
+        for (config, expected) in cases {
+            let error = VaeConfig::new(&config).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_null_shift_is_none() {
+        let config = VaeConfig::new(&json!({"shift_factor": null, "block_out_channels": [32, 32, 64]})).unwrap();
+        assert_eq!((config.shift, config.scale, config.downscale()), (0.0, 0.18215, 4));
+    }
+}

@@ -1,0 +1,94 @@
+//! [`gelu`] in one pass. Knows nothing of where it stands in a block.
+
+use crate::kernel::{self, GRAIN, Kernel};
+use crate::reference;
+use crate::simd::{Element, Level, Real, Task, dispatch};
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+/// GELU by its tanh approximation, x / (1 + e^-2u) with u = √(2/π) (x + 0.044715 x³): ½ (1 + tanh u) is that quotient.
+///
+/// # Shapes
+/// Any.
+///
+/// # Errors
+/// The tensor library refused.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if kernel::supported(x) { kernel::apply(Gelu, &[x]) } else { reference::gelu(x) }
+}
+
+struct Gelu;
+
+impl Kernel for Gelu {
+    const NAME: &'static str = "gelu";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let mut out = vec![E::zero(); inputs[0].len()];
+        let chunks = out.par_chunks_mut(GRAIN).zip(inputs[0].par_chunks(GRAIN));
+        chunks.for_each(|(out, x)| dispatch(Forward { out, x }));
+        Ok(out)
+    }
+
+    fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![kernel::gradient(args[0], GeluGradient, &[args[0], grad])?])
+    }
+}
+
+struct GeluGradient;
+
+impl Kernel for GeluGradient {
+    const NAME: &'static str = "gelu gradient";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let mut out = inputs[1].to_vec();
+        let chunks = out.par_chunks_mut(GRAIN).zip(inputs[0].par_chunks(GRAIN));
+        chunks.for_each(|(grad, x)| dispatch(Backward { grad, x }));
+        Ok(out)
+    }
+}
+
+struct Forward<'a, E> {
+    out: &'a mut [E],
+    x: &'a [E],
+}
+
+impl<E: Element> Task for Forward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            let x = x.load();
+            *out = E::store(x * gate::<L, E::Work>(x));
+        }
+    }
+}
+
+struct Backward<'a, E> {
+    grad: &'a mut [E],
+    x: &'a [E],
+}
+
+impl<E: Element> Task for Backward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        for (grad, x) in self.grad.iter_mut().zip(self.x) {
+            let x = x.load();
+            let gate = gate::<L, E::Work>(x);
+            let steepness = E::Work::of(2.0 * SLOPE) * (x * x).times_plus::<L>(E::Work::of(3.0 * CUBIC), E::Work::ONE);
+            let slope = (x * steepness).times_plus::<L>(gate * (E::Work::ONE - gate), gate);
+            *grad = E::store(grad.load() * slope);
+        }
+    }
+}
+
+const SLOPE: f64 = 0.797_884_560_802_865_4;
+const CUBIC: f64 = 0.044715;
+
+#[inline(always)]
+fn gate<L: Level, T: Real>(x: T) -> T {
+    let double = x * T::of(-2.0 * SLOPE) * (x * x).times_plus::<L>(T::of(CUBIC), T::ONE);
+    T::ONE / (T::ONE + double.exponential::<L>())
+}

@@ -1,0 +1,19 @@
+//! Differentiable operations of a diffusion transformer.
+//!
+//! Each is one pass over the rows in f32, f64 or bf16, with a backward that computes only the gradients somebody asked
+//! for. [`reference`] holds the same operations in plain tensor algebra: their specification, and what runs where no
+//! kernel of ours exists. [`simd`] compiles one piece of arithmetic for several instruction sets. Nothing here knows a
+//! model.
+
+mod gated;
+mod gelu;
+mod kernel;
+mod linear;
+mod norm;
+pub mod reference;
+pub mod simd;
+
+pub use gated::gated_add;
+pub use gelu::gelu;
+pub use linear::linear;
+pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};

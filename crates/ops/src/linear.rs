@@ -1,0 +1,193 @@
+//! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
+
+use crate::kernel::for_rows;
+use crate::simd::{Element, Level, Task, dispatch};
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
+};
+use candle_core::{bail, op};
+
+/// x wᵀ + b. A weight of another number format is converted at use, and its gradient comes in the weight's own. Only
+/// what is tracked gets a gradient: a frozen weight costs none.
+///
+/// # Shapes
+/// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (outputs, inputs) = weight.dims2()?;
+    if x.dim(D::Minus1)? != inputs {
+        bail!("linear: x {:?} does not fit weight {:?}", x.dims(), weight.dims());
+    }
+    let x = x.contiguous()?;
+    match bias {
+        None => x.apply_op2(weight, Linear),
+        Some(bias) if bias.dims() == [outputs] => x.apply_op3(weight, bias, Linear),
+        Some(bias) => bail!("linear: bias {:?} does not fit weight {:?}", bias.dims(), weight.dims()),
+    }
+}
+
+struct Linear;
+
+type Gradients2 = (Option<Tensor>, Option<Tensor>);
+type Gradients3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        product((x, lx), (w, lw))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, lx: &Layout, w: &CudaStorage, lw: &Layout) -> Result<(CudaStorage, Shape)> {
+        product((x, lx), (w, lw))
+    }
+
+    fn metal_fwd(&self, x: &MetalStorage, lx: &Layout, w: &MetalStorage, lw: &Layout) -> Result<(MetalStorage, Shape)> {
+        product((x, lx), (w, lw))
+    }
+
+    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Gradients2> {
+        Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?))
+    }
+}
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (mut out, shape) = product((x, lx), (w, lw))?;
+        match (&mut out, b.to_dtype(lb, x.dtype())?) {
+            (CpuStorage::F32(out), CpuStorage::F32(bias)) => add_rows(out, &bias),
+            (CpuStorage::F64(out), CpuStorage::F64(bias)) => add_rows(out, &bias),
+            (CpuStorage::BF16(out), CpuStorage::BF16(bias)) => add_rows(out, &bias),
+            _ => return add_bias((out, shape), (b, lb)),
+        }
+        Ok((out, shape))
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        add_bias(product((x, lx), (w, lw))?, (b, lb))
+    }
+
+    fn metal_fwd(
+        &self,
+        x: &MetalStorage,
+        lx: &Layout,
+        w: &MetalStorage,
+        lw: &Layout,
+        b: &MetalStorage,
+        lb: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        add_bias(product((x, lx), (w, lw))?, (b, lb))
+    }
+
+    fn bwd(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Gradients3> {
+        Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?, bias_gradient(bias, grad)?))
+    }
+}
+
+/// x wᵀ on any device, without a view of either leaving it.
+fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result<(S, Shape)> {
+    let (outputs, inputs) = weight.1.shape().dims2()?;
+    let rows = x.1.shape().elem_count() / inputs.max(1);
+    let flat = Layout::contiguous_with_offset((rows, inputs), x.1.start_offset());
+    let size = (1, rows, outputs, inputs);
+    let out = if weight.0.dtype() == x.0.dtype() {
+        x.0.matmul(weight.0, size, &flat, &weight.1.transpose(0, 1)?)?
+    } else {
+        let converted = weight.0.to_dtype(weight.1, x.0.dtype())?;
+        x.0.matmul(&converted, size, &flat, &Layout::contiguous((outputs, inputs)).transpose(0, 1)?)?
+    };
+    let mut shape = x.1.dims().to_vec();
+    shape.pop();
+    shape.push(outputs);
+    Ok((out, shape.into()))
+}
+
+fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) -> Result<(S, Shape)> {
+    let converted = bias.0.to_dtype(bias.1, out.dtype())?;
+    let broadcast = Layout::contiguous(bias.1.shape()).broadcast_as(shape.clone())?;
+    let sum = out.binary_impl::<op::Add>(&converted, &Layout::contiguous(shape.clone()), &broadcast)?;
+    Ok((sum, shape))
+}
+
+fn add_rows<E: Element>(out: &mut [E], bias: &[E]) {
+    for_rows(out, bias.len(), |_, out| dispatch(AddRows { out, bias }));
+}
+
+struct AddRows<'a, E> {
+    out: &'a mut [E],
+    bias: &'a [E],
+}
+
+impl<E: Element> Task for AddRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        for out in self.out.chunks_exact_mut(self.bias.len()) {
+            for (out, bias) in out.iter_mut().zip(self.bias) {
+                *out = E::store(out.load() + bias.load());
+            }
+        }
+    }
+}
+
+fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    if !x.track_op() {
+        return Ok(None);
+    }
+    let weight = weight.detach().to_dtype(grad.dtype())?;
+    rows(grad)?.matmul(&weight)?.reshape(x.shape()).map(Some)
+}
+
+fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    if !weight.track_op() {
+        return Ok(None);
+    }
+    // The product is formed in the wider format: gradients of f32 masters are not rounded to bf16 on the way.
+    let dtype = wider(weight.dtype(), grad.dtype());
+    let (x, grad) = (rows(&x.detach())?.to_dtype(dtype)?, rows(grad)?.to_dtype(dtype)?);
+    grad.t()?.matmul(&x)?.to_dtype(weight.dtype()).map(Some)
+}
+
+fn bias_gradient(bias: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    if !bias.track_op() {
+        return Ok(None);
+    }
+    let grad = rows(grad)?.to_dtype(wider(bias.dtype(), DType::F32))?;
+    let ones = Tensor::ones((1, grad.dim(0)?), grad.dtype(), grad.device())?;
+    ones.matmul(&grad)?.squeeze(0)?.to_dtype(bias.dtype()).map(Some)
+}
+
+fn rows(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    x.contiguous()?.reshape((x.elem_count() / width.max(1), width))
+}
+
+fn wider(a: DType, b: DType) -> DType {
+    if a.size_in_bytes() >= b.size_in_bytes() { a } else { b }
+}

@@ -1,0 +1,317 @@
+//! [`rms_norm`] and [`rms_norm_rope`]: root-mean-square norm, rotation of interleaved pairs, and their gradients.
+
+use super::sum_over;
+use crate::kernel::{self, Kernel, column_sums, for_rows};
+use crate::reference;
+use crate::simd::{Element, Level, Real, Task, dispatch};
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
+use std::ops::Range;
+
+/// Root-mean-square norm over the last dimension, then rotation of interleaved pairs (RoFormer, eq. 34). The tables of
+/// cosines and sines are constants: they get no gradient.
+///
+/// # Shapes
+/// x (batch, tokens, heads, head_dim), weight (head_dim), cos and sin (tokens, head_dim / 2) -> as x.
+///
+/// # Errors
+/// Shapes that contradict each other, an odd head_dim.
+pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, eps: f64) -> Result<Tensor> {
+    if !kernel::supported(x) {
+        return reference::rms_norm_rope(x, weight, cos, sin, eps);
+    }
+    let (_, tokens, heads, head_dim) = x.dims4()?;
+    let table = [tokens, head_dim / 2];
+    if weight.dims() != [head_dim] || cos.dims() != table || sin.dims() != table || head_dim % 2 == 1 {
+        bail!(
+            "rms_norm_rope: x {:?}, weight {:?}, cos {:?}, sin {:?}",
+            x.dims(),
+            weight.dims(),
+            cos.dims(),
+            sin.dims()
+        );
+    }
+    let work = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let rotation = Rotation { cos: cos.detach().to_dtype(work)?, sin: sin.detach().to_dtype(work)?, heads, tokens };
+    kernel::apply(RmsRope { eps, head_dim, rotation }, &[x, &weight.to_dtype(x.dtype())?])
+}
+
+/// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight.
+///
+/// # Shapes
+/// x (.., channels), weight (channels) -> as x.
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if !kernel::supported(x) {
+        return reference::rms_norm(x, weight, eps);
+    }
+    let width = x.dim(D::Minus1)?;
+    if weight.dims() != [width] {
+        bail!("rms_norm: x {:?}, weight {:?}", x.dims(), weight.dims());
+    }
+    kernel::apply(Rms { eps, width }, &[x, &weight.to_dtype(x.dtype())?])
+}
+
+#[derive(Clone, Copy)]
+struct Rms {
+    eps: f64,
+    width: usize,
+}
+
+impl Rms {
+    fn gradients(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let (x, weight) = (args[0], args[1]);
+        Ok(vec![
+            kernel::gradient(x, InputGradient(*self), &[x, weight, grad])?,
+            kernel::gradient(weight, WeightGradient(*self), &[x, grad])?,
+        ])
+    }
+}
+
+impl Kernel for Rms {
+    const NAME: &'static str = "rms_norm";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let mut out = vec![E::zero(); inputs[0].len()];
+        for_rows(&mut out, self.width, |first, out| {
+            dispatch(Forward { eps: self.eps, out, x: &inputs[0][first * self.width..], weight: inputs[1] })
+        });
+        Ok(out)
+    }
+
+    fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        self.gradients(args, grad)
+    }
+}
+
+struct InputGradient(Rms);
+
+impl Kernel for InputGradient {
+    const NAME: &'static str = "rms_norm gradient of x";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let Rms { eps, width } = self.0;
+        let mut out = vec![E::zero(); inputs[0].len()];
+        for_rows(&mut out, width, |first, out| {
+            let rows = first * width..;
+            dispatch(Backward { eps, out, x: &inputs[0][rows.clone()], weight: inputs[1], grad: &inputs[2][rows] })
+        });
+        Ok(out)
+    }
+}
+
+struct WeightGradient(Rms);
+
+impl Kernel for WeightGradient {
+    const NAME: &'static str = "rms_norm gradient of the weight";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let Rms { eps, width } = self.0;
+        let add = |rows: Range<usize>, sums: &mut [E::Work]| {
+            let range = rows.start * width..rows.end * width;
+            dispatch(SumNormed { eps, sums, x: &inputs[0][range.clone()], grad: &inputs[1][range] })
+        };
+        Ok(column_sums::<E>(1, inputs[0].len() / width, width, add))
+    }
+
+    fn shape(&self, _: &Shape) -> Shape {
+        self.0.width.into()
+    }
+}
+
+/// Angles of x (batch, tokens, heads, head_dim) by token.
+#[derive(Clone)]
+struct Rotation {
+    cos: Tensor,
+    sin: Tensor,
+    heads: usize,
+    tokens: usize,
+}
+
+impl Rotation {
+    fn tables<E: Element>(&self) -> Result<[Vec<E::Work>; 2]> {
+        Ok([self.cos.flatten_all()?.to_vec1()?, self.sin.flatten_all()?.to_vec1()?])
+    }
+
+    #[inline(always)]
+    fn angles<'a, T>(&self, [cos, sin]: &'a [Vec<T>; 2], row: usize, pairs: usize) -> (&'a [T], &'a [T]) {
+        let start = row / self.heads % self.tokens * pairs;
+        (&cos[start..][..pairs], &sin[start..][..pairs])
+    }
+}
+
+struct RmsRope {
+    eps: f64,
+    head_dim: usize,
+    rotation: Rotation,
+}
+
+impl Kernel for RmsRope {
+    const NAME: &'static str = "rms_norm_rope";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let mut out = vec![E::zero(); inputs[0].len()];
+        let tables = &self.rotation.tables::<E>()?;
+        for_rows(&mut out, self.head_dim, |first, out| {
+            dispatch(ForwardRotated { op: self, first, out, x: inputs[0], weight: inputs[1], tables })
+        });
+        Ok(out)
+    }
+
+    fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let unrotated = kernel::apply(Unrotate(self.rotation.clone(), self.head_dim), &[&grad.detach()])?;
+        Rms { eps: self.eps, width: self.head_dim }.gradients(args, &unrotated)
+    }
+}
+
+/// The transposed rotation.
+struct Unrotate(Rotation, usize);
+
+impl Kernel for Unrotate {
+    const NAME: &'static str = "rms_norm_rope gradient of the rotation";
+
+    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
+        let Self(rotation, head_dim) = self;
+        let mut out = inputs[0].to_vec();
+        let tables = &rotation.tables::<E>()?;
+        for_rows(&mut out, *head_dim, |first, out| {
+            dispatch(Unrotated { rotation, head_dim: *head_dim, first, out, tables })
+        });
+        Ok(out)
+    }
+}
+
+/// 1 / √(mean x² + eps) of a row.
+#[inline(always)]
+fn factor<E: Element>(row: &[E], eps: f64) -> E::Work {
+    let mean = sum_over([row; 3], |x, _, _| x.load() * x.load()) / E::Work::of(row.len() as f64);
+    E::Work::ONE / (mean + E::Work::of(eps)).root()
+}
+
+struct Forward<'a, E> {
+    eps: f64,
+    out: &'a mut [E],
+    x: &'a [E],
+    weight: &'a [E],
+}
+
+impl<E: Element> Task for Forward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let width = self.weight.len();
+        for (out, x) in self.out.chunks_exact_mut(width).zip(self.x.chunks_exact(width)) {
+            let factor = factor(x, self.eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
+                *out = E::store(x.load() * factor * weight.load());
+            }
+        }
+    }
+}
+
+struct ForwardRotated<'a, E: Element> {
+    op: &'a RmsRope,
+    first: usize,
+    out: &'a mut [E],
+    x: &'a [E],
+    weight: &'a [E],
+    tables: &'a [Vec<E::Work>; 2],
+}
+
+impl<E: Element> Task for ForwardRotated<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let width = self.op.head_dim;
+        let rows = self.x[self.first * width..].chunks_exact(width);
+        for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(rows).enumerate() {
+            let (cos, sin) = self.op.rotation.angles(self.tables, self.first + row, width / 2);
+            let factor = factor(x, self.op.eps);
+            let pairs = out.chunks_exact_mut(2).zip(x.chunks_exact(2)).zip(self.weight.chunks_exact(2));
+            for (((out, x), weight), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                let even = x[0].load() * factor * weight[0].load();
+                let odd = x[1].load() * factor * weight[1].load();
+                out[0] = E::store(even * *cos - odd * *sin);
+                out[1] = E::store(even * *sin + odd * *cos);
+            }
+        }
+    }
+}
+
+struct Unrotated<'a, E: Element> {
+    rotation: &'a Rotation,
+    head_dim: usize,
+    first: usize,
+    out: &'a mut [E],
+    tables: &'a [Vec<E::Work>; 2],
+}
+
+impl<E: Element> Task for Unrotated<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        for (row, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
+            let (cos, sin) = self.rotation.angles(self.tables, self.first + row, self.head_dim / 2);
+            for (pair, (cos, sin)) in out.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+                let (even, odd) = (pair[0].load(), pair[1].load());
+                pair[0] = E::store(even * *cos + odd * *sin);
+                pair[1] = E::store(odd * *cos - even * *sin);
+            }
+        }
+    }
+}
+
+/// With h = grad · weight: factor · (h - x · factor² · mean(h x)).
+struct Backward<'a, E> {
+    eps: f64,
+    out: &'a mut [E],
+    x: &'a [E],
+    weight: &'a [E],
+    grad: &'a [E],
+}
+
+impl<E: Element> Task for Backward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let width = self.weight.len();
+        let inputs = self.x.chunks_exact(width).zip(self.grad.chunks_exact(width));
+        for (out, (x, grad)) in self.out.chunks_exact_mut(width).zip(inputs) {
+            let factor = factor(x, self.eps);
+            let product = sum_over([x, grad, self.weight], |x, grad, weight| grad.load() * weight.load() * x.load());
+            let share = factor * factor * product / E::Work::of(width as f64);
+            for (((out, x), grad), weight) in out.iter_mut().zip(x).zip(grad).zip(self.weight) {
+                let scaled = grad.load() * weight.load();
+                *out = E::store(factor * (-x.load()).times_plus::<L>(share, scaled));
+            }
+        }
+    }
+}
+
+/// sums += grad · x · factor, row by row.
+struct SumNormed<'a, E: Element> {
+    eps: f64,
+    sums: &'a mut [E::Work],
+    x: &'a [E],
+    grad: &'a [E],
+}
+
+impl<E: Element> Task for SumNormed<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let width = self.sums.len();
+        for (x, grad) in self.x.chunks_exact(width).zip(self.grad.chunks_exact(width)) {
+            let factor = factor(x, self.eps);
+            for ((sum, x), grad) in self.sums.iter_mut().zip(x).zip(grad) {
+                *sum = grad.load().times_plus::<L>(x.load() * factor, *sum);
+            }
+        }
+    }
+}

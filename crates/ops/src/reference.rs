@@ -1,0 +1,83 @@
+//! The operations in plain tensor algebra: the specification of the fused ones, and what tests compare with.
+//! All accept f64, and every one is differentiable by candle itself.
+
+use candle_core::{D, Result, Tensor};
+
+/// x wᵀ + b.
+///
+/// # Shapes
+/// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, inputs) = (x.elem_count() / x.dim(D::Minus1)?, x.dim(D::Minus1)?);
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    let product = x.reshape((rows, inputs))?.matmul(&weight.to_dtype(x.dtype())?.t()?)?;
+    let sum = match bias {
+        Some(bias) => product.broadcast_add(&bias.to_dtype(x.dtype())?)?,
+        None => product,
+    };
+    sum.reshape(shape)
+}
+
+/// Layer norm without weights, then modulation: norm(x) (1 + scale) + shift (adaLN; DiT, section 3.2).
+///
+/// # Shapes
+/// x (batch, tokens, width), shift and scale (batch, width) -> as x.
+pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    normed.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?.broadcast_add(&shift.unsqueeze(1)?)
+}
+
+/// Root-mean-square norm over the last dimension, then rotation of interleaved pairs (RoFormer, eq. 34).
+///
+/// # Shapes
+/// x (batch, tokens, heads, head_dim), weight (head_dim), cos and sin (tokens, head_dim / 2) -> as x.
+pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, eps: f64) -> Result<Tensor> {
+    rope(&rms_norm(x, weight, eps)?, cos, sin)
+}
+
+/// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight.
+///
+/// # Shapes
+/// x (.., channels), weight (channels) -> as x.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(&weight.to_dtype(x.dtype())?)
+}
+
+/// Rotates interleaved pairs (2i, 2i + 1) of the last dimension.
+///
+/// # Shapes
+/// x (batch, tokens, heads, head_dim), cos and sin (tokens, head_dim / 2) -> as x.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, heads, head_dim) = x.dims4()?;
+    let pairs = x.reshape((batch, tokens, heads, head_dim / 2, 2))?;
+    let (even, odd) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
+    let cos = cos.to_dtype(x.dtype())?.reshape((1, tokens, 1, head_dim / 2))?;
+    let sin = sin.to_dtype(x.dtype())?.reshape((1, tokens, 1, head_dim / 2))?;
+    let rotated_even = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
+    let rotated_odd = (even.broadcast_mul(&sin)? + odd.broadcast_mul(&cos)?)?;
+    Tensor::stack(&[rotated_even, rotated_odd], 4)?.reshape((batch, tokens, heads, head_dim))
+}
+
+/// residual + gate · x.
+///
+/// # Shapes
+/// residual and x (batch, tokens, width), gate (batch, width) -> as x.
+pub fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
+    residual + x.broadcast_mul(&gate.unsqueeze(1)?)?
+}
+
+/// GELU by its tanh approximation.
+///
+/// # Shapes
+/// Any.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    let inner = ((x.powf(3.0)? * 0.044715)? + x)?;
+    let tanh = (inner * (2.0 / std::f64::consts::PI).sqrt())?.tanh()?;
+    (x * 0.5)? * (tanh + 1.0)?
+}

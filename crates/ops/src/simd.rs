@@ -1,0 +1,289 @@
+//! [`dispatch`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
+//!
+//! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; `dispatch` runs the copy that
+//! was compiled for the best instructions this processor has. It knows no tensor.
+
+use candle_core::WithDType;
+use half::bf16;
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
+
+/// Runs `task` with the best instructions of this processor.
+pub fn dispatch<T: Task>(task: T) -> T::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+            // SAFETY: the processor has the features that the callee is compiled for.
+            return unsafe { with_avx512(task) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: as above.
+            return unsafe { with_avx2(task) };
+        }
+    }
+    task.run::<Portable>()
+}
+
+/// Arithmetic to run under [`dispatch`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
+/// inlined is compiled for the wider instructions.
+pub trait Task {
+    /// What it gives back.
+    type Output;
+
+    /// Does it.
+    fn run<L: Level>(self) -> Self::Output;
+}
+
+/// What an instruction set can do.
+pub trait Level: Copy + Send + Sync + 'static {
+    /// Multiplies and adds in one instruction.
+    const FUSED: bool;
+    /// Has 32 registers of 512 bits.
+    const WIDE: bool;
+}
+
+/// Any processor.
+#[derive(Debug, Clone, Copy)]
+pub struct Portable;
+
+impl Level for Portable {
+    const FUSED: bool = cfg!(target_arch = "aarch64");
+    const WIDE: bool = false;
+}
+
+/// AVX2 with FMA.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx2;
+
+impl Level for Avx2 {
+    const FUSED: bool = true;
+    const WIDE: bool = false;
+}
+
+/// AVX-512 F.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512;
+
+impl Level for Avx512 {
+    const FUSED: bool = true;
+    const WIDE: bool = true;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn with_avx512<T: Task>(task: T) -> T::Output {
+    task.run::<Avx512>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn with_avx2<T: Task>(task: T) -> T::Output {
+    task.run::<Avx2>()
+}
+
+/// A number that is computed with: f32 or f64.
+pub trait Real:
+    WithDType
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + MulAssign
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// Below every finite score, and finite, so that differences of it are no NaN.
+    const LOWEST: Self;
+    /// -∞.
+    const MINUS_INFINITY: Self;
+
+    /// The nearest to `value`.
+    fn of(value: f64) -> Self;
+
+    /// self · a + b, in one instruction where the level has one.
+    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self;
+
+    /// √self.
+    fn root(self) -> Self;
+
+    /// e to the self. In f32 within 2 units of the last place, exactly 0 below -87.3, and at most e⁸⁸.
+    fn exponential<L: Level>(self) -> Self;
+}
+
+impl Real for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const LOWEST: Self = -1e30;
+    const MINUS_INFINITY: Self = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+
+    #[inline(always)]
+    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self {
+        if L::FUSED { self.mul_add(a, b) } else { self * a + b }
+    }
+
+    #[inline(always)]
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+
+    #[inline(always)]
+    fn exponential<L: Level>(self) -> Self {
+        exp_f32::<L>(self)
+    }
+}
+
+impl Real for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const LOWEST: Self = -1e300;
+    const MINUS_INFINITY: Self = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self {
+        if L::FUSED { self.mul_add(a, b) } else { self * a + b }
+    }
+
+    #[inline(always)]
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+
+    #[inline(always)]
+    fn exponential<L: Level>(self) -> Self {
+        f64::exp(self)
+    }
+}
+
+const LOWEST_EXPONENT: f32 = -87.3;
+const HIGHEST_EXPONENT: f32 = 88.0;
+
+/// eˣ = 2ⁿ eʳ with n the whole number nearest to x / ln 2 and |r| ≤ ln 2 / 2, eʳ by a polynomial of degree 7 (Cephes,
+/// expf). The comparisons are turned so that NaN passes through.
+#[inline(always)]
+fn exp_f32<L: Level>(x: f32) -> f32 {
+    // 1.5 · 2²³: adding it rounds to whole numbers and leaves them in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let low = if x < LOWEST_EXPONENT { LOWEST_EXPONENT } else { x };
+    let clamped = if low > HIGHEST_EXPONENT { HIGHEST_EXPONENT } else { low };
+    let shifted = clamped.times_plus::<L>(std::f32::consts::LOG2_E, ROUND);
+    let whole = shifted - ROUND;
+    let r = whole.times_plus::<L>(2.121_944_4e-4, whole.times_plus::<L>(-0.693_359_4, clamped));
+    let power = 1.987_569_1e-4f32
+        .times_plus::<L>(r, 1.398_199_9e-3)
+        .times_plus::<L>(r, 8.333_452e-3)
+        .times_plus::<L>(r, 4.166_579_6e-2)
+        .times_plus::<L>(r, 1.666_666_5e-1)
+        .times_plus::<L>(r, 0.5)
+        .times_plus::<L>(r * r, r)
+        + 1.0;
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    let value = power * f32::from_bits(exponent << 23);
+    if x < LOWEST_EXPONENT { 0.0 } else { value }
+}
+
+/// A number as it is stored, and the number it is computed with.
+pub trait Element: WithDType {
+    /// f32 for bf16, otherwise itself.
+    type Work: Real;
+
+    /// Widens.
+    fn load(self) -> Self::Work;
+
+    /// Rounds to nearest.
+    fn store(work: Self::Work) -> Self;
+}
+
+impl Element for f32 {
+    type Work = f32;
+
+    #[inline(always)]
+    fn load(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn store(work: f32) -> Self {
+        work
+    }
+}
+
+impl Element for f64 {
+    type Work = f64;
+
+    #[inline(always)]
+    fn load(self) -> f64 {
+        self
+    }
+
+    #[inline(always)]
+    fn store(work: f64) -> Self {
+        work
+    }
+}
+
+impl Element for bf16 {
+    type Work = f32;
+
+    #[inline(always)]
+    fn load(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn store(work: f32) -> Self {
+        bf16::from_f32(work)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exponentials<'a>(&'a mut [f32]);
+
+    impl Task for Exponentials<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<L: Level>(self) {
+            for x in self.0 {
+                *x = x.exponential::<L>();
+            }
+        }
+    }
+
+    fn worst(task: impl Fn(&mut [f32])) -> f64 {
+        let inputs: Vec<f32> = (0..400_000).map(|i| -87.2 + 4.38e-4 * i as f32).filter(|x| *x < 88.0).collect();
+        let mut outputs = inputs.clone();
+        task(&mut outputs);
+        let error = |(x, y): (&f32, &f32)| (f64::from(*y) / f64::from(*x).exp() - 1.0).abs();
+        inputs.iter().zip(&outputs).map(error).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_stays_within_two_units_of_the_last_place() {
+        assert!(worst(|x| dispatch(Exponentials(x))) < 2.4e-7);
+        assert!(worst(|x| Exponentials(x).run::<Portable>()) < 2.4e-7);
+    }
+
+    #[test]
+    fn exp_keeps_its_ends() {
+        let mut ends = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN];
+        dispatch(Exponentials(&mut ends));
+        assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0]);
+        assert!(ends[4].is_nan());
+    }
+}

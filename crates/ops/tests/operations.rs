@@ -1,0 +1,225 @@
+//! Every operation against its plain reference, its gradients against finite differences, and frozen arguments.
+#![allow(clippy::unwrap_used)] // A failed test says where.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use clearform_ops::{self as ops, reference};
+
+type Operation = fn(&[Tensor]) -> Result<Tensor>;
+
+/// An operation with the shapes of its arguments; of the last `constants` no gradient is expected.
+struct Case {
+    name: &'static str,
+    ours: Operation,
+    plain: Operation,
+    shapes: &'static [&'static [usize]],
+    constants: usize,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "linear",
+        ours: |a| ops::linear(&a[0], &a[1], None),
+        plain: |a| reference::linear(&a[0], &a[1], None),
+        shapes: &[&[2, 3, 5], &[7, 5]],
+        constants: 0,
+    },
+    Case {
+        name: "linear with bias",
+        ours: |a| ops::linear(&a[0], &a[1], Some(&a[2])),
+        plain: |a| reference::linear(&a[0], &a[1], Some(&a[2])),
+        shapes: &[&[2, 19, 17], &[7, 17], &[7]],
+        constants: 0,
+    },
+    Case {
+        name: "modulated_layer_norm",
+        ours: |a| ops::modulated_layer_norm(&a[0], &a[1], &a[2], 1e-6),
+        plain: |a| reference::modulated_layer_norm(&a[0], &a[1], &a[2], 1e-6),
+        shapes: &[&[2, 5, 37], &[2, 37], &[2, 37]],
+        constants: 0,
+    },
+    Case {
+        name: "rms_norm",
+        ours: |a| ops::rms_norm(&a[0], &a[1], 1e-6),
+        plain: |a| reference::rms_norm(&a[0], &a[1], 1e-6),
+        shapes: &[&[2, 3, 2, 21], &[21]],
+        constants: 0,
+    },
+    Case {
+        name: "rms_norm_rope",
+        ours: |a| ops::rms_norm_rope(&a[0], &a[1], &a[2], &a[3], 1e-6),
+        plain: |a| reference::rms_norm_rope(&a[0], &a[1], &a[2], &a[3], 1e-6),
+        shapes: &[&[2, 5, 3, 24], &[24], &[5, 12], &[5, 12]],
+        constants: 2,
+    },
+    Case {
+        name: "gated_add",
+        ours: |a| ops::gated_add(&a[0], &a[1], &a[2]),
+        plain: |a| reference::gated_add(&a[0], &a[1], &a[2]),
+        shapes: &[&[2, 5, 19], &[2, 19], &[2, 5, 19]],
+        constants: 0,
+    },
+    Case {
+        name: "gelu",
+        ours: |a| ops::gelu(&a[0]),
+        plain: |a| reference::gelu(&a[0]),
+        shapes: &[&[3, 5, 7]],
+        constants: 0,
+    },
+];
+
+fn noise(shape: &[usize], seed: usize) -> Tensor {
+    let count = shape.iter().product();
+    let value = |i: usize| 2.0 * ((i * 7919 + seed * 104_729 + 13) as f64 * 0.618).sin();
+    let values: Vec<f64> = (0..count).map(value).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn arguments(case: &Case, dtype: DType) -> Vec<Tensor> {
+    let make = |(seed, shape): (usize, &&[usize])| noise(shape, seed).to_dtype(dtype).unwrap();
+    case.shapes.iter().enumerate().map(make).collect()
+}
+
+fn numbers(x: &Tensor) -> Vec<f64> {
+    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.dims(), want.dims());
+    distance(&numbers(got), &numbers(want))
+}
+
+fn distance(got: &[f64], want: &[f64]) -> f64 {
+    let square = |sum: f64, x: f64| sum + x * x;
+    let difference = got.iter().zip(want).map(|(a, b)| a - b).fold(0.0, square);
+    (difference / want.iter().copied().fold(0.0, square)).sqrt()
+}
+
+#[test]
+fn forward_equals_the_reference() {
+    for case in CASES {
+        let exact = (case.plain)(&arguments(case, DType::F64)).unwrap();
+        for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 1e-6), (DType::BF16, 1e-2)] {
+            let got = (case.ours)(&arguments(case, dtype)).unwrap();
+            assert_eq!(got.dtype(), dtype, "{}", case.name);
+            let error = relative_error(&got, &exact);
+            assert!(error <= bound, "{} in {dtype:?}: {error:e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn views_that_are_not_contiguous_give_the_same() {
+    for case in CASES {
+        let args = arguments(case, DType::F64);
+        let strided =
+            |x: &Tensor| Tensor::cat(&[x, x], x.rank() - 1).unwrap().narrow(x.rank() - 1, 0, x.dims()[x.rank() - 1]);
+        let views: Vec<Tensor> = args.iter().map(|x| strided(x).unwrap()).collect();
+        let error = relative_error(&(case.ours)(&views).unwrap(), &(case.plain)(&args).unwrap());
+        assert!(error <= 1e-12, "{}: {error:e}", case.name);
+    }
+}
+
+/// Σ out · probe.
+fn loss(operation: Operation, args: &[Tensor]) -> Tensor {
+    let out = operation(args).unwrap();
+    let probe = noise(out.dims(), 99).to_dtype(out.dtype()).unwrap();
+    (out * probe).unwrap().sum_all().unwrap()
+}
+
+fn finite_differences(case: &Case, args: &[Tensor], index: usize) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let values = numbers(&args[index]);
+    let moved = |element: usize, by: f64| {
+        let mut values = values.clone();
+        values[element] += by;
+        let mut args = args.to_vec();
+        args[index] = Tensor::from_vec(values, args[index].shape(), &Device::Cpu).unwrap();
+        numbers(&loss(case.ours, &args))[0]
+    };
+    (0..values.len()).map(|i| (moved(i, STEP) - moved(i, -STEP)) / (2.0 * STEP)).collect()
+}
+
+#[test]
+fn gradients_equal_finite_differences() {
+    for case in CASES {
+        let args = arguments(case, DType::F64);
+        for index in 0..args.len() - case.constants {
+            let var = Var::from_tensor(&args[index]).unwrap();
+            let mut tracked = args.clone();
+            tracked[index] = var.as_tensor().clone();
+            let gradients = loss(case.ours, &tracked).backward().unwrap();
+            let got = gradients.get(&var).unwrap_or_else(|| panic!("{}: argument {index} got no gradient", case.name));
+            let error = distance(&numbers(got), &finite_differences(case, &args, index));
+            assert!(error <= 1e-6, "{} by argument {index}: {error:e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn gradients_in_f32_and_bf16_are_near_those_in_f64() {
+    let gradients = |case: &Case, dtype: DType| {
+        let vars: Vec<Var> = arguments(case, dtype).iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+        let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let store = loss(case.ours, &args).backward().unwrap();
+        let count = vars.len() - case.constants;
+        vars[..count].iter().map(|var| store.get(var).unwrap().clone()).collect::<Vec<_>>()
+    };
+    for case in CASES {
+        let exact = gradients(case, DType::F64);
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 3e-2)] {
+            for (got, want) in gradients(case, dtype).iter().zip(&exact) {
+                assert_eq!(got.dtype(), dtype);
+                let error = relative_error(got, want);
+                assert!(error <= bound, "{} in {dtype:?}: {error:e}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_frozen_gets_no_gradient() {
+    for case in CASES.iter().filter(|case| case.shapes.len() - case.constants > 1) {
+        let args = arguments(case, DType::F32);
+        for index in 0..args.len() - case.constants {
+            let var = Var::from_tensor(&args[index]).unwrap();
+            let mut tracked = args.clone();
+            tracked[index] = var.as_tensor().clone();
+            let gradients = loss(case.ours, &tracked).backward().unwrap();
+            for (other, arg) in args.iter().enumerate().filter(|(other, _)| *other != index) {
+                assert!(gradients.get(arg).is_none(), "{}: frozen argument {other} got a gradient", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
+    let x = noise(&[4, 6], 1).to_dtype(DType::BF16).unwrap();
+    let weight = Var::from_tensor(&noise(&[3, 6], 2).to_dtype(DType::F32).unwrap()).unwrap();
+    let bias = Var::from_tensor(&noise(&[3], 3).to_dtype(DType::F32).unwrap()).unwrap();
+    let out = ops::linear(&x, &weight, Some(&bias)).unwrap();
+    assert_eq!(out.dtype(), DType::BF16);
+    let gradients = out.to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+    let want = x.to_dtype(DType::F32).unwrap().sum_keepdim(0).unwrap().broadcast_as((3, 6)).unwrap();
+    assert_eq!(gradients.get(&weight).unwrap().dtype(), DType::F32);
+    assert!(relative_error(gradients.get(&weight).unwrap(), &want) < 1e-6);
+    assert_eq!(numbers(gradients.get(&bias).unwrap()), [4.0; 3]);
+}
+
+#[test]
+fn shapes_that_contradict_each_other_are_errors() {
+    for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
+        let mut args = arguments(case, DType::F32);
+        args[1] = noise(&[1, 1], 0).to_dtype(DType::F32).unwrap();
+        assert!((case.ours)(&args).is_err(), "{}", case.name);
+    }
+}
+
+#[test]
+fn gelu_is_right_far_from_zero() {
+    let x = Tensor::new(&[-1e4f32, -30.0, -5.0, 0.0, 5.0, 30.0, 1e4], &Device::Cpu).unwrap();
+    let got = ops::gelu(&x).unwrap().to_vec1::<f32>().unwrap();
+    assert!(got[0].abs() < 1e-33 && got[1].abs() < 1e-33, "{got:?}");
+    assert_eq!(got[3..], [0.0, 5.0 - 2.291_796_2e-7, 30.0, 1e4]);
+    assert!((got[2] / -2.291_796_2e-7 - 1.0).abs() < 1e-5, "{:e}", got[2]);
+}

@@ -1,0 +1,103 @@
+//! [`Size`] and pictures: from the VAE's numbers to 8-bit RGB, and the check that there is a picture at all.
+
+use crate::{Result, RuntimeError};
+use candle_core::{DType, Tensor};
+use image::RgbImage;
+
+/// Extents in pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Pixels down.
+    pub height: usize,
+    /// Pixels across.
+    pub width: usize,
+}
+
+/// Pictures of the VAE's output, as diffusers' `VaeImageProcessor` makes them: x / 2 + 0.5, clamped to 0..1, times
+/// 255, rounded half to even.
+///
+/// # Shapes
+/// decoded (batch, 3, height, width).
+///
+/// # Errors
+/// [`RuntimeError::BadPicture`] for NaN and infinity.
+pub fn to_pictures(decoded: &Tensor) -> Result<Vec<RgbImage>> {
+    let (batch, channels, height, width) = decoded.dims4()?;
+    if channels != 3 {
+        return Err(RuntimeError::BadPicture(format!("expected 3 channels, found {channels}")));
+    }
+    let pixels = decoded.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_from(1)?; // (batch, height width 3)
+    (0..batch).map(|index| to_picture(&pixels.get(index)?.to_vec1()?, Size { height, width }, index)).collect()
+}
+
+/// Refuses pictures that cannot be meant: of one colour all over.
+///
+/// # Errors
+/// [`RuntimeError::BadPicture`] names the first such picture.
+pub fn check_pictures(pictures: &[RgbImage]) -> Result<()> {
+    match pictures.iter().position(is_flat) {
+        Some(index) => Err(RuntimeError::BadPicture(format!(
+            "number {} has one colour all over, so nothing was saved. Likely cause: wrong or damaged weights of the \
+             transformer or the VAE; `verify` checks them",
+            index + 1
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn to_picture(values: &[f32], size: Size, index: usize) -> Result<RgbImage> {
+    if values.iter().any(|value| !value.is_finite()) {
+        return Err(RuntimeError::BadPicture(format!(
+            "number {} holds values that are no numbers (NaN or infinity), so nothing was saved. Likely causes: damaged \
+             weights, or a number format too narrow for this model; try --dtype f32",
+            index + 1
+        )));
+    }
+    let bytes = values.iter().map(|value| to_byte(*value)).collect();
+    RgbImage::from_raw(size.width as u32, size.height as u32, bytes)
+        .ok_or_else(|| RuntimeError::BadPicture(format!("{} values are no picture", values.len())))
+}
+
+fn to_byte(value: f32) -> u8 {
+    ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8
+}
+
+fn is_flat(picture: &RgbImage) -> bool {
+    let mut pixels = picture.pixels();
+    let first = pixels.next();
+    pixels.all(|pixel| Some(pixel) == first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// numpy: ((x * 0.5 + 0.5).clip(0, 1) * 255).round().astype("uint8")
+    #[test]
+    fn bytes_are_those_of_diffusers() {
+        let cases = [(-7.0, 0), (-1.0, 0), (0.0, 128), (0.5, 191), (1.0, 255), (3.0, 255), (-0.995, 1), (-0.998, 0)];
+        for (value, byte) in cases {
+            assert_eq!(to_byte(value), byte, "{value}");
+        }
+    }
+
+    #[test]
+    fn channels_become_the_innermost() {
+        let values = Tensor::arange(0_f32, 12.0, &Device::Cpu).unwrap().affine(0.125, -1.0).unwrap();
+        let picture = to_pictures(&values.reshape((1, 3, 2, 2)).unwrap()).unwrap().remove(0);
+        assert_eq!(picture.get_pixel(1, 0).0, [16, 80, 143]);
+        assert_eq!(picture.get_pixel(0, 1).0, [32, 96, 159]);
+    }
+
+    #[test]
+    fn what_is_no_picture_is_refused() {
+        let nan = Tensor::new(&[f32::NAN; 12], &Device::Cpu).unwrap().reshape((1, 3, 2, 2)).unwrap();
+        assert!(to_pictures(&nan).unwrap_err().to_string().contains("number 1 holds values"));
+        let mut good = RgbImage::from_pixel(4, 4, image::Rgb([9, 9, 9]));
+        let flat = good.clone();
+        good.put_pixel(3, 3, image::Rgb([9, 9, 8]));
+        assert!(check_pictures(std::slice::from_ref(&good)).is_ok());
+        assert!(check_pictures(&[good, flat]).unwrap_err().to_string().contains("number 2 has one colour"));
+    }
+}

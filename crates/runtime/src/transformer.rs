@@ -1,0 +1,112 @@
+//! [`Transformer`]: a transformer that is recognised and open, but not yet built. It knows nothing of the other parts
+//! of a pipeline.
+
+use crate::{Result, RuntimeError};
+use candle_core::{DType, Device};
+use clearform_attention::AttentionPlan;
+use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, detect};
+use clearform_models::{Denoiser, FAMILIES, Family};
+use clearform_weights::{Checkpoint, Resident, TensorSource};
+use serde_json::Value;
+use std::path::Path;
+
+/// How a checkpoint's tensors are to be read.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    /// The rules of families and layouts.
+    pub manifests: Manifests,
+    /// What the user says of the checkpoint.
+    pub hints: Hints,
+    /// Go on although tensors of the checkpoint have no counterpart.
+    pub allow_unmatched: bool,
+}
+
+/// A transformer on disk, under its canonical names.
+pub struct Transformer {
+    family: &'static dyn Family,
+    identified: Identified,
+    canonical: Canonical<Checkpoint>,
+}
+
+impl Reading {
+    /// The program's own rules, and no hints.
+    ///
+    /// # Errors
+    /// The program was built with a broken manifest.
+    pub fn plain() -> Result<Self> {
+        Ok(Self { manifests: Manifests::embedded()?, hints: Hints::default(), allow_unmatched: false })
+    }
+}
+
+impl Transformer {
+    /// Opens the transformer at `path`, a folder or a file in any layout, and holds it against what its sizes ask
+    /// for. No weights are read.
+    ///
+    /// # Errors
+    /// The files are damaged, are of no supported family, or tensors are missing, misshapen or not understood.
+    pub fn open(path: &Path, reading: &Reading) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
+        let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
+        let family = FAMILIES.iter().find(|family| family.name() == identified.family).copied();
+        let family = family.ok_or_else(|| RuntimeError::BadComponent {
+            path: path.to_owned(),
+            reason: format!(
+                "a model of the family {:?}, which this version of clearform cannot run",
+                identified.family
+            ),
+        })?;
+        let canonical = identified.canonical(checkpoint);
+        let canonical = if reading.allow_unmatched { canonical.sufficient()? } else { canonical.complete()? };
+        Ok(Self { family, identified, canonical })
+    }
+
+    /// Its family.
+    pub fn family(&self) -> &'static dyn Family {
+        self.family
+    }
+
+    /// What it was found to be, with the defaults of its variant.
+    pub fn identified(&self) -> &Identified {
+        &self.identified
+    }
+
+    /// Its sizes, as the config.json of its diffusers class.
+    pub fn config(&self) -> &Value {
+        &self.identified.config
+    }
+
+    /// The files it lies in.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        self.canonical.source()
+    }
+
+    /// What became of each tensor in those files.
+    pub fn account(&self) -> &Account {
+        self.canonical.account()
+    }
+
+    /// Its tensors, in canonical names.
+    pub fn source(&self) -> &dyn TensorSource {
+        &self.canonical
+    }
+
+    /// The number format of its largest tensor, if one can compute with it; f32 else.
+    pub fn dtype(&self) -> DType {
+        let tensors = self.canonical.tensors();
+        let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
+        let stored = largest.and_then(|info| DType::try_from(info.dtype).ok());
+        stored.filter(|dtype| matches!(dtype, DType::BF16 | DType::F16)).unwrap_or(DType::F32)
+    }
+
+    /// Reads the weights and builds the model. Without a `dtype` they keep their stored number formats.
+    ///
+    /// # Errors
+    /// The system refuses, or the plan does not fit the model.
+    pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
+        if dtype.is_none() && device.is_cpu() {
+            return Ok(self.family.build(self.config(), self.source(), plan)?);
+        }
+        let resident = Resident::load(self.source(), dtype, device)?;
+        Ok(self.family.build(self.config(), &resident, plan)?)
+    }
+}

@@ -1,0 +1,213 @@
+//! [`TorchGenerator`]: the random numbers of `torch.Generator("cpu").manual_seed(seed)` in f32, so that our pictures
+//! can be compared with those of diffusers. It knows nothing of pictures.
+
+use crate::mersenne::Mersenne;
+use crate::{Result, SamplingError};
+use candle_core::{Device, Shape, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// Successive calls continue one stream. Serialising keeps the whole state: what is restored goes on bit for bit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Saved", into = "Saved")]
+pub struct TorchGenerator {
+    bits: Mersenne,
+    /// The second normal number of a pair drawn one by one (torch keeps it on the generator, and so across calls).
+    spare: Option<f64>,
+}
+
+impl TorchGenerator {
+    /// `torch.Generator("cpu").manual_seed(seed)`. torch seeds the twister with the low 32 bits.
+    pub fn new(seed: u64) -> Self {
+        Self { bits: Mersenne::new(seed as u32), spare: None }
+    }
+
+    /// `torch.randn(shape, generator=self)`, f32 on the CPU; within 1e-6 of torch, whose vectorised logarithm and sine
+    /// round a little differently from machine to machine.
+    ///
+    /// # Errors
+    /// The tensor library refused.
+    pub fn randn(&mut self, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let values = self.normal(shape.elem_count());
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// `torch.rand(shape, generator=self)`, f32 in [0, 1) on the CPU; equal to torch.
+    ///
+    /// # Errors
+    /// The tensor library refused.
+    pub fn rand(&mut self, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let values = (0..shape.elem_count()).map(|_| self.uniform_f32()).collect::<Vec<_>>();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// `torch.randint(0, bound, (1,), generator=self)`: an integer in 0..`bound`. A bound of 0 counts as 1.
+    pub fn below(&mut self, bound: u32) -> u32 {
+        self.bits.next() % bound.max(1)
+    }
+
+    /// `count` standard normal numbers. torch fills whole blocks from 16 numbers on, and draws one by one below.
+    pub fn normal(&mut self, count: usize) -> Vec<f32> {
+        if count < BLOCK { (0..count).map(|_| self.single() as f32).collect() } else { self.blocks(count) }
+    }
+
+    /// torch's `normal_fill`: uniforms for all, each block of 16 turned into normals in place, and a last block that
+    /// is not whole drawn again over the last 16.
+    fn blocks(&mut self, count: usize) -> Vec<f32> {
+        let mut values = (0..count).map(|_| self.uniform_f32()).collect::<Vec<_>>();
+        values.chunks_exact_mut(BLOCK).for_each(box_muller);
+        if !count.is_multiple_of(BLOCK) {
+            let tail = &mut values[count - BLOCK..];
+            tail.iter_mut().for_each(|value| *value = self.uniform_f32());
+            box_muller(tail);
+        }
+        values
+    }
+
+    /// torch's `normal_distribution<double>`: two at a time, the second kept.
+    fn single(&mut self) -> f64 {
+        if let Some(spare) = self.spare.take() {
+            return spare;
+        }
+        let (first, second) = (self.uniform_f64(), self.uniform_f64());
+        let radius = (-2.0 * (-second).ln_1p()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * first).sin_cos();
+        self.spare = Some(radius * sin);
+        radius * cos
+    }
+
+    fn uniform_f32(&mut self) -> f32 {
+        (self.bits.next() & 0x00ff_ffff) as f32 / (1 << 24) as f32
+    }
+
+    fn uniform_f64(&mut self) -> f64 {
+        let (high, low) = (u64::from(self.bits.next()), u64::from(self.bits.next()));
+        let bits = ((high << 32) | low) & ((1 << 53) - 1);
+        bits as f64 / (1_u64 << 53) as f64
+    }
+}
+
+const BLOCK: usize = 16;
+
+/// Box and Muller (1958) over 16 uniforms: value i of the first half is the radius, of the second half the angle.
+/// The angle is rounded to f32 as torch rounds it: that rounding alone moves a large normal by more than 1e-6.
+fn box_muller(block: &mut [f32]) {
+    let (radii, angles) = block.split_at_mut(BLOCK / 2);
+    for (first, second) in radii.iter_mut().zip(angles) {
+        let radius = (-2.0 * (1.0 - *first).ln()).sqrt();
+        let angle = std::f32::consts::TAU * *second;
+        let (sin, cos) = f64::from(angle).sin_cos();
+        *first = radius * cos as f32;
+        *second = radius * sin as f32;
+    }
+}
+
+/// The state as it is written.
+#[derive(Clone, Serialize, Deserialize)]
+struct Saved {
+    words: Vec<u32>,
+    used: usize,
+    spare: Option<u64>,
+}
+
+impl From<TorchGenerator> for Saved {
+    fn from(generator: TorchGenerator) -> Self {
+        let (words, used) = generator.bits.into_parts();
+        Self { words, used, spare: generator.spare.map(f64::to_bits) }
+    }
+}
+
+impl TryFrom<Saved> for TorchGenerator {
+    type Error = SamplingError;
+
+    fn try_from(saved: Saved) -> Result<Self> {
+        let found = format!("{} words, {} used", saved.words.len(), saved.used);
+        let bits = Mersenne::restore(saved.words, saved.used).ok_or_else(|| {
+            SamplingError::BadState(format!("expected 624 words and at most 624 used, found {found}"))
+        })?;
+        Ok(Self { bits, spare: saved.spare.map(f64::from_bits) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn numbers() -> Value {
+        let all: Value = serde_json::from_str(include_str!("../fixtures/numbers.json")).unwrap();
+        all["noise"].clone()
+    }
+
+    fn floats(value: &Value) -> Vec<f64> {
+        value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    }
+
+    fn near(got: impl IntoIterator<Item = f64>, want: &Value, what: &str) {
+        let (got, want) = (got.into_iter().collect::<Vec<_>>(), floats(want));
+        assert_eq!(got.len(), want.len(), "{what}");
+        for (index, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!((got - want).abs() <= 1e-6, "{what}, value {index}: {got} instead of {want}");
+        }
+    }
+
+    fn check(got: &[f32], want: &Value, what: &str) {
+        let got = got.iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
+        let Some(last) = want.get("last") else { return near(got, &want["values"], what) };
+        near(got.iter().copied().step_by(41), &want["values"], what);
+        near(got[got.len() - 20..].iter().copied(), last, what);
+        let weighted: f64 = got.iter().enumerate().map(|(index, value)| value * ((index % 7) + 1) as f64).sum();
+        assert!((got.iter().sum::<f64>() - want["sum"].as_f64().unwrap()).abs() < 1e-4, "{what}: sum");
+        assert!((weighted - want["weighted"].as_f64().unwrap()).abs() < 4e-4, "{what}: weighted sum");
+    }
+
+    #[test]
+    fn randn_is_that_of_torch() {
+        for case in numbers()["fresh"].as_array().unwrap() {
+            let (seed, size) = (case["seed"].as_u64().unwrap(), case["size"].as_u64().unwrap() as usize);
+            let got = TorchGenerator::new(seed).randn(size).unwrap().to_vec1::<f32>().unwrap();
+            check(&got, case, &format!("seed {seed}, {size} numbers"));
+        }
+    }
+
+    #[test]
+    fn successive_calls_continue_the_stream() {
+        let case = &numbers()["successive"];
+        let mut generator = TorchGenerator::new(case["seed"].as_u64().unwrap());
+        for call in case["calls"].as_array().unwrap() {
+            let size = call["size"].as_u64().unwrap() as usize;
+            check(&generator.normal(size), call, &format!("{size} numbers"));
+        }
+    }
+
+    #[test]
+    fn rand_and_below_are_those_of_torch() {
+        let numbers = numbers();
+        let got = TorchGenerator::new(5).rand(50).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(got, floats(&numbers["rand"]).into_iter().map(|value| value as f32).collect::<Vec<_>>());
+        let mut generator = TorchGenerator::new(11);
+        for draw in numbers["below"].as_array().unwrap() {
+            let (bound, want) = (draw[0].as_u64().unwrap(), draw[1].as_u64().unwrap());
+            assert_eq!(u64::from(generator.below(bound as u32)), want, "below {bound}");
+        }
+    }
+
+    #[test]
+    fn a_restored_state_goes_on_bit_for_bit() {
+        let mut generator = TorchGenerator::new(9);
+        generator.normal(1003);
+        generator.normal(3);
+        let saved = serde_json::to_string(&generator).unwrap();
+        let mut restored: TorchGenerator = serde_json::from_str(&saved).unwrap();
+        assert_eq!(restored, generator);
+        let sizes = [1, 17, 5, 40];
+        assert_eq!(sizes.map(|size| restored.normal(size)), sizes.map(|size| generator.normal(size)));
+    }
+
+    #[test]
+    fn a_state_of_the_wrong_size_is_refused() {
+        let failed = serde_json::from_str::<TorchGenerator>(r#"{"words": [1, 2], "used": 1, "spare": null}"#);
+        assert!(failed.unwrap_err().to_string().contains("expected 624 words"));
+    }
+}

@@ -1,0 +1,119 @@
+//! Files as such: positioned reads, hashes, and writing so that a file is whole or absent. It knows no tensors.
+
+use crate::{Result, WeightsError};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use tempfile::NamedTempFile;
+
+const HASH_CHUNK: usize = 1 << 20;
+
+/// SHA-256 of a file's bytes, as 64 lower-case hexadecimal digits.
+///
+/// # Errors
+/// [`WeightsError::Io`] if the file cannot be read.
+pub fn sha256_file(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    hash(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })
+}
+
+/// Writes a file beside `path`, brings it to the disk and renames it: `path` holds the old bytes or the new ones.
+///
+/// # Errors
+/// [`WeightsError::Io`] if any of it fails; `path` is then as it was.
+pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
+    let path = path.as_ref();
+    let write = || {
+        let mut file = beside(path)?;
+        file.write_all(bytes)?;
+        settle(file, path)
+    };
+    write().map_err(|source| WeightsError::Io { path: path.to_owned(), source })
+}
+
+/// An unfinished file in the folder of `path`; it disappears unless it is [settled](settle).
+pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".clearform-").suffix(".part");
+    #[cfg(unix)]
+    let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(everyone);
+    builder.tempfile_in(folder_of(path))
+}
+
+/// Brings an unfinished file to the disk and gives it its name.
+pub(crate) fn settle(file: NamedTempFile, path: &Path) -> io::Result<()> {
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    // The name is only safe once its folder is; systems that cannot sync a folder say so, and nothing more can be done.
+    let _ = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
+    Ok(())
+}
+
+/// Reads `length` bytes from `offset`, leaving the file's cursor alone, so that threads may share the file.
+#[cfg(unix)]
+pub(crate) fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, offset)?;
+    Ok(bytes)
+}
+
+/// Reads `length` bytes from `offset`.
+#[cfg(windows)]
+pub(crate) fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let mut done = 0;
+    while done < length {
+        match std::os::windows::fs::FileExt::seek_read(file, &mut bytes[done..], offset + done as u64)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => done += count,
+        }
+    }
+    Ok(bytes)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn hash(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; HASH_CHUNK];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => break,
+            count => hasher.update(&chunk[..count]),
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_and_replaces_whole_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        write_atomically(&path, b"first").unwrap();
+        write_atomically(&path, b"abc").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256_file(&path).unwrap(), known);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_folder_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("taken");
+        std::fs::create_dir_all(path.join("inside")).unwrap();
+        assert!(matches!(write_atomically(&path, b"x"), Err(WeightsError::Io { .. })));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,21 @@
+//! Tensors on disk: open, check, stream, hash and write them.
+//!
+//! The main types are [`Checkpoint`], the directory of a file or folder that was opened but not read, and
+//! [`TensorSource`], the seam through which everything above pulls weights. This crate knows no model: names are
+//! opaque to it.
+
+mod checkpoint;
+mod disguise;
+mod error;
+mod files;
+mod folder;
+mod header;
+mod json;
+mod source;
+mod writer;
+
+pub use checkpoint::{Checkpoint, TensorFile};
+pub use error::{Result, WeightsError};
+pub use files::{sha256_file, write_atomically};
+pub use source::{Dtype, RawTensor, Resident, TensorInfo, TensorSource};
+pub use writer::{SafetensorsWriter, save};

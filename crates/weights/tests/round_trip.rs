@@ -1,0 +1,181 @@
+//! What is written is what is read, by us and by the safetensors library; folders open as the libraries save them.
+#![allow(clippy::unwrap_used)]
+
+use clearform_weights::{
+    Checkpoint, Dtype, RawTensor, Resident, SafetensorsWriter, TensorInfo, TensorSource, WeightsError, save,
+};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+fn tensor(dtype: Dtype, shape: &[usize], seed: u8) -> RawTensor {
+    let size = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+    let bytes = (0..size).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+    RawTensor { dtype, shape: shape.to_vec(), bytes }
+}
+
+fn info(name: &str, tensor: &RawTensor) -> TensorInfo {
+    TensorInfo { name: name.to_owned(), dtype: tensor.dtype, shape: tensor.shape.clone() }
+}
+
+fn write(path: &Path, tensors: &[(&str, RawTensor)]) {
+    let infos: Vec<_> = tensors.iter().map(|(name, tensor)| info(name, tensor)).collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut writer = SafetensorsWriter::create(path, &infos, &metadata).unwrap();
+    for (name, tensor) in tensors {
+        writer.write(name, tensor).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn samples() -> Vec<(&'static str, RawTensor)> {
+    vec![
+        ("odd bytes", tensor(Dtype::U8, &[3], 1)),
+        ("blocks.0.weight", tensor(Dtype::BF16, &[3, 5], 2)),
+        ("scalar", tensor(Dtype::F32, &[], 3)),
+        ("nothing", tensor(Dtype::F32, &[0, 7], 4)),
+        ("wide", tensor(Dtype::F64, &[2, 2], 5)),
+        ("fp8", tensor(Dtype::F8_E4M3, &[5], 6)),
+    ]
+}
+
+#[test]
+fn written_tensors_come_back_and_the_library_reads_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("all.safetensors");
+    write(&path, &samples());
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let library = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(library.len(), samples().len());
+    for (name, expected) in samples() {
+        assert_eq!(checkpoint.read(name).unwrap(), expected, "{name}");
+        let view = library.tensor(name).unwrap();
+        assert_eq!(
+            (view.dtype(), view.shape(), view.data()),
+            (expected.dtype, &expected.shape[..], &expected.bytes[..])
+        );
+        let middle = expected.bytes.len() / 3..expected.bytes.len() / 2;
+        assert_eq!(checkpoint.read_range(name, middle.clone()).unwrap(), expected.bytes[middle], "{name}");
+        assert!(checkpoint.read_range(name, 0..expected.bytes.len() + 1).is_err());
+    }
+    assert_eq!(checkpoint.metadata()["format"], "pt");
+    assert_eq!(checkpoint.files()[0].size, bytes.len() as u64);
+    assert!(matches!(checkpoint.read("gone"), Err(WeightsError::Missing { .. })));
+}
+
+#[test]
+fn files_of_the_library_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("library.safetensors");
+    let samples = samples();
+    let views = samples.iter().map(|(name, raw)| {
+        (*name, safetensors::tensor::TensorView::new(raw.dtype, raw.shape.clone(), &raw.bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    for (name, expected) in &samples {
+        assert_eq!(&checkpoint.read(name).unwrap(), expected);
+    }
+}
+
+#[test]
+fn saving_a_source_keeps_every_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("1.safetensors"), folder.path().join("2.safetensors"));
+    write(&first, &samples()[..5]);
+    let source = Checkpoint::open(&first).unwrap();
+    let resident = Resident::load(&source, None, &candle_core::Device::Cpu).unwrap();
+    save(&second, &resident, source.metadata()).unwrap();
+    assert_eq!(std::fs::read(first).unwrap(), std::fs::read(second).unwrap());
+}
+
+#[test]
+fn an_unfinished_or_wrong_file_leaves_the_old_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    write(&path, &samples());
+    let before = std::fs::read(&path).unwrap();
+    let raw = tensor(Dtype::F32, &[2], 0);
+    let mut writer = SafetensorsWriter::create(&path, &[info("a", &raw), info("b", &raw)], &BTreeMap::new()).unwrap();
+    assert!(matches!(writer.write("c", &raw), Err(WeightsError::Missing { .. })));
+    assert!(matches!(writer.write("a", &tensor(Dtype::F32, &[3], 0)), Err(WeightsError::BadTensor { .. })));
+    writer.write("b", &raw).unwrap();
+    assert!(writer.finish().is_err());
+    assert!(SafetensorsWriter::create(&path, &[info("a", &raw), info("a", &raw)], &BTreeMap::new()).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// (what it is, its files, whether config.json belongs to them)
+#[test]
+fn folders_open_as_the_libraries_save_them() {
+    let index = br#"{"metadata":{"total_size":8},"weight_map":{"a":"s-1.safetensors","b":"s-2.safetensors"}}"#;
+    let cases: [(&str, &[&str], Option<&str>); 7] = [
+        ("diffusers", &["diffusion_pytorch_model.safetensors"], None),
+        ("a variant", &["diffusion_pytorch_model.fp16.safetensors"], None),
+        ("transformers", &["model.safetensors"], None),
+        ("sharded", &["s-1.safetensors", "s-2.safetensors"], Some("diffusion_pytorch_model.safetensors.index.json")),
+        ("sharded text encoder", &["s-1.safetensors", "s-2.safetensors"], Some("model.safetensors.index.json")),
+        ("shards alone", &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None),
+        ("any one file", &["flux1-dev.safetensors"], None),
+    ];
+    for (what, files, index_name) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        for (file, name) in files.iter().zip(["a", "b"]) {
+            write(&folder.path().join(file), &[(name, tensor(Dtype::F32, &[2], 9))]);
+        }
+        if let Some(name) = index_name {
+            std::fs::write(folder.path().join(name), index).unwrap();
+        }
+        std::fs::write(folder.path().join("config.json"), br#"{"_class_name":"X"}"#).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let names: Vec<String> = checkpoint.tensors().into_iter().map(|info| info.name).collect();
+        assert_eq!(names, ["a", "b"][..files.len()], "{what}");
+        assert_eq!(checkpoint.config().unwrap()["_class_name"], "X", "{what}");
+        assert_eq!(checkpoint.read(&names[names.len() - 1]).unwrap(), tensor(Dtype::F32, &[2], 9), "{what}");
+    }
+}
+
+#[test]
+fn a_lone_file_takes_the_config_only_by_a_library_name() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), b"{}").unwrap();
+    for (name, has) in [("flux1-dev.safetensors", false), ("diffusion_pytorch_model.safetensors", true)] {
+        write(&folder.path().join(name), &samples());
+        assert_eq!(Checkpoint::open(folder.path().join(name)).unwrap().config().is_some(), has, "{name}");
+    }
+}
+
+/// A Hugging Face cache keeps contents under their hash and links to them.
+#[cfg(unix)]
+#[test]
+fn symbolic_links_are_followed() {
+    let cache = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) = (cache.path().join("blobs"), cache.path().join("snapshots"));
+    std::fs::create_dir(&blobs).unwrap();
+    std::fs::create_dir(&snapshot).unwrap();
+    write(&blobs.join("0123"), &samples());
+    std::fs::write(blobs.join("4567"), br#"{"k":1}"#).unwrap();
+    std::os::unix::fs::symlink("../blobs/0123", snapshot.join("diffusion_pytorch_model.safetensors")).unwrap();
+    std::os::unix::fs::symlink("../blobs/4567", snapshot.join("config.json")).unwrap();
+    let checkpoint = Checkpoint::open(&snapshot).unwrap();
+    assert_eq!(checkpoint.read("wide").unwrap(), tensor(Dtype::F64, &[2, 2], 5));
+    assert_eq!(checkpoint.config().unwrap()["k"], 1);
+}
+
+#[test]
+fn threads_share_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    write(&path, &samples());
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for (name, expected) in samples().iter().cycle().take(600) {
+                    assert_eq!(&checkpoint.read(name).unwrap(), expected);
+                }
+            });
+        }
+    });
+}

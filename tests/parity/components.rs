@@ -1,0 +1,133 @@
+//! AutoencoderKL, CLIP, T5 and their tokenizers against diffusers and transformers, in the files of both generations.
+//! fixtures/components/export.py says what the fixtures are.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
+use clearform_models::vae::{AutoencoderKl, VaeConfig};
+use serde_json::Value;
+use support::{assert_close, bytes, json, tensors, weights};
+
+const BOUND: f64 = 1e-4;
+
+#[test]
+fn vae_with_quant_convs() {
+    check_vae("vae-quant");
+}
+
+#[test]
+fn vae_as_flux_has_it() {
+    check_vae("vae-flux");
+}
+
+#[test]
+fn vae_without_attention() {
+    check_vae("vae-plain");
+}
+
+fn check_vae(name: &str) {
+    let folder = format!("components/generation5/{name}");
+    let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
+    let source = weights(&format!("{folder}/diffusion_pytorch_model.safetensors"));
+    let vae = AutoencoderKl::build(config, &source).unwrap();
+    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    let [mean, log_variance] = vae.moments(&expected["pictures"]).unwrap();
+    assert_close(&mean, &expected["mean"], BOUND, "mean");
+    assert_close(&log_variance, &expected["logvar"], BOUND, "log-variance");
+    assert_close(&vae.encode(&expected["pictures"]).unwrap(), &expected["latents"], BOUND, "latents");
+    assert_close(&vae.decode(&expected["latents"]).unwrap(), &expected["decoded"], BOUND, "decoded");
+}
+
+#[test]
+fn clip_with_prefix_and_legacy_end_token() {
+    check_clip("generation4");
+}
+
+#[test]
+fn clip_without_prefix() {
+    check_clip("generation5");
+}
+
+fn check_clip(generation: &str) {
+    let folder = format!("components/{generation}/text_encoder");
+    let config = ClipConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
+    let clip = ClipText::build(config, &weights(&format!("{folder}/model.safetensors"))).unwrap();
+    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    let encoded = clip.encode(&expected["ids"]).unwrap();
+    assert_close(&encoded.hidden, &expected["hidden"], BOUND, "hidden");
+    assert_close(&encoded.pooled, &expected["pooled"], BOUND, "pooled");
+    let too_large = (&expected["ids"] + 10_000.0).unwrap();
+    assert!(clip.encode(&too_large).unwrap_err().to_string().contains("does the tokenizer belong to this encoder?"));
+}
+
+#[test]
+fn t5_with_gated_gelu() {
+    check_t5("generation4");
+}
+
+#[test]
+fn t5_with_relu() {
+    check_t5("generation5");
+}
+
+fn check_t5(generation: &str) {
+    let folder = format!("components/{generation}/text_encoder_2");
+    let config = T5Config::new(&json(&format!("{folder}/config.json"))).unwrap();
+    let t5 = T5Encoder::build(config, &weights(&format!("{folder}/model.safetensors"))).unwrap();
+    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    assert_close(&t5.encode(&expected["ids"]).unwrap(), &expected["hidden"], BOUND, "hidden");
+}
+
+#[test]
+fn t5_finds_its_embedding_under_either_name() {
+    let folder = "components/generation4/text_encoder_2";
+    let stored = weights(&format!("{folder}/model.safetensors"));
+    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    let embedding = stored.iter().find(|(name, _)| *name == "shared.weight").unwrap().1.clone();
+    let others: Vec<_> = stored.iter().filter(|(_, tensor)| tensor.dims() != embedding.dims()).collect();
+    for name in ["shared.weight", "encoder.embed_tokens.weight"] {
+        let others = others.iter().map(|(name, tensor)| ((*name).to_owned(), (*tensor).clone()));
+        let source = others.chain([(name.to_owned(), embedding.clone())]).collect::<clearform_weights::Resident>();
+        let t5 = T5Encoder::build(T5Config::new(&json(&format!("{folder}/config.json"))).unwrap(), &source).unwrap();
+        assert_close(&t5.encode(&expected["ids"]).unwrap(), &expected["hidden"], BOUND, name);
+    }
+}
+
+#[test]
+fn clip_tokens_from_vocabulary_and_merges() {
+    let file = |name: &str| bytes(&format!("components/generation4/tokenizer/{name}"));
+    let config = file("tokenizer_config.json");
+    let tokenizer = ClipTokenizer::from_vocabulary(&file("vocab.json"), &file("merges.txt"), Some(&config)).unwrap();
+    assert_eq!(tokenizer.max_length(), Some(24));
+    check_tokens("generation4", "clip", |prompt, length| tokenizer.encode(prompt, length).unwrap());
+}
+
+#[test]
+fn clip_tokens_from_tokenizer_json() {
+    let file = |name: &str| bytes(&format!("components/generation5/tokenizer/{name}"));
+    let tokenizer = ClipTokenizer::from_json(&file("tokenizer.json"), Some(&file("tokenizer_config.json"))).unwrap();
+    assert_eq!(tokenizer.max_length(), Some(24));
+    check_tokens("generation5", "clip", |prompt, length| tokenizer.encode(prompt, length).unwrap());
+}
+
+#[test]
+fn t5_tokens() {
+    for generation in ["generation4", "generation5"] {
+        let file = bytes(&format!("components/{generation}/tokenizer_2/tokenizer.json"));
+        let tokenizer = T5Tokenizer::from_json(&file).unwrap();
+        check_tokens(generation, "t5", |prompt, length| tokenizer.encode(prompt, length).unwrap());
+    }
+}
+
+fn check_tokens(generation: &str, kind: &str, encode: impl Fn(&str, usize) -> Vec<u32>) {
+    let tokens = json(&format!("components/{generation}/tokens.json"));
+    let length = tokens[format!("{kind}_length")].as_u64().unwrap() as usize;
+    let rows = |key: &str| tokens[key].as_array().unwrap().clone();
+    let (prompts, expected) = (rows("prompts"), rows(kind));
+    assert_eq!((prompts.len(), expected.len()), (200, 200));
+    for (prompt, ids) in prompts.iter().zip(&expected) {
+        let got: Vec<Value> = encode(prompt.as_str().unwrap(), length).into_iter().map(Value::from).collect();
+        assert_eq!(&got, ids.as_array().unwrap(), "{prompt}");
+    }
+}

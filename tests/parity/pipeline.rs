@@ -1,0 +1,110 @@
+//! From prompt to PNG on assets/mini-flux against FluxPipeline, stage by stage. fixtures/pipeline/export.py says what
+//! the fixture holds.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_runtime::{Options, Pipeline, Reading, Request, Size};
+use clearform_sampling::{Guidance, denoise};
+use clearform_weights::Checkpoint;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use support::{assert_close, fixture, tensors};
+
+const FIXTURE: &str = "pipeline/expected.safetensors";
+/// Levels of 255 that a pixel may differ by.
+const PIXEL_BOUND: u8 = 2;
+
+#[test]
+fn every_stage_is_that_of_flux_pipeline() {
+    let expected = tensors(FIXTURE);
+    for (number, picture) in pictures().iter().enumerate() {
+        check_stages(&pipeline(), &request(picture), &Expected { tensors: &expected, number });
+    }
+}
+
+#[test]
+fn pictures_are_those_of_flux_pipeline() {
+    let expected = tensors(FIXTURE);
+    for (number, picture) in pictures().iter().enumerate() {
+        let pictures = pipeline().generate(&request(picture), &mut |_| {}).unwrap();
+        let want = Expected { tensors: &expected, number }.get("image");
+        let want = want.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        let got = pictures.iter().flat_map(|picture| picture.as_raw()).copied().collect::<Vec<_>>();
+        assert_eq!(got.len(), want.len());
+        let largest = got.iter().zip(&want).map(|(got, want)| got.abs_diff(*want)).max().unwrap();
+        assert!(largest <= PIXEL_BOUND, "picture {number}: pixels differ by up to {largest} of 255");
+    }
+}
+
+#[test]
+fn a_size_that_cannot_be_drawn_is_refused() {
+    let error = pipeline().initial_latents(0, 1, Size { height: 128, width: 130 }).unwrap_err().to_string();
+    assert!(error.contains("multiples of 8") && error.contains("--width 136 --height 128"), "{error}");
+}
+
+fn check_stages(pipeline: &Pipeline, request: &Request, expected: &Expected) {
+    let latents = pipeline.initial_latents(request.seed, request.batch, request.size.unwrap()).unwrap();
+    let largest = (&latents.tokens - expected.get("noise")).unwrap().abs().unwrap().max_all().unwrap();
+    assert!(largest.to_scalar::<f32>().unwrap() <= 1e-6, "noise differs");
+
+    let prompts = pipeline.encode_prompts(std::slice::from_ref(&request.prompt)).unwrap();
+    assert_close(prompts.text.as_ref().unwrap(), expected.get("text"), 1e-5, "T5");
+    assert_close(prompts.pooled.as_ref().unwrap(), expected.get("pooled"), 1e-5, "CLIP");
+
+    let schedule = pipeline.schedule(request.steps, &latents).unwrap();
+    assert_eq!(schedule.sigmas(), expected.get("sigmas").to_vec1::<f32>().unwrap());
+
+    let conditions = pipeline.conditions(&prompts, &latents, request.guidance).unwrap();
+    let guidance = Guidance::Embedded(conditions);
+    let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
+    let last = denoise(denoiser.as_ref(), &latents.tokens, &schedule, &guidance, &mut |_| {});
+    assert_close(&last.unwrap(), expected.get("latents"), 1e-4, "last latents");
+}
+
+struct Expected<'a> {
+    tensors: &'a HashMap<String, Tensor>,
+    number: usize,
+}
+
+impl<'a> Expected<'a> {
+    fn get(&self, name: &str) -> &'a Tensor {
+        let name = format!("{}/{name}", self.number);
+        self.tensors.get(&name).unwrap_or_else(|| panic!("the fixture has no {name}"))
+    }
+}
+
+fn pipeline() -> Pipeline {
+    let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../assets/mini-flux/base");
+    let options = Options {
+        reading: Reading::plain().unwrap(),
+        components: None,
+        plan: Some(AttentionPlan::full()),
+        dtype: Some(DType::F32),
+        device: Device::Cpu,
+    };
+    Pipeline::open(&model, options).unwrap()
+}
+
+/// The descriptions of the pictures, from the fixture's metadata.
+fn pictures() -> Vec<Value> {
+    let checkpoint = Checkpoint::open(fixture(FIXTURE)).unwrap();
+    serde_json::from_str(&checkpoint.metadata()["pictures"]).unwrap()
+}
+
+fn request(picture: &Value) -> Request {
+    let number = |key: &str| picture[key].as_u64().unwrap();
+    Request {
+        prompt: picture["prompt"].as_str().unwrap().to_owned(),
+        negative_prompt: None,
+        size: Some(Size { height: number("height") as usize, width: number("width") as usize }),
+        steps: number("steps") as usize,
+        guidance: picture["guidance"].as_f64().unwrap(),
+        true_cfg_scale: 1.0,
+        seed: number("seed"),
+        batch: picture["batch"].as_u64().map_or(1, |batch| batch as usize),
+    }
+}
