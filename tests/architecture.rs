@@ -49,7 +49,10 @@ fn edges() -> BTreeMap<String, BTreeSet<String>> {
 fn used_by(package: &serde_json::Value) -> BTreeSet<String> {
     let dependencies = package["dependencies"].as_array().expect("dependencies");
     let normal = dependencies.iter().filter(|one| one["kind"].is_null());
-    normal.filter(|one| one["name"].as_str().is_some_and(|name| name.starts_with("clearform-"))).map(|one| short(&one["name"])).collect()
+    normal
+        .filter(|one| one["name"].as_str().is_some_and(|name| name.starts_with("clearform-")))
+        .map(|one| short(&one["name"]))
+        .collect()
 }
 
 fn short(name: &serde_json::Value) -> String {

@@ -64,7 +64,7 @@ def save_pairs(pictures, drawn, path, size=64):
     factor = dataset.SIZE // size
     rows = zip(pictures.split(SHEET_COLUMNS), drawn.split(SHEET_COLUMNS))
     tiles = F.avg_pool2d(torch.cat([x for pair in rows for x in pair]), factor)
-    dataset.sheet(tiles, SHEET_COLUMNS).save(path, optimize=True)
+    dataset.sheet(tiles, SHEET_COLUMNS).quantize(256).save(path, optimize=True)
 
 
 def base(work):

@@ -2,7 +2,7 @@
 //!
 //! A model projects, normalises and rotates its queries, keys and values once; what is exchanged is only
 //! softmax(q kᵀ) v and its neighbourhood. [`AttentionPlan`] says which policy each layer has and builds one
-//! [`Attention`] per layer; [`Geometry`] says where the image tokens lie. [`reference`] is the specification, plain
+//! [`Attention`] per layer; [`Geometry`] says where the image tokens lie. [`mod@reference`] is the specification, plain
 //! tensor algebra over a full mask; what runs on the CPU is a fused kernel whose memory grows with the tokens, never
 //! with their square. Nothing here knows a model or a file.
 

@@ -68,7 +68,7 @@ impl AttentionPlan {
     }
 
     /// Builds the attention of `layer`. `learned` looks up a learned tensor by its full name
-    /// ("<layer>.processor.spatial_weight"); one that is absent takes its initial value.
+    /// (`LAYER.processor.spatial_weight`); one that is absent takes its initial value.
     ///
     /// # Errors
     /// A learned tensor of the wrong shape.

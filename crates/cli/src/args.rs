@@ -185,6 +185,9 @@ pub struct Training {
     /// The attention loss looks at every Kth single-stream block.
     #[arg(long, default_value_t = 4, value_name = "K")]
     pub attention_every: usize,
+    /// Keep every block's activations instead of computing them again: faster, and more memory.
+    #[arg(long)]
+    pub keep_activations: bool,
     /// Steps between checkpoints.
     #[arg(long, default_value_t = 50, value_name = "N")]
     pub checkpoint_every: usize,

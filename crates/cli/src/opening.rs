@@ -43,8 +43,8 @@ pub fn identify(source: &Path, reading: &Reading) -> anyhow::Result<(Checkpoint,
     let path = Components::new(source, None).transformer();
     let checkpoint = Checkpoint::open(&path)?;
     let reading = self::reading(reading)?;
-    let identified = detect(&checkpoint, &reading.manifests, &reading.hints)
-        .with_context(|| format!("{}", path.display()))?;
+    let identified =
+        detect(&checkpoint, &reading.manifests, &reading.hints).with_context(|| format!("{}", path.display()))?;
     Ok((checkpoint, identified))
 }
 

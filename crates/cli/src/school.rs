@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::Distillation;
 use clearform_distill::{
-    Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, Recipe, SampleSet, SampleSettings, Settings,
-    Start, Workshop, distill,
+    Activations, Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, Recipe, SampleSet,
+    SampleSettings, Settings, Start, Workshop, distill,
 };
 use clearform_runtime::{Pipeline, Size, Transformer};
 use clearform_weights::{Resident, TensorSource};
@@ -40,7 +40,9 @@ pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: 
     }
     let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
     let bar = output.progress("samples", set.settings().count);
-    set.draw(teacher.as_ref(), &canvas(pipeline, set.settings(), text_ids)?, &mut |done, _| bar.set_position(done as u64))?;
+    set.draw(teacher.as_ref(), &canvas(pipeline, set.settings(), text_ids)?, &mut |done, _| {
+        bar.set_position(done as u64)
+    })?;
     bar.finish_and_clear();
     Ok(set)
 }
@@ -66,8 +68,7 @@ pub fn train(
     let recipe = Recipe { family: teacher.family(), config: teacher.config(), plan: student.plan };
     let pair = Pair::build(recipe, &weights, student.start)?;
     let start = if training.resume { Start::Resume } else { Start::Fresh };
-    let workshop =
-        Workshop { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
+    let workshop = Workshop { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
     let bar = output.progress("distilling", training.steps);
     let mut watch = |progress: &Progress| {
         bar.set_position(progress.entry.step as u64);
@@ -151,6 +152,7 @@ fn settings(training: &Training) -> Settings {
         learning_rate,
         loss: LossSettings { every: training.attention_every, ..Default::default() },
         seed: training.seed,
+        activations: if training.keep_activations { Activations::Keep } else { Activations::Recompute },
         ..Default::default()
     }
 }
@@ -174,6 +176,7 @@ pub fn needed<'a>(components: Option<&'a Path>, missing: &[&str]) -> anyhow::Res
     if missing.is_empty() {
         return Ok(components);
     }
-    Err(anyhow::anyhow!("{} are not there", missing.join(", ")))
-        .context("distilling makes samples, which needs the whole pipeline: give --components, --samples or --no-distill")
+    Err(anyhow::anyhow!("{} are not there", missing.join(", "))).context(
+        "distilling makes samples, which needs the whole pipeline: give --components, --samples or --no-distill",
+    )
 }

@@ -68,10 +68,8 @@ fn forward(model: &Path, attention: &[&str]) -> Tensor {
     let folder = tempfile::tempdir().unwrap();
     let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
     let prefix = "5x8/input/";
-    let inputs: HashMap<String, Tensor> = cases
-        .into_iter()
-        .filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor)))
-        .collect();
+    let inputs: HashMap<String, Tensor> =
+        cases.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&inputs, &input).unwrap();
     run(0, &[&["forward", text(model), "--inputs", text(&input), "-o", text(&output)], attention].concat());
@@ -138,7 +136,8 @@ fn a_patch_carries_attention_to_a_fine_tune() {
     assert_eq!(extracted["tensors"], 1);
     let apply = |mode: &str, more: &[&str]| {
         let output = path(mode);
-        let arguments = ["patch", "apply", text(&patch), "--to", text(fine_tune.path()), "-o", text(&output), "--mode", mode];
+        let arguments =
+            ["patch", "apply", text(&patch), "--to", text(fine_tune.path()), "-o", text(&output), "--mode", mode];
         run(0, &[&arguments[..], more].concat());
         fixture(output.join("transformer/diffusion_pytorch_model.safetensors"))[QUERY].clone()
     };
@@ -149,7 +148,10 @@ fn a_patch_carries_attention_to_a_fine_tune() {
 
 #[test]
 fn attention_can_be_timed() {
-    let timing = json(0, &["bench", "attention", "--grid", "16x16", "--radius", "4", "--head-dim", "32", "--text", "8", "--repeat", "1"]);
+    let timing = json(
+        0,
+        &["bench", "attention", "--grid", "16x16", "--radius", "4", "--head-dim", "32", "--text", "8", "--repeat", "1"],
+    );
     assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
     assert!(timing["useful_pairs"].as_u64().unwrap() < timing["visited_pairs"].as_u64().unwrap());
     assert!(timing["visited_pairs"].as_u64().unwrap() <= 264 * 264);

@@ -75,7 +75,8 @@ impl ConversionPlan {
         Ok(record)
     }
 
-    /// Writes the transformer, given under canonical names, and its parts into `stage`. `watch` is told the bytes written and the bytes in all.
+    /// Writes the transformer, given under canonical names, and its parts into `stage`. `watch` is told the bytes
+    /// written and the bytes in all.
     ///
     /// # Errors
     /// Too little room, a tensor that cannot be read or converted, or what the system says.

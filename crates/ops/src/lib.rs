@@ -1,7 +1,7 @@
 //! Differentiable operations of a diffusion transformer.
 //!
 //! Each is one pass over the rows in f32, f64 or bf16, with a backward that computes only the gradients somebody asked
-//! for. [`reference`] holds the same operations in plain tensor algebra: their specification, and what runs where no
+//! for. [`mod@reference`] holds the same operations in plain tensor algebra: their specification, and what runs where no
 //! kernel of ours exists. [`simd`] compiles one piece of arithmetic for several instruction sets. Nothing here knows a
 //! model.
 

@@ -118,7 +118,8 @@ fn write(folder: &Path, report: &Report, rows: &[Vec<RgbImage>]) -> anyhow::Resu
     ));
     page.picture(&sheet, "Above: the teacher. Below: the linear model.");
     let pair = |pair: &Pair| vec![pair.prompt.clone(), format!("{:.2}", pair.psnr), format!("{:.3}", pair.ssim)];
-    page.heading("Pictures").table(&["prompt", "PSNR, dB", "SSIM"], &report.pictures.iter().map(pair).collect::<Vec<_>>());
+    page.heading("Pictures")
+        .table(&["prompt", "PSNR, dB", "SSIM"], &report.pictures.iter().map(pair).collect::<Vec<_>>());
     let layer = |(layer, error): &(String, f64)| vec![layer.clone(), format!("{:.1}%", 100.0 * error)];
     page.heading("Attention, layer by layer");
     page.paragraph("Relative error of each layer's attention output on latents noised half way; errors of earlier layers included.");

@@ -13,8 +13,7 @@ pub fn run(args: &Demo, output: &Output) -> anyhow::Result<Outcome> {
     let radii = RADII.into_iter().map(Radius::new).collect::<Result<Vec<_>, _>>()?;
     let plain = radii.iter().map(|radius| (*radius, None));
     let pooled = radii.iter().filter(|_| args.pool.is_some()).map(|radius| (*radius, args.pool));
-    let settings =
-        Settings { folder: args.output.clone(), steps: args.steps, plans: plain.chain(pooled).collect() };
+    let settings = Settings { folder: args.output.clone(), steps: args.steps, plans: plain.chain(pooled).collect() };
     let report = tell(&settings, output)?;
     report.write(&args.output)?;
     output.result(&report)?;

@@ -79,12 +79,7 @@ fn draw(pipeline: &Pipeline, request: &Request, output: &Output) -> anyhow::Resu
     Ok(pictures)
 }
 
-fn parameters(
-    args: &Generate,
-    request: &Request,
-    pipeline: &Pipeline,
-    index: usize,
-) -> Parameters {
+fn parameters(args: &Generate, request: &Request, pipeline: &Pipeline, index: usize) -> Parameters {
     let model = args.model.file_name().unwrap_or(args.model.as_os_str());
     Parameters {
         prompt: request.prompt.clone(),

@@ -7,7 +7,8 @@ use std::fmt;
 
 pub fn run(args: &Plugins, output: &Output) -> anyhow::Result<Outcome> {
     let PluginsAction::List = args.action;
-    let plugins = clearform_plugins::available().iter().map(|plugin| format!("{} ({})", plugin.id, plugin.interface)).collect();
+    let plugins =
+        clearform_plugins::available().iter().map(|plugin| format!("{} ({})", plugin.id, plugin.interface)).collect();
     output.result(&Listing { plugins })?;
     Ok(Outcome::Whole)
 }

@@ -92,7 +92,8 @@ impl Report {
         page.heading("Loss").drawing(&chart(&curves), "Flow matching + ½ prediction + ½ attention, at each step.");
         clearform_weights::write_atomically(folder.join("report.json"), &serde_json::to_vec_pretty(self)?)?;
         let path = folder.join("report.html");
-        clearform_weights::write_atomically(&path, page.render().as_bytes()).with_context(|| format!("{}", path.display()))
+        clearform_weights::write_atomically(&path, page.render().as_bytes())
+            .with_context(|| format!("{}", path.display()))
     }
 
     fn introduction(&self) -> String {
@@ -106,7 +107,11 @@ impl Report {
     }
 
     fn caption(&self, student: &Student) -> String {
-        format!("From top: the teacher, {0} undistilled, {0} distilled. {1}.", student.attention, self.prompts.join(", "))
+        format!(
+            "From top: the teacher, {0} undistilled, {0} distilled. {1}.",
+            student.attention,
+            self.prompts.join(", ")
+        )
     }
 
     fn sheet(&self, student: &Student) -> RgbImage {
@@ -150,8 +155,7 @@ impl Student {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let rows: Vec<Vec<String>> =
-            std::iter::once(HEADINGS.map(str::to_owned).to_vec()).chain(self.rows()).collect();
+        let rows: Vec<Vec<String>> = std::iter::once(HEADINGS.map(str::to_owned).to_vec()).chain(self.rows()).collect();
         let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
         for row in &rows {
             for (column, cell) in row.iter().enumerate() {

@@ -100,6 +100,7 @@ fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
         accumulate: 1,
         lr: 6e-4,
         attention_every: 2,
+        keep_activations: true,
         checkpoint_every: 100,
         seed: 0,
         resume: false,
@@ -201,12 +202,7 @@ struct Marks {
     pictures: Vec<RgbImage>,
 }
 
-fn draw(
-    pipeline: &Pipeline,
-    denoiser: &dyn Denoiser,
-    sitting: &Sitting,
-    output: &Output,
-) -> anyhow::Result<Tensor> {
+fn draw(pipeline: &Pipeline, denoiser: &dyn Denoiser, sitting: &Sitting, output: &Output) -> anyhow::Result<Tensor> {
     let bar = output.progress("drawing", sitting.prompts.len());
     let latents = sitting.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
     bar.finish_and_clear();

@@ -128,7 +128,11 @@ impl Scale {
         let logs = || series.iter().flat_map(|one| one.values).filter(|v| drawable(**v)).map(|v| v.log10());
         let (low, high) = (logs().fold(f64::MAX, f64::min), logs().fold(f64::MIN, f64::max));
         let steps = series.iter().map(|one| one.values.len()).max().unwrap_or(0).max(2);
-        if low > high { Self { low: -1.0, high: 0.0, steps } } else { Self { low: low.floor(), high: high.ceil(), steps } }
+        if low > high {
+            Self { low: -1.0, high: 0.0, steps }
+        } else {
+            Self { low: low.floor(), high: high.ceil(), steps }
+        }
     }
 
     fn x(&self, step: usize) -> f64 {
