@@ -5,7 +5,7 @@ use anyhow::{Context as _, bail};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Identified, Manifests, detect};
-use clearform_runtime::{Components, Options, Pipeline};
+use clearform_runtime::{Components, Options, Pipeline, Transformer};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
@@ -36,6 +36,12 @@ pub fn plainly(components: Option<&Path>) -> anyhow::Result<Options> {
 /// Opens `model` where nothing particular is asked for.
 pub fn open_plainly(model: &Path, components: Option<&Path>) -> anyhow::Result<Pipeline> {
     Ok(Pipeline::open(model, plainly(components)?)?)
+}
+
+/// Opens the transformer of `model` where nothing particular is asked for.
+pub fn transformer(model: &Path) -> anyhow::Result<Transformer> {
+    let path = Components::new(model, None).transformer();
+    Transformer::open(&path, &clearform_runtime::Reading::plain()?).with_context(|| format!("{}", model.display()))
 }
 
 /// Opens the transformer of `source` and says what it is.

@@ -19,13 +19,14 @@ pub struct PortableModel {
     record: Record,
 }
 
-/// The plan that is recorded for the model at `path`; none where it is no portable model.
+/// The plan that is recorded for the model at `path`; none where it is no portable model. A portable model is opened for
+/// it, which holds its files' sizes against the record.
 ///
 /// # Errors
-/// A record that cannot be read.
+/// As [`PortableModel::open`].
 pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
     match PortableModel::recognise(path) {
-        true => Ok(Some(Record::read(path)?.plan()?)),
+        true => Ok(Some(PortableModel::open(path)?.record().plan()?)),
         false => Ok(None),
     }
 }

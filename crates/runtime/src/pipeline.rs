@@ -4,7 +4,7 @@ use crate::text::{encode_prompts, open_weights};
 use crate::{Components, Reading, Result, RuntimeError, Size, Transformer, check_pictures, to_pictures};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::PortableModel;
+use clearform_convert::recorded_plan;
 use clearform_models::families::flux::FluxConfig;
 use clearform_models::vae::{AutoencoderKl, VaeConfig};
 use clearform_models::{Conditions, Denoiser};
@@ -272,12 +272,6 @@ fn check_channels(flux: &FluxConfig, vae: &VaeConfig) -> Result<()> {
          is another model's (give the right one with --components DIR), or the transformer draws from more than a prompt \
          (fill, depth, canny), which is not supported"
     )))
-}
-
-/// A portable model is opened for its plan, which holds its files' sizes against the record.
-fn recorded_plan(model: &Path) -> Result<Option<AttentionPlan>> {
-    let recorded = PortableModel::recognise(model).then(|| PortableModel::open(model)?.record().plan());
-    Ok(recorded.transpose()?)
 }
 
 /// Each row as often as it takes to fill `batch`, equal rows together.

@@ -1,19 +1,19 @@
 //! `clearform distill`: trains a converted model further against the original it was made from.
 
-use crate::args::{Distill, Reading};
+use crate::args::Distill;
 use crate::commands::convert::Written;
-use crate::opening::{open_plainly, reading};
+use crate::opening::{open_plainly, transformer};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Student};
 use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
 use clearform_distill::SampleSet;
-use clearform_runtime::{Components, Transformer};
+use clearform_runtime::Components;
 use std::path::Path;
 
 pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     let model = PortableModel::open(&args.model)?;
     let plan = model.record().plan()?;
-    let (teacher, student) = (open(&args.teacher)?, open(&args.model)?);
+    let (teacher, student) = (transformer(&args.teacher)?, transformer(&args.model)?);
     let target = args.output.as_deref().unwrap_or(&args.model);
     let replace = Replace::allowed_if(target == args.model);
     let stage = match args.training.resume {
@@ -33,10 +33,6 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     stage.finish(record)?;
     output.result(&Written::new(target, &plan, report))?;
     Ok(Outcome::Whole)
-}
-
-fn open(path: &Path) -> anyhow::Result<Transformer> {
-    Ok(Transformer::open(&Components::new(path, None).transformer(), &reading(&Reading::default())?)?)
 }
 
 fn samples(args: &Distill, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {

@@ -2,12 +2,11 @@
 
 use crate::args::{Patch as PatchArgs, PatchAction, PatchMode, Reading};
 use crate::commands::convert::Written;
-use crate::opening::{identify, reading};
+use crate::opening::{identify, transformer};
 use crate::output::{Outcome, Output};
-use anyhow::Context as _;
 use clearform_attention::Radius;
 use clearform_convert::{ConversionPlan, Mode, Patch, Placing, PortableModel, Replace, Stage};
-use clearform_runtime::{Components, Transformer};
+use clearform_runtime::Transformer;
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -44,12 +43,6 @@ fn apply(args: &crate::args::PatchApply, output: &Output) -> anyhow::Result<Outc
     stage.finish(plan.record(&checkpoint)?)?;
     output.result(&Written::new(&args.output, patch.plan(), report))?;
     Ok(Outcome::Whole)
-}
-
-fn transformer(path: &Path) -> anyhow::Result<Transformer> {
-    let reading = reading(&Reading::default())?;
-    Transformer::open(&Components::new(path, None).transformer(), &reading)
-        .with_context(|| format!("{}", path.display()))
 }
 
 #[derive(Debug, Serialize)]

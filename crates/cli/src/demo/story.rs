@@ -46,9 +46,8 @@ pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
     let base = settings.folder.join("mini-flux");
     std::fs::create_dir_all(&base).with_context(|| format!("{}", base.display()))?;
     embedded::unpack(&base)?;
-    let teacher = open(&base)?;
     let exam = Exam::new(&base, output)?;
-    let (samples, sample_seconds) = draw_samples(settings, &teacher, output)?;
+    let (samples, sample_seconds) = draw_samples(settings, &exam.pipeline, output)?;
     let graduate = |plan: &(Radius, Option<usize>)| exam.graduate(settings, &base, &samples, *plan, output);
     let students = settings.plans.iter().map(graduate).collect::<anyhow::Result<Vec<_>>>()?;
     Ok(Report {
