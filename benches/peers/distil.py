@@ -1,11 +1,13 @@
 """The peer of `clearform distill`: the same distillation in PyTorch and diffusers, on the same samples.
 
-    python distil.py BASE SAMPLES HELD_OUT --radius 4 --steps 178 --every 2
+    python distil.py BASE SAMPLES HELD_OUT --radius 4 --steps 120 --warmup 13 --every 2
 
 Versions: torch 2.13, diffusers 0.35.2 or 0.42.1, safetensors. BASE is a FLUX pipeline folder. SAMPLES and HELD_OUT are
 folders that clearform made (set.json, prompt-*.safetensors, ids.safetensors, batch-*.safetensors); HELD_OUT has names
 that no sample used. Choice of samples, noise levels and noise come from torch.Generator in the order in which
 clearform draws them, so both see the same numbers.
+
+With `--student MODEL` nothing is trained: the student is a model that clearform distilled, marked in the same way.
 
 Prints one JSON object: the mean squared error of the student's prediction against the teacher's on HELD_OUT, noised by
 fixed noise at fixed levels, and the PSNR of fully sampled pictures against the teacher's, before and after.
@@ -153,6 +155,18 @@ class Distillation:
         rise = min(1, (step + 1) / a.warmup) if a.warmup else 1
         return a.lr * rise * (a.floor + (1 - a.floor) * 0.5 * (1 + math.cos(math.pi * step / a.steps)))
 
+    def read(self, model):
+        """Takes the student's parameters from a portable model."""
+        tensors = {}
+        for path in sorted((model / "transformer").glob("*.safetensors")):
+            tensors.update({name: value.float() for name, value in load_file(path).items()})
+        blocks = [("transformer_blocks", len(self.student.transformer_blocks)),
+                  ("single_transformer_blocks", len(self.student.single_transformer_blocks))]
+        layers = [f"{kind}.{n}.attn.processor.spatial_weight" for kind, count in blocks for n in range(count)]
+        if self.clear.weights is not None:
+            self.clear.weights = [tensors.pop(layer).squeeze() for layer in layers]
+        self.student.load_state_dict(tensors)
+
     def train(self):
         random = torch.Generator().manual_seed(self.arguments.seed)
         optimizer = torch.optim.AdamW(self.trained, lr=self.arguments.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
@@ -212,6 +226,7 @@ def main():
     parser.add_argument("base", type=Path)
     parser.add_argument("samples", type=Path)
     parser.add_argument("held_out", type=Path)
+    parser.add_argument("--student", type=Path, help="a model that clearform distilled, instead of training")
     parser.add_argument("--radius", type=float, default=16.0)
     parser.add_argument("--pool", type=int)
     parser.add_argument("--steps", type=int, default=1000)
@@ -236,7 +251,7 @@ def main():
 
     error_before, psnr_before = prediction_error(distillation, held_out, arguments.batch), psnr(draw(distillation.student), wanted)
     begun = time.monotonic()
-    distillation.train()
+    distillation.read(arguments.student) if arguments.student else distillation.train()
     seconds = time.monotonic() - begun
     error_after, psnr_after = prediction_error(distillation, held_out, arguments.batch), psnr(draw(distillation.student), wanted)
     print(json.dumps(dict(

@@ -14,9 +14,6 @@ use std::path::{Path, PathBuf};
 /// Where the transformer's tensors lie in a portable model.
 pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
 
-/// Parts of a pipeline that are taken along as they are.
-const COMPONENTS: [&str; 6] = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"];
-
 /// What is to be written.
 #[derive(Debug, Clone)]
 pub struct ConversionPlan {
@@ -149,10 +146,10 @@ impl ConversionPlan {
 
     fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
         let mut placed = Vec::new();
-        for name in COMPONENTS {
+        for name in self.identified.components() {
             if let Some(folder) = self.component(name) {
                 stage.place(&folder, name, self.placing)?;
-                placed.push(name.to_owned());
+                placed.push(name.clone());
             }
         }
         if let Some(index) = self.component("model_index.json") {
@@ -167,7 +164,7 @@ impl ConversionPlan {
     }
 
     fn component_bytes(&self) -> u64 {
-        let files = COMPONENTS.into_iter().filter_map(|name| self.component(name));
+        let files = self.identified.components().iter().filter_map(|name| self.component(name));
         let entries = files.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
         entries
             .filter_map(|entry| entry.ok()?.metadata().ok())

@@ -149,6 +149,11 @@ impl Identified {
         self.manifest.pixels_per_token
     }
 
+    /// The parts of a pipeline beside its transformer, named as their folders.
+    pub fn components(&self) -> &[String] {
+        &self.manifest.components
+    }
+
     fn found_layout(&self) -> &Layout {
         let found = self.manifest.layouts.iter().find(|layout| layout.name == self.layout);
         // The name was taken from this very manifest.

@@ -38,6 +38,8 @@ pub(crate) struct RawFamily {
     aliases: Vec<String>,
     pixels_per_token: Option<usize>,
     #[serde(default)]
+    components: Vec<String>,
+    #[serde(default)]
     defaults: RawDefaults,
     #[serde(default)]
     settings: Vec<Setting>,
@@ -99,6 +101,7 @@ pub(crate) struct FamilyManifest {
     pub class: String,
     pub aliases: Vec<String>,
     pub pixels_per_token: usize,
+    pub components: Vec<String>,
     pub settings: Vec<Setting>,
     pub layouts: Vec<Layout>,
     defaults: RawDefaults,
@@ -115,6 +118,7 @@ impl FamilyManifest {
             class,
             aliases: raw.aliases.clone(),
             pixels_per_token: raw.pixels_per_token.unwrap_or(16).max(1),
+            components: raw.components.clone(),
             settings: raw.settings.clone(),
             layouts: Vec::new(),
             defaults: raw.defaults,

@@ -12,10 +12,6 @@ pub struct Components {
 }
 
 impl Components {
-    /// The parts a FLUX pipeline needs beside its transformer, named as their folders.
-    pub const NAMES: [&'static str; 6] =
-        ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"];
-
     /// Looks in `model` and, for what it lacks, in `extra`. Either may be a folder with a `model_index.json`, or any
     /// folder with parts in it; `model` may also be a transformer alone, folder or file.
     pub fn new(model: &Path, extra: Option<&Path>) -> Self {
@@ -27,9 +23,9 @@ impl Components {
     ///
     /// # Errors
     /// [`RuntimeError::MissingComponent`], which says how to give it.
-    pub fn folder(&self, name: &'static str) -> Result<PathBuf> {
+    pub fn folder(&self, name: &str) -> Result<PathBuf> {
         let found = self.roots.iter().map(|root| root.join(name)).find(|folder| folder.is_dir());
-        found.ok_or_else(|| RuntimeError::MissingComponent { name, looked: self.looked() })
+        found.ok_or_else(|| RuntimeError::MissingComponent { name: name.to_owned(), looked: self.looked() })
     }
 
     /// The transformer: its folder in the model's, or the model itself if that is a transformer alone.
@@ -38,24 +34,24 @@ impl Components {
         if folder.is_dir() { folder } else { self.model.clone() }
     }
 
-    /// Names of the parts that are nowhere.
-    pub fn missing(&self) -> Vec<&'static str> {
-        Self::NAMES.into_iter().filter(|name| self.folder(name).is_err()).collect()
+    /// Those of `names` that are nowhere.
+    pub fn missing<'a>(&self, names: &'a [String]) -> Vec<&'a str> {
+        names.iter().map(String::as_str).filter(|name| self.folder(name).is_err()).collect()
     }
 
-    /// All the parts are there.
+    /// All parts called `names` are there.
     ///
     /// # Errors
     /// [`RuntimeError::MissingComponent`] for the first that is not.
-    pub fn complete(&self) -> Result<()> {
-        Self::NAMES.into_iter().try_for_each(|name| self.folder(name).map(drop))
+    pub fn complete(&self, names: &[String]) -> Result<()> {
+        names.iter().try_for_each(|name| self.folder(name).map(drop))
     }
 
     /// A small JSON file of part `name`.
     ///
     /// # Errors
     /// The part or the file is missing, or the file is no JSON.
-    pub fn json(&self, name: &'static str, file: &str) -> Result<Value> {
+    pub fn json(&self, name: &str, file: &str) -> Result<Value> {
         let path = self.folder(name)?.join(file);
         serde_json::from_slice(&read(&path)?).map_err(|error| RuntimeError::BadComponent {
             reason: format!("expected JSON: {error}. Copy the file again from where the model came from"),
@@ -67,7 +63,7 @@ impl Components {
     ///
     /// # Errors
     /// The part is missing, or the system refuses.
-    pub fn bytes(&self, name: &'static str, file: &str) -> Result<Option<Vec<u8>>> {
+    pub fn bytes(&self, name: &str, file: &str) -> Result<Option<Vec<u8>>> {
         let path = self.folder(name)?.join(file);
         path.exists().then(|| read(&path)).transpose()
     }
@@ -99,15 +95,16 @@ mod tests {
     fn parts_come_from_the_model_first_and_then_from_elsewhere() {
         let (model, extra) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::create_dir(model.path().join("vae")).unwrap();
-        for name in Components::NAMES {
+        let names = ["scheduler", "tokenizer", "vae"].map(str::to_owned);
+        for name in &names {
             fs::create_dir(extra.path().join(name)).unwrap();
         }
         let alone = Components::new(model.path(), None);
-        assert_eq!(alone.missing(), ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]);
-        let error = alone.complete().unwrap_err().to_string();
+        assert_eq!(alone.missing(&names), ["scheduler", "tokenizer"]);
+        let error = alone.complete(&names).unwrap_err().to_string();
         assert!(error.starts_with("scheduler is missing") && error.contains("--components DIR"), "{error}");
         let both = Components::new(model.path(), Some(extra.path()));
-        assert!(both.complete().is_ok());
+        assert!(both.complete(&names).is_ok());
         assert_eq!(both.folder("vae").unwrap(), model.path().join("vae"));
         assert_eq!(both.folder("tokenizer").unwrap(), extra.path().join("tokenizer"));
     }

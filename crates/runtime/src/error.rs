@@ -21,7 +21,7 @@ pub enum RuntimeError {
     )]
     MissingComponent {
         /// Its folder's name in a diffusers pipeline.
-        name: &'static str,
+        name: String,
         /// The folders that were looked through.
         looked: String,
     },

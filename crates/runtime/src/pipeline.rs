@@ -92,7 +92,7 @@ impl Pipeline {
         let plan = options.plan.clone().or(recorded).unwrap_or_else(AttentionPlan::full);
         let components = Components::new(model, options.components.as_deref());
         let transformer = Transformer::open(&components.transformer(), &options.reading)?;
-        components.complete()?;
+        components.complete(transformer.identified().components())?;
         let scheduler = FlowMatchEuler::from_config(&components.json("scheduler", "scheduler_config.json")?)?;
         let flux = FluxConfig::new(transformer.config())?;
         let vae_config = components.json("vae", "config.json")?;

@@ -7,7 +7,7 @@ use crate::output::{Outcome, Output};
 use crate::school::{self, Student};
 use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
 use clearform_distill::SampleSet;
-use clearform_runtime::Components;
+use clearform_runtime::{Components, Transformer};
 use std::path::Path;
 
 pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
@@ -20,7 +20,7 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
         true => Stage::resume(target, replace)?,
         false => Stage::begin(target, replace)?,
     };
-    let samples = samples(args, &stage.work().join("samples"), output)?;
+    let samples = samples(args, &teacher, &stage.work().join("samples"), output)?;
     let pupil = Student { plan: &plan, start: student.source(), folder: &stage.work().join("training") };
     let lesson = school::train(&teacher, pupil, &samples, &args.training, output)?;
     let distilled = Patched::new(student.source(), &lesson.distilled.tensors);
@@ -35,11 +35,12 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     Ok(Outcome::Whole)
 }
 
-fn samples(args: &Distill, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+fn samples(args: &Distill, teacher: &Transformer, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
         return school::ready_samples(folder);
     }
     let components = args.training.components.as_deref().unwrap_or(&args.model);
-    school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing())?;
+    let names = teacher.identified().components();
+    school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing(names))?;
     school::samples(&open_plainly(&args.teacher, Some(components))?, &args.training, folder, output)
 }
