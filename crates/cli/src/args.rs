@@ -439,7 +439,7 @@ pub struct Demo {
     #[arg(short, long, default_value = "demo", value_name = "DIR")]
     pub output: PathBuf,
     /// Distillation steps for each radius.
-    #[arg(long, default_value_t = 120, value_name = "N")]
+    #[arg(long, default_value_t = 150, value_name = "N")]
     pub steps: usize,
     /// Also distil with pooled context of D x D cells.
     #[arg(long, value_name = "D")]

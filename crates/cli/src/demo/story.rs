@@ -97,7 +97,7 @@ fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
         steps: settings.steps,
         batch: 8,
         accumulate: 1,
-        lr: 6e-4,
+        lr: 1.4e-3,
         attention_every: 2,
         keep_activations: true,
         checkpoint_every: 100,
