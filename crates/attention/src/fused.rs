@@ -1,6 +1,6 @@
 //! [`Windowed`]: attention of a [`Window`] as one fused operation on the CPU, with its backward.
 //!
-//! Queries are taken 16 at a time, side by side in the lanes of a vector, and see runs of keys: whole ones without a
+//! Queries are taken 32 at a time, side by side in the lanes of a vector, and see runs of keys: whole ones without a
 //! mask, edge ones with it. Softmax is online (Milakov and Gimelshein, algorithm 3), backward recomputes probabilities
 //! from the maximum and sum of each query (FlashAttention-2, algorithm 2): memory grows with the tokens alone. Knows no
 //! policy.

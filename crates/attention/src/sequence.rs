@@ -13,7 +13,6 @@ pub(crate) struct Sequence {
     pub value: Tensor,
     pub text: usize,
     pub image: usize,
-    pub pooled: usize,
 }
 
 impl Sequence {
@@ -27,7 +26,6 @@ impl Sequence {
             value: joined(&[text.map(|text| &text.value), Some(&image.value), pooled_value.as_ref()])?,
             text: text.map_or(Ok(0), |text| text.query.dim(1))?,
             image: geometry.tokens(),
-            pooled: pooled_key.map_or(Ok(0), |key| key.dim(1))?,
         })
     }
 

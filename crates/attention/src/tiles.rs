@@ -1,14 +1,20 @@
-//! [`TileOrder`]: image tokens in patches of up to 16, and what part of the keys a patch of queries has to visit.
+//! [`TileOrder`]: image tokens in small patches, and what part of the keys a patch of queries has to visit.
 //!
-//! A tile is a patch of 4 x 4 tokens, longer where a grid is thinner; tiles stand in groups of 2 x 2, so that whole
-//! neighbourhoods are long runs of the sequence. Knows no tensor.
+//! Keys are visited by cells of 4 x 4 tokens, longer where a grid is thinner; queries are taken by tiles of two cells.
+//! Cells stand in groups of 2 x 2, so that whole neighbourhoods are long runs of the sequence. Knows no tensor.
 
 use crate::{Radius, TokenGrid};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Queries that are computed side by side.
-pub(crate) const LANES: usize = 16;
+pub(crate) const LANES: usize = 32;
+
+/// Tokens of a cell, two of which fill the lanes: finer than a tile, so that less is visited in vain.
+const CELL: usize = LANES / 2;
 
 /// A patch of tokens that stand one after the other.
 #[derive(Debug, Clone)]
@@ -22,26 +28,29 @@ pub(crate) struct Tile {
 /// Keys that stand one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct KeyRange {
-    /// Positions in the sequence.
+    /// Positions in tile order.
     pub tokens: Range<usize>,
-    /// Whether every query of the tile sees all of them.
-    pub cover: Cover,
+    /// Key by key, a bit for each query of the tile that sees it; empty where all see all.
+    pub seen: Vec<u32>,
 }
+
+/// For each tile of queries the keys it visits.
+pub(crate) type Visits = Vec<Vec<KeyRange>>;
 
 /// How far a tile's queries see a range of keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cover {
+enum Cover {
     /// Each query sees each key.
     Whole,
     /// The distance decides.
     Edge,
 }
 
-/// The tiles of one grid, found by their row and column.
+/// The cells of one grid, found by their row and column.
 #[derive(Debug)]
-struct TileMap {
-    tile_height: usize,
-    tile_width: usize,
+struct CellMap {
+    cell_height: usize,
+    cell_width: usize,
     columns: usize,
     index: Vec<u32>,
 }
@@ -57,9 +66,12 @@ pub(crate) struct TileOrder {
     pub rows: Vec<i32>,
     /// Column of each token, in tile order.
     pub columns: Vec<i32>,
-    /// The tiles, in order.
+    /// The tiles of queries, in order.
     pub tiles: Vec<Tile>,
-    maps: Vec<TileMap>,
+    cells: Vec<Tile>,
+    maps: Vec<CellMap>,
+    /// By the radius' limit. Every layer and step asks for the same few.
+    visits: Mutex<BTreeMap<i32, Arc<Visits>>>,
 }
 
 /// Pairs of a query and a key that lie inside the disc, among all that the kernel visits.
@@ -87,7 +99,9 @@ impl TileOrder {
             rows: Vec::with_capacity(tokens),
             columns: Vec::with_capacity(tokens),
             tiles: Vec::new(),
+            cells: Vec::new(),
             maps: Vec::new(),
+            visits: Mutex::default(),
         };
         for grid in grids {
             order.add_grid(*grid);
@@ -98,14 +112,20 @@ impl TileOrder {
         order
     }
 
-    /// What the queries of `tile` have to visit, in order: runs of whole tiles and runs of edge tiles.
-    pub(crate) fn ranges(&self, tile: &Tile, radius: Radius) -> Vec<KeyRange> {
+    /// What the queries of each tile have to visit, in order: runs of whole cells and runs of edge cells. Computed once.
+    pub(crate) fn visits(&self, radius: Radius) -> Arc<Visits> {
+        let mut known = self.visits.lock().unwrap_or_else(PoisonError::into_inner);
+        let compute = || Arc::new(self.tiles.par_iter().map(|tile| self.ranges(tile, radius)).collect());
+        known.entry(radius.limit()).or_insert_with(compute).clone()
+    }
+
+    fn ranges(&self, tile: &Tile, radius: Radius) -> Vec<KeyRange> {
         let limit = radius.limit();
         let mut found: Vec<(u32, Cover)> = Vec::new();
         for map in &self.maps {
             let reach = radius.tokens().ceil().min(TokenGrid::LIMIT as f64) as i32;
             for index in map.near(tile, reach) {
-                let key = &self.tiles[index as usize];
+                let key = &self.cells[index as usize];
                 if nearest(tile, key) < limit {
                     let cover = if farthest(tile, key) < limit { Cover::Whole } else { Cover::Edge };
                     found.push((index, cover));
@@ -113,59 +133,69 @@ impl TileOrder {
             }
         }
         found.sort_unstable_by_key(|(index, _)| *index);
-        self.join(&found)
+        let runs = self.join(&found);
+        let range = |(tokens, cover): (Range<usize>, Cover)| {
+            let seen = if cover == Cover::Edge { self.seen(tile, tokens.clone(), limit) } else { Vec::new() };
+            KeyRange { tokens, seen }
+        };
+        runs.into_iter().map(range).collect()
+    }
+
+    /// For each key, which queries of `tile` lie inside the disc around it.
+    fn seen(&self, tile: &Tile, keys: Range<usize>, limit: i32) -> Vec<u32> {
+        let inside = |query: usize, key: usize| {
+            let (dy, dx) = (self.rows[query] - self.rows[key], self.columns[query] - self.columns[key]);
+            dx * dx + dy * dy < limit
+        };
+        let bits = |key| tile.tokens.clone().rev().fold(0, |bits, query| bits << 1 | u32::from(inside(query, key)));
+        keys.map(bits).collect()
     }
 
     pub(crate) fn share_inside(&self, radius: Radius) -> Share {
         let mut share = Share { inside: 0, visited: 0 };
-        for tile in &self.tiles {
-            for range in self.ranges(tile, radius) {
+        for (tile, ranges) in self.tiles.iter().zip(self.visits(radius).iter()) {
+            for range in ranges {
                 share.visited += (LANES * range.tokens.len()) as u64;
-                share.inside += match range.cover {
-                    Cover::Whole => (tile.tokens.len() * range.tokens.len()) as u64,
-                    Cover::Edge => self.pairs_inside(tile, &range, radius.limit()),
+                share.inside += match range.seen.as_slice() {
+                    [] => (tile.tokens.len() * range.tokens.len()) as u64,
+                    seen => seen.iter().map(|bits| u64::from(bits.count_ones())).sum(),
                 };
             }
         }
         share
     }
 
-    fn pairs_inside(&self, tile: &Tile, range: &KeyRange, limit: i32) -> u64 {
-        let inside = |query: usize, key: usize| {
-            let (dy, dx) = (self.rows[query] - self.rows[key], self.columns[query] - self.columns[key]);
-            dx * dx + dy * dy < limit
-        };
-        let count = |query: usize| range.tokens.clone().filter(|key| inside(query, *key)).count() as u64;
-        tile.tokens.clone().map(count).sum()
-    }
-
-    fn join(&self, found: &[(u32, Cover)]) -> Vec<KeyRange> {
-        let mut ranges: Vec<KeyRange> = Vec::new();
+    fn join(&self, found: &[(u32, Cover)]) -> Vec<(Range<usize>, Cover)> {
+        let mut runs: Vec<(Range<usize>, Cover)> = Vec::new();
         for (index, cover) in found {
-            let tokens = self.tiles[*index as usize].tokens.clone();
-            match ranges.last_mut() {
-                Some(last) if last.cover == *cover && last.tokens.end == tokens.start => last.tokens.end = tokens.end,
-                _ => ranges.push(KeyRange { tokens, cover: *cover }),
+            let tokens = self.cells[*index as usize].tokens.clone();
+            match runs.last_mut() {
+                Some((last, same)) if same == cover && last.end == tokens.start => last.end = tokens.end,
+                _ => runs.push((tokens, *cover)),
             }
         }
-        ranges
+        runs
     }
 
     fn add_grid(&mut self, grid: TokenGrid) {
-        let (tile_height, tile_width) = tile_extents(grid);
-        let (rows, columns) = (grid.height.div_ceil(tile_height), grid.width.div_ceil(tile_width));
-        let mut map = TileMap { tile_height, tile_width, columns, index: vec![0; rows * columns] };
+        let (cell_height, cell_width) = cell_extents(grid);
+        let (rows, columns) = (grid.height.div_ceil(cell_height), grid.width.div_ceil(cell_width));
+        let mut map = CellMap { cell_height, cell_width, columns, index: vec![0; rows * columns] };
         let first = self.raster_of.len();
-        for (row, column) in group_by_group(rows, columns) {
-            map.index[row * columns + column] = self.tiles.len() as u32;
-            let rows = row * tile_height..grid.height.min((row + 1) * tile_height);
-            let columns = column * tile_width..grid.width.min((column + 1) * tile_width);
-            self.add_tile(grid, first, rows, columns);
+        for pair in groups(rows, columns).iter().flat_map(|group| group.chunks(2)) {
+            let start = self.cells.len();
+            for (row, column) in pair {
+                map.index[row * columns + column] = self.cells.len() as u32;
+                let rows = row * cell_height..grid.height.min((row + 1) * cell_height);
+                let columns = column * cell_width..grid.width.min((column + 1) * cell_width);
+                self.add_cell(grid, first, rows, columns);
+            }
+            self.tiles.push(around(&self.cells[start], &self.cells[self.cells.len() - 1]));
         }
         self.maps.push(map);
     }
 
-    fn add_tile(&mut self, grid: TokenGrid, first: usize, rows: Range<usize>, columns: Range<usize>) {
+    fn add_cell(&mut self, grid: TokenGrid, first: usize, rows: Range<usize>, columns: Range<usize>) {
         let start = self.raster_of.len();
         for row in rows.clone() {
             for column in columns.clone() {
@@ -176,36 +206,42 @@ impl TileOrder {
         }
         let signed = |range: Range<usize>| range.start as i32..range.end as i32;
         let tokens = start..self.raster_of.len();
-        self.tiles.push(Tile { tokens, rows: signed(rows), columns: signed(columns) });
+        self.cells.push(Tile { tokens, rows: signed(rows), columns: signed(columns) });
     }
 }
 
-impl TileMap {
-    /// The tiles within `reach` rows and columns of `tile`.
+/// The smallest patch that holds both.
+fn around(a: &Tile, b: &Tile) -> Tile {
+    let both = |a: &Range<i32>, b: &Range<i32>| a.start.min(b.start)..a.end.max(b.end);
+    Tile { tokens: a.tokens.start..b.tokens.end, rows: both(&a.rows, &b.rows), columns: both(&a.columns, &b.columns) }
+}
+
+impl CellMap {
+    /// The cells within `reach` rows and columns of `tile`.
     fn near(&self, tile: &Tile, reach: i32) -> impl Iterator<Item = u32> + '_ {
         let bounds = |range: &Range<i32>, extent: usize, count: usize| {
             let first = (range.start - reach).max(0) as usize / extent;
             first.min(count)..count.min((range.end + reach) as usize / extent + 1)
         };
-        let rows = bounds(&tile.rows, self.tile_height, self.index.len() / self.columns);
-        let columns = bounds(&tile.columns, self.tile_width, self.columns);
+        let rows = bounds(&tile.rows, self.cell_height, self.index.len() / self.columns);
+        let columns = bounds(&tile.columns, self.cell_width, self.columns);
         rows.flat_map(move |row| columns.clone().map(move |column| self.index[row * self.columns + column]))
     }
 }
 
 /// 4 x 4, or as near to 16 tokens as a thin grid allows.
-fn tile_extents(grid: TokenGrid) -> (usize, usize) {
-    let width = grid.width.min(LANES / grid.height.min(4));
-    (grid.height.min(LANES / width), width)
+fn cell_extents(grid: TokenGrid) -> (usize, usize) {
+    let width = grid.width.min(CELL / grid.height.min(4));
+    (grid.height.min(CELL / width), width)
 }
 
-/// Rows and columns of tiles, in groups of 2 x 2.
-fn group_by_group(rows: usize, columns: usize) -> impl Iterator<Item = (usize, usize)> {
-    let group = move |row: usize, column: usize| {
-        let inner = (row..rows.min(row + 2)).flat_map(move |r| (column..columns.min(column + 2)).map(move |c| (r, c)));
-        inner.collect::<Vec<_>>()
+/// Rows and columns of cells, in groups of 2 x 2.
+fn groups(rows: usize, columns: usize) -> Vec<Vec<(usize, usize)>> {
+    let group = |row: usize, column: usize| {
+        let inner = (row..rows.min(row + 2)).flat_map(|r| (column..columns.min(column + 2)).map(move |c| (r, c)));
+        inner.collect()
     };
-    (0..rows).step_by(2).flat_map(move |row| (0..columns).step_by(2).flat_map(move |column| group(row, column)))
+    (0..rows).step_by(2).flat_map(|row| (0..columns).step_by(2).map(move |column| group(row, column))).collect()
 }
 
 fn nearest(a: &Tile, b: &Tile) -> i32 {

@@ -3,6 +3,7 @@
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::fmt::Display;
+use std::io::{ErrorKind, Write as _};
 
 /// How a command ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,12 +35,12 @@ impl Output {
 
     /// The command's result: as text, or as JSON where that was asked for.
     pub fn result(&self, result: &(impl Serialize + Display)) -> anyhow::Result<()> {
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(result)?);
-        } else {
-            println!("{result}");
+        let text = if self.json { serde_json::to_string_pretty(result)? } else { result.to_string() };
+        match writeln!(std::io::stdout(), "{text}") {
+            // Whoever reads has seen enough, as `head` does.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            written => Ok(written?),
         }
-        Ok(())
     }
 
     /// A message to the person, on stderr.

@@ -3,6 +3,10 @@
 //! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; `dispatch` runs the copy that
 //! was compiled for the best instructions this processor has. It knows no tensor.
 
+mod vector;
+
+pub use vector::{Array, LANES, Vector};
+
 use candle_core::WithDType;
 use half::bf16;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
@@ -39,6 +43,8 @@ pub trait Level: Copy + Send + Sync + 'static {
     const FUSED: bool;
     /// Has 32 registers of 512 bits.
     const WIDE: bool;
+    /// 16 f32.
+    type F32: Vector<f32>;
 }
 
 /// Any processor.
@@ -48,6 +54,7 @@ pub struct Portable;
 impl Level for Portable {
     const FUSED: bool = cfg!(target_arch = "aarch64");
     const WIDE: bool = false;
+    type F32 = Array<f32, Self>;
 }
 
 /// AVX2 with FMA.
@@ -57,6 +64,7 @@ pub struct Avx2;
 impl Level for Avx2 {
     const FUSED: bool = true;
     const WIDE: bool = false;
+    type F32 = Array<f32, Self>;
 }
 
 /// AVX-512 F.
@@ -66,6 +74,10 @@ pub struct Avx512;
 impl Level for Avx512 {
     const FUSED: bool = true;
     const WIDE: bool = true;
+    #[cfg(target_arch = "x86_64")]
+    type F32 = vector::Zmm;
+    #[cfg(not(target_arch = "x86_64"))]
+    type F32 = Array<f32, Self>;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -91,6 +103,9 @@ pub trait Real:
     + AddAssign
     + MulAssign
 {
+    /// 16 of them.
+    type Vector<L: Level>: Vector<Self>;
+
     /// 0.
     const ZERO: Self;
     /// 1.
@@ -114,6 +129,8 @@ pub trait Real:
 }
 
 impl Real for f32 {
+    type Vector<L: Level> = L::F32;
+
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const LOWEST: Self = -1e30;
@@ -141,6 +158,8 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    type Vector<L: Level> = Array<f64, L>;
+
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const LOWEST: Self = -1e300;
@@ -265,8 +284,22 @@ mod tests {
         }
     }
 
+    struct VectorExponentials<'a>(&'a mut [f32]);
+
+    impl Task for VectorExponentials<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<L: Level>(self) {
+            for x in self.0.as_chunks_mut().0 {
+                L::F32::load(x).exponential().store(x);
+            }
+        }
+    }
+
     fn worst(task: impl Fn(&mut [f32])) -> f64 {
         let inputs: Vec<f32> = (0..400_000).map(|i| -87.2 + 4.38e-4 * i as f32).filter(|x| *x < 88.0).collect();
+        assert_eq!(inputs.len() % LANES, 0);
         let mut outputs = inputs.clone();
         task(&mut outputs);
         let error = |(x, y): (&f32, &f32)| (f64::from(*y) / f64::from(*x).exp() - 1.0).abs();
@@ -277,13 +310,19 @@ mod tests {
     fn exp_stays_within_two_units_of_the_last_place() {
         assert!(worst(|x| dispatch(Exponentials(x))) < 2.4e-7);
         assert!(worst(|x| Exponentials(x).run::<Portable>()) < 2.4e-7);
+        assert!(worst(|x| dispatch(VectorExponentials(x))) < 2.4e-7);
     }
 
     #[test]
     fn exp_keeps_its_ends() {
-        let mut ends = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN];
-        dispatch(Exponentials(&mut ends));
-        assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0]);
-        assert!(ends[4].is_nan());
+        let alone: fn(&mut [f32]) = |x| dispatch(Exponentials(x));
+        let together: fn(&mut [f32]) = |x| dispatch(VectorExponentials(x));
+        for exponentials in [alone, together] {
+            let mut ends = [0.0; LANES];
+            ends[..5].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN]);
+            exponentials(&mut ends);
+            assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0]);
+            assert!(ends[4].is_nan());
+        }
     }
 }

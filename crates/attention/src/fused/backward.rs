@@ -1,11 +1,11 @@
 //! The backward: probabilities are computed again from each query's scale, head by head. Its main function is
 //! [`backward`].
 
-use super::problem::{Problem, QueryTile};
-use super::product::{Product, Strided};
-use super::step::{CHUNK, HeadView, LanePlaces, chunks, gather, load_lanes, score, tokens_first};
-use crate::tiles::{Cover, LANES};
-use clearform_ops::simd::{Element, Level, Real, Task, dispatch};
+use super::problem::{Problem, QueryTile, Visit};
+use super::product::{Product, Strided, VECTORS, load_row, store_row};
+use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
+use crate::tiles::LANES;
+use clearform_ops::simd::{Element, Level, Real, Task, Vector, dispatch};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -135,10 +135,9 @@ impl<'a, E: Element> Head<'a, E> {
         let problem = self.problem;
         for tile in &problem.tiles {
             let statistics = self.load(tile);
-            let places = LanePlaces::new(problem, tile);
-            for (keys, cover) in chunks(problem, self.entry, tile) {
-                self.differentiate(&keys, cover, &places, &statistics);
-                self.collect(&keys);
+            for visit in chunks(problem, self.entry, tile) {
+                self.differentiate(&visit, &statistics);
+                self.collect(&visit.tokens);
             }
             self.store_queries(tile);
         }
@@ -172,21 +171,13 @@ impl<E: Element> Head<'_, E> {
         statistics
     }
 
-    fn differentiate(
-        &mut self,
-        keys: &Range<usize>,
-        cover: Cover,
-        places: &LanePlaces,
-        statistics: &Statistics<E::Work>,
-    ) {
+    fn differentiate(&mut self, Visit { tokens: keys, seen }: &Visit<'_>, statistics: &Statistics<E::Work>) {
         let scratch = &mut *self.scratch;
         let probabilities = &mut scratch.probabilities[..keys.len() * LANES];
         let scores = &mut scratch.scores[..keys.len() * LANES];
         score(probabilities, &self.key, keys, &scratch.query);
         score(scores, &self.value, keys, &scratch.grad);
-        if cover == Cover::Edge {
-            places.hide(probabilities, self.problem, keys);
-        }
+        hide(probabilities, seen);
         dispatch(Differentiate { probabilities, scores, statistics });
     }
 
@@ -220,14 +211,18 @@ impl<T: Real> Task for Differentiate<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self) {
+        let Statistics { max, factor, delta } = self.statistics;
+        let (max, factor) = (load_row::<T, L>(max), load_row::<T, L>(factor));
+        let delta = load_row::<T, L>(delta);
         let rows = self.probabilities.chunks_exact_mut(LANES).zip(self.scores.chunks_exact_mut(LANES));
         for (probabilities, scores) in rows {
-            for lane in 0..LANES {
-                let shifted = probabilities[lane] - self.statistics.max[lane];
-                let probability = shifted.exponential::<L>() * self.statistics.factor[lane];
-                probabilities[lane] = probability;
-                scores[lane] = probability * (scores[lane] - self.statistics.delta[lane]);
+            let (mut shares, mut slopes) = (load_row::<T, L>(probabilities), load_row::<T, L>(scores));
+            for vector in 0..VECTORS {
+                shares[vector] = shares[vector].minus(max[vector]).exponential().times(factor[vector]);
+                slopes[vector] = shares[vector].times(slopes[vector].minus(delta[vector]));
             }
+            store_row::<T, L>(shares, probabilities);
+            store_row::<T, L>(slopes, scores);
         }
     }
 }

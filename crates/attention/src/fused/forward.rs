@@ -1,11 +1,11 @@
 //! The forward: online softmax, tile by tile. Its main function is [`forward`].
 
-use super::problem::{Problem, QueryTile};
-use super::step::{CHUNK, HeadView, LanePlaces, chunks, gather, load_lanes, score, tokens_first};
-use crate::tiles::{Cover, LANES};
-use clearform_ops::simd::{Element, Level, Real, Task, dispatch};
+use super::problem::{Problem, QueryTile, Visit};
+use super::product::{Row, VECTORS, load_row, store_row};
+use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
+use crate::tiles::LANES;
+use clearform_ops::simd::{Element, Level, Real, Task, Vector, dispatch};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// softmax(q kᵀ / √head_dim) v, and each query's scale: the maximum of its scores, and
 /// 1 / Σ exp(score - maximum).
@@ -82,21 +82,18 @@ impl<E: Element> Tile<'_, E> {
         let problem = self.head.problem;
         load_lanes(&mut self.scratch.query, self.head.query, self.tile, 1.0 / (problem.head_dim as f64).sqrt());
         self.scratch.out.fill(E::Work::ZERO);
-        let places = LanePlaces::new(problem, self.tile);
         let mut online = Online { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
-        for (keys, cover) in chunks(problem, self.head.entry, self.tile) {
-            self.chunk(&keys, cover, &places, &mut online);
+        for visit in chunks(problem, self.head.entry, self.tile) {
+            self.chunk(&visit, &mut online);
         }
         self.finish(&online);
     }
 
-    fn chunk(&mut self, keys: &Range<usize>, cover: Cover, places: &LanePlaces, online: &mut Online<E::Work>) {
+    fn chunk(&mut self, Visit { tokens: keys, seen }: &Visit<'_>, online: &mut Online<E::Work>) {
         let scratch = &mut *self.scratch;
         let scores = &mut scratch.scores[..keys.len() * LANES];
         score(scores, &self.head.key, keys, &scratch.query);
-        if cover == Cover::Edge {
-            places.hide(scores, self.head.problem, keys);
-        }
+        hide(scores, seen);
         dispatch(Admit { online, scores, out: &mut scratch.out });
         gather(&mut scratch.out, &self.head.value, keys, scores);
     }
@@ -125,37 +122,57 @@ impl<T: Real> Task for Admit<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self) {
-        let Online { mut max, mut sum } = *self.online;
-        for scores in self.scores.chunks_exact(LANES) {
-            for lane in 0..LANES {
-                max[lane] = if scores[lane] > max[lane] { scores[lane] } else { max[lane] };
-            }
-        }
-        if max != self.online.max {
-            let factors = self.online.factors::<L>(&max);
-            (0..LANES).for_each(|lane| sum[lane] *= factors[lane]);
+        let Online { max: old, sum } = &mut *self.online;
+        let max = largest::<T, L>(load_row::<T, L>(old), self.scores);
+        let (factors, grew) = factors::<T, L>(load_row::<T, L>(old), max);
+        let mut sums = load_row::<T, L>(sum);
+        if grew {
+            scale::<T, L>(sum, factors);
+            sums = load_row::<T, L>(sum);
             for out in self.out.chunks_exact_mut(LANES) {
-                (0..LANES).for_each(|lane| out[lane] *= factors[lane]);
+                scale::<T, L>(out, factors);
             }
         }
         for scores in self.scores.chunks_exact_mut(LANES) {
-            for lane in 0..LANES {
-                scores[lane] = (scores[lane] - max[lane]).exponential::<L>();
-                sum[lane] += scores[lane];
+            let mut row = load_row::<T, L>(scores);
+            for vector in 0..VECTORS {
+                row[vector] = row[vector].minus(max[vector]).exponential();
+                sums[vector] = row[vector].plus(sums[vector]);
             }
+            store_row::<T, L>(row, scores);
         }
-        *self.online = Online { max, sum };
+        store_row::<T, L>(max, old);
+        store_row::<T, L>(sums, sum);
     }
 }
 
-impl<T: Real> Online<T> {
-    /// What sums over the old maximum are worth over the new one.
-    #[inline(always)]
-    fn factors<L: Level>(&self, max: &[T; LANES]) -> [T; LANES] {
-        let mut factors = [T::ONE; LANES];
-        for lane in 0..LANES {
-            factors[lane] = (self.max[lane] - max[lane]).exponential::<L>();
+#[inline(always)]
+fn largest<T: Real, L: Level>(mut max: Row<T, L>, scores: &[T]) -> Row<T, L> {
+    for scores in scores.chunks_exact(LANES) {
+        let row = load_row::<T, L>(scores);
+        for vector in 0..VECTORS {
+            max[vector] = row[vector].larger(max[vector]);
         }
-        factors
     }
+    max
+}
+
+/// What sums over the old maximum are worth over the new one, and whether any maximum grew.
+#[inline(always)]
+fn factors<T: Real, L: Level>(old: Row<T, L>, max: Row<T, L>) -> (Row<T, L>, bool) {
+    let (mut factors, mut grew) = (max, false);
+    for vector in 0..VECTORS {
+        grew |= max[vector].differs(old[vector]);
+        factors[vector] = old[vector].minus(max[vector]).exponential();
+    }
+    (factors, grew)
+}
+
+#[inline(always)]
+fn scale<T: Real, L: Level>(lanes: &mut [T], factors: Row<T, L>) {
+    let mut row = load_row::<T, L>(lanes);
+    for vector in 0..VECTORS {
+        row[vector] = row[vector].times(factors[vector]);
+    }
+    store_row::<T, L>(row, lanes);
 }

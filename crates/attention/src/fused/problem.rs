@@ -1,10 +1,11 @@
 //! [`Problem`]: extents of one call, its query tiles, and the runs of keys that each has to visit.
 
 use crate::sequence::Sequence;
-use crate::tiles::{Cover, KeyRange, LANES};
+use crate::tiles::{KeyRange, LANES, Visits};
 use crate::{Geometry, Radius};
 use candle_core::Result;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// One call of the kernel.
 #[derive(Debug)]
@@ -17,49 +18,58 @@ pub(super) struct Problem {
     /// Query tiles in sequence order; together they hold each query once.
     pub tiles: Vec<QueryTile>,
     /// Runs of text keys that count, batch by batch.
-    pub text_runs: Vec<Vec<Range<usize>>>,
-    /// Row and column of each query and key of the image; text has none.
-    pub places: Places,
-    /// Squared distances below this are inside the disc.
-    pub limit: i32,
+    text_runs: Vec<Vec<Range<usize>>>,
+    text: usize,
+    image: usize,
+    /// What each tile of the image visits of the image; none where all visit all.
+    visits: Option<Arc<Visits>>,
 }
 
-/// Up to 16 queries and the image and pooled keys they visit. Text comes on top.
+/// Up to 32 queries.
 #[derive(Debug)]
 pub(super) struct QueryTile {
     pub queries: Range<usize>,
-    pub ranges: Vec<KeyRange>,
+    /// Number of the tile in the image; text has none.
+    image: Option<usize>,
 }
 
-/// Places of image tokens, in sequence order from `first` on.
-#[derive(Debug)]
-pub(super) struct Places {
-    pub first: usize,
-    pub rows: Vec<i32>,
-    pub columns: Vec<i32>,
+/// Keys that a query tile visits.
+#[derive(Debug, Clone)]
+pub(super) struct Visit<'a> {
+    /// Positions in the sequence.
+    pub tokens: Range<usize>,
+    /// Key by key, a bit for each query that sees it; empty where all see all.
+    pub seen: &'a [u32],
 }
 
 impl Problem {
     pub fn new(sequence: &Sequence, geometry: &Geometry, radius: Option<Radius>) -> Result<Self> {
         let (batch, queries, heads, head_dim) = sequence.query.dims4()?;
-        let order = geometry.order();
-        let places = Places { first: sequence.text, rows: order.rows.clone(), columns: order.columns.clone() };
         Ok(Self {
             batch,
             heads,
             head_dim,
             queries,
             keys: sequence.key.dim(1)?,
-            tiles: text_tiles(sequence).chain(image_tiles(sequence, geometry, radius)).collect(),
+            tiles: text_tiles(sequence.text).chain(image_tiles(sequence.text, geometry)).collect(),
             text_runs: text_runs(geometry.visible_text(batch, sequence.text)?, batch, sequence.text),
-            places,
-            limit: radius.map_or(i32::MAX, Radius::limit),
+            text: sequence.text,
+            image: sequence.image,
+            visits: radius.map(|radius| geometry.order().visits(radius)),
         })
     }
 
-    /// Everything that `tile` visits in one batch entry.
-    pub fn visits<'a>(&'a self, entry: usize, tile: &'a QueryTile) -> impl Iterator<Item = KeyRange> + 'a {
-        self.text_runs[entry].iter().cloned().map(whole).chain(tile.ranges.iter().cloned())
+    /// Everything that `tile` visits in one batch entry: text, image, and, from the image, pooled context.
+    pub fn visits<'a>(&'a self, entry: usize, tile: &'a QueryTile) -> impl Iterator<Item = Visit<'a>> {
+        let (first, end) = (self.text, self.text + self.image);
+        let window = self.visits.as_deref().zip(tile.image).map(|(visits, image)| &visits[image]);
+        let near = window
+            .into_iter()
+            .flatten()
+            .map(move |KeyRange { tokens, seen }| Visit { tokens: first + tokens.start..first + tokens.end, seen });
+        let image = window.is_none().then(|| whole(first..end));
+        let pooled = (tile.image.is_some() && end < self.keys).then(|| whole(end..self.keys));
+        self.text_runs[entry].iter().cloned().map(whole).chain(image).chain(near).chain(pooled)
     }
 
     /// Values of the queries, of one batch entry and head.
@@ -73,35 +83,19 @@ impl Problem {
     }
 }
 
-fn whole(tokens: Range<usize>) -> KeyRange {
-    KeyRange { tokens, cover: Cover::Whole }
+fn whole<'a>(tokens: Range<usize>) -> Visit<'a> {
+    Visit { tokens, seen: &[] }
 }
 
-fn text_tiles(sequence: &Sequence) -> impl Iterator<Item = QueryTile> {
-    let (text, image) = (sequence.text, sequence.image);
-    let tile = move |start: usize| QueryTile {
-        queries: start..text.min(start + LANES),
-        ranges: vec![whole(text..text + image)],
-    };
-    (0..text).step_by(LANES).map(tile)
+fn text_tiles(text: usize) -> impl Iterator<Item = QueryTile> {
+    (0..text).step_by(LANES).map(move |start| QueryTile { queries: start..text.min(start + LANES), image: None })
 }
 
-fn image_tiles(sequence: &Sequence, geometry: &Geometry, radius: Option<Radius>) -> impl Iterator<Item = QueryTile> {
-    let (text, image, pooled) = (sequence.text, sequence.image, sequence.pooled);
-    let shift = move |tokens: &Range<usize>| tokens.start + text..tokens.end + text;
-    let order = geometry.order();
-    order.tiles.iter().map(move |tile| {
-        let mut ranges = match radius {
-            None => vec![whole(text..text + image)],
-            Some(radius) => order.ranges(tile, radius),
-        };
-        if radius.is_some() {
-            ranges.iter_mut().for_each(|range| range.tokens = shift(&range.tokens));
-        }
-        if pooled > 0 {
-            ranges.push(whole(text + image..text + image + pooled));
-        }
-        QueryTile { queries: shift(&tile.tokens), ranges }
+fn image_tiles(text: usize, geometry: &Geometry) -> impl Iterator<Item = QueryTile> {
+    let tiles = geometry.order().tiles.iter().enumerate();
+    tiles.map(move |(index, tile)| QueryTile {
+        queries: text + tile.tokens.start..text + tile.tokens.end,
+        image: Some(index),
     })
 }
 

@@ -1,7 +1,15 @@
-//! [`Product`]: the one matrix product that forward and backward are made of, 16 lanes wide. Knows no attention.
+//! [`Product`]: the one matrix product that forward and backward are made of, 32 lanes wide. Knows no attention.
 
 use crate::tiles::LANES;
-use clearform_ops::simd::{Level, Real, Task, dispatch};
+use clearform_ops::simd::{self, Level, Real, Task, Vector, dispatch};
+
+/// Vectors that hold a row's lanes. Each broadcast number is used for all of them, so that loads do not hold back the
+/// multiply-adds.
+pub(super) const VECTORS: usize = LANES / simd::LANES;
+
+/// The lanes of one row in registers. Loops over it are written out: a closure would be compiled without the wider
+/// instructions.
+pub(super) type Row<T, L> = [<T as Real>::Vector<L>; VECTORS];
 
 /// A matrix inside a slice: element (row, inner) stands at row · row_step + inner · inner_step.
 #[derive(Clone, Copy)]
@@ -16,13 +24,13 @@ pub(super) struct Product<'a, T> {
     pub rows: usize,
     pub inner: usize,
     pub a: Strided<'a, T>,
-    /// Rows of 16 lanes, `b_step` apart.
+    /// Rows of 32 lanes, `b_step` apart.
     pub b: &'a [T],
     pub b_step: usize,
 }
 
 impl<T: Real> Product<'_, T> {
-    /// Adds to rows of 16 lanes of `out`, `out_step` apart.
+    /// Adds to rows of 32 lanes of `out`, `out_step` apart.
     pub fn add_to(self, out: &mut [T], out_step: usize) {
         dispatch(Sum { product: self, out, out_step });
     }
@@ -48,9 +56,10 @@ impl<T: Real> Task for Sum<'_, T> {
         assert!((product.inner - 1) * product.b_step + LANES <= product.b.len());
         let mut row = 0;
         if L::WIDE {
-            row = product.panels::<L, 8>(row, out, out_step);
+            row = product.panels::<L, 12>(row, out, out_step);
+            row = product.panels::<L, 4>(row, out, out_step);
         }
-        row = product.panels::<L, 4>(row, out, out_step);
+        row = product.panels::<L, 2>(row, out, out_step);
         product.panels::<L, 1>(row, out, out_step);
     }
 }
@@ -68,25 +77,42 @@ impl<T: Real> Product<'_, T> {
 
     #[inline(always)]
     fn panel<L: Level, const ROWS: usize>(&self, first: usize, out: &mut [T], out_step: usize) {
-        let mut sums = [[T::ZERO; LANES]; ROWS];
+        let mut sums = [[T::Vector::<L>::splat(T::ZERO); VECTORS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
-            sums.copy_from_slice(&out[row * out_step..][..LANES]);
+            *sums = load_row::<T, L>(&out[row * out_step..][..LANES]);
         }
         for inner in 0..self.inner {
             let at = first * self.a.row_step + inner * self.a.inner_step;
-            let lanes = inner * self.b_step..inner * self.b_step + LANES;
+            // SAFETY: `run` asserted that the last inner index, the largest that occurs, is inside.
+            let b = load_row::<T, L>(unsafe { self.b.get_unchecked(inner * self.b_step..inner * self.b_step + LANES) });
             for (row, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: `run` asserted that the last row and inner index, the largest that occur, are inside.
-                let (a, b) = unsafe {
-                    (*self.a.values.get_unchecked(at + row * self.a.row_step), self.b.get_unchecked(lanes.clone()))
-                };
-                for lane in 0..LANES {
-                    sums[lane] = a.times_plus::<L>(b[lane], sums[lane]);
+                // SAFETY: as above, for the last row.
+                let a = T::Vector::<L>::splat(unsafe { *self.a.values.get_unchecked(at + row * self.a.row_step) });
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = a.times_plus(b, *sum);
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
-            out[row * out_step..][..LANES].copy_from_slice(sums);
+        for (row, sums) in sums.into_iter().enumerate() {
+            store_row::<T, L>(sums, &mut out[row * out_step..][..LANES]);
         }
+    }
+}
+
+/// The lanes of one row.
+#[inline(always)]
+pub(super) fn load_row<T: Real, L: Level>(row: &[T]) -> Row<T, L> {
+    let mut vectors = [T::Vector::<L>::splat(T::ZERO); VECTORS];
+    for (vector, part) in vectors.iter_mut().zip(row.as_chunks().0) {
+        *vector = T::Vector::<L>::load(part);
+    }
+    vectors
+}
+
+/// Writes the lanes of one row.
+#[inline(always)]
+pub(super) fn store_row<T: Real, L: Level>(vectors: Row<T, L>, row: &mut [T]) {
+    for (vector, part) in vectors.into_iter().zip(row.as_chunks_mut().0) {
+        vector.store(part);
     }
 }

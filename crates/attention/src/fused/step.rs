@@ -1,15 +1,15 @@
-//! What forward and backward share: one head's keys and values, 16 queries as lanes, and their scores over a chunk of
+//! What forward and backward share: one head's keys and values, 32 queries as lanes, and their scores over a chunk of
 //! keys.
 
-use super::problem::{Problem, QueryTile};
-use super::product::{Product, Strided};
-use crate::tiles::{Cover, KeyRange, LANES};
-use clearform_ops::simd::{Element, Level, Real, Task, dispatch};
+use super::problem::{Problem, QueryTile, Visit};
+use super::product::{Product, Strided, load_row, store_row};
+use crate::tiles::LANES;
+use clearform_ops::simd::{self, Element, Level, Real, Task, Vector, dispatch};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Keys that are scored at a time: their rows of 128 values and the scores fit the nearest cache.
-pub(super) const CHUNK: usize = 32;
+/// Keys that are scored at a time: their rows of 128 values and the scores stay in the nearer caches.
+pub(super) const CHUNK: usize = 48;
 
 /// One head of a (batch, tokens, heads, head_dim) tensor.
 #[derive(Clone, Copy)]
@@ -36,7 +36,11 @@ impl<'a, E: Element> HeadView<'a, E> {
 
     /// All tokens, one after the other.
     pub fn packed(&self) -> Vec<E::Work> {
-        (0..self.tokens).flat_map(|token| self.row(token)).map(|value| value.load()).collect()
+        let mut packed = Vec::with_capacity(self.tokens * self.head_dim);
+        for token in 0..self.tokens {
+            packed.extend(self.row(token).iter().map(|value| value.load()));
+        }
+        packed
     }
 }
 
@@ -56,10 +60,13 @@ pub(super) fn chunks<'a>(
     problem: &'a Problem,
     entry: usize,
     tile: &'a QueryTile,
-) -> impl Iterator<Item = (Range<usize>, Cover)> + 'a {
-    problem.visits(entry, tile).flat_map(|KeyRange { tokens, cover }| {
-        let end = tokens.end;
-        tokens.step_by(CHUNK).map(move |start| (start..end.min(start + CHUNK), cover))
+) -> impl Iterator<Item = Visit<'a>> + 'a {
+    problem.visits(entry, tile).flat_map(|Visit { tokens, seen }| {
+        let first = tokens.start;
+        tokens.clone().step_by(CHUNK).map(move |start| {
+            let end = tokens.end.min(start + CHUNK);
+            Visit { tokens: start..end, seen: if seen.is_empty() { seen } else { &seen[start - first..end - first] } }
+        })
     })
 }
 
@@ -78,40 +85,16 @@ pub(super) fn gather<T: Real>(out: &mut [T], rows: &[T], keys: &Range<usize>, we
     Product { rows: head_dim, inner: keys.len(), a, b: weights, b_step: LANES }.add_to(out, LANES);
 }
 
-/// Rows and columns of a tile's queries. Lanes without a query stand where the first one does.
-pub(super) struct LanePlaces {
-    rows: [i32; LANES],
-    columns: [i32; LANES],
-}
-
-impl LanePlaces {
-    /// Text queries have no place and see whole ranges alone.
-    pub fn new(problem: &Problem, tile: &QueryTile) -> Self {
-        let mut places = Self { rows: [0; LANES], columns: [0; LANES] };
-        if let Some(first) = tile.queries.start.checked_sub(problem.places.first) {
-            for lane in 0..LANES {
-                let token = if lane < tile.queries.len() { first + lane } else { first };
-                places.rows[lane] = problem.places.rows[token];
-                places.columns[lane] = problem.places.columns[token];
-            }
-        }
-        places
-    }
-
-    /// Sets scores of keys outside the disc to -∞.
-    pub fn hide<T: Real>(&self, scores: &mut [T], problem: &Problem, keys: &Range<usize>) {
-        let places = keys.start - problem.places.first..keys.end - problem.places.first;
-        let (rows, columns) = (&problem.places.rows[places.clone()], &problem.places.columns[places]);
-        dispatch(Hide { scores, queries: self, rows, columns, limit: problem.limit });
+/// Sets scores of queries that do not see a key to -∞.
+pub(super) fn hide<T: Real>(scores: &mut [T], seen: &[u32]) {
+    if !seen.is_empty() {
+        dispatch(Hide { scores, seen });
     }
 }
 
 struct Hide<'a, T> {
     scores: &'a mut [T],
-    queries: &'a LanePlaces,
-    rows: &'a [i32],
-    columns: &'a [i32],
-    limit: i32,
+    seen: &'a [u32],
 }
 
 impl<T: Real> Task for Hide<'_, T> {
@@ -119,13 +102,12 @@ impl<T: Real> Task for Hide<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self) {
-        let keys = self.rows.iter().zip(self.columns);
-        for (scores, (row, column)) in self.scores.chunks_exact_mut(LANES).zip(keys) {
-            for (lane, score) in scores.iter_mut().enumerate() {
-                let (dy, dx) = (self.queries.rows[lane] - row, self.queries.columns[lane] - column);
-                let outside = dy * dy + dx * dx >= self.limit;
-                *score = if outside { T::MINUS_INFINITY } else { *score };
+        for (scores, seen) in self.scores.chunks_exact_mut(LANES).zip(self.seen) {
+            let mut row = load_row::<T, L>(scores);
+            for (vector, lanes) in row.iter_mut().enumerate() {
+                *lanes = lanes.keep((seen >> (vector * simd::LANES)) as u16);
             }
+            store_row::<T, L>(row, scores);
         }
     }
 }

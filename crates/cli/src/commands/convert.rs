@@ -35,7 +35,10 @@ pub struct Converted {
 pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Converted> {
     let transformer = open(args)?;
     if !args.no_distill && args.training.samples.is_none() {
-        school::needed(args.training.components.as_deref(), &components(args).missing(transformer.identified().components()))?;
+        school::needed(
+            args.training.components.as_deref(),
+            &components(args).missing(transformer.identified().components()),
+        )?;
     }
     let replace = Replace::allowed_if(args.overwrite);
     let stage = match args.training.resume {
