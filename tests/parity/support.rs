@@ -23,8 +23,10 @@ pub fn tensors(path: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(fixture(path), &Device::Cpu).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
+/// Weights to compute with in f32, whatever they are stored in.
 pub fn weights(path: &str) -> Resident {
-    tensors(path).into_iter().collect()
+    let widened = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
+    tensors(path).into_iter().map(widened).collect()
 }
 
 /// Fails if `got` is further from `want` than `bound`: ||got - want|| / ||want||, summed in f64.

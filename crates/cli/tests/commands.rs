@@ -156,3 +156,16 @@ fn attention_can_be_timed() {
     assert!(timing["useful_pairs"].as_u64().unwrap() < timing["visited_pairs"].as_u64().unwrap());
     assert!(timing["visited_pairs"].as_u64().unwrap() <= 264 * 264);
 }
+
+#[test]
+fn a_step_and_a_model_can_be_timed() {
+    let step = ["bench", "step", "--width", "64", "--head-dim", "16", "--double", "1", "--single", "1"];
+    let timing = json(0, &[&step[..], &["--grid", "4x5", "--text", "3", "--repeat", "1"]].concat());
+    assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
+    assert_eq!((timing["grid"].as_str(), timing["attention"].as_str()), (Some("4x5"), Some("clear:r=16")));
+    let tiny = Tiny::new();
+    let model = ["bench", "model", text(tiny.path()), "--grid", "4x4,6x6", "--text", "3", "--repeat", "1"];
+    let table = json(0, &model);
+    let plans: Vec<_> = table["rows"].as_array().unwrap().iter().map(|row| row["attention"].as_str()).collect();
+    assert_eq!(plans, [Some("full"), Some("full"), Some("clear:r=16"), Some("clear:r=16")]);
+}

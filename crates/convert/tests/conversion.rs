@@ -17,13 +17,15 @@ fn fixture() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/flux/head24")
 }
 
-/// A pipeline folder around the fixture's transformer.
+/// A pipeline folder around the fixture's transformer, in f32.
 fn source(folder: &Path) -> PathBuf {
     let (root, transformer) = (folder.join("source"), folder.join("source/transformer"));
     std::fs::create_dir_all(&transformer).unwrap();
     std::fs::copy(fixture().join("config.json"), transformer.join("config.json")).unwrap();
     let weights = transformer.join("diffusion_pytorch_model.safetensors");
-    std::fs::copy(fixture().join("weights.safetensors"), weights).unwrap();
+    let stored = Checkpoint::open(fixture().join("weights.safetensors")).unwrap();
+    let widened = Resident::load(&stored, Some(DType::F32), &Device::Cpu).unwrap();
+    clearform_weights::save(&weights, &widened, &BTreeMap::new()).unwrap();
     std::fs::create_dir_all(root.join("vae/deep")).unwrap();
     std::fs::write(root.join("vae/deep/config.json"), "{}").unwrap();
     std::fs::write(root.join("model_index.json"), "{\"_class_name\": \"FluxPipeline\"}").unwrap();
@@ -62,7 +64,7 @@ fn a_pipeline_becomes_a_portable_model() {
     let opened = PortableModel::open(&model).unwrap();
     assert_eq!(opened.record().family, "flux");
     assert_eq!(opened.record().plan().unwrap().to_string(), "clear:r=3");
-    let hash = sha256_file(fixture().join("weights.safetensors")).unwrap();
+    let hash = sha256_file(root.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
     assert_eq!(opened.record().source[0].sha256, hash);
     assert_eq!(std::fs::read_to_string(model.join("vae/deep/config.json")).unwrap(), "{}");
     assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("full attention"));

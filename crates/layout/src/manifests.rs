@@ -3,8 +3,12 @@
 use crate::error::{LayoutError, Result};
 use crate::family::{FamilyManifest, RawFamily};
 use crate::known::Known;
+use crate::settings::{Declared, Settled};
+use crate::shape::Expected;
 use clearform_weights::WeightsError;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -57,6 +61,21 @@ impl Manifests {
     pub fn layouts(&self, family: &str) -> Vec<String> {
         let layouts = self.families.iter().filter(|known| known.name == family).flat_map(|family| &family.layouts);
         layouts.map(|layout| layout.name.clone()).collect()
+    }
+
+    /// Every canonical tensor of a `family` model of the sizes in `config`, a diffusers config.json.
+    ///
+    /// # Errors
+    /// [`LayoutError::NoSuch`] for an unknown family; otherwise a size that neither `config` nor the family has.
+    pub fn expected(&self, family: &str, config: &Value) -> Result<Vec<Expected>> {
+        let known = self.families.iter().find(|known| known.name == family).ok_or_else(|| LayoutError::NoSuch {
+            kind: "family",
+            name: family.to_owned(),
+            choices: self.families(),
+        })?;
+        let declared = Declared { config: Some(config), metadata: &BTreeMap::new() };
+        let settled = Settled::new(&known.settings, &BTreeMap::new(), declared)?;
+        Ok(known.expected(&settled.sizes))
     }
 
     fn add(&mut self, origin: &str, text: &str) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Running the command, and small models to run it on.
 #![allow(dead_code)]
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
-/// The tiny random FLUX transformer that diffusers made, in the folder that `save_pretrained` writes.
+/// The tiny random FLUX transformer that diffusers made, in f32, in the folder that `save_pretrained` writes.
 pub struct Tiny {
     folder: tempfile::TempDir,
     pub tensors: BTreeMap<String, Tensor>,
@@ -54,7 +54,9 @@ impl Tiny {
         let folder = tempfile::tempdir().unwrap();
         let fixture = repository("tests/fixtures/flux/head24");
         std::fs::copy(fixture.join("config.json"), folder.path().join("config.json")).unwrap();
-        let tiny = Self { folder, tensors: clearform_testkit::fixture(fixture.join("weights.safetensors")) };
+        let stored = clearform_testkit::fixture(fixture.join("weights.safetensors"));
+        let widened = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
+        let tiny = Self { folder, tensors: stored.into_iter().map(widened).collect() };
         tiny.save();
         tiny
     }

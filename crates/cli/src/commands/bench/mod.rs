@@ -1,0 +1,37 @@
+//! `clearform bench`: how long things take here. A ratio beside a peer is what counts; see BENCHMARKS.md.
+
+mod attention;
+mod step;
+
+use crate::args::{Bench, BenchSubject};
+use crate::output::{Outcome, Output};
+use anyhow::Context as _;
+use clearform_attention::TokenGrid;
+use std::time::Instant;
+
+pub fn run(args: &Bench, output: &Output) -> anyhow::Result<Outcome> {
+    match &args.subject {
+        BenchSubject::Attention(subject) => attention::run(subject, output)?,
+        BenchSubject::Step(subject) => step::run(subject, output)?,
+        BenchSubject::Model(subject) => step::run_model(subject, output)?,
+    }
+    Ok(Outcome::Whole)
+}
+
+fn parse_grid(text: &str) -> anyhow::Result<TokenGrid> {
+    let sides = text.split_once('x').and_then(|(height, width)| Some((height.parse().ok()?, width.parse().ok()?)));
+    let (height, width) = sides.with_context(|| format!("--grid {text:?}: expected HEIGHTxWIDTH in tokens"))?;
+    Ok(TokenGrid::new(height, width)?)
+}
+
+/// Median milliseconds of `repeat` calls, after one that is not counted.
+fn median_ms(repeat: usize, mut once: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    once()?;
+    let mut timed = || {
+        let start = Instant::now();
+        once().map(|()| start.elapsed().as_secs_f64() * 1e3)
+    };
+    let mut times = (0..repeat.max(1)).map(|_| timed()).collect::<anyhow::Result<Vec<f64>>>()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
