@@ -1,7 +1,7 @@
 //! The forward: online softmax, tile by tile. Its main function is [`forward`].
 
 use super::problem::{Problem, QueryTile, Visit};
-use super::product::{Row, VECTORS, load_row, store_row};
+use super::product::{Row, VECTORS, add_row, load_row, store_row};
 use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
 use crate::tiles::LANES;
 use clearform_ops::simd::{Element, Level, Real, Task, Vector, dispatch};
@@ -125,14 +125,14 @@ impl<T: Real> Task for Admit<'_, T> {
         let Online { max: old, sum } = &mut *self.online;
         let max = largest::<T, L>(load_row::<T, L>(old), self.scores);
         let (factors, grew) = factors::<T, L>(load_row::<T, L>(old), max);
-        let mut sums = load_row::<T, L>(sum);
         if grew {
             scale::<T, L>(sum, factors);
-            sums = load_row::<T, L>(sum);
             for out in self.out.chunks_exact_mut(LANES) {
                 scale::<T, L>(out, factors);
             }
         }
+        // A chunk is summed by itself: fewer roundings than adding every key to all that came before.
+        let mut sums = [T::Vector::<L>::splat(T::ZERO); VECTORS];
         for scores in self.scores.chunks_exact_mut(LANES) {
             let mut row = load_row::<T, L>(scores);
             for vector in 0..VECTORS {
@@ -142,7 +142,7 @@ impl<T: Real> Task for Admit<'_, T> {
             store_row::<T, L>(row, scores);
         }
         store_row::<T, L>(max, old);
-        store_row::<T, L>(sums, sum);
+        add_row::<T, L>(sums, sum);
     }
 }
 

@@ -78,9 +78,6 @@ impl<T: Real> Product<'_, T> {
     #[inline(always)]
     fn panel<L: Level, const ROWS: usize>(&self, first: usize, out: &mut [T], out_step: usize) {
         let mut sums = [[T::Vector::<L>::splat(T::ZERO); VECTORS]; ROWS];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            *sums = load_row::<T, L>(&out[row * out_step..][..LANES]);
-        }
         for inner in 0..self.inner {
             let at = first * self.a.row_step + inner * self.a.inner_step;
             // SAFETY: `run` asserted that the last inner index, the largest that occurs, is inside.
@@ -94,7 +91,7 @@ impl<T: Real> Product<'_, T> {
             }
         }
         for (row, sums) in sums.into_iter().enumerate() {
-            store_row::<T, L>(sums, &mut out[row * out_step..][..LANES]);
+            add_row::<T, L>(sums, &mut out[row * out_step..][..LANES]);
         }
     }
 }
@@ -115,4 +112,14 @@ pub(super) fn store_row<T: Real, L: Level>(vectors: Row<T, L>, row: &mut [T]) {
     for (vector, part) in vectors.into_iter().zip(row.as_chunks_mut().0) {
         vector.store(part);
     }
+}
+
+/// Adds to the lanes of one row.
+#[inline(always)]
+pub(super) fn add_row<T: Real, L: Level>(mut vectors: Row<T, L>, row: &mut [T]) {
+    let old = load_row::<T, L>(row);
+    for vector in 0..VECTORS {
+        vectors[vector] = vectors[vector].plus(old[vector]);
+    }
+    store_row::<T, L>(vectors, row);
 }

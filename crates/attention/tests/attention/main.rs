@@ -1,160 +1,56 @@
 //! The fused kernel against the plain reference, the reference against sums written out, and gradients against both.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
-use clearform_attention::{Attended, AttentionPlan, Geometry, Qkv, Radius, TokenGrid, Window, reference};
+mod problem;
+mod properties;
 
-/// One problem: what is attended to, and under which plan.
-#[derive(Clone, Copy)]
-struct Case {
-    grids: &'static [(usize, usize)],
-    text: usize,
-    batch: usize,
-    heads: usize,
-    head_dim: usize,
-    plan: &'static str,
-    /// Text tokens that count in batch entry `i`: this less 3 i. Above the text, no mask is given.
-    counting: usize,
-}
+use candle_core::{DType, Device, Tensor, Var};
+use clearform_attention::{Geometry, Radius, TokenGrid};
+use problem::{Attend, Case, Inputs, case, distance, fused, gradients, loss, noise, numbers, output, plain};
 
-const ALL: usize = usize::MAX;
-
-const fn case(grids: &'static [(usize, usize)], text: usize, plan: &'static str) -> Case {
-    Case { grids, text, batch: 1, heads: 2, head_dim: 8, plan, counting: ALL }
-}
-
-const CASES: &[Case] = &[
-    case(&[(16, 16)], 8, "full"),
-    case(&[(16, 16)], 8, "clear:r=4"),
-    case(&[(16, 16)], 8, "clear:r=8"),
-    case(&[(16, 16)], 0, "full"),
-    case(&[(16, 16)], 0, "clear:r=4"),
-    case(&[(1, 1)], 0, "clear:r=3"),
-    case(&[(1, 37)], 1, "clear:r=4"),
-    case(&[(41, 1)], 1, "clear:r=4.5"),
-    case(&[(2, 29)], 7, "clear:r=3"),
-    case(&[(23, 3)], 7, "clear:r=3,d=2"),
-    case(&[(9, 14)], 7, "clear:r=1"),
-    case(&[(9, 14)], 7, "clear:r=0.5"),
-    case(&[(9, 14)], 7, "clear:r=4.5"),
-    case(&[(9, 14)], 7, "clear:r=100"),
-    case(&[(9, 14)], 77, "clear:r=2.3"),
-    case(&[(9, 14)], 513, "clear:r=4"),
-    case(&[(20, 31)], 5, "clear:r=6.7,d=4"),
-    case(&[(16, 16)], 8, "clear:r=4,d=4"),
-    case(&[(5, 7)], 3, "clear:r=2,d=9"),
-    case(&[(8, 12), (7, 5)], 6, "clear:r=3"),
-    case(&[(8, 12), (7, 5)], 6, "clear:r=3,d=4"),
-    case(&[(8, 12), (7, 5)], 6, "full"),
-    Case { batch: 2, counting: 11, ..case(&[(9, 10)], 13, "clear:r=3") },
-    Case { batch: 2, counting: 3, ..case(&[(9, 10)], 13, "clear:r=3,d=4") },
-    Case { batch: 3, counting: 8, ..case(&[(6, 6)], 8, "full") },
-    Case { head_dim: 24, ..case(&[(9, 14)], 7, "clear:r=4.5") },
-    Case { heads: 3, head_dim: 32, batch: 2, ..case(&[(12, 12)], 9, "clear:r=4") },
-    Case { head_dim: 4, ..case(&[(9, 14)], 7, "clear:r=4.5") },
-    Case { head_dim: 7, ..case(&[(9, 14)], 7, "clear:r=4.5,d=2") },
-    Case { heads: 1, head_dim: 128, ..case(&[(12, 13)], 7, "clear:r=5") },
-    Case { heads: 1, head_dim: 256, ..case(&[(6, 6)], 7, "full") },
-];
-
-/// The tensors of a problem in the order text q k v, image q k v, weight of the pooled cells.
-struct Inputs {
-    case: Case,
-    geometry: Geometry,
-    tensors: Vec<Tensor>,
-}
-
-type Attend = fn(&Inputs, &[Tensor]) -> Result<Attended>;
-
-fn noise(shape: &[usize], seed: usize) -> Tensor {
-    let count = shape.iter().product();
-    let value = |i: usize| 1.5 * ((i * 7919 + seed * 104_729 + 13) as f64 * 0.618).sin();
-    let values: Vec<f64> = (0..count).map(value).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-impl Inputs {
-    fn new(case: Case, dtype: DType) -> Self {
-        let grids = case.grids.iter().map(|(height, width)| TokenGrid::new(*height, *width).unwrap()).collect();
-        let mut geometry = Geometry::new(grids);
-        if case.counting != ALL {
-            let counts = |i: usize| u8::from(i % case.text + 3 * (i / case.text) < case.counting);
-            let mask = (0..case.batch * case.text).map(counts).collect();
-            geometry = geometry.with_text_mask(Tensor::from_vec(mask, (case.batch, case.text), &Device::Cpu).unwrap());
-        }
-        let shape = |tokens| vec![case.batch, tokens, case.heads, case.head_dim];
-        let mut tensors: Vec<Tensor> = (0..3).map(|seed| noise(&shape(case.text), seed)).collect();
-        tensors.extend((3..6).map(|seed| noise(&shape(geometry.tokens()), seed)));
-        if let Some(weight) = initial_weight(case) {
-            let learned = weight.to_dtype(DType::F64).unwrap() + (noise(weight.dims(), 7) * 0.02).unwrap();
-            tensors.push(learned.unwrap());
-        }
-        let tensors = tensors.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
-        Self { case, geometry, tensors }
-    }
-
-    fn has_text(&self) -> bool {
-        self.case.text > 0
-    }
-}
-
-fn plan(case: Case) -> AttentionPlan {
-    case.plan.parse().unwrap()
-}
-
-fn initial_weight(case: Case) -> Option<Tensor> {
-    plan(case).learned("layer").unwrap().map(|(_, weight)| weight)
-}
-
-fn radius(case: Case) -> Option<Radius> {
-    match plan(case).default_policy() {
-        clearform_attention::Policy::Clear { radius, .. } => Some(radius),
-        _ => None,
-    }
-}
-
-fn qkv(tensors: &[Tensor]) -> Qkv {
-    Qkv { query: tensors[0].clone(), key: tensors[1].clone(), value: tensors[2].clone() }
-}
-
-fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let learned = |_: &str| Ok(tensors.get(6).cloned());
-    let attention = plan(inputs.case).build("layer", &learned)?;
-    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
-    attention.attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry)
-}
-
-fn plain(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let window = Window { radius: radius(inputs.case), pool: tensors.get(6).cloned() };
-    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
-    reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &window)
-}
-
-fn numbers(x: &Tensor) -> Vec<f64> {
-    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn distance(got: &[f64], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let square = |sum: f64, x: f64| sum + x * x;
-    let difference = got.iter().zip(want).map(|(a, b)| a - b).fold(0.0, square);
-    (difference / want.iter().copied().fold(f64::MIN_POSITIVE, square)).sqrt()
-}
-
-/// Text and image, one after the other.
-fn output(attended: &Attended) -> Vec<f64> {
-    let mut values = attended.text.as_ref().map(numbers).unwrap_or_default();
-    values.extend(numbers(&attended.image));
-    values
+fn cases() -> Vec<Case> {
+    vec![
+        case(&[(16, 16)], 8, "full"),
+        case(&[(16, 16)], 8, "clear:r=4"),
+        case(&[(16, 16)], 8, "clear:r=8"),
+        case(&[(16, 16)], 0, "full"),
+        case(&[(16, 16)], 0, "clear:r=4"),
+        case(&[(1, 1)], 0, "clear:r=3"),
+        case(&[(1, 37)], 1, "clear:r=4"),
+        case(&[(41, 1)], 1, "clear:r=4.5"),
+        case(&[(2, 29)], 7, "clear:r=3"),
+        case(&[(23, 3)], 7, "clear:r=3,d=2"),
+        case(&[(9, 14)], 7, "clear:r=1"),
+        case(&[(9, 14)], 7, "clear:r=0.5"),
+        case(&[(9, 14)], 7, "clear:r=4.5"),
+        case(&[(9, 14)], 7, "clear:r=100"),
+        case(&[(9, 14)], 77, "clear:r=2.3"),
+        case(&[(9, 14)], 513, "clear:r=4"),
+        case(&[(20, 31)], 5, "clear:r=6.7,d=4"),
+        case(&[(16, 16)], 8, "clear:r=4,d=4"),
+        case(&[(5, 7)], 3, "clear:r=2,d=9"),
+        case(&[(8, 12), (7, 5)], 6, "clear:r=3"),
+        case(&[(8, 12), (7, 5)], 6, "clear:r=3,d=4"),
+        case(&[(8, 12), (7, 5)], 6, "full"),
+        Case { batch: 2, counting: 11, ..case(&[(9, 10)], 13, "clear:r=3") },
+        Case { batch: 2, counting: 3, ..case(&[(9, 10)], 13, "clear:r=3,d=4") },
+        Case { batch: 3, counting: 8, ..case(&[(6, 6)], 8, "full") },
+        Case { head_dim: 24, ..case(&[(9, 14)], 7, "clear:r=4.5") },
+        Case { heads: 3, head_dim: 32, batch: 2, ..case(&[(12, 12)], 9, "clear:r=4") },
+        Case { head_dim: 4, ..case(&[(9, 14)], 7, "clear:r=4.5") },
+        Case { head_dim: 7, ..case(&[(9, 14)], 7, "clear:r=4.5,d=2") },
+        Case { heads: 1, head_dim: 128, ..case(&[(12, 13)], 7, "clear:r=5") },
+        Case { heads: 1, head_dim: 256, ..case(&[(6, 6)], 7, "full") },
+    ]
 }
 
 #[test]
 fn fused_forward_equals_the_reference() {
-    for case in CASES {
-        let exact = Inputs::new(*case, DType::F64);
+    for case in cases() {
+        let exact = Inputs::new(case.clone(), DType::F64);
         let exact = output(&plain(&exact, &exact.tensors).unwrap());
         for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 2e-6), (DType::BF16, 1.5e-2)] {
-            let inputs = Inputs::new(*case, dtype);
+            let inputs = Inputs::new(case.clone(), dtype);
             let got = fused(&inputs, &inputs.tensors).unwrap();
             assert_eq!(got.image.dtype(), dtype);
             let error = distance(&output(&got), &exact);
@@ -163,32 +59,13 @@ fn fused_forward_equals_the_reference() {
     }
 }
 
-/// Σ out · probe over both streams.
-fn loss(inputs: &Inputs, tensors: &[Tensor], attend: Attend) -> Tensor {
-    let attended = attend(inputs, tensors).unwrap();
-    let total = |out: &Tensor, seed: usize| {
-        let probe = noise(out.dims(), seed).to_dtype(out.dtype()).unwrap();
-        (out * probe).unwrap().sum_all().unwrap()
-    };
-    let image = total(&attended.image, 98);
-    attended.text.as_ref().map_or(image.clone(), |text| (image + total(text, 99)).unwrap())
-}
-
-fn gradients(inputs: &Inputs, attend: Attend) -> Vec<Vec<f64>> {
-    let vars: Vec<Var> = inputs.tensors.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
-    let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-    let store = loss(inputs, &tensors, attend).backward().unwrap();
-    let first = if inputs.has_text() { 0 } else { 3 };
-    vars[first..].iter().map(|var| numbers(store.get(var).unwrap())).collect()
-}
-
 /// Scores of this noise reach 13 at head_dim 128 and saturate: the plain gradients lose digits there too.
 #[test]
 fn fused_gradients_are_as_good_as_those_of_the_reference() {
-    for case in CASES {
-        let exact = gradients(&Inputs::new(*case, DType::F64), plain);
+    for case in cases() {
+        let exact = gradients(&Inputs::new(case.clone(), DType::F64), plain);
         for (dtype, least, most) in [(DType::F64, 1e-12, 1e-11), (DType::F32, 1e-6, 1e-4), (DType::BF16, 1e-2, 1e-1)] {
-            let inputs = Inputs::new(*case, dtype);
+            let inputs = Inputs::new(case.clone(), dtype);
             let (ours, theirs) = (gradients(&inputs, fused), gradients(&inputs, plain));
             for (index, want) in exact.iter().enumerate() {
                 // Where a query sees one key alone, the gradients of query and key are 0 and no error is relative to them.
@@ -211,7 +88,7 @@ fn fused_gradients_equal_finite_differences() {
         Case { heads: 1, head_dim: 4, ..case(&[(3, 4)], 2, "full") },
     ];
     for case in cases {
-        let inputs = Inputs::new(case, DType::F64);
+        let inputs = Inputs::new(case.clone(), DType::F64);
         for (index, got) in gradients(&inputs, fused).iter().enumerate() {
             let values = numbers(&inputs.tensors[index]);
             let moved = |element: usize, by: f64| {
@@ -275,8 +152,7 @@ fn by_hand(text: [&[f64]; 2], image: [&[f64]; 3], weight: &[f64], extents: (usiz
 #[test]
 fn the_reference_equals_sums_written_out() {
     for (grid, plan, radius) in [((5, 7), "clear:r=2.5,d=3", 2.5), ((4, 4), "clear:r=2,d=2", 2.0)] {
-        let grids: &'static [(usize, usize)] = if grid == (5, 7) { &[(5, 7)] } else { &[(4, 4)] };
-        let inputs = Inputs::new(Case { heads: 1, head_dim: 1, ..case(grids, 3, plan) }, DType::F64);
+        let inputs = Inputs::new(Case { heads: 1, head_dim: 1, ..case(&[grid], 3, plan) }, DType::F64);
         let raster: Vec<Vec<f64>> = inputs.tensors.iter().map(numbers).collect();
         let mut tensors = inputs.tensors.clone();
         for tensor in &mut tensors[3..6] {
@@ -331,8 +207,8 @@ fn not_a_number_comes_out_where_it_went_in() {
 
 #[test]
 fn tile_order_is_undone_and_differentiable() {
-    for case in CASES {
-        let inputs = Inputs::new(*case, DType::F64);
+    for case in cases() {
+        let inputs = Inputs::new(case.clone(), DType::F64);
         let raster = Var::from_tensor(&inputs.tensors[3]).unwrap();
         let tiled = inputs.geometry.to_tiles(&raster).unwrap();
         assert_eq!(numbers(&inputs.geometry.to_raster(&tiled).unwrap()), numbers(&raster));
