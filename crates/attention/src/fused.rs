@@ -9,7 +9,6 @@ mod backward;
 mod forward;
 mod operation;
 mod problem;
-mod product;
 mod step;
 
 use crate::sequence::Sequence;
@@ -32,5 +31,87 @@ impl Attention for Windowed {
         let (query, key, value) = (&sequence.query, &sequence.key, &sequence.value);
         let out = query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)?;
         sequence.split(&out, text.is_some())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{Radius, TokenGrid};
+    use candle_core::{Device, Tensor};
+    use clearform_ops::simd::{Factor, Pair};
+    use half::bf16;
+
+    struct Inputs {
+        image: Qkv,
+        text: Qkv,
+        geometry: Geometry,
+        window: Window,
+    }
+
+    impl Inputs {
+        fn new((height, width): (usize, usize), text: usize, head_dim: usize, radius: f64) -> Self {
+            let geometry = Geometry::new(vec![TokenGrid::new(height, width).unwrap()]);
+            let random = |tokens: usize| {
+                let one = || Tensor::randn(0f32, 1.0, (2, tokens, 2, head_dim), &Device::Cpu).unwrap();
+                Qkv { query: one(), key: one(), value: one() }.converted(DType::BF16)
+            };
+            let window = Window { radius: Some(Radius::new(radius).unwrap()), pool: None };
+            Self { image: random(height * width), text: random(text), geometry, window }
+        }
+
+        /// The plain operation in a number format, text and image in one.
+        fn plain(&self, dtype: DType) -> Vec<f64> {
+            let (image, text) = (self.image.converted(dtype), self.text.converted(dtype));
+            let out = reference::attend(&image, Some(&text), &self.geometry, &self.window).unwrap();
+            numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
+        }
+
+        /// The fused kernel by products of `F`.
+        fn fused<F: Factor<Sum = f32>>(&self) -> Vec<f64> {
+            let sequence = Sequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
+            let problem = Problem::new(&sequence, &self.geometry, self.window.radius).unwrap();
+            let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<bf16>().unwrap();
+            let [query, key, value] = [&sequence.query, &sequence.key, &sequence.value].map(values);
+            let (out, _) = forward::forward::<bf16, F>(&problem, [&query, &key, &value]);
+            out.into_iter().map(f64::from).collect()
+        }
+    }
+
+    impl Qkv {
+        fn converted(&self, dtype: DType) -> Self {
+            let [query, key, value] = [&self.query, &self.key, &self.value].map(|x| x.to_dtype(dtype).unwrap());
+            Self { query, key, value }
+        }
+    }
+
+    fn numbers(x: &Tensor) -> Vec<f64> {
+        x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn distance(got: &[f64], want: &[f64]) -> f64 {
+        assert_eq!(got.len(), want.len());
+        let (mut difference, mut size) = (0.0, 0.0);
+        for (got, want) in got.iter().zip(want) {
+            difference += (got - want) * (got - want);
+            size += want * want;
+        }
+        f64::sqrt(difference / size)
+    }
+
+    /// Text of odd length puts the image at odd places, ragged grids put cells there.
+    #[test]
+    fn pairs_of_bf16_give_what_f32_gives() {
+        let cases = [((8, 8), 4, 32, 3.0), ((9, 14), 7, 24, 4.5), ((5, 7), 1, 9, 2.0), ((1, 37), 65, 16, 4.0)];
+        for (grid, text, head_dim, radius) in cases {
+            let inputs = Inputs::new(grid, text, head_dim, radius);
+            let exact = inputs.plain(DType::F64);
+            let plain = distance(&inputs.plain(DType::BF16), &exact);
+            for got in [inputs.fused::<Pair>(), inputs.fused::<f32>()] {
+                let error = distance(&got, &exact);
+                assert!(error <= 2.0 * plain + 1e-6, "{grid:?} + {text}: {error:e}, the plain operation {plain:e}");
+            }
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Queries that are computed side by side.
-pub(crate) const LANES: usize = 32;
+pub(crate) const LANES: usize = clearform_ops::simd::ROW;
 
 /// Tokens of a cell, two of which fill the lanes: finer than a tile, so that less is visited in vain.
 const CELL: usize = LANES / 2;

@@ -7,6 +7,7 @@
 
 mod gated;
 mod gelu;
+mod gemm;
 mod kernel;
 mod linear;
 mod norm;

@@ -1,12 +1,14 @@
 //! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
 
+use crate::gemm::{self, Extents};
 use crate::kernel::for_rows;
-use crate::simd::{Element, Level, Task, dispatch};
+use crate::simd::{Element, Level, Task, dispatch, multiplies_pairs};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
 };
 use candle_core::{bail, op};
+use half::bf16;
 
 /// x wᵀ + b. A weight of another number format is converted at use, and its gradient comes in the weight's own. Only
 /// what is tracked gets a gradient: a frozen weight costs none.
@@ -40,7 +42,10 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        product((x, lx), (w, lw))
+        match of_pairs((x, lx), (w, lw), None) {
+            Some(out) => Ok((CpuStorage::BF16(out), shape(lx, lw)?)),
+            None => product((x, lx), (w, lw)),
+        }
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, lx: &Layout, w: &CudaStorage, lw: &Layout) -> Result<(CudaStorage, Shape)> {
@@ -70,6 +75,9 @@ impl CustomOp3 for Linear {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        if let Some(out) = of_pairs((x, lx), (w, lw), Some((b, lb))) {
+            return Ok((CpuStorage::BF16(out), shape(lx, lw)?));
+        }
         let (mut out, shape) = product((x, lx), (w, lw))?;
         match (&mut out, b.to_dtype(lb, x.dtype())?) {
             (CpuStorage::F32(out), CpuStorage::F32(bias)) => add_rows(out, &bias),
@@ -121,10 +129,37 @@ fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result
         let converted = weight.0.to_dtype(weight.1, x.0.dtype())?;
         x.0.matmul(&converted, size, &flat, &Layout::contiguous((outputs, inputs)).transpose(0, 1)?)?
     };
-    let mut shape = x.1.dims().to_vec();
+    Ok((out, shape(x.1, weight.1)?))
+}
+
+fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
+    let mut shape = x.dims().to_vec();
     shape.pop();
-    shape.push(outputs);
-    Ok((out, shape.into()))
+    shape.push(weight.shape().dims2()?.0);
+    Ok(shape.into())
+}
+
+type View<'a> = (&'a CpuStorage, &'a Layout);
+
+/// x wᵀ + b by our own product, where everything is in bf16 and the processor multiplies pairs.
+fn of_pairs(x: View, weight: View, bias: Option<View>) -> Option<Vec<bf16>> {
+    if !multiplies_pairs() {
+        return None;
+    }
+    let (outputs, inputs) = weight.1.shape().dims2().ok()?;
+    let rows = x.1.shape().elem_count() / inputs.max(1);
+    let bias = match bias {
+        Some(bias) => Some(numbers(bias)?),
+        None => None,
+    };
+    Some(gemm::product(numbers(x)?, numbers(weight)?, bias, Extents { rows, inputs, outputs }))
+}
+
+fn numbers<'a>((storage, layout): View<'a>) -> Option<&'a [bf16]> {
+    match storage {
+        CpuStorage::BF16(all) => layout.contiguous_offsets().map(|(start, end)| &all[start..end]),
+        _ => None,
+    }
 }
 
 fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) -> Result<(S, Shape)> {

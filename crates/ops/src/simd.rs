@@ -3,8 +3,12 @@
 //! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; `dispatch` runs the copy that
 //! was compiled for the best instructions this processor has. It knows no tensor.
 
+mod factor;
+mod product;
 mod vector;
 
+pub use factor::{Factor, Pair, PairArray, PairVector};
+pub use product::{Product, ROW, Row, Strided, VECTORS, add_row, load_row, store_row};
 pub use vector::{Array, LANES, Vector};
 
 use candle_core::WithDType;
@@ -15,6 +19,10 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 pub fn dispatch<T: Task>(task: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
     {
+        if const { T::PAIRS } && multiplies_pairs() {
+            // SAFETY: the processor has the features that the callee is compiled for.
+            return unsafe { with_avx512_bf16(task) };
+        }
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
             // SAFETY: the processor has the features that the callee is compiled for.
             return unsafe { with_avx512(task) };
@@ -27,11 +35,24 @@ pub fn dispatch<T: Task>(task: T) -> T::Output {
     task.run::<Portable>()
 }
 
+/// Whether this processor multiplies [`Pair`]s by an instruction of their own, and so faster than numbers in f32.
+pub fn multiplies_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Arithmetic to run under [`dispatch`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
 /// inlined is compiled for the wider instructions.
 pub trait Task {
     /// What it gives back.
     type Output;
+
+    /// Whether it multiplies [`Pair`]s.
+    const PAIRS: bool = false;
 
     /// Does it.
     fn run<L: Level>(self) -> Self::Output;
@@ -45,6 +66,8 @@ pub trait Level: Copy + Send + Sync + 'static {
     const WIDE: bool;
     /// 16 f32.
     type F32: Vector<f32>;
+    /// 16 pairs.
+    type Pairs: PairVector<Self::F32>;
 }
 
 /// Any processor.
@@ -55,6 +78,7 @@ impl Level for Portable {
     const FUSED: bool = cfg!(target_arch = "aarch64");
     const WIDE: bool = false;
     type F32 = Array<f32, Self>;
+    type Pairs = PairArray<Self>;
 }
 
 /// AVX2 with FMA.
@@ -65,19 +89,39 @@ impl Level for Avx2 {
     const FUSED: bool = true;
     const WIDE: bool = false;
     type F32 = Array<f32, Self>;
+    type Pairs = PairArray<Self>;
 }
 
 /// AVX-512 F.
+#[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 
+#[cfg(target_arch = "x86_64")]
 impl Level for Avx512 {
     const FUSED: bool = true;
     const WIDE: bool = true;
-    #[cfg(target_arch = "x86_64")]
     type F32 = vector::Zmm;
-    #[cfg(not(target_arch = "x86_64"))]
-    type F32 = Array<f32, Self>;
+    type Pairs = factor::WidenedPairs;
+}
+
+/// AVX-512 F with BF16.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512Bf16;
+
+#[cfg(target_arch = "x86_64")]
+impl Level for Avx512Bf16 {
+    const FUSED: bool = true;
+    const WIDE: bool = true;
+    type F32 = vector::Zmm;
+    type Pairs = factor::Bf16Pairs;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+fn with_avx512_bf16<T: Task>(task: T) -> T::Output {
+    task.run::<Avx512Bf16>()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -95,6 +139,7 @@ fn with_avx2<T: Task>(task: T) -> T::Output {
 /// A number that is computed with: f32 or f64.
 pub trait Real:
     WithDType
+    + Default
     + Add<Output = Self>
     + Sub<Output = Self>
     + Mul<Output = Self>

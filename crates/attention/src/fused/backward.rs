@@ -1,11 +1,13 @@
 //! The backward: probabilities are computed again from each query's scale, head by head. Its main function is
 //! [`backward`].
 
+use super::forward::negative;
 use super::problem::{Problem, QueryTile, Visit};
-use super::product::{Product, Strided, VECTORS, load_row, store_row};
 use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
 use crate::tiles::LANES;
-use clearform_ops::simd::{Element, Level, Real, Task, Vector, dispatch};
+use clearform_ops::simd::{
+    Element, Level, Product, Real, Strided, Task, VECTORS, Vector, dispatch, load_row, store_row,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -112,7 +114,7 @@ impl<'a, E: Element> Head<'a, E> {
         scratch: &'a mut Scratch<E::Work>,
     ) -> Self {
         let queries = |values| HeadView::new(values, problem, problem.queries, index);
-        let packed = |values| HeadView::new(values, problem, problem.keys, index).packed();
+        let packed = |values| HeadView::new(values, problem, problem.keys, index).rows();
         Self {
             problem,
             entry: index / problem.heads,
@@ -125,10 +127,6 @@ impl<'a, E: Element> Head<'a, E> {
             query_out,
             scratch,
         }
-    }
-
-    fn scale(&self) -> f64 {
-        1.0 / (self.problem.head_dim as f64).sqrt()
     }
 
     fn run(mut self) {
@@ -153,9 +151,8 @@ struct Statistics<T> {
 
 impl<E: Element> Head<'_, E> {
     fn load(&mut self, tile: &QueryTile) -> Statistics<E::Work> {
-        let scale = self.scale();
-        load_lanes(&mut self.scratch.query, self.query, tile, scale);
-        load_lanes(&mut self.scratch.grad, self.grad, tile, 1.0);
+        load_lanes(&mut self.scratch.query, self.query, tile);
+        load_lanes(&mut self.scratch.grad, self.grad, tile);
         transpose(&self.scratch.query, &mut self.scratch.query_rows);
         transpose(&self.scratch.grad, &mut self.scratch.grad_rows);
         self.scratch.query_grad.fill(E::Work::ZERO);
@@ -178,32 +175,33 @@ impl<E: Element> Head<'_, E> {
         score(probabilities, &self.key, keys, &scratch.query);
         score(scores, &self.value, keys, &scratch.grad);
         hide(probabilities, seen);
-        dispatch(Differentiate { probabilities, scores, statistics });
+        dispatch(Differentiate { probabilities, scores, statistics, scale: self.problem.scale() });
     }
 
     fn collect(&mut self, keys: &Range<usize>) {
         let scratch = &mut *self.scratch;
-        gather(&mut scratch.query_grad, &self.key, keys, &scratch.scores);
+        gather(&mut scratch.query_grad, &self.key, keys.start, &scratch.scores[..keys.len() * LANES]);
         scatter(&mut scratch.key_grad, &scratch.scores, keys, &scratch.query_rows);
         scatter(&mut scratch.value_grad, &scratch.probabilities, keys, &scratch.grad_rows);
     }
 
     fn store_queries(&mut self, tile: &QueryTile) {
-        let scale = E::Work::of(self.scale());
         for (lane, token) in tile.queries.clone().enumerate() {
             let out = &mut self.query_out[token * self.problem.head_dim..][..self.problem.head_dim];
             for (out, value) in out.iter_mut().zip(self.scratch.query_grad[lane..].iter().step_by(LANES)) {
-                *out = E::store(*value * scale);
+                *out = E::store(*value);
             }
         }
     }
 }
 
-/// Turns scores into probabilities p, and grad · value into the gradients of the scores, p · (grad · value - delta).
+/// Turns products q k into probabilities p, and grad · value into the gradients of the products,
+/// scale · p · (grad · value - delta).
 struct Differentiate<'a, T> {
     probabilities: &'a mut [T],
     scores: &'a mut [T],
     statistics: &'a Statistics<T>,
+    scale: f64,
 }
 
 impl<T: Real> Task for Differentiate<'_, T> {
@@ -212,14 +210,15 @@ impl<T: Real> Task for Differentiate<'_, T> {
     #[inline(always)]
     fn run<L: Level>(self) {
         let Statistics { max, factor, delta } = self.statistics;
-        let (max, factor) = (load_row::<T, L>(max), load_row::<T, L>(factor));
+        let scale = T::Vector::<L>::splat(T::of(self.scale));
+        let (lowered, factor) = (negative::<T, L>(load_row::<T, L>(max)), load_row::<T, L>(factor));
         let delta = load_row::<T, L>(delta);
         let rows = self.probabilities.chunks_exact_mut(LANES).zip(self.scores.chunks_exact_mut(LANES));
         for (probabilities, scores) in rows {
             let (mut shares, mut slopes) = (load_row::<T, L>(probabilities), load_row::<T, L>(scores));
             for vector in 0..VECTORS {
-                shares[vector] = shares[vector].minus(max[vector]).exponential().times(factor[vector]);
-                slopes[vector] = shares[vector].times(slopes[vector].minus(delta[vector]));
+                shares[vector] = shares[vector].times_plus(scale, lowered[vector]).exponential().times(factor[vector]);
+                slopes[vector] = shares[vector].times(scale).times(slopes[vector].minus(delta[vector]));
             }
             store_row::<T, L>(shares, probabilities);
             store_row::<T, L>(slopes, scores);

@@ -1,39 +1,44 @@
 //! The forward: online softmax, tile by tile. Its main function is [`forward`].
 
 use super::problem::{Problem, QueryTile, Visit};
-use super::product::{Row, VECTORS, add_row, load_row, store_row};
 use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
 use crate::tiles::LANES;
-use clearform_ops::simd::{Element, Level, Real, Task, Vector, dispatch};
+use clearform_ops::simd::{
+    Element, Factor, Level, Real, Row, Task, VECTORS, Vector, add_row, dispatch, load_row, store_row,
+};
 use rayon::prelude::*;
 
-/// softmax(q kᵀ / √head_dim) v, and each query's scale: the maximum of its scores, and
+/// softmax(q kᵀ / √head_dim) v by products of `F`, and each query's scale: the maximum of its scores, and
 /// 1 / Σ exp(score - maximum).
 ///
 /// # Shapes
 /// [query, key, value], each (batch, tokens, heads, head_dim) -> as query, and (batch · heads, queries).
-pub(super) fn forward<E: Element>(problem: &Problem, [query, key, value]: [&[E]; 3]) -> (Vec<E>, Vec<[E::Work; 2]>) {
+pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
+    problem: &Problem,
+    [query, key, value]: [&[E]; 3],
+) -> (Vec<E>, Vec<[E::Work; 2]>) {
     let heads = problem.batch * problem.heads;
     let mut out = vec![E::zero(); heads * problem.query_count()];
     let mut scales = vec![[E::Work::ZERO; 2]; heads * problem.queries];
     let outputs = out.par_chunks_mut(problem.query_count()).zip(scales.par_chunks_mut(problem.queries));
     outputs.enumerate().for_each(|(index, (out, scales))| {
-        let packed = |values| HeadView::new(values, problem, problem.keys, index).packed();
         let query = HeadView::new(query, problem, problem.queries, index);
-        Head { problem, entry: index / problem.heads, query, key: packed(key), value: packed(value) }.run(out, scales);
+        let [key, value] = [key, value].map(|values| HeadView::new(values, problem, problem.keys, index));
+        let (key, value) = (key.rows::<F>(), value.columns::<F>());
+        Head { problem, entry: index / problem.heads, query, key, value }.run(out, scales);
     });
     (tokens_first(&out, problem, problem.queries), scales)
 }
 
-struct Head<'a, E: Element> {
+struct Head<'a, E: Element, F> {
     problem: &'a Problem,
     entry: usize,
     query: HeadView<'a, E>,
-    key: Vec<E::Work>,
-    value: Vec<E::Work>,
+    key: Vec<F>,
+    value: Vec<F>,
 }
 
-impl<E: Element> Head<'_, E> {
+impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
     fn run(&self, mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
         let mut parts = Vec::with_capacity(self.problem.tiles.len());
         for tile in &self.problem.tiles {
@@ -50,16 +55,22 @@ impl<E: Element> Head<'_, E> {
 }
 
 /// Working memory of a thread.
-struct Scratch<T> {
-    query: Vec<T>,
-    out: Vec<T>,
-    scores: [T; CHUNK * LANES],
+struct Scratch<F: Factor> {
+    query: Vec<F>,
+    out: Vec<F::Sum>,
+    /// Scores of a chunk's keys, after as many rows of zeros as bring its first key to the start of a factor.
+    scores: [F::Sum; (CHUNK + 1) * LANES],
+    weights: Vec<F>,
 }
 
-impl<T: Real> Scratch<T> {
+impl<F: Factor> Scratch<F> {
     fn new(head_dim: usize) -> Self {
-        let lanes = vec![T::ZERO; head_dim * LANES];
-        Self { query: lanes.clone(), out: lanes, scores: [T::ZERO; CHUNK * LANES] }
+        Self {
+            query: vec![F::default(); head_dim.div_ceil(F::WIDTH) * LANES],
+            out: vec![F::Sum::ZERO; head_dim * LANES],
+            scores: [F::Sum::ZERO; (CHUNK + 1) * LANES],
+            weights: Vec::new(),
+        }
     }
 }
 
@@ -69,18 +80,18 @@ struct Online<T> {
     sum: [T; LANES],
 }
 
-struct Tile<'a, E: Element> {
-    head: &'a Head<'a, E>,
+struct Tile<'a, E: Element, F: Factor<Sum = E::Work>> {
+    head: &'a Head<'a, E, F>,
     tile: &'a QueryTile,
     out: &'a mut [E],
     scales: &'a mut [[E::Work; 2]],
-    scratch: &'a mut Scratch<E::Work>,
+    scratch: &'a mut Scratch<F>,
 }
 
-impl<E: Element> Tile<'_, E> {
+impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, E, F> {
     fn run(mut self) {
         let problem = self.head.problem;
-        load_lanes(&mut self.scratch.query, self.head.query, self.tile, 1.0 / (problem.head_dim as f64).sqrt());
+        load_lanes(&mut self.scratch.query, self.head.query, self.tile);
         self.scratch.out.fill(E::Work::ZERO);
         let mut online = Online { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
         for visit in chunks(problem, self.head.entry, self.tile) {
@@ -91,11 +102,15 @@ impl<E: Element> Tile<'_, E> {
 
     fn chunk(&mut self, Visit { tokens: keys, seen }: &Visit<'_>, online: &mut Online<E::Work>) {
         let scratch = &mut *self.scratch;
-        let scores = &mut scratch.scores[..keys.len() * LANES];
+        let lead = keys.start % F::WIDTH * LANES;
+        let rows = &mut scratch.scores[..lead + keys.len() * LANES];
+        rows[..lead].fill(E::Work::ZERO);
+        let scores = &mut rows[lead..];
         score(scores, &self.head.key, keys, &scratch.query);
         hide(scores, seen);
-        dispatch(Admit { online, scores, out: &mut scratch.out });
-        gather(&mut scratch.out, &self.head.value, keys, scores);
+        dispatch(Admit { online, scores, out: &mut scratch.out, scale: self.head.problem.scale() });
+        let weights = F::along_columns(rows, LANES, &mut scratch.weights);
+        gather(&mut scratch.out, &self.head.value, keys.start, weights);
     }
 
     fn finish(&mut self, online: &Online<E::Work>) {
@@ -110,11 +125,12 @@ impl<E: Element> Tile<'_, E> {
     }
 }
 
-/// Turns scores into probabilities up to a factor, and brings what was summed so far to the new maximum.
+/// Turns products q k into probabilities up to a factor, and brings what was summed so far to the new maximum.
 struct Admit<'a, T> {
     online: &'a mut Online<T>,
     scores: &'a mut [T],
     out: &'a mut [T],
+    scale: f64,
 }
 
 impl<T: Real> Task for Admit<'_, T> {
@@ -123,20 +139,22 @@ impl<T: Real> Task for Admit<'_, T> {
     #[inline(always)]
     fn run<L: Level>(self) {
         let Online { max: old, sum } = &mut *self.online;
-        let max = largest::<T, L>(load_row::<T, L>(old), self.scores);
+        let scale = T::Vector::<L>::splat(T::of(self.scale));
+        let max = largest::<T, L>(load_row::<T, L>(old), self.scores, scale);
         let (factors, grew) = factors::<T, L>(load_row::<T, L>(old), max);
         if grew {
-            scale::<T, L>(sum, factors);
+            rescale::<T, L>(sum, factors);
             for out in self.out.chunks_exact_mut(LANES) {
-                scale::<T, L>(out, factors);
+                rescale::<T, L>(out, factors);
             }
         }
         // A chunk is summed by itself: fewer roundings than adding every key to all that came before.
         let mut sums = [T::Vector::<L>::splat(T::ZERO); VECTORS];
+        let negative = negative::<T, L>(max);
         for scores in self.scores.chunks_exact_mut(LANES) {
             let mut row = load_row::<T, L>(scores);
             for vector in 0..VECTORS {
-                row[vector] = row[vector].minus(max[vector]).exponential();
+                row[vector] = row[vector].times_plus(scale, negative[vector]).exponential();
                 sums[vector] = row[vector].plus(sums[vector]);
             }
             store_row::<T, L>(row, scores);
@@ -146,15 +164,28 @@ impl<T: Real> Task for Admit<'_, T> {
     }
 }
 
+/// The largest of `max` and of the scores, which are `products` times `scale`.
 #[inline(always)]
-fn largest<T: Real, L: Level>(mut max: Row<T, L>, scores: &[T]) -> Row<T, L> {
-    for scores in scores.chunks_exact(LANES) {
-        let row = load_row::<T, L>(scores);
+fn largest<T: Real, L: Level>(max: Row<T, L>, products: &[T], scale: T::Vector<L>) -> Row<T, L> {
+    let mut top = [T::Vector::<L>::splat(T::MINUS_INFINITY); VECTORS];
+    for products in products.chunks_exact(LANES) {
+        let row = load_row::<T, L>(products);
         for vector in 0..VECTORS {
-            max[vector] = row[vector].larger(max[vector]);
+            top[vector] = row[vector].larger(top[vector]);
         }
     }
-    max
+    for vector in 0..VECTORS {
+        top[vector] = top[vector].times(scale).larger(max[vector]);
+    }
+    top
+}
+
+#[inline(always)]
+pub(super) fn negative<T: Real, L: Level>(mut row: Row<T, L>) -> Row<T, L> {
+    for vector in &mut row {
+        *vector = T::Vector::<L>::splat(T::ZERO).minus(*vector);
+    }
+    row
 }
 
 /// What sums over the old maximum are worth over the new one, and whether any maximum grew.
@@ -169,7 +200,7 @@ fn factors<T: Real, L: Level>(old: Row<T, L>, max: Row<T, L>) -> (Row<T, L>, boo
 }
 
 #[inline(always)]
-fn scale<T: Real, L: Level>(lanes: &mut [T], factors: Row<T, L>) {
+fn rescale<T: Real, L: Level>(lanes: &mut [T], factors: Row<T, L>) {
     let mut row = load_row::<T, L>(lanes);
     for vector in 0..VECTORS {
         row[vector] = row[vector].times(factors[vector]);

@@ -4,7 +4,7 @@ use super::backward::{Given, backward};
 use super::forward::forward;
 use super::problem::Problem;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
-use clearform_ops::simd::Element;
+use clearform_ops::simd::{Element, Factor, Pair, multiplies_pairs};
 use half::bf16;
 use std::sync::OnceLock;
 
@@ -21,9 +21,9 @@ impl Softmax {
         Self { problem, scales: OnceLock::new() }
     }
 
-    fn forward<E: Element>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+    fn forward<E: Element, F: Factor<Sum = E::Work>>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
         let [query, key, value] = inputs.map(|(storage, layout)| contiguous::<E>(storage, layout));
-        let (out, scales) = forward(&self.problem, [query?, key?, value?]);
+        let (out, scales) = forward::<E, F>(&self.problem, [query?, key?, value?]);
         // The same operation on the same tensors gives the same scales, so whoever set them first is right.
         self.scales.get_or_init(|| scales.into_iter().map(|scale| scale.map(|value| value.to_f64())).collect());
         Ok(E::to_cpu_storage_owned(out))
@@ -63,9 +63,10 @@ impl CustomOp3 for Softmax {
     ) -> Result<(CpuStorage, Shape)> {
         let inputs = [(query, query_layout), (key, key_layout), (value, value_layout)];
         let out = match query {
-            CpuStorage::F32(_) => self.forward::<f32>(inputs)?,
-            CpuStorage::F64(_) => self.forward::<f64>(inputs)?,
-            CpuStorage::BF16(_) => self.forward::<bf16>(inputs)?,
+            CpuStorage::F32(_) => self.forward::<f32, f32>(inputs)?,
+            CpuStorage::F64(_) => self.forward::<f64, f64>(inputs)?,
+            CpuStorage::BF16(_) if multiplies_pairs() => self.forward::<bf16, Pair>(inputs)?,
+            CpuStorage::BF16(_) => self.forward::<bf16, f32>(inputs)?,
             _ => bail!("attention has no kernel for this number format"),
         };
         Ok((out, query_layout.shape().clone()))

@@ -72,6 +72,11 @@ impl Problem {
         self.text_runs[entry].iter().cloned().map(whole).chain(image).chain(near).chain(pooled)
     }
 
+    /// What products of queries and keys are multiplied with.
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
     /// Values of the queries, of one batch entry and head.
     pub fn query_count(&self) -> usize {
         self.queries * self.head_dim

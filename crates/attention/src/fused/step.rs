@@ -2,9 +2,10 @@
 //! keys.
 
 use super::problem::{Problem, QueryTile, Visit};
-use super::product::{Product, Strided, load_row, store_row};
 use crate::tiles::LANES;
-use clearform_ops::simd::{self, Element, Level, Real, Task, Vector, dispatch};
+use clearform_ops::simd::{
+    self, Element, Factor, Level, Product, Real, Strided, Task, Vector, dispatch, load_row, store_row,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -34,23 +35,45 @@ impl<'a, E: Element> HeadView<'a, E> {
         &self.values[((entry * self.tokens + token) * self.heads + head) * self.head_dim..][..self.head_dim]
     }
 
-    /// All tokens, one after the other.
-    pub fn packed(&self) -> Vec<E::Work> {
-        let mut packed = Vec::with_capacity(self.tokens * self.head_dim);
+    /// All tokens as rows of factors along the channels.
+    ///
+    /// # Shapes
+    /// (tokens, head_dim / WIDTH).
+    pub fn rows<F: Factor<Sum = E::Work>>(&self) -> Vec<F> {
+        let mut rows = Vec::with_capacity(self.tokens * self.head_dim.div_ceil(F::WIDTH));
         for token in 0..self.tokens {
-            packed.extend(self.row(token).iter().map(|value| value.load()));
+            rows.extend(self.row(token).chunks(F::WIDTH).map(factor::<E, F>));
         }
-        packed
+        rows
+    }
+
+    /// All tokens as factors along the tokens.
+    ///
+    /// # Shapes
+    /// (tokens / WIDTH, head_dim).
+    pub fn columns<F: Factor<Sum = E::Work>>(&self) -> Vec<F> {
+        let mut columns = Vec::with_capacity(self.tokens.div_ceil(F::WIDTH) * self.head_dim);
+        for first in (0..self.tokens).step_by(F::WIDTH) {
+            let second = if F::WIDTH > 1 && first + 1 < self.tokens { self.row(first + 1) } else { &[] };
+            let pair = |(channel, value): (usize, &E)| {
+                F::of([value.load(), second.get(channel).map_or(E::Work::ZERO, |value| value.load())].into_iter())
+            };
+            columns.extend(self.row(first).iter().enumerate().map(pair));
+        }
+        columns
     }
 }
 
-/// Writes the rows of `tile` side by side, times `scale`: out[channel][lane]. Lanes without a query are 0.
-pub(super) fn load_lanes<E: Element>(out: &mut [E::Work], view: HeadView<'_, E>, tile: &QueryTile, scale: f64) {
-    out.fill(E::Work::ZERO);
-    let scale = E::Work::of(scale);
+fn factor<E: Element, F: Factor<Sum = E::Work>>(numbers: &[E]) -> F {
+    F::of(numbers.iter().map(|number| number.load()))
+}
+
+/// Writes the rows of `tile` side by side: out[channel / WIDTH][lane]. Lanes without a query are 0.
+pub(super) fn load_lanes<E: Element, F: Factor<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
+    out.fill(F::default());
     for (lane, token) in tile.queries.clone().enumerate() {
-        for (out, value) in out[lane..].iter_mut().step_by(LANES).zip(view.row(token)) {
-            *out = value.load() * scale;
+        for (out, numbers) in out[lane..].iter_mut().step_by(LANES).zip(view.row(token).chunks(F::WIDTH)) {
+            *out = factor(numbers);
         }
     }
 }
@@ -70,19 +93,20 @@ pub(super) fn chunks<'a>(
     })
 }
 
-/// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for `rows` (tokens, head_dim) of one head.
-pub(super) fn score<T: Real>(scores: &mut [T], rows: &[T], keys: &Range<usize>, lanes: &[T]) {
-    let head_dim = lanes.len() / LANES;
-    scores[..keys.len() * LANES].fill(T::ZERO);
-    let a = Strided { values: &rows[keys.start * head_dim..], row_step: head_dim, inner_step: 1 };
-    Product { rows: keys.len(), inner: head_dim, a, b: lanes, b_step: LANES }.add_to(scores, LANES);
+/// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head.
+pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], keys: &Range<usize>, lanes: &[F]) {
+    let steps = lanes.len() / LANES;
+    scores[..keys.len() * LANES].fill(F::Sum::ZERO);
+    let a = Strided { values: &rows[keys.start * steps..], row_step: steps, inner_step: 1 };
+    Product { rows: keys.len(), inner: steps, a, b: lanes, b_step: LANES }.add_to(scores, LANES);
 }
 
-/// out[channel][lane] += Σ rows(key, channel) · weights[key][lane].
-pub(super) fn gather<T: Real>(out: &mut [T], rows: &[T], keys: &Range<usize>, weights: &[T]) {
+/// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head; `weights`
+/// begin at the factor that holds `first`.
+pub(super) fn gather<F: Factor>(out: &mut [F::Sum], columns: &[F], first: usize, weights: &[F]) {
     let head_dim = out.len() / LANES;
-    let a = Strided { values: &rows[keys.start * head_dim..], row_step: 1, inner_step: head_dim };
-    Product { rows: head_dim, inner: keys.len(), a, b: weights, b_step: LANES }.add_to(out, LANES);
+    let a = Strided { values: &columns[first / F::WIDTH * head_dim..], row_step: 1, inner_step: head_dim };
+    Product { rows: head_dim, inner: weights.len() / LANES, a, b: weights, b_step: LANES }.add_to(out, LANES);
 }
 
 /// Sets scores of queries that do not see a key to -∞.

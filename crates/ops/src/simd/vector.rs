@@ -125,7 +125,7 @@ mod zmm {
 
     /// 16 f32 in one register of AVX-512.
     #[derive(Clone, Copy)]
-    pub struct Zmm(__m512);
+    pub struct Zmm(pub(in crate::simd) __m512);
 
     // SAFETY of every block below: the type is that of level `Avx512` alone, whose code `dispatch` runs only where the
     // processor has AVX-512 F; references to 16 numbers can be read and written whole.

@@ -1,0 +1,272 @@
+//! [`Factor`]: what products are made of, a number or a [`Pair`] of bf16 numbers. Knows no matrix.
+//!
+//! Two bf16 numbers side by side are multiplied with two others and added up in f32 by one instruction (VDPBF16PS) where
+//! the processor has it.
+
+use super::{Array, LANES, Level, Real, Vector};
+use std::marker::PhantomData;
+
+/// What is multiplied: one number, or some that are multiplied one by one and added up.
+pub trait Factor: Copy + Default + Send + Sync + 'static {
+    /// What products are summed in.
+    type Sum: Real;
+    /// 16 factors.
+    type Vector<L: Level>: Copy;
+
+    /// Numbers in a factor.
+    const WIDTH: usize;
+
+    /// The factor of up to [`Self::WIDTH`] numbers, rounded to nearest; those that lack are 0.
+    fn of(numbers: impl Iterator<Item = Self::Sum>) -> Self;
+
+    /// The same factor in all lanes.
+    fn splat<L: Level>(self) -> Self::Vector<L>;
+
+    /// What stands at `from`.
+    fn load<L: Level>(from: &[Self; LANES]) -> Self::Vector<L>;
+
+    /// sum + a · b.
+    fn multiply_add<L: Level>(
+        a: Self::Vector<L>,
+        b: Self::Vector<L>,
+        sum: <Self::Sum as Real>::Vector<L>,
+    ) -> <Self::Sum as Real>::Vector<L>;
+
+    /// Rows of `width` numbers as factors along the columns: [row][column] to [row / WIDTH][column]. `space` is used
+    /// where numbers are no factors themselves.
+    fn along_columns<'a>(numbers: &'a [Self::Sum], width: usize, space: &'a mut Vec<Self>) -> &'a [Self];
+}
+
+impl<T: Real> Factor for T {
+    type Sum = T;
+    type Vector<L: Level> = T::Vector<L>;
+
+    const WIDTH: usize = 1;
+
+    #[inline(always)]
+    fn of(mut numbers: impl Iterator<Item = T>) -> T {
+        numbers.next().unwrap_or(T::ZERO)
+    }
+
+    #[inline(always)]
+    fn splat<L: Level>(self) -> T::Vector<L> {
+        Vector::splat(self)
+    }
+
+    #[inline(always)]
+    fn load<L: Level>(from: &[T; LANES]) -> T::Vector<L> {
+        Vector::load(from)
+    }
+
+    #[inline(always)]
+    fn multiply_add<L: Level>(a: T::Vector<L>, b: T::Vector<L>, sum: T::Vector<L>) -> T::Vector<L> {
+        a.times_plus(b, sum)
+    }
+
+    fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>) -> &'a [T] {
+        numbers
+    }
+}
+
+/// Two bf16 numbers, the first in the low half.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct Pair(u32);
+
+impl Pair {
+    #[inline(always)]
+    fn new(first: f32, second: f32) -> Self {
+        Self(bf16_bits(first) | bf16_bits(second) << 16)
+    }
+
+    #[inline(always)]
+    fn halves(self) -> [f32; 2] {
+        [f32::from_bits(self.0 << 16), f32::from_bits(self.0 & 0xffff_0000)]
+    }
+}
+
+/// Rounded to nearest, ties to even. NaN stays one: what arithmetic makes has its low half empty.
+#[inline(always)]
+fn bf16_bits(number: f32) -> u32 {
+    let bits = number.to_bits();
+    bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16
+}
+
+impl Factor for Pair {
+    type Sum = f32;
+    type Vector<L: Level> = L::Pairs;
+
+    const WIDTH: usize = 2;
+
+    #[inline(always)]
+    fn of(mut numbers: impl Iterator<Item = f32>) -> Self {
+        let mut next = || numbers.next().unwrap_or(0.0);
+        Self::new(next(), next())
+    }
+
+    #[inline(always)]
+    fn splat<L: Level>(self) -> L::Pairs {
+        PairVector::splat(self)
+    }
+
+    #[inline(always)]
+    fn load<L: Level>(from: &[Self; LANES]) -> L::Pairs {
+        PairVector::load(from)
+    }
+
+    #[inline(always)]
+    fn multiply_add<L: Level>(a: L::Pairs, b: L::Pairs, sum: L::F32) -> L::F32 {
+        a.multiply_add(b, sum)
+    }
+
+    fn along_columns<'a>(numbers: &'a [f32], width: usize, space: &'a mut Vec<Self>) -> &'a [Self] {
+        space.clear();
+        for rows in numbers.chunks(2 * width) {
+            let (first, second) = rows.split_at(width);
+            match second {
+                [] => space.extend(first.iter().map(|number| Self::new(*number, 0.0))),
+                _ => space.extend(first.iter().zip(second).map(|(first, second)| Self::new(*first, *second))),
+            }
+        }
+        space
+    }
+}
+
+/// 16 pairs, whose products are summed in `S`.
+pub trait PairVector<S>: Copy {
+    /// The same pair in all lanes.
+    fn splat(pair: Pair) -> Self;
+
+    /// What stands at `from`.
+    fn load(from: &[Pair; LANES]) -> Self;
+
+    /// sum + the products of first with first and of second with second.
+    fn multiply_add(self, other: Self, sum: S) -> S;
+}
+
+/// The pairs as an array: two multiplications in f32.
+#[derive(Clone, Copy)]
+pub struct PairArray<L>([Pair; LANES], PhantomData<L>);
+
+impl<L: Level> PairVector<Array<f32, L>> for PairArray<L> {
+    #[inline(always)]
+    fn splat(pair: Pair) -> Self {
+        Self([pair; LANES], PhantomData)
+    }
+
+    #[inline(always)]
+    fn load(from: &[Pair; LANES]) -> Self {
+        Self(*from, PhantomData)
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, other: Self, sum: Array<f32, L>) -> Array<f32, L> {
+        let mut sums = [0.0; LANES];
+        sum.store(&mut sums);
+        for ((sum, ours), theirs) in sums.iter_mut().zip(self.0).zip(other.0) {
+            let ([a, c], [b, d]) = (ours.halves(), theirs.halves());
+            *sum = a.times_plus::<L>(b, c.times_plus::<L>(d, *sum));
+        }
+        Array::load(&sums)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use zmm::{Bf16Pairs, WidenedPairs};
+
+#[cfg(target_arch = "x86_64")]
+mod zmm {
+    use super::{LANES, Pair, PairVector};
+    use crate::simd::vector::Zmm;
+    use std::arch::x86_64::*;
+
+    /// 16 pairs in a register of a processor that multiplies them.
+    #[derive(Clone, Copy)]
+    pub struct Bf16Pairs(__m512i);
+
+    /// 16 pairs in a register of AVX-512 F alone: two multiplications in f32.
+    #[derive(Clone, Copy)]
+    pub struct WidenedPairs(__m512i);
+
+    // SAFETY of every block below: the types are those of levels `Avx512Bf16` and `Avx512` alone, whose code `dispatch`
+    // runs only where the processor has those instructions; references to 16 pairs can be read whole.
+    #[inline(always)]
+    fn splat(pair: Pair) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_epi32(pair.0 as i32) }
+    }
+
+    #[inline(always)]
+    fn load(from: &[Pair; LANES]) -> __m512i {
+        // SAFETY: see above; a pair is 32 bits.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    impl PairVector<Zmm> for Bf16Pairs {
+        #[inline(always)]
+        fn splat(pair: Pair) -> Self {
+            Self(splat(pair))
+        }
+
+        #[inline(always)]
+        fn load(from: &[Pair; LANES]) -> Self {
+            Self(load(from))
+        }
+
+        #[inline(always)]
+        fn multiply_add(self, other: Self, sum: Zmm) -> Zmm {
+            // SAFETY: see above; both types are 512 bits without meaning of their own.
+            unsafe {
+                let a = std::mem::transmute::<__m512i, __m512bh>(self.0);
+                let b = std::mem::transmute::<__m512i, __m512bh>(other.0);
+                Zmm(_mm512_dpbf16_ps(sum.0, a, b))
+            }
+        }
+    }
+
+    impl PairVector<Zmm> for WidenedPairs {
+        #[inline(always)]
+        fn splat(pair: Pair) -> Self {
+            Self(splat(pair))
+        }
+
+        #[inline(always)]
+        fn load(from: &[Pair; LANES]) -> Self {
+            Self(load(from))
+        }
+
+        #[inline(always)]
+        fn multiply_add(self, other: Self, sum: Zmm) -> Zmm {
+            // SAFETY: see above.
+            unsafe {
+                let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                let (a, b) = (_mm512_slli_epi32::<16>(self.0), _mm512_slli_epi32::<16>(other.0));
+                let (c, d) = (_mm512_and_si512(self.0, high), _mm512_and_si512(other.0, high));
+                let sums = _mm512_fmadd_ps(_mm512_castsi512_ps(c), _mm512_castsi512_ps(d), sum.0);
+                Zmm(_mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sums))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    #[test]
+    fn a_pair_rounds_as_bf16_does() {
+        let numbers = [0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, 3.0e38, f32::INFINITY, 1e-40, -7.77];
+        for number in numbers {
+            assert_eq!(Pair::of([number].into_iter()).halves()[0].to_bits(), bf16::from_f32(number).to_f32().to_bits());
+        }
+        assert!(Pair::new(f32::NAN, 0.0).halves()[0].is_nan());
+    }
+
+    #[test]
+    fn columns_are_paired_and_the_last_may_stand_alone() {
+        let (rows, mut space) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Vec::new());
+        let pairs = Pair::along_columns(&rows, 2, &mut space);
+        assert_eq!(pairs, [Pair::new(1.0, 3.0), Pair::new(2.0, 4.0), Pair::new(5.0, 0.0), Pair::new(6.0, 0.0)]);
+    }
+}
