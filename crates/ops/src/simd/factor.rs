@@ -32,7 +32,7 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
         sum: <Self::Sum as Real>::Vector<L>,
     ) -> <Self::Sum as Real>::Vector<L>;
 
-    /// Rows of `width` numbers as factors along the columns: [row][column] to [row / WIDTH][column]. `space` is used
+    /// Rows of `width` numbers as factors along the columns: `[row][column]` to `[row / WIDTH][column]`. `space` is used
     /// where numbers are no factors themselves.
     fn along_columns<'a>(numbers: &'a [Self::Sum], width: usize, space: &'a mut Vec<Self>) -> &'a [Self];
 }

@@ -24,7 +24,7 @@ pub struct Strided<'a, F> {
     pub inner_step: usize,
 }
 
-/// out[row][lane] += Σ a(row, inner) · b[inner][lane].
+/// `out[row][lane] += Σ a(row, inner) · b[inner][lane]`.
 #[derive(Debug)]
 pub struct Product<'a, F> {
     /// Rows of `a` and of the output.
