@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Compiles every kernel with NVRTC, without a GPU: PTX for compute_80 beside its source, and registers.json.
+
+    build_ptx.py LIBNVRTC            writes <kernel>/*.ptx and registers.json
+    build_ptx.py LIBNVRTC --check    writes nothing; compiles to sm_80 and holds registers and spills to BOUNDS
+
+LIBNVRTC is libnvrtc.so.12 of the wheel nvidia-cuda-nvrtc-cu12==12.4.*
+"""
+import ctypes
+import hashlib
+import json
+import pathlib
+import re
+import sys
+
+HERE = pathlib.Path(__file__).parent
+COMMON = {"clear_attention": ["prelude.cuh", "clear_attention/common.cuh"]}
+OPTIONS = ["--std=c++17", "--use_fast_math", "--device-as-default-execution-space"]
+# Registers per thread above which a block of 128 (or fewer warps than meant) would lose residence; no entry may spill.
+BOUNDS = [(r"(forward|query)_.*_128", 255), (r"forward_.*_64", 128), (r"(query|key)_", 255), (r"", 64)]
+
+
+def sources(unit):
+    return COMMON.get(unit.parent.name, ["prelude.cuh"]) + [str(unit.relative_to(HERE))]
+
+
+def text(unit):
+    return "".join((HERE / name).read_text() for name in sources(unit))
+
+
+def compiled(nvrtc, unit, architecture, kind):
+    """The PTX or cubin of a source, and the compiler's log."""
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text(unit).encode(), unit.name.encode(), 0, None, None)
+    options = OPTIONS + [f"--gpu-architecture={architecture}"]
+    options += ["--ptxas-options=-v"] if kind == "CUBIN" else []
+    array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+    status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    log = fetched(nvrtc, program, "ProgramLog").decode().rstrip("\0")
+    if status != 0:
+        sys.exit(f"{unit}: {log}")
+    return fetched(nvrtc, program, kind), log
+
+
+def fetched(nvrtc, program, kind):
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer)
+    return buffer.raw
+
+
+def usage(log):
+    """Entry point -> registers and spilled bytes, from ptxas' log."""
+    found, name = {}, None
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)'", line):
+            name = entry[1]
+        if spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[name] = {"stack": int(spills[1]), "spill_stores": int(spills[2]), "spill_loads": int(spills[3])}
+        if registers := re.search(r"Used (\d+) registers", line):
+            found[name]["registers"] = int(registers[1])
+    return found
+
+
+def bound(name):
+    return next(limit for pattern, limit in BOUNDS if re.match(pattern, name))
+
+
+def check(units, report):
+    broken = []
+    for unit, entries in report.items():
+        for name, used in entries.items():
+            spills = used["spill_stores"] + used["spill_loads"] + used["stack"]
+            print(f"{unit} {name}: {used['registers']} registers (at most {bound(name)}), {spills} bytes spilled")
+            if spills or used["registers"] > bound(name):
+                broken.append(name)
+    declared = {name for unit in units for name in re.findall(r"^ENTRY\((\w+)", unit.read_text(), re.M)}
+    missing = declared - {name for entries in report.values() for name in entries}
+    if broken or missing:
+        sys.exit(f"over their bounds: {broken}; not compiled: {sorted(missing)}")
+
+
+def main():
+    nvrtc = ctypes.CDLL(sys.argv[1])
+    units, report = sorted(HERE.glob("*/*.cu")), {}
+    for unit in units:
+        report[str(unit.relative_to(HERE))] = usage(compiled(nvrtc, unit, "sm_80", "CUBIN")[1])
+        if "--check" not in sys.argv:
+            ptx = compiled(nvrtc, unit, "compute_80", "PTX")[0].decode().rstrip("\0")
+            digest = hashlib.sha256(text(unit).encode()).hexdigest()
+            unit.with_suffix(".ptx").write_text(f"// sources sha256 {digest}\n{ptx}")
+    if "--check" not in sys.argv:
+        (HERE / "registers.json").write_text(json.dumps(report, indent=1) + "\n")
+    check(units, report)
+    print(f"{sum(map(len, report.values()))} entry points compiled for sm_80")
+
+
+if __name__ == "__main__":
+    main()
