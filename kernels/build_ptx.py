@@ -25,7 +25,7 @@ def sources(unit):
 
 
 def text(unit):
-    return "".join((HERE / name).read_text() for name in sources(unit))
+    return "".join((HERE / name).read_text(encoding="utf-8") for name in sources(unit))
 
 
 def compiled(nvrtc, unit, architecture, kind):
@@ -75,7 +75,7 @@ def check(units, report):
             print(f"{unit} {name}: {used['registers']} registers (at most {bound(name)}), {spills} bytes spilled")
             if spills or used["registers"] > bound(name):
                 broken.append(name)
-    declared = {name for unit in units for name in re.findall(r"^ENTRY\((\w+)", unit.read_text(), re.M)}
+    declared = {name for unit in units for name in re.findall(r"^ENTRY\((\w+)", unit.read_text(encoding="utf-8"), re.M)}
     missing = declared - {name for entries in report.values() for name in entries}
     if broken or missing:
         sys.exit(f"over their bounds: {broken}; not compiled: {sorted(missing)}")
@@ -89,9 +89,9 @@ def main():
         if "--check" not in sys.argv:
             ptx = compiled(nvrtc, unit, "compute_80", "PTX")[0].decode().rstrip("\0")
             digest = hashlib.sha256(text(unit).encode()).hexdigest()
-            unit.with_suffix(".ptx").write_text(f"// sources sha256 {digest}\n{ptx}")
+            unit.with_suffix(".ptx").write_text(f"// sources sha256 {digest}\n{ptx}", encoding="utf-8")
     if "--check" not in sys.argv:
-        (HERE / "registers.json").write_text(json.dumps(report, indent=1) + "\n")
+        (HERE / "registers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     check(units, report)
     print(f"{sum(map(len, report.values()))} entry points compiled for sm_80")
 

@@ -9,8 +9,23 @@ typedef long long i64;
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Parameters p)
 #define INLINE __device__ __forceinline__
 
-struct Bf16 {};
-struct F16 {};
+// Kinds of numbers, and how many of them 16 bytes hold.
+struct Bf16 {
+    typedef u16 Stored;
+    static constexpr int PER_LOAD = 8;
+};
+struct F16 {
+    typedef u16 Stored;
+    static constexpr int PER_LOAD = 8;
+};
+struct F32 {
+    typedef float Stored;
+    static constexpr int PER_LOAD = 4;
+};
+
+struct __align__(16) Four {
+    u32 word[4];
+};
 
 extern __shared__ __align__(128) u8 dynamic_memory[];
 INLINE u8* shared_memory() { return dynamic_memory; }
@@ -40,6 +55,9 @@ INLINE u32 pack(float low, float high, Bf16) {
     return out;
 }
 
+INLINE u32 bits_of(float x) { return __float_as_uint(x); }
+INLINE float float_of(u32 x) { return __uint_as_float(x); }
+
 INLINE u32 pack(float low, float high, F16) {
     u32 out;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
@@ -54,11 +72,47 @@ INLINE float number(u16 x, F16) {
     return y;
 }
 
+// 16 bytes of global memory as numbers, and back.
+template <class T>
+INLINE void load(float (&to)[8], const u16* from, T type) {
+    Four four = *(const Four*)from;
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = number((u16)(four.word[i / 2] >> (i % 2 * 16)), type);
+}
+
+template <class T>
+INLINE void store(u16* to, const float (&from)[8], T type) {
+    Four four;
+#pragma unroll
+    for (int i = 0; i < 4; i++) four.word[i] = pack(from[2 * i], from[2 * i + 1], type);
+    *(Four*)to = four;
+}
+
+INLINE void load(float (&to)[4], const float* from, F32) {
+    Four four = *(const Four*)from;
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i] = float_of(four.word[i]);
+}
+
+INLINE void store(float* to, const float (&from)[4], F32) {
+    Four four;
+#pragma unroll
+    for (int i = 0; i < 4; i++) four.word[i] = bits_of(from[i]);
+    *(Four*)to = four;
+}
+
 // 16 bytes from global to shared memory, or zeros.
 INLINE void copy_async(void* to, const void* from, bool valid) {
     u32 address = (u32)__cvta_generic_to_shared(to);
     int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+
+// 4 bytes, or zeros.
+INLINE void copy_word_async(void* to, const void* from, bool valid) {
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -2,44 +2,39 @@
 // Four warps share a tile, 16 rows each. In a 16 x 8 product a lane holds columns 2t and 2t + 1 of rows g and g + 8,
 // with g = lane / 4 and t = lane % 4.
 constexpr int TILE = 64;
+constexpr int HALF = 32;
 constexpr int THREADS = 128;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// Rows that one block computes: [first, first + count) against entries [begin, end). With slot >= 0 the result is a part.
+// Rows that one block computes: [first, first + count), at most 64, against entries [begin, end), at least one. With
+// slot >= 0 the result is a part.
 struct Work {
     int first, count, begin, end, slot;
 };
 
-// Rows that are visited: [first, first + count). cover: 0 each sees each, 1 the distance decides, 2 padded text.
+// Columns that are visited: [first, first + count), at most 64. `mask` is WHOLE, or the number of a mask, or -2 - i for
+// the mask of text tile i of this batch entry.
 struct Entry {
-    int first;
-    short count, cover;
+    int first, count, mask;
 };
-enum { WHOLE = 0, DISC = 1, PADDED = 2 };
+constexpr int WHOLE = -1;
 
-// Where tokens lie: `places` holds row << 16 | column of image tokens, `visible` (batch, text) a byte per text token.
-struct Plane {
-    const int* places;
-    const u8* visible;
-    int text, limit;
+// What a block of rows visits. A mask is a word per thread: bit 4 i + j for row 16 warp + g + j / 2 · 8 and column
+// 8 i + 2 t + j % 2. `padding` is (batch, text_tiles) masks.
+struct Lists {
+    const Work* work;
+    const Entry* entries;
+    const u32* masks;
+    const u32* padding;
+    int text_tiles;
 };
-constexpr int HIDDEN = -1;
 
-// Key `index` of a tile as the mask needs it: its place, or HIDDEN.
-INLINE int key_mark(const Plane& plane, Entry pair, int key, bool inside) {
-    if (!inside) return HIDDEN;
-    if (pair.cover == PADDED) return plane.visible[(i64)blockIdx.z * plane.text + key] ? 0 : HIDDEN;
-    return pair.cover == DISC ? plane.places[key - plane.text] : 0;
-}
-
-INLINE int query_place(const Plane& plane, int query, bool inside) {
-    return inside && query >= plane.text && plane.limit > 0 ? plane.places[query - plane.text] : 0;
-}
-
-INLINE bool sees(int query, int key, int limit, int cover) {
-    int dy = (query >> 16) - (key >> 16), dx = (query & 0xffff) - (key & 0xffff);
-    return key != HIDDEN && (cover != DISC || dy * dy + dx * dx < limit);
+INLINE u32 seen(const Lists& lists, int mask) {
+    if (mask == WHOLE) return ~0u;
+    i64 text = (i64)blockIdx.z * lists.text_tiles - 2 - mask;
+    const u32* from = mask >= 0 ? lists.masks + (i64)mask * THREADS : lists.padding + text * THREADS;
+    return from[threadIdx.x];
 }
 
 // Bytes from the start of a tile to eight numbers of a row; chunks change places so that ldmatrix meets every bank once.
@@ -49,10 +44,10 @@ INLINE int offset(int row, int chunk) {
 }
 
 // Starts the copy of rows of one head; those from `count` on become zeros.
-template <int D>
+template <int D, int ROWS>
 INLINE void load_tile(u8* to, const u16* from, i64 stride, int count) {
 #pragma unroll
-    for (int i = 0; i < TILE * D / 8 / THREADS; i++) {
+    for (int i = 0; i < ROWS * D / 8 / THREADS; i++) {
         int index = i * THREADS + threadIdx.x, row = index / (D / 8), chunk = index % (D / 8);
         bool inside = row < count;
         copy_async(to + offset<D>(row, chunk), from + (inside ? row : 0) * stride + chunk * 8, inside);
@@ -80,24 +75,33 @@ INLINE void right_of_columns(u32 (&to)[4], const u8* tile, int first_row, int st
     load_matrices_transposed(to, tile + offset<D>(first_row + lane % 16, step * 2 + lane / 16));
 }
 
-// Columns 16 · step .. of a product, as the left side of the next one.
-template <class T>
-INLINE void pack_left(u32 (&to)[4], const float (&a)[4], const float (&b)[4], T type) {
-    to[0] = pack(a[0], a[1], type);
-    to[1] = pack(a[2], a[3], type);
-    to[2] = pack(b[0], b[1], type);
-    to[3] = pack(b[2], b[3], type);
+// sums += left (16 x 16 of D, at `step`) · transpose of rows [first_row, + 8 N) of `tile`.
+template <class T, int D, int N>
+INLINE void add_scores(float (&sums)[N][4], const u32 (&a)[4], const u8* tile, int first_row, int step, T type) {
+#pragma unroll
+    for (int pair = 0; pair < N / 2; pair++) {
+        u32 b[4];
+        right_of_rows<D>(b, tile, first_row + pair * 16, step);
+        multiply_add(sums[2 * pair], a, b[0], b[1], type);
+        multiply_add(sums[2 * pair + 1], a, b[2], b[3], type);
+    }
 }
 
-// sums += left (16 x 16) · rows [first_row, +16) of `tile`, D wide.
-template <class T, int D>
-INLINE void add_product(float (&sums)[D / 8][4], const u32 (&a)[4], const u8* tile, int first_row, T type) {
+// sums += weights (16 x 8 N, rounded) · rows [first_row, + 8 N) of `tile`, D wide.
+template <class T, int D, int N>
+INLINE void add_product(float (&sums)[D / 8][4], const float (&weights)[N][4], const u8* tile, int first_row, T type) {
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        u32 b[4];
-        right_of_columns<D>(b, tile, first_row, step);
-        multiply_add(sums[2 * step], a, b[0], b[1], type);
-        multiply_add(sums[2 * step + 1], a, b[2], b[3], type);
+    for (int pair = 0; pair < N / 2; pair++) {
+        const float(&low)[4] = weights[2 * pair], (&high)[4] = weights[2 * pair + 1];
+        u32 a[4] = {pack(low[0], low[1], type), pack(low[2], low[3], type), pack(high[0], high[1], type),
+                    pack(high[2], high[3], type)};
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            u32 b[4];
+            right_of_columns<D>(b, tile, first_row + pair * 16, step);
+            multiply_add(sums[2 * step], a, b[0], b[1], type);
+            multiply_add(sums[2 * step + 1], a, b[2], b[3], type);
+        }
     }
 }
 
@@ -138,5 +142,11 @@ INLINE void clear(float (&sums)[N][4]) {
         for (int j = 0; j < 4; j++) sums[i][j] = 0;
 }
 
-// Number of a part: (batch, head, slot).
-INLINE i64 part_of(int slot, int slots) { return ((i64)blockIdx.z * gridDim.y + blockIdx.y) * slots + slot; }
+// Number of this head among all: tensors of (batch, heads, ..) are counted by it.
+INLINE i64 head() { return (i64)blockIdx.z * gridDim.y + blockIdx.y; }
+
+// Where a token of this head begins in (batch, tokens, heads, D).
+template <int D>
+INLINE i64 place(int tokens, int token) {
+    return (((i64)blockIdx.z * tokens + token) * gridDim.y + blockIdx.y) * D;
+}

@@ -7,9 +7,7 @@ struct Forward {
     float* lse;                     // (batch, heads, queries), natural
     float* parts;                   // (batch, heads, slots, 64, D)
     float* part_lse;                // (batch, heads, slots, 64), base 2
-    const Work* work;
-    const Entry* entries;
-    Plane plane;
+    Lists lists;
     int queries, keys, slots;
     float scale; // 1 / sqrt(D) in base 2
 };
@@ -48,54 +46,39 @@ INLINE void soften(float (&scores)[TILE / 8][4], float (&sums)[D / 8][4], Runnin
     }
 }
 
-INLINE void mask(float (&scores)[TILE / 8][4], const int* marks, const int (&places)[2], int limit, int cover) {
-    int column = threadIdx.x % 4 * 2;
+INLINE void hide(float (&scores)[TILE / 8][4], u32 seen) {
 #pragma unroll
     for (int i = 0; i < TILE / 8; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            if (!sees(places[j / 2], marks[i * 8 + column + j % 2], limit, cover)) scores[i][j] = -infinity();
+            if (!(seen >> (4 * i + j) & 1)) scores[i][j] = -infinity();
 }
 
-template <class T, int D>
+template <int D>
 struct Tiles {
     static constexpr int BYTES = TILE * D * 2;
     u8* memory;
     INLINE u8* key(int stage) const { return memory + stage * BYTES; }
     INLINE u8* value(int stage) const { return memory + (2 + stage) * BYTES; }
-    INLINE int* marks(int stage) const { return (int*)(memory + 4 * BYTES) + stage * TILE; }
 
     INLINE void load(const Forward& p, Entry entry, int stage) const {
-        i64 stride = (i64)gridDim.y * D, from = ((i64)blockIdx.z * p.keys + entry.first) * stride + blockIdx.y * D;
-        load_tile<D>(key(stage), p.key + from, stride, entry.count);
-        load_tile<D>(value(stage), p.value + from, stride, entry.count);
-        int row = threadIdx.x;
-        if (row < TILE) marks(stage)[row] = key_mark(p.plane, entry, entry.first + row, row < entry.count);
+        i64 from = place<D>(p.keys, entry.first), stride = (i64)gridDim.y * D;
+        load_tile<D, TILE>(key(stage), p.key + from, stride, entry.count);
+        load_tile<D, TILE>(value(stage), p.value + from, stride, entry.count);
+        commit_copies();
     }
 };
 
 template <class T, int D>
-INLINE void visit(const Forward& p, const Tiles<T, D>& tiles, int stage, Entry entry, const u32 (&query)[D / 16][4],
-                  const int (&places)[2], float (&sums)[D / 8][4], Running& running) {
+INLINE void visit(const u8* key, const u8* value, const u32 (&query)[D / 16][4], bool whole, u32 seen, float scale,
+                  float (&sums)[D / 8][4], Running& running) {
     float scores[TILE / 8][4];
     clear(scores);
 #pragma unroll
-    for (int step = 0; step < D / 16; step++)
-#pragma unroll
-        for (int pair = 0; pair < TILE / 16; pair++) {
-            u32 b[4];
-            right_of_rows<D>(b, tiles.key(stage), pair * 16, step);
-            multiply_add(scores[2 * pair], query[step], b[0], b[1], T());
-            multiply_add(scores[2 * pair + 1], query[step], b[2], b[3], T());
-        }
-    if (entry.cover != WHOLE || entry.count < TILE) mask(scores, tiles.marks(stage), places, p.plane.limit, entry.cover);
-    soften<D>(scores, sums, running, p.scale);
-#pragma unroll
-    for (int pair = 0; pair < TILE / 16; pair++) {
-        u32 a[4];
-        pack_left(a, scores[2 * pair], scores[2 * pair + 1], T());
-        add_product<T, D>(sums, a, tiles.value(stage), pair * 16, T());
-    }
+    for (int step = 0; step < D / 16; step++) add_scores<T, D>(scores, query[step], key, 0, step, T());
+    if (!whole) hide(scores, seen);
+    soften<D>(scores, sums, running, scale);
+    add_product<T, D>(sums, scores, value, 0, T());
 }
 
 template <class T, int D>
@@ -110,53 +93,47 @@ INLINE void finish(const Forward& p, Work work, float (&sums)[D / 8][4], Running
         scale[half] = sum > 0 ? 1 / sum : 0;
         lse[half] = sum > 0 ? running.maximum[half] + log2_of(sum) : -infinity();
     }
-    i64 part = part_of(work.slot, p.slots), stride = (i64)gridDim.y * D;
-    float* to = work.slot >= 0 ? p.part_lse + part * TILE
-                               : p.lse + ((i64)blockIdx.z * gridDim.y + blockIdx.y) * p.queries + work.first;
-    float unit = work.slot >= 0 ? 1 : LN_2;
+    bool whole = work.slot < 0;
+    i64 part = head() * p.slots + work.slot;
+    float* to = whole ? p.lse + head() * p.queries + work.first : p.part_lse + part * TILE;
     for (int half = 0; half < 2; half++)
-        if (lane % 4 == 0 && first + half * 8 < work.count) to[first + half * 8] = lse[half] * unit;
-    if (work.slot >= 0) {
+        if (lane % 4 == 0 && first + half * 8 < work.count) to[first + half * 8] = lse[half] * (whole ? LN_2 : 1);
+    if (whole)
+        store<T, D>(p.out + place<D>(p.queries, work.first), (i64)gridDim.y * D, work.count, sums, scale, T());
+    else
         store_part<D>(p.parts + part * TILE * D, sums, scale);
-    } else {
-        u16* out = p.out + ((i64)blockIdx.z * p.queries + work.first) * stride + blockIdx.y * D;
-        store<T, D>(out, stride, work.count, sums, scale, T());
-    }
 }
 
 template <class T, int D>
 INLINE void forward(const Forward& p) {
-    Tiles<T, D> tiles = {shared_memory()};
-    Work work = p.work[blockIdx.x];
-    i64 stride = (i64)gridDim.y * D;
-    const u16* from = p.query + ((i64)blockIdx.z * p.queries + work.first) * stride + blockIdx.y * D;
-    load_tile<D>(tiles.key(1), from, stride, work.count); // free until the second entry
-    tiles.load(p, p.entries[work.begin], 0);
+    Tiles<D> tiles = {shared_memory()};
+    Work work = p.lists.work[blockIdx.x];
+    u8* staged = tiles.key(1); // free until the second entry
+    load_tile<D, TILE>(staged, p.query + place<D>(p.queries, work.first), (i64)gridDim.y * D, work.count);
     commit_copies();
-    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, places[2];
-    for (int half = 0; half < 2; half++)
-        places[half] = query_place(p.plane, work.first + row + half * 8, row + half * 8 < work.count);
-    wait_copies<0>();
+    Entry next = p.lists.entries[work.begin];
+    tiles.load(p, next, 0);
+    u32 next_seen = seen(p.lists, next.mask);
+    wait_copies<1>();
     __syncthreads();
     u32 query[D / 16][4];
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) left<D>(query[step], tiles.key(1), step);
-    __syncthreads();
+    for (int step = 0; step < D / 16; step++) left<D>(query[step], staged, step);
     float sums[D / 8][4];
     clear(sums);
     Running running = {{-infinity(), -infinity()}, {0, 0}};
     for (int i = work.begin; i < work.end; i++) {
         int stage = (i - work.begin) & 1;
+        bool whole = next.mask == WHOLE;
+        u32 bits = next_seen;
+        wait_copies<0>();
+        __syncthreads(); // what the other stage held has been used by all
         if (i + 1 < work.end) {
-            tiles.load(p, p.entries[i + 1], stage ^ 1);
-            commit_copies();
-            wait_copies<1>();
-        } else {
-            wait_copies<0>();
+            next = p.lists.entries[i + 1];
+            tiles.load(p, next, stage ^ 1);
+            next_seen = seen(p.lists, next.mask);
         }
-        __syncthreads();
-        visit<T, D>(p, tiles, stage, p.entries[i], query, places, sums, running);
-        __syncthreads();
+        visit<T, D>(tiles.key(stage), tiles.value(stage), query, whole, bits, p.scale, sums, running);
     }
     finish<T, D>(p, work, sums, running);
 }
@@ -164,8 +141,8 @@ INLINE void forward(const Forward& p) {
 // Joins the parts [begin, end) of a query tile: out = Σ 2^(lse_i - lse) out_i.
 template <class T, int D>
 INLINE void merge(const Forward& p) {
-    Work work = p.work[blockIdx.x];
-    i64 stride = (i64)gridDim.y * D, first = part_of(work.begin, p.slots);
+    Work work = p.lists.work[blockIdx.x];
+    i64 first = head() * p.slots + work.begin;
     int parts = work.end - work.begin;
     for (int index = threadIdx.x; index < work.count * D / 2; index += THREADS) {
         int row = index / (D / 2), column = index % (D / 2) * 2;
@@ -180,11 +157,9 @@ INLINE void merge(const Forward& p) {
             high += weight * part[1];
         }
         float scale = total > 0 ? 1 / total : 0;
-        u16* out = p.out + ((i64)blockIdx.z * p.queries + work.first + row) * stride + blockIdx.y * D + column;
-        *(u32*)out = pack(low * scale, high * scale, T());
+        *(u32*)(p.out + place<D>(p.queries, work.first + row) + column) = pack(low * scale, high * scale, T());
         if (column == 0)
-            p.lse[((i64)blockIdx.z * gridDim.y + blockIdx.y) * p.queries + work.first + row] =
-                (total > 0 ? top + log2_of(total) : -infinity()) * LN_2;
+            p.lse[head() * p.queries + work.first + row] = (total > 0 ? top + log2_of(total) : -infinity()) * LN_2;
     }
 }
 
