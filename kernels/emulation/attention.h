@@ -275,13 +275,12 @@ void check_case(Case of, Accuracy (&accuracy)[4]) {
                          Typed<T>::random(scene.keys * per_token, source), Typed<T>::random(scene.queries * per_token, source)};
     Numbers exact[4] = {Typed<T>::numbers(in[0]), Typed<T>::numbers(in[1]), Typed<T>::numbers(in[2]), Typed<T>::numbers(in[3])};
     Plain want(scene, D, exact, [](double x) { return x; }), rough(scene, D, exact, Typed<T>::round);
+    std::string name = of.name() + ", D " + std::to_string(D);
     machine.late_copies = machine.reversed = false;
     Run<T, D> got(scene, in);
+    expect(got.walled(), name + ": written behind an end");
     machine.late_copies = machine.reversed = true;
-    Run<T, D> again(scene, in);
-    std::string name = of.name() + ", D " + std::to_string(D);
-    expect(got == again, name + ": results depend on the order of threads and copies");
-    expect(got.walled() && again.walled(), name + ": written behind an end");
+    if (of.height < 16) expect(Run<T, D>(scene, in) == got, name + ": depends on the order of threads and copies");
     accuracy[0].compare(name + ", out", Typed<T>::numbers(got.out), want.out, rough.out, D);
     accuracy[1].compare(name + ", query", Typed<T>::numbers(got.query), want.query, rough.query, D);
     accuracy[2].compare(name + ", key", Typed<T>::numbers(got.key), want.key, rough.key, D);

@@ -5,15 +5,22 @@ static std::vector<Case> cases() {
     std::vector<Case> out;
     for (auto [height, width] : {std::pair(5, 8), {13, 7}, {1, 40}, {16, 16}})
         for (int text : {0, 7, 70})
-            for (double radius : {0., 1.5, 3., 8., 50.})
-                out.push_back({1 + (text == 7), 1 + (radius == 3), text, height, width, radius == 8 ? 6 : 0, radius,
-                               text && radius != 3 ? text / 2 + 3 : 0, radius == 3 ? 1 : radius == 8 ? 3 : 64});
+            for (double radius : {0., 1.5, 3., 8., 50.}) {
+                if (height == 16 && (text == 7 || radius == 1.5 || radius == 50)) continue;
+                Case of = {1, 1, text, height, width, 0, radius, 0, 64};
+                if (text == 7 || height == 5) of.batch = 2;
+                if (radius == 3 && height < 16) of.heads = 2;
+                if (radius == 1.5) of.longest = 1;
+                if (radius == 8) of.longest = 2, of.pooled = 6;
+                if (radius == 3 || radius == 50) of.hidden = text / 2 + text % 3;
+                out.push_back(of);
+            }
     return out;
 }
 
 int main() {
     std::vector<Case> all = cases(), few;
-    for (size_t i = 0; i < all.size(); i += 4) few.push_back(all[i]);
+    for (size_t i = 0; i < all.size(); i += 7) few.push_back(all[i]);
     check_attention<Bf16, 64>("bf16", all);
     check_attention<F16, 64>("f16", few);
     check_attention<Bf16, 128>("bf16", few);

@@ -179,15 +179,18 @@ template <class T>
 void multiply_add(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, T) {
     Product own = {sums, a, {b0, b1}};
     machine.together<Product>("mma", own, [](Product* const (&lane)[32]) {
-        float left[16][16], right[16][8], out[16][8] = {};
-        for (int i = 0; i < 32; i++)
-            for (int j = 0; j < 8; j++) left[i / 4 + j / 2 % 2 * 8][i % 4 * 2 + j / 4 * 8 + j % 2] = half_of(lane[i]->a[j / 2], j % 2, T());
-        for (int i = 0; i < 32; i++)
-            for (int j = 0; j < 4; j++) right[i % 4 * 2 + j / 2 * 8 + j % 2][i / 4] = half_of(lane[i]->b[j / 2], j % 2, T());
-        for (int k = 0; k < 16; k++)
-            for (int row = 0; row < 16; row++)
-                for (int column = 0; column < 8; column++) out[row][column] += left[row][k] * right[k][column];
-        for (int i = 0; i < 32; i++)
-            for (int j = 0; j < 4; j++) lane[i]->sums[j] += out[i / 4 + j / 2 * 8][i % 4 * 2 + j % 2];
+        float left[16][16], right[16][8];
+        for (int i = 0; i < 32; i++) {
+            int g = i / 4, t = i % 4;
+            for (int j = 0; j < 8; j++) left[g + j / 2 % 2 * 8][t * 2 + j / 4 * 8 + j % 2] = half_of(lane[i]->a[j / 2], j % 2, T());
+            for (int j = 0; j < 4; j++) right[t * 2 + j / 2 * 8 + j % 2][g] = half_of(lane[i]->b[j / 2], j % 2, T());
+        }
+        for (int row = 0; row < 16; row++) {
+            float out[8] = {};
+            for (int k = 0; k < 16; k++)
+                for (int column = 0; column < 8; column++) out[column] += left[row][k] * right[k][column];
+            for (int column = 0; column < 8; column++)
+                lane[row % 8 * 4 + column / 2]->sums[row / 8 * 2 + column % 2] += out[column];
+        }
     });
 }
