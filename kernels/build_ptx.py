@@ -14,14 +14,14 @@ import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
-COMMON = {"clear_attention": ["prelude.cuh", "clear_attention/common.cuh"]}
 OPTIONS = ["--std=c++17", "--use_fast_math", "--device-as-default-execution-space"]
 # Registers per thread above which a block of 128 (or fewer warps than meant) would lose residence; no entry may spill.
-BOUNDS = [(r"(forward|query)_.*_128", 255), (r"forward_.*_64", 128), (r"(query|key)_", 255), (r"", 64)]
+BOUNDS = [(r"(forward|query)_.*_128", 255), (r"forward_.*_64", 128), (r"(query|key)_", 255), (r"modulated_", 128), (r"", 64)]
 
 
 def sources(unit):
-    return COMMON.get(unit.parent.name, ["prelude.cuh"]) + [str(unit.relative_to(HERE))]
+    shared = "clear_attention/common.cuh" if unit.parent.name == "clear_attention" else "rows.cuh"
+    return ["prelude.cuh", shared, str(unit.relative_to(HERE))]
 
 
 def text(unit):

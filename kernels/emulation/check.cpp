@@ -1,5 +1,6 @@
 // Every kernel on the emulated device against its plain reference in double precision. Exit status 1 if one fails.
 #include "attention.h"
+#include "rows.h"
 
 static std::vector<Case> cases() {
     std::vector<Case> out;
@@ -19,6 +20,7 @@ static std::vector<Case> cases() {
 }
 
 int main() {
+    check_rows();
     std::vector<Case> all = cases(), few;
     for (size_t i = 0; i < all.size(); i += 7) few.push_back(all[i]);
     check_attention<Bf16, 64>("bf16", all);
