@@ -59,7 +59,7 @@ def usage(log):
         if spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             found[name] = {"stack": int(spills[1]), "spill_stores": int(spills[2]), "spill_loads": int(spills[3])}
         if registers := re.search(r"Used (\d+) registers", line):
-            found[name]["registers"] = int(registers[1])
+            found[name] |= {"registers": int(registers[1]), "at_most": bound(name)}
     return found
 
 
@@ -69,6 +69,8 @@ def bound(name):
 
 def check(units, report):
     broken = []
+    if json.loads((HERE / "registers.json").read_text(encoding="utf-8")) != report:
+        sys.exit("registers.json is stale: run build_ptx.py without --check")
     for unit, entries in report.items():
         for name, used in entries.items():
             spills = used["spill_stores"] + used["spill_loads"] + used["stack"]

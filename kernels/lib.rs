@@ -1,20 +1,52 @@
-//! The registry of CUDA kernels. A kernel is its source and what chooses it; nothing here knows a model or a tensor.
+//! The registry of CUDA kernels. A kernel is its source and the PTX that stands beside it; nothing here knows a model, a
+//! tensor or a device.
 //!
-//! The main type is [`Kernel`]. No kernel stands here yet: on a CUDA device every operation falls back on plain tensor
-//! algebra until the CUDA work adds a folder per kernel and a line per folder to [`KERNELS`].
+//! The main types are [`Kernel`] and [`clear_attention::Lists`], which is what attention visits. README.md says how a
+//! kernel is added and how it is checked where there is no GPU.
 
-/// One kernel: what it is called, and its CUDA source, which includes no header.
+pub mod clear_attention;
+mod gated_add;
+mod gelu;
+mod modulated_layer_norm;
+mod permute;
+mod rms_norm_rope;
+
+/// One source: what it is called, what it computes, and what it compiled to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernel {
-    /// Name of the folder and of the entry point.
+    /// Its file without the extension, under this crate.
     pub name: &'static str,
     /// One line for `clearform bench`: what it computes.
     pub summary: &'static str,
-    /// Text of `kernel.cu`.
-    pub source: &'static str,
+    /// Texts that a compiler gets one after the other; none includes a header.
+    pub sources: &'static [&'static str],
+    /// What NVRTC 12.4 made of them for compute capability 8.0, as `build_ptx.py` wrote it.
+    pub ptx: &'static str,
     /// Lowest compute capability it runs on, as major · 10 + minor.
     pub capability: u32,
 }
 
-/// Every kernel, alphabetically. Empty until the CUDA work fills it.
-pub const KERNELS: &[Kernel] = &[];
+impl Kernel {
+    /// Names of the entry points, in the order of the source.
+    pub fn entries(&self) -> impl Iterator<Item = &'static str> {
+        let lines = self.sources.iter().flat_map(|source| source.lines());
+        lines.filter_map(|line| line.strip_prefix("ENTRY(")?.split(',').next())
+    }
+}
+
+/// Every kernel, alphabetically.
+pub const KERNELS: &[Kernel] = &[
+    clear_attention::BACKWARD,
+    clear_attention::FORWARD,
+    gated_add::KERNEL,
+    gelu::KERNEL,
+    modulated_layer_norm::KERNEL,
+    permute::KERNEL,
+    rms_norm_rope::KERNEL,
+];
+
+const PRELUDE: &str = include_str!("prelude.cuh");
+const ROWS: &str = include_str!("rows.cuh");
+
+#[cfg(test)]
+mod tests;

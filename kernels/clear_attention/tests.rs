@@ -1,0 +1,188 @@
+use super::{Entry, Lists, Rows, Sequence, Text, Work, padding};
+use std::collections::HashMap;
+use std::fmt::Write;
+
+/// Places of a grid by patches of 8 x 8.
+fn patches(height: i32, width: i32) -> Vec<(i32, i32)> {
+    let patch = |top: i32, left: i32| {
+        (top..height.min(top + 8)).flat_map(move |row| (left..width.min(left + 8)).map(move |column| (row, column)))
+    };
+    let tops = (0..height).step_by(8);
+    tops.flat_map(|top| (0..width).step_by(8).map(move |left| (top, left))).flat_map(|(t, l)| patch(t, l)).collect()
+}
+
+fn raster(height: i32, width: i32) -> Vec<(i32, i32)> {
+    (0..height).flat_map(|row| (0..width).map(move |column| (row, column))).collect()
+}
+
+/// Whether a query sees a key, by the definition of the pattern.
+fn sees(sequence: &Sequence<'_>, query: usize, key: usize) -> bool {
+    let (text, end) = (sequence.text.tokens(), sequence.text.tokens() + sequence.places.len());
+    match (query < text, key < text, key < end, sequence.limit) {
+        (true, _, inside, _) => inside,
+        (_, true, ..) | (_, _, false, _) | (_, _, _, None) => true,
+        (_, _, _, Some(limit)) => {
+            let ((ay, ax), (by, bx)) = (sequence.places[query - text], sequence.places[key - text]);
+            (ay - by).pow(2) + (ax - bx).pow(2) < limit
+        }
+    }
+}
+
+/// The bit of (row, column) of a mask, as the kernels find it: thread by thread in the order of the tensor cores.
+fn bit(mask: &[u32], row: usize, column: usize) -> bool {
+    let lane = row % 8 * 4 + column % 8 / 2;
+    let thread = row / 16 * 32 + lane;
+    mask[thread] >> (column / 8 * 4 + row % 16 / 8 * 2 + column % 2) & 1 == 1
+}
+
+fn seen(lists: &Lists, padded: &[u32], entry: &Entry, row: usize, column: usize) -> bool {
+    match entry.mask {
+        Entry::WHOLE => true,
+        mask if mask >= 0 => bit(&lists.masks[mask as usize * 128..], row, column),
+        mask => bit(&padded[(-2 - mask) as usize * 128..], row, column),
+    }
+}
+
+/// How often each pair of a row and a column is computed.
+fn pairs(lists: &Lists, padded: &[u32]) -> HashMap<(usize, usize), usize> {
+    let mut found = HashMap::new();
+    for work in &lists.work {
+        for entry in &lists.entries[work.begin as usize..work.end as usize] {
+            assert!(entry.mask != Entry::WHOLE || entry.count == 64, "a whole entry has 64 columns");
+            for (row, column) in (0..work.count as usize).flat_map(|row| (0..64).map(move |column| (row, column))) {
+                if seen(lists, padded, entry, row, column) {
+                    assert!(column < entry.count as usize, "a mask reaches behind its columns");
+                    *found.entry((work.first as usize + row, entry.first as usize + column)).or_insert(0) += 1;
+                }
+            }
+        }
+    }
+    found
+}
+
+fn scenes() -> Vec<(Vec<(i32, i32)>, usize, usize, Option<i32>)> {
+    let grids = [(5, 8), (13, 7), (1, 40), (16, 16), (3, 70), (17, 9)];
+    let mut scenes = Vec::new();
+    for (height, width) in grids {
+        for (text, pooled) in [(0, 0), (7, 6), (70, 0)] {
+            for limit in [Some(3), Some(9), Some(64), Some(1 << 29), None] {
+                scenes.push((patches(height, width), text, pooled, limit));
+            }
+            scenes.push((raster(height, width), text, pooled, Some(20)));
+        }
+    }
+    scenes
+}
+
+#[test]
+fn each_pair_inside_the_window_is_computed_once_and_no_other() {
+    for (places, text, pooled, limit) in scenes() {
+        let sequence = Sequence { text: Text::Whole(text), places: &places, pooled, limit };
+        let (queries, keys) = (text + places.len(), text + places.len() + pooled);
+        let by_queries = pairs(&Lists::new(&sequence, Rows::Queries, 2), &[]);
+        let by_keys = pairs(&Lists::new(&sequence, Rows::Keys, 3), &[]);
+        for (query, key) in (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key))) {
+            let times = sees(&sequence, query, key).then_some(&1);
+            assert_eq!(by_queries.get(&(query, key)), times, "{query} {key} {sequence:?}");
+            assert_eq!(by_keys.get(&(key, query)), times, "{key} {query} {sequence:?}");
+        }
+        assert!(by_queries.keys().all(|(query, key)| *query < queries && *key < keys));
+    }
+}
+
+#[test]
+fn padded_text_is_hidden_from_all_and_sees_as_before() {
+    let places = patches(9, 13);
+    let sequence = Sequence { text: Text::Padded(70), places: &places, pooled: 0, limit: Some(10) };
+    let visible: Vec<bool> = (0..70).map(|token| token % 3 != 1 && token < 66).collect();
+    let tables = [Rows::Queries, Rows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
+    let by_queries = pairs(&Lists::new(&sequence, Rows::Queries, 64), &tables[0]);
+    for query in 0..70 + places.len() {
+        for key in 0..70 + places.len() {
+            let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
+            assert_eq!(by_queries.contains_key(&(query, key)), counts, "{query} {key}");
+        }
+    }
+    let lists = Lists::new(&sequence, Rows::Keys, 64);
+    let hidden = |work: &Work| {
+        let entries = &lists.entries[work.begin as usize..work.end as usize];
+        let row = |key: usize, entry: &Entry| seen(&lists, &tables[1], entry, key - work.first as usize, 0);
+        (work.first..work.first + work.count).all(|key| entries.iter().all(|entry| row(key as usize, entry) == visible[key as usize]))
+    };
+    assert!(lists.work.iter().filter(|work| work.first < 70).all(hidden));
+}
+
+#[test]
+fn parts_are_short_even_and_joined_in_order() {
+    let places = patches(64, 64);
+    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: Some(64) };
+    for rows in [Rows::Queries, Rows::Keys] {
+        let lists = Lists::new(&sequence, rows, 20);
+        let parts: Vec<&Work> = lists.work.iter().take_while(|work| work.slot >= 0).collect();
+        assert_eq!((parts.len(), lists.slots, lists.joins.len()), (32, 32, 8));
+        assert!(lists.work[32..].iter().all(|work| work.slot < 0 && work.end - work.begin <= 20));
+        assert!(parts.iter().all(|part| part.end - part.begin == 18), "72 tiles in 4 parts");
+        assert!(parts.iter().enumerate().all(|(slot, part)| part.slot == slot as i32));
+        for (number, join) in lists.joins.iter().enumerate() {
+            assert_eq!((join.first, join.begin, join.end), (number as i32 * 64, number as i32 * 4, number as i32 * 4 + 4));
+        }
+    }
+}
+
+#[test]
+fn rows_that_see_all_share_one_list() {
+    let places = patches(64, 64);
+    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: None };
+    let lists = Lists::new(&sequence, Rows::Queries, usize::MAX);
+    assert_eq!((lists.work.len(), lists.entries.len(), lists.masks.len()), (72, 72, 0));
+}
+
+/// clear-paper.md, columns 8x8/8x8: the share of visited work inside the disc, computed by others with another program.
+#[test]
+fn shares_are_those_of_the_published_table() {
+    for (side, expected) in [(64, [36, 55, 75]), (128, [35, 52, 69]), (256, [34, 51, 67])] {
+        for (radius, percent) in [8_i32, 16, 32].into_iter().zip(expected) {
+            let places = patches(side, side);
+            let limit = Some(radius * radius);
+            let share = Lists::share_inside(&Sequence { text: Text::Whole(0), places: &places, pooled: 0, limit });
+            let found = (100.0 * share.inside as f64 / share.visited as f64).round() as i32;
+            assert_eq!(found, percent, "{side} x {side}, radius {radius}: {share}");
+        }
+    }
+}
+
+#[test]
+fn masks_of_like_neighbours_are_stored_once() {
+    let count = |side| {
+        let places = patches(side, side);
+        let sequence = Sequence { text: Text::Whole(0), places: &places, pooled: 0, limit: Some(256) };
+        Lists::new(&sequence, Rows::Queries, 64).masks.len() / 128
+    };
+    assert_eq!((count(64), count(256)), (24, 24));
+}
+
+/// What emulation/check.cpp runs the kernels over: sequence and lists, both ways.
+fn printed() -> String {
+    let mut out = String::new();
+    for (height, width, text, pooled, limit) in [(13, 7, 7, 0, 9), (16, 16, 70, 6, 64), (1, 140, 0, 0, 400)] {
+        let places = patches(height, width);
+        let sequence = Sequence { text: Text::Whole(text), places: &places, pooled, limit: Some(limit) };
+        writeln!(out, "{height} {width} {text} {pooled} {limit}").unwrap();
+        for rows in [Rows::Queries, Rows::Keys] {
+            write!(out, "{}", Lists::new(&sequence, rows, 2)).unwrap();
+        }
+    }
+    out
+}
+
+#[test]
+fn lists_are_those_that_the_emulation_has_run() {
+    let known = include_str!("../emulation/lists.txt");
+    assert!(printed() == known, "cargo test -p clearform-kernels -- --ignored writes them; then run emulation/run.sh");
+}
+
+#[test]
+#[ignore = "writes emulation/lists.txt"]
+fn write_lists_for_the_emulation() {
+    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/emulation/lists.txt"), printed()).unwrap();
+}
