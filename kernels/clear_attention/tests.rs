@@ -1,5 +1,5 @@
 use super::{Entry, Lists, Rows, Sequence, Text, Work, padding};
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// Places of a grid by patches of 8 x 8.
@@ -44,15 +44,15 @@ fn seen(lists: &Lists, padded: &[u32], entry: &Entry, row: usize, column: usize)
 }
 
 /// How often each pair of a row and a column is computed.
-fn pairs(lists: &Lists, padded: &[u32]) -> HashMap<(usize, usize), usize> {
-    let mut found = HashMap::new();
+fn pairs(lists: &Lists, padded: &[u32], extents: (usize, usize)) -> Vec<u8> {
+    let mut found = vec![0; extents.0 * extents.1];
     for work in &lists.work {
         for entry in &lists.entries[work.begin as usize..work.end as usize] {
             assert!(entry.mask != Entry::WHOLE || entry.count == 64, "a whole entry has 64 columns");
             for (row, column) in (0..work.count as usize).flat_map(|row| (0..64).map(move |column| (row, column))) {
                 if seen(lists, padded, entry, row, column) {
                     assert!(column < entry.count as usize, "a mask reaches behind its columns");
-                    *found.entry((work.first as usize + row, entry.first as usize + column)).or_insert(0) += 1;
+                    found[(work.first as usize + row) * extents.1 + entry.first as usize + column] += 1;
                 }
             }
         }
@@ -60,34 +60,45 @@ fn pairs(lists: &Lists, padded: &[u32]) -> HashMap<(usize, usize), usize> {
     found
 }
 
-fn scenes() -> Vec<(Vec<(i32, i32)>, usize, usize, Option<i32>)> {
-    let grids = [(5, 8), (13, 7), (1, 40), (16, 16), (3, 70), (17, 9)];
-    let mut scenes = Vec::new();
-    for (height, width) in grids {
-        for (text, pooled) in [(0, 0), (7, 6), (70, 0)] {
-            for limit in [Some(3), Some(9), Some(64), Some(1 << 29), None] {
-                scenes.push((patches(height, width), text, pooled, limit));
-            }
-            scenes.push((raster(height, width), text, pooled, Some(20)));
-        }
+fn check(sequence: &Sequence<'_>) {
+    let queries = sequence.text.tokens() + sequence.places.len();
+    let keys = queries + sequence.pooled;
+    let by_queries = pairs(&Lists::new(sequence, Rows::Queries, 2), &[], (queries, keys));
+    let by_keys = pairs(&Lists::new(sequence, Rows::Keys, 3), &[], (keys, queries));
+    for (query, key) in (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key))) {
+        let times = u8::from(sees(sequence, query, key));
+        assert_eq!(by_queries[query * keys + key], times, "{query} {key} {sequence:?}");
+        assert_eq!(by_keys[key * queries + query], times, "{key} {query} {sequence:?}");
     }
-    scenes
 }
 
 #[test]
 fn each_pair_inside_the_window_is_computed_once_and_no_other() {
-    for (places, text, pooled, limit) in scenes() {
-        let sequence = Sequence { text: Text::Whole(text), places: &places, pooled, limit };
-        let (queries, keys) = (text + places.len(), text + places.len() + pooled);
-        let by_queries = pairs(&Lists::new(&sequence, Rows::Queries, 2), &[]);
-        let by_keys = pairs(&Lists::new(&sequence, Rows::Keys, 3), &[]);
-        for (query, key) in (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key))) {
-            let times = sees(&sequence, query, key).then_some(&1);
-            assert_eq!(by_queries.get(&(query, key)), times, "{query} {key} {sequence:?}");
-            assert_eq!(by_keys.get(&(key, query)), times, "{key} {query} {sequence:?}");
+    for (height, width) in [(5, 8), (13, 7), (1, 40), (16, 16), (3, 70), (17, 9)] {
+        let places = patches(height, width);
+        for (text, pooled) in [(0, 0), (7, 6), (70, 0)] {
+            for limit in [Some(3), Some(9), Some(64), Some(1 << 29), None] {
+                check(&Sequence { text: Text::Whole(text), places: &places, pooled, limit });
+            }
+            check(&Sequence { text: Text::Whole(text), places: &raster(height, width), pooled, limit: Some(20) });
         }
-        assert!(by_queries.keys().all(|(query, key)| *query < queries && *key < keys));
     }
+}
+
+#[test]
+fn grids_that_tiles_do_not_divide_are_covered() {
+    for (height, width) in (1..=40).step_by(3).flat_map(|height| (1..=40).step_by(7).map(move |width| (height, width)))
+    {
+        let text = (height * 7 + width) as usize % 71;
+        let limit = Some((height * width) % 130 + 1);
+        check(&Sequence { text: Text::Whole(text), places: &patches(height, width), pooled: 3, limit });
+    }
+}
+
+#[test]
+fn two_grids_stand_one_after_the_other() {
+    let places: Vec<_> = patches(9, 11).into_iter().chain(patches(6, 5)).collect();
+    check(&Sequence { text: Text::Whole(5), places: &places, pooled: 0, limit: Some(16) });
 }
 
 #[test]
@@ -96,20 +107,21 @@ fn padded_text_is_hidden_from_all_and_sees_as_before() {
     let sequence = Sequence { text: Text::Padded(70), places: &places, pooled: 0, limit: Some(10) };
     let visible: Vec<bool> = (0..70).map(|token| token % 3 != 1 && token < 66).collect();
     let tables = [Rows::Queries, Rows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
-    let by_queries = pairs(&Lists::new(&sequence, Rows::Queries, 64), &tables[0]);
-    for query in 0..70 + places.len() {
-        for key in 0..70 + places.len() {
-            let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
-            assert_eq!(by_queries.contains_key(&(query, key)), counts, "{query} {key}");
-        }
+    let tokens = 70 + places.len();
+    let found = pairs(&Lists::new(&sequence, Rows::Queries, 64), &tables[0], (tokens, tokens));
+    for (query, key) in (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))) {
+        let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
+        assert_eq!(found[query * tokens + key], u8::from(counts), "{query} {key}");
     }
     let lists = Lists::new(&sequence, Rows::Keys, 64);
-    let hidden = |work: &Work| {
-        let entries = &lists.entries[work.begin as usize..work.end as usize];
-        let row = |key: usize, entry: &Entry| seen(&lists, &tables[1], entry, key - work.first as usize, 0);
-        (work.first..work.first + work.count).all(|key| entries.iter().all(|entry| row(key as usize, entry) == visible[key as usize]))
-    };
-    assert!(lists.work.iter().filter(|work| work.first < 70).all(hidden));
+    let mut rows = BTreeSet::new();
+    for work in lists.work.iter().filter(|work| work.first < 70) {
+        for entry in &lists.entries[work.begin as usize..work.end as usize] {
+            let shown = |key: &usize| seen(&lists, &tables[1], entry, *key - work.first as usize, 0);
+            rows.extend((work.first as usize..(work.first + work.count) as usize).filter(shown));
+        }
+    }
+    assert_eq!(rows, (0..70).filter(|key| visible[*key]).collect());
 }
 
 #[test]
@@ -124,7 +136,10 @@ fn parts_are_short_even_and_joined_in_order() {
         assert!(parts.iter().all(|part| part.end - part.begin == 18), "72 tiles in 4 parts");
         assert!(parts.iter().enumerate().all(|(slot, part)| part.slot == slot as i32));
         for (number, join) in lists.joins.iter().enumerate() {
-            assert_eq!((join.first, join.begin, join.end), (number as i32 * 64, number as i32 * 4, number as i32 * 4 + 4));
+            assert_eq!(
+                (join.first, join.begin, join.end),
+                (number as i32 * 64, number as i32 * 4, number as i32 * 4 + 4)
+            );
         }
     }
 }

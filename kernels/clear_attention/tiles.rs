@@ -25,11 +25,8 @@ pub(super) fn chop(tokens: Range<usize>) -> Vec<Tile> {
 pub(super) fn image_tiles(places: &[(i32, i32)], first: usize) -> Vec<Tile> {
     let mut tiles: Vec<Tile> = Vec::new();
     for (token, (row, column)) in places.iter().enumerate() {
-        let alone = Tile {
-            tokens: first + token..first + token + 1,
-            rows: *row..row + 1,
-            columns: *column..column + 1,
-        };
+        let alone =
+            Tile { tokens: first + token..first + token + 1, rows: *row..row + 1, columns: *column..column + 1 };
         match tiles.last_mut().map(|last| (around(last, &alone), last)) {
             Some((joined, last)) if joined.tokens.len() <= TOKENS && area(&joined) <= TOKENS => *last = joined,
             _ => tiles.push(alone),
