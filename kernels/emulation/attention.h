@@ -53,6 +53,12 @@ struct Scene {
         double dy = rows[query - of.text] - rows[key - of.text], dx = columns[query - of.text] - columns[key - of.text];
         return dx * dx + dy * dy < of.radius * of.radius;
     }
+    // Patches between which no token can be near: a shortcut for large grids.
+    bool apart(Span a, Span b) const {
+        if (std::min(a.first, b.first) < of.text || std::max(a.first, b.first) >= queries || of.radius == 0) return false;
+        int i = a.first - of.text, j = b.first - of.text;
+        return std::max(std::abs(rows[i] - rows[j]), std::abs(columns[i] - columns[j])) > of.radius + 8;
+    }
     bool sees(int batch, int query, int key) const { return near(query, key) && (key >= of.text || counts(batch, key)); }
 
   private:
@@ -71,9 +77,9 @@ struct Scene {
 
 // What the kernels read, from the truth pair by pair.
 struct Built {
-    std::vector<attention::Work> work, joins;
-    std::vector<attention::Entry> entries;
-    std::vector<u32> masks, padding;
+    Table<attention::Work> work, joins;
+    Table<attention::Entry> entries;
+    Table<u32> masks, padding;
     int slots = 0, text_tiles;
 
     enum class Rows { Queries, Keys };
@@ -87,6 +93,7 @@ struct Built {
         for (Span row : down) {
             int begin = (int)entries.size();
             for (Span column : across) {
+                if (scene.apart(row, column)) continue;
                 int text = rows == Rows::Queries ? column.first : row.first;
                 add_entry(row, column, near, scene.of.hidden > 0 && text < scene.of.text ? text / 64 : -1);
             }
@@ -116,18 +123,18 @@ struct Built {
         expect(!from.fail() && masks.size() % 128 == 0, "lists.txt");
     }
 
-    attention::Lists lists(const std::vector<attention::Work>& of) const {
+    attention::Lists lists(const Table<attention::Work>& of) const {
         return {of.data(), entries.data(), masks.data(), padding.data(), text_tiles};
     }
 
   private:
-    static void read_work(std::vector<attention::Work>& to, std::istream& from, size_t count) {
+    static void read_work(Table<attention::Work>& to, std::istream& from, size_t count) {
         for (to.resize(count); attention::Work & work : to)
             from >> work.first >> work.count >> work.begin >> work.end >> work.slot;
     }
 
     template <class Seen>
-    static void add_mask(std::vector<u32>& to, Seen seen) {
+    static void add_mask(Table<u32>& to, Seen seen) {
         for (int thread = 0; thread < 128; thread++) {
             u32 bits = 0;
             for (int bit = 0; bit < 32; bit++) {
@@ -232,7 +239,7 @@ struct Run {
         attention::Backward p = {in[0].data(), in[1].data(), in[2].data(), out.data(), in[3].data(), lse.data(),
                                  delta.data(), query.data(), key.data(), value.data(), nullptr, nullptr, {},
                                  scene.of.batch, scene.of.heads, scene.queries, scene.keys, 0, 1 / std::sqrt((float)D)};
-        machine.launch({(int)(in[0].count / 8 + 127) / 128, 1, 1, 128, 0}, [&] { attention::delta<T, D>(p); });
+        launch(entry("delta", T(), D), {(int)(in[0].count / 8 + 127) / 128, 1, 1, 128, 0}, p, attention::delta<T, D>);
         run_queries(scene, p, forward);
         run_keys(scene, p, reverse);
     }
@@ -254,9 +261,9 @@ struct Run {
         attention::Forward p = {in[0].data(), in[1].data(), in[2].data(), out.data(), lse.data(), sums.data(),
                                 logs.data(), built.lists(built.work), scene.queries, scene.keys, built.slots,
                                 attention::LOG2_E / std::sqrt((float)D)};
-        machine.launch(grid(of, built.work.size(), 4 * 64 * D * 2), [&] { attention::forward<T, D>(p); });
+        launch(entry("forward", T(), D), grid(of, built.work.size(), 4 * 64 * D * 2), p, attention::forward<T, D>);
         p.lists = built.lists(built.joins);
-        machine.launch(grid(of, built.joins.size(), 0), [&] { attention::merge<T, D>(p); });
+        launch(entry("merge", T(), D), grid(of, built.joins.size(), 0), p, attention::merge<T, D>);
         expect(sums.walled() && logs.walled(), "parts");
     }
 
@@ -265,9 +272,9 @@ struct Run {
         p.parts = sums.data();
         p.lists = built.lists(built.work);
         p.slots = built.slots;
-        machine.launch(grid(scene.of, built.work.size(), 4 * 64 * D * 2), [&] { attention::query<T, D>(p); });
+        launch(entry("query", T(), D), grid(scene.of, built.work.size(), 4 * 64 * D * 2), p, attention::query<T, D>);
         p.lists = built.lists(built.joins);
-        machine.launch(grid(scene.of, built.joins.size(), 0), [&] { attention::sum_queries<T, D>(p); });
+        launch(entry("sum_queries", T(), D), grid(scene.of, built.joins.size(), 0), p, attention::sum_queries<T, D>);
         expect(sums.walled(), "parts of query gradients");
     }
 
@@ -278,9 +285,9 @@ struct Run {
         p.lists = built.lists(built.work);
         p.slots = built.slots;
         int bytes = 2 * 64 * D * 2 + 4 * 32 * D * 2 + 4 * 32 * 4;
-        machine.launch(grid(scene.of, built.work.size(), bytes), [&] { attention::key<T, D>(p); });
+        launch(entry("key", T(), D), grid(scene.of, built.work.size(), bytes), p, attention::key<T, D>);
         p.lists = built.lists(built.joins);
-        machine.launch(grid(scene.of, built.joins.size(), 0), [&] { attention::sum_keys<T, D>(p); });
+        launch(entry("sum_keys", T(), D), grid(scene.of, built.joins.size(), 0), p, attention::sum_keys<T, D>);
         expect(sums.walled() && value_sums.walled(), "parts of key gradients");
     }
 };
@@ -316,19 +323,19 @@ inline void report(const char* type, int D, const char* what, size_t count, cons
 }
 
 template <class T, int D>
-void check_attention(const char* type, const std::vector<Case>& cases) {
+void check_attention(const std::vector<Case>& cases) {
     Accuracy accuracy[4];
     for (const Case& of : cases) {
         Scene scene(of);
         Built forward(scene, Built::Rows::Queries), reverse(scene, Built::Rows::Keys);
         check_case<T, D>(scene, forward, reverse, accuracy);
     }
-    report(type, D, "cases", cases.size(), accuracy);
+    report(name_of(T()), D, "cases", cases.size(), accuracy);
 }
 
 // Over the lists that Rust made, which a test there holds to this file.
 template <class T, int D>
-void check_committed_lists(const char* type) {
+void check_committed_lists() {
     std::ifstream from("lists.txt");
     Accuracy accuracy[4];
     Case of = {1, 1, 0, 0, 0, 0, 0, 0, 0};
@@ -340,5 +347,5 @@ void check_committed_lists(const char* type) {
         check_case<T, D>(scene, forward, reverse, accuracy);
     }
     expect(count == 3, "lists.txt: 3 scenes");
-    report(type, D, "committed lists", count, accuracy);
+    report(name_of(T()), D, "committed lists", count, accuracy);
 }

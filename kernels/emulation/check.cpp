@@ -24,13 +24,13 @@ int main(int, char** arguments) {
     std::vector<Case> all = cases(), few;
     for (size_t i = 0; i < all.size(); i += 7) few.push_back(all[i]);
     if (std::string(arguments[1]) == "narrow") {
-        check_attention<Bf16, 64>("bf16", all);
+        check_attention<Bf16, 64>(all);
     } else {
         check_rows();
-        check_committed_lists<Bf16, 64>("bf16");
-        check_attention<F16, 64>("f16", few);
-        check_attention<Bf16, 128>("bf16", few);
-        check_attention<F16, 128>("f16", few);
+        check_committed_lists<Bf16, 64>();
+        check_attention<F16, 64>(few);
+        check_attention<Bf16, 128>(few);
+        check_attention<F16, 128>(few);
     }
     std::printf(failures ? "%d checks failed\n" : "all held\n", failures);
     return failures > 0;

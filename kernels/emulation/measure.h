@@ -1,6 +1,6 @@
 // Buffers that start as no numbers and are walled in, random numbers, and the bound on a kernel's error. Knows no kernel.
 #pragma once
-#include "prelude.h"
+#include "launch.h"
 #include <random>
 #include <string>
 
@@ -16,7 +16,7 @@ inline void expect(bool holds, const std::string& what) {
 template <class V>
 class Buffer {
     static constexpr size_t WALL = 64;
-    std::vector<V> all;
+    Table<V> all;
     V* first() { return (V*)(((uintptr_t)all.data() + 15) / 16 * 16) + WALL; }
 
   public:

@@ -43,13 +43,12 @@ inline double mean_product(const double* a, const double* b, int width, Round ro
 template <class T>
 struct RowCheck {
     typedef typename T::Stored Stored;
-    const char* type;
     RowShape shape;
     std::mt19937 source{7};
     std::vector<Buffer<Stored>> inputs;
     std::vector<Numbers> in;
 
-    RowCheck(const char* type, RowShape shape) : type(type), shape(shape) {}
+    explicit RowCheck(RowShape shape) : shape(shape) {}
 
     Stored* input(size_t count) {
         inputs.push_back(Typed<T>::random(count, source));
@@ -57,11 +56,12 @@ struct RowCheck {
         return inputs.back().data();
     }
 
-    template <class Kernel, class Plain>
-    void run(const char* name, int blocks, Kernel kernel, Plain plain) {
+    template <class Parameters, class Kernel, class Plain>
+    void run(const std::string& entry, int blocks, Parameters p, Kernel kernel, Plain plain) {
         Buffer<Stored> out(shape.count());
-        machine.launch({blocks, 1, 1, 128, 64}, [&] { kernel(out.data()); });
-        std::string what = std::string(name) + " " + type + ", width " + std::to_string(shape.width);
+        p.out = (decltype(p.out))out.data();
+        launch(entry, {blocks, 1, 1, 128, 64}, p, kernel);
+        std::string what = entry + ", width " + std::to_string(shape.width);
         expect(out.walled(), what + ": written behind an end");
         Accuracy accuracy;
         Round exact = [](double x) { return x; }, rough = [](double x) { return Typed<T>::round(x); };
@@ -74,8 +74,8 @@ struct RowCheck {
 };
 
 template <class T>
-void check_rms_norm_rope(const char* type, RowShape shape, bool rotated) {
-    RowCheck<T> check(type, shape);
+void check_rms_norm_rope(RowShape shape, bool rotated) {
+    RowCheck<T> check(shape);
     std::normal_distribution<float> normal;
     int pairs = shape.width / 2, lanes = 1;
     Buffer<float> cos((size_t)shape.tokens * pairs), sin(cos.count);
@@ -123,9 +123,8 @@ void check_rms_norm_rope(const char* type, RowShape shape, bool rotated) {
         return out;
     };
     int blocks = check.blocks(shape.rows() * lanes);
-    auto with = [&](auto* out) { return p.out = out, p; };
-    check.run("rms_norm_rope", blocks, [&](auto* out) { rows::rms_norm_rope(with(out)); }, forward);
-    check.run("rms_norm_rope_gradient", blocks, [&](auto* out) { rows::rms_norm_rope_gradient(with(out)); }, backward);
+    check.run(entry("rms_norm_rope", T()), blocks, p, rows::rms_norm_rope<T>, forward);
+    check.run(entry("rms_norm_rope_gradient", T()), blocks, p, rows::rms_norm_rope_gradient<T>, backward);
 }
 
 // Mean, 1 / √(variance + eps), and the normed row.
@@ -141,8 +140,8 @@ struct Normed {
 };
 
 template <class T>
-void check_layer_norm(const char* type, RowShape shape) {
-    RowCheck<T> check(type, shape);
+void check_layer_norm(RowShape shape) {
+    RowCheck<T> check(shape);
     int width = shape.width;
     float eps = 1e-6f;
     size_t vectors = (size_t)shape.batch * width;
@@ -172,16 +171,14 @@ void check_layer_norm(const char* type, RowShape shape) {
         }
         return out;
     };
-    auto with = [&](auto* out) { return p.out = out, p; };
     int blocks = (int)shape.rows();
-    check.run("modulated_layer_norm", blocks, [&](auto* out) { rows::layer_norm::modulated_layer_norm(with(out)); }, forward);
-    check.run("modulated_layer_norm_gradient", blocks,
-              [&](auto* out) { rows::layer_norm::modulated_layer_norm_gradient(with(out)); }, backward);
+    check.run(entry("modulated_layer_norm", T()), blocks, p, rows::layer_norm::modulated_layer_norm<T>, forward);
+    check.run(entry("modulated_layer_norm_gradient", T()), blocks, p, rows::layer_norm::modulated_layer_norm_gradient<T>, backward);
 }
 
 template <class T>
-void check_elementwise(const char* type, RowShape shape) {
-    RowCheck<T> check(type, shape);
+void check_elementwise(RowShape shape) {
+    RowCheck<T> check(shape);
     size_t count = shape.count();
     auto *x = check.input(count), *grad = check.input(count), *gate = check.input((size_t)shape.batch * shape.width);
     const Numbers &xs = check.in[0], &grads = check.in[1], &gates = check.in[2];
@@ -198,8 +195,10 @@ void check_elementwise(const char* type, RowShape shape) {
         };
     };
     Numbers zeros(count, 0);
-    check.run("gated_add", blocks, [&](auto* out) { rows::gated_add<T>({grad, gate, x, out, words, (u32)shape.tokens, row_words}); }, gated(grads));
-    check.run("gated_add gradient", blocks, [&](auto* out) { rows::gated_add<T>({nullptr, gate, x, out, words, (u32)shape.tokens, row_words}); }, gated(zeros));
+    rows::GatedAdd<T> add = {grad, gate, x, nullptr, words, (u32)shape.tokens, row_words};
+    check.run(entry("gated_add", T()), blocks, add, rows::gated_add<T>, gated(grads));
+    add.residual = nullptr;
+    check.run(entry("gated_add", T()), blocks, add, rows::gated_add<T>, gated(zeros));
     const double root = std::sqrt(2 / std::acos(-1.));
     auto gelu = [&](Round round) {
         Numbers out(count);
@@ -219,15 +218,16 @@ void check_elementwise(const char* type, RowShape shape) {
         }
         return out;
     };
-    check.run("gelu", blocks, [&](auto* out) { rows::activation::gelu<T>({x, grad, out, words}); }, gelu);
-    check.run("gelu_gradient", blocks, [&](auto* out) { rows::activation::gelu_gradient<T>({x, grad, out, words}); }, slope);
+    rows::activation::Gelu<T> p = {x, grad, nullptr, words};
+    check.run(entry("gelu", T()), blocks, p, rows::activation::gelu<T>, gelu);
+    check.run(entry("gelu_gradient", T()), blocks, p, rows::activation::gelu_gradient<T>, slope);
 }
 
 inline void check_permute() {
     RowShape shape = {2, 37, 1, 24};
-    RowCheck<F32> check("f32", shape);
+    RowCheck<F32> check(shape);
     float* x = check.input(shape.count());
-    std::vector<u32> from(shape.tokens);
+    Table<u32> from(shape.tokens);
     for (int i = 0; i < shape.tokens; i++) from[i] = (i * 5 + 3) % shape.tokens;
     u32 words = (u32)check.words();
     auto plain = [&](Round) {
@@ -238,21 +238,21 @@ inline void check_permute() {
         }
         return out;
     };
-    auto kernel = [&](float* out) { rows::permute({(const Four*)x, (Four*)out, from.data(), words, (u32)shape.tokens, 6}); };
-    check.run("permute", check.blocks(words), kernel, plain);
+    rows::Permute p = {(const Four*)x, nullptr, from.data(), words, (u32)shape.tokens, 6};
+    check.run("permute", check.blocks(words), p, rows::permute, plain);
 }
 
 template <class T>
-void check_rows_of(const char* type) {
-    for (int width : {64, 128, 40, 256 / (8 / T::PER_LOAD)}) check_rms_norm_rope<T>(type, {2, 5, 3, width}, width != 64);
-    for (int width : {48, 1152, 3072, 4096}) check_layer_norm<T>(type, {2, 3, 1, width});
-    check_elementwise<T>(type, {2, 7, 1, 1160});
+void check_rows_of() {
+    for (int width : {64, 128, 40, 256 / (8 / T::PER_LOAD)}) check_rms_norm_rope<T>({2, 5, 3, width}, width != 64);
+    for (int width : {48, 1152, 3072, 4096}) check_layer_norm<T>({2, 3, 1, width});
+    check_elementwise<T>({2, 7, 1, 1160});
 }
 
 inline void check_rows() {
     machine.late_copies = machine.reversed = false;
     check_permute();
-    check_rows_of<Bf16>("bf16");
-    check_rows_of<F16>("f16");
-    check_rows_of<F32>("f32");
+    check_rows_of<Bf16>();
+    check_rows_of<F16>();
+    check_rows_of<F32>();
 }
