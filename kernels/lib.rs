@@ -1,15 +1,20 @@
-//! The registry of CUDA kernels. A kernel is its source and the PTX that stands beside it; nothing here knows a model, a
-//! tensor or a device.
+//! The registry of CUDA kernels. A kernel is its source and the PTX that stands beside it; nothing here knows a model or
+//! a tensor, and `launch` alone, behind the feature `cuda`, knows a device.
 //!
 //! The main types are [`Kernel`] and [`clear_attention::Lists`], which is what attention visits. README.md says how a
 //! kernel is added and how it is checked where there is no GPU.
 
 pub mod clear_attention;
-mod gated_add;
-mod gelu;
-mod modulated_layer_norm;
-mod permute;
-mod rms_norm_rope;
+pub mod gated_add;
+pub mod gelu;
+#[cfg(feature = "cuda")]
+pub mod launch;
+pub mod modulated_layer_norm;
+pub mod permute;
+mod plan;
+pub mod rms_norm_rope;
+
+pub use plan::{Launch, Number, Parameters, Refusal, THREADS};
 
 /// One source: what it is called, what it computes, and what it compiled to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,9 @@
-use super::{KERNELS, Kernel};
+use super::{KERNELS, Kernel, Launch, Number, Refusal};
+use super::{clear_attention as attention, gated_add, gelu, modulated_layer_norm, permute, rms_norm_rope};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::mem::{offset_of, size_of};
 
 const REPORT: &str = include_str!("registers.json");
 
@@ -53,4 +56,77 @@ fn nothing_is_spilled_and_registers_keep_their_bounds() {
             assert!((1..=number("at_most")).contains(&number("registers")), "{entry}");
         }
     }
+}
+
+/// The same numbers stand in emulation/attention.h and emulation/rows.h, where the compiler of the kernels checks them.
+#[test]
+fn parameters_are_laid_out_as_the_sources_have_them() {
+    assert_eq!((size_of::<attention::Work>(), size_of::<attention::Entry>()), (20, 12));
+    assert_eq!(size_of::<attention::ListAddresses>(), 40);
+    assert_eq!(
+        (size_of::<attention::ForwardParameters>(), offset_of!(attention::ForwardParameters, scale)),
+        (112, 108)
+    );
+    assert_eq!(
+        (size_of::<attention::BackwardParameters>(), offset_of!(attention::BackwardParameters, scale)),
+        (160, 156)
+    );
+    assert_eq!(size_of::<gated_add::GatedAddParameters>(), 48);
+    assert_eq!(size_of::<gelu::GeluParameters>(), 32);
+    assert_eq!(size_of::<modulated_layer_norm::ModulatedLayerNormParameters>(), 56);
+    assert_eq!(size_of::<permute::PermuteParameters>(), 40);
+    let eps = offset_of!(rms_norm_rope::RmsNormRopeParameters, eps);
+    assert_eq!((size_of::<rms_norm_rope::RmsNormRopeParameters>(), eps), (72, 68));
+}
+
+/// Every launch that this crate plans.
+fn planned() -> Vec<Launch> {
+    let places: Vec<(i32, i32)> = (0..200).map(|token| (token / 20, token % 20)).collect();
+    let text = attention::Text::Whole(10);
+    let sequence = attention::Sequence { text, places: &places, pooled: 0, limit: Some(9) };
+    let lists = attention::Lists::new(&sequence, attention::Rows::Queries, 2);
+    let mut found = Vec::new();
+    for number in [Number::Bf16, Number::F16] {
+        for head_dim in [64, 128] {
+            let problem = attention::Problem::new(number, 2, 3, head_dim).unwrap();
+            found.extend(problem.forward(&lists));
+            found.push(problem.delta(210).unwrap());
+            found.extend(problem.query_gradient(&lists).into_iter().chain(problem.key_gradient(&lists)));
+        }
+    }
+    for number in [Number::Bf16, Number::F16, Number::F32] {
+        found.extend(gelu::launches(number, 1024).unwrap());
+        found.extend(modulated_layer_norm::launches(number, 30, 3072).unwrap());
+        found.extend(rms_norm_rope::launches(number, 30, 128).unwrap());
+        found.extend([gated_add::launch(number, 30, 3072).unwrap(), permute::launch(number, 30, 3072).unwrap()]);
+    }
+    found
+}
+
+#[test]
+fn each_entry_point_is_planned_and_each_plan_is_an_entry_point() {
+    let planned: BTreeSet<String> = planned().into_iter().map(|launch| launch.entry).collect();
+    let declared: BTreeSet<String> = KERNELS.iter().flat_map(|kernel| kernel.entries()).map(str::to_owned).collect();
+    assert_eq!(planned, declared);
+    assert!(self::planned().iter().all(|launch| launch.kernel.entries().any(|entry| entry == launch.entry)));
+}
+
+#[test]
+fn launches_cover_the_problem() {
+    let [norm, _] = modulated_layer_norm::launches(Number::Bf16, 30, 3072).unwrap();
+    assert_eq!((norm.blocks, norm.shared_bytes), ([30, 1, 1], 64));
+    let [rope, _] = rms_norm_rope::launches(Number::Bf16, 31, 40).unwrap();
+    assert_eq!(rope.blocks, [31 * 8 / 128 + 1, 1, 1], "8 threads hold 5 times 16 bytes");
+    let problem = attention::Problem::new(Number::F16, 2, 3, 128).unwrap();
+    assert_eq!(problem.delta(100).unwrap().blocks, [2 * 100 * 3 * 16_u32.div_ceil(16) * 16 / 128, 1, 1]);
+}
+
+#[test]
+fn what_no_kernel_takes_is_refused() {
+    assert_eq!(attention::Problem::new(Number::F32, 1, 1, 64), Err(Refusal::Number { number: Number::F32 }));
+    assert_eq!(attention::Problem::new(Number::Bf16, 1, 1, 72), Err(Refusal::HeadDim { head_dim: 72 }));
+    let width = |width, longest| Err(Refusal::Width { width, longest });
+    assert_eq!(rms_norm_rope::launches(Number::F32, 1, 132), width(132, 128));
+    assert_eq!(modulated_layer_norm::launches(Number::Bf16, 1, 4104), width(4104, 4096));
+    assert_eq!(gelu::launches(Number::Bf16, 12), width(12, usize::MAX));
 }

@@ -2,10 +2,12 @@
 
 mod lists;
 mod masks;
+mod problem;
 mod tiles;
 
 pub use lists::{Entry, Lists, Rows, Sequence, Share, Text, Work};
 pub use masks::padding;
+pub use problem::{BackwardParameters, ForwardParameters, ListAddresses, Problem};
 
 use crate::{Kernel, PRELUDE};
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "measure.h"
 #include <algorithm>
+#include <cstddef>
 #include <fstream>
 
 namespace attention {
@@ -12,6 +13,11 @@ namespace attention {
 
 #include "../clear_attention/backward.cu"
 } // namespace attention
+
+// Sizes that the launching side counts on.
+static_assert(sizeof(attention::Work) == 20 && sizeof(attention::Entry) == 12 && sizeof(attention::Lists) == 40);
+static_assert(sizeof(attention::Forward) == 112 && offsetof(attention::Forward, scale) == 108);
+static_assert(sizeof(attention::Backward) == 160 && offsetof(attention::Backward, scale) == 156);
 
 struct Case {
     int batch, heads, text, height, width, pooled;

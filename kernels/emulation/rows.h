@@ -1,6 +1,7 @@
 // The kernels over rows against their plain references in double precision. Its main function is `check_rows`.
 #pragma once
 #include "measure.h"
+#include <cstddef>
 #include <functional>
 
 namespace rows {
@@ -18,6 +19,11 @@ namespace activation {
 #include "../gelu/kernel.cu"
 }
 } // namespace rows
+
+// Sizes that the launching side counts on.
+static_assert(sizeof(rows::GatedAdd<Bf16>) == 48 && sizeof(rows::activation::Gelu<F32>) == 32);
+static_assert(sizeof(rows::layer_norm::ModulatedLayerNorm<Bf16>) == 56 && sizeof(rows::Permute) == 40);
+static_assert(sizeof(rows::RmsNormRope<Bf16>) == 72 && offsetof(rows::RmsNormRope<Bf16>, eps) == 68);
 
 struct RowShape {
     int batch, tokens, heads, width;

@@ -1,12 +1,38 @@
 //! The kernel of this folder: tokens in another order. Knows no tensor.
 
+use crate::plan::{Launch, Number, Parameters, Refusal, check_width};
 use crate::{Kernel, PRELUDE, ROWS};
 
 /// The kernel.
-pub(crate) const KERNEL: Kernel = Kernel {
+pub const KERNEL: Kernel = Kernel {
     name: "permute/kernel",
     summary: "tokens in another order",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
     capability: 80,
 };
+
+/// Addresses and extents; `kernel.cu` says what they are.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of kernel.cu")]
+pub struct PermuteParameters {
+    pub x: u64,
+    pub out: u64,
+    pub from: u64,
+    pub count: u32,
+    pub tokens: u32,
+    pub words: u32,
+}
+
+// SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
+unsafe impl Parameters for PermuteParameters {}
+
+/// `rows` tokens of `width` numbers.
+///
+/// # Errors
+/// Tokens that are not whole multiples of 16 bytes.
+pub fn launch(number: Number, rows: usize, width: usize) -> Result<Launch, Refusal> {
+    check_width(number, width, usize::MAX)?;
+    Launch::flat(KERNEL, "permute".to_owned(), rows * (width / number.per_word()))
+}

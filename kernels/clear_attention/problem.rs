@@ -1,0 +1,141 @@
+//! [`Problem`]: extents of a call, the launches that compute it, and the parameters they take. Knows no driver.
+
+use super::{BACKWARD, FORWARD, Lists};
+use crate::plan::{Launch, Number, Parameters, Refusal};
+
+/// One call: queries of (batch, queries, heads, head_dim), keys and values of (batch, keys, heads, head_dim).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Problem {
+    number: Number,
+    batch: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl Problem {
+    /// # Errors
+    /// Heads or numbers that no kernel takes.
+    pub fn new(number: Number, batch: usize, heads: usize, head_dim: usize) -> Result<Self, Refusal> {
+        match (number, head_dim) {
+            (Number::F32, _) => Err(Refusal::Number { number }),
+            (_, 64 | 128) => Ok(Self { number, batch, heads, head_dim }),
+            _ => Err(Refusal::HeadDim { head_dim }),
+        }
+    }
+
+    /// Numbers of `parts`, (batch, heads, slots, 64, head_dim) in f32; `part_lse` has head_dim times fewer.
+    pub fn part_numbers(&self, lists: &Lists) -> usize {
+        self.batch * self.heads * lists.slots * 64 * self.head_dim
+    }
+
+    /// Outputs, then, with the joins as work, their parts together. Both take [`ForwardParameters`].
+    pub fn forward(&self, lists: &Lists) -> [Launch; 2] {
+        let tiles = 4 * self.tile_bytes();
+        [self.over(FORWARD, "forward", lists.work.len(), tiles), self.over(FORWARD, "merge", lists.joins.len(), 0)]
+    }
+
+    /// Σ out · grad of each of `queries`, before the gradients. This and the rest take [`BackwardParameters`].
+    ///
+    /// # Errors
+    /// More than a launch can hold.
+    pub fn delta(&self, queries: usize) -> Result<Launch, Refusal> {
+        Launch::flat(BACKWARD, self.entry("delta"), self.batch * queries * self.heads * self.head_dim / 8)
+    }
+
+    /// Gradients of queries over the forward's lists, then their parts together.
+    pub fn query_gradient(&self, lists: &Lists) -> [Launch; 2] {
+        let tiles = 4 * self.tile_bytes();
+        [
+            self.over(BACKWARD, "query", lists.work.len(), tiles),
+            self.over(BACKWARD, "sum_queries", lists.joins.len(), 0),
+        ]
+    }
+
+    /// Gradients of keys and values over the lists by keys, then their parts together.
+    pub fn key_gradient(&self, lists: &Lists) -> [Launch; 2] {
+        // Keys and values, two stages of 32 queries and gradients, and their log-sum-exp and delta.
+        let tiles = 4 * self.tile_bytes() + 4 * 32 * 4;
+        [self.over(BACKWARD, "key", lists.work.len(), tiles), self.over(BACKWARD, "sum_keys", lists.joins.len(), 0)]
+    }
+
+    fn tile_bytes(&self) -> usize {
+        64 * self.head_dim * 2
+    }
+
+    fn entry(&self, kernel: &str) -> String {
+        format!("{kernel}_{}_{}", self.number.name(), self.head_dim)
+    }
+
+    fn over(&self, kernel: crate::Kernel, name: &str, works: usize, shared_bytes: usize) -> Launch {
+        let blocks = [works as u32, self.heads as u32, self.batch as u32];
+        Launch { kernel, entry: self.entry(name), blocks, shared_bytes: shared_bytes as u32 }
+    }
+}
+
+/// Addresses of lists on the device; `padding` may be 0 where no text is padded.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListAddresses {
+    /// [`Lists::work`], or [`Lists::joins`] for the second launch.
+    pub work: u64,
+    /// [`Lists::entries`].
+    pub entries: u64,
+    /// [`Lists::masks`].
+    pub masks: u64,
+    /// [`padding`](super::padding) of the call.
+    pub padding: u64,
+    /// Text tiles of a batch entry.
+    pub text_tiles: i32,
+}
+
+/// Addresses and extents of the forward; `forward.cu` says what they are.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of forward.cu, which describes them")]
+pub struct ForwardParameters {
+    pub query: u64,
+    pub key: u64,
+    pub value: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub parts: u64,
+    pub part_lse: u64,
+    pub lists: ListAddresses,
+    pub queries: i32,
+    pub keys: i32,
+    pub slots: i32,
+    /// log2(e) / √head_dim.
+    pub scale: f32,
+}
+
+/// Addresses and extents of the backward; `backward.cu` says what they are.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of backward.cu, which describes them")]
+pub struct BackwardParameters {
+    pub query: u64,
+    pub key: u64,
+    pub value: u64,
+    pub out: u64,
+    pub grad: u64,
+    pub lse: u64,
+    pub delta: u64,
+    pub query_grad: u64,
+    pub key_grad: u64,
+    pub value_grad: u64,
+    pub parts: u64,
+    pub value_parts: u64,
+    pub lists: ListAddresses,
+    pub batch: i32,
+    pub heads: i32,
+    pub queries: i32,
+    pub keys: i32,
+    pub slots: i32,
+    /// 1 / √head_dim.
+    pub scale: f32,
+}
+
+// SAFETY: repr(C), field by field as in forward.cu; a test and emulation/attention.h hold both to the same sizes.
+unsafe impl Parameters for ForwardParameters {}
+// SAFETY: the same of backward.cu.
+unsafe impl Parameters for BackwardParameters {}
