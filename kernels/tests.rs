@@ -84,7 +84,7 @@ fn planned() -> Vec<Launch> {
     let places: Vec<(i32, i32)> = (0..200).map(|token| (token / 20, token % 20)).collect();
     let text = attention::Text::Whole(10);
     let sequence = attention::Sequence { text, places: &places, pooled: 0, limit: Some(9) };
-    let lists = attention::Lists::new(&sequence, attention::Rows::Queries, 2);
+    let lists = attention::Lists::with_parts(&sequence, attention::Rows::Queries, 2);
     let mut found = Vec::new();
     for number in [Number::Bf16, Number::F16] {
         for head_dim in [64, 128] {

@@ -97,21 +97,25 @@ pub struct Lists {
 }
 
 impl Lists {
-    /// The lists of `sequence`; those of more than `longest` entries are split into parts of nearly the same length.
-    pub fn new(sequence: &Sequence<'_>, rows: Rows, longest: usize) -> Self {
-        Builder::new(sequence, rows).build(longest.max(1))
+    /// The lists of `sequence`. Those that are longer than any of the image's are split, so that a few long rows do not
+    /// idle the chip, into at most 16 parts.
+    pub fn new(sequence: &Sequence<'_>, rows: Rows) -> Self {
+        const SHORT: usize = 64;
+        const PARTS: usize = 16;
+        let builder = Builder::new(sequence, rows);
+        let tiles = builder.text.len() + builder.image.len();
+        builder.build(|image| image.max(SHORT).max(tiles.div_ceil(PARTS)))
     }
 
-    /// A `longest` with which a few long rows do not idle the chip and parts take at most 16 rows' memory per long row.
-    pub fn longest_part(sequence: &Sequence<'_>) -> usize {
-        const SHORT: usize = 64;
-        SHORT.max((sequence.text.tokens() + sequence.places.len()).div_ceil(TOKENS) / 16)
+    /// The same with parts of at most `longest` entries, in each list of nearly the same length.
+    pub fn with_parts(sequence: &Sequence<'_>, rows: Rows, longest: usize) -> Self {
+        Builder::new(sequence, rows).build(|_| longest.max(1))
     }
 
     /// Pairs of image tokens that see each other, among all that are computed for the image alone.
     pub fn share_inside(sequence: &Sequence<'_>) -> Share {
         let image = Sequence { text: Text::Whole(0), pooled: 0, ..*sequence };
-        let lists = Self::new(&image, Rows::Queries, usize::MAX);
+        let lists = Self::new(&image, Rows::Queries);
         let mut share = Share { inside: 0, visited: 0 };
         for work in &lists.work {
             for entry in &lists.entries[work.begin as usize..work.end as usize] {
@@ -213,15 +217,18 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn build(mut self, longest: usize) -> Lists {
-        let mut runs = Vec::new();
+    /// `longest` gives the most entries of a part from those of the image's longest list.
+    fn build(mut self, longest: impl Fn(usize) -> usize) -> Lists {
+        let (mut runs, mut of_image) = (Vec::new(), 0);
         for (part, tile) in self.row_tiles() {
             let run = match (part, self.limit) {
                 (Part::Image(number), Some(limit)) => self.windowed(number, limit),
                 _ => self.whole(part),
             };
+            of_image = of_image.max(if matches!(part, Part::Image(_)) { run.len() } else { 0 });
             runs.push((tile, run));
         }
+        let longest = longest(of_image);
         let mut lists =
             Lists { work: Vec::new(), joins: Vec::new(), entries: self.entries, masks: self.masks.words, slots: 0 };
         for (tile, run) in runs.into_iter().filter(|(_, run)| !run.is_empty()) {

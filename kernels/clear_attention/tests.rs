@@ -63,8 +63,8 @@ fn pairs(lists: &Lists, padded: &[u32], extents: (usize, usize)) -> Vec<u8> {
 fn check(sequence: &Sequence<'_>) {
     let queries = sequence.text.tokens() + sequence.places.len();
     let keys = queries + sequence.pooled;
-    let by_queries = pairs(&Lists::new(sequence, Rows::Queries, 2), &[], (queries, keys));
-    let by_keys = pairs(&Lists::new(sequence, Rows::Keys, 3), &[], (keys, queries));
+    let by_queries = pairs(&Lists::with_parts(sequence, Rows::Queries, 2), &[], (queries, keys));
+    let by_keys = pairs(&Lists::with_parts(sequence, Rows::Keys, 3), &[], (keys, queries));
     for (query, key) in (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key))) {
         let times = u8::from(sees(sequence, query, key));
         assert_eq!(by_queries[query * keys + key], times, "{query} {key} {sequence:?}");
@@ -108,12 +108,12 @@ fn padded_text_is_hidden_from_all_and_sees_as_before() {
     let visible: Vec<bool> = (0..70).map(|token| token % 3 != 1 && token < 66).collect();
     let tables = [Rows::Queries, Rows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
     let tokens = 70 + places.len();
-    let found = pairs(&Lists::new(&sequence, Rows::Queries, 64), &tables[0], (tokens, tokens));
+    let found = pairs(&Lists::new(&sequence, Rows::Queries), &tables[0], (tokens, tokens));
     for (query, key) in (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))) {
         let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
         assert_eq!(found[query * tokens + key], u8::from(counts), "{query} {key}");
     }
-    let lists = Lists::new(&sequence, Rows::Keys, 64);
+    let lists = Lists::new(&sequence, Rows::Keys);
     let mut rows = BTreeSet::new();
     for work in lists.work.iter().filter(|work| work.first < 70) {
         for entry in &lists.entries[work.begin as usize..work.end as usize] {
@@ -129,7 +129,7 @@ fn parts_are_short_even_and_joined_in_order() {
     let places = patches(64, 64);
     let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: Some(64) };
     for rows in [Rows::Queries, Rows::Keys] {
-        let lists = Lists::new(&sequence, rows, 20);
+        let lists = Lists::with_parts(&sequence, rows, 20);
         let parts: Vec<&Work> = lists.work.iter().take_while(|work| work.slot >= 0).collect();
         assert_eq!((parts.len(), lists.slots, lists.joins.len()), (32, 32, 8));
         assert!(lists.work[32..].iter().all(|work| work.slot < 0 && work.end - work.begin <= 20));
@@ -145,10 +145,25 @@ fn parts_are_short_even_and_joined_in_order() {
 }
 
 #[test]
+fn only_rows_longer_than_those_of_the_image_are_split() {
+    let places = patches(128, 128);
+    let split = |text, limit, rows| {
+        let lists = Lists::new(&Sequence { text: Text::Whole(text), places: &places, pooled: 0, limit }, rows);
+        (lists.joins.len(), lists.slots)
+    };
+    for rows in [Rows::Queries, Rows::Keys] {
+        assert_eq!(split(512, Some(64), rows), (8, 40), "264 tiles in 5 parts");
+        assert_eq!(split(512, Some(1024), rows), (8, 32), "lists of the image have up to 85 entries");
+        assert_eq!(split(512, None, rows), (0, 0));
+        assert_eq!(split(0, Some(64), rows), (0, 0));
+    }
+}
+
+#[test]
 fn rows_that_see_all_share_one_list() {
     let places = patches(64, 64);
     let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: None };
-    let lists = Lists::new(&sequence, Rows::Queries, usize::MAX);
+    let lists = Lists::new(&sequence, Rows::Queries);
     assert_eq!((lists.work.len(), lists.entries.len(), lists.masks.len()), (72, 72, 0));
 }
 
@@ -171,7 +186,7 @@ fn masks_of_like_neighbours_are_stored_once() {
     let count = |side| {
         let places = patches(side, side);
         let sequence = Sequence { text: Text::Whole(0), places: &places, pooled: 0, limit: Some(256) };
-        Lists::new(&sequence, Rows::Queries, 64).masks.len() / 128
+        Lists::new(&sequence, Rows::Queries).masks.len() / 128
     };
     assert_eq!((count(64), count(256)), (24, 24));
 }
@@ -184,7 +199,7 @@ fn printed() -> String {
         let sequence = Sequence { text: Text::Whole(text), places: &places, pooled, limit: Some(limit) };
         writeln!(out, "{height} {width} {text} {pooled} {limit}").unwrap();
         for rows in [Rows::Queries, Rows::Keys] {
-            write!(out, "{}", Lists::new(&sequence, rows, 2)).unwrap();
+            write!(out, "{}", Lists::with_parts(&sequence, rows, 2)).unwrap();
         }
     }
     out

@@ -73,10 +73,18 @@ class Machine {
 
     void barrier() {
         uint64_t turn = barriers;
+        int first = current / 32 * 32;
+        warps[current / 32].at_barrier++;
         if (++waiting < (int)threads.size()) {
-            while (barriers == turn) give_way(0, (int)threads.size());
+            // A warp goes on to where it has to wait before another moves: as far ahead of the rest as it can get.
+            while (barriers == turn)
+                if (warps[first / 32].at_barrier < 32)
+                    give_way(first, 32);
+                else
+                    give_way(0, (int)threads.size());
             return;
         }
+        for (Warp& warp : warps) warp.at_barrier = 0;
         waiting = 0;
         barriers++;
         idle = 0;
@@ -121,7 +129,7 @@ class Machine {
         std::vector<std::vector<Copy>> groups;
     };
     struct Warp {
-        int arrived = 0;
+        int arrived = 0, at_barrier = 0;
         uint64_t turn = 0;
         const char* operation = nullptr;
         void* lanes[32];

@@ -64,10 +64,14 @@ struct RowCheck {
 
     template <class Parameters, class Kernel, class Plain>
     void run(const std::string& entry, int blocks, Parameters p, Kernel kernel, Plain plain) {
-        Buffer<Stored> out(shape.count());
-        p.out = (decltype(p.out))out.data();
-        launch(entry, {blocks, 1, 1, 128, 64}, p, kernel);
+        Buffer<Stored> out(shape.count()), again(shape.count());
         std::string what = entry + ", width " + std::to_string(shape.width);
+        for (Buffer<Stored>* to : {&again, &out}) {
+            machine.reversed = to == &again;
+            p.out = (decltype(p.out))to->data();
+            launch(entry, {blocks, 1, 1, 128, 64}, p, kernel);
+        }
+        expect(out == again, what + ": depends on the order of threads");
         expect(out.walled(), what + ": written behind an end");
         Accuracy accuracy;
         Round exact = [](double x) { return x; }, rough = [](double x) { return Typed<T>::round(x); };

@@ -50,7 +50,10 @@ struct Tensors {
 static double rate(i64 entries, int products, double ms) { return 2e-9 * products * 64 * 64 * D * HEADS * entries / ms; }
 
 static void bench(int side, double radius, int text) {
-    Scene scene({1, HEADS, text, side, side, 0, radius, 0, std::max(64, (side * side + text) / 64 / 16)});
+    // As lists.rs does it: only rows longer than those of the image are split, into at most 16 parts.
+    int reach = 2 * (int)std::ceil((radius + 7) / 8) + 1, tiles = (side * side + text) / 64;
+    int longest = radius == 0 ? tiles : std::max({64, tiles / 16 + 1, reach * reach + text / 64});
+    Scene scene({1, HEADS, text, side, side, 0, radius, 0, longest});
     Resident queries(Built(scene, Built::Rows::Queries)), keys(Built(scene, Built::Rows::Keys));
     Tensors t(scene.queries, std::max(queries.slots, keys.slots));
     float scale = 1 / std::sqrt((float)D);
