@@ -66,19 +66,19 @@ fn begin(sums: &mut [f32], bias: Option<&[bf16]>) {
 fn multiply(sums: &mut [f32], x: &[Pair], weight: &[Pair], steps: usize) {
     for first in (0..steps).step_by(DEPTH) {
         let a = Strided { values: &x[first..], row_step: steps, inner_step: 1 };
-        let inner = DEPTH.min(steps - first);
-        Product { rows: x.len() / steps, inner, a, b: &weight[first * ROW..], b_step: ROW }.add_to(sums, ROW);
+        let inner = 0..DEPTH.min(steps - first);
+        Product { rows: x.len() / steps, inner: &[inner], a, b: &weight[first * ROW..], b_step: ROW }.add_to(sums, ROW);
     }
 }
 
 /// Rows of numbers as rows of pairs; a last number without a partner is paired with 0.
 fn pairs(rows: &[bf16], inputs: usize) -> Vec<Pair> {
-    let pairs = |row: &'_ [bf16]| row.chunks(2).map(pair).collect::<Vec<Pair>>();
-    rows.chunks_exact(inputs).flat_map(pairs).collect()
-}
-
-fn pair(numbers: &[bf16]) -> Pair {
-    Pair::of(numbers.iter().map(|number| number.load()))
+    let steps = inputs.div_ceil(2);
+    let mut pairs = vec![Pair::default(); rows.len() / inputs * steps];
+    for (pairs, row) in pairs.chunks_exact_mut(steps).zip(rows.chunks_exact(inputs)) {
+        Pair::along(row, pairs);
+    }
+    pairs
 }
 
 /// The weight as [block of 32 outputs][pair of inputs][output], 0 where a block is wider than what is left.
@@ -86,10 +86,8 @@ fn packed(weight: &[bf16], Extents { inputs, outputs, .. }: Extents) -> Vec<Pair
     let steps = inputs.div_ceil(2);
     let mut packed = vec![Pair::default(); outputs.div_ceil(ROW) * steps * ROW];
     packed.par_chunks_mut(steps * ROW).zip(weight.par_chunks(ROW * inputs)).for_each(|(packed, weight)| {
-        for (lane, row) in weight.chunks_exact(inputs).enumerate() {
-            for (packed, numbers) in packed[lane..].iter_mut().step_by(ROW).zip(row.chunks(2)) {
-                *packed = pair(numbers);
-            }
+        for (lane, row) in pairs(weight, inputs).chunks_exact(steps).enumerate() {
+            packed[lane..].iter_mut().step_by(ROW).zip(row).for_each(|(packed, pair)| *packed = *pair);
         }
     });
     packed

@@ -139,6 +139,7 @@ fn with_avx2<T: Task>(task: T) -> T::Output {
 /// A number that is computed with: f32 or f64.
 pub trait Real:
     WithDType
+    + Element<Work = Self>
     + Default
     + Add<Output = Self>
     + Sub<Output = Self>

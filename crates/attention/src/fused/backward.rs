@@ -2,8 +2,8 @@
 //! [`backward`].
 
 use super::forward::negative;
-use super::problem::{Problem, QueryTile, Visit};
-use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
+use super::problem::{Problem, QueryTile};
+use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score, tokens_first};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
     Element, Level, Product, Real, Strided, Task, VECTORS, Vector, dispatch, load_row, store_row,
@@ -59,8 +59,8 @@ struct Scratch<T> {
     query_grad: Vec<T>,
     key_grad: Vec<T>,
     value_grad: Vec<T>,
-    probabilities: [T; CHUNK * LANES],
-    scores: [T; CHUNK * LANES],
+    probabilities: Vec<T>,
+    scores: Vec<T>,
 }
 
 impl<T: Real> Scratch<T> {
@@ -77,8 +77,8 @@ impl<T: Real> Scratch<T> {
             query_grad: lanes,
             key_grad: keys.clone(),
             value_grad: keys,
-            probabilities: [T::ZERO; CHUNK * LANES],
-            scores: [T::ZERO; CHUNK * LANES],
+            probabilities: vec![T::ZERO; chunk_rows::<T>() * LANES],
+            scores: vec![T::ZERO; chunk_rows::<T>() * LANES],
         }
     }
 
@@ -114,7 +114,11 @@ impl<'a, E: Element> Head<'a, E> {
         scratch: &'a mut Scratch<E::Work>,
     ) -> Self {
         let queries = |values| HeadView::new(values, problem, problem.queries, index);
-        let packed = |values| HeadView::new(values, problem, problem.keys, index).rows();
+        let packed = |values| {
+            let mut rows = Vec::new();
+            HeadView::new(values, problem, problem.keys, index).rows(&mut rows);
+            rows
+        };
         Self {
             problem,
             entry: index / problem.heads,
@@ -133,10 +137,10 @@ impl<'a, E: Element> Head<'a, E> {
         let problem = self.problem;
         for tile in &problem.tiles {
             let statistics = self.load(tile);
-            for visit in chunks(problem, self.entry, tile) {
-                self.differentiate(&visit, &statistics);
-                self.collect(&visit.tokens);
-            }
+            for_chunks::<E::Work>(problem.visits(self.entry, tile), |chunk| {
+                self.differentiate(chunk, &statistics);
+                self.collect(chunk);
+            });
             self.store_queries(tile);
         }
     }
@@ -168,21 +172,23 @@ impl<E: Element> Head<'_, E> {
         statistics
     }
 
-    fn differentiate(&mut self, Visit { tokens: keys, seen }: &Visit<'_>, statistics: &Statistics<E::Work>) {
+    fn differentiate(&mut self, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
         let scratch = &mut *self.scratch;
-        let probabilities = &mut scratch.probabilities[..keys.len() * LANES];
-        let scores = &mut scratch.scores[..keys.len() * LANES];
-        score(probabilities, &self.key, keys, &scratch.query);
-        score(scores, &self.value, keys, &scratch.grad);
-        hide(probabilities, seen);
+        score(&mut scratch.probabilities, &self.key, chunk, &scratch.query);
+        hide(&mut scratch.probabilities, chunk);
+        score(&mut scratch.scores, &self.value, chunk, &scratch.grad);
+        let count = chunk.rows * LANES;
+        let (probabilities, scores) = (&mut scratch.probabilities[..count], &mut scratch.scores[..count]);
         dispatch(Differentiate { probabilities, scores, statistics, scale: self.problem.scale() });
     }
 
-    fn collect(&mut self, keys: &Range<usize>) {
+    fn collect(&mut self, chunk: &Chunk<'_>) {
         let scratch = &mut *self.scratch;
-        gather(&mut scratch.query_grad, &self.key, keys.start, &scratch.scores[..keys.len() * LANES]);
-        scatter(&mut scratch.key_grad, &scratch.scores, keys, &scratch.query_rows);
-        scatter(&mut scratch.value_grad, &scratch.probabilities, keys, &scratch.grad_rows);
+        gather(&mut scratch.query_grad, &self.key, chunk, &scratch.scores[..chunk.rows * LANES]);
+        for piece in &chunk.pieces {
+            scatter(&mut scratch.key_grad, piece.scores(&mut scratch.scores), &piece.keys, &scratch.query_rows);
+            scatter(&mut scratch.value_grad, piece.scores(&mut scratch.probabilities), &piece.keys, &scratch.grad_rows);
+        }
     }
 
     fn store_queries(&mut self, tile: &QueryTile) {
@@ -232,7 +238,7 @@ fn scatter<T: Real>(out: &mut [T], weights: &[T], keys: &Range<usize>, rows: &[T
     let a = Strided { values: weights, row_step: LANES, inner_step: 1 };
     for channel in (0..width).step_by(LANES) {
         let out = &mut out[keys.start * width + channel..];
-        Product { rows: keys.len(), inner: LANES, a, b: &rows[channel..], b_step: width }.add_to(out, width);
+        Product { rows: keys.len(), inner: &[0..LANES], a, b: &rows[channel..], b_step: width }.add_to(out, width);
     }
 }
 

@@ -1,12 +1,13 @@
 //! The forward: online softmax, tile by tile. Its main function is [`forward`].
 
-use super::problem::{Problem, QueryTile, Visit};
-use super::step::{CHUNK, HeadView, chunks, gather, hide, load_lanes, score, tokens_first};
+use super::problem::{Problem, QueryTile};
+use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
     Element, Factor, Level, Real, Row, Task, VECTORS, Vector, add_row, dispatch, load_row, store_row,
 };
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// softmax(q kᵀ / √head_dim) v by products of `F`, and each query's scale: the maximum of its scores, and
 /// 1 / Σ exp(score - maximum).
@@ -17,49 +18,60 @@ pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
     problem: &Problem,
     [query, key, value]: [&[E]; 3],
 ) -> (Vec<E>, Vec<[E::Work; 2]>) {
-    let heads = problem.batch * problem.heads;
-    let mut out = vec![E::zero(); heads * problem.query_count()];
-    let mut scales = vec![[E::Work::ZERO; 2]; heads * problem.queries];
-    let outputs = out.par_chunks_mut(problem.query_count()).zip(scales.par_chunks_mut(problem.queries));
-    outputs.enumerate().for_each(|(index, (out, scales))| {
-        let query = HeadView::new(query, problem, problem.queries, index);
-        let [key, value] = [key, value].map(|values| HeadView::new(values, problem, problem.keys, index));
-        let (key, value) = (key.rows::<F>(), value.columns::<F>());
-        Head { problem, entry: index / problem.heads, query, key, value }.run(out, scales);
-    });
-    (tokens_first(&out, problem, problem.queries), scales)
+    let mut out = vec![E::zero(); problem.batch * problem.queries * problem.width()];
+    let mut scales = vec![[E::Work::ZERO; 2]; problem.batch * problem.heads * problem.queries];
+    let outputs = out.par_chunks_mut(problem.queries * problem.width());
+    let outputs = outputs.zip(scales.par_chunks_mut(problem.heads * problem.queries)).enumerate();
+    outputs.with_min_len(problem.entries_in_turn()).for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(keys, values), (entry, (out, scales))| {
+            for (head, scales) in scales.chunks_exact_mut(problem.queries).enumerate() {
+                let index = entry * problem.heads + head;
+                let query = HeadView::new(query, problem, problem.queries, index);
+                let [key, value] = [key, value].map(|values| HeadView::new(values, problem, problem.keys, index));
+                key.rows::<F>(keys);
+                value.columns::<F>(values);
+                Head { problem, entry, head, query, keys, values }.run(out, scales);
+            }
+        },
+    );
+    (out, scales)
 }
 
 struct Head<'a, E: Element, F> {
     problem: &'a Problem,
     entry: usize,
+    head: usize,
     query: HeadView<'a, E>,
-    key: Vec<F>,
-    value: Vec<F>,
+    keys: &'a [F],
+    values: &'a [F],
 }
 
 impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
+    /// Fills its channels of `out`, (queries, heads, head_dim), and its scales.
     fn run(&self, mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
         let mut parts = Vec::with_capacity(self.problem.tiles.len());
         for tile in &self.problem.tiles {
-            let (tile_out, rest) = out.split_at_mut(tile.queries.len() * self.problem.head_dim);
+            let (tile_out, rest) = out.split_at_mut(tile.queries.len() * self.problem.width());
             let (tile_scales, rest_scales) = scales.split_at_mut(tile.queries.len());
             parts.push((tile, tile_out, tile_scales));
             (out, scales) = (rest, rest_scales);
         }
-        parts.into_par_iter().for_each_init(
+        parts.into_par_iter().with_max_len(TILES).for_each_init(
             || Scratch::new(self.problem.head_dim),
             |scratch, (tile, out, scales)| Tile { head: self, tile, out, scales, scratch }.run(),
         );
     }
 }
 
+/// Tiles that a thread takes at a time: few, because those of text visit far more than those of the image.
+const TILES: usize = 4;
+
 /// Working memory of a thread.
 struct Scratch<F: Factor> {
     query: Vec<F>,
     out: Vec<F::Sum>,
-    /// Scores of a chunk's keys, after as many rows of zeros as bring its first key to the start of a factor.
-    scores: [F::Sum; (CHUNK + 1) * LANES],
+    scores: Vec<F::Sum>,
     weights: Vec<F>,
 }
 
@@ -68,7 +80,7 @@ impl<F: Factor> Scratch<F> {
         Self {
             query: vec![F::default(); head_dim.div_ceil(F::WIDTH) * LANES],
             out: vec![F::Sum::ZERO; head_dim * LANES],
-            scores: [F::Sum::ZERO; (CHUNK + 1) * LANES],
+            scores: vec![F::Sum::ZERO; chunk_rows::<F>() * LANES],
             weights: Vec::new(),
         }
     }
@@ -94,33 +106,60 @@ impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, E, F> {
         load_lanes(&mut self.scratch.query, self.head.query, self.tile);
         self.scratch.out.fill(E::Work::ZERO);
         let mut online = Online { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
-        for visit in chunks(problem, self.head.entry, self.tile) {
-            self.chunk(&visit, &mut online);
-        }
+        for_chunks::<F>(problem.visits(self.head.entry, self.tile), |chunk| self.chunk(chunk, &mut online));
         self.finish(&online);
     }
 
-    fn chunk(&mut self, Visit { tokens: keys, seen }: &Visit<'_>, online: &mut Online<E::Work>) {
-        let scratch = &mut *self.scratch;
-        let lead = keys.start % F::WIDTH * LANES;
-        let rows = &mut scratch.scores[..lead + keys.len() * LANES];
-        rows[..lead].fill(E::Work::ZERO);
-        let scores = &mut rows[lead..];
-        score(scores, &self.head.key, keys, &scratch.query);
-        hide(scores, seen);
-        dispatch(Admit { online, scores, out: &mut scratch.out, scale: self.head.problem.scale() });
-        let weights = F::along_columns(rows, LANES, &mut scratch.weights);
-        gather(&mut scratch.out, &self.head.value, keys.start, weights);
+    fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut Online<E::Work>) {
+        let Scratch { query, out, scores, weights } = &mut *self.scratch;
+        score(scores, self.head.keys, chunk, query);
+        hide(scores, chunk);
+        let scores = &mut scores[..chunk.rows * LANES];
+        dispatch(Admit { online, scores, out, scale: self.head.problem.scale() });
+        gather(out, self.head.values, chunk, F::along_columns(scores, LANES, weights));
     }
 
     fn finish(&mut self, online: &Online<E::Work>) {
-        let head_dim = self.head.problem.head_dim;
-        for (lane, out) in self.out.chunks_exact_mut(head_dim).enumerate() {
-            let factor = E::Work::ONE / online.sum[lane];
-            for (out, value) in out.iter_mut().zip(self.scratch.out[lane..].iter().step_by(LANES)) {
-                *out = E::store(*value * factor);
+        for (lane, scale) in self.scales.iter_mut().enumerate() {
+            *scale = [online.max[lane], E::Work::ONE / online.sum[lane]];
+        }
+        let Head { problem, head, .. } = self.head;
+        let channels = head * problem.head_dim..(head + 1) * problem.head_dim;
+        dispatch(Finish {
+            sums: &self.scratch.out,
+            scales: self.scales,
+            out: self.out,
+            width: problem.width(),
+            channels,
+        });
+    }
+}
+
+/// Turns sums, `[channel][lane]`, into `channels` of rows of the output.
+struct Finish<'a, E: Element> {
+    sums: &'a [E::Work],
+    scales: &'a [[E::Work; 2]],
+    out: &'a mut [E],
+    width: usize,
+    channels: Range<usize>,
+}
+
+impl<E: Element> Task for Finish<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let mut square = [[E::Work::ZERO; LANES]; LANES];
+        for (block, sums) in self.sums.chunks(LANES * LANES).enumerate() {
+            for (channel, sums) in sums.chunks_exact(LANES).enumerate() {
+                square.iter_mut().zip(sums).for_each(|(row, sum)| row[channel] = *sum);
             }
-            self.scales[lane] = [online.max[lane], factor];
+            let first = self.channels.start + block * LANES;
+            let rows = self.out.chunks_exact_mut(self.width).zip(self.scales).zip(&square);
+            for ((out, [_, factor]), row) in rows {
+                let out = &mut out[first..self.channels.end.min(first + LANES)];
+                out.iter_mut().zip(row).for_each(|(out, sum)| *out = E::store(*sum * *factor));
+            }
         }
     }
 }

@@ -7,6 +7,9 @@ use candle_core::Result;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Keys from which on threads work on one batch entry together.
+const SHARED: usize = 1024;
+
 /// One call of the kernel.
 #[derive(Debug)]
 pub(super) struct Problem {
@@ -70,6 +73,17 @@ impl Problem {
         let image = window.is_none().then(|| whole(first..end));
         let pooled = (tile.image.is_some() && end < self.keys).then(|| whole(end..self.keys));
         self.text_runs[entry].iter().cloned().map(whole).chain(image).chain(near).chain(pooled)
+    }
+
+    /// Batch entries that must be left to one job: all where one alone keeps every thread busy, so that threads share a
+    /// head's keys and values in the cache.
+    pub fn entries_in_turn(&self) -> usize {
+        if self.keys >= SHARED { self.batch } else { 1 }
+    }
+
+    /// Numbers of a token.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
     }
 
     /// What products of queries and keys are multiplied with.

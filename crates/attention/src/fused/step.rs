@@ -9,8 +9,10 @@ use clearform_ops::simd::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Keys that are scored at a time: their rows of 128 values and the scores stay in the nearer caches.
-pub(super) const CHUNK: usize = 48;
+/// Rows of scores of a chunk: its keys' rows of 128 values and the scores stay in the nearer caches.
+pub(super) const fn chunk_rows<F: Factor>() -> usize {
+    48 * F::WIDTH
+}
 
 /// One head of a (batch, tokens, heads, head_dim) tensor.
 #[derive(Clone, Copy)]
@@ -39,81 +41,185 @@ impl<'a, E: Element> HeadView<'a, E> {
     ///
     /// # Shapes
     /// (tokens, head_dim / WIDTH).
-    pub fn rows<F: Factor<Sum = E::Work>>(&self) -> Vec<F> {
-        let mut rows = Vec::with_capacity(self.tokens * self.head_dim.div_ceil(F::WIDTH));
-        for token in 0..self.tokens {
-            rows.extend(self.row(token).chunks(F::WIDTH).map(factor::<E, F>));
-        }
-        rows
+    pub fn rows<F: Factor<Sum = E::Work>>(&self, out: &mut Vec<F>) {
+        let steps = self.head_dim.div_ceil(F::WIDTH);
+        out.resize(self.tokens * steps, F::default());
+        out.par_chunks_mut(BLOCK * steps).enumerate().for_each(|(block, out)| {
+            dispatch(Rows { view: *self, first: block * BLOCK, out });
+        });
     }
 
     /// All tokens as factors along the tokens.
     ///
     /// # Shapes
     /// (tokens / WIDTH, head_dim).
-    pub fn columns<F: Factor<Sum = E::Work>>(&self) -> Vec<F> {
-        let mut columns = Vec::with_capacity(self.tokens.div_ceil(F::WIDTH) * self.head_dim);
-        for first in (0..self.tokens).step_by(F::WIDTH) {
-            let second = if F::WIDTH > 1 && first + 1 < self.tokens { self.row(first + 1) } else { &[] };
-            let pair = |(channel, value): (usize, &E)| {
-                F::of([value.load(), second.get(channel).map_or(E::Work::ZERO, |value| value.load())].into_iter())
-            };
-            columns.extend(self.row(first).iter().enumerate().map(pair));
-        }
-        columns
+    pub fn columns<F: Factor<Sum = E::Work>>(&self, out: &mut Vec<F>) {
+        out.resize(self.tokens.div_ceil(F::WIDTH) * self.head_dim, F::default());
+        out.par_chunks_mut(BLOCK * self.head_dim).enumerate().for_each(|(block, out)| {
+            dispatch(Columns { view: *self, first: block * BLOCK * F::WIDTH, out });
+        });
     }
 }
 
-fn factor<E: Element, F: Factor<Sum = E::Work>>(numbers: &[E]) -> F {
-    F::of(numbers.iter().map(|number| number.load()))
+/// Rows that one thread packs at a time.
+const BLOCK: usize = 256;
+
+struct Rows<'a, E, F> {
+    view: HeadView<'a, E>,
+    first: usize,
+    out: &'a mut [F],
 }
 
-/// Writes the rows of `tile` side by side: out[channel / WIDTH][lane]. Lanes without a query are 0.
+impl<E: Element, F: Factor<Sum = E::Work>> Task for Rows<'_, E, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let steps = self.view.head_dim.div_ceil(F::WIDTH);
+        for (row, out) in self.out.chunks_exact_mut(steps).enumerate() {
+            F::along(self.view.row(self.first + row), out);
+        }
+    }
+}
+
+struct Columns<'a, E, F> {
+    view: HeadView<'a, E>,
+    first: usize,
+    out: &'a mut [F],
+}
+
+impl<E: Element, F: Factor<Sum = E::Work>> Task for Columns<'_, E, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        let view = self.view;
+        for (row, out) in self.out.chunks_exact_mut(view.head_dim).enumerate() {
+            let token = self.first + row * F::WIDTH;
+            let second = (token + 1 < view.tokens).then(|| view.row(token + 1));
+            F::across(view.row(token), second, out);
+        }
+    }
+}
+
+/// Writes the rows of `tile` side by side: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
 pub(super) fn load_lanes<E: Element, F: Factor<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
-    out.fill(F::default());
-    for (lane, token) in tile.queries.clone().enumerate() {
-        for (out, numbers) in out[lane..].iter_mut().step_by(LANES).zip(view.row(token).chunks(F::WIDTH)) {
-            *out = factor(numbers);
+    dispatch(LoadLanes { out, view, tile });
+}
+
+struct LoadLanes<'a, E, F> {
+    out: &'a mut [F],
+    view: HeadView<'a, E>,
+    tile: &'a QueryTile,
+}
+
+impl<E: Element, F: Factor<Sum = E::Work>> Task for LoadLanes<'_, E, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        // Channels by as many as fill the lanes: a square that is turned over in the nearest cache.
+        let mut square = [[F::default(); LANES]; LANES];
+        for (block, out) in self.out.chunks_mut(LANES * LANES).enumerate() {
+            let first = block * LANES * F::WIDTH;
+            for (row, token) in square.iter_mut().zip(self.tile.queries.clone()) {
+                let channels = &self.view.row(token)[first..];
+                F::along(&channels[..channels.len().min(LANES * F::WIDTH)], row);
+            }
+            for (step, out) in out.chunks_exact_mut(LANES).enumerate() {
+                out.iter_mut().zip(&square).for_each(|(out, row)| *out = row[step]);
+            }
         }
     }
 }
 
-/// Chunks of what `tile` visits.
-pub(super) fn chunks<'a>(
-    problem: &'a Problem,
-    entry: usize,
-    tile: &'a QueryTile,
-) -> impl Iterator<Item = Visit<'a>> + 'a {
-    problem.visits(entry, tile).flat_map(|Visit { tokens, seen }| {
-        let first = tokens.start;
-        tokens.clone().step_by(CHUNK).map(move |start| {
-            let end = tokens.end.min(start + CHUNK);
-            Visit { tokens: start..end, seen: if seen.is_empty() { seen } else { &seen[start - first..end - first] } }
-        })
-    })
+/// Keys that are scored together: runs of the sequence, one after the other.
+#[derive(Default)]
+pub(super) struct Chunk<'a> {
+    pub pieces: Vec<Piece<'a>>,
+    /// Rows of scores. A piece begins and ends at whole factors, so there may be rows without a key between them.
+    pub rows: usize,
+    /// The factors along the tokens that hold the keys.
+    factors: Vec<Range<usize>>,
 }
 
-/// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head.
-pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], keys: &Range<usize>, lanes: &[F]) {
+/// A run of keys in a chunk.
+pub(super) struct Piece<'a> {
+    pub keys: Range<usize>,
+    /// First row of its scores.
+    row: usize,
+    seen: &'a [u32],
+}
+
+impl Piece<'_> {
+    /// Its part of scores.
+    pub fn scores<'s, T>(&self, scores: &'s mut [T]) -> &'s mut [T] {
+        &mut scores[self.row * LANES..][..self.keys.len() * LANES]
+    }
+}
+
+/// Brings `visits` to `work`, chunk by chunk.
+pub(super) fn for_chunks<'a, F: Factor>(visits: impl Iterator<Item = Visit<'a>>, mut work: impl FnMut(&Chunk<'a>)) {
+    let mut chunk = Chunk::default();
+    for mut visit in visits {
+        while !visit.tokens.is_empty() {
+            chunk.take::<F>(&mut visit);
+            if chunk.rows == chunk_rows::<F>() {
+                work(&chunk);
+                chunk.clear();
+            }
+        }
+    }
+    if chunk.rows > 0 {
+        work(&chunk);
+    }
+}
+
+impl<'a> Chunk<'a> {
+    /// Takes as many keys of `visit` as there is room for.
+    fn take<F: Factor>(&mut self, visit: &mut Visit<'a>) {
+        let Visit { tokens, seen } = visit;
+        let lead = tokens.start % F::WIDTH;
+        let keys = tokens.start..tokens.end.min(tokens.start + chunk_rows::<F>() - self.rows - lead);
+        let (taken, rest) = seen.split_at(seen.len().min(keys.len()));
+        (tokens.start, *seen) = (keys.end, rest);
+        self.factors.push(keys.start / F::WIDTH..keys.end.div_ceil(F::WIDTH));
+        let row = self.rows + lead;
+        self.rows = (row + keys.len()).next_multiple_of(F::WIDTH);
+        self.pieces.push(Piece { keys, row, seen: taken });
+    }
+
+    fn clear(&mut self) {
+        self.pieces.clear();
+        self.factors.clear();
+        self.rows = 0;
+    }
+}
+
+/// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
+/// key are -∞.
+pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F]) {
     let steps = lanes.len() / LANES;
-    scores[..keys.len() * LANES].fill(F::Sum::ZERO);
-    let a = Strided { values: &rows[keys.start * steps..], row_step: steps, inner_step: 1 };
-    Product { rows: keys.len(), inner: steps, a, b: lanes, b_step: LANES }.add_to(scores, LANES);
-}
-
-/// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head; `weights`
-/// begin at the factor that holds `first`.
-pub(super) fn gather<F: Factor>(out: &mut [F::Sum], columns: &[F], first: usize, weights: &[F]) {
-    let head_dim = out.len() / LANES;
-    let a = Strided { values: &columns[first / F::WIDTH * head_dim..], row_step: 1, inner_step: head_dim };
-    Product { rows: head_dim, inner: weights.len() / LANES, a, b: weights, b_step: LANES }.add_to(out, LANES);
+    scores[..chunk.rows * LANES].fill(F::Sum::MINUS_INFINITY);
+    for piece in &chunk.pieces {
+        let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
+        let product = Product { rows: piece.keys.len(), inner: &[0..steps], a, b: lanes, b_step: LANES };
+        product.write_to(piece.scores(scores), LANES);
+    }
 }
 
 /// Sets scores of queries that do not see a key to -∞.
-pub(super) fn hide<T: Real>(scores: &mut [T], seen: &[u32]) {
-    if !seen.is_empty() {
-        dispatch(Hide { scores, seen });
+pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>) {
+    for piece in chunk.pieces.iter().filter(|piece| !piece.seen.is_empty()) {
+        dispatch(Hide { scores: piece.scores(scores), seen: piece.seen });
     }
+}
+
+/// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head.
+pub(super) fn gather<F: Factor>(out: &mut [F::Sum], columns: &[F], chunk: &Chunk<'_>, weights: &[F]) {
+    let head_dim = out.len() / LANES;
+    let a = Strided { values: columns, row_step: 1, inner_step: head_dim };
+    Product { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES }.add_to(out, LANES);
 }
 
 struct Hide<'a, T> {

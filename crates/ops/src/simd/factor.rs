@@ -3,7 +3,7 @@
 //! Two bf16 numbers side by side are multiplied with two others and added up in f32 by one instruction (VDPBF16PS) where
 //! the processor has it.
 
-use super::{Array, LANES, Level, Real, Vector};
+use super::{Array, Element, LANES, Level, Real, Task, Vector, dispatch};
 use std::marker::PhantomData;
 
 /// What is multiplied: one number, or some that are multiplied one by one and added up.
@@ -16,8 +16,12 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
     /// Numbers in a factor.
     const WIDTH: usize;
 
-    /// The factor of up to [`Self::WIDTH`] numbers, rounded to nearest; those that lack are 0.
-    fn of(numbers: impl Iterator<Item = Self::Sum>) -> Self;
+    /// A row of numbers as factors, rounded to nearest; a last one without a partner has 0 for it.
+    fn along<E: Element<Work = Self::Sum>>(row: &[E], out: &mut [Self]);
+
+    /// The numbers of [`Self::WIDTH`] rows as factors, column by column. A second row that lacks is 0, and one factor
+    /// wide factors have no second.
+    fn across<E: Element<Work = Self::Sum>>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
 
     /// The same factor in all lanes.
     fn splat<L: Level>(self) -> Self::Vector<L>;
@@ -44,8 +48,13 @@ impl<T: Real> Factor for T {
     const WIDTH: usize = 1;
 
     #[inline(always)]
-    fn of(mut numbers: impl Iterator<Item = T>) -> T {
-        numbers.next().unwrap_or(T::ZERO)
+    fn along<E: Element<Work = T>>(row: &[E], out: &mut [T]) {
+        out.iter_mut().zip(row).for_each(|(out, number)| *out = number.load());
+    }
+
+    #[inline(always)]
+    fn across<E: Element<Work = T>>(first: &[E], _: Option<&[E]>, out: &mut [T]) {
+        Self::along(first, out);
     }
 
     #[inline(always)]
@@ -99,9 +108,26 @@ impl Factor for Pair {
     const WIDTH: usize = 2;
 
     #[inline(always)]
-    fn of(mut numbers: impl Iterator<Item = f32>) -> Self {
-        let mut next = || numbers.next().unwrap_or(0.0);
-        Self::new(next(), next())
+    fn along<E: Element<Work = f32>>(row: &[E], out: &mut [Self]) {
+        let (pairs, rest) = row.as_chunks();
+        for (out, [first, second]) in out.iter_mut().zip(pairs) {
+            *out = Self::new(first.load(), second.load());
+        }
+        if let Some(last) = rest.first() {
+            out[pairs.len()] = Self::new(last.load(), 0.0);
+        }
+    }
+
+    #[inline(always)]
+    fn across<E: Element<Work = f32>>(first: &[E], second: Option<&[E]>, out: &mut [Self]) {
+        match second {
+            None => out.iter_mut().zip(first).for_each(|(out, first)| *out = Self::new(first.load(), 0.0)),
+            Some(second) => {
+                for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+                    *out = Self::new(first.load(), second.load());
+                }
+            }
+        }
     }
 
     #[inline(always)]
@@ -120,15 +146,28 @@ impl Factor for Pair {
     }
 
     fn along_columns<'a>(numbers: &'a [f32], width: usize, space: &'a mut Vec<Self>) -> &'a [Self] {
-        space.clear();
-        for rows in numbers.chunks(2 * width) {
-            let (first, second) = rows.split_at(width);
-            match second {
-                [] => space.extend(first.iter().map(|number| Self::new(*number, 0.0))),
-                _ => space.extend(first.iter().zip(second).map(|(first, second)| Self::new(*first, *second))),
-            }
-        }
+        space.resize(numbers.len().div_ceil(2 * width) * width, Self::default());
+        dispatch(Across { numbers, width, out: space });
         space
+    }
+}
+
+/// Rows of numbers to pairs of neighbouring rows.
+struct Across<'a> {
+    numbers: &'a [f32],
+    width: usize,
+    out: &'a mut [Pair],
+}
+
+impl Task for Across<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        for (rows, out) in self.numbers.chunks(2 * self.width).zip(self.out.chunks_exact_mut(self.width)) {
+            let (first, second) = rows.split_at(self.width);
+            Pair::across(first, (!second.is_empty()).then_some(second), out);
+        }
     }
 }
 
@@ -258,7 +297,7 @@ mod tests {
     fn a_pair_rounds_as_bf16_does() {
         let numbers = [0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, 3.0e38, f32::INFINITY, 1e-40, -7.77];
         for number in numbers {
-            assert_eq!(Pair::of([number].into_iter()).halves()[0].to_bits(), bf16::from_f32(number).to_f32().to_bits());
+            assert_eq!(Pair::new(number, 0.0).halves()[0].to_bits(), bf16::from_f32(number).to_f32().to_bits());
         }
         assert!(Pair::new(f32::NAN, 0.0).halves()[0].is_nan());
     }
