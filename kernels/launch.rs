@@ -1,74 +1,39 @@
-//! [`Modules`]: the kernels on a device, through cudarc and on a stream that someone else owns. The only file that knows
-//! a driver; it knows no tensor.
+//! [`start`]: a launch on a device, through cudarc and on a stream that someone else owns; [`ResidentLists`] are lists in
+//! its memory. The only file that knows a driver; it knows no tensor.
 
 use crate::clear_attention::{Entry, Lists, Work};
-use crate::{KERNELS, Kernel, Launch, Parameters, THREADS};
+use crate::{Launch, Parameters, THREADS};
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
-};
-use cudarc::nvrtc::Ptx;
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg};
+use std::sync::Arc;
 
-/// The kernels of a device. A source is compiled by the driver when one of its entry points is first started.
-pub struct Modules {
-    stream: Arc<CudaStream>,
-    loaded: Mutex<BTreeMap<&'static str, Arc<CudaModule>>>,
-}
-
-impl Modules {
-    /// Kernels that run on `stream`.
-    pub fn new(stream: Arc<CudaStream>) -> Self {
-        Self { stream, loaded: Mutex::default() }
+/// Starts `launch`, whose entry point is `function`; it ends when the stream gets there.
+///
+/// # Errors
+/// The driver refused.
+///
+/// # Safety
+/// `function` is the launch's entry point, loaded from its kernel's PTX, and `parameters` are those of that entry point.
+/// Their addresses name memory of this device, as large as the kernel's source says, which lives until the stream has
+/// passed the launch and which nothing else uses meanwhile.
+pub unsafe fn start<P: Parameters>(
+    stream: &Arc<CudaStream>,
+    function: &CudaFunction,
+    launch: &Launch,
+    parameters: P,
+) -> Result<(), DriverError> {
+    if launch.blocks.contains(&0) {
+        return Ok(());
     }
-
-    /// Compiles every kernel now.
-    ///
-    /// # Errors
-    /// The driver refused.
-    pub fn load_all(&self) -> Result<(), DriverError> {
-        KERNELS.iter().try_for_each(|kernel| self.module(kernel).map(drop))
-    }
-
-    /// Starts `launch`; it ends when the stream gets there.
-    ///
-    /// # Errors
-    /// The driver refused.
-    ///
-    /// # Safety
-    /// `parameters` are those of the launch's entry point. Their addresses name memory of this device, as large as the
-    /// kernel's source says, which lives until the stream has passed the launch and which nothing else uses meanwhile.
-    pub unsafe fn start<P: Parameters>(&self, launch: &Launch, parameters: P) -> Result<(), DriverError> {
-        if launch.blocks.contains(&0) {
-            return Ok(());
-        }
-        let function = self.function(launch)?;
-        let parameters = Argument(parameters);
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&parameters);
-        let [x, y, z] = launch.blocks;
-        let config =
-            LaunchConfig { grid_dim: (x, y, z), block_dim: (THREADS, 1, 1), shared_mem_bytes: launch.shared_bytes };
-        // SAFETY: the caller's promise; `Parameters` has the layout of the one argument there is.
-        unsafe { builder.launch(config) }.map(drop)
-    }
-
-    fn function(&self, launch: &Launch) -> Result<CudaFunction, DriverError> {
-        let function = self.module(&launch.kernel)?.load_function(&launch.entry)?;
-        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared_bytes as i32)?;
-        Ok(function)
-    }
-
-    fn module(&self, kernel: &Kernel) -> Result<Arc<CudaModule>, DriverError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = loaded.get(kernel.name) {
-            return Ok(module.clone());
-        }
-        let module = self.stream.context().load_module(Ptx::from_src(kernel.ptx))?;
-        loaded.insert(kernel.name, module.clone());
-        Ok(module)
-    }
+    function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared_bytes as i32)?;
+    let parameters = Argument(parameters);
+    let mut builder = stream.launch_builder(function);
+    builder.arg(&parameters);
+    let [x, y, z] = launch.blocks;
+    let config =
+        LaunchConfig { grid_dim: (x, y, z), block_dim: (THREADS, 1, 1), shared_mem_bytes: launch.shared_bytes };
+    // SAFETY: the caller's promise; `Parameters` has the layout of the one argument there is.
+    unsafe { builder.launch(config) }.map(drop)
 }
 
 /// Lists in memory of a device.

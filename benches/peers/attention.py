@@ -52,7 +52,8 @@ def peers(args):
     dtype = alternation.DTYPES[args.dtype]
     q, k, v = (torch.randn(shape, dtype=dtype, device=args.device, requires_grad=args.backward) for _ in range(3))
     found = {"sdpa full": lambda: F.scaled_dot_product_attention(q, k, v)}
-    if "flex" not in args.without:
+    # FlexAttention has no backward on a CPU.
+    if "flex" not in args.without and not (args.backward and args.device == "cpu"):
         mask, flex = block_mask(args, tokens), torch.compile(flex_attention)
         found["flex"] = lambda: flex(q, k, v, block_mask=mask)
     if args.device != "cpu":

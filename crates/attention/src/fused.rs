@@ -6,6 +6,8 @@
 //! policy.
 
 mod backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod forward;
 mod operation;
 mod problem;
@@ -13,25 +15,47 @@ mod step;
 
 use crate::sequence::Sequence;
 use crate::{Attended, Attention, Geometry, Qkv, Window, reference};
-use candle_core::{DType, Result};
+#[cfg(feature = "cuda")]
+use candle_core::bail;
+use candle_core::{CustomOp3, DType, Result, Tensor};
 use operation::Softmax;
 use problem::Problem;
 
-/// Attention of a window. On the CPU it is the fused kernel, elsewhere the plain reference.
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::Known as KnownLists;
+
+/// Attention of a window: a fused kernel where there is one for the device and the number format, and elsewhere the
+/// plain reference.
 pub(crate) struct Windowed(pub Window);
 
 impl Attention for Windowed {
     fn attend(&self, image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<Attended> {
-        let known = matches!(image.query.dtype(), DType::F32 | DType::F64 | DType::BF16);
-        if !known || !image.query.device().is_cpu() {
-            return reference::attend(image, text, geometry, &self.0);
-        }
         let sequence = Sequence::new(image, text, geometry, &self.0)?;
-        let operation = Softmax::new(Problem::new(&sequence, geometry, self.0.radius)?);
-        let (query, key, value) = (&sequence.query, &sequence.key, &sequence.value);
-        let out = query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)?;
+        let out = match (image.query.device().is_cpu(), image.query.dtype()) {
+            (true, DType::F32 | DType::F64 | DType::BF16) => {
+                apply(&sequence, Softmax::new(Problem::new(&sequence, geometry, self.0.radius)?))?
+            }
+            #[cfg(feature = "cuda")]
+            (false, _) if image.query.device().is_cuda() => {
+                match cuda::Softmax::new(&sequence, geometry, self.0.radius)? {
+                    Ok(operation) => apply(&sequence, operation)?,
+                    Err(refusal) if sequence.image > PLAIN => bail!("{refusal}; --dtype bf16 has one"),
+                    Err(_) => return reference::attend(image, text, geometry, &self.0),
+                }
+            }
+            _ => return reference::attend(image, text, geometry, &self.0),
+        };
         sequence.split(&out, text.is_some())
     }
+}
+
+/// Image tokens up to which the plain reference, which costs their square, stands in for a kernel on a GPU.
+#[cfg(feature = "cuda")]
+const PLAIN: usize = 4096;
+
+fn apply(sequence: &Sequence, operation: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
+    let (query, key, value) = (&sequence.query, &sequence.key, &sequence.value);
+    query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)
 }
 
 #[cfg(test)]

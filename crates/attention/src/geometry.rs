@@ -92,7 +92,7 @@ impl Geometry {
     /// # Errors
     /// A token count that is not this geometry's.
     pub fn to_tiles(&self, raster: &Tensor) -> Result<Tensor> {
-        self.permute(raster, &self.order.raster_of)
+        self.permute(raster, &self.order.raster_of, &self.order.tile_of)
     }
 
     /// The inverse of [`Self::to_tiles`].
@@ -103,7 +103,7 @@ impl Geometry {
     /// # Errors
     /// A token count that is not this geometry's.
     pub fn to_raster(&self, tiled: &Tensor) -> Result<Tensor> {
-        self.permute(tiled, &self.order.tile_of)
+        self.permute(tiled, &self.order.tile_of, &self.order.raster_of)
     }
 
     /// Which text tokens count, batch by batch, or none where all do.
@@ -120,10 +120,15 @@ impl Geometry {
         &self.order
     }
 
-    fn permute(&self, x: &Tensor, from: &[u32]) -> Result<Tensor> {
+    fn permute(&self, x: &Tensor, from: &[u32], inverse: &[u32]) -> Result<Tensor> {
         if x.rank() < 2 || x.dim(1)? != from.len() {
             bail!("{:?} image tokens: expected {} of {:?}", x.dims(), from.len(), self.grids);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(out) = clearform_ops::cuda::permute(x, from, inverse)? {
+            return Ok(out);
+        }
+        let _ = inverse;
         x.contiguous()?.index_select(&Tensor::new(from, x.device())?, 1)
     }
 }

@@ -72,6 +72,9 @@ pub(crate) struct TileOrder {
     maps: Vec<CellMap>,
     /// By the radius' limit. Every layer and step asks for the same few.
     visits: Mutex<BTreeMap<i32, Arc<Visits>>>,
+    /// The same for the kernels of a GPU.
+    #[cfg(feature = "cuda")]
+    pub lists: crate::fused::KnownLists,
 }
 
 /// Pairs of a query and a key that lie inside the disc, among all that the kernel visits.
@@ -102,6 +105,8 @@ impl TileOrder {
             cells: Vec::new(),
             maps: Vec::new(),
             visits: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            lists: Default::default(),
         };
         for grid in grids {
             order.add_grid(*grid);

@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Make pre-trained diffusion transformers linear: ingest a checkpoint, rewrite its attention, distil it, run it.
 #[derive(Debug, Parser)]
@@ -84,12 +85,31 @@ pub struct Reading {
     pub allow_unmatched: bool,
 }
 
+/// A device, by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The processor.
+    Cpu,
+    /// The NVIDIA GPU of that number.
+    Cuda(usize),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = || text.strip_prefix("cuda:")?.parse().ok().map(Self::Cuda);
+        let place = if text == "cpu" { Some(Self::Cpu) } else { number() };
+        place.ok_or_else(|| "expected cpu or cuda:N".to_owned())
+    }
+}
+
 /// Where a model runs.
 #[derive(Debug, Args)]
 pub struct Running {
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: String,
+    pub device: Place,
     /// Number format; the file's own without it.
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
@@ -197,6 +217,9 @@ pub struct Training {
     /// Take up work that was interrupted.
     #[arg(long)]
     pub resume: bool,
+    /// `cpu`, or `cuda:N` where it was built in.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: Place,
 }
 
 /// `clearform distill`.
@@ -361,6 +384,9 @@ pub struct Compare {
     /// Diffusers folder with what the models lack.
     #[arg(long, value_name = "DIR")]
     pub components: Option<PathBuf>,
+    /// `cpu`, or `cuda:N` where it was built in.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: Place,
 }
 
 /// `clearform bench`.
@@ -409,6 +435,9 @@ pub struct AttentionBench {
     /// `full` or `clear:r=R[,d=D]` instead of --radius.
     #[arg(long, value_name = "PLAN")]
     pub attention: Option<String>,
+    /// `cpu`, or `cuda:N` where it was built in.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: Place,
     /// Timed runs, after one that is not counted.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeat: usize,
@@ -468,6 +497,9 @@ pub struct Evaluation {
     /// Number format.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
+    /// `cpu`, or `cuda:N` where it was built in.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: Place,
     /// Timed runs, after one that is not counted.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeat: usize,

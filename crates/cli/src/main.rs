@@ -23,10 +23,23 @@ fn main() -> ExitCode {
         Ok(Outcome::Whole) => ExitCode::SUCCESS,
         Ok(Outcome::Partial) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", explanation(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, but for those that the one before has told already.
+fn explanation(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+        match text.as_str() {
+            "" => text = cause,
+            told if told.ends_with(&cause) => {}
+            _ => text = format!("{text}: {cause}"),
+        }
+    }
+    text
 }
 
 fn run(cli: &Cli) -> anyhow::Result<Outcome> {

@@ -1,7 +1,7 @@
 //! How the arguments of a command become an opened, identified checkpoint and the settings it runs with.
 
-use crate::args::{Dtype, Reading, Running};
-use anyhow::{Context as _, bail};
+use crate::args::{Dtype, Place, Reading};
+use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Identified, Manifests, detect};
@@ -23,19 +23,19 @@ pub fn reading(args: &Reading) -> anyhow::Result<clearform_runtime::Reading> {
 }
 
 /// How a pipeline is opened where nothing particular is asked for.
-pub fn plainly(components: Option<&Path>) -> anyhow::Result<Options> {
+pub fn plainly(components: Option<&Path>, place: Place) -> anyhow::Result<Options> {
     Ok(Options {
         reading: clearform_runtime::Reading::plain()?,
         components: components.map(Path::to_owned),
         plan: None,
         dtype: None,
-        device: Device::Cpu,
+        device: device(place)?,
     })
 }
 
 /// Opens `model` where nothing particular is asked for.
-pub fn open_plainly(model: &Path, components: Option<&Path>) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::open(model, plainly(components)?)?)
+pub fn open_plainly(model: &Path, components: Option<&Path>, place: Place) -> anyhow::Result<Pipeline> {
+    Ok(Pipeline::open(model, plainly(components, place)?)?)
 }
 
 /// Opens the transformer of `model` where nothing particular is asked for.
@@ -65,11 +65,22 @@ pub fn plan(text: &str) -> anyhow::Result<AttentionPlan> {
 }
 
 /// The device of `--device`.
-pub fn device(running: &Running) -> anyhow::Result<Device> {
-    match running.device.as_str() {
-        "cpu" => Ok(Device::Cpu),
-        other => bail!("--device {other}: this build runs on `cpu` alone"),
+pub fn device(place: Place) -> anyhow::Result<Device> {
+    match place {
+        Place::Cpu => Ok(Device::Cpu),
+        Place::Cuda(number) => gpu(number).with_context(|| format!("--device cuda:{number}")),
     }
+}
+
+/// On a stream of its own: the default one is another for each thread.
+#[cfg(feature = "cuda")]
+fn gpu(number: usize) -> anyhow::Result<Device> {
+    Ok(Device::new_cuda_with_stream(number)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(_: usize) -> anyhow::Result<Device> {
+    anyhow::bail!("this build runs on the CPU alone; build it with --features cuda")
 }
 
 impl Dtype {

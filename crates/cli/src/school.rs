@@ -1,14 +1,15 @@
 //! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
 
-use crate::args::Training;
+use crate::args::{Place, Training};
 use crate::commands::compare::read_prompts;
+use crate::opening::device;
 use crate::output::Output;
 use anyhow::{Context as _, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::Distillation;
 use clearform_distill::{
-    Activations, Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, Recipe, SampleSet,
+    Activations, Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Precision, Progress, Recipe, SampleSet,
     SampleSettings, Settings, Start, Workshop, distill,
 };
 use clearform_runtime::{Pipeline, Size, Transformer};
@@ -64,7 +65,7 @@ pub fn train(
     training: &Training,
     output: &Output,
 ) -> anyhow::Result<Lesson> {
-    let weights = Resident::load(teacher.source(), None, &Device::Cpu)?;
+    let weights = Resident::load(teacher.source(), None, &device(training.device)?)?;
     let recipe = Recipe { family: teacher.family(), config: teacher.config(), plan: student.plan };
     let pair = Pair::build(recipe, &weights, student.start)?;
     let start = if training.resume { Start::Resume } else { Start::Fresh };
@@ -128,7 +129,7 @@ fn size(pipeline: &Pipeline, training: &Training) -> Size {
     training.sample_size.map_or(pipeline.own_size(), |edge| Size { height: edge, width: edge })
 }
 
-/// The tensor library's bf16 products run at a third of its f32 ones on a CPU, so samples are drawn in f32.
+/// Samples are drawn in f32 on a CPU, and on a GPU in what its attention kernels take.
 fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<Canvas> {
     let [width, height] = settings.size;
     let latents = pipeline.initial_latents(0, 1, Size { height, width })?;
@@ -138,8 +139,8 @@ fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tenso
         image_ids: latents.image_ids,
         text_ids,
         schedule,
-        dtype: DType::F32,
-        device: Device::Cpu,
+        dtype: if latents.tokens.device().is_cpu() { DType::F32 } else { DType::BF16 },
+        device: latents.tokens.device().clone(),
     })
 }
 
@@ -152,6 +153,7 @@ fn settings(training: &Training) -> Settings {
         learning_rate,
         loss: LossSettings { every: training.attention_every, ..Default::default() },
         seed: training.seed,
+        precision: if training.device == Place::Cpu { Precision::F32 } else { Precision::Bf16 },
         activations: if training.keep_activations { Activations::Keep } else { Activations::Recompute },
         ..Default::default()
     }

@@ -14,6 +14,10 @@ use std::ops::Range;
 /// # Errors
 /// Shapes that contradict each other.
 pub fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::gated_add(residual, gate, x)? {
+        return Ok(out);
+    }
     if !kernel::supported(x) || residual.dtype() != x.dtype() {
         return reference::gated_add(residual, gate, x);
     }

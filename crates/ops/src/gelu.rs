@@ -14,6 +14,10 @@ use rayon::prelude::*;
 /// # Errors
 /// The tensor library refused.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::gelu(x)? {
+        return Ok(out);
+    }
     if kernel::supported(x) { kernel::apply(Gelu, &[x]) } else { reference::gelu(x) }
 }
 

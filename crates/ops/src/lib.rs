@@ -5,6 +5,8 @@
 //! kernel of ours exists. [`simd`] compiles one piece of arithmetic for several instruction sets. Nothing here knows a
 //! model.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod gated;
 mod gelu;
 mod gemm;

@@ -235,10 +235,11 @@ impl<T: Real> Task for Differentiate<'_, T> {
 /// out[key][channel] += Σ weights[key][lane] · rows[lane][channel].
 fn scatter<T: Real>(out: &mut [T], weights: &[T], keys: &Range<usize>, rows: &[T]) {
     let width = rows.len() / LANES;
-    let a = Strided { values: weights, row_step: LANES, inner_step: 1 };
+    let (a, lanes) = (Strided { values: weights, row_step: LANES, inner_step: 1 }, 0..LANES);
     for channel in (0..width).step_by(LANES) {
         let out = &mut out[keys.start * width + channel..];
-        Product { rows: keys.len(), inner: &[0..LANES], a, b: &rows[channel..], b_step: width }.add_to(out, width);
+        Product { rows: keys.len(), inner: std::slice::from_ref(&lanes), a, b: &rows[channel..], b_step: width }
+            .add_to(out, width);
     }
 }
 

@@ -200,10 +200,12 @@ impl<'a> Chunk<'a> {
 /// key are -∞.
 pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F]) {
     let steps = lanes.len() / LANES;
+    let channels = 0..steps;
+    let inner = std::slice::from_ref(&channels);
     scores[..chunk.rows * LANES].fill(F::Sum::MINUS_INFINITY);
     for piece in &chunk.pieces {
         let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
-        let product = Product { rows: piece.keys.len(), inner: &[0..steps], a, b: lanes, b_step: LANES };
+        let product = Product { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
         product.write_to(piece.scores(scores), LANES);
     }
 }

@@ -57,7 +57,7 @@ proptest! {
     }
 
     #[test]
-    fn one_thread_and_two_give_the_same_bits(case in problems(24, 40)) {
+    fn one_thread_and_two_give_the_same_bits(case in problems(36, 40)) {
         let inputs = Inputs::new(case, DType::F32);
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -17,7 +17,7 @@ const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a b
 const LAYER_PICTURES: usize = 4;
 
 pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
-    let open = |model| open_plainly(model, args.components.as_deref());
+    let open = |model| open_plainly(model, args.components.as_deref(), args.device);
     let (teacher, student) = (open(&args.teacher)?, open(&args.student)?);
     let sitting = sitting(args, &teacher)?;
     let bar = output.progress("drawing", 2 * sitting.prompts.len());

@@ -90,7 +90,10 @@ fn samples(args: &Convert, stage: &Stage, output: &Output) -> anyhow::Result<Sam
     if let Some(folder) = &args.training.samples {
         return school::ready_samples(folder);
     }
-    let options = Options { reading: reading(&args.reading)?, ..plainly(args.training.components.as_deref())? };
+    let options = Options {
+        reading: reading(&args.reading)?,
+        ..plainly(args.training.components.as_deref(), args.training.device)?
+    };
     let pipeline = Pipeline::open(&args.source, options)?;
     school::samples(&pipeline, &args.training, &stage.work().join("samples"), output)
 }

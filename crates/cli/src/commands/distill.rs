@@ -42,5 +42,10 @@ fn samples(args: &Distill, teacher: &Transformer, folder: &Path, output: &Output
     let components = args.training.components.as_deref().unwrap_or(&args.model);
     let names = teacher.identified().components();
     school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing(names))?;
-    school::samples(&open_plainly(&args.teacher, Some(components))?, &args.training, folder, output)
+    school::samples(
+        &open_plainly(&args.teacher, Some(components), args.training.device)?,
+        &args.training,
+        folder,
+        output,
+    )
 }

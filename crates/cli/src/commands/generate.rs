@@ -1,7 +1,7 @@
 //! `clearform generate`: from a prompt to pictures.
 
 use crate::args::Generate;
-use crate::opening::{device, plainly, plan};
+use crate::opening::{plainly, plan};
 use crate::output::{Outcome, Output};
 use anyhow::bail;
 use clearform_layout::Defaults;
@@ -16,8 +16,7 @@ pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
     let options = Options {
         plan: args.running.attention.as_deref().map(plan).transpose()?,
         dtype: args.running.dtype.map(crate::args::Dtype::computed),
-        device: device(&args.running)?,
-        ..plainly(args.components.as_deref())?
+        ..plainly(args.components.as_deref(), args.running.device)?
     };
     let pipeline = Pipeline::open(&args.model, options)?;
     let request = request(args, &pipeline);

@@ -2,7 +2,7 @@
 
 use super::embedded;
 use super::report::{Report, Student};
-use crate::args::{Convert, Reading, Training};
+use crate::args::{Convert, Place, Reading, Training};
 use crate::commands::convert;
 use crate::opening::plainly;
 use crate::output::Output;
@@ -65,7 +65,7 @@ pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
 
 /// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
 fn open(model: &Path) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::open(model, Options { dtype: Some(DType::F32), ..plainly(None)? })?)
+    Ok(Pipeline::open(model, Options { dtype: Some(DType::F32), ..plainly(None, Place::Cpu)? })?)
 }
 
 fn names() -> Vec<String> {
@@ -103,6 +103,7 @@ fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
         checkpoint_every: 100,
         seed: 0,
         resume: false,
+        device: Place::Cpu,
     }
 }
 

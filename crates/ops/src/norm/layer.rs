@@ -15,6 +15,10 @@ use std::ops::Range;
 /// # Errors
 /// Shapes that contradict each other.
 pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::modulated_layer_norm(x, shift, scale, eps)? {
+        return Ok(out);
+    }
     if !kernel::supported(x) {
         return reference::modulated_layer_norm(x, shift, scale, eps);
     }

@@ -16,6 +16,10 @@ use std::ops::Range;
 /// # Errors
 /// Shapes that contradict each other, an odd head_dim.
 pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::rms_norm_rope(x, weight, Some((cos, sin)), eps)? {
+        return Ok(out);
+    }
     if !kernel::supported(x) {
         return reference::rms_norm_rope(x, weight, cos, sin, eps);
     }
@@ -43,6 +47,10 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
 /// # Errors
 /// Shapes that contradict each other.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::rms_norm_rope(x, weight, None, eps)? {
+        return Ok(out);
+    }
     if !kernel::supported(x) {
         return reference::rms_norm(x, weight, eps);
     }

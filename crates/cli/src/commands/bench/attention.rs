@@ -2,6 +2,7 @@
 
 use super::{median_ms, parse_grid};
 use crate::args::AttentionBench;
+use crate::opening::device;
 use crate::output::Output;
 use candle_core::{Device, Tensor, Var};
 use clearform_attention::{Attention, AttentionPlan, Geometry, Policy, Qkv, Radius, Share, TokenGrid};
@@ -14,8 +15,8 @@ pub fn run(args: &AttentionBench, output: &Output) -> anyhow::Result<()> {
         None => AttentionPlan::clear(Radius::new(args.radius)?, None),
     };
     let case = Case::new(args, parse_grid(&args.grid)?, &plan)?;
-    let median = median_ms(args.repeat, || case.once())?;
-    let permutation = median_ms(args.repeat, || case.permute())?;
+    let median = median_ms(args.repeat, &case.device, || case.once())?;
+    let permutation = median_ms(args.repeat, &case.device, || case.permute())?;
     output.result(&Timing::new(&case, &plan, [median, permutation]))
 }
 
@@ -29,12 +30,14 @@ struct Case {
     heads: usize,
     head_dim: usize,
     text_tokens: usize,
+    device: Device,
 }
 
 impl Case {
     fn new(subject: &AttentionBench, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
         let geometry = Geometry::new(vec![grid]);
-        let random = |tokens| random_qkv(tokens, subject);
+        let device = device(subject.device)?;
+        let random = |tokens| random_qkv(tokens, subject, &device);
         Ok(Self {
             attention: plan.build("bench", &|_| Ok(None))?,
             image: random(geometry.tokens())?,
@@ -44,6 +47,7 @@ impl Case {
             heads: subject.heads,
             head_dim: subject.head_dim,
             text_tokens: subject.text,
+            device,
         })
     }
 
@@ -74,10 +78,10 @@ impl Case {
     }
 }
 
-fn random_qkv(tokens: usize, subject: &AttentionBench) -> anyhow::Result<Qkv> {
+fn random_qkv(tokens: usize, subject: &AttentionBench, device: &Device) -> anyhow::Result<Qkv> {
     let one = || -> anyhow::Result<Tensor> {
         let shape = (1, tokens, subject.heads, subject.head_dim);
-        let values = Tensor::randn(0f32, 1f32, shape, &Device::Cpu)?.to_dtype(subject.dtype.computed())?;
+        let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(subject.dtype.computed())?;
         Ok(if subject.backward { Var::from_tensor(&values)?.as_tensor().clone() } else { values })
     };
     Ok(Qkv { query: one()?, key: one()?, value: one()? })

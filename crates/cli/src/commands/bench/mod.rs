@@ -6,6 +6,7 @@ mod step;
 use crate::args::{Bench, BenchSubject};
 use crate::output::{Outcome, Output};
 use anyhow::Context as _;
+use candle_core::Device;
 use clearform_attention::TokenGrid;
 use std::time::Instant;
 
@@ -24,12 +25,15 @@ fn parse_grid(text: &str) -> anyhow::Result<TokenGrid> {
     Ok(TokenGrid::new(height, width)?)
 }
 
-/// Median milliseconds of `repeat` calls, after one that is not counted.
-fn median_ms(repeat: usize, mut once: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+/// Median milliseconds of `repeat` calls, after one that is not counted. A call ends when `device` has done its work.
+fn median_ms(repeat: usize, device: &Device, mut once: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     once()?;
+    device.synchronize()?;
     let mut timed = || {
         let start = Instant::now();
-        once().map(|()| start.elapsed().as_secs_f64() * 1e3)
+        once()?;
+        device.synchronize()?;
+        anyhow::Ok(start.elapsed().as_secs_f64() * 1e3)
     };
     let mut times = (0..repeat.max(1)).map(|_| timed()).collect::<anyhow::Result<Vec<f64>>>()?;
     times.sort_by(f64::total_cmp);

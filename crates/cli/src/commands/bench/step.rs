@@ -2,7 +2,7 @@
 
 use super::{median_ms, parse_grid};
 use crate::args::{Evaluation, ModelBench, StepBench};
-use crate::opening::{plan, reading};
+use crate::opening::{device, plan, reading};
 use crate::output::Output;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, TokenGrid};
@@ -18,8 +18,10 @@ use std::fmt;
 
 pub fn run(args: &StepBench, output: &Output) -> anyhow::Result<()> {
     let config = config(args);
-    let weights = random_weights(&config, args.evaluation.dtype.computed())?;
-    let subject = Subject { family: &Flux, config: &config, weights: &weights, evaluation: &args.evaluation };
+    let device = device(args.evaluation.device)?;
+    let weights = random_weights(&config, args.evaluation.dtype.computed(), &device)?;
+    let evaluation = &args.evaluation;
+    let subject = Subject { family: &Flux, config: &config, weights: &weights, evaluation, device };
     let grids = std::slice::from_ref(&args.grid);
     output.result(&subject.rows(&plan(&args.attention)?, grids)?.remove(0))
 }
@@ -27,9 +29,10 @@ pub fn run(args: &StepBench, output: &Output) -> anyhow::Result<()> {
 pub fn run_model(args: &ModelBench, output: &Output) -> anyhow::Result<()> {
     let path = Components::new(&args.model, None).transformer();
     let transformer = Transformer::open(&path, &reading(&args.reading)?)?;
-    let weights = Resident::load(transformer.source(), Some(args.evaluation.dtype.computed()), &Device::Cpu)?;
+    let device = device(args.evaluation.device)?;
+    let weights = Resident::load(transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
     let (family, config) = (transformer.family(), transformer.config());
-    let subject = Subject { family, config, weights: &weights, evaluation: &args.evaluation };
+    let subject = Subject { family, config, weights: &weights, evaluation: &args.evaluation, device };
     let plans = args.attention.iter().map(|text| plan(text)).collect::<anyhow::Result<Vec<_>>>()?;
     let rows = plans.iter().map(|plan| subject.rows(plan, &args.grid)).collect::<anyhow::Result<Vec<_>>>()?;
     output.result(&Table { rows: rows.into_iter().flatten().collect() })
@@ -46,9 +49,9 @@ fn config(args: &StepBench) -> Value {
     })
 }
 
-fn random_weights(config: &Value, dtype: DType) -> anyhow::Result<Resident> {
+fn random_weights(config: &Value, dtype: DType, device: &Device) -> anyhow::Result<Resident> {
     let expected = Manifests::embedded()?.expected(Flux.name(), config)?;
-    let random = |shape: Vec<usize>| Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?.to_dtype(dtype);
+    let random = |shape: Vec<usize>| Tensor::randn(0f32, 0.02, shape, device)?.to_dtype(dtype);
     let tensors = expected.into_iter().filter(|tensor| !tensor.optional);
     let known = tensors.filter_map(|tensor| Some((tensor.name, tensor.shape.into_iter().collect::<Option<Vec<_>>>()?)));
     let read = known.map(|(name, shape)| Ok((name, random(shape)?)));
@@ -61,6 +64,7 @@ struct Subject<'a> {
     config: &'a Value,
     weights: &'a dyn TensorSource,
     evaluation: &'a Evaluation,
+    device: Device,
 }
 
 impl Subject<'_> {
@@ -69,7 +73,8 @@ impl Subject<'_> {
         let denoiser = self.family.build(self.config, self.weights, plan)?;
         let row = |text: &String| {
             let input = self.family.input(self.inputs(parse_grid(text)?)?)?;
-            let median_ms = median_ms(self.evaluation.repeat, || Ok(denoiser.forward(&input).map(|_| ())?))?;
+            let median_ms =
+                median_ms(self.evaluation.repeat, &self.device, || Ok(denoiser.forward(&input).map(|_| ())?))?;
             Ok(Row { grid: text.clone(), attention: plan.to_string(), median_ms })
         };
         grids.iter().map(row).collect()
@@ -77,7 +82,7 @@ impl Subject<'_> {
 
     /// Random inputs of FLUX's transformer, by name.
     fn inputs(&self, grid: TokenGrid) -> anyhow::Result<BTreeMap<String, Tensor>> {
-        let (dtype, device) = (self.evaluation.dtype.computed(), &Device::Cpu);
+        let (dtype, device) = (self.evaluation.dtype.computed(), &self.device);
         let size = |key: &str| self.config[key].as_u64().unwrap_or(0) as usize;
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(dtype);
         let ids = (0..grid.tokens()).flat_map(|token| [0, token / grid.width, token % grid.width]);
