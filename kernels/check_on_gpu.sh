@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU of compute capability 8.0 or newer, driver 550 or newer, and g++: every kernel against
 # its plain reference on the device, under compute-sanitizer too where it is installed, then the table of times.
+#
+#   check_on_gpu.sh [CLEARFORM [PYTHON]]
+#
+# With a clearform that was built with --features cuda, and a Python that has torch and diffusers, the peers too:
+# attention, and whole steps of FLUX's shape with random weights, from 1K to 8K.
 set -euo pipefail
+clearform=${1:+$(realpath "$1")} python=${2:-python3}
 cd "$(dirname "$0")/emulation"
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
@@ -20,3 +26,13 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$built/bench"
+
+[ -n "$clearform" ] || exit 0
+cd ../../benches/peers
+for grid in 64x64 128x128 256x256 512x512; do
+  for pass in "" --backward; do
+    "$python" attention.py "$clearform" --device cuda:0 --grid "$grid" --heads 24 --dtype bf16 $pass
+  done
+  "$python" step.py "$clearform" --device cuda:0 --grid "$grid" --width 3072 --double 19 --single 38 --dtype bf16 \
+    --attention clear:r=8 clear:r=16 clear:r=32
+done

@@ -42,7 +42,8 @@ def block_mask(args, tokens):
         columns = image_query % width - image_key % width
         return (query < text) | (key < text) | (rows * rows + columns * columns < limit)
 
-    return create_block_mask(visible, None, None, tokens, tokens, device=args.device)
+    # Compiled, it never holds the whole mask; on a CPU that takes longer than it saves.
+    return create_block_mask(visible, None, None, tokens, tokens, device=args.device, _compile=args.device != "cpu")
 
 
 def peers(args):

@@ -92,14 +92,28 @@ mod tests {
             numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
         }
 
+        fn problem(&self) -> (Problem, [Vec<bf16>; 3]) {
+            let sequence = Sequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
+            let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<bf16>().unwrap();
+            let problem = Problem::new(&sequence, &self.geometry, self.window.radius).unwrap();
+            (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))
+        }
+
         /// The fused kernel by products of `F`.
         fn fused<F: Factor<Sum = f32>>(&self) -> Vec<f64> {
-            let sequence = Sequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
-            let problem = Problem::new(&sequence, &self.geometry, self.window.radius).unwrap();
-            let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<bf16>().unwrap();
-            let [query, key, value] = [&sequence.query, &sequence.key, &sequence.value].map(values);
+            let (problem, [query, key, value]) = self.problem();
             let (out, _) = forward::forward::<bf16, F>(&problem, [&query, &key, &value]);
             out.into_iter().map(f64::from).collect()
+        }
+
+        /// Gradients by products of `F`, where the gradient of the output is the values' own.
+        fn gradients<F: Factor<Sum = f32>>(&self) -> [Vec<f64>; 3] {
+            let (problem, [query, key, value]) = self.problem();
+            let (out, scales) = forward::forward::<bf16, f32>(&problem, [&query, &key, &value]);
+            let scales: Vec<_> = scales.into_iter().map(|scale| scale.map(f64::from)).collect();
+            let (query, key, value, out, scales) = (&query, &key, &value, &out, &scales);
+            let given = backward::Given { query, key, value, out, grad: value, scales };
+            backward::backward::<bf16, F>(&problem, &given).map(|grad| grad.into_iter().map(f64::from).collect())
         }
     }
 
@@ -135,6 +149,10 @@ mod tests {
             for got in [inputs.fused::<Pair>(), inputs.fused::<f32>()] {
                 let error = distance(&got, &exact);
                 assert!(error <= 2.0 * plain + 1e-6, "{grid:?} + {text}: {error:e}, the plain operation {plain:e}");
+            }
+            for (got, want) in inputs.gradients::<Pair>().iter().zip(inputs.gradients::<f32>()) {
+                let error = distance(got, &want);
+                assert!(error <= 1e-2, "{grid:?} + {text}: gradients differ by {error:e}");
             }
         }
     }

@@ -189,7 +189,8 @@ impl<'a> Training<'a> {
         let decay = decay.min((1.0 + step) / (10.0 + step));
         for (name, average) in &mut self.average {
             if let Some(master) = self.pair.masters().get(name) {
-                *average = ((&*average * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
+                let before = average.to_device(master.device())?;
+                *average = ((before * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
             }
         }
         Ok(())

@@ -112,9 +112,11 @@ impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, E, F> {
 
     fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut Online<E::Work>) {
         let Scratch { query, out, scores, weights } = &mut *self.scratch;
+        let scores = &mut scores[..chunk.rows * LANES];
+        // Rows without a key are to have no share.
+        scores.fill(E::Work::MINUS_INFINITY);
         score(scores, self.head.keys, chunk, query);
         hide(scores, chunk);
-        let scores = &mut scores[..chunk.rows * LANES];
         dispatch(Admit { online, scores, out, scale: self.head.problem.scale() });
         gather(out, self.head.values, chunk, F::along_columns(scores, LANES, weights));
     }

@@ -29,7 +29,12 @@ impl Softmax {
         Ok(E::to_cpu_storage_owned(out))
     }
 
-    fn backward<E: Element>(&self, args: [&Tensor; 3], out: &Tensor, grad: &Tensor) -> Result<Gradients> {
+    fn backward<E: Element, F: Factor<Sum = E::Work>>(
+        &self,
+        args: [&Tensor; 3],
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Gradients> {
         let Some(scales) = self.scales.get() else { bail!("attention's backward before its forward") };
         let tensors = [args[0], args[1], args[2], out, grad];
         let guards = tensors.map(|tensor| tensor.storage_and_layout());
@@ -38,7 +43,7 @@ impl Softmax {
             _ => bail!("attention's backward away from the CPU"),
         });
         let given = Given { query: query?, key: key?, value: value?, out: out?, grad: grad?, scales };
-        let mut gradients = backward(&self.problem, &given).into_iter();
+        let mut gradients = backward::<E, F>(&self.problem, &given).into_iter();
         let mut tracked = |arg: &Tensor| match gradients.next() {
             Some(values) if arg.track_op() => Tensor::from_vec(values, arg.shape(), arg.device()).map(Some),
             _ => Ok(None),
@@ -75,9 +80,10 @@ impl CustomOp3 for Softmax {
     fn bwd(&self, query: &Tensor, key: &Tensor, value: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Gradients> {
         let (args, grad) = ([query, key, value], grad.contiguous()?);
         match query.dtype() {
-            DType::F32 => self.backward::<f32>(args, out, &grad),
-            DType::F64 => self.backward::<f64>(args, out, &grad),
-            DType::BF16 => self.backward::<bf16>(args, out, &grad),
+            DType::F32 => self.backward::<f32, f32>(args, out, &grad),
+            DType::F64 => self.backward::<f64, f64>(args, out, &grad),
+            DType::BF16 if multiplies_pairs() => self.backward::<bf16, Pair>(args, out, &grad),
+            DType::BF16 => self.backward::<bf16, f32>(args, out, &grad),
             dtype => bail!("attention has no kernel for {dtype:?}"),
         }
     }

@@ -147,7 +147,7 @@ pub(super) struct Chunk<'a> {
 pub(super) struct Piece<'a> {
     pub keys: Range<usize>,
     /// First row of its scores.
-    row: usize,
+    pub row: usize,
     seen: &'a [u32],
 }
 
@@ -197,12 +197,11 @@ impl<'a> Chunk<'a> {
 }
 
 /// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
-/// key are -∞.
+/// key stay as they are.
 pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F]) {
     let steps = lanes.len() / LANES;
     let channels = 0..steps;
     let inner = std::slice::from_ref(&channels);
-    scores[..chunk.rows * LANES].fill(F::Sum::MINUS_INFINITY);
     for piece in &chunk.pieces {
         let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
         let product = Product { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
@@ -242,17 +241,4 @@ impl<T: Real> Task for Hide<'_, T> {
             store_row::<T, L>(row, scores);
         }
     }
-}
-
-/// (batch · heads, tokens, head_dim) to (batch, tokens, heads, head_dim).
-pub(super) fn tokens_first<E: Element>(values: &[E], problem: &Problem, tokens: usize) -> Vec<E> {
-    let Problem { heads, head_dim, .. } = *problem;
-    let mut out = vec![E::zero(); values.len()];
-    out.par_chunks_mut(heads * head_dim).enumerate().for_each(|(row, out)| {
-        let (entry, token) = (row / tokens, row % tokens);
-        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            out.copy_from_slice(&values[((entry * heads + head) * tokens + token) * head_dim..][..head_dim]);
-        }
-    });
-    out
 }

@@ -19,8 +19,8 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
     /// A row of numbers as factors, rounded to nearest; a last one without a partner has 0 for it.
     fn along<E: Element<Work = Self::Sum>>(row: &[E], out: &mut [Self]);
 
-    /// The numbers of [`Self::WIDTH`] rows as factors, column by column. A second row that lacks is 0, and one factor
-    /// wide factors have no second.
+    /// The numbers of [`Self::WIDTH`] rows as factors, column by column. Where there is no second row it counts as 0;
+    /// numbers that are factors themselves take the first alone.
     fn across<E: Element<Work = Self::Sum>>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
 
     /// The same factor in all lanes.
@@ -39,6 +39,10 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
     /// Rows of `width` numbers as factors along the columns: `[row][column]` to `[row / WIDTH][column]`. `space` is used
     /// where numbers are no factors themselves.
     fn along_columns<'a>(numbers: &'a [Self::Sum], width: usize, space: &'a mut Vec<Self>) -> &'a [Self];
+
+    /// Rows of an even number of numbers as factors along the rows: `[row][column]` to `[row][column / WIDTH]`, with
+    /// `space` as above.
+    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>) -> &'a [Self];
 }
 
 impl<T: Real> Factor for T {
@@ -73,6 +77,10 @@ impl<T: Real> Factor for T {
     }
 
     fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>) -> &'a [T] {
+        numbers
+    }
+
+    fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>) -> &'a [T] {
         numbers
     }
 }
@@ -149,6 +157,27 @@ impl Factor for Pair {
         space.resize(numbers.len().div_ceil(2 * width) * width, Self::default());
         dispatch(Across { numbers, width, out: space });
         space
+    }
+
+    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>) -> &'a [Self] {
+        space.resize(numbers.len().div_ceil(2), Self::default());
+        dispatch(Along { numbers, out: space });
+        space
+    }
+}
+
+/// Neighbouring numbers to pairs.
+struct Along<'a> {
+    numbers: &'a [f32],
+    out: &'a mut [Pair],
+}
+
+impl Task for Along<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self) {
+        Pair::along(self.numbers, self.out);
     }
 }
 
