@@ -34,8 +34,9 @@ pub(super) struct Softmax {
     text: usize,
     /// Text tokens that count, batch by batch, where not all do.
     visible: Option<Vec<Vec<bool>>>,
+    geometry: Geometry,
+    key: Key,
     by_query: Arc<Listed>,
-    by_key: Arc<Listed>,
     lse: OnceLock<CudaSlice<f32>>,
 }
 
@@ -98,10 +99,9 @@ impl Softmax {
             pooled: keys - queries,
             by_query: true,
         };
-        let by_query = listed(geometry, device, key)?;
-        let by_key = listed(geometry, device, Key { by_query: false, ..key })?;
-        let (text, lse) = (sequence.text, OnceLock::new());
-        Ok(Ok(Self { problem, batch, heads, head_dim, queries, keys, text, visible, by_query, by_key, lse }))
+        let (text, geometry, by_query) = (sequence.text, geometry.clone(), listed(geometry, device, key)?);
+        let lse = OnceLock::new();
+        Ok(Ok(Self { problem, batch, heads, head_dim, queries, keys, text, visible, geometry, key, by_query, lse }))
     }
 
     fn forward<T: Stored>(&self, inputs: [(&CudaStorage, &Layout); 3]) -> Result<CudaStorage> {
@@ -166,7 +166,8 @@ impl Softmax {
         let Some(lse) = self.lse.get() else { bail!("attention's backward before its forward") };
         let stream = device.cuda_stream();
         let delta = device.alloc_zeros::<f32>(self.rows())?;
-        let parts = [&self.by_query, &self.by_key, &self.by_key].map(|listed| self.parts(device, &listed.lists));
+        let keyed = listed(&self.geometry, device, Key { by_query: false, ..self.key })?;
+        let parts = [&self.by_query, &keyed, &keyed].map(|listed| self.parts(device, &listed.lists));
         let [(query_parts, _), (key_parts, _), (value_parts, _)] = all(parts)?;
         let [queries_hidden, keys_hidden] = all([Rows::Queries, Rows::Keys].map(|rows| self.padding(device, rows)))?;
         let by_query = BackwardParameters {
@@ -192,22 +193,22 @@ impl Softmax {
         };
         let by_key = BackwardParameters {
             parts: key_parts.device_ptr(&stream).0,
-            lists: self.addresses(device, &self.by_key.resident, keys_hidden.as_ref()),
-            slots: self.by_key.lists.slots as i32,
+            lists: self.addresses(device, &keyed.resident, keys_hidden.as_ref()),
+            slots: keyed.lists.slots as i32,
             ..by_query
         };
-        self.start_backward(device, by_query, by_key)
+        self.start_backward(device, by_query, (by_key, &keyed))
     }
 
     fn start_backward(
         &self,
         device: &CudaDevice,
         by_query: BackwardParameters,
-        by_key: BackwardParameters,
+        (by_key, keyed): (BackwardParameters, &Listed),
     ) -> Result<()> {
         let delta = self.problem.delta(self.queries).map_err(candle_core::Error::wrap)?;
         let [query, sum_queries] = self.problem.query_gradient(&self.by_query.lists);
-        let [key, sum_keys] = self.problem.key_gradient(&self.by_key.lists);
+        let [key, sum_keys] = self.problem.key_gradient(&keyed.lists);
         let joined = |parameters: BackwardParameters, listed: &Listed| {
             let work = listed.resident.joins.device_ptr(&device.cuda_stream()).0;
             BackwardParameters { lists: ListAddresses { work, ..parameters.lists }, ..parameters }
@@ -218,7 +219,7 @@ impl Softmax {
             start(device, &query, by_query)?;
             start(device, &sum_queries, joined(by_query, &self.by_query))?;
             start(device, &key, by_key)?;
-            start(device, &sum_keys, joined(by_key, &self.by_key))
+            start(device, &sum_keys, joined(by_key, keyed))
         }
     }
 
