@@ -57,7 +57,8 @@ impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
             parts.push((tile, tile_out, tile_scales));
             (out, scales) = (rest, rest_scales);
         }
-        parts.into_par_iter().with_max_len(TILES).for_each_init(
+        let least = self.problem.tiles_in_turn();
+        parts.into_par_iter().with_min_len(least).with_max_len(least.max(TILES)).for_each_init(
             || Scratch::new(self.problem.head_dim),
             |scratch, (tile, out, scales)| Tile { head: self, tile, out, scales, scratch }.run(),
         );

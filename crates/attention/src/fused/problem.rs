@@ -81,6 +81,11 @@ impl Problem {
         if self.keys >= SHARED { self.batch } else { 1 }
     }
 
+    /// Query tiles that must be left to one job: all where batch entries keep the threads busy.
+    pub fn tiles_in_turn(&self) -> usize {
+        if self.keys < SHARED && self.batch > 1 { self.tiles.len() } else { 1 }
+    }
+
     /// Numbers of a token.
     pub fn width(&self) -> usize {
         self.heads * self.head_dim

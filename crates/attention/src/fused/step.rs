@@ -62,7 +62,7 @@ impl<'a, E: Element> HeadView<'a, E> {
 }
 
 /// Rows that one thread packs at a time.
-const BLOCK: usize = 256;
+const BLOCK: usize = 1024;
 
 struct Rows<'a, E, F> {
     view: HeadView<'a, E>,
