@@ -40,10 +40,10 @@ impl Attention for Windowed {
                 match cuda::Softmax::new(&sequence, geometry, self.0.radius)? {
                     Ok(operation) => apply(&sequence, operation)?,
                     Err(refusal) if sequence.image > PLAIN => bail!("{refusal}; --dtype bf16 has one"),
-                    Err(_) => return reference::attend(image, text, geometry, &self.0),
+                    Err(_) => reference::over(&sequence, geometry, &self.0)?,
                 }
             }
-            _ => return reference::attend(image, text, geometry, &self.0),
+            _ => reference::over(&sequence, geometry, &self.0)?,
         };
         sequence.split(&out, text.is_some())
     }

@@ -15,13 +15,21 @@ use candle_core::{D, Result, Tensor};
 /// Shapes that contradict each other or `geometry`.
 pub fn attend(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Attended> {
     let sequence = Sequence::new(image, text, geometry, window)?;
+    sequence.split(&over(&sequence, geometry, window)?, text.is_some())
+}
+
+/// The same for all queries of a sequence.
+///
+/// # Shapes
+/// As the sequence's query.
+pub(crate) fn over(sequence: &Sequence, geometry: &Geometry, window: &Window) -> Result<Tensor> {
     let heads_first = |x: &Tensor| x.transpose(1, 2)?.contiguous();
     let (query, key) = (heads_first(&sequence.query)?, heads_first(&sequence.key)?);
     let scale = 1.0 / (query.dim(D::Minus1)? as f64).sqrt();
     let scores = (query.matmul(&key.t()?)? * scale)?; // (batch, heads, queries, keys)
-    let scores = scores.broadcast_add(&mask(&sequence, geometry, window)?)?;
+    let scores = scores.broadcast_add(&mask(sequence, geometry, window)?)?;
     let out = softmax(&scores)?.matmul(&heads_first(&sequence.value)?)?;
-    sequence.split(&out.transpose(1, 2)?.contiguous()?, text.is_some())
+    out.transpose(1, 2)?.contiguous()
 }
 
 /// exp(x - max x) / Σ exp(x - max x) over the last dimension; the maximum cancels, and so has no gradient.
