@@ -2,7 +2,7 @@
 
 use crate::samples::differences;
 use crate::{DistillError, OptimizerState, Result, SampleSettings, Settings};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use clearform_sampling::TorchGenerator;
 use clearform_weights::{Resident, TensorSource};
 use serde::{Deserialize, Serialize};
@@ -60,8 +60,8 @@ impl TrainingState {
         Ok(clearform_weights::save(path, &tensors, &BTreeMap::from(metadata))?)
     }
 
-    /// Reads a state that was begun as `begun` says.
-    pub(crate) fn load(path: &Path, begun: Begun) -> Result<Self> {
+    /// Reads a state that was begun as `begun` says, to `device`.
+    pub(crate) fn load(path: &Path, begun: Begun, device: &Device) -> Result<Self> {
         let file = clearform_weights::Checkpoint::open(path)?;
         let record = record(path, file.metadata().get(RECORD))?;
         let found = file.metadata().get(BEGUN).map_or("", String::as_str);
@@ -71,9 +71,10 @@ impl TrainingState {
                 serde_json::from_str(found).map_or("all".to_owned(), |found: Begun| found.differences(&begun));
             return Err(DistillError::OtherSettings { path: path.to_owned(), differing });
         }
-        let (first, second) = (group(&file, "first/")?, group(&file, "second/")?);
+        let group = |prefix| group(&file, prefix, device);
+        let (first, second) = (group("first/")?, group("second/")?);
         let optimizer = OptimizerState { steps: record.step, first, second };
-        Ok(Self { record, begun, masters: group(&file, "master/")?, average: group(&file, "average/")?, optimizer })
+        Ok(Self { record, begun, masters: group("master/")?, average: group("average/")?, optimizer })
     }
 }
 
@@ -98,10 +99,10 @@ fn json<T: Serialize>(value: &T, path: &Path) -> Result<String> {
     serde_json::to_string(value).map_err(|error| bad(path, error.to_string()))
 }
 
-fn group(source: &dyn TensorSource, prefix: &str) -> Result<BTreeMap<String, Tensor>> {
+fn group(source: &dyn TensorSource, prefix: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let names = source.tensors().into_iter().map(|info| info.name);
     let stripped = names.filter_map(|name| Some((name.strip_prefix(prefix)?.to_owned(), name)));
-    stripped.map(|(short, name)| Ok((short, source.tensor(&name)?))).collect()
+    stripped.map(|(short, name)| Ok((short, source.tensor(&name)?.to_device(device)?))).collect()
 }
 
 fn bad(path: &Path, reason: String) -> DistillError {

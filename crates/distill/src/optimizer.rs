@@ -61,8 +61,7 @@ impl OptimizerState {
 fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Result<Tensor> {
     let share = (value * (1.0 - beta))?;
     let moment = match before {
-        // One that was read from a checkpoint is still on the CPU.
-        Some(before) => ((before.to_device(value.device())? * beta)? + share)?,
+        Some(before) => ((before * beta)? + share)?,
         None => share,
     };
     Ok(moment.detach())

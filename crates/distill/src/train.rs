@@ -119,8 +119,9 @@ impl<'a> Training<'a> {
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
         let begun = Begun { settings: settings.clone(), samples: samples.settings().clone() };
+        let device = device(pair);
         let state = match (path.exists(), workshop.start) {
-            (true, Start::Resume) => Some(TrainingState::load(&path, begun.clone())?),
+            (true, Start::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
             (true, Start::Fresh) => {
                 let reason = "an earlier training stands here; give --resume to go on with it, or delete it".to_owned();
                 return Err(DistillError::BadFile { path, reason });
@@ -137,7 +138,6 @@ impl<'a> Training<'a> {
                 (Record::new(settings.seed), OptimizerState::default(), average)
             }
         };
-        let device = device(pair);
         let batches = Batches::new(samples, settings, &device, record.generator.clone());
         let journal = Journal::open(&folder.join("losses.jsonl"), record.step)?;
         Ok(Self { pair, settings, batches, optimizer, average, record, begun, journal, path })
@@ -189,8 +189,7 @@ impl<'a> Training<'a> {
         let decay = decay.min((1.0 + step) / (10.0 + step));
         for (name, average) in &mut self.average {
             if let Some(master) = self.pair.masters().get(name) {
-                let before = average.to_device(master.device())?;
-                *average = ((before * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
+                *average = ((&*average * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
             }
         }
         Ok(())
