@@ -6,7 +6,7 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_runtime::{Options, Pipeline, Reading, Request, Size};
+use clearform_runtime::{Adapters, Options, Pipeline, Reading, Request, Size};
 use clearform_sampling::{Guidance, denoise};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -85,6 +85,7 @@ fn pipeline() -> Pipeline {
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
         device: Device::Cpu,
+        adapters: Adapters::default(),
     };
     Pipeline::open(&model, options).unwrap()
 }
@@ -106,5 +107,6 @@ fn request(picture: &Value) -> Request {
         true_cfg_scale: 1.0,
         seed: number("seed"),
         batch: picture["batch"].as_u64().map_or(1, |batch| batch as usize),
+        control_images: Vec::new(),
     }
 }

@@ -1,7 +1,8 @@
 //! Fixtures as tensors, and how far two tensors are apart.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
+use clearform_plugins::Shelf;
 use clearform_weights::Resident;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,12 @@ use std::path::{Path, PathBuf};
 /// A file or folder of tests/fixtures.
 pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
+}
+
+/// The plugins that cargo built for these tests, which lie beside them.
+pub fn shelf() -> Shelf {
+    let tests = std::env::current_exe().unwrap();
+    Shelf::look(&[tests.parent().unwrap().to_owned()]).unwrap()
 }
 
 pub fn bytes(path: &str) -> Vec<u8> {

@@ -96,29 +96,29 @@ pub struct ManagedTensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dlpark::ffi;
     use std::mem::{offset_of, size_of};
 
-    /// Sizes and offsets that a C compiler gives for dlpack.h 1.0 on 64-bit machines.
+    /// Sizes of two structs, and offsets of their fields, pairwise.
+    macro_rules! same_layout {
+        ($ours:ty, $theirs:ty, { $($field:ident: $name:ident),* }) => {
+            assert_eq!(size_of::<$ours>(), size_of::<$theirs>(), stringify!($ours));
+            $(assert_eq!(offset_of!($ours, $field), offset_of!($theirs, $name), stringify!($field));)*
+        };
+    }
+
+    /// As the crate dlpark has it, which is generated from dlpack.h.
     #[test]
-    #[cfg(target_pointer_width = "64")]
     fn layout_is_that_of_dlpack() {
-        assert_eq!((size_of::<DataType>(), size_of::<Device>(), size_of::<Version>()), (4, 8, 8));
-        assert_eq!((size_of::<Tensor>(), size_of::<ManagedTensor>()), (48, 80));
-        let tensor = [
-            offset_of!(Tensor, device),
-            offset_of!(Tensor, ndim),
-            offset_of!(Tensor, dtype),
-            offset_of!(Tensor, shape),
-            offset_of!(Tensor, strides),
-            offset_of!(Tensor, byte_offset),
-        ];
-        assert_eq!(tensor, [8, 16, 20, 24, 32, 40]);
-        let managed = [
-            offset_of!(ManagedTensor, manager_ctx),
-            offset_of!(ManagedTensor, deleter),
-            offset_of!(ManagedTensor, flags),
-            offset_of!(ManagedTensor, tensor),
-        ];
-        assert_eq!(managed, [8, 16, 24, 32]);
+        same_layout!(Version, ffi::DLPackVersion, { major: major, minor: minor });
+        same_layout!(Device, ffi::DLDevice, { device_type: device_type, device_id: device_id });
+        same_layout!(DataType, ffi::DLDataType, { code: code, bits: bits, lanes: lanes });
+        same_layout!(Tensor, ffi::DLTensor, {
+            data: data, device: device, ndim: ndim, dtype: dtype, shape: shape, strides: strides, byte_offset: byte_offset
+        });
+        same_layout!(ManagedTensor, ffi::DLManagedTensorVersioned, {
+            version: version, manager_ctx: manager_ctx, deleter: deleter, flags: flags, tensor: dl_tensor
+        });
+        assert_eq!(VERSION.major, ffi::DLPACK_MAJOR_VERSION);
     }
 }

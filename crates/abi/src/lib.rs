@@ -1,19 +1,52 @@
-//! What crosses the boundary between clearform and a plugin: names, versions and tensors, all `repr(C)`.
+//! What crosses the boundary between clearform and a plugin, all `repr(C)`, and the author's side of it in Rust.
 //!
-//! The main type is [`dlpack::ManagedTensor`]. There is no logic here. The tables of functions that host and plugin
-//! exchange are not defined yet; what stands already keeps its meaning: interfaces have an id with a revision, tensors
-//! cross as DLPack, and no Rust type, bool or enum does.
+//! The main types are [`Plugin`], what a plugin exports, [`Host`], what it is lent, and the tables of the two interfaces,
+//! [`AdapterTable`] and [`BranchTable`]. `include/clearform_plugin.h` says the same in C, and a test holds the two
+//! together. [`sdk`] turns a Rust type into such tables.
+//!
+//! Four rules hold everywhere. A table or struct begins with its size, grows only at its end, and is read and written
+//! only as far as that size says. No Rust type, bool or enum crosses. A tensor is owned by whoever received it, who calls
+//! its deleter once; where one is only lent, the comment says so. A function that can fail returns 0 or else has told
+//! [`Host::fail`] why.
 
+mod branch;
+#[cfg(feature = "candle")]
+mod candle;
 pub mod dlpack;
+mod edits;
+mod host;
+pub mod sdk;
+pub mod tensor;
+
+pub use branch::{Base, BranchInfo, BranchTable, CONTROL_LATENTS, CONTROL_PIXELS, GiveResidual, Step};
+pub use edits::{
+    AdapterTable, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE, Edit, EditTensors,
+    WHOLE_PARAMETER,
+};
+pub use host::{File, Host, LOG_ERROR, LOG_INFO, LOG_WARNING, Pair, Plugin, TensorInfo, Text};
 
 /// Major version of the boundary. A plugin of another major is refused, whatever else fits.
 pub const ABI_MAJOR: u32 = 1;
 
-/// Name of the one symbol that a plugin exports.
+/// Name of the one function that a plugin exports: `const ClearformPlugin *(const ClearformHost *)`. It may be
+/// called more than once, each time with a host of its own; what it returns lives as long as the process.
 pub const ENTRY_SYMBOL: &str = "clearform_plugin_v1";
 
-/// Interface of weight edits: LoRA and its kin.
+/// Interface of weight edits: LoRA and its kin. Its table is an [`AdapterTable`].
 pub const ADAPTER_INTERFACE: &str = "clearform.adapter/1";
 
-/// Interface of branches that compute residuals for each block: ControlNet and its kin.
+/// Interface of branches that compute residuals for each block: ControlNet and its kin. Its table is a [`BranchTable`].
 pub const BRANCH_INTERFACE: &str = "clearform.branch/1";
+
+/// What stands in the file of a library before its description, which is TOML. The host finds it by this mark, without
+/// loading the library.
+pub const DESCRIPTION_BEGIN: &str = "<<clearform-plugin-description/1>>";
+
+/// What stands after the description.
+pub const DESCRIPTION_END: &str = "<<end-of-clearform-plugin-description>>";
+
+/// Status: done.
+pub const OK: i32 = 0;
+
+/// Status: not done; [`Host::fail`] was told why.
+pub const FAILED: i32 = 1;

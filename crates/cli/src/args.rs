@@ -1,7 +1,9 @@
 //! The command line as data. Flag names follow diffusers and stable-diffusion.cpp where they have one.
 
+mod adapters;
 mod bench;
 
+pub use adapters::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, WeightAdapters};
 pub use bench::{AttentionBench, Bench, BenchSubject, Evaluation, ModelBench, StepBench};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -48,6 +50,8 @@ pub enum Command {
     Forward(Forward),
     /// Teacher and student side by side on the same seeds.
     Compare(Compare),
+    /// What carries over to the linear form: a fine-tune's weights, LoRAs, ControlNets.
+    Transfer(Box<Transfer>),
     /// Time attention, a step or a model.
     Bench(Bench),
     /// List or check plugins.
@@ -171,6 +175,9 @@ pub struct Convert {
     /// How it is distilled.
     #[command(flatten)]
     pub training: Training,
+    /// What is baked into the model, before it is distilled.
+    #[command(flatten)]
+    pub adapters: WeightAdapters,
 }
 
 /// How a student is distilled.
@@ -339,6 +346,12 @@ pub struct Generate {
     /// Diffusers folder with what the model lacks.
     #[arg(long, value_name = "DIR")]
     pub components: Option<PathBuf>,
+    /// What the ControlNets are controlled by: a picture for each, in their order, or one for all.
+    #[arg(long, value_name = "IMG")]
+    pub control_image: Vec<PathBuf>,
+    /// What acts on the model.
+    #[command(flatten)]
+    pub adapters: AllAdapters,
     /// Where and how it runs.
     #[command(flatten)]
     pub running: Running,
@@ -355,6 +368,10 @@ pub struct Forward {
     /// The output, one tensor `sample` in f32.
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+    /// What acts on the model. ControlNets take the inputs `controlnet_cond` and `controlnet_mode`; where there are
+    /// several, `controlnet_cond_0` and so on.
+    #[command(flatten)]
+    pub adapters: AllAdapters,
     /// How the source is read.
     #[command(flatten)]
     pub reading: Reading,
@@ -373,6 +390,38 @@ pub struct Compare {
     /// Folder of the report.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
+    /// What both draw.
+    #[command(flatten)]
+    pub drawing: Drawing,
+}
+
+/// `clearform transfer`.
+#[derive(Debug, Args)]
+pub struct Transfer {
+    /// The original.
+    pub teacher: PathBuf,
+    /// Its linear form.
+    pub student: PathBuf,
+    /// Folder of the report, and of the patched fine-tunes.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// A fine-tune of the original, which gets the distilled attention.
+    #[arg(long, value_name = "SOURCE")]
+    pub fine_tune: Option<PathBuf>,
+    /// What ControlNets are controlled by: a picture for each prompt, or one for all.
+    #[arg(long, value_name = "IMG")]
+    pub control_image: Vec<PathBuf>,
+    /// What both draw.
+    #[command(flatten)]
+    pub drawing: Drawing,
+    /// What acts on both.
+    #[command(flatten)]
+    pub adapters: AllAdapters,
+}
+
+/// What two models draw from the same noise.
+#[derive(Debug, Args)]
+pub struct Drawing {
     /// Prompts, one a line; a few built-in ones without it.
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
@@ -405,7 +454,12 @@ pub struct Plugins {
 #[derive(Debug, Subcommand)]
 pub enum PluginsAction {
     /// Every plugin beside the binary.
-    List,
+    List(PluginSearch),
+    /// Load a plugin and run the examples that it declares.
+    Check {
+        /// The library.
+        path: PathBuf,
+    },
 }
 
 /// `clearform verify`.
@@ -424,7 +478,10 @@ pub struct Demo {
     /// Distillation steps for each radius.
     #[arg(long, default_value_t = 150, value_name = "N")]
     pub steps: usize,
-    /// Also distil with pooled context of D x D cells.
-    #[arg(long, value_name = "D")]
-    pub pool: Option<usize>,
+    /// The last student also sees the whole image, averaged over D x D cells.
+    #[arg(long, default_value_t = 4, value_name = "D")]
+    pub pool: usize,
+    /// Where plugins are: with them, the story goes on to adapters.
+    #[command(flatten)]
+    pub plugins: PluginSearch,
 }

@@ -2,6 +2,7 @@
 //! libraries below it; this crate alone prints.
 #![allow(clippy::print_stdout)]
 
+mod adapters;
 mod args;
 mod commands;
 mod demo;
@@ -10,6 +11,7 @@ mod output;
 mod report;
 mod school;
 mod sitting;
+mod transfer;
 
 use args::{Cli, Command};
 use clap::Parser as _;
@@ -55,6 +57,7 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Generate(args) => commands::generate::run(args, &output),
         Command::Forward(args) => commands::forward::run(args, &output),
         Command::Compare(args) => commands::compare::run(args, &output),
+        Command::Transfer(args) => commands::transfer::run(args, &output),
         Command::Bench(args) => commands::bench::run(args, &output),
         Command::Plugins(args) => commands::plugins::run(args, &output),
         Command::Verify(args) => commands::verify::run(args, &output),

@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Identified, Manifests, detect};
-use clearform_runtime::{Components, Options, Pipeline, Transformer};
+use clearform_runtime::{Adapters, Components, Options, Pipeline, Transformer};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
@@ -30,6 +30,7 @@ pub fn plainly(components: Option<&Path>, place: Place) -> anyhow::Result<Option
         plan: None,
         dtype: None,
         device: device(place)?,
+        adapters: Adapters::default(),
     })
 }
 

@@ -1,9 +1,9 @@
 //! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
 
 use crate::args::{Place, Training};
-use crate::commands::compare::read_prompts;
 use crate::opening::device;
 use crate::output::Output;
+use crate::sitting::read_prompts;
 use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -29,6 +29,11 @@ pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: 
     let set = SampleSet::create(folder, sample_settings(pipeline, training)?)?;
     if set.is_complete() {
         return Ok(set);
+    }
+    if pipeline.takes_control() {
+        bail!(
+            "the transformer draws from a control picture too, and samples are drawn from prompts alone: give --samples"
+        );
     }
     let mut text_ids = None;
     set.encode(&mut |prompts| {
@@ -65,7 +70,7 @@ pub fn train(
     training: &Training,
     output: &Output,
 ) -> anyhow::Result<Lesson> {
-    let weights = Resident::load(teacher.source(), None, &device(training.device)?)?;
+    let weights = Resident::load(&teacher.source(), None, &device(training.device)?)?;
     let recipe = Recipe { family: teacher.family(), config: teacher.config(), plan: student.plan };
     let pair = Pair::build(recipe, &weights, student.start)?;
     let start = if training.resume { Start::Resume } else { Start::Fresh };

@@ -1,16 +1,20 @@
 //! [`Sitting`]: the same prompts and the same noise for every model that is drawn with, so that pictures can be held
 //! side by side.
 
+use crate::args::Drawing;
+use anyhow::Context as _;
 use candle_core::{DType, Tensor};
-use clearform_models::{Conditions, Denoiser, DenoiserInput};
-use clearform_runtime::{Latents, Pipeline, RgbImage, Size};
+use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment};
+use clearform_plugins::{Control, Controlled};
+use clearform_runtime::{Frame, Latents, Pipeline, RgbImage, Size};
 use clearform_sampling::{Guidance, denoise};
+use std::path::Path;
 
 /// Image tokens that are drawn at once; larger pictures are drawn one by one.
 const TOKENS_AT_ONCE: usize = 4096;
 
 /// What is drawn, and how.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Sitting {
     /// One picture each.
     pub prompts: Vec<String>,
@@ -22,9 +26,39 @@ pub struct Sitting {
     pub guidance: f64,
     /// Seed of the first picture; each next has one more.
     pub seed: u64,
+    /// What ControlNets are controlled by, a picture for each prompt; none where nothing is controlled.
+    pub control_images: Vec<RgbImage>,
+}
+
+/// What is drawn where nobody says what.
+const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
+
+/// Prompts, one a line; empty lines are left out.
+pub fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+    let prompts: Vec<String> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
+    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one a line, found none", path.display());
+    Ok(prompts)
 }
 
 impl Sitting {
+    /// What `drawing` asks for, and the defaults of `teacher` where it asks for nothing.
+    pub fn new(drawing: &Drawing, teacher: &Pipeline) -> anyhow::Result<Self> {
+        let defaults = teacher.transformer().identified().variant.defaults;
+        let prompts = match &drawing.prompts {
+            Some(path) => read_prompts(path)?,
+            None => PROMPTS.map(str::to_owned).to_vec(),
+        };
+        Ok(Self {
+            prompts,
+            size: drawing.size.map_or(teacher.own_size(), |edge| Size { height: edge, width: edge }),
+            steps: drawing.steps.unwrap_or(defaults.steps),
+            guidance: defaults.guidance,
+            seed: drawing.seed,
+            control_images: Vec::new(),
+        })
+    }
+
     /// Draws every prompt, and tells `advance` how many pictures were finished.
     ///
     /// # Shapes
@@ -44,7 +78,8 @@ impl Sitting {
             let conditions = pipeline.conditions(&rows(&text, start, count)?, &noise, self.guidance)?;
             let schedule = pipeline.schedule(self.steps, &noise)?;
             let guidance = Guidance::Embedded(conditions);
-            let latents = denoise(denoiser, &noise.tokens, &schedule, &guidance, &mut |_| ())?;
+            let controlled = Controlled::new(denoiser, self.controls(pipeline, start, count)?);
+            let latents = denoise(&controlled, &noise.tokens, &schedule, &guidance, &mut |_| ())?;
             drawn.push(latents.to_dtype(DType::F32)?);
             advance(count);
         }
@@ -64,7 +99,15 @@ impl Sitting {
         let drawn = latents.narrow(0, 0, count)?.to_dtype(noise.tokens.dtype())?;
         let halfway = ((drawn + &noise.tokens)? * 0.5)?;
         let timestep = Tensor::full(0.5f32, count, halfway.device())?;
-        Ok(DenoiserInput { latents: halfway, timestep, conditions })
+        Ok(DenoiserInput { latents: halfway, timestep, moment: Moment::default(), conditions })
+    }
+
+    /// What the branches of `pipeline` are controlled by for pictures `start..start + count`.
+    fn controls(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<Control>> {
+        let pictures = self.control_images.get(start..start + count).unwrap_or_default();
+        let frame = Frame { size: self.size, batch: count, guidance: self.guidance };
+        let one = |acting| pipeline.control(acting, pictures, frame);
+        Ok(pipeline.branches().iter().map(one).collect::<Result<_, _>>()?)
     }
 
     /// Noise of pictures `start..start + count`, each from its own seed, as `generate --seed` draws it.

@@ -14,5 +14,5 @@ pub use error::{ConvertError, Result};
 pub use model::{PortableModel, VerifyReport, recorded_plan};
 pub use patch::{Mode, Patch, Patched};
 pub use plan::{ConversionPlan, Report, TRANSFORMER};
-pub use record::{Distillation, FileRecord, Record, SourceRecord};
+pub use record::{AdapterRecord, Distillation, FileRecord, Record, SourceRecord};
 pub use stage::{Placing, Replace, Stage};

@@ -25,6 +25,9 @@ pub struct Record {
     /// Files it was made from.
     #[serde(default)]
     pub source: Vec<SourceRecord>,
+    /// Adapters that were baked into it, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapter: Vec<AdapterRecord>,
     /// How it was distilled, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distillation: Option<Distillation>,
@@ -40,6 +43,17 @@ pub struct SourceRecord {
     pub name: String,
     /// Its hash.
     pub sha256: String,
+}
+
+/// An adapter that was baked into a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AdapterRecord {
+    /// Its file's name, without folders.
+    pub name: String,
+    /// Its hash.
+    pub sha256: String,
+    /// How strongly it was applied.
+    pub strength: f64,
 }
 
 /// A file of a model.
@@ -92,6 +106,7 @@ impl Record {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attention,
             source: Vec::new(),
+            adapter: Vec::new(),
             distillation: None,
             file: Vec::new(),
         })

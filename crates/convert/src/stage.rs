@@ -3,7 +3,8 @@
 
 use crate::error::at;
 use crate::{ConvertError, FileRecord, Record, Result};
-use clearform_weights::sha256_file;
+use clearform_weights::{TensorSource, sha256_file};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
@@ -86,6 +87,28 @@ impl Stage {
             }
         }
         Ok(())
+    }
+
+    /// Writes `source` in the place of the tensors of part `name`, whose files may be links to another model's.
+    ///
+    /// # Errors
+    /// The part is not here, a tensor cannot be read, or the system refused.
+    pub fn replace_tensors(&self, name: &str, source: &dyn TensorSource) -> Result<()> {
+        let folder = self.folder().join(name);
+        let entries =
+            fs::read_dir(&folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(at(&folder))?;
+        let is_tensors = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            [".safetensors", ".safetensors.index.json", ".bin"].iter().any(|ending| name.ends_with(ending))
+        };
+        let old: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).filter(is_tensors).collect();
+        for path in &old {
+            fs::remove_file(path).map_err(at(path))?;
+        }
+        let of_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
+        let file = if of_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        Ok(clearform_weights::save(folder.join(file), source, &metadata)?)
     }
 
     /// Bytes that are free where the stage lies.

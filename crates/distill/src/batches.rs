@@ -2,7 +2,7 @@
 
 use crate::{DistillError, Precision, Result, SampleSet, Settings, Timesteps};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, DenoiserInput};
+use clearform_models::{Conditions, DenoiserInput, Moment};
 use clearform_sampling::TorchGenerator;
 
 /// Noised samples and what should be predicted of them.
@@ -36,7 +36,10 @@ impl Batch {
         extents[0] = t.dim(0)?;
         let level = t.reshape(extents)?;
         let latents = (x0.broadcast_mul(&level.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&level)?)?;
-        Ok(Self { input: DenoiserInput { latents, timestep: t.clone(), conditions }, target: (noise - x0)? })
+        Ok(Self {
+            input: DenoiserInput { latents, timestep: t.clone(), moment: Moment::default(), conditions },
+            target: (noise - x0)?,
+        })
     }
 
     fn in_precision(mut self, precision: Precision) -> Result<Self> {

@@ -184,6 +184,11 @@ impl Assembly {
         (self.info.name.clone(), self)
     }
 
+    /// The inputs that it is made of, with their ranges of bytes, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = (&str, &Range<usize>)> {
+        self.pieces.iter().map(|piece| (piece.tensor.as_str(), &piece.bytes))
+    }
+
     /// The first tensor it takes bytes from.
     pub fn first_input(&self) -> &str {
         self.pieces.first().map_or("", |piece| &piece.tensor)

@@ -128,6 +128,21 @@ impl Identified {
         Ok(Mapped::new(canonical, tensors, Account { fates, ..Account::default() }))
     }
 
+    /// The same model with tensors of other extents, as an adapter left them: where they contradict the sizes that were,
+    /// they are right.
+    ///
+    /// # Errors
+    /// As [`detect`].
+    pub fn resized(&self, source: &dyn TensorSource, manifests: &Manifests) -> Result<Self> {
+        let hints = Hints { family: Some(self.family.clone()), ..Hints::default() };
+        let (mut config, metadata) = (self.config.clone(), BTreeMap::new());
+        let once = detect_source(source, Beside { config: Some(&config), metadata: &metadata }, manifests, &hints)?;
+        if let Some(config) = config.as_object_mut() {
+            once.contradictions.iter().for_each(|contradiction| drop(config.remove(&contradiction.key)));
+        }
+        detect_source(source, Beside { config: Some(&config), metadata: &metadata }, manifests, &hints)
+    }
+
     /// Every canonical tensor a model of these sizes has.
     pub fn expected(&self) -> Vec<Expected> {
         self.manifest.expected(&self.sizes)
@@ -152,6 +167,14 @@ impl Identified {
     /// The parts of a pipeline beside its transformer, named as their folders.
     pub fn components(&self) -> &[String] {
         &self.manifest.components
+    }
+
+    pub(crate) fn manifest(&self) -> &FamilyManifest {
+        &self.manifest
+    }
+
+    pub(crate) fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     fn found_layout(&self) -> &Layout {

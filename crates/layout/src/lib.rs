@@ -5,6 +5,7 @@
 //! crate knows no family and does no arithmetic on weights: it moves bytes.
 
 mod account;
+mod addresses;
 mod assembly;
 mod choose;
 mod detect;
@@ -21,6 +22,7 @@ mod settings;
 mod shape;
 
 pub use account::{Account, Contradiction, Fate, Misshapen, Missing};
+pub use addresses::{Addresses, Parameter, Segment};
 pub use assembly::{Canonical, Exported, Mapped};
 pub use detect::{Beside, Hints, Identified, detect, detect_source};
 pub use error::{LayoutError, Result};
@@ -28,4 +30,5 @@ pub use estimate::Estimate;
 pub use family::{Defaults, Variant};
 pub use inspection::{Inspection, Unused};
 pub use manifests::Manifests;
+pub use pattern::glob;
 pub use shape::Expected;

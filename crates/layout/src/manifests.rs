@@ -40,6 +40,16 @@ impl Manifests {
         Ok(manifests)
     }
 
+    /// The one manifest `text`, and nothing that is known besides; `origin` is what errors call it.
+    ///
+    /// # Errors
+    /// [`LayoutError::BadManifest`] if it is none.
+    pub fn alone(origin: &str, text: &str) -> Result<Self> {
+        let mut manifests = Self { families: Vec::new(), known: Arc::default() };
+        manifests.add(origin, text)?;
+        Ok(manifests)
+    }
+
     /// These and the manifest at `path`: a new family, or more layouts and variants of one that is here.
     ///
     /// # Errors

@@ -127,7 +127,7 @@ fn take_number(text: &str) -> Option<(usize, &str)> {
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.
-pub(crate) fn glob(pattern: &str, name: &str) -> bool {
+pub fn glob(pattern: &str, name: &str) -> bool {
     let Some((start, mut rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut name) = name.strip_prefix(start) else { return false };
     while let Some((middle, tail)) = rest.split_once('*') {

@@ -27,6 +27,22 @@ pub struct Conditions {
     pub text_ids: Option<Tensor>,
 }
 
+/// Which step of how many. The model itself does not ask for it; what acts for a part of the way alone does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// From 0.
+    pub index: usize,
+    /// Steps in all.
+    pub steps: usize,
+}
+
+impl Default for Moment {
+    /// The only one.
+    fn default() -> Self {
+        Self { index: 0, steps: 1 }
+    }
+}
+
 /// One evaluation's input, as the forward of the family's diffusers class takes it.
 #[derive(Debug, Clone)]
 pub struct DenoiserInput {
@@ -34,6 +50,8 @@ pub struct DenoiserInput {
     pub latents: Tensor,
     /// Timestep in the unit of the family's class, (batch).
     pub timestep: Tensor,
+    /// Which of a picture's evaluations it is.
+    pub moment: Moment,
     /// Everything else.
     pub conditions: Conditions,
 }

@@ -12,6 +12,6 @@ mod scope;
 pub mod text;
 pub mod vae;
 
-pub use denoiser::{Conditions, Context, Denoiser, DenoiserInput, Rotary, State};
+pub use denoiser::{Conditions, Context, Denoiser, DenoiserInput, Moment, Rotary, State};
 pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family};

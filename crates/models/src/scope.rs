@@ -3,7 +3,7 @@
 
 use crate::Result;
 use candle_core::{DType, Tensor};
-use clearform_weights::{TensorSource, WeightsError};
+use clearform_weights::{LowRank, TensorSource, WeightsError};
 
 /// A source seen from the module `prefix`: names are relative to it.
 #[derive(Clone)]
@@ -13,11 +13,12 @@ pub(crate) struct Scope<'a> {
     dtype: Option<DType>,
 }
 
-/// x wᵀ + b.
+/// x wᵀ + b, and what an adapter adds beside it.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    beside: Vec<LowRank>,
 }
 
 impl<'a> Scope<'a> {
@@ -41,12 +42,7 @@ impl<'a> Scope<'a> {
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
-        let tensor = self.source.tensor(&self.full(name))?;
-        // Converting makes a new tensor, and a trained one must stay the very variable that the optimizer steps.
-        match self.dtype {
-            Some(dtype) if dtype != tensor.dtype() => Ok(tensor.to_dtype(dtype)?),
-            _ => Ok(tensor),
-        }
+        self.converted(self.source.tensor(&self.full(name))?)
     }
 
     /// As [`Self::tensor`], and its extents are `shape`.
@@ -64,7 +60,16 @@ impl<'a> Scope<'a> {
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
         let scope = self.at(name);
         let bias = if scope.has("bias") { Some(scope.tensor("bias")?) } else { None };
-        Ok(Linear { weight: scope.tensor("weight")?, bias })
+        let (weight, beside) = self.source.factored(&scope.full("weight"))?;
+        Ok(Linear { weight: self.converted(weight)?, bias, beside })
+    }
+
+    /// Converting makes a new tensor, and a trained one must stay the very variable that the optimizer steps.
+    fn converted(&self, tensor: Tensor) -> Result<Tensor> {
+        match self.dtype {
+            Some(dtype) if dtype != tensor.dtype() => Ok(tensor.to_dtype(dtype)?),
+            _ => Ok(tensor),
+        }
     }
 
     fn full(&self, name: &str) -> String {
@@ -76,7 +81,12 @@ impl Linear {
     /// # Shapes
     /// x (.., inputs) -> (.., outputs).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        clearform_ops::linear(x, &self.weight, self.bias.as_ref())
+        let mut y = clearform_ops::linear(x, &self.weight, self.bias.as_ref())?;
+        for LowRank { down, up, scale } in &self.beside {
+            let inner = (clearform_ops::linear(x, down, None)? * *scale)?; // (.., rank)
+            y = (y + clearform_ops::linear(&inner, up, None)?)?;
+        }
+        Ok(y)
     }
 }
 

@@ -39,6 +39,12 @@ pub enum RuntimeError {
     /// A picture that must not be saved, or a file that is not one of ours.
     #[error("picture: {0}")]
     BadPicture(String),
+    /// Tensors of an adapter met nothing in the model.
+    #[error("{0}\n  --allow-partial goes on without them")]
+    PartialAdapter(String),
+    /// A plugin, or what it opens, cannot be used.
+    #[error(transparent)]
+    Plugin(#[from] clearform_plugins::PluginError),
     /// Weights cannot be had.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),

@@ -5,8 +5,11 @@
 //! stepped in `clearform_sampling`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adapters;
+mod beside;
 pub mod compare;
 mod components;
+mod control;
 mod error;
 mod picture;
 mod pipeline;
@@ -14,9 +17,10 @@ pub mod png;
 mod text;
 mod transformer;
 
+pub use adapters::{Acting, ActingBranch, AdapterRequest, Adapters, EDITED_PARTS, Edited};
 pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
-pub use picture::{Size, check_pictures, to_pictures};
+pub use picture::{Frame, Size, check_pictures, to_pictures};
 pub use pipeline::{Latents, Options, Pipeline, Request, Stage};
 pub use transformer::{Reading, Transformer};

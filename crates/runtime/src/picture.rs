@@ -13,6 +13,17 @@ pub struct Size {
     pub width: usize,
 }
 
+/// What a batch of pictures has in common.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Frame {
+    /// Extents of each.
+    pub size: Size,
+    /// How many there are.
+    pub batch: usize,
+    /// Embedded guidance scale.
+    pub guidance: f64,
+}
+
 /// Pictures of the VAE's output, as diffusers' `VaeImageProcessor` makes them: x / 2 + 0.5, clamped to 0..1, times
 /// 255, rounded half to even.
 ///

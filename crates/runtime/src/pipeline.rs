@@ -1,16 +1,20 @@
 //! [`Pipeline`]: from prompts to pictures as FluxPipeline goes, in stages that can also be used one by one.
 
+use crate::adapters::{ActingBranch, Adapters, Edited};
+use crate::beside::Beside;
 use crate::text::{encode_prompts, open_weights};
-use crate::{Components, Reading, Result, RuntimeError, Size, Transformer, check_pictures, to_pictures};
+use crate::{Components, Frame, Reading, Result, RuntimeError, Size, Transformer, check_pictures, to_pictures};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::recorded_plan;
 use clearform_models::families::flux::FluxConfig;
 use clearform_models::vae::{AutoencoderKl, VaeConfig};
 use clearform_models::{Conditions, Denoiser};
+use clearform_plugins::{AdapterReport, Changes, Controlled};
 use clearform_sampling::{FlowMatchEuler, Guidance, Progress, Schedule, TorchGenerator, denoise};
 use image::RgbImage;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How a model is opened and run.
 #[derive(Debug, Clone)]
@@ -25,6 +29,8 @@ pub struct Options {
     pub dtype: Option<DType>,
     /// Where everything runs.
     pub device: Device,
+    /// What acts on the model.
+    pub adapters: Adapters,
 }
 
 /// What to draw, and how.
@@ -46,6 +52,9 @@ pub struct Request {
     pub seed: u64,
     /// Pictures to draw.
     pub batch: usize,
+    /// What the transformer itself is controlled by, if it is, and then the branches in their order; for several branches
+    /// one picture serves all.
+    pub control_images: Vec<RgbImage>,
 }
 
 /// What [`Pipeline::generate`] is doing.
@@ -80,6 +89,9 @@ pub struct Pipeline {
     own_size: Size,
     plan: AttentionPlan,
     options: Options,
+    changes: Arc<Changes>,
+    reports: Vec<AdapterReport>,
+    branches: Vec<ActingBranch>,
 }
 
 impl Pipeline {
@@ -93,6 +105,10 @@ impl Pipeline {
         let components = Components::new(model, options.components.as_deref());
         let transformer = Transformer::open(&components.transformer(), &options.reading)?;
         components.complete(transformer.identified().components())?;
+        let adapters = &options.adapters;
+        let edited = adapters.onto(transformer, Some(&components), &options.reading.manifests)?;
+        let Edited { transformer, changes, reports } = edited;
+        let branches = adapters.open_branches(&transformer)?;
         let scheduler = FlowMatchEuler::from_config(&components.json("scheduler", "scheduler_config.json")?)?;
         let flux = FluxConfig::new(transformer.config())?;
         let vae_config = components.json("vae", "config.json")?;
@@ -100,7 +116,7 @@ impl Pipeline {
         check_channels(&flux, &vae)?;
         let edge = vae_config["sample_size"].as_u64().map_or(128 * vae.downscale(), |edge| edge as usize);
         let own_size = Size { height: edge, width: edge };
-        Ok(Self { components, transformer, scheduler, flux, vae, own_size, plan, options })
+        Ok(Self { components, transformer, scheduler, flux, vae, own_size, plan, options, changes, reports, branches })
     }
 
     /// The parts and where they lie.
@@ -111,6 +127,36 @@ impl Pipeline {
     /// The transformer, not loaded.
     pub fn transformer(&self) -> &Transformer {
         &self.transformer
+    }
+
+    /// Whether the transformer itself looks at a control picture, beside any branches.
+    pub fn takes_control(&self) -> bool {
+        self.flux.in_channels == 2 * 4 * self.vae.latent_channels
+    }
+
+    /// What became of each weight adapter's tensors.
+    pub fn adapter_reports(&self) -> &[AdapterReport] {
+        &self.reports
+    }
+
+    /// The branches that act beside the transformer.
+    pub fn branches(&self) -> &[ActingBranch] {
+        &self.branches
+    }
+
+    /// The edits of the adapters.
+    pub(crate) fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
+    /// The VAE's sizes.
+    pub(crate) fn vae_config(&self) -> &VaeConfig {
+        &self.vae
+    }
+
+    /// Where everything runs.
+    pub(crate) fn device(&self) -> &Device {
+        &self.options.device
     }
 
     /// What each attention layer sees when [`Self::generate`] draws.
@@ -134,10 +180,15 @@ impl Pipeline {
         watch(&Stage::Encoding);
         let guidance = self.guidance(request, &latents)?;
         watch(&Stage::Loading);
-        let denoiser = self.load_transformer(&self.plan, self.options.dtype)?;
+        let (own, others) = self.split_control_images(&request.control_images)?;
+        let own = own.map(|picture| self.own_control(picture, size, request.batch)).transpose()?;
+        let controls = self.controls(others, Frame { size, batch: request.batch, guidance: request.guidance })?;
+        let transformer = self.load_transformer(&self.plan, self.options.dtype)?;
+        let beside = Beside { base: transformer.as_ref(), control: own };
+        let denoiser = Controlled::new(&beside, controls);
         let mut step = |progress: &Progress| watch(&Stage::Step(progress));
-        let tokens = denoise(denoiser.as_ref(), &latents.tokens, &schedule, &guidance, &mut step)?;
-        drop(denoiser);
+        let tokens = denoise(&denoiser, &latents.tokens, &schedule, &guidance, &mut step)?;
+        drop(transformer);
         watch(&Stage::Decoding);
         let pictures = self.decode(&tokens, size)?;
         check_pictures(&pictures)?;
@@ -152,7 +203,7 @@ impl Pipeline {
     /// # Errors
     /// A part is missing or damaged.
     pub fn encode_prompts(&self, prompts: &[String]) -> Result<Conditions> {
-        encode_prompts(&self.components, prompts, &self.options.device)
+        encode_prompts(&self.components, prompts, &self.changes, &self.options.device)
     }
 
     /// Loads the transformer with another plan or number format than the options'.
@@ -216,7 +267,7 @@ impl Pipeline {
     pub fn decode(&self, tokens: &Tensor, size: Size) -> Result<Vec<RgbImage>> {
         let Size { height, width } = self.latent_size(size)?;
         let latents = self.transformer.family().unpack(tokens, height, width)?.to_dtype(DType::F32)?;
-        let weights = open_weights(&self.components.folder("vae")?, &self.options.device)?;
+        let weights = open_weights(&self.components, "vae", &self.changes, &self.options.device)?;
         let vae = AutoencoderKl::build(self.vae.clone(), weights.as_ref())?;
         let one = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(one).collect::<clearform_models::Result<Vec<_>>>()?;
@@ -261,21 +312,22 @@ impl Pipeline {
 /// More pixels along an edge than anyone can have meant.
 const LARGEST: usize = 1 << 15;
 
-/// A token is four latent places; models that take more beside it (masks, depth, another picture) are not run here.
+/// A token is four latent places. Canny and depth models, also those that a LoRA makes, take as many of a control beside
+/// them; models that take masks are not run here.
 fn check_channels(flux: &FluxConfig, vae: &VaeConfig) -> Result<()> {
     let (takes, packed) = (flux.in_channels, 4 * vae.latent_channels);
-    if takes == packed {
+    if takes == packed || takes == 2 * packed {
         return Ok(());
     }
     Err(RuntimeError::BadSetting(format!(
         "the transformer takes tokens of {takes} channels, but this VAE's latents make tokens of {packed}. Either the VAE \
-         is another model's (give the right one with --components DIR), or the transformer draws from more than a prompt \
-         (fill, depth, canny), which is not supported"
+         is another model's (give the right one with --components DIR), or the transformer draws from a mask too (fill), \
+         which is not supported"
     )))
 }
 
 /// Each row as often as it takes to fill `batch`, equal rows together.
-fn repeat(tensor: &Tensor, batch: usize) -> Result<Tensor> {
+pub(crate) fn repeat(tensor: &Tensor, batch: usize) -> Result<Tensor> {
     let rows = tensor.dim(0)?;
     if !batch.is_multiple_of(rows) {
         return Err(RuntimeError::BadSetting(format!("{rows} prompts cannot share a batch of {batch} evenly")));

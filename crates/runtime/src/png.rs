@@ -30,6 +30,8 @@ pub struct Parameters {
     pub model: String,
     /// The attention plan it ran with.
     pub attention: String,
+    /// What acted on the model, as the command line takes it; empty for nothing.
+    pub adapters: String,
     /// Which of the batch this is, from 1.
     pub number: usize,
     /// Pictures in the batch.
@@ -101,6 +103,7 @@ impl Parameters {
             ("size", format!("{}x{}", self.size.width, self.size.height)),
             ("model", self.model.clone()),
             ("attention", self.attention.clone()),
+            ("adapters", self.adapters.clone()),
             ("picture", format!("{}/{}", self.number, self.batch)),
         ];
         pairs.into_iter().map(|(keyword, text)| (keyword.to_owned(), text)).collect()
@@ -120,6 +123,7 @@ impl Parameters {
             size: Size { height, width },
             model: text("model")?.to_owned(),
             attention: text("attention")?.to_owned(),
+            adapters: text("adapters").unwrap_or_default().to_owned(),
             number,
             batch,
         })
@@ -146,6 +150,7 @@ mod tests {
             size: Size { height: 2, width: 3 },
             model: "mini-flux".to_owned(),
             attention: "clear:r=4".to_owned(),
+            adapters: "--lora style:0.8".to_owned(),
             number: 2,
             batch: 4,
         }

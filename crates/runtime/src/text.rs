@@ -5,8 +5,8 @@ use crate::{Components, Result, RuntimeError};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::Conditions;
 use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
+use clearform_plugins::{Adapted, Changes, LowRankMode};
 use clearform_weights::{Checkpoint, Resident, TensorSource};
-use std::path::Path;
 
 /// FluxPipeline's `max_sequence_length`.
 const MAX_T5_TOKENS: usize = 512;
@@ -18,40 +18,54 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 ///
 /// # Shapes
 /// text (prompts, text tokens, channels), pooled (prompts, channels), text_ids (text tokens, 3).
-pub(crate) fn encode_prompts(components: &Components, prompts: &[String], device: &Device) -> Result<Conditions> {
+pub(crate) fn encode_prompts(
+    components: &Components,
+    prompts: &[String],
+    changes: &Changes,
+    device: &Device,
+) -> Result<Conditions> {
     if prompts.is_empty() {
         return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
     }
-    let pooled = encode_clip(components, prompts, device)?;
-    let text = encode_t5(components, prompts, device)?;
+    let pooled = encode_clip(components, prompts, changes, device)?;
+    let text = encode_t5(components, prompts, changes, device)?;
     let text_ids = Tensor::zeros((text.dim(1)?, 3), DType::F32, device)?;
     Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
 }
 
-/// The weights of a part, ready to be built from on `device`.
-pub(crate) fn open_weights(folder: &Path, device: &Device) -> Result<Box<dyn TensorSource>> {
-    let checkpoint = Checkpoint::open(folder)?;
+/// The weights of a part as adapters edit them, ready to be built from on `device`. These parts are built by others, who
+/// add nothing beside a product.
+pub(crate) fn open_weights<'a>(
+    components: &Components,
+    part: &str,
+    changes: &'a Changes,
+    device: &Device,
+) -> Result<Box<dyn TensorSource + 'a>> {
+    let checkpoint = Checkpoint::open(components.folder(part)?)?;
     Ok(match device {
-        Device::Cpu => Box::new(checkpoint),
-        _ => Box::new(Resident::load(&checkpoint, None, device)?),
+        Device::Cpu => Box::new(Adapted::new(Box::new(checkpoint), changes, part, LowRankMode::Fused)),
+        _ => {
+            let resident = Resident::load(&checkpoint, None, device)?;
+            Box::new(Adapted::new(Box::new(resident), changes, part, LowRankMode::Fused))
+        }
     })
 }
 
-fn encode_clip(components: &Components, prompts: &[String], device: &Device) -> Result<Tensor> {
+fn encode_clip(components: &Components, prompts: &[String], changes: &Changes, device: &Device) -> Result<Tensor> {
     let config = ClipConfig::new(&components.json("text_encoder", CONFIG)?)?;
     let tokenizer = clip_tokenizer(components)?;
     let length = tokenizer.max_length().unwrap_or(usize::MAX).min(config.max_tokens());
     let ids = token_ids(prompts, |prompt| tokenizer.encode(prompt, length), device)?;
-    let encoder = ClipText::build(config, open_weights(&components.folder("text_encoder")?, device)?.as_ref())?;
+    let encoder = ClipText::build(config, open_weights(components, "text_encoder", changes, device)?.as_ref())?;
     Ok(encoder.encode(&ids)?.pooled)
 }
 
-fn encode_t5(components: &Components, prompts: &[String], device: &Device) -> Result<Tensor> {
+fn encode_t5(components: &Components, prompts: &[String], changes: &Changes, device: &Device) -> Result<Tensor> {
     let config = T5Config::new(&components.json("text_encoder_2", CONFIG)?)?;
     let file = required(components, "tokenizer_2", TOKENIZER)?;
     let (tokenizer, length) = (T5Tokenizer::from_json(&file)?, t5_length(components)?);
     let ids = token_ids(prompts, |prompt| tokenizer.encode(prompt, length), device)?;
-    let encoder = T5Encoder::build(config, open_weights(&components.folder("text_encoder_2")?, device)?.as_ref())?;
+    let encoder = T5Encoder::build(config, open_weights(components, "text_encoder_2", changes, device)?.as_ref())?;
     Ok(encoder.encode(&ids)?)
 }
 

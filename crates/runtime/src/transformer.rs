@@ -6,9 +6,11 @@ use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, detect};
 use clearform_models::{Denoiser, FAMILIES, Family};
+use clearform_plugins::{Adapted, Changes, LowRankMode};
 use clearform_weights::{Checkpoint, Resident, TensorSource};
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How a checkpoint's tensors are to be read.
 #[derive(Debug, Clone)]
@@ -26,7 +28,12 @@ pub struct Transformer {
     family: &'static dyn Family,
     identified: Identified,
     canonical: Canonical<Checkpoint>,
+    changes: Arc<Changes>,
+    low_rank: LowRankMode,
 }
+
+/// The part of a pipeline that this is, as adapters call it.
+pub(crate) const TRANSFORMER: &str = "transformer";
 
 impl Reading {
     /// The program's own rules, and no hints.
@@ -57,7 +64,25 @@ impl Transformer {
         })?;
         let canonical = identified.canonical(checkpoint);
         let canonical = if reading.allow_unmatched { canonical.sufficient()? } else { canonical.complete()? };
-        Ok(Self { family, identified, canonical })
+        let (changes, low_rank) = (Arc::default(), LowRankMode::default());
+        Ok(Self { family, identified, canonical, changes, low_rank })
+    }
+
+    /// The same with the edits of adapters, which may widen its input.
+    ///
+    /// # Errors
+    /// A tensor has extents that no model of the family has.
+    pub fn adapted(mut self, changes: Arc<Changes>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
+        (self.changes, self.low_rank) = (changes, low_rank);
+        if self.changes.touch(TRANSFORMER) {
+            let resized = self.identified.resized(&self.source(), manifests)?;
+            resized.canonical(self.source()).complete()?;
+            // A model of the same sizes stays the variant that it was, or was said to be.
+            if resized.config != self.identified.config {
+                self.identified = resized;
+            }
+        }
+        Ok(self)
     }
 
     /// Its family.
@@ -85,9 +110,13 @@ impl Transformer {
         self.canonical.account()
     }
 
-    /// Its tensors, in canonical names.
-    pub fn source(&self) -> &dyn TensorSource {
-        &self.canonical
+    /// Its tensors, in canonical names, as adapters edit them.
+    pub fn source(&self) -> impl TensorSource + '_ {
+        self.edited(&self.canonical)
+    }
+
+    fn edited<S: TensorSource>(&self, source: S) -> Adapted<'_, S> {
+        Adapted::new(source, &self.changes, TRANSFORMER, self.low_rank)
     }
 
     /// The number format of its largest tensor, if one can compute with it; f32 else.
@@ -104,9 +133,9 @@ impl Transformer {
     /// The system refuses, or the plan does not fit the model.
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
         if dtype.is_none() && device.is_cpu() {
-            return Ok(self.family.build(self.config(), self.source(), plan)?);
+            return Ok(self.family.build(self.config(), &self.source(), plan)?);
         }
-        let resident = Resident::load(self.source(), dtype, device)?;
-        Ok(self.family.build(self.config(), &resident, plan)?)
+        let resident = Resident::load(&self.canonical, dtype, device)?;
+        Ok(self.family.build(self.config(), &self.edited(&resident), plan)?)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{Guidance, Result, SamplingError, Schedule};
 use candle_core::{DType, Tensor};
-use clearform_models::Denoiser;
+use clearform_models::{Denoiser, Moment};
 
 /// A step that is done.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub fn denoise(
     let mut latents = latents.clone();
     for index in 0..steps {
         let timestep = schedule.timestep(index, &latents)?;
-        let velocity = guidance.predict(denoiser, &latents, &timestep)?;
+        let velocity = guidance.predict(denoiser, &latents, &timestep, Moment { index, steps })?;
         if !is_finite(&velocity)? {
             return Err(SamplingError::NotFinite { step: index + 1, steps });
         }

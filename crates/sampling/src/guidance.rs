@@ -2,7 +2,7 @@
 
 use crate::{Result, SamplingError};
 use candle_core::Tensor;
-use clearform_models::{Conditions, Denoiser, DenoiserInput};
+use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment};
 
 /// How the conditions steer the prediction.
 #[derive(Debug, Clone)]
@@ -42,10 +42,16 @@ impl Guidance {
     ///
     /// # Errors
     /// The model refused.
-    pub fn predict(&self, denoiser: &dyn Denoiser, latents: &Tensor, timestep: &Tensor) -> Result<Tensor> {
+    pub fn predict(
+        &self,
+        denoiser: &dyn Denoiser,
+        latents: &Tensor,
+        timestep: &Tensor,
+        moment: Moment,
+    ) -> Result<Tensor> {
         let evaluate = |conditions: &Conditions| {
             let (latents, timestep) = (latents.clone(), timestep.clone());
-            denoiser.forward(&DenoiserInput { latents, timestep, conditions: conditions.clone() })
+            denoiser.forward(&DenoiserInput { latents, timestep, moment, conditions: conditions.clone() })
         };
         match self {
             Self::Embedded(conditions) => Ok(evaluate(conditions)?),

@@ -17,5 +17,5 @@ mod writer;
 pub use checkpoint::{Checkpoint, TensorFile};
 pub use error::{Result, WeightsError};
 pub use files::{sha256_file, write_atomically};
-pub use source::{Dtype, RawTensor, Resident, TensorInfo, TensorSource};
+pub use source::{Dtype, LowRank, RawTensor, Resident, TensorInfo, TensorSource};
 pub use writer::{SafetensorsWriter, save};

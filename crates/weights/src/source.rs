@@ -65,6 +65,26 @@ pub trait TensorSource {
     fn tensor(&self, name: &str) -> Result<Tensor> {
         self.read(name)?.to_tensor(name)
     }
+
+    /// The same tensor as a weight and low-rank terms beside it, which together are [`Self::tensor`]: for whoever
+    /// multiplies by it and can add the terms' products. Most sources have no terms.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    fn factored(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
+        Ok((self.tensor(name)?, Vec::new()))
+    }
+}
+
+/// A term of a weight, scale · up · down, that is never multiplied out.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// (rank, inputs).
+    pub down: Tensor,
+    /// (outputs, rank).
+    pub up: Tensor,
+    /// Its factor.
+    pub scale: f64,
 }
 
 /// What borrows or shares a source is one too.
@@ -91,6 +111,10 @@ where
 
     fn tensor(&self, name: &str) -> Result<Tensor> {
         (**self).tensor(name)
+    }
+
+    fn factored(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
+        (**self).factored(name)
     }
 }
 

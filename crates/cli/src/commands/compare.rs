@@ -7,19 +7,18 @@ use crate::report::Page;
 use crate::sitting::{Sitting, attention_errors};
 use anyhow::Context as _;
 use clearform_runtime::compare::{contact_sheet, psnr, ssim};
-use clearform_runtime::{Pipeline, RgbImage, Size, png};
+use clearform_runtime::{RgbImage, png};
 use serde::Serialize;
 use std::fmt;
 use std::path::Path;
 
-const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
 /// Pictures whose attention is compared layer by layer.
 const LAYER_PICTURES: usize = 4;
 
 pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
-    let open = |model| open_plainly(model, args.components.as_deref(), args.device);
+    let open = |model| open_plainly(model, args.drawing.components.as_deref(), args.drawing.device);
     let (teacher, student) = (open(&args.teacher)?, open(&args.student)?);
-    let sitting = sitting(args, &teacher)?;
+    let sitting = Sitting::new(&args.drawing, &teacher)?;
     let bar = output.progress("drawing", 2 * sitting.prompts.len());
     let mut advance = |count: usize| bar.inc(count as u64);
     let original = teacher.load_transformer(teacher.plan(), None)?;
@@ -34,29 +33,6 @@ pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
     write(&args.output, &report, &[pictures.0, pictures.1])?;
     output.result(&report)?;
     Ok(Outcome::Whole)
-}
-
-fn sitting(args: &Compare, teacher: &Pipeline) -> anyhow::Result<Sitting> {
-    let defaults = teacher.transformer().identified().variant.defaults;
-    let prompts = match &args.prompts {
-        Some(path) => read_prompts(path)?,
-        None => PROMPTS.map(str::to_owned).to_vec(),
-    };
-    Ok(Sitting {
-        prompts,
-        size: args.size.map_or(teacher.own_size(), |edge| Size { height: edge, width: edge }),
-        steps: args.steps.unwrap_or(defaults.steps),
-        guidance: defaults.guidance,
-        seed: args.seed,
-    })
-}
-
-/// Prompts, one a line; empty lines are left out.
-pub fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-    let prompts: Vec<String> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
-    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one a line, found none", path.display());
-    Ok(prompts)
 }
 
 /// How alike the models are.

@@ -1,14 +1,17 @@
 //! `clearform convert`, the whole main job: ingest, rewrite, distil, emit.
 
-use crate::args::Convert;
+use crate::adapters;
+use crate::args::{AdapterArg, Convert};
 use crate::opening::{identify, plainly, plan, reading};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Lesson, Student};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{ConversionPlan, Patched, Placing, Replace, Report, Stage};
+use clearform_convert::{AdapterRecord, ConversionPlan, Patched, Placing, Replace, Report, Stage};
 use clearform_distill::SampleSet;
 use clearform_layout::Inspection;
-use clearform_runtime::{Components, Options, Pipeline, Transformer};
+use clearform_plugins::{Adapted, Changes, LowRankMode};
+use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Options, Pipeline, Transformer};
+use clearform_weights::{Checkpoint, sha256_file};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -33,7 +36,9 @@ pub struct Converted {
 
 /// Converts; the model appears when it is whole.
 pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Converted> {
-    let transformer = open(args)?;
+    let adapters = adapters::open_weights(&args.adapters)?;
+    let edited = open(args, &adapters, output)?;
+    let transformer = &edited.transformer;
     if !args.no_distill && args.training.samples.is_none() {
         school::needed(
             args.training.components.as_deref(),
@@ -45,8 +50,10 @@ pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> an
         true => Stage::resume(&args.output, replace)?,
         false => Stage::begin(&args.output, replace)?,
     };
-    let lesson = (!args.no_distill).then(|| lesson(args, attention, &transformer, &stage, output)).transpose()?;
-    let report = write(args, attention, &transformer, stage, lesson.as_ref(), output)?;
+    let lesson = (!args.no_distill)
+        .then(|| lesson(args, attention, &edited.transformer, &stage, &adapters, output))
+        .transpose()?;
+    let report = write(args, attention, &edited, stage, lesson.as_ref(), output)?;
     Ok(Converted { report, lesson })
 }
 
@@ -66,8 +73,13 @@ fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow
     Ok(Outcome::whole_if(inspection.complete()))
 }
 
-fn open(args: &Convert) -> anyhow::Result<Transformer> {
-    Ok(Transformer::open(&components(args).transformer(), &reading(&args.reading)?)?)
+/// Opens the source, with the adapters that are to be baked into it.
+fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<Edited> {
+    let (components, reading) = (components(args), reading(&args.reading)?);
+    let transformer = Transformer::open(&components.transformer(), &reading)?;
+    let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
+    adapters::tell(&edited.reports, output);
+    Ok(edited)
 }
 
 fn components(args: &Convert) -> Components {
@@ -79,19 +91,22 @@ fn lesson(
     attention: &AttentionPlan,
     transformer: &Transformer,
     stage: &Stage,
+    adapters: &Adapters,
     output: &Output,
 ) -> anyhow::Result<Lesson> {
-    let samples = samples(args, stage, output)?;
-    let student = Student { plan: attention, start: transformer.source(), folder: &stage.work().join("training") };
+    let samples = samples(args, stage, adapters, output)?;
+    let start = transformer.source();
+    let student = Student { plan: attention, start: &start, folder: &stage.work().join("training") };
     school::train(transformer, student, &samples, &args.training, output)
 }
 
-fn samples(args: &Convert, stage: &Stage, output: &Output) -> anyhow::Result<SampleSet> {
+fn samples(args: &Convert, stage: &Stage, adapters: &Adapters, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
         return school::ready_samples(folder);
     }
     let options = Options {
         reading: reading(&args.reading)?,
+        adapters: adapters.clone(),
         ..plainly(args.training.components.as_deref(), args.training.device)?
     };
     let pipeline = Pipeline::open(&args.source, options)?;
@@ -101,11 +116,12 @@ fn samples(args: &Convert, stage: &Stage, output: &Output) -> anyhow::Result<Sam
 fn write(
     args: &Convert,
     attention: &AttentionPlan,
-    transformer: &Transformer,
+    edited: &Edited,
     stage: Stage,
     lesson: Option<&Lesson>,
     output: &Output,
 ) -> anyhow::Result<Report> {
+    let (transformer, source) = (&edited.transformer, edited.transformer.source());
     let placing = if args.link { Placing::Link } else { Placing::Copy };
     let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
     let folders = folders.chain(args.training.components.clone()).collect();
@@ -119,16 +135,34 @@ fn write(
     };
     let report = match lesson {
         Some(lesson) => {
-            let distilled = Patched::new(transformer.source(), &lesson.distilled.tensors);
+            let distilled = Patched::new(&source, &lesson.distilled.tensors);
             plan.apply(&distilled, transformer.account(), &stage, &mut watch)?
         }
-        None => plan.apply(transformer.source(), transformer.account(), &stage, &mut watch)?,
+        None => plan.apply(&source, transformer.account(), &stage, &mut watch)?,
     };
     bar.finish_and_clear();
+    bake_components(&components(args), &edited.changes, &stage)?;
     let mut record = plan.record(transformer.checkpoint())?;
+    record.adapter = args.adapters.lora.iter().map(adapter_record).collect::<anyhow::Result<_>>()?;
     record.distillation = lesson.map(|lesson| lesson.record.clone());
     stage.finish(record)?;
     Ok(report)
+}
+
+/// Writes the parts beside the transformer that adapters edit anew.
+fn bake_components(components: &Components, changes: &Changes, stage: &Stage) -> anyhow::Result<()> {
+    for part in EDITED_PARTS.into_iter().filter(|part| changes.touch(part)) {
+        let stored = Checkpoint::open(components.folder(part)?)?;
+        stage.replace_tensors(part, &Adapted::new(&stored, changes, part, LowRankMode::Fused))?;
+    }
+    Ok(())
+}
+
+fn adapter_record(arg: &AdapterArg) -> anyhow::Result<AdapterRecord> {
+    let name = arg.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let files = Checkpoint::open(&arg.path)?;
+    let sha256 = sha256_file(&files.files()[0].path)?;
+    Ok(AdapterRecord { name, sha256, strength: arg.weight.unwrap_or(1.0) })
 }
 
 /// A model that was written.

@@ -12,8 +12,13 @@ pub fn run(args: &Demo, output: &Output) -> anyhow::Result<Outcome> {
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}", args.output.display()))?;
     let radii = RADII.into_iter().map(Radius::new).collect::<Result<Vec<_>, _>>()?;
     let plain = radii.iter().map(|radius| (*radius, None));
-    let pooled = radii.iter().filter(|_| args.pool.is_some()).map(|radius| (*radius, args.pool));
-    let settings = Settings { folder: args.output.clone(), steps: args.steps, plans: plain.chain(pooled).collect() };
+    let pooled = radii.last().map(|radius| (*radius, Some(args.pool)));
+    let settings = Settings {
+        folder: args.output.clone(),
+        steps: args.steps,
+        plans: plain.chain(pooled).collect(),
+        plugins: args.plugins.clone(),
+    };
     let report = tell(&settings, output)?;
     report.write(&args.output)?;
     output.result(&report)?;

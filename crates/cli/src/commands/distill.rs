@@ -21,9 +21,10 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
         false => Stage::begin(target, replace)?,
     };
     let samples = samples(args, &teacher, &stage.work().join("samples"), output)?;
-    let pupil = Student { plan: &plan, start: student.source(), folder: &stage.work().join("training") };
+    let start = student.source();
+    let pupil = Student { plan: &plan, start: &start, folder: &stage.work().join("training") };
     let lesson = school::train(&teacher, pupil, &samples, &args.training, output)?;
-    let distilled = Patched::new(student.source(), &lesson.distilled.tensors);
+    let distilled = Patched::new(&start, &lesson.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .with_components(vec![args.model.clone()], Placing::Copy);
     let report = conversion.apply(&distilled, student.account(), &stage, &mut |_, _| ())?;

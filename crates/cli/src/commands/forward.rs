@@ -1,15 +1,18 @@
 //! `clearform forward`: the transformer once, on given tensors. It is how anyone checks us against diffusers.
 
+use crate::adapters;
 use crate::args::Forward;
 use crate::opening::{device, plan, reading};
 use crate::output::{Outcome, Output};
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_runtime::{Components, Transformer};
+use clearform_models::Denoiser as _;
+use clearform_plugins::{AdapterReport, Control, Controlled};
+use clearform_runtime::{ActingBranch, Components, Edited, Transformer};
 use clearform_weights::{Checkpoint, Resident, TensorSource as _};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -17,18 +20,25 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     let dtype = args.running.dtype.map_or(DType::F32, crate::args::Dtype::computed);
     let device = device(args.running.device)?;
     let path = Components::new(&args.model, None).transformer();
-    let transformer = Transformer::open(&path, &reading(&args.reading)?)?;
+    let reading = reading(&args.reading)?;
+    let adapters = adapters::open_all(&args.adapters)?;
+    let transformer = Transformer::open(&path, &reading)?;
+    let Edited { transformer, reports, .. } = adapters.onto(transformer, None, &reading.manifests)?;
+    adapters::tell(&reports, output);
     let plan = match &args.running.attention {
         Some(text) => plan(text)?,
         None => clearform_convert::recorded_plan(&args.model)?.unwrap_or_else(AttentionPlan::full),
     };
-    let input = transformer.family().input(inputs(args, dtype, &device)?)?;
-    let sample = transformer.build(&plan, Some(dtype), &device)?.forward(&input)?;
+    let mut inputs = inputs(args, dtype, &device)?;
+    let controls = controls(&adapters.open_branches(&transformer)?, &mut inputs)?;
+    let input = transformer.family().input(inputs)?;
+    let denoiser = transformer.build(&plan, Some(dtype), &device)?;
+    let sample = Controlled::new(denoiser.as_ref(), controls).forward(&input)?;
     let sample = sample.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     let shape = sample.dims().to_vec();
     let result = Resident::from_iter([("sample".to_owned(), sample)]);
     clearform_weights::save(&args.output, &result, &BTreeMap::new())?;
-    output.result(&Done { output: args.output.clone(), attention: plan.to_string(), shape })?;
+    output.result(&Done { output: args.output.clone(), attention: plan.to_string(), shape, adapters: reports })?;
     Ok(Outcome::Whole)
 }
 
@@ -43,11 +53,45 @@ fn inputs(args: &Forward, dtype: DType, device: &Device) -> anyhow::Result<BTree
     file.tensors().into_iter().map(|info| convert(info.name)).collect()
 }
 
+/// Takes out of `inputs` what the branches are controlled by: each its own, or all the same. A mode that no branch takes
+/// is nothing to complain of, as in diffusers; any other input that is left over will be.
+fn controls(branches: &[ActingBranch], inputs: &mut BTreeMap<String, Tensor>) -> anyhow::Result<Vec<Control>> {
+    let mut used = BTreeSet::new();
+    let mut of = |name: &str, index: usize| {
+        let own = format!("{name}_{index}");
+        let name = if inputs.contains_key(&own) { own } else { name.to_owned() };
+        let tensor = inputs.get(&name).cloned();
+        used.insert(name);
+        tensor
+    };
+    let mut controls = Vec::new();
+    for (index, acting) in branches.iter().enumerate() {
+        let path = acting.branch.path().display();
+        let missing = || format!("--inputs: {path} takes the input {CONTROL:?}, which is missing");
+        controls.push(Control {
+            branch: acting.branch.clone(),
+            control: of(CONTROL, index).with_context(missing)?,
+            mode: of(MODE, index),
+            guidance: None,
+            scale: acting.scale,
+            interval: acting.acting.interval,
+        });
+    }
+    inputs.retain(|name, _| !used.contains(name));
+    Ok(controls)
+}
+
+/// Names of what branches take, as the forward of diffusers' class has them.
+const CONTROL: &str = "controlnet_cond";
+const MODE: &str = "controlnet_mode";
+
 #[derive(Debug, Serialize)]
 struct Done {
     output: PathBuf,
     attention: String,
     shape: Vec<usize>,
+    /// What became of each weight adapter's tensors.
+    adapters: Vec<AdapterReport>,
 }
 
 impl fmt::Display for Done {

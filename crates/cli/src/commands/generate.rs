@@ -1,10 +1,12 @@
 //! `clearform generate`: from a prompt to pictures.
 
+use crate::adapters;
 use crate::args::Generate;
 use crate::opening::{plainly, plan};
 use crate::output::{Outcome, Output};
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clearform_layout::Defaults;
+use clearform_plugins::AdapterReport;
 use clearform_runtime::png::{self, Parameters};
 use clearform_runtime::{Options, Pipeline, Request, Size, Stage};
 use serde::Serialize;
@@ -16,15 +18,18 @@ pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
     let options = Options {
         plan: args.running.attention.as_deref().map(plan).transpose()?,
         dtype: args.running.dtype.map(crate::args::Dtype::computed),
+        adapters: adapters::open_all(&args.adapters)?,
         ..plainly(args.components.as_deref(), args.running.device)?
     };
     let pipeline = Pipeline::open(&args.model, options)?;
-    let request = request(args, &pipeline);
+    adapters::tell(pipeline.adapter_reports(), output);
+    let request = request(args, &pipeline)?;
     let pictures = draw(&pipeline, &request, output)?;
     for (index, (name, picture)) in names.iter().zip(&pictures).enumerate() {
         png::save(name, picture, &parameters(args, &request, &pipeline, index))?;
     }
-    output.result(&Saved { pictures: names, attention: pipeline.plan().to_string(), seed: args.seed })?;
+    let (attention, adapters) = (pipeline.plan().to_string(), pipeline.adapter_reports().to_vec());
+    output.result(&Saved { pictures: names, attention, seed: args.seed, adapters })?;
     Ok(Outcome::Whole)
 }
 
@@ -47,11 +52,14 @@ fn file_names(pattern: &str, batch: usize) -> anyhow::Result<Vec<PathBuf>> {
     Ok((0..batch).map(|index| PathBuf::from(format!("{before}{separator}{index:0digits$}{after}"))).collect())
 }
 
-fn request(args: &Generate, pipeline: &Pipeline) -> Request {
+fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
     let own = pipeline.own_size();
     let Defaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
     let size = Size { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
-    Request {
+    let open = |path: &PathBuf| -> anyhow::Result<_> {
+        Ok(image::open(path).with_context(|| format!("--control-image {}", path.display()))?.to_rgb8())
+    };
+    Ok(Request {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
         size: Some(size),
@@ -60,7 +68,8 @@ fn request(args: &Generate, pipeline: &Pipeline) -> Request {
         true_cfg_scale: args.true_cfg_scale,
         seed: args.seed,
         batch: args.batch,
-    }
+        control_images: args.control_image.iter().map(open).collect::<anyhow::Result<_>>()?,
+    })
 }
 
 fn draw(pipeline: &Pipeline, request: &Request, output: &Output) -> anyhow::Result<Vec<clearform_runtime::RgbImage>> {
@@ -90,6 +99,7 @@ fn parameters(args: &Generate, request: &Request, pipeline: &Pipeline, index: us
         size: request.size.unwrap_or(pipeline.own_size()),
         model: model.to_string_lossy().into_owned(),
         attention: pipeline.plan().to_string(),
+        adapters: args.adapters.to_string(),
         number: index + 1,
         batch: request.batch,
     }
@@ -100,6 +110,8 @@ struct Saved {
     pictures: Vec<PathBuf>,
     attention: String,
     seed: u64,
+    /// What became of each weight adapter's tensors.
+    adapters: Vec<AdapterReport>,
 }
 
 impl fmt::Display for Saved {

@@ -10,4 +10,5 @@ pub mod generate;
 pub mod inspect;
 pub mod patch;
 pub mod plugins;
+pub mod transfer;
 pub mod verify;

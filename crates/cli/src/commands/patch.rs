@@ -5,8 +5,9 @@ use crate::commands::convert::Written;
 use crate::opening::{identify, transformer};
 use crate::output::{Outcome, Output};
 use clearform_attention::Radius;
-use clearform_convert::{ConversionPlan, Mode, Patch, Placing, PortableModel, Replace, Stage};
+use clearform_convert::{ConversionPlan, Mode, Patch, Placing, PortableModel, Replace, Report, Stage};
 use clearform_runtime::Transformer;
+use clearform_weights::TensorSource;
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -19,30 +20,60 @@ pub fn run(args: &PatchArgs, output: &Output) -> anyhow::Result<Outcome> {
 }
 
 fn extract(model: &Path, base: &Path, path: &Path, output: &Output) -> anyhow::Result<Outcome> {
-    let record = PortableModel::open(model)?.record().clone();
-    let (model, base) = (transformer(model)?, transformer(base)?);
-    let tensors = Patch::extract(model.source(), base.source(), &record.family, &record.plan()?, path)?;
+    let tensors = extract_to(model, base, path)?;
     output.result(&Extracted { patch: path.to_owned(), tensors })?;
     Ok(Outcome::Whole)
 }
 
+/// Writes the distilled attention of `model`, made from `base`, to `path`, and counts its tensors.
+pub fn extract_to(model: &Path, base: &Path, path: &Path) -> anyhow::Result<usize> {
+    let record = PortableModel::open(model)?.record().clone();
+    let (model, base) = (transformer(model)?, transformer(base)?);
+    Ok(Patch::extract(&model.source(), &base.source(), &record.family, &record.plan()?, path)?)
+}
+
+/// Puts the patch at `path` into `to`, as the model `output` in the place of any that stands there.
+pub fn apply_to(path: &Path, to: &Path, output: &Path, mode: Mode, base: Option<&Path>) -> anyhow::Result<()> {
+    let patch = Patch::open(path, None)?;
+    write(&Application { patch: &patch, to, output, mode, base, replace: Replace::PortableModel }).map(drop)
+}
+
+/// A patch that goes into a checkpoint.
+struct Application<'a> {
+    patch: &'a Patch,
+    to: &'a Path,
+    output: &'a Path,
+    mode: Mode,
+    base: Option<&'a Path>,
+    replace: Replace,
+}
+
 fn apply(args: &crate::args::PatchApply, output: &Output) -> anyhow::Result<Outcome> {
     let patch = Patch::open(&args.patch, args.radius.map(Radius::new).transpose()?)?;
-    let base = args.base.as_deref().map(transformer).transpose()?;
-    let (checkpoint, identified) = identify(&args.to, &Reading::default())?;
-    let canonical = identified.canonical(&checkpoint).complete()?;
     let mode = match args.mode {
         PatchMode::Replace => Mode::Replace,
         PatchMode::Shift => Mode::Shift,
     };
-    let patched = patch.onto(&canonical, mode, base.as_ref().map(Transformer::source))?;
-    let plan = ConversionPlan::new(&identified, patch.plan().clone())
-        .with_components(args.to.is_dir().then(|| args.to.clone()).into_iter().collect(), Placing::Copy);
-    let stage = Stage::begin(&args.output, Replace::allowed_if(args.overwrite))?;
-    let report = plan.apply(&patched, canonical.account(), &stage, &mut |_, _| ())?;
-    stage.finish(plan.record(&checkpoint)?)?;
+    let (to, base, replace) = (&args.to, args.base.as_deref(), Replace::allowed_if(args.overwrite));
+    let report = write(&Application { patch: &patch, to, output: &args.output, mode, base, replace })?;
     output.result(&Written::new(&args.output, patch.plan(), report))?;
     Ok(Outcome::Whole)
+}
+
+fn write(application: &Application) -> anyhow::Result<Report> {
+    let Application { patch, to, output, mode, base, replace } = *application;
+    let base = base.map(transformer).transpose()?;
+    let base = base.as_ref().map(Transformer::source);
+    let base = base.as_ref().map(|base| base as &dyn TensorSource);
+    let (checkpoint, identified) = identify(to, &Reading::default())?;
+    let canonical = identified.canonical(&checkpoint).complete()?;
+    let patched = patch.onto(&canonical, mode, base)?;
+    let plan = ConversionPlan::new(&identified, patch.plan().clone())
+        .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy);
+    let stage = Stage::begin(output, replace)?;
+    let report = plan.apply(&patched, canonical.account(), &stage, &mut |_, _| ())?;
+    stage.finish(plan.record(&checkpoint)?)?;
+    Ok(report)
 }
 
 #[derive(Debug, Serialize)]

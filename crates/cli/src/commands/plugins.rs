@@ -1,28 +1,90 @@
-//! `clearform plugins`: what adapters this installation can load.
+//! `clearform plugins`: what adapters this installation can load, and whether a plugin keeps to the boundary.
 
+use crate::adapters::shelf;
 use crate::args::{Plugins, PluginsAction};
 use crate::output::{Outcome, Output};
+use clearform_plugins::{Checked, Plugin, check, plugin_at};
 use serde::Serialize;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 pub fn run(args: &Plugins, output: &Output) -> anyhow::Result<Outcome> {
-    let PluginsAction::List = args.action;
-    let plugins =
-        clearform_plugins::available().iter().map(|plugin| format!("{} ({})", plugin.id, plugin.interface)).collect();
-    output.result(&Listing { plugins })?;
-    Ok(Outcome::Whole)
+    match &args.action {
+        PluginsAction::List(search) => {
+            let shelf = shelf(search)?;
+            let plugins = shelf.plugins().iter().map(Listed::new).collect();
+            let broken: Vec<_> = shelf.broken().to_vec();
+            let whole = broken.is_empty();
+            output.result(&Listing { plugins, broken })?;
+            Ok(Outcome::whole_if(whole))
+        }
+        PluginsAction::Check { path } => run_check(path, output),
+    }
+}
+
+/// Loads the plugin; examples that it does not do as it says make the outcome partial.
+fn run_check(path: &Path, output: &Output) -> anyhow::Result<Outcome> {
+    let plugin = plugin_at(path)?;
+    let checked = check(&plugin)?;
+    let whole = checked.failures().next().is_none();
+    output.result(&Check { plugin: Listed::new(&plugin), examples: checked })?;
+    Ok(Outcome::whole_if(whole))
 }
 
 #[derive(Debug, Serialize)]
 struct Listing {
-    plugins: Vec<String>,
+    plugins: Vec<Listed>,
+    /// Libraries whose description cannot be read.
+    broken: Vec<(PathBuf, String)>,
+}
+
+#[derive(Debug, Serialize)]
+struct Listed {
+    id: String,
+    version: String,
+    interface: String,
+    summary: String,
+    path: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    plugin: Listed,
+    examples: Checked,
+}
+
+impl Listed {
+    fn new(plugin: &Plugin) -> Self {
+        let description = &plugin.description;
+        Self {
+            id: description.id.clone(),
+            version: description.version.clone(),
+            interface: description.interface.clone(),
+            summary: description.summary.clone(),
+            path: plugin.path.clone(),
+        }
+    }
 }
 
 impl fmt::Display for Listing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.plugins.is_empty() {
-            return f.write_str("no plugins");
-        }
-        f.write_str(&self.plugins.join("\n"))
+        let plugins = self.plugins.iter().map(ToString::to_string);
+        let broken = self.broken.iter().map(|(path, reason)| format!("{}: {reason}", path.display()));
+        let lines: Vec<String> = plugins.chain(broken).collect();
+        f.write_str(if lines.is_empty() { "no plugins" } else { "" })?;
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl fmt::Display for Listed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, version, interface, summary, path } = self;
+        write!(f, "{id} {version} ({interface}): {summary:?}\n  {}", path.display())
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n{}", self.plugin, self.examples)
     }
 }

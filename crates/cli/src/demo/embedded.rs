@@ -1,4 +1,5 @@
-//! The reference teacher, inside the binary: `assets/mini-flux/base` with its names and reference pictures.
+//! The reference teacher, inside the binary: `assets/mini-flux/base` with its names and reference pictures, and what was
+//! made for it: a fine-tune, a LoRA and a ControlNet.
 
 use std::path::Path;
 
@@ -10,32 +11,37 @@ pub const REFERENCES: &[u8] = include_bytes!("../../../../assets/mini-flux/refer
 
 macro_rules! files {
     ($($path:literal),* $(,)?) => {
-        &[$(($path, include_bytes!(concat!("../../../../assets/mini-flux/base/", $path)))),*]
+        &[$(($path, include_bytes!(concat!("../../../../assets/mini-flux/", $path)))),*]
     };
 }
 
 const FILES: &[(&str, &[u8])] = files![
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/config.json",
-    "text_encoder_2/model.safetensors",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "tokenizer_2/special_tokens_map.json",
-    "tokenizer_2/spiece.model",
-    "tokenizer_2/tokenizer.json",
-    "tokenizer_2/tokenizer_config.json",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
+    "base/model_index.json",
+    "base/scheduler/scheduler_config.json",
+    "base/text_encoder/config.json",
+    "base/text_encoder/model.safetensors",
+    "base/text_encoder_2/config.json",
+    "base/text_encoder_2/model.safetensors",
+    "base/tokenizer/merges.txt",
+    "base/tokenizer/special_tokens_map.json",
+    "base/tokenizer/tokenizer_config.json",
+    "base/tokenizer/vocab.json",
+    "base/tokenizer_2/special_tokens_map.json",
+    "base/tokenizer_2/spiece.model",
+    "base/tokenizer_2/tokenizer.json",
+    "base/tokenizer_2/tokenizer_config.json",
+    "base/transformer/config.json",
+    "base/transformer/diffusion_pytorch_model.safetensors",
+    "base/vae/config.json",
+    "base/vae/diffusion_pytorch_model.safetensors",
+    "controlnet/config.json",
+    "controlnet/diffusion_pytorch_model.safetensors",
+    "lora/pytorch_lora_weights.safetensors",
+    "variants/pencil/transformer/config.json",
+    "variants/pencil/transformer/diffusion_pytorch_model.safetensors",
 ];
 
-/// Writes the pipeline folder to `folder`, as diffusers saved it.
+/// Writes everything to `folder`, as the libraries saved it.
 pub fn unpack(folder: &Path) -> std::io::Result<()> {
     for (path, bytes) in FILES {
         let path = folder.join(path);

@@ -1,6 +1,7 @@
 //! What the demo found: figures, curves and pictures, as a table, as JSON and as one HTML page.
 
 use crate::report::{Page, Series, chart};
+use crate::transfer::Transfer;
 use anyhow::Context as _;
 use clearform_runtime::compare::contact_sheet;
 use clearform_runtime::{RgbImage, png};
@@ -23,6 +24,8 @@ pub struct Report {
     pub teacher_retrieval: f64,
     /// One entry a student.
     pub students: Vec<Student>,
+    /// What carries over to the last student, where the plugins are at hand.
+    pub transfer: Option<Transfer>,
     /// Seconds for everything.
     pub seconds: f64,
     /// What was drawn.
@@ -90,6 +93,9 @@ impl Report {
         let series = |student| Series { name: Student::name(student), values: &student.losses };
         let curves: Vec<Series> = self.students.iter().map(series).collect();
         page.heading("Loss").drawing(&chart(&curves), "Flow matching + ½ prediction + ½ attention, at each step.");
+        if let Some(transfer) = &self.transfer {
+            transfer.write(&mut page, folder)?;
+        }
         clearform_weights::write_atomically(folder.join("report.json"), &serde_json::to_vec_pretty(self)?)?;
         let path = folder.join("report.html");
         clearform_weights::write_atomically(&path, page.render().as_bytes())
@@ -162,6 +168,9 @@ impl fmt::Display for Report {
                 write!(f, "{cell:<width$}  ", width = width(column))?;
             }
             writeln!(f)?;
+        }
+        if let Some(transfer) = &self.transfer {
+            writeln!(f, "\n{transfer}\n")?;
         }
         write!(f, "everything took {:.0} seconds on {} threads", self.seconds, self.threads)
     }

@@ -1,8 +1,8 @@
 //! The story itself, chapter by chapter, through the same doors as `convert`, `generate` and `compare`.
 
-use super::embedded;
 use super::report::{Report, Student};
-use crate::args::{Convert, Place, Reading, Training};
+use super::{carried, embedded};
+use crate::args::{Convert, Place, PluginSearch, Reading, Training, WeightAdapters};
 use crate::commands::convert;
 use crate::opening::plainly;
 use crate::output::Output;
@@ -25,8 +25,10 @@ pub struct Settings {
     pub folder: PathBuf,
     /// Optimizer steps for each student.
     pub steps: usize,
-    /// The students' attention.
+    /// The students' attention. The last one meets the adapters.
     pub plans: Vec<(Radius, Option<usize>)>,
+    /// Where plugins are.
+    pub plugins: PluginSearch,
 }
 
 const SAMPLES: usize = 128;
@@ -43,13 +45,21 @@ const TILES: u32 = 16;
 /// Tells the story and gives what it found.
 pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
     let begun = Instant::now();
-    let base = settings.folder.join("mini-flux");
-    std::fs::create_dir_all(&base).with_context(|| format!("{}", base.display()))?;
-    embedded::unpack(&base)?;
+    let assets = settings.folder.join("mini-flux");
+    std::fs::create_dir_all(&assets).with_context(|| format!("{}", assets.display()))?;
+    embedded::unpack(&assets)?;
+    let base = assets.join("base");
     let exam = Exam::new(&base, output)?;
     let (samples, sample_seconds) = draw_samples(settings, &exam.pipeline, output)?;
     let graduate = |plan: &(Radius, Option<usize>)| exam.graduate(settings, &base, &samples, *plan, output);
     let students = settings.plans.iter().map(graduate).collect::<anyhow::Result<Vec<_>>>()?;
+    let transfer = match settings.plans.last() {
+        Some((radius, pool)) => {
+            let student = settings.folder.join(model_name(*radius, *pool));
+            carried::tell(&assets, &student, exam.sitting.clone(), &settings.plugins, output)?
+        }
+        None => None,
+    };
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         threads: rayon::current_num_threads(),
@@ -57,6 +67,7 @@ pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
         samples: SAMPLES,
         teacher_retrieval: exam.retrieval(&exam.pictures)?,
         students,
+        transfer,
         seconds: begun.elapsed().as_secs_f64(),
         prompts: exam.sitting.prompts.clone(),
         teacher: exam.pictures,
@@ -127,6 +138,7 @@ impl Exam {
             steps: PICTURE_STEPS,
             guidance: 0.0,
             seed: SEED,
+            control_images: Vec::new(),
         };
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
         let latents = draw(&pipeline, teacher.as_ref(), &sitting, output)?;
@@ -217,7 +229,7 @@ fn questions(sitting: &Sitting, pipeline: &Pipeline, latents: &Tensor) -> anyhow
     let question = |level: f64| -> anyhow::Result<DenoiserInput> {
         let noised = ((latents * (1.0 - level))? + (&noise * level)?)?;
         let timestep = Tensor::full(level as f32, count, &Device::Cpu)?;
-        Ok(DenoiserInput { latents: noised, timestep, conditions: halfway.conditions.clone() })
+        Ok(DenoiserInput { latents: noised, timestep, ..halfway.clone() })
     };
     [0.125, 0.375, 0.625, 0.875].into_iter().map(question).collect()
 }
@@ -252,5 +264,6 @@ fn conversion(settings: &Settings, base: &Path, model: &Path, samples: &Path) ->
         dry_run: false,
         reading: Reading::default(),
         training: Training { samples: Some(samples.to_owned()), ..training(settings, None) },
+        adapters: WeightAdapters::default(),
     }
 }

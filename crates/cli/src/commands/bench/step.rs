@@ -30,7 +30,7 @@ pub fn run_model(args: &ModelBench, output: &Output) -> anyhow::Result<()> {
     let path = Components::new(&args.model, None).transformer();
     let transformer = Transformer::open(&path, &reading(&args.reading)?)?;
     let device = device(args.evaluation.device)?;
-    let weights = Resident::load(transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
+    let weights = Resident::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
     let (family, config) = (transformer.family(), transformer.config());
     let subject = Subject { family, config, weights: &weights, evaluation: &args.evaluation, device };
     let plans = args.attention.iter().map(|text| plan(text)).collect::<anyhow::Result<Vec<_>>>()?;

@@ -1,19 +1,22 @@
 //! FLUX.1, by Black Forest Labs: double-stream blocks, then single-stream blocks, over packed latents.
 //!
 //! After diffusers' `FluxTransformer2DModel`, whose tensor names are canonical here. Read [`config`](FluxConfig), then
-//! blocks, then [`model`](FluxTransformer); the rest are its inputs: conditioning, positions, latents.
+//! blocks, then [`model`](FluxTransformer); the rest are its inputs: conditioning, positions, latents. Beside it stands
+//! [`controlnet`](FluxControlNet).
 
 mod blocks;
 mod conditioning;
 mod config;
+mod controlnet;
 mod latents;
 mod model;
 mod positions;
 
 pub use config::FluxConfig;
+pub use controlnet::{FluxControlNet, FluxResiduals};
 pub use model::FluxTransformer;
 
-use crate::{Conditions, Denoiser, DenoiserInput, Family, ModelError, Result};
+use crate::{Conditions, Denoiser, DenoiserInput, Family, ModelError, Moment, Result};
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
@@ -46,7 +49,7 @@ impl Family for Flux {
         };
         match tensors.into_keys().next() {
             Some(name) => Err(ModelError::bad_input(&name, format!("is none of flux's inputs: {}", INPUTS.join(", ")))),
-            None => Ok(DenoiserInput { latents, timestep, conditions }),
+            None => Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions }),
         }
     }
 

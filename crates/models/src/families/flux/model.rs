@@ -1,4 +1,5 @@
-//! [`FluxTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+//! [`FluxTransformer`]: embed, blocks, head; and [`FluxTrunk`], all of it but the head. They know neither attention's
+//! inside nor any file.
 
 use super::blocks::{DoubleBlock, NORM_EPS, SingleBlock, modulation};
 use super::conditioning::ConditioningEmbedder;
@@ -14,6 +15,13 @@ use std::sync::Arc;
 
 /// FLUX's transformer.
 pub struct FluxTransformer {
+    trunk: FluxTrunk,
+    norm_out: Linear,
+    proj_out: Linear,
+}
+
+/// Embedders and blocks, which FLUX's transformer and its ControlNets have alike.
+pub(super) struct FluxTrunk {
     config: FluxConfig,
     layers: Vec<String>,
     image_embedder: Linear,
@@ -21,8 +29,6 @@ pub struct FluxTransformer {
     conditioning: ConditioningEmbedder,
     double_blocks: Vec<DoubleBlock>,
     single_blocks: Vec<SingleBlock>,
-    norm_out: Linear,
-    proj_out: Linear,
 }
 
 impl FluxTransformer {
@@ -31,6 +37,39 @@ impl FluxTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
+        let scope = Scope::root(source);
+        let (norm_out, proj_out) = (scope.linear("norm_out.linear")?, scope.linear("proj_out")?);
+        Ok(Self { trunk: FluxTrunk::build(config, source, plan)?, norm_out, proj_out })
+    }
+
+    /// Sizes of the transformer.
+    pub fn config(&self) -> &FluxConfig {
+        &self.trunk.config
+    }
+}
+
+impl Denoiser for FluxTransformer {
+    fn layers(&self) -> &[String] {
+        &self.trunk.layers
+    }
+
+    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+        self.trunk.embed(input)
+    }
+
+    fn block(&self, index: usize, state: State) -> Result<State> {
+        self.trunk.block(index, state)
+    }
+
+    fn head(&self, state: &State) -> Result<Tensor> {
+        let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
+        let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
+        Ok(state.context.geometry.to_raster(&self.proj_out.forward(&normed)?)?)
+    }
+}
+
+impl FluxTrunk {
+    pub(super) fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let scope = Scope::root(source);
         let double = |index| {
             let name = format!("transformer_blocks.{index}");
@@ -46,25 +85,16 @@ impl FluxTransformer {
             conditioning: ConditioningEmbedder::load(&scope.at("time_text_embed"), config.guidance)?,
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
-            norm_out: scope.linear("norm_out.linear")?,
-            proj_out: scope.linear("proj_out")?,
             layers: layers(&config),
             config,
         })
     }
 
-    /// Sizes of the transformer.
-    pub fn config(&self) -> &FluxConfig {
+    pub(super) fn config(&self) -> &FluxConfig {
         &self.config
     }
-}
 
-impl Denoiser for FluxTransformer {
-    fn layers(&self) -> &[String] {
-        &self.layers
-    }
-
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    pub(super) fn embed(&self, input: &DenoiserInput) -> Result<State> {
         let text = check(input, &self.config)?;
         let (geometry, rotary) = self.positions(input)?;
         let latents = geometry.to_tiles(&input.latents)?;
@@ -77,7 +107,7 @@ impl Denoiser for FluxTransformer {
         })
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    pub(super) fn block(&self, index: usize, state: State) -> Result<State> {
         let single = index.wrapping_sub(self.double_blocks.len());
         match (self.double_blocks.get(index), self.single_blocks.get(single)) {
             (Some(block), _) => block.forward(state),
@@ -86,14 +116,6 @@ impl Denoiser for FluxTransformer {
         }
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
-        let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
-        let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
-        Ok(state.context.geometry.to_raster(&self.proj_out.forward(&normed)?)?)
-    }
-}
-
-impl FluxTransformer {
     /// Where the tokens lie, and how far their heads are turned.
     fn positions(&self, input: &DenoiserInput) -> Result<(Geometry, Rotary)> {
         let (axes, device) = (&self.config.rope_axes, input.latents.device());

@@ -1,0 +1,87 @@
+//! The author's side of the boundary in Rust: write a type with [`Adapter`] or [`Branch`], and one line of
+//! [`export_adapter!`](crate::export_adapter) or [`export_branch!`](crate::export_branch).
+//!
+//! What the tables ask for is done here once: null and size checks, errors as texts, panics as errors.
+
+mod adapter;
+mod branch;
+mod file;
+mod instance;
+
+pub use crate::tensor::give;
+pub use adapter::{Adapter, EditKind, EditOf, Tensors};
+pub use branch::{Branch, Model, Residual, StepInput, Takes};
+pub use file::{File, FileTensor};
+
+/// Result of an author's function; the error is told to the person.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// The bytes of a description, as the static that a plugin exports.
+#[doc(hidden)]
+pub const fn description<const N: usize>(text: &str) -> [u8; N] {
+    let (bytes, mut copied, mut at) = (text.as_bytes(), [0; N], 0);
+    while at < N {
+        copied[at] = bytes[at];
+        at += 1;
+    }
+    copied
+}
+
+/// Exports the [`Adapter`](crate::sdk::Adapter) `$type`, described by the TOML file `$path` beside the source file.
+#[macro_export]
+macro_rules! export_adapter {
+    ($type:ty, $path:literal) => {
+        $crate::export_plugin!($crate::ADAPTER_INTERFACE, $crate::AdapterTable, $type, $path);
+    };
+}
+
+/// Exports the [`Branch`](crate::sdk::Branch) `$type`, described by the TOML file `$path` beside the source file.
+#[macro_export]
+macro_rules! export_branch {
+    ($type:ty, $path:literal) => {
+        $crate::export_plugin!($crate::BRANCH_INTERFACE, $crate::BranchTable, $type, $path);
+    };
+}
+
+/// What both exports have in common.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! export_plugin {
+    ($interface:expr, $table:ty, $type:ty, $path:literal) => {
+        const _: () = {
+            const DESCRIPTION: &str = concat!(
+                "<<clearform-plugin-description/1>>",
+                include_str!($path),
+                "<<end-of-clearform-plugin-description>>"
+            );
+            static TABLE: $table = <$table>::of::<$type>();
+            static PLUGIN: $crate::Plugin = $crate::Plugin {
+                abi_major: $crate::ABI_MAJOR,
+                struct_size: ::std::mem::size_of::<$crate::Plugin>() as u32,
+                interface: $crate::Text::new($interface),
+                table: (&raw const TABLE).cast(),
+            };
+
+            // An exported symbol, so that the linker keeps it.
+            #[unsafe(no_mangle)]
+            static clearform_plugin_description: [u8; DESCRIPTION.len()] = $crate::sdk::description(DESCRIPTION);
+
+            #[unsafe(no_mangle)]
+            extern "C" fn clearform_plugin_v1(_: *const $crate::Host) -> *const $crate::Plugin {
+                &raw const PLUGIN
+            }
+        };
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{DESCRIPTION_BEGIN, DESCRIPTION_END};
+
+    #[test]
+    fn the_macro_writes_the_marks_that_hosts_look_for() {
+        let source = include_str!("mod.rs");
+        assert!(source.contains(&format!("                {DESCRIPTION_BEGIN:?},\n")));
+        assert!(source.contains(&format!("                {DESCRIPTION_END:?}\n")));
+    }
+}

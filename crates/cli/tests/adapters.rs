@@ -1,0 +1,335 @@
+//! Adapters on the command line: what they do, what is said of them, and that no plugin is loaded unasked.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use clearform_testkit::{assert_close, fixture};
+use common::{Tiny, clearform, complaint, json, repository, run, text};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// The plugins that cargo built for these tests lie beside them.
+fn plugins() -> String {
+    text(std::env::current_exe().unwrap().parent().unwrap()).to_owned()
+}
+
+fn lora(format: &str) -> String {
+    text(&repository(&format!("tests/fixtures/lora/{format}.safetensors"))).to_owned()
+}
+
+fn expected_lora(name: &str) -> Tensor {
+    fixture(repository("tests/fixtures/lora/expected.safetensors"))[&format!("{name}/sample")].clone()
+}
+
+/// Runs `forward` on the inputs of a fixture with further arguments; gives the sample and what was said.
+fn forward(model: &Path, inputs: &HashMap<String, Tensor>, more: &[&str]) -> (Tensor, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    candle_core::safetensors::save(inputs, &input).unwrap();
+    let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--plugin-dir", &plugins()];
+    let said = complaint(0, &[&arguments, more].concat());
+    (fixture(&output)["sample"].clone(), said)
+}
+
+fn lora_inputs() -> HashMap<String, Tensor> {
+    fixture(repository("tests/fixtures/lora/input.safetensors")).into_iter().collect()
+}
+
+#[test]
+fn a_lora_is_applied_and_accounted_for() {
+    let tiny = Tiny::new();
+    let (sample, said) = forward(tiny.path(), &lora_inputs(), &["--lora", &lora("kohya")]);
+    assert_close("kohya", &sample, &expected_lora("kohya"), 2e-5);
+    assert!(said.contains("kohya.safetensors: applied 99 of 99 tensors to 33 modules"), "{said}");
+    let half = format!("{}:0.5", lora("kohya"));
+    let fused = ["--lora", &half, "--lora-apply-mode", "immediately"];
+    assert_close("half", &forward(tiny.path(), &lora_inputs(), &fused).0, &expected_lora("kohya@0.5"), 2e-5);
+    let nowhere = format!("{}:double=0,single=0,_in=0,final_layer=0", lora("kohya"));
+    let plain = forward(tiny.path(), &lora_inputs(), &[]).0;
+    assert_close("off", &forward(tiny.path(), &lora_inputs(), &["--lora", &nowhere]).0, &plain, 1e-6);
+}
+
+#[test]
+fn what_meets_nothing_exits_1() {
+    let (tiny, broken) = (Tiny::new(), lora("broken"));
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
+    let plugins = plugins();
+    let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--lora", &broken];
+    let said = complaint(1, &[&arguments[..], &["--plugin-dir", &plugins]].concat());
+    assert!(said.contains("totally.unknown") && said.contains("--allow-partial"), "{said}");
+    assert!(!output.exists());
+    run(0, &[&arguments[..], &["--plugin-dir", &plugins, "--allow-partial"]].concat());
+    let off = complaint(1, &[&arguments[..], &["--no-plugins"]].concat());
+    assert!(off.contains("plugins are turned off (--no-plugins)"), "{off}");
+}
+
+#[test]
+fn any_adapter_finds_its_plugin() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let path = folder.path().join("scale.safetensors");
+    let twice = Tensor::full(2f32, 16, &Device::Cpu).unwrap();
+    let scales = ["proj_out.weight", "final_layer.linear.bias"];
+    let tensors = scales.map(|name| (format!("{name}.channel_scale"), twice.clone()));
+    candle_core::safetensors::save(&HashMap::from(tensors), &path).unwrap();
+    let plain = forward(tiny.path(), &lora_inputs(), &[]).0;
+    let (sample, said) = forward(tiny.path(), &lora_inputs(), &["--adapter", text(&path)]);
+    assert_close("twice", &sample, &(plain * 2.0).unwrap(), 1e-6);
+    assert!(said.contains("applied 2 of 2 tensors to 2 modules"), "{said}");
+}
+
+#[test]
+fn a_controlnet_acts_through_forward() {
+    let fixtures = repository("tests/fixtures/controlnet");
+    let model = tempfile::tempdir().unwrap();
+    std::fs::copy(fixtures.join("base/config.json"), model.path().join("config.json")).unwrap();
+    let weights = model.path().join("diffusion_pytorch_model.safetensors");
+    std::fs::copy(fixtures.join("base/weights.safetensors"), weights).unwrap();
+    let inputs: HashMap<_, _> = fixture(fixtures.join("input.safetensors")).into_iter().collect();
+    let net = |name: &str| text(&fixtures.join(name)).to_owned();
+    let expected = fixture(fixtures.join("expected.safetensors"));
+    let check = |more: &[&str], name: &str| {
+        assert_close(name, &forward(model.path(), &inputs, more).0, &expected[&format!("{name}/sample")], 2e-5);
+    };
+    let weaker = format!("{}:0.6", net("one-two"));
+    check(&["--controlnet", &weaker], "one-two@0.6/full-full");
+    let linear = ["--controlnet", &net("two-two"), "--attention", "clear:r=3", "--controlnet-attention", "clear:r=3"];
+    check(&linear, "two-two/r3-r3");
+    let union = format!("{},mode=2", net("union"));
+    check(&["--controlnet", &union], "union/full-full");
+    let two = [format!("{}:0.7", net("one-two")), format!("{}:0.5", net("two-two"))];
+    check(&["--controlnet", &two[0], "--controlnet", &two[1]], "multi/full-full");
+}
+
+/// A baked LoRA is the model's own: the same numbers without it, and its name in the record.
+#[test]
+fn convert_bakes_a_lora() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let (model, plugins) = (folder.path().join("model"), plugins());
+    let components = repository("tests/fixtures/components/generation4");
+    let adapter = lora("kohya_te");
+    let convert = ["convert", text(tiny.path()), "-o", text(&model), "--attention", "full", "--no-distill"];
+    let more = ["--lora", &adapter, "--plugin-dir", &plugins, "--components", text(&components)];
+    let said = complaint(0, &[&convert[..], &more].concat());
+    assert!(said.contains("applied 57 of 57 tensors to 19 modules"), "{said}");
+    run(0, &["verify", text(&model)]);
+    let sample = forward(&model, &lora_inputs(), &[]).0;
+    assert_close("baked", &sample, &expected_lora("kohya_te"), 2e-5);
+    let record = std::fs::read_to_string(model.join("clearform.toml")).unwrap();
+    assert!(record.contains("[[adapter]]") && record.contains("kohya_te.safetensors"), "{record}");
+    let name = "text_model.encoder.layers.0.self_attn.q_proj.weight";
+    let (baked, stored) = (encoder(&model)[name].clone(), encoder(&components)[name].clone());
+    let of = |name: &str| fixture(&adapter)[name].to_dtype(DType::F32).unwrap();
+    let module = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj";
+    let (down, up) = (of(&format!("{module}.lora_down.weight")), of(&format!("{module}.lora_up.weight")));
+    let scale = f64::from(of(&format!("{module}.alpha")).to_scalar::<f32>().unwrap()) / down.dims()[0] as f64;
+    let whole = (stored.to_dtype(DType::F32).unwrap() + (up.matmul(&down).unwrap() * scale).unwrap()).unwrap();
+    assert_close("text encoder", &baked.to_dtype(DType::F32).unwrap(), &whole, 1e-6);
+}
+
+fn encoder(model: &Path) -> std::collections::BTreeMap<String, Tensor> {
+    fixture(model.join("text_encoder/model.safetensors"))
+}
+
+#[test]
+fn plugins_are_listed_and_checked() {
+    let plugins = plugins();
+    let listing = json(0, &["plugins", "list", "--plugin-dir", &plugins]);
+    let ids: Vec<&str> = listing["plugins"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect();
+    for id in ["controlnet", "example", "lora"] {
+        assert!(ids.contains(&id), "{ids:?}");
+        let library = format!("{}clearform_{id}.{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_EXTENSION);
+        run(0, &["plugins", "check", text(&PathBuf::from(&plugins).join(library))]);
+    }
+    let off = run(0, &["plugins", "list", "--no-plugins"]);
+    assert_eq!(String::from_utf8_lossy(&off.stdout).trim(), "no plugins");
+}
+
+/// Files that no trainer writes: each is an error in words, and nothing is written.
+#[test]
+fn damaged_adapters_are_errors_in_words() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    let (input, output, adapter) = (path("in.safetensors"), path("out.safetensors"), path("adapter.safetensors"));
+    candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
+    type Case<'a> = (&'a [(&'a str, &'a [usize])], &'a str);
+    let cases: [Case; 12] = [
+        (&[("proj_out.lora_A.weight", &[2, 48])], "has no partner: the file is not whole"),
+        (&[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])], "told of 16 x 48"),
+        (&[("proj_out.lora_A.weight", &[0, 48]), ("proj_out.lora_B.weight", &[16, 0])], "have no rank"),
+        (&[("proj_out.lora_A.weight", &[48]), ("proj_out.lora_B.weight", &[16])], "16 x 1"),
+        (&[("proj_out.lora_A.weight", &[]), ("proj_out.lora_B.weight", &[])], "1 x 1"),
+        (
+            &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 2]), ("proj_out.alpha", &[2])],
+            "expected one finite number",
+        ),
+        (&[("proj_out.lora_A.weight", &[2, 90]), ("proj_out.lora_B.weight", &[16, 2])], "has a wrong shape"),
+        (
+            &[("proj_out.hada_w1_a", &[16, 2]), ("proj_out.hada_w1_b", &[2, 48])],
+            "only one of the two products of a LoHa",
+        ),
+        (
+            &[
+                ("proj_out.hada_w1_a", &[16, 2]),
+                ("proj_out.hada_w1_b", &[3, 48]),
+                ("proj_out.hada_w2_a", &[16, 2]),
+                ("proj_out.hada_w2_b", &[2, 48]),
+            ],
+            "shape mismatch in matmul",
+        ),
+        (&[("proj_out.lokr_w1", &[4, 4])], "only one of the two factors of a LoKr"),
+        (&[("proj_out.lokr_w1", &[0, 4]), ("proj_out.lokr_w2", &[4, 12])], "0 x 48"),
+        (
+            &[("proj_out.lora_A.weight", &[2, 48]), ("transformer.proj_out.lora_A.weight", &[2, 48])],
+            "say the same of one module",
+        ),
+    ];
+    for (tensors, expected) in cases {
+        let made = tensors
+            .iter()
+            .map(|(name, shape)| ((*name).to_owned(), Tensor::ones(*shape, DType::F32, &Device::Cpu).unwrap()));
+        candle_core::safetensors::save(&made.collect::<HashMap<_, _>>(), &adapter).unwrap();
+        let plugins = plugins();
+        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+        let said = complaint(1, &[&arguments[..], &["--plugin-dir", &plugins, "--lora", text(&adapter)]].concat());
+        assert!(said.contains(expected), "{tensors:?}: {said}");
+        assert!(!said.contains("panicked") && !output.exists(), "{tensors:?}: {said}");
+    }
+}
+
+/// A plugin that writes to a file when it is loaded says how often that was.
+#[test]
+fn no_plugin_is_loaded_unless_its_adapter_is_asked_for() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    let (own, tattle, adapter) = (path("plugins"), path("tattle"), path("scale.safetensors"));
+    std::fs::create_dir(&own).unwrap();
+    compile_tattling_plugin(&own, &tattle);
+    let factors = Tensor::full(2f32, 16, &Device::Cpu).unwrap();
+    candle_core::safetensors::save(&HashMap::from([("proj_out.weight.c_scale", factors)]), &adapter).unwrap();
+    let more = |more: &[&str]| forward(tiny.path(), &lora_inputs(), &[&["--plugin-dir", text(&own)], more].concat());
+
+    run(0, &["plugins", "list", "--plugin-dir", text(&own)]);
+    run(1, &["inspect", text(&adapter)]);
+    more(&[]);
+    more(&["--lora", &lora("kohya")]);
+    let (input, output) = (path("in.safetensors"), path("out.safetensors"));
+    candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
+    let refused = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+    let off = ["--plugin-dir", text(&own), "--no-plugins", "--adapter", text(&adapter)];
+    assert!(complaint(1, &[&refused[..], &off].concat()).contains("--no-plugins"));
+    assert!(!tattle.exists());
+    let (_, said) = more(&["--adapter", text(&adapter)]);
+    assert!(said.contains("applied 1 of 1 tensors"), "{said}");
+    assert_eq!(std::fs::read_to_string(&tattle).unwrap(), "loaded\n");
+}
+
+fn compile_tattling_plugin(folder: &Path, tattle: &Path) {
+    let library = folder.join(format!("libscale.{}", std::env::consts::DLL_EXTENSION));
+    let define = format!("-DTATTLE=\"{}\"", text(tattle));
+    let (include, source) = (repository("crates/abi/include"), repository("tests/abi/scale.c"));
+    let arguments = ["-shared", "-fPIC", "-I", text(&include), &define, text(&source), "-o", text(&library)];
+    assert!(std::process::Command::new("cc").args(arguments).status().unwrap().success());
+}
+
+/// The teacher with the LoRA and the ControlNet that diffusers and peft trained for it.
+#[test]
+fn generate_draws_with_adapters() {
+    let (assets, folder) = (repository("assets/mini-flux"), tempfile::tempdir().unwrap());
+    let (base, lora, net) = (assets.join("base"), assets.join("lora"), assets.join("controlnet"));
+    let plugins = plugins();
+    let draw = |name: &str, more: &[&str]| {
+        let output = folder.path().join(name);
+        let arguments = ["generate", text(&base), "hedgehog", "--steps", "4", "-o", text(&output), "--seed", "3"];
+        run(0, &[&arguments[..], &["--plugin-dir", &plugins], more].concat());
+        image::open(&output).unwrap().to_rgb8()
+    };
+    let plain = draw("plain.png", &[]);
+    let styled = draw("styled.png", &["--lora", text(&lora)]);
+    // Chalk on a dark board.
+    assert!(brightness(&plain) > brightness(&styled) + 60.0, "{} {}", brightness(&plain), brightness(&styled));
+    let edges =
+        image::RgbImage::from_fn(128, 128, |x, y| image::Rgb([if (x / 4 + y / 4) % 8 == 0 { 255 } else { 0 }; 3]));
+    let picture = folder.path().join("edges.png");
+    edges.save(&picture).unwrap();
+    let controlled = draw("controlled.png", &["--controlnet", text(&net), "--control-image", text(&picture)]);
+    let late = format!("{}:start=0.99", text(&net));
+    let untouched = draw("late.png", &["--controlnet", &late, "--control-image", text(&picture)]);
+    assert_ne!(plain, controlled);
+    assert_eq!(plain, untouched);
+    let missing = ["generate", text(&base), "hedgehog", "--plugin-dir", &plugins, "--controlnet", text(&net)];
+    assert!(complaint(1, &missing).contains("--control-image"));
+}
+
+/// A LoRA that widens the input makes a model that draws from a control picture; where its new columns are zero, the
+/// picture changes nothing.
+#[test]
+fn generate_draws_with_a_control_lora() {
+    let (base, folder) = (repository("assets/mini-flux/base"), tempfile::tempdir().unwrap());
+    let plugins = plugins();
+    let path = |name: &str| folder.path().join(name);
+    let write = |name: &str, new: f64| {
+        let (own, up) = (Tensor::full(0.02f32, (2, 16), &Device::Cpu), Tensor::full(0.05f32, (192, 2), &Device::Cpu));
+        let new = (Tensor::ones((2, 16), DType::F32, &Device::Cpu).unwrap() * new).unwrap();
+        let down = Tensor::cat(&[&own.unwrap(), &new], 1).unwrap();
+        let tensors = HashMap::from([("img_in.lora_A.weight", down), ("img_in.lora_B.weight", up.unwrap())]);
+        candle_core::safetensors::save(&tensors, path(name)).unwrap();
+    };
+    write("blind", 0.0);
+    write("seeing", 0.3);
+    for (name, shade) in [("black.png", 0), ("white.png", 255)] {
+        image::RgbImage::from_pixel(64, 64, image::Rgb([shade; 3])).save(path(name)).unwrap();
+    }
+    let draw = |lora: &str, more: &[&str]| {
+        let (output, lora) = (path("out.png"), path(lora));
+        let arguments =
+            ["generate", text(&base), "hedgehog", "--steps", "2", "-o", text(&output), "--lora", text(&lora)];
+        let output_of = clearform(&[&arguments[..], &["--plugin-dir", &plugins], more].concat()).output().unwrap();
+        let said = String::from_utf8_lossy(&output_of.stderr).into_owned();
+        output_of.status.success().then(|| image::open(&output).unwrap().to_rgb8()).ok_or(said)
+    };
+    let (black, white) = (text(&path("black.png")).to_owned(), text(&path("white.png")).to_owned());
+    let shown = |lora: &str, picture: &str| draw(lora, &["--control-image", picture]).unwrap();
+    assert_eq!(shown("blind", &black), shown("blind", &white));
+    assert_ne!(shown("seeing", &black), shown("seeing", &white));
+    let said = draw("seeing", &[]).unwrap_err();
+    assert!(said.contains("the transformer draws from one (--control-image)"), "{said}");
+}
+
+fn brightness(picture: &image::RgbImage) -> f64 {
+    picture.as_raw().iter().map(|byte| f64::from(*byte)).sum::<f64>() / picture.as_raw().len() as f64
+}
+
+/// The distilled attention of a base goes onto a sibling without a guidance embedding, from a file as CLEAR publishes them:
+/// no metadata, the plan in its name.
+#[test]
+fn a_published_patch_fits_a_sibling_variant() {
+    let (mut sibling, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    sibling.tensors.retain(|name, _| !name.contains("guidance_embedder"));
+    sibling.save();
+    let config = std::fs::read_to_string(sibling.path().join("config.json")).unwrap();
+    let config = config.replace("\"guidance_embeds\": true", "\"guidance_embeds\": false");
+    std::fs::write(sibling.path().join("config.json"), config).unwrap();
+
+    let trained = [".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out."];
+    let moved = Tiny::new().tensors.into_iter().filter(|(name, _)| trained.iter().any(|part| name.contains(part)));
+    let mut patch: HashMap<String, Tensor> = moved.map(|(name, tensor)| (name, (tensor * 1.5).unwrap())).collect();
+    for layer in ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0"] {
+        let pool = Tensor::full(0.25f32, &[1, 1, 1, 2, 1, 2, 1], &Device::Cpu).unwrap();
+        patch.insert(format!("{layer}.attn.processor.spatial_weight"), pool);
+    }
+    let file = folder.path().join("clear_local_3_down_2.safetensors");
+    candle_core::safetensors::save(&patch, &file).unwrap();
+    let model = folder.path().join("model");
+    let written = json(0, &["patch", "apply", text(&file), "--to", text(sibling.path()), "-o", text(&model)]);
+    assert_eq!(written["attention"], "clear:r=3,d=2");
+    let stored = fixture(model.join("transformer/diffusion_pytorch_model.safetensors"));
+    for (name, tensor) in &patch {
+        assert_close(name, &stored[name], tensor, 0.0);
+    }
+    let mut inputs = lora_inputs();
+    inputs.remove("guidance");
+    assert!(forward(&model, &inputs, &[]).0.elem_count() > 0);
+}

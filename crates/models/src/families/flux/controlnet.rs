@@ -1,0 +1,190 @@
+//! [`FluxControlNet`]: FLUX's first blocks again, looking at a control beside the latents, whose outputs are residuals for
+//! the transformer. After diffusers' `FluxControlNetModel`. It does not know which block each residual is for.
+
+use super::config::FluxConfig;
+use super::latents;
+use super::model::FluxTrunk;
+use crate::scope::{Linear, Scope};
+use crate::{Context, DenoiserInput, ModelError, Result, Rotary, State};
+use candle_core::Tensor;
+use candle_nn::{Conv2d, Conv2dConfig, Module as _};
+use clearform_attention::AttentionPlan;
+use clearform_weights::TensorSource;
+use std::sync::Arc;
+
+/// A ControlNet for FLUX.
+pub struct FluxControlNet {
+    trunk: FluxTrunk,
+    control_embedder: Linear,
+    hint: Option<HintBlock>,
+    /// One token for each mode of a union, (modes, width).
+    modes: Option<Tensor>,
+    double_outputs: Vec<Linear>,
+    single_outputs: Vec<Linear>,
+}
+
+/// What a ControlNet gives, one tensor for each of its own blocks: (batch, image tokens, width), raster order.
+#[derive(Debug, Clone)]
+pub struct FluxResiduals {
+    /// Of double-stream blocks.
+    pub double: Vec<Tensor>,
+    /// Of single-stream blocks.
+    pub single: Vec<Tensor>,
+}
+
+/// Convolutions from a picture to features at an eighth of its size, as XLabs' nets have them (diffusers'
+/// `ControlNetConditioningEmbedding`).
+struct HintBlock(Vec<Conv2d>);
+
+impl FluxControlNet {
+    /// Builds the net from `source`, in the names of diffusers' class.
+    ///
+    /// # Errors
+    /// A tensor that is missing.
+    pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
+        let scope = Scope::root(source);
+        let outputs = |name: &str, count: usize| -> Result<Vec<Linear>> {
+            (0..count).map(|index| scope.at(name).linear(&index.to_string())).collect()
+        };
+        let modes = "controlnet_mode_embedder.weight";
+        Ok(Self {
+            control_embedder: scope.linear("controlnet_x_embedder")?,
+            hint: HintBlock::load(&scope.at("input_hint_block"))?,
+            modes: scope.has(modes).then(|| scope.tensor(modes)).transpose()?,
+            double_outputs: outputs("controlnet_blocks", config.double_blocks)?,
+            single_outputs: outputs("controlnet_single_blocks", config.single_blocks)?,
+            trunk: FluxTrunk::build(config, source, plan)?,
+        })
+    }
+
+    /// Sizes of the net.
+    pub fn config(&self) -> &FluxConfig {
+        self.trunk.config()
+    }
+
+    /// Whether it looks at a picture itself and not at its latents.
+    pub fn takes_pixels(&self) -> bool {
+        self.hint.is_some()
+    }
+
+    /// How many modes it knows; 0 if it takes none.
+    pub fn modes(&self) -> usize {
+        self.modes.as_ref().map_or(0, |modes| modes.dims()[0])
+    }
+
+    /// The residuals of one evaluation.
+    ///
+    /// # Shapes
+    /// control (batch, image tokens, channels), or (batch, 3, height, width) if it takes pixels; mode (batch, 1).
+    ///
+    /// # Errors
+    /// A missing or misshapen input.
+    pub fn forward(&self, input: &DenoiserInput, control: &Tensor, mode: Option<&Tensor>) -> Result<FluxResiduals> {
+        let mut input = input.clone();
+        if !self.config().guidance {
+            input.conditions.guidance = None;
+        }
+        let mut state = self.trunk.embed(&input)?;
+        let control = self.control(&control.to_dtype(input.latents.dtype())?, input.latents.dim(1)?)?;
+        state.image = (&state.image + state.context.geometry.to_tiles(&control)?)?;
+        state = self.with_mode(state, mode)?;
+        let mut residuals = Vec::new();
+        for (index, output) in self.double_outputs.iter().chain(&self.single_outputs).enumerate() {
+            state = self.trunk.block(index, state)?;
+            residuals.push(state.context.geometry.to_raster(&output.forward(&state.image)?)?);
+        }
+        let single = residuals.split_off(self.double_outputs.len());
+        Ok(FluxResiduals { double: residuals, single })
+    }
+
+    /// # Shapes
+    /// As in [`Self::forward`] -> (batch, image tokens, width).
+    fn control(&self, control: &Tensor, tokens: usize) -> Result<Tensor> {
+        let control = match &self.hint {
+            Some(hint) => latents::pack(&hint.forward(control)?)?.0,
+            None => control.clone(),
+        };
+        let channels = self.config().in_channels;
+        if control.rank() != 3 || control.dim(1)? != tokens || control.dim(2)? != channels {
+            let reason = format!("expected {tokens} tokens of {channels} channels, found {:?}", control.dims());
+            return Err(ModelError::bad_input(CONTROL, reason));
+        }
+        Ok(self.control_embedder.forward(&control)?)
+    }
+
+    /// A union's mode is one more text token in front, at the place of the first.
+    fn with_mode(&self, state: State, mode: Option<&Tensor>) -> Result<State> {
+        let (Some(modes), Some(text)) = (&self.modes, &state.text) else { return Ok(state) };
+        let mode = mode.ok_or_else(|| ModelError::missing_input(MODE))?;
+        let batch = text.dim(0)?;
+        let token = modes.index_select(&self.checked(mode, batch)?, 0)?.unsqueeze(1)?; // (batch, 1, width)
+        let text = Tensor::cat(&[&token.to_dtype(text.dtype())?, text], 1)?;
+        let lost = || ModelError::bad_input(MODE, "the state is shared; states come from embed");
+        let Context { conditioning, rotary, geometry } = Arc::into_inner(state.context).ok_or_else(lost)?;
+        let rotary = rotary.map(with_first_twice).transpose()?;
+        let context = Arc::new(Context { conditioning, rotary, geometry });
+        Ok(State { text: Some(text), context, ..state })
+    }
+
+    /// Modes as indexes, one for each of the batch.
+    fn checked(&self, mode: &Tensor, batch: usize) -> Result<Tensor> {
+        let modes: Vec<i64> = mode.flatten_all()?.to_dtype(candle_core::DType::I64)?.to_vec1()?;
+        let known = 0..self.modes() as i64;
+        match modes.iter().find(|mode| !known.contains(mode)) {
+            None if modes.len() == batch => {
+                Ok(Tensor::from_iter(modes.into_iter().map(|mode| mode as u32), mode.device())?)
+            }
+            None => Err(ModelError::bad_input(MODE, format!("expected {batch}, found {}", modes.len()))),
+            Some(mode) => Err(ModelError::bad_input(MODE, format!("expected 0 to {}, found {mode}", known.end - 1))),
+        }
+    }
+}
+
+const CONTROL: &str = "controlnet_cond";
+const MODE: &str = "controlnet_mode";
+
+/// The first text token's place, for one more token there.
+fn with_first_twice(Rotary { image, text: (cos, sin) }: Rotary) -> Result<Rotary> {
+    let twice = |table: Tensor| -> Result<Tensor> { Ok(Tensor::cat(&[&table.narrow(0, 0, 1)?, &table], 0)?) };
+    Ok(Rotary { image, text: (twice(cos)?, twice(sin)?) })
+}
+
+impl HintBlock {
+    /// Every second convolution of the blocks halves the size.
+    fn load(scope: &Scope) -> Result<Option<Self>> {
+        if !scope.at("conv_in").has("weight") {
+            return Ok(None);
+        }
+        let conv = |name: &str, stride: usize| -> Result<Conv2d> {
+            let scope = scope.at(name);
+            let config = Conv2dConfig { padding: 1, stride, ..Conv2dConfig::default() };
+            Ok(Conv2d::new(scope.tensor("weight")?, Some(scope.tensor("bias")?), config))
+        };
+        let mut layers = vec![conv("conv_in", 1)?];
+        let mut index = 0;
+        while scope.at(format!("blocks.{index}")).has("weight") {
+            layers.push(conv(&format!("blocks.{index}"), 1 + index % 2)?);
+            index += 1;
+        }
+        layers.push(conv("conv_out", 1)?);
+        Ok(Some(Self(layers)))
+    }
+
+    /// # Shapes
+    /// (batch, 3, height, width) -> (batch, channels, height / 8, width / 8).
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let mut x = pixels.clone();
+        for (index, conv) in self.0.iter().enumerate() {
+            let converted = Conv2d::new(
+                conv.weight().to_dtype(x.dtype())?,
+                conv.bias().map(|bias| bias.to_dtype(x.dtype())).transpose()?,
+                *conv.config(),
+            );
+            x = converted.forward(&x)?;
+            if index + 1 < self.0.len() {
+                x = x.silu()?;
+            }
+        }
+        Ok(x)
+    }
+}

@@ -1,0 +1,211 @@
+//! [`Adapters`]: the adapters that somebody asked for, opened by plugins and ready to meet a model.
+
+use crate::transformer::TRANSFORMER;
+use crate::{Components, Result, RuntimeError, Transformer};
+use clearform_layout::{Addresses, Manifests};
+use clearform_plugins::{
+    Adapter, AdapterReport, Applied, BRANCH_INTERFACE, BaseModel, Branch, Changes, Choice, LowRankMode, Parts, Plugin,
+    Shelf, Strength,
+};
+use clearform_weights::{Checkpoint, TensorSource as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// An adapter that somebody asked for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AdapterRequest {
+    /// Its file or folder.
+    pub path: PathBuf,
+    /// How strongly it acts.
+    pub strength: Strength,
+    /// Which plugin opens it.
+    pub choice: Choice,
+    /// When and how a branch acts.
+    pub acting: Acting,
+}
+
+/// When and how a branch acts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Acting {
+    /// The part of the way, within 0 to 1.
+    pub interval: [f64; 2],
+    /// The mode of a union ControlNet.
+    pub mode: Option<usize>,
+}
+
+impl Default for Acting {
+    fn default() -> Self {
+        Self { interval: [0.0, 1.0], mode: None }
+    }
+}
+
+/// Adapters whose files are open.
+#[derive(Debug, Clone)]
+pub struct Adapters {
+    weights: Vec<Applied>,
+    branches: Vec<Unopened>,
+    /// How low-rank edits meet the weights.
+    pub low_rank: LowRankMode,
+    /// Go on although tensors of an adapter do not meet the model.
+    pub allow_partial: bool,
+    /// The attention of branches, as `--attention` takes it.
+    pub branch_attention: String,
+}
+
+/// A branch's file, which is opened when its model is known.
+#[derive(Debug, Clone)]
+struct Unopened {
+    plugin: Plugin,
+    file: Arc<Checkpoint>,
+    request: AdapterRequest,
+}
+
+/// A transformer with its edits.
+pub struct Edited {
+    /// The transformer.
+    pub transformer: Transformer,
+    /// The edits of it and of all other parts.
+    pub changes: Arc<Changes>,
+    /// What became of each adapter's tensors.
+    pub reports: Vec<AdapterReport>,
+}
+
+/// Parts beside the transformer that adapters may edit.
+pub const EDITED_PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"];
+
+/// An open branch, with how it acts.
+#[derive(Debug, Clone)]
+pub struct ActingBranch {
+    /// The branch.
+    pub branch: Arc<Branch>,
+    /// Factor of its residuals.
+    pub scale: f64,
+    /// When and how it acts.
+    pub acting: Acting,
+}
+
+impl Default for Adapters {
+    fn default() -> Self {
+        Self {
+            weights: Vec::new(),
+            branches: Vec::new(),
+            low_rank: LowRankMode::default(),
+            allow_partial: false,
+            branch_attention: "full".to_owned(),
+        }
+    }
+}
+
+impl Adapters {
+    /// Opens the files of `requests`, and loads the plugins that they need and no others.
+    ///
+    /// # Errors
+    /// A file is damaged, no plugin opens it, or the plugin refuses it.
+    pub fn open(requests: &[AdapterRequest], shelf: &Shelf) -> Result<Self> {
+        let mut adapters = Self::default();
+        for request in requests {
+            let file = Arc::new(Checkpoint::open(&request.path)?);
+            let plugin = shelf.choose(&file, &request.choice)?.clone();
+            match plugin.description.interface.as_str() {
+                BRANCH_INTERFACE => adapters.branches.push(Unopened { plugin, file, request: request.clone() }),
+                _ => {
+                    let adapter = Arc::new(Adapter::open(&plugin, file)?);
+                    adapters.weights.push(Applied { adapter, strength: request.strength.clone() });
+                }
+            }
+        }
+        Ok(adapters)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.weights.is_empty() && self.branches.is_empty()
+    }
+
+    /// Those that edit weights.
+    #[must_use]
+    pub fn only_weights(&self) -> Self {
+        Self { branches: Vec::new(), ..self.clone() }
+    }
+
+    /// The branches.
+    #[must_use]
+    pub fn only_branches(&self) -> Self {
+        Self { weights: Vec::new(), ..self.clone() }
+    }
+
+    /// How many branches there are.
+    pub fn branch_count(&self) -> usize {
+        self.branches.len()
+    }
+
+    /// Puts the weight edits on `transformer`, and on the other parts of its pipeline if these are to run.
+    ///
+    /// # Errors
+    /// Tensors of an adapter meet nothing, and that was not allowed; or they widen what must not be wider.
+    pub fn onto(
+        &self,
+        transformer: Transformer,
+        components: Option<&Components>,
+        manifests: &Manifests,
+    ) -> Result<Edited> {
+        if self.weights.is_empty() {
+            return Ok(Edited { transformer, changes: Arc::default(), reports: Vec::new() });
+        }
+        let (changes, reports) = Changes::place(&self.weights, &parts(&transformer, components)?);
+        match reports.iter().find(|report| !report.is_whole()) {
+            Some(report) if !self.allow_partial => return Err(RuntimeError::PartialAdapter(report.to_string())),
+            _ => {}
+        }
+        let changes = Arc::new(changes);
+        let transformer = transformer.adapted(changes.clone(), self.low_rank, manifests)?;
+        Ok(Edited { transformer, changes, reports })
+    }
+
+    /// Opens the branches for `transformer`.
+    ///
+    /// # Errors
+    /// The plugin refuses the file, or it is for another model or acts in no mode.
+    pub fn open_branches(&self, transformer: &Transformer) -> Result<Vec<ActingBranch>> {
+        let identified = transformer.identified();
+        let base =
+            BaseModel { family: &identified.family, config: &identified.config, attention: &self.branch_attention };
+        self.branches.iter().map(|unopened| unopened.open(base)).collect()
+    }
+}
+
+/// What adapters may edit.
+fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<Parts> {
+    let parts = Parts::default().with(TRANSFORMER, transformer.identified().addresses());
+    let Some(components) = components else { return Ok(parts.and_no_other("the transformer runs alone")) };
+    let beside = EDITED_PARTS.iter().filter_map(|name| Some((*name, components.folder(name).ok()?)));
+    beside.into_iter().try_fold(parts, |parts, (name, folder)| {
+        // Some libraries write CLIP's names with this prefix, and some without.
+        let addresses = Addresses::of_tensors(&Checkpoint::open(&folder)?.tensors(), "text_model.");
+        Ok(parts.with(name, addresses))
+    })
+}
+
+impl Unopened {
+    fn open(&self, base: BaseModel) -> Result<ActingBranch> {
+        let branch = Arc::new(Branch::open(&self.plugin, self.file.clone(), base)?);
+        let Acting { interval: [start, end], mode } = self.request.acting;
+        let bad = |reason: String| RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display()));
+        if !(0.0 <= start && start <= end && end <= 1.0) {
+            return Err(bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}")));
+        }
+        match (branch.input().modes, mode) {
+            (0, None) => {}
+            (0, Some(_)) => return Err(bad("it takes no mode; leave mode=N out".to_owned())),
+            (modes, Some(mode)) if mode < modes => {}
+            (modes, found) => {
+                let found = found.map_or("none".to_owned(), |mode| mode.to_string());
+                return Err(bad(format!(
+                    "it is a union of {modes} modes: give ,mode=N, 0 to {}, found {found}",
+                    modes - 1
+                )));
+            }
+        }
+        Ok(ActingBranch { branch, scale: self.request.strength.whole, acting: self.request.acting })
+    }
+}

@@ -1,0 +1,426 @@
+//! The boundary of plugins from its C side: the header against the Rust tables, plugins written in C, and what becomes
+//! of plugins that do not keep to it. tests/abi has their sources, which `cc` compiles, or the compiler that CC names.
+#![allow(clippy::unwrap_used)]
+
+#[path = "parity/support.rs"]
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_layout::Hints;
+use clearform_models::{Denoiser, DenoiserInput};
+use clearform_plugins::{Adapter, Choice, Control, ControlInput, ControlKind, Controlled, Shelf, check, plugin_at};
+use clearform_runtime::{AdapterRequest, Adapters, Reading, RuntimeError, Transformer};
+use clearform_weights::{Checkpoint, Resident, TensorSource as _};
+use std::collections::BTreeMap;
+use std::env::consts::DLL_EXTENSION;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use support::{assert_close, fixture, json, tensors, weights};
+use tempfile::TempDir;
+
+const BOUND: f64 = 1e-6;
+
+/// Parameters of the base as an adapter names them, their canonical names, and their rows.
+const PARAMETERS: [(&str, &str, usize); 3] = [
+    ("proj_out.weight", "proj_out.weight", 16),
+    ("double_blocks.1.img_mlp.2.bias", "transformer_blocks.1.ff.net.2.bias", 48),
+    ("transformer_blocks_0_ff_net_2_weight", "transformer_blocks.0.ff.net.2.weight", 48),
+];
+
+/// What errors name: the library of scale.c, or the file that it opened.
+const LIBRARY: &str = "libscale.";
+const ADAPTER: &str = "factors.safetensors";
+
+/// Builds of scale.c that break a promise, how many factors the file has for proj_out.weight (16 rows), what the error
+/// names, and what it says.
+const MISBEHAVIOURS: [(&str, usize, &str, &str); 13] = [
+    ("-DWRONG_MAJOR", 16, LIBRARY, "built for version 99 of the boundary, expected 1: get the plugin's release for"),
+    ("-DWRONG_INTERFACE", 16, LIBRARY, "but its description says \"clearform.adapter/1\""),
+    ("-DNULL_PLUGIN", 16, LIBRARY, "clearform_plugin_v1 returned null: it does not run with this version of clearform"),
+    ("-DNULL_TABLE", 16, LIBRARY, "its table is null"),
+    ("-DNULL_FUNCTION", 16, LIBRARY, "its function \"edit_tensors\" is null"),
+    ("-DSHORT_TABLE", 16, LIBRARY, "its table has 8 bytes, expected at least "),
+    ("-DFAIL_OPEN", 16, ADAPTER, "this build opens nothing"),
+    ("-DFAIL_SILENTLY", 16, ADAPTER, "the plugin failed with status 1 and did not say why"),
+    ("-DWRONG_COUNT", 16, LIBRARY, "edit 0: it is made of tensor 1000, but the file has 1"),
+    ("-DWRONG_SHAPE", 16, ADAPTER, "it is for 17 x 1, but \"proj_out.weight\" has 16 x 48: it was made for another"),
+    ("-DWRONG_SHAPE", 15, ADAPTER, "\"transformer.proj_out.weight\": it told of 16 x 1, but its tensors are [[15]]"),
+    ("-DWRONG_TENSORS", 16, ADAPTER, "weight\": the plugin gave other tensors than such an edit has"),
+    ("-DBAD_TENSOR", 16, "", "the plugin gave a tensor of DLPack 9, expected 1"),
+];
+
+#[test]
+fn a_plugin_in_c_edits_weights_as_the_example_in_rust_does() {
+    let (shelf, folder) = shelf_of("scale.c", &[]);
+    let want = multiplied();
+    for (ending, shelf) in [("c_scale", shelf), ("channel_scale", support::shelf())] {
+        let file = factors_file(folder.path(), ending, &PARAMETERS.map(|(name, _, rows)| (name, rows)));
+        assert_close(&edited(&file, &shelf).unwrap(), &want, BOUND, ending);
+    }
+    assert_ne!(numbers(&want), numbers(&forward(denoiser(&base()).as_ref())));
+}
+
+#[test]
+fn a_branch_in_c_adds_its_constant() {
+    let (shelf, folder) = shelf_of("constant.c", &[]);
+    let (path, constant) = (folder.path().join("constant.safetensors"), factors(48));
+    save(&path, [("constant_residual".to_owned(), constant.clone())]);
+    let request = AdapterRequest { path, ..AdapterRequest::default() };
+    let acting = Adapters::open(&[request], &shelf).unwrap().open_branches(&base()).unwrap().remove(0);
+    let takes = ControlInput { kind: ControlKind::Latents, channels: 16, modes: 0, range: [-1.0, 1.0] };
+    assert_eq!(acting.branch.input(), takes);
+    let (denoiser, input) = (denoiser(&base()), input());
+    let control = Control {
+        branch: acting.branch,
+        control: input.latents.clone(),
+        mode: None,
+        guidance: None,
+        scale: acting.scale,
+        interval: acting.acting.interval,
+    };
+    let controlled = Controlled::new(denoiser.as_ref(), vec![control]).forward(&input).unwrap();
+    let mut state = denoiser.embed(&input).unwrap();
+    for index in 0..denoiser.block_count() {
+        state = denoiser.block(index, state).unwrap();
+        if index < 2 {
+            state.image = state.image.broadcast_add(&constant).unwrap();
+        }
+    }
+    assert_close(&controlled, &denoiser.head(&state).unwrap(), BOUND, "constant");
+    assert_ne!(numbers(&controlled), numbers(&forward(denoiser.as_ref())));
+}
+
+#[test]
+fn plugins_in_c_hold_their_examples() {
+    for source in ["scale.c", "constant.c"] {
+        let folder = tempfile::tempdir().unwrap();
+        let checked = check(&plugin_at(&compile(source, &[], folder.path())).unwrap()).unwrap();
+        assert!(checked.to_string().ends_with("1 of 1 examples hold"), "{source}: {checked}");
+    }
+}
+
+/// Nor does anything else happen: the base stays what it was, and a good build of the same plugin runs beside them.
+#[test]
+fn a_plugin_that_breaks_a_promise_is_an_error_that_says_which() {
+    let before = numbers(&forward(denoiser(&base()).as_ref()));
+    for (flag, rows, named, reason) in MISBEHAVIOURS {
+        let (shelf, folder) = shelf_of("scale.c", &[flag]);
+        let file = factors_file(folder.path(), "c_scale", &[("proj_out.weight", rows)]);
+        let error = edited(&file, &shelf).unwrap_err();
+        assert!(error.contains(named) && error.contains(reason), "{flag}: {error}");
+    }
+    assert_eq!(numbers(&forward(denoiser(&base()).as_ref())), before);
+    let (shelf, folder) = shelf_of("scale.c", &[]);
+    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &shelf).unwrap();
+}
+
+#[test]
+fn a_tensor_that_is_refused_goes_back_by_its_deleter() {
+    let folder = tempfile::tempdir().unwrap();
+    let tattle = folder.path().join("tattle");
+    let (shelf, _library) = shelf_of("scale.c", &["-DBAD_TENSOR", &tattling(&tattle)]);
+    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &shelf).unwrap_err();
+    assert_eq!(std::fs::read_to_string(tattle).unwrap(), "loaded\nfreed\n");
+}
+
+#[test]
+fn a_panic_in_a_plugin_is_an_error_that_repeats_it() {
+    let tests = std::env::current_exe().unwrap();
+    let library = tests.parent().unwrap().join(format!("libclearform_panicking.{DLL_EXTENSION}"));
+    let checked = check(&plugin_at(&library).unwrap()).unwrap();
+    let failures: BTreeMap<&str, &str> = checked.failures().collect();
+    for (example, reason) in [
+        ("open", "example.safetensors: it panicked: in open"),
+        ("tensors", "edit of \"transformer.x\": it panicked: in tensors"),
+        ("skipped", "what it leaves out: it panicked: in skipped"),
+    ] {
+        assert!(failures[example].contains(reason), "{checked}");
+    }
+}
+
+#[test]
+fn nothing_is_loaded_before_it_is_to_open_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let tattle = folder.path().join("tattle");
+    let (shelf, _library) = shelf_of("scale.c", &[&tattling(&tattle)]);
+    let file = Checkpoint::open(factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)])).unwrap();
+    let file = Arc::new(file);
+    let ids: Vec<&str> = shelf.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
+    assert_eq!(ids, ["c-scale"]);
+    let plugin = shelf.choose(&file, &Choice::default()).unwrap();
+    let mut of_another_major = plugin.clone();
+    of_another_major.description.abi = 2;
+    let error = Adapter::open(&of_another_major, file.clone()).unwrap_err().to_string();
+    assert!(error.contains("version 2 of the boundary"), "{error}");
+    assert!(!tattle.exists());
+    assert_eq!(Adapter::open(plugin, file).unwrap().edits().len(), 1);
+    assert_eq!(std::fs::read_to_string(tattle).unwrap(), "loaded\n");
+}
+
+#[test]
+fn what_lies_inside_a_model_is_refused_unloaded() {
+    let model = tempfile::tempdir().unwrap();
+    std::fs::write(model.path().join("model_index.json"), "{}").unwrap();
+    let (folder, tattle) = (model.path().join("plugins"), model.path().join("tattle"));
+    std::fs::create_dir(&folder).unwrap();
+    let library = compile("scale.c", &[&tattling(&tattle)], &folder);
+    for error in [Shelf::look(&[folder]).unwrap_err(), plugin_at(&library).unwrap_err()] {
+        assert!(error.to_string().contains("it lies inside the model"), "{error}");
+    }
+    assert!(!tattle.exists());
+}
+
+/// What the base predicts as the adapter at `path` edits it, or why it does not.
+fn edited(path: &Path, shelf: &Shelf) -> Result<Tensor, String> {
+    let said = |error: RuntimeError| error.to_string();
+    let request = AdapterRequest { path: path.to_owned(), ..AdapterRequest::default() };
+    let adapters = Adapters::open(&[request], shelf).map_err(said)?;
+    let edited = adapters.onto(base(), None, &reading().manifests).map_err(said)?;
+    let denoiser = edited.transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).map_err(said)?;
+    Ok(forward(denoiser.as_ref()))
+}
+
+/// What the base predicts with the rows of `PARAMETERS` multiplied by their factors here.
+fn multiplied() -> Tensor {
+    let mut source = weights("flux/head24/weights.safetensors");
+    for (_, canonical, rows) in PARAMETERS {
+        let weight = source.tensor(canonical).unwrap();
+        let factors = factors(rows).reshape((rows, 1)).unwrap();
+        let product = weight.reshape((rows, ())).unwrap().broadcast_mul(&factors).unwrap();
+        source.insert(canonical, product.reshape(weight.shape()).unwrap());
+    }
+    let base = base();
+    forward(base.family().build(base.config(), &source, &AttentionPlan::full()).unwrap().as_ref())
+}
+
+fn base() -> Transformer {
+    Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
+}
+
+fn reading() -> Reading {
+    let hints = Hints { config: Some(json("flux/head24/config.json")), ..Hints::default() };
+    Reading { hints, ..Reading::plain().unwrap() }
+}
+
+fn denoiser(transformer: &Transformer) -> Box<dyn Denoiser> {
+    transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).unwrap()
+}
+
+fn forward(denoiser: &dyn Denoiser) -> Tensor {
+    denoiser.forward(&input()).unwrap()
+}
+
+fn input() -> DenoiserInput {
+    base().family().input(tensors("lora/input.safetensors").into_iter().collect()).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Different numbers, none of them 1.
+fn factors(rows: usize) -> Tensor {
+    Tensor::from_iter((0..rows).map(|row| 1.25 + row as f32 / 64.0), &Device::Cpu).unwrap()
+}
+
+/// Writes an adapter with a factor for each row of `parameters`.
+fn factors_file(folder: &Path, ending: &str, parameters: &[(&str, usize)]) -> PathBuf {
+    let path = folder.join(ADAPTER);
+    save(&path, parameters.iter().map(|(name, rows)| (format!("{name}.{ending}"), factors(*rows))));
+    path
+}
+
+fn save(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) {
+    let source: Resident = tensors.into_iter().collect();
+    clearform_weights::save(path, &source, &BTreeMap::new()).unwrap();
+}
+
+/// A shelf with one build of `source` alone, and the folder that it lies in, which goes when this is dropped.
+fn shelf_of(source: &str, flags: &[&str]) -> (Shelf, TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    compile(source, flags, folder.path());
+    (Shelf::look(&[folder.path().to_owned()]).unwrap(), folder)
+}
+
+/// Builds tests/abi/`source` into `folder`.
+fn compile(source: &str, flags: &[&str], folder: &Path) -> PathBuf {
+    let library = folder.join(format!("lib{}.{DLL_EXTENSION}", source.strip_suffix(".c").unwrap()));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("abi").join(source);
+    cc("-std=c99", &[&["-shared", "-fPIC"][..], flags].concat(), &source, &library);
+    library
+}
+
+/// The flag of a build that tells the file at `path` what happens to it.
+fn tattling(path: &Path) -> String {
+    format!("-DTATTLE=\"{}\"", path.display())
+}
+
+/// Runs the C compiler, which must have nothing to say.
+fn cc(standard: &str, flags: &[&str], source: &Path, output: &Path) {
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/abi/include");
+    let mut command = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
+    command.args([standard, "-Wall", "-Wextra", "-Werror", "-I"]).arg(include).args(flags);
+    let done = command.arg(source).arg("-o").arg(output).output().expect("a C compiler: cc, or what CC names");
+    assert!(done.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The header and the Rust tables say the same.
+mod header {
+    use clearform_abi::dlpack::{
+        CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DEVICE_CUDA, DataType, Device, FLAG_READ_ONLY,
+        ManagedTensor, Tensor, VERSION, Version,
+    };
+    use clearform_abi::{
+        ABI_MAJOR, ADAPTER_INTERFACE, AdapterTable, BRANCH_INTERFACE, Base, BranchInfo, BranchTable, CONTROL_LATENTS,
+        CONTROL_PIXELS, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
+        EDIT_SCALE, ENTRY_SYMBOL, Edit, EditTensors, FAILED, File, GiveResidual, Host, LOG_ERROR, LOG_INFO,
+        LOG_WARNING, OK, Pair, Plugin, Step, TensorInfo, Text, WHOLE_PARAMETER,
+    };
+    use std::mem::offset_of;
+    use std::process::Command;
+
+    const NUMBERS: [(&str, i128); 26] = [
+        ("CLEARFORM_ABI_MAJOR", ABI_MAJOR as i128),
+        ("CLEARFORM_OK", OK as i128),
+        ("CLEARFORM_FAILED", FAILED as i128),
+        ("CLEARFORM_LOG_INFO", LOG_INFO as i128),
+        ("CLEARFORM_LOG_WARNING", LOG_WARNING as i128),
+        ("CLEARFORM_LOG_ERROR", LOG_ERROR as i128),
+        ("CLEARFORM_EDIT_LOW_RANK", EDIT_LOW_RANK as i128),
+        ("CLEARFORM_EDIT_DELTA", EDIT_DELTA as i128),
+        ("CLEARFORM_EDIT_REPLACE", EDIT_REPLACE as i128),
+        ("CLEARFORM_EDIT_SCALE", EDIT_SCALE as i128),
+        ("CLEARFORM_EDIT_DECOMPOSED", EDIT_DECOMPOSED as i128),
+        ("CLEARFORM_WHOLE_PARAMETER", WHOLE_PARAMETER as i128),
+        ("CLEARFORM_CONTROL_LATENTS", CONTROL_LATENTS as i128),
+        ("CLEARFORM_CONTROL_PIXELS", CONTROL_PIXELS as i128),
+        ("DLPACK_MAJOR_VERSION", VERSION.major as i128),
+        ("DLPACK_MINOR_VERSION", VERSION.minor as i128),
+        ("DLPACK_FLAG_BITMASK_READ_ONLY", FLAG_READ_ONLY as i128),
+        ("kDLCPU", DEVICE_CPU as i128),
+        ("kDLCUDA", DEVICE_CUDA as i128),
+        ("kDLInt", CODE_INT as i128),
+        ("kDLUInt", CODE_UINT as i128),
+        ("kDLFloat", CODE_FLOAT as i128),
+        ("kDLBfloat", CODE_BFLOAT as i128),
+        ("sizeof(size_t)", size_of::<usize>() as i128),
+        ("sizeof(void *)", size_of::<*const ()>() as i128),
+        ("sizeof(ClearformGiveResidual)", size_of::<GiveResidual>() as i128),
+    ];
+
+    const TEXTS: [(&str, &str); 5] = [
+        ("CLEARFORM_ENTRY_SYMBOL", ENTRY_SYMBOL),
+        ("CLEARFORM_ADAPTER_INTERFACE", ADAPTER_INTERFACE),
+        ("CLEARFORM_BRANCH_INTERFACE", BRANCH_INTERFACE),
+        ("CLEARFORM_DESCRIPTION_BEGIN", DESCRIPTION_BEGIN),
+        ("CLEARFORM_DESCRIPTION_END", DESCRIPTION_END),
+    ];
+
+    /// A struct's name in C, its size, and name, offset and size of each field.
+    type Layout = (&'static str, usize, Vec<(&'static str, usize, usize)>);
+
+    /// Defines `layouts`, which gives the [`Layout`] of each struct. Every field is listed, or it does not compile;
+    /// `as` tells its name in C where that is another.
+    macro_rules! layouts {
+        ($($c:literal = $rust:ident { $($field:ident $(as $name:ident)?),* $(,)? })*) => {
+            $(const _: fn($rust) = |$rust { $($field: _),* }| ();)*
+
+            fn layouts() -> Vec<Layout> {
+                vec![$((
+                    $c,
+                    size_of::<$rust>(),
+                    vec![$((
+                        c_name!($field $($name)?),
+                        offset_of!($rust, $field),
+                        field_size(|value: &$rust| &value.$field),
+                    )),*],
+                )),*]
+            }
+        };
+    }
+
+    macro_rules! c_name {
+        ($field:ident) => {
+            stringify!($field)
+        };
+        ($field:ident $name:ident) => {
+            stringify!($name)
+        };
+    }
+
+    layouts! {
+        "DLPackVersion" = Version { major, minor }
+        "DLDevice" = Device { device_type, device_id }
+        "DLDataType" = DataType { code, bits, lanes }
+        "DLTensor" = Tensor { data, device, ndim, dtype, shape, strides, byte_offset }
+        "DLManagedTensorVersioned" = ManagedTensor { version, manager_ctx, deleter, flags, tensor as dl_tensor }
+        "ClearformText" = Text { data, length }
+        "ClearformPair" = Pair { key, value }
+        "ClearformHost" = Host {
+            abi_major, struct_size, context, threads, reserved, allocate, release, log, progress, fail,
+        }
+        "ClearformPlugin" = Plugin { abi_major, struct_size, interface, table }
+        "ClearformTensorInfo" = TensorInfo { name, shape, ndim, dtype }
+        "ClearformFile" = File {
+            struct_size, reserved, context, tensors, tensor_count, metadata, metadata_count, config, read,
+        }
+        "ClearformEdit" = Edit {
+            struct_size, kind, flags, reserved, component, parameter, first_row, rows, columns, scale, sources,
+            source_count,
+        }
+        "ClearformEditTensors" = EditTensors { struct_size, reserved, down, up, value, magnitude }
+        "ClearformAdapterTable" = AdapterTable {
+            struct_size, reserved, open, close, edit_count, edit, edit_tensors, skipped,
+        }
+        "ClearformBase" = Base { struct_size, reserved, family, config, attention }
+        "ClearformBranchInfo" = BranchInfo { struct_size, control, channels, modes, low, high }
+        "ClearformStep" = Step {
+            struct_size, reserved, latents, timestep, text, pooled, guidance, image_ids, text_ids, control, mode,
+        }
+        "ClearformBranchTable" = BranchTable { struct_size, reserved, open, close, info, residuals }
+    }
+
+    fn field_size<T, F>(_: fn(&T) -> &F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn header_says_what_the_rust_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, program) = (folder.path().join("header.c"), folder.path().join("header"));
+        std::fs::write(&source, program_text()).unwrap();
+        super::cc("-std=c11", &[], &source, &program);
+        let done = Command::new(program).output().unwrap();
+        assert!(done.status.success(), "differs: {}", String::from_utf8_lossy(&done.stdout));
+    }
+
+    /// A C program that compiles if sizes, offsets and numbers are those of Rust, and succeeds if texts are.
+    fn program_text() -> String {
+        let same = |(name, value): (&str, i128)| format!("_Static_assert({name} == {value}, \"{value} in Rust\");\n");
+        let compared = |(name, text): (&str, &str)| {
+            format!("    if (strcmp({name}, {text:?}) != 0) {{\n        puts({name:?});\n        return 1;\n    }}\n")
+        };
+        let sized = |(name, size): (String, i128)| same((&name, size));
+        let layouts: String = layouts().into_iter().flat_map(expressions).map(sized).collect();
+        let numbers: String = NUMBERS.into_iter().map(same).collect();
+        let texts: String = TEXTS.into_iter().map(compared).collect();
+        format!(
+            "#include <clearform_plugin.h>\n#include <stdio.h>\n#include <string.h>\n{layouts}{numbers}\
+             int main(void) {{\n{texts}    return 0;\n}}\n"
+        )
+    }
+
+    /// What C calls a struct's size and its fields' offsets and sizes, with what they are.
+    fn expressions((name, size, fields): Layout) -> Vec<(String, i128)> {
+        let of_field = |(field, offset, size): (&str, usize, usize)| {
+            [
+                (format!("offsetof({name}, {field})"), offset as i128),
+                (format!("sizeof((({name} *)0)->{field})"), size as i128),
+            ]
+        };
+        let whole = [(format!("sizeof({name})"), size as i128)];
+        whole.into_iter().chain(fields.into_iter().flat_map(of_field)).collect()
+    }
+}
