@@ -4,7 +4,8 @@ use crate::args::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, WeightAdapte
 use crate::output::Output;
 use anyhow::{Context as _, bail};
 use clearform_plugins::{ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, Choice, LowRankMode, Shelf, Strength};
-use clearform_runtime::{Acting, AdapterRequest, Adapters};
+use clearform_runtime::{Acting, ActingBranch, AdapterRequest, Adapters, RgbImage};
+use std::path::PathBuf;
 
 /// The plugins that these arguments lead to: those of the folders given, then those beside the program.
 pub fn shelf(search: &PluginSearch) -> anyhow::Result<Shelf> {
@@ -32,12 +33,21 @@ pub fn open_all(args: &AllAdapters) -> anyhow::Result<Adapters> {
     Ok(adapters)
 }
 
-/// Tells the person what became of each adapter.
-pub fn tell(reports: &[AdapterReport], output: &Output) {
+/// Tells the person what became of each adapter, and what the plugins have to say.
+pub fn tell(reports: &[AdapterReport], branches: &[ActingBranch], output: &Output) {
     for report in reports {
         report.notes.iter().for_each(|note| output.note(note));
         output.note(report);
     }
+    branches.iter().flat_map(|acting| acting.branch.notes()).for_each(|note| output.note(note));
+}
+
+/// The pictures of `--control-image`.
+pub fn control_images(paths: &[PathBuf]) -> anyhow::Result<Vec<RgbImage>> {
+    let open = |path: &PathBuf| -> anyhow::Result<_> {
+        Ok(image::open(path).with_context(|| format!("--control-image {}", path.display()))?.to_rgb8())
+    };
+    paths.iter().map(open).collect()
 }
 
 fn open(requests: Vec<AdapterRequest>, args: &WeightAdapters) -> anyhow::Result<Adapters> {

@@ -144,7 +144,7 @@ impl Folder {
         let value = |index: usize| ((index * 7 + 3) % 11) as f32 / 64.0 + 0.01;
         let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor)> {
             let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
-            Ok((name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?.to_dtype(DType::F32)?))
+            Ok((name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?))
         };
         let source: Resident = example.tensors.iter().map(tensor).collect::<Result<_>>()?;
         let path = self.0.path().join("example.safetensors");

@@ -43,10 +43,10 @@ pub(crate) fn open_weights<'a>(
 ) -> Result<Box<dyn TensorSource + 'a>> {
     let checkpoint = Checkpoint::open(components.folder(part)?)?;
     Ok(match device {
-        Device::Cpu => Box::new(Adapted::new(Box::new(checkpoint), changes, part, LowRankMode::Fused)),
+        Device::Cpu => Box::new(Adapted::new(checkpoint, changes, part, LowRankMode::Fused)),
         _ => {
             let resident = Resident::load(&checkpoint, None, device)?;
-            Box::new(Adapted::new(Box::new(resident), changes, part, LowRankMode::Fused))
+            Box::new(Adapted::new(resident, changes, part, LowRankMode::Fused))
         }
     })
 }

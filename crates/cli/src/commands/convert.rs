@@ -78,7 +78,7 @@ fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<
     let (components, reading) = (components(args), reading(&args.reading)?);
     let transformer = Transformer::open(&components.transformer(), &reading)?;
     let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
-    adapters::tell(&edited.reports, output);
+    adapters::tell(&edited.reports, &[], output);
     Ok(edited)
 }
 

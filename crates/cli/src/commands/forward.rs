@@ -24,13 +24,14 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     let adapters = adapters::open_all(&args.adapters)?;
     let transformer = Transformer::open(&path, &reading)?;
     let Edited { transformer, reports, .. } = adapters.onto(transformer, None, &reading.manifests)?;
-    adapters::tell(&reports, output);
+    let branches = adapters.open_branches(&transformer)?;
+    adapters::tell(&reports, &branches, output);
     let plan = match &args.running.attention {
         Some(text) => plan(text)?,
         None => clearform_convert::recorded_plan(&args.model)?.unwrap_or_else(AttentionPlan::full),
     };
     let mut inputs = inputs(args, dtype, &device)?;
-    let controls = controls(&adapters.open_branches(&transformer)?, &mut inputs)?;
+    let controls = controls(&branches, &mut inputs)?;
     let input = transformer.family().input(inputs)?;
     let denoiser = transformer.build(&plan, Some(dtype), &device)?;
     let sample = Controlled::new(denoiser.as_ref(), controls).forward(&input)?;

@@ -4,7 +4,7 @@ use crate::adapters;
 use crate::args::Generate;
 use crate::opening::{plainly, plan};
 use crate::output::{Outcome, Output};
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clearform_layout::Defaults;
 use clearform_plugins::AdapterReport;
 use clearform_runtime::png::{self, Parameters};
@@ -22,7 +22,7 @@ pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
         ..plainly(args.components.as_deref(), args.running.device)?
     };
     let pipeline = Pipeline::open(&args.model, options)?;
-    adapters::tell(pipeline.adapter_reports(), output);
+    adapters::tell(pipeline.adapter_reports(), pipeline.branches(), output);
     let request = request(args, &pipeline)?;
     let pictures = draw(&pipeline, &request, output)?;
     for (index, (name, picture)) in names.iter().zip(&pictures).enumerate() {
@@ -56,9 +56,6 @@ fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
     let own = pipeline.own_size();
     let Defaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
     let size = Size { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
-    let open = |path: &PathBuf| -> anyhow::Result<_> {
-        Ok(image::open(path).with_context(|| format!("--control-image {}", path.display()))?.to_rgb8())
-    };
     Ok(Request {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
@@ -68,7 +65,7 @@ fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
         true_cfg_scale: args.true_cfg_scale,
         seed: args.seed,
         batch: args.batch,
-        control_images: args.control_image.iter().map(open).collect::<anyhow::Result<_>>()?,
+        control_images: adapters::control_images(&args.control_image)?,
     })
 }
 

@@ -9,7 +9,6 @@ use crate::sitting::Sitting;
 use crate::transfer::{Study, exactly};
 use anyhow::{Context as _, bail};
 use clearform_runtime::{Adapters, Pipeline, RgbImage};
-use std::path::Path;
 
 pub fn run(args: &Args, output: &Output) -> anyhow::Result<Outcome> {
     let options = exactly(plainly(args.drawing.components.as_deref(), args.drawing.device)?);
@@ -48,10 +47,7 @@ fn conditions(args: &Args) -> anyhow::Result<Vec<(String, Adapters)>> {
 
 /// One picture for each prompt, or one for all of them.
 fn control_images(args: &Args, prompts: usize) -> anyhow::Result<Vec<RgbImage>> {
-    let open = |path: &Path| -> anyhow::Result<RgbImage> {
-        Ok(image::open(path).with_context(|| format!("--control-image {}", path.display()))?.to_rgb8())
-    };
-    let pictures = args.control_image.iter().map(|path| open(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let pictures = adapters::control_images(&args.control_image)?;
     match (pictures.len(), args.adapters.controlnet.len()) {
         (0, 0) => Ok(pictures),
         (1, _) => Ok(vec![pictures[0].clone(); prompts]),
