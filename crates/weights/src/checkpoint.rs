@@ -5,7 +5,8 @@
 
 use crate::folder::{Index, Listing};
 use crate::header::{Entry, Header};
-use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, json};
+use crate::place::Record;
+use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, gguf, json, torch};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,6 +21,7 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, (usize, Entry)>,
     metadata: BTreeMap<String, String>,
     config: Option<Value>,
+    notes: Vec<String>,
 }
 
 /// One file of a checkpoint.
@@ -33,9 +35,11 @@ pub struct TensorFile {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, an index of shards, or a folder that holds one model as diffusers or transformers
-    /// save it. Headers are read and checked; tensors are not. `config.json` is taken from beside files of the
-    /// libraries' own names: beside others it would belong to something else.
+    /// Opens a safetensors file, a file of `torch.save`, a GGUF file, an index of shards, or a folder that holds one
+    /// model as diffusers or transformers save it. Contents tell which a file is, not its name. Headers are read and
+    /// checked; tensors are not, and the pickle of a torch file is interpreted as data and never run. Tensors that GGUF
+    /// keeps quantised are given as F32. `config.json` is taken from beside files of the libraries' own names: beside
+    /// others it would belong to something else.
     ///
     /// # Errors
     /// [`WeightsError::Io`] if a file cannot be read, [`WeightsError::BadFile`] if it is not what it should be.
@@ -49,6 +53,7 @@ impl Checkpoint {
             tensors: BTreeMap::new(),
             metadata: BTreeMap::new(),
             config,
+            notes: Vec::new(),
         };
         for file in listing.files {
             checkpoint.add(file)?;
@@ -79,9 +84,15 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
+    /// What a person should know of these tensors: which of a training's states they are, what else the files hold, and
+    /// which quantised formats were read as another.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let file = TensorFile::open(path)?;
-        let header = Header::read(&file.path, &file.file, file.size)?;
+        let header = file.header()?;
         for (name, entry) in header.tensors {
             if let Some((first, _)) = self.tensors.get(&name) {
                 let first = &self.files[*first].path;
@@ -92,6 +103,7 @@ impl Checkpoint {
         for (key, value) in header.metadata {
             self.metadata.entry(key).or_insert(value);
         }
+        self.notes.extend(header.notes);
         self.files.push(file);
         Ok(())
     }
@@ -135,19 +147,17 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str) -> Result<RawTensor> {
         let (file, entry) = self.find(name)?;
-        let bytes = file.read(entry.bytes.clone())?;
+        let bytes = file.values(entry, 0..entry.place.size())?;
         Ok(RawTensor { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
     fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let (file, entry) = self.find(name)?;
-        let start = entry.bytes.start + range.start as u64;
-        let end = entry.bytes.start + range.end as u64;
-        if start > end || end > entry.bytes.end {
-            let reason = format!("bytes {range:?} asked of {}", entry.bytes.end - entry.bytes.start);
+        if range.start > range.end || range.end as u64 > entry.place.size() {
+            let reason = format!("bytes {range:?} asked of {}", entry.place.size());
             return Err(WeightsError::BadTensor { name: name.to_owned(), reason });
         }
-        file.read(start..end)
+        file.values(entry, range.start as u64..range.end as u64)
     }
 }
 
@@ -163,10 +173,36 @@ impl TensorFile {
         }
     }
 
-    fn read(&self, bytes: Range<u64>) -> Result<Vec<u8>> {
-        let length = (bytes.end - bytes.start) as usize;
-        files::read_at(&self.file, bytes.start, length)
-            .map_err(|source| WeightsError::Io { path: self.path.clone(), source })
+    fn header(&self) -> Result<Header> {
+        let beginning = self.read(0..self.size.min(16))?;
+        match beginning.as_slice() {
+            beginning if gguf::recognises(beginning) => gguf::read(self),
+            beginning if torch::recognises(beginning) => torch::read(self),
+            _ => Header::read(&self.path, &self.file, self.size),
+        }
+    }
+
+    fn values(&self, entry: &Entry, range: Range<u64>) -> Result<Vec<u8>> {
+        self.wrap(entry.place.read(&self.file, range))
+    }
+
+    /// Reads bytes that the file has.
+    pub(crate) fn read(&self, bytes: Range<u64>) -> Result<Vec<u8>> {
+        self.wrap(files::read_at(&self.file, bytes.start, (bytes.end - bytes.start) as usize))
+    }
+
+    /// The error that says what is wrong with this file.
+    pub(crate) fn bad(&self, reason: String) -> WeightsError {
+        bad(&self.path, reason)
+    }
+
+    /// Reads all of `record`, unpacked.
+    pub(crate) fn read_record(&self, record: &Record) -> Result<Vec<u8>> {
+        self.wrap(record.read(&self.file, 0..record.size))
+    }
+
+    fn wrap(&self, read: std::io::Result<Vec<u8>>) -> Result<Vec<u8>> {
+        read.map_err(|source| WeightsError::Io { path: self.path.clone(), source })
     }
 }
 
@@ -184,7 +220,7 @@ fn listing(path: &Path) -> Result<Listing> {
 fn config_beside(path: &Path, listing: &Listing) -> Result<Option<Value>> {
     let ours = |file: &PathBuf| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("diffusion_pytorch_model") || name.starts_with("model.") || name.starts_with("model-")
+        ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"].iter().any(|ours| name.starts_with(ours))
     };
     let folder = if path.is_dir() { Some(path) } else { path.parent() };
     let config = folder.map(|folder| folder.join("config.json")).filter(|config| config.exists());

@@ -4,13 +4,6 @@
 const DISGUISES: &[(&[u8], &str)] = &[
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file"),
     (b"<", "an HTML or XML page, not tensors: the download failed or needs a login; download the file again"),
-    (b"GGUF", "a GGUF file, which is not supported: give the safetensors file it was made from"),
-    (
-        b"PK\x03\x04",
-        "a zip file, probably a PyTorch checkpoint (.pt, .bin): save it with safetensors, for instance with \
-         `safetensors.torch.save_file`",
-    ),
-    (b"\x80\x02", "a Python pickle, probably an old PyTorch checkpoint: save it with safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
     (b"{", "JSON text, not tensors: if it is an index, give the folder that holds it and its shards"),
 ];

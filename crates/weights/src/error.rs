@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+const LONGEST_PRINTED: usize = 60;
+
 /// Errors of this crate. Names that come from files are printed escaped.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -43,3 +45,14 @@ pub enum WeightsError {
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, WeightsError>;
+
+/// What holds, or the reason why not.
+pub(crate) type Judged<T> = std::result::Result<T, String>;
+
+/// A name as a message shows it: escaped, and no longer than a person reads.
+pub(crate) fn printed(name: &str) -> String {
+    match name.char_indices().nth(LONGEST_PRINTED) {
+        Some((end, _)) => format!("{:?}...", &name[..end]),
+        None => format!("{name:?}"),
+    }
+}

@@ -11,8 +11,21 @@ use std::path::{Path, PathBuf};
 /// Each shard stays open while the checkpoint does; systems allow about a thousand open files.
 const MOST_SHARDS: usize = 512;
 const MOST_NAMES: usize = 100_000;
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
-const SUFFIX: &str = ".safetensors";
+/// Ways to keep tensors, the best first.
+const FORMS: [Form; 3] = [
+    Form { stems: ["diffusion_pytorch_model", "model"], endings: &[".safetensors"] },
+    Form { stems: ["diffusion_pytorch_model", "pytorch_model"], endings: &[".bin", ".ckpt", ".pt", ".pth"] },
+    Form { stems: ["diffusion_pytorch_model", "model"], endings: &[".gguf"] },
+];
+
+/// A way to keep tensors.
+#[derive(Debug)]
+struct Form {
+    /// The libraries' names.
+    stems: [&'static str; 2],
+    /// Endings of its files, the libraries' own first.
+    endings: &'static [&'static str],
+}
 
 /// The tensor files of one model.
 #[derive(Debug)]
@@ -37,17 +50,17 @@ impl Listing {
     /// Finds the tensor files of `folder`.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let names = names_in(folder)?;
-        for stem in STEMS {
-            if let Some(listing) = of_stem(folder, &names, stem)? {
+        for form in &FORMS {
+            for stem in form.stems {
+                if let Some(listing) = of_stem(folder, &names, stem, form.endings[0])? {
+                    return Ok(listing);
+                }
+            }
+            if let Some(listing) = of_only(folder, &names, form.endings)? {
                 return Ok(listing);
             }
         }
-        let tensors: Vec<&str> = names.iter().map(String::as_str).filter(|name| name.ends_with(SUFFIX)).collect();
-        match tensors[..] {
-            [only] => Ok(Self::of_file(folder.join(only))),
-            [] => Err(bad(folder, nothing_found(&names))),
-            _ => Err(bad(folder, format!("several tensor files, none of the usual name: give one of {tensors:?}"))),
-        }
+        Err(bad(folder, nothing_found(&names)))
     }
 
     /// One file.
@@ -68,50 +81,62 @@ impl Listing {
     }
 }
 
-fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str) -> Result<Option<Listing>> {
-    let (index, single) = (format!("{stem}{SUFFIX}.index.json"), format!("{stem}{SUFFIX}"));
+fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<Listing>> {
+    let (index, single) = (format!("{stem}{ending}.index.json"), format!("{stem}{ending}"));
     match (names.contains(&index), names.contains(&single)) {
         (true, true) => Err(bad(folder, format!("both {index:?} and {single:?} are here: remove the one not meant"))),
         (true, false) => Listing::of_index(folder.join(index)).map(Some),
         (false, true) => Ok(Some(Listing::of_file(folder.join(single)))),
-        (false, false) => of_variant(folder, names, stem),
+        (false, false) => of_variant(folder, names, stem, ending),
     }
 }
 
 /// Files such as `model.fp16.safetensors`, or shards whose index is missing.
-fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str) -> Result<Option<Listing>> {
+fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<Listing>> {
     let begins = |name: &str| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-']));
     let with = |end: &str| names.iter().filter(|name| begins(name) && name.ends_with(end)).collect::<Vec<_>>();
-    let indices: Vec<_> = with(".json").into_iter().filter(|name| name.contains(".safetensors.index.")).collect();
-    let files = with(SUFFIX);
+    let infix = format!("{ending}.index.");
+    let indices: Vec<_> = with(".json").into_iter().filter(|name| name.contains(&infix)).collect();
+    let files = with(ending);
+    let numbers: Vec<_> = files.iter().map(|name| shard_number(name, ending)).collect();
     match (&indices[..], &files[..]) {
         ([index], _) => Listing::of_index(folder.join(index)).map(Some),
         (_, []) => Ok(None),
-        (_, [file]) if shard_number(file).is_none_or(|shard| shard == (1, 1)) => {
-            Ok(Some(Listing::of_file(folder.join(file))))
-        }
-        _ if all_shards(&files) => {
+        (_, [file]) if numbers[0].is_none_or(|shard| shard == (1, 1)) => Ok(Some(Listing::of_file(folder.join(file)))),
+        _ if all_shards(&numbers) => {
             Ok(Some(Listing { files: files.iter().map(|name| folder.join(name)).collect(), index: None }))
         }
         _ => Err(bad(folder, format!("{files:?} are not one whole model: shards or their index are missing"))),
     }
 }
 
-/// (number, count) of a name that ends in `-00002-of-00003.safetensors`.
-fn shard_number(name: &str) -> Option<(usize, usize)> {
-    let (rest, count) = name.strip_suffix(SUFFIX)?.rsplit_once("-of-")?;
+/// The one file with one of `endings`.
+fn of_only(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> Result<Option<Listing>> {
+    let ends = |name: &&str| endings.iter().any(|ending| name.ends_with(ending));
+    let tensors: Vec<&str> = names.iter().map(String::as_str).filter(ends).collect();
+    match tensors[..] {
+        [] => Ok(None),
+        [only] => Ok(Some(Listing::of_file(folder.join(only)))),
+        _ => Err(bad(folder, format!("several tensor files, none of the usual name: give one of {tensors:?}"))),
+    }
+}
+
+/// (number, count) of a name that ends in `-00002-of-00003` and `ending`.
+fn shard_number(name: &str, ending: &str) -> Option<(usize, usize)> {
+    let (rest, count) = name.strip_suffix(ending)?.rsplit_once("-of-")?;
     let (_, number) = rest.rsplit_once('-')?;
     Some((number.parse().ok()?, count.parse().ok()?))
 }
 
-fn all_shards(files: &[&String]) -> bool {
-    let expected = (1..=files.len()).map(|number| Some((number, files.len())));
-    files.len() <= MOST_SHARDS && files.iter().map(|name| shard_number(name)).eq(expected)
+fn all_shards(numbers: &[Option<(usize, usize)>]) -> bool {
+    let expected = (1..=numbers.len()).map(|number| Some((number, numbers.len())));
+    numbers.len() <= MOST_SHARDS && numbers.iter().copied().eq(expected)
 }
 
 /// An index may come from anyone: its names must not lead out of the folder.
 fn shard_path(index: &Path, folder: &Path, shard: &str) -> Result<PathBuf> {
-    let plain = !shard.contains(['/', '\\', '\0', ':']) && shard.ends_with(SUFFIX) && !shard.starts_with('.');
+    let ends = FORMS.iter().any(|form| shard.ends_with(form.endings[0]));
+    let plain = ends && !shard.contains(['/', '\\', '\0', ':']) && !shard.starts_with('.');
     if plain { Ok(folder.join(shard)) } else { Err(bad(index, format!("shard {shard:?} is not a plain file name"))) }
 }
 
@@ -125,14 +150,10 @@ fn names_in(folder: &Path) -> Result<BTreeSet<String>> {
 }
 
 fn nothing_found(names: &BTreeSet<String>) -> String {
-    let other = |end: &str| names.iter().find(|name| name.ends_with(end));
     if names.contains("transformer") {
         return "no tensor file here: this is a pipeline folder, whose model is in \"transformer\"".to_owned();
     }
-    match [".bin", ".pt", ".pth", ".ckpt", ".gguf"].into_iter().find_map(other) {
-        Some(name) => format!("no .safetensors file; {name:?} is of a format that is not supported: convert it first"),
-        None => "no .safetensors file in this folder".to_owned(),
-    }
+    "no .safetensors file in this folder, nor one of torch.save or a .gguf file".to_owned()
 }
 
 fn bad(path: &Path, reason: String) -> WeightsError {

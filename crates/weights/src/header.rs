@@ -4,13 +4,13 @@
 //! <https://github.com/huggingface/safetensors#format>, with equal names refused too.
 
 use crate::json::{self, Extents, Unique};
+use crate::place::Place;
 use crate::{Dtype, Result, WeightsError, disguise, files};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::ops::Range;
 use std::path::Path;
 
 const LENGTH_BYTES: u64 = 8;
@@ -22,15 +22,16 @@ const METADATA: &str = "__metadata__";
 pub(crate) struct Entry {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// Bytes, counted from the beginning of the file.
-    pub bytes: Range<u64>,
+    pub place: Place,
 }
 
 /// A file's directory.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Header {
     pub metadata: BTreeMap<String, String>,
     pub tensors: BTreeMap<String, Entry>,
+    /// What was chosen of the file and what was left out, for a person.
+    pub notes: Vec<String>,
 }
 
 impl Header {
@@ -62,8 +63,11 @@ fn header_length(beginning: &[u8], size: u64) -> std::result::Result<u64, String
     };
     let length = u64::from_le_bytes(*claim);
     if length > LONGEST_HEADER {
-        let plain =
-            || format!("not a safetensors file: it claims a header of {length} bytes (allowed {LONGEST_HEADER})");
+        let plain = || {
+            format!(
+                "neither of safetensors nor of torch.save: it claims a header of {length} bytes (allowed {LONGEST_HEADER})"
+            )
+        };
         return Err(recognised().unwrap_or_else(plain));
     }
     if length > size - LENGTH_BYTES {
@@ -97,14 +101,14 @@ impl RawHeader {
         }
         judge_end(end, size - start)?;
         let tensors = self.tensors.0.into_iter().map(|(name, raw)| (name, raw.placed(start))).collect();
-        Ok(Header { metadata: self.metadata.unwrap_or_default().0, tensors })
+        Ok(Header { metadata: self.metadata.unwrap_or_default().0, tensors, notes: Vec::new() })
     }
 }
 
 impl RawEntry {
     fn placed(self, start: u64) -> Entry {
         let (begin, end) = self.data_offsets;
-        Entry { dtype: self.dtype, shape: self.shape.0, bytes: start + begin..start + end }
+        Entry { dtype: self.dtype, shape: self.shape.0, place: Place::whole(start + begin..start + end) }
     }
 }
 

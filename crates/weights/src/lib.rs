@@ -9,13 +9,18 @@ mod disguise;
 mod error;
 mod files;
 mod folder;
+mod fp8;
+mod gguf;
 mod header;
 mod json;
+mod place;
 mod source;
+mod torch;
 mod writer;
 
 pub use checkpoint::{Checkpoint, TensorFile};
 pub use error::{Result, WeightsError};
 pub use files::{sha256_file, write_atomically};
+pub use fp8::Fp8;
 pub use source::{Dtype, LowRank, RawTensor, Resident, TensorInfo, TensorSource};
 pub use writer::{SafetensorsWriter, save};

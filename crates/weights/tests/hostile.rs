@@ -115,7 +115,7 @@ fn broken_folders_are_named() {
     type Files<'a> = Vec<(&'a str, Vec<u8>)>;
     let cases: Vec<(&str, Files, &str)> = vec![
         ("nothing", vec![], "no .safetensors file"),
-        ("PyTorch only", vec![("pytorch_model.bin", vec![1])], "\"pytorch_model.bin\" is of a format"),
+        ("PyTorch cut short", vec![("pytorch_model.bin", vec![1])], "1 bytes, too few"),
         ("several", vec![("x.safetensors", tensor("a")), ("y.safetensors", tensor("b"))], "give one of"),
         ("shard missing", vec![(INDEX, index(r#""a":"gone.safetensors""#))], "gone.safetensors"),
         ("index missing, one shard", vec![(first, tensor("a"))], "not one whole model"),

@@ -1,0 +1,120 @@
+//! [`Stored`]: the number formats that GGUF files have, by their numbers and names. The arithmetic of blocks is the
+//! tensor library's.
+
+use crate::Dtype;
+use crate::error::Judged;
+use crate::place::Packing;
+use candle_core::quantized::GgmlDType;
+
+/// How a tensor's values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    Plain(Dtype),
+    Blocks(GgmlDType),
+}
+
+/// Number in the file, name, and how values are kept, of those that are read; sorted by number.
+const FORMATS: &[(u64, &str, Option<Stored>)] = &[
+    (0, "F32", Some(Stored::Plain(Dtype::F32))),
+    (1, "F16", Some(Stored::Plain(Dtype::F16))),
+    (2, "Q4_0", Some(Stored::Blocks(GgmlDType::Q4_0))),
+    (3, "Q4_1", Some(Stored::Blocks(GgmlDType::Q4_1))),
+    (6, "Q5_0", Some(Stored::Blocks(GgmlDType::Q5_0))),
+    (7, "Q5_1", Some(Stored::Blocks(GgmlDType::Q5_1))),
+    (8, "Q8_0", Some(Stored::Blocks(GgmlDType::Q8_0))),
+    (9, "Q8_1", None),
+    (10, "Q2_K", Some(Stored::Blocks(GgmlDType::Q2K))),
+    (11, "Q3_K", Some(Stored::Blocks(GgmlDType::Q3K))),
+    (12, "Q4_K", Some(Stored::Blocks(GgmlDType::Q4K))),
+    (13, "Q5_K", Some(Stored::Blocks(GgmlDType::Q5K))),
+    (14, "Q6_K", Some(Stored::Blocks(GgmlDType::Q6K))),
+    (15, "Q8_K", None),
+    (16, "IQ2_XXS", None),
+    (17, "IQ2_XS", None),
+    (18, "IQ3_XXS", None),
+    (19, "IQ1_S", None),
+    (20, "IQ4_NL", None),
+    (21, "IQ3_S", None),
+    (22, "IQ2_S", None),
+    (23, "IQ4_XS", None),
+    (24, "I8", Some(Stored::Plain(Dtype::I8))),
+    (25, "I16", Some(Stored::Plain(Dtype::I16))),
+    (26, "I32", Some(Stored::Plain(Dtype::I32))),
+    (27, "I64", Some(Stored::Plain(Dtype::I64))),
+    (28, "F64", Some(Stored::Plain(Dtype::F64))),
+    (29, "IQ1_M", None),
+    (30, "BF16", Some(Stored::Plain(Dtype::BF16))),
+    (31, "Q4_0_4_4", None),
+    (32, "Q4_0_4_8", None),
+    (33, "Q4_0_8_8", None),
+    (34, "TQ1_0", None),
+    (35, "TQ2_0", None),
+    (39, "MXFP4", None),
+    (40, "NVFP4", None),
+    (41, "Q1_0", None),
+];
+const REMEDY: &str = "give the file in Q8_0, a K-quant or BF16, or the safetensors file it was made from";
+
+impl Stored {
+    /// The format of that number, and its name.
+    pub fn numbered(number: u64) -> Judged<(&'static str, Self)> {
+        match FORMATS.binary_search_by_key(&number, |format| format.0).map(|at| FORMATS[at]) {
+            Ok((_, name, Some(stored))) => Ok((name, stored)),
+            Ok((_, name, None)) => Err(format!("number format {name}, which is not read: {REMEDY}")),
+            Err(_) => Err(format!("number format {number}, which is not known here: {REMEDY}")),
+        }
+    }
+
+    /// Values and bytes of a block; a plain value is a block of its own.
+    pub fn block(self) -> (u64, u64) {
+        match self {
+            Self::Plain(dtype) => (1, dtype.bitsize() as u64 / 8),
+            Self::Blocks(format) => (format.block_size() as u64, format.type_size() as u64),
+        }
+    }
+
+    /// The number format that its values are given in.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Blocks(_) => Dtype::F32,
+        }
+    }
+
+    pub fn packing(self) -> Packing {
+        match self {
+            Self::Plain(_) => Packing::Plain,
+            Self::Blocks(format) => Packing::Blocks(format),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_are_sorted_and_blocks_have_the_sizes_of_the_files() {
+        assert!(FORMATS.is_sorted_by(|a, b| a.0 < b.0));
+        let cases = [
+            ("F16", 1, 2),
+            ("Q4_0", 32, 18),
+            ("Q4_1", 32, 20),
+            ("Q5_0", 32, 22),
+            ("Q5_1", 32, 24),
+            ("Q8_0", 32, 34),
+            ("Q2_K", 256, 84),
+            ("Q3_K", 256, 110),
+            ("Q4_K", 256, 144),
+            ("Q5_K", 256, 176),
+            ("Q6_K", 256, 210),
+            ("I64", 1, 8),
+            ("BF16", 1, 2),
+        ];
+        for (name, values, bytes) in cases {
+            let stored = FORMATS.iter().find(|format| format.1 == name).unwrap().2.unwrap();
+            assert_eq!(stored.block(), (values, bytes), "{name}");
+        }
+    }
+}

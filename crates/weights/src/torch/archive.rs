@@ -1,0 +1,256 @@
+//! [`Archive`]: the zip form of `torch.save`, a pickle and one record per storage, named by their directory.
+//!
+//! Only what the form needs of zip is read: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, sections
+//! 4.3.7, 4.3.12 and 4.3.14 to 4.3.16. Every length and place is judged against the file's size.
+
+use super::input::Input;
+use super::{BIG_ENDIAN, Judged, LONGEST_PICKLE, printed};
+use crate::Result;
+use crate::checkpoint::TensorFile;
+use crate::place::{Packing, Record};
+use std::collections::HashMap;
+
+const PICKLE: &str = "data.pkl";
+const END: &[u8] = b"PK\x05\x06";
+const END_BYTES: u64 = 22;
+const LONGEST_COMMENT: u64 = 65_535;
+const LOCATOR: &[u8] = b"PK\x06\x07";
+const LOCATOR_BYTES: u64 = 20;
+const LARGE_END: &[u8] = b"PK\x06\x06";
+const LARGE_END_BYTES: u64 = 56;
+const LISTED: &[u8] = b"PK\x01\x02";
+const LOCAL: &[u8] = b"PK\x03\x04";
+const LOCAL_BYTES: u64 = 30;
+const LONGEST_DIRECTORY: u64 = 32 << 20;
+/// A number that is in the extra field instead.
+const ELSEWHERE: u64 = 0xffff_ffff;
+const LARGE: u64 = 1;
+const ENCRYPTED: u64 = 1;
+/// Deflate repeats 258 bytes in two bits at best.
+const MOST_DEFLATION: u64 = 1032;
+
+/// The records of a file.
+#[derive(Debug)]
+pub(super) struct Archive<'f> {
+    file: &'f TensorFile,
+    entries: HashMap<String, Listed>,
+    /// The folder in the archive that all records of the form lie in, with its slash.
+    folder: String,
+}
+
+/// What the directory says of a record.
+#[derive(Debug)]
+struct Listed {
+    header: u64,
+    packed: u64,
+    size: u64,
+    packing: Packing,
+}
+
+impl<'f> Archive<'f> {
+    /// Reads the directory of `file`.
+    pub fn open(file: &'f TensorFile) -> Result<Self> {
+        let (start, length) = directory(file)?;
+        let bytes = file.part(start, length)?;
+        let entries = entries(&bytes).map_err(|reason| file.bad(format!("its zip directory is damaged: {reason}")))?;
+        let folder = folder(&entries).map_err(|reason| file.bad(reason))?;
+        let archive = Self { file, entries, folder };
+        archive.judge_byte_order()?;
+        Ok(archive)
+    }
+
+    /// The pickle, unpacked.
+    pub fn pickle(&self) -> Result<Vec<u8>> {
+        let record = self.record(PICKLE)?;
+        if record.size > LONGEST_PICKLE {
+            let reason = format!("a pickle of {} bytes, more than the {LONGEST_PICKLE} allowed", record.size);
+            return Err(self.file.bad(reason));
+        }
+        self.file.read_record(&record)
+    }
+
+    /// Where the storage `key` lies.
+    pub fn storage(&self, key: &str) -> Result<Record> {
+        self.record(&format!("data/{key}"))
+    }
+
+    fn judge_byte_order(&self) -> Result<()> {
+        const NAME: &str = "byteorder";
+        if !self.entries.contains_key(&format!("{}{NAME}", self.folder)) {
+            return Ok(());
+        }
+        let record = self.record(NAME)?;
+        match record.size {
+            0..=64 if self.file.read_record(&record)? == b"little" => Ok(()),
+            _ => Err(self.file.bad(BIG_ENDIAN.to_owned())),
+        }
+    }
+
+    /// Where the record `name` of the form lies: its own header tells how long that is.
+    fn record(&self, name: &str) -> Result<Record> {
+        let name = format!("{}{name}", self.folder);
+        let missing = || self.file.bad(format!("record {} is missing from the archive", printed(&name)));
+        let listed = self.entries.get(&name).ok_or_else(missing)?;
+        let damaged = |reason| self.file.bad(format!("record {}: {reason}", printed(&name)));
+        let header = self.file.part(listed.header, LOCAL_BYTES)?;
+        let after = listed.after(&header).map_err(damaged)?;
+        let start = listed.header + LOCAL_BYTES + after;
+        match start.checked_add(listed.packed) {
+            Some(end) if end <= self.file.size => {
+                Ok(Record { bytes: start..end, size: listed.size, packing: listed.packing })
+            }
+            _ => Err(damaged(format!("{} bytes from {start} go past the file's end", listed.packed))),
+        }
+    }
+}
+
+impl Listed {
+    /// Bytes between the record's header and its contents.
+    fn after(&self, header: &[u8]) -> Judged<u64> {
+        let mut input = Input::new(header);
+        let signature = input.take(4)?;
+        input.take(4)?;
+        let packing = packing(input.number(2)?)?;
+        if signature != LOCAL || packing != self.packing {
+            return Err("its header does not agree with the directory".to_owned());
+        }
+        input.take(16)?;
+        Ok(input.number(2)? + input.number(2)?)
+    }
+
+    /// Reads one entry of the directory, after its signature.
+    fn read(input: &mut Input) -> Judged<(String, Self)> {
+        input.take(4)?;
+        let flags = input.number(2)?;
+        let packing = packing(input.number(2)?)?;
+        input.take(8)?;
+        let (packed, size) = (input.number(4)?, input.number(4)?);
+        let lengths = [input.number(2)?, input.number(2)?, input.number(2)?];
+        input.take(8)?;
+        let header = input.number(4)?;
+        let name = String::from_utf8(input.take(lengths[0])?.to_vec()).map_err(|_| "a name that is not text")?;
+        let mut numbers = [size, packed, header];
+        enlarge(&mut numbers, input.take(lengths[1])?)?;
+        input.take(lengths[2])?;
+        let [size, packed, header] = numbers;
+        let listed = Self { header, packed, size, packing };
+        listed.judge(flags).map_err(|reason| format!("record {}: {reason}", printed(&name)))?;
+        Ok((name, listed))
+    }
+
+    fn judge(&self, flags: u64) -> Judged<()> {
+        let Self { packed, size, packing, .. } = *self;
+        if flags & ENCRYPTED != 0 {
+            return Err("it is encrypted".to_owned());
+        }
+        match packing {
+            Packing::Plain if size != packed => Err(format!("{size} bytes are stored in {packed}")),
+            Packing::Deflated if size > packed.saturating_mul(MOST_DEFLATION) => {
+                Err(format!("{packed} bytes cannot unpack to the {size} it claims: it is refused as a bomb"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl TensorFile {
+    fn part(&self, start: u64, length: u64) -> Result<Vec<u8>> {
+        match start.checked_add(length) {
+            Some(end) if end <= self.size => self.read(start..end),
+            _ => Err(self.bad(format!("{length} bytes from {start} go past the end of the zip file: it is damaged"))),
+        }
+    }
+}
+
+/// Where the directory lies, and its length.
+fn directory(file: &TensorFile) -> Result<(u64, u64)> {
+    let bad = |reason: String| file.bad(reason);
+    let tail_start = file.size.saturating_sub(END_BYTES + LONGEST_COMMENT);
+    let tail = file.read(tail_start..file.size)?;
+    let cut =
+        || bad("a zip file, as PyTorch writes, without its directory: it is cut short, download it again".to_owned());
+    let end = tail.windows(END_BYTES as usize).rposition(|bytes| bytes.starts_with(END)).ok_or_else(cut)?;
+    let mut found = ends(&tail[end..], 12, 4).map_err(bad)?;
+    let at = tail_start + end as u64;
+    let locator = at.checked_sub(LOCATOR_BYTES).map(|start| file.part(start, LOCATOR_BYTES)).transpose()?;
+    if let Some(locator) = locator.filter(|locator| locator.starts_with(LOCATOR)) {
+        let mut input = Input::new(&locator[8..]);
+        let record = file.part(input.number(8).map_err(bad)?, LARGE_END_BYTES)?;
+        if !record.starts_with(LARGE_END) {
+            return Err(bad("the end of its zip directory is not where the file says".to_owned()));
+        }
+        found = ends(&record, 40, 8).map_err(bad)?;
+    }
+    match found {
+        (_, length) if length > LONGEST_DIRECTORY => {
+            Err(bad(format!("a zip directory of {length} bytes, more than the {LONGEST_DIRECTORY} allowed")))
+        }
+        found => Ok(found),
+    }
+}
+
+/// Start and length of the directory: numbers of `width` bytes that stand `before` bytes into the record that ends it.
+fn ends(record: &[u8], before: u64, width: u64) -> Judged<(u64, u64)> {
+    let mut input = Input::new(record);
+    input.take(before)?;
+    let length = input.number(width)?;
+    Ok((input.number(width)?, length))
+}
+
+fn entries(bytes: &[u8]) -> Judged<HashMap<String, Listed>> {
+    let mut entries = HashMap::new();
+    let mut input = Input::new(bytes);
+    while input.position() < bytes.len() {
+        if input.take(4)? != LISTED {
+            return Err("an entry without its signature".to_owned());
+        }
+        let (name, listed) = Listed::read(&mut input)?;
+        if entries.contains_key(&name) {
+            return Err(format!("record {} is there twice", printed(&name)));
+        }
+        entries.insert(name, listed);
+    }
+    Ok(entries)
+}
+
+/// Takes from the extra field those of `numbers` that did not fit, in their order.
+fn enlarge(numbers: &mut [u64; 3], extra: &[u8]) -> Judged<()> {
+    let mut input = Input::new(extra);
+    while extra.len() - input.position() >= 4 {
+        let (kind, length) = (input.number(2)?, input.number(2)?);
+        let mut field = Input::new(input.take(length)?);
+        if kind == LARGE {
+            for number in numbers.iter_mut().filter(|number| **number == ELSEWHERE) {
+                *number = field.number(8)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn packing(method: u64) -> Judged<Packing> {
+    match method {
+        0 => Ok(Packing::Plain),
+        8 => Ok(Packing::Deflated),
+        other => Err(format!("compression method {other}, expected none or deflate: pack it again")),
+    }
+}
+
+/// The folder that holds the pickle.
+fn folder(entries: &HashMap<String, Listed>) -> Judged<String> {
+    let holds = |name: &&str| name.strip_suffix(PICKLE).is_some_and(|folder| folder.ends_with('/'));
+    let mut pickles: Vec<&str> = entries.keys().map(String::as_str).filter(holds).collect();
+    pickles.sort_unstable();
+    match pickles[..] {
+        [] => Err("a zip file that torch.save did not write (it has no data.pkl): unpack it".to_owned()),
+        [only] => {
+            let folder = &only[..only.len() - PICKLE.len()];
+            let program = format!("{folder}code/");
+            match entries.keys().any(|name| name.starts_with(&program)) {
+                true => Err("a TorchScript program, not tensors: save the model's state_dict".to_owned()),
+                false => Ok(folder.to_owned()),
+            }
+        }
+        _ => Err(format!("{} pickles in one archive, one of them {}", pickles.len(), printed(pickles[0]))),
+    }
+}

@@ -1,0 +1,117 @@
+//! Files of `torch.save` (.pt, .pth, .bin, .ckpt) read as data: the pickle in them is interpreted and never run.
+//!
+//! Both forms are read, the zip archive and the one before PyTorch 1.6. The way is archive (or legacy), pickle, state
+//! dict, and at last places, which say where each tensor's values lie. No tensor is read here.
+
+mod archive;
+mod globals;
+mod input;
+mod legacy;
+mod pickle;
+mod state;
+mod storage;
+mod value;
+
+use crate::Result;
+use crate::checkpoint::TensorFile;
+use crate::error::{Judged, printed};
+use crate::header::Header;
+use crate::place::Record;
+use archive::Archive;
+use pickle::Pickle;
+use storage::Storage;
+
+/// No pickle of a model comes near it: the largest are some hundred kilobytes.
+const LONGEST_PICKLE: u64 = 32 << 20;
+/// What tensors may take together: this many times the file, and [`SLACK`] for what compresses or repeats well.
+const MOST_GROWTH: u64 = 4;
+const SLACK: u64 = 256 << 20;
+const BIG_ENDIAN: &str = "written on a machine of another byte order (big-endian): save it on a little-endian one";
+
+/// Whether a file that starts with `beginning` is for [`read`]. A safetensors header may start with the same two bytes,
+/// but has its brace at the ninth.
+pub(crate) fn recognises(beginning: &[u8]) -> bool {
+    let pickled = matches!(beginning, [0x80, 2..=5, ..]);
+    (pickled || beginning.starts_with(b"PK\x03\x04")) && beginning.get(8) != Some(&b'{')
+}
+
+/// Reads the directory of tensors of `file`: its pickle and nothing else.
+pub(crate) fn read(file: &TensorFile) -> Result<Header> {
+    match file.read(0..2)?.as_slice() {
+        b"PK" => of_archive(file),
+        _ => legacy::read(file),
+    }
+}
+
+fn of_archive(file: &TensorFile) -> Result<Header> {
+    let archive = Archive::open(file)?;
+    let bytes = archive.pickle()?;
+    let pickle = Pickle::read(&bytes).map_err(|reason| file.bad(reason))?;
+    header(file, &pickle, |storage| archive.storage(storage.key))
+}
+
+/// The state dict of `pickle`, whose storages lie where `record` finds them.
+fn header(file: &TensorFile, pickle: &Pickle, record: impl Fn(&Storage) -> Result<Record>) -> Result<Header> {
+    let state = state::find(pickle).map_err(|reason| file.bad(reason))?;
+    let mut records: Vec<Option<Record>> = vec![None; pickle.storages.len()];
+    let mut header = Header { notes: state.notes, ..Header::default() };
+    let mut total = 0u64;
+    for (name, tensor) in state.tensors {
+        let known = &mut records[tensor.storage];
+        let record = match known {
+            Some(record) => record,
+            None => known.insert(checked(file, &pickle.storages[tensor.storage], &record)?),
+        };
+        let entry = tensor.placed(record);
+        total = total.saturating_add(entry.place.size());
+        judge_growth(total, file.size).map_err(|reason| file.bad(reason))?;
+        header.tensors.insert(name.to_owned(), entry);
+    }
+    Ok(header)
+}
+
+fn checked(file: &TensorFile, storage: &Storage, find: impl Fn(&Storage) -> Result<Record>) -> Result<Record> {
+    let record = find(storage)?;
+    if record.size == storage.bytes {
+        return Ok(record);
+    }
+    let (key, claimed, found) = (storage.key, storage.bytes, record.size);
+    Err(file.bad(format!("storage {key:?} should have {claimed} bytes, found {found}: the file is damaged")))
+}
+
+fn judge_growth(total: u64, size: u64) -> Judged<()> {
+    if total <= size.saturating_mul(MOST_GROWTH).saturating_add(SLACK) {
+        return Ok(());
+    }
+    Err(format!(
+        "its tensors take {total} bytes or more, the file {size}: no model compresses or repeats itself so well, so it \
+         is refused as a bomb"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_torch_from_safetensors_by_content() {
+        let cases: [(&[u8], bool); 6] = [
+            (b"PK\x03\x04\0\0\x08\x08\0\0", true),
+            (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", true),
+            (b"\x80\x04\x95\x0d\0\0\0\0\0\0\0", true),
+            (b"\x80\x02\0\0\0\0\0\0{\"a\"", false),
+            (b"\x80\x09", false),
+            (b"", false),
+        ];
+        for (beginning, expected) in cases {
+            assert_eq!(recognises(beginning), expected, "{beginning:?}");
+        }
+    }
+
+    #[test]
+    fn growth_is_bounded_by_the_file() {
+        assert!(judge_growth(SLACK + 40, 10).is_ok());
+        assert!(judge_growth(SLACK + 41, 10).is_err());
+        assert!(judge_growth(u64::MAX, 10).is_err());
+    }
+}

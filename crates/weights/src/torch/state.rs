@@ -1,0 +1,169 @@
+//! [`State`]: which of the things in a pickle are the weights, and what lies beside them.
+//!
+//! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. The average over
+//! the training is what is published and evaluated, so it is preferred. What is left out is told, never dropped unsaid.
+
+use super::globals::ARRAY_KIND;
+use super::pickle::Pickle;
+use super::storage::Tensor;
+use super::value::{Id, Value, Values};
+use super::{Judged, printed};
+use std::collections::{BTreeMap, HashSet};
+
+/// Keys under which the average over the training lies.
+const AVERAGES: &[&str] = &["ema", "ema_state_dict", "model_ema", "params_ema", "state_dict_ema"];
+/// Keys under which weights lie otherwise, the best first.
+const WEIGHTS: &[&str] = &["state_dict", "model_state_dict", "model", "module", "params"];
+const MOST_WRAPPERS: usize = 4;
+/// As in a safetensors header.
+const MOST_TENSORS: usize = 50_000;
+const LONGEST_NAME: usize = 4096;
+/// A message lists so many things.
+const MOST_LISTED: usize = 16;
+
+/// A state dict.
+#[derive(Debug)]
+pub(super) struct State<'p> {
+    pub tensors: BTreeMap<&'p str, &'p Tensor>,
+    /// What was chosen and what was left.
+    pub notes: Vec<String>,
+}
+
+type Pairs<'p> = &'p [(Id, Id)];
+
+/// Finds the state dict of `pickle`.
+pub(super) fn find<'p>(pickle: &'p Pickle) -> Judged<State<'p>> {
+    let values = &pickle.values;
+    let mut notes = Vec::new();
+    let Value::Dict(pairs) = values.get(pickle.root) else {
+        let found = values.get(pickle.root).describe();
+        return Err(format!("expected a dict of tensors by name, found {found}: save a state_dict"));
+    };
+    let mut pairs: Pairs = pairs;
+    for _ in 0..MOST_WRAPPERS {
+        judge_keys(values, pairs)?;
+        let Some((key, inner)) = wrapped(values, pairs) else { break };
+        notes.push(chosen(values, pairs, key));
+        pairs = inner;
+    }
+    let tensors = tensors(values, pairs)?;
+    let others = listed(values, pairs, |value| !matches!(value, Value::Tensor(_)));
+    notes.extend(others.map(|list| format!("left out: {list}")));
+    Ok(State { tensors, notes })
+}
+
+/// Keys are given once each, as Python would see to.
+fn judge_keys(values: &Values, pairs: Pairs) -> Judged<()> {
+    let mut seen = HashSet::new();
+    let texts = pairs.iter().filter_map(|&(key, _)| values.text(key).ok());
+    match texts.into_iter().find(|key| !seen.insert(*key)) {
+        Some(twice) => Err(format!("key {} is given twice", printed(twice))),
+        None => Ok(()),
+    }
+}
+
+/// The key and contents of the dict inside that holds the weights, if one does.
+fn wrapped<'p>(values: &'p Values, pairs: Pairs<'p>) -> Option<(&'p str, Pairs<'p>)> {
+    let dicts = || {
+        pairs.iter().filter_map(|&(key, id)| match values.get(id) {
+            Value::Dict(inner) => Some((values.text(key).ok()?, id, inner.as_slice())),
+            _ => None,
+        })
+    };
+    let known = AVERAGES.iter().chain(WEIGHTS);
+    let mut seen = HashSet::new();
+    for wanted in known {
+        let found = dicts().find(|(key, ..)| key == wanted);
+        if let Some((key, _, inner)) = found.filter(|&(_, id, _)| holds(values, id, &mut seen)) {
+            return Some((key, inner));
+        }
+    }
+    let mut others = dicts().filter(|&(_, id, inner)| seen.insert(id) && has_tensors(values, inner));
+    match (has_tensors(values, pairs), others.next(), others.next()) {
+        (false, Some((key, _, only)), None) => Some((key, only)),
+        _ => None,
+    }
+}
+
+/// Whether the dict `id` is a state dict or wraps one. `seen` are those looked into before, in vain.
+fn holds(values: &Values, id: Id, seen: &mut HashSet<Id>) -> bool {
+    let mut open = vec![id];
+    while let Some(id) = open.pop() {
+        let Value::Dict(pairs) = values.get(id) else { continue };
+        if !seen.insert(id) {
+            continue;
+        }
+        if has_tensors(values, pairs) {
+            return true;
+        }
+        let known = |key| values.text(key).is_ok_and(|key| AVERAGES.contains(&key) || WEIGHTS.contains(&key));
+        open.extend(pairs.iter().filter(|pair| known(pair.0)).map(|pair| pair.1));
+    }
+    false
+}
+
+fn has_tensors(values: &Values, pairs: Pairs) -> bool {
+    pairs.iter().any(|&(_, id)| matches!(values.get(id), Value::Tensor(_)))
+}
+
+fn tensors<'p>(values: &'p Values, pairs: Pairs<'p>) -> Judged<BTreeMap<&'p str, &'p Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for &(key, id) in pairs {
+        match (values.get(key), values.get(id)) {
+            (Value::Text(name), Value::Tensor(tensor)) => {
+                judge_name(name)?;
+                tensors.insert(*name, tensor.as_ref());
+            }
+            (other, Value::Tensor(_)) => return Err(format!("a tensor is under {}, not a name", other.describe())),
+            (Value::Text(name), Value::Other(ARRAY_KIND)) => {
+                return Err(format!(
+                    "{} is {ARRAY_KIND}, expected tensors: convert it with torch.from_numpy",
+                    printed(name)
+                ));
+            }
+            _ => {}
+        }
+    }
+    match tensors.len() {
+        0 => {
+            let found = listed(values, pairs, |_| true).unwrap_or_else(|| "an empty dict".to_owned());
+            Err(format!(
+                "no state dict in it, expected tensors by name, found {found}: save the state_dict of one model"
+            ))
+        }
+        1..=MOST_TENSORS => Ok(tensors),
+        count => Err(format!("{count} tensors, more than the {MOST_TENSORS} allowed")),
+    }
+}
+
+fn judge_name(name: &str) -> Judged<()> {
+    match name.len() {
+        0..=LONGEST_NAME => Ok(()),
+        length => Err(format!("a name of {length} bytes, longer than the {LONGEST_NAME} allowed")),
+    }
+}
+
+fn chosen(values: &Values, pairs: Pairs, key: &str) -> String {
+    let what = if AVERAGES.contains(&key) { "the average over the training, " } else { "" };
+    let beside = listed_but(values, pairs, key).map(|list| format!("; left out: {list}"));
+    format!("the weights are {what}{}{}", printed(key), beside.unwrap_or_default())
+}
+
+fn listed_but(values: &Values, pairs: Pairs, key: &str) -> Option<String> {
+    let others: Vec<(Id, Id)> = pairs.iter().copied().filter(|pair| values.text(pair.0) != Ok(key)).collect();
+    listed(values, &others, |_| true)
+}
+
+/// The keys of what is `wanted`, and what it is; `None` if there is none.
+fn listed(values: &Values, pairs: Pairs, wanted: impl Fn(&Value) -> bool) -> Option<String> {
+    let found: Vec<&(Id, Id)> = pairs.iter().filter(|pair| wanted(values.get(pair.1))).collect();
+    let one = |&&(key, id): &&(Id, Id)| {
+        let key = values.text(key).map_or_else(|_| values.get(key).describe(), printed);
+        format!("{key} ({})", values.get(id).describe())
+    };
+    let mut list: Vec<String> = found.iter().take(MOST_LISTED).map(one).collect();
+    if found.len() > MOST_LISTED {
+        list.push(format!("and {} more", found.len() - MOST_LISTED));
+    }
+    (!list.is_empty()).then(|| list.join(", "))
+}
