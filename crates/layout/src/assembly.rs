@@ -66,6 +66,19 @@ impl<S: TensorSource> Mapped<S> {
     fn find(&self, name: &str) -> std::result::Result<&Assembly, WeightsError> {
         self.tensors.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
     }
+
+    /// Tensors that become one must be equal, or values would be lost without a word.
+    fn check_twins(&self, assembly: &Assembly) -> std::result::Result<(), WeightsError> {
+        let (Some(original), false) = (&assembly.original, assembly.twins.is_empty()) else { return Ok(()) };
+        let bytes = self.source.read(original)?.bytes;
+        for twin in &assembly.twins {
+            if self.source.read(twin)?.bytes != bytes {
+                let reason = format!("it differs from {original:?}; the layout asked for has one place for both");
+                return Err(WeightsError::BadTensor { name: twin.clone(), reason });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<S: TensorSource> TensorSource for Mapped<S> {
@@ -78,7 +91,9 @@ impl<S: TensorSource> TensorSource for Mapped<S> {
     }
 
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
-        let Assembly { info, pieces, .. } = self.find(name)?;
+        let assembly = self.find(name)?;
+        self.check_twins(assembly)?;
+        let Assembly { info, pieces, .. } = assembly;
         let mut bytes = Vec::new();
         for (at, Piece { tensor, bytes: range }) in pieces.iter().enumerate() {
             let part = self.source.read_range(tensor, range.clone())?;
@@ -94,7 +109,9 @@ impl<S: TensorSource> TensorSource for Mapped<S> {
 
     /// Whole tensors share the storage that the source shares.
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
-        let Assembly { info, original, .. } = self.find(name)?;
+        let assembly = self.find(name)?;
+        self.check_twins(assembly)?;
+        let Assembly { info, original, .. } = assembly;
         match original {
             Some(original) => Ok(self.source.tensor(original)?.reshape(info.shape.as_slice())?),
             None => self.read(name)?.to_tensor(name),
@@ -109,6 +126,8 @@ pub(crate) struct Assembly {
     pieces: Vec<Piece>,
     /// The tensor that it is under another name or shape, where it is one.
     original: Option<String>,
+    /// Tensors that must be equal to that one, as they become one with it.
+    twins: Vec<String>,
 }
 
 /// Some bytes of a tensor.
@@ -122,7 +141,19 @@ impl Assembly {
     /// All of `input` under another name.
     pub fn whole(input: &TensorInfo, name: &str) -> Self {
         let pieces = vec![Piece { tensor: input.name.clone(), bytes: 0..size(input) }];
-        Self { info: TensorInfo { name: name.to_owned(), ..input.clone() }, pieces, original: Some(input.name.clone()) }
+        let (info, original) = (TensorInfo { name: name.to_owned(), ..input.clone() }, Some(input.name.clone()));
+        Self { info, pieces, original, twins: Vec::new() }
+    }
+
+    /// The one that all of `inputs` are, under another name.
+    pub fn picked(inputs: &[&TensorInfo], name: &str) -> std::result::Result<Self, String> {
+        let [first, others @ ..] = inputs else { return Err("nothing to pick from".to_owned()) };
+        if let Some(other) = others.iter().find(|other| (&other.shape, other.dtype) != (&first.shape, first.dtype)) {
+            let other = format!("{:?} of shape {:?} and {:?}", other.name, other.shape, other.dtype);
+            return Err(format!("it cannot be one with {other}: expected {:?} and {:?}", first.shape, first.dtype));
+        }
+        let twins = others.iter().map(|other| other.name.clone()).collect();
+        Ok(Self { twins, ..Self::whole(first, name) })
     }
 
     /// The second half of the rows of `input` before the first.
@@ -167,7 +198,7 @@ impl Assembly {
         let mut info = TensorInfo { name: name.to_owned(), ..(*first).clone() };
         info.shape[0] = inputs.iter().map(|input| rows(input)).sum();
         let pieces = inputs.iter().flat_map(|input| Self::whole(input, name).pieces).collect();
-        Ok(Self { info, pieces, original: None })
+        Ok(Self { info, pieces, original: None, twins: Vec::new() })
     }
 
     fn rows(input: &TensorInfo, name: &str, rows: Range<usize>) -> Self {
@@ -175,7 +206,7 @@ impl Assembly {
         let row = size(input) / input.shape[0];
         info.shape[0] = rows.len();
         let pieces = vec![Piece { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
-        Self { info, pieces, original: None }
+        Self { info, pieces, original: None, twins: Vec::new() }
     }
 
     /// Itself with `prefix` before its name, by that name.

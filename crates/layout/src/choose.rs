@@ -36,8 +36,7 @@ pub(crate) fn choose(
     let families = allowed(manifests, hints)?;
     let candidates: Vec<Candidate> = families.iter().flat_map(|family| candidates(family, names)).collect();
     let (whole, near): (Vec<_>, Vec<_>) = candidates.into_iter().partition(Candidate::is_whole);
-    one_family(&whole)?;
-    if let Some(candidate) = whole.into_iter().next() {
+    if let Some(candidate) = one_family(whole, declared)? {
         return Ok(candidate.with_evidence(declared));
     }
     if hints.family.is_none() {
@@ -122,13 +121,21 @@ fn candidates(family: &Arc<FamilyManifest>, names: &BTreeSet<&str>) -> Vec<Candi
     pairs.map(|(at, prefix)| Candidate::new(family, at, prefix, names)).collect()
 }
 
-fn one_family(whole: &[Candidate]) -> Result<()> {
-    let families: BTreeSet<&str> = whole.iter().map(|candidate| candidate.family.name.as_str()).collect();
-    if families.len() < 2 {
-        return Ok(());
+/// The first of candidates that fit equally well. Where they are of several families, the declared class must be one's.
+fn one_family(mut fitting: Vec<Candidate>, declared: Declared) -> Result<Option<Candidate>> {
+    let families = |fitting: &[Candidate]| -> BTreeSet<String> {
+        fitting.iter().map(|candidate| candidate.family.name.clone()).collect()
+    };
+    let all = families(&fitting);
+    if all.len() > 1 {
+        let class = declared.get("_class_name").and_then(|(class, _)| Some(class.as_str()?.to_owned()));
+        fitting.retain(|candidate| class.as_ref().is_some_and(|class| candidate.family.is_class(class)));
     }
-    let reason = format!("it may be any of {families:?}; choose with --family");
-    Err(LayoutError::Ambiguous { what: "the family".to_owned(), reason })
+    if all.len() > 1 && families(&fitting).len() != 1 {
+        let reason = format!("it may be any of {all:?}; choose with --family");
+        return Err(LayoutError::Ambiguous { what: "the family".to_owned(), reason });
+    }
+    Ok(fitting.into_iter().next())
 }
 
 /// The candidate that understands most names, if it understands nearly all.
@@ -138,8 +145,12 @@ fn nearest(near: Vec<Candidate>, names: &BTreeSet<&str>, declared: Declared, kno
     ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     match ranked.first() {
         Some((share, best)) if *share >= NEAR_ENOUGH && best.holding.is_none() => {
-            let note = format!("not every signature tensor is there: {}", best.describe(*share));
-            let mut best = ranked.swap_remove(0).1.with_evidence(declared);
+            let share = *share;
+            let equal = |(other, candidate): &(f64, Candidate)| *other == share && candidate.holding.is_none();
+            let best = ranked.into_iter().filter(equal).map(|(_, candidate)| candidate).collect();
+            let Some(best) = one_family(best, declared)? else { return Err(LayoutError::Unknown { near: Vec::new() }) };
+            let note = format!("not every signature tensor is there: {}", best.describe(share));
+            let mut best = best.with_evidence(declared);
             best.notes.push(note);
             Ok(best)
         }

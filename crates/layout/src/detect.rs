@@ -10,6 +10,7 @@ use crate::manifests::Manifests;
 use crate::mapping::{Mapping, Scope};
 use crate::settings::{Declared, Settled, Sizes};
 use crate::shape::Expected;
+use crate::unscaled::{Companion, Unscaled};
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +54,7 @@ pub struct Identified {
     /// What was taken for granted, and how to set it.
     pub notes: Vec<String>,
     contradictions: Vec<Contradiction>,
+    companions: BTreeMap<String, Companion>,
     sizes: Sizes,
     manifest: Arc<FamilyManifest>,
     known: Arc<Known>,
@@ -63,9 +65,13 @@ pub struct Identified {
 /// # Errors
 /// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is no model of a supported family,
 /// [`LayoutError::Ambiguous`] if something that changes arithmetic stays open.
-pub fn detect(checkpoint: &Checkpoint, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
-    let beside = Beside { config: checkpoint.config(), metadata: checkpoint.metadata() };
-    detect_source(checkpoint, beside, manifests, hints)
+pub fn detect(checkpoint: &Unscaled<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
+    let files = checkpoint.source();
+    let beside = Beside { config: files.config(), metadata: files.metadata() };
+    let mut identified = detect_source(checkpoint, beside, manifests, hints)?;
+    identified.companions = checkpoint.companions().clone();
+    identified.notes.extend(checkpoint.note());
+    Ok(identified)
 }
 
 /// Identifies any source of tensors.
@@ -80,13 +86,17 @@ pub fn detect_source(
 ) -> Result<Identified> {
     let infos = source.tensors();
     let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
-    let declared = Declared { config: hints.config.as_ref().or(beside.config), metadata: beside.metadata };
+    let declared =
+        Declared { config: hints.config.as_ref().or(beside.config), metadata: beside.metadata, layout: None };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
     let scope = Scope { family: &candidate.family, sizes: None };
     let (inputs, _) = inside(infos, &candidate.prefix);
     let mapping = Mapping::new(&candidate.layout().inward, &inputs, scope);
-    let settled = Settled::new(&candidate.family.settings, &mapping.tensors, declared);
+    let shown = mapping.dropped.into_iter().chain(mapping.tensors).collect();
+    let of_layout = Declared { layout: Some(&candidate.layout().settings), ..declared };
+    let settled = Settled::new(&candidate.family.settings, &shown, of_layout);
     let mut settled = settled.map_err(|error| candidate.explain(error))?;
+    hold_class(&candidate.family, &mut settled, declared, hints);
     let variant = variant(&candidate.family, &mut settled, hints)?;
     candidate.evidence.append(&mut settled.evidence);
     candidate.notes.append(&mut settled.notes);
@@ -105,6 +115,7 @@ impl Identified {
         let mut account = Account { contradictions: self.contradictions.clone(), ..Account::default() };
         self.judge(&mut mapping, &mut account);
         self.skip_components(&mut mapping.fates);
+        self.account_for_companions(&mut mapping.fates);
         account.fates = mapping.fates;
         Mapped::new(source, mapping.tensors, account)
     }
@@ -122,10 +133,15 @@ impl Identified {
         })?;
         let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
         let inputs: Vec<_> = canonical.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
-        let Mapping { tensors, fates } = Mapping::new(&layout.outward, &inputs, scope);
+        let Mapping { tensors, fates, .. } = Mapping::new(&layout.outward, &inputs, scope);
         let prefix = layout.prefixes.first().map_or("", String::as_str);
         let tensors = tensors.into_values().map(|tensor| tensor.under(prefix)).collect();
         Ok(Mapped::new(canonical, tensors, Account { fates, ..Account::default() }))
+    }
+
+    /// Names of the layouts that the family has.
+    pub fn layouts(&self) -> impl Iterator<Item = &str> {
+        self.manifest.layouts.iter().map(|layout| layout.name.as_str())
     }
 
     /// The same model with tensors of other extents, as an adapter left them: where they contradict the sizes that were,
@@ -161,12 +177,17 @@ impl Identified {
 
     /// Pixels along one side of the square that an image token stands for.
     pub fn pixels_per_token(&self) -> usize {
-        self.manifest.pixels_per_token
+        self.manifest.pixels_per_token(&self.sizes)
     }
 
-    /// The parts of a pipeline beside its transformer, named as their folders.
+    /// The parts of a pipeline beside its transformer that it cannot do without, named as their folders.
     pub fn components(&self) -> &[String] {
         &self.manifest.components
+    }
+
+    /// Parts of a pipeline that it may lack.
+    pub fn optional_components(&self) -> &[String] {
+        &self.manifest.optional_components
     }
 
     pub(crate) fn manifest(&self) -> &FamilyManifest {
@@ -187,9 +208,10 @@ impl Identified {
     fn judge(&self, mapping: &mut Mapping, account: &mut Account) {
         let expected: BTreeMap<String, Expected> =
             self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
         for tensor in expected.values().filter(|tensor| !tensor.optional && !mapping.tensors.contains_key(&tensor.name))
         {
-            let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix);
+            let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix, scope);
             account.missing.push(Missing { name: tensor.name.clone(), foreign });
         }
         mapping.tensors.retain(|name, tensor| match expected.get(name) {
@@ -207,6 +229,21 @@ impl Identified {
                 false
             }
         });
+    }
+
+    /// A scale is used where its weight is.
+    fn account_for_companions(&self, fates: &mut BTreeMap<String, Fate>) {
+        for (name, companion) in &self.companions {
+            let fate = match companion {
+                Companion::Spare(reason) => Fate::Skipped { reason: (*reason).to_owned() },
+                Companion::ScaleOf(weight) => match fates.get(weight) {
+                    Some(fate) => fate.clone(),
+                    None => Fate::Unmatched { reason: format!("its weight {weight:?} is missing") },
+                },
+            };
+            // A source that shows the tensor has not applied it.
+            fates.entry(name.clone()).or_insert(fate);
+        }
     }
 
     fn skip_components(&self, fates: &mut BTreeMap<String, Fate>) {
@@ -231,8 +268,6 @@ impl Candidate {
     }
 
     fn identified(self, settled: Settled, variant: Variant, declared: Declared, known: &Arc<Known>) -> Identified {
-        let mut contradictions = settled.contradictions;
-        contradictions.extend(class_contradiction(&self.family, declared));
         Identified {
             family: self.family.name.clone(),
             variant,
@@ -241,7 +276,8 @@ impl Candidate {
             config: config(&self.family, settled.config, declared.config),
             evidence: self.evidence,
             notes: self.notes,
-            contradictions,
+            contradictions: settled.contradictions,
+            companions: BTreeMap::new(),
             sizes: settled.sizes,
             manifest: self.family,
             known: known.clone(),
@@ -271,16 +307,21 @@ fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&
     Value::Object(config)
 }
 
-fn class_contradiction(family: &FamilyManifest, declared: Declared) -> Option<Contradiction> {
-    let class = declared.config?.get("_class_name")?;
-    let ours = |name: &str| name == family.class || family.aliases.iter().any(|alias| alias == name);
-    (!class.as_str().is_some_and(ours)).then(|| Contradiction {
-        key: "_class_name".to_owned(),
-        declared: class.clone(),
-        origin: "config.json".to_owned(),
-        found: family.class.clone().into(),
-        witness: "the tensors".to_owned(),
-    })
+/// Another class in config.json is a contradiction, unless the family was asked for.
+fn hold_class(family: &FamilyManifest, settled: &mut Settled, declared: Declared, hints: &Hints) {
+    let Some(class) = declared.config.and_then(|config| config.get("_class_name")) else { return };
+    if class.as_str().is_some_and(|class| family.is_class(class)) {
+        return;
+    }
+    let (declared, origin) = (class.clone(), "config.json".to_owned());
+    let (found, witness) = (family.class.clone().into(), "the tensors".to_owned());
+    match &hints.family {
+        Some(asked) => settled.notes.push(format!("config.json is one of {class}; {asked} is taken, as asked for")),
+        None => {
+            let key = "_class_name".to_owned();
+            settled.contradictions.push(Contradiction { key, declared, origin, found, witness });
+        }
+    }
 }
 
 fn variant(family: &FamilyManifest, settled: &mut Settled, hints: &Hints) -> Result<Variant> {

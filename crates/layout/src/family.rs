@@ -1,9 +1,10 @@
 //! [`FamilyManifest`]: one family's sizes, tensors, layouts and variants, read from its manifest.
 
-use crate::pattern::Pattern;
+use crate::mapping::Scope;
 use crate::rule::{RawRule, Rule, Step};
-use crate::settings::{Setting, Sizes};
-use crate::shape::{Expected, TensorRule};
+use crate::setting::Setting;
+use crate::settings::Sizes;
+use crate::shape::{Expected, Extent, TensorRule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -33,12 +34,15 @@ pub struct Variant {
 pub(crate) struct RawFamily {
     pub edition: u32,
     pub family: String,
+    /// A family whose all is taken but its class, aliases and variants; what is said here stands in place of its own.
+    pub like: Option<String>,
     class: Option<String>,
     #[serde(default)]
     aliases: Vec<String>,
-    pixels_per_token: Option<usize>,
-    #[serde(default)]
-    components: Vec<String>,
+    /// Pixels along a token's side: a number or a product of sizes.
+    pixels_per_token: Option<Extent>,
+    components: Option<Vec<String>>,
+    optional_components: Option<Vec<String>>,
     #[serde(default)]
     defaults: RawDefaults,
     #[serde(default)]
@@ -63,6 +67,9 @@ struct RawLayout {
     absent: Vec<String>,
     prefixes: Vec<String>,
     rules: Option<Vec<RawRule>>,
+    /// Settings that every file of this layout has, where config.json does not say otherwise.
+    #[serde(default)]
+    settings: Map<String, Value>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -92,41 +99,63 @@ pub(crate) struct Layout {
     pub prefixes: Vec<String>,
     pub inward: Vec<Step>,
     pub outward: Vec<Step>,
+    pub settings: Map<String, Value>,
 }
 
 /// A family, ready for use.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct FamilyManifest {
     pub name: String,
     pub class: String,
     pub aliases: Vec<String>,
-    pub pixels_per_token: usize,
     pub components: Vec<String>,
+    pub optional_components: Vec<String>,
     pub settings: Vec<Setting>,
     pub layouts: Vec<Layout>,
+    pixels_per_token: Option<Extent>,
     defaults: RawDefaults,
     tensors: Vec<TensorRule>,
     variants: Vec<RawVariant>,
 }
 
 impl FamilyManifest {
-    /// Reads a family that is new; the error says what is wrong with it.
-    pub fn new(raw: RawFamily) -> Result<Self, String> {
+    /// Reads a family that is new, on the ground of one that it is like; the error says what is wrong with it.
+    pub fn new(raw: RawFamily, like: Option<&Self>) -> Result<Self, String> {
         let class = raw.class.clone().ok_or("a new family needs a class")?;
-        let mut family = Self {
-            name: raw.family.clone(),
-            class,
-            aliases: raw.aliases.clone(),
-            pixels_per_token: raw.pixels_per_token.unwrap_or(16).max(1),
-            components: raw.components.clone(),
-            settings: raw.settings.clone(),
-            layouts: Vec::new(),
-            defaults: raw.defaults,
-            tensors: raw.tensors.clone(),
-            variants: Vec::new(),
-        };
+        if like.is_some() && !raw.tensors.is_empty() {
+            return Err("a family that is like another has that one's tensors and no others".to_owned());
+        }
+        let mut family = like.cloned().unwrap_or_default();
+        (family.name, family.class, family.aliases) = (raw.family.clone(), class, raw.aliases.clone());
+        family.variants.clear();
+        family.tensors.extend(raw.tensors.iter().cloned());
+        family.pixels_per_token = raw.pixels_per_token.clone().or(family.pixels_per_token);
+        family.components = raw.components.clone().unwrap_or(family.components);
+        family.optional_components = raw.optional_components.clone().unwrap_or(family.optional_components);
+        family.defaults = raw.defaults.or(family.defaults);
+        raw.settings.iter().for_each(|setting| family.set(setting.clone()));
         family.extend(raw)?;
         Ok(family)
+    }
+
+    fn set(&mut self, setting: Setting) {
+        match self.settings.iter_mut().find(|known| known.key == setting.key) {
+            Some(known) => *known = setting,
+            None => self.settings.push(setting),
+        }
+    }
+
+    /// What names blocks by a list must name one that there is.
+    fn check_blocks(&self) -> Result<(), String> {
+        let lists = |key: &str| self.settings.iter().any(|setting| setting.key == key && setting.numbers.is_some());
+        let steps = self.layouts.iter().flat_map(|layout| &layout.inward).map(|step| step.blocks.clone());
+        let all = self.tensors.iter().map(TensorRule::blocks).chain(steps);
+        let unknown =
+            all.flat_map(|blocks| blocks.keys().map(str::to_owned).collect::<Vec<_>>()).find(|key| !lists(key));
+        match unknown {
+            None => Ok(()),
+            Some(key) => Err(format!("{key:?} is neither \"last\" nor a setting that lists block numbers")),
+        }
     }
 
     /// Puts the layouts and variants of `raw` before its own, so that a user's come first.
@@ -136,7 +165,17 @@ impl FamilyManifest {
             self.layouts.insert(at, layout);
         }
         self.variants.splice(0..0, raw.variant);
-        Ok(())
+        self.check_blocks()
+    }
+
+    /// Whether `class` is its class or an alias of it.
+    pub fn is_class(&self, class: &str) -> bool {
+        self.class == class || self.aliases.iter().any(|alias| alias == class)
+    }
+
+    /// Pixels along a side of the square that an image token stands for.
+    pub fn pixels_per_token(&self, sizes: &Sizes) -> usize {
+        self.pixels_per_token.as_ref().and_then(|extent| extent.value(sizes)).unwrap_or(16).max(1)
     }
 
     /// Every tensor a model of `sizes` has.
@@ -174,10 +213,11 @@ impl FamilyManifest {
     }
 
     fn with_defaults(&self, name: &str, own: RawDefaults) -> Variant {
+        let RawDefaults { steps, guidance, text_tokens } = own.or(self.defaults);
         let defaults = Defaults {
-            steps: own.steps.or(self.defaults.steps).unwrap_or(28),
-            guidance: own.guidance.or(self.defaults.guidance).unwrap_or(1.0),
-            text_tokens: own.text_tokens.or(self.defaults.text_tokens).unwrap_or(0),
+            steps: steps.unwrap_or(28),
+            guidance: guidance.unwrap_or(1.0),
+            text_tokens: text_tokens.unwrap_or(0),
         };
         Variant { name: name.to_owned(), defaults }
     }
@@ -200,23 +240,33 @@ impl FamilyManifest {
             (Some(_), Some(_)) => return Err(format!("layout {:?} has both rules and like", raw.name)),
         };
         let (inward, outward): (Vec<_>, Vec<_>) = rules.into_iter().map(|rule| (rule.inward, rule.outward)).unzip();
-        let (present, absent) = (raw.present, raw.absent);
         Ok(Layout {
             name: raw.name,
-            present,
-            absent,
+            present: raw.present,
+            absent: raw.absent,
             prefixes: raw.prefixes,
+            settings: raw.settings,
             inward,
             outward: outward.into_iter().flatten().collect(),
         })
     }
 }
 
+impl RawDefaults {
+    fn or(self, others: Self) -> Self {
+        Self {
+            steps: self.steps.or(others.steps),
+            guidance: self.guidance.or(others.guidance),
+            text_tokens: self.text_tokens.or(others.text_tokens),
+        }
+    }
+}
+
 impl Layout {
     /// The name that the canonical tensor `name` is found under, where it is another.
-    pub fn foreign_name(&self, name: &str, prefix: &str) -> Option<String> {
+    pub fn foreign_name(&self, name: &str, prefix: &str, scope: Scope) -> Option<String> {
         let fill = |step: &Step| {
-            let captures = step.inputs.iter().find_map(|input: &Pattern| input.captures(name))?;
+            let (_, captures) = step.slot(name, scope)?;
             Some(format!("{prefix}{}", step.outputs.first()?.fill(captures)))
         };
         self.outward.iter().find_map(fill).filter(|foreign| foreign != name)

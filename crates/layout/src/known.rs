@@ -36,9 +36,11 @@ struct Signature {
 }
 
 impl Known {
-    /// What makes these tensors no model, whatever family they look like.
+    /// What makes these tensors no model, whatever family they look like. Where components stand beside others, the
+    /// others alone are looked at: a quantised text encoder does not make a quantised model.
     pub fn refuse(&self, names: &BTreeSet<&str>) -> Result<(), LayoutError> {
-        judge(&self.refused, names)
+        let others: BTreeSet<&str> = names.iter().copied().filter(|name| self.component(name).is_none()).collect();
+        judge(&self.refused, if others.is_empty() { names } else { &others })
     }
 
     /// A family or a component that is known but not supported.

@@ -1,12 +1,13 @@
 //! Which model a checkpoint holds, in which layout, and its tensors under their canonical names.
 //!
-//! The main types are [`Manifests`], the rules as data, [`Identified`], what [`detect`] found, and [`Canonical`], a
-//! checkpoint as seen through the rules. All that is particular to a family stands in `manifests/<family>.toml`; this
+//! The main types are [`Manifests`], the rules as data, [`Unscaled`], a checkpoint whose fp8 weights are made plain,
+//! [`Identified`], what [`detect`] found, and [`Canonical`], a checkpoint as seen through the rules. All that is particular to a family stands in `manifests/<family>.toml`; this
 //! crate knows no family and does no arithmetic on weights: it moves bytes.
 
 mod account;
 mod addresses;
 mod assembly;
+mod blocks;
 mod choose;
 mod detect;
 mod error;
@@ -18,8 +19,10 @@ mod manifests;
 mod mapping;
 mod pattern;
 mod rule;
+mod setting;
 mod settings;
 mod shape;
+mod unscaled;
 
 pub use account::{Account, Contradiction, Fate, Misshapen, Missing};
 pub use addresses::{Addresses, Parameter, Segment};
@@ -32,3 +35,4 @@ pub use inspection::{Inspection, Unused};
 pub use manifests::Manifests;
 pub use pattern::glob;
 pub use shape::Expected;
+pub use unscaled::Unscaled;

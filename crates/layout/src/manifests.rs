@@ -16,7 +16,14 @@ const EDITION: u32 = 1;
 const KNOWN: &str = include_str!("../../../manifests/known.toml");
 
 /// The manifests in the program, alphabetically.
-const EMBEDDED: &[(&str, &str)] = &[("flux.toml", include_str!("../../../manifests/flux.toml"))];
+const EMBEDDED: &[(&str, &str)] = &[
+    ("dit.toml", include_str!("../../../manifests/dit.toml")),
+    ("flux.toml", include_str!("../../../manifests/flux.toml")),
+    ("minrf.toml", include_str!("../../../manifests/minrf.toml")),
+    ("pixart.toml", include_str!("../../../manifests/pixart.toml")),
+    ("sd3.toml", include_str!("../../../manifests/sd3.toml")),
+    ("sit.toml", include_str!("../../../manifests/sit.toml")),
+];
 
 /// All rules.
 #[derive(Debug, Clone)]
@@ -83,9 +90,15 @@ impl Manifests {
             name: family.to_owned(),
             choices: self.families(),
         })?;
-        let declared = Declared { config: Some(config), metadata: &BTreeMap::new() };
+        let declared = Declared { config: Some(config), metadata: &BTreeMap::new(), layout: None };
         let settled = Settled::new(&known.settings, &BTreeMap::new(), declared)?;
         Ok(known.expected(&settled.sizes))
+    }
+
+    fn liked(&self, name: Option<&str>) -> std::result::Result<Option<&FamilyManifest>, String> {
+        let Some(name) = name else { return Ok(None) };
+        let family = self.families.iter().find(|family| family.name == name);
+        family.map(|family| Some(&**family)).ok_or_else(|| format!("it is like the family {name:?}, which is unknown"))
     }
 
     fn add(&mut self, origin: &str, text: &str) -> Result<()> {
@@ -93,9 +106,13 @@ impl Manifests {
         let raw: RawFamily = parse(origin, text)?;
         check_edition(origin, raw.edition)?;
         match self.families.iter_mut().find(|family| family.name == raw.family) {
+            Some(_) if raw.like.is_some() => {
+                Err(bad(format!("{:?} is already a family: like is for new ones", raw.family)))
+            }
             Some(family) => Arc::make_mut(family).extend(raw).map_err(bad),
             None => {
-                self.families.push(Arc::new(FamilyManifest::new(raw).map_err(bad)?));
+                let like = self.liked(raw.like.as_deref()).map_err(bad)?;
+                self.families.push(Arc::new(FamilyManifest::new(raw, like).map_err(bad)?));
                 Ok(())
             }
         }

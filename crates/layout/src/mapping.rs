@@ -14,6 +14,8 @@ use std::collections::btree_map::Entry;
 #[derive(Debug, Default)]
 pub(crate) struct Mapping {
     pub tensors: BTreeMap<String, Assembly>,
+    /// What rules drop, by its foreign name: it may still show a setting.
+    pub dropped: BTreeMap<String, Assembly>,
     pub fates: BTreeMap<String, Fate>,
 }
 
@@ -39,9 +41,12 @@ impl Mapping {
         let mut mapping = Self::default();
         let mut groups: BTreeMap<(usize, Captures), Group> = BTreeMap::new();
         for (name, info) in inputs {
-            match find(steps, name) {
+            match find(steps, name, scope) {
                 Some((at, slot, captures)) => {
                     let step = &steps[at];
+                    if matches!(step.how, How::Drop(_)) {
+                        mapping.dropped.insert(name.clone(), Assembly::whole(info, name));
+                    }
                     let group = groups.entry((at, step.together(captures))).or_insert_with(|| Group::of(step));
                     group.slots[slot].get_or_insert(info);
                     group.inputs.push(info);
@@ -56,7 +61,7 @@ impl Mapping {
     }
 
     fn perform(&mut self, step: &Step, captures: Captures, group: &Group, scope: Scope) {
-        let fate = match step.apply(captures, &group.slots, scope) {
+        let fate = match step.apply(captures, group, scope) {
             Ok(outputs) => self.put(outputs, &step.how),
             Err(reason) => Fate::Unmatched { reason },
         };
@@ -93,9 +98,9 @@ impl Group<'_> {
 }
 
 impl Step {
-    fn apply(&self, captures: Captures, slots: &[Option<&TensorInfo>], scope: Scope) -> Result<Vec<Assembly>, String> {
+    fn apply(&self, captures: Captures, group: &Group, scope: Scope) -> Result<Vec<Assembly>, String> {
         let names = self.names(captures, scope);
-        match (&self.how, &self.inputs(captures, slots)?[..], &names[..]) {
+        match (&self.how, &self.inputs(captures, group)?[..], &names[..]) {
             (How::Same(edit, reshape), [input], [name]) => {
                 let output = match edit {
                     None => Assembly::whole(input, name),
@@ -106,7 +111,7 @@ impl Step {
             (How::Split(shares), [input], names) => Assembly::split(input, names, shares),
             (How::Join(shares), inputs, [name]) => Assembly::join(inputs, name, shares).map(|output| vec![output]),
             (How::Copy, [input], names) => Ok(names.iter().map(|name| Assembly::whole(input, name)).collect()),
-            (How::Pick, [input, ..], [name]) => Ok(vec![Assembly::whole(input, name)]),
+            (How::Pick, inputs, [name]) => Assembly::picked(inputs, name).map(|output| vec![output]),
             (How::Drop(_), ..) => Ok(Vec::new()),
             _ => Err("its rule does not say what to do with it".to_owned()),
         }
@@ -120,12 +125,12 @@ impl Step {
         }
     }
 
-    fn inputs<'a>(&self, captures: Captures, slots: &[Option<&'a TensorInfo>]) -> Result<Vec<&'a TensorInfo>, String> {
+    fn inputs<'a>(&self, captures: Captures, group: &Group<'a>) -> Result<Vec<&'a TensorInfo>, String> {
         if matches!(self.how, How::Pick | How::Drop(_)) {
-            return Ok(slots.iter().flatten().copied().collect());
+            return Ok(group.inputs.clone());
         }
         let partner = |pattern: &Pattern| format!("it belongs to {:?}, which is missing", pattern.fill(captures));
-        slots.iter().zip(&self.inputs).map(|(slot, pattern)| slot.ok_or_else(|| partner(pattern))).collect()
+        group.slots.iter().zip(&self.inputs).map(|(slot, pattern)| slot.ok_or_else(|| partner(pattern))).collect()
     }
 
     /// Names of the outputs; a number that no input has runs over all blocks.
@@ -163,11 +168,9 @@ impl Reshape {
     }
 }
 
-fn find(steps: &[Step], name: &str) -> Option<(usize, usize, Captures)> {
-    steps.iter().enumerate().find_map(|(index, step)| {
-        let slot = |(slot, input): (usize, &Pattern)| Some((index, slot, input.captures(name)?));
-        step.inputs.iter().enumerate().find_map(slot)
-    })
+fn find(steps: &[Step], name: &str, scope: Scope) -> Option<(usize, usize, Captures)> {
+    let fitting = |(at, step): (usize, &Step)| step.slot(name, scope).map(|(slot, captures)| (at, slot, captures));
+    steps.iter().enumerate().find_map(fitting)
 }
 
 fn count(shape: &[usize]) -> Option<usize> {

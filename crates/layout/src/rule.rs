@@ -1,6 +1,8 @@
 //! [`Rule`]: how a tensor of a foreign layout becomes canonical ones; [`Step`]: the same in one direction.
 
-use crate::pattern::Pattern;
+use crate::blocks::Blocks;
+use crate::mapping::Scope;
+use crate::pattern::{Captures, Pattern};
 use crate::shape::Extent;
 use serde::Deserialize;
 
@@ -18,6 +20,10 @@ pub(crate) struct RawRule {
     edit: Option<Edit>,
     /// Its shape in the foreign layout, where it differs in nothing else.
     foreign_shape: Option<Vec<Extent>>,
+    /// Blocks that alone it is for: "last", or the key of a list of block numbers.
+    only: Option<String>,
+    /// Blocks that it is not for, said in the same way.
+    except: Option<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -69,6 +75,8 @@ pub(crate) struct Step {
     pub inputs: Vec<Pattern>,
     pub outputs: Vec<Pattern>,
     pub how: How,
+    /// The blocks it is for.
+    pub blocks: Blocks,
 }
 
 /// A rule, both ways.
@@ -83,7 +91,12 @@ impl Rule {
     /// The rule that leaves `name` as it is.
     pub fn identity(name: &str) -> Self {
         let names = vec![Pattern::new(name)];
-        let step = Step { inputs: names.clone(), outputs: names, how: How::Same(None, Reshape::Keep) };
+        let step = Step {
+            inputs: names.clone(),
+            outputs: names,
+            how: How::Same(None, Reshape::Keep),
+            blocks: Blocks::default(),
+        };
         Self { inward: step.clone(), outward: Some(step) }
     }
 
@@ -94,6 +107,7 @@ impl Rule {
             OneOrMany::Many(names) => patterns(names),
         };
         let said = raw.foreign.clone();
+        let blocks = Blocks { only: raw.only, except: raw.except };
         let rule = match (raw.canonical, raw.split, raw.copy, raw.drop) {
             (Some(name), None, None, None) if foreign.len() == 1 => {
                 Self::rename(foreign, patterns(&[name]), raw.edit, raw.foreign_shape)
@@ -108,11 +122,21 @@ impl Rule {
             }
             (None, None, Some(names), None) => Self::both(foreign, patterns(&names), How::Copy, How::Pick),
             (None, None, None, Some(reason)) => {
-                Self { inward: Step { inputs: foreign, outputs: Vec::new(), how: How::Drop(reason) }, outward: None }
+                let (how, blocks) = (How::Drop(reason), Blocks::default());
+                Self { inward: Step { inputs: foreign, outputs: Vec::new(), how, blocks }, outward: None }
             }
             _ => return Err(format!("rule for {said:?} needs exactly one of canonical, split, copy and drop")),
         };
-        Ok(rule)
+        rule.of(blocks).ok_or_else(|| format!("rule for {said:?}: only and except need a {{n}} on both sides"))
+    }
+
+    /// Itself for `blocks` alone; none where it has no block numbers.
+    fn of(mut self, blocks: Blocks) -> Option<Self> {
+        let numbered = |patterns: &[Pattern]| !patterns.is_empty() && patterns.iter().all(Pattern::is_numbered);
+        let numbered = numbered(&self.inward.inputs) && numbered(&self.inward.outputs);
+        self.outward.iter_mut().for_each(|step| step.blocks = blocks.clone());
+        self.inward.blocks = blocks;
+        (numbered || self.inward.blocks.are_all()).then_some(self)
     }
 
     fn rename(foreign: Vec<Pattern>, canonical: Vec<Pattern>, edit: Option<Edit>, shape: Option<Vec<Extent>>) -> Self {
@@ -124,8 +148,25 @@ impl Rule {
     }
 
     fn both(foreign: Vec<Pattern>, canonical: Vec<Pattern>, inward: How, outward: How) -> Self {
-        let outward = Step { inputs: canonical.clone(), outputs: foreign.clone(), how: outward };
-        Self { inward: Step { inputs: foreign, outputs: canonical, how: inward }, outward: Some(outward) }
+        let blocks = Blocks::default();
+        let outward =
+            Step { inputs: canonical.clone(), outputs: foreign.clone(), how: outward, blocks: blocks.clone() };
+        Self { inward: Step { inputs: foreign, outputs: canonical, how: inward, blocks }, outward: Some(outward) }
+    }
+}
+
+impl Step {
+    /// Where `name` stands among the inputs, if the step is for its block; before sizes are known it is for every one.
+    pub fn slot(&self, name: &str, scope: Scope) -> Option<(usize, Captures)> {
+        let captured = |(slot, input): (usize, &Pattern)| Some((slot, input.captures(name)?));
+        let (slot, captures) = self.inputs.iter().enumerate().find_map(captured)?;
+        let (Some(sizes), Some(number), false) = (scope.sizes, captures.number, self.blocks.are_all()) else {
+            return Some((slot, captures));
+        };
+        // One side has canonical names; the family counts no blocks by the other's.
+        let names = self.outputs.iter().chain(&self.inputs).map(Pattern::as_str);
+        let count = names.map(|name| scope.family.blocks_of(name, sizes)).max()?;
+        self.blocks.hold(number, count, sizes).then_some((slot, captures))
     }
 }
 

@@ -1,40 +1,12 @@
-//! [`Setting`]: a key of config.json and where its value is read; [`Sizes`]: the values found.
+//! [`Settled`]: the settings of a model, from what is declared and what the tensors show; [`Sizes`]: their values.
 //!
 //! What config.json declares counts; what the tensors show is held against it.
 
 use crate::account::Contradiction;
-use crate::assembly::Assembly;
-use crate::error::{LayoutError, Result};
-use crate::pattern::Pattern;
-use serde::Deserialize;
+use crate::error::Result;
+use crate::setting::{Setting, Tensors};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet};
-
-/// More blocks than any model has; a config.json that declares more is not believed.
-const MOST_BLOCKS: u64 = 10_000;
-
-/// A key of config.json, or a hidden size, as a manifest gives it.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Setting {
-    pub key: String,
-    /// Whether config.json does not have it.
-    #[serde(default)]
-    pub hidden: bool,
-    /// A prefix of tensor names whose numbers are counted.
-    pub blocks: Option<String>,
-    value: Option<Value>,
-    #[serde(default)]
-    extent: Vec<(String, usize)>,
-    quotient: Option<(String, String)>,
-    present: Option<String>,
-    /// The value of the published models, taken where the settings are as `when` says.
-    published: Option<Value>,
-    #[serde(default)]
-    when: Map<String, Value>,
-    /// A size that the numbers of the value must add up to.
-    sum: Option<String>,
-}
+use std::collections::BTreeMap;
 
 /// Values of settings, hidden ones too.
 #[derive(Debug, Clone, Default)]
@@ -45,13 +17,30 @@ impl Sizes {
         self.0.get(key)?.as_u64().and_then(|number| usize::try_from(number).ok())
     }
 
+    /// Whether `key` is set: neither false nor null nor an empty list.
     pub fn flag(&self, key: &str) -> bool {
-        self.0.get(key).and_then(Value::as_bool).unwrap_or(false)
+        match self.0.get(key) {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(flag)) => *flag,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(_) => true,
+        }
     }
 
-    /// Whether every key has the value that `conditions` give it.
+    /// Whether `number` stands in the list `key`.
+    pub fn lists(&self, key: &str, number: usize) -> bool {
+        let list = self.0.get(key).and_then(Value::as_array);
+        list.is_some_and(|list| list.iter().any(|one| one.as_u64() == Some(number as u64)))
+    }
+
+    /// Whether every key has the value that `conditions` give it, or one of a list of values; true and false ask
+    /// whether it is set.
     pub fn satisfy(&self, conditions: &Map<String, Value>) -> bool {
-        conditions.iter().all(|(key, value)| self.0.get(key).is_some_and(|found| same(found, value)))
+        conditions.iter().all(|(key, condition)| match (self.0.get(key), condition) {
+            (_, Value::Bool(flag)) => self.flag(key) == *flag,
+            (Some(found), Value::Array(values)) if !found.is_array() => values.iter().any(|value| same(found, value)),
+            (found, value) => found.is_some_and(|found| same(found, value)),
+        })
     }
 }
 
@@ -60,6 +49,8 @@ impl Sizes {
 pub(crate) struct Declared<'a> {
     pub config: Option<&'a Value>,
     pub metadata: &'a BTreeMap<String, String>,
+    /// What holds for files of this layout, where nothing else says it.
+    pub layout: Option<&'a Map<String, Value>>,
 }
 
 impl Declared<'_> {
@@ -85,8 +76,6 @@ pub(crate) struct Settled {
     pub contradictions: Vec<Contradiction>,
 }
 
-type Tensors = BTreeMap<String, Assembly>;
-
 impl Settled {
     /// Settles `settings` in order, so that later ones may use earlier ones.
     pub fn new(settings: &[Setting], tensors: &Tensors, declared: Declared) -> Result<Self> {
@@ -101,7 +90,7 @@ impl Settled {
         let found = setting.find(tensors, &self.sizes);
         let value = match (declared.get(&setting.key), found) {
             (Some((declared, origin)), found) => {
-                setting.believable(&declared, origin)?;
+                setting.believable(&declared, found.as_ref().map(|(found, _)| found), origin)?;
                 if let Some((found, witness)) = found.filter(|(found, _)| !same(found, &declared)) {
                     self.disagree(setting, (&declared, origin), (found, witness));
                 }
@@ -111,11 +100,7 @@ impl Settled {
                 self.evidence.push(format!("{} {found} from {witness}", setting.key));
                 found
             }
-            (None, None) => {
-                let value = setting.published(&self.sizes)?;
-                self.notes.push(format!("{} {value} is that of the published models", setting.key));
-                value
-            }
+            (None, None) => self.presume(setting, declared)?,
         };
         self.check_sum(setting, &value);
         if !setting.hidden {
@@ -123,6 +108,21 @@ impl Settled {
         }
         self.sizes.0.insert(setting.key.clone(), value);
         Ok(())
+    }
+
+    /// What is taken for granted, and said to be.
+    fn presume(&mut self, setting: &Setting, declared: Declared) -> Result<Value> {
+        let key = &setting.key;
+        if let Some(value) = declared.layout.and_then(|settings| settings.get(key)) {
+            self.evidence.push(format!("{key} {value}, as in every file of this layout"));
+            return Ok(value.clone());
+        }
+        if setting.optional {
+            return Ok(Value::Null);
+        }
+        let value = setting.published(&self.sizes)?;
+        self.notes.push(format!("{key} {value} is that of the published models"));
+        Ok(value)
     }
 
     /// Another number of blocks is not contradicted here: it shows in the names of missing or unmatched tensors.
@@ -155,87 +155,6 @@ impl Settled {
             });
         }
     }
-}
-
-impl Setting {
-    /// The value as the tensors show it, and which tensor does.
-    fn find(&self, tensors: &Tensors, sizes: &Sizes) -> Option<(Value, String)> {
-        if let Some(value) = &self.value {
-            return Some((value.clone(), "the family".to_owned()));
-        }
-        if let Some(prefix) = &self.blocks {
-            return Some((count_blocks(prefix, tensors).into(), format!("the numbers of {prefix:?}")));
-        }
-        if let Some((dividend, divisor)) = &self.quotient {
-            let (dividend_value, by) = (sizes.number(dividend)?, sizes.number(divisor)?);
-            let whole = by > 0 && dividend_value.is_multiple_of(by);
-            return whole.then(|| ((dividend_value / by).into(), format!("{dividend} / {divisor}")));
-        }
-        if let Some(name) = &self.present {
-            return Some((tensors.contains_key(name).into(), format!("the tensor {name:?}")));
-        }
-        self.vote(tensors)
-    }
-
-    /// The extent that most of the places have; one misshapen tensor must not decide.
-    fn vote(&self, tensors: &Tensors) -> Option<(Value, String)> {
-        let mut votes: Vec<(usize, &str, usize)> = Vec::new();
-        for (place, axis) in &self.extent {
-            let pattern = Pattern::new(place);
-            let range = if pattern.is_numbered() {
-                tensors.range::<String, _>(..)
-            } else {
-                tensors.range(place.clone()..=place.clone())
-            };
-            let voters = range.filter(|(name, _)| pattern.captures(name).is_some());
-            for (name, extent) in voters.filter_map(|(name, tensor)| Some((name, *tensor.info.shape.get(*axis)?))) {
-                match votes.iter_mut().find(|(value, ..)| *value == extent) {
-                    Some((_, _, count)) => *count += 1,
-                    None => votes.push((extent, name, 1)),
-                }
-            }
-        }
-        let most = votes.iter().map(|(.., count)| *count).max()?;
-        let (value, name, _) = votes.into_iter().find(|(.., count)| *count == most)?;
-        Some((value.into(), format!("the shape of {name:?}")))
-    }
-
-    fn published(&self, sizes: &Sizes) -> Result<Value> {
-        match &self.published {
-            Some(value) if sizes.satisfy(&self.when) => Ok(value.clone()),
-            Some(value) => {
-                let when = Value::Object(self.when.clone());
-                Err(self.open(format!("the published value {value} holds for {when} alone")))
-            }
-            None => {
-                let places: Vec<&String> = self.extent.iter().map(|(place, _)| place).collect();
-                Err(self.open(format!("what would show it is missing or no whole number (tensors {places:?})")))
-            }
-        }
-    }
-
-    fn open(&self, reason: String) -> LayoutError {
-        let reason = format!("{reason}; give the model's config.json with --config");
-        LayoutError::Ambiguous { what: format!("{:?}", self.key), reason }
-    }
-
-    fn believable(&self, declared: &Value, origin: &str) -> Result<()> {
-        if self.blocks.is_some() && declared.as_u64().is_none_or(|count| count > MOST_BLOCKS) {
-            let reason = format!("{origin} declares {declared}, expected a number up to {MOST_BLOCKS}; mend it");
-            return Err(LayoutError::Ambiguous { what: format!("{:?}", self.key), reason });
-        }
-        Ok(())
-    }
-}
-
-/// How many blocks there are: up to the highest number where most numbers below it occur, so that a missing block is
-/// found missing; else up to the first gap.
-fn count_blocks(prefix: &str, tensors: &Tensors) -> usize {
-    let pattern = Pattern::new(prefix);
-    let number = |name: &String| pattern.captures_start(name).and_then(|(captures, _)| captures.number);
-    let numbers: BTreeSet<usize> = tensors.keys().filter_map(number).collect();
-    let highest = numbers.last().map_or(0, |last| last + 1);
-    if numbers.len() * 2 > highest { highest } else { (0..).zip(&numbers).take_while(|(at, n)| at == *n).count() }
 }
 
 fn same(a: &Value, b: &Value) -> bool {

@@ -1,8 +1,10 @@
 //! [`Expected`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in manifests.
 
+use crate::blocks::Blocks;
 use crate::pattern::{Captures, Parameter, Pattern};
 use crate::settings::Sizes;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// A canonical tensor and the shape it must have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -44,14 +46,28 @@ impl Extent {
     }
 }
 
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Product(product) => f.write_str(product),
+        }
+    }
+}
+
 /// Tensors of one name pattern, as a manifest gives them.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TensorRule {
     pub name: String,
     shape: Vec<Extent>,
-    /// A setting that must be true for the tensor to be there.
+    /// A setting that must be set for the tensor to be there: neither false nor null nor empty.
     when: Option<String>,
+    /// Blocks that alone have the tensor: "last", or the key of a list of block numbers.
+    only: Option<String>,
+    /// Blocks that lack it, said in the same way.
+    except: Option<String>,
+    /// Whether a model may lack it.
     #[serde(default)]
     optional: bool,
 }
@@ -63,10 +79,19 @@ impl TensorRule {
             return Vec::new();
         }
         let pattern = Pattern::new(&self.name);
-        let numbers: Vec<_> = if pattern.is_numbered() { (0..blocks).map(Some).collect() } else { vec![None] };
+        let meant = self.blocks();
+        let numbers: Vec<_> = match pattern.is_numbered() {
+            true => (0..blocks).filter(|number| meant.hold(*number, blocks, sizes)).map(Some).collect(),
+            false => vec![None],
+        };
         let parameters = if pattern.is_layer() { &Parameter::ALL.map(Some)[..] } else { &[None] };
         let pairs = numbers.iter().flat_map(|number| parameters.iter().map(move |parameter| (*number, *parameter)));
         pairs.map(|(number, parameter)| self.fill(&pattern, Captures { number, parameter }, sizes)).collect()
+    }
+
+    /// The blocks that have the tensor.
+    pub fn blocks(&self) -> Blocks {
+        Blocks { only: self.only.clone(), except: self.except.clone() }
     }
 
     fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &Sizes) -> Expected {

@@ -30,12 +30,13 @@ fn known_models_and_adapters_are_named() {
         ),
         ("Chroma", &["distilled_guidance_layer.in_proj.bias", "double_blocks.0.img_attn.qkv.weight"]),
         ("FLUX.2", &["single_stream_modulation.lin.weight", "img_in.weight"]),
-        ("Stable Diffusion 3", &["model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"]),
-        ("Stable Diffusion 3", &["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.pos_embed"]),
         ("Qwen-Image", &["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"]),
-        ("PixArt", &["t_block.1.weight", "blocks.0.cross_attn.q_linear.weight"]),
-        ("Sana", &["blocks.0.cross_attn.q_linear.weight"]),
-        ("DiT or SiT", &["y_embedder.embedding_table.weight", "x_embedder.proj.weight"]),
+        ("CLEAR attention patch", &["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn2.to_q.weight"]),
+        (
+            "CLEAR attention patch",
+            &["transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_out.0.bias"],
+        ),
+        ("CLEAR attention patch", &["layers.0.attention.wq.weight"]),
         ("HunyuanVideo", &["context_embedder.token_refiner.refiner_blocks.0.norm1.weight", "x_embedder.proj.weight"]),
         ("U-Net", &["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]),
         ("a VAE", &["decoder.conv_in.weight", "encoder.conv_in.weight"]),
@@ -51,8 +52,10 @@ fn known_models_and_adapters_are_named() {
 #[test]
 fn a_quantised_flux_is_not_taken_for_a_plain_one() {
     for (expected, marker) in [
-        ("scaled fp8", "double_blocks.0.img_attn.qkv.scale_weight"),
-        ("scaled fp8", "scaled_fp8"),
+        ("scaled weights", "double_blocks.0.img_attn.qkv.scale_weight"),
+        ("scaled weights", "scaled_fp8"),
+        ("scaled by blocks", "double_blocks.0.img_attn.qkv.weight_scale_inv"),
+        ("nvfp4", "double_blocks.0.img_attn.qkv.weight_scale_2"),
         ("bitsandbytes", "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"),
         ("SVDQuant", "transformer_blocks.0.attn.to_q.wscales"),
         ("GPTQ", "double_blocks.0.img_attn.qkv.qweight"),

@@ -3,7 +3,7 @@
 
 mod common;
 
-use clearform_layout::{Beside, Fate, Hints, Identified, LayoutError, Manifests, detect_source};
+use clearform_layout::{Beside, Expected, Fate, Hints, Identified, LayoutError, Manifests, detect_source};
 use clearform_weights::TensorSource;
 use common::{Fake, TINY};
 use std::collections::BTreeMap;
@@ -129,6 +129,108 @@ fn a_layout_and_a_variant_are_added_to_a_family() {
     assert_eq!(identified.canonical(&source).complete().unwrap().tensors(), TINY.diffusers().tensors());
 }
 
+const KIN: &str = r#"
+edition = 1
+family = "kin"
+class = "KinModel"
+pixels_per_token = "4*side"
+optional_components = ["extra"]
+settings = [
+  { key = "depth", blocks = "layers.{n}." },
+  { key = "width", extent = [["embed", 0]] },
+  { key = "side", extent = [["table", 0]], over = "2*width", root = true, times = 3, plus = -1 },
+  { key = "wide", numbers = "layers.{n}.wide" },
+  { key = "kind", present = "layers.{n}.wide", yes = "broad" },
+  { key = "scale", optional = true },
+  { key = "eps", published = [{ value = 0.5, when = { width = [4, 5] } }, { value = 0.25 }] },
+]
+tensors = [
+  { name = "embed", shape = ["width"] },
+  { name = "layers.{n}.mix", shape = ["2*width"], except = "last" },
+  { name = "layers.{n}.mix", shape = ["width"], only = "last" },
+  { name = "layers.{n}.wide", shape = [7], only = "wide" },
+  { name = "layers.{n}.narrow", shape = [1], except = "wide" },
+  { name = "broad", shape = [1], when = "kind" },
+]
+[[layout]]
+name = "kin"
+present = ["embed"]
+prefixes = [""]
+[[layout]]
+name = "old"
+present = ["e"]
+prefixes = [""]
+settings = { eps = 0.125 }
+rules = [
+  { foreign = "e", canonical = "embed" },
+  { foreign = "l.{n}.mix", canonical = "layers.{n}.mix", except = "last" },
+  { foreign = "l.{n}.mix", canonical = "layers.{n}.mix", edit = "swap-halves", only = "last" },
+  { foreign = "l.{n}.w", canonical = "layers.{n}.wide", only = "wide" },
+  { foreign = "l.{n}.s", canonical = "layers.{n}.narrow", except = "wide" },
+  { foreign = "broad", canonical = "broad" },
+  { foreign = "table", drop = "seen by its shape" },
+]
+[[variant]]
+name = "broad"
+where = { kind = true, wide = true, width = [3, 4] }
+[[variant]]
+name = "plain"
+where = { kind = false, wide = [] }
+"#;
+
+/// Every word of the notation beyond plain names, with what it must give.
+#[test]
+fn sizes_and_blocks_are_read_as_a_manifest_says() {
+    let manifests = Manifests::alone("kin.toml", KIN).unwrap();
+    let sizes = serde_json::json!({ "depth": 3, "width": 4, "side": 8, "wide": [1], "kind": "broad" });
+    let expected = manifests.expected("kin", &sizes).unwrap();
+    let shapes: Vec<(String, Vec<usize>)> = expected
+        .into_iter()
+        .map(|Expected { name, shape, .. }| (name, shape.into_iter().flatten().collect()))
+        .collect();
+    let named = |name: &str, shape: &[usize]| (name.to_owned(), shape.to_vec());
+    let model = [
+        named("embed", &[4]),
+        named("layers.0.mix", &[8]),
+        named("layers.1.mix", &[8]),
+        named("layers.2.mix", &[4]),
+        named("layers.1.wide", &[7]),
+        named("layers.0.narrow", &[1]),
+        named("layers.2.narrow", &[1]),
+        named("broad", &[1]),
+    ];
+    assert_eq!(shapes, model);
+    let mut source = Fake::default();
+    model.iter().for_each(|(name, shape)| source.put(name, shape));
+    let beside = Beside { config: Some(&sizes), metadata: &BTreeMap::new() };
+    let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
+    let found = serde_json::json!({
+        "_class_name": "KinModel", "depth": 3, "width": 4, "side": 8, "wide": [1], "kind": "broad", "scale": null,
+        "eps": 0.5,
+    });
+    assert_eq!((&identified.config, identified.variant.name.as_str()), (&found, "broad"));
+    assert_eq!((identified.pixels_per_token(), identified.optional_components()), (32, &["extra".to_owned()][..]));
+    let exported = identified.foreign("old", &source).unwrap();
+    assert_eq!(exported.account().unmatched().count(), 0);
+    let halves = source.read("layers.2.mix").unwrap().bytes;
+    assert_eq!(exported.read("l.2.mix").unwrap().bytes, [&halves[4..], &halves[..4]].concat());
+    assert_eq!(exported.read("l.1.mix").unwrap(), source.read("layers.1.mix").unwrap());
+    assert_eq!(exported.tensors().len(), source.tensors.len());
+    let mut old = Fake::like(&exported);
+    old.put("table", &[72, 2]);
+    let beside = Beside { config: None, metadata: &BTreeMap::new() };
+    let identified = detect_source(&old, beside, &manifests, &Hints::default()).unwrap();
+    // 72 / (2 * 4) is 9, its root 3, times 3 less 1 is 8; and this layout has an eps of its own.
+    let mut found = found;
+    found["eps"] = 0.125.into();
+    assert_eq!(identified.config, found);
+    let canonical = identified.canonical(&old).complete().unwrap();
+    let theirs = old.read("l.2.mix").unwrap().bytes;
+    assert_eq!(canonical.read("layers.2.mix").unwrap().bytes, [&theirs[4..], &theirs[..4]].concat());
+    assert_eq!(canonical.read("layers.0.mix").unwrap().bytes, old.read("l.0.mix").unwrap().bytes);
+    assert_eq!(canonical.account().skipped().collect::<Vec<_>>(), [("table", "seen by its shape")]);
+}
+
 #[test]
 fn broken_manifests_are_explained() {
     for (text, expected) in [
@@ -146,6 +248,21 @@ fn broken_manifests_are_explained() {
              rules = [{ foreign = \"a\", split = [\"b\", \"c\"], rows = [1] }]",
             "2 shares",
         ),
+        (
+            "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nprefixes = []\n\
+             rules = [{ foreign = \"a\", canonical = \"b\", only = \"last\" }]",
+            "need a {n} on both sides",
+        ),
+        (
+            "edition = 1\nfamily = \"x\"\nclass = \"X\"\ntensors = [{ name = \"a.{n}\", shape = [], only = \"some\" }]",
+            "\"some\" is neither \"last\" nor a setting that lists block numbers",
+        ),
+        ("edition = 1\nfamily = \"x\"\nclass = \"X\"\nlike = \"y\"", "like the family \"y\", which is unknown"),
+        (
+            "edition = 1\nfamily = \"x\"\nclass = \"X\"\nlike = \"dit\"\ntensors = [{ name = \"a\", shape = [] }]",
+            "has that one's tensors and no others",
+        ),
+        ("edition = 1\nfamily = \"flux\"\nlike = \"dit\"", "already a family"),
     ] {
         let error = with(text).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains("toy.toml"), "{error:?} does not say {expected:?}");

@@ -1,5 +1,7 @@
-//! A made-up source of tensors, and FLUX models of any size by their names and shapes.
+//! A made-up source of tensors, FLUX models of any size by their names and shapes, and models of every family.
 #![allow(dead_code, clippy::unwrap_used)]
+
+pub mod models;
 
 use clearform_layout::{Beside, Canonical, Hints, Identified, LayoutError, Manifests, detect_source};
 use clearform_weights::{Dtype, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
