@@ -6,6 +6,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
+from PIL import Image
 
 import dataset
 import models
@@ -13,6 +14,7 @@ from training import log
 
 STEPS = 16
 SHEET_COLUMNS = 16
+SHEET_COLOURS = 32
 
 
 def forget_paths(folder):
@@ -59,12 +61,13 @@ def ssim(x, y):
     return ((2 * mx * my + a) * (2 * both + b) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean().item()
 
 
-def save_pairs(pictures, drawn, path, size=64):
+def save_pairs(pictures, drawn, path, size=32):
     """Rows in turn: training pictures, and what was drawn for their names."""
     factor = dataset.SIZE // size
     rows = zip(pictures.split(SHEET_COLUMNS), drawn.split(SHEET_COLUMNS))
     tiles = F.avg_pool2d(torch.cat([x for pair in rows for x in pair]), factor)
-    dataset.sheet(tiles, SHEET_COLUMNS).quantize(256).save(path, optimize=True)
+    sheet = dataset.sheet(tiles, SHEET_COLUMNS)
+    sheet.quantize(SHEET_COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=8).save(path, optimize=True)
 
 
 def base(work):

@@ -6,6 +6,7 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
+use clearform_models::Subject;
 use clearform_runtime::{Adapters, Options, Pipeline, Reading, Request, Size};
 use clearform_sampling::{Guidance, denoise};
 use clearform_weights::Checkpoint;
@@ -48,10 +49,10 @@ fn a_size_that_cannot_be_drawn_is_refused() {
 
 fn check_stages(pipeline: &Pipeline, request: &Request, expected: &Expected) {
     let latents = pipeline.initial_latents(request.seed, request.batch, request.size.unwrap()).unwrap();
-    let largest = (&latents.tokens - expected.get("noise")).unwrap().abs().unwrap().max_all().unwrap();
+    let largest = (&latents.tensor - expected.get("noise")).unwrap().abs().unwrap().max_all().unwrap();
     assert!(largest.to_scalar::<f32>().unwrap() <= 1e-6, "noise differs");
 
-    let prompts = pipeline.encode_prompts(std::slice::from_ref(&request.prompt)).unwrap();
+    let prompts = pipeline.encode(std::slice::from_ref(&request.subject)).unwrap();
     assert_close(prompts.text.as_ref().unwrap(), expected.get("text"), 1e-5, "T5");
     assert_close(prompts.pooled.as_ref().unwrap(), expected.get("pooled"), 1e-5, "CLIP");
 
@@ -61,7 +62,7 @@ fn check_stages(pipeline: &Pipeline, request: &Request, expected: &Expected) {
     let conditions = pipeline.conditions(&prompts, &latents, request.guidance).unwrap();
     let guidance = Guidance::Embedded(conditions);
     let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
-    let last = denoise(denoiser.as_ref(), &latents.tokens, &schedule, &guidance, &mut |_| {});
+    let last = denoise(denoiser.as_ref(), &latents.tensor, &schedule, &guidance, &mut |_| {});
     assert_close(&last.unwrap(), expected.get("latents"), 1e-4, "last latents");
 }
 
@@ -85,6 +86,7 @@ fn pipeline() -> Pipeline {
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
         device: Device::Cpu,
+        guided_channels: None,
         adapters: Adapters::default(),
     };
     Pipeline::open(&model, options).unwrap()
@@ -99,8 +101,8 @@ fn pictures() -> Vec<Value> {
 fn request(picture: &Value) -> Request {
     let number = |key: &str| picture[key].as_u64().unwrap();
     Request {
-        prompt: picture["prompt"].as_str().unwrap().to_owned(),
-        negative_prompt: None,
+        subject: Subject::Prompt(picture["prompt"].as_str().unwrap().to_owned()),
+        negative: None,
         size: Some(Size { height: number("height") as usize, width: number("width") as usize }),
         steps: number("steps") as usize,
         guidance: picture["guidance"].as_f64().unwrap(),

@@ -2,9 +2,11 @@
 
 mod adapters;
 mod bench;
+mod export;
 
-pub use adapters::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, WeightAdapters};
+pub use adapters::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, Plugins, PluginsAction, WeightAdapters};
 pub use bench::{AttentionBench, Bench, BenchSubject, Evaluation, ModelBench, StepBench};
+pub use export::Export;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -44,7 +46,7 @@ pub enum Command {
     Distill(Box<Distill>),
     /// Take the attention layers out of a model, or put them into another.
     Patch(Patch),
-    /// From a prompt to a picture.
+    /// From a prompt or a class to a picture.
     Generate(Box<Generate>),
     /// Run the transformer once on given tensors.
     Forward(Forward),
@@ -56,6 +58,8 @@ pub enum Command {
     Bench(Bench),
     /// List or check plugins.
     Plugins(Plugins),
+    /// Write the transformer in one file, under the names of another layout.
+    Export(Export),
     /// Hold every recorded file against its size and hash.
     Verify(Verify),
     /// The whole story on an embedded model, ending in a report.
@@ -186,7 +190,7 @@ pub struct Training {
     /// Diffusers folder with VAE, text encoders, tokenizers and scheduler, where the source has none.
     #[arg(long, value_name = "DIR")]
     pub components: Option<PathBuf>,
-    /// Prompts for the samples, one a line.
+    /// Prompts for the samples, or numbers of classes, one a line.
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
     /// Samples made before.
@@ -213,7 +217,7 @@ pub struct Training {
     /// Peak learning rate.
     #[arg(long, default_value_t = 6e-4, value_name = "X")]
     pub lr: f64,
-    /// The attention loss looks at every Kth single-stream block.
+    /// The attention loss looks at every Kth block; in FLUX at every Kth single-stream block.
     #[arg(long, default_value_t = 4, value_name = "K")]
     pub attention_every: usize,
     /// Keep every block's activations instead of computing them again: faster, and more memory.
@@ -314,8 +318,12 @@ pub enum PatchMode {
 pub struct Generate {
     /// Portable model or diffusers folder.
     pub model: PathBuf,
-    /// What to draw.
-    pub prompt: String,
+    /// What to draw, for models of prompts.
+    #[arg(required_unless_present = "class")]
+    pub prompt: Option<String>,
+    /// What to draw, for models of classes.
+    #[arg(long, value_name = "N", conflicts_with = "prompt")]
+    pub class: Option<u32>,
     /// What to stay away from, with classifier-free guidance.
     #[arg(long, value_name = "PROMPT")]
     pub negative_prompt: Option<String>,
@@ -337,6 +345,9 @@ pub struct Generate {
     /// Classifier-free guidance scale, as diffusers' true_cfg_scale.
     #[arg(long, default_value_t = 1.0, value_name = "X")]
     pub true_cfg_scale: f64,
+    /// Channels that classifier-free guidance acts on, from the first; facebook's DiT guides 3.
+    #[arg(long, value_name = "N")]
+    pub guided_channels: Option<usize>,
     /// Seed: the noise of torch.Generator("cpu").manual_seed.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
@@ -352,6 +363,9 @@ pub struct Generate {
     /// What acts on the model.
     #[command(flatten)]
     pub adapters: AllAdapters,
+    /// How the model is read.
+    #[command(flatten)]
+    pub reading: Reading,
     /// Where and how it runs.
     #[command(flatten)]
     pub running: Running,
@@ -422,7 +436,7 @@ pub struct Transfer {
 /// What two models draw from the same noise.
 #[derive(Debug, Args)]
 pub struct Drawing {
-    /// Prompts, one a line; a few built-in ones without it.
+    /// Prompts, or numbers of classes, one a line; a few built-in ones without it.
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
     /// Denoising steps.
@@ -440,26 +454,6 @@ pub struct Drawing {
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: Place,
-}
-
-/// `clearform plugins`.
-#[derive(Debug, Args)]
-pub struct Plugins {
-    /// Which.
-    #[command(subcommand)]
-    pub action: PluginsAction,
-}
-
-/// What to do about plugins.
-#[derive(Debug, Subcommand)]
-pub enum PluginsAction {
-    /// Every plugin beside the binary.
-    List(PluginSearch),
-    /// Load a plugin and run the examples that it declares.
-    Check {
-        /// The library.
-        path: PathBuf,
-    },
 }
 
 /// `clearform verify`.

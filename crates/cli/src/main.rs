@@ -60,6 +60,7 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Transfer(args) => commands::transfer::run(args, &output),
         Command::Bench(args) => commands::bench::run(args, &output),
         Command::Plugins(args) => commands::plugins::run(args, &output),
+        Command::Export(args) => commands::export::run(args, &output),
         Command::Verify(args) => commands::verify::run(args, &output),
         Command::Demo(args) => commands::demo::run(args, &output),
     }

@@ -1,10 +1,11 @@
 //! How the arguments of a command become an opened, identified checkpoint and the settings it runs with.
 
 use crate::args::{Dtype, Place, Reading};
+use crate::output::Output;
 use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Hints, Identified, Manifests, detect};
+use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
 use clearform_runtime::{Adapters, Components, Options, Pipeline, Transformer};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -30,6 +31,7 @@ pub fn plainly(components: Option<&Path>, place: Place) -> anyhow::Result<Option
         plan: None,
         dtype: None,
         device: device(place)?,
+        guided_channels: None,
         adapters: Adapters::default(),
     })
 }
@@ -41,18 +43,44 @@ pub fn open_plainly(model: &Path, components: Option<&Path>, place: Place) -> an
 
 /// Opens the transformer of `model` where nothing particular is asked for.
 pub fn transformer(model: &Path) -> anyhow::Result<Transformer> {
+    open_as(model, &clearform_runtime::Reading::plain()?.recorded(model)?)
+}
+
+/// Opens the transformer of `original`, from which the portable model `model` was made.
+pub fn original_transformer(original: &Path, model: &Path) -> anyhow::Result<Transformer> {
+    open_as(original, &clearform_runtime::Reading::plain()?.of_original(original, model)?)
+}
+
+/// Opens `original`, from which the portable model `model` was made.
+pub fn open_original(
+    original: &Path,
+    model: &Path,
+    components: Option<&Path>,
+    place: Place,
+) -> anyhow::Result<Pipeline> {
+    let reading = clearform_runtime::Reading::plain()?.of_original(original, model)?;
+    Ok(Pipeline::open(original, Options { reading, ..plainly(components, place)? })?)
+}
+
+fn open_as(model: &Path, reading: &clearform_runtime::Reading) -> anyhow::Result<Transformer> {
     let path = Components::new(model, None).transformer();
-    Transformer::open(&path, &clearform_runtime::Reading::plain()?).with_context(|| format!("{}", model.display()))
+    Transformer::open(&path, reading).with_context(|| format!("{}", model.display()))
 }
 
 /// Opens the transformer of `source` and says what it is.
-pub fn identify(source: &Path, reading: &Reading) -> anyhow::Result<(Checkpoint, Identified)> {
+pub fn identify(source: &Path, reading: &Reading) -> anyhow::Result<(Unscaled<Checkpoint>, Identified)> {
     let path = Components::new(source, None).transformer();
-    let checkpoint = Checkpoint::open(&path)?;
     let reading = self::reading(reading)?;
+    let checkpoint = Unscaled::open(&path, &reading.manifests)?;
     let identified =
         detect(&checkpoint, &reading.manifests, &reading.hints).with_context(|| format!("{}", path.display()))?;
     Ok((checkpoint, identified))
+}
+
+/// Tells which of a file's states were taken and what else it holds.
+pub fn tell(checkpoint: &Checkpoint, output: &Output) {
+    let path = checkpoint.path().display();
+    checkpoint.notes().iter().for_each(|note| output.note(format_args!("{path}: {note}")));
 }
 
 /// The plan of `--attention`: one policy in a word, or a TOML file with a plan per layer.

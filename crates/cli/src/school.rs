@@ -3,16 +3,17 @@
 use crate::args::{Place, Training};
 use crate::opening::device;
 use crate::output::Output;
-use crate::sitting::read_prompts;
+use crate::sitting::subjects;
 use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::Distillation;
 use clearform_distill::{
-    Activations, Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Precision, Progress, Recipe, SampleSet,
-    SampleSettings, Settings, Start, Workshop, distill,
+    Activations, Canvas, ClassifierFree, Distilled, LearningRate, LossSettings, Outcome, Pair, Precision, Progress,
+    Recipe, SampleSet, SampleSettings, Settings, Start, Workshop, distill,
 };
-use clearform_runtime::{Pipeline, Size, Transformer};
+use clearform_models::{Conditions, Steering};
+use clearform_runtime::{Frame, Pipeline, Size, Transformer};
 use clearform_weights::{Resident, TensorSource};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -35,15 +36,7 @@ pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: 
             "the transformer draws from a control picture too, and samples are drawn from prompts alone: give --samples"
         );
     }
-    let mut text_ids = None;
-    set.encode(&mut |prompts| {
-        let conditions = pipeline.encode_prompts(prompts)?;
-        text_ids.clone_from(&conditions.text_ids);
-        Ok::<_, clearform_runtime::RuntimeError>(conditions)
-    })?;
-    if text_ids.is_none() {
-        text_ids = pipeline.encode_prompts(&set.settings().prompts[..1])?.text_ids;
-    }
+    let text_ids = encode(pipeline, &set)?;
     let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
     let bar = output.progress("samples", set.settings().count);
     set.draw(teacher.as_ref(), &canvas(pipeline, set.settings(), text_ids)?, &mut |done, _| {
@@ -51,6 +44,21 @@ pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: 
     })?;
     bar.finish_and_clear();
     Ok(set)
+}
+
+/// Encodes the subjects of `set`, and gives the places of text tokens, where the model asks for them.
+fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>> {
+    let mut ids = None;
+    let [width, height] = set.settings().size;
+    set.encode(&mut |subjects| {
+        let encoded = pipeline.encode(subjects)?;
+        ids = Some(encoded.text_ids.clone());
+        pipeline.framed(&encoded, Frame { size: Size { height, width }, batch: subjects.len(), guidance: 0.0 })
+    })?;
+    match ids {
+        Some(ids) => Ok(ids),
+        None => Ok(pipeline.encode(&set.settings().prompts[..1])?.text_ids),
+    }
 }
 
 /// Samples made before, which must be whole.
@@ -112,20 +120,24 @@ pub struct Lesson {
 
 fn sample_settings(pipeline: &Pipeline, training: &Training) -> anyhow::Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
-    let prompts = match &training.prompts {
-        Some(path) => read_prompts(path)?,
-        None => PROMPTS.lines().map(str::to_owned).collect(),
-    };
+    let prompts = subjects(pipeline, training.prompts.as_deref(), PROMPTS, training.sample_count)?;
     let size = size(pipeline, training);
-    let tokens = pipeline.initial_latents(0, 1, size)?.tokens.dim(1)?;
-    let embeds_guidance = pipeline.transformer().config()["guidance_embeds"].as_bool().unwrap_or(false);
+    let latents = pipeline.initial_latents(0, 1, size)?;
+    let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
+    let scale = defaults.guidance;
+    let classifier_free = match pipeline.steering().clone() {
+        steering if !steering.guides(scale) => None,
+        Steering::ClassifierFree { without, channels } => Some(ClassifierFree { scale, without, channels }),
+        Steering::Embedded => None,
+    };
     Ok(SampleSettings {
         prompts,
         count: training.sample_count,
-        batch: if tokens <= SMALL { SAMPLES_AT_ONCE } else { 1 },
+        batch: if latents.image_tokens <= SMALL { SAMPLES_AT_ONCE } else { 1 },
         size: [size.width, size.height],
         steps: training.sample_steps.unwrap_or(defaults.steps),
         guidance: embeds_guidance.then_some(defaults.guidance),
+        classifier_free,
         seed: training.seed,
     })
 }
@@ -138,14 +150,14 @@ fn size(pipeline: &Pipeline, training: &Training) -> Size {
 fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<Canvas> {
     let [width, height] = settings.size;
     let latents = pipeline.initial_latents(0, 1, Size { height, width })?;
-    let schedule = pipeline.schedule(settings.steps, &latents)?;
+    let device = latents.tensor.device().clone();
     Ok(Canvas {
-        shape: latents.tokens.dims()[1..].to_vec(),
+        shape: latents.tensor.dims()[1..].to_vec(),
+        schedule: pipeline.schedule(settings.steps, &latents)?,
         image_ids: latents.image_ids,
         text_ids,
-        schedule,
-        dtype: if latents.tokens.device().is_cpu() { DType::F32 } else { DType::BF16 },
-        device: latents.tokens.device().clone(),
+        dtype: if device.is_cpu() { DType::F32 } else { DType::BF16 },
+        device,
     })
 }
 

@@ -4,10 +4,10 @@
 use crate::args::Drawing;
 use anyhow::Context as _;
 use candle_core::{DType, Tensor};
-use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment};
+use clearform_models::{Denoiser, DenoiserInput, Moment, Noised, Steering, Subject};
 use clearform_plugins::{Control, Controlled};
 use clearform_runtime::{Frame, Latents, Pipeline, RgbImage, Size};
-use clearform_sampling::{Guidance, denoise};
+use clearform_sampling::denoise;
 use std::path::Path;
 
 /// Image tokens that are drawn at once; larger pictures are drawn one by one.
@@ -17,12 +17,12 @@ const TOKENS_AT_ONCE: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct Sitting {
     /// One picture each.
-    pub prompts: Vec<String>,
+    pub subjects: Vec<Subject>,
     /// Extents of every picture.
     pub size: Size,
     /// Denoising steps.
     pub steps: usize,
-    /// Embedded guidance scale, for models that have it.
+    /// Guidance scale.
     pub guidance: f64,
     /// Seed of the first picture; each next has one more.
     pub seed: u64,
@@ -30,27 +30,48 @@ pub struct Sitting {
     pub control_images: Vec<RgbImage>,
 }
 
-/// What is drawn where nobody says what.
+/// What is drawn where nobody says what, and how many classes.
 const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
 
-/// Prompts, one a line; empty lines are left out.
-pub fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
+/// The subjects in the file at `path`, or those of `usual`, prompts one a line; in the place of the latter a model of
+/// classes draws up to `most` of them, evenly spread.
+pub fn subjects(pipeline: &Pipeline, path: Option<&Path>, usual: &str, most: usize) -> anyhow::Result<Vec<Subject>> {
+    let of_classes = match pipeline.steering() {
+        Steering::ClassifierFree { without: Subject::Class(count), .. } => Some(*count),
+        _ => None,
+    };
+    match (path, of_classes) {
+        (Some(path), _) => read_subjects(path, of_classes.is_some()),
+        (None, Some(count)) => {
+            let drawn = count.min(most.max(1) as u32);
+            Ok((0..drawn).map(|place| Subject::Class(place * count / drawn)).collect())
+        }
+        (None, None) => Ok(usual.lines().map(|prompt| Subject::Prompt(prompt.to_owned())).collect()),
+    }
+}
+
+/// Subjects, one a line; empty lines are left out.
+fn read_subjects(path: &Path, are_classes: bool) -> anyhow::Result<Vec<Subject>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-    let prompts: Vec<String> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
-    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one a line, found none", path.display());
-    Ok(prompts)
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let subject = |line: &str| match are_classes {
+        true => line
+            .parse()
+            .map(Subject::Class)
+            .with_context(|| format!("{}: expected numbers of classes, one a line, found {line:?}", path.display())),
+        false => Ok(Subject::Prompt(line.to_owned())),
+    };
+    let subjects = lines.map(subject).collect::<anyhow::Result<Vec<_>>>()?;
+    anyhow::ensure!(!subjects.is_empty(), "{}: expected prompts, one a line, found none", path.display());
+    Ok(subjects)
 }
 
 impl Sitting {
     /// What `drawing` asks for, and the defaults of `teacher` where it asks for nothing.
     pub fn new(drawing: &Drawing, teacher: &Pipeline) -> anyhow::Result<Self> {
         let defaults = teacher.transformer().identified().variant.defaults;
-        let prompts = match &drawing.prompts {
-            Some(path) => read_prompts(path)?,
-            None => PROMPTS.map(str::to_owned).to_vec(),
-        };
         Ok(Self {
-            prompts,
+            subjects: subjects(teacher, drawing.prompts.as_deref(), &PROMPTS.join("\n"), PROMPTS.len())?,
             size: drawing.size.map_or(teacher.own_size(), |edge| Size { height: edge, width: edge }),
             steps: drawing.steps.unwrap_or(defaults.steps),
             guidance: defaults.guidance,
@@ -59,27 +80,31 @@ impl Sitting {
         })
     }
 
-    /// Draws every prompt, and tells `advance` how many pictures were finished.
+    /// The subjects, to be read.
+    pub fn prompts(&self) -> Vec<String> {
+        self.subjects.iter().map(Subject::to_string).collect()
+    }
+
+    /// Draws every subject, and tells `advance` how many pictures were finished.
     ///
     /// # Shapes
-    /// Returns packed latents, (prompts, image tokens, channels), in f32.
+    /// Returns latents, (subjects, ..) as the transformer takes them, in f32.
     pub fn draw(
         &self,
         pipeline: &Pipeline,
         denoiser: &dyn Denoiser,
         advance: &mut dyn FnMut(usize),
     ) -> anyhow::Result<Tensor> {
-        let text = pipeline.encode_prompts(&self.prompts)?;
+        let (encoded, without) = pipeline.encode_guided(&self.subjects)?;
         let mut drawn = Vec::new();
-        let at_once = (TOKENS_AT_ONCE / self.noise(pipeline, 0, 1)?.tokens.dim(1)?).max(1);
-        for start in (0..self.prompts.len()).step_by(at_once) {
-            let count = at_once.min(self.prompts.len() - start);
+        let at_once = (TOKENS_AT_ONCE / self.noise(pipeline, 0, 1)?.image_tokens).max(1);
+        for start in (0..self.subjects.len()).step_by(at_once) {
+            let count = at_once.min(self.subjects.len() - start);
             let noise = self.noise(pipeline, start, count)?;
-            let conditions = pipeline.conditions(&rows(&text, start, count)?, &noise, self.guidance)?;
             let schedule = pipeline.schedule(self.steps, &noise)?;
-            let guidance = Guidance::Embedded(conditions);
+            let guidance = pipeline.steer(&encoded.samples(start, count)?, without.as_ref(), &noise, self.guidance)?;
             let controlled = Controlled::new(denoiser, self.controls(pipeline, start, count)?);
-            let latents = denoise(&controlled, &noise.tokens, &schedule, &guidance, &mut |_| ())?;
+            let latents = denoise(&controlled, &noise.tensor, &schedule, &guidance, &mut |_| ())?;
             drawn.push(latents.to_dtype(DType::F32)?);
             advance(count);
         }
@@ -93,13 +118,14 @@ impl Sitting {
 
     /// The first `count` pictures' latents, noised half way by noise of their own: one evaluation to compare models on.
     pub fn halfway(&self, pipeline: &Pipeline, latents: &Tensor, count: usize) -> anyhow::Result<DenoiserInput> {
-        let text = pipeline.encode_prompts(&self.prompts[..count])?;
-        let noise = self.noise(pipeline, self.prompts.len(), count)?;
-        let conditions = pipeline.conditions(&text, &noise, self.guidance)?;
-        let drawn = latents.narrow(0, 0, count)?.to_dtype(noise.tokens.dtype())?;
-        let halfway = ((drawn + &noise.tokens)? * 0.5)?;
-        let timestep = Tensor::full(0.5f32, count, halfway.device())?;
-        Ok(DenoiserInput { latents: halfway, timestep, moment: Moment::default(), conditions })
+        let encoded = pipeline.encode(&self.subjects[..count])?;
+        let noise = self.noise(pipeline, self.subjects.len(), count)?;
+        let conditions = pipeline.conditions(&encoded, &noise, self.guidance)?;
+        let level = Tensor::full(0.5f32, count, noise.tensor.device())?;
+        let drawn = latents.narrow(0, 0, count)?;
+        let Noised { latents, timestep, .. } = pipeline.process().noised(&drawn, &noise.tensor, &level)?;
+        let latents = latents.to_dtype(noise.tensor.dtype())?;
+        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
     }
 
     /// What the branches of `pipeline` are controlled by for pictures `start..start + count`.
@@ -114,14 +140,9 @@ impl Sitting {
     fn noise(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Latents> {
         let one = |index| pipeline.initial_latents(self.seed + index as u64, 1, self.size);
         let noise = (start..start + count).map(one).collect::<Result<Vec<_>, _>>()?;
-        let tokens: Vec<&Tensor> = noise.iter().map(|latents| &latents.tokens).collect();
-        Ok(Latents { tokens: Tensor::cat(&tokens, 0)?, image_ids: noise[0].image_ids.clone() })
+        let tensors: Vec<&Tensor> = noise.iter().map(|latents| &latents.tensor).collect();
+        Ok(Latents { tensor: Tensor::cat(&tensors, 0)?, ..noise[0].clone() })
     }
-}
-
-fn rows(conditions: &Conditions, start: usize, count: usize) -> candle_core::Result<Conditions> {
-    let take = |tensor: &Option<Tensor>| tensor.as_ref().map(|tensor| tensor.narrow(0, start, count)).transpose();
-    Ok(Conditions { text: take(&conditions.text)?, pooled: take(&conditions.pooled)?, ..conditions.clone() })
 }
 
 /// Relative error of each layer's attention output, student against teacher, text and image rows together.

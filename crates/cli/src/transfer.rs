@@ -95,7 +95,7 @@ impl Study<'_> {
         for condition in rest {
             condition.effect = mean(&first[0].pictures[0], &condition.pictures[0], ssim)?;
         }
-        Ok(Transfer { attention: self.plan()?.to_string(), conditions, prompts: self.sitting.prompts })
+        Ok(Transfer { attention: self.plan()?.to_string(), conditions, prompts: self.sitting.prompts() })
     }
 
     /// What the linear form records.
@@ -139,7 +139,7 @@ impl Study<'_> {
 
     fn draw(&self, side: &Side, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
         let pipeline = self.open(side)?;
-        let bar = output.progress("drawing", self.sitting.prompts.len());
+        let bar = output.progress("drawing", self.sitting.subjects.len());
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
         let latents = self.sitting.draw(&pipeline, transformer.as_ref(), &mut |count| bar.inc(count as u64))?;
         bar.finish_and_clear();

@@ -5,9 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
-use common::{Tiny, complaint, json, repository, run, text};
-use std::collections::HashMap;
-use std::path::Path;
+use common::{Tiny, complaint, expected, forward, json, run, text};
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
 
@@ -61,23 +59,6 @@ fn what_is_no_model_is_named() {
     assert!(said.contains("model.safetensors") && said.contains("git-lfs"), "{said}");
     let nowhere = complaint(1, &["inspect", text(&folder.path().join("nowhere"))]);
     assert!(nowhere.contains("nowhere"), "{nowhere}");
-}
-
-/// Runs `forward` on the fixture's inputs and gives the sample.
-fn forward(model: &Path, attention: &[&str]) -> Tensor {
-    let folder = tempfile::tempdir().unwrap();
-    let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
-    let prefix = "5x8/input/";
-    let inputs: HashMap<String, Tensor> =
-        cases.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
-    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
-    candle_core::safetensors::save(&inputs, &input).unwrap();
-    run(0, &[&["forward", text(model), "--inputs", text(&input), "-o", text(&output)], attention].concat());
-    fixture(&output)["sample"].clone()
-}
-
-fn expected(plan: &str) -> Tensor {
-    fixture(repository("tests/fixtures/flux/head24/cases.safetensors"))[&format!("5x8/{plan}/sample")].clone()
 }
 
 #[test]

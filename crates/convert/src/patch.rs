@@ -32,6 +32,7 @@ pub struct Patch {
 const KIND: &str = "clearform.kind";
 const PATCH: &str = "attention-patch";
 const PLAN: &str = "clearform.attention";
+const FAMILY: &str = "clearform.family";
 const BASE: &str = "clearform.base_sha256";
 
 impl Patch {
@@ -89,6 +90,11 @@ impl Patch {
     /// The attention plan that it was distilled for.
     pub fn plan(&self) -> &AttentionPlan {
         &self.plan
+    }
+
+    /// The family of the model that it was taken from; CLEAR's own files do not tell.
+    pub fn family(&self) -> Option<&str> {
+        self.tensors.metadata().get(FAMILY).map(String::as_str)
     }
 
     /// `target` with the patch put in. `Shift` needs `base`, the teacher of the patch.
@@ -178,11 +184,16 @@ impl Patched<'_> {
     }
 }
 
-/// The projections that CLEAR distils, and what its policies learn.
+/// The projections that CLEAR distils in any family, and what its policies learn.
 fn is_attention(name: &str) -> bool {
-    is_learned(name)
-        || [".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out."].iter().any(|part| name.contains(part))
+    let Some((layer, parameter)) = PROJECTIONS.iter().find_map(|projection| name.split_once(projection)) else {
+        return is_learned(name);
+    };
+    LAYERS.iter().any(|suffix| layer.ends_with(suffix)) && !parameter.is_empty()
 }
+
+const LAYERS: [&str; 4] = [".attn", ".attn1", ".attn2", ".attention"];
+const PROJECTIONS: [&str; 8] = [".to_q.", ".to_k.", ".to_v.", ".to_out.", ".wq.", ".wk.", ".wv.", ".wo."];
 
 /// Tensors without a counterpart in the teacher.
 fn is_learned(name: &str) -> bool {
@@ -231,7 +242,7 @@ fn fingerprint(base: &dyn TensorSource, names: &[String]) -> Result<String> {
 fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::from([
         (KIND.to_owned(), PATCH.to_owned()),
-        ("clearform.family".to_owned(), family.to_owned()),
+        (FAMILY.to_owned(), family.to_owned()),
         (PLAN.to_owned(), plan.to_toml()),
         (BASE.to_owned(), base),
     ]);

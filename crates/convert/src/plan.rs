@@ -100,8 +100,9 @@ impl ConversionPlan {
 
     /// Learned tensors of the attention plan that the source lacks.
     fn added(&self, source: &dyn TensorSource) -> Result<Resident> {
-        let names: BTreeSet<String> = source.tensors().into_iter().filter_map(|info| layer_of(&info.name)).collect();
-        let learned = names.iter().filter_map(|layer| self.attention.learned(layer).transpose());
+        let places = self.identified.expected().into_iter().filter(|tensor| tensor.optional);
+        let layers: BTreeSet<String> = places.filter_map(|tensor| layer_of(&tensor.name)).collect();
+        let learned = layers.iter().filter_map(|layer| self.attention.learned(layer).transpose());
         let learned = learned.collect::<candle_core::Result<Vec<_>>>()?;
         Ok(learned.into_iter().filter(|(name, _)| source.info(name).is_none()).collect())
     }
@@ -146,7 +147,7 @@ impl ConversionPlan {
 
     fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
         let mut placed = Vec::new();
-        for name in self.identified.components() {
+        for name in self.parts() {
             if let Some(folder) = self.component(name) {
                 stage.place(&folder, name, self.placing)?;
                 placed.push(name.clone());
@@ -154,9 +155,24 @@ impl ConversionPlan {
         }
         if let Some(index) = self.component("model_index.json") {
             let bytes = std::fs::read(&index).map_err(at(&index))?;
+            if !self.is_index_of(&bytes) {
+                return Ok(placed);
+            }
             write_file(&stage.folder().join("model_index.json"), &bytes)?;
         }
         Ok(placed)
+    }
+
+    /// Whether a model_index.json is of a pipeline with this transformer: components may come from another's.
+    fn is_index_of(&self, index: &[u8]) -> bool {
+        let index: serde_json::Value = serde_json::from_slice(index).unwrap_or_default();
+        let class = &index["transformer"][1];
+        class.is_null() || *class == self.identified.config["_class_name"]
+    }
+
+    /// Names of all parts that the pipeline has or may have beside its transformer.
+    fn parts(&self) -> impl Iterator<Item = &String> {
+        self.identified.components().iter().chain(self.identified.optional_components())
     }
 
     fn component(&self, name: &str) -> Option<PathBuf> {
@@ -164,7 +180,7 @@ impl ConversionPlan {
     }
 
     fn component_bytes(&self) -> u64 {
-        let files = self.identified.components().iter().filter_map(|name| self.component(name));
+        let files = self.parts().filter_map(|name| self.component(name));
         let entries = files.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
         entries
             .filter_map(|entry| entry.ok()?.metadata().ok())
@@ -177,9 +193,10 @@ impl ConversionPlan {
         format!(
             "# A linear {family} model\n\n\
              This folder holds a {family} diffusion transformer (variant {variant}) whose attention was rewritten by \
-             clearform: `{plan}`. It has the form of a diffusers pipeline, and clearform.toml says where it came from, \
-             how it was distilled, and the size and hash of every file.\n\n\
-             Run it with `clearform generate FOLDER \"PROMPT\"`. diffusers can open the folder too, but runs the \
+             clearform: `{plan}`. clearform.toml says where it came from, how it was distilled, and the size and hash of \
+             every file.\n\n\
+             Run it with `clearform generate FOLDER \"PROMPT\"`, or with `--class N` where it draws classes. Where \
+             diffusers has the class that transformer/config.json names, it can open the folder too, but runs the \
              transformer with full attention, which is neither linear nor what it was distilled for, unless CLEAR's \
              attention processors are set.\n",
             family = self.identified.family,
@@ -189,9 +206,9 @@ impl ConversionPlan {
     }
 }
 
-/// The attention layer that a query projection belongs to.
+/// The attention layer that a learned tensor belongs to.
 fn layer_of(name: &str) -> Option<String> {
-    name.strip_suffix(".to_q.weight").map(str::to_owned)
+    name.strip_suffix(".processor.spatial_weight").map(str::to_owned)
 }
 
 fn converted(tensor: RawTensor, info: &TensorInfo) -> Result<RawTensor> {

@@ -5,7 +5,7 @@
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::{ConversionPlan, Mode, Patch, Patched, Placing, PortableModel, Replace, Stage, TRANSFORMER};
-use clearform_layout::{Hints, Identified, Manifests, detect};
+use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
 use clearform_weights::{Checkpoint, Dtype, Resident, SafetensorsWriter, TensorInfo, TensorSource, sha256_file};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,9 +33,10 @@ fn source(folder: &Path) -> PathBuf {
 }
 
 fn open(path: &Path) -> (Checkpoint, Identified) {
-    let checkpoint = Checkpoint::open(path).unwrap();
-    let identified = detect(&checkpoint, &Manifests::embedded().unwrap(), &Hints::default()).unwrap();
-    (checkpoint, identified)
+    let manifests = Manifests::embedded().unwrap();
+    let checkpoint = Unscaled::open(path, &manifests).unwrap();
+    let identified = detect(&checkpoint, &manifests, &Hints::default()).unwrap();
+    (Checkpoint::open(path).unwrap(), identified)
 }
 
 fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSource, target: &Path) -> Vec<String> {

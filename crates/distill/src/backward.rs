@@ -8,7 +8,7 @@ use crate::{Activations, Batch, LossSettings, Pair, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use clearform_attention::Attended;
-use clearform_models::{Denoiser, DenoiserInput, State};
+use clearform_models::{Denoiser, DenoiserInput, State, without_variance};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ pub type Gradients = BTreeMap<String, Tensor>;
 /// The terms of the loss, each before its weight, and their weighted sum.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Losses {
-    /// Against noise minus sample.
+    /// Against what a perfect model predicts.
     pub flow: f64,
     /// Against the teacher's prediction.
     pub prediction: f64,
@@ -181,7 +181,7 @@ impl Pass<'_> {
     fn head(&mut self, last: State, target: &Tensor) -> Result<Cotangent> {
         let (inlet, state) = Inlet::open(last)?;
         let prediction = self.pair.student().head(&state)?.to_dtype(DType::F32)?;
-        let flow = mean_square(&prediction, target)?;
+        let flow = mean_square(&without_variance(&prediction, target)?, target)?;
         let taught = mean_square(&prediction, &self.lesson.prediction)?;
         self.losses.flow = scalar(&flow)?;
         self.losses.prediction = scalar(&taught)?;

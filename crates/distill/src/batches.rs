@@ -1,8 +1,9 @@
 //! [`Batches`]: the endless sequence of noised samples that a student is trained on, from one random generator.
 
-use crate::{DistillError, Precision, Result, SampleSet, Settings, Timesteps};
+use crate::samples::Member;
+use crate::{DistillError, Pair, Precision, Result, SampleSet, Settings, Timesteps};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, DenoiserInput, Moment};
+use clearform_models::{Conditions, DenoiserInput, Moment, Noised, Process};
 use clearform_sampling::TorchGenerator;
 
 /// Noised samples and what should be predicted of them.
@@ -10,7 +11,7 @@ use clearform_sampling::TorchGenerator;
 pub struct Batch {
     /// What teacher and student are asked.
     pub input: DenoiserInput,
-    /// Noise minus sample, f32, shaped as the latents.
+    /// What a perfect model predicts, f32, shaped as the latents.
     pub target: Tensor,
 }
 
@@ -19,27 +20,26 @@ pub struct Batch {
 pub struct Batches<'a> {
     samples: &'a SampleSet,
     settings: &'a Settings,
+    process: Process,
     device: Device,
     generator: TorchGenerator,
 }
 
+/// Share of training that is of no subject where samples are drawn with classifier-free guidance: both of its
+/// evaluations must be learned (Ho and Salimans, arXiv 2207.12598, algorithm 1).
+const UNCONDITIONAL: f32 = 0.1;
+
 impl Batch {
-    /// x_t = (1 − t) x₀ + t noise: the straight path of a rectified flow (Liu et al., arXiv 2209.03003).
+    /// `x0` noised to the levels `t` as `process` has it.
     ///
     /// # Shapes
     /// x0 and noise (batch, ...) in f32, t (batch) in f32.
     ///
     /// # Errors
     /// Shapes that differ.
-    pub fn noised(x0: &Tensor, noise: &Tensor, t: &Tensor, conditions: Conditions) -> Result<Self> {
-        let mut extents = vec![1; x0.rank()];
-        extents[0] = t.dim(0)?;
-        let level = t.reshape(extents)?;
-        let latents = (x0.broadcast_mul(&level.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&level)?)?;
-        Ok(Self {
-            input: DenoiserInput { latents, timestep: t.clone(), moment: Moment::default(), conditions },
-            target: (noise - x0)?,
-        })
+    pub fn noised(process: Process, x0: &Tensor, noise: &Tensor, t: &Tensor, conditions: Conditions) -> Result<Self> {
+        let Noised { latents, timestep, target } = process.noised(x0, noise, t)?;
+        Ok(Self { input: DenoiserInput { latents, timestep, moment: Moment::default(), conditions }, target })
     }
 
     fn in_precision(mut self, precision: Precision) -> Result<Self> {
@@ -51,9 +51,9 @@ impl Batch {
 }
 
 impl<'a> Batches<'a> {
-    /// Batches of `samples` as `settings` ask, from `generator` on.
-    pub fn new(samples: &'a SampleSet, settings: &'a Settings, device: &Device, generator: TorchGenerator) -> Self {
-        Self { samples, settings, device: device.clone(), generator }
+    /// Batches of `samples` for `pair` as `settings` ask, from `generator` on.
+    pub fn new(samples: &'a SampleSet, settings: &'a Settings, pair: &Pair, generator: TorchGenerator) -> Self {
+        Self { samples, settings, process: pair.process(), device: pair.device(), generator }
     }
 
     /// The next batch: samples with replacement, a noise level each, noise.
@@ -64,10 +64,21 @@ impl<'a> Batches<'a> {
         let count = u32::try_from(self.samples.settings().count).unwrap_or(u32::MAX);
         let members: Vec<usize> = (0..self.settings.batch).map(|_| self.generator.below(count) as usize).collect();
         let t = levels(&mut self.generator, self.settings.timesteps, members.len())?;
-        let drawn = self.samples.read(&members, &self.device)?;
+        let members = self.with_subjects(members)?;
+        let drawn = self.samples.read_members(&members, &self.device)?;
         let noise = self.generator.randn(drawn.latents.shape())?.to_device(&self.device)?;
         let t = t.to_device(&self.device)?;
-        Batch::noised(&drawn.latents, &noise, &t, drawn.conditions)?.in_precision(self.settings.precision)
+        Batch::noised(self.process, &drawn.latents, &noise, &t, drawn.conditions)?.in_precision(self.settings.precision)
+    }
+
+    /// Takes the subject from some members, where the set has what stands for none.
+    fn with_subjects(&mut self, members: Vec<usize>) -> Result<Vec<Member>> {
+        if self.samples.settings().classifier_free.is_none() {
+            return Ok(members.into_iter().map(Member::of).collect());
+        }
+        let chance: Vec<f32> = self.generator.rand(members.len())?.to_vec1()?;
+        let subject = |(sample, chance)| Member { sample, unconditional: chance < UNCONDITIONAL };
+        Ok(members.into_iter().zip(chance).map(subject).collect())
     }
 
     /// The random state after the batches drawn so far.
@@ -77,11 +88,11 @@ impl<'a> Batches<'a> {
 }
 
 impl SampleSet {
-    /// Every sample once, noised by noise and uniform levels that depend on `seed` alone: what models are compared on.
+    /// Every sample once, noised as `process` has it, by noise and uniform levels that depend on `seed` alone: what models are compared on.
     ///
     /// # Errors
     /// A sample that cannot be read, or no batch at all.
-    pub fn noised(&self, seed: u64, batch: usize, device: &Device) -> Result<Vec<DenoiserInput>> {
+    pub fn noised(&self, process: Process, seed: u64, batch: usize, device: &Device) -> Result<Vec<DenoiserInput>> {
         if batch == 0 {
             return Err(DistillError::BadSetting { key: "batch", reason: "expected at least 1, found 0".to_owned() });
         }
@@ -92,7 +103,7 @@ impl SampleSet {
             let drawn = self.read(members, device)?;
             let t = generator.rand(members.len())?.to_device(device)?;
             let noise = generator.randn(drawn.latents.shape())?.to_device(device)?;
-            inputs.push(Batch::noised(&drawn.latents, &noise, &t, drawn.conditions)?.input);
+            inputs.push(Batch::noised(process, &drawn.latents, &noise, &t, drawn.conditions)?.input);
         }
         Ok(inputs)
     }
@@ -112,16 +123,6 @@ fn levels(generator: &mut TorchGenerator, timesteps: Timesteps, count: usize) ->
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn samples_are_noised_along_a_straight_path() {
-        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap().reshape((2, 1, 1)).unwrap();
-        let t = Tensor::new(&[0.0f32, 0.25], &Device::Cpu).unwrap();
-        let batch = Batch::noised(&tensor(&[2.0, 4.0]), &tensor(&[-1.0, 8.0]), &t, Conditions::default()).unwrap();
-        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(flat(&batch.input.latents), [2.0, 5.0]);
-        assert_eq!(flat(&batch.target), [-3.0, 4.0]);
-    }
 
     #[test]
     fn logit_normal_levels_lie_in_between_and_around_the_mean() {

@@ -22,6 +22,6 @@ pub use error::{DistillError, Result};
 pub use journal::Entry;
 pub use optimizer::{OptimizerState, clip};
 pub use pair::{Pair, Recipe};
-pub use samples::{Canvas, SampleSet, SampleSettings, Samples};
+pub use samples::{Canvas, ClassifierFree, SampleSet, SampleSettings, Samples};
 pub use settings::{Activations, Decay, LearningRate, LossSettings, Optimizer, Precision, Settings, Timesteps};
 pub use train::{Distilled, Outcome, Progress, Start, Workshop, distill};

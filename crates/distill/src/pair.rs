@@ -1,9 +1,9 @@
 //! [`Pair`]: teacher and student over the same frozen weights. Only what is trained exists twice.
 
 use crate::{DistillError, Result};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Denoiser, Family};
+use clearform_models::{Denoiser, DistilledLayer, Family, Process};
 use clearform_weights::{Resident, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -23,6 +23,7 @@ pub struct Recipe<'a> {
 pub struct Pair {
     teacher: Box<dyn Denoiser>,
     student: Box<dyn Denoiser>,
+    process: Process,
     masters: BTreeMap<String, Var>,
 }
 
@@ -44,7 +45,7 @@ impl Pair {
             weights.insert(name.clone(), master.as_tensor().clone());
         }
         let student = recipe.family.build(recipe.config, &weights, recipe.plan)?;
-        Ok(Self { teacher: built, student, masters })
+        Ok(Self { teacher: built, student, process: recipe.family.process(), masters })
     }
 
     /// The model that is learned from.
@@ -55,6 +56,16 @@ impl Pair {
     /// The model that learns. It computes with the masters as they are at that moment.
     pub fn student(&self) -> &dyn Denoiser {
         self.student.as_ref()
+    }
+
+    /// How samples are noised for both.
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Where both compute.
+    pub fn device(&self) -> Device {
+        self.masters.values().next().map_or(Device::Cpu, |master| master.device().clone())
     }
 
     /// The trained parameters by name, f32.
@@ -85,21 +96,27 @@ impl Pair {
     }
 }
 
+/// The parameters of a block's attention layers; a block need not have the second one of its family.
 fn masters_of(layer: &str, recipe: Recipe, teacher: &Resident, start: &dyn TensorSource) -> Result<Vec<(String, Var)>> {
     let mut masters = Vec::new();
-    for name in recipe.family.distilled(layer) {
-        let frozen = teacher.tensor(&name)?;
-        masters.push((name.clone(), master(&start.tensor(&name)?, &frozen)?));
+    for DistilledLayer { name, parameters } in recipe.family.distilled(layer) {
+        let present = parameters.iter().filter(|parameter| teacher.info(parameter).is_some());
+        let own = present.map(|parameter| {
+            let frozen = teacher.tensor(parameter)?;
+            Ok((parameter.clone(), master(&start.tensor(parameter)?, &frozen)?))
+        });
+        let own = own.collect::<Result<Vec<_>>>()?;
+        let device = own.first().map(|(_, master)| master.device().clone());
+        masters.extend(own);
+        if let (Some(device), Some((name, initial))) = (device, recipe.plan.learned(&name)?) {
+            let found = if start.info(&name).is_some() { start.tensor(&name)? } else { initial };
+            masters.push((name, master(&found.to_device(&device)?, &found.to_device(&device)?)?));
+        }
     }
-    if masters.is_empty() {
-        return Err(DistillError::Mismatch(format!("layer {layer:?} has no parameter to train")));
+    match masters.is_empty() {
+        true => Err(DistillError::Mismatch(format!("layer {layer:?} has no parameter to train"))),
+        false => Ok(masters),
     }
-    if let Some((name, initial)) = recipe.plan.learned(layer)? {
-        let device = masters[0].1.device().clone();
-        let found = if start.info(&name).is_some() { start.tensor(&name)? } else { initial };
-        masters.push((name, master(&found.to_device(&device)?, &found.to_device(&device)?)?));
-    }
-    Ok(masters)
 }
 
 fn master(start: &Tensor, frozen: &Tensor) -> Result<Var> {

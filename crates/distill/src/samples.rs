@@ -6,7 +6,7 @@
 
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, Denoiser};
+use clearform_models::{Conditions, Denoiser, Subject};
 use clearform_sampling::{Guidance, Schedule, TorchGenerator, denoise};
 use clearform_weights::{Checkpoint, Resident, TensorSource, write_atomically};
 use serde::{Deserialize, Serialize};
@@ -21,8 +21,8 @@ const EDITION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SampleSettings {
-    /// The prompts; sample n is of prompt n modulo their count.
-    pub prompts: Vec<String>,
+    /// The subjects; sample n is of subject n modulo their count.
+    pub prompts: Vec<Subject>,
     /// Samples in all.
     pub count: usize,
     /// Samples drawn at once, which are one file.
@@ -33,8 +33,39 @@ pub struct SampleSettings {
     pub steps: usize,
     /// Embedded guidance scale, for models that have one.
     pub guidance: Option<f64>,
+    /// Classifier-free guidance, for models that are drawn with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classifier_free: Option<ClassifierFree>,
     /// Seed of sample 0; each next has one more.
     pub seed: u64,
+}
+
+/// How samples are drawn with two evaluations a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClassifierFree {
+    /// How far to go from the second evaluation through the first.
+    pub scale: f64,
+    /// What the second is of.
+    pub without: Subject,
+    /// Channels that are guided, from the first; all without it.
+    pub channels: Option<usize>,
+}
+
+/// A sample, or what is left of it without its subject.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Member {
+    /// Its number.
+    pub sample: usize,
+    /// Whether it is taken without its subject.
+    pub unconditional: bool,
+}
+
+impl Member {
+    /// A sample with its subject.
+    pub fn of(sample: usize) -> Self {
+        Self { sample, unconditional: false }
+    }
 }
 
 /// What samples are drawn on.
@@ -123,25 +154,25 @@ impl SampleSet {
         self.unencoded().is_empty() && self.ids_path().exists() && self.undrawn().is_empty()
     }
 
-    /// Encodes the prompts that are not encoded yet. `encode` gives text (prompts, tokens, channels) and pooled
-    /// (prompts, channels).
+    /// Encodes the subjects that are not encoded yet. What `encode` gives has a row for each of them.
     ///
     /// # Errors
     /// What `encode` says, or a file that cannot be written.
-    pub fn encode<E>(&self, encode: &mut dyn FnMut(&[String]) -> std::result::Result<Conditions, E>) -> Result<()>
+    pub fn encode<E>(&self, encode: &mut dyn FnMut(&[Subject]) -> std::result::Result<Conditions, E>) -> Result<()>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        let subjects = self.subjects();
         // Always the same chunks: what is encoded together may change the last bits.
         let chunks: BTreeSet<usize> = self.unencoded().into_iter().map(|prompt| prompt / PROMPTS_AT_ONCE).collect();
         for first in chunks.into_iter().map(|chunk| chunk * PROMPTS_AT_ONCE) {
-            let last = (first + PROMPTS_AT_ONCE).min(self.used_prompts());
-            let prompts = &self.settings.prompts[first..last];
-            let refused = |error: E| DistillError::Prompt { prompt: prompts[0].clone(), source: error.into() };
+            let last = (first + PROMPTS_AT_ONCE).min(subjects.len());
+            let prompts = &subjects[first..last];
+            let refused = |error: E| DistillError::Prompt { prompt: prompts[0].to_string(), source: error.into() };
             let encoded = encode(prompts).map_err(refused)?;
             for (row, index) in (first..last).enumerate() {
-                let parts = [("text", &encoded.text), ("text_mask", &encoded.text_mask), ("pooled", &encoded.pooled)];
-                let parts = parts.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
+                // Scale and places are the set's own.
+                let parts = encoded.per_sample().filter(|(name, _)| *name != "guidance");
                 let rows = parts.map(|(name, tensor)| Ok((name.to_owned(), tensor.get(row)?.contiguous()?)));
                 save(&self.prompt_path(index), rows.collect::<Result<Resident>>()?)?;
             }
@@ -160,11 +191,10 @@ impl SampleSet {
         progress(done, self.settings.count);
         for batch in undrawn {
             let members = self.members(batch);
-            let conditions = self.conditions(&members, &canvas.device)?;
             let noise = self.noise(&members, canvas)?;
-            let guidance = Guidance::Embedded(conditions);
+            let guidance = self.guidance(&members, &canvas.device)?;
             let latents = denoise(teacher, &noise, &canvas.schedule, &guidance, &mut |_| ())?;
-            let prompts: Vec<u32> = members.iter().map(|&member| self.prompt_of(member) as u32).collect();
+            let prompts: Vec<u32> = members.iter().map(|&member| self.subject_of(Member::of(member)) as u32).collect();
             let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
             let prompts = Tensor::new(prompts, &Device::Cpu)?;
             let tensors = [("latents".to_owned(), latents), ("prompt".to_owned(), prompts)];
@@ -180,9 +210,29 @@ impl SampleSet {
     /// # Errors
     /// A file that is missing or not of this set.
     pub fn read(&self, members: &[usize], device: &Device) -> Result<Samples> {
-        let rows = members.iter().map(|&member| self.latents(member)).collect::<Result<Vec<_>>>()?;
+        self.read_members(&members.iter().copied().map(Member::of).collect::<Vec<_>>(), device)
+    }
+
+    /// As [`Self::read`], some without their subjects.
+    pub(crate) fn read_members(&self, members: &[Member], device: &Device) -> Result<Samples> {
+        let rows = members.iter().map(|member| self.latents(member.sample)).collect::<Result<Vec<_>>>()?;
         let latents = Tensor::stack(&rows, 0)?.to_device(device)?;
-        Ok(Samples { latents, conditions: self.conditions(members, device)? })
+        let subjects: Vec<usize> = members.iter().map(|member| self.subject_of(*member)).collect();
+        Ok(Samples { latents, conditions: self.conditions(&subjects, device)? })
+    }
+
+    fn guidance(&self, members: &[usize], device: &Device) -> Result<Guidance> {
+        let conditions = |unconditional: bool| {
+            let subject = |sample: &usize| self.subject_of(Member { sample: *sample, unconditional });
+            self.conditions(&members.iter().map(subject).collect::<Vec<_>>(), device)
+        };
+        let positive = conditions(false)?;
+        match &self.settings.classifier_free {
+            None => Ok(Guidance::Embedded(positive)),
+            Some(ClassifierFree { scale, channels, .. }) => {
+                Ok(Guidance::classifier_free(positive, conditions(true)?, *scale, *channels)?)
+            }
+        }
     }
 
     fn latents(&self, member: usize) -> Result<Tensor> {
@@ -197,32 +247,29 @@ impl SampleSet {
         Ok(Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?)
     }
 
-    fn conditions(&self, members: &[usize], device: &Device) -> Result<Conditions> {
+    fn conditions(&self, subjects: &[usize], device: &Device) -> Result<Conditions> {
         let mut parts: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-        for &member in members {
-            let file = Checkpoint::open(self.prompt_path(self.prompt_of(member)))?;
+        for &subject in subjects {
+            let file = Checkpoint::open(self.prompt_path(subject))?;
             for info in file.tensors() {
                 let tensor = file.tensor(&info.name)?;
                 parts.entry(info.name).or_default().push(tensor);
             }
         }
-        let mut take = |name: &str| {
-            let rows = parts.remove(name);
-            rows.map(|rows| Tensor::stack(&rows, 0)?.to_device(device)).transpose()
-        };
         let ids = Checkpoint::open(self.ids_path())?;
         let id = |name: &str| -> Result<Option<Tensor>> {
             ids.info(name).map(|_| Ok(ids.tensor(name)?.to_device(device)?)).transpose()
         };
-        let scale = |scale: f64| Tensor::new(vec![scale as f32; members.len()], device);
-        Ok(Conditions {
-            text: take("text")?,
-            text_mask: take("text_mask")?,
-            pooled: take("pooled")?,
+        let scale = |scale: f64| Tensor::new(vec![scale as f32; subjects.len()], device);
+        let framed = Conditions {
             guidance: self.settings.guidance.map(scale).transpose()?,
             image_ids: id("image_ids")?,
             text_ids: id("text_ids")?,
-            classes: None,
+            ..Conditions::default()
+        };
+        framed.map_samples(|name, own| match parts.remove(name) {
+            Some(rows) => Ok(Some(Tensor::stack(&rows, 0)?.to_device(device)?)),
+            None => Ok(own.clone()),
         })
     }
 
@@ -241,7 +288,13 @@ impl SampleSet {
     }
 
     fn unencoded(&self) -> Vec<usize> {
-        (0..self.used_prompts()).filter(|&prompt| !self.prompt_path(prompt).exists()).collect()
+        (0..self.subjects().len()).filter(|&subject| !self.prompt_path(subject).exists()).collect()
+    }
+
+    /// Everything that is encoded: the subjects that samples are of, and last what stands for none.
+    fn subjects(&self) -> Vec<Subject> {
+        let without = self.settings.classifier_free.iter().map(|guidance| guidance.without.clone());
+        self.settings.prompts[..self.used_prompts()].iter().cloned().chain(without).collect()
     }
 
     fn used_prompts(&self) -> usize {
@@ -258,8 +311,9 @@ impl SampleSet {
         (first..(first + self.settings.batch).min(self.settings.count)).collect()
     }
 
-    fn prompt_of(&self, member: usize) -> usize {
-        member % self.settings.prompts.len()
+    /// The number of a member's subject among [`Self::subjects`].
+    fn subject_of(&self, member: Member) -> usize {
+        if member.unconditional { self.used_prompts() } else { member.sample % self.settings.prompts.len() }
     }
 
     fn prompt_path(&self, prompt: usize) -> PathBuf {

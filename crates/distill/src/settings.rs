@@ -33,8 +33,9 @@ pub struct Settings {
     pub seed: u64,
 }
 
-/// L = flow · mean((v − (noise − x₀))²) + prediction · mean((v − v_teacher)²) + attention · mean over the watched
-/// layers of mean((a − a_teacher)²) (CLEAR, equation 6), with a the output of attention before its projection.
+/// L = flow · mean((v − target)²) + prediction · mean((v − v_teacher)²) + attention · mean over the watched
+/// layers of mean((a − a_teacher)²) (CLEAR, equation 6), with a the output of attention before its projection, and the
+/// target what a perfect model predicts, noise − x₀ for a flow.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSettings {
@@ -44,7 +45,7 @@ pub struct LossSettings {
     pub prediction: f64,
     /// Weight of the teacher's attention outputs; 0.5.
     pub attention: f64,
-    /// Every how many-th single-stream layer is watched, from the first on; 4.
+    /// Every how many-th layer is watched, from the first on; 4. Where there are single-stream layers, of those.
     pub every: usize,
     /// The watched layers by name, in place of `every`.
     pub layers: Option<Vec<String>>,

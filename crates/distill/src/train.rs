@@ -5,7 +5,7 @@ use crate::journal::Journal;
 use crate::{
     Batches, DistillError, Entry, Gradients, Losses, OptimizerState, Pair, Result, SampleSet, Settings, backward, clip,
 };
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use clearform_weights::Resident;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -119,7 +119,7 @@ impl<'a> Training<'a> {
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
         let begun = Begun { settings: settings.clone(), samples: samples.settings().clone() };
-        let device = device(pair);
+        let device = pair.device();
         let state = match (path.exists(), workshop.start) {
             (true, Start::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
             (true, Start::Fresh) => {
@@ -138,7 +138,7 @@ impl<'a> Training<'a> {
                 (Record::new(settings.seed), OptimizerState::default(), average)
             }
         };
-        let batches = Batches::new(samples, settings, &device, record.generator.clone());
+        let batches = Batches::new(samples, settings, pair, record.generator.clone());
         let journal = Journal::open(&folder.join("losses.jsonl"), record.step)?;
         Ok(Self { pair, settings, batches, optimizer, average, record, begun, journal, path })
     }
@@ -214,8 +214,4 @@ impl<'a> Training<'a> {
         let seconds = self.record.seconds;
         Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.journal.into_entries(), seconds })
     }
-}
-
-fn device(pair: &Pair) -> Device {
-    pair.masters().values().next().map_or(Device::Cpu, |master| master.device().clone())
 }

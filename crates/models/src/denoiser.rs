@@ -25,6 +25,55 @@ pub struct Conditions {
     pub image_ids: Option<Tensor>,
     /// The same for text, (text tokens, 3); all zero for FLUX.
     pub text_ids: Option<Tensor>,
+    /// Height and width of the picture in pixels, (batch, 2).
+    pub resolution: Option<Tensor>,
+    /// Height through width of the picture, (batch, 1).
+    pub aspect_ratio: Option<Tensor>,
+}
+
+impl Conditions {
+    /// What has a row for each sample, by name.
+    pub fn per_sample(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let rows = [
+            ("text", &self.text),
+            ("text_mask", &self.text_mask),
+            ("pooled", &self.pooled),
+            ("guidance", &self.guidance),
+            ("classes", &self.classes),
+            ("resolution", &self.resolution),
+            ("aspect_ratio", &self.aspect_ratio),
+        ];
+        rows.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)))
+    }
+
+    /// The same with `map` of everything that has a row for each sample, which is told its name.
+    ///
+    /// # Errors
+    /// What `map` says.
+    pub fn map_samples<E>(
+        &self,
+        mut map: impl FnMut(&'static str, &Option<Tensor>) -> std::result::Result<Option<Tensor>, E>,
+    ) -> std::result::Result<Self, E> {
+        Ok(Self {
+            text: map("text", &self.text)?,
+            text_mask: map("text_mask", &self.text_mask)?,
+            pooled: map("pooled", &self.pooled)?,
+            guidance: map("guidance", &self.guidance)?,
+            classes: map("classes", &self.classes)?,
+            resolution: map("resolution", &self.resolution)?,
+            aspect_ratio: map("aspect_ratio", &self.aspect_ratio)?,
+            image_ids: self.image_ids.clone(),
+            text_ids: self.text_ids.clone(),
+        })
+    }
+
+    /// Samples `start..start + count` of them.
+    ///
+    /// # Errors
+    /// There are not as many.
+    pub fn samples(&self, start: usize, count: usize) -> Result<Self> {
+        self.map_samples(|_, rows| Ok(rows.as_ref().map(|rows| rows.narrow(0, start, count)).transpose()?))
+    }
 }
 
 /// Which step of how many. The model itself does not ask for it; what acts for a part of the way alone does.
@@ -65,11 +114,22 @@ pub struct Rotary {
     pub text: (Tensor, Tensor),
 }
 
+/// Text that image tokens look at and that no block changes.
+#[derive(Debug)]
+pub struct CrossText {
+    /// (batch, text tokens, width).
+    pub tokens: Tensor,
+    /// 1 where a text token counts, (batch, text tokens).
+    pub mask: Option<Tensor>,
+}
+
 /// What every block reads and none changes.
 #[derive(Debug)]
 pub struct Context {
-    /// Timestep, guidance and pooled text, embedded: (batch, width).
+    /// Timestep, guidance, class and pooled text, embedded, (batch, ..); the family says how it is divided.
     pub conditioning: Tensor,
+    /// Text that is no stream of its own, where the family has cross-attention.
+    pub text: Option<CrossText>,
     /// Rotary positions, where the family has them.
     pub rotary: Option<Rotary>,
     /// Where the image tokens lie.

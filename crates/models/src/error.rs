@@ -23,6 +23,9 @@ pub enum ModelError {
     /// A tokenizer file cannot be used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A text encoder cannot be had.
+    #[error(transparent)]
+    Encoder(Box<dyn std::error::Error + Send + Sync>),
     /// A weight cannot be had.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),

@@ -54,6 +54,23 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Fails unless these are heads that attention can compute.
+    pub(crate) fn expect_heads(&self, heads: usize, head_dim: usize) -> Result<()> {
+        match (heads, head_dim) {
+            (0, _) => Err(bad("num_attention_heads", "expected at least 1, found 0")),
+            (_, 4..=256) => Ok(()),
+            _ => Err(bad("attention_head_dim", format!("expected 4 to 256, found {head_dim}"))),
+        }
+    }
+
+    /// Fails unless tokens can be `patch` latent places wide.
+    pub(crate) fn expect_patch(&self, patch: usize) -> Result<()> {
+        match patch {
+            1..=64 => Ok(()),
+            _ => Err(bad("patch_size", format!("expected 1 to 64, found {patch}"))),
+        }
+    }
+
     /// Fails unless every item of the list `key`, where there is one, is `only`.
     pub(crate) fn expect_all(&self, key: &str, only: &str) -> Result<()> {
         let items = self.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);

@@ -8,10 +8,15 @@ mod error;
 pub mod families;
 mod family;
 mod keys;
+mod layers;
+mod process;
 mod scope;
+mod subject;
 pub mod text;
 pub mod vae;
 
-pub use denoiser::{Conditions, Context, Denoiser, DenoiserInput, Moment, Rotary, State};
+pub use denoiser::{Conditions, Context, CrossText, Denoiser, DenoiserInput, Moment, Rotary, State};
 pub use error::{ModelError, Result};
-pub use family::{FAMILIES, Family};
+pub use family::{DistilledLayer, FAMILIES, Family, Framing, StepSpacing};
+pub use process::{Noised, Process, alphas_cumprod, linear_betas, without_variance};
+pub use subject::{Steering, Subject};

@@ -78,6 +78,15 @@ impl<'a> Scope<'a> {
 }
 
 impl Linear {
+    /// The same layer of a convolution's weight: its inputs are all extents but the first.
+    pub(crate) fn flattened(self) -> candle_core::Result<Self> {
+        let flat = |LowRank { down, up, scale }: LowRank| -> candle_core::Result<LowRank> {
+            Ok(LowRank { down: down.flatten_from(1)?, up: up.flatten_from(1)?, scale })
+        };
+        let beside = self.beside.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
+        Ok(Self { weight: self.weight.flatten_from(1)?, bias: self.bias, beside })
+    }
+
     /// # Shapes
     /// x (.., inputs) -> (.., outputs).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -7,8 +7,14 @@ use clearform_models::{Denoiser, DenoiserInput, State};
 /// A transformer whose tokens hold a control's latents beside their own.
 pub(crate) struct Beside<'a> {
     pub base: &'a dyn Denoiser,
-    /// (batch, image tokens, channels); none for a transformer that looks at none.
+    /// As the transformer takes its latents; none for a transformer that looks at none.
     pub control: Option<Tensor>,
+}
+
+/// Where the channels of latents stand: last where they are packed, (batch, image tokens, channels), and else first,
+/// (batch, channels, height, width).
+pub(crate) fn channel_axis(latents: &Tensor) -> usize {
+    if latents.rank() == 3 { 2 } else { 1 }
 }
 
 impl Denoiser for Beside<'_> {
@@ -19,7 +25,7 @@ impl Denoiser for Beside<'_> {
     fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<State> {
         let Some(control) = &self.control else { return self.base.embed(input) };
         let control = control.to_dtype(input.latents.dtype())?;
-        let latents = Tensor::cat(&[&input.latents, &control], 2)?; // (batch, image tokens, 2 channels)
+        let latents = Tensor::cat(&[&input.latents, &control], channel_axis(&control))?;
         self.base.embed(&DenoiserInput { latents, ..input.clone() })
     }
 

@@ -59,6 +59,18 @@ impl Components {
         })
     }
 
+    /// A small text file of part `name`.
+    ///
+    /// # Errors
+    /// The part or the file is missing, or the file is no text.
+    pub fn text(&self, name: &str, file: &str) -> Result<String> {
+        let path = self.folder(name)?.join(file);
+        String::from_utf8(read(&path)?).map_err(|error| RuntimeError::BadComponent {
+            reason: format!("expected text: {error}. Copy the file again from where the model came from"),
+            path,
+        })
+    }
+
     /// The bytes of a file of part `name`; none if there is no such file.
     ///
     /// # Errors

@@ -2,11 +2,10 @@
 //! latents.
 
 use crate::adapters::ActingBranch;
+use crate::beside::channel_axis;
 use crate::pipeline::repeat;
-use crate::text::open_weights;
 use crate::{Frame, Pipeline, Result, RuntimeError, Size};
 use candle_core::{Device, Tensor};
-use clearform_models::vae::AutoencoderKl;
 use clearform_plugins::{Control, ControlKind};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
@@ -47,7 +46,7 @@ impl Pipeline {
             ControlKind::Pixels => pixels,
             ControlKind::Latents => self.packed(&pixels)?,
         };
-        let channels = if input.kind == ControlKind::Pixels { control.dim(1)? } else { control.dim(2)? };
+        let channels = control.dim(channel_axis(&control))?;
         if channels != input.channels {
             return Err(RuntimeError::BadSetting(format!(
                 "{}: it takes {} channels of control, but this model's pictures give {channels}: it was made for another \
@@ -90,8 +89,9 @@ impl Pipeline {
     /// # Shapes
     /// (batch, 3, height, width) -> (batch, image tokens, channels), the latents' means.
     fn packed(&self, pixels: &Tensor) -> Result<Tensor> {
-        let weights = open_weights(self.components(), "vae", self.changes(), self.device())?;
-        let vae = AutoencoderKl::build(self.vae_config().clone(), weights.as_ref())?;
+        let vae = self.load_vae()?.ok_or_else(|| {
+            RuntimeError::BadSetting("control images: this model draws pixels, and has no latents of them".to_owned())
+        })?;
         let latents = vae.encode(&pixels.to_device(self.device())?)?;
         Ok(self.transformer().family().pack(&latents)?.0)
     }

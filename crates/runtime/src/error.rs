@@ -16,8 +16,8 @@ pub enum RuntimeError {
     },
     /// A part of the pipeline is nowhere.
     #[error(
-        "{name} is missing, looked for it in {looked}. Give a diffusers folder that has it with --components DIR \
-         (FLUX.1-dev's folder, for any FLUX.1 model)"
+        "{name} is missing, looked for it in {looked}. Give a diffusers folder that has it with --components DIR, that of \
+         any model of the same family"
     )]
     MissingComponent {
         /// Its folder's name in a diffusers pipeline.

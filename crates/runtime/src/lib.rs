@@ -7,6 +7,7 @@
 
 mod adapters;
 mod beside;
+mod canvas;
 pub mod compare;
 mod components;
 mod control;

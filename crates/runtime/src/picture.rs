@@ -28,15 +28,17 @@ pub struct Frame {
 /// 255, rounded half to even.
 ///
 /// # Shapes
-/// decoded (batch, 3, height, width).
+/// decoded (batch, 3, height, width), or (batch, 1, height, width) for grey ones.
 ///
 /// # Errors
 /// [`RuntimeError::BadPicture`] for NaN and infinity.
 pub fn to_pictures(decoded: &Tensor) -> Result<Vec<RgbImage>> {
     let (batch, channels, height, width) = decoded.dims4()?;
-    if channels != 3 {
-        return Err(RuntimeError::BadPicture(format!("expected 3 channels, found {channels}")));
-    }
+    let decoded = match channels {
+        3 => decoded.clone(),
+        1 => decoded.repeat((1, 3, 1, 1))?,
+        _ => return Err(RuntimeError::BadPicture(format!("expected 1 or 3 channels, found {channels}"))),
+    };
     let pixels = decoded.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_from(1)?; // (batch, height width 3)
     (0..batch).map(|index| to_picture(&pixels.get(index)?.to_vec1()?, Size { height, width }, index)).collect()
 }

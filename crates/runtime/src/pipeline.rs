@@ -1,17 +1,18 @@
-//! [`Pipeline`]: from prompts to pictures as FluxPipeline goes, in stages that can also be used one by one.
+//! [`Pipeline`]: from subjects to pictures as diffusers' pipelines go, in stages that can also be used one by one. What a
+//! family does in its own way it asks the family.
 
 use crate::adapters::{ActingBranch, Adapters, Edited};
 use crate::beside::Beside;
-use crate::text::{encode_prompts, open_weights};
+use crate::canvas::Canvas;
+use crate::text::{Encoders, open_weights};
 use crate::{Components, Frame, Reading, Result, RuntimeError, Size, Transformer, check_pictures, to_pictures};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::recorded_plan;
-use clearform_models::families::flux::FluxConfig;
-use clearform_models::vae::{AutoencoderKl, VaeConfig};
-use clearform_models::{Conditions, Denoiser};
+use clearform_models::vae::AutoencoderKl;
+use clearform_models::{Conditions, Denoiser, Framing, Process, Steering, StepSpacing, Subject};
 use clearform_plugins::{AdapterReport, Changes, Controlled};
-use clearform_sampling::{FlowMatchEuler, Guidance, Progress, Schedule, TorchGenerator, denoise};
+use clearform_sampling::{Guidance, Progress, Schedule, Scheduler, TorchGenerator, denoise};
 use image::RgbImage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub struct Options {
     pub dtype: Option<DType>,
     /// Where everything runs.
     pub device: Device,
+    /// Channels that classifier-free guidance acts on, from the first; as the family's own code has it without it.
+    pub guided_channels: Option<usize>,
     /// What acts on the model.
     pub adapters: Adapters,
 }
@@ -37,16 +40,17 @@ pub struct Options {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     /// What to draw.
-    pub prompt: String,
-    /// What to stay away from; needs a `true_cfg_scale` above 1.
-    pub negative_prompt: Option<String>,
+    pub subject: Subject,
+    /// What to stay away from. Families that embed the guidance scale need a `true_cfg_scale` above 1 for it; the others
+    /// stay away from nothing in particular without it.
+    pub negative: Option<Subject>,
     /// Extents; the model's own without it.
     pub size: Option<Size>,
     /// Denoising steps.
     pub steps: usize,
-    /// Embedded guidance scale, for models that have it.
+    /// Guidance scale: embedded where the model takes it, classifier-free in the other families.
     pub guidance: f64,
-    /// Classifier-free guidance scale.
+    /// Classifier-free guidance scale of families that embed the other.
     pub true_cfg_scale: f64,
     /// Seed of the noise of the whole batch.
     pub seed: u64,
@@ -73,20 +77,23 @@ pub enum Stage<'a> {
 /// Noise, as the transformer takes it.
 #[derive(Debug, Clone)]
 pub struct Latents {
-    /// Packed latents, (batch, image tokens, channels).
-    pub tokens: Tensor,
-    /// Where each token lies, (image tokens, 3).
+    /// Latents, packed where the transformer takes them so.
+    pub tensor: Tensor,
+    /// Where each token lies, (image tokens, 3), where the transformer asks.
     pub image_ids: Option<Tensor>,
+    /// Extents of the pictures.
+    pub size: Size,
+    /// Image tokens of each.
+    pub image_tokens: usize,
 }
 
 /// A model folder that is open. Parts are loaded when their stage begins and released when it ends.
 pub struct Pipeline {
     components: Components,
     transformer: Transformer,
-    scheduler: FlowMatchEuler,
-    flux: FluxConfig,
-    vae: VaeConfig,
-    own_size: Size,
+    scheduler: Scheduler,
+    steering: Steering,
+    canvas: Canvas,
     plan: AttentionPlan,
     options: Options,
     changes: Arc<Changes>,
@@ -103,20 +110,17 @@ impl Pipeline {
         let recorded = recorded_plan(model)?;
         let plan = options.plan.clone().or(recorded).unwrap_or_else(AttentionPlan::full);
         let components = Components::new(model, options.components.as_deref());
-        let transformer = Transformer::open(&components.transformer(), &options.reading)?;
+        let reading = options.reading.clone().recorded(model)?;
+        let transformer = Transformer::open(&components.transformer(), &reading)?;
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.onto(transformer, Some(&components), &options.reading.manifests)?;
         let Edited { transformer, changes, reports } = edited;
         let branches = adapters.open_branches(&transformer)?;
-        let scheduler = FlowMatchEuler::from_config(&components.json("scheduler", "scheduler_config.json")?)?;
-        let flux = FluxConfig::new(transformer.config())?;
-        let vae_config = components.json("vae", "config.json")?;
-        let vae = VaeConfig::new(&vae_config)?;
-        check_channels(&flux, &vae)?;
-        let edge = vae_config["sample_size"].as_u64().map_or(128 * vae.downscale(), |edge| edge as usize);
-        let own_size = Size { height: edge, width: edge };
-        Ok(Self { components, transformer, scheduler, flux, vae, own_size, plan, options, changes, reports, branches })
+        let scheduler = scheduler(&components, &transformer)?;
+        let steering = transformer.family().steering(transformer.config())?.over_channels(options.guided_channels);
+        let canvas = Canvas::new(&components, &transformer)?;
+        Ok(Self { components, transformer, scheduler, steering, canvas, plan, options, changes, reports, branches })
     }
 
     /// The parts and where they lie.
@@ -131,7 +135,17 @@ impl Pipeline {
 
     /// Whether the transformer itself looks at a control picture, beside any branches.
     pub fn takes_control(&self) -> bool {
-        self.flux.in_channels == 2 * 4 * self.vae.latent_channels
+        self.canvas.takes_control()
+    }
+
+    /// How a guidance scale acts on this model.
+    pub fn steering(&self) -> &Steering {
+        &self.steering
+    }
+
+    /// How samples of it are noised.
+    pub fn process(&self) -> Process {
+        self.transformer.family().process()
     }
 
     /// What became of each weight adapter's tensors.
@@ -144,16 +158,6 @@ impl Pipeline {
         &self.branches
     }
 
-    /// The edits of the adapters.
-    pub(crate) fn changes(&self) -> &Changes {
-        &self.changes
-    }
-
-    /// The VAE's sizes.
-    pub(crate) fn vae_config(&self) -> &VaeConfig {
-        &self.vae
-    }
-
     /// Where everything runs.
     pub(crate) fn device(&self) -> &Device {
         &self.options.device
@@ -164,9 +168,9 @@ impl Pipeline {
         &self.plan
     }
 
-    /// The extents that the VAE was made for, which are those of the pictures the model knows.
+    /// Extents of the pictures that the model knows.
     pub fn own_size(&self) -> Size {
-        self.own_size
+        self.canvas.own_size()
     }
 
     /// Draws what is asked for, and checks that there are pictures.
@@ -174,7 +178,7 @@ impl Pipeline {
     /// # Errors
     /// A setting that cannot be used, weights that cannot be had, or pictures that must not be saved.
     pub fn generate(&self, request: &Request, watch: &mut dyn FnMut(&Stage)) -> Result<Vec<RgbImage>> {
-        let size = self.check_size(request.size.unwrap_or(self.own_size))?;
+        let size = self.canvas.check_size(request.size.unwrap_or(self.own_size()))?;
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;
         watch(&Stage::Encoding);
@@ -187,23 +191,27 @@ impl Pipeline {
         let beside = Beside { base: transformer.as_ref(), control: own };
         let denoiser = Controlled::new(&beside, controls);
         let mut step = |progress: &Progress| watch(&Stage::Step(progress));
-        let tokens = denoise(&denoiser, &latents.tokens, &schedule, &guidance, &mut step)?;
+        let drawn = denoise(&denoiser, &latents.tensor, &schedule, &guidance, &mut step)?;
         drop(transformer);
         watch(&Stage::Decoding);
-        let pictures = self.decode(&tokens, size)?;
+        let pictures = self.decode(&drawn, size)?;
         check_pictures(&pictures)?;
         Ok(pictures)
     }
 
-    /// Loads the text encoders one after another, and encodes `prompts` in f32.
+    /// Encodes `subjects` in f32, loading what is needed for it one after another.
     ///
     /// # Shapes
-    /// text (prompts, text tokens, channels), pooled (prompts, channels), text_ids (text tokens, 3).
+    /// A row for each subject.
     ///
     /// # Errors
-    /// A part is missing or damaged.
-    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Conditions> {
-        encode_prompts(&self.components, prompts, &self.changes, &self.options.device)
+    /// A part is missing or damaged, or the model does not draw such subjects.
+    pub fn encode(&self, subjects: &[Subject]) -> Result<Conditions> {
+        if subjects.is_empty() {
+            return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
+        }
+        let encoders = Encoders { components: &self.components, changes: &self.changes, device: &self.options.device };
+        Ok(self.transformer.family().encode(self.transformer.config(), subjects, &encoders)?)
     }
 
     /// Loads the transformer with another plan or number format than the options'.
@@ -214,116 +222,170 @@ impl Pipeline {
         self.transformer.build(plan, dtype, &self.options.device)
     }
 
-    /// The noise that FluxPipeline draws for `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` of the
-    /// whole batch, packed afterwards.
+    /// The noise that diffusers draws for `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` of the whole
+    /// batch, packed afterwards.
     ///
     /// # Errors
     /// Extents that the model cannot draw, or an empty batch.
     pub fn initial_latents(&self, seed: u64, batch: usize, size: Size) -> Result<Latents> {
-        let Size { height, width } = self.latent_size(size)?;
+        let [channels, height, width] = self.canvas.latent_shape(size)?;
         if batch == 0 {
             return Err(RuntimeError::BadSetting("batch: expected at least 1, found 0".to_owned()));
         }
-        let noise = TorchGenerator::new(seed).randn((batch, self.vae.latent_channels, height, width))?;
+        let noise = TorchGenerator::new(seed).randn((batch, channels, height, width))?;
         let noise = noise.to_device(&self.options.device)?.to_dtype(self.dtype())?;
-        let (tokens, image_ids) = self.transformer.family().pack(&noise)?;
-        Ok(Latents { tokens, image_ids })
+        let (tensor, image_ids) = self.transformer.family().pack(&noise)?;
+        Ok(Latents { tensor, image_ids, size, image_tokens: self.canvas.image_tokens(size)? })
     }
 
     /// The noise levels for `latents`.
     ///
     /// # Errors
-    /// No step at all.
+    /// No step at all, or a scheduler of another kind than the model needs.
     pub fn schedule(&self, steps: usize, latents: &Latents) -> Result<Schedule> {
-        Ok(self.scheduler.schedule(steps, latents.tokens.dim(1)?)?)
+        Ok(self.scheduler.schedule(steps, latents.image_tokens)?.for_process(self.process())?)
     }
 
-    /// Makes conditions of prompts ready for `latents`: each prompt repeated for its share of the batch, the tokens'
-    /// places, and the guidance scale where the model embeds one.
+    /// Makes encoded subjects ready for `latents`: each repeated for its share of the batch, with what the model is told
+    /// of the picture itself.
     ///
     /// # Errors
-    /// A batch that the prompts do not divide.
-    pub fn conditions(&self, prompts: &Conditions, latents: &Latents, guidance: f64) -> Result<Conditions> {
-        let batch = latents.tokens.dim(0)?;
-        let repeated = |tensor: &Option<Tensor>| tensor.as_ref().map(|tensor| repeat(tensor, batch)).transpose();
-        let scale = || Tensor::new(vec![guidance as f32; batch], &self.options.device);
-        Ok(Conditions {
-            text: repeated(&prompts.text)?,
-            pooled: repeated(&prompts.pooled)?,
-            guidance: self.flux.guidance.then(scale).transpose()?,
-            image_ids: latents.image_ids.clone(),
-            ..prompts.clone()
-        })
+    /// A batch that the subjects do not divide.
+    pub fn conditions(&self, encoded: &Conditions, latents: &Latents, guidance: f64) -> Result<Conditions> {
+        let frame = Frame { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
+        Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.framed(encoded, frame)? })
     }
 
-    /// Loads the VAE and decodes packed latents, one picture at a time: a picture's activations are the largest
-    /// thing in memory here.
+    /// The same for pictures of which no latents are at hand: without the places of tokens.
+    ///
+    /// # Errors
+    /// As [`Self::conditions`].
+    pub fn framed(&self, encoded: &Conditions, Frame { size, batch, guidance }: Frame) -> Result<Conditions> {
+        let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch)).transpose();
+        let device = self.options.device.clone();
+        let framing = Framing { batch, size: [size.height, size.width], guidance, device };
+        let conditions = encoded.map_samples(repeated)?;
+        Ok(self.transformer.family().framed(self.transformer.config(), conditions, &framing)?)
+    }
+
+    /// What each step is conditioned on: the subjects `encoded`, and `without`, from which classifier-free guidance leads
+    /// away, where the model is steered so.
+    ///
+    /// # Errors
+    /// As [`Self::conditions`].
+    pub fn steer(
+        &self,
+        encoded: &Conditions,
+        without: Option<&Conditions>,
+        latents: &Latents,
+        guidance: f64,
+    ) -> Result<Guidance> {
+        let positive = self.conditions(encoded, latents, guidance)?;
+        match (&self.steering, without) {
+            (Steering::ClassifierFree { channels, .. }, Some(without)) if self.steering.guides(guidance) => {
+                let negative = self.conditions(without, latents, guidance)?;
+                Ok(Guidance::classifier_free(positive, negative, guidance, *channels)?)
+            }
+            _ => Ok(Guidance::Embedded(positive)),
+        }
+    }
+
+    /// Encodes `subjects`, and with them what classifier-free guidance leads away from where nobody says what, if the
+    /// model is steered so.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_guided(&self, subjects: &[Subject]) -> Result<(Conditions, Option<Conditions>)> {
+        let Steering::ClassifierFree { without, .. } = &self.steering else {
+            return Ok((self.encode(subjects)?, None));
+        };
+        let all: Vec<Subject> = subjects.iter().chain([without]).cloned().collect();
+        let encoded = self.encode(&all)?;
+        let count = subjects.len();
+        Ok((encoded.samples(0, count)?, Some(encoded.samples(count, 1)?)))
+    }
+
+    /// Loads the VAE, where there is one, and decodes latents, one picture at a time: a picture's activations are the
+    /// largest thing in memory here.
     ///
     /// # Shapes
-    /// tokens (batch, image tokens, channels).
+    /// drawn as [`Latents::tensor`].
     ///
     /// # Errors
     /// Latents that are not of this size, or pictures with NaN.
-    pub fn decode(&self, tokens: &Tensor, size: Size) -> Result<Vec<RgbImage>> {
-        let Size { height, width } = self.latent_size(size)?;
-        let latents = self.transformer.family().unpack(tokens, height, width)?.to_dtype(DType::F32)?;
-        let weights = open_weights(&self.components, "vae", &self.changes, &self.options.device)?;
-        let vae = AutoencoderKl::build(self.vae.clone(), weights.as_ref())?;
+    pub fn decode(&self, drawn: &Tensor, size: Size) -> Result<Vec<RgbImage>> {
+        let [_, height, width] = self.canvas.latent_shape(size)?;
+        let latents = self.transformer.family().unpack(drawn, height, width)?.to_dtype(DType::F32)?;
+        let Some(vae) = self.load_vae()? else { return to_pictures(&latents) };
         let one = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(one).collect::<clearform_models::Result<Vec<_>>>()?;
         to_pictures(&Tensor::cat(&decoded, 0)?)
     }
 
+    /// The VAE; none where the model draws pixels.
+    pub(crate) fn load_vae(&self) -> Result<Option<AutoencoderKl>> {
+        let Some(config) = self.canvas.vae() else { return Ok(None) };
+        let weights = open_weights(&self.components, "vae", &self.changes, &self.options.device)?;
+        Ok(Some(AutoencoderKl::build(config.clone(), weights.as_ref())?))
+    }
+
     fn guidance(&self, request: &Request, latents: &Latents) -> Result<Guidance> {
-        let prompts = std::iter::once(&request.prompt).chain(&request.negative_prompt).cloned().collect::<Vec<_>>();
-        let encoded = self.encode_prompts(&prompts)?;
-        let one = |index| self.conditions(&pick(&encoded, index)?, latents, request.guidance);
-        let negative = request.negative_prompt.is_some().then(|| one(1)).transpose()?;
-        Ok(Guidance::new(one(0)?, negative, request.true_cfg_scale)?)
+        let Request { subject, negative, guidance, true_cfg_scale, .. } = request;
+        self.check_steering(*true_cfg_scale)?;
+        let own = match &self.steering {
+            Steering::ClassifierFree { without, .. } => Some(negative.as_ref().unwrap_or(without)),
+            Steering::Embedded => negative.as_ref(),
+        };
+        let encoded = self.encode(&std::iter::once(subject).chain(own).cloned().collect::<Vec<_>>())?;
+        let (positive, negative) = (encoded.samples(0, 1)?, own.map(|_| encoded.samples(1, 1)).transpose()?);
+        if let (Steering::Embedded, Some(negative)) = (&self.steering, &negative) {
+            let ready = |encoded| self.conditions(encoded, latents, *guidance);
+            return Ok(Guidance::new(ready(&positive)?, Some(ready(negative)?), *true_cfg_scale)?);
+        }
+        self.steer(&positive, negative.as_ref(), latents, *guidance)
+    }
+
+    /// Refuses settings that would do nothing.
+    fn check_steering(&self, true_cfg_scale: f64) -> Result<()> {
+        let reason = match &self.steering {
+            Steering::Embedded if self.options.guided_channels.is_some() => {
+                "guided channels: this model is not drawn with classifier-free guidance over some channels; leave it out"
+            }
+            Steering::ClassifierFree { .. } if true_cfg_scale != 1.0 => {
+                "true_cfg_scale: this model has one guidance scale, which is classifier-free; give it as guidance"
+            }
+            _ => return Ok(()),
+        };
+        Err(RuntimeError::BadSetting(reason.to_owned()))
+    }
+
+    /// What was taken for granted when the model was opened.
+    pub fn notes(&self) -> Vec<String> {
+        let identified = self.transformer.identified();
+        let missing = self.components.missing(identified.optional_components());
+        let missing = missing.into_iter().filter(|part| part.starts_with("text_encoder"));
+        let absent = |part: &str| format!("{part} is not there; it is drawn without it (--components DIR gives one)");
+        identified.notes.iter().cloned().chain(missing.map(absent)).collect()
     }
 
     fn dtype(&self) -> DType {
-        self.options.dtype.unwrap_or_else(|| self.transformer.dtype())
-    }
-
-    fn latent_size(&self, size: Size) -> Result<Size> {
-        let Size { height, width } = self.check_size(size)?;
-        let downscale = self.vae.downscale();
-        Ok(Size { height: height / downscale, width: width / downscale })
-    }
-
-    /// A token is two latent places across and down.
-    fn check_size(&self, size: Size) -> Result<Size> {
-        let multiple = 2 * self.vae.downscale();
-        let fits = |extent: usize| (1..=LARGEST).contains(&extent) && extent.is_multiple_of(multiple);
-        if fits(size.height) && fits(size.width) {
-            return Ok(size);
-        }
-        let near = |extent: usize| extent.clamp(multiple, LARGEST / multiple * multiple).next_multiple_of(multiple);
-        let Size { height, width } = size;
-        Err(RuntimeError::BadSetting(format!(
-            "size: expected multiples of {multiple} up to {LARGEST}, found width {width} and height {height}; try --width {} --height {}",
-            near(width),
-            near(height)
-        )))
+        self.options.dtype.unwrap_or_else(|| self.transformer.dtype(&self.options.device))
     }
 }
 
-/// More pixels along an edge than anyone can have meant.
-const LARGEST: usize = 1 << 15;
-
-/// A token is four latent places. Canny and depth models, also those that a LoRA makes, take as many of a control beside
-/// them; models that take masks are not run here.
-fn check_channels(flux: &FluxConfig, vae: &VaeConfig) -> Result<()> {
-    let (takes, packed) = (flux.in_channels, 4 * vae.latent_channels);
-    if takes == packed || takes == 2 * packed {
-        return Ok(());
+/// That of the model where there is one, and else what its family was published with.
+fn scheduler(components: &Components, transformer: &Transformer) -> Result<Scheduler> {
+    let identified = transformer.identified();
+    let has_one =
+        identified.components().iter().chain(identified.optional_components()).any(|part| part == "scheduler");
+    if !has_one || components.folder("scheduler").is_err() {
+        return Ok(Scheduler::default_for(transformer.family().process()));
     }
-    Err(RuntimeError::BadSetting(format!(
-        "the transformer takes tokens of {takes} channels, but this VAE's latents make tokens of {packed}. Either the VAE \
-         is another model's (give the right one with --components DIR), or the transformer draws from a mask too (fill), \
-         which is not supported"
-    )))
+    let scheduler = Scheduler::parse(&components.text("scheduler", "scheduler_config.json")?)?;
+    Ok(match transformer.family().spacing() {
+        StepSpacing::Even => scheduler,
+        StepSpacing::Trained => scheduler.over_trained_levels(),
+    })
 }
 
 /// Each row as often as it takes to fill `batch`, equal rows together.
@@ -334,9 +396,4 @@ pub(crate) fn repeat(tensor: &Tensor, batch: usize) -> Result<Tensor> {
     }
     let indices = (0..batch).map(|index| (index * rows / batch) as u32).collect::<Vec<_>>();
     Ok(tensor.index_select(&Tensor::new(indices, tensor.device())?, 0)?)
-}
-
-fn pick(conditions: &Conditions, index: usize) -> Result<Conditions> {
-    let row = |tensor: &Option<Tensor>| tensor.as_ref().map(|tensor| tensor.narrow(0, index, 1)).transpose();
-    Ok(Conditions { text: row(&conditions.text)?, pooled: row(&conditions.pooled)?, ..conditions.clone() })
 }

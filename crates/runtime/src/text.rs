@@ -1,36 +1,24 @@
-//! Prompts to conditions, as FluxPipeline encodes them: pooled CLIP and the sequence of T5. Each encoder is loaded,
-//! used and released before the next.
+//! [`Encoders`]: the text encoders of a model folder, each loaded when a family asks it, used and released. It does not
+//! know what a family makes of them.
 
 use crate::{Components, Result, RuntimeError};
-use candle_core::{DType, Device, Tensor};
-use clearform_models::Conditions;
-use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
+use candle_core::{Device, Tensor};
+use clearform_models::ModelError;
+use clearform_models::text::{
+    ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
+};
 use clearform_plugins::{Adapted, Changes, LowRankMode};
 use clearform_weights::{Checkpoint, Resident, TensorSource};
 
-/// FluxPipeline's `max_sequence_length`.
-const MAX_T5_TOKENS: usize = 512;
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// Encodes `prompts`, in f32.
-///
-/// # Shapes
-/// text (prompts, text tokens, channels), pooled (prompts, channels), text_ids (text tokens, 3).
-pub(crate) fn encode_prompts(
-    components: &Components,
-    prompts: &[String],
-    changes: &Changes,
-    device: &Device,
-) -> Result<Conditions> {
-    if prompts.is_empty() {
-        return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
-    }
-    let pooled = encode_clip(components, prompts, changes, device)?;
-    let text = encode_t5(components, prompts, changes, device)?;
-    let text_ids = Tensor::zeros((text.dim(1)?, 3), DType::F32, device)?;
-    Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
+/// The text encoders of a model, as adapters edit them.
+pub(crate) struct Encoders<'a> {
+    pub components: &'a Components,
+    pub changes: &'a Changes,
+    pub device: &'a Device,
 }
 
 /// The weights of a part as adapters edit them, ready to be built from on `device`. These parts are built by others, who
@@ -51,60 +39,123 @@ pub(crate) fn open_weights<'a>(
     })
 }
 
-fn encode_clip(components: &Components, prompts: &[String], changes: &Changes, device: &Device) -> Result<Tensor> {
-    let config = ClipConfig::new(&components.json("text_encoder", CONFIG)?)?;
-    let tokenizer = clip_tokenizer(components)?;
-    let length = tokenizer.max_length().unwrap_or(usize::MAX).min(config.max_tokens());
-    let ids = token_ids(prompts, |prompt| tokenizer.encode(prompt, length), device)?;
-    let encoder = ClipText::build(config, open_weights(components, "text_encoder", changes, device)?.as_ref())?;
-    Ok(encoder.encode(&ids)?.pooled)
+impl TextEncoders for Encoders<'_> {
+    fn has(&self, number: usize) -> bool {
+        self.components.folder(&numbered("text_encoder", number)).is_ok()
+    }
+
+    fn tokenizer_length(&self, number: usize) -> clearform_models::Result<Option<usize>> {
+        self.own_length(number).map_err(refused)
+    }
+
+    fn clip(&self, number: usize, prompts: &[String]) -> clearform_models::Result<ClipEncoded> {
+        self.encode_clip(number, prompts).map_err(refused)
+    }
+
+    fn t5(&self, number: usize, prompts: &[String], tokens: usize) -> clearform_models::Result<Tensor> {
+        let ids = self.t5_ids(number, prompts, tokens).map_err(refused)?;
+        self.build_t5(number).map_err(refused)?.encode(&Tensor::new(ids, self.device)?)
+    }
+
+    /// What comes before the padding is encoded alone, which is to encode it behind a mask.
+    fn t5_masked(
+        &self,
+        number: usize,
+        prompts: &[String],
+        tokens: usize,
+    ) -> clearform_models::Result<(Tensor, Tensor)> {
+        let ids = self.t5_ids(number, prompts, tokens).map_err(refused)?;
+        let encoder = self.build_t5(number).map_err(refused)?;
+        let (mut features, mut masks) = (Vec::new(), Vec::new());
+        for ids in ids {
+            let own = ids.iter().rposition(|id| *id != T5_PAD).map_or(1, |last| last + 1);
+            let encoded = encoder.encode(&Tensor::new(&ids[..own], self.device)?.unsqueeze(0)?)?;
+            features.push(encoded.pad_with_zeros(1, 0, tokens - own)?);
+            let mask = (0..tokens).map(|token| f32::from(token < own));
+            masks.push(Tensor::from_iter(mask, self.device)?.unsqueeze(0)?);
+        }
+        Ok((Tensor::cat(&features, 0)?, Tensor::cat(&masks, 0)?))
+    }
 }
 
-fn encode_t5(components: &Components, prompts: &[String], changes: &Changes, device: &Device) -> Result<Tensor> {
-    let config = T5Config::new(&components.json("text_encoder_2", CONFIG)?)?;
-    let file = required(components, "tokenizer_2", TOKENIZER)?;
-    let (tokenizer, length) = (T5Tokenizer::from_json(&file)?, t5_length(components)?);
-    let ids = token_ids(prompts, |prompt| tokenizer.encode(prompt, length), device)?;
-    let encoder = T5Encoder::build(config, open_weights(components, "text_encoder_2", changes, device)?.as_ref())?;
-    Ok(encoder.encode(&ids)?)
+/// The id that every T5 pads with.
+const T5_PAD: u32 = 0;
+
+impl Encoders<'_> {
+    fn encode_clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded> {
+        let part = numbered("text_encoder", number);
+        let config = ClipConfig::new(&self.components.json(&part, CONFIG)?)?;
+        let tokenizer = self.clip_tokenizer(&numbered("tokenizer", number))?;
+        let length = tokenizer.max_length().unwrap_or(usize::MAX).min(config.max_tokens());
+        let ids = prompts.iter().map(|prompt| tokenizer.encode(prompt, length));
+        let ids = ids.collect::<clearform_models::Result<Vec<_>>>()?;
+        let encoder = ClipText::build(config, self.weights(&part)?.as_ref())?;
+        Ok(encoder.encode(&Tensor::new(ids, self.device)?)?)
+    }
+
+    fn t5_ids(&self, number: usize, prompts: &[String], tokens: usize) -> Result<Vec<Vec<u32>>> {
+        let tokenizer = self.t5_tokenizer(&numbered("tokenizer", number))?;
+        let ids = prompts.iter().map(|prompt| tokenizer.encode(prompt, tokens));
+        Ok(ids.collect::<clearform_models::Result<_>>()?)
+    }
+
+    fn build_t5(&self, number: usize) -> Result<T5Encoder> {
+        let part = numbered("text_encoder", number);
+        let config = T5Config::new(&self.components.json(&part, CONFIG)?)?;
+        Ok(T5Encoder::build(config, self.weights(&part)?.as_ref())?)
+    }
+
+    fn weights(&self, part: &str) -> Result<Box<dyn TensorSource + '_>> {
+        open_weights(self.components, part, self.changes, self.device)
+    }
+
+    /// Older libraries write vocab.json and merges.txt, newer ones tokenizer.json.
+    fn clip_tokenizer(&self, part: &str) -> Result<ClipTokenizer> {
+        let bytes = |file| self.components.bytes(part, file);
+        let settings = bytes(TOKENIZER_CONFIG)?;
+        Ok(match (bytes("vocab.json")?, bytes("merges.txt")?) {
+            (Some(vocab), Some(merges)) => ClipTokenizer::from_vocabulary(&vocab, &merges, settings.as_deref())?,
+            _ => ClipTokenizer::from_json(&self.required(part, TOKENIZER)?, settings.as_deref())?,
+        })
+    }
+
+    /// Older libraries write spiece.model alone.
+    fn t5_tokenizer(&self, part: &str) -> Result<T5Tokenizer> {
+        let bytes = |file| self.components.bytes(part, file);
+        Ok(match (bytes(TOKENIZER)?, bytes("spiece.model")?) {
+            (None, Some(model)) => T5Tokenizer::from_sentencepiece(&model, bytes(TOKENIZER_CONFIG)?.as_deref())?,
+            _ => T5Tokenizer::from_json(&self.required(part, TOKENIZER)?)?,
+        })
+    }
+
+    fn own_length(&self, number: usize) -> Result<Option<usize>> {
+        let part = numbered("tokenizer", number);
+        let Some(_) = self.components.bytes(&part, TOKENIZER_CONFIG)? else { return Ok(None) };
+        let length = self.components.json(&part, TOKENIZER_CONFIG)?["model_max_length"].as_u64();
+        Ok(length.map(|length| length as usize))
+    }
+
+    fn required(&self, part: &str, file: &str) -> Result<Vec<u8>> {
+        let found = self.components.bytes(part, file)?;
+        found.map_or_else(
+            || {
+                let reason =
+                    format!("{file} is missing. Save the tokenizer with transformers 4.30 or newer, or copy the file");
+                Err(RuntimeError::BadComponent { path: self.components.folder(part)?, reason })
+            },
+            Ok,
+        )
+    }
 }
 
-/// Older libraries write vocab.json and merges.txt, newer ones tokenizer.json.
-fn clip_tokenizer(components: &Components) -> Result<ClipTokenizer> {
-    let bytes = |file| components.bytes("tokenizer", file);
-    let settings = bytes(TOKENIZER_CONFIG)?;
-    Ok(match (bytes("vocab.json")?, bytes("merges.txt")?) {
-        (Some(vocab), Some(merges)) => ClipTokenizer::from_vocabulary(&vocab, &merges, settings.as_deref())?,
-        _ => ClipTokenizer::from_json(&required(components, "tokenizer", TOKENIZER)?, settings.as_deref())?,
-    })
+/// The folder of part `name` that has this number.
+fn numbered(name: &str, number: usize) -> String {
+    if number == 1 { name.to_owned() } else { format!("{name}_{number}") }
 }
 
-/// The tokenizer's own length, where it is shorter than the pipeline's.
-fn t5_length(components: &Components) -> Result<usize> {
-    let Some(_) = components.bytes("tokenizer_2", TOKENIZER_CONFIG)? else { return Ok(MAX_T5_TOKENS) };
-    let own = components.json("tokenizer_2", TOKENIZER_CONFIG)?["model_max_length"].as_u64();
-    Ok(own.map_or(MAX_T5_TOKENS, |length| MAX_T5_TOKENS.min(length as usize)))
-}
-
-fn required(components: &Components, name: &'static str, file: &str) -> Result<Vec<u8>> {
-    let found = components.bytes(name, file)?;
-    found.map_or_else(
-        || {
-            let reason =
-                format!("{file} is missing. Save the tokenizer with transformers 4.30 or newer, or copy the file");
-            Err(RuntimeError::BadComponent { path: components.folder(name)?, reason })
-        },
-        Ok,
-    )
-}
-
-/// # Shapes
-/// The result is (prompts, tokens).
-fn token_ids(
-    prompts: &[String],
-    encode: impl Fn(&str) -> clearform_models::Result<Vec<u32>>,
-    device: &Device,
-) -> Result<Tensor> {
-    let ids = prompts.iter().map(|prompt| encode(prompt)).collect::<clearform_models::Result<Vec<_>>>()?;
-    Ok(Tensor::new(ids, device)?)
+fn refused(error: RuntimeError) -> ModelError {
+    match error {
+        RuntimeError::Model(error) => error,
+        other => ModelError::Encoder(Box::new(other)),
+    }
 }

@@ -1,10 +1,11 @@
 //! [`Transformer`]: a transformer that is recognised and open, but not yet built. It knows nothing of the other parts
 //! of a pipeline.
 
-use crate::{Result, RuntimeError};
+use crate::{Components, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, detect};
+use clearform_convert::PortableModel;
+use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, Unscaled, detect};
 use clearform_models::{Denoiser, FAMILIES, Family};
 use clearform_plugins::{Adapted, Changes, LowRankMode};
 use clearform_weights::{Checkpoint, Resident, TensorSource};
@@ -27,7 +28,7 @@ pub struct Reading {
 pub struct Transformer {
     family: &'static dyn Family,
     identified: Identified,
-    canonical: Canonical<Checkpoint>,
+    canonical: Canonical<Unscaled<Checkpoint>>,
     changes: Arc<Changes>,
     low_rank: LowRankMode,
 }
@@ -43,6 +44,35 @@ impl Reading {
     pub fn plain() -> Result<Self> {
         Ok(Self { manifests: Manifests::embedded()?, hints: Hints::default(), allow_unmatched: false })
     }
+
+    /// The same, with what the model at `path` records of itself where nothing else was said, if it is a portable one.
+    ///
+    /// # Errors
+    /// Its record cannot be read, or its files are not as recorded.
+    pub fn recorded(mut self, path: &Path) -> Result<Self> {
+        if PortableModel::recognise(path) {
+            let model = PortableModel::open(path)?;
+            self.hints.family.get_or_insert_with(|| model.record().family.clone());
+            self.hints.variant.get_or_insert_with(|| model.record().variant.clone());
+        }
+        Ok(self)
+    }
+
+    /// For the original of the portable model `model`, which is of the same family, variant and sizes. The original tells
+    /// them itself where it can.
+    ///
+    /// # Errors
+    /// As [`Self::recorded`].
+    pub fn of_original(self, original: &Path, model: &Path) -> Result<Self> {
+        let components = Components::new(original, None);
+        if components.transformer().join("config.json").exists() || !PortableModel::recognise(model) {
+            return self.recorded(original);
+        }
+        let mut reading = self.recorded(model)?;
+        let config = Components::new(model, None).json("transformer", "config.json")?;
+        reading.hints.config.get_or_insert(config);
+        Ok(reading)
+    }
 }
 
 impl Transformer {
@@ -52,7 +82,7 @@ impl Transformer {
     /// # Errors
     /// The files are damaged, are of no supported family, or tensors are missing, misshapen or not understood.
     pub fn open(path: &Path, reading: &Reading) -> Result<Self> {
-        let checkpoint = Checkpoint::open(path)?;
+        let checkpoint = Unscaled::open(path, &reading.manifests)?;
         let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
         let family = FAMILIES.iter().find(|family| family.name() == identified.family).copied();
         let family = family.ok_or_else(|| RuntimeError::BadComponent {
@@ -102,7 +132,7 @@ impl Transformer {
 
     /// The files it lies in.
     pub fn checkpoint(&self) -> &Checkpoint {
-        self.canonical.source()
+        self.canonical.source().source()
     }
 
     /// What became of each tensor in those files.
@@ -119,12 +149,14 @@ impl Transformer {
         Adapted::new(source, &self.changes, TRANSFORMER, self.low_rank)
     }
 
-    /// The number format of its largest tensor, if one can compute with it; f32 else.
-    pub fn dtype(&self) -> DType {
+    /// The number format of its largest tensor, if `device` computes with it; f32 else. A CPU has no kernels for f16, whose
+    /// range some norms leave.
+    pub fn dtype(&self, device: &Device) -> DType {
         let tensors = self.canonical.tensors();
         let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
         let stored = largest.and_then(|info| DType::try_from(info.dtype).ok());
-        stored.filter(|dtype| matches!(dtype, DType::BF16 | DType::F16)).unwrap_or(DType::F32)
+        let computes = |dtype: &DType| *dtype == DType::BF16 || (*dtype == DType::F16 && !device.is_cpu());
+        stored.filter(computes).unwrap_or(DType::F32)
     }
 
     /// Reads the weights and builds the model. Without a `dtype` they keep their stored number formats.

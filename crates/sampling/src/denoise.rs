@@ -1,6 +1,6 @@
 //! [`denoise`]: the loop from noise to latents. It knows no family and no file.
 
-use crate::{Guidance, Result, SamplingError, Schedule};
+use crate::{Guidance, History, Result, SamplingError, Schedule};
 use candle_core::{DType, Tensor};
 use clearform_models::{Denoiser, Moment};
 
@@ -11,7 +11,7 @@ pub struct Progress<'a> {
     pub done: usize,
     /// Steps in all.
     pub steps: usize,
-    /// The noise level that is left.
+    /// The noise level that is left, as [`Schedule::sigmas`] counts it.
     pub sigma: f32,
     /// The latents at that level.
     pub latents: &'a Tensor,
@@ -32,14 +32,14 @@ pub fn denoise(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<Tensor> {
     let steps = schedule.steps();
-    let mut latents = latents.clone();
+    let (mut latents, mut history) = (latents.clone(), History::default());
     for index in 0..steps {
         let timestep = schedule.timestep(index, &latents)?;
-        let velocity = guidance.predict(denoiser, &latents, &timestep, Moment { index, steps })?;
-        if !is_finite(&velocity)? {
+        let prediction = guidance.predict(denoiser, &latents, &timestep, Moment { index, steps })?;
+        if !is_finite(&prediction)? {
             return Err(SamplingError::NotFinite { step: index + 1, steps });
         }
-        latents = schedule.step(index, &latents, &velocity)?;
+        latents = schedule.step(index, &latents, &prediction, &mut history)?;
         progress(&Progress { done: index + 1, steps, sigma: schedule.sigmas()[index + 1], latents: &latents });
     }
     Ok(latents)
@@ -54,9 +54,10 @@ fn is_finite(tensor: &Tensor) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::FlowMatchEuler;
+    use crate::{DpmSolver, FlowMatchEuler};
     use candle_core::Device;
     use clearform_models::{Conditions, DenoiserInput, ModelError, State};
+    use serde_json::json;
 
     /// Predicts pooled * latents + timestep, to follow by hand.
     struct Line;
@@ -110,6 +111,73 @@ mod tests {
         let guidance = Guidance::new(conditions(0.5), Some(conditions(0.25)), 3.0).unwrap();
         assert!(matches!(guidance, Guidance::ClassifierFree { .. }));
         assert_eq!(run(&guidance).0.unwrap().to_vec1::<f32>().unwrap(), [0.0]);
+    }
+
+    /// DPMSolverMultistepScheduler of diffusers 0.42.1 with the predictions 0.5 x + t, taken as x0: without the step
+    /// before, the second and the third of these numbers would be others.
+    #[test]
+    fn each_step_knows_the_one_before() {
+        let config = json!({"prediction_type": "sample"});
+        let schedule = DpmSolver::from_config(&config).unwrap().schedule(4).unwrap();
+        let (latents, mut seen) = (Tensor::new(&[2_f32], &Device::Cpu).unwrap(), Vec::new());
+        let guidance = Guidance::Embedded(conditions(0.5));
+        let mut keep = |step: &Progress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
+        denoise(&Line, &latents, &schedule, &guidance, &mut keep).unwrap();
+        let want = [53.538_3_f32, 206.444_5, 427.402_6, 463.701_3];
+        assert_eq!(seen.len(), want.len());
+        assert!(seen.iter().zip(want).all(|(got, want)| (got - want).abs() <= 1e-5 * want), "{seen:?}");
+    }
+
+    /// Twice as many channels as latents have, all different: 1 to 6 for conditions without pooled text, else -1 to -6.
+    struct Wide;
+
+    impl Denoiser for Wide {
+        fn layers(&self) -> &[String] {
+            &[]
+        }
+        fn embed(&self, _: &DenoiserInput) -> clearform_models::Result<State> {
+            Err(refusal())
+        }
+        fn block(&self, _: usize, _: State) -> clearform_models::Result<State> {
+            Err(refusal())
+        }
+        fn head(&self, _: &State) -> clearform_models::Result<Tensor> {
+            Err(refusal())
+        }
+        fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
+            let sign = if input.conditions.pooled.is_some() { -1.0 } else { 1.0 };
+            let channels = Tensor::new(&[1_f32, 2.0, 3.0, 4.0, 5.0, 6.0], &Device::Cpu)?;
+            Ok((channels.reshape((1, 6, 1, 1))? * sign)?)
+        }
+    }
+
+    fn wide(guidance: &Guidance) -> Result<Vec<f32>> {
+        let latents = Tensor::zeros((1, 3, 1, 1), DType::F32, &Device::Cpu)?;
+        let schedule = FlowMatchEuler::default().schedule(1, 1)?;
+        Ok(denoise(&Wide, &latents, &schedule, guidance, &mut |_| ())?.flatten_all()?.to_vec1()?)
+    }
+
+    #[test]
+    fn a_learned_variance_is_left_out() {
+        assert_eq!(wide(&Guidance::Embedded(Conditions::default())).unwrap(), [-1.0, -2.0, -3.0]);
+    }
+
+    /// Scale 2 from -c through c is 3 c; one step from 0 takes the prediction off.
+    #[test]
+    fn as_many_channels_are_guided_as_are_told() {
+        let guided = |scale, channels| {
+            wide(&Guidance::classifier_free(Conditions::default(), conditions(0.0), scale, channels).unwrap())
+        };
+        assert_eq!(guided(2.0, None).unwrap(), [-3.0, -6.0, -9.0]);
+        assert_eq!(guided(2.0, Some(2)).unwrap(), [-3.0, -6.0, -3.0]);
+        assert_eq!(guided(2.0, Some(3)).unwrap(), [-3.0, -6.0, -9.0]);
+        assert_eq!(guided(0.5, Some(1)).unwrap(), [0.0, -2.0, -3.0]);
+        assert_eq!(guided(1.0, Some(1)).unwrap(), [-1.0, -2.0, -3.0]);
+        for channels in [0, 4] {
+            let error = guided(2.0, Some(channels)).unwrap_err().to_string();
+            assert!(error.contains(&format!("expected 1 to 3, found {channels}")), "{error}");
+        }
+        assert!(Guidance::classifier_free(Conditions::default(), conditions(0.0), f64::INFINITY, None).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::{Result, SamplingError};
 use candle_core::Tensor;
-use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment};
+use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment, without_variance};
 
 /// How the conditions steer the prediction.
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub enum Guidance {
         negative: Conditions,
         /// How far to go from the negative prediction through the positive one; 1 is the positive one.
         scale: f64,
+        /// How many channels (dimension 1) are guided; the others are the positive prediction's. None guides all.
+        channels: Option<usize>,
     },
 }
 
@@ -26,22 +28,40 @@ impl Guidance {
     /// # Errors
     /// [`SamplingError::BadSetting`] for a scale that is not finite.
     pub fn new(positive: Conditions, negative: Option<Conditions>, scale: f64) -> Result<Self> {
-        if !scale.is_finite() {
-            return Err(SamplingError::BadSetting(format!("guidance: expected a finite number, found {scale}")));
-        }
+        check(scale)?;
         Ok(match negative {
-            Some(negative) if scale > 1.0 => Self::ClassifierFree { positive, negative, scale },
+            Some(negative) if scale > 1.0 => Self::ClassifierFree { positive, negative, scale, channels: None },
             _ => Self::Embedded(positive),
         })
     }
 
-    /// The guided prediction.
+    /// Classifier-free guidance at any scale; only at 1, where the positive prediction comes out, with one evaluation.
+    /// facebook's DiT and SiT guide the first three of four `channels`, diffusers guides all.
+    ///
+    /// # Errors
+    /// [`SamplingError::BadSetting`] for a scale that is not finite.
+    pub fn classifier_free(
+        positive: Conditions,
+        negative: Conditions,
+        scale: f64,
+        channels: Option<usize>,
+    ) -> Result<Self> {
+        check(scale)?;
+        Ok(if scale == 1.0 {
+            Self::Embedded(positive)
+        } else {
+            Self::ClassifierFree { positive, negative, scale, channels }
+        })
+    }
+
+    /// The guided prediction. Of a model that predicts more channels than latents have, as DiT and PixArt do, which
+    /// learned the variance too, only as many of the first as latents have.
     ///
     /// # Shapes
     /// latents as the model takes them, timestep (batch); the result as latents.
     ///
     /// # Errors
-    /// The model refused.
+    /// The model refused; more guided channels than there are.
     pub fn predict(
         &self,
         denoiser: &dyn Denoiser,
@@ -50,15 +70,43 @@ impl Guidance {
         moment: Moment,
     ) -> Result<Tensor> {
         let evaluate = |conditions: &Conditions| {
-            let (latents, timestep) = (latents.clone(), timestep.clone());
-            denoiser.forward(&DenoiserInput { latents, timestep, moment, conditions: conditions.clone() })
+            let input = DenoiserInput {
+                latents: latents.clone(),
+                timestep: timestep.clone(),
+                moment,
+                conditions: conditions.clone(),
+            };
+            Ok(without_variance(&denoiser.forward(&input)?, latents)?)
         };
         match self {
-            Self::Embedded(conditions) => Ok(evaluate(conditions)?),
-            Self::ClassifierFree { positive, negative, scale } => {
+            Self::Embedded(conditions) => evaluate(conditions),
+            Self::ClassifierFree { positive, negative, scale, channels: None } => {
+                guided(&evaluate(positive)?, &evaluate(negative)?, *scale)
+            }
+            Self::ClassifierFree { positive, negative, scale, channels: Some(channels) } => {
                 let (wanted, unwanted) = (evaluate(positive)?, evaluate(negative)?);
-                Ok((&unwanted + ((wanted - &unwanted)? * *scale)?)?)
+                guided_first(*channels, &wanted, &unwanted, *scale)
             }
         }
     }
+}
+
+fn check(scale: f64) -> Result<()> {
+    if scale.is_finite() {
+        return Ok(());
+    }
+    Err(SamplingError::BadSetting(format!("guidance: expected a finite number, found {scale}")))
+}
+
+fn guided(wanted: &Tensor, unwanted: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok((unwanted + ((wanted - unwanted)? * scale)?)?)
+}
+
+fn guided_first(channels: usize, wanted: &Tensor, unwanted: &Tensor, scale: f64) -> Result<Tensor> {
+    let all = wanted.dims().get(1).copied().unwrap_or(0);
+    if channels == 0 || channels > all {
+        return Err(SamplingError::BadSetting(format!("guided channels: expected 1 to {all}, found {channels}")));
+    }
+    let first = guided(&wanted.narrow(1, 0, channels)?, &unwanted.narrow(1, 0, channels)?, scale)?;
+    Ok(Tensor::cat(&[first, wanted.narrow(1, channels, all - channels)?], 1)?)
 }

@@ -1,6 +1,6 @@
-//! Adapters on the command line: `FILE[:W][:KEY=VALUE,..]`.
+//! Adapters on the command line, `FILE[:W][:KEY=VALUE,..]`, and the plugins that read them.
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,6 +14,26 @@ pub struct PluginSearch {
     /// Load no plugin, whatever is asked for.
     #[arg(long)]
     pub no_plugins: bool,
+}
+
+/// `clearform plugins`.
+#[derive(Debug, Args)]
+pub struct Plugins {
+    /// Which.
+    #[command(subcommand)]
+    pub action: PluginsAction,
+}
+
+/// What to do about plugins.
+#[derive(Debug, Subcommand)]
+pub enum PluginsAction {
+    /// Every plugin beside the binary.
+    List(PluginSearch),
+    /// Load a plugin and run the examples that it declares.
+    Check {
+        /// The library.
+        path: PathBuf,
+    },
 }
 
 /// Adapters that edit weights.

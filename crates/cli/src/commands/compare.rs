@@ -1,11 +1,12 @@
 //! `clearform compare`: teacher and student side by side on the same seeds.
 
 use crate::args::Compare;
-use crate::opening::open_plainly;
+use crate::opening::{open_original, open_plainly};
 use crate::output::{Outcome, Output};
 use crate::report::Page;
 use crate::sitting::{Sitting, attention_errors};
 use anyhow::Context as _;
+use clearform_models::Subject;
 use clearform_runtime::compare::{contact_sheet, psnr, ssim};
 use clearform_runtime::{RgbImage, png};
 use serde::Serialize;
@@ -16,17 +17,18 @@ use std::path::Path;
 const LAYER_PICTURES: usize = 4;
 
 pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
-    let open = |model| open_plainly(model, args.drawing.components.as_deref(), args.drawing.device);
-    let (teacher, student) = (open(&args.teacher)?, open(&args.student)?);
+    let (components, device) = (args.drawing.components.as_deref(), args.drawing.device);
+    let teacher = open_original(&args.teacher, &args.student, components, device)?;
+    let student = open_plainly(&args.student, components, device)?;
     let sitting = Sitting::new(&args.drawing, &teacher)?;
-    let bar = output.progress("drawing", 2 * sitting.prompts.len());
+    let bar = output.progress("drawing", 2 * sitting.subjects.len());
     let mut advance = |count: usize| bar.inc(count as u64);
     let original = teacher.load_transformer(teacher.plan(), None)?;
     let linear = student.load_transformer(student.plan(), None)?;
     let wanted = sitting.draw(&teacher, original.as_ref(), &mut advance)?;
     let got = sitting.draw(&student, linear.as_ref(), &mut advance)?;
     bar.finish_and_clear();
-    let input = sitting.halfway(&teacher, &wanted, sitting.prompts.len().min(LAYER_PICTURES))?;
+    let input = sitting.halfway(&teacher, &wanted, sitting.subjects.len().min(LAYER_PICTURES))?;
     let layers = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
     let pictures = (sitting.develop(&teacher, &wanted)?, sitting.develop(&student, &got)?);
     let report = Report::new(&sitting, &pictures.0, &pictures.1, layers)?;
@@ -60,11 +62,11 @@ impl Report {
         got: &[RgbImage],
         attention_error: Vec<(String, f64)>,
     ) -> anyhow::Result<Self> {
-        let pair = |(prompt, (wanted, got)): (&String, (&RgbImage, &RgbImage))| -> anyhow::Result<Pair> {
-            Ok(Pair { prompt: prompt.clone(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
+        let pair = |(subject, (wanted, got)): (&Subject, (&RgbImage, &RgbImage))| -> anyhow::Result<Pair> {
+            Ok(Pair { prompt: subject.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
         };
         let pictures =
-            sitting.prompts.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
+            sitting.subjects.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
         let mean = |value: fn(&Pair) -> f64| pictures.iter().map(value).sum::<f64>() / pictures.len() as f64;
         let (psnr, ssim) = (mean(|pair| pair.psnr), mean(|pair| pair.ssim));
         Ok(Self { steps: sitting.steps, seed: sitting.seed, psnr, ssim, pictures, attention_error })

@@ -2,7 +2,7 @@
 
 use crate::adapters;
 use crate::args::{AdapterArg, Convert};
-use crate::opening::{identify, plainly, plan, reading};
+use crate::opening::{identify, plainly, plan, reading, tell};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Lesson, Student};
 use clearform_attention::{AttentionPlan, Radius};
@@ -67,6 +67,7 @@ pub fn attention(args: &Convert) -> anyhow::Result<AttentionPlan> {
 
 fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Outcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
+    tell(checkpoint.source(), output);
     let inspection = Inspection::new(&identified, &identified.canonical(&checkpoint));
     output.note(format_args!("would write {} with attention {attention}", args.output.display()));
     output.result(&inspection)?;
@@ -77,6 +78,7 @@ fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow
 fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<Edited> {
     let (components, reading) = (components(args), reading(&args.reading)?);
     let transformer = Transformer::open(&components.transformer(), &reading)?;
+    tell(transformer.checkpoint(), output);
     let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
     adapters::tell(&edited.reports, &[], output);
     Ok(edited)

@@ -2,7 +2,7 @@
 
 use crate::args::Distill;
 use crate::commands::convert::Written;
-use crate::opening::{open_plainly, transformer};
+use crate::opening::{open_original, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Student};
 use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
@@ -13,7 +13,7 @@ use std::path::Path;
 pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     let model = PortableModel::open(&args.model)?;
     let plan = model.record().plan()?;
-    let (teacher, student) = (transformer(&args.teacher)?, transformer(&args.model)?);
+    let (teacher, student) = (original_transformer(&args.teacher, &args.model)?, transformer(&args.model)?);
     let target = args.output.as_deref().unwrap_or(&args.model);
     let replace = Replace::allowed_if(target == args.model);
     let stage = match args.training.resume {
@@ -44,7 +44,7 @@ fn samples(args: &Distill, teacher: &Transformer, folder: &Path, output: &Output
     let names = teacher.identified().components();
     school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing(names))?;
     school::samples(
-        &open_plainly(&args.teacher, Some(components), args.training.device)?,
+        &open_original(&args.teacher, &args.model, Some(components), args.training.device)?,
         &args.training,
         folder,
         output,

@@ -20,7 +20,7 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     let dtype = args.running.dtype.map_or(DType::F32, crate::args::Dtype::computed);
     let device = device(args.running.device)?;
     let path = Components::new(&args.model, None).transformer();
-    let reading = reading(&args.reading)?;
+    let reading = reading(&args.reading)?.recorded(&args.model)?;
     let adapters = adapters::open_all(&args.adapters)?;
     let transformer = Transformer::open(&path, &reading)?;
     let Edited { transformer, reports, .. } = adapters.onto(transformer, None, &reading.manifests)?;
@@ -43,12 +43,16 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     Ok(Outcome::Whole)
 }
 
-/// Every input; floating-point ones but the ids and times in the number format the model runs in.
+/// Inputs that number formats of few digits would spoil.
+const EXACT: [&str; 8] =
+    ["img_ids", "txt_ids", "timestep", "guidance", "class_labels", "resolution", "aspect_ratio", "controlnet_mode"];
+
+/// Every input; floating-point ones but the [`EXACT`] in the number format the model runs in.
 fn inputs(args: &Forward, dtype: DType, device: &Device) -> anyhow::Result<BTreeMap<String, Tensor>> {
     let file = Checkpoint::open(&args.inputs).with_context(|| "--inputs")?;
     let convert = |name: String| {
         let tensor = file.tensor(&name)?.to_device(device)?;
-        let exact = ["img_ids", "txt_ids", "timestep", "guidance"].contains(&name.as_str());
+        let exact = EXACT.contains(&name.as_str());
         Ok((name, if exact || tensor.dtype().is_int() { tensor } else { tensor.to_dtype(dtype)? }))
     };
     file.tensors().into_iter().map(|info| convert(info.name)).collect()

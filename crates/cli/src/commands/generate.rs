@@ -1,11 +1,12 @@
-//! `clearform generate`: from a prompt to pictures.
+//! `clearform generate`: from a prompt or a class to pictures.
 
 use crate::adapters;
 use crate::args::Generate;
-use crate::opening::{plainly, plan};
+use crate::opening::{plainly, plan, reading};
 use crate::output::{Outcome, Output};
 use anyhow::bail;
 use clearform_layout::Defaults;
+use clearform_models::Subject;
 use clearform_plugins::AdapterReport;
 use clearform_runtime::png::{self, Parameters};
 use clearform_runtime::{Options, Pipeline, Request, Size, Stage};
@@ -18,10 +19,13 @@ pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
     let options = Options {
         plan: args.running.attention.as_deref().map(plan).transpose()?,
         dtype: args.running.dtype.map(crate::args::Dtype::computed),
+        reading: reading(&args.reading)?,
+        guided_channels: args.guided_channels,
         adapters: adapters::open_all(&args.adapters)?,
         ..plainly(args.components.as_deref(), args.running.device)?
     };
     let pipeline = Pipeline::open(&args.model, options)?;
+    pipeline.notes().iter().for_each(|note| output.note(note));
     adapters::tell(pipeline.adapter_reports(), pipeline.branches(), output);
     let request = request(args, &pipeline)?;
     let pictures = draw(&pipeline, &request, output)?;
@@ -57,8 +61,8 @@ fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
     let Defaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
     let size = Size { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
     Ok(Request {
-        prompt: args.prompt.clone(),
-        negative_prompt: args.negative_prompt.clone(),
+        subject: args.class.map(Subject::Class).unwrap_or(Subject::Prompt(args.prompt.clone().unwrap_or_default())),
+        negative: args.negative_prompt.clone().map(Subject::Prompt),
         size: Some(size),
         steps: args.steps.unwrap_or(steps),
         guidance: args.guidance.unwrap_or(guidance),
@@ -87,8 +91,8 @@ fn draw(pipeline: &Pipeline, request: &Request, output: &Output) -> anyhow::Resu
 fn parameters(args: &Generate, request: &Request, pipeline: &Pipeline, index: usize) -> Parameters {
     let model = args.model.file_name().unwrap_or(args.model.as_os_str());
     Parameters {
-        prompt: request.prompt.clone(),
-        negative_prompt: request.negative_prompt.clone().unwrap_or_default(),
+        prompt: request.subject.to_string(),
+        negative_prompt: args.negative_prompt.clone().unwrap_or_default(),
         seed: request.seed,
         steps: request.steps,
         guidance: request.guidance,

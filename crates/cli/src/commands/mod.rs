@@ -5,6 +5,7 @@ pub mod compare;
 pub mod convert;
 pub mod demo;
 pub mod distill;
+pub mod export;
 pub mod forward;
 pub mod generate;
 pub mod inspect;

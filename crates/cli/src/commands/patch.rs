@@ -2,7 +2,7 @@
 
 use crate::args::{Patch as PatchArgs, PatchAction, PatchMode, Reading};
 use crate::commands::convert::Written;
-use crate::opening::{identify, transformer};
+use crate::opening::{identify, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use clearform_attention::Radius;
 use clearform_convert::{ConversionPlan, Mode, Patch, Placing, PortableModel, Replace, Report, Stage};
@@ -28,7 +28,7 @@ fn extract(model: &Path, base: &Path, path: &Path, output: &Output) -> anyhow::R
 /// Writes the distilled attention of `model`, made from `base`, to `path`, and counts its tensors.
 pub fn extract_to(model: &Path, base: &Path, path: &Path) -> anyhow::Result<usize> {
     let record = PortableModel::open(model)?.record().clone();
-    let (model, base) = (transformer(model)?, transformer(base)?);
+    let (model, base) = (transformer(model)?, original_transformer(base, model)?);
     Ok(Patch::extract(&model.source(), &base.source(), &record.family, &record.plan()?, path)?)
 }
 
@@ -65,14 +65,15 @@ fn write(application: &Application) -> anyhow::Result<Report> {
     let base = base.map(transformer).transpose()?;
     let base = base.as_ref().map(Transformer::source);
     let base = base.as_ref().map(|base| base as &dyn TensorSource);
-    let (checkpoint, identified) = identify(to, &Reading::default())?;
+    let reading = Reading { family: patch.family().map(str::to_owned), ..Reading::default() };
+    let (checkpoint, identified) = identify(to, &reading)?;
     let canonical = identified.canonical(&checkpoint).complete()?;
     let patched = patch.onto(&canonical, mode, base)?;
     let plan = ConversionPlan::new(&identified, patch.plan().clone())
         .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy);
     let stage = Stage::begin(output, replace)?;
     let report = plan.apply(&patched, canonical.account(), &stage, &mut |_, _| ())?;
-    stage.finish(plan.record(&checkpoint)?)?;
+    stage.finish(plan.record(checkpoint.source())?)?;
     Ok(report)
 }
 

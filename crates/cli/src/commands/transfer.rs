@@ -13,7 +13,7 @@ use clearform_runtime::{Adapters, Pipeline, RgbImage};
 pub fn run(args: &Args, output: &Output) -> anyhow::Result<Outcome> {
     let options = exactly(plainly(args.drawing.components.as_deref(), args.drawing.device)?);
     let sitting = Sitting::new(&args.drawing, &Pipeline::open(&args.teacher, options.clone())?)?;
-    let controls = control_images(args, sitting.prompts.len())?;
+    let controls = control_images(args, sitting.subjects.len())?;
     let study = Study {
         teacher: &args.teacher,
         student: &args.student,

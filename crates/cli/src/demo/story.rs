@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_distill::{SampleSet, prediction_error};
-use clearform_models::{Denoiser, DenoiserInput};
+use clearform_models::{Denoiser, DenoiserInput, Subject};
 use clearform_runtime::compare::{psnr, retrieve};
 use clearform_runtime::{Options, Pipeline, RgbImage};
 use std::path::{Path, PathBuf};
@@ -69,7 +69,7 @@ pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
         students,
         transfer,
         seconds: begun.elapsed().as_secs_f64(),
-        prompts: exam.sitting.prompts.clone(),
+        prompts: exam.sitting.prompts(),
         teacher: exam.pictures,
     })
 }
@@ -133,7 +133,7 @@ impl Exam {
         let pipeline = open(base)?;
         let prompts = names().into_iter().enumerate().filter(|(index, _)| is_held_out(*index)).map(|(_, name)| name);
         let sitting = Sitting {
-            prompts: prompts.collect(),
+            subjects: prompts.map(Subject::Prompt).collect(),
             size: pipeline.own_size(),
             steps: PICTURE_STEPS,
             guidance: 0.0,
@@ -215,7 +215,7 @@ struct Marks {
 }
 
 fn draw(pipeline: &Pipeline, denoiser: &dyn Denoiser, sitting: &Sitting, output: &Output) -> anyhow::Result<Tensor> {
-    let bar = output.progress("drawing", sitting.prompts.len());
+    let bar = output.progress("drawing", sitting.subjects.len());
     let latents = sitting.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
     bar.finish_and_clear();
     Ok(latents)
@@ -223,7 +223,7 @@ fn draw(pipeline: &Pipeline, denoiser: &dyn Denoiser, sitting: &Sitting, output:
 
 /// The teacher's pictures noised to four levels, with fixed noise.
 fn questions(sitting: &Sitting, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<DenoiserInput>> {
-    let count = sitting.prompts.len();
+    let count = sitting.subjects.len();
     let halfway = sitting.halfway(pipeline, latents, count)?;
     let noise = ((&halfway.latents * 2.0)? - latents)?;
     let question = |level: f64| -> anyhow::Result<DenoiserInput> {

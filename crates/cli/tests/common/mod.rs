@@ -2,8 +2,9 @@
 #![allow(dead_code)]
 
 use candle_core::{DType, Tensor};
+use clearform_testkit::fixture;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -52,9 +53,9 @@ pub struct Tiny {
 impl Tiny {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let fixture = repository("tests/fixtures/flux/head24");
-        std::fs::copy(fixture.join("config.json"), folder.path().join("config.json")).unwrap();
-        let stored = clearform_testkit::fixture(fixture.join("weights.safetensors"));
+        let original = repository("tests/fixtures/flux/head24");
+        std::fs::copy(original.join("config.json"), folder.path().join("config.json")).unwrap();
+        let stored = fixture(original.join("weights.safetensors"));
         let widened = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
         let tiny = Self { folder, tensors: stored.into_iter().map(widened).collect() };
         tiny.save();
@@ -71,4 +72,22 @@ impl Tiny {
         let path = self.folder.path().join("diffusion_pytorch_model.safetensors");
         candle_core::safetensors::save(&tensors, path).unwrap();
     }
+}
+
+/// Runs `forward` on the inputs of [`Tiny`]'s fixture and gives the sample.
+pub fn forward(model: &Path, further: &[&str]) -> Tensor {
+    let folder = tempfile::tempdir().unwrap();
+    let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
+    let prefix = "5x8/input/";
+    let inputs: HashMap<String, Tensor> =
+        cases.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
+    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    candle_core::safetensors::save(&inputs, &input).unwrap();
+    run(0, &[&["forward", text(model), "--inputs", text(&input), "-o", text(&output)], further].concat());
+    fixture(&output)["sample"].clone()
+}
+
+/// What diffusers gives of the same inputs.
+pub fn expected(plan: &str) -> Tensor {
+    fixture(repository("tests/fixtures/flux/head24/cases.safetensors"))[&format!("5x8/{plan}/sample")].clone()
 }

@@ -5,7 +5,10 @@ use candle_core::{DType, Tensor, TensorId};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, Pair, Recipe, backward, prediction_error};
 use clearform_models::families::flux::Flux;
-use clearform_models::{Denoiser, DenoiserInput, Family, State};
+use clearform_models::text::TextEncoders;
+use clearform_models::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, State, Steering, Subject,
+};
 use clearform_testkit::assert_close;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource};
 use serde_json::Value;
@@ -123,14 +126,28 @@ impl Family for Spy {
     fn input(&self, tensors: BTreeMap<String, Tensor>) -> clearform_models::Result<DenoiserInput> {
         Flux.input(tensors)
     }
-    fn distilled(&self, layer: &str) -> Vec<String> {
+    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         Flux.distilled(layer)
     }
-    fn pack(&self, latents: &Tensor) -> clearform_models::Result<(Tensor, Option<Tensor>)> {
-        Flux.pack(latents)
+    fn process(&self) -> Process {
+        Flux.process()
     }
-    fn unpack(&self, tokens: &Tensor, height: usize, width: usize) -> clearform_models::Result<Tensor> {
-        Flux.unpack(tokens, height, width)
+    fn steering(&self, config: &Value) -> clearform_models::Result<Steering> {
+        Flux.steering(config)
+    }
+    fn patch(&self, config: &Value) -> clearform_models::Result<usize> {
+        Flux.patch(config)
+    }
+    fn sample_size(&self, config: &Value) -> clearform_models::Result<Option<usize>> {
+        Flux.sample_size(config)
+    }
+    fn encode(
+        &self,
+        config: &Value,
+        subjects: &[Subject],
+        encoders: &dyn TextEncoders,
+    ) -> clearform_models::Result<Conditions> {
+        Flux.encode(config, subjects, encoders)
     }
 }
 

@@ -4,8 +4,8 @@ use crate::support::folder;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{Canvas, Outcome, Pair, Recipe, SampleSet, SampleSettings, Settings, Start, Workshop, distill};
-use clearform_models::Conditions;
 use clearform_models::families::flux::Flux;
+use clearform_models::{Conditions, Subject};
 use clearform_sampling::FlowMatchEuler;
 use clearform_weights::{Checkpoint, Resident, TensorSource};
 use serde_json::json;
@@ -89,11 +89,20 @@ fn enlarged(extent: usize) -> usize {
 }
 
 fn samples(folder: &std::path::Path, pair: &Pair) -> SampleSet {
-    let prompts = vec!["a".to_owned()];
-    let settings = SampleSettings { prompts, count: 1, batch: 1, size: [256; 2], steps: 1, guidance: None, seed: 0 };
+    let prompts = vec![Subject::Prompt("a".to_owned())];
+    let settings = SampleSettings {
+        prompts,
+        count: 1,
+        batch: 1,
+        size: [256; 2],
+        steps: 1,
+        guidance: None,
+        classifier_free: None,
+        seed: 0,
+    };
     let set = SampleSet::create(folder, settings).unwrap();
     let ones = |shape: &[usize]| Some(Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
-    let mut encode = |_: &[String]| -> Result<Conditions, Infallible> {
+    let mut encode = |_: &[Subject]| -> Result<Conditions, Infallible> {
         Ok(Conditions { text: ones(&[1, TEXT, 1024]), pooled: ones(&[1, 1024]), ..Conditions::default() })
     };
     set.encode(&mut encode).unwrap();

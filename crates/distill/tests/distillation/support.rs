@@ -3,14 +3,16 @@
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{Batch, Pair, Recipe};
-use clearform_models::Conditions;
 use clearform_models::families::flux::Flux;
+use clearform_models::{Conditions, Process};
 use clearform_testkit::fixture;
 use clearform_weights::{Checkpoint, Resident};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+/// FLUX's.
+pub const FLOW: Process = Process::Flow { time_scale: 1.0 };
 pub const HEIGHT: usize = 4;
 pub const WIDTH: usize = 6;
 pub const TEXT: usize = 5;
@@ -55,7 +57,7 @@ pub fn batch(steps: &BTreeMap<String, Tensor>, step: usize) -> Batch {
         text_ids: Some(text_ids()),
         ..Conditions::default()
     };
-    Batch::noised(&part("x0"), &part("noise"), &part("t"), conditions).unwrap()
+    Batch::noised(FLOW, &part("x0"), &part("noise"), &part("t"), conditions).unwrap()
 }
 
 /// Tensors of `steps` below `prefix`, without it.

@@ -1,26 +1,27 @@
 //! Samples and training, interrupted and not.
 
-use crate::support::{HEIGHT, TEXT, WIDTH, image_ids, pair, text_ids};
+use crate::support::{FLOW, HEIGHT, TEXT, WIDTH, image_ids, pair, text_ids};
 use candle_core::{DType, Device, Tensor};
 use clearform_distill::{
-    Canvas, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, SampleSet, SampleSettings, Settings, Start,
-    Timesteps, Workshop, distill, prediction_error,
+    Batches, Canvas, ClassifierFree, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, SampleSet,
+    SampleSettings, Settings, Start, Timesteps, Workshop, distill, prediction_error,
 };
-use clearform_models::Conditions;
+use clearform_models::{Conditions, Subject};
 use clearform_sampling::{FlowMatchEuler, TorchGenerator};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 fn sample_settings() -> SampleSettings {
-    let prompts = ["cat", "dog", "sun"].map(str::to_owned).to_vec();
-    SampleSettings { prompts, count: 7, batch: 3, size: [48, 32], steps: 2, guidance: None, seed: 5 }
+    let prompts = ["cat", "dog", "sun"].map(|prompt| Subject::Prompt(prompt.to_owned())).to_vec();
+    let size = [48, 32];
+    SampleSettings { prompts, count: 7, batch: 3, size, steps: 2, guidance: None, classifier_free: None, seed: 5 }
 }
 
 /// Text features that depend on the prompt alone.
-fn encode(prompts: &[String]) -> Result<Conditions, Infallible> {
-    let one = |prompt: &String, shape: &[usize]| {
-        let seed = prompt.bytes().map(u64::from).sum();
+fn encode(prompts: &[Subject]) -> Result<Conditions, Infallible> {
+    let one = |prompt: &Subject, shape: &[usize]| {
+        let seed = prompt.to_string().bytes().map(u64::from).sum();
         TorchGenerator::new(seed).randn(shape).unwrap()
     };
     let all = |shape: &[usize]| Tensor::stack(&prompts.iter().map(|prompt| one(prompt, shape)).collect::<Vec<_>>(), 0);
@@ -164,11 +165,38 @@ fn samples_are_made_again_as_they_were() {
     // Sample 4 is of prompt 1; samples come back in the order they are asked for.
     let read = set.read(&[4, 0], &Device::Cpu).unwrap();
     assert_eq!(read.latents.dims(), [2, 24, 8]);
-    let wanted = encode(&["dog".to_owned(), "cat".to_owned()]).unwrap();
-    let numbers = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let wanted = encode(&["dog", "cat"].map(|prompt| Subject::Prompt(prompt.to_owned()))).unwrap();
     assert_eq!(numbers(&read.conditions.text.unwrap()), numbers(&wanted.text.unwrap()));
     assert_eq!(numbers(&read.conditions.image_ids.unwrap()), numbers(&image_ids()));
     assert_eq!(numbers(&set.read(&[0], &Device::Cpu).unwrap().latents), numbers(&read.latents)[24 * 8..]);
+}
+
+/// A tenth of training is of what guidance leads away from, so that both of its evaluations are learned.
+#[test]
+fn guided_sets_teach_the_absence_of_a_subject() {
+    let folder = tempfile::tempdir().unwrap();
+    let pair = pair("clear:r=2", DType::F32);
+    let nothing = Subject::Prompt(String::new());
+    let guidance = ClassifierFree { scale: 3.0, without: nothing.clone(), channels: None };
+    let guided = SampleSettings { classifier_free: Some(guidance), ..sample_settings() };
+    let set = SampleSet::create(folder.path(), guided).unwrap();
+    set.encode(&mut encode).unwrap();
+    set.draw(pair.teacher(), &canvas(), &mut |_, _| ()).unwrap();
+    assert!(set.is_complete());
+    let plain = samples(&folder.path().join("plain"), &pair);
+    let latents = |set: &SampleSet| numbers(&set.read(&[0], &Device::Cpu).unwrap().latents);
+    assert_ne!(latents(&set), latents(&plain));
+
+    let settings = Settings { batch: 100, ..settings() };
+    let drawn = Batches::new(&set, &settings, &pair, TorchGenerator::new(1)).draw().unwrap();
+    let without = numbers(&encode(&[nothing]).unwrap().pooled.unwrap());
+    let pooled = numbers(&drawn.input.conditions.pooled.unwrap());
+    let absent = pooled.chunks(16).filter(|row| *row == without).count();
+    assert!((4..=18).contains(&absent), "{absent} of 100");
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
 }
 
 #[test]
@@ -176,7 +204,7 @@ fn the_student_comes_nearer_to_its_teacher() {
     let folder = tempfile::tempdir().unwrap();
     let pair = pair("clear:r=2", DType::F32);
     let set = samples(&folder.path().join("samples"), &pair);
-    let inputs = set.noised(77, 4, &Device::Cpu).unwrap();
+    let inputs = set.noised(FLOW, 77, 4, &Device::Cpu).unwrap();
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
     let before = prediction_error(pair.teacher(), pair.student(), &inputs).unwrap();
     let loss = LossSettings { flow: 0.0, ..LossSettings::default() };

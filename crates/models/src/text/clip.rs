@@ -1,62 +1,95 @@
-//! [`ClipText`]: CLIP's text encoder (Radford et al., 2021), over candle-transformers. It takes token ids, not text.
+//! [`ClipText`]: CLIP's text encoder (Radford et al., 2021), with the projection to the space of pictures where it has
+//! one. It takes token ids, not text.
 
-use super::{checked_ids, f32_weights};
+use super::checked_ids;
 use crate::keys::{Keys, bad};
+use crate::scope::{Linear, Scope};
 use crate::{ModelError, Result};
-use candle_core::Tensor;
-use candle_transformers::models::clip::text_model::{Activation, ClipTextConfig, ClipTextTransformer};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{LayerNorm, Module as _, ops};
 use clearform_weights::TensorSource;
 use serde_json::Value;
 
-/// Layer norm's constant, the only one the encoder has.
-const NORM_EPS: f64 = 1e-5;
 /// Configs written before transformers 4.31 hold this id for the end token, which no vocabulary bears out.
 const LEGACY_END: u32 = 2;
 
 /// Sizes of a CLIP text encoder, from its config.json.
 #[derive(Debug, Clone)]
 pub struct ClipConfig {
-    sizes: ClipTextConfig,
+    vocabulary: usize,
+    width: usize,
+    layers: usize,
+    heads: usize,
+    max_tokens: usize,
+    activation: Activation,
+    norm_eps: f64,
     end_token: u32,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Activation {
+    Gelu,
+    QuickGelu,
+}
+
 /// CLIP's text encoder.
-#[derive(Debug)]
 pub struct ClipText {
-    model: ClipTextTransformer,
     config: ClipConfig,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: Vec<Layer>,
+    final_norm: LayerNorm,
+    projection: Option<Linear>,
 }
 
 /// What CLIP makes of token ids.
 #[derive(Debug, Clone)]
 pub struct ClipEncoded {
-    /// Every token, after the last layer norm: (batch, tokens, channels) in f32.
+    /// Hidden states after the final norm, (batch, tokens, channels).
     pub hidden: Tensor,
-    /// The end token alone: (batch, channels) in f32.
+    /// Hidden states before the last layer, (batch, tokens, channels).
+    pub penultimate: Tensor,
+    /// The hidden state of the end token, (batch, channels).
     pub pooled: Tensor,
+    /// The same in the space of pictures, (batch, projected channels), where the encoder projects.
+    pub projected: Option<Tensor>,
 }
 
 impl ClipConfig {
-    /// Reads config.json.
+    /// Reads config.json of CLIPTextModel or CLIPTextModelWithProjection.
     ///
     /// # Errors
-    /// A key of the wrong type, or an activation that only other encoders have.
+    /// A key of the wrong type, or an activation that the class does not have.
     pub fn new(config: &Value) -> Result<Self> {
         let keys = Keys::new(config)?;
-        let activation = keys.text("hidden_act", "quick_gelu")?;
-        if activation != "quick_gelu" {
-            return Err(bad("hidden_act", format!("{activation:?} is not supported, only \"quick_gelu\"")));
+        let activation = match keys.text("hidden_act", "quick_gelu")? {
+            "gelu" => Activation::Gelu,
+            "quick_gelu" => Activation::QuickGelu,
+            other => {
+                let reason = format!("{other:?} is not supported, only \"quick_gelu\" and \"gelu\"");
+                return Err(bad("hidden_act", reason));
+            }
+        };
+        let (width, heads) = (keys.count("hidden_size", 512)?, keys.count("num_attention_heads", 8)?);
+        if heads == 0 || width % heads != 0 {
+            let reason = format!("expected a divisor of hidden_size = {width}, found {heads}");
+            return Err(bad("num_attention_heads", reason));
         }
-        let eps = keys.number("layer_norm_eps", NORM_EPS)?;
-        if eps != NORM_EPS {
-            return Err(bad("layer_norm_eps", format!("{eps} is not supported, only {NORM_EPS}")));
-        }
-        Ok(Self { sizes: sizes(keys)?, end_token: keys.count("eos_token_id", 49407)? as u32 })
+        Ok(Self {
+            vocabulary: keys.count("vocab_size", 49408)?,
+            width,
+            layers: keys.count("num_hidden_layers", 12)?,
+            heads,
+            max_tokens: keys.count("max_position_embeddings", 77)?,
+            activation,
+            norm_eps: keys.number("layer_norm_eps", 1e-5)?,
+            end_token: keys.count("eos_token_id", 49407)? as u32,
+        })
     }
 
-    /// The longest sequence the encoder has positions for.
+    /// Tokens the encoder has positions for.
     pub fn max_tokens(&self) -> usize {
-        self.sizes.max_position_embeddings
+        self.max_tokens
     }
 }
 
@@ -66,50 +99,121 @@ impl ClipText {
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: ClipConfig, source: &dyn TensorSource) -> Result<Self> {
-        let weights = f32_weights(source, |name| name.strip_prefix("text_model.").unwrap_or(name).to_owned())?;
-        Ok(Self { model: ClipTextTransformer::new(weights, &config.sizes)?, config })
+        let root = Scope::root(source).in_dtype(DType::F32);
+        let prefixed = root.has("text_model.embeddings.token_embedding.weight");
+        let scope = if prefixed { root.at("text_model") } else { root.clone() };
+        let (table, width) = (scope.at("embeddings"), config.width);
+        let layer = |index| Layer::load(&scope.at(format!("encoder.layers.{index}")), &config);
+        let projects = root.has("text_projection.weight");
+        Ok(Self {
+            tokens: table.shaped("token_embedding.weight", &[config.vocabulary, width])?,
+            positions: table.shaped("position_embedding.weight", &[config.max_tokens, width])?,
+            layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
+            final_norm: layer_norm(&scope.at("final_layer_norm"), config.norm_eps)?,
+            projection: if projects { Some(root.linear("text_projection")?) } else { None },
+            config,
+        })
     }
 
     /// Encodes token ids.
     ///
     /// # Shapes
-    /// ids (batch, tokens) of integers.
+    /// ids (batch, tokens) of any integer type; see [`ClipEncoded`].
     ///
     /// # Errors
     /// Ids beyond the vocabulary, or more tokens than there are positions.
     pub fn encode(&self, ids: &Tensor) -> Result<ClipEncoded> {
-        let ids = checked_ids(ids, self.config.sizes.vocab_size)?;
-        let (tokens, positions) = (ids.dim(1)?, self.config.max_tokens());
-        if tokens > positions {
-            let reason = format!("{tokens} tokens, but the encoder has positions for {positions}");
+        let ids = checked_ids(ids, self.config.vocabulary)?;
+        let (batch, tokens) = ids.dims2()?;
+        if tokens > self.config.max_tokens {
+            let reason = format!("{tokens} tokens, but the encoder has positions for {}", self.config.max_tokens);
             return Err(ModelError::bad_input("ids", reason));
         }
-        let hidden = self.model.forward_with_mask(&ids, usize::MAX)?;
+        let embedded = self.tokens.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, ()))?;
+        let mut x = embedded.broadcast_add(&self.positions.narrow(0, 0, tokens)?)?;
+        let mut penultimate = x.clone();
+        let mask = causal_mask(tokens, x.device())?;
+        for layer in &self.layers {
+            penultimate = x.clone();
+            x = layer.forward(&x, &mask)?;
+        }
+        let hidden = self.final_norm.forward(&x)?;
+        let pooled = self.pool(&hidden, &ids)?;
+        let projected = self.projection.as_ref().map(|projection| projection.forward(&pooled)).transpose()?;
+        Ok(ClipEncoded { hidden, penultimate, pooled, projected })
+    }
+
+    fn pool(&self, hidden: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let mut pooled = Vec::new();
         for (row, ids) in ids.to_vec2::<u32>()?.iter().enumerate() {
             pooled.push(hidden.get(row)?.get(end_position(ids, self.config.end_token))?);
         }
-        Ok(ClipEncoded { pooled: Tensor::stack(&pooled, 0)?, hidden })
+        Ok(Tensor::stack(&pooled, 0)?)
     }
 }
 
-fn sizes(keys: Keys) -> Result<ClipTextConfig> {
-    let width = keys.count("hidden_size", 512)?;
-    let heads = keys.count("num_attention_heads", 8)?;
-    if heads == 0 || width % heads != 0 {
-        return Err(bad("num_attention_heads", format!("expected a divisor of hidden_size = {width}, found {heads}")));
+/// Attention to what came before, then an MLP, each after a norm.
+struct Layer {
+    norms: [LayerNorm; 2],
+    projections: [Linear; 3],
+    out: Linear,
+    up: Linear,
+    down: Linear,
+    heads: usize,
+    activation: Activation,
+}
+
+impl Layer {
+    fn load(scope: &Scope, config: &ClipConfig) -> Result<Self> {
+        let (own, mlp) = (scope.at("self_attn"), scope.at("mlp"));
+        let norm = |name: &str| layer_norm(&scope.at(name), config.norm_eps);
+        Ok(Self {
+            norms: [norm("layer_norm1")?, norm("layer_norm2")?],
+            projections: [own.linear("q_proj")?, own.linear("k_proj")?, own.linear("v_proj")?],
+            out: own.linear("out_proj")?,
+            up: mlp.linear("fc1")?,
+            down: mlp.linear("fc2")?,
+            heads: config.heads,
+            activation: config.activation,
+        })
     }
-    Ok(ClipTextConfig {
-        vocab_size: keys.count("vocab_size", 49408)?,
-        embed_dim: width,
-        activation: Activation::QuickGelu,
-        intermediate_size: keys.count("intermediate_size", 2048)?,
-        max_position_embeddings: keys.count("max_position_embeddings", 77)?,
-        pad_with: None,
-        num_hidden_layers: keys.count("num_hidden_layers", 12)?,
-        num_attention_heads: heads,
-        projection_dim: keys.count("projection_dim", 512)?,
-    })
+
+    /// # Shapes
+    /// x (batch, tokens, width), mask (tokens, tokens) -> as x.
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attend(&self.norms[0].forward(x)?, mask)?)?;
+        let up = self.up.forward(&self.norms[1].forward(&x)?)?;
+        let active = match self.activation {
+            Activation::Gelu => up.gelu_erf()?,
+            Activation::QuickGelu => (&up * ops::sigmoid(&(&up * 1.702)?)?)?,
+        };
+        Ok((x + self.down.forward(&active)?)?)
+    }
+
+    fn attend(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, width) = x.dims3()?;
+        let head_dim = width / self.heads;
+        let by_head = |linear: &Linear| -> Result<Tensor> {
+            let heads = linear.forward(x)?.reshape((batch, tokens, self.heads, head_dim))?;
+            Ok(heads.transpose(1, 2)?.contiguous()?) // (batch, heads, tokens, head_dim)
+        };
+        let [query, key, value] = &self.projections;
+        let query = (by_head(query)? * (head_dim as f64).powf(-0.5))?;
+        let scores = query.matmul(&by_head(key)?.t()?)?.broadcast_add(mask)?;
+        let attended = ops::softmax_last_dim(&scores)?.matmul(&by_head(value)?)?;
+        Ok(self.out.forward(&attended.transpose(1, 2)?.reshape((batch, tokens, width))?)?)
+    }
+}
+
+fn layer_norm(scope: &Scope, eps: f64) -> Result<LayerNorm> {
+    Ok(LayerNorm::new(scope.tensor("weight")?, scope.tensor("bias")?, eps))
+}
+
+/// # Shapes
+/// The result is (tokens, tokens): 0 where the row's token sees the column's, minus infinity elsewhere.
+fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
+    let value = |place: usize| if place % tokens > place / tokens { f32::NEG_INFINITY } else { 0.0 };
+    Ok(Tensor::from_iter((0..tokens * tokens).map(value), device)?.reshape((tokens, tokens))?)
 }
 
 /// Where the end token stands: the first one, or, for configs that do not know its id, the first highest id.
@@ -141,8 +245,7 @@ mod tests {
     #[test]
     fn what_only_other_encoders_have_is_an_error() {
         for (config, expected) in [
-            (json!({"hidden_act": "gelu"}), "hidden_act"),
-            (json!({"layer_norm_eps": 1e-6}), "layer_norm_eps"),
+            (json!({"hidden_act": "relu"}), "hidden_act"),
             (json!({"hidden_size": 10, "num_attention_heads": 3}), "divisor of hidden_size = 10"),
         ] {
             let error = ClipConfig::new(&config).unwrap_err().to_string();

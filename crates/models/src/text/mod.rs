@@ -1,15 +1,53 @@
 //! Text encoders and their tokenizers: what turns a prompt into the conditions of a denoiser.
 //!
-//! The main types are [`ClipText`], [`T5Encoder`], [`ClipTokenizer`] and [`T5Tokenizer`]. The encoders compute in f32
+//! The main types are [`TextEncoders`], which a family asks for what it needs, and [`ClipText`], [`T5Encoder`], [`ClipTokenizer`] and [`T5Tokenizer`]. The encoders compute in f32
 //! whatever the stored number format. Nothing here knows a pipeline or a file.
 
 mod clip;
+mod sentencepiece;
 mod t5;
 mod tokenizers;
 
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizers::{ClipTokenizer, T5Tokenizer};
+
+/// The text encoders of a pipeline, by number: 1 is `text_encoder` with `tokenizer`, and n is `text_encoder_n` with
+/// `tokenizer_n`. Each is loaded when it is asked and released after.
+pub trait TextEncoders {
+    /// Whether the pipeline has encoder `number`; some families can do without one.
+    fn has(&self, number: usize) -> bool;
+
+    /// The length that the tokenizer `number` was made for, if it tells one.
+    ///
+    /// # Errors
+    /// Its files cannot be read.
+    fn tokenizer_length(&self, number: usize) -> Result<Option<usize>>;
+
+    /// Encodes prompts with CLIP, cut and padded to the encoder's own length.
+    ///
+    /// # Errors
+    /// The encoder cannot be had.
+    fn clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded>;
+
+    /// Encodes prompts with T5, cut and padded to `tokens`; all tokens see the padding.
+    ///
+    /// # Shapes
+    /// The result is (prompts, tokens, channels).
+    ///
+    /// # Errors
+    /// The encoder cannot be had.
+    fn t5(&self, number: usize, prompts: &[String], tokens: usize) -> Result<Tensor>;
+
+    /// Encodes prompts with T5, cut and padded to `tokens`; padding is hidden, and zero in the result.
+    ///
+    /// # Shapes
+    /// The result is (prompts, tokens, channels) and (prompts, tokens), 1 where a token counts.
+    ///
+    /// # Errors
+    /// The encoder cannot be had.
+    fn t5_masked(&self, number: usize, prompts: &[String], tokens: usize) -> Result<(Tensor, Tensor)>;
+}
 
 use crate::{ModelError, Result};
 use candle_core::{DType, Device, Tensor};

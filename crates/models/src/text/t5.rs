@@ -1,5 +1,5 @@
 //! [`T5Encoder`]: the encoder of T5 (Raffel et al., 2020), over candle-transformers. It takes token ids, not text, and
-//! masks nothing: FLUX lets every token see the padding.
+//! masks nothing: whoever hides padding encodes without it.
 
 use super::{checked_ids, f32_weights};
 use crate::Result;

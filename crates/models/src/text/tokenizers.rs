@@ -1,6 +1,7 @@
 //! [`ClipTokenizer`] and [`T5Tokenizer`]: prompts to token ids of one length, from the bytes of the files that
 //! pipelines ship. They know no encoder.
 
+use super::sentencepiece;
 use crate::{ModelError, Result};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
@@ -34,7 +35,7 @@ struct Padded {
 }
 
 /// tokenizer_config.json, or nothing.
-struct Settings(Value);
+pub(super) struct Settings(Value);
 
 impl ClipTokenizer {
     /// From vocab.json and merges.txt, as FLUX.1 ships them, and tokenizer_config.json where there is one.
@@ -84,6 +85,16 @@ impl T5Tokenizer {
         Ok(Self { padded: Padded::new(tokenizer, "tokenizer.json", T5_PAD)? })
     }
 
+    /// From spiece.model, as older libraries ship it alone, and tokenizer_config.json where there is one.
+    ///
+    /// # Errors
+    /// A file that is not what its name says.
+    pub fn from_sentencepiece(model: &[u8], config: Option<&[u8]>) -> Result<Self> {
+        let described = sentencepiece::description(model, &Settings::parse(config)?)?;
+        let json = serde_json::to_vec(&described).map_err(|error| bad("spiece.model", error))?;
+        Ok(Self { padded: Padded::new(&json, "spiece.model", T5_PAD)? })
+    }
+
     /// The ids of `prompt`, cut so that the end token stays, and padded to `max_length`.
     ///
     /// # Errors
@@ -125,9 +136,19 @@ impl Settings {
     }
 
     /// A special token, which is written as its text or as an object that holds it.
-    fn token(&self, key: &str, default: &str) -> String {
+    pub(super) fn token(&self, key: &str, default: &str) -> String {
         let value = &self.0[key];
         value.as_str().or_else(|| value["content"].as_str()).unwrap_or(default).to_owned()
+    }
+
+    /// Yes or no.
+    pub(super) fn flag(&self, key: &str) -> Option<bool> {
+        self.0[key].as_bool()
+    }
+
+    /// A whole number.
+    pub(super) fn count(&self, key: &str) -> Option<u64> {
+        self.0[key].as_u64()
     }
 
     /// Libraries write 1e30 where a tokenizer has no length.
@@ -182,7 +203,7 @@ fn clip_description(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings:
     }))
 }
 
-fn added_token(id: u64, token: Value) -> Value {
+pub(super) fn added_token(id: u64, token: Value) -> Value {
     let flag = |key: &str, default| token[key].as_bool().unwrap_or(default);
     json!({
         "id": id,
@@ -219,7 +240,7 @@ fn parse<T: serde::de::DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T> 
     serde_json::from_slice(bytes).map_err(|error| bad(file, error))
 }
 
-fn bad(file: &str, reason: impl std::fmt::Display) -> ModelError {
+pub(super) fn bad(file: &str, reason: impl std::fmt::Display) -> ModelError {
     ModelError::Tokenizer(format!("{file}: {reason}"))
 }
 

@@ -69,10 +69,10 @@ impl Attention {
     pub(super) fn load(scope: &Scope, channels: usize, groups: usize) -> Result<Self> {
         Ok(Self {
             norm: group_norm(&scope.at("group_norm"), channels, groups)?,
-            query: scope.linear("to_q")?,
-            key: scope.linear("to_k")?,
-            value: scope.linear("to_v")?,
-            out: scope.linear("to_out.0")?,
+            query: layer(scope, ["to_q", "query"])?,
+            key: layer(scope, ["to_k", "key"])?,
+            value: layer(scope, ["to_v", "value"])?,
+            out: layer(scope, ["to_out.0", "proj_attn"])?,
         })
     }
 
@@ -90,6 +90,13 @@ impl Attention {
         let attended = self.out.forward(&Tensor::cat(&rows, 1)?)?; // (batch, places, channels)
         x + attended.transpose(1, 2)?.reshape((batch, channels, height, width))?
     }
+}
+
+/// The layer that stands under the first of `names` that is there: diffusers changed the names of a VAE's attention, and
+/// reads the older ones too.
+fn layer(scope: &Scope, names: [&str; 2]) -> Result<Linear> {
+    let older = !scope.at(names[0]).has("weight") && scope.at(names[1]).has("weight");
+    Ok(scope.linear(names[usize::from(older)])?.flattened()?)
 }
 
 #[cfg(test)]

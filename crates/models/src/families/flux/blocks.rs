@@ -1,14 +1,12 @@
 //! [`DoubleBlock`] and [`SingleBlock`]: FLUX's two kinds of transformer block. They know neither how attention is
 //! computed nor where the image tokens lie.
 
+use crate::layers::{FeedForward, NORM_EPS, modulation, split_heads};
 use crate::scope::{Linear, Scope};
 use crate::{Context, ModelError, Result, State};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use clearform_attention::{Attended, Attention, Qkv};
 use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
-
-/// Added to the variance in every norm of this family.
-pub(super) const NORM_EPS: f64 = 1e-6;
 
 /// Cosines and sines, (tokens, head_dim / 2) each.
 type Rotation = (Tensor, Tensor);
@@ -34,8 +32,7 @@ struct Stream {
     modulation: Linear,
     projections: Projections,
     out: Linear,
-    up: Linear,
-    down: Linear,
+    mlp: FeedForward,
 }
 
 /// The way from tokens to queries, keys and values.
@@ -52,24 +49,21 @@ struct StreamNames {
     modulation: &'static str,
     projections: [&'static str; 5],
     out: &'static str,
-    up: &'static str,
-    down: &'static str,
+    mlp: &'static str,
 }
 
 const IMAGE: StreamNames = StreamNames {
     modulation: "norm1.linear",
     projections: ["to_q", "to_k", "to_v", "norm_q", "norm_k"],
     out: "attn.to_out.0",
-    up: "ff.net.0.proj",
-    down: "ff.net.2",
+    mlp: "ff",
 };
 
 const TEXT: StreamNames = StreamNames {
     modulation: "norm1_context.linear",
     projections: ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"],
     out: "attn.to_add_out",
-    up: "ff_context.net.0.proj",
-    down: "ff_context.net.2",
+    mlp: "ff_context",
 };
 
 impl DoubleBlock {
@@ -136,8 +130,7 @@ impl Stream {
             modulation: scope.linear(names.modulation)?,
             projections: Projections::load(&scope.at("attn"), names.projections)?,
             out: scope.linear(names.out)?,
-            up: scope.linear(names.up)?,
-            down: scope.linear(names.down)?,
+            mlp: FeedForward::load(&scope.at(names.mlp))?,
         })
     }
 
@@ -153,8 +146,7 @@ impl Stream {
         let [_, _, gate, mlp_shift, mlp_scale, mlp_gate] = modulation;
         let x = gated_add(x, gate, &self.out.forward(&attended.flatten_from(2)?)?)?;
         let normed = modulated_layer_norm(&x, mlp_shift, mlp_scale, NORM_EPS)?;
-        let mlp = self.down.forward(&gelu(&self.up.forward(&normed)?)?)?;
-        Ok(gated_add(&x, mlp_gate, &mlp)?)
+        Ok(gated_add(&x, mlp_gate, &self.mlp.forward(&normed)?)?)
     }
 }
 
@@ -172,30 +164,15 @@ impl Projections {
     /// # Shapes
     /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     fn forward(&self, x: &Tensor, (cos, sin): &Rotation) -> Result<Qkv> {
-        let query = split_heads(&self.query.forward(x)?, &self.query_norm)?;
-        let key = split_heads(&self.key.forward(x)?, &self.key_norm)?;
+        let heads = x.dim(2)? / self.query_norm.dim(0)?.max(1);
+        let query = split_heads(&self.query.forward(x)?, heads)?;
+        let key = split_heads(&self.key.forward(x)?, heads)?;
         Ok(Qkv {
             query: rms_norm_rope(&query, &self.query_norm, cos, sin, NORM_EPS)?,
             key: rms_norm_rope(&key, &self.key_norm, cos, sin, NORM_EPS)?,
-            value: split_heads(&self.value.forward(x)?, &self.key_norm)?,
+            value: split_heads(&self.value.forward(x)?, heads)?,
         })
     }
-}
-
-/// Shift, scale and gate, once or twice, from the conditioning (adaLN-Zero; DiT, section 3.2).
-///
-/// # Shapes
-/// conditioning (batch, width) -> N of (batch, width).
-pub(super) fn modulation<const N: usize>(linear: &Linear, conditioning: &Tensor) -> Result<[Tensor; N]> {
-    let parts = linear.forward(&conditioning.silu()?)?.chunk(N, D::Minus1)?;
-    parts.try_into().map_err(|_| candle_core::Error::Msg(format!("modulation is not {N} times as wide")).into())
-}
-
-/// # Shapes
-/// x (batch, tokens, width), norm (head_dim) -> (batch, tokens, heads, head_dim).
-fn split_heads(x: &Tensor, norm: &Tensor) -> Result<Tensor> {
-    let (batch, tokens, _) = x.dims3()?;
-    Ok(x.reshape((batch, tokens, (), norm.dim(0)?))?)
 }
 
 fn rotary(context: &Context) -> Result<&crate::Rotary> {

@@ -46,6 +46,7 @@ impl FluxConfig {
             guidance: keys.flag("guidance_embeds", false)?,
             rope_axes: keys.counts("axes_dims_rope", &[16, 56, 56])?,
         };
+        keys.expect_heads(read.heads, read.head_dim)?;
         read.check()
     }
 
@@ -56,12 +57,6 @@ impl FluxConfig {
 
     fn check(self) -> Result<Self> {
         let (axes, head_dim) = (&self.rope_axes, self.head_dim);
-        if !(4..=256).contains(&head_dim) {
-            return Err(bad("attention_head_dim", format!("expected 4 to 256, found {head_dim}")));
-        }
-        if self.heads == 0 {
-            return Err(bad("num_attention_heads", "expected at least 1, found 0"));
-        }
         if axes.len() != 3 || axes.iter().any(|axis| axis % 2 == 1) || axes.iter().sum::<usize>() != head_dim {
             let expected = format!("expected three even numbers that add up to attention_head_dim = {head_dim}");
             return Err(bad("axes_dims_rope", format!("{expected}, found {axes:?}")));

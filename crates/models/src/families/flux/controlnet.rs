@@ -120,9 +120,10 @@ impl FluxControlNet {
         let token = modes.index_select(&self.checked(mode, batch)?, 0)?.unsqueeze(1)?; // (batch, 1, width)
         let text = Tensor::cat(&[&token.to_dtype(text.dtype())?, text], 1)?;
         let lost = || ModelError::bad_input(MODE, "the state is shared; states come from embed");
-        let Context { conditioning, rotary, geometry } = Arc::into_inner(state.context).ok_or_else(lost)?;
+        let Context { conditioning, rotary, text: cross, geometry } =
+            Arc::into_inner(state.context).ok_or_else(lost)?;
         let rotary = rotary.map(with_first_twice).transpose()?;
-        let context = Arc::new(Context { conditioning, rotary, geometry });
+        let context = Arc::new(Context { conditioning, rotary, text: cross, geometry });
         Ok(State { text: Some(text), context, ..state })
     }
 

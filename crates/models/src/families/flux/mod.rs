@@ -16,8 +16,13 @@ pub use config::FluxConfig;
 pub use controlnet::{FluxControlNet, FluxResiduals};
 pub use model::FluxTransformer;
 
-use crate::{Conditions, Denoiser, DenoiserInput, Family, ModelError, Moment, Result};
-use candle_core::Tensor;
+use crate::layers::Arguments;
+use crate::subject::prompts;
+use crate::text::TextEncoders;
+use crate::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, Moment, Process, Result, Steering, Subject,
+};
+use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
 use serde_json::Value;
@@ -26,6 +31,9 @@ use std::collections::BTreeMap;
 /// The family "flux".
 #[derive(Debug, Clone, Copy)]
 pub struct Flux;
+
+/// FluxPipeline's `max_sequence_length`.
+const MAX_TEXT_TOKENS: usize = 512;
 
 impl Family for Flux {
     fn name(&self) -> &'static str {
@@ -36,27 +44,57 @@ impl Family for Flux {
         Ok(Box::new(FluxTransformer::build(FluxConfig::new(config)?, source, plan)?))
     }
 
-    fn input(&self, mut tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
-        let mut required = |name: &str| tensors.remove(name).ok_or_else(|| ModelError::missing_input(name));
-        let (latents, timestep) = (required("hidden_states")?, required("timestep")?);
+    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+        let mut arguments = Arguments::new(tensors);
+        let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
         let conditions = Conditions {
-            text: Some(required("encoder_hidden_states")?),
-            pooled: Some(required("pooled_projections")?),
-            image_ids: Some(required("img_ids")?),
-            text_ids: Some(required("txt_ids")?),
-            guidance: tensors.remove("guidance"),
+            text: Some(arguments.required("encoder_hidden_states")?),
+            pooled: Some(arguments.required("pooled_projections")?),
+            image_ids: Some(arguments.required("img_ids")?),
+            text_ids: Some(arguments.required("txt_ids")?),
+            guidance: arguments.optional("guidance"),
             ..Conditions::default()
         };
-        match tensors.into_keys().next() {
-            Some(name) => Err(ModelError::bad_input(&name, format!("is none of flux's inputs: {}", INPUTS.join(", ")))),
-            None => Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions }),
-        }
+        arguments.finish("flux", &INPUTS)?;
+        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
     }
 
-    fn distilled(&self, layer: &str) -> Vec<String> {
-        let output = if layer.starts_with("single_") { None } else { Some("to_out.0") };
-        let projections = ["to_q", "to_k", "to_v"].into_iter().chain(output);
-        projections.flat_map(|name| ["weight", "bias"].map(|part| format!("{layer}.{name}.{part}"))).collect()
+    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+        let projections = ["to_q", "to_k", "to_v", "to_out.0"];
+        let count = if layer.starts_with("single_") { 3 } else { 4 };
+        vec![DistilledLayer::new(layer, &projections[..count], &["weight", "bias"])]
+    }
+
+    fn process(&self) -> Process {
+        Process::Flow { time_scale: 1.0 }
+    }
+
+    fn steering(&self, _: &Value) -> Result<Steering> {
+        Ok(Steering::Embedded)
+    }
+
+    fn patch(&self, _: &Value) -> Result<usize> {
+        Ok(latents::PATCH)
+    }
+
+    fn sample_size(&self, _: &Value) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    /// Pooled CLIP and the sequence of T5, as FluxPipeline encodes them.
+    fn encode(&self, _: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let prompts = prompts(subjects)?;
+        let pooled = encoders.clip(1, &prompts)?.pooled;
+        let tokens = encoders.tokenizer_length(2)?.unwrap_or(MAX_TEXT_TOKENS).min(MAX_TEXT_TOKENS);
+        let text = encoders.t5(2, &prompts, tokens)?;
+        let text_ids = Tensor::zeros((text.dim(1)?, 3), DType::F32, text.device())?;
+        Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
+    }
+
+    fn framed(&self, config: &Value, conditions: Conditions, framing: &Framing) -> Result<Conditions> {
+        let scale = || Tensor::new(vec![framing.guidance as f32; framing.batch], &framing.device);
+        let guidance = FluxConfig::new(config)?.guidance.then(scale).transpose()?;
+        Ok(Conditions { guidance, ..conditions })
     }
 
     fn pack(&self, latents: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
@@ -92,11 +130,12 @@ mod tests {
 
     #[test]
     fn distilled_are_the_image_streams_projections() {
-        let double = Flux.distilled("transformer_blocks.1.attn");
+        let double = Flux.distilled("transformer_blocks.1.attn").remove(0).parameters;
         assert_eq!(double.len(), 8);
         assert_eq!(double[6], "transformer_blocks.1.attn.to_out.0.weight");
-        let single = Flux.distilled("single_transformer_blocks.0.attn");
-        assert_eq!(single.len(), 6);
-        assert_eq!(single[5], "single_transformer_blocks.0.attn.to_v.bias");
+        let single = Flux.distilled("single_transformer_blocks.0.attn").remove(0);
+        assert_eq!(single.name, "single_transformer_blocks.0.attn");
+        assert_eq!(single.parameters.len(), 6);
+        assert_eq!(single.parameters[5], "single_transformer_blocks.0.attn.to_v.bias");
     }
 }

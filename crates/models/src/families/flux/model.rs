@@ -1,14 +1,15 @@
 //! [`FluxTransformer`]: embed, blocks, head; and [`FluxTrunk`], all of it but the head. They know neither attention's
 //! inside nor any file.
 
-use super::blocks::{DoubleBlock, NORM_EPS, SingleBlock, modulation};
+use super::blocks::{DoubleBlock, SingleBlock};
 use super::conditioning::ConditioningEmbedder;
 use super::config::FluxConfig;
-use super::positions::{grids, read_ids, rotary_tables};
+use super::positions::{grids, read_ids};
+use crate::layers::{NORM_EPS, attention, expect, modulation, rotary_tables};
 use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, Rotary, State};
 use candle_core::Tensor;
-use clearform_attention::{Attention, AttentionPlan, Geometry};
+use clearform_attention::{AttentionPlan, Geometry};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -98,7 +99,8 @@ impl FluxTrunk {
         let text = check(input, &self.config)?;
         let (geometry, rotary) = self.positions(input)?;
         let latents = geometry.to_tiles(&input.latents)?;
-        let context = Context { conditioning: self.conditioning.forward(input)?, rotary: Some(rotary), geometry };
+        let context =
+            Context { conditioning: self.conditioning.forward(input)?, rotary: Some(rotary), text: None, geometry };
         Ok(State {
             image: self.image_embedder.forward(&latents)?, // (batch, image tokens, width)
             text: Some(self.text_embedder.forward(&text)?), // (batch, text tokens, width)
@@ -136,14 +138,6 @@ fn layers(config: &FluxConfig) -> Vec<String> {
     double.chain(single).collect()
 }
 
-fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSource) -> Result<Box<dyn Attention>> {
-    let learned = |name: &str| match source.info(name) {
-        Some(_) => source.tensor(name).map(Some).map_err(candle_core::Error::wrap),
-        None => Ok(None),
-    };
-    Ok(plan.build(layer, &learned)?)
-}
-
 /// Checks latents, times and text against the sizes of the model, and gives the text in the dtype of the latents.
 fn check(input: &DenoiserInput, config: &FluxConfig) -> Result<Tensor> {
     let batch = input.latents.dim(0)?;
@@ -159,16 +153,6 @@ fn check(input: &DenoiserInput, config: &FluxConfig) -> Result<Tensor> {
     let text = conditions.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
     expect("encoder_hidden_states", text, &[Some(batch), None, Some(config.text_channels)])?;
     Ok(text.to_dtype(input.latents.dtype())?)
-}
-
-fn expect(name: &str, tensor: &Tensor, shape: &[Option<usize>]) -> Result<()> {
-    let fits = |(found, wanted): (&usize, &Option<usize>)| wanted.is_none_or(|wanted| wanted == *found);
-    if tensor.rank() == shape.len() && tensor.dims().iter().zip(shape).all(fits) {
-        return Ok(());
-    }
-    let wanted: Vec<String> = shape.iter().map(|size| size.map_or("any".to_owned(), |size| size.to_string())).collect();
-    let reason = format!("expected shape ({}), found {:?}", wanted.join(", "), tensor.dims());
-    Err(ModelError::bad_input(name, reason))
 }
 
 /// The ids of one stream, one for each of `tokens`. Text has none of its own in FLUX and may be left out.

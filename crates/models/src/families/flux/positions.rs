@@ -1,29 +1,11 @@
-//! Ids to positions: rotary tables, and the grids that the ids describe. It does not know what a token holds.
+//! Ids of image tokens to the grids that they describe. It does not know what a token holds.
 
 use crate::{ModelError, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use clearform_attention::TokenGrid;
 
-/// Base of the rotary frequencies.
-const THETA: f64 = 10000.0;
 /// Two distances between neighbours are equal if they differ by less than this part of one.
 const SPACING_TOLERANCE: f64 = 1e-3;
-
-/// Cosines and sines of the rotary angles, f64 until the last step (RoFormer, section 3.2.2): channel pair i of an axis
-/// of d channels turns by id / 10000^(2i/d).
-///
-/// # Shapes
-/// `ids` holds (tokens, axes) -> (cos, sin), each (tokens, head_dim / 2) in f32.
-pub(super) fn rotary_tables(ids: &[Vec<f64>], axes: &[usize], device: &Device) -> Result<(Tensor, Tensor)> {
-    let pairs = axes.iter().sum::<usize>() / 2;
-    let angles: Vec<f64> =
-        ids.iter().flat_map(|id| id.iter().zip(axes).flat_map(|(id, axis)| turn(*id, *axis))).collect();
-    let table = |function: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.iter().map(|angle| function(*angle) as f32).collect();
-        Tensor::from_vec(values, (ids.len(), pairs), device)
-    };
-    Ok((table(f64::cos)?, table(f64::sin)?))
-}
 
 /// Rows of an id tensor, as f64.
 ///
@@ -50,10 +32,6 @@ pub(super) fn grids(ids: &[Vec<f64>]) -> Result<Vec<TokenGrid>> {
         first += run.len();
     }
     Ok(grids)
-}
-
-fn turn(id: f64, axis: usize) -> impl Iterator<Item = f64> {
-    (0..axis / 2).map(move |pair| id / THETA.powf((2 * pair) as f64 / axis as f64))
 }
 
 /// The grid of one run of ids, whose first token is number `first`.
@@ -136,15 +114,5 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         }
         assert!(grids(&[vec![0.0, f64::NAN, 0.0]]).is_err());
-    }
-
-    #[test]
-    fn tables_turn_each_axis_by_its_own_id() {
-        let (cos, sin) = rotary_tables(&[vec![0.0, 2.0, 5.0]], &[2, 2, 4], &Device::Cpu).unwrap();
-        let cos = cos.to_vec2::<f32>().unwrap().remove(0);
-        let sin = sin.to_vec2::<f32>().unwrap().remove(0);
-        let angles = [0.0f64, 2.0, 5.0, 5.0 / 100.0];
-        assert_eq!(cos, angles.map(|angle| angle.cos() as f32));
-        assert_eq!(sin, angles.map(|angle| angle.sin() as f32));
     }
 }

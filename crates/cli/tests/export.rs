@@ -1,0 +1,132 @@
+//! `clearform export`: a model under other names and back holds the same bits.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::Tensor;
+use clearform_testkit::{assemble_pipeline, seeded_file};
+use clearform_weights::{Checkpoint, RawTensor, TensorSource};
+use common::{Tiny, complaint, json, repository, run, text};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+fn tensors(path: &Path) -> BTreeMap<String, RawTensor> {
+    let file = Checkpoint::open(path).unwrap();
+    file.tensors().into_iter().map(|info| (info.name.clone(), file.read(&info.name).unwrap())).collect()
+}
+
+/// Exports `model` to `layout`, whose files have a tensor `witness`, and back by two ways.
+fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &str), reading: &[&str]) {
+    let path = |name: &str| folder.join(format!("{layout}-{name}"));
+    let (file, back, converted) = (path("file.safetensors"), path("back.safetensors"), path("model"));
+    let done = json(0, &["export", text(model), "--to", layout, "-o", text(&file)]);
+    assert_eq!((&done["layout"], done["skipped"].as_array().unwrap().len()), (&found.into(), 0));
+    let exported = tensors(&file);
+    assert!(exported.contains_key(witness), "{layout}: {:?}", exported.keys());
+    assert_eq!(done["written"].as_u64().unwrap(), exported.len() as u64);
+    assert_eq!(Checkpoint::open(&file).unwrap().metadata(), &BTreeMap::from([("format".into(), "pt".into())]));
+    let inspected = json(0, &[&["inspect", text(&file)], reading].concat());
+    assert_eq!((&inspected["layout"], &inspected["complete"]), (&found.into(), &true.into()));
+
+    let original = tensors(&model.join("transformer"));
+    assert_eq!(done["used"].as_u64().unwrap(), original.len() as u64);
+    run(0, &[&["export", text(&file), "--to", "diffusers", "-o", text(&back)], reading].concat());
+    assert!(tensors(&back) == original, "{layout}: not the same after two exports");
+    run(0, &[&["convert", text(&file), "--no-distill", "-o", text(&converted)], reading].concat());
+    assert!(tensors(&converted.join("transformer")) == original, "{layout}: not the same after convert");
+    run(0, &["export", text(&converted), "--to", layout, "-o", text(&path("again.safetensors"))]);
+    assert!(std::fs::read(path("again.safetensors")).unwrap() == std::fs::read(&file).unwrap(), "{layout}: again");
+}
+
+#[test]
+fn flux_goes_to_every_layout_and_back() {
+    let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
+    let model = folder.path().join("pipeline");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::rename(tiny.path(), model.join("transformer")).unwrap();
+    let config = repository("tests/fixtures/flux/head24/config.json");
+    for case in [
+        ("original", "bfl", "double_blocks.1.img_attn.norm.key_norm.scale"),
+        ("bfl", "bfl", "single_blocks.0.linear1.weight"),
+        ("comfy", "comfy", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+        ("diffusers", "diffusers", "single_transformer_blocks.0.proj_mlp.weight"),
+    ] {
+        check(&model, folder.path(), case, &["--config", text(&config)]);
+    }
+}
+
+#[test]
+fn sd3_goes_to_every_layout_and_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("pipeline");
+    assemble_pipeline(&repository(""), "sd3", &model);
+    let config = model.join("transformer/config.json");
+    for case in [
+        ("original", "original", "joint_blocks.0.x_block.attn.qkv.weight"),
+        ("comfy", "comfy", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
+    ] {
+        check(&model, folder.path(), case, &["--config", text(&config)]);
+    }
+}
+
+/// From facebook's names to diffusers', where each block has its copy of the embedders, and back.
+#[test]
+fn dit_goes_to_its_authors_names_and_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let stored = seeded_file(repository("tests/fixtures/dit/original/shapes.json"), "");
+    let stored: HashMap<String, Tensor> = stored.into_iter().collect();
+    candle_core::safetensors::save(&stored, path("facebook.safetensors")).unwrap();
+    std::fs::write(path("config.json"), r#"{"attention_head_dim": 16}"#).unwrap();
+    let (file, model, config) = (path("facebook.safetensors"), path("model"), path("config.json"));
+    let reading = ["--family", "dit", "--config", text(&config)];
+    run(0, &[&["convert", text(&file), "-o", text(&model), "--no-distill"], &reading[..]].concat());
+    let config = model.join("transformer/config.json");
+    let reading = ["--family", "dit", "--config", text(&config)];
+    check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"), &reading);
+    let mut original = tensors(&file);
+    // Positions are computed: no model of diffusers' has them.
+    original.remove("pos_embed");
+    assert!(tensors(&path("original-file.safetensors")) == original);
+
+    // What diffusers trained apart has no place in the authors' form.
+    assemble_pipeline(&repository(""), "dit", &path("apart"));
+    let said = complaint(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none"))]);
+    assert!(said.contains("timestep_embedder") && said.contains("one place for both"), "{said}");
+    let parts = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".part");
+    let left = std::fs::read_dir(folder.path()).unwrap().filter(|entry| parts(&entry.as_ref().unwrap().file_name()));
+    assert!(!path("none").exists() && left.count() == 0);
+}
+
+#[test]
+fn what_stands_is_kept_and_a_wrong_layout_is_answered_with_the_choices() {
+    let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
+    let file = folder.path().join("file.safetensors");
+    std::fs::write(&file, "kept").unwrap();
+    let arguments = ["export", text(tiny.path()), "--to", "bfl", "-o", text(&file)];
+    assert!(complaint(1, &arguments).contains("--overwrite"));
+    assert_eq!(std::fs::read(&file).unwrap(), b"kept");
+    run(0, &[&arguments[..], &["--overwrite"]].concat());
+    assert!(tensors(&file).contains_key("img_in.weight"));
+    let said = complaint(1, &["export", text(tiny.path()), "--to", "bfl", "-o", text(folder.path()), "--overwrite"]);
+    assert!(said.contains("is a folder"), "{said}");
+    let other = folder.path().join("other.safetensors");
+    let said = complaint(1, &["export", text(tiny.path()), "--to", "kohya", "-o", text(&other)]);
+    assert!(said.contains("\"kohya\"") && said.contains("bfl") && said.contains("comfy"), "{said}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// The plan is not in the file, and whoever takes it is told so.
+#[test]
+fn a_portable_model_is_exported_with_what_its_attention_learned() {
+    let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
+    let (model, file) = (folder.path().join("model"), folder.path().join("file.safetensors"));
+    run(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--pool", "2", "--no-distill"]);
+    let said = complaint(0, &["export", text(&model), "--to", "original", "-o", text(&file)]);
+    assert!(said.contains("clear:r=3,d=2") && said.contains("--attention"), "{said}");
+    let config = repository("tests/fixtures/flux/head24/config.json");
+    let back = folder.path().join("back.safetensors");
+    run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back), "--config", text(&config)]);
+    let original = tensors(&model.join("transformer"));
+    assert!(original.contains_key("transformer_blocks.0.attn.processor.spatial_weight") && tensors(&back) == original);
+}

@@ -1,0 +1,162 @@
+//! GGUF files as programs of the community write them, in the names of the first release: inspected, run and converted.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use clearform_layout::{Hints, Manifests, Unscaled, detect};
+use clearform_testkit::assert_close;
+use clearform_weights::{Resident, TensorSource};
+use common::{Tiny, complaint, expected, forward, json, repository, run, text};
+use std::collections::HashMap;
+use std::path::Path;
+
+const ALIGNMENT: usize = 32;
+const BLOCK: usize = 32;
+const INT32: u32 = 5;
+const TEXT: u32 = 8;
+const LIST: u32 = 9;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Format {
+    F32 = 0,
+    F16 = 1,
+    Q8 = 8,
+}
+
+/// A tensor as it stands in the file, and as it should be read.
+struct Written {
+    format: Format,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+    rounded: Tensor,
+}
+
+impl Written {
+    /// Vectors stay in F32, as the converters have it.
+    fn of(tensor: &Tensor, format: Format) -> Self {
+        let format = if tensor.rank() < 2 { Format::F32 } else { format };
+        let (bytes, rounded) = match format {
+            Format::F32 => (bytes(tensor), tensor.clone()),
+            Format::F16 => {
+                let rounded = tensor.to_dtype(DType::F16).unwrap();
+                (bytes(&rounded), rounded)
+            }
+            Format::Q8 => {
+                let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+                let (blocks, values): (Vec<_>, Vec<_>) = values.chunks_exact(BLOCK).map(quantise).unzip();
+                (blocks.concat(), Tensor::from_vec(values.concat(), tensor.shape(), tensor.device()).unwrap())
+            }
+        };
+        Self { format, shape: tensor.dims().to_vec(), bytes, rounded }
+    }
+
+    /// Whether its rows are whole blocks; otherwise it is one row, and its shape stands in the metadata.
+    fn fits(&self) -> bool {
+        self.format != Format::Q8 || self.shape.last().unwrap().is_multiple_of(BLOCK)
+    }
+
+    /// Extents, innermost first.
+    fn extents(&self) -> Vec<u64> {
+        match self.fits() {
+            true => self.shape.iter().rev().map(|&extent| extent as u64).collect(),
+            false => vec![self.shape.iter().product::<usize>() as u64],
+        }
+    }
+}
+
+/// The values as they stand in a file.
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    Resident::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes
+}
+
+/// A block of Q8_0 whose factor is a power of two, and what it stands for.
+fn quantise(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let largest = values.iter().fold(1e-3f32, |largest, value| largest.max(value.abs()));
+    let factor = (largest / 127.0).log2().ceil().exp2();
+    let whole: Vec<i8> = values.iter().map(|value| (value / factor).round() as i8).collect();
+    let half = Tensor::new(factor, &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
+    let block = bytes(&half).into_iter().chain(whole.iter().map(|&value| value as u8)).collect();
+    (block, whole.iter().map(|&value| f32::from(value) * factor).collect())
+}
+
+/// The tensors of `tiny` in the names of the first release.
+fn bfl(tiny: &Tiny) -> HashMap<String, Tensor> {
+    let manifests = Manifests::embedded().unwrap();
+    let checkpoint = Unscaled::open(tiny.path(), &manifests).unwrap();
+    let identified = detect(&checkpoint, &manifests, &Hints::default()).unwrap();
+    let canonical = identified.canonical(&checkpoint).complete().unwrap();
+    let foreign = identified.foreign("bfl", canonical).unwrap();
+    foreign.tensors().into_iter().map(|info| (info.name.clone(), foreign.tensor(&info.name).unwrap())).collect()
+}
+
+fn words(text: &str) -> Vec<u8> {
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+}
+
+fn pair(key: &str, kind: u32, value: Vec<u8>) -> Vec<u8> {
+    [words(key), kind.to_le_bytes().to_vec(), value].concat()
+}
+
+fn shape_pair(name: &str, shape: &[usize]) -> Vec<u8> {
+    let head = [&INT32.to_le_bytes()[..], &(shape.len() as u64).to_le_bytes()].concat();
+    let extents = shape.iter().flat_map(|&extent| (extent as u32).to_le_bytes()).collect();
+    pair(&format!("comfy.gguf.orig_shape.{name}"), LIST, [head, extents].concat())
+}
+
+fn write(path: &Path, tensors: &HashMap<String, Written>) {
+    let mut pairs = vec![pair("general.architecture", TEXT, words("flux"))];
+    let (mut directory, mut values) = (Vec::new(), Vec::new());
+    for (name, tensor) in tensors {
+        if !tensor.fits() {
+            pairs.push(shape_pair(name, &tensor.shape));
+        }
+        let extents = tensor.extents();
+        directory.extend([&words(name)[..], &(extents.len() as u32).to_le_bytes()].concat());
+        directory.extend(extents.iter().flat_map(|extent| extent.to_le_bytes()));
+        directory.extend([&(tensor.format as u32).to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat());
+        values.extend(&tensor.bytes);
+        values.resize(values.len().next_multiple_of(ALIGNMENT), 0);
+    }
+    let counts = [tensors.len(), pairs.len()].map(|count| (count as u64).to_le_bytes()).concat();
+    let mut file = [b"GGUF\x03\0\0\0", &counts[..], &pairs.concat(), &directory].concat();
+    file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
+    std::fs::write(path, [file, values].concat()).unwrap();
+}
+
+/// For each: what it rounds the sample by at most, and what is told of it. F16 rounds nothing: the fixture is of F16.
+#[test]
+fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
+    let tiny = Tiny::new();
+    let config = repository("tests/fixtures/flux/head24/config.json");
+    let config = ["--config", text(&config)];
+    let parameters: usize = tiny.tensors.values().map(Tensor::elem_count).sum();
+    for (format, rounding, note) in [
+        (Format::F32, 2e-5, None),
+        (Format::F16, 2e-5, None),
+        (Format::Q8, 2e-2, Some("quantised tensors are read as F32")),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let (file, plain, model) = (path("flux.gguf"), path("plain.safetensors"), path("model"));
+        let written: HashMap<_, _> =
+            bfl(&tiny).iter().map(|(name, tensor)| (name.clone(), Written::of(tensor, format))).collect();
+        write(&file, &written);
+        let rounded: HashMap<_, _> = written.into_iter().map(|(name, tensor)| (name, tensor.rounded)).collect();
+        candle_core::safetensors::save(&rounded, &plain).unwrap();
+
+        let found = json(0, &[&["inspect", text(&file)], &config[..]].concat());
+        assert_eq!((&found["family"], &found["layout"]), (&"flux".into(), &"bfl".into()), "{format:?}");
+        assert_eq!((&found["complete"], &found["parameters"]), (&true.into(), &parameters.into()), "{format:?}");
+
+        let full = forward(&file, &config);
+        assert_close("full", &full, &forward(&plain, &config), 0.0);
+        assert_close("full, by diffusers", &full, &expected("full"), rounding);
+        let convert = ["convert", text(&file), "-o", text(&model), "--radius", "3", "--no-distill"];
+        let said = complaint(0, &[&convert[..], &config].concat());
+        assert!(note.is_none_or(|note| said.contains(note)), "{format:?}: {said}");
+        let linear = forward(&plain, &[&["--attention", "clear:r=3"], &config[..]].concat());
+        assert_close("converted", &forward(&model, &[]), &linear, 0.0);
+        run(0, &["verify", text(&model)]);
+    }
+}

@@ -1,0 +1,80 @@
+//! [`DitBlock`]: DiT's block with adaLN-Zero, and [`ConditionEmbedder`], which each block has for itself.
+
+use super::config::DitConfig;
+use crate::layers::{FeedForward, Mlp, NORM_EPS, Projections, attention, modulation, sinusoids};
+use crate::scope::{Linear, Scope};
+use crate::{Result, State};
+use candle_core::Tensor;
+use clearform_attention::{Attention, AttentionPlan};
+use clearform_ops::{gated_add, modulated_layer_norm};
+use clearform_weights::TensorSource;
+
+/// Attention, then an MLP, each shifted, scaled and gated (DiT, section 3.2).
+pub(super) struct DitBlock {
+    pub embedder: ConditionEmbedder,
+    modulation: Linear,
+    projections: Projections,
+    out: Linear,
+    mlp: FeedForward,
+    attention: Box<dyn Attention>,
+    mlp_eps: f64,
+}
+
+/// Embeds time and class, and adds them up.
+pub(super) struct ConditionEmbedder {
+    time: Mlp,
+    classes: Tensor,
+    frequency_shift: f64,
+}
+
+impl DitBlock {
+    /// Loads the block `name` of `source`, with the attention that `plan` has for it.
+    pub(super) fn load(
+        source: &dyn TensorSource,
+        name: &str,
+        config: &DitConfig,
+        plan: &AttentionPlan,
+    ) -> Result<Self> {
+        let scope = Scope::root(source).at(name);
+        let own = scope.at("attn1");
+        Ok(Self {
+            embedder: ConditionEmbedder::load(&scope.at("norm1.emb"), config)?,
+            modulation: scope.linear("norm1.linear")?,
+            projections: Projections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
+            out: own.linear("to_out.0")?,
+            mlp: FeedForward::load(&scope.at("ff"))?,
+            attention: attention(plan, &format!("{name}.attn1"), source)?,
+            mlp_eps: config.norm_eps,
+        })
+    }
+
+    /// `conditioning` is this block's own, (batch, width).
+    pub(super) fn forward(&self, state: State, conditioning: &Tensor) -> Result<State> {
+        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, conditioning)?;
+        let qkv = self.projections.forward(&modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?)?;
+        let attended = self.attention.attend(&qkv, None, &state.context.geometry)?;
+
+        let image = gated_add(&state.image, &gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
+        let normed = modulated_layer_norm(&image, &mlp_shift, &mlp_scale, self.mlp_eps)?;
+        let image = gated_add(&image, &mlp_gate, &self.mlp.forward(&normed)?)?;
+        Ok(State { image, attention: Some(attended), ..state })
+    }
+}
+
+impl ConditionEmbedder {
+    fn load(scope: &Scope, config: &DitConfig) -> Result<Self> {
+        Ok(Self {
+            time: Mlp::load(&scope.at("timestep_embedder"), ["linear_1", "linear_2"])?,
+            classes: scope.shaped("class_embedder.embedding_table.weight", &[config.classes + 1, config.width()])?,
+            frequency_shift: config.frequency_shift,
+        })
+    }
+
+    /// # Shapes
+    /// timestep (batch), labels (batch) in u32 -> (batch, width), in the number format of `like`.
+    pub(super) fn forward(&self, timestep: &Tensor, labels: &Tensor, like: &Tensor) -> Result<Tensor> {
+        let time = self.time.forward(&sinusoids(timestep, self.frequency_shift, like.dtype())?)?;
+        let classes = self.classes.index_select(labels, 0)?.to_dtype(like.dtype())?;
+        Ok((time + classes)?)
+    }
+}

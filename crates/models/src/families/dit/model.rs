@@ -1,0 +1,93 @@
+//! [`DitTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+
+use super::blocks::DitBlock;
+use super::config::DitConfig;
+use crate::layers::{
+    NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, sincos_positions, to_latents,
+};
+use crate::scope::{Linear, Scope};
+use crate::{Context, Denoiser, DenoiserInput, Result, State};
+use candle_core::Tensor;
+use clearform_attention::AttentionPlan;
+use clearform_ops::modulated_layer_norm;
+use clearform_weights::TensorSource;
+use std::sync::Arc;
+
+/// DiT's transformer, and that of SiT.
+pub struct DitTransformer {
+    config: DitConfig,
+    layers: Vec<String>,
+    patches: Patches,
+    blocks: Vec<DitBlock>,
+    modulation_out: Linear,
+    proj_out: Linear,
+}
+
+impl DitTransformer {
+    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    ///
+    /// # Errors
+    /// A tensor that is missing.
+    pub fn build(config: DitConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
+        let scope = Scope::root(source);
+        let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
+        Ok(Self {
+            layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
+            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            modulation_out: scope.linear("proj_out_1")?,
+            proj_out: scope.linear("proj_out_2")?,
+            config,
+        })
+    }
+
+    /// Each block embeds time and class for itself.
+    ///
+    /// # Shapes
+    /// The result is (batch, blocks, width).
+    fn conditioning(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
+        let labels = labels(input, batch, self.config.classes)?;
+        let one = |block: &DitBlock| block.embedder.forward(&input.timestep, &labels, &input.latents);
+        Ok(Tensor::stack(&self.blocks.iter().map(one).collect::<Result<Vec<_>>>()?, 1)?)
+    }
+
+    /// # Shapes
+    /// The result is (batch, width).
+    fn conditioning_of(&self, index: usize, state: &State) -> Result<Tensor> {
+        Ok(state.context.conditioning.narrow(1, index, 1)?.squeeze(1)?.contiguous()?)
+    }
+}
+
+impl Denoiser for DitTransformer {
+    fn layers(&self) -> &[String] {
+        &self.layers
+    }
+
+    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+        let (latents, config) = (&input.latents, &self.config);
+        let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
+        let (extents, geometry) = grid(latents, config.patch)?;
+        let base = config.sample_size / config.patch;
+        let positions = sincos_positions(extents, config.width(), base, 1.0, latents.device())?;
+        let image = self.patches.forward(latents)?.broadcast_add(&positions.to_dtype(latents.dtype())?)?;
+        let conditioning = self.conditioning(input, batch)?;
+        Ok(State {
+            image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
+            text: None,
+            attention: None,
+            context: Arc::new(Context { conditioning, rotary: None, text: None, geometry }),
+        })
+    }
+
+    fn block(&self, index: usize, state: State) -> Result<State> {
+        let conditioning = self.conditioning_of(index, &state)?;
+        block_at(&self.blocks, index)?.forward(state, &conditioning)
+    }
+
+    /// The first block's conditioning serves the head, as in diffusers.
+    fn head(&self, state: &State) -> Result<Tensor> {
+        let [shift, scale] = modulation::<2>(&self.modulation_out, &self.conditioning_of(0, state)?)?;
+        let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+    }
+}

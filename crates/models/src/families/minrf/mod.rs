@@ -1,0 +1,66 @@
+//! minRF's DiT-LLaMA, by Simo Ryu: class-conditional rectified flow over pixels, the form that small community
+//! checkpoints of digits and tiny pictures have.
+//!
+//! After `DiT_Llama` of cloneofsimo/minRF, whose tensor names are canonical here. Read [`config`](MinrfConfig), then
+//! blocks, then [`model`](MinrfTransformer).
+
+mod blocks;
+mod config;
+mod model;
+
+pub use config::MinrfConfig;
+pub use model::MinrfTransformer;
+
+use crate::layers::class_input;
+use crate::subject::classes;
+use crate::text::TextEncoders;
+use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, Steering, Subject};
+use candle_core::{Device, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_weights::TensorSource;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// The family "minrf".
+#[derive(Debug, Clone, Copy)]
+pub struct Minrf;
+
+impl Family for Minrf {
+    fn name(&self) -> &'static str {
+        "minrf"
+    }
+
+    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(MinrfTransformer::build(MinrfConfig::new(config)?, source, plan)?))
+    }
+
+    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+        class_input("minrf", tensors)
+    }
+
+    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+        vec![DistilledLayer::new(layer, &["wq", "wk", "wv", "wo"], &["weight"])]
+    }
+
+    fn process(&self) -> Process {
+        Process::Flow { time_scale: 1.0 }
+    }
+
+    fn steering(&self, config: &Value) -> Result<Steering> {
+        let without = Subject::Class(MinrfConfig::new(config)?.classes as u32);
+        Ok(Steering::ClassifierFree { without, channels: None })
+    }
+
+    fn patch(&self, config: &Value) -> Result<usize> {
+        Ok(MinrfConfig::new(config)?.patch)
+    }
+
+    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
+        Ok(Some(MinrfConfig::new(config)?.input_size))
+    }
+
+    fn encode(&self, config: &Value, subjects: &[Subject], _: &dyn TextEncoders) -> Result<Conditions> {
+        let labels = classes(subjects, MinrfConfig::new(config)?.classes, &Device::Cpu)?;
+        Ok(Conditions { classes: Some(labels), ..Conditions::default() })
+    }
+}

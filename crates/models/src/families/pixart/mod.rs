@@ -1,0 +1,120 @@
+//! PixArt-alpha and PixArt-Sigma, by Huawei: self-attention over the image, then attention to the text, under one
+//! conditioning for all blocks.
+//!
+//! After diffusers' `PixArtTransformer2DModel`, whose tensor names are canonical here. Read [`config`](PixartConfig),
+//! then blocks, then [`model`](PixartTransformer).
+
+mod blocks;
+mod config;
+mod cross;
+mod model;
+
+pub use config::PixartConfig;
+pub use model::PixartTransformer;
+
+use crate::layers::Arguments;
+use crate::subject::prompts;
+use crate::text::TextEncoders;
+use crate::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, Moment, Process, Result, Steering, Subject,
+};
+use candle_core::Tensor;
+use clearform_attention::AttentionPlan;
+use clearform_weights::TensorSource;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// The family "pixart".
+#[derive(Debug, Clone, Copy)]
+pub struct Pixart;
+
+/// `max_sequence_length` of PixArtSigmaPipeline, and of PixArtAlphaPipeline. Padding is hidden, so a longer limit changes
+/// nothing for a prompt that fits the shorter one.
+const TEXT_TOKENS: usize = 300;
+const ALPHA_TEXT_TOKENS: usize = 120;
+
+impl Family for Pixart {
+    fn name(&self) -> &'static str {
+        "pixart"
+    }
+
+    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(PixartTransformer::build(PixartConfig::new(config)?, source, plan)?))
+    }
+
+    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+        let mut arguments = Arguments::new(tensors);
+        let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
+        let conditions = Conditions {
+            text: Some(arguments.required("encoder_hidden_states")?),
+            text_mask: arguments.optional("encoder_attention_mask"),
+            resolution: arguments.optional("resolution"),
+            aspect_ratio: arguments.optional("aspect_ratio"),
+            ..Conditions::default()
+        };
+        arguments.finish("pixart", &INPUTS)?;
+        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+    }
+
+    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+        vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
+    }
+
+    fn process(&self) -> Process {
+        Process::Diffusion
+    }
+
+    fn steering(&self, _: &Value) -> Result<Steering> {
+        Ok(Steering::ClassifierFree { without: Subject::Prompt(String::new()), channels: None })
+    }
+
+    fn patch(&self, config: &Value) -> Result<usize> {
+        Ok(PixartConfig::new(config)?.patch)
+    }
+
+    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
+        Ok(Some(PixartConfig::new(config)?.sample_size))
+    }
+
+    /// T5 behind a mask, of the prompt in small letters, as the pipelines encode it where they do not clean captions.
+    fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let prompts: Vec<String> =
+            prompts(subjects)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
+        let alpha = PixartConfig::new(config)?.sized;
+        let tokens = if alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
+        let (text, mask) = encoders.t5_masked(1, &prompts, tokens)?;
+        Ok(Conditions { text: Some(text), text_mask: Some(mask), ..Conditions::default() })
+    }
+
+    fn framed(&self, config: &Value, conditions: Conditions, framing: &Framing) -> Result<Conditions> {
+        if !PixartConfig::new(config)?.sized {
+            return Ok(conditions);
+        }
+        let [height, width] = framing.size.map(|extent| extent as f32);
+        let rows = |row: &[f32]| Tensor::new(row.repeat(framing.batch), &framing.device)?.reshape((framing.batch, ()));
+        let (resolution, ratio) = (rows(&[height, width])?, rows(&[height / width])?);
+        Ok(Conditions { resolution: Some(resolution), aspect_ratio: Some(ratio), ..conditions })
+    }
+}
+
+const INPUTS: [&str; 6] =
+    ["hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep", "resolution", "aspect_ratio"];
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use serde_json::json;
+
+    #[test]
+    fn alpha_is_told_height_and_width_and_how_they_relate() {
+        let framing = Framing { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
+        let framed = |config: Value| Pixart.framed(&config, Conditions::default(), &framing).unwrap();
+        let alpha = framed(json!({"sample_size": 128}));
+        assert_eq!(alpha.resolution.unwrap().to_vec2::<f32>().unwrap(), [[48.0, 64.0]; 2]);
+        assert_eq!(alpha.aspect_ratio.unwrap().to_vec2::<f32>().unwrap(), [[0.75]; 2]);
+        let sigma = framed(json!({"sample_size": 128, "use_additional_conditions": false}));
+        assert!(sigma.resolution.is_none() && sigma.aspect_ratio.is_none());
+    }
+}

@@ -1,0 +1,143 @@
+//! [`PixartTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+
+use super::blocks::{PixartBlock, steps};
+use super::config::PixartConfig;
+use crate::layers::{
+    Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, sincos_positions, sinusoids, to_latents,
+};
+use crate::scope::{Linear, Scope};
+use crate::{Conditions, Context, CrossText, Denoiser, DenoiserInput, ModelError, Result, State};
+use candle_core::{DType, Tensor};
+use clearform_attention::AttentionPlan;
+use clearform_ops::{gelu, modulated_layer_norm};
+use clearform_weights::TensorSource;
+use std::sync::Arc;
+
+/// PixArt's transformer, alpha and Sigma.
+pub struct PixartTransformer {
+    config: PixartConfig,
+    layers: Vec<String>,
+    patches: Patches,
+    conditioning: ConditioningEmbedder,
+    caption: [Linear; 2],
+    blocks: Vec<PixartBlock>,
+    table: Tensor,
+    proj_out: Linear,
+}
+
+/// Embeds time and, where the model was trained on many sizes, resolution and aspect ratio.
+struct ConditioningEmbedder {
+    time: Mlp,
+    sizes: Option<[Mlp; 2]>,
+    modulation: Linear,
+}
+
+impl PixartTransformer {
+    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    ///
+    /// # Errors
+    /// A tensor that is missing.
+    pub fn build(config: PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
+        let scope = Scope::root(source);
+        let block = |index| PixartBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
+        let caption = scope.at("caption_projection");
+        Ok(Self {
+            layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
+            conditioning: ConditioningEmbedder::load(&scope.at("adaln_single"), config.sized)?,
+            caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
+            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            table: scope.shaped("scale_shift_table", &[2, config.width()])?,
+            proj_out: scope.linear("proj_out")?,
+            config,
+        })
+    }
+
+    fn text(&self, conditions: &Conditions, batch: usize, dtype: DType) -> Result<CrossText> {
+        let text = conditions.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
+        expect("encoder_hidden_states", text, &[Some(batch), None, Some(self.config.text_channels)])?;
+        if let Some(mask) = &conditions.text_mask {
+            expect("encoder_attention_mask", mask, &[Some(batch), Some(text.dim(1)?)])?;
+        }
+        let [up, down] = &self.caption;
+        let tokens = down.forward(&gelu(&up.forward(&text.to_dtype(dtype)?)?)?)?;
+        Ok(CrossText { tokens, mask: conditions.text_mask.clone() })
+    }
+}
+
+impl ConditioningEmbedder {
+    fn load(scope: &Scope, sized: bool) -> Result<Self> {
+        let embedders = scope.at("emb");
+        let mlp = |name: &str| Mlp::load(&embedders.at(name), ["linear_1", "linear_2"]);
+        let sizes = || Ok::<_, ModelError>([mlp("resolution_embedder")?, mlp("aspect_ratio_embedder")?]);
+        Ok(Self {
+            time: mlp("timestep_embedder")?,
+            sizes: if sized { Some(sizes()?) } else { None },
+            modulation: scope.linear("linear")?,
+        })
+    }
+
+    /// Six rows for the blocks, then one for the head.
+    ///
+    /// # Shapes
+    /// The result is (batch, 7, width).
+    fn forward(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
+        let (conditions, dtype) = (&input.conditions, input.latents.dtype());
+        let mut embedded = self.time.forward(&sinusoids(&input.timestep, 0.0, dtype)?)?; // (batch, width)
+        match (&self.sizes, &conditions.resolution, &conditions.aspect_ratio) {
+            (Some([resolution_embedder, ratio_embedder]), Some(resolution), Some(ratio)) => {
+                expect("resolution", resolution, &[Some(batch), Some(2)])?;
+                expect("aspect_ratio", ratio, &[Some(batch), Some(1)])?;
+                let one = |mlp: &Mlp, values: &Tensor| -> Result<Tensor> {
+                    let embedded = mlp.forward(&sinusoids(&values.flatten_all()?, 0.0, dtype)?)?;
+                    Ok(embedded.reshape((batch, ()))?)
+                };
+                let sizes = [one(resolution_embedder, resolution)?, one(ratio_embedder, ratio)?];
+                embedded = (embedded + Tensor::cat(&sizes, 1)?)?;
+            }
+            (Some(_), None, _) => return Err(ModelError::missing_input("resolution")),
+            (Some(_), _, None) => return Err(ModelError::missing_input("aspect_ratio")),
+            (None, None, None) => {}
+            (None, ..) => {
+                let reason = "this model embeds no sizes (use_additional_conditions is false); leave it out";
+                return Err(ModelError::bad_input("resolution", reason));
+            }
+        }
+        let rows = self.modulation.forward(&embedded.silu()?)?.reshape((batch, 6, ()))?;
+        Ok(Tensor::cat(&[&rows, &embedded.unsqueeze(1)?], 1)?)
+    }
+}
+
+impl Denoiser for PixartTransformer {
+    fn layers(&self) -> &[String] {
+        &self.layers
+    }
+
+    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+        let (latents, config) = (&input.latents, &self.config);
+        let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
+        let (extents, geometry) = grid(latents, config.patch)?;
+        let base = config.sample_size / config.patch;
+        let positions = sincos_positions(extents, config.width(), base, config.interpolation, latents.device())?;
+        let image = self.patches.forward(latents)?.broadcast_add(&positions.to_dtype(latents.dtype())?)?;
+        let conditioning = self.conditioning.forward(input, batch)?;
+        let text = Some(self.text(&input.conditions, batch, latents.dtype())?);
+        Ok(State {
+            image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
+            text: None,
+            attention: None,
+            context: Arc::new(Context { conditioning, rotary: None, text, geometry }),
+        })
+    }
+
+    fn block(&self, index: usize, state: State) -> Result<State> {
+        let modulation = state.context.conditioning.narrow(1, 0, 6)?;
+        block_at(&self.blocks, index)?.forward(state, &modulation)
+    }
+
+    fn head(&self, state: &State) -> Result<Tensor> {
+        let rows = steps(&self.table, &state.context.conditioning.narrow(1, 6, 1)?)?;
+        let normed = modulated_layer_norm(&state.image, &rows[0], &rows[1], NORM_EPS)?;
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+    }
+}

@@ -1,0 +1,70 @@
+//! [`Projections`] to queries, keys and values, and the [`attention`] of a layer. They know not where image tokens lie.
+
+use crate::scope::{Linear, Scope};
+use crate::{ModelError, Result};
+use candle_core::Tensor;
+use clearform_attention::{Attention, AttentionPlan, Qkv};
+use clearform_ops::rms_norm;
+use clearform_weights::TensorSource;
+
+/// The way from tokens to queries, keys and values, with a norm of each head's queries and keys where there is one.
+pub(crate) struct Projections {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    norms: Option<[Tensor; 2]>,
+    heads: usize,
+}
+
+impl Projections {
+    /// Loads the layers `names` (queries, keys, values) and, where they are there, the norms `norms` of `scope`.
+    pub(crate) fn load(scope: &Scope, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
+        let [query, key, value] = names;
+        let norm = |name: &str| scope.at(name).tensor("weight");
+        let normed = scope.at(norms[0]).has("weight");
+        Ok(Self {
+            query: scope.linear(query)?,
+            key: scope.linear(key)?,
+            value: scope.linear(value)?,
+            norms: if normed { Some([norm(norms[0])?, norm(norms[1])?]) } else { None },
+            heads,
+        })
+    }
+
+    /// # Shapes
+    /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Qkv> {
+        let query = split_heads(&self.query.forward(x)?, self.heads)?;
+        let key = split_heads(&self.key.forward(x)?, self.heads)?;
+        let value = split_heads(&self.value.forward(x)?, self.heads)?;
+        match &self.norms {
+            None => Ok(Qkv { query, key, value }),
+            Some([query_norm, key_norm]) => Ok(Qkv {
+                query: rms_norm(&query, query_norm, super::NORM_EPS)?,
+                key: rms_norm(&key, key_norm, super::NORM_EPS)?,
+                value,
+            }),
+        }
+    }
+}
+
+/// The attention of `layer` as `plan` has it, with the tensors that it learned.
+pub(crate) fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSource) -> Result<Box<dyn Attention>> {
+    let learned = |name: &str| match source.info(name) {
+        Some(_) => source.tensor(name).map(Some).map_err(candle_core::Error::wrap),
+        None => Ok(None),
+    };
+    Ok(plan.build(layer, &learned)?)
+}
+
+/// Block `index` of a model.
+pub(crate) fn block_at<T>(blocks: &[T], index: usize) -> Result<&T> {
+    blocks.get(index).ok_or_else(|| ModelError::bad_input("index", format!("there is no block {index}")))
+}
+
+/// # Shapes
+/// x (batch, tokens, width) -> (batch, tokens, heads, head_dim).
+pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, tokens, _) = x.dims3()?;
+    Ok(x.reshape((batch, tokens, heads, ()))?)
+}

@@ -1,0 +1,251 @@
+//! [`FlowMatchEuler`]: the noise levels of a rectified flow as diffusers' `FlowMatchEulerDiscreteScheduler` computes
+//! them when `FluxPipeline` or `StableDiffusion3Pipeline` drives it. It knows no model.
+
+use crate::config::{Accepted, bad, class};
+use crate::schedule::{Step, linspace};
+use crate::{Result, SamplingError, Schedule};
+use clearform_models::Process;
+use serde::Deserialize;
+use serde_json::Value;
+
+/// scheduler_config.json, with the defaults of the diffusers class.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct FlowMatchEuler {
+    num_train_timesteps: u32,
+    shift: f64,
+    use_dynamic_shifting: bool,
+    base_shift: f64,
+    max_shift: f64,
+    base_image_seq_len: usize,
+    max_image_seq_len: usize,
+    shift_terminal: Option<f64>,
+    time_shift_type: TimeShift,
+    #[serde(skip)]
+    spread: Spread,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TimeShift {
+    Exponential,
+    Linear,
+}
+
+/// What the steps are spread over before they are shifted: from 1 to 1 / steps, or over the levels of the training.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+enum Spread {
+    #[default]
+    Unit,
+    Trained,
+}
+
+const ACCEPTED: Accepted = Accepted {
+    class: class::FLOW_MATCH,
+    unsupported: &[
+        "invert_sigmas",
+        "stochastic_sampling",
+        "use_beta_sigmas",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+    ],
+    words: &[("time_shift_type", &["exponential", "linear"])],
+};
+
+impl FlowMatchEuler {
+    /// Reads scheduler_config.json. Keys of diffusers that are not for this class of schedule are ignored, as there.
+    ///
+    /// # Errors
+    /// [`SamplingError::BadScheduler`] for another scheduler class, an option that is not supported and set, or a
+    /// value of the wrong kind.
+    pub fn from_config(config: &Value) -> Result<Self> {
+        ACCEPTED.read::<Self>(config)?.check()
+    }
+
+    /// Spreads the steps as the scheduler does where the pipeline gives no levels of its own, as
+    /// `StableDiffusion3Pipeline`: from the largest level of the training to the smallest. Without it, as
+    /// `FluxPipeline`: from 1 to 1 / steps.
+    #[must_use]
+    pub fn over_trained_levels(self) -> Self {
+        Self { spread: Spread::Trained, ..self }
+    }
+
+    /// The noise levels for `steps` steps over a picture of `image_tokens` tokens.
+    ///
+    /// # Errors
+    /// [`SamplingError::BadSetting`] for no step at all.
+    pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
+        if steps == 0 {
+            return Err(SamplingError::BadSetting("steps: expected at least 1, found 0".to_owned()));
+        }
+        let mut sigmas: Vec<f32> = match self.spread {
+            Spread::Unit => {
+                let even = linspace(1.0, 1.0 / steps as f64, steps);
+                even.into_iter().map(|sigma| self.shifted(sigma as f32, image_tokens)).collect()
+            }
+            Spread::Trained => {
+                self.trained(steps).into_iter().map(|sigma| self.shifted_in_f64(sigma, image_tokens) as f32).collect()
+            }
+        };
+        if let Some(terminal) = self.shift_terminal.filter(|&terminal| terminal != 0.0) {
+            stretch(&mut sigmas, terminal);
+        }
+        sigmas.push(0.0);
+        let rules = sigmas.windows(2).map(|pair| Step::euler(pair[1] - pair[0])).collect();
+        let timesteps = sigmas.iter().take(steps).map(|sigma| sigma * self.num_train_timesteps as f32).collect();
+        Schedule::new(Process::Flow { time_scale: 1.0 }, sigmas, timesteps, rules)
+    }
+
+    /// `set_timesteps(steps)`: evenly from the largest level of the training to the smallest, which a fixed shift has
+    /// moved already.
+    fn trained(&self, steps: usize) -> Vec<f64> {
+        let count = f64::from(self.num_train_timesteps);
+        let level = |sigma: f32| f64::from(if self.use_dynamic_shifting { sigma } else { self.shifted(sigma, 0) });
+        let (largest, smallest) = (level(1.0), level(1.0 / self.num_train_timesteps as f32));
+        linspace(largest * count, smallest * count, steps).into_iter().map(|timestep| timestep / count).collect()
+    }
+
+    /// `calculate_shift` of FluxPipeline: mu, linear in the number of image tokens.
+    fn mu(&self, image_tokens: usize) -> f64 {
+        let span = self.max_image_seq_len as f64 - self.base_image_seq_len as f64;
+        let slope = (self.max_shift - self.base_shift) / span;
+        image_tokens as f64 * slope + (self.base_shift - slope * self.base_image_seq_len as f64)
+    }
+
+    /// Each operation in f32, in diffusers' order; scalars are made in f64 and rounded once, as numpy does.
+    fn shifted(&self, sigma: f32, image_tokens: usize) -> f32 {
+        if !self.use_dynamic_shifting {
+            return self.shift as f32 * sigma / (1.0 + (self.shift - 1.0) as f32 * sigma);
+        }
+        let weight = self.weight(image_tokens) as f32;
+        weight / (weight + (1.0 / sigma - 1.0))
+    }
+
+    /// The same where diffusers has the levels in f64.
+    fn shifted_in_f64(&self, sigma: f64, image_tokens: usize) -> f64 {
+        if !self.use_dynamic_shifting {
+            return self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma);
+        }
+        let weight = self.weight(image_tokens);
+        weight / (weight + (1.0 / sigma - 1.0))
+    }
+
+    fn weight(&self, image_tokens: usize) -> f64 {
+        let mu = self.mu(image_tokens);
+        match self.time_shift_type {
+            TimeShift::Exponential => mu.exp(),
+            TimeShift::Linear => mu,
+        }
+    }
+
+    fn check(self) -> Result<Self> {
+        if self.num_train_timesteps == 0 {
+            return Err(bad("num_train_timesteps", "expected at least 1, found 0"));
+        }
+        if self.use_dynamic_shifting && self.max_image_seq_len == self.base_image_seq_len {
+            return Err(bad("max_image_seq_len", "expected another number than base_image_seq_len"));
+        }
+        if self.shift_terminal.is_some_and(|terminal| !(0.0..1.0).contains(&terminal)) {
+            return Err(bad("shift_terminal", "expected a number from 0 to below 1"));
+        }
+        Ok(self)
+    }
+}
+
+impl Default for FlowMatchEuler {
+    fn default() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            shift: 1.0,
+            use_dynamic_shifting: false,
+            base_shift: 0.5,
+            max_shift: 1.15,
+            base_image_seq_len: 256,
+            max_image_seq_len: 4096,
+            shift_terminal: None,
+            time_shift_type: TimeShift::Exponential,
+            spread: Spread::Unit,
+        }
+    }
+}
+
+/// diffusers' `stretch_shift_to_terminal`: the last level becomes `terminal`.
+fn stretch(sigmas: &mut [f32], terminal: f64) {
+    let Some(&last) = sigmas.last() else { return };
+    let scale = (1.0 - last) / (1.0 - terminal) as f32;
+    sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - (1.0 - *sigma) / scale);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::History;
+    use candle_core::{DType, Device, Tensor};
+    use serde_json::json;
+
+    fn cases() -> Vec<Value> {
+        let all: Value = serde_json::from_str(include_str!("../fixtures/numbers.json")).unwrap();
+        all["schedules"].as_array().unwrap().clone()
+    }
+
+    fn floats(value: &Value) -> Vec<f32> {
+        value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
+    }
+
+    fn made(case: &Value) -> Schedule {
+        let (steps, tokens) = (case["steps"].as_u64().unwrap(), case["tokens"].as_u64().unwrap());
+        FlowMatchEuler::from_config(&case["config"]).unwrap().schedule(steps as usize, tokens as usize).unwrap()
+    }
+
+    fn check(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        for (index, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= tolerance, "{what}, value {index}: {got} instead of {want}");
+        }
+    }
+
+    #[test]
+    fn sigmas_and_timesteps_are_those_of_diffusers() {
+        for case in cases() {
+            let schedule = made(&case);
+            let latents = Tensor::zeros((1, 2), DType::F32, &Device::Cpu).unwrap();
+            let timesteps = (0..schedule.steps())
+                .map(|index| schedule.timestep(index, &latents).unwrap().to_vec1::<f32>().unwrap()[0])
+                .collect::<Vec<_>>();
+            check(schedule.sigmas(), &floats(&case["sigmas"]), 0.0, &format!("sigmas of {case}"));
+            check(&timesteps, &floats(&case["timesteps"]), 0.0, &format!("timesteps of {case}"));
+        }
+    }
+
+    #[test]
+    fn euler_steps_are_those_of_diffusers() {
+        for case in cases() {
+            let schedule = made(&case);
+            let mut latents =
+                Tensor::new(&[-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0], &Device::Cpu).unwrap();
+            for index in 0..schedule.steps() {
+                let velocity = latents.affine(0.5, -f64::from(schedule.sigmas()[index])).unwrap();
+                latents = schedule.step(index, &latents, &velocity, &mut History::default()).unwrap();
+            }
+            check(&latents.to_vec1().unwrap(), &floats(&case["after"]), 1e-6, &format!("latents of {case}"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for config in [
+            json!({"use_karras_sigmas": true}),
+            json!({"invert_sigmas": true}),
+            json!({"stochastic_sampling": true}),
+            json!({"_class_name": "DDIMScheduler"}),
+            json!({"time_shift_type": "cubic"}),
+            json!({"shift_terminal": 1.5}),
+            json!({"shift": "three"}),
+            json!({"use_dynamic_shifting": true, "base_image_seq_len": 4096}),
+        ] {
+            let found = FlowMatchEuler::from_config(&config).unwrap_err();
+            assert!(matches!(found, SamplingError::BadScheduler { .. }), "{config}: {found}");
+        }
+        assert!(FlowMatchEuler::default().schedule(0, 256).is_err());
+    }
+}

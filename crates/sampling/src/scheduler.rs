@@ -1,0 +1,107 @@
+//! [`Scheduler`]: how a model's steps are laid out, as its scheduler_config.json says. It knows no model.
+
+use crate::config::{bad, class, parse};
+use crate::{Ddim, DpmSolver, FlowMatchEuler, Result, Schedule};
+use clearform_models::Process;
+use serde_json::Value;
+
+/// One of diffusers' schedulers.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scheduler {
+    /// FlowMatchEulerDiscreteScheduler.
+    FlowMatchEuler(FlowMatchEuler),
+    /// DDIMScheduler.
+    Ddim(Ddim),
+    /// DPMSolverMultistepScheduler.
+    DpmSolver(DpmSolver),
+}
+
+impl Scheduler {
+    /// Reads the text of scheduler_config.json, with the -Infinity that Python writes into it.
+    ///
+    /// # Errors
+    /// As [`Self::from_config`]; text that is no JSON.
+    pub fn parse(text: &str) -> Result<Self> {
+        Self::from_config(&parse(text)?)
+    }
+
+    /// Reads scheduler_config.json, whose `_class_name` tells which one it is.
+    ///
+    /// # Errors
+    /// [`SamplingError::BadScheduler`](crate::SamplingError::BadScheduler) for another class, and for what the class refuses.
+    pub fn from_config(config: &Value) -> Result<Self> {
+        match config.get("_class_name").and_then(Value::as_str) {
+            Some(class::FLOW_MATCH) => Ok(Self::FlowMatchEuler(FlowMatchEuler::from_config(config)?)),
+            Some(class::DDIM) => Ok(Self::Ddim(Ddim::from_config(config)?)),
+            Some(class::DPM_SOLVER) => Ok(Self::DpmSolver(DpmSolver::from_config(config)?)),
+            found => {
+                let classes = [class::FLOW_MATCH, class::DDIM, class::DPM_SOLVER].join(", ");
+                let found = found.map_or("none".to_owned(), |found| format!("{found:?}"));
+                let reason = format!("expected one of {classes}, found {found}; use a scheduler_config.json of these");
+                Err(bad("_class_name", reason))
+            }
+        }
+    }
+
+    /// A flow's steps as [`FlowMatchEuler::over_trained_levels`] spreads them, which is how SD3 is drawn; a diffusion's
+    /// as they are.
+    #[must_use]
+    pub fn over_trained_levels(self) -> Self {
+        match self {
+            Self::FlowMatchEuler(flow) => Self::FlowMatchEuler(flow.over_trained_levels()),
+            diffusion => diffusion,
+        }
+    }
+
+    /// A scheduler for models that come with none: a flow without shift, or DDIM as facebook's DiT has it.
+    pub fn default_for(process: Process) -> Self {
+        match process {
+            Process::Flow { .. } | Process::ReversedFlow => Self::FlowMatchEuler(FlowMatchEuler::default()),
+            Process::Diffusion => Self::Ddim(Ddim::for_latents()),
+        }
+    }
+
+    /// The noise levels for `steps` steps over a picture of `image_tokens` tokens, which a flow may be shifted by.
+    ///
+    /// # Errors
+    /// [`SamplingError::BadSetting`](crate::SamplingError::BadSetting) for no step at all, or more than were trained.
+    pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
+        match self {
+            Self::FlowMatchEuler(flow) => flow.schedule(steps, image_tokens),
+            Self::Ddim(ddim) => ddim.schedule(steps),
+            Self::DpmSolver(solver) => solver.schedule(steps),
+        }
+    }
+}
+
+impl Default for Scheduler {
+    fn default() -> Self {
+        Self::FlowMatchEuler(FlowMatchEuler::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_class_name_tells_the_scheduler() {
+        let named = |class: &str| Scheduler::from_config(&json!({"_class_name": class}));
+        assert_eq!(named("FlowMatchEulerDiscreteScheduler").unwrap(), Scheduler::default());
+        assert_eq!(named("DDIMScheduler").unwrap(), Scheduler::Ddim(Ddim::default()));
+        assert_eq!(named("DPMSolverMultistepScheduler").unwrap(), Scheduler::DpmSolver(DpmSolver::default()));
+        let other = named("PNDMScheduler").unwrap_err().to_string();
+        let listed = "one of FlowMatchEulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler, found \"PNDM";
+        assert!(other.contains(listed), "{other}");
+        assert!(Scheduler::from_config(&json!({})).unwrap_err().to_string().contains("found none"));
+    }
+
+    #[test]
+    fn the_infinity_that_python_writes_is_read() {
+        let text =
+            r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity, "flow_shift": 1.0}"#;
+        assert_eq!(Scheduler::parse(text).unwrap(), Scheduler::DpmSolver(DpmSolver::default()));
+        assert!(Scheduler::parse("<html>").unwrap_err().to_string().contains("expected JSON"));
+    }
+}

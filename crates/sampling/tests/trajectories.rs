@@ -1,0 +1,103 @@
+//! Whole walks down each scheduler's steps, against what diffusers 0.42.1 makes of the same predictions
+//! (fixtures/export.py).
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Tensor};
+use clearform_sampling::{History, Scheduler};
+use serde_json::{Value, json};
+
+const BOUND: f32 = 1e-5;
+
+fn fixture() -> Value {
+    serde_json::from_str(include_str!("../fixtures/trajectories.json")).unwrap()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
+}
+
+fn predicted(latents: &Tensor, index: usize) -> Tensor {
+    let pattern = (0..7).map(|place| (((7 * place + 3 * index) % 11) as f32 - 5.0) / 4.0).collect::<Vec<_>>();
+    ((latents * 0.5).unwrap() + Tensor::new(pattern, &Device::Cpu).unwrap()).unwrap()
+}
+
+fn check(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    for (got, want) in got.iter().zip(want) {
+        assert!((got - want).abs() <= BOUND * largest, "{what}: {got} instead of {want}, largest {largest}");
+    }
+}
+
+fn walk(case: &Value) {
+    let what = format!("{} steps of {}", case["steps"], case["config"]);
+    let steps = case["steps"].as_u64().unwrap() as usize;
+    let scheduler = Scheduler::from_config(&case["config"]).unwrap().over_trained_levels();
+    let schedule = scheduler.schedule(steps, 1024).unwrap();
+    assert_eq!(schedule.steps(), steps, "{what}");
+    let from = [-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0];
+    let (mut latents, mut history) = (Tensor::new(&from, &Device::Cpu).unwrap(), History::default());
+    let mut compared = 0;
+    for index in 0..steps {
+        let prediction = predicted(&latents, index);
+        latents = schedule.step(index, &latents, &prediction, &mut history).unwrap();
+        if let Some(want) = case["after"].get(index.to_string()) {
+            check(&latents.to_vec1().unwrap(), &floats(want), &format!("{what}, after step {index}"));
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, case["after"].as_object().unwrap().len(), "{what}");
+}
+
+#[test]
+fn every_walk_is_that_of_diffusers() {
+    for case in fixture()["trajectories"].as_array().unwrap() {
+        walk(case);
+    }
+}
+
+#[test]
+fn times_and_levels_are_those_of_diffusers() {
+    for case in fixture()["trajectories"].as_array().unwrap() {
+        let what = case["config"].to_string();
+        let steps = case["steps"].as_u64().unwrap() as usize;
+        let scheduler = Scheduler::from_config(&case["config"]).unwrap().over_trained_levels();
+        let schedule = scheduler.schedule(steps, 1024).unwrap();
+        let latents = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
+        let thousand = if matches!(scheduler, Scheduler::FlowMatchEuler(_)) { 1000.0 } else { 1.0 };
+        let timestep = |index| schedule.timestep(index, &latents).unwrap().to_vec1::<f32>().unwrap()[0] * thousand;
+        check(&(0..steps).map(timestep).collect::<Vec<_>>(), &floats(&case["timesteps"]), &what);
+        if let Some(sigmas) = case.get("sigmas") {
+            check(schedule.sigmas(), &floats(sigmas), &what);
+        }
+        assert!(schedule.sigmas().windows(2).all(|pair| pair[1] < pair[0]), "{what}");
+    }
+}
+
+/// The signal is 4.0358e-5 at step 999 and 0.9999 at step 0, from diffusers' alphas_cumprod.
+#[test]
+fn levels_of_ddim_are_noise_over_signal() {
+    for (set_alpha_to_one, last) in [(true, 0.0), (false, 0.010_000_5)] {
+        let config = json!({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "set_alpha_to_one": set_alpha_to_one});
+        let schedule = Scheduler::from_config(&config).unwrap().schedule(2, 0).unwrap();
+        let want = [157.407_26_f32, 0.010_000_5, last];
+        for (got, want) in schedule.sigmas().iter().zip(want) {
+            assert!((got - want).abs() <= 3e-6 * want.max(1.0), "{got} instead of {want}");
+        }
+    }
+}
+
+#[test]
+fn any_number_of_steps_stands_where_diffusers_puts_it() {
+    for case in fixture()["spacings"].as_array().unwrap() {
+        let config = json!({"_class_name": case["class"], "timestep_spacing": case["spacing"]});
+        let scheduler = Scheduler::from_config(&config).unwrap();
+        let latents = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
+        for (index, want) in case["sums"].as_array().unwrap().iter().enumerate() {
+            let schedule = scheduler.schedule(index + 1, 0).unwrap();
+            let timestep = |place| schedule.timestep(place, &latents).unwrap().to_vec1::<f32>().unwrap()[0];
+            let sum = (0..=index).map(|place| (place + 1) as u64 * timestep(place) as u64).sum::<u64>();
+            assert_eq!(sum, want.as_u64().unwrap(), "{} steps of {config}", index + 1);
+        }
+    }
+}
