@@ -62,7 +62,8 @@ pub fn open_original(
     Ok(Pipeline::open(original, Options { reading, ..plainly(components, place)? })?)
 }
 
-fn open_as(model: &Path, reading: &clearform_runtime::Reading) -> anyhow::Result<Transformer> {
+/// Opens the transformer of `model` as `reading` says.
+pub fn open_as(model: &Path, reading: &clearform_runtime::Reading) -> anyhow::Result<Transformer> {
     let path = Components::new(model, None).transformer();
     Transformer::open(&path, reading).with_context(|| format!("{}", model.display()))
 }

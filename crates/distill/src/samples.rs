@@ -288,7 +288,8 @@ impl SampleSet {
     }
 
     fn unencoded(&self) -> Vec<usize> {
-        (0..self.subjects().len()).filter(|&subject| !self.prompt_path(subject).exists()).collect()
+        let subjects = self.used_prompts() + usize::from(self.settings.classifier_free.is_some());
+        (0..subjects).filter(|&subject| !self.prompt_path(subject).exists()).collect()
     }
 
     /// Everything that is encoded: the subjects that samples are of, and last what stands for none.

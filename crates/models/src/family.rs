@@ -93,9 +93,10 @@ pub trait Family: Send + Sync {
 }
 
 /// Where the steps of a flow stand before they are shifted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum StepSpacing {
-    /// Evenly from noise towards the picture, as FluxPipeline has it.
+    /// Evenly from 1 to 1 / steps, as FluxPipeline has it.
+    #[default]
     Even,
     /// Evenly over the levels of training, as StableDiffusion3Pipeline leaves it to the scheduler.
     Trained,

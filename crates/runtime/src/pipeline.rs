@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_convert::recorded_plan;
 use clearform_models::vae::AutoencoderKl;
-use clearform_models::{Conditions, Denoiser, Framing, Process, Steering, StepSpacing, Subject};
+use clearform_models::{Conditions, Denoiser, Framing, Process, Steering, Subject};
 use clearform_plugins::{AdapterReport, Changes, Controlled};
 use clearform_sampling::{Guidance, Progress, Schedule, Scheduler, TorchGenerator, denoise};
 use image::RgbImage;
@@ -382,10 +382,7 @@ fn scheduler(components: &Components, transformer: &Transformer) -> Result<Sched
         return Ok(Scheduler::default_for(transformer.family().process()));
     }
     let scheduler = Scheduler::parse(&components.text("scheduler", "scheduler_config.json")?)?;
-    Ok(match transformer.family().spacing() {
-        StepSpacing::Even => scheduler,
-        StepSpacing::Trained => scheduler.over_trained_levels(),
-    })
+    Ok(scheduler.spaced(transformer.family().spacing()))
 }
 
 /// Each row as often as it takes to fill `batch`, equal rows together.

@@ -59,10 +59,10 @@ mod tests {
     use clearform_models::{Conditions, DenoiserInput, ModelError, State};
     use serde_json::json;
 
-    /// Predicts pooled * latents + timestep, to follow by hand.
-    struct Line;
+    /// A model that is its forward.
+    struct Forward(fn(&DenoiserInput) -> clearform_models::Result<Tensor>);
 
-    impl Denoiser for Line {
+    impl Denoiser for Forward {
         fn layers(&self) -> &[String] {
             &[]
         }
@@ -76,10 +76,15 @@ mod tests {
             Err(refusal())
         }
         fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
-            let pooled = input.conditions.pooled.as_ref().unwrap();
-            Ok(input.latents.broadcast_mul(pooled)?.broadcast_add(&input.timestep)?)
+            self.0(input)
         }
     }
+
+    /// Predicts pooled * latents + timestep, to follow by hand.
+    const LINE: Forward = Forward(|input| {
+        let pooled = input.conditions.pooled.as_ref().unwrap();
+        Ok(input.latents.broadcast_mul(pooled)?.broadcast_add(&input.timestep)?)
+    });
 
     fn refusal() -> ModelError {
         ModelError::BadInput { name: "latents".to_owned(), reason: "only forward is here".to_owned() }
@@ -93,7 +98,7 @@ mod tests {
         let schedule = FlowMatchEuler::default().schedule(2, 4).unwrap();
         let latents = Tensor::new(&[2_f32], &Device::Cpu).unwrap();
         let mut seen = Vec::new();
-        let result = denoise(&Line, &latents, &schedule, guidance, &mut |step| seen.push((step.done, step.sigma)));
+        let result = denoise(&LINE, &latents, &schedule, guidance, &mut |step| seen.push((step.done, step.sigma)));
         (result, seen)
     }
 
@@ -122,39 +127,23 @@ mod tests {
         let (latents, mut seen) = (Tensor::new(&[2_f32], &Device::Cpu).unwrap(), Vec::new());
         let guidance = Guidance::Embedded(conditions(0.5));
         let mut keep = |step: &Progress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
-        denoise(&Line, &latents, &schedule, &guidance, &mut keep).unwrap();
+        denoise(&LINE, &latents, &schedule, &guidance, &mut keep).unwrap();
         let want = [53.538_3_f32, 206.444_5, 427.402_6, 463.701_3];
         assert_eq!(seen.len(), want.len());
         assert!(seen.iter().zip(want).all(|(got, want)| (got - want).abs() <= 1e-5 * want), "{seen:?}");
     }
 
     /// Twice as many channels as latents have, all different: 1 to 6 for conditions without pooled text, else -1 to -6.
-    struct Wide;
-
-    impl Denoiser for Wide {
-        fn layers(&self) -> &[String] {
-            &[]
-        }
-        fn embed(&self, _: &DenoiserInput) -> clearform_models::Result<State> {
-            Err(refusal())
-        }
-        fn block(&self, _: usize, _: State) -> clearform_models::Result<State> {
-            Err(refusal())
-        }
-        fn head(&self, _: &State) -> clearform_models::Result<Tensor> {
-            Err(refusal())
-        }
-        fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
-            let sign = if input.conditions.pooled.is_some() { -1.0 } else { 1.0 };
-            let channels = Tensor::new(&[1_f32, 2.0, 3.0, 4.0, 5.0, 6.0], &Device::Cpu)?;
-            Ok((channels.reshape((1, 6, 1, 1))? * sign)?)
-        }
-    }
+    const WIDE: Forward = Forward(|input| {
+        let sign = if input.conditions.pooled.is_some() { -1.0 } else { 1.0 };
+        let channels = Tensor::new(&[1_f32, 2.0, 3.0, 4.0, 5.0, 6.0], &Device::Cpu)?;
+        Ok((channels.reshape((1, 6, 1, 1))? * sign)?)
+    });
 
     fn wide(guidance: &Guidance) -> Result<Vec<f32>> {
         let latents = Tensor::zeros((1, 3, 1, 1), DType::F32, &Device::Cpu)?;
         let schedule = FlowMatchEuler::default().schedule(1, 1)?;
-        Ok(denoise(&Wide, &latents, &schedule, guidance, &mut |_| ())?.flatten_all()?.to_vec1()?)
+        Ok(denoise(&WIDE, &latents, &schedule, guidance, &mut |_| ())?.flatten_all()?.to_vec1()?)
     }
 
     #[test]

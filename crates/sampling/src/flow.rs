@@ -4,7 +4,7 @@
 use crate::config::{Accepted, bad, class};
 use crate::schedule::{Step, linspace};
 use crate::{Result, SamplingError, Schedule};
-use clearform_models::Process;
+use clearform_models::{Process, StepSpacing};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -22,7 +22,7 @@ pub struct FlowMatchEuler {
     shift_terminal: Option<f64>,
     time_shift_type: TimeShift,
     #[serde(skip)]
-    spread: Spread,
+    spacing: StepSpacing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
@@ -30,14 +30,6 @@ pub struct FlowMatchEuler {
 enum TimeShift {
     Exponential,
     Linear,
-}
-
-/// What the steps are spread over before they are shifted: from 1 to 1 / steps, or over the levels of the training.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-enum Spread {
-    #[default]
-    Unit,
-    Trained,
 }
 
 const ACCEPTED: Accepted = Accepted {
@@ -62,12 +54,10 @@ impl FlowMatchEuler {
         ACCEPTED.read::<Self>(config)?.check()
     }
 
-    /// Spreads the steps as the scheduler does where the pipeline gives no levels of its own, as
-    /// `StableDiffusion3Pipeline`: from the largest level of the training to the smallest. Without it, as
-    /// `FluxPipeline`: from 1 to 1 / steps.
+    /// The same with its steps laid out in another way before they are shifted.
     #[must_use]
-    pub fn over_trained_levels(self) -> Self {
-        Self { spread: Spread::Trained, ..self }
+    pub fn spaced(self, spacing: StepSpacing) -> Self {
+        Self { spacing, ..self }
     }
 
     /// The noise levels for `steps` steps over a picture of `image_tokens` tokens.
@@ -78,12 +68,12 @@ impl FlowMatchEuler {
         if steps == 0 {
             return Err(SamplingError::BadSetting("steps: expected at least 1, found 0".to_owned()));
         }
-        let mut sigmas: Vec<f32> = match self.spread {
-            Spread::Unit => {
+        let mut sigmas: Vec<f32> = match self.spacing {
+            StepSpacing::Even => {
                 let even = linspace(1.0, 1.0 / steps as f64, steps);
                 even.into_iter().map(|sigma| self.shifted(sigma as f32, image_tokens)).collect()
             }
-            Spread::Trained => {
+            StepSpacing::Trained => {
                 self.trained(steps).into_iter().map(|sigma| self.shifted_in_f64(sigma, image_tokens) as f32).collect()
             }
         };
@@ -164,7 +154,7 @@ impl Default for FlowMatchEuler {
             max_image_seq_len: 4096,
             shift_terminal: None,
             time_shift_type: TimeShift::Exponential,
-            spread: Spread::Unit,
+            spacing: StepSpacing::Even,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::config::{bad, class, parse};
 use crate::{Ddim, DpmSolver, FlowMatchEuler, Result, Schedule};
-use clearform_models::Process;
+use clearform_models::{Process, StepSpacing};
 use serde_json::Value;
 
 /// One of diffusers' schedulers.
@@ -28,7 +28,8 @@ impl Scheduler {
     /// Reads scheduler_config.json, whose `_class_name` tells which one it is.
     ///
     /// # Errors
-    /// [`SamplingError::BadScheduler`](crate::SamplingError::BadScheduler) for another class, and for what the class refuses.
+    /// [`SamplingError::BadScheduler`](crate::SamplingError::BadScheduler) for another class, and for what the class
+    /// refuses.
     pub fn from_config(config: &Value) -> Result<Self> {
         match config.get("_class_name").and_then(Value::as_str) {
             Some(class::FLOW_MATCH) => Ok(Self::FlowMatchEuler(FlowMatchEuler::from_config(config)?)),
@@ -43,12 +44,11 @@ impl Scheduler {
         }
     }
 
-    /// A flow's steps as [`FlowMatchEuler::over_trained_levels`] spreads them, which is how SD3 is drawn; a diffusion's
-    /// as they are.
+    /// The same with a flow's steps laid out as its family's pipeline has them; a diffusion's scheduler says that itself.
     #[must_use]
-    pub fn over_trained_levels(self) -> Self {
+    pub fn spaced(self, spacing: StepSpacing) -> Self {
         match self {
-            Self::FlowMatchEuler(flow) => Self::FlowMatchEuler(flow.over_trained_levels()),
+            Self::FlowMatchEuler(flow) => Self::FlowMatchEuler(flow.spaced(spacing)),
             diffusion => diffusion,
         }
     }

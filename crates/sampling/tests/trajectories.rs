@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
+use clearform_models::StepSpacing;
 use clearform_sampling::{History, Scheduler};
 use serde_json::{Value, json};
 
@@ -32,7 +33,7 @@ fn check(got: &[f32], want: &[f32], what: &str) {
 fn walk(case: &Value) {
     let what = format!("{} steps of {}", case["steps"], case["config"]);
     let steps = case["steps"].as_u64().unwrap() as usize;
-    let scheduler = Scheduler::from_config(&case["config"]).unwrap().over_trained_levels();
+    let scheduler = Scheduler::from_config(&case["config"]).unwrap().spaced(StepSpacing::Trained);
     let schedule = scheduler.schedule(steps, 1024).unwrap();
     assert_eq!(schedule.steps(), steps, "{what}");
     let from = [-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0];
@@ -61,7 +62,7 @@ fn times_and_levels_are_those_of_diffusers() {
     for case in fixture()["trajectories"].as_array().unwrap() {
         let what = case["config"].to_string();
         let steps = case["steps"].as_u64().unwrap() as usize;
-        let scheduler = Scheduler::from_config(&case["config"]).unwrap().over_trained_levels();
+        let scheduler = Scheduler::from_config(&case["config"]).unwrap().spaced(StepSpacing::Trained);
         let schedule = scheduler.schedule(steps, 1024).unwrap();
         let latents = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
         let thousand = if matches!(scheduler, Scheduler::FlowMatchEuler(_)) { 1000.0 } else { 1.0 };

@@ -1,10 +1,9 @@
 //! `clearform export`: a transformer in one file, under the names that other programs know.
 
 use crate::args::Export;
-use crate::opening::{reading, tell};
+use crate::opening::{open_as, reading, tell};
 use crate::output::{Outcome, Output};
 use clearform_layout::Identified;
-use clearform_runtime::{Components, Transformer};
 use clearform_weights::{TensorSource as _, save};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -13,8 +12,7 @@ use std::path::PathBuf;
 
 pub fn run(args: &Export, output: &Output) -> anyhow::Result<Outcome> {
     check_target(args)?;
-    let path = Components::new(&args.model, None).transformer();
-    let transformer = Transformer::open(&path, &reading(&args.reading)?)?;
+    let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
     tell(transformer.checkpoint(), output);
     let layout = layout(transformer.identified(), &args.to);
     let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;

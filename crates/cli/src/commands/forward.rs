@@ -2,14 +2,14 @@
 
 use crate::adapters;
 use crate::args::Forward;
-use crate::opening::{device, plan, reading};
+use crate::opening::{device, open_as, plan, reading};
 use crate::output::{Outcome, Output};
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
 use clearform_plugins::{AdapterReport, Control, Controlled};
-use clearform_runtime::{ActingBranch, Components, Edited, Transformer};
+use clearform_runtime::{ActingBranch, Edited};
 use clearform_weights::{Checkpoint, Resident, TensorSource as _};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,10 +19,9 @@ use std::path::PathBuf;
 pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     let dtype = args.running.dtype.map_or(DType::F32, crate::args::Dtype::computed);
     let device = device(args.running.device)?;
-    let path = Components::new(&args.model, None).transformer();
     let reading = reading(&args.reading)?.recorded(&args.model)?;
     let adapters = adapters::open_all(&args.adapters)?;
-    let transformer = Transformer::open(&path, &reading)?;
+    let transformer = open_as(&args.model, &reading)?;
     let Edited { transformer, reports, .. } = adapters.onto(transformer, None, &reading.manifests)?;
     let branches = adapters.open_branches(&transformer)?;
     adapters::tell(&reports, &branches, output);

@@ -26,10 +26,14 @@ impl Patches {
         Ok(Self { projection: scope.linear("proj")?.flattened()?, patch })
     }
 
+    /// Tokens of `latents`, with `positions` added.
+    ///
     /// # Shapes
-    /// latents (batch, channels, height, width) -> (batch, tokens, width of the model), in raster order.
-    pub(crate) fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        Ok(self.projection.forward(&patchify(latents, self.patch)?)?)
+    /// latents (batch, channels, height, width), positions (1, tokens, width of the model) -> (batch, tokens, width of
+    /// the model), in raster order.
+    pub(crate) fn forward(&self, latents: &Tensor, positions: &Tensor) -> Result<Tensor> {
+        let tokens = self.projection.forward(&patchify(latents, self.patch)?)?;
+        Ok(tokens.broadcast_add(&positions.to_dtype(latents.dtype())?)?)
     }
 }
 

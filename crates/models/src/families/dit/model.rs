@@ -69,7 +69,7 @@ impl Denoiser for DitTransformer {
         let (extents, geometry) = grid(latents, config.patch)?;
         let base = config.sample_size / config.patch;
         let positions = sincos_positions(extents, config.width(), base, 1.0, latents.device())?;
-        let image = self.patches.forward(latents)?.broadcast_add(&positions.to_dtype(latents.dtype())?)?;
+        let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning(input, batch)?;
         Ok(State {
             image: geometry.to_tiles(&image)?, // (batch, image tokens, width)

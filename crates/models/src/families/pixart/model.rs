@@ -119,7 +119,7 @@ impl Denoiser for PixartTransformer {
         let (extents, geometry) = grid(latents, config.patch)?;
         let base = config.sample_size / config.patch;
         let positions = sincos_positions(extents, config.width(), base, config.interpolation, latents.device())?;
-        let image = self.patches.forward(latents)?.broadcast_add(&positions.to_dtype(latents.dtype())?)?;
+        let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning.forward(input, batch)?;
         let text = Some(self.text(&input.conditions, batch, latents.dtype())?);
         Ok(State {

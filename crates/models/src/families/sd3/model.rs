@@ -89,8 +89,7 @@ impl Denoiser for Sd3Transformer {
         let text = text.ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         expect("encoder_hidden_states", text, &[Some(batch), None, Some(self.config.text_channels)])?;
         let (extents, geometry) = grid(latents, self.config.patch)?;
-        let positions = self.cropped_positions(extents)?.to_dtype(latents.dtype())?;
-        let image = self.patches.forward(latents)?.broadcast_add(&positions)?; // (batch, image tokens, width)
+        let image = self.patches.forward(latents, &self.cropped_positions(extents)?)?; // (batch, image tokens, width)
         let conditioning = self.condition(input, batch)?;
         Ok(State {
             image: geometry.to_tiles(&image)?,
