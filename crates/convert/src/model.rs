@@ -6,7 +6,7 @@
 use crate::stage::paths_of;
 use crate::{ConvertError, Record, Result};
 use clearform_attention::AttentionPlan;
-use clearform_weights::sha256_file;
+use clearform_weights::digest;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -78,7 +78,7 @@ impl PortableModel {
             match std::fs::metadata(&path) {
                 Err(_) => report.missing.push(file.path.clone()),
                 Ok(metadata) if metadata.len() != file.size => report.changed.push(file.path.clone()),
-                Ok(_) if sha256_file(&path)? != file.sha256 => report.changed.push(file.path.clone()),
+                Ok(_) if digest(&path)?.sha256 != file.sha256 => report.changed.push(file.path.clone()),
                 Ok(_) => report.unchanged += 1,
             }
         }

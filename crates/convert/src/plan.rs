@@ -6,10 +6,10 @@ use crate::{Record, Result, SourceRecord};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Account, Identified};
-use clearform_weights::{Checkpoint, RawTensor, Resident, SafetensorsWriter, TensorInfo, TensorSource, sha256_file};
+use clearform_weights::{RawTensor, Resident, TensorInfo, TensorSource};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 /// Where the transformer's tensors lie in a portable model.
 pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
@@ -62,13 +62,10 @@ impl ConversionPlan {
     /// What a model by this plan is recorded as.
     ///
     /// # Errors
-    /// A plan that cannot be written, or a source that cannot be read.
-    pub fn record(&self, checkpoint: &Checkpoint) -> Result<Record> {
+    /// A plan that cannot be written.
+    pub fn record(&self, source: Vec<SourceRecord>) -> Result<Record> {
         let mut record = Record::new(&self.identified.family, &self.identified.variant.name, &self.attention)?;
-        for file in checkpoint.files() {
-            let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            record.source.push(SourceRecord { name, sha256: sha256_file(&file.path)? });
-        }
+        record.source = source;
         Ok(record)
     }
 
@@ -81,7 +78,7 @@ impl ConversionPlan {
         &self,
         canonical: &dyn TensorSource,
         account: &Account,
-        stage: &Stage,
+        stage: &mut Stage,
         watch: &mut dyn FnMut(u64, u64),
     ) -> Result<Report> {
         let added = self.added(canonical)?;
@@ -89,7 +86,7 @@ impl ConversionPlan {
         stage.check_room(tensors.iter().map(byte_count).sum::<u64>() + self.component_bytes())?;
         self.write_transformer(canonical, &added, &tensors, stage, watch)?;
         let components = self.place_components(stage)?;
-        write_file(&stage.folder().join("README.md"), self.readme().as_bytes())?;
+        stage.write("README.md", self.readme().as_bytes())?;
         Ok(Report {
             account: account.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
@@ -125,24 +122,19 @@ impl ConversionPlan {
         source: &dyn TensorSource,
         added: &Resident,
         tensors: &[TensorInfo],
-        stage: &Stage,
+        stage: &mut Stage,
         watch: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
-        let path = stage.folder().join(TRANSFORMER);
-        create_parent(&path)?;
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let mut writer = SafetensorsWriter::create(&path, tensors, &metadata)?;
         let (mut done, all) = (0, tensors.iter().map(byte_count).sum());
-        for info in tensors {
-            let tensor =
-                if added.info(&info.name).is_some() { added.read(&info.name)? } else { source.read(&info.name)? };
-            writer.write(&info.name, &converted(tensor, info)?)?;
+        stage.write_tensors(TRANSFORMER, tensors, |info| {
+            let name = &info.name;
+            let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
             done += byte_count(info);
             watch(done, all);
-        }
-        writer.finish()?;
+            converted(tensor, info)
+        })?;
         let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
-        write_file(&stage.folder().join("transformer/config.json"), &config)
+        stage.write("transformer/config.json", &config)
     }
 
     fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
@@ -155,10 +147,9 @@ impl ConversionPlan {
         }
         if let Some(index) = self.component("model_index.json") {
             let bytes = std::fs::read(&index).map_err(at(&index))?;
-            if !self.is_index_of(&bytes) {
-                return Ok(placed);
+            if self.is_index_of(&bytes) {
+                stage.write("model_index.json", &bytes)?;
             }
-            write_file(&stage.folder().join("model_index.json"), &bytes)?;
         }
         Ok(placed)
     }
@@ -222,13 +213,4 @@ fn converted(tensor: RawTensor, info: &TensorInfo) -> Result<RawTensor> {
 
 pub(crate) fn byte_count(info: &TensorInfo) -> u64 {
     info.shape.iter().map(|extent| *extent as u64).product::<u64>() * info.dtype.bitsize() as u64 / 8
-}
-
-fn create_parent(path: &Path) -> Result<()> {
-    path.parent().map_or(Ok(()), |parent| std::fs::create_dir_all(parent).map_err(at(parent)))
-}
-
-fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    create_parent(path)?;
-    Ok(clearform_weights::write_atomically(path, bytes)?)
 }

@@ -3,7 +3,7 @@
 
 use crate::error::at;
 use crate::{ConvertError, FileRecord, Record, Result};
-use clearform_weights::{TensorSource, sha256_file};
+use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, digest};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,14 @@ pub enum Placing {
     Link,
 }
 
-/// A model being put together.
+/// A model being put together. Dropped unfinished, it takes its files with it; what else the work left stays, for those
+/// who go on with it.
 #[derive(Debug)]
 pub struct Stage {
     target: PathBuf,
     work: PathBuf,
+    /// Of files that were hashed while they were written.
+    digests: BTreeMap<String, Digest>,
 }
 
 impl Stage {
@@ -60,7 +63,7 @@ impl Stage {
         check_target(target, replace)?;
         let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
         name.push(".work");
-        Ok(Self { target: target.to_owned(), work: target.with_file_name(name) })
+        Ok(Self { target: target.to_owned(), work: target.with_file_name(name), digests: BTreeMap::new() })
     }
 
     /// Where the model's files go.
@@ -89,11 +92,39 @@ impl Stage {
         Ok(())
     }
 
+    /// Writes `tensors`, which `read` gives one after another, to the file at `path` within the model.
+    ///
+    /// # Errors
+    /// What `read` says, or the system refused.
+    pub fn write_tensors(
+        &mut self,
+        path: &str,
+        tensors: &[TensorInfo],
+        read: impl FnMut(&TensorInfo) -> Result<RawTensor>,
+    ) -> Result<()> {
+        let whole = self.folder().join(path);
+        create_parent(&whole)?;
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let digest = clearform_weights::write(&whole, tensors, &metadata, read)?;
+        self.digests.insert(path.to_owned(), digest);
+        Ok(())
+    }
+
+    /// Writes a small file at `path` within the model.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn write(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        let whole = self.folder().join(path);
+        create_parent(&whole)?;
+        Ok(clearform_weights::write_atomically(&whole, bytes)?)
+    }
+
     /// Writes `source` in the place of the tensors of part `name`, whose files may be links to another model's.
     ///
     /// # Errors
     /// The part is not here, a tensor cannot be read, or the system refused.
-    pub fn replace_tensors(&self, name: &str, source: &dyn TensorSource) -> Result<()> {
+    pub fn replace_tensors(&mut self, name: &str, source: &dyn TensorSource) -> Result<()> {
         let folder = self.folder().join(name);
         let entries =
             fs::read_dir(&folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(at(&folder))?;
@@ -107,8 +138,7 @@ impl Stage {
         }
         let of_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
         let file = if of_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        Ok(clearform_weights::save(folder.join(file), source, &metadata)?)
+        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| Ok(source.read(&info.name)?))
     }
 
     /// Bytes that are free where the stage lies.
@@ -130,7 +160,7 @@ impl Stage {
     /// The system refused; the old model, if any, then stands as it stood.
     pub fn finish(self, mut record: Record) -> Result<()> {
         let folder = self.folder();
-        record.file = files_of(&folder)?;
+        record.file = paths_of(&folder)?.into_iter().map(|path| self.record_file(path)).collect::<Result<_>>()?;
         record.write(&folder)?;
         sync_folders(&folder)?;
         let old = self.work.join("replaced");
@@ -142,6 +172,22 @@ impl Stage {
         }
         fs::rename(&folder, &self.target).map_err(at(&self.target))?;
         fs::remove_dir_all(&self.work).map_err(at(&self.work))
+    }
+
+    fn record_file(&self, path: String) -> Result<FileRecord> {
+        let Digest { size, sha256 } = match self.digests.get(&path) {
+            Some(digest) => digest.clone(),
+            None => digest(self.folder().join(&path))?,
+        };
+        Ok(FileRecord { path, size, sha256 })
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Nothing is left to tell an error to; what stays behind, the next run names.
+        let _ = fs::remove_dir_all(self.folder());
+        let _ = fs::remove_dir(&self.work);
     }
 }
 
@@ -182,9 +228,7 @@ fn in_the_way(path: &Path, reason: &str) -> ConvertError {
 }
 
 fn put(from: &Path, to: &Path, placing: Placing) -> Result<()> {
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent).map_err(at(parent))?;
-    }
+    create_parent(to)?;
     if to.exists() {
         fs::remove_file(to).map_err(at(to))?;
     }
@@ -194,11 +238,6 @@ fn put(from: &Path, to: &Path, placing: Placing) -> Result<()> {
     }
     fs::copy(&real, to).map_err(at(from))?;
     fs::File::open(to).and_then(|file| file.sync_all()).map_err(at(to))
-}
-
-/// Every file below `folder` but the record, with its size and hash.
-pub(crate) fn files_of(folder: &Path) -> Result<Vec<FileRecord>> {
-    paths_of(folder)?.into_iter().map(|path| record_file(folder, path)).collect()
 }
 
 /// Paths of every file below `folder` but the record, with `/` between folders, sorted.
@@ -216,10 +255,8 @@ pub(crate) fn paths_of(folder: &Path) -> Result<Vec<String>> {
     Ok(paths)
 }
 
-fn record_file(folder: &Path, path: String) -> Result<FileRecord> {
-    let whole = folder.join(&path);
-    let size = fs::metadata(&whole).map_err(at(&whole))?.len();
-    Ok(FileRecord { sha256: sha256_file(&whole)?, path, size })
+fn create_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |parent| fs::create_dir_all(parent).map_err(at(parent)))
 }
 
 fn sync_folders(folder: &Path) -> Result<()> {

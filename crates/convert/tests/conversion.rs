@@ -4,9 +4,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::{ConversionPlan, Mode, Patch, Patched, Placing, PortableModel, Replace, Stage, TRANSFORMER};
+use clearform_convert::{
+    ConversionPlan, Mode, Origins, Patch, Patched, Placing, PortableModel, Replace, Stage, TRANSFORMER,
+};
 use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
-use clearform_weights::{Checkpoint, Dtype, Resident, SafetensorsWriter, TensorInfo, TensorSource, sha256_file};
+use clearform_weights::{Checkpoint, Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, digest};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -40,15 +42,15 @@ fn open(path: &Path) -> (Checkpoint, Identified) {
 }
 
 fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSource, target: &Path) -> Vec<String> {
-    let stage = Stage::begin(target, Replace::Never).unwrap();
+    let mut stage = Stage::begin(target, Replace::Never).unwrap();
     let (_, identified) = open(checkpoint.path());
     let canonical = identified.canonical(checkpoint);
     let mut told = (0, 0);
-    let report = plan.apply(source, canonical.account(), &stage, &mut |done, all| told = (done, all)).unwrap();
+    let report = plan.apply(source, canonical.account(), &mut stage, &mut |done, all| told = (done, all)).unwrap();
     assert!(told.0 == told.1 && told.0 > 0 && report.account.complete());
     assert_eq!(report.account.used(), checkpoint.tensors().len());
     assert!(!target.exists());
-    stage.finish(plan.record(checkpoint).unwrap()).unwrap();
+    stage.finish(plan.record(Origins::of(checkpoint).wait().unwrap()).unwrap()).unwrap();
     report.added
 }
 
@@ -65,7 +67,7 @@ fn a_pipeline_becomes_a_portable_model() {
     let opened = PortableModel::open(&model).unwrap();
     assert_eq!(opened.record().family, "flux");
     assert_eq!(opened.record().plan().unwrap().to_string(), "clear:r=3");
-    let hash = sha256_file(root.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
+    let hash = digest(root.join("transformer/diffusion_pytorch_model.safetensors")).unwrap().sha256;
     assert_eq!(opened.record().source[0].sha256, hash);
     assert_eq!(std::fs::read_to_string(model.join("vae/deep/config.json")).unwrap(), "{}");
     assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("full attention"));
@@ -172,13 +174,11 @@ fn large(path: &Path) -> u64 {
     }
     let info = |(name, shape)| TensorInfo { name, dtype: Dtype::BF16, shape };
     let tensors: Vec<TensorInfo> = tensors.into_iter().map(info).collect();
-    let mut writer = SafetensorsWriter::create(path, &tensors, &BTreeMap::new()).unwrap();
-    for TensorInfo { name, dtype, shape } in tensors {
-        let bytes = vec![0x3c; shape.iter().product::<usize>() * 2];
-        writer.write(&name, &clearform_weights::RawTensor { dtype, shape, bytes }).unwrap();
-    }
-    writer.finish().unwrap();
-    std::fs::metadata(path).unwrap().len()
+    let filled = |info: &TensorInfo| -> Result<RawTensor, WeightsError> {
+        let bytes = vec![0x3c; info.shape.iter().product::<usize>() * 2];
+        Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+    };
+    clearform_weights::write(path, &tensors, &BTreeMap::new(), filled).unwrap().size
 }
 
 /// Widths of the fixture (48 wide, 24 a head) to those of FLUX.1 (3072 wide, 128 a head).

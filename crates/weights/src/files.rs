@@ -1,7 +1,7 @@
 //! Files as such: positioned reads, hashes, and writing so that a file is whole or absent. It knows no tensors.
 
+use crate::stream::{Digest, Hashing};
 use crate::{Result, WeightsError};
-use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -9,11 +9,11 @@ use tempfile::NamedTempFile;
 
 const HASH_CHUNK: usize = 1 << 20;
 
-/// SHA-256 of a file's bytes, as 64 lower-case hexadecimal digits.
+/// Size and hash of the file at `path`.
 ///
 /// # Errors
 /// [`WeightsError::Io`] if the file cannot be read.
-pub fn sha256_file(path: impl AsRef<Path>) -> Result<String> {
+pub fn digest(path: impl AsRef<Path>) -> Result<Digest> {
     let path = path.as_ref();
     hash(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })
 }
@@ -41,6 +41,22 @@ pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
     #[cfg(unix)]
     builder.permissions(everyone);
     builder.tempfile_in(folder_of(path))
+}
+
+/// Takes `size` bytes of the disk for an unfinished file, so that one that cannot be finished is not begun. Systems and
+/// disks that cannot take any beforehand are found out in writing.
+pub(crate) fn reserve(file: &File, size: u64) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size) {
+        Err(error @ (rustix::io::Errno::NOSPC | rustix::io::Errno::FBIG | rustix::io::Errno::DQUOT)) => {
+            let reason = format!("{size} bytes are needed: {error}; give another place or make room");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, reason));
+        }
+        _ => {}
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, size);
+    Ok(())
 }
 
 /// Brings an unfinished file to the disk and gives it its name.
@@ -78,17 +94,16 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-fn hash(path: &Path) -> io::Result<String> {
+fn hash(path: &Path) -> io::Result<Digest> {
     let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
+    let mut hash = Hashing::default();
     let mut chunk = vec![0; HASH_CHUNK];
     loop {
         match file.read(&mut chunk)? {
-            0 => break,
-            count => hasher.update(&chunk[..count]),
+            0 => return Ok(hash.finish()),
+            count => hash.update(&chunk[..count]),
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[cfg(test)]
@@ -105,7 +120,7 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"abc");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256_file(&path).unwrap(), known);
+        assert_eq!(digest(&path).unwrap(), Digest { size: 3, sha256: known.to_owned() });
     }
 
     #[test]

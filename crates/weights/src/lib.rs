@@ -15,12 +15,14 @@ mod header;
 mod json;
 mod place;
 mod source;
+mod stream;
 mod torch;
 mod writer;
 
 pub use checkpoint::{Checkpoint, TensorFile};
 pub use error::{Result, WeightsError};
-pub use files::{sha256_file, write_atomically};
+pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
 pub use source::{Dtype, LowRank, RawTensor, Resident, TensorInfo, TensorSource};
-pub use writer::{SafetensorsWriter, save};
+pub use stream::Digest;
+pub use writer::{save, write};

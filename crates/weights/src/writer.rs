@@ -1,37 +1,65 @@
-//! [`SafetensorsWriter`]: writes a safetensors file tensor by tensor, so that memory holds one of them.
+//! [`write`]: a safetensors file, tensor by tensor, so that memory holds few of them. Reading, hashing and writing go on
+//! at the same time.
 //!
-//! The file appears under its name only when whole. It does not read tensors; [`save`] does.
+//! The file appears under its name only when whole.
 
 use crate::header::byte_count;
+use crate::stream::{Digest, Stream};
 use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
-use std::io::{self, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use tempfile::NamedTempFile;
 
 /// Data begin at a multiple of this, as the safetensors library has it.
 const ALIGNMENT: usize = 8;
 
-/// Writes all of `source` to `path`, one tensor at a time.
+/// Writes all of `source` to `path`.
 ///
 /// # Errors
 /// The first tensor that cannot be read or written; `path` is then as it was.
 pub fn save(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeMap<String, String>) -> Result<()> {
-    let tensors = source.tensors();
-    let mut writer = SafetensorsWriter::create(path, &tensors, metadata)?;
-    for TensorInfo { name, .. } in &tensors {
-        writer.write(name, &source.read(name)?)?;
-    }
-    writer.finish()
+    write(path, &source.tensors(), metadata, |info| source.read(&info.name)).map(drop)
 }
 
-/// A safetensors file being written.
-#[derive(Debug)]
-pub struct SafetensorsWriter {
-    path: PathBuf,
-    file: NamedTempFile,
-    pending: BTreeMap<String, Slot>,
+/// Writes `tensors` to `path`, asking `read` for one after another. Data are laid out by falling width of their number
+/// format, then by name, which keeps every tensor aligned, and are asked for in this order.
+///
+/// # Errors
+/// What `read` says; [`WeightsError::BadTensor`] for equal names, for a size that is no whole number of bytes and for
+/// another number format or shape than announced; [`WeightsError::Io`] if the system refuses. `path` is then as it was.
+pub fn write<E: From<WeightsError>>(
+    path: impl AsRef<Path>,
+    tensors: &[TensorInfo],
+    metadata: &BTreeMap<String, String>,
+    mut read: impl FnMut(&TensorInfo) -> std::result::Result<RawTensor, E>,
+) -> std::result::Result<Digest, E> {
+    let path = path.as_ref();
+    let refused = |source| WeightsError::Io { path: path.to_owned(), source };
+    let slots = place(tensors)?;
+    let header = header(&slots, metadata);
+    let size = header.len() as u64 + slots.iter().map(|slot| slot.size).sum::<u64>();
+    let (file, stream) = begin(path, size).map_err(refused)?;
+    stream.send(header);
+    for slot in &slots {
+        if stream.broken() {
+            break;
+        }
+        let tensor = read(&slot.info)?;
+        slot.accept(&tensor)?;
+        stream.send(tensor.bytes);
+    }
+    let digest = stream.finish().map_err(refused)?;
+    files::settle(file, path).map_err(refused)?;
+    Ok(digest)
+}
+
+fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, Stream)> {
+    let file = files::beside(path)?;
+    files::reserve(file.as_file(), size)?;
+    let stream = Stream::into_file(file.as_file().try_clone()?);
+    Ok((file, stream))
 }
 
 #[derive(Debug)]
@@ -39,53 +67,6 @@ struct Slot {
     info: TensorInfo,
     offset: u64,
     size: u64,
-}
-
-impl SafetensorsWriter {
-    /// Begins a file that will hold `tensors`. Data are laid out by falling width of their number format, then by
-    /// name, which keeps every tensor aligned; [`Self::write`] takes them in any order.
-    ///
-    /// # Errors
-    /// [`WeightsError::BadTensor`] for equal names or a size that is no whole number of bytes, [`WeightsError::Io`]
-    /// if the folder cannot be written to.
-    pub fn create(path: impl AsRef<Path>, tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> Result<Self> {
-        let path = path.as_ref().to_owned();
-        let mut slots = place(tensors)?;
-        let header = header(&slots, metadata);
-        for slot in &mut slots {
-            slot.offset += header.len() as u64;
-        }
-        let size = slots.last().map_or(header.len() as u64, |last| last.offset + last.size);
-        let file = begin(&path, &header, size).map_err(|source| WeightsError::Io { path: path.clone(), source })?;
-        let pending = slots.into_iter().map(|slot| (slot.info.name.clone(), slot)).collect();
-        Ok(Self { path, file, pending })
-    }
-
-    /// Writes one of the announced tensors.
-    ///
-    /// # Errors
-    /// [`WeightsError::Missing`] for a name not announced or already written, [`WeightsError::BadTensor`] for another
-    /// number format or shape than announced, [`WeightsError::Io`] if writing fails.
-    pub fn write(&mut self, name: &str, tensor: &RawTensor) -> Result<()> {
-        let slot = self.pending.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })?;
-        slot.accept(tensor)?;
-        let file = self.file.as_file_mut();
-        let written = file.seek(SeekFrom::Start(slot.offset)).and_then(|_| file.write_all(&tensor.bytes));
-        written.map_err(|source| WeightsError::Io { path: self.path.clone(), source })?;
-        self.pending.remove(name);
-        Ok(())
-    }
-
-    /// Brings the file to the disk and gives it its name.
-    ///
-    /// # Errors
-    /// [`WeightsError::Missing`] if an announced tensor was not written, [`WeightsError::Io`] if the system refuses.
-    pub fn finish(self) -> Result<()> {
-        if let Some(name) = self.pending.into_keys().next() {
-            return Err(WeightsError::Missing { name });
-        }
-        files::settle(self.file, &self.path).map_err(|source| WeightsError::Io { path: self.path, source })
-    }
 }
 
 impl Slot {
@@ -132,11 +113,4 @@ fn header(slots: &[Slot], metadata: &BTreeMap<String, String>) -> Vec<u8> {
     let padding = text.len().next_multiple_of(ALIGNMENT) - text.len();
     text.extend(std::iter::repeat_n(' ', padding));
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-}
-
-fn begin(path: &Path, header: &[u8], size: u64) -> io::Result<NamedTempFile> {
-    let mut file = files::beside(path)?;
-    file.write_all(header)?;
-    file.as_file().set_len(size)?;
-    Ok(file)
 }

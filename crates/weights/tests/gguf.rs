@@ -1,7 +1,7 @@
 //! GGUF files give what the gguf package gives; `fixtures/gguf/export.py` made both.
 #![allow(clippy::unwrap_used)]
 
-use clearform_weights::{Checkpoint, Dtype, TensorSource, save, sha256_file};
+use clearform_weights::{Checkpoint, Dtype, TensorSource, digest, save};
 use std::path::{Path, PathBuf};
 
 fn fixture(name: &str) -> PathBuf {
@@ -96,7 +96,7 @@ fn what_is_saved_of_it_is_the_same_model() {
     let saved = folder.path().join("saved.safetensors");
     save(&saved, &checkpoint, checkpoint.metadata()).unwrap();
     check(&saved, "formats.safetensors");
-    assert_eq!(sha256_file(&checkpoint.files()[0].path).unwrap(), sha256_file(fixture("formats.gguf")).unwrap());
+    assert_eq!(digest(&checkpoint.files()[0].path).unwrap(), digest(fixture("formats.gguf")).unwrap());
 }
 
 /// More blocks than are unpacked at once: block n has the factor 1 and values n - 128, wrapped.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{
-    Checkpoint, Dtype, RawTensor, Resident, SafetensorsWriter, TensorInfo, TensorSource, WeightsError, save,
+    Checkpoint, Digest, Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, digest, save,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,14 +17,13 @@ fn info(name: &str, tensor: &RawTensor) -> TensorInfo {
     TensorInfo { name: name.to_owned(), dtype: tensor.dtype, shape: tensor.shape.clone() }
 }
 
-fn write(path: &Path, tensors: &[(&str, RawTensor)]) {
+fn write(path: &Path, tensors: &[(&str, RawTensor)]) -> Digest {
     let infos: Vec<_> = tensors.iter().map(|(name, tensor)| info(name, tensor)).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    let mut writer = SafetensorsWriter::create(path, &infos, &metadata).unwrap();
-    for (name, tensor) in tensors {
-        writer.write(name, tensor).unwrap();
-    }
-    writer.finish().unwrap();
+    let read = |info: &TensorInfo| -> Result<RawTensor, WeightsError> {
+        Ok(tensors.iter().find(|(name, _)| *name == info.name).unwrap().1.clone())
+    };
+    clearform_weights::write(path, &infos, &metadata, read).unwrap()
 }
 
 fn samples() -> Vec<(&'static str, RawTensor)> {
@@ -42,7 +41,8 @@ fn samples() -> Vec<(&'static str, RawTensor)> {
 fn written_tensors_come_back_and_the_library_reads_them() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("all.safetensors");
-    write(&path, &samples());
+    let written = write(&path, &samples());
+    assert_eq!(written, digest(&path).unwrap());
     let checkpoint = Checkpoint::open(&path).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let library = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -96,12 +96,18 @@ fn an_unfinished_or_wrong_file_leaves_the_old_one() {
     write(&path, &samples());
     let before = std::fs::read(&path).unwrap();
     let raw = tensor(Dtype::F32, &[2], 0);
-    let mut writer = SafetensorsWriter::create(&path, &[info("a", &raw), info("b", &raw)], &BTreeMap::new()).unwrap();
-    assert!(matches!(writer.write("c", &raw), Err(WeightsError::Missing { .. })));
-    assert!(matches!(writer.write("a", &tensor(Dtype::F32, &[3], 0)), Err(WeightsError::BadTensor { .. })));
-    writer.write("b", &raw).unwrap();
-    assert!(writer.finish().is_err());
-    assert!(SafetensorsWriter::create(&path, &[info("a", &raw), info("a", &raw)], &BTreeMap::new()).is_err());
+    let refused = |infos: &[TensorInfo], b: Option<RawTensor>| {
+        let read = |info: &TensorInfo| match info.name.as_str() {
+            "a" => Ok(raw.clone()),
+            name => b.clone().ok_or_else(|| WeightsError::Missing { name: name.to_owned() }),
+        };
+        clearform_weights::write(&path, infos, &BTreeMap::new(), read).unwrap_err()
+    };
+    let (a, b) = (info("a", &raw), info("b", &raw));
+    assert!(matches!(refused(&[a.clone(), b.clone()], None), WeightsError::Missing { .. }));
+    let wide = Some(tensor(Dtype::F32, &[3], 0));
+    assert!(matches!(refused(&[a.clone(), b], wide), WeightsError::BadTensor { .. }));
+    assert!(matches!(refused(&[a.clone(), a], None), WeightsError::BadTensor { .. }));
     assert_eq!(std::fs::read(&path).unwrap(), before);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }

@@ -6,12 +6,12 @@ use crate::opening::{identify, plainly, plan, reading, tell};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Lesson, Student};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{AdapterRecord, ConversionPlan, Patched, Placing, Replace, Report, Stage};
+use clearform_convert::{AdapterRecord, ConversionPlan, Origins, Patched, Placing, Replace, Report, Stage};
 use clearform_distill::SampleSet;
 use clearform_layout::Inspection;
 use clearform_plugins::{Adapted, Changes, LowRankMode};
 use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Options, Pipeline, Transformer};
-use clearform_weights::{Checkpoint, sha256_file};
+use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -119,7 +119,7 @@ fn write(
     args: &Convert,
     attention: &AttentionPlan,
     edited: &Edited,
-    stage: Stage,
+    mut stage: Stage,
     lesson: Option<&Lesson>,
     output: &Output,
 ) -> anyhow::Result<Report> {
@@ -130,6 +130,7 @@ fn write(
     let plan = ConversionPlan::new(transformer.identified(), attention.clone())
         .with_dtype(args.dtype.map(crate::args::Dtype::computed))
         .with_components(folders, placing);
+    let origins = Origins::of(transformer.checkpoint());
     let bar = output.progress("writing", 0);
     let mut watch = |done: u64, all: u64| {
         bar.set_length(all);
@@ -138,13 +139,13 @@ fn write(
     let report = match lesson {
         Some(lesson) => {
             let distilled = Patched::new(&source, &lesson.distilled.tensors);
-            plan.apply(&distilled, transformer.account(), &stage, &mut watch)?
+            plan.apply(&distilled, transformer.account(), &mut stage, &mut watch)?
         }
-        None => plan.apply(&source, transformer.account(), &stage, &mut watch)?,
+        None => plan.apply(&source, transformer.account(), &mut stage, &mut watch)?,
     };
     bar.finish_and_clear();
-    bake_components(&components(args), &edited.changes, &stage)?;
-    let mut record = plan.record(transformer.checkpoint())?;
+    bake_components(&components(args), &edited.changes, &mut stage)?;
+    let mut record = plan.record(origins.wait()?)?;
     record.adapter = args.adapters.lora.iter().map(adapter_record).collect::<anyhow::Result<_>>()?;
     record.distillation = lesson.map(|lesson| lesson.record.clone());
     stage.finish(record)?;
@@ -152,7 +153,7 @@ fn write(
 }
 
 /// Writes the parts beside the transformer that adapters edit anew.
-fn bake_components(components: &Components, changes: &Changes, stage: &Stage) -> anyhow::Result<()> {
+fn bake_components(components: &Components, changes: &Changes, stage: &mut Stage) -> anyhow::Result<()> {
     for part in EDITED_PARTS.into_iter().filter(|part| changes.touch(part)) {
         let stored = Checkpoint::open(components.folder(part)?)?;
         stage.replace_tensors(part, &Adapted::new(&stored, changes, part, LowRankMode::Fused))?;
@@ -163,7 +164,7 @@ fn bake_components(components: &Components, changes: &Changes, stage: &Stage) ->
 fn adapter_record(arg: &AdapterArg) -> anyhow::Result<AdapterRecord> {
     let name = arg.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let files = Checkpoint::open(&arg.path)?;
-    let sha256 = sha256_file(&files.files()[0].path)?;
+    let sha256 = digest(&files.files()[0].path)?.sha256;
     Ok(AdapterRecord { name, sha256, strength: arg.weight.unwrap_or(1.0) })
 }
 

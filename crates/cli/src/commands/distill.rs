@@ -16,7 +16,7 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     let (teacher, student) = (original_transformer(&args.teacher, &args.model)?, transformer(&args.model)?);
     let target = args.output.as_deref().unwrap_or(&args.model);
     let replace = Replace::allowed_if(target == args.model);
-    let stage = match args.training.resume {
+    let mut stage = match args.training.resume {
         true => Stage::resume(target, replace)?,
         false => Stage::begin(target, replace)?,
     };
@@ -27,9 +27,8 @@ pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
     let distilled = Patched::new(&start, &lesson.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .with_components(vec![args.model.clone()], Placing::Copy);
-    let report = conversion.apply(&distilled, student.account(), &stage, &mut |_, _| ())?;
-    let mut record = conversion.record(student.checkpoint())?;
-    record.source.clone_from(&model.record().source);
+    let report = conversion.apply(&distilled, student.account(), &mut stage, &mut |_, _| ())?;
+    let mut record = conversion.record(model.record().source.clone())?;
     record.distillation = Some(lesson.record);
     stage.finish(record)?;
     output.result(&Written::new(target, &plan, report))?;

@@ -5,7 +5,7 @@ use crate::commands::convert::Written;
 use crate::opening::{identify, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use clearform_attention::Radius;
-use clearform_convert::{ConversionPlan, Mode, Patch, Placing, PortableModel, Replace, Report, Stage};
+use clearform_convert::{ConversionPlan, Mode, Origins, Patch, Placing, PortableModel, Replace, Report, Stage};
 use clearform_runtime::Transformer;
 use clearform_weights::TensorSource;
 use serde::Serialize;
@@ -71,9 +71,10 @@ fn write(application: &Application) -> anyhow::Result<Report> {
     let patched = patch.onto(&canonical, mode, base)?;
     let plan = ConversionPlan::new(&identified, patch.plan().clone())
         .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy);
-    let stage = Stage::begin(output, replace)?;
-    let report = plan.apply(&patched, canonical.account(), &stage, &mut |_, _| ())?;
-    stage.finish(plan.record(checkpoint.source())?)?;
+    let origins = Origins::of(checkpoint.source());
+    let mut stage = Stage::begin(output, replace)?;
+    let report = plan.apply(&patched, canonical.account(), &mut stage, &mut |_, _| ())?;
+    stage.finish(plan.record(origins.wait()?)?)?;
     Ok(report)
 }
 

@@ -1,0 +1,31 @@
+//! [`Origins`]: hashes of the files that a model is made from, reckoned while the model is written.
+
+use crate::{Result, SourceRecord};
+use clearform_weights::{Checkpoint, digest};
+use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
+
+/// The hashes of a checkpoint's files, on their way.
+#[derive(Debug)]
+pub struct Origins(JoinHandle<Result<Vec<SourceRecord>>>);
+
+impl Origins {
+    /// Begins to read the files of `checkpoint`.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        let paths: Vec<PathBuf> = checkpoint.files().iter().map(|file| file.path.clone()).collect();
+        Self(thread::spawn(move || paths.into_iter().map(origin).collect()))
+    }
+
+    /// Waits for them.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn wait(self) -> Result<Vec<SourceRecord>> {
+        self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+fn origin(path: PathBuf) -> Result<SourceRecord> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(SourceRecord { name, sha256: digest(&path)?.sha256 })
+}

@@ -1,0 +1,132 @@
+//! [`Stream`]: bytes on their way into a file, hashed as they go. Whoever gives them may read the next ones meanwhile.
+
+use sha2::{Digest as _, Sha256};
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+
+/// Size and hash of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Digest {
+    /// Bytes.
+    pub size: u64,
+    /// SHA-256 as 64 lower-case hexadecimal digits.
+    pub sha256: String,
+}
+
+/// A file being written and hashed, each on a thread of its own.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    writing: Lane<io::Result<()>>,
+    hashing: Lane<Digest>,
+}
+
+/// A thread that takes bytes one lot at a time: who sends the next waits until it has done with the last, so that no
+/// more than two lots are in memory.
+#[derive(Debug)]
+struct Lane<T> {
+    bytes: SyncSender<Arc<Vec<u8>>>,
+    thread: JoinHandle<T>,
+}
+
+impl Stream {
+    /// Begins at the file's cursor.
+    pub fn into_file(mut file: File) -> Self {
+        Self {
+            writing: Lane::begin(move |lots| lots.iter().try_for_each(|bytes| file.write_all(&bytes))),
+            hashing: Lane::begin(|lots| {
+                let mut hash = Hashing::default();
+                lots.iter().for_each(|bytes| hash.update(&bytes));
+                hash.finish()
+            }),
+        }
+    }
+
+    /// Sends bytes on their way. An error of writing shows at [`Self::finish`]; [`Self::broken`] tells of it before.
+    pub fn send(&self, bytes: Vec<u8>) {
+        let bytes = Arc::new(bytes);
+        self.writing.send(&bytes);
+        self.hashing.send(&bytes);
+    }
+
+    /// Whether writing failed, so that further bytes are in vain.
+    pub fn broken(&self) -> bool {
+        self.writing.thread.is_finished()
+    }
+
+    /// Waits until all is written and hashed.
+    pub fn finish(self) -> io::Result<Digest> {
+        self.writing.finish()??;
+        self.hashing.finish()
+    }
+}
+
+impl<T: Send + 'static> Lane<T> {
+    fn begin(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> Self {
+        let (bytes, lots) = sync_channel(0);
+        Self { bytes, thread: thread::spawn(move || work(lots)) }
+    }
+
+    /// A thread that ended has no use for more; why it ended, it tells at the end.
+    fn send(&self, bytes: &Arc<Vec<u8>>) {
+        let _ = self.bytes.send(bytes.clone());
+    }
+
+    fn finish(self) -> io::Result<T> {
+        drop(self.bytes);
+        self.thread.join().map_err(|_| io::Error::other("a thread that wrote a file ended early"))
+    }
+}
+
+/// A [`Digest`] in the making.
+#[derive(Default)]
+pub(crate) struct Hashing {
+    size: u64,
+    hash: Sha256,
+}
+
+impl Hashing {
+    /// Takes further bytes in.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.size += bytes.len() as u64;
+        self.hash.update(bytes);
+    }
+
+    /// What all of them come to.
+    pub fn finish(self) -> Digest {
+        let sha256 = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Digest { size: self.size, sha256 }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek};
+
+    #[test]
+    fn bytes_arrive_in_order_and_are_hashed() {
+        let mut file = tempfile::tempfile().unwrap();
+        let stream = Stream::into_file(file.try_clone().unwrap());
+        ["a", "", "b", "c"].iter().for_each(|bytes| stream.send(bytes.as_bytes().to_vec()));
+        let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(stream.finish().unwrap(), Digest { size: 3, sha256: known.to_owned() });
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "abc");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_told() {
+        let stream = Stream::into_file(File::options().write(true).open("/dev/full").unwrap());
+        while !stream.broken() {
+            stream.send(vec![0; 9]);
+        }
+        assert_eq!(stream.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
+}
