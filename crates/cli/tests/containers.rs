@@ -38,6 +38,16 @@ fn all_in_one(tiny: &Tiny, folder: &Path) -> PathBuf {
     path
 }
 
+/// The model with what torch's wrappers put into the names.
+fn wrapped(model: &Path, folder: &Path) -> PathBuf {
+    let inside = |name: &str| name.replacen("blocks.0.", "blocks.0._fsdp_wrapped_module.", 1);
+    let wrapped = |(name, tensor): (String, Tensor)| (format!("module._orig_mod.{}", inside(&name)), tensor);
+    let path = folder.join("wrapped.safetensors");
+    let tensors: Tensors = fixture(model).into_iter().map(wrapped).collect();
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    path
+}
+
 /// The model as `torch.save({"model": ..., "step": 7}, path)` writes it: an archive of a pickle and a record per tensor.
 fn torch(model: &Path, folder: &Path) -> PathBuf {
     let tensors: Tensors = fixture(model).into_iter().collect();
@@ -117,4 +127,5 @@ fn every_container_runs_and_converts_as_the_model_it_holds() {
     check(&bfl, "bfl", &tiny);
     check(&all_in_one(&tiny, folder.path()), "comfy", &tiny);
     check(&torch(&bfl, folder.path()), "bfl", &tiny);
+    check(&wrapped(&bfl, folder.path()), "bfl", &tiny);
 }

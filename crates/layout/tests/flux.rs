@@ -89,7 +89,7 @@ fn pieces_are_the_rows_that_the_reference_takes() {
 #[test]
 fn prefixes_are_stripped_and_put_back() {
     for (layout, prefixes) in [
-        ("diffusers", &["transformer.", "model.diffusion_model.", "model.", "module."][..]),
+        ("diffusers", &["transformer.", "model.diffusion_model.", "model."][..]),
         ("bfl", &["model.", "transformer.", "net."]),
         ("comfy", &["diffusion_model.", "model.model."]),
     ] {

@@ -183,8 +183,8 @@ fn pieces_are_the_rows_that_the_references_take() {
 #[test]
 fn every_prefix_of_every_layout_is_stripped() {
     for (layout, prefixes) in [
-        ("diffusers", &["", "transformer.", "model.diffusion_model.", "model.", "module.", "_orig_mod."][..]),
-        ("original", &["", "model.", "module.", "_orig_mod."]),
+        ("diffusers", &["", "transformer.", "model.diffusion_model.", "model.", "net."][..]),
+        ("original", &["", "model."]),
         ("comfy", &["model.diffusion_model.", "diffusion_model.", "model.model."]),
     ] {
         for family in FAMILIES.into_iter().filter(|family| *family != "flux") {

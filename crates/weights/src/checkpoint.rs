@@ -6,6 +6,7 @@
 use crate::folder::{Index, Listing};
 use crate::header::{Entry, Header};
 use crate::place::Record;
+use crate::wrapped::unwrapped;
 use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, gguf, json, torch};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -61,6 +62,7 @@ impl Checkpoint {
         if let Some(index) = &listing.index {
             checkpoint.agree(index)?;
         }
+        checkpoint.unwrap_names()?;
         Ok(checkpoint)
     }
 
@@ -123,6 +125,25 @@ impl Checkpoint {
             }
             None => Ok(()),
         }
+    }
+
+    /// Takes off names what says nothing of the model.
+    fn unwrap_names(&mut self) -> Result<()> {
+        let mut bare = BTreeMap::new();
+        let mut count = 0;
+        for (name, place) in std::mem::take(&mut self.tensors) {
+            let short = unwrapped(&name).into_owned();
+            count += usize::from(short != name);
+            if bare.insert(short.clone(), place).is_some() {
+                let reason = format!("tensor {short:?} is here twice, once as {name:?}: keep the one that is meant");
+                return Err(bad(&self.path, reason));
+            }
+        }
+        self.tensors = bare;
+        if count > 0 {
+            self.notes.push(format!("{count} names lost what torch's wrappers had put into them"));
+        }
+        Ok(())
     }
 
     fn shard_of(&self, name: &str) -> Option<&str> {

@@ -17,6 +17,7 @@ mod place;
 mod source;
 mod stream;
 mod torch;
+mod wrapped;
 mod writer;
 
 pub use checkpoint::{Checkpoint, TensorFile};
