@@ -56,7 +56,7 @@ pub(crate) struct Setting {
     /// What the published models have, where nothing else tells it.
     #[serde(default)]
     published: Vec<Published>,
-    /// Whether it may stay null where nothing tells it.
+    /// Whether it may stay null where nothing tells it and no published model is like this one.
     #[serde(default)]
     pub optional: bool,
     /// A size that the numbers of the value must add up to.

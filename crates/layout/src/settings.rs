@@ -117,10 +117,10 @@ impl Settled {
             self.evidence.push(format!("{key} {value}, as in every file of this layout"));
             return Ok(value.clone());
         }
-        if setting.optional {
-            return Ok(Value::Null);
-        }
-        let value = setting.published(&self.sizes)?;
+        let value = match setting.published(&self.sizes) {
+            Err(_) if setting.optional => return Ok(Value::Null),
+            published => published?,
+        };
         self.notes.push(format!("{key} {value} is that of the published models"));
         Ok(value)
     }

@@ -318,6 +318,26 @@ fn stored_positions_tell_the_sample_size() {
     }
 }
 
+/// Sigma's smallest model has alpha's tensors, but for the caption of training without one, and computes its positions
+/// otherwise.
+#[test]
+fn captions_tell_pixart_sigma_from_alpha() {
+    for (side, tokens, variant, interpolation) in [
+        (32, 120, "pixart-alpha", json!(null)),
+        (32, 300, "pixart-sigma", json!(0.5)),
+        (64, 300, "pixart-sigma", json!(null)),
+        (128, 300, "pixart-sigma", json!(null)),
+    ] {
+        let mut source = published("pixart-sigma").foreign("original");
+        source.put("pos_embed", &[1, side * side / 4, 1152]);
+        source.put("y_embedder.y_embedding", &[tokens, 4096]);
+        let identified = detect(&source, None, &Hints::default()).unwrap();
+        assert_eq!(identified.variant.name, variant, "{side} {tokens}");
+        assert_eq!(identified.config["interpolation_scale"], interpolation, "{side} {tokens}");
+        assert_eq!(identified.variant.defaults.text_tokens, tokens);
+    }
+}
+
 /// DiT and SiT have the same tensors: only what is said tells them apart.
 #[test]
 fn dit_and_sit_are_told_apart_by_class_or_by_request() {
