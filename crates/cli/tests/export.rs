@@ -84,10 +84,16 @@ fn dit_goes_to_its_authors_names_and_back() {
     let config = model.join("transformer/config.json");
     let reading = ["--family", "dit", "--config", text(&config)];
     check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"), &reading);
-    let mut original = tensors(&file);
-    // Positions are computed: no model of diffusers' has them.
-    original.remove("pos_embed");
-    assert!(tensors(&path("original-file.safetensors")) == original);
+    let (mut original, mut exported) = (tensors(&file), tensors(&path("original-file.safetensors")));
+    // Positions are computed: no model of diffusers' has them, and facebook's code wants them.
+    let (stored, computed) = (original.remove("pos_embed").unwrap(), exported.remove("pos_embed").unwrap());
+    assert!(exported == original);
+    assert_eq!((stored.dtype, &stored.shape), (computed.dtype, &computed.shape));
+    let computed = computed.to_tensor("pos_embed").unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+    let width = computed[0].len();
+    let first: Vec<f32> = (0..width).map(|at| f32::from(at % (width / 2) >= width / 4)).collect();
+    assert_eq!(computed[0], first);
+    assert_eq!((computed[1][0], computed[1][width / 2]), (1f32.sin(), 0.0));
 
     // What diffusers trained apart has no place in the authors' form.
     assemble_pipeline(&repository(""), "dit", &path("apart"));

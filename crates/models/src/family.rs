@@ -4,7 +4,7 @@ use crate::text::TextEncoders;
 use crate::{Conditions, Denoiser, DenoiserInput, Process, Result, Steering, Subject};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_weights::TensorSource;
+use clearform_weights::{Resident, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -55,6 +55,15 @@ pub trait Family: Send + Sync {
     /// # Errors
     /// A bad config key.
     fn sample_size(&self, config: &Value) -> Result<Option<usize>>;
+
+    /// Tensors that files in the layout called `layout` hold though they are computed and not learned.
+    ///
+    /// # Errors
+    /// A bad config key.
+    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+        let _ = (config, layout);
+        Ok(Resident::default())
+    }
 
     /// Encodes subjects, asking `encoders` for what it needs of them.
     ///

@@ -3,6 +3,7 @@
 use crate::args::Export;
 use crate::opening::{open_as, reading, tell};
 use crate::output::{Outcome, Output};
+use clearform_convert::Patched;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};
 use serde::Serialize;
@@ -16,8 +17,10 @@ pub fn run(args: &Export, output: &Output) -> anyhow::Result<Outcome> {
     tell(transformer.checkpoint(), output);
     let layout = layout(transformer.identified(), &args.to);
     let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;
+    let computed = transformer.family().computed(transformer.config(), layout)?;
+    let file = Patched::new(&exported, &computed);
     let plan = clearform_convert::recorded_plan(&args.model)?;
-    save(&args.output, &exported, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    save(&args.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     if let Some(plan) = plan {
         output.note(format_args!("the file does not tell the attention: {plan}; give --attention where it is run"));
     }
@@ -27,7 +30,7 @@ pub fn run(args: &Export, output: &Output) -> anyhow::Result<Outcome> {
         layout: layout.to_owned(),
         used: exported.account().used(),
         skipped: exported.account().skipped().map(|(name, reason)| format!("{name}: {reason}")).collect(),
-        written: exported.tensors().len(),
+        written: file.tensors().len(),
         bytes: std::fs::metadata(&args.output)?.len(),
     })?;
     Ok(Outcome::Whole)

@@ -2,6 +2,8 @@
 
 use crate::Result;
 use crate::keys::Keys;
+use crate::layers::sincos_positions;
+use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 /// Sizes of a DiT. Keys that config.json lacks have the defaults of diffusers' `DiTTransformer2DModel`.
@@ -53,5 +55,10 @@ impl DitConfig {
     /// Channels of a token inside the transformer.
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
+    }
+
+    /// Positions of a grid of tokens, (1, tokens, width).
+    pub(super) fn positions(&self, grid: (usize, usize), device: &Device) -> Result<Tensor> {
+        sincos_positions(grid, self.width(), self.sample_size / self.patch, 1.0, device)
     }
 }

@@ -16,7 +16,7 @@ use crate::text::TextEncoders;
 use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, Steering, Subject};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_weights::TensorSource;
+use clearform_weights::{Resident, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -57,11 +57,24 @@ impl Family for Dit {
         Ok(Some(DitConfig::new(config)?.sample_size))
     }
 
+    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+        if layout != ORIGINAL {
+            return Ok(Resident::default());
+        }
+        let config = DitConfig::new(config)?;
+        let side = config.sample_size / config.patch;
+        let positions = config.positions((side, side), &Device::Cpu)?;
+        Ok(Resident::from_iter([("pos_embed".to_owned(), positions)]))
+    }
+
     fn encode(&self, config: &Value, subjects: &[Subject], _: &dyn TextEncoders) -> Result<Conditions> {
         let labels = classes(subjects, DitConfig::new(config)?.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
 }
+
+/// The layout of facebook's own code, which keeps the positions of its one picture size among the weights.
+const ORIGINAL: &str = "original";
 
 /// The label that stands for no class.
 pub(super) fn no_class(config: &Value) -> Result<Subject> {

@@ -2,9 +2,7 @@
 
 use super::blocks::DitBlock;
 use super::config::DitConfig;
-use crate::layers::{
-    NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, sincos_positions, to_latents,
-};
+use crate::layers::{NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, to_latents};
 use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, Result, State};
 use candle_core::Tensor;
@@ -67,8 +65,7 @@ impl Denoiser for DitTransformer {
         let (latents, config) = (&input.latents, &self.config);
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
         let (extents, geometry) = grid(latents, config.patch)?;
-        let base = config.sample_size / config.patch;
-        let positions = sincos_positions(extents, config.width(), base, 1.0, latents.device())?;
+        let positions = config.positions(extents, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning(input, batch)?;
         Ok(State {

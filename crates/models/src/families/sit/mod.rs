@@ -9,7 +9,7 @@ use crate::text::TextEncoders;
 use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, State, Steering, Subject};
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_weights::TensorSource;
+use clearform_weights::{Resident, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -59,6 +59,10 @@ impl Family for Sit {
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
         Dit.sample_size(config)
+    }
+
+    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+        Dit.computed(config, layout)
     }
 
     fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
