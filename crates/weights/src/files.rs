@@ -45,17 +45,20 @@ pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
 
 /// Takes `size` bytes of the disk for an unfinished file, so that one that cannot be finished is not begun. Systems and
 /// disks that cannot take any beforehand are found out in writing.
+#[cfg(target_os = "linux")]
 pub(crate) fn reserve(file: &File, size: u64) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size) {
-        Err(error @ (rustix::io::Errno::NOSPC | rustix::io::Errno::FBIG | rustix::io::Errno::DQUOT)) => {
-            let reason = format!("{size} bytes are needed: {error}; give another place or make room");
-            return Err(io::Error::new(io::ErrorKind::StorageFull, reason));
-        }
-        _ => {}
+    use rustix::io::Errno;
+    let taken = rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size);
+    if let Err(error @ (Errno::NOSPC | Errno::FBIG | Errno::DQUOT)) = taken {
+        let reason = format!("{size} bytes are needed: {error}; give another place or make room");
+        return Err(io::Error::new(io::ErrorKind::StorageFull, reason));
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (file, size);
+    Ok(())
+}
+
+/// Here no bytes can be taken beforehand.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn reserve(_: &File, _: u64) -> io::Result<()> {
     Ok(())
 }
 
