@@ -18,7 +18,7 @@ mod source;
 mod torch;
 mod writer;
 
-pub use checkpoint::{Checkpoint, TensorFile};
+pub use checkpoint::{Checkpoint, Stored, TensorFile};
 pub use error::{Result, WeightsError};
 pub use files::{sha256_file, write_atomically};
 pub use fp8::Fp8;

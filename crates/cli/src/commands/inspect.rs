@@ -8,10 +8,10 @@ use clearform_layout::Inspection;
 pub fn run(args: &Inspect, output: &Output) -> anyhow::Result<Outcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
     tell(checkpoint.source(), output);
-    let inspection = Inspection::new(&identified, &identified.canonical(&checkpoint));
+    let inspection = Inspection::of(&identified, &checkpoint);
     output.result(&inspection)?;
-    for complaint in inspection.complaints() {
-        output.note(format_args!("error: {}: {complaint}", args.source.display()));
+    if !inspection.complete() {
+        output.note(format_args!("error: {}: {}", args.source.display(), inspection.account()));
     }
     Ok(Outcome::whole_if(inspection.complete()))
 }

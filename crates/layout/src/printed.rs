@@ -1,0 +1,174 @@
+//! How an [`Inspection`] reads on a terminal: a word at the left of every line says what it is, what is wrong stands near
+//! the end, the verdict is the last line. JSON has all that is cut short here.
+
+use crate::account::Missing;
+use crate::estimate::Estimate;
+use crate::inspection::Inspection;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// Lines of one kind of fault.
+const MOST_LINES: usize = 20;
+/// Columns, of which the first are the line's word.
+const COLUMNS: usize = 100;
+const WORD: usize = 12;
+/// From so many times 10^12 operations on they are counted in these.
+const TERA: f64 = 1.0;
+
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.lines().iter().try_for_each(|(word, text)| wrap(f, word, text))?;
+        if !self.estimates.is_empty() {
+            self.table(f)?;
+        }
+        self.faults().iter().try_for_each(|(word, text)| writeln!(f, "{word:WORD$}{text}"))?;
+        write!(f, "{}", if self.complete { "complete" } else { "NOT complete" })
+    }
+}
+
+impl Inspection {
+    fn lines(&self) -> Vec<(&str, String)> {
+        let mut lines = vec![
+            ("family", self.drawn()),
+            ("layout", self.named()),
+            ("depth", counts(&self.depth)),
+            ("parameters", quantity(self.parameters)),
+            (
+                "tensors",
+                format!("{} used, {} skipped, {} not understood", self.used, self.skipped.len(), self.unmatched.len()),
+            ),
+        ];
+        let reasons = self.skipped.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, one| {
+            *counts.entry(one.reason.clone()).or_default() += 1;
+            counts
+        });
+        lines.extend(reasons.iter().map(|(reason, count)| ("skipped", format!("{count}: {reason}"))));
+        lines.extend(self.numbers());
+        lines.extend(self.evidence.iter().map(|line| ("evidence", line.clone())));
+        lines.extend(self.notes.iter().map(|line| ("note", line.clone())));
+        lines
+    }
+
+    fn drawn(&self) -> String {
+        let (name, defaults) = (&self.variant.name, self.variant.defaults);
+        let text =
+            if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
+        format!("{}, variant {name} ({} steps, guidance {}{text})", self.family, defaults.steps, defaults.guidance)
+    }
+
+    fn named(&self) -> String {
+        let prefix =
+            if self.prefix.is_empty() { String::new() } else { format!(", every name after {:?}", self.prefix) };
+        format!("{}{prefix}", self.layout)
+    }
+
+    /// How the numbers are kept, and how they are computed with where that is not the same.
+    fn numbers(&self) -> Vec<(&'static str, String)> {
+        let kept = self.stored.iter().map(|stored| format!("{} {}", stored.format, stored.tensors)).collect::<Vec<_>>();
+        let stored = || format!("{} in {}", kept.join(", "), size(self.stored.iter().map(|stored| stored.bytes).sum()));
+        let read = format!("{} in {}", counts(&self.dtypes), size(self.bytes));
+        match self.stored.iter().all(|stored| self.dtypes.contains_key(&stored.format)) {
+            _ if self.stored.is_empty() => vec![("read as", read)],
+            true => vec![("stored as", stored())],
+            false => vec![("stored as", stored()), ("read as", read)],
+        }
+    }
+
+    fn table(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let defaults = self.variant.defaults;
+        let tera = self.estimates.iter().all(|estimate| estimate.full_teraflop_per_evaluation >= TERA);
+        let (unit, factor) = if tera { ("Tflop", 1.0) } else { ("Gflop", 1e3) };
+        let (steps, each) = (defaults.steps, defaults.evaluations);
+        let evaluations = if each == 1 { "one evaluation".to_owned() } else { format!("{each} evaluations") };
+        let what = format!(
+            "{unit} of one evaluation, counted and not measured; a picture takes {steps} steps of {evaluations}"
+        );
+        wrap(f, "cost", &what)?;
+        let radii =
+            self.estimates[0].clear.iter().map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens)));
+        let radii: String = radii.collect();
+        writeln!(f, "{:>9} {:>8} {:>11} {:>10}{radii}", "picture", "tokens", "memory", "full")?;
+        self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
+        self.limits().iter().try_for_each(|limit| wrap(f, "", limit))
+    }
+
+    fn limits(&self) -> Vec<String> {
+        let trained = self.trained_side_pixels.map(|side| {
+            format!(
+                "It was trained on pictures of {side} px; beyond, only the cost is told, not how the picture will be"
+            )
+        });
+        let largest = self.largest_side_pixels.map(|side| format!("It has positions for pictures of up to {side} px"));
+        trained.into_iter().chain(largest).collect()
+    }
+
+    fn faults(&self) -> Vec<(&str, String)> {
+        let hint = |name: &str| self.near.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"));
+        let missing: BTreeSet<&str> = self.missing.iter().map(Missing::in_file).collect();
+        let missing = missing.into_iter().map(|name| format!("{name:?}{}", hint(name)));
+        let unmatched = self.unmatched.iter().map(|one| format!("{:?}{}: {}", one.name, hint(&one.name), one.reason));
+        let contradictions = self.contradictions.iter().map(ToString::to_string);
+        let misshapen = self.misshapen.iter().map(ToString::to_string);
+        [
+            few("contradicts", contradictions.collect()),
+            few("missing", missing.collect()),
+            few("misshapen", misshapen.collect()),
+            few("unmatched", unmatched.collect()),
+        ]
+        .concat()
+    }
+}
+
+/// The first of `texts`, and how many more there are.
+fn few(word: &'static str, texts: Vec<String>) -> Vec<(&'static str, String)> {
+    let more = texts.len().saturating_sub(MOST_LINES);
+    let rest = (more > 0).then(|| format!("and {more} more; --json lists all"));
+    texts.into_iter().take(MOST_LINES).chain(rest).map(|text| (word, text)).collect()
+}
+
+fn row(estimate: &Estimate, factor: f64) -> String {
+    let Estimate { side_pixels, image_tokens, full_teraflop_per_evaluation: full, .. } = estimate;
+    let (memory, full) = (size(estimate.memory_bytes), full * factor);
+    let mut row = format!("{side_pixels:>6} px {image_tokens:>8} {memory:>11} {full:>10.1}");
+    for clear in &estimate.clear {
+        let times = format!("{:.1}x", clear.full_over_clear);
+        row += &format!("{:>10.1} {times:>5}", clear.teraflop_per_evaluation * factor);
+    }
+    row
+}
+
+/// `text` behind `word`, broken between words.
+fn wrap(f: &mut fmt::Formatter, word: &str, text: &str) -> fmt::Result {
+    let mut line = format!("{word:WORD$}");
+    let mut room = COLUMNS - WORD;
+    for (at, part) in text.split(' ').enumerate() {
+        let length = part.chars().count();
+        if at > 0 && length + 1 > room {
+            writeln!(f, "{}", line.trim_end())?;
+            (line, room) = (" ".repeat(WORD), COLUMNS - WORD);
+        } else if at > 0 {
+            line.push(' ');
+            room = room.saturating_sub(1);
+        }
+        line += part;
+        room = room.saturating_sub(length);
+    }
+    writeln!(f, "{}", line.trim_end())
+}
+
+fn counts(counts: &BTreeMap<String, usize>) -> String {
+    counts.iter().map(|(key, count)| format!("{key} {count}")).collect::<Vec<_>>().join(", ")
+}
+
+fn quantity(number: u64) -> String {
+    match number as f64 {
+        many if many >= 1e9 => format!("{:.2} billion", many / 1e9),
+        many if many >= 1e6 => format!("{:.1} million", many / 1e6),
+        _ => number.to_string(),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    let mebibytes = bytes as f64 / (1 << 20) as f64;
+    if mebibytes < 1024.0 { format!("{mebibytes:.1} MiB") } else { format!("{:.2} GiB", mebibytes / 1024.0) }
+}
