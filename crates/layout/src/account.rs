@@ -9,6 +9,8 @@ use std::fmt;
 
 /// Names that a nearer one is looked for: a hostile file may have a hundred thousand that nobody knows.
 const MOST_LOOKED_FOR: usize = 300;
+/// Names that one missing tensor would give: three of a fused projection.
+const MOST_GIVEN: usize = 3;
 
 /// What became of an input tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -117,7 +119,7 @@ impl Account {
 
     /// What is wrong, a line each.
     pub fn complaints(&self) -> Vec<String> {
-        let missing = self.missing.iter().map(|missing| format!("{missing}{}", self.hint(missing.in_file())));
+        let missing = self.missing_in_file().into_iter().map(|(name, gives)| self.lack(name, &gives));
         let misshapen = self.misshapen.iter().map(ToString::to_string);
         let unmatched = self
             .unmatched()
@@ -143,7 +145,27 @@ impl Account {
         self.near = of_unknown.chain(of_missing).map(pair).collect();
     }
 
-    fn hint(&self, name: &str) -> String {
+    /// Names of the file that are missing, with the canonical ones that each would give where those are others.
+    pub(crate) fn missing_in_file(&self) -> BTreeMap<&str, Vec<&str>> {
+        self.missing.iter().fold(BTreeMap::new(), |mut names, missing| {
+            let gives: &mut Vec<&str> = names.entry(missing.in_file()).or_default();
+            gives.extend(missing.foreign.as_ref().map(|_| missing.name.as_str()));
+            names
+        })
+    }
+
+    fn lack(&self, name: &str, gives: &[&str]) -> String {
+        let shown: Vec<String> = gives.iter().take(MOST_GIVEN).map(|name| format!("{name:?}")).collect();
+        let gives = match gives.len() - shown.len() {
+            _ if gives.is_empty() => String::new(),
+            0 => format!(" (it gives {})", shown.join(", ")),
+            more => format!(" (it gives {} and {more} more)", shown.join(", ")),
+        };
+        format!("tensor {name:?} is missing{gives}{}", self.hint(name))
+    }
+
+    /// What `name` resembles, in brackets.
+    pub(crate) fn hint(&self, name: &str) -> String {
         self.near.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"))
     }
 }
@@ -165,16 +187,6 @@ impl Missing {
     /// Its name in this checkpoint.
     pub fn in_file(&self) -> &str {
         self.foreign.as_ref().unwrap_or(&self.name)
-    }
-}
-
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "tensor {:?} is missing", self.in_file())?;
-        match &self.foreign {
-            Some(_) => write!(f, " (it gives {:?})", self.name),
-            None => Ok(()),
-        }
     }
 }
 

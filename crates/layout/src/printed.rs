@@ -1,10 +1,10 @@
-//! How an [`Inspection`] reads on a terminal: a word at the left of every line says what it is, what is wrong stands near
+//! How an [`Inspection`] reads on a terminal: a word at the left of a line says what it tells, what is wrong stands near
 //! the end, the verdict is the last line. JSON has all that is cut short here.
 
-use crate::account::Missing;
 use crate::estimate::Estimate;
 use crate::inspection::Inspection;
-use std::collections::{BTreeMap, BTreeSet};
+use crate::mapping::UNKNOWN;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Lines of one kind of fault.
@@ -64,14 +64,21 @@ impl Inspection {
 
     /// How the numbers are kept, and how they are computed with where that is not the same.
     fn numbers(&self) -> Vec<(&'static str, String)> {
-        let kept = self.stored.iter().map(|stored| format!("{} {}", stored.format, stored.tensors)).collect::<Vec<_>>();
-        let stored = || format!("{} in {}", kept.join(", "), size(self.stored.iter().map(|stored| stored.bytes).sum()));
-        let read = format!("{} in {}", counts(&self.dtypes), size(self.bytes));
-        match self.stored.iter().all(|stored| self.dtypes.contains_key(&stored.format)) {
-            _ if self.stored.is_empty() => vec![("read as", read)],
-            true => vec![("stored as", stored())],
-            false => vec![("stored as", stored()), ("read as", read)],
-        }
+        let bytes = self.stored.iter().map(|stored| stored.bytes).sum();
+        let stored = self.stored.iter().map(|stored| format!("{} {}", stored.tensors, stored.format));
+        let read = self.dtypes.iter().map(|(dtype, count)| format!("{count} {dtype}"));
+        let line = |tensors: Vec<String>, bytes| format!("{}, {} in all", tensors.join(", "), size(bytes));
+        let mut lines =
+            vec![("stored as", line(stored.collect(), bytes)), ("read as", line(read.collect(), self.bytes))];
+        lines.retain(|(word, _)| match *word {
+            "stored as" => !self.stored.is_empty(),
+            _ => self.computed_otherwise(bytes),
+        });
+        lines
+    }
+
+    fn computed_otherwise(&self, stored_bytes: u64) -> bool {
+        stored_bytes != self.bytes || self.stored.iter().any(|stored| !self.dtypes.contains_key(&stored.format))
     }
 
     fn table(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -79,34 +86,35 @@ impl Inspection {
         let tera = self.estimates.iter().all(|estimate| estimate.full_teraflop_per_evaluation >= TERA);
         let (unit, factor) = if tera { ("Tflop", 1.0) } else { ("Gflop", 1e3) };
         let (steps, each) = (defaults.steps, defaults.evaluations);
-        let evaluations = if each == 1 { "one evaluation".to_owned() } else { format!("{each} evaluations") };
-        let what = format!(
-            "{unit} of one evaluation, counted and not measured; a picture takes {steps} steps of {evaluations}"
-        );
-        wrap(f, "cost", &what)?;
-        let radii =
-            self.estimates[0].clear.iter().map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens)));
-        let radii: String = radii.collect();
-        writeln!(f, "{:>9} {:>8} {:>11} {:>10}{radii}", "picture", "tokens", "memory", "full")?;
+        let plural = if each == 1 { "" } else { "s" };
+        wrap(
+            f,
+            "cost",
+            &format!(
+                "{unit} per evaluation, counted and not measured; a picture takes {steps} steps of {each} evaluation{plural}"
+            ),
+        )?;
+        let radii = self.estimates[0].clear.iter();
+        let radii: String = radii.map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens))).collect();
+        writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "picture", "tokens", "memory", "full")?;
         self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
-        self.limits().iter().try_for_each(|limit| wrap(f, "", limit))
+        self.limits().iter().try_for_each(|limit| wrap(f, "note", limit))
     }
 
     fn limits(&self) -> Vec<String> {
-        let trained = self.trained_side_pixels.map(|side| {
-            format!(
-                "It was trained on pictures of {side} px; beyond, only the cost is told, not how the picture will be"
-            )
-        });
-        let largest = self.largest_side_pixels.map(|side| format!("It has positions for pictures of up to {side} px"));
+        let trained =
+            self.trained_side_pixels.map(|side| format!("trained at {side} px: larger rows tell the cost alone"));
+        let largest = self.largest_side_pixels.map(|side| format!("its positions end at {side} px"));
         trained.into_iter().chain(largest).collect()
     }
 
     fn faults(&self) -> Vec<(&str, String)> {
-        let hint = |name: &str| self.near.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"));
-        let missing: BTreeSet<&str> = self.missing.iter().map(Missing::in_file).collect();
-        let missing = missing.into_iter().map(|name| format!("{name:?}{}", hint(name)));
-        let unmatched = self.unmatched.iter().map(|one| format!("{:?}{}: {}", one.name, hint(&one.name), one.reason));
+        let account = self.account();
+        let missing = account.missing_in_file().into_keys().map(|name| format!("{name:?}{}", account.hint(name)));
+        let unmatched = self.unmatched.iter().map(|one| {
+            let reason = if one.reason == UNKNOWN { String::new() } else { format!(": {}", one.reason) };
+            format!("{:?}{}{reason}", one.name, account.hint(&one.name))
+        });
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         let misshapen = self.misshapen.iter().map(ToString::to_string);
         [
@@ -128,13 +136,23 @@ fn few(word: &'static str, texts: Vec<String>) -> Vec<(&'static str, String)> {
 
 fn row(estimate: &Estimate, factor: f64) -> String {
     let Estimate { side_pixels, image_tokens, full_teraflop_per_evaluation: full, .. } = estimate;
-    let (memory, full) = (size(estimate.memory_bytes), full * factor);
-    let mut row = format!("{side_pixels:>6} px {image_tokens:>8} {memory:>11} {full:>10.1}");
+    let (memory, full) = (size(estimate.memory_bytes), figures(full * factor));
+    let mut row = format!("{side_pixels:>6} px {image_tokens:>8} {memory:>11} {full:>9}");
     for clear in &estimate.clear {
-        let times = format!("{:.1}x", clear.full_over_clear);
-        row += &format!("{:>10.1} {times:>5}", clear.teraflop_per_evaluation * factor);
+        let (cost, times) = (figures(clear.teraflop_per_evaluation * factor), figures(clear.full_over_clear));
+        row += &format!("{cost:>10}{:>6}", format!("{times}x"));
     }
     row
+}
+
+/// As many decimals as say something.
+fn figures(number: f64) -> String {
+    let decimals = match number {
+        1000.0.. => 0,
+        10.0.. => 1,
+        _ => 2,
+    };
+    format!("{number:.decimals$}")
 }
 
 /// `text` behind `word`, broken between words.

@@ -190,7 +190,7 @@ fn every_fault_is_named() {
             "bfl",
             |fake| drop(fake.tensors.remove("double_blocks.1.img_attn.qkv.weight")),
             &[
-                "\"double_blocks.1.img_attn.qkv.weight\" is missing (it gives \"transformer_blocks.1.attn.to_k.weight\")",
+                "\"double_blocks.1.img_attn.qkv.weight\" is missing (it gives \"transformer_blocks.1.attn.to_k.weight\", ",
                 "\"transformer_blocks.1.attn.to_v.weight\"",
             ],
         ),
