@@ -2,6 +2,7 @@
 //! the end, the verdict is the last line. JSON has all that is cut short here.
 
 use crate::estimate::Estimate;
+use crate::family::Defaults;
 use crate::inspection::Inspection;
 use crate::mapping::UNKNOWN;
 use std::collections::BTreeMap;
@@ -65,15 +66,16 @@ impl Inspection {
     /// How the numbers are kept, and how they are computed with where that is not the same.
     fn numbers(&self) -> Vec<(&'static str, String)> {
         let bytes = self.stored.iter().map(|stored| stored.bytes).sum();
-        let stored = self.stored.iter().map(|stored| format!("{} {}", stored.tensors, stored.format));
-        let read = self.dtypes.iter().map(|(dtype, count)| format!("{count} {dtype}"));
         let line = |tensors: Vec<String>, bytes| format!("{}, {} in all", tensors.join(", "), size(bytes));
-        let mut lines =
-            vec![("stored as", line(stored.collect(), bytes)), ("read as", line(read.collect(), self.bytes))];
-        lines.retain(|(word, _)| match *word {
-            "stored as" => !self.stored.is_empty(),
-            _ => self.computed_otherwise(bytes),
-        });
+        let mut lines = Vec::new();
+        if !self.stored.is_empty() {
+            let stored = self.stored.iter().map(|stored| format!("{} {}", stored.tensors, stored.format));
+            lines.push(("stored as", line(stored.collect(), bytes)));
+        }
+        if self.computed_otherwise(bytes) {
+            let read = self.dtypes.iter().map(|(dtype, count)| format!("{count} {dtype}"));
+            lines.push(("read as", line(read.collect(), self.bytes)));
+        }
         lines
     }
 
@@ -82,23 +84,20 @@ impl Inspection {
     }
 
     fn table(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let defaults = self.variant.defaults;
         let tera = self.estimates.iter().all(|estimate| estimate.full_teraflop_per_evaluation >= TERA);
         let (unit, factor) = if tera { ("Tflop", 1.0) } else { ("Gflop", 1e3) };
-        let (steps, each) = (defaults.steps, defaults.evaluations);
-        let plural = if each == 1 { "" } else { "s" };
-        wrap(
-            f,
-            "cost",
-            &format!(
-                "{unit} per evaluation, counted and not measured; a picture takes {steps} steps of {each} evaluation{plural}"
-            ),
-        )?;
+        wrap(f, "cost", &format!("{unit} per evaluation, counted and not measured; {}", self.evaluations()))?;
         let radii = self.estimates[0].clear.iter();
         let radii: String = radii.map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens))).collect();
         writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "picture", "tokens", "memory", "full")?;
         self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
         self.limits().iter().try_for_each(|limit| wrap(f, "note", limit))
+    }
+
+    fn evaluations(&self) -> String {
+        let Defaults { steps, evaluations, .. } = self.variant.defaults;
+        let plural = if evaluations == 1 { "" } else { "s" };
+        format!("a picture takes {steps} steps of {evaluations} evaluation{plural}")
     }
 
     fn limits(&self) -> Vec<String> {
