@@ -142,12 +142,21 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         let written: HashMap<_, _> =
             bfl(&tiny).iter().map(|(name, tensor)| (name.clone(), Written::of(tensor, format))).collect();
         write(&file, &written);
+        let kept_bytes = written.values().map(|tensor| tensor.bytes.len() as u64).sum::<u64>();
         let rounded: HashMap<_, _> = written.into_iter().map(|(name, tensor)| (name, tensor.rounded)).collect();
         candle_core::safetensors::save(&rounded, &plain).unwrap();
 
         let found = json(0, &[&["inspect", text(&file)], &config[..]].concat());
         assert_eq!((&found["family"], &found["layout"]), (&"flux".into(), &"bfl".into()), "{format:?}");
         assert_eq!((&found["complete"], &found["parameters"]), (&true.into(), &parameters.into()), "{format:?}");
+        let stored = match format {
+            Format::F32 => ["F32", ""],
+            Format::F16 => ["F16", "F32"],
+            Format::Q8 => ["Q8_0", "F32"],
+        };
+        assert_eq!([0, 1].map(|at| found["stored"][at]["format"].as_str().unwrap_or_default()), stored);
+        let kept: u64 = found["stored"].as_array().unwrap().iter().map(|one| one["bytes"].as_u64().unwrap()).sum();
+        assert_eq!(kept, kept_bytes, "{format:?}");
 
         let full = forward(&file, &config);
         assert_close("full", &full, &forward(&plain, &config), 0.0);

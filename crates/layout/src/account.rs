@@ -1,10 +1,16 @@
 //! [`Account`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
 
+use crate::near::Names;
 use crate::shape::Expected;
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+
+/// Names that a nearer one is looked for: a hostile file may have a hundred thousand that nobody knows.
+const MOST_LOOKED_FOR: usize = 300;
+/// Names that one missing tensor would give: three of a fused projection.
+const MOST_GIVEN: usize = 3;
 
 /// What became of an input tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -74,6 +80,9 @@ pub struct Account {
     pub misshapen: Vec<Misshapen>,
     /// Settings that config.json and the tensors give differently.
     pub contradictions: Vec<Contradiction>,
+    /// What names that are missing or not understood resemble: of the former a name that is not understood, of the latter
+    /// one that is known.
+    pub near: BTreeMap<String, String>,
 }
 
 impl Account {
@@ -110,11 +119,54 @@ impl Account {
 
     /// What is wrong, a line each.
     pub fn complaints(&self) -> Vec<String> {
-        let missing = self.missing.iter().map(ToString::to_string);
+        let missing = self.missing_in_file().into_iter().map(|(name, gives)| self.lack(name, &gives));
         let misshapen = self.misshapen.iter().map(ToString::to_string);
-        let unmatched = self.unmatched().map(|(name, reason)| format!("tensor {name:?} is not understood: {reason}"));
+        let unmatched = self
+            .unmatched()
+            .map(|(name, reason)| format!("tensor {name:?} is not understood: {reason}{}", self.hint(name)));
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         contradictions.chain(missing).chain(misshapen).chain(unmatched).collect()
+    }
+
+    /// Looks for what unknown and missing names may have been meant to be; `known` are all names of the layout.
+    pub(crate) fn look_near(&mut self, known: impl FnOnce() -> BTreeSet<String>) {
+        let unknown: Vec<&str> = self.unmatched().map(|(name, _)| name).collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let known = known();
+        let missing: BTreeSet<&str> = self.missing.iter().map(Missing::in_file).collect();
+        let unknown: Vec<&str> = unknown.into_iter().filter(|name| !known.contains(*name)).collect();
+        let right = Names::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
+        let wrong = Names::new(unknown.iter().copied());
+        let pair = |(name, near): (&str, &str)| (name.to_owned(), near.to_owned());
+        let of_unknown = unknown.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, right.nearest(name)?)));
+        let of_missing = missing.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, wrong.nearest(name)?)));
+        self.near = of_unknown.chain(of_missing).map(pair).collect();
+    }
+
+    /// Names of the file that are missing, with the canonical ones that each would give where those are others.
+    pub(crate) fn missing_in_file(&self) -> BTreeMap<&str, Vec<&str>> {
+        self.missing.iter().fold(BTreeMap::new(), |mut names, missing| {
+            let gives: &mut Vec<&str> = names.entry(missing.in_file()).or_default();
+            gives.extend(missing.foreign.as_ref().map(|_| missing.name.as_str()));
+            names
+        })
+    }
+
+    fn lack(&self, name: &str, gives: &[&str]) -> String {
+        let shown: Vec<String> = gives.iter().take(MOST_GIVEN).map(|name| format!("{name:?}")).collect();
+        let gives = match gives.len() - shown.len() {
+            _ if gives.is_empty() => String::new(),
+            0 => format!(" (it gives {})", shown.join(", ")),
+            more => format!(" (it gives {} and {more} more)", shown.join(", ")),
+        };
+        format!("tensor {name:?} is missing{gives}{}", self.hint(name))
+    }
+
+    /// What `name` resembles, in brackets.
+    pub(crate) fn hint(&self, name: &str) -> String {
+        self.near.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"))
     }
 }
 
@@ -131,13 +183,10 @@ impl fmt::Display for Account {
     }
 }
 
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "tensor {:?} is missing", self.foreign.as_ref().unwrap_or(&self.name))?;
-        match &self.foreign {
-            Some(_) => write!(f, " (it gives {:?})", self.name),
-            None => Ok(()),
-        }
+impl Missing {
+    /// Its name in this checkpoint.
+    pub fn in_file(&self) -> &str {
+        self.foreign.as_ref().unwrap_or(&self.name)
     }
 }
 

@@ -117,6 +117,7 @@ impl Identified {
         self.skip_components(&mut mapping.fates);
         self.account_for_companions(&mut mapping.fates);
         account.fates = mapping.fates;
+        account.look_near(|| self.names());
         Mapped::new(source, mapping.tensors, account)
     }
 
@@ -162,6 +163,14 @@ impl Identified {
     /// Every canonical tensor a model of these sizes has.
     pub fn expected(&self) -> Vec<Expected> {
         self.manifest.expected(&self.sizes)
+    }
+
+    /// The name of every tensor in the layout that was found.
+    fn names(&self) -> BTreeSet<String> {
+        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let layout = self.found_layout();
+        let name = |tensor: Expected| layout.foreign_name(&tensor.name, &self.prefix, scope).unwrap_or(tensor.name);
+        self.expected().into_iter().map(name).collect()
     }
 
     /// A size by its key in config.json, or a hidden one such as "width".

@@ -5,6 +5,7 @@ use crate::rule::{RawRule, Rule, Step};
 use crate::setting::Setting;
 use crate::settings::Sizes;
 use crate::shape::{Expected, Extent, TensorRule};
+use crate::work::Work;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -17,6 +18,8 @@ pub struct Defaults {
     pub guidance: f64,
     /// Text tokens of the longer encoder; 0 where the family takes no text.
     pub text_tokens: usize,
+    /// Evaluations of a step: two where the guidance is classifier-free.
+    pub evaluations: usize,
 }
 
 /// A training of the family that is used in its own way.
@@ -41,6 +44,10 @@ pub(crate) struct RawFamily {
     aliases: Vec<String>,
     /// Pixels along a token's side: a number or a product of sizes.
     pixels_per_token: Option<Extent>,
+    /// Pixels along a side of the pictures that it was trained on, where a setting tells.
+    trained_side: Option<Extent>,
+    /// Pixels along a side that it can have at most, where something limits them.
+    largest_side: Option<Extent>,
     components: Option<Vec<String>>,
     optional_components: Option<Vec<String>>,
     #[serde(default)]
@@ -88,6 +95,7 @@ struct RawDefaults {
     steps: Option<usize>,
     guidance: Option<f64>,
     text_tokens: Option<usize>,
+    evaluations: Option<usize>,
 }
 
 /// A naming of the family's tensors on disk.
@@ -113,6 +121,8 @@ pub(crate) struct FamilyManifest {
     pub settings: Vec<Setting>,
     pub layouts: Vec<Layout>,
     pixels_per_token: Option<Extent>,
+    trained_side: Option<Extent>,
+    largest_side: Option<Extent>,
     defaults: RawDefaults,
     tensors: Vec<TensorRule>,
     variants: Vec<RawVariant>,
@@ -130,6 +140,8 @@ impl FamilyManifest {
         family.variants.clear();
         family.tensors.extend(raw.tensors.iter().cloned());
         family.pixels_per_token = raw.pixels_per_token.clone().or(family.pixels_per_token);
+        family.trained_side = raw.trained_side.clone().or(family.trained_side);
+        family.largest_side = raw.largest_side.clone().or(family.largest_side);
         family.components = raw.components.clone().unwrap_or(family.components);
         family.optional_components = raw.optional_components.clone().unwrap_or(family.optional_components);
         family.defaults = raw.defaults.or(family.defaults);
@@ -178,6 +190,27 @@ impl FamilyManifest {
         self.pixels_per_token.as_ref().and_then(|extent| extent.value(sizes)).unwrap_or(16).max(1)
     }
 
+    /// Pixels along a side of the pictures that a model of `sizes` was trained on, where that is known.
+    pub fn trained_side(&self, sizes: &Sizes) -> Option<usize> {
+        self.trained_side.as_ref()?.value(sizes)
+    }
+
+    /// Pixels along a side of the largest picture that a model of `sizes` can draw, where there is one.
+    pub fn largest_side(&self, sizes: &Sizes) -> Option<usize> {
+        self.largest_side.as_ref()?.value(sizes)
+    }
+
+    /// What an evaluation of a model of `sizes` computes.
+    pub fn work(&self, sizes: &Sizes) -> Work {
+        let mut work = Work::default();
+        for rule in &self.tensors {
+            for tensor in rule.expand(sizes, self.blocks_of(&rule.name, sizes)) {
+                work.add(&tensor, rule.per, rule.attends);
+            }
+        }
+        work
+    }
+
     /// Every tensor a model of `sizes` has.
     pub fn expected(&self, sizes: &Sizes) -> Vec<Expected> {
         self.tensors.iter().flat_map(|rule| rule.expand(sizes, self.blocks_of(&rule.name, sizes))).collect()
@@ -213,11 +246,12 @@ impl FamilyManifest {
     }
 
     fn with_defaults(&self, name: &str, own: RawDefaults) -> Variant {
-        let RawDefaults { steps, guidance, text_tokens } = own.or(self.defaults);
+        let RawDefaults { steps, guidance, text_tokens, evaluations } = own.or(self.defaults);
         let defaults = Defaults {
             steps: steps.unwrap_or(28),
             guidance: guidance.unwrap_or(1.0),
             text_tokens: text_tokens.unwrap_or(0),
+            evaluations: evaluations.unwrap_or(1),
         };
         Variant { name: name.to_owned(), defaults }
     }
@@ -258,6 +292,7 @@ impl RawDefaults {
             steps: self.steps.or(others.steps),
             guidance: self.guidance.or(others.guidance),
             text_tokens: self.text_tokens.or(others.text_tokens),
+            evaluations: self.evaluations.or(others.evaluations),
         }
     }
 }

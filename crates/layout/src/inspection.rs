@@ -1,18 +1,15 @@
 //! [`Inspection`]: all that is known of a checkpoint, to be printed as text or as JSON.
 
-use crate::account::{Account, Contradiction, Misshapen, Missing};
+use crate::account::{Account, Contradiction, Fate, Misshapen, Missing};
 use crate::assembly::Canonical;
 use crate::detect::Identified;
 use crate::estimate::Estimate;
 use crate::family::Variant;
-use clearform_weights::{TensorInfo, TensorSource};
+use crate::unscaled::Unscaled;
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fmt;
-
-/// Faults that are printed; JSON has all.
-const MOST_LINES: usize = 100;
 
 /// An input tensor that was not used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -21,6 +18,17 @@ pub struct Unused {
     pub name: String,
     /// Why.
     pub reason: String,
+}
+
+/// The model's tensors that the file keeps in one number format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stored {
+    /// The format as the file calls it, and whether scales go with it.
+    pub format: String,
+    /// How many they are.
+    pub tensors: usize,
+    /// Bytes that they take.
+    pub bytes: u64,
 }
 
 /// What a checkpoint holds.
@@ -40,10 +48,12 @@ pub struct Inspection {
     pub depth: BTreeMap<String, usize>,
     /// Numbers in all canonical tensors.
     pub parameters: u64,
-    /// Bytes of all canonical tensors.
+    /// Bytes of all canonical tensors, in the number formats that they are given in.
     pub bytes: u64,
-    /// How many canonical tensors have which number format.
+    /// How many canonical tensors are given in which number format.
     pub dtypes: BTreeMap<String, usize>,
+    /// How the file keeps the model's tensors, where it is known.
+    pub stored: Vec<Stored>,
     /// How many input tensors are used.
     pub used: usize,
     /// The diffusers config.json.
@@ -60,9 +70,15 @@ pub struct Inspection {
     pub misshapen: Vec<Misshapen>,
     /// Tensors that nobody knows.
     pub unmatched: Vec<Unused>,
+    /// What names that are missing or not understood resemble.
+    pub near: BTreeMap<String, String>,
     /// Tensors that are not the model's.
     pub skipped: Vec<Unused>,
-    /// Cost of pictures; estimates.
+    /// Pixels along a side of the pictures it was trained on, where that is known.
+    pub trained_side_pixels: Option<usize>,
+    /// Pixels along a side of the largest picture it can draw, where there is one.
+    pub largest_side_pixels: Option<usize>,
+    /// Cost of pictures; nothing was measured.
     pub estimates: Vec<Estimate>,
 }
 
@@ -72,6 +88,7 @@ impl Inspection {
         let account = canonical.account();
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(byte_count).sum();
+        let (manifest, sizes) = (identified.manifest(), identified.sizes());
         Self {
             complete: account.complete(),
             family: identified.family.clone(),
@@ -82,6 +99,7 @@ impl Inspection {
             parameters: tensors.iter().map(elements).sum(),
             bytes,
             dtypes: histogram(&tensors),
+            stored: Vec::new(),
             used: account.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -90,9 +108,27 @@ impl Inspection {
             missing: account.missing.clone(),
             misshapen: account.misshapen.clone(),
             unmatched: unused(account.unmatched()),
+            near: account.near.clone(),
             skipped: unused(account.skipped()),
+            trained_side_pixels: manifest.trained_side(sizes),
+            largest_side_pixels: manifest.largest_side(sizes),
             estimates: Estimate::of(identified, bytes),
         }
+    }
+
+    /// The same of a checkpoint on disk, with what is known of how it is kept.
+    pub fn of(identified: &Identified, checkpoint: &Unscaled<Checkpoint>) -> Self {
+        let canonical = identified.canonical(checkpoint);
+        let mut formats = BTreeMap::<String, Stored>::new();
+        for (name, fate) in &canonical.account().fates {
+            let (Fate::Used { .. }, Some(stored)) = (fate, checkpoint.stored(name)) else { continue };
+            let none = Stored { format: stored.format.clone(), tensors: 0, bytes: 0 };
+            let all = formats.entry(stored.format).or_insert(none);
+            (all.tensors, all.bytes) = (all.tensors + 1, all.bytes + stored.bytes);
+        }
+        let mut stored: Vec<Stored> = formats.into_values().collect();
+        stored.sort_by_key(|format| std::cmp::Reverse(format.bytes));
+        Self { stored, ..Self::new(identified, &canonical) }
     }
 
     /// Whether the model is whole and every tensor is understood.
@@ -100,56 +136,22 @@ impl Inspection {
         self.complete
     }
 
+    /// What is wrong.
+    pub fn account(&self) -> Account {
+        let unmatched = self.unmatched.iter().map(|one| (one.name.clone(), one.reason.clone()));
+        let fate = |(name, reason)| (name, Fate::Unmatched { reason });
+        Account {
+            fates: unmatched.map(fate).collect(),
+            missing: self.missing.clone(),
+            misshapen: self.misshapen.clone(),
+            contradictions: self.contradictions.clone(),
+            near: self.near.clone(),
+        }
+    }
+
     /// What is wrong, a line each.
     pub fn complaints(&self) -> Vec<String> {
-        let unmatched = self.unmatched.iter().map(|one| (one.name.clone(), one.reason.clone()));
-        let fate = |(name, reason)| (name, crate::account::Fate::Unmatched { reason });
-        let (missing, misshapen) = (self.missing.clone(), self.misshapen.clone());
-        let contradictions = self.contradictions.clone();
-        Account { fates: unmatched.map(fate).collect(), missing, misshapen, contradictions }.complaints()
-    }
-
-    fn skipped_by_reason(&self) -> BTreeMap<&str, usize> {
-        self.skipped.iter().fold(BTreeMap::new(), |mut counts, one| {
-            *counts.entry(one.reason.as_str()).or_default() += 1;
-            counts
-        })
-    }
-}
-
-impl fmt::Display for Inspection {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Variant { name, defaults } = &self.variant;
-        let pairs = |pairs: &BTreeMap<String, usize>| {
-            pairs.iter().map(|(key, count)| format!("{key} {count}")).collect::<Vec<_>>().join(", ")
-        };
-        let (steps, guidance) = (defaults.steps, defaults.guidance);
-        writeln!(f, "family      {} (variant {name}: {steps} steps, guidance {guidance})", self.family)?;
-        writeln!(f, "layout      {} (prefix {:?})", self.layout, self.prefix)?;
-        writeln!(f, "depth       {}", pairs(&self.depth))?;
-        writeln!(f, "parameters  {} in {} ({})", self.parameters, size(self.bytes), pairs(&self.dtypes))?;
-        writeln!(f, "tensors     {} used, {} skipped", self.used, self.skipped.len())?;
-        for (reason, count) in self.skipped_by_reason() {
-            writeln!(f, "  skipped   {count}: {reason}")?;
-        }
-        self.evidence.iter().try_for_each(|line| writeln!(f, "evidence    {line}"))?;
-        self.notes.iter().try_for_each(|line| writeln!(f, "note        {line}"))?;
-        let complaints = self.complaints();
-        complaints.iter().take(MOST_LINES).try_for_each(|line| writeln!(f, "WRONG       {line}"))?;
-        if let more @ 1.. = complaints.len().saturating_sub(MOST_LINES) {
-            writeln!(f, "WRONG       and {more} more")?;
-        }
-        self.estimates.iter().try_for_each(|estimate| writeln!(f, "estimate    {estimate}"))?;
-        write!(f, "{}", if self.complete { "complete" } else { "NOT complete" })
-    }
-}
-
-impl fmt::Display for Estimate {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { side, tokens, full_teraflop: full, clear_teraflop: clear, .. } = self;
-        let memory = size(self.memory_bytes);
-        write!(f, "{side} px ({tokens} tokens): about {memory}; ")?;
-        write!(f, "per step {full:.3} Tflop with full attention, {clear:.3} with CLEAR of radius 16")
+        self.account().complaints()
     }
 }
 
@@ -170,9 +172,4 @@ fn elements(info: &TensorInfo) -> u64 {
 
 fn byte_count(info: &TensorInfo) -> u64 {
     elements(info) * info.dtype.bitsize() as u64 / 8
-}
-
-fn size(bytes: u64) -> String {
-    let mebibytes = bytes as f64 / (1 << 20) as f64;
-    if mebibytes < 1024.0 { format!("{mebibytes:.1} MiB") } else { format!("{:.2} GiB", mebibytes / 1024.0) }
 }

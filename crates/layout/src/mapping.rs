@@ -10,6 +10,9 @@ use clearform_weights::TensorInfo;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+/// Why most tensors that are not understood are not.
+pub(crate) const UNKNOWN: &str = "no rule knows this name";
+
 /// Outputs by name and what became of each input.
 #[derive(Debug, Default)]
 pub(crate) struct Mapping {
@@ -51,7 +54,7 @@ impl Mapping {
                     group.slots[slot].get_or_insert(info);
                     group.inputs.push(info);
                 }
-                None => mapping.tell(info, Fate::Unmatched { reason: "no rule knows this name".to_owned() }),
+                None => mapping.tell(info, Fate::Unmatched { reason: UNKNOWN.to_owned() }),
             }
         }
         for ((step, captures), group) in groups {

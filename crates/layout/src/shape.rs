@@ -3,6 +3,7 @@
 use crate::blocks::Blocks;
 use crate::pattern::{Captures, Parameter, Pattern};
 use crate::settings::Sizes;
+use crate::work::{Attends, Per};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -70,6 +71,10 @@ pub(crate) struct TensorRule {
     /// Whether a model may lack it.
     #[serde(default)]
     optional: bool,
+    /// What a linear layer or convolution acts on once.
+    pub per: Option<Per>,
+    /// What the tokens of a query see.
+    pub attends: Option<Attends>,
 }
 
 impl TensorRule {

@@ -7,7 +7,7 @@
 use crate::error::{LayoutError, Result};
 use crate::manifests::Manifests;
 use candle_core::{DType, Tensor};
-use clearform_weights::{Checkpoint, Dtype, Fp8, RawTensor, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{Checkpoint, Dtype, Fp8, RawTensor, Stored, TensorInfo, TensorSource, WeightsError};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -76,6 +76,15 @@ impl Unscaled<Checkpoint> {
     /// As [`Checkpoint::open`] and [`Self::new`].
     pub fn open(path: impl AsRef<Path>, manifests: &Manifests) -> Result<Self> {
         Self::new(Checkpoint::open(path)?, manifests)
+    }
+
+    /// How the file keeps a tensor that is shown; whether scales go with it is said.
+    pub(crate) fn stored(&self, name: &str) -> Option<Stored> {
+        let mut stored = self.source.stored(name).filter(|_| !self.companions.contains_key(name))?;
+        if self.weights.get(name).is_some_and(|weight| weight.scaled) {
+            stored.format += " with scales";
+        }
+        Some(stored)
     }
 }
 

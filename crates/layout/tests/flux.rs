@@ -190,7 +190,7 @@ fn every_fault_is_named() {
             "bfl",
             |fake| drop(fake.tensors.remove("double_blocks.1.img_attn.qkv.weight")),
             &[
-                "\"double_blocks.1.img_attn.qkv.weight\" is missing (it gives \"transformer_blocks.1.attn.to_k.weight\")",
+                "\"double_blocks.1.img_attn.qkv.weight\" is missing (it gives \"transformer_blocks.1.attn.to_k.weight\", ",
                 "\"transformer_blocks.1.attn.to_v.weight\"",
             ],
         ),
@@ -333,7 +333,7 @@ fn a_full_size_file_is_inspected_by_its_header_alone() {
     let canonical = identified.canonical(&checkpoint).complete().unwrap();
     let inspection = Inspection::new(&identified, &canonical);
     assert_eq!(inspection.parameters, 11_901_408_320);
-    assert_eq!(inspection.estimates[0].tokens, 4096);
+    assert_eq!(inspection.estimates[0].image_tokens, 4096);
     let json = serde_json::to_value(&inspection).unwrap();
     assert_eq!((&json["complete"], &json["depth"]["num_single_layers"]), (&json!(true), &json!(38)));
     let norm = canonical.read("transformer_blocks.18.attn.norm_added_k.weight").unwrap();

@@ -25,6 +25,15 @@ pub struct Checkpoint {
     notes: Vec<String>,
 }
 
+/// How a tensor is kept on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Its number format as the file calls it; a quantised one is not that of [`TensorInfo`].
+    pub format: String,
+    /// Bytes that its values take, as the file keeps them.
+    pub bytes: u64,
+}
+
 /// One file of a checkpoint.
 #[derive(Debug)]
 pub struct TensorFile {
@@ -84,6 +93,15 @@ impl Checkpoint {
     /// The `config.json` beside the tensors.
     pub fn config(&self) -> Option<&Value> {
         self.config.as_ref()
+    }
+
+    /// How the file keeps a tensor.
+    pub fn stored(&self, name: &str) -> Option<Stored> {
+        let (_, entry) = self.tensors.get(name)?;
+        Some(match entry.place.blocks() {
+            Some((format, bytes)) => Stored { format: gguf::name_of(format).to_owned(), bytes },
+            None => Stored { format: format!("{:?}", entry.dtype), bytes: entry.place.size() },
+        })
     }
 
     /// What a person should know of these tensors: which of a training's states they are, what else the files hold, and

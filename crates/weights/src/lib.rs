@@ -20,7 +20,7 @@ mod torch;
 mod wrapped;
 mod writer;
 
-pub use checkpoint::{Checkpoint, TensorFile};
+pub use checkpoint::{Checkpoint, Stored, TensorFile};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;

@@ -79,6 +79,14 @@ impl Place {
         self.axes.iter().map(|(extent, _)| extent).product::<u64>() * self.run
     }
 
+    /// The format and the bytes of the blocks that the values are packed in, where they are.
+    pub fn blocks(&self) -> Option<(GgmlDType, u64)> {
+        match self.record.packing {
+            Packing::Blocks(format) => Some((format, self.record.bytes.end - self.record.bytes.start)),
+            Packing::Plain | Packing::Deflated => None,
+        }
+    }
+
     /// Reads the bytes `range` of the values in row-major order.
     pub fn read(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
         match self.axes[..] {

@@ -68,7 +68,7 @@ pub fn attention(args: &Convert) -> anyhow::Result<AttentionPlan> {
 fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Outcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
     tell(checkpoint.source(), output);
-    let inspection = Inspection::new(&identified, &identified.canonical(&checkpoint));
+    let inspection = Inspection::of(&identified, &checkpoint);
     output.note(format_args!("would write {} with attention {attention}", args.output.display()));
     output.result(&inspection)?;
     Ok(Outcome::whole_if(inspection.complete()))

@@ -5,12 +5,18 @@ use crate::opening::{identify, tell};
 use crate::output::{Outcome, Output};
 use clearform_layout::Inspection;
 
+/// Faults that stderr names; the result has all.
+const MOST_LINES: usize = 8;
+
 pub fn run(args: &Inspect, output: &Output) -> anyhow::Result<Outcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
     tell(checkpoint.source(), output);
-    let inspection = Inspection::new(&identified, &identified.canonical(&checkpoint));
+    let inspection = Inspection::of(&identified, &checkpoint);
     output.result(&inspection)?;
-    for complaint in inspection.complaints() {
+    let complaints = inspection.complaints();
+    let more = complaints.len().saturating_sub(MOST_LINES);
+    let rest = (more > 0).then(|| format!("and {more} more"));
+    for complaint in complaints.into_iter().take(MOST_LINES).chain(rest) {
         output.note(format_args!("error: {}: {complaint}", args.source.display()));
     }
     Ok(Outcome::whole_if(inspection.complete()))

@@ -65,6 +65,12 @@ impl Stored {
         }
     }
 
+    /// The name of the format whose blocks these are.
+    pub fn name_of(blocks: GgmlDType) -> &'static str {
+        let named = FORMATS.iter().find(|format| format.2 == Some(Self::Blocks(blocks)));
+        named.map_or("blocks", |format| format.1)
+    }
+
     /// Values and bytes of a block; a plain value is a block of its own.
     pub fn block(self) -> (u64, u64) {
         match self {

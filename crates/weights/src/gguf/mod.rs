@@ -13,6 +13,7 @@ use crate::checkpoint::TensorFile;
 use crate::error::printed;
 use crate::header::Header;
 use crate::{Result, WeightsError};
+use candle_core::quantized::GgmlDType;
 use directory::Listed;
 use format::Stored;
 use metadata::Metadata;
@@ -50,6 +51,11 @@ pub(crate) fn read(file: &TensorFile) -> Result<Header> {
         };
     }
     Ok(header)
+}
+
+/// What GGUF calls the format of these blocks.
+pub(crate) fn name_of(blocks: GgmlDType) -> &'static str {
+    Stored::name_of(blocks)
 }
 
 /// The numbers of tensors and of metadata keys.
