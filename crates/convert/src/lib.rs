@@ -5,6 +5,7 @@
 
 mod error;
 mod model;
+mod part;
 mod patch;
 mod plan;
 mod record;
@@ -12,6 +13,7 @@ mod stage;
 
 pub use error::{ConvertError, Result};
 pub use model::{PortableModel, VerifyReport, recorded_plan};
+pub use part::Part;
 pub use patch::{Mode, Patch, Patched};
 pub use plan::{ConversionPlan, Report, TRANSFORMER};
 pub use record::{AdapterRecord, Distillation, FileRecord, Record, SourceRecord};

@@ -1,6 +1,7 @@
 //! [`ConversionPlan`]: what is to be written, and [applying](ConversionPlan::apply) it, one tensor at a time.
 
 use crate::error::at;
+use crate::part::Part;
 use crate::stage::{Placing, Stage};
 use crate::{Record, Result, SourceRecord};
 use candle_core::DType;
@@ -15,13 +16,13 @@ use std::path::{Path, PathBuf};
 pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
 
 /// What is to be written.
-#[derive(Debug, Clone)]
 pub struct ConversionPlan {
     identified: Identified,
     attention: AttentionPlan,
     dtype: Option<DType>,
     components: Vec<PathBuf>,
     placing: Placing,
+    parts: Vec<Part>,
 }
 
 /// What was written.
@@ -33,6 +34,8 @@ pub struct Report {
     pub added: Vec<String>,
     /// Parts of the pipeline that were taken along.
     pub components: Vec<String>,
+    /// The fate of each tensor of those that were written anew, by part.
+    pub parts: BTreeMap<String, Account>,
     /// Numbers in the transformer.
     pub parameters: u64,
 }
@@ -41,7 +44,8 @@ impl ConversionPlan {
     /// A plan that gives the identified transformer the attention that is asked for.
     pub fn new(identified: &Identified, attention: AttentionPlan) -> Self {
         let identified = identified.clone();
-        Self { identified, attention, dtype: None, components: Vec::new(), placing: Placing::Copy }
+        let (components, parts) = (Vec::new(), Vec::new());
+        Self { identified, attention, dtype: None, components, placing: Placing::Copy, parts }
     }
 
     /// Writes floating-point tensors in this number format, not in the source's.
@@ -56,6 +60,13 @@ impl ConversionPlan {
     pub fn with_components(mut self, folders: Vec<PathBuf>, placing: Placing) -> Self {
         self.components = folders;
         self.placing = placing;
+        self
+    }
+
+    /// Writes these parts of the pipeline anew, whatever folders hold them.
+    #[must_use]
+    pub fn with_parts(mut self, parts: Vec<Part>) -> Self {
+        self.parts = parts;
         self
     }
 
@@ -94,6 +105,7 @@ impl ConversionPlan {
             account: account.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
             components,
+            parts: self.parts.iter().map(|part| (part.name.clone(), part.account.clone())).collect(),
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
     }
@@ -147,8 +159,11 @@ impl ConversionPlan {
 
     fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
         let mut placed = Vec::new();
-        for name in self.parts() {
-            if let Some(folder) = self.component(name) {
+        for name in self.part_names() {
+            if let Some(part) = self.part(name) {
+                part.write(&stage.folder())?;
+                placed.push(name.clone());
+            } else if let Some(folder) = self.component(name) {
                 stage.place(&folder, name, self.placing)?;
                 placed.push(name.clone());
             }
@@ -171,8 +186,12 @@ impl ConversionPlan {
     }
 
     /// Names of all parts that the pipeline has or may have beside its transformer.
-    fn parts(&self) -> impl Iterator<Item = &String> {
+    fn part_names(&self) -> impl Iterator<Item = &String> {
         self.identified.components().iter().chain(self.identified.optional_components())
+    }
+
+    fn part(&self, name: &str) -> Option<&Part> {
+        self.parts.iter().find(|part| part.name == name)
     }
 
     fn component(&self, name: &str) -> Option<PathBuf> {
@@ -180,13 +199,15 @@ impl ConversionPlan {
     }
 
     fn component_bytes(&self) -> u64 {
-        let files = self.parts().filter_map(|name| self.component(name));
+        let copied = self.part_names().filter(|name| self.part(name).is_none());
+        let files = copied.filter_map(|name| self.component(name));
         let entries = files.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
-        entries
+        let copied: u64 = entries
             .filter_map(|entry| entry.ok()?.metadata().ok())
             .filter(|data| data.is_file())
             .map(|data| data.len())
-            .sum()
+            .sum();
+        copied + self.parts.iter().map(Part::byte_count).sum::<u64>()
     }
 
     fn readme(&self) -> String {
@@ -224,11 +245,11 @@ pub(crate) fn byte_count(info: &TensorInfo) -> u64 {
     info.shape.iter().map(|extent| *extent as u64).product::<u64>() * info.dtype.bitsize() as u64 / 8
 }
 
-fn create_parent(path: &Path) -> Result<()> {
+pub(crate) fn create_parent(path: &Path) -> Result<()> {
     path.parent().map_or(Ok(()), |parent| std::fs::create_dir_all(parent).map_err(at(parent)))
 }
 
-fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     create_parent(path)?;
     Ok(clearform_weights::write_atomically(path, bytes)?)
 }

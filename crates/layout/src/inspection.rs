@@ -44,6 +44,8 @@ pub struct Inspection {
     pub bytes: u64,
     /// How many canonical tensors have which number format.
     pub dtypes: BTreeMap<String, usize>,
+    /// Parts of its pipeline that lie in the same file.
+    pub parts: Vec<String>,
     /// How many input tensors are used.
     pub used: usize,
     /// The diffusers config.json.
@@ -82,6 +84,7 @@ impl Inspection {
             parameters: tensors.iter().map(elements).sum(),
             bytes,
             dtypes: histogram(&tensors),
+            parts: identified.parts_in(canonical.source()).into_iter().map(|part| part.name).collect(),
             used: account.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -129,6 +132,9 @@ impl fmt::Display for Inspection {
         writeln!(f, "depth       {}", pairs(&self.depth))?;
         writeln!(f, "parameters  {} in {} ({})", self.parameters, size(self.bytes), pairs(&self.dtypes))?;
         writeln!(f, "tensors     {} used, {} skipped", self.used, self.skipped.len())?;
+        if !self.parts.is_empty() {
+            writeln!(f, "parts       {}", self.parts.join(", "))?;
+        }
         for (reason, count) in self.skipped_by_reason() {
             writeln!(f, "  skipped   {count}: {reason}")?;
         }

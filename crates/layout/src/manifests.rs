@@ -5,7 +5,7 @@ use crate::family::{FamilyManifest, RawFamily};
 use crate::known::Known;
 use crate::settings::{Declared, Settled};
 use crate::shape::Expected;
-use clearform_weights::WeightsError;
+use clearform_weights::{TensorSource, WeightsError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -104,6 +104,16 @@ impl Manifests {
         let text = std::fs::read_to_string(path).map_err(io)?;
         self.add(&path.display().to_string(), &text)?;
         Ok(self)
+    }
+
+    /// `source` is none of what is refused by name whatever family it is of, such as an adapter or a quantised model whose
+    /// format is not read.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unsupported`], which says what it is.
+    pub fn accept(&self, source: &dyn TensorSource) -> Result<()> {
+        let tensors = source.tensors();
+        self.known.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())
     }
 
     /// Names of the families.

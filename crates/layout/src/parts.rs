@@ -3,7 +3,7 @@
 
 use crate::assembly::Canonical;
 use crate::detect::{Beside, Hints, Identified, detect_unscaled};
-use crate::error::Result;
+use crate::error::{LayoutError, Result};
 use crate::family::FamilyManifest;
 use crate::known::Known;
 use crate::manifests::Manifests;
@@ -92,8 +92,8 @@ impl Identified {
 }
 
 impl Inside {
-    /// Holds the part's tensors in `file` against the rules of its kind; `config` is its config.json, where there is one.
-    /// Scales of fp8 are read, weights are not.
+    /// Holds the part's tensors in `file` against the rules of its kind. `config` may be a config.json of such a part; it
+    /// is asked where neither the tensors nor the family tell something. Scales of fp8 are read, weights are not.
     ///
     /// # Errors
     /// As [`crate::detect`]. What is missing or not understood is in the account of the tensors.
@@ -106,8 +106,12 @@ impl Inside {
         let manifests = Manifests::of_kind(self.manifest(), &self.known);
         let unscaled = Unscaled::new(under, &manifests)?;
         let hints = Hints { family: Some(kind.clone()), ..Hints::default() };
-        let beside = Beside { config, metadata: &BTreeMap::new() };
-        let identified = detect_unscaled(&unscaled, beside, &manifests, &hints)?;
+        let metadata = BTreeMap::new();
+        let detect = |config| detect_unscaled(&unscaled, Beside { config, metadata: &metadata }, &manifests, &hints);
+        let identified = match detect(None) {
+            Err(LayoutError::Ambiguous { .. }) if config.is_some() => detect(config)?,
+            found => found?,
+        };
         let mut tensors = identified.canonical(unscaled);
         let skipped: Vec<_> = tensors.source().source().hidden().map(str::to_owned).collect();
         skipped.into_iter().for_each(|name| tensors.skip(&name, &unused[&name]));

@@ -208,7 +208,7 @@ impl Setting {
 }
 
 /// What most say, and who says it first.
-pub(crate) fn vote<'a>(votes: Vec<(usize, &'a str)>) -> Option<(usize, &'a str)> {
+pub(crate) fn vote(votes: Vec<(usize, &str)>) -> Option<(usize, &str)> {
     let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
     votes.iter().for_each(|(value, _)| *counts.entry(*value).or_default() += 1);
     let most = counts.values().max()?;

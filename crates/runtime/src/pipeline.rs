@@ -112,6 +112,7 @@ impl Pipeline {
         let components = Components::new(model, options.components.as_deref());
         let reading = options.reading.clone().recorded(model)?;
         let transformer = Transformer::open(&components.transformer(), &reading)?;
+        let components = components.with_parts_of(&transformer, &reading)?;
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.onto(transformer, Some(&components), &options.reading.manifests)?;

@@ -1,0 +1,38 @@
+//! [`Part`]: a part of a pipeline beside its transformer that is written anew, where others are copied as files.
+
+use crate::Result;
+use crate::plan::{byte_count, create_parent, write_file};
+use clearform_layout::Account;
+use clearform_weights::{TensorSource, save};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A VAE or a text encoder.
+pub struct Part {
+    /// Name of its folder.
+    pub name: String,
+    /// Its config.json.
+    pub config: Value,
+    /// Its tensors, under the names of its class.
+    pub tensors: Box<dyn TensorSource>,
+    /// What became of those of its file.
+    pub account: Account,
+}
+
+impl Part {
+    /// Bytes of its tensors.
+    pub(crate) fn byte_count(&self) -> u64 {
+        self.tensors.tensors().iter().map(byte_count).sum()
+    }
+
+    /// Writes it into the pipeline `model`, under the file names of its library.
+    pub(crate) fn write(&self, model: &Path) -> Result<()> {
+        let of_transformers = self.name.starts_with("text_encoder");
+        let file = if of_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+        let path = model.join(&self.name).join(file);
+        create_parent(&path)?;
+        save(&path, &self.tensors, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+        write_file(&path.with_file_name("config.json"), &serde_json::to_vec_pretty(&self.config).unwrap_or_default())
+    }
+}
