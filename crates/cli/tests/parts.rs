@@ -163,7 +163,7 @@ fn copy(from: &Path, to: &Path) {
         if entry.path().is_dir() {
             copy(&entry.path(), &target)
         } else {
-            drop(fs::copy(entry.path(), &target).unwrap())
+            assert!(fs::copy(entry.path(), &target).unwrap() > 0)
         }
     }
 }

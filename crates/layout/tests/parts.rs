@@ -37,8 +37,11 @@ fn agrees(found: &Value, expected: &Value, keys: &[&str]) {
     }
 }
 
-/// A VAE of the fixture: (its config.json, its authors' names, canonical names by those).
-fn vaes() -> Vec<(Value, Fake, BTreeMap<String, (String, Vec<usize>)>)> {
+/// Canonical names and shapes by the names of the authors.
+type Canonically = BTreeMap<String, (String, Vec<usize>)>;
+
+/// The VAEs of the fixture: (config.json, tensors under their authors' names, what becomes of those).
+fn vaes() -> Vec<(Value, Fake, Canonically)> {
     let all = fixture("vae.json").as_array().unwrap().clone();
     let read = |case: Value| {
         let (mut source, mut canonical) = (Fake::default(), BTreeMap::new());

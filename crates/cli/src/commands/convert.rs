@@ -121,19 +121,13 @@ fn samples(args: &Convert, stage: &Stage, adapters: &Adapters, output: &Output) 
 fn write(
     args: &Convert,
     attention: &AttentionPlan,
-    Opened { edited, components }: &Opened,
+    opened: &Opened,
     stage: Stage,
     lesson: Option<&Lesson>,
     output: &Output,
 ) -> anyhow::Result<Report> {
-    let (transformer, source) = (&edited.transformer, edited.transformer.source());
-    let placing = if args.link { Placing::Link } else { Placing::Copy };
-    let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
-    let folders = folders.chain(args.training.components.clone()).collect();
-    let plan = ConversionPlan::new(transformer.identified(), attention.clone())
-        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
-        .with_components(folders, placing)
-        .with_parts(parts_in_file(components)?);
+    let transformer = &opened.edited.transformer;
+    let (plan, source) = (conversion(args, attention, opened)?, transformer.source());
     let bar = output.progress("writing", 0);
     let mut watch = |done: u64, all: u64| {
         bar.set_length(all);
@@ -147,12 +141,22 @@ fn write(
         None => plan.apply(&source, transformer.account(), &stage, &mut watch)?,
     };
     bar.finish_and_clear();
-    bake_components(components, &edited.changes, &stage)?;
+    bake_components(&opened.components, &opened.edited.changes, &stage)?;
     let mut record = plan.record(transformer.checkpoint())?;
     record.adapter = args.adapters.lora.iter().map(adapter_record).collect::<anyhow::Result<_>>()?;
     record.distillation = lesson.map(|lesson| lesson.record.clone());
     stage.finish(record)?;
     Ok(report)
+}
+
+fn conversion(args: &Convert, attention: &AttentionPlan, opened: &Opened) -> anyhow::Result<ConversionPlan> {
+    let placing = if args.link { Placing::Link } else { Placing::Copy };
+    let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
+    let folders = folders.chain(args.training.components.clone()).collect();
+    Ok(ConversionPlan::new(opened.edited.transformer.identified(), attention.clone())
+        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
+        .with_components(folders, placing)
+        .with_parts(parts_in_file(&opened.components)?))
 }
 
 /// The parts that lie in the transformer's own file.
