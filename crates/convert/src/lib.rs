@@ -6,6 +6,7 @@
 mod error;
 mod model;
 mod origin;
+mod part;
 mod patch;
 mod plan;
 mod record;
@@ -14,6 +15,7 @@ mod stage;
 pub use error::{ConvertError, Result};
 pub use model::{PortableModel, VerifyReport, recorded_plan};
 pub use origin::Origins;
+pub use part::Part;
 pub use patch::{Mode, Patch, Patched};
 pub use plan::{ConversionPlan, Report, TRANSFORMER};
 pub use record::{AdapterRecord, Distillation, FileRecord, Record, SourceRecord};

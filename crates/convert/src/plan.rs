@@ -1,6 +1,7 @@
 //! [`ConversionPlan`]: what is to be written, and [applying](ConversionPlan::apply) it, one tensor at a time.
 
 use crate::error::at;
+use crate::part::Part;
 use crate::stage::{Placing, Stage};
 use crate::{Record, Result, SourceRecord};
 use candle_core::DType;
@@ -8,20 +9,20 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::{Account, Identified};
 use clearform_weights::{RawTensor, Resident, TensorInfo, TensorSource};
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Where the transformer's tensors lie in a portable model.
 pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
 
 /// What is to be written.
-#[derive(Debug, Clone)]
 pub struct ConversionPlan {
     identified: Identified,
     attention: AttentionPlan,
     dtype: Option<DType>,
     components: Vec<PathBuf>,
     placing: Placing,
+    parts: Vec<Part>,
 }
 
 /// What was written.
@@ -33,6 +34,8 @@ pub struct Report {
     pub added: Vec<String>,
     /// Parts of the pipeline that were taken along.
     pub components: Vec<String>,
+    /// The fate of each tensor of those that were written anew, by part.
+    pub parts: BTreeMap<String, Account>,
     /// Numbers in the transformer.
     pub parameters: u64,
 }
@@ -41,7 +44,8 @@ impl ConversionPlan {
     /// A plan that gives the identified transformer the attention that is asked for.
     pub fn new(identified: &Identified, attention: AttentionPlan) -> Self {
         let identified = identified.clone();
-        Self { identified, attention, dtype: None, components: Vec::new(), placing: Placing::Copy }
+        let (components, parts) = (Vec::new(), Vec::new());
+        Self { identified, attention, dtype: None, components, placing: Placing::Copy, parts }
     }
 
     /// Writes floating-point tensors in this number format, not in the source's.
@@ -56,6 +60,13 @@ impl ConversionPlan {
     pub fn with_components(mut self, folders: Vec<PathBuf>, placing: Placing) -> Self {
         self.components = folders;
         self.placing = placing;
+        self
+    }
+
+    /// Writes these parts of the pipeline anew, whatever folders hold them.
+    #[must_use]
+    pub fn with_parts(mut self, parts: Vec<Part>) -> Self {
+        self.parts = parts;
         self
     }
 
@@ -91,6 +102,7 @@ impl ConversionPlan {
             account: account.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
             components,
+            parts: self.parts.iter().map(|part| (part.name.clone(), part.account.clone())).collect(),
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
     }
@@ -137,10 +149,13 @@ impl ConversionPlan {
         stage.write("transformer/config.json", &config)
     }
 
-    fn place_components(&self, stage: &Stage) -> Result<Vec<String>> {
+    fn place_components(&self, stage: &mut Stage) -> Result<Vec<String>> {
         let mut placed = Vec::new();
-        for name in self.parts() {
-            if let Some(folder) = self.component(name) {
+        for name in self.part_names() {
+            if let Some(part) = self.part(name) {
+                part.write(stage)?;
+                placed.push(name.clone());
+            } else if let Some(folder) = self.component(name) {
                 stage.place(&folder, name, self.placing)?;
                 placed.push(name.clone());
             }
@@ -162,8 +177,12 @@ impl ConversionPlan {
     }
 
     /// Names of all parts that the pipeline has or may have beside its transformer.
-    fn parts(&self) -> impl Iterator<Item = &String> {
+    fn part_names(&self) -> impl Iterator<Item = &String> {
         self.identified.components().iter().chain(self.identified.optional_components())
+    }
+
+    fn part(&self, name: &str) -> Option<&Part> {
+        self.parts.iter().find(|part| part.name == name)
     }
 
     fn component(&self, name: &str) -> Option<PathBuf> {
@@ -171,13 +190,15 @@ impl ConversionPlan {
     }
 
     fn component_bytes(&self) -> u64 {
-        let files = self.parts().filter_map(|name| self.component(name));
+        let copied = self.part_names().filter(|name| self.part(name).is_none());
+        let files = copied.filter_map(|name| self.component(name));
         let entries = files.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
-        entries
+        let copied: u64 = entries
             .filter_map(|entry| entry.ok()?.metadata().ok())
             .filter(|data| data.is_file())
             .map(|data| data.len())
-            .sum()
+            .sum();
+        copied + self.parts.iter().map(Part::byte_count).sum::<u64>()
     }
 
     fn readme(&self) -> String {

@@ -3,7 +3,7 @@
 //! Renaming, splitting, joining and swapping rows, copying and reshaping are all one thing here: an output is a
 //! sequence of byte ranges of inputs. Values are never interpreted.
 
-use crate::account::Account;
+use crate::account::{Account, Fate};
 use crate::error::{LayoutError, Result};
 use candle_core::Tensor;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
@@ -37,6 +37,11 @@ impl<S> Mapped<S> {
     /// The source that tensors are read from.
     pub fn source(&self) -> &S {
         &self.source
+    }
+
+    /// Says of an input that nothing here shows why it is not used.
+    pub(crate) fn skip(&mut self, name: &str, reason: &str) {
+        self.account.fates.insert(name.to_owned(), Fate::Skipped { reason: reason.to_owned() });
     }
 
     /// Itself, if every tensor is there and well shaped, whatever else the source holds.

@@ -67,10 +67,19 @@ pub struct Identified {
 /// [`LayoutError::Ambiguous`] if something that changes arithmetic stays open.
 pub fn detect(checkpoint: &Unscaled<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
     let files = checkpoint.source();
-    let beside = Beside { config: files.config(), metadata: files.metadata() };
-    let mut identified = detect_source(checkpoint, beside, manifests, hints)?;
-    identified.companions = checkpoint.companions().clone();
-    identified.notes.extend(checkpoint.note());
+    detect_unscaled(checkpoint, Beside { config: files.config(), metadata: files.metadata() }, manifests, hints)
+}
+
+/// The same of any source.
+pub(crate) fn detect_unscaled<S: TensorSource>(
+    source: &Unscaled<S>,
+    beside: Beside,
+    manifests: &Manifests,
+    hints: &Hints,
+) -> Result<Identified> {
+    let mut identified = detect_source(source, beside, manifests, hints)?;
+    identified.companions = source.companions().clone();
+    identified.notes.extend(source.note());
     Ok(identified)
 }
 
@@ -86,8 +95,8 @@ pub fn detect_source(
 ) -> Result<Identified> {
     let infos = source.tensors();
     let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
-    let declared =
-        Declared { config: hints.config.as_ref().or(beside.config), metadata: beside.metadata, layout: None };
+    let config = hints.config.as_ref().or(beside.config);
+    let declared = Declared { config, metadata: beside.metadata, layout: None, remedy: manifests.remedy };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
     let scope = Scope { family: &candidate.family, sizes: None };
     let (inputs, _) = inside(infos, &candidate.prefix);
@@ -203,6 +212,10 @@ impl Identified {
         &self.manifest
     }
 
+    pub(crate) fn known(&self) -> &Arc<Known> {
+        &self.known
+    }
+
     pub(crate) fn sizes(&self) -> &Sizes {
         &self.sizes
     }
@@ -309,7 +322,9 @@ fn inside(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, TensorInfo)>, V
 
 /// What config.json says, completed by what was found.
 fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&Value>) -> Value {
-    let mut config = Map::from_iter([("_class_name".to_owned(), Value::from(family.class.as_str()))]);
+    // The library transformers has a list of classes in place of diffusers' one.
+    let class = (!found.contains_key("architectures")).then(|| Value::from(family.class.as_str()));
+    let mut config: Map<_, _> = class.into_iter().map(|class| ("_class_name".to_owned(), class)).collect();
     let declared = declared.and_then(Value::as_object).into_iter().flatten();
     config.extend(declared.filter(|(key, _)| *key != "_class_name").map(|(key, value)| (key.clone(), value.clone())));
     config.extend(found);

@@ -1,6 +1,8 @@
 //! [`FamilyManifest`]: one family's sizes, tensors, layouts and variants, read from its manifest.
 
 use crate::mapping::Scope;
+use crate::parts::{PartRule, RawPart};
+use crate::pattern::Pattern;
 use crate::rule::{RawRule, Rule, Step};
 use crate::setting::Setting;
 use crate::settings::Sizes;
@@ -8,6 +10,8 @@ use crate::shape::{Expected, Extent, TensorRule};
 use crate::work::Work;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Sampling defaults of a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -60,6 +64,8 @@ pub(crate) struct RawFamily {
     layout: Vec<RawLayout>,
     #[serde(default)]
     variant: Vec<RawVariant>,
+    #[serde(default)]
+    part: Vec<RawPart>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -74,6 +80,12 @@ struct RawLayout {
     absent: Vec<String>,
     prefixes: Vec<String>,
     rules: Option<Vec<RawRule>>,
+    /// Where there are no rules: names that stand for canonical ones.
+    #[serde(default)]
+    rename: BTreeMap<String, String>,
+    /// Names beyond those of the rules that are dropped, and why.
+    #[serde(default)]
+    drop: BTreeMap<String, String>,
     /// Settings that every file of this layout has, where config.json does not say otherwise.
     #[serde(default)]
     settings: Map<String, Value>,
@@ -126,11 +138,13 @@ pub(crate) struct FamilyManifest {
     defaults: RawDefaults,
     tensors: Vec<TensorRule>,
     variants: Vec<RawVariant>,
+    /// Parts of a pipeline that may lie in the transformer's file.
+    pub parts: Vec<Arc<PartRule>>,
 }
 
 impl FamilyManifest {
     /// Reads a family that is new, on the ground of one that it is like; the error says what is wrong with it.
-    pub fn new(raw: RawFamily, like: Option<&Self>) -> Result<Self, String> {
+    pub fn new(raw: RawFamily, like: Option<&Self>, kinds: &[Arc<Self>]) -> Result<Self, String> {
         let class = raw.class.clone().ok_or("a new family needs a class")?;
         if like.is_some() && !raw.tensors.is_empty() {
             return Err("a family that is like another has that one's tensors and no others".to_owned());
@@ -146,7 +160,7 @@ impl FamilyManifest {
         family.optional_components = raw.optional_components.clone().unwrap_or(family.optional_components);
         family.defaults = raw.defaults.or(family.defaults);
         raw.settings.iter().for_each(|setting| family.set(setting.clone()));
-        family.extend(raw)?;
+        family.extend(raw, kinds)?;
         Ok(family)
     }
 
@@ -159,7 +173,7 @@ impl FamilyManifest {
 
     /// What names blocks by a list must name one that there is.
     fn check_blocks(&self) -> Result<(), String> {
-        let lists = |key: &str| self.settings.iter().any(|setting| setting.key == key && setting.numbers.is_some());
+        let lists = |key: &str| self.settings.iter().any(|setting| setting.key == key && setting.lists_blocks());
         let steps = self.layouts.iter().flat_map(|layout| &layout.inward).map(|step| step.blocks.clone());
         let all = self.tensors.iter().map(TensorRule::blocks).chain(steps);
         let unknown =
@@ -170,8 +184,11 @@ impl FamilyManifest {
         }
     }
 
-    /// Puts the layouts and variants of `raw` before its own, so that a user's come first.
-    pub fn extend(&mut self, raw: RawFamily) -> Result<(), String> {
+    /// Puts the layouts, variants and parts of `raw` before its own, so that a user's come first. `kinds` are the rules
+    /// of parts.
+    pub fn extend(&mut self, raw: RawFamily, kinds: &[Arc<Self>]) -> Result<(), String> {
+        let parts = raw.part.into_iter().map(|part| PartRule::new(part, kinds).map(Arc::new));
+        self.parts.splice(0..0, parts.collect::<Result<Vec<_>, _>>()?);
         for (at, layout) in raw.layout.into_iter().enumerate() {
             let layout = self.layout(layout)?;
             self.layouts.insert(at, layout);
@@ -258,21 +275,23 @@ impl FamilyManifest {
 
     /// How many blocks the number in the pattern `name` runs over.
     pub fn blocks_of(&self, name: &str, sizes: &Sizes) -> usize {
-        let counts = |setting: &&Setting| setting.blocks.as_ref().is_some_and(|prefix| name.starts_with(prefix));
+        let begins = |prefix: &String| name.starts_with(prefix);
+        let counts = |setting: &&Setting| setting.blocks.as_ref().is_some_and(|blocks| blocks.all().iter().any(begins));
         self.settings.iter().find(counts).and_then(|setting| sizes.number(&setting.key)).unwrap_or(0)
     }
 
     fn layout(&self, raw: RawLayout) -> Result<Layout, String> {
-        let rules = match (raw.rules, &raw.like) {
+        let mut rules = match (raw.rules, &raw.like) {
             (None, Some(like)) => {
                 let like = self.layouts.iter().find(|layout| layout.name == *like);
                 let like = like.ok_or_else(|| format!("layout {:?} is like an unknown one", raw.name))?;
                 return Ok(Layout { name: raw.name, prefixes: raw.prefixes, ..like.clone() });
             }
             (Some(rules), None) => rules.into_iter().map(Rule::new).collect::<Result<Vec<_>, _>>()?,
-            (None, None) => self.tensors.iter().map(|tensor| Rule::identity(&tensor.name)).collect(),
+            (None, None) => self.tensors.iter().map(|tensor| plain_rule(&tensor.name, &raw.rename)).collect::<Vec<_>>(),
             (Some(_), Some(_)) => return Err(format!("layout {:?} has both rules and like", raw.name)),
         };
+        rules.extend(raw.drop.into_iter().map(|(name, reason)| Rule::drop(vec![Pattern::new(&name)], reason)));
         let (inward, outward): (Vec<_>, Vec<_>) = rules.into_iter().map(|rule| (rule.inward, rule.outward)).unzip();
         Ok(Layout {
             name: raw.name,
@@ -284,6 +303,12 @@ impl FamilyManifest {
             outward: outward.into_iter().flatten().collect(),
         })
     }
+}
+
+/// The rule that gives the canonical tensor `name`, which may stand under another name.
+fn plain_rule(name: &str, renamed: &BTreeMap<String, String>) -> Rule {
+    let foreign = renamed.iter().find(|(_, canonical)| *canonical == name).map_or(name, |(foreign, _)| foreign);
+    Rule::same(foreign, name)
 }
 
 impl RawDefaults {
@@ -302,7 +327,7 @@ impl Layout {
     pub fn foreign_name(&self, name: &str, prefix: &str, scope: Scope) -> Option<String> {
         let fill = |step: &Step| {
             let (_, captures) = step.slot(name, scope)?;
-            Some(format!("{prefix}{}", step.outputs.first()?.fill(captures)))
+            Some(format!("{prefix}{}", step.outputs.first()?.fill(step.across(captures, scope))))
         };
         self.outward.iter().find_map(fill).filter(|foreign| foreign != name)
     }

@@ -54,6 +54,8 @@ pub struct Inspection {
     pub dtypes: BTreeMap<String, usize>,
     /// How the file keeps the model's tensors, where it is known.
     pub stored: Vec<Stored>,
+    /// Parts of its pipeline that lie in the same file.
+    pub parts: Vec<String>,
     /// How many input tensors are used.
     pub used: usize,
     /// The diffusers config.json.
@@ -100,6 +102,7 @@ impl Inspection {
             bytes,
             dtypes: histogram(&tensors),
             stored: Vec::new(),
+            parts: identified.parts_in(canonical.source()).into_iter().map(|part| part.name).collect(),
             used: account.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),

@@ -5,7 +5,7 @@ use crate::family::{FamilyManifest, RawFamily};
 use crate::known::Known;
 use crate::settings::{Declared, Settled};
 use crate::shape::Expected;
-use clearform_weights::WeightsError;
+use clearform_weights::{TensorSource, WeightsError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -25,11 +25,23 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("sit.toml", include_str!("../../../manifests/sit.toml")),
 ];
 
+/// The manifests of parts of a pipeline in the program, alphabetically.
+const KINDS: &[(&str, &str)] = &[
+    ("parts/clip.toml", include_str!("../../../manifests/parts/clip.toml")),
+    ("parts/t5.toml", include_str!("../../../manifests/parts/t5.toml")),
+    ("parts/vae.toml", include_str!("../../../manifests/parts/vae.toml")),
+];
+const REMEDY: &str = "give the model's config.json with --config";
+const REMEDY_OF_PARTS: &str = "give its config.json, in a folder of its name, with --components";
+
 /// All rules.
 #[derive(Debug, Clone)]
 pub struct Manifests {
     pub(crate) families: Vec<Arc<FamilyManifest>>,
     pub(crate) known: Arc<Known>,
+    /// How a config.json is given to what these are the rules of.
+    pub(crate) remedy: &'static str,
+    kinds: Vec<Arc<FamilyManifest>>,
 }
 
 impl Manifests {
@@ -40,7 +52,7 @@ impl Manifests {
     pub fn embedded() -> Result<Self> {
         let known: Known = parse("known.toml", KNOWN)?;
         check_edition("known.toml", known.edition)?;
-        let mut manifests = Self { families: Vec::new(), known: Arc::new(known) };
+        let mut manifests = Self { known: Arc::new(known), ..Self::without_families()? };
         for (origin, text) in EMBEDDED {
             manifests.add(origin, text)?;
         }
@@ -52,9 +64,34 @@ impl Manifests {
     /// # Errors
     /// [`LayoutError::BadManifest`] if it is none.
     pub fn alone(origin: &str, text: &str) -> Result<Self> {
-        let mut manifests = Self { families: Vec::new(), known: Arc::default() };
+        let mut manifests = Self::without_families()?;
         manifests.add(origin, text)?;
         Ok(manifests)
+    }
+
+    /// The rules of parts, those of VAEs and text encoders, as if these were families.
+    ///
+    /// # Errors
+    /// As [`Self::embedded`].
+    pub fn parts() -> Result<Self> {
+        let embedded = Self::embedded()?;
+        Ok(Self { families: embedded.kinds, kinds: Vec::new(), remedy: REMEDY_OF_PARTS, ..embedded })
+    }
+
+    /// The rules of one part alone.
+    pub(crate) fn of_kind(kind: FamilyManifest, known: &Arc<Known>) -> Self {
+        Self { families: vec![Arc::new(kind)], known: known.clone(), remedy: REMEDY_OF_PARTS, kinds: Vec::new() }
+    }
+
+    fn without_families() -> Result<Self> {
+        let mut kinds = Vec::new();
+        for (origin, text) in KINDS {
+            let bad = |reason| LayoutError::BadManifest { origin: (*origin).to_owned(), reason };
+            let raw: RawFamily = parse(origin, text)?;
+            check_edition(origin, raw.edition)?;
+            kinds.push(Arc::new(FamilyManifest::new(raw, None, &[]).map_err(bad)?));
+        }
+        Ok(Self { families: Vec::new(), known: Arc::default(), remedy: REMEDY, kinds })
     }
 
     /// These and the manifest at `path`: a new family, or more layouts and variants of one that is here.
@@ -67,6 +104,16 @@ impl Manifests {
         let text = std::fs::read_to_string(path).map_err(io)?;
         self.add(&path.display().to_string(), &text)?;
         Ok(self)
+    }
+
+    /// `source` is none of what is refused by name whatever family it is of, such as an adapter or a quantised model whose
+    /// format is not read.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unsupported`], which says what it is.
+    pub fn accept(&self, source: &dyn TensorSource) -> Result<()> {
+        let tensors = source.tensors();
+        self.known.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())
     }
 
     /// Names of the families.
@@ -90,7 +137,8 @@ impl Manifests {
             name: family.to_owned(),
             choices: self.families(),
         })?;
-        let declared = Declared { config: Some(config), metadata: &BTreeMap::new(), layout: None };
+        let metadata = BTreeMap::new();
+        let declared = Declared { config: Some(config), metadata: &metadata, layout: None, remedy: self.remedy };
         let settled = Settled::new(&known.settings, &BTreeMap::new(), declared)?;
         Ok(known.expected(&settled.sizes))
     }
@@ -109,10 +157,10 @@ impl Manifests {
             Some(_) if raw.like.is_some() => {
                 Err(bad(format!("{:?} is already a family: like is for new ones", raw.family)))
             }
-            Some(family) => Arc::make_mut(family).extend(raw).map_err(bad),
+            Some(family) => Arc::make_mut(family).extend(raw, &self.kinds).map_err(bad),
             None => {
                 let like = self.liked(raw.like.as_deref()).map_err(bad)?;
-                self.families.push(Arc::new(FamilyManifest::new(raw, like).map_err(bad)?));
+                self.families.push(Arc::new(FamilyManifest::new(raw, like, &self.kinds).map_err(bad)?));
                 Ok(())
             }
         }

@@ -139,6 +139,7 @@ impl Step {
     /// Names of the outputs; a number that no input has runs over all blocks.
     fn names(&self, captures: Captures, scope: Scope) -> Vec<String> {
         let blocks = |output: &Pattern| scope.sizes.map_or(1, |sizes| scope.family.blocks_of(output.as_str(), sizes));
+        let captures = self.across(captures, scope);
         let mut names = Vec::new();
         for output in &self.outputs {
             match output.is_numbered() && captures.number.is_none() {

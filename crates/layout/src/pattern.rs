@@ -1,9 +1,9 @@
-//! [`Pattern`]: a tensor name with a place for the block's number and one for "weight" or "bias".
+//! [`Pattern`]: a tensor name with places for the block's number, a number within the block, and "weight" or "bias".
 
 /// Real models have fewer than a hundred blocks; a name with a larger number is no block.
 const MOST_DIGITS: usize = 4;
 
-/// A name with `{n}` (block number) and `{p}` (parameter: weight or bias).
+/// A name with `{n}` (block number), `{m}` (number within the block) and `{p}` (parameter: weight or bias).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pattern {
     text: String,
@@ -14,6 +14,7 @@ pub(crate) struct Pattern {
 enum Part {
     Literal(String),
     Number,
+    Inner,
     Parameter,
 }
 
@@ -21,6 +22,7 @@ enum Part {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Captures {
     pub number: Option<usize>,
+    pub inner: Option<usize>,
     pub parameter: Option<Parameter>,
 }
 
@@ -51,6 +53,7 @@ impl Pattern {
             let (literal, tail) = rest.split_at(start);
             let place = match tail.get(..3) {
                 Some("{n}") => Part::Number,
+                Some("{m}") => Part::Inner,
                 Some("{p}") => Part::Parameter,
                 _ => break,
             };
@@ -81,6 +84,7 @@ impl Pattern {
         let part = |part: &Part| match part {
             Part::Literal(literal) => literal.clone(),
             Part::Number => captures.number.map_or_else(String::new, |number| number.to_string()),
+            Part::Inner => captures.inner.map_or_else(String::new, |number| number.to_string()),
             Part::Parameter => captures.parameter.map_or("", Parameter::name).to_owned(),
         };
         self.parts.iter().map(part).collect()
@@ -106,10 +110,8 @@ impl Part {
     fn take<'a>(&self, text: &'a str, captures: &mut Captures) -> Option<&'a str> {
         match self {
             Self::Literal(literal) => text.strip_prefix(literal.as_str()),
-            Self::Number => {
-                let (number, rest) = take_number(text)?;
-                (*captures.number.get_or_insert(number) == number).then_some(rest)
-            }
+            Self::Number => take_equal(text, &mut captures.number),
+            Self::Inner => take_equal(text, &mut captures.inner),
             Self::Parameter => {
                 let parameter = Parameter::ALL.into_iter().find(|parameter| text.starts_with(parameter.name()))?;
                 captures.parameter = Some(parameter);
@@ -117,6 +119,12 @@ impl Part {
             }
         }
     }
+}
+
+/// The rest of `text` after a number, which must be the one captured before, if any.
+fn take_equal<'a>(text: &'a str, captured: &mut Option<usize>) -> Option<&'a str> {
+    let (number, rest) = take_number(text)?;
+    (*captured.get_or_insert(number) == number).then_some(rest)
 }
 
 fn take_number(text: &str) -> Option<(usize, &str)> {
@@ -146,11 +154,20 @@ mod tests {
     fn captures_and_fills() {
         let pattern = Pattern::new("blocks.{n}.attn.{p}");
         let captures = pattern.captures("blocks.12.attn.bias").unwrap();
-        assert_eq!(captures, Captures { number: Some(12), parameter: Some(Parameter::Bias) });
+        assert_eq!(captures, Captures { number: Some(12), inner: None, parameter: Some(Parameter::Bias) });
         assert_eq!(pattern.fill(captures), "blocks.12.attn.bias");
         for wrong in ["blocks.012.attn.bias", "blocks..attn.bias", "blocks.12345.attn.bias", "blocks.1.attn.biases"] {
             assert_eq!(pattern.captures(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn numbers_within_blocks_are_their_own() {
+        let pattern = Pattern::new("up.{n}.block.{m}.conv.{p}");
+        let captures = pattern.captures("up.3.block.1.conv.weight").unwrap();
+        assert_eq!((captures.number, captures.inner), (Some(3), Some(1)));
+        assert_eq!(pattern.fill(captures), "up.3.block.1.conv.weight");
+        assert_eq!(pattern.captures("up.3.block.x.conv.weight"), None);
     }
 
     #[test]

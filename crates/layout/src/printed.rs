@@ -39,6 +39,9 @@ impl Inspection {
                 format!("{} used, {} skipped, {} not understood", self.used, self.skipped.len(), self.unmatched.len()),
             ),
         ];
+        if !self.parts.is_empty() {
+            lines.push(("parts", self.parts.join(", ")));
+        }
         let reasons = self.skipped.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, one| {
             *counts.entry(one.reason.clone()).or_default() += 1;
             counts

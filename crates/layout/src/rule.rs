@@ -1,8 +1,11 @@
 //! [`Rule`]: how a tensor of a foreign layout becomes canonical ones; [`Step`]: the same in one direction.
 
 use crate::blocks::Blocks;
+use crate::family::FamilyManifest;
 use crate::mapping::Scope;
+use crate::names::Names;
 use crate::pattern::{Captures, Pattern};
+use crate::settings::Sizes;
 use crate::shape::Extent;
 use serde::Deserialize;
 
@@ -10,7 +13,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RawRule {
-    foreign: OneOrMany,
+    foreign: Names,
     canonical: Option<String>,
     split: Option<Vec<String>>,
     /// Shares of the rows in a split or join; equal where not given.
@@ -24,13 +27,9 @@ pub(crate) struct RawRule {
     only: Option<String>,
     /// Blocks that it is not for, said in the same way.
     except: Option<String>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
+    /// Whether one side counts blocks from the end.
+    #[serde(default)]
+    mirrored: bool,
 }
 
 /// An edit of the values' order, its own inverse.
@@ -77,6 +76,8 @@ pub(crate) struct Step {
     pub how: How,
     /// The blocks it is for.
     pub blocks: Blocks,
+    /// Whether outputs count blocks from the end.
+    pub mirrored: bool,
 }
 
 /// A rule, both ways.
@@ -88,24 +89,14 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
-    /// The rule that leaves `name` as it is.
-    pub fn identity(name: &str) -> Self {
-        let names = vec![Pattern::new(name)];
-        let step = Step {
-            inputs: names.clone(),
-            outputs: names,
-            how: How::Same(None, Reshape::Keep),
-            blocks: Blocks::default(),
-        };
-        Self { inward: step.clone(), outward: Some(step) }
+    /// The rule that leaves the tensor `foreign` as it is, under its canonical name.
+    pub fn same(foreign: &str, canonical: &str) -> Self {
+        Self::rename(vec![Pattern::new(foreign)], vec![Pattern::new(canonical)], None, None)
     }
 
     /// Reads a rule; the error says what is wrong with it.
     pub fn new(raw: RawRule) -> Result<Self, String> {
-        let foreign = match &raw.foreign {
-            OneOrMany::One(name) => patterns(std::slice::from_ref(name)),
-            OneOrMany::Many(names) => patterns(names),
-        };
+        let foreign = patterns(raw.foreign.all());
         let said = raw.foreign.clone();
         let blocks = Blocks { only: raw.only, except: raw.except };
         let rule = match (raw.canonical, raw.split, raw.copy, raw.drop) {
@@ -121,13 +112,23 @@ impl Rule {
                 Self::both(foreign, patterns(&names), How::Split(shares.clone()), How::Join(shares))
             }
             (None, None, Some(names), None) => Self::both(foreign, patterns(&names), How::Copy, How::Pick),
-            (None, None, None, Some(reason)) => {
-                let (how, blocks) = (How::Drop(reason), Blocks::default());
-                Self { inward: Step { inputs: foreign, outputs: Vec::new(), how, blocks }, outward: None }
-            }
+            (None, None, None, Some(reason)) => Self::drop(foreign, reason),
             _ => return Err(format!("rule for {said:?} needs exactly one of canonical, split, copy and drop")),
         };
+        let rule = if raw.mirrored { rule.mirrored() } else { rule };
         rule.of(blocks).ok_or_else(|| format!("rule for {said:?}: only and except need a {{n}} on both sides"))
+    }
+
+    /// The rule that drops `foreign` for `reason`.
+    pub fn drop(foreign: Vec<Pattern>, reason: String) -> Self {
+        let (how, blocks) = (How::Drop(reason), Blocks::default());
+        Self { inward: Step { inputs: foreign, outputs: Vec::new(), how, blocks, mirrored: false }, outward: None }
+    }
+
+    fn mirrored(mut self) -> Self {
+        self.inward.mirrored = true;
+        self.outward.iter_mut().for_each(|step| step.mirrored = true);
+        self
     }
 
     /// Itself for `blocks` alone; none where it has no block numbers.
@@ -148,10 +149,11 @@ impl Rule {
     }
 
     fn both(foreign: Vec<Pattern>, canonical: Vec<Pattern>, inward: How, outward: How) -> Self {
-        let blocks = Blocks::default();
-        let outward =
-            Step { inputs: canonical.clone(), outputs: foreign.clone(), how: outward, blocks: blocks.clone() };
-        Self { inward: Step { inputs: foreign, outputs: canonical, how: inward, blocks }, outward: Some(outward) }
+        let step = |inputs: &[Pattern], outputs: &[Pattern], how| {
+            let (inputs, outputs, blocks) = (inputs.to_vec(), outputs.to_vec(), Blocks::default());
+            Step { inputs, outputs, how, blocks, mirrored: false }
+        };
+        Self { inward: step(&foreign, &canonical, inward), outward: Some(step(&canonical, &foreign, outward)) }
     }
 }
 
@@ -163,10 +165,24 @@ impl Step {
         let (Some(sizes), Some(number), false) = (scope.sizes, captures.number, self.blocks.are_all()) else {
             return Some((slot, captures));
         };
-        // One side has canonical names; the family counts no blocks by the other's.
+        self.blocks.hold(number, self.count(scope.family, sizes), sizes).then_some((slot, captures))
+    }
+
+    /// What the outputs have in their places where the inputs have `captures`, once sizes are known.
+    pub fn across(&self, captures: Captures, scope: Scope) -> Captures {
+        match (scope.sizes, captures.number) {
+            (Some(sizes), Some(number)) if self.mirrored => {
+                let mirrored = self.count(scope.family, sizes).checked_sub(number + 1);
+                Captures { number: mirrored.or(captures.number), ..captures }
+            }
+            _ => captures,
+        }
+    }
+
+    /// How many blocks it runs over. One side has canonical names; the family counts no blocks by the other's.
+    fn count(&self, family: &FamilyManifest, sizes: &Sizes) -> usize {
         let names = self.outputs.iter().chain(&self.inputs).map(Pattern::as_str);
-        let count = names.map(|name| scope.family.blocks_of(name, sizes)).max()?;
-        self.blocks.hold(number, count, sizes).then_some((slot, captures))
+        names.map(|name| family.blocks_of(name, sizes)).max().unwrap_or(0)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use crate::assembly::Assembly;
 use crate::error::{LayoutError, Result};
+use crate::list::List;
+use crate::names::Names;
 use crate::pattern::Pattern;
 use crate::settings::Sizes;
 use crate::shape::Extent;
@@ -20,8 +22,8 @@ const MOST_SHOWN: usize = 80;
 /// Tensors that may show a setting, by name.
 pub(crate) type Tensors = BTreeMap<String, Assembly>;
 
-/// A setting as a manifest gives it. Of `value`, `blocks`, `numbers`, `present`, `extent` and `size` it has one at
-/// most. A number that is found is worked on in this order: divided by `over`, its root taken, multiplied by `times`,
+/// A setting as a manifest gives it. Of `value`, `blocks`, `numbers`, `list`, `present`, `extent` and `size` it has one
+/// at most. A number that is found is worked on in this order: divided by `over`, its root taken, multiplied by `times`,
 /// `plus` added (it may be below 0), and no more than `most` left; where that leaves the whole numbers, nothing is
 /// found.
 #[derive(Debug, Clone, Deserialize)]
@@ -33,14 +35,17 @@ pub(crate) struct Setting {
     pub hidden: bool,
     /// The value that every model of the family has.
     value: Option<Value>,
-    /// A prefix of tensor names whose numbers are counted.
-    pub blocks: Option<String>,
+    /// Prefixes of tensor names whose numbers are counted, together if there are several.
+    pub blocks: Option<Names>,
     /// A prefix of tensor names whose numbers are listed.
     pub numbers: Option<String>,
+    /// An entry for each block.
+    pub list: Option<List>,
     /// A tensor that makes it true by being there, and false by not being there.
     present: Option<String>,
-    /// What stands in place of true; null then stands in place of false.
+    /// What stands in place of true; null then stands in place of false, if nothing else does.
     yes: Option<Value>,
+    no: Option<Value>,
     /// Extents, as [tensor, axis]: the one that most of them have.
     #[serde(default)]
     extent: Vec<(String, usize)>,
@@ -56,6 +61,9 @@ pub(crate) struct Setting {
     /// What the published models have, where nothing else tells it.
     #[serde(default)]
     published: Vec<Published>,
+    /// Whether it is any real number, and not a size.
+    #[serde(default)]
+    real: bool,
     /// Whether it may stay null where nothing tells it and no published model is like this one.
     #[serde(default)]
     pub optional: bool,
@@ -75,13 +83,22 @@ struct Published {
 }
 
 impl Setting {
+    /// Whether it is a list of block numbers.
+    pub fn lists_blocks(&self) -> bool {
+        self.numbers.is_some() || self.list.as_ref().is_some_and(List::names_blocks)
+    }
+
     /// The value as the tensors show it, and which tensor does.
     pub fn find(&self, tensors: &Tensors, sizes: &Sizes) -> Option<(Value, String)> {
         if let Some(value) = &self.value {
             return Some((value.clone(), "the family".to_owned()));
         }
-        if let Some(prefix) = &self.blocks {
-            return Some((count(&numbers(prefix, tensors)).into(), format!("the numbers of {prefix:?}")));
+        if let Some(prefixes) = self.blocks.as_ref().map(Names::all) {
+            let all = prefixes.iter().flat_map(|prefix| numbers(prefix, tensors)).collect();
+            return Some((count(&all).into(), format!("the numbers of {prefixes:?}")));
+        }
+        if let Some(list) = &self.list {
+            return list.find(tensors, sizes).map(|(list, witness)| (list.into(), witness));
         }
         if let Some(prefix) = &self.numbers {
             let numbers: Vec<usize> = numbers(prefix, tensors).into_iter().collect();
@@ -98,7 +115,7 @@ impl Setting {
         let pattern = Pattern::new(name);
         match (tensors.keys().any(|name| pattern.captures(name).is_some()), &self.yes) {
             (true, Some(yes)) => yes.clone(),
-            (false, Some(_)) => Value::Null,
+            (false, Some(_)) => self.no.clone().unwrap_or_default(),
             (there, None) => there.into(),
         }
     }
@@ -111,7 +128,7 @@ impl Setting {
 
     /// The extent that most of the places have; one misshapen tensor must not decide.
     fn vote(&self, tensors: &Tensors) -> Option<(usize, String)> {
-        let mut votes: Vec<(usize, &str, usize)> = Vec::new();
+        let mut votes: Vec<(usize, &str)> = Vec::new();
         for (place, axis) in &self.extent {
             let pattern = Pattern::new(place);
             let range = if pattern.is_numbered() {
@@ -120,16 +137,9 @@ impl Setting {
                 tensors.range(place.clone()..=place.clone())
             };
             let voters = range.filter(|(name, _)| pattern.captures(name).is_some());
-            for (name, extent) in voters.filter_map(|(name, tensor)| Some((name, *tensor.info.shape.get(*axis)?))) {
-                match votes.iter_mut().find(|(value, ..)| *value == extent) {
-                    Some((_, _, count)) => *count += 1,
-                    None => votes.push((extent, name, 1)),
-                }
-            }
+            votes.extend(voters.filter_map(|(name, tensor)| Some((*tensor.info.shape.get(*axis)?, name.as_str()))));
         }
-        let most = votes.iter().map(|(.., count)| *count).max()?;
-        let (value, name, _) = votes.into_iter().find(|(.., count)| *count == most)?;
-        Some((value, format!("the shape of {name:?}")))
+        vote(votes).map(|(value, name)| (value, format!("the shape of {name:?}")))
     }
 
     fn reckon(&self, number: usize, sizes: &Sizes) -> Option<usize> {
@@ -142,11 +152,11 @@ impl Setting {
         Some(self.most.map_or(number, |most| number.min(most)))
     }
 
-    /// The value of the published models of `sizes`.
+    /// The value of the published models of `sizes`; `remedy` is what to do where there is none.
     ///
     /// # Errors
     /// [`LayoutError::Ambiguous`] where there is none.
-    pub fn published(&self, sizes: &Sizes) -> Result<Value> {
+    pub fn published(&self, sizes: &Sizes, remedy: &str) -> Result<Value> {
         if let Some(one) = self.published.iter().find(|one| sizes.satisfy(&one.when)) {
             return Ok(one.value.clone());
         }
@@ -161,7 +171,7 @@ impl Setting {
             (published, _) => format!("of the published values {} alone", published.join(", ")),
         };
         let why = self.why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
-        Err(self.open(format!("{reason}{why}; give the model's config.json with --config")))
+        Err(self.open(format!("{reason}{why}; {remedy}")))
     }
 
     fn open(&self, reason: String) -> LayoutError {
@@ -175,10 +185,13 @@ impl Setting {
     pub fn believable(&self, declared: &Value, found: Option<&Value>, origin: &str) -> Result<()> {
         let expected = match (&self.blocks, found) {
             (Some(_), _) => whole_number(declared, MOST_BLOCKS),
-            _ if self.numbers.is_some() => short_list(declared),
+            _ if self.numbers.is_some() || self.list.is_some() => short_list(declared),
             (None, Some(_)) => None,
             (None, None) => match self.published.first().map(|one| &one.value) {
+                _ if self.real => finite(declared),
                 Some(Value::Array(_)) => None,
+                Some(Value::String(_)) => (!declared.is_string()).then(|| "a word".to_owned()),
+                Some(Value::Bool(_)) => (!declared.is_boolean()).then(|| "true or false".to_owned()),
                 Some(Value::Number(number)) if number.is_f64() => positive(declared),
                 None if self.optional => positive(declared),
                 _ => whole_number(declared, MOST_SIZE),
@@ -194,6 +207,14 @@ impl Setting {
     }
 }
 
+/// What most say, and who says it first.
+pub(crate) fn vote(votes: Vec<(usize, &str)>) -> Option<(usize, &str)> {
+    let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+    votes.iter().for_each(|(value, _)| *counts.entry(*value).or_default() += 1);
+    let most = counts.values().max()?;
+    votes.iter().copied().find(|(value, _)| counts[value] == *most)
+}
+
 fn whole_number(declared: &Value, most: u64) -> Option<String> {
     declared.as_u64().is_none_or(|number| number > most).then(|| format!("a number up to {most}"))
 }
@@ -201,6 +222,10 @@ fn whole_number(declared: &Value, most: u64) -> Option<String> {
 fn short_list(declared: &Value) -> Option<String> {
     let is_long = declared.as_array().is_some_and(|list| list.len() as u64 > MOST_BLOCKS);
     is_long.then(|| format!("at most {MOST_BLOCKS} numbers"))
+}
+
+fn finite(declared: &Value) -> Option<String> {
+    declared.as_f64().is_none_or(|number| !number.is_finite()).then(|| "a number".to_owned())
 }
 
 fn positive(declared: &Value) -> Option<String> {

@@ -27,10 +27,14 @@ impl Sizes {
         }
     }
 
+    /// The list `key`.
+    pub fn list(&self, key: &str) -> Option<&[Value]> {
+        self.0.get(key)?.as_array().map(Vec::as_slice)
+    }
+
     /// Whether `number` stands in the list `key`.
     pub fn lists(&self, key: &str, number: usize) -> bool {
-        let list = self.0.get(key).and_then(Value::as_array);
-        list.is_some_and(|list| list.iter().any(|one| one.as_u64() == Some(number as u64)))
+        self.list(key).is_some_and(|list| list.iter().any(|one| one.as_u64() == Some(number as u64)))
     }
 
     /// Whether every key has the value that `conditions` give it, or one of a list of values; true and false ask
@@ -49,6 +53,8 @@ impl Sizes {
 pub(crate) struct Declared<'a> {
     pub config: Option<&'a Value>,
     pub metadata: &'a BTreeMap<String, String>,
+    /// How a person gives the config.json where it is wanted.
+    pub remedy: &'static str,
     /// What holds for files of this layout, where nothing else says it.
     pub layout: Option<&'a Map<String, Value>>,
 }
@@ -117,7 +123,7 @@ impl Settled {
             self.evidence.push(format!("{key} {value}, as in every file of this layout"));
             return Ok(value.clone());
         }
-        let value = match setting.published(&self.sizes) {
+        let value = match setting.published(&self.sizes, declared.remedy) {
             Err(_) if setting.optional => return Ok(Value::Null),
             published => published?,
         };

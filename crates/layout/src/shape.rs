@@ -5,6 +5,7 @@ use crate::pattern::{Captures, Parameter, Pattern};
 use crate::settings::Sizes;
 use crate::work::{Attends, Per};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::fmt;
 
 /// A canonical tensor and the shape it must have.
@@ -26,7 +27,8 @@ impl Expected {
     }
 }
 
-/// One extent in a manifest: a number, a product such as "3*width", or "?" for any.
+/// One extent in a manifest: a number, a product such as "3*width", or "?" for any. Of a list, "channels[n]" is the entry
+/// of the block, "channels[first]" and "channels[last]" those of its ends.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum Extent {
@@ -37,14 +39,31 @@ pub(crate) enum Extent {
 impl Extent {
     /// Its value; none where any will do. A size that is not known counts as none.
     pub fn value(&self, sizes: &Sizes) -> Option<usize> {
+        self.value_in(None, sizes)
+    }
+
+    /// Its value in a tensor of block `number`.
+    fn value_in(&self, number: Option<usize>, sizes: &Sizes) -> Option<usize> {
         match self {
             Self::Number(number) => Some(*number),
             Self::Product(product) => {
-                let factor = |factor: &str| factor.parse().ok().or_else(|| sizes.number(factor));
+                let factor = |factor: &str| match factor.strip_suffix(']').and_then(|factor| factor.split_once('[')) {
+                    Some((list, place)) => entry(sizes.list(list)?, place, number),
+                    None => factor.parse().ok().or_else(|| sizes.number(factor)),
+                };
                 product.split('*').try_fold(1usize, |value, name| Some(value.saturating_mul(factor(name.trim())?)))
             }
         }
     }
+}
+
+fn entry(list: &[Value], place: &str, number: Option<usize>) -> Option<usize> {
+    let entry = match place {
+        "first" => list.first(),
+        "last" => list.last(),
+        _ => list.get(number?),
+    };
+    entry?.as_u64().and_then(|entry| usize::try_from(entry).ok())
 }
 
 impl fmt::Display for Extent {
@@ -64,6 +83,8 @@ pub(crate) struct TensorRule {
     shape: Vec<Extent>,
     /// A setting that must be set for the tensor to be there: neither false nor null nor empty.
     when: Option<String>,
+    /// Where `{m}` in the name begins, and the setting that it ends before.
+    inner: Option<(usize, String)>,
     /// Blocks that alone have the tensor: "last", or the key of a list of block numbers.
     only: Option<String>,
     /// Blocks that lack it, said in the same way.
@@ -90,8 +111,20 @@ impl TensorRule {
             false => vec![None],
         };
         let parameters = if pattern.is_layer() { &Parameter::ALL.map(Some)[..] } else { &[None] };
-        let pairs = numbers.iter().flat_map(|number| parameters.iter().map(move |parameter| (*number, *parameter)));
-        pairs.map(|(number, parameter)| self.fill(&pattern, Captures { number, parameter }, sizes)).collect()
+        let mut captures = Vec::new();
+        for (number, inner) in
+            numbers.into_iter().flat_map(|number| self.inner(sizes).map(move |inner| (number, inner)))
+        {
+            captures.extend(parameters.iter().map(|parameter| Captures { number, inner, parameter: *parameter }));
+        }
+        captures.into_iter().map(|captures| self.fill(&pattern, captures, sizes)).collect()
+    }
+
+    /// Numbers within a block; one none where the name has no place for them.
+    fn inner(&self, sizes: &Sizes) -> impl Iterator<Item = Option<usize>> + use<> {
+        let range = self.inner.as_ref().map(|(from, key)| *from..sizes.number(key).unwrap_or(0));
+        let numbers = range.clone().into_iter().flatten().map(Some);
+        numbers.chain(range.is_none().then_some(None))
     }
 
     /// The blocks that have the tensor.
@@ -101,7 +134,7 @@ impl TensorRule {
 
     fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &Sizes) -> Expected {
         let extents = if captures.parameter == Some(Parameter::Bias) { 1 } else { self.shape.len() };
-        let shape = self.shape[..extents].iter().map(|extent| extent.value(sizes)).collect();
+        let shape = self.shape[..extents].iter().map(|extent| extent.value_in(captures.number, sizes)).collect();
         Expected { name: pattern.fill(captures), shape, optional: self.optional }
     }
 }

@@ -178,10 +178,9 @@ impl Adapters {
 fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<Parts> {
     let parts = Parts::default().with(TRANSFORMER, transformer.identified().addresses());
     let Some(components) = components else { return Ok(parts.and_no_other("the transformer runs alone")) };
-    let beside = EDITED_PARTS.iter().filter_map(|name| Some((*name, components.folder(name).ok()?)));
-    beside.into_iter().try_fold(parts, |parts, (name, folder)| {
+    EDITED_PARTS.into_iter().filter(|name| components.has(name)).try_fold(parts, |parts, name| {
         // Some libraries write CLIP's names with this prefix, and some without.
-        let addresses = Addresses::of_tensors(&Checkpoint::open(&folder)?.tensors(), "text_model.");
+        let addresses = Addresses::of_tensors(&components.weights(name)?.tensors(), "text_model.");
         Ok(parts.with(name, addresses))
     })
 }

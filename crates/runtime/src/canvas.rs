@@ -26,7 +26,7 @@ impl Canvas {
     pub fn new(components: &Components, transformer: &Transformer) -> Result<Self> {
         let (family, config) = (transformer.family(), transformer.config());
         let has_vae = transformer.identified().components().iter().any(|part| part == "vae");
-        let vae_config = if has_vae { components.json("vae", "config.json")? } else { Value::Null };
+        let vae_config = if has_vae { components.config("vae")? } else { Value::Null };
         let vae = if has_vae { Some(VaeConfig::new(&vae_config)?) } else { None };
         let takes = config["in_channels"].as_u64().unwrap_or(0) as usize;
         let (channels, downscale) = vae.as_ref().map_or((takes, 1), |vae| (vae.latent_channels, vae.downscale()));

@@ -1,22 +1,107 @@
-//! [`Components`]: where the parts of a pipeline lie. It opens none of them but reads their small JSON files.
+//! [`Components`]: where the parts of a pipeline lie, in folders or in the transformer's own file. Whoever asks for a
+//! part's config or weights does not learn which.
 
-use crate::{Result, RuntimeError};
+use crate::{Reading, Result, RuntimeError, Transformer};
+use clearform_layout::{Account, Inside, LayoutError, Manifests, Part, Unscaled};
+use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// The folders that parts are looked for in: the model's own first, then that of `--components`.
+/// The places that parts are looked for in: the model's own folder first, then the transformer's file, then the folder of
+/// `--components`.
 #[derive(Debug, Clone)]
 pub struct Components {
     model: PathBuf,
-    roots: Vec<PathBuf>,
+    extra: Option<PathBuf>,
+    file: Option<AllInOne>,
 }
+
+/// A file that holds parts of a pipeline beside its transformer.
+#[derive(Debug, Clone)]
+struct AllInOne {
+    path: PathBuf,
+    parts: Vec<Inside>,
+    allow_unmatched: bool,
+}
+
+/// A part that lies in the transformer's file.
+pub struct Found {
+    /// Its config.json, complete.
+    pub config: Value,
+    /// Its tensors under their canonical names.
+    pub tensors: Box<dyn TensorSource>,
+    /// What became of those in the file.
+    pub account: Account,
+}
+
+const CONFIG: &str = "config.json";
 
 impl Components {
     /// Looks in `model` and, for what it lacks, in `extra`. Either may be a folder with a `model_index.json`, or any
     /// folder with parts in it; `model` may also be a transformer alone, folder or file.
     pub fn new(model: &Path, extra: Option<&Path>) -> Self {
-        let roots = std::iter::once(model).chain(extra).map(Path::to_owned).collect();
-        Self { model: model.to_owned(), roots }
+        Self { model: model.to_owned(), extra: extra.map(Path::to_owned), file: None }
+    }
+
+    /// The same, with the parts that lie in the file of the transformer, which is read as `reading` says. Each is held
+    /// against the rules of its kind.
+    ///
+    /// # Errors
+    /// Tensors of a part are missing, misshapen or not understood.
+    pub fn with_parts_of(mut self, transformer: &Transformer, reading: &Reading) -> Result<Self> {
+        let checkpoint = transformer.checkpoint();
+        self.file = Some(AllInOne {
+            path: checkpoint.path().to_owned(),
+            parts: transformer.identified().parts_in(checkpoint),
+            allow_unmatched: reading.allow_unmatched,
+        });
+        self.in_file().iter().try_for_each(|name| self.found(name).map(drop))?;
+        Ok(self)
+    }
+
+    /// Names of the parts that are taken from the transformer's file.
+    pub fn in_file(&self) -> Vec<&str> {
+        let parts = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
+        parts.filter(|name| self.inside(name).is_some()).collect()
+    }
+
+    /// The part `name` of the transformer's file.
+    ///
+    /// # Errors
+    /// It is not there, or not as it should be.
+    pub fn found(&self, name: &str) -> Result<Found> {
+        let (file, part) = self.inside(name).ok_or_else(|| self.missing_one(name))?;
+        self.open(file, part)
+    }
+
+    /// Whether the part `name` is anywhere.
+    pub fn has(&self, name: &str) -> bool {
+        self.inside(name).is_some() || self.folder(name).is_ok()
+    }
+
+    /// The config.json of part `name`.
+    ///
+    /// # Errors
+    /// The part is missing or not as it should be.
+    pub fn config(&self, name: &str) -> Result<Value> {
+        match self.inside(name) {
+            Some((file, part)) => Ok(self.open(file, part)?.config),
+            None => self.json(name, CONFIG),
+        }
+    }
+
+    /// The tensors of part `name` under the names that its class has, fp8 weights times their scales.
+    ///
+    /// # Errors
+    /// The part is missing or not as it should be.
+    pub fn weights(&self, name: &str) -> Result<Box<dyn TensorSource>> {
+        if let Some((file, part)) = self.inside(name) {
+            return Ok(self.open(file, part)?.tensors);
+        }
+        let (folder, manifests) = (self.folder(name)?, Manifests::embedded()?);
+        let weights = Unscaled::open(&folder, &manifests)?;
+        manifests.accept(&weights).map_err(|error| bad(&folder, &error))?;
+        Ok(Box::new(weights))
     }
 
     /// The folder of part `name`.
@@ -24,8 +109,8 @@ impl Components {
     /// # Errors
     /// [`RuntimeError::MissingComponent`], which says how to give it.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
-        let found = self.roots.iter().map(|root| root.join(name)).find(|folder| folder.is_dir());
-        found.ok_or_else(|| RuntimeError::MissingComponent { name: name.to_owned(), looked: self.looked() })
+        let found = self.roots().map(|root| root.join(name)).find(|folder| folder.is_dir());
+        found.ok_or_else(|| self.missing_one(name))
     }
 
     /// The transformer: its folder in the model's, or the model itself if that is a transformer alone.
@@ -36,7 +121,7 @@ impl Components {
 
     /// Those of `names` that are nowhere.
     pub fn missing<'a>(&self, names: &'a [String]) -> Vec<&'a str> {
-        names.iter().map(String::as_str).filter(|name| self.folder(name).is_err()).collect()
+        names.iter().map(String::as_str).filter(|name| !self.has(name)).collect()
     }
 
     /// All parts called `names` are there.
@@ -44,7 +129,7 @@ impl Components {
     /// # Errors
     /// [`RuntimeError::MissingComponent`] for the first that is not.
     pub fn complete(&self, names: &[String]) -> Result<()> {
-        names.iter().try_for_each(|name| self.folder(name).map(drop))
+        self.missing(names).first().map_or(Ok(()), |name| Err(self.missing_one(name)))
     }
 
     /// A small JSON file of part `name`.
@@ -80,9 +165,43 @@ impl Components {
         path.exists().then(|| read(&path)).transpose()
     }
 
-    fn looked(&self) -> String {
-        self.roots.iter().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ")
+    /// The part `name` in the transformer's file, unless the model's own folder has it.
+    fn inside(&self, name: &str) -> Option<(&AllInOne, &Inside)> {
+        let file = self.file.as_ref().filter(|_| !self.model.join(name).is_dir())?;
+        file.parts.iter().find(|part| part.name == name).map(|part| (file, part))
     }
+
+    fn open(&self, file: &AllInOne, inside: &Inside) -> Result<Found> {
+        let usual = self.usual_config(&inside.name)?;
+        let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
+        let whole = part.and_then(|Part { config, tensors }| {
+            let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
+            Ok(Found { config, account: tensors.account().clone(), tensors: Box::new(tensors) })
+        });
+        whole.map_err(|error| {
+            let reason = format!("{}, the tensors under {:?}: {error}", inside.name, inside.prefix);
+            RuntimeError::BadComponent { path: file.path.clone(), reason }
+        })
+    }
+
+    /// A config.json that lies in a folder of the part's name, of the same model or of one like it.
+    fn usual_config(&self, name: &str) -> Result<Option<Value>> {
+        let exists = self.folder(name).is_ok_and(|folder| folder.join(CONFIG).exists());
+        exists.then(|| self.json(name, CONFIG)).transpose()
+    }
+
+    fn roots(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(self.model.as_path()).chain(self.extra.as_deref())
+    }
+
+    fn missing_one(&self, name: &str) -> RuntimeError {
+        let looked = self.roots().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ");
+        RuntimeError::MissingComponent { name: name.to_owned(), looked }
+    }
+}
+
+fn bad(path: &Path, error: &LayoutError) -> RuntimeError {
+    RuntimeError::BadComponent { path: path.to_owned(), reason: error.to_string() }
 }
 
 /// Files of vocabularies and configs are a few MB; what claims to be more is not one of them.

@@ -112,6 +112,7 @@ impl Pipeline {
         let components = Components::new(model, options.components.as_deref());
         let reading = options.reading.clone().recorded(model)?;
         let transformer = Transformer::open(&components.transformer(), &reading)?;
+        let components = components.with_parts_of(&transformer, &reading)?;
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.onto(transformer, Some(&components), &options.reading.manifests)?;
@@ -359,13 +360,14 @@ impl Pipeline {
         Err(RuntimeError::BadSetting(reason.to_owned()))
     }
 
-    /// What was taken for granted when the model was opened.
+    /// What was taken for granted when the model was opened, and what of its files was not read.
     pub fn notes(&self) -> Vec<String> {
         let identified = self.transformer.identified();
         let missing = self.components.missing(identified.optional_components());
         let missing = missing.into_iter().filter(|part| part.starts_with("text_encoder"));
         let absent = |part: &str| format!("{part} is not there; it is drawn without it (--components DIR gives one)");
-        identified.notes.iter().cloned().chain(missing.map(absent)).collect()
+        let taken = identified.notes.iter().chain(self.transformer.checkpoint().notes());
+        taken.cloned().chain(missing.map(absent)).collect()
     }
 
     fn dtype(&self) -> DType {

@@ -8,9 +8,8 @@ use clearform_models::text::{
     ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
 };
 use clearform_plugins::{Adapted, Changes, LowRankMode};
-use clearform_weights::{Checkpoint, Resident, TensorSource};
+use clearform_weights::{Resident, TensorSource};
 
-const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
@@ -29,11 +28,11 @@ pub(crate) fn open_weights<'a>(
     changes: &'a Changes,
     device: &Device,
 ) -> Result<Box<dyn TensorSource + 'a>> {
-    let checkpoint = Checkpoint::open(components.folder(part)?)?;
+    let stored = components.weights(part)?;
     Ok(match device {
-        Device::Cpu => Box::new(Adapted::new(checkpoint, changes, part, LowRankMode::Fused)),
+        Device::Cpu => Box::new(Adapted::new(stored, changes, part, LowRankMode::Fused)),
         _ => {
-            let resident = Resident::load(&checkpoint, None, device)?;
+            let resident = Resident::load(&stored, None, device)?;
             Box::new(Adapted::new(resident, changes, part, LowRankMode::Fused))
         }
     })
@@ -41,7 +40,7 @@ pub(crate) fn open_weights<'a>(
 
 impl TextEncoders for Encoders<'_> {
     fn has(&self, number: usize) -> bool {
-        self.components.folder(&numbered("text_encoder", number)).is_ok()
+        self.components.has(&numbered("text_encoder", number))
     }
 
     fn tokenizer_length(&self, number: usize) -> clearform_models::Result<Option<usize>> {
@@ -84,7 +83,7 @@ const T5_PAD: u32 = 0;
 impl Encoders<'_> {
     fn encode_clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded> {
         let part = numbered("text_encoder", number);
-        let config = ClipConfig::new(&self.components.json(&part, CONFIG)?)?;
+        let config = ClipConfig::new(&self.components.config(&part)?)?;
         let tokenizer = self.clip_tokenizer(&numbered("tokenizer", number))?;
         let length = tokenizer.max_length().unwrap_or(usize::MAX).min(config.max_tokens());
         let ids = prompts.iter().map(|prompt| tokenizer.encode(prompt, length));
@@ -101,7 +100,7 @@ impl Encoders<'_> {
 
     fn build_t5(&self, number: usize) -> Result<T5Encoder> {
         let part = numbered("text_encoder", number);
-        let config = T5Config::new(&self.components.json(&part, CONFIG)?)?;
+        let config = T5Config::new(&self.components.config(&part)?)?;
         Ok(T5Encoder::build(config, self.weights(&part)?.as_ref())?)
     }
 

@@ -63,7 +63,7 @@ impl Checkpoint {
             tensors: BTreeMap::new(),
             metadata: BTreeMap::new(),
             config,
-            notes: Vec::new(),
+            notes: listing.notes,
         };
         for file in listing.files {
             checkpoint.add(file)?;

@@ -32,6 +32,8 @@ struct Form {
 pub(crate) struct Listing {
     pub files: Vec<PathBuf>,
     pub index: Option<Index>,
+    /// What else the folder holds, for a person to know.
+    pub notes: Vec<String>,
 }
 
 /// Which shard holds which tensor, as the index says.
@@ -53,19 +55,29 @@ impl Listing {
         for form in &FORMS {
             for stem in form.stems {
                 if let Some(listing) = of_stem(folder, &names, stem, form.endings[0])? {
-                    return Ok(listing);
+                    return Ok(listing.among(&names));
                 }
             }
             if let Some(listing) = of_only(folder, &names, form.endings)? {
-                return Ok(listing);
+                return Ok(listing.among(&names));
             }
         }
         Err(bad(folder, nothing_found(&names)))
     }
 
+    /// The same, with a note of what the libraries would call the same model in other files: a variant, say.
+    fn among(mut self, names: &BTreeSet<String>) -> Self {
+        let read: Vec<_> = self.files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
+        let others: Vec<_> = names.iter().filter(|name| is_usual(name) && !read.contains(&name.as_str())).collect();
+        if let (Some(read), false) = (read.first(), others.is_empty()) {
+            self.notes = vec![format!("{read:?} is read, and not {others:?} beside it")];
+        }
+        self
+    }
+
     /// One file.
     pub fn of_file(path: PathBuf) -> Self {
-        Self { files: vec![path], index: None }
+        Self { files: vec![path], index: None, notes: Vec::new() }
     }
 
     /// The shards that an index names.
@@ -77,8 +89,17 @@ impl Listing {
         }
         let folder = path.parent().unwrap_or(Path::new(""));
         let files = shards.iter().map(|shard| shard_path(&path, folder, shard)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { files, index: Some(Index { path, weight_map }) })
+        Ok(Self { files, index: Some(Index { path, weight_map }), notes: Vec::new() })
     }
+}
+
+/// Whether a file of this name holds tensors as one of the libraries saves them.
+fn is_usual(name: &str) -> bool {
+    let fits = |form: &Form| {
+        let stem = form.stems.iter().find_map(|stem| name.strip_prefix(stem));
+        stem.is_some_and(|rest| rest.starts_with(['.', '-'])) && form.endings.iter().any(|end| name.ends_with(end))
+    };
+    FORMS.iter().any(fits)
 }
 
 fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<Listing>> {
@@ -104,7 +125,8 @@ fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str)
         (_, []) => Ok(None),
         (_, [file]) if numbers[0].is_none_or(|shard| shard == (1, 1)) => Ok(Some(Listing::of_file(folder.join(file)))),
         _ if all_shards(&numbers) => {
-            Ok(Some(Listing { files: files.iter().map(|name| folder.join(name)).collect(), index: None }))
+            let files = files.iter().map(|name| folder.join(name)).collect();
+            Ok(Some(Listing { files, index: None, notes: Vec::new() }))
         }
         _ => Err(bad(folder, format!("{files:?} are not one whole model: shards or their index are missing"))),
     }

@@ -142,6 +142,59 @@ fn folders_open_as_the_libraries_save_them() {
     }
 }
 
+/// (files that stand side by side, the one that is read, those that the note tells of)
+#[test]
+fn plain_files_come_before_variants_and_safetensors_before_others() {
+    let cases: [(&[&str], &str, Option<&str>); 5] = [
+        (&["model.fp16.safetensors", "model.safetensors"], "model.safetensors", Some("[\"model.fp16.safetensors\"]")),
+        (
+            &["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"],
+            "diffusion_pytorch_model.safetensors",
+            Some("[\"diffusion_pytorch_model.fp16.safetensors\"]"),
+        ),
+        (&["model.fp16.safetensors", "pytorch_model.bin"], "model.fp16.safetensors", Some("[\"pytorch_model.bin\"]")),
+        (&["model.fp16.safetensors"], "model.fp16.safetensors", None),
+        (&["lora.bin", "model.safetensors", "modelling.safetensors"], "model.safetensors", None),
+    ];
+    for (files, expected, note) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        for name in files {
+            write(&folder.path().join(name), &[(name, tensor(Dtype::F32, &[2], 9))]);
+        }
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let names: Vec<String> = checkpoint.tensors().into_iter().map(|info| info.name).collect();
+        assert_eq!(names, [expected]);
+        let told = note.map(|others| format!("{expected:?} is read, and not {others} beside it"));
+        assert_eq!(checkpoint.notes(), told.as_slice());
+    }
+}
+
+/// A variant in shards, beside the plain ones or alone.
+#[test]
+fn variants_in_shards_have_their_own_index() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let save = |infix: &str, index: &str, value: u8| {
+        let shard = |number: u8| format!("model{infix}-0000{number}-of-00002.safetensors");
+        write(&path(&shard(1)), &[("a", tensor(Dtype::F32, &[2], value))]);
+        write(&path(&shard(2)), &[("b", tensor(Dtype::F16, &[2], value))]);
+        let map = format!(r#"{{"metadata":{{}},"weight_map":{{"a":"{}","b":"{}"}}}}"#, shard(1), shard(2));
+        std::fs::write(path(index), map).unwrap();
+    };
+    save(".fp16", "model.safetensors.index.fp16.json", 3);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.read("b").unwrap(), tensor(Dtype::F16, &[2], 3));
+    assert!(checkpoint.notes().is_empty());
+    save("", "model.safetensors.index.json", 7);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.read("a").unwrap(), tensor(Dtype::F32, &[2], 7));
+    assert!(
+        checkpoint.notes()[0].contains("not [\"model.fp16-00001-of-00002.safetensors\""),
+        "{:?}",
+        checkpoint.notes()
+    );
+}
+
 #[test]
 fn a_lone_file_takes_the_config_only_by_a_library_name() {
     let folder = tempfile::tempdir().unwrap();

@@ -6,11 +6,11 @@ use crate::opening::{identify, plainly, plan, reading, tell};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Lesson, Student};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{AdapterRecord, ConversionPlan, Origins, Patched, Placing, Replace, Report, Stage};
+use clearform_convert::{AdapterRecord, ConversionPlan, Origins, Part, Patched, Placing, Replace, Report, Stage};
 use clearform_distill::SampleSet;
 use clearform_layout::Inspection;
 use clearform_plugins::{Adapted, Changes, LowRankMode};
-use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Options, Pipeline, Transformer};
+use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Found, Options, Pipeline, Transformer};
 use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
 use std::fmt;
@@ -37,12 +37,12 @@ pub struct Converted {
 /// Converts; the model appears when it is whole.
 pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Converted> {
     let adapters = adapters::open_weights(&args.adapters)?;
-    let edited = open(args, &adapters, output)?;
-    let transformer = &edited.transformer;
+    let opened = open(args, &adapters, output)?;
+    let transformer = &opened.edited.transformer;
     if !args.no_distill && args.training.samples.is_none() {
         school::needed(
             args.training.components.as_deref(),
-            &components(args).missing(transformer.identified().components()),
+            &opened.components.missing(transformer.identified().components()),
         )?;
     }
     let replace = Replace::allowed_if(args.overwrite);
@@ -50,10 +50,9 @@ pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> an
         true => Stage::resume(&args.output, replace)?,
         false => Stage::begin(&args.output, replace)?,
     };
-    let lesson = (!args.no_distill)
-        .then(|| lesson(args, attention, &edited.transformer, &stage, &adapters, output))
-        .transpose()?;
-    let report = write(args, attention, &edited, stage, lesson.as_ref(), output)?;
+    let lesson =
+        (!args.no_distill).then(|| lesson(args, attention, transformer, &stage, &adapters, output)).transpose()?;
+    let report = write(args, attention, &opened, stage, lesson.as_ref(), output)?;
     Ok(Converted { report, lesson })
 }
 
@@ -74,18 +73,22 @@ fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow
     Ok(Outcome::whole_if(inspection.complete()))
 }
 
-/// Opens the source, with the adapters that are to be baked into it.
-fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<Edited> {
-    let (components, reading) = (components(args), reading(&args.reading)?);
-    let transformer = Transformer::open(&components.transformer(), &reading)?;
-    tell(transformer.checkpoint(), output);
-    let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
-    adapters::tell(&edited.reports, &[], output);
-    Ok(edited)
+/// The source, and where the parts of its pipeline lie.
+struct Opened {
+    edited: Edited,
+    components: Components,
 }
 
-fn components(args: &Convert) -> Components {
-    Components::new(&args.source, args.training.components.as_deref())
+/// Opens the source, with the adapters that are to be baked into it.
+fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<Opened> {
+    let reading = reading(&args.reading)?;
+    let components = Components::new(&args.source, args.training.components.as_deref());
+    let transformer = Transformer::open(&components.transformer(), &reading)?;
+    tell(transformer.checkpoint(), output);
+    let components = components.with_parts_of(&transformer, &reading)?;
+    let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
+    adapters::tell(&edited.reports, &[], output);
+    Ok(Opened { edited, components })
 }
 
 fn lesson(
@@ -118,18 +121,13 @@ fn samples(args: &Convert, stage: &Stage, adapters: &Adapters, output: &Output) 
 fn write(
     args: &Convert,
     attention: &AttentionPlan,
-    edited: &Edited,
+    opened: &Opened,
     mut stage: Stage,
     lesson: Option<&Lesson>,
     output: &Output,
 ) -> anyhow::Result<Report> {
-    let (transformer, source) = (&edited.transformer, edited.transformer.source());
-    let placing = if args.link { Placing::Link } else { Placing::Copy };
-    let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
-    let folders = folders.chain(args.training.components.clone()).collect();
-    let plan = ConversionPlan::new(transformer.identified(), attention.clone())
-        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
-        .with_components(folders, placing);
+    let transformer = &opened.edited.transformer;
+    let (plan, source) = (conversion(args, attention, opened)?, transformer.source());
     let origins = Origins::of(transformer.checkpoint());
     let bar = output.progress("writing", 0);
     let mut watch = |done: u64, all: u64| {
@@ -144,7 +142,7 @@ fn write(
         None => plan.apply(&source, transformer.account(), &mut stage, &mut watch)?,
     };
     bar.finish_and_clear();
-    bake_components(&components(args), &edited.changes, &mut stage)?;
+    bake_components(&opened.components, &opened.edited.changes, &mut stage)?;
     let mut record = plan.record(origins.wait()?)?;
     record.adapter = args.adapters.lora.iter().map(adapter_record).collect::<anyhow::Result<_>>()?;
     record.distillation = lesson.map(|lesson| lesson.record.clone());
@@ -152,11 +150,30 @@ fn write(
     Ok(report)
 }
 
+fn conversion(args: &Convert, attention: &AttentionPlan, opened: &Opened) -> anyhow::Result<ConversionPlan> {
+    let placing = if args.link { Placing::Link } else { Placing::Copy };
+    let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
+    let folders = folders.chain(args.training.components.clone()).collect();
+    Ok(ConversionPlan::new(opened.edited.transformer.identified(), attention.clone())
+        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
+        .with_components(folders, placing)
+        .with_parts(parts_in_file(&opened.components)?))
+}
+
+/// The parts that lie in the transformer's own file.
+pub fn parts_in_file(components: &Components) -> anyhow::Result<Vec<Part>> {
+    let part = |name: &str| {
+        let Found { config, tensors, account } = components.found(name)?;
+        Ok(Part { name: name.to_owned(), config, tensors, account })
+    };
+    components.in_file().into_iter().map(part).collect()
+}
+
 /// Writes the parts beside the transformer that adapters edit anew.
 fn bake_components(components: &Components, changes: &Changes, stage: &mut Stage) -> anyhow::Result<()> {
     for part in EDITED_PARTS.into_iter().filter(|part| changes.touch(part)) {
-        let stored = Checkpoint::open(components.folder(part)?)?;
-        stage.replace_tensors(part, &Adapted::new(&stored, changes, part, LowRankMode::Fused))?;
+        let stored = components.weights(part)?;
+        stage.replace_tensors(part, &Adapted::new(stored, changes, part, LowRankMode::Fused))?;
     }
     Ok(())
 }
@@ -193,6 +210,9 @@ impl fmt::Display for Written {
         if !report.components.is_empty() {
             write!(f, "; with {}", report.components.join(", "))?;
         }
-        Ok(())
+        report.parts.iter().try_for_each(|(part, account)| {
+            write!(f, "\n{part}, from the same file: {} tensors used", account.used())?;
+            write!(f, ", {} skipped", account.skipped().count())
+        })
     }
 }

@@ -7,7 +7,7 @@ use crate::output::{Outcome, Output};
 use crate::school::{self, Student};
 use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
 use clearform_distill::SampleSet;
-use clearform_runtime::{Components, Transformer};
+use clearform_runtime::{Components, Reading, Transformer};
 use std::path::Path;
 
 pub fn run(args: &Distill, output: &Output) -> anyhow::Result<Outcome> {
@@ -41,7 +41,8 @@ fn samples(args: &Distill, teacher: &Transformer, folder: &Path, output: &Output
     }
     let components = args.training.components.as_deref().unwrap_or(&args.model);
     let names = teacher.identified().components();
-    school::needed(Some(components), &Components::new(&args.teacher, Some(components)).missing(names))?;
+    let parts = Components::new(&args.teacher, Some(components)).with_parts_of(teacher, &Reading::plain()?)?;
+    school::needed(Some(components), &parts.missing(names))?;
     school::samples(
         &open_original(&args.teacher, &args.model, Some(components), args.training.device)?,
         &args.training,

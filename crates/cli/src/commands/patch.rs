@@ -1,12 +1,12 @@
 //! `clearform patch`: distilled attention out of one model and into another.
 
 use crate::args::{Patch as PatchArgs, PatchAction, PatchMode, Reading};
-use crate::commands::convert::Written;
-use crate::opening::{identify, original_transformer, transformer};
+use crate::commands::convert::{Written, parts_in_file};
+use crate::opening::{open_as, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use clearform_attention::Radius;
 use clearform_convert::{ConversionPlan, Mode, Origins, Patch, Placing, PortableModel, Replace, Report, Stage};
-use clearform_runtime::Transformer;
+use clearform_runtime::{Components, Transformer};
 use clearform_weights::TensorSource;
 use serde::Serialize;
 use std::fmt;
@@ -66,14 +66,17 @@ fn write(application: &Application) -> anyhow::Result<Report> {
     let base = base.as_ref().map(Transformer::source);
     let base = base.as_ref().map(|base| base as &dyn TensorSource);
     let reading = Reading { family: patch.family().map(str::to_owned), ..Reading::default() };
-    let (checkpoint, identified) = identify(to, &reading)?;
-    let canonical = identified.canonical(&checkpoint).complete()?;
-    let patched = patch.onto(&canonical, mode, base)?;
-    let plan = ConversionPlan::new(&identified, patch.plan().clone())
-        .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy);
-    let origins = Origins::of(checkpoint.source());
+    let reading = crate::opening::reading(&reading)?;
+    let transformer = open_as(to, &reading)?;
+    let source = transformer.source();
+    let patched = patch.onto(&source, mode, base)?;
+    let components = Components::new(to, None).with_parts_of(&transformer, &reading)?;
+    let plan = ConversionPlan::new(transformer.identified(), patch.plan().clone())
+        .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy)
+        .with_parts(parts_in_file(&components)?);
+    let origins = Origins::of(transformer.checkpoint());
     let mut stage = Stage::begin(output, replace)?;
-    let report = plan.apply(&patched, canonical.account(), &mut stage, &mut |_, _| ())?;
+    let report = plan.apply(&patched, transformer.account(), &mut stage, &mut |_, _| ())?;
     stage.finish(plan.record(origins.wait()?)?)?;
     Ok(report)
 }
