@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Whole) => ExitCode::SUCCESS,
         Ok(Outcome::Partial) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: {}", explanation(&error));
+            output::complain(format_args!("error: {}", explanation(&error)));
             ExitCode::FAILURE
         }
     }

@@ -7,6 +7,7 @@ mod clip;
 mod sentencepiece;
 mod t5;
 mod tokenizers;
+mod trusted;
 
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
 pub use t5::{T5Config, T5Encoder};

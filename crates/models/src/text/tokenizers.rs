@@ -1,7 +1,7 @@
 //! [`ClipTokenizer`] and [`T5Tokenizer`]: prompts to token ids of one length, from the bytes of the files that
 //! pipelines ship. They know no encoder.
 
-use super::sentencepiece;
+use super::{sentencepiece, trusted};
 use crate::{ModelError, Result};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
@@ -106,6 +106,7 @@ impl T5Tokenizer {
 
 impl Padded {
     fn new(json: &[u8], file: &str, pad: &str) -> Result<Self> {
+        trusted::check(&parse(file, json)?).map_err(|reason| bad(file, reason))?;
         let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| bad(file, error))?;
         // A file may hold the cut and the padding of its last user.
         tokenizer.with_padding(None).with_truncation(None).map_err(|error| bad(file, error))?;

@@ -1,0 +1,128 @@
+//! [`check`]: what the tokenizer library takes on trust in a tokenizer.json: the map of characters, in which it would go
+//! past the end of a damaged one, or set aside whatever memory its length claims; and the tokens that a template names.
+//!
+//! The map is sentencepiece's: the length of a trie in bytes, the trie as darts-clone's double array of 32-bit units, and
+//! the texts that its values point into.
+
+use serde_json::{Map, Value};
+
+const MAP: &str = "precompiled_charsmap";
+/// A step in the trie changes the place within its block alone.
+const BLOCK: usize = 256;
+const UNIT: usize = 4;
+/// The highest bit of a unit, which marks it as a value.
+const VALUE: u32 = 1 << 31;
+/// Marks a unit whose first child is a value.
+const HAS_VALUE: u32 = 1 << 8;
+
+/// Checks every map in the normalizer of `tokenizer`, and every template that its post-processor has.
+///
+/// # Errors
+/// What is wrong with one.
+pub(super) fn check(tokenizer: &Value) -> Result<(), String> {
+    check_within(&tokenizer["normalizer"])?;
+    check_within(&tokenizer["post_processor"])
+}
+
+fn check_within(value: &Value) -> Result<(), String> {
+    match value {
+        Value::Object(map) => {
+            if let Some(text) = map.get(MAP).and_then(Value::as_str) {
+                holds(text).ok_or_else(|| format!("{MAP:?} is damaged: copy the file again"))?;
+            }
+            check_template(map)?;
+            map.values().try_for_each(check_within)
+        }
+        Value::Array(list) => list.iter().try_for_each(check_within),
+        _ => Ok(()),
+    }
+}
+
+/// A template names tokens that it describes, and only that for pairs names a second text.
+fn check_template(map: &Map<String, Value>) -> Result<(), String> {
+    let tokens = map.get("special_tokens").unwrap_or(&Value::Null);
+    for template in ["single", "pair"] {
+        for piece in map.get(template).and_then(Value::as_array).into_iter().flatten() {
+            let token = piece["SpecialToken"]["id"].as_str();
+            if let Some(token) = token.filter(|token| tokens.get(token).is_none()) {
+                return Err(format!("its template {template:?} names the token {token:?}, which it does not describe"));
+            }
+            if template == "single" && piece["Sequence"]["id"] == "B" {
+                return Err(format!("its template {template:?} names a second text"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether every step that a text can take in the trie stays in it, and every value points to the beginning of a
+/// character.
+fn holds(text: &str) -> Option<()> {
+    let bytes = base64::decode(text).ok()?;
+    let (length, rest) = bytes.split_first_chunk::<UNIT>()?;
+    let (trie, texts) = rest.split_at_checked(u32::from_le_bytes(*length) as usize / UNIT * UNIT)?;
+    let texts = std::str::from_utf8(texts).ok()?;
+    let units: Vec<u32> = trie.as_chunks().0.iter().map(|unit| u32::from_le_bytes(*unit)).collect();
+    let whole = !units.is_empty() && units.len().is_multiple_of(BLOCK);
+    let leads_on = |(place, unit): (usize, &u32)| {
+        let child = units.get(place ^ offset(*unit));
+        child.is_some_and(|child| unit & HAS_VALUE == 0 || texts.is_char_boundary((child & !VALUE) as usize))
+    };
+    (whole && units.iter().enumerate().filter(|(_, unit)| *unit & VALUE == 0).all(leads_on)).then_some(())
+}
+
+/// How far the children of a unit are.
+fn offset(unit: u32) -> usize {
+    (unit as usize >> 10) << ((unit & 1 << 9) >> 6)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn tokenizer(bytes: &[u8]) -> Value {
+        json!({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", MAP: base64::encode(bytes)}]}})
+    }
+
+    /// A trie of one block, in which "a" is the text that `value` points to.
+    fn map(value: u32, texts: &[u8]) -> Vec<u8> {
+        let mut units = [0u32; BLOCK];
+        units[0] = 1 << 10; // its children are from 1
+        units[1 ^ usize::from(b'a')] = u32::from(b'a') | HAS_VALUE | 2 << 10;
+        units[1 ^ usize::from(b'a') ^ 2] = VALUE | value;
+        let units: Vec<u8> = units.iter().flat_map(|unit| unit.to_le_bytes()).collect();
+        [&(units.len() as u32).to_le_bytes(), &units[..], texts].concat()
+    }
+
+    #[test]
+    fn damaged_maps_are_refused() {
+        let whole = map(0, "\u{e9}\0".as_bytes());
+        check(&tokenizer(&whole)).unwrap();
+        check(&json!({"normalizer": null})).unwrap();
+        let far = [&whole[..4], &(1u32 << 20).to_le_bytes(), &whole[8..]].concat();
+        for (what, bytes) in [
+            ("nothing", vec![]),
+            ("no trie", vec![0; 4]),
+            ("a length past the end", [&u32::MAX.to_le_bytes(), &whole[4..]].concat()),
+            ("half a block", [&512u32.to_le_bytes(), &whole[4..516]].concat()),
+            ("children outside", far),
+            ("a text outside", map(9, b"e\0")),
+            ("half a character", map(1, "\u{e9}\0".as_bytes())),
+            ("no text", map(0, b"\xff\0")),
+        ] {
+            assert!(check(&tokenizer(&bytes)).is_err_and(|reason| reason.contains("damaged")), "{what}");
+        }
+    }
+    #[test]
+    fn templates_name_what_is_there() {
+        let template = |single: Value| {
+            check(&json!({"post_processor": {"processors": [{"special_tokens": {"</s>": {}}, "single": single}]}}))
+        };
+        template(json!([{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}])).unwrap();
+        let unknown = template(json!([{"SpecialToken": {"id": "<s>"}}])).unwrap_err();
+        assert_eq!(unknown, "its template \"single\" names the token \"<s>\", which it does not describe");
+        assert!(template(json!([{"Sequence": {"id": "B"}}])).unwrap_err().contains("second text"));
+    }
+}
