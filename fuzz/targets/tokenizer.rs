@@ -8,7 +8,8 @@ use libfuzzer_sys::fuzz_target;
 const PROMPT: &str = "A red fox, 3 of them: \u{1f98a}\u{e9}\u{3000}x<|endoftext|></s>";
 const LENGTH: usize = 16;
 
-fuzz_target!(|bytes: &[u8]| {
+// The reader catches panics of the library beneath it; whatever it does not catch still ends the run.
+fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     let [first, second] = halves(bytes);
     let config = (!second.is_empty()).then_some(second);

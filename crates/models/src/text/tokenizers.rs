@@ -4,6 +4,7 @@
 use super::{sentencepiece, trusted};
 use crate::{ModelError, Result};
 use serde_json::{Map, Value, json};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use tokenizers::Tokenizer;
 
 /// What separates words from punctuation and digits in CLIP (its own pattern).
@@ -107,7 +108,7 @@ impl T5Tokenizer {
 impl Padded {
     fn new(json: &[u8], file: &str, pad: &str) -> Result<Self> {
         trusted::check(&parse(file, json)?).map_err(|reason| bad(file, reason))?;
-        let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| bad(file, error))?;
+        let mut tokenizer = caught(|| Tokenizer::from_bytes(json)).map_err(|error| bad(file, error))?;
         // A file may hold the cut and the padding of its last user.
         tokenizer.with_padding(None).with_truncation(None).map_err(|error| bad(file, error))?;
         let pad = tokenizer.token_to_id(pad).ok_or_else(|| bad(file, format!("has no padding token {pad:?}")))?;
@@ -115,8 +116,7 @@ impl Padded {
     }
 
     fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
-        let encoding =
-            self.tokenizer.encode_fast(prompt, true).map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+        let encoding = caught(|| self.tokenizer.encode_fast(prompt, true)).map_err(ModelError::Tokenizer)?;
         let mut ids = encoding.get_ids().to_vec();
         if max_length < 2 {
             return Err(ModelError::Tokenizer(format!("a length of {max_length} has no room for the end token")));
@@ -128,6 +128,15 @@ impl Padded {
         }
         ids.resize(max_length, self.pad);
         Ok(ids)
+    }
+}
+
+/// What the library does with a file that others made. It panics at some that it could refuse, such as one whose patterns
+/// match nothing in a text.
+fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizer library cannot do what this file asks for: copy the file again".to_owned()),
     }
 }
 
@@ -276,6 +285,20 @@ mod tests {
         assert_eq!(tokenizer.encode("a", 5).unwrap(), [5, 2, 6, 1, 1]);
         let endless = ClipTokenizer::from_vocabulary(VOCAB, MERGES, Some(br#"{"model_max_length": 1e30}"#)).unwrap();
         assert_eq!(endless.max_length(), None);
+    }
+
+    #[test]
+    fn a_file_at_which_the_library_panics_is_an_error() {
+        let filled = json!({"type": "Replace", "pattern": {"Regex": r"\s?"}, "content": "'d "});
+        let file = json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, filled, {"type": "Lowercase"}]},
+            "model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": []},
+        });
+        let tokenizer = ClipTokenizer::from_json(file.to_string().as_bytes(), None).unwrap();
+        let error = tokenizer.encode("fox", 16).unwrap_err().to_string();
+        assert!(error.contains("the tokenizer library cannot do"), "{error}");
     }
 
     #[test]
