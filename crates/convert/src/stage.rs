@@ -9,6 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
 
+/// Name of the folder of the model's files within that of the work.
+const STAGE: &str = "stage";
+
 /// How files come from elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placing {
@@ -34,15 +37,14 @@ impl Stage {
     /// # Errors
     /// [`ConvertError::InTheWay`] if `target` stands or work of an earlier run does.
     pub fn begin(target: &Path, replace: Replace) -> Result<Self> {
-        let stage = Self::of(target, replace)?;
-        if stage.work.exists() {
+        let work = work_on(target, replace)?;
+        if work.exists() {
             return Err(in_the_way(
-                &stage.work,
+                &work,
                 "holds the work of an earlier run; go on with --resume, or delete it to begin anew",
             ));
         }
-        fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
-        Ok(stage)
+        Self::in_folder(target, work)
     }
 
     /// Goes on with earlier work on `target`, or begins if there is none.
@@ -50,25 +52,25 @@ impl Stage {
     /// # Errors
     /// As [`Self::begin`], but for the earlier work.
     pub fn resume(target: &Path, replace: Replace) -> Result<Self> {
-        let stage = Self::of(target, replace)?;
+        let work = work_on(target, replace)?;
         // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
-        if stage.folder().exists() {
-            fs::remove_dir_all(stage.folder()).map_err(at(&stage.work))?;
+        let left = work.join(STAGE);
+        if left.exists() {
+            fs::remove_dir_all(&left).map_err(at(&left))?;
         }
+        Self::in_folder(target, work)
+    }
+
+    /// What is dropped from here on is this run's own.
+    fn in_folder(target: &Path, work: PathBuf) -> Result<Self> {
+        let stage = Self { target: target.to_owned(), work, digests: BTreeMap::new() };
         fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
         Ok(stage)
     }
 
-    fn of(target: &Path, replace: Replace) -> Result<Self> {
-        check_target(target, replace)?;
-        let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
-        name.push(".work");
-        Ok(Self { target: target.to_owned(), work: target.with_file_name(name), digests: BTreeMap::new() })
-    }
-
     /// Where the model's files go.
     pub fn folder(&self) -> PathBuf {
-        self.work.join("stage")
+        self.work.join(STAGE)
     }
 
     /// Where everything else of the work goes: samples, training state.
@@ -205,6 +207,14 @@ impl Replace {
     pub fn allowed_if(allowed: bool) -> Self {
         if allowed { Self::PortableModel } else { Self::Never }
     }
+}
+
+/// The folder of the work on `target`.
+fn work_on(target: &Path, replace: Replace) -> Result<PathBuf> {
+    check_target(target, replace)?;
+    let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
+    name.push(".work");
+    Ok(target.with_file_name(name))
 }
 
 fn check_target(target: &Path, replace: Replace) -> Result<()> {

@@ -95,7 +95,7 @@ impl Setting {
         }
         if let Some(prefixes) = self.blocks.as_ref().map(Names::all) {
             let all = prefixes.iter().flat_map(|prefix| numbers(prefix, tensors)).collect();
-            return Some((count(&all).into(), format!("the numbers of {prefixes:?}")));
+            return Some((count(&all).into(), format!("the numbers of {:?}", prefixes.join(" and "))));
         }
         if let Some(list) = &self.list {
             return list.find(tensors, sizes).map(|(list, witness)| (list.into(), witness));
