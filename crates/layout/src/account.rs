@@ -1,6 +1,6 @@
 //! [`Account`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
 
-use crate::near::Names;
+use crate::near::Neighbours;
 use crate::shape::Expected;
 use serde::Serialize;
 use serde_json::Value;
@@ -137,8 +137,8 @@ impl Account {
         let known = known();
         let missing: BTreeSet<&str> = self.missing.iter().map(Missing::in_file).collect();
         let unknown: Vec<&str> = unknown.into_iter().filter(|name| !known.contains(*name)).collect();
-        let right = Names::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
-        let wrong = Names::new(unknown.iter().copied());
+        let right = Neighbours::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
+        let wrong = Neighbours::new(unknown.iter().copied());
         let pair = |(name, near): (&str, &str)| (name.to_owned(), near.to_owned());
         let of_unknown = unknown.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, right.nearest(name)?)));
         let of_missing = missing.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, wrong.nearest(name)?)));

@@ -1,4 +1,4 @@
-//! [`Names`]: which of many tensor names one resembles, so that a misspelt tensor can be told. It knows no model.
+//! [`Neighbours`]: which of many tensor names one resembles, so that a misspelt tensor can be told. It knows no model.
 
 use std::collections::BTreeMap;
 use strsim::levenshtein;
@@ -6,13 +6,13 @@ use strsim::levenshtein;
 /// Of the names of one block, no more are compared: a hostile file may hold a hundred thousand.
 const MOST_COMPARED: usize = 2000;
 
-/// Names, by the number of their block.
+/// Neighbours, by the number of their block.
 #[derive(Debug)]
-pub(crate) struct Names<'a> {
+pub(crate) struct Neighbours<'a> {
     blocks: BTreeMap<Option<&'a str>, Vec<&'a str>>,
 }
 
-impl<'a> Names<'a> {
+impl<'a> Neighbours<'a> {
     /// Of names that resemble another equally, the first is preferred.
     pub fn new(names: impl IntoIterator<Item = &'a str>) -> Self {
         let mut blocks: BTreeMap<_, Vec<_>> = BTreeMap::new();
@@ -60,7 +60,7 @@ mod tests {
             "double_blocks.11.img_attn.qkv.weight",
             "transformer_blocks.1.attn.to_out.0.weight",
         ];
-        let names = Names::new(known);
+        let names = Neighbours::new(known);
         for (name, near) in [
             ("double_blocks.1.img_attn.qvk.weight", Some(1)),
             ("double_blocks.1.img_attn.projection.weight", Some(2)),
