@@ -3,7 +3,7 @@
 #![no_main]
 
 use clearform_abi::tensor::OwnedTensor;
-use clearform_abi::{AdapterTable, Edit, EditTensors, OK, Text, WHOLE_PARAMETER};
+use clearform_abi::{AdapterTable, Edit, EditTensors, OK};
 use clearform_fuzz::lend::opened;
 use clearform_lora::Lora;
 use libfuzzer_sys::fuzz_target;
@@ -31,23 +31,7 @@ fn used(instance: *mut c_void, tensors: usize) {
 /// The instance is open.
 unsafe fn edit(instance: *mut c_void, index: usize) {
     let (Some(describe), Some(give)) = (TABLE.edit, TABLE.edit_tensors) else { return };
-    let mut edit = Edit {
-        struct_size: size_of::<Edit>() as u32,
-        kind: 0,
-        flags: 0,
-        reserved: 0,
-        component: Text::EMPTY,
-        parameter: Text::EMPTY,
-        first_row: WHOLE_PARAMETER,
-        rows: 0,
-        columns: 0,
-        scale: 0.0,
-        sources: std::ptr::null(),
-        source_count: 0,
-    };
-    let null = std::ptr::null_mut();
-    let struct_size = size_of::<EditTensors>() as u32;
-    let mut given = EditTensors { struct_size, reserved: 0, down: null, up: null, value: null, magnitude: null };
+    let (mut edit, mut given) = (Edit::EMPTY, EditTensors::EMPTY);
     // SAFETY: the caller says that the instance is open; the structs are ours, and so are the tensors that were given.
     unsafe {
         assert_eq!(describe(instance, index, &raw mut edit), OK);

@@ -74,6 +74,36 @@ pub struct EditTensors {
     pub magnitude: *mut ManagedTensor,
 }
 
+impl Edit {
+    /// As the host hands it to a plugin.
+    pub const EMPTY: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        kind: 0,
+        flags: 0,
+        reserved: 0,
+        component: Text::EMPTY,
+        parameter: Text::EMPTY,
+        first_row: WHOLE_PARAMETER,
+        rows: 0,
+        columns: 0,
+        scale: 0.0,
+        sources: std::ptr::null(),
+        source_count: 0,
+    };
+}
+
+impl EditTensors {
+    /// As the host hands it to a plugin.
+    pub const EMPTY: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        reserved: 0,
+        down: std::ptr::null_mut(),
+        up: std::ptr::null_mut(),
+        value: std::ptr::null_mut(),
+        magnitude: std::ptr::null_mut(),
+    };
+}
+
 /// The table of `clearform.adapter/1`. Every function must be there. An instance is used from any thread, perhaps from
 /// several at once; `close` comes alone and last. What has no status, but fails, tells [`Host::fail`] why.
 #[repr(C)]

@@ -8,7 +8,7 @@ use crate::{Plugin, PluginError, Result};
 use candle_core::Tensor;
 use clearform_abi::{
     ADAPTER_INTERFACE, AdapterTable, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE,
-    Edit as RawEdit, EditTensors, OK, Text, WHOLE_PARAMETER,
+    Edit as RawEdit, EditTensors, OK, WHOLE_PARAMETER,
 };
 use clearform_weights::Checkpoint;
 use std::ffi::c_void;
@@ -149,9 +149,7 @@ impl Adapter {
     fn read_values(&self, index: usize) -> Result<Values> {
         let edit = &self.edits[index];
         let function = self.library.function("edit_tensors", self.table.edit_tensors)?;
-        let null = std::ptr::null_mut();
-        let struct_size = size_of::<EditTensors>() as u32;
-        let mut raw = EditTensors { struct_size, reserved: 0, down: null, up: null, value: null, magnitude: null };
+        let mut raw = EditTensors::EMPTY;
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { function(self.instance, index, &raw mut raw) };
         // What was given is ours now, whatever the outcome.
@@ -198,20 +196,7 @@ impl Adapter {
         describe: unsafe extern "C" fn(*mut c_void, usize, *mut RawEdit) -> i32,
         index: usize,
     ) -> Result<Edit> {
-        let mut raw = RawEdit {
-            struct_size: size_of::<RawEdit>() as u32,
-            kind: 0,
-            flags: 0,
-            reserved: 0,
-            component: Text::EMPTY,
-            parameter: Text::EMPTY,
-            first_row: WHOLE_PARAMETER,
-            rows: 0,
-            columns: 0,
-            scale: 0.0,
-            sources: std::ptr::null(),
-            source_count: 0,
-        };
+        let mut raw = RawEdit::EMPTY;
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { describe(self.instance, index, &raw mut raw) };
         self.library.outcome(status).map_err(|reason| self.library.bad(format!("edit {index}: {reason}")))?;

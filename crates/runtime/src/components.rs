@@ -2,7 +2,8 @@
 //! part's config or weights does not learn which.
 
 use crate::{Reading, Result, RuntimeError, Transformer};
-use clearform_layout::{Account, Inside, LayoutError, Manifests, Part, Unscaled};
+use clearform_convert::Part;
+use clearform_layout::{Inside, LayoutError, Manifests, Unscaled};
 use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -22,16 +23,6 @@ struct AllInOne {
     path: PathBuf,
     parts: Vec<Inside>,
     allow_unmatched: bool,
-}
-
-/// A part that lies in the transformer's file.
-pub struct Found {
-    /// Its config.json, complete.
-    pub config: Value,
-    /// Its tensors under their canonical names.
-    pub tensors: Box<dyn TensorSource>,
-    /// What became of those in the file.
-    pub account: Account,
 }
 
 const CONFIG: &str = "config.json";
@@ -55,23 +46,17 @@ impl Components {
             parts: transformer.identified().parts_in(checkpoint),
             allow_unmatched: reading.allow_unmatched,
         });
-        self.in_file().iter().try_for_each(|name| self.found(name).map(drop))?;
+        self.in_file()?;
         Ok(self)
     }
 
-    /// Names of the parts that are taken from the transformer's file.
-    pub fn in_file(&self) -> Vec<&str> {
-        let parts = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
-        parts.filter(|name| self.inside(name).is_some()).collect()
-    }
-
-    /// The part `name` of the transformer's file.
+    /// The parts that are taken from the transformer's file.
     ///
     /// # Errors
-    /// It is not there, or not as it should be.
-    pub fn found(&self, name: &str) -> Result<Found> {
-        let (file, part) = self.inside(name).ok_or_else(|| self.missing_one(name))?;
-        self.open(file, part)
+    /// One is not as it should be.
+    pub fn in_file(&self) -> Result<Vec<Part>> {
+        let names = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
+        names.filter_map(|name| self.inside(name)).map(|(file, part)| self.open(file, part)).collect()
     }
 
     /// Whether the part `name` is anywhere.
@@ -171,12 +156,13 @@ impl Components {
         file.parts.iter().find(|part| part.name == name).map(|part| (file, part))
     }
 
-    fn open(&self, file: &AllInOne, inside: &Inside) -> Result<Found> {
+    fn open(&self, file: &AllInOne, inside: &Inside) -> Result<Part> {
         let usual = self.usual_config(&inside.name)?;
         let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
-        let whole = part.and_then(|Part { config, tensors }| {
+        let whole = part.and_then(|clearform_layout::Part { config, tensors }| {
             let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
-            Ok(Found { config, account: tensors.account().clone(), tensors: Box::new(tensors) })
+            let (name, account) = (inside.name.clone(), tensors.account().clone());
+            Ok(Part { name, config, tensors: Box::new(tensors), account })
         });
         whole.map_err(|error| {
             let reason = format!("{}, the tensors under {:?}: {error}", inside.name, inside.prefix);

@@ -19,7 +19,7 @@ mod text;
 mod transformer;
 
 pub use adapters::{Acting, ActingBranch, AdapterRequest, Adapters, EDITED_PARTS, Edited};
-pub use components::{Components, Found};
+pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
 pub use picture::{Frame, Size, check_pictures, to_pictures};

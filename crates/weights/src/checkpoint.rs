@@ -147,19 +147,17 @@ impl Checkpoint {
 
     /// Takes off names what says nothing of the model.
     fn unwrap_names(&mut self) -> Result<()> {
-        let mut bare = BTreeMap::new();
-        let mut count = 0;
-        for (name, place) in std::mem::take(&mut self.tensors) {
-            let short = unwrapped(&name).into_owned();
-            count += usize::from(short != name);
-            if bare.insert(short.clone(), place).is_some() {
-                let reason = format!("tensor {short:?} is here twice, once as {name:?}: keep the one that is meant");
+        let wrapped: Vec<String> = self.tensors.keys().filter(|name| unwrapped(name) != **name).cloned().collect();
+        for name in &wrapped {
+            let (bare, place) = (unwrapped(name), self.tensors.remove(name));
+            if self.tensors.contains_key(&*bare) {
+                let reason = format!("tensor {bare:?} is here twice, once as {name:?}: keep the one that is meant");
                 return Err(bad(&self.path, reason));
             }
+            self.tensors.extend(place.map(|place| (bare.into_owned(), place)));
         }
-        self.tensors = bare;
-        if count > 0 {
-            self.notes.push(format!("{count} names lost what torch's wrappers had put into them"));
+        if !wrapped.is_empty() {
+            self.notes.push(format!("{} names lost what torch's wrappers had put into them", wrapped.len()));
         }
         Ok(())
     }

@@ -238,3 +238,19 @@ fn threads_share_a_checkpoint() {
         }
     });
 }
+
+#[test]
+fn two_names_that_are_one_without_wrappers_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let raw = tensor(Dtype::F32, &[2], 0);
+    write(&path, &[("module.a", raw.clone()), ("b", raw.clone())]);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.read("a").unwrap(), raw);
+    assert_eq!(checkpoint.notes(), ["1 names lost what torch's wrappers had put into them"]);
+    for other in ["a", "_orig_mod.a"] {
+        write(&path, &[("module.a", raw.clone()), (other, raw.clone())]);
+        let error = Checkpoint::open(&path).unwrap_err().to_string();
+        assert!(error.contains("tensor \"a\" is here twice, once as \"module.a\""), "{error}");
+    }
+}

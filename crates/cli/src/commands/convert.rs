@@ -6,11 +6,11 @@ use crate::opening::{identify, plainly, plan, reading, tell};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Lesson, Student};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{AdapterRecord, ConversionPlan, Origins, Part, Patched, Placing, Replace, Report, Stage};
+use clearform_convert::{AdapterRecord, ConversionPlan, Origins, Patched, Placing, Replace, Report, Stage};
 use clearform_distill::SampleSet;
 use clearform_layout::Inspection;
 use clearform_plugins::{Adapted, Changes, LowRankMode};
-use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Found, Options, Pipeline, Transformer};
+use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Options, Pipeline, Transformer};
 use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
 use std::fmt;
@@ -157,16 +157,7 @@ fn conversion(args: &Convert, attention: &AttentionPlan, opened: &Opened) -> any
     Ok(ConversionPlan::new(opened.edited.transformer.identified(), attention.clone())
         .with_dtype(args.dtype.map(crate::args::Dtype::computed))
         .with_components(folders, placing)
-        .with_parts(parts_in_file(&opened.components)?))
-}
-
-/// The parts that lie in the transformer's own file.
-pub fn parts_in_file(components: &Components) -> anyhow::Result<Vec<Part>> {
-    let part = |name: &str| {
-        let Found { config, tensors, account } = components.found(name)?;
-        Ok(Part { name: name.to_owned(), config, tensors, account })
-    };
-    components.in_file().into_iter().map(part).collect()
+        .with_parts(opened.components.in_file()?))
 }
 
 /// Writes the parts beside the transformer that adapters edit anew.

@@ -1,7 +1,7 @@
 //! `clearform patch`: distilled attention out of one model and into another.
 
 use crate::args::{Patch as PatchArgs, PatchAction, PatchMode, Reading};
-use crate::commands::convert::{Written, parts_in_file};
+use crate::commands::convert::Written;
 use crate::opening::{open_as, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use clearform_attention::Radius;
@@ -73,7 +73,7 @@ fn write(application: &Application) -> anyhow::Result<Report> {
     let components = Components::new(to, None).with_parts_of(&transformer, &reading)?;
     let plan = ConversionPlan::new(transformer.identified(), patch.plan().clone())
         .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), Placing::Copy)
-        .with_parts(parts_in_file(&components)?);
+        .with_parts(components.in_file()?);
     let origins = Origins::of(transformer.checkpoint());
     let mut stage = Stage::begin(output, replace)?;
     let report = plan.apply(&patched, transformer.account(), &mut stage, &mut |_, _| ())?;
