@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The checks that `check_on_gpu.sh` makes on a device, on the simulated one: the committed PTX against its plain reference.
+set -euo pipefail
+cd "$(dirname "$0")/../emulation"
+built=$(mktemp -d)
+trap 'rm -rf "$built"' EXIT
+g++ -std=c++20 -O1 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas check.cpp -o "$built/check" -ldl
+for half in others narrow; do
+  ../simulator/run.sh "$built/check" "$half"
+done

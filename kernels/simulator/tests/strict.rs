@@ -1,0 +1,122 @@
+//! What a device would do wrong in silence ends a launch with an error, and nothing else does.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use simulator::driver::{
+    cuLaunchKernel, cuMemAlloc_v2, cuMemFree_v2, cuMemcpyDtoH_v2, cuMemcpyHtoD_v2, cuModuleGetFunction,
+    cuModuleLoadData,
+};
+use std::ffi::CString;
+use std::ptr::{null, null_mut};
+
+const ILLEGAL_ADDRESS: i32 = 700;
+const LAUNCH_FAILED: i32 = 719;
+
+/// Runs `body` in one block, each thread with the address of its own word of `words` in %rd1 and its number in %r1; gives
+/// the words, or the status.
+fn run(threads: u32, words: &[u32], body: &str) -> Result<Vec<u32>, i32> {
+    let text = format!(
+        ".version 8.0
+        .target sm_80
+        .address_size 64
+        .extern .shared .align 16 .b8 dynamic[];
+        .visible .entry kernel(.param .u64 kernel_param_0)
+        .maxntid 128, 1, 1
+        {{
+            .reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .f32 %f<9>; .reg .b16 %h<9>;
+            ld.param.u64 %rd2, [kernel_param_0];
+            mov.u32 %r1, %tid.x;
+            mad.wide.u32 %rd1, %r1, 4, %rd2;
+            {body}
+            ret;
+        }}"
+    );
+    let (text, name) = (CString::new(text).unwrap(), c"kernel");
+    let bytes = size_of_val(words);
+    let (mut module, mut function, mut memory) = (null_mut(), null(), 0);
+    let mut out = vec![0; words.len()];
+    // SAFETY: pointers to locals, of the sizes that the interface has.
+    unsafe {
+        assert_eq!(cuModuleLoadData(&raw mut module, text.as_ptr()), 0);
+        assert_eq!(cuModuleGetFunction(&raw mut function, module, name.as_ptr()), 0);
+        assert_eq!(cuMemAlloc_v2(&raw mut memory, bytes), 0);
+        assert_eq!(cuMemcpyHtoD_v2(memory, words.as_ptr().cast(), bytes), 0);
+        let arguments = [(&raw const memory).cast()];
+        let status = cuLaunchKernel(function, 1, 1, 1, threads, 1, 1, 64, null_mut(), arguments.as_ptr(), null_mut());
+        assert_eq!(cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), memory, bytes), 0);
+        assert_eq!(cuMemFree_v2(memory), 0);
+        if status == 0 { Ok(out) } else { Err(status) }
+    }
+}
+
+#[test]
+fn threads_that_part_meet_again() {
+    // Odd threads go round once more for each bit of their number; all add their lanes' sum at the end.
+    let body = "mov.u32 %r2, 0; and.b32 %r3, %r1, 1; setp.eq.s32 %p1, %r3, 0; @%p1 bra MEET; mov.u32 %r4, %r1;
+        AGAIN: add.s32 %r2, %r2, 1; shr.u32 %r4, %r4, 1; setp.ne.s32 %p2, %r4, 0; @%p2 bra AGAIN; bra.uni MEET;
+        MEET: shfl.sync.bfly.b32 %r5|%p3, %r2, 1, 31, -1; add.s32 %r2, %r2, %r5; st.global.u32 [%rd1], %r2;";
+    let out = run(32, &[0; 32], body).unwrap();
+    assert!(out.iter().enumerate().all(|(at, sum)| *sum == u32::BITS - (at as u32 | 1).leading_zeros()), "{out:?}");
+}
+
+#[test]
+fn out_of_line_code_meets_the_rest_at_a_shuffle() {
+    // The even lanes' code stands behind the end, so the others reach the shuffle first and wait.
+    let body = "and.b32 %r3, %r1, 1; mov.u32 %r2, 7; setp.eq.s32 %p1, %r3, 0; @%p1 bra ASIDE;
+        MEET: shfl.sync.bfly.b32 %r5|%p3, %r2, 1, 31, -1; st.global.u32 [%rd1], %r5; ret;
+        ASIDE: mov.u32 %r2, 8; bra.uni MEET;";
+    let out = run(32, &[0; 32], body).unwrap();
+    assert!(out.iter().enumerate().all(|(at, got)| *got == 7 + at as u32 % 2), "{out:?}");
+}
+
+#[test]
+fn a_barrier_orders_shared_memory() {
+    let body = "mov.u32 %r2, dynamic; shl.b32 %r3, %r1, 2; add.s32 %r3, %r2, %r3; st.shared.u32 [%r3], %r1; bar.sync 0;
+        xor.b32 %r4, %r3, 4; ld.shared.u32 %r5, [%r4]; st.global.u32 [%rd1], %r5;";
+    let out = run(16, &[0; 16], body).unwrap();
+    assert!(out.iter().enumerate().all(|(at, got)| *got == at as u32 ^ 1), "{out:?}");
+}
+
+#[test]
+fn numbers_convert_and_round() {
+    let cases = [
+        ("cvt.rn.f32.s32 %f1, %r2; mov.b32 %r2, %f1;", -3i32 as u32, (-3f32).to_bits()),
+        ("mov.b32 %f1, %r2; cvt.rzi.s32.f32 %r2, %f1;", (-2.7f32).to_bits(), -2i32 as u32),
+        ("mov.b32 %f1, %r2; cvt.rmi.f32.f32 %f1, %f1; mov.b32 %r2, %f1;", (-2.2f32).to_bits(), (-3f32).to_bits()),
+        ("mov.b32 %f1, %r2; cvt.rzi.u32.f32 %r2, %f1;", 1e20f32.to_bits(), u32::MAX),
+        ("mov.b32 %f1, %r2; cvt.rn.bf16.f32 %h1, %f1; cvt.u32.u16 %r2, %h1;", 0x3f80_8000, 0x3f80), // a tie, to even
+        ("cvt.rz.f32.u32 %f1, %r2; mov.b32 %r2, %f1;", u32::MAX, 4_294_967_040f32.to_bits()),
+        ("mov.b32 %f1, %r2; fma.rm.f32 %f1, %f1, %f1, %f1; mov.b32 %r2, %f1;", 0x3f80_0001, 0x4000_0001),
+        ("bfi.b32 %r2, %r2, 0, 4, 8;", 0xabcd, 0xcd0),
+        ("shr.s32 %r2, %r2, 40;", 0x8000_0000, u32::MAX),
+        ("mov.b32 {%h1, %h2}, %r2; mov.b32 %r2, {%h2, %h1};", 0x1234_5678, 0x5678_1234),
+        ("mov.b32 %f1, %r2; setp.neu.f32 %p1, %f1, %f1; selp.u32 %r2, 1, 0, %p1;", f32::NAN.to_bits(), 1),
+    ];
+    for (body, given, wanted) in cases {
+        let out = run(1, &[given], &format!("ld.global.u32 %r2, [%rd1]; {body} st.global.u32 [%rd1], %r2;")).unwrap();
+        assert_eq!(out, [wanted], "{body}");
+    }
+}
+
+#[test]
+fn what_a_device_would_do_in_silence_is_an_error() {
+    for (body, what) in [
+        ("st.global.u32 [%rd1+4], %r1;", "behind the last word"),
+        ("st.global.u32 [%rd1+-4], %r1;", "before the first"),
+        ("ld.global.u32 %r2, [%rd1+2];", "misaligned"),
+        ("mov.u32 %r2, dynamic; st.shared.u32 [%r2+64], %r1;", "behind shared memory"),
+        (
+            "setp.eq.s32 %p1, %r1, 0; @%p1 bra END; bar.sync 0; END: shfl.sync.bfly.b32 %r2|%p2, %r1, 1, 31, -1;",
+            "apart for ever",
+        ),
+        ("shfl.sync.idx.b32 %r2|%p2, %r1, 20, 31, -1;", "a lane that is not there"),
+        ("trap;", "a trap"),
+        ("tex.1d.v4.f32.s32 {%f1, %f2, %f3, %f4}, [%rd1, {%r1}];", "not simulated"),
+    ] {
+        assert_eq!(run(4, &[0; 4], body), Err(LAUNCH_FAILED), "{what}");
+    }
+    // SAFETY: no memory is touched: none is allocated there.
+    unsafe {
+        assert_eq!(cuMemFree_v2(256), ILLEGAL_ADDRESS);
+        assert_eq!(cuMemcpyHtoD_v2(256, null(), 1), ILLEGAL_ADDRESS);
+    }
+}
