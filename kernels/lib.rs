@@ -4,6 +4,7 @@
 //! The main types are [`Kernel`] and [`clear_attention::Lists`], which is what attention visits. README.md says how a
 //! kernel is added and how it is checked where there is no GPU.
 
+pub mod add_bias;
 pub mod clear_attention;
 pub mod gated_add;
 pub mod gelu;
@@ -41,6 +42,7 @@ impl Kernel {
 
 /// Every kernel, alphabetically.
 pub const KERNELS: &[Kernel] = &[
+    add_bias::KERNEL,
     clear_attention::BACKWARD,
     clear_attention::FORWARD,
     gated_add::KERNEL,

@@ -1,5 +1,5 @@
 use super::{KERNELS, Kernel, Launch, Number, Refusal};
-use super::{clear_attention as attention, gated_add, gelu, modulated_layer_norm, permute, rms_norm_rope};
+use super::{add_bias, clear_attention as attention, gated_add, gelu, modulated_layer_norm, permute, rms_norm_rope};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -71,6 +71,7 @@ fn parameters_are_laid_out_as_the_sources_have_them() {
         (size_of::<attention::BackwardParameters>(), offset_of!(attention::BackwardParameters, scale)),
         (160, 156)
     );
+    assert_eq!(size_of::<add_bias::AddBiasParameters>(), 32);
     assert_eq!(size_of::<gated_add::GatedAddParameters>(), 48);
     assert_eq!(size_of::<gelu::GeluParameters>(), 32);
     assert_eq!(size_of::<modulated_layer_norm::ModulatedLayerNormParameters>(), 56);
@@ -98,7 +99,8 @@ fn planned() -> Vec<Launch> {
         found.extend(gelu::launches(number, 1024).unwrap());
         found.extend(modulated_layer_norm::launches(number, 30, 3072).unwrap());
         found.extend(rms_norm_rope::launches(number, 30, 128).unwrap());
-        found.extend([gated_add::launch(number, 30, 3072).unwrap(), permute::launch(number, 30, 3072).unwrap()]);
+        found.extend([add_bias::launch(number, 30, 3072).unwrap(), gated_add::launch(number, 30, 3072).unwrap()]);
+        found.push(permute::launch(number, 30, 3072).unwrap());
     }
     found
 }

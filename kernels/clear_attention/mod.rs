@@ -7,7 +7,7 @@ mod tiles;
 
 pub use lists::{Entry, Lists, Rows, Sequence, Share, Text, Work};
 pub use masks::padding;
-pub use problem::{BackwardParameters, ForwardParameters, ListAddresses, Problem};
+pub use problem::{BackwardParameters, ForwardParameters, HEAD_DIMS, ListAddresses, Problem};
 
 use crate::{Kernel, PRELUDE};
 

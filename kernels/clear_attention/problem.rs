@@ -3,6 +3,9 @@
 use super::{BACKWARD, FORWARD, Lists};
 use crate::plan::{Launch, Number, Parameters, Refusal};
 
+/// Heads that the kernels take, ascending. Those between can be given zeros.
+pub const HEAD_DIMS: [usize; 2] = [64, 128];
+
 /// One call: queries of (batch, queries, heads, head_dim), keys and values of (batch, keys, heads, head_dim).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Problem {
@@ -18,7 +21,7 @@ impl Problem {
     pub fn new(number: Number, batch: usize, heads: usize, head_dim: usize) -> Result<Self, Refusal> {
         match (number, head_dim) {
             (Number::F32, _) => Err(Refusal::Number { number }),
-            (_, 64 | 128) => Ok(Self { number, batch, heads, head_dim }),
+            _ if HEAD_DIMS.contains(&head_dim) => Ok(Self { number, batch, heads, head_dim }),
             _ => Err(Refusal::HeadDim { head_dim }),
         }
     }

@@ -7,6 +7,8 @@
 namespace rows {
 #include "../rows.cuh"
 
+#include "../add_bias/kernel.cu"
+
 #include "../gated_add/kernel.cu"
 
 #include "../permute/kernel.cu"
@@ -21,7 +23,7 @@ namespace activation {
 } // namespace rows
 
 // Sizes that the launching side counts on.
-static_assert(sizeof(rows::GatedAdd<Bf16>) == 48 && sizeof(rows::activation::Gelu<F32>) == 32);
+static_assert(sizeof(rows::AddBias<F16>) == 32 && sizeof(rows::GatedAdd<Bf16>) == 48 && sizeof(rows::activation::Gelu<F32>) == 32);
 static_assert(sizeof(rows::layer_norm::ModulatedLayerNorm<Bf16>) == 56 && sizeof(rows::Permute) == 40);
 static_assert(sizeof(rows::RmsNormRope<Bf16>) == 72 && offsetof(rows::RmsNormRope<Bf16>, eps) == 68);
 
@@ -209,6 +211,13 @@ void check_elementwise(RowShape shape) {
     check.run(entry("gated_add", T()), blocks, add, rows::gated_add<T>, gated(grads));
     add.residual = nullptr;
     check.run(entry("gated_add", T()), blocks, add, rows::gated_add<T>, gated(zeros));
+    auto biased = [&](Round round) {
+        Numbers out(count);
+        for (size_t i = 0; i < count; i++) out[i] = round(xs[i] + gates[i % shape.width]);
+        return out;
+    };
+    rows::AddBias<T> bias = {x, gate, nullptr, words, row_words};
+    check.run(entry("add_bias", T()), blocks, bias, rows::add_bias<T>, biased);
     const double root = std::sqrt(2 / std::acos(-1.));
     auto gelu = [&](Round round) {
         Numbers out(count);

@@ -24,7 +24,7 @@ class Device {
         void* context;
         call("cuDevicePrimaryCtxRetain", &context, number);
         call("cuCtxSetCurrent", context);
-        for (const char* file : {"clear_attention/forward", "clear_attention/backward", "gated_add/kernel", "gelu/kernel",
+        for (const char* file : {"add_bias/kernel", "clear_attention/forward", "clear_attention/backward", "gated_add/kernel", "gelu/kernel",
                                  "modulated_layer_norm/kernel", "permute/kernel", "rms_norm_rope/kernel"})
             load(file);
     }

@@ -18,6 +18,8 @@ use crate::{Attended, Attention, Geometry, Qkv, Window, reference};
 #[cfg(feature = "cuda")]
 use candle_core::bail;
 use candle_core::{CustomOp3, DType, Result, Tensor};
+#[cfg(feature = "cuda")]
+use clearform_kernels::Refusal;
 use operation::Softmax;
 use problem::Problem;
 
@@ -36,13 +38,14 @@ impl Attention for Windowed {
                 apply(&sequence, Softmax::new(Problem::new(&sequence, geometry, self.0.radius)?))?
             }
             #[cfg(feature = "cuda")]
-            (false, _) if image.query.device().is_cuda() => {
-                match cuda::Softmax::new(&sequence, geometry, self.0.radius)? {
-                    Ok(operation) => apply(&sequence, operation)?,
-                    Err(refusal) if sequence.image > PLAIN => bail!("{refusal}; --dtype bf16 has one"),
-                    Err(_) => reference::over(&sequence, geometry, &self.0)?,
+            (false, _) if image.query.device().is_cuda() => match cuda::attend(&sequence, geometry, self.0.radius)? {
+                Ok(out) => out,
+                Err(refusal @ Refusal::Number { .. }) if sequence.image > PLAIN => {
+                    bail!("{refusal}; give --dtype bf16")
                 }
-            }
+                Err(refusal) if sequence.image > PLAIN => bail!("{refusal}"),
+                Err(_) => reference::over(&sequence, geometry, &self.0)?,
+            },
             _ => reference::over(&sequence, geometry, &self.0)?,
         };
         sequence.split(&out, text.is_some())

@@ -23,7 +23,8 @@ pub(crate) fn pooled(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Result
     // Sums in bf16 would lose what the mean of many tokens is made of.
     let work = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let raster = geometry.to_raster(x)?.flatten_from(2)?.to_dtype(work)?; // (batch, image tokens, channels)
-    let weight = weight.to_dtype(work)?.reshape((weight.dim(3)?, weight.dim(5)?))?;
+    let weight = weight.to_device(x.device())?.to_dtype(work)?;
+    let weight = weight.reshape((weight.dim(3)?, weight.dim(5)?))?;
     let mut first = 0;
     let mut cells = Vec::with_capacity(geometry.grids().len());
     for grid in geometry.grids() {

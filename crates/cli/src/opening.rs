@@ -102,10 +102,9 @@ pub fn device(place: Place) -> anyhow::Result<Device> {
     }
 }
 
-/// On a stream of its own: the default one is another for each thread.
 #[cfg(feature = "cuda")]
 fn gpu(number: usize) -> anyhow::Result<Device> {
-    Ok(Device::new_cuda_with_stream(number)?)
+    Ok(clearform_ops::cuda::device(number)?)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -6,7 +6,7 @@
 
 use crate::{Activations, Batch, LossSettings, Pair, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{D, DType, Tensor, Var};
 use clearform_attention::Attended;
 use clearform_models::{Denoiser, DenoiserInput, State, without_variance};
 use serde::{Deserialize, Serialize};
@@ -132,7 +132,7 @@ impl Cotangent {
         let mut sum = Tensor::zeros((), DType::F32, output.image.device())?;
         for (value, gradient) in [(Some(&output.image), &self.image), (output.text.as_ref(), &self.text)] {
             if let (Some(value), Some(gradient)) = (value, gradient) {
-                sum = (sum + (value * gradient)?.sum_all()?.to_dtype(DType::F32)?)?;
+                sum = (sum + sum_of_rows(&(value * gradient)?)?)?;
             }
         }
         Ok(sum)
@@ -232,7 +232,12 @@ fn attention_distance(own: &Attended, taught: &Attended) -> Result<Tensor> {
 }
 
 fn square_sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
-    (a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.sqr()?.sum_all()
+    sum_of_rows(&(a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.sqr()?)
+}
+
+/// Row by row first: a GPU adds what goes into one number on one of its many processors.
+fn sum_of_rows(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.sum(D::Minus1)?.to_dtype(DType::F32)?.sum_all()
 }
 
 fn mean_square(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {

@@ -2,7 +2,7 @@
 //! saved; and [`clip`].
 
 use crate::{Gradients, Optimizer, Result};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{D, DType, Tensor, Var};
 use std::collections::BTreeMap;
 
 /// What an optimizer remembers between steps.
@@ -73,11 +73,13 @@ fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Re
 /// # Errors
 /// The tensor library refused.
 pub fn clip(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
-    let mut squares = 0.0;
-    for gradient in gradients.values() {
-        squares += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
-    }
-    let norm = squares.sqrt();
+    // Row by row, and read once: a GPU adds what goes into one number on one of its many processors.
+    let squares = |gradient: &Tensor| gradient.sqr()?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();
+    let squares = gradients.values().map(squares).collect::<candle_core::Result<Vec<_>>>()?;
+    let norm = match squares[..] {
+        [] => 0.0,
+        _ => Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt(),
+    };
     let scale = bound.map_or(1.0, |bound| bound / (norm + 1e-6));
     if scale < 1.0 {
         for gradient in gradients.values_mut() {

@@ -12,7 +12,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{copy, null_mut};
 use std::time::Instant;
 
-const OK: c_int = 0;
+pub(crate) const OK: c_int = 0;
 const INVALID_VALUE: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
 const NOT_FOUND: c_int = 500;
@@ -31,7 +31,7 @@ struct Loaded {
 }
 
 /// Any address that is not null: there is one context, and streams differ in nothing.
-fn handle() -> *mut c_void {
+pub(crate) fn handle() -> *mut c_void {
     std::ptr::dangling_mut::<u64>().cast()
 }
 
@@ -39,7 +39,7 @@ fn handle() -> *mut c_void {
 ///
 /// # Safety
 /// `to` is null or may be written.
-unsafe fn give<T>(to: *mut T, value: T) -> c_int {
+pub(crate) unsafe fn give<T>(to: *mut T, value: T) -> c_int {
     if to.is_null() {
         return INVALID_VALUE;
     }
@@ -48,6 +48,7 @@ unsafe fn give<T>(to: *mut T, value: T) -> c_int {
     OK
 }
 
+/// Functions as C calls them, which give a status.
 macro_rules! interface {
     ($(fn $name:ident($($argument:ident: $type:ty),*) $body:block)*) => { $(
         /// As the driver's.
@@ -59,6 +60,8 @@ macro_rules! interface {
         pub unsafe extern "C" fn $name($($argument: $type),*) -> c_int $body
     )* };
 }
+
+pub(crate) use interface;
 
 interface! {
     fn cuInit(_flags: u32) { OK }
@@ -176,6 +179,11 @@ interface! {
         // SAFETY: the caller's promise.
         unsafe { cuMemAlloc_v2(address, bytes) }
     }
+    fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, _device: c_int) {
+        // SAFETY: the caller's promise.
+        unsafe { give(pool, handle()) }
+    }
+    fn cuMemPoolSetAttribute(_pool: *mut c_void, _attribute: c_int, _value: *mut c_void) { OK }
     fn cuMemHostAlloc(address: *mut u64, bytes: usize, _flags: u32) {
         // SAFETY: the caller's promise.
         unsafe { give(address, memory::allocate(bytes)) }
@@ -315,19 +323,4 @@ interface! {
             }
         }
     }
-}
-
-interface! {
-    fn curandCreateGenerator(generator: *mut *mut c_void, _kind: c_int) {
-        // SAFETY: the caller's promise.
-        unsafe { give(generator, handle()) }
-    }
-    fn curandDestroyGenerator(_generator: *mut c_void) { OK }
-    fn curandSetPseudoRandomGeneratorSeed(_generator: *mut c_void, _seed: u64) { OK }
-    fn curandSetStream(_generator: *mut c_void, _stream: *mut c_void) { OK }
-    // Noise comes from elsewhere; whoever asks for it here learns that there is none.
-    fn curandGenerateNormal(_generator: *mut c_void, _to: u64, _count: usize, _mean: f32, _deviation: f32) { 201 }
-    fn curandGenerateNormalDouble(_generator: *mut c_void, _to: u64, _count: usize, _mean: f64, _deviation: f64) { 201 }
-    fn curandGenerateUniform(_generator: *mut c_void, _to: u64, _count: usize) { 201 }
-    fn curandGenerateUniformDouble(_generator: *mut c_void, _to: u64, _count: usize) { 201 }
 }

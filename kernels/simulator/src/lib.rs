@@ -15,6 +15,7 @@ mod launch;
 mod matrices;
 mod memory;
 mod program;
+mod random;
 mod report;
 mod text;
 mod warp;

@@ -23,12 +23,37 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Tokens of a text tile.
 const TILE: usize = 64;
 
+/// Attention over `sequence`, or why no kernel takes it. Heads of another width than the kernels' are given zeros, which
+/// change no product.
+pub(super) fn attend(
+    sequence: &Sequence,
+    geometry: &Geometry,
+    radius: Option<Radius>,
+) -> Result<std::result::Result<Tensor, Refusal>> {
+    let head_dim = sequence.query.dim(3)?;
+    let Some(wider) = kernels::HEAD_DIMS.into_iter().find(|one| *one >= head_dim) else {
+        return Ok(Err(Refusal::HeadDim { head_dim }));
+    };
+    let [query, key, value] = all([&sequence.query, &sequence.key, &sequence.value].map(|x| {
+        let x = if wider > head_dim { &x.pad_with_zeros(3, 0, wider - head_dim)? } else { x };
+        x.contiguous()
+    }))?;
+    let padded = Sequence { query, key, value, ..*sequence };
+    let operation = match Softmax::new(&padded, head_dim, geometry, radius)? {
+        Ok(operation) => operation,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    padded.query.apply_op3(&padded.key, &padded.value, operation)?.narrow(3, 0, head_dim).map(Ok)
+}
+
 /// Attention of one call over (query, key, value). It keeps the log-sum-exp of each query for its backward.
-pub(super) struct Softmax {
+struct Softmax {
     problem: kernels::Problem,
     batch: usize,
     heads: usize,
     head_dim: usize,
+    /// Of the heads before they were given zeros.
+    scale: f32,
     queries: usize,
     keys: usize,
     text: usize,
@@ -76,9 +101,10 @@ impl std::fmt::Debug for Known {
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 impl Softmax {
-    /// The operation for `sequence`, or why no kernel takes it.
-    pub fn new(
+    /// The operation for `sequence`, whose heads stand for some of `true_dim`, or why no kernel takes it.
+    fn new(
         sequence: &Sequence,
+        true_dim: usize,
         geometry: &Geometry,
         radius: Option<Radius>,
     ) -> Result<std::result::Result<Self, Refusal>> {
@@ -100,8 +126,22 @@ impl Softmax {
             by_query: true,
         };
         let (text, geometry, by_query) = (sequence.text, geometry.clone(), listed(geometry, device, key)?);
-        let lse = OnceLock::new();
-        Ok(Ok(Self { problem, batch, heads, head_dim, queries, keys, text, visible, geometry, key, by_query, lse }))
+        let (lse, scale) = (OnceLock::new(), 1.0 / (true_dim as f32).sqrt());
+        Ok(Ok(Self {
+            problem,
+            batch,
+            heads,
+            head_dim,
+            scale,
+            queries,
+            keys,
+            text,
+            visible,
+            geometry,
+            key,
+            by_query,
+            lse,
+        }))
     }
 
     fn forward<T: Stored>(&self, inputs: [(&CudaStorage, &Layout); 3]) -> Result<CudaStorage> {
@@ -127,7 +167,7 @@ impl Softmax {
             queries: self.queries as i32,
             keys: self.keys as i32,
             slots: lists.slots as i32,
-            scale: std::f32::consts::LOG2_E * self.scale(),
+            scale: std::f32::consts::LOG2_E * self.scale,
         };
         let [forward, merge] = self.problem.forward(lists);
         let joins = ListAddresses { work: resident.joins.device_ptr(&stream).0, ..parameters.lists };
@@ -165,7 +205,8 @@ impl Softmax {
     fn differentiate(&self, device: &CudaDevice, inputs: [u64; 5], gradients: [u64; 3]) -> Result<()> {
         let Some(lse) = self.lse.get() else { bail!("attention's backward before its forward") };
         let stream = device.cuda_stream();
-        let delta = device.alloc_zeros::<f32>(self.rows())?;
+        // SAFETY: the kernel writes every number of it.
+        let delta = unsafe { device.alloc::<f32>(self.rows()) }?;
         let keyed = listed(&self.geometry, device, Key { by_query: false, ..self.key })?;
         let parts = [&self.by_query, &keyed, &keyed].map(|listed| self.parts(device, &listed.lists));
         let [(query_parts, _), (key_parts, _), (value_parts, _)] = all(parts)?;
@@ -189,7 +230,7 @@ impl Softmax {
             queries: self.queries as i32,
             keys: self.keys as i32,
             slots: self.by_query.lists.slots as i32,
-            scale: self.scale(),
+            scale: self.scale,
         };
         let by_key = BackwardParameters {
             parts: key_parts.device_ptr(&stream).0,
@@ -249,10 +290,6 @@ impl Softmax {
         let count = self.problem.part_numbers(lists).max(self.head_dim);
         // SAFETY: what is read of it was written by the launch before.
         Ok(unsafe { (device.alloc(count)?, device.alloc(count / self.head_dim)?) })
-    }
-
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 
     fn rows(&self) -> usize {

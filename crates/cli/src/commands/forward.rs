@@ -50,7 +50,10 @@ const EXACT: [&str; 8] =
 fn inputs(args: &Forward, dtype: DType, device: &Device) -> anyhow::Result<BTreeMap<String, Tensor>> {
     let file = Checkpoint::open(&args.inputs).with_context(|| "--inputs")?;
     let convert = |name: String| {
-        let tensor = file.tensor(&name)?.to_device(device)?;
+        let tensor = file.tensor(&name)?;
+        // A GPU converts no other whole numbers.
+        let short = matches!(tensor.dtype(), DType::I16 | DType::I32);
+        let tensor = if short { tensor.to_dtype(DType::I64)? } else { tensor }.to_device(device)?;
         let exact = EXACT.contains(&name.as_str());
         Ok((name, if exact || tensor.dtype().is_int() { tensor } else { tensor.to_dtype(dtype)? }))
     };

@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The command with its arguments.
+/// The command with its arguments; `CLEARFORM_PROGRAM` puts another in its place, which then is what is tested.
 pub fn clearform(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_clearform"));
+    let program = std::env::var_os("CLEARFORM_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_clearform").into());
+    let mut command = Command::new(program);
     command.args(arguments);
     command
 }

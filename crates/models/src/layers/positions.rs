@@ -2,6 +2,7 @@
 
 use crate::Result;
 use candle_core::{Device, Tensor};
+use std::collections::HashMap;
 
 /// Base of the frequencies of both.
 const THETA: f64 = 10000.0;
@@ -13,10 +14,14 @@ const THETA: f64 = 10000.0;
 /// `ids` holds (tokens, axes) -> (cos, sin), each (tokens, head_dim / 2) in f32.
 pub(crate) fn rotary_tables(ids: &[Vec<f64>], axes: &[usize], device: &Device) -> Result<(Tensor, Tensor)> {
     let pairs = axes.iter().sum::<usize>() / 2;
-    let angles: Vec<f64> =
-        ids.iter().flat_map(|id| id.iter().zip(axes).flat_map(|(id, axis)| turn(*id, *axis))).collect();
     let table = |function: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.iter().map(|angle| function(*angle) as f32).collect();
+        // Rows and columns are few, tokens are many.
+        let mut known = HashMap::new();
+        let mut values: Vec<f32> = Vec::with_capacity(ids.len() * pairs);
+        for (id, axis) in ids.iter().flat_map(|id| id.iter().zip(axes)) {
+            let turned = || turn(*id, *axis).map(|angle| function(angle) as f32).collect::<Vec<_>>();
+            values.extend_from_slice(known.entry((id.to_bits(), *axis)).or_insert_with(turned));
+        }
         Tensor::from_vec(values, (ids.len(), pairs), device)
     };
     Ok((table(f64::cos)?, table(f64::sin)?))

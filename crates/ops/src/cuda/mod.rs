@@ -4,13 +4,50 @@
 mod rows;
 
 pub use rows::permute;
-pub(crate) use rows::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
+pub(crate) use rows::{add_bias, gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 
+use candle_core::cuda_backend::cudarc::driver::result;
+use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{CudaView, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, WrapErr as _};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 use clearform_kernels::{Launch, Number, Parameters, launch};
 use half::{bf16, f16};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+/// The GPU of this number, always the same one: all that runs on it shares a stream of its own, since the default stream
+/// is another for each thread. Memory that tensors give back stays with the program, where it would be taken anew at
+/// every read of a result.
+///
+/// # Errors
+/// There is no such GPU, or no driver.
+pub fn device(number: usize) -> Result<Device> {
+    static OPEN: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = open.get(&number) {
+        return Ok(device.clone());
+    }
+    let device = CudaDevice::new_with_stream(number)?;
+    // SAFETY: events order what several streams do with a tensor; here all of it is done on one.
+    unsafe { device.disable_event_tracking() };
+    let context = device.cuda_stream().context().clone();
+    if context.has_async_alloc() {
+        let all = u64::MAX;
+        // SAFETY: the pool is the device's own, and the attribute a number of 64 bits.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+            result::mem_pool::set_attribute(
+                pool,
+                CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw const all).cast_mut().cast(),
+            )
+            .w()?;
+        }
+    }
+    open.insert(number, Device::Cuda(device.clone()));
+    Ok(Device::Cuda(device))
+}
 
 /// Starts `launch`; it ends when the device's stream gets there. The driver compiles the kernel's PTX at its first use.
 ///

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
 };
+use clearform_kernels::add_bias::{self, AddBiasParameters};
 use clearform_kernels::gated_add::{self, GatedAddParameters};
 use clearform_kernels::gelu::{self, GeluParameters};
 use clearform_kernels::modulated_layer_norm::{self, ModulatedLayerNormParameters};
@@ -68,7 +69,30 @@ pub(crate) fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<
     let row_words = width / number.per_word();
     let gate = constant(gate, x.dtype())?;
     let operation = Gated { launch, gate, tokens, row_words, words: batch * tokens * row_words };
-    residual.contiguous()?.apply_op2(&x.contiguous()?, operation).map(Some)
+    placed(residual)?.apply_op2(&placed(x)?, operation).map(Some)
+}
+
+/// Adds a bias to rows, `count` numbers that nothing else has seen yet; says whether a kernel took it.
+pub(crate) fn add_bias(rows: &CudaStorage, count: usize, (bias, layout): (&CudaStorage, &Layout)) -> Result<bool> {
+    let (width, Some(number)) = (layout.shape().elem_count(), number(rows.dtype())) else { return Ok(false) };
+    let Ok(launch) = add_bias::launch(number, count / width.max(1), width) else { return Ok(false) };
+    let converted;
+    let (bias, layout) = if bias.dtype() == rows.dtype() && layout.is_contiguous() {
+        (bias, layout.clone())
+    } else {
+        converted = bias.to_dtype(layout, rows.dtype())?;
+        (&converted, Layout::contiguous(layout.shape()))
+    };
+    let (out, bias) = (address_of(rows, &Layout::contiguous(count))?, address_of(bias, &layout)?);
+    if count == 0 || [out, bias].iter().any(|address| !address.is_multiple_of(WORD)) {
+        return Ok(false);
+    }
+    let words = |count: usize| (count / number.per_word()) as u32;
+    let parameters = AddBiasParameters { x: out, bias, out, words: words(count), row_words: words(width) };
+    // SAFETY: the addresses are of tensors on this device, as large as the words say, and freed on its stream; nothing
+    // else reads the rows meanwhile: they were made for this call.
+    unsafe { start(rows.device(), &launch, parameters) }?;
+    Ok(true)
 }
 
 /// Tokens in another order: out(batch, i) = x(batch, from(i)). None where no kernel takes the problem.
@@ -93,8 +117,17 @@ fn taken(x: &Tensor) -> Option<Number> {
     number(x.dtype()).filter(|_| x.device().is_cuda() && x.elem_count() > 0)
 }
 
+/// Bytes that a kernel loads at once, and of which its addresses are multiples.
+const WORD: u64 = 16;
+
 fn constant(x: &Tensor, dtype: DType) -> Result<Tensor> {
-    x.detach().to_dtype(dtype)?.contiguous()
+    placed(&x.detach().to_dtype(dtype)?)
+}
+
+/// Contiguous, and where a kernel can load it: a view may begin anywhere.
+fn placed(x: &Tensor) -> Result<Tensor> {
+    let is_aligned = (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(WORD as usize);
+    if x.is_contiguous() && !is_aligned { x.force_contiguous() } else { x.contiguous() }
 }
 
 /// A kernel over the rows of x.
@@ -115,7 +148,7 @@ struct Addresses {
 }
 
 fn apply<K: Rows>(x: &Tensor, kernel: K) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Forward(kernel))
+    placed(x)?.apply_op1(Forward(kernel))
 }
 
 struct Forward<K>(K);
@@ -138,7 +171,7 @@ impl<K: Rows> CustomOp1 for Forward<K> {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        x.detach().apply_op2_no_bwd(&grad.detach().contiguous()?, &Gradient(self.0.clone())).map(Some)
+        x.detach().apply_op2_no_bwd(&placed(&grad.detach())?, &Gradient(self.0.clone())).map(Some)
     }
 }
 
