@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -167,8 +168,8 @@ def steps(bench, side, *options):
 def step_on_gpu(bench):
     args, plans = bench.args, [f"clear:r={radius}" for radius in (8, 16, 32)]
     double, single, width = (1, 1, 512) if args.tiny else (args.double, args.single, 3072)
-    head("A step of FLUX's shape", f"{double} double and {single} single blocks, {width} wide, bf16; how many times faster than "
-         "diffusers, whose attention is PyTorch's FlashAttention.", "grid", "diffusers, full",
+    head("A step of FLUX's shape", f"{double} double and {single} single blocks, {width} wide, bf16; how many times faster than"
+         " diffusers, whose attention is what PyTorch's SDPA takes, FlashAttention or a faster one.", "grid", "diffusers, full",
          *(f"clearform, r = {plan.split('=')[1]}" for plan in plans))
     for side in (64, 128, 256, 512):
         grid = bench.grid(side)
@@ -212,6 +213,8 @@ def memory(bench):
 def main():
     args = arguments()
     bench = Bench(args)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    print(f"{versions}; {args.threads} threads; median of {args.rounds} rounds", flush=True)
     for name in args.only:
         {"attention": attention, "step": step, "scaling": scaling, "memory": memory}[name](bench)
     sys.exit(bench.failed)

@@ -127,7 +127,7 @@ pub struct ShareBench {
 /// One evaluation of a transformer on random inputs.
 #[derive(Debug, Args)]
 pub struct Evaluation {
-    /// Text tokens.
+    /// Text tokens, where the model takes text.
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub text: usize,
     /// Number format.
