@@ -28,11 +28,4 @@ fi
 "$built/bench"
 
 [ -n "$clearform" ] || exit 0
-cd ../../benches/peers
-for grid in 64x64 128x128 256x256 512x512; do
-  for pass in "" --backward; do
-    "$python" attention.py "$clearform" --device cuda:0 --grid "$grid" --heads 24 --dtype bf16 $pass
-  done
-  "$python" step.py "$clearform" --device cuda:0 --grid "$grid" --width 3072 --double 19 --single 38 --dtype bf16 \
-    --attention clear:r=8 clear:r=16 clear:r=32
-done
+"$python" ../../benches/peers/tables.py "$clearform" --device cuda:0

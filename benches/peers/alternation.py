@@ -1,8 +1,11 @@
-"""What the peers' scripts share: ours and theirs are timed in turn, in the same run, and held against each other."""
+"""What the peers' scripts share: ours and theirs are timed in turn, in the same run, on as many threads."""
 
+import argparse
 import json
+import os
 import statistics
 import subprocess
+import sys
 import time
 
 import torch
@@ -10,13 +13,44 @@ import torch
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def timed(call, device):
-    """Milliseconds of one call."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+def parser(description):
+    """With the arguments that every script has."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("clearform")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--text", type=int, default=512)
+    parser.add_argument("--dtype", choices=DTYPES, default="f32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="ours and theirs; all cores without it")
+    return parser
+
+
+def parse(parser):
+    """The arguments; from here on everyone has as many threads."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ |= {name: str(args.threads) for name in ("RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return args
+
+
+def clearform(args, subject, *options, repeat=1):
+    """The JSON that one `clearform bench` prints."""
+    command = [args.clearform, "bench", subject, "--head-dim", str(args.head_dim), "--text", str(args.text)]
+    command += ["--dtype", args.dtype, "--device", args.device, "--repeat", str(repeat), "--json", *options]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def timed(call, device, repeat=1):
+    """Milliseconds of one call, the median of `repeat`, or of as many as fit into a second."""
+    times = []
+    while len(times) < repeat and sum(times) < 1e3:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 def synchronize(device):
@@ -24,30 +58,13 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def product_rate(dtype, device, n=2048):
-    """GFLOP/s of PyTorch's own n x n x n product."""
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    call = lambda: a @ b
-    call()
-    return 2 * n**3 / statistics.median(timed(call, device) for _ in range(7)) / 1e6
-
-
-def clearform(arguments):
-    """The JSON that one `clearform bench` prints."""
-    done = subprocess.run([*arguments, "--json"], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
-
-
-def alternate(ours, peers, args):
-    """Medians of `args.rounds` rounds, in each of which everyone is called once: ours, then the peers.
-
-    Ours give milliseconds themselves; a peer is timed here. Each peer is called once before, uncounted.
-    """
+def alternate(ours, peers, rounds):
+    """Medians of `rounds` rounds, in each of which everyone gives its milliseconds once: ours, then the peers. Each peer
+    is called once before, uncounted; ours warm up themselves."""
     for call in peers.values():
         call()
-    peers = {name: lambda call=call: timed(call, args.device) for name, call in peers.items()}
     times = {name: [] for name in (*ours, *peers)}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for name, call in (ours | peers).items():
             # Threads of the one before spin for a while after their last task.
             time.sleep(0.3)
@@ -55,7 +72,28 @@ def alternate(ours, peers, args):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(medians, extra):
-    """Prints milliseconds and how many times faster ours is."""
-    ours = medians["clearform"]
-    print(json.dumps({**extra, "milliseconds": medians, "peer / clearform": {k: v / ours for k, v in medians.items()}}))
+def product_rates(args):
+    """GFLOP/s of an n x n x n product, by library. PyTorch's in f32 is not the best on every CPU."""
+    n = 2048 if args.device == "cpu" else 8192
+    a, b = (torch.randn(n, n, dtype=DTYPES[args.dtype], device=args.device) for _ in range(2))
+    timed(lambda: a @ b, args.device)
+    rates = {"torch": 2e-6 * n**3 / timed(lambda: a @ b, args.device, repeat=7)}
+    if args.device == "cpu" and args.dtype == "f32":
+        # In a process of its own, where the threads of PyTorch do not spin.
+        found = subprocess.run([sys.executable, "-c", OPENBLAS, str(n)], check=True, stdout=subprocess.PIPE, text=True)
+        rates["numpy"] = 2e-6 * n**3 / float(found.stdout)
+    return rates
+
+
+OPENBLAS = """
+import statistics, sys, time
+import numpy
+n = int(sys.argv[1])
+a, b = (numpy.random.default_rng(seed).standard_normal((n, n), dtype=numpy.float32) for seed in (0, 1))
+times = []
+for _ in range(8):
+    start = time.perf_counter()
+    a @ b
+    times.append((time.perf_counter() - start) * 1e3)
+print(statistics.median(times[1:]))
+"""

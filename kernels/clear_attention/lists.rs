@@ -112,14 +112,19 @@ impl Lists {
         Builder::new(sequence, rows).build(|_| longest.max(1))
     }
 
+    /// Pairs that are computed, empty rows and columns of ragged tiles included.
+    pub fn visited(&self) -> u64 {
+        let entries: u64 = self.work.iter().map(|work| (work.end - work.begin) as u64).sum();
+        entries * (TOKENS * TOKENS) as u64
+    }
+
     /// Pairs of image tokens that see each other, among all that are computed for the image alone.
     pub fn share_inside(sequence: &Sequence<'_>) -> Share {
         let image = Sequence { text: Text::Whole(0), pooled: 0, ..*sequence };
         let lists = Self::new(&image, Rows::Queries);
-        let mut share = Share { inside: 0, visited: 0 };
+        let mut share = Share { inside: 0, visited: lists.visited() };
         for work in &lists.work {
             for entry in &lists.entries[work.begin as usize..work.end as usize] {
-                share.visited += (TOKENS * TOKENS) as u64;
                 share.inside += match entry.mask {
                     Entry::WHOLE => work.count as u64 * TOKENS as u64,
                     mask => Masks::pairs(&lists.masks, mask as usize),

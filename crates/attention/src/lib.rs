@@ -15,6 +15,7 @@ mod pool;
 pub mod reference;
 mod seam;
 mod sequence;
+mod share;
 mod tiles;
 mod window;
 
@@ -23,5 +24,6 @@ pub use geometry::{Geometry, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};
 pub use seam::{Attended, Attention, Qkv};
+pub use share::Execution;
 pub use tiles::Share;
 pub use window::{Radius, Window};

@@ -5,7 +5,7 @@ mod bench;
 mod export;
 
 pub use adapters::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, Plugins, PluginsAction, WeightAdapters};
-pub use bench::{AttentionBench, Bench, BenchSubject, Evaluation, ModelBench, StepBench};
+pub use bench::{AttentionBench, Bench, BenchSubject, Evaluation, ModelBench, ShareBench, StepBench};
 pub use export::Export;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};

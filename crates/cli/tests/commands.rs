@@ -6,6 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
 use common::{Tiny, complaint, expected, forward, json, run, text};
+use serde_json::Value;
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
 
@@ -129,21 +130,65 @@ fn a_patch_carries_attention_to_a_fine_tune() {
 
 #[test]
 fn attention_can_be_timed() {
-    let timing = json(
-        0,
-        &["bench", "attention", "--grid", "16x16", "--radius", "4", "--head-dim", "32", "--text", "8", "--repeat", "1"],
-    );
+    let attention = |more: &[&str]| {
+        let common = ["bench", "attention", "--grid", "16x16", "--head-dim", "32", "--text", "8", "--repeat", "1"];
+        json(0, &[&common[..], more].concat())
+    };
+    let pairs = |timing: &Value, kind: &str| timing[format!("{kind}_pairs")].as_u64().unwrap();
+    let timing = attention(&["--radius", "4"]);
     assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
-    assert!(timing["useful_pairs"].as_u64().unwrap() < timing["visited_pairs"].as_u64().unwrap());
-    assert!(timing["visited_pairs"].as_u64().unwrap() <= 264 * 264);
+    assert!(pairs(&timing, "useful") < pairs(&timing, "visited"));
+    // Text is 8 of 32 lanes.
+    assert!(pairs(&timing, "visited") <= (32 + 256) * 264);
+    let pooled = attention(&["--attention", "clear:r=4,d=4", "--backward"]);
+    for kind in ["useful", "visited"] {
+        assert_eq!(pairs(&pooled, kind), pairs(&timing, kind) + 256 * 16);
+    }
+}
+
+/// A matrix of tokens by tokens would take 17 GB.
+#[test]
+fn memory_of_attention_grows_with_the_tokens() {
+    let limited = "ulimit -d 1000000 && exec \"$@\"";
+    for backward in [&[][..], &["--backward"]] {
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", limited, "sh", env!("CARGO_BIN_EXE_clearform"), "bench", "attention", "--grid", "256x256"]);
+        let output = shell
+            .args(["--radius", "8", "--heads", "1", "--head-dim", "64", "--text", "64", "--repeat", "1"])
+            .args(backward)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{backward:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn the_share_of_work_inside_the_disc_can_be_checked() {
+    let table = json(0, &["bench", "share", "--grid", "64x64", "--tiles", "8x8/8x8,2x64/2x64,cpu,gpu"]);
+    let rows = table["rows"].as_array().unwrap();
+    let percents = |tiles: &str| -> Vec<f64> {
+        let found = rows.iter().filter(|row| row["tiles"] == tiles);
+        found.map(|row| (100.0 * row["share"].as_f64().unwrap()).round()).collect()
+    };
+    // clear-paper.md, at r = 8, 16 and 32.
+    assert_eq!(percents("8x8/8x8"), [36.0, 55.0, 75.0]);
+    assert_eq!(percents("2x64/2x64"), [16.0, 34.0, 63.0]);
+    assert_eq!(percents("gpu"), percents("8x8/8x8"));
+    assert!(percents("cpu").iter().zip(percents("gpu")).all(|(cpu, gpu)| *cpu > gpu));
+    let said = complaint(1, &["bench", "share", "--tiles", "8x8"]);
+    assert!(said.contains("expected HxW/HxW"), "{said}");
 }
 
 #[test]
 fn a_step_and_a_model_can_be_timed() {
-    let step = ["bench", "step", "--width", "64", "--head-dim", "16", "--double", "1", "--single", "1"];
-    let timing = json(0, &[&step[..], &["--grid", "4x5", "--text", "3", "--repeat", "1"]].concat());
+    let step = ["bench", "step", "--width", "64", "--double", "1", "--single", "1", "--head-dim"];
+    let timing = json(0, &[&step[..], &["16", "--grid", "4x5", "--text", "3", "--repeat", "1"]].concat());
     assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
     assert_eq!((timing["grid"].as_str(), timing["attention"].as_str()), (Some("4x5"), Some("clear:r=16")));
+    for head_dim in ["0", "48", "128"] {
+        let said = complaint(1, &[&step[..], &[head_dim]].concat());
+        assert!(said.contains("--width 64: expected heads of"), "{said}");
+    }
     let tiny = Tiny::new();
     let model = ["bench", "model", text(tiny.path()), "--grid", "4x4,6x6", "--text", "3", "--repeat", "1"];
     let table = json(0, &model);

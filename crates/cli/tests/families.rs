@@ -180,6 +180,28 @@ fn minrf_draws_digits_from_one_file() {
     draw(&model, &["--class", "3", "--width", "16", "--height", "16"]);
 }
 
+/// Of FLUX, tests/commands.rs times a model.
+#[test]
+fn a_model_of_every_family_can_be_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let timed = |model: &Path, further: &[&str]| {
+        let common = ["bench", "model", text(model), "--grid", "3x4", "--attention", "full", "clear:r=2"];
+        let table = json(0, &[&common[..], &["--text", "5", "--repeat", "1"], further].concat());
+        let rows = table["rows"].as_array().unwrap();
+        assert!(rows.len() == 2 && rows.iter().all(|row| row["median_ms"].as_f64().unwrap() > 0.0), "{table}");
+    };
+    for family in ["dit", "pixart", "sd3"] {
+        let model = folder.path().join(family);
+        assemble_pipeline(&repository(""), family, &model);
+        timed(&model, &[]);
+        timed(&model, &["--dtype", "bf16"]);
+    }
+    timed(&checkpoint("minrf", folder.path()), &[]);
+    let config = folder.path().join("config.json");
+    std::fs::write(&config, r#"{"attention_head_dim": 12}"#).unwrap();
+    timed(&checkpoint("sit", folder.path()), &["--family", "sit", "--config", text(&config)]);
+}
+
 /// z <- z - v / N from 1 to 0, with v_u + w (v_c - v_u), by the program's own `forward`.
 #[test]
 fn minrf_is_drawn_as_its_sampler_goes() {

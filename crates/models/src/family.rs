@@ -1,7 +1,7 @@
 //! [`Family`]: an architecture of diffusion transformer, and the list of those we have.
 
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, Process, Result, Steering, Subject};
+use crate::{Conditions, Denoiser, DenoiserInput, InputChannels, Process, Result, Steering, Subject};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::{Resident, TensorSource};
@@ -29,6 +29,12 @@ pub trait Family: Send + Sync {
     /// What CLEAR distils in the block whose attention is `layer`: its own, and a second attention's where blocks of this
     /// family may have one.
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer>;
+
+    /// Channels of the tensors its transformer takes.
+    ///
+    /// # Errors
+    /// A bad config key.
+    fn channels(&self, config: &Value) -> Result<InputChannels>;
 
     /// How its samples are noised, and what it predicts of them.
     fn process(&self) -> Process;

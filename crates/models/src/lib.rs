@@ -10,6 +10,7 @@ mod family;
 mod keys;
 mod layers;
 mod process;
+mod random;
 mod scope;
 mod subject;
 pub mod text;
@@ -19,4 +20,5 @@ pub use denoiser::{Conditions, Context, CrossText, Denoiser, DenoiserInput, Mome
 pub use error::{ModelError, Result};
 pub use family::{DistilledLayer, FAMILIES, Family, Framing, StepSpacing};
 pub use process::{Noised, Process, alphas_cumprod, linear_betas, without_variance};
+pub use random::{InputChannels, InputSizes, random_input};
 pub use subject::{Steering, Subject};

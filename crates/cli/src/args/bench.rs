@@ -21,6 +21,8 @@ pub enum BenchSubject {
     Step(StepBench),
     /// One evaluation of a model at several sizes and attentions.
     Model(ModelBench),
+    /// How much of what attention computes lies inside the disc; nothing is timed.
+    Share(ShareBench),
 }
 
 /// `clearform bench attention`.
@@ -103,10 +105,29 @@ pub struct ModelBench {
     pub evaluation: Evaluation,
 }
 
+/// `clearform bench share`. Without options it gives the table of tiles that CLEAR's kernel is held against.
+#[derive(Debug, Args)]
+pub struct ShareBench {
+    /// Image tokens, HEIGHTxWIDTH; several with commas.
+    #[arg(long, default_value = "64x64,128x128,256x256,512x512", value_delimiter = ',', value_name = "HxW")]
+    pub grid: Vec<String>,
+    /// Radius of the window, in tokens; several with commas.
+    #[arg(long, default_value = "8,16,32", value_delimiter = ',', value_name = "R")]
+    pub radius: Vec<f64>,
+    /// Patches of queries and of keys, or `cpu` and `gpu` for those of clearform's kernels; several with commas.
+    #[arg(
+        long,
+        default_value = "8x8/8x8,16x8/8x8,16x8/16x8,16x16/8x8,cpu,gpu",
+        value_delimiter = ',',
+        value_name = "HxW/HxW"
+    )]
+    pub tiles: Vec<String>,
+}
+
 /// One evaluation of a transformer on random inputs.
 #[derive(Debug, Args)]
 pub struct Evaluation {
-    /// Text tokens.
+    /// Text tokens, where the model takes text.
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub text: usize,
     /// Number format.

@@ -7,7 +7,7 @@ use clearform_distill::{Activations, Batch, LossSettings, Pair, Recipe, backward
 use clearform_models::families::flux::Flux;
 use clearform_models::text::TextEncoders;
 use clearform_models::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, State, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, State, Steering, Subject,
 };
 use clearform_testkit::assert_close;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource};
@@ -128,6 +128,9 @@ impl Family for Spy {
     }
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         Flux.distilled(layer)
+    }
+    fn channels(&self, config: &Value) -> clearform_models::Result<InputChannels> {
+        Flux.channels(config)
     }
     fn process(&self) -> Process {
         Flux.process()

@@ -1,20 +1,21 @@
 //! `clearform bench attention`: one attention call on random queries, keys and values, already in tile order.
 
-use super::{median_ms, parse_grid};
+use super::{median_ms, parse_extents};
 use crate::args::AttentionBench;
 use crate::opening::device;
 use crate::output::Output;
 use candle_core::{Device, Tensor, Var};
-use clearform_attention::{Attention, AttentionPlan, Geometry, Policy, Qkv, Radius, Share, TokenGrid};
+use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, Radius, Share, TokenGrid};
 use serde::Serialize;
 use std::fmt;
 
 pub fn run(args: &AttentionBench, output: &Output) -> anyhow::Result<()> {
+    anyhow::ensure!(args.heads > 0 && args.head_dim > 0, "--heads and --head-dim: expected at least 1 of each");
     let plan = match &args.attention {
         Some(text) => text.parse()?,
         None => AttentionPlan::clear(Radius::new(args.radius)?, None),
     };
-    let case = Case::new(args, parse_grid(&args.grid)?, &plan)?;
+    let case = Case::new(args, parse_extents("--grid", &args.grid)?, &plan)?;
     let median = median_ms(args.repeat, &case.device, || case.once())?;
     let permutation = median_ms(args.repeat, &case.device, || case.permute())?;
     output.result(&Timing::new(&case, &plan, [median, permutation]))
@@ -55,7 +56,12 @@ impl Case {
     fn once(&self) -> anyhow::Result<()> {
         let attended = self.attention.attend(&self.image, self.text.as_ref(), &self.geometry)?;
         if self.backward {
-            attended.image.sum_all()?.backward()?;
+            let image = attended.image.sum_all()?;
+            let loss = match &attended.text {
+                Some(text) => (image + text.sum_all()?)?,
+                None => image,
+            };
+            loss.backward()?;
         }
         Ok(())
     }
@@ -66,15 +72,9 @@ impl Case {
         Ok(())
     }
 
-    /// Pairs of query and key that the pattern holds, and those that are computed; text included, per head.
+    /// Pairs of query and key that the pattern holds, and those that are computed, per head.
     fn share(&self, plan: &AttentionPlan) -> Share {
-        let (image, text) = (self.geometry.tokens() as u64, self.text_tokens as u64);
-        let with_text = text * (text + 2 * image);
-        let window = match plan.default_policy() {
-            Policy::Clear { radius, .. } => self.geometry.share_inside(radius),
-            _ => Share { inside: image * image, visited: image * image },
-        };
-        Share { inside: window.inside + with_text, visited: window.visited + with_text }
+        Execution::of(&self.image.query).share(&self.geometry, plan.default_policy(), self.text_tokens)
     }
 }
 

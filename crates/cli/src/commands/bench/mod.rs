@@ -1,6 +1,7 @@
 //! `clearform bench`: how long things take here. A ratio beside a peer is what counts; see BENCHMARKS.md.
 
 mod attention;
+mod share;
 mod step;
 
 use crate::args::{Bench, BenchSubject};
@@ -15,13 +16,15 @@ pub fn run(args: &Bench, output: &Output) -> anyhow::Result<Outcome> {
         BenchSubject::Attention(subject) => attention::run(subject, output)?,
         BenchSubject::Step(subject) => step::run(subject, output)?,
         BenchSubject::Model(subject) => step::run_model(subject, output)?,
+        BenchSubject::Share(subject) => share::run(subject, output)?,
     }
     Ok(Outcome::Whole)
 }
 
-fn parse_grid(text: &str) -> anyhow::Result<TokenGrid> {
+/// HEIGHTxWIDTH, as it was given to `option`.
+fn parse_extents(option: &str, text: &str) -> anyhow::Result<TokenGrid> {
     let sides = text.split_once('x').and_then(|(height, width)| Some((height.parse().ok()?, width.parse().ok()?)));
-    let (height, width) = sides.with_context(|| format!("--grid {text:?}: expected HEIGHTxWIDTH in tokens"))?;
+    let (height, width) = sides.with_context(|| format!("{option} {text:?}: expected HEIGHTxWIDTH in tokens"))?;
     Ok(TokenGrid::new(height, width)?)
 }
 

@@ -1,23 +1,21 @@
 //! `clearform bench step` and `bench model`: one evaluation of a whole transformer on random inputs.
 
-use super::{median_ms, parse_grid};
+use super::{median_ms, parse_extents};
 use crate::args::{Evaluation, ModelBench, StepBench};
-use crate::opening::{device, plan, reading};
+use crate::opening::{device, open_as, plan, reading};
 use crate::output::Output;
 use candle_core::{DType, Device, Tensor};
-use clearform_attention::{AttentionPlan, TokenGrid};
+use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
-use clearform_models::Family;
 use clearform_models::families::flux::Flux;
-use clearform_runtime::{Components, Transformer};
+use clearform_models::{Family, InputSizes, random_input};
 use clearform_weights::{Resident, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt;
 
 pub fn run(args: &StepBench, output: &Output) -> anyhow::Result<()> {
-    let config = config(args);
+    let config = config(args)?;
     let device = device(args.evaluation.device)?;
     let weights = random_weights(&config, args.evaluation.dtype.computed(), &device)?;
     let evaluation = &args.evaluation;
@@ -27,8 +25,7 @@ pub fn run(args: &StepBench, output: &Output) -> anyhow::Result<()> {
 }
 
 pub fn run_model(args: &ModelBench, output: &Output) -> anyhow::Result<()> {
-    let path = Components::new(&args.model, None).transformer();
-    let transformer = Transformer::open(&path, &reading(&args.reading)?)?;
+    let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
     let device = device(args.evaluation.device)?;
     let weights = Resident::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
     let (family, config) = (transformer.family(), transformer.config());
@@ -39,14 +36,17 @@ pub fn run_model(args: &ModelBench, output: &Output) -> anyhow::Result<()> {
 }
 
 /// FLUX.1-dev's config.json, of other width and depth.
-fn config(args: &StepBench) -> Value {
+fn config(args: &StepBench) -> anyhow::Result<Value> {
+    let (width, head_dim) = (args.width, args.head_dim);
+    let divides = width.checked_rem(head_dim) == Some(0) && width > 0;
+    anyhow::ensure!(divides, "--width {width}: expected heads of --head-dim {head_dim} channels, at least one");
     let axis = args.head_dim * 7 / 16 / 2 * 2;
-    json!({
+    Ok(json!({
         "in_channels": 64, "out_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
         "num_layers": args.double, "num_single_layers": args.single, "guidance_embeds": true,
         "attention_head_dim": args.head_dim, "num_attention_heads": args.width / args.head_dim,
         "width": args.width, "axes_dims_rope": [args.head_dim - 2 * axis, axis, axis],
-    })
+    }))
 }
 
 fn random_weights(config: &Value, dtype: DType, device: &Device) -> anyhow::Result<Resident> {
@@ -72,33 +72,18 @@ impl Subject<'_> {
     fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> anyhow::Result<Vec<Row>> {
         let denoiser = self.family.build(self.config, self.weights, plan)?;
         let row = |text: &String| {
-            let input = self.family.input(self.inputs(parse_grid(text)?)?)?;
+            let sizes = InputSizes {
+                grid: parse_extents("--grid", text)?,
+                text: self.evaluation.text,
+                dtype: self.evaluation.dtype.computed(),
+                device: self.device.clone(),
+            };
+            let input = random_input(self.family, self.config, &sizes)?;
             let median_ms =
                 median_ms(self.evaluation.repeat, &self.device, || Ok(denoiser.forward(&input).map(|_| ())?))?;
             Ok(Row { grid: text.clone(), attention: plan.to_string(), median_ms })
         };
         grids.iter().map(row).collect()
-    }
-
-    /// Random inputs of FLUX's transformer, by name.
-    fn inputs(&self, grid: TokenGrid) -> anyhow::Result<BTreeMap<String, Tensor>> {
-        let (dtype, device) = (self.evaluation.dtype.computed(), &self.device);
-        let size = |key: &str| self.config[key].as_u64().unwrap_or(0) as usize;
-        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(dtype);
-        let ids = (0..grid.tokens()).flat_map(|token| [0, token / grid.width, token % grid.width]);
-        let ids: Vec<f32> = ids.map(|id| id as f32).collect();
-        let mut inputs = vec![
-            ("hidden_states", random(&[1, grid.tokens(), size("in_channels")])?),
-            ("encoder_hidden_states", random(&[1, self.evaluation.text, size("joint_attention_dim")])?),
-            ("pooled_projections", random(&[1, size("pooled_projection_dim")])?),
-            ("timestep", Tensor::new(&[0.5f32], device)?),
-            ("img_ids", Tensor::from_vec(ids, (grid.tokens(), 3), device)?),
-            ("txt_ids", Tensor::zeros((self.evaluation.text, 3), DType::F32, device)?),
-        ];
-        if self.config["guidance_embeds"] == true {
-            inputs.push(("guidance", Tensor::new(&[3.5f32], device)?));
-        }
-        Ok(inputs.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
     }
 }
 

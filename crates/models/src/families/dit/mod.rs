@@ -13,7 +13,9 @@ pub use model::DitTransformer;
 use crate::layers::class_input;
 use crate::subject::classes;
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, Steering, Subject};
+use crate::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, Steering, Subject,
+};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::{Resident, TensorSource};
@@ -39,6 +41,10 @@ impl Family for Dit {
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        Ok(InputChannels::of_class_model(DitConfig::new(config)?.in_channels))
     }
 
     fn process(&self) -> Process {

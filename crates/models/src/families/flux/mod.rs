@@ -20,7 +20,8 @@ use crate::layers::Arguments;
 use crate::subject::prompts;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, Moment, Process, Result, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, InputChannels, Moment, Process, Result,
+    Steering, Subject,
 };
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -63,6 +64,12 @@ impl Family for Flux {
         let projections = ["to_q", "to_k", "to_v", "to_out.0"];
         let count = if layer.starts_with("single_") { 3 } else { 4 };
         vec![DistilledLayer::new(layer, &projections[..count], &["weight", "bias"])]
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        let config = FluxConfig::new(config)?;
+        let (text, pooled) = (Some(config.text_channels), Some(config.pooled_channels));
+        Ok(InputChannels { latents: config.in_channels / (latents::PATCH * latents::PATCH), text, pooled })
     }
 
     fn process(&self) -> Process {

@@ -14,7 +14,9 @@ pub use model::MinrfTransformer;
 use crate::layers::class_input;
 use crate::subject::classes;
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, Steering, Subject};
+use crate::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, Steering, Subject,
+};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
@@ -40,6 +42,10 @@ impl Family for Minrf {
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["wq", "wk", "wv", "wo"], &["weight"])]
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        Ok(InputChannels::of_class_model(MinrfConfig::new(config)?.in_channels))
     }
 
     fn process(&self) -> Process {

@@ -16,7 +16,8 @@ use crate::layers::Arguments;
 use crate::subject::prompts;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, Moment, Process, Result, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, InputChannels, Moment, Process, Result,
+    Steering, Subject,
 };
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
@@ -58,6 +59,11 @@ impl Family for Pixart {
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        let config = PixartConfig::new(config)?;
+        Ok(InputChannels { latents: config.in_channels, text: Some(config.text_channels), pooled: None })
     }
 
     fn process(&self) -> Process {

@@ -14,8 +14,8 @@ use crate::layers::Arguments;
 use crate::subject::prompts;
 use crate::text::{ClipEncoded, TextEncoders};
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, ModelError, Moment, Process, Result, Steering,
-    StepSpacing, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, ModelError, Moment, Process, Result,
+    Steering, StepSpacing, Subject,
 };
 use candle_core::{D, DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -54,6 +54,12 @@ impl Family for Sd3 {
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         let one = |name: &str| DistilledLayer::new(name, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"]);
         vec![one(layer), one(&format!("{layer}2"))]
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        let config = Sd3Config::new(config)?;
+        let (text, pooled) = (Some(config.text_channels), Some(config.pooled_channels));
+        Ok(InputChannels { latents: config.in_channels, text, pooled })
     }
 
     fn process(&self) -> Process {

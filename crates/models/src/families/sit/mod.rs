@@ -6,7 +6,10 @@
 use super::dit::{Dit, DitConfig, DitTransformer, no_class};
 use crate::layers::class_input;
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Process, Result, State, Steering, Subject};
+use crate::{
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, State, Steering,
+    Subject,
+};
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
 use clearform_weights::{Resident, TensorSource};
@@ -43,6 +46,10 @@ impl Family for Sit {
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
         Dit.distilled(layer)
+    }
+
+    fn channels(&self, config: &Value) -> Result<InputChannels> {
+        Dit.channels(config)
     }
 
     fn process(&self) -> Process {

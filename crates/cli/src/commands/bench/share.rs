@@ -1,0 +1,93 @@
+//! `clearform bench share`: how much of what attention computes lies inside the disc. Nothing is timed.
+
+use super::parse_extents;
+use crate::args::ShareBench;
+use crate::output::Output;
+use anyhow::Context as _;
+use clearform_attention::{Execution, Geometry, Policy, Radius, Share, TokenGrid};
+use serde::Serialize;
+use std::fmt;
+
+pub fn run(args: &ShareBench, output: &Output) -> anyhow::Result<()> {
+    let tiles = args.tiles.iter().map(|text| Ok((text, Tiles::parse(text)?))).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rows = Vec::new();
+    for grid in &args.grid {
+        let geometry = Geometry::new(vec![parse_extents("--grid", grid)?]);
+        for tokens in &args.radius {
+            let radius = Radius::new(*tokens)?;
+            rows.extend(tiles.iter().map(|(name, tiles)| Row::new(grid, radius, name, tiles.share(&geometry, radius))));
+        }
+    }
+    output.result(&Table { rows })
+}
+
+/// What meets what.
+enum Tiles {
+    /// Patches of so many queries and keys.
+    Patches(TokenGrid, TokenGrid),
+    /// Those of a kernel of ours.
+    Kernel(Execution),
+}
+
+impl Tiles {
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        match text {
+            "cpu" => return Ok(Self::Kernel(Execution::Cpu)),
+            "gpu" => return Ok(Self::Kernel(Execution::Gpu)),
+            _ => {}
+        }
+        let expected = || format!("--tiles {text:?}: expected HxW/HxW, queries and keys, or cpu or gpu");
+        let (queries, keys) = text.split_once('/').with_context(expected)?;
+        Ok(Self::Patches(parse_extents("--tiles", queries)?, parse_extents("--tiles", keys)?))
+    }
+
+    /// Of the image alone.
+    fn share(&self, geometry: &Geometry, radius: Radius) -> Share {
+        match self {
+            Self::Patches(queries, keys) => Share::of_patches(geometry.grids()[0], radius, *queries, *keys),
+            Self::Kernel(execution) => execution.share(geometry, Policy::Clear { radius, pool: None }, 0),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    grid: String,
+    radius: f64,
+    tiles: String,
+    inside_pairs: u64,
+    visited_pairs: u64,
+    share: f64,
+}
+
+impl Row {
+    fn new(grid: &str, radius: Radius, tiles: &str, share: Share) -> Self {
+        Self {
+            grid: grid.to_owned(),
+            radius: radius.tokens(),
+            tiles: tiles.to_owned(),
+            inside_pairs: share.inside,
+            visited_pairs: share.visited,
+            share: share.part(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Table {
+    rows: Vec<Row>,
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:>9} {:>5}  {:<13} {:>14} {:>14}  share", "grid", "r", "tiles", "pairs inside", "visited")?;
+        self.rows.iter().try_for_each(|row| {
+            let Row { grid, radius, tiles, inside_pairs, visited_pairs, share } = row;
+            writeln!(
+                f,
+                "{grid:>9} {radius:>5}  {tiles:<13} {inside_pairs:>14} {visited_pairs:>14}  {:>4.0}%",
+                100.0 * share
+            )
+        })
+    }
+}
