@@ -74,7 +74,7 @@ fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Re
 /// The tensor library refused.
 pub fn clip(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
     // Row by row, and read once: a GPU adds what goes into one number on one of its many processors.
-    let squares = |gradient: &Tensor| gradient.sqr()?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();
+    let squares = |gradient: &Tensor| gradient.sqr()?.unsqueeze(0)?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();
     let squares = gradients.values().map(squares).collect::<candle_core::Result<Vec<_>>>()?;
     let norm = match squares[..] {
         [] => 0.0,

@@ -210,7 +210,14 @@ fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<
     }
     // The product is formed in the wider format: gradients of f32 masters are not rounded to bf16 on the way.
     let dtype = wider(weight.dtype(), grad.dtype());
-    let (x, grad) = (rows(&x.detach())?.to_dtype(dtype)?, rows(grad)?.to_dtype(dtype)?);
+    let (x, grad) = (rows(&x.detach())?, rows(grad)?);
+    #[cfg(feature = "cuda")]
+    if dtype == DType::F32
+        && let Some(product) = crate::cuda::transposed_product(&grad, &x)?
+    {
+        return product.to_dtype(weight.dtype()).map(Some);
+    }
+    let (x, grad) = (x.to_dtype(dtype)?, grad.to_dtype(dtype)?);
     grad.t()?.matmul(&x)?.to_dtype(weight.dtype()).map(Some)
 }
 

@@ -2,7 +2,7 @@
 //! know what a family makes of them.
 
 use crate::{Components, Result, RuntimeError};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clearform_models::ModelError;
 use clearform_models::text::{
     ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
@@ -28,13 +28,11 @@ pub(crate) fn open_weights<'a>(
     changes: &'a Changes,
     device: &Device,
 ) -> Result<Box<dyn TensorSource + 'a>> {
-    let stored = components.weights(part)?;
+    let adapted = Adapted::new(components.weights(part)?, changes, part, LowRankMode::Fused);
     Ok(match device {
-        Device::Cpu => Box::new(Adapted::new(stored, changes, part, LowRankMode::Fused)),
-        _ => {
-            let resident = Resident::load(&stored, None, device)?;
-            Box::new(Adapted::new(resident, changes, part, LowRankMode::Fused))
-        }
+        Device::Cpu => Box::new(adapted),
+        // They compute in f32. Widened on the way, they do not stand twice in the memory of a GPU.
+        _ => Box::new(Resident::load(&adapted, Some(DType::F32), device)?),
     })
 }
 

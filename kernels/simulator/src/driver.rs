@@ -167,6 +167,7 @@ interface! {
     fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
         // As the driver, which has no empty memory.
         if bytes == 0 {
+            report::problem("no bytes are asked for, which the driver refuses");
             return INVALID_VALUE;
         }
         match memory::allocate(bytes) {

@@ -4,21 +4,40 @@
 use candle_core::{DType, Tensor};
 use clearform_testkit::fixture;
 use serde_json::Value;
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+thread_local! {
+    static ON_CPU: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The command with its arguments; `CLEARFORM_PROGRAM` puts another in its place, which then is what is tested.
 pub fn clearform(arguments: &[&str]) -> Command {
-    let program = std::env::var_os("CLEARFORM_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_clearform").into());
+    let own = || env!("CARGO_BIN_EXE_clearform").into();
+    let program = std::env::var_os("CLEARFORM_PROGRAM").filter(|_| !ON_CPU.get()).unwrap_or_else(own);
     let mut command = Command::new(program);
     command.args(arguments);
     command
 }
 
+/// What `work` gives where [`clearform`] is this build, whatever `CLEARFORM_PROGRAM` says.
+pub fn on_cpu<T>(work: impl FnOnce() -> T) -> T {
+    ON_CPU.set(true);
+    let result = work();
+    ON_CPU.set(false);
+    result
+}
+
 /// Runs it and gives what it printed; panics unless it exits with `code`.
 pub fn run(code: i32, arguments: &[&str]) -> Output {
-    let output = clearform(arguments).output().unwrap();
+    run_with(code, arguments, &[])
+}
+
+/// As [`run`], with variables of its environment.
+pub fn run_with(code: i32, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+    let output = clearform(arguments).envs(variables.iter().copied()).output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "clearform {arguments:?}\n{stdout}\n{stderr}");
     output
@@ -77,6 +96,11 @@ impl Tiny {
 
 /// Runs `forward` on the inputs of [`Tiny`]'s fixture and gives the sample.
 pub fn forward(model: &Path, further: &[&str]) -> Tensor {
+    forward_with(model, further, &[])
+}
+
+/// As [`forward`], with variables of its environment.
+pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) -> Tensor {
     let folder = tempfile::tempdir().unwrap();
     let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
     let prefix = "5x8/input/";
@@ -84,7 +108,8 @@ pub fn forward(model: &Path, further: &[&str]) -> Tensor {
         cases.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&inputs, &input).unwrap();
-    run(0, &[&["forward", text(model), "--inputs", text(&input), "-o", text(&output)], further].concat());
+    let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output)];
+    run_with(0, &[&arguments, further].concat(), variables);
     fixture(&output)["sample"].clone()
 }
 

@@ -1,12 +1,14 @@
 //! Layers that three or more families have: embedders, projections and norms. They know no architecture.
 
 mod attention;
+mod convolution;
 mod embedding;
 mod inputs;
 mod patches;
 mod positions;
 
 pub(crate) use attention::{Projections, attention, block_at, split_heads};
+pub(crate) use convolution::Convolution;
 pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoids};
 pub(crate) use inputs::{Arguments, checked_batch, class_input, expect, grid, labels};
 pub(crate) use patches::{ChannelOrder, Patches, patchify, to_latents, unpatchify};

@@ -1,9 +1,10 @@
 //! The layers of the autoencoder: [`Resnet`], [`Attention`], and how convolutions and group norms are read.
 
 use crate::Result;
+use crate::layers::Convolution;
 use crate::scope::{Linear, Scope};
 use candle_core::{D, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module};
+use candle_nn::{Conv2dConfig, GroupNorm, Module};
 
 /// Added to the variance in every norm of the autoencoder.
 const NORM_EPS: f64 = 1e-6;
@@ -14,8 +15,8 @@ const QUERIES: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Resnet {
     norms: [GroupNorm; 2],
-    convs: [Conv2d; 2],
-    shortcut: Option<Conv2d>,
+    convs: [Convolution; 2],
+    shortcut: Option<Convolution>,
 }
 
 /// One head over all places of the picture.
@@ -29,9 +30,9 @@ pub(super) struct Attention {
 }
 
 /// A square convolution of [inputs, outputs, edge].
-pub(super) fn conv(scope: &Scope, [inputs, outputs, edge]: [usize; 3], config: Conv2dConfig) -> Result<Conv2d> {
+pub(super) fn conv(scope: &Scope, [inputs, outputs, edge]: [usize; 3], config: Conv2dConfig) -> Result<Convolution> {
     let weight = scope.shaped("weight", &[outputs, inputs, edge, edge])?;
-    Ok(Conv2d::new(weight, Some(scope.shaped("bias", &[outputs])?), config))
+    Ok(Convolution::new(weight, Some(scope.shaped("bias", &[outputs])?), config))
 }
 
 pub(super) fn group_norm(scope: &Scope, channels: usize, groups: usize) -> Result<GroupNorm> {

@@ -5,9 +5,10 @@ mod layers;
 
 use crate::Result;
 use crate::keys::{Keys, bad};
+use crate::layers::Convolution;
 use crate::scope::Scope;
 use candle_core::{D, DType, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module};
+use candle_nn::{Conv2dConfig, GroupNorm, Module};
 use clearform_weights::TensorSource;
 use layers::{Attention, Resnet, conv, group_norm};
 use serde_json::Value;
@@ -41,8 +42,8 @@ pub struct AutoencoderKl {
     config: VaeConfig,
     encoder: Encoder,
     decoder: Decoder,
-    quant: Option<Conv2d>,
-    post_quant: Option<Conv2d>,
+    quant: Option<Convolution>,
+    post_quant: Option<Convolution>,
 }
 
 impl VaeConfig {
@@ -167,27 +168,27 @@ impl AutoencoderKl {
 
 #[derive(Debug)]
 struct Encoder {
-    conv_in: Conv2d,
+    conv_in: Convolution,
     levels: Vec<Level>,
     middle: Middle,
     norm_out: GroupNorm,
-    conv_out: Conv2d,
+    conv_out: Convolution,
 }
 
 #[derive(Debug)]
 struct Decoder {
-    conv_in: Conv2d,
+    conv_in: Convolution,
     middle: Middle,
     levels: Vec<Level>,
     norm_out: GroupNorm,
-    conv_out: Conv2d,
+    conv_out: Convolution,
 }
 
 /// Residual blocks, then the convolution that halves or doubles the extents, where there is one.
 #[derive(Debug)]
 struct Level {
     resnets: Vec<Resnet>,
-    resample: Option<Conv2d>,
+    resample: Option<Convolution>,
 }
 
 #[derive(Debug)]

@@ -1,8 +1,10 @@
 //! [`start`]: kernels on a GPU, on the tensor library's own stream; `rows` has those of our operations. Nothing here has
 //! run on a GPU yet.
 
+mod product;
 mod rows;
 
+pub(crate) use product::transposed_product;
 pub use rows::permute;
 pub(crate) use rows::{add_bias, gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 
