@@ -17,4 +17,6 @@ for library in cuda cublas cublasLt curand cudart nvrtc; do
   ln -sfn ../../../debug/libsimulator.so "$toolkit/lib64/lib$library.so"
 done
 export CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80
-CARGO_TARGET_DIR=$PWD/target/simulated cargo build -p clearform-cli --features cuda
+export CARGO_TARGET_DIR=$PWD/target/simulated
+cargo clippy -p clearform-cli --features cuda -- -D warnings # the one place where that code is linted
+cargo build -p clearform-cli --features cuda
