@@ -1,31 +1,50 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU of compute capability 8.0 or newer, driver 550 or newer, and g++: every kernel against
-# its plain reference on the device, under compute-sanitizer too where it is installed, then the table of times.
+# its plain reference on the device, the table of times, and compute-sanitizer where it is installed. Goes on where a part
+# fails, and says at the end which did.
 #
 #   check_on_gpu.sh [CLEARFORM [PYTHON]]
 #
-# With a clearform that was built with --features cuda, and a Python that has torch and diffusers, the peers too:
-# attention, and whole steps of FLUX's shape with random weights, from 1K to 8K.
-set -euo pipefail
-clearform=${1:+$(realpath "$1")} python=${2:-python3}
-cd "$(dirname "$0")/emulation"
+# With a clearform that was built with --features cuda (a driver of 580 or newer then), it draws, distils and compares on
+# the device. With a Python that has torch, the peers too: attention, and, with diffusers, whole steps of FLUX's shape with
+# random weights, from 1K to 8K.
+set -uo pipefail
+clearform=${1:+$(realpath "$1")} python=${2:-}
+kernels=$(cd "$(dirname "$0")" && pwd)
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
+failed=()
 
+part() {
+  printf '\n== %s (%ss)\n' "$*" "$SECONDS"
+  "$@" || failed+=("$*")
+}
+
+sanitized() {
+  compute-sanitizer --tool "$1" --error-exitcode 1 "$built/check" others >"$built/log" || { tail -50 "$built/log"; return 1; }
+}
+
+cd "$kernels/emulation"
 flags=(-std=c++20 -O2 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas)
-g++ "${flags[@]}" check.cpp -o "$built/check" -ldl
-g++ "${flags[@]}" ../on_gpu/bench.cpp -o "$built/bench" -ldl
-
-for half in others narrow; do
-  "$built/check" "$half"
-done
+part g++ "${flags[@]}" check.cpp -o "$built/check" -ldl
+part g++ "${flags[@]}" ../on_gpu/bench.cpp -o "$built/bench" -ldl
+part "$built/check" others
+part "$built/check" narrow
+part "$built/bench"
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "$built/check" others >/dev/null
-    echo "compute-sanitizer $tool: nothing found"
-  done
+  part sanitized memcheck
+  part sanitized racecheck
 fi
-"$built/bench"
 
-[ -n "$clearform" ] || exit 0
-"$python" ../../benches/peers/tables.py "$clearform" --device cuda:0
+cd "$kernels/.."
+if [ -n "$clearform" ]; then
+  base=assets/mini-flux/base gpu=(--device cuda:0)
+  part "$clearform" generate "$base" "a red apple" --seed 1 -o "$built/apple.png" "${gpu[@]}"
+  part "$clearform" convert "$base" -o "$built/model" --radius 4 --steps 20 --batch 4 --sample-count 8 "${gpu[@]}"
+  part "$clearform" verify "$built/model"
+  part "$clearform" compare "$base" "$built/model" -o "$built/report" --steps 10 "${gpu[@]}"
+  [ -z "$python" ] || part "$python" benches/peers/tables.py "$clearform" --device cuda:0
+fi
+
+[ ${#failed[@]} -eq 0 ] || { printf '\nfailed: %s\n' "${failed[@]}"; exit 1; }
+printf '\nall held (%ss)\n' "$SECONDS"

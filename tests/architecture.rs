@@ -8,6 +8,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("abi", &[]),
     ("weights", &[]),
     ("kernels", &[]),
+    ("simulator", &[]),
     ("layout", &["weights"]),
     ("ops", &["kernels"]),
     ("attention", &["ops", "kernels"]),
