@@ -68,7 +68,7 @@ pub(crate) fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<
     let row_words = width / number.per_word();
     let gate = constant(gate, x.dtype())?;
     let operation = Gated { launch, gate, tokens, row_words, words: batch * tokens * row_words };
-    residual.contiguous()?.apply_op2(&x.contiguous()?, operation).map(Some)
+    words(residual)?.apply_op2(&words(x)?, operation).map(Some)
 }
 
 /// Tokens in another order: out(batch, i) = x(batch, from(i)). None where no kernel takes the problem.
@@ -94,7 +94,14 @@ fn taken(x: &Tensor) -> Option<Number> {
 }
 
 fn constant(x: &Tensor, dtype: DType) -> Result<Tensor> {
-    x.detach().to_dtype(dtype)?.contiguous()
+    words(&x.detach().to_dtype(dtype)?)
+}
+
+/// x as kernels read it: contiguous, and beginning at a whole word of 16 bytes, which a view need not.
+fn words(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let start = x.layout().start_offset() * x.dtype().size_in_bytes();
+    if start.is_multiple_of(16) { Ok(x) } else { x.force_contiguous() }
 }
 
 /// A kernel over the rows of x.
@@ -115,7 +122,7 @@ struct Addresses {
 }
 
 fn apply<K: Rows>(x: &Tensor, kernel: K) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Forward(kernel))
+    words(x)?.apply_op1(Forward(kernel))
 }
 
 struct Forward<K>(K);
@@ -138,7 +145,7 @@ impl<K: Rows> CustomOp1 for Forward<K> {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        x.detach().apply_op2_no_bwd(&grad.detach().contiguous()?, &Gradient(self.0.clone())).map(Some)
+        x.detach().apply_op2_no_bwd(&words(&grad.detach())?, &Gradient(self.0.clone())).map(Some)
     }
 }
 
@@ -343,7 +350,7 @@ impl CustomOp2 for Gated {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let of_x = || grad.detach().contiguous()?.apply_op1_no_bwd(&GateAlone(self.clone()));
+        let of_x = || words(&grad.detach())?.apply_op1_no_bwd(&GateAlone(self.clone()));
         Ok((residual.track_op().then(|| grad.clone()), x.track_op().then(of_x).transpose()?))
     }
 }
