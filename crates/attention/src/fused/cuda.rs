@@ -75,6 +75,13 @@ impl std::fmt::Debug for Known {
 
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
+/// A refusal with what would help: another number format, where that is what was refused.
+pub(super) fn explained(refusal: Refusal, sequence: &Sequence) -> String {
+    let in_bf16 = |(batch, _, heads, head_dim)| kernels::Problem::new(Number::Bf16, batch, heads, head_dim).is_ok();
+    let hint = if sequence.query.dims4().is_ok_and(in_bf16) { "; --dtype bf16 has one" } else { "" };
+    format!("{refusal}{hint}")
+}
+
 impl Softmax {
     /// The operation for `sequence`, or why no kernel takes it.
     pub fn new(
