@@ -93,7 +93,10 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::HeadDim { head_dim } => {
-                write!(f, "no attention kernel for heads of {head_dim}: there are 64 and 128")
+                write!(
+                    f,
+                    "no attention kernel for heads of {head_dim}: there are 64 and 128, which narrower ones fill with zeros"
+                )
             }
             Self::Number { number } => write!(f, "no attention kernel in {}: there are bf16 and f16", number.name()),
             Self::TooLarge { threads } => write!(f, "{threads} threads: a launch numbers 2^32"),

@@ -20,6 +20,7 @@ mod tiles;
 mod window;
 
 pub use error::AttentionError;
+pub use fused::Windowed;
 pub use geometry::{Geometry, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};

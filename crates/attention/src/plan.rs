@@ -81,7 +81,7 @@ impl AttentionPlan {
             Policy::Full => None,
             Policy::Clear { radius, .. } => Some(radius),
         };
-        Ok(Box::new(Windowed(Window { radius, pool })))
+        Ok(Box::new(Windowed::new(Window { radius, pool })))
     }
 
     /// Reads `default = "clear:r=16"` and `[layers]` of names and policies.

@@ -1,7 +1,7 @@
 //! [`Sequence`]: the streams of a layer as one run of keys, [text, image in tile order, pooled]. Knows no kernel.
 
 use crate::{Attended, Geometry, Qkv, Window, pool};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 /// Queries, keys and values of both streams.
 ///
@@ -27,6 +27,12 @@ impl Sequence {
             text: text.map_or(Ok(0), |text| text.query.dim(1))?,
             image: geometry.tokens(),
         })
+    }
+
+    /// The same in another number format; differentiable.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let [query, key, value] = [&self.query, &self.key, &self.value].map(|x| x.to_dtype(dtype));
+        Ok(Self { query: query?, key: key?, value: value?, ..*self })
     }
 
     /// Parts what came out of all queries into the streams.

@@ -23,8 +23,8 @@ impl Execution {
     /// What computes attention of queries such as `query`, (batch, tokens, heads, head_dim).
     pub fn of(query: &Tensor) -> Self {
         match (query.device().is_cpu(), query.dtype(), query.dims().last()) {
-            (true, DType::F32 | DType::F64 | DType::BF16, _) => Self::Cpu,
-            (false, DType::BF16 | DType::F16, Some(64 | 128)) => Self::Gpu,
+            (true, DType::F16 | DType::F32 | DType::F64 | DType::BF16, _) => Self::Cpu,
+            (false, DType::BF16 | DType::F16, Some(1..=128)) => Self::Gpu,
             _ => Self::Plain,
         }
     }

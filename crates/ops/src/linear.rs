@@ -1,8 +1,9 @@
 //! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
 
-use crate::gemm::{self, Extents};
+use crate::gemm::{self, Extents, Sides};
 use crate::kernel::for_rows;
-use crate::simd::{Element, Level, Task, dispatch, multiplies_pairs};
+use crate::reference;
+use crate::simd::{Element, Instructions, Level, Task, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
@@ -23,11 +24,17 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if x.dim(D::Minus1)? != inputs {
         bail!("linear: x {:?} does not fit weight {:?}", x.dims(), weight.dims());
     }
+    if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
+        bail!("linear: bias {:?} does not fit weight {:?}", bias.dims(), weight.dims());
+    }
+    if x.elem_count() == 0 || outputs == 0 {
+        // Kernels take no empty side; the plain operation does.
+        return reference::linear(x, weight, bias);
+    }
     let x = x.contiguous()?;
     match bias {
         None => x.apply_op2(weight, Linear),
-        Some(bias) if bias.dims() == [outputs] => x.apply_op3(weight, bias, Linear),
-        Some(bias) => bail!("linear: bias {:?} does not fit weight {:?}", bias.dims(), weight.dims()),
+        Some(bias) => x.apply_op3(weight, bias, Linear),
     }
 }
 
@@ -42,7 +49,7 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        match of_pairs((x, lx), (w, lw), None) {
+        match of_bf16((x, lx), (w, lw), None) {
             Some(out) => Ok((CpuStorage::BF16(out), shape(lx, lw)?)),
             None => product((x, lx), (w, lw)),
         }
@@ -75,7 +82,7 @@ impl CustomOp3 for Linear {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if let Some(out) = of_pairs((x, lx), (w, lw), Some((b, lb))) {
+        if let Some(out) = of_bf16((x, lx), (w, lw), Some((b, lb))) {
             return Ok((CpuStorage::BF16(out), shape(lx, lw)?));
         }
         let (mut out, shape) = product((x, lx), (w, lw))?;
@@ -125,7 +132,7 @@ impl CustomOp3 for Linear {
 /// x wᵀ on any device, without a view of either leaving it.
 fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result<(S, Shape)> {
     let (outputs, inputs) = weight.1.shape().dims2()?;
-    let rows = x.1.shape().elem_count() / inputs.max(1);
+    let rows = row_count(x.1);
     let flat = Layout::contiguous_with_offset((rows, inputs), x.1.start_offset());
     let size = (1, rows, outputs, inputs);
     let out = if weight.0.dtype() == x.0.dtype() {
@@ -146,18 +153,23 @@ fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
 
 type View<'a> = (&'a CpuStorage, &'a Layout);
 
-/// x wᵀ + b by our own product, where everything is in bf16 and the processor multiplies pairs.
-fn of_pairs(x: View, weight: View, bias: Option<View>) -> Option<Vec<bf16>> {
-    if !multiplies_pairs() {
+/// x wᵀ + b by our own product, where everything is in bf16 and it is the faster one.
+fn of_bf16(x: View, weight: View, bias: Option<View>) -> Option<Vec<bf16>> {
+    let (outputs, inputs) = weight.1.shape().dims2().ok()?;
+    let (extents, instructions) = (Extents { rows: row_count(x.1), inputs, outputs }, Instructions::detect());
+    if !extents.suit(instructions) {
         return None;
     }
-    let (outputs, inputs) = weight.1.shape().dims2().ok()?;
-    let rows = x.1.shape().elem_count() / inputs.max(1);
     let bias = match bias {
         Some(bias) => Some(numbers(bias)?),
         None => None,
     };
-    Some(gemm::product(numbers(x)?, numbers(weight)?, bias, Extents { rows, inputs, outputs }))
+    Some(gemm::product(Sides { x: numbers(x)?, weight: numbers(weight)?, bias }, extents, instructions))
+}
+
+/// Rows of x, which counts them even where they are empty.
+fn row_count(x: &Layout) -> usize {
+    x.dims().iter().rev().skip(1).product()
 }
 
 fn numbers<'a>((storage, layout): View<'a>) -> Option<&'a [bf16]> {
@@ -231,8 +243,7 @@ fn bias_gradient(bias: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
 }
 
 fn rows(x: &Tensor) -> Result<Tensor> {
-    let width = x.dim(D::Minus1)?;
-    x.contiguous()?.reshape((x.elem_count() / width.max(1), width))
+    x.contiguous()?.reshape((row_count(x.layout()), x.dim(D::Minus1)?))
 }
 
 fn wider(a: DType, b: DType) -> DType {

@@ -8,7 +8,8 @@ use candle_core::{D, Result, Tensor};
 /// # Shapes
 /// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (rows, inputs) = (x.elem_count() / x.dim(D::Minus1)?, x.dim(D::Minus1)?);
+    let inputs = x.dim(D::Minus1)?;
+    let rows: usize = x.dims().iter().rev().skip(1).product();
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = weight.dim(0)?;
@@ -29,6 +30,7 @@ pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    let (shift, scale) = (shift.to_dtype(x.dtype())?, scale.to_dtype(x.dtype())?);
     normed.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?.broadcast_add(&shift.unsqueeze(1)?)
 }
 
@@ -69,7 +71,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// residual and x (batch, tokens, width), gate (batch, width) -> as x.
 pub fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
-    residual + x.broadcast_mul(&gate.unsqueeze(1)?)?
+    residual + x.broadcast_mul(&gate.to_dtype(x.dtype())?.unsqueeze(1)?)?
 }
 
 /// GELU by its tanh approximation.

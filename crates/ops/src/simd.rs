@@ -1,140 +1,23 @@
-//! [`dispatch`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
+//! [`Instructions`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
 //!
-//! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; `dispatch` runs the copy that
-//! was compiled for the best instructions this processor has. It knows no tensor.
+//! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; [`Instructions::run`] runs the
+//! copy that was compiled for them, and [`dispatch`] that for the best this processor has. It knows no tensor.
 
 mod factor;
+mod level;
 mod product;
 mod vector;
 
-pub use factor::{Factor, Pair, PairArray, PairVector};
+pub use factor::{Factor, Pair, PairVector};
+pub use level::{Instructions, Level, Task, dispatch};
 pub use product::{Product, ROW, Row, Strided, VECTORS, add_row, load_row, store_row};
-pub use vector::{Array, LANES, Vector};
+pub use vector::{LANES, Vector};
+
+use vector::Array;
 
 use candle_core::WithDType;
 use half::bf16;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
-
-/// Runs `task` with the best instructions of this processor.
-pub fn dispatch<T: Task>(task: T) -> T::Output {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if const { T::PAIRS } && multiplies_pairs() {
-            // SAFETY: the processor has the features that the callee is compiled for.
-            return unsafe { with_avx512_bf16(task) };
-        }
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
-            // SAFETY: the processor has the features that the callee is compiled for.
-            return unsafe { with_avx512(task) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: as above.
-            return unsafe { with_avx2(task) };
-        }
-    }
-    task.run::<Portable>()
-}
-
-/// Whether this processor multiplies [`Pair`]s by an instruction of their own, and so faster than numbers in f32.
-pub fn multiplies_pairs() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16")
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("fma");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// Arithmetic to run under [`dispatch`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
-/// inlined is compiled for the wider instructions.
-pub trait Task {
-    /// What it gives back.
-    type Output;
-
-    /// Whether it multiplies [`Pair`]s.
-    const PAIRS: bool = false;
-
-    /// Does it.
-    fn run<L: Level>(self) -> Self::Output;
-}
-
-/// What an instruction set can do.
-pub trait Level: Copy + Send + Sync + 'static {
-    /// Multiplies and adds in one instruction.
-    const FUSED: bool;
-    /// Has 32 registers of 512 bits.
-    const WIDE: bool;
-    /// 16 f32.
-    type F32: Vector<f32>;
-    /// 16 pairs.
-    type Pairs: PairVector<Self::F32>;
-}
-
-/// Any processor.
-#[derive(Debug, Clone, Copy)]
-pub struct Portable;
-
-impl Level for Portable {
-    const FUSED: bool = cfg!(target_arch = "aarch64");
-    const WIDE: bool = false;
-    type F32 = Array<f32, Self>;
-    type Pairs = PairArray<Self>;
-}
-
-/// AVX2 with FMA.
-#[derive(Debug, Clone, Copy)]
-pub struct Avx2;
-
-impl Level for Avx2 {
-    const FUSED: bool = true;
-    const WIDE: bool = false;
-    type F32 = Array<f32, Self>;
-    type Pairs = PairArray<Self>;
-}
-
-/// AVX-512 F.
-#[cfg(target_arch = "x86_64")]
-#[derive(Debug, Clone, Copy)]
-pub struct Avx512;
-
-#[cfg(target_arch = "x86_64")]
-impl Level for Avx512 {
-    const FUSED: bool = true;
-    const WIDE: bool = true;
-    type F32 = vector::Zmm;
-    type Pairs = factor::WidenedPairs;
-}
-
-/// AVX-512 F with BF16.
-#[cfg(target_arch = "x86_64")]
-#[derive(Debug, Clone, Copy)]
-pub struct Avx512Bf16;
-
-#[cfg(target_arch = "x86_64")]
-impl Level for Avx512Bf16 {
-    const FUSED: bool = true;
-    const WIDE: bool = true;
-    type F32 = vector::Zmm;
-    type Pairs = factor::Bf16Pairs;
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
-fn with_avx512_bf16<T: Task>(task: T) -> T::Output {
-    task.run::<Avx512Bf16>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn with_avx512<T: Task>(task: T) -> T::Output {
-    task.run::<Avx512>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn with_avx2<T: Task>(task: T) -> T::Output {
-    task.run::<Avx2>()
-}
 
 /// A number that is computed with: f32 or f64.
 pub trait Real:
@@ -354,21 +237,32 @@ mod tests {
 
     #[test]
     fn exp_stays_within_two_units_of_the_last_place() {
-        assert!(worst(|x| dispatch(Exponentials(x))) < 2.4e-7);
-        assert!(worst(|x| Exponentials(x).run::<Portable>()) < 2.4e-7);
-        assert!(worst(|x| dispatch(VectorExponentials(x))) < 2.4e-7);
+        for instructions in Instructions::available() {
+            assert!(worst(|x| instructions.run(Exponentials(x))) < 2.4e-7, "{instructions:?}");
+            assert!(worst(|x| instructions.run(VectorExponentials(x))) < 2.4e-7, "{instructions:?}");
+        }
     }
 
     #[test]
     fn exp_keeps_its_ends() {
-        let alone: fn(&mut [f32]) = |x| dispatch(Exponentials(x));
-        let together: fn(&mut [f32]) = |x| dispatch(VectorExponentials(x));
-        for exponentials in [alone, together] {
-            let mut ends = [0.0; LANES];
-            ends[..5].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN]);
-            exponentials(&mut ends);
-            assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0]);
-            assert!(ends[4].is_nan());
+        let alone: fn(Instructions, &mut [f32]) = |instructions, x| instructions.run(Exponentials(x));
+        let together: fn(Instructions, &mut [f32]) = |instructions, x| instructions.run(VectorExponentials(x));
+        for instructions in Instructions::available() {
+            for exponentials in [alone, together] {
+                let mut ends = [0.0; LANES];
+                ends[..6].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN, 1e30]);
+                exponentials(instructions, &mut ends);
+                assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0], "{instructions:?}");
+                assert!(ends[4].is_nan() && ends[5].is_finite(), "{instructions:?}: {ends:?}");
+            }
         }
+    }
+
+    /// As many as a processor can have, the best last and nothing twice.
+    #[test]
+    fn the_best_instructions_are_the_last_that_are_available() {
+        let available: Vec<Instructions> = Instructions::available().collect();
+        assert_eq!(available.last(), Some(&Instructions::detect()));
+        assert!(available.windows(2).all(|pair| pair[0] != pair[1]));
     }
 }

@@ -98,7 +98,7 @@ fn distance(got: &[f64], want: &[f64]) -> f64 {
 fn forward_equals_the_reference() {
     for case in CASES {
         let exact = (case.plain)(&arguments(case, DType::F64)).unwrap();
-        for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 1e-6), (DType::BF16, 1e-2)] {
+        for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 1e-6), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
             let got = (case.ours)(&arguments(case, dtype)).unwrap();
             assert_eq!(got.dtype(), dtype, "{}", case.name);
             let error = relative_error(&got, &exact);
@@ -156,7 +156,7 @@ fn gradients_equal_finite_differences() {
 }
 
 #[test]
-fn gradients_in_f32_and_bf16_are_near_those_in_f64() {
+fn gradients_in_shorter_numbers_are_near_those_in_f64() {
     let gradients = |case: &Case, dtype: DType| {
         let vars: Vec<Var> = arguments(case, dtype).iter().map(|x| Var::from_tensor(x).unwrap()).collect();
         let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
@@ -166,7 +166,7 @@ fn gradients_in_f32_and_bf16_are_near_those_in_f64() {
     };
     for case in CASES {
         let exact = gradients(case, DType::F64);
-        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 3e-2)] {
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 3e-2), (DType::F16, 4e-3)] {
             for (got, want) in gradients(case, dtype).iter().zip(&exact) {
                 assert_eq!(got.dtype(), dtype);
                 let error = relative_error(got, want);
@@ -204,6 +204,52 @@ fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
     assert_eq!(gradients.get(&weight).unwrap().dtype(), DType::F32);
     assert!(relative_error(gradients.get(&weight).unwrap(), &want) < 1e-6);
     assert_eq!(numbers(gradients.get(&bias).unwrap()), [4.0; 3]);
+}
+
+/// What a model keeps in another number format than its activations is converted where it is used.
+#[test]
+fn what_is_beside_x_may_have_another_number_format() {
+    let is_beside = |case: &Case, index: usize| index > 0 && !(case.name == "gated_add" && index == 2);
+    for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let args = arguments(case, dtype);
+            let widened = args.iter().enumerate().map(|(index, x)| match is_beside(case, index) {
+                true => x.to_dtype(DType::F64),
+                false => Ok(x.clone()),
+            });
+            let widened: Vec<Tensor> = widened.collect::<Result<_>>().unwrap();
+            for operation in [case.ours, case.plain] {
+                let (got, want) = (operation(&widened).unwrap(), operation(&args).unwrap());
+                assert_eq!(got.dtype(), dtype, "{}", case.name);
+                let error = relative_error(&got, &want);
+                assert!(
+                    error <= if dtype == DType::F32 { 1e-6 } else { 1e-2 },
+                    "{} in {dtype:?}: {error:e}",
+                    case.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_over_nothing_is_the_bias() {
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+        let empty = |shape: &[usize]| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+        let bias = noise(&[2], 1).to_dtype(dtype).unwrap();
+        let want = bias.broadcast_as((3, 2)).unwrap().contiguous().unwrap();
+        for (bias, want) in [(Some(&bias), want), (None, empty(&[3, 2]))] {
+            let got = ops::linear(&empty(&[3, 0]), &empty(&[2, 0]), bias).unwrap();
+            assert_eq!((got.dims(), numbers(&got)), (&[3, 2][..], numbers(&want)), "{dtype:?}");
+        }
+        assert_eq!(ops::linear(&empty(&[2, 0, 4]), &empty(&[5, 4]), None).unwrap().dims(), [2, 0, 5]);
+        assert_eq!(ops::linear(&empty(&[2, 4]), &empty(&[0, 4]), Some(&empty(&[0]))).unwrap().dims(), [2, 0]);
+        let x = Var::from_tensor(&empty(&[3, 0])).unwrap();
+        let weight = Var::from_tensor(&empty(&[2, 0])).unwrap();
+        let gradients = ops::linear(&x, &weight, None).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(gradients.get(&x).unwrap().dims(), [3, 0]);
+        assert_eq!(gradients.get(&weight).unwrap().dims(), [2, 0]);
+    }
 }
 
 #[test]

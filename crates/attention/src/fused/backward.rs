@@ -1,14 +1,25 @@
-//! The backward: probabilities are computed again from each query's scale, head by head. Its main function is
-//! [`backward`].
+//! The backward: probabilities are computed again from each query's scale. Its main function is [`backward`].
+//!
+//! Query tiles are differentiated in parts that threads take, each with its own sums for keys and values. How many parts
+//! there are depends on the problem alone and their sums are added in order, so any number of threads gives the same
+//! bits. Keys in an order of their own, as on a GPU, would need their scores computed once more.
 
 use super::forward::negative;
 use super::problem::{Problem, QueryTile};
 use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
+use super::sums::{KeySums, row, total};
+use super::workspaces::Workspaces;
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    Element, Factor, Level, Product, Real, Strided, Task, VECTORS, Vector, dispatch, load_row, store_row,
+    Element, Factor, Instructions, Level, Product, Real, Strided, Task, VECTORS, Vector, load_row, store_row,
 };
 use rayon::prelude::*;
+
+/// Jobs that keep the threads busy, heads and parts of them together.
+const JOBS: usize = 16;
+
+/// Query tiles that a part has at least: adding up its sums costs little beside them.
+const LEAST: usize = 16;
 
 /// What the forward was given and gave, and the gradient of what it gave.
 pub(super) struct Given<'a, E> {
@@ -28,17 +39,10 @@ pub(super) struct Given<'a, E> {
 /// Those of the forward.
 pub(super) fn backward<E: Element, F: Factor<Sum = E::Work>>(problem: &Problem, given: &Given<'_, E>) -> [Vec<E>; 3] {
     let heads = problem.batch * problem.heads;
-    let (query_count, key_count) = (problem.query_count(), problem.key_count());
-    let mut query = vec![E::zero(); heads * query_count];
-    let mut key = vec![E::zero(); heads * key_count];
-    let mut value = vec![E::zero(); heads * key_count];
-    let outputs =
-        query.par_chunks_mut(query_count).zip(key.par_chunks_mut(key_count)).zip(value.par_chunks_mut(key_count));
-    outputs.enumerate().for_each(|(index, ((query, key), value))| {
-        let mut scratch = Scratch::new(problem);
-        Head::<E, F>::new(problem, given, index, query, &mut scratch).run();
-        scratch.store(problem.head_dim, key, value);
-    });
+    let zeros = |count: usize| vec![E::zero(); heads * count];
+    let (mut query, mut key, mut value) =
+        (zeros(problem.query_count()), zeros(problem.key_count()), zeros(problem.key_count()));
+    backward_into::<E, F>(problem, given, [&mut query, &mut key, &mut value]);
     [
         tokens_first(&query, problem, problem.queries),
         tokens_first(&key, problem, problem.keys),
@@ -46,31 +50,49 @@ pub(super) fn backward<E: Element, F: Factor<Sum = E::Work>>(problem: &Problem, 
     ]
 }
 
-/// Working memory of a head. Rows of channels are padded to whole vectors.
-struct Scratch<F: Factor> {
+/// The same, over whatever stands in the outputs.
+///
+/// # Shapes
+/// outputs (batch · heads, tokens, head_dim).
+pub(super) fn backward_into<E: Element, F: Factor<Sum = E::Work>>(
+    problem: &Problem,
+    given: &Given<'_, E>,
+    [query, key, value]: [&mut [E]; 3],
+) {
+    let (scratch, sums) = (&Workspaces::new(), &Workspaces::new());
+    let query = query.par_chunks_mut(problem.query_count());
+    let outputs = query.zip(key.par_chunks_mut(problem.key_count())).zip(value.par_chunks_mut(problem.key_count()));
+    outputs.enumerate().for_each(|(index, ((query, key), value))| {
+        let head = Head::<E, F>::new(problem, given, index);
+        let parts: Vec<_> = head.parts(query).into_par_iter().map(|part| part.run(scratch, sums)).collect();
+        total(&parts, |sums| &sums.key, problem.head_dim, key);
+        total(&parts, |sums| &sums.value, problem.head_dim, value);
+        parts.into_iter().for_each(|part| sums.give(part));
+    });
+}
+
+/// Working memory of a thread. Rows of channels are padded to whole vectors.
+struct Scratch<'p, F: Factor> {
     /// Queries and gradients of a tile, `[channel / WIDTH][lane]`.
     query: Vec<F>,
     grad: Vec<F>,
     /// The same, `[lane / WIDTH][channel]`.
     query_rows: Vec<F>,
     grad_rows: Vec<F>,
-    /// Gradients of a tile's queries, `[channel][lane]`, and of all keys and values, `[token][channel]`.
+    /// Gradients of a tile's queries, `[channel][lane]`.
     query_grad: Vec<F::Sum>,
-    key_grad: Vec<F::Sum>,
-    value_grad: Vec<F::Sum>,
     /// Of a chunk, `[key][lane]`.
     probabilities: Vec<F::Sum>,
     scores: Vec<F::Sum>,
     /// What of them is multiplied.
     factors: Vec<F>,
+    chunk: Chunk<'p>,
 }
 
-impl<F: Factor> Scratch<F> {
+impl<F: Factor> Scratch<'_, F> {
     fn new(problem: &Problem) -> Self {
         let lanes = vec![F::default(); problem.head_dim.div_ceil(F::WIDTH) * LANES];
-        let width = problem.head_dim.next_multiple_of(LANES);
-        let rows = vec![F::default(); width * LANES / F::WIDTH];
-        let keys = vec![F::Sum::ZERO; width * problem.keys];
+        let rows = vec![F::default(); row(problem.head_dim) * LANES / F::WIDTH];
         let chunk = vec![F::Sum::ZERO; chunk_rows::<F>() * LANES];
         Self {
             query: lanes.clone(),
@@ -78,26 +100,17 @@ impl<F: Factor> Scratch<F> {
             query_rows: rows.clone(),
             grad_rows: rows,
             query_grad: vec![F::Sum::ZERO; problem.head_dim * LANES],
-            key_grad: keys.clone(),
-            value_grad: keys,
             probabilities: chunk.clone(),
             scores: chunk,
             factors: Vec::new(),
-        }
-    }
-
-    fn store<E: Element<Work = F::Sum>>(&self, head_dim: usize, key: &mut [E], value: &mut [E]) {
-        let width = head_dim.next_multiple_of(LANES);
-        for (out, from) in [(key, &self.key_grad), (value, &self.value_grad)] {
-            for (out, from) in out.chunks_exact_mut(head_dim).zip(from.chunks_exact(width)) {
-                out.iter_mut().zip(from).for_each(|(out, from)| *out = E::store(*from));
-            }
+            chunk: Chunk::default(),
         }
     }
 }
 
-struct Head<'a, E: Element, F: Factor> {
-    problem: &'a Problem,
+/// `'p` is the problem's life, which working memory that outlives a head refers to.
+struct Head<'a, 'p, E, F> {
+    problem: &'p Problem,
     entry: usize,
     query: HeadView<'a, E>,
     out: HeadView<'a, E>,
@@ -108,18 +121,10 @@ struct Head<'a, E: Element, F: Factor> {
     /// Factors along the tokens, where those are others.
     key_columns: Vec<F>,
     scales: &'a [[f64; 2]],
-    query_out: &'a mut [E],
-    scratch: &'a mut Scratch<F>,
 }
 
-impl<'a, E: Element, F: Factor<Sum = E::Work>> Head<'a, E, F> {
-    fn new(
-        problem: &'a Problem,
-        given: &'a Given<'a, E>,
-        index: usize,
-        query_out: &'a mut [E],
-        scratch: &'a mut Scratch<F>,
-    ) -> Self {
+impl<'a, 'p, E: Element, F: Factor<Sum = E::Work>> Head<'a, 'p, E, F> {
+    fn new(problem: &'p Problem, given: &Given<'a, E>, index: usize) -> Self {
         let queries = |values| HeadView::new(values, problem, problem.queries, index);
         let [key, value] = [given.key, given.value].map(|values| HeadView::new(values, problem, problem.keys, index));
         let (mut keys, mut values, mut key_columns) = (Vec::new(), Vec::new(), Vec::new());
@@ -138,20 +143,57 @@ impl<'a, E: Element, F: Factor<Sum = E::Work>> Head<'a, E, F> {
             values,
             key_columns,
             scales: &given.scales[index * problem.queries..][..problem.queries],
-            query_out,
-            scratch,
         }
     }
 
-    fn run(mut self) {
-        let problem = self.problem;
-        for tile in &problem.tiles {
-            let statistics = self.load(tile);
-            for_chunks::<F>(problem.visits(self.entry, tile), |chunk| {
-                self.differentiate(chunk, &statistics);
-                self.collect(chunk);
+    /// Its query tiles in parts, each with its gradients of queries, (queries, head_dim).
+    fn parts<'h>(&'h self, mut query_out: &'h mut [E]) -> Vec<Part<'h, 'a, 'p, E, F>> {
+        let Problem { batch, heads, head_dim, .. } = *self.problem;
+        let tiles = &self.problem.tiles;
+        let count = JOBS.div_ceil(batch * heads).min(tiles.len() / LEAST).max(1);
+        let part = |tiles: &'p [QueryTile]| {
+            let queries: usize = tiles.iter().map(|tile| tile.queries.len()).sum();
+            let (out, rest) = std::mem::take(&mut query_out).split_at_mut(queries * head_dim);
+            query_out = rest;
+            Part { head: self, tiles, query_out: out }
+        };
+        tiles.chunks(tiles.len().div_ceil(count)).map(part).collect()
+    }
+}
+
+/// Query tiles of a head that one job takes.
+struct Part<'h, 'a, 'p, E, F> {
+    head: &'h Head<'a, 'p, E, F>,
+    tiles: &'p [QueryTile],
+    query_out: &'h mut [E],
+}
+
+impl<'p, E: Element, F: Factor<Sum = E::Work>> Part<'_, '_, 'p, E, F> {
+    fn run(mut self, scratches: &Workspaces<Scratch<'p, F>>, sums: &Workspaces<KeySums<E::Work>>) -> KeySums<E::Work> {
+        let problem = self.head.problem;
+        let mut scratch = scratches.take(|| Scratch::new(problem));
+        let mut sums = sums.take(KeySums::default);
+        sums.clear(problem, self.tiles);
+        let mut chunk = std::mem::take(&mut scratch.chunk);
+        for tile in self.tiles {
+            let statistics = self.head.load(&mut scratch, tile);
+            for_chunks::<F>(&mut chunk, problem.visits(self.head.entry, tile), |chunk| {
+                self.head.differentiate(&mut scratch, chunk, &statistics);
+                self.head.collect(&mut scratch, &mut sums, chunk);
             });
-            self.store_queries(tile);
+            self.store(&scratch.query_grad, tile);
+        }
+        scratches.give(Scratch { chunk, ..scratch });
+        sums
+    }
+
+    fn store(&mut self, query_grad: &[E::Work], tile: &QueryTile) {
+        let head_dim = self.head.problem.head_dim;
+        let (out, rest) = std::mem::take(&mut self.query_out).split_at_mut(tile.queries.len() * head_dim);
+        self.query_out = rest;
+        for (lane, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            let values = query_grad[lane..].iter().step_by(LANES);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = E::store(*value));
         }
     }
 }
@@ -163,13 +205,13 @@ struct Statistics<T> {
     delta: [T; LANES],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
-    fn load(&mut self, tile: &QueryTile) -> Statistics<E::Work> {
-        load_lanes(&mut self.scratch.query, self.query, tile);
-        load_lanes(&mut self.scratch.grad, self.grad, tile);
-        load_rows(&mut self.scratch.query_rows, self.query, tile);
-        load_rows(&mut self.scratch.grad_rows, self.grad, tile);
-        self.scratch.query_grad.fill(E::Work::ZERO);
+impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, '_, E, F> {
+    fn load(&self, scratch: &mut Scratch<F>, tile: &QueryTile) -> Statistics<E::Work> {
+        load_lanes(&mut scratch.query, self.query, tile);
+        load_lanes(&mut scratch.grad, self.grad, tile);
+        load_rows(&mut scratch.query_rows, self.query, tile);
+        load_rows(&mut scratch.grad_rows, self.grad, tile);
+        scratch.query_grad.fill(E::Work::ZERO);
         let zeros = [E::Work::ZERO; LANES];
         let mut statistics = Statistics { max: zeros, factor: zeros, delta: zeros };
         for (lane, token) in tile.queries.clone().enumerate() {
@@ -182,36 +224,27 @@ impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
         statistics
     }
 
-    fn differentiate(&mut self, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
-        let scratch = &mut *self.scratch;
-        let count = chunk.rows * LANES;
+    fn differentiate(&self, scratch: &mut Scratch<F>, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
+        let (count, instructions) = (chunk.rows * LANES, self.problem.instructions);
         let (probabilities, scores) = (&mut scratch.probabilities[..count], &mut scratch.scores[..count]);
         // Rows without a key have no share, and so no slope if nothing infinite is multiplied with it.
         probabilities.fill(E::Work::MINUS_INFINITY);
         scores.fill(E::Work::ZERO);
-        score(probabilities, &self.keys, chunk, &scratch.query);
-        hide(probabilities, chunk);
-        score(scores, &self.values, chunk, &scratch.grad);
-        dispatch(Differentiate { probabilities, scores, statistics, scale: self.problem.scale() });
+        score(probabilities, &self.keys, chunk, &scratch.query, instructions);
+        hide(probabilities, chunk, instructions);
+        score(scores, &self.values, chunk, &scratch.grad, instructions);
+        instructions.run(Differentiate { probabilities, scores, statistics, scale: self.problem.scale() });
     }
 
-    fn collect(&mut self, chunk: &Chunk<'_>) {
-        let Scratch { query_rows, grad_rows, query_grad, key_grad, value_grad, probabilities, scores, factors, .. } =
-            &mut *self.scratch;
+    fn collect(&self, scratch: &mut Scratch<F>, sums: &mut KeySums<E::Work>, chunk: &Chunk<'_>) {
+        let Scratch { query_rows, grad_rows, query_grad, probabilities, scores, factors, .. } = scratch;
         let (probabilities, scores) = (&probabilities[..chunk.rows * LANES], &scores[..chunk.rows * LANES]);
         let columns = if F::WIDTH > 1 { &self.key_columns } else { &self.keys };
-        gather(query_grad, columns, chunk, F::along_columns(scores, LANES, factors));
-        scatter(key_grad, F::along_rows(scores, factors), chunk, query_rows);
-        scatter(value_grad, F::along_rows(probabilities, factors), chunk, grad_rows);
-    }
-
-    fn store_queries(&mut self, tile: &QueryTile) {
-        for (lane, token) in tile.queries.clone().enumerate() {
-            let out = &mut self.query_out[token * self.problem.head_dim..][..self.problem.head_dim];
-            for (out, value) in out.iter_mut().zip(self.scratch.query_grad[lane..].iter().step_by(LANES)) {
-                *out = E::store(*value);
-            }
-        }
+        let instructions = self.problem.instructions;
+        gather(query_grad, columns, chunk, F::along_columns(scores, LANES, factors, instructions), instructions);
+        let scatter = Scatter { chunk, instructions };
+        scatter.add(sums, |sums| &mut sums.key, F::along_rows(scores, factors, instructions), query_rows);
+        scatter.add(sums, |sums| &mut sums.value, F::along_rows(probabilities, factors, instructions), grad_rows);
     }
 }
 
@@ -246,16 +279,30 @@ impl<T: Real> Task for Differentiate<'_, T> {
     }
 }
 
-/// out[key][channel] += Σ weights[key][lane] · rows[lane][channel].
-fn scatter<F: Factor>(out: &mut [F::Sum], weights: &[F], chunk: &Chunk<'_>, rows: &[F]) {
-    let lanes = 0..LANES / F::WIDTH;
-    let width = rows.len() / lanes.len();
-    for piece in &chunk.pieces {
-        let a = Strided { values: &weights[piece.row * lanes.len()..], row_step: lanes.len(), inner_step: 1 };
-        let (rows_of_a, inner) = (piece.keys.len(), std::slice::from_ref(&lanes));
-        for channel in (0..width).step_by(LANES) {
-            let out = &mut out[piece.keys.start * width + channel..];
-            Product { rows: rows_of_a, inner, a, b: &rows[channel..], b_step: width }.add_to(out, width);
+struct Scatter<'a, 'p> {
+    chunk: &'a Chunk<'p>,
+    instructions: Instructions,
+}
+
+impl Scatter<'_, '_> {
+    /// sums[key][channel] += Σ weights[key][lane] · rows[lane][channel]; `of` picks the sums.
+    fn add<F: Factor>(
+        &self,
+        sums: &mut KeySums<F::Sum>,
+        of: fn(&mut KeySums<F::Sum>) -> &mut [F::Sum],
+        weights: &[F],
+        rows: &[F],
+    ) {
+        let lanes = 0..LANES / F::WIDTH;
+        let width = rows.len() / lanes.len();
+        for piece in &self.chunk.pieces {
+            let a = Strided { values: &weights[piece.row * lanes.len()..], row_step: lanes.len(), inner_step: 1 };
+            let (rows_of_a, inner) = (piece.keys.len(), std::slice::from_ref(&lanes));
+            let first = sums.place(piece.keys.start) * width;
+            for channel in (0..width).step_by(LANES) {
+                let product = Product { rows: rows_of_a, inner, a, b: &rows[channel..], b_step: width };
+                product.add_to(&mut of(sums)[first + channel..], width, self.instructions);
+            }
         }
     }
 }

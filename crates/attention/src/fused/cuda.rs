@@ -100,6 +100,12 @@ impl std::fmt::Debug for Known {
 
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
+/// A refusal with what would help: another number format, where that is what was refused.
+pub(super) fn explained(refusal: Refusal) -> String {
+    let hint = if matches!(refusal, Refusal::Number { .. }) { "; give --dtype bf16" } else { "" };
+    format!("{refusal}{hint}")
+}
+
 impl Softmax {
     /// The operation for `sequence`, whose heads stand for some of `true_dim`, or why no kernel takes it.
     fn new(

@@ -2,10 +2,9 @@
 
 use super::problem::{Problem, QueryTile};
 use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
+use super::workspaces::Workspaces;
 use crate::tiles::LANES;
-use clearform_ops::simd::{
-    Element, Factor, Level, Real, Row, Task, VECTORS, Vector, add_row, dispatch, load_row, store_row,
-};
+use clearform_ops::simd::{Element, Factor, Level, Real, Row, Task, VECTORS, Vector, add_row, load_row, store_row};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -16,10 +15,22 @@ use std::ops::Range;
 /// [query, key, value], each (batch, tokens, heads, head_dim) -> as query, and (batch · heads, queries).
 pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
     problem: &Problem,
-    [query, key, value]: [&[E]; 3],
+    inputs: [&[E]; 3],
 ) -> (Vec<E>, Vec<[E::Work; 2]>) {
     let mut out = vec![E::zero(); problem.batch * problem.queries * problem.width()];
     let mut scales = vec![[E::Work::ZERO; 2]; problem.batch * problem.heads * problem.queries];
+    forward_into::<E, F>(problem, inputs, &mut out, &mut scales);
+    (out, scales)
+}
+
+/// The same, over whatever stands in `out` and `scales`.
+pub(super) fn forward_into<E: Element, F: Factor<Sum = E::Work>>(
+    problem: &Problem,
+    [query, key, value]: [&[E]; 3],
+    out: &mut [E],
+    scales: &mut [[E::Work; 2]],
+) {
+    let workspaces = &Workspaces::new();
     let outputs = out.par_chunks_mut(problem.queries * problem.width());
     let outputs = outputs.zip(scales.par_chunks_mut(problem.heads * problem.queries)).enumerate();
     outputs.with_min_len(problem.entries_in_turn()).for_each_init(
@@ -31,58 +42,65 @@ pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
                 let [key, value] = [key, value].map(|values| HeadView::new(values, problem, problem.keys, index));
                 key.rows::<F>(keys);
                 value.columns::<F>(values);
-                Head { problem, entry, head, query, keys, values }.run(out, scales);
+                Head { problem, entry, head, query, keys, values, workspaces }.run(&problem.tiles, out, scales);
             }
         },
     );
-    (out, scales)
 }
 
-struct Head<'a, E: Element, F> {
-    problem: &'a Problem,
+/// `'p` is the problem's life, which working memory that outlives a head refers to.
+struct Head<'a, 'p, E: Element, F: Factor> {
+    problem: &'p Problem,
     entry: usize,
     head: usize,
     query: HeadView<'a, E>,
     keys: &'a [F],
     values: &'a [F],
+    workspaces: &'a Workspaces<Scratch<'p, F>>,
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, E, F> {
-    /// Fills its channels of `out`, (queries, heads, head_dim), and its scales.
-    fn run(&self, mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
-        let mut parts = Vec::with_capacity(self.problem.tiles.len());
-        for tile in &self.problem.tiles {
+impl<'p, E: Element, F: Factor<Sum = E::Work>> Head<'_, 'p, E, F> {
+    /// Fills its channels of `out`, (queries, heads, head_dim), and its scales, for the queries of `tiles`.
+    fn run(&self, tiles: &'p [QueryTile], out: &mut [E], scales: &mut [[E::Work; 2]]) {
+        if tiles.len() <= self.problem.tiles_in_turn() {
+            return self.run_in_turn(tiles, out, scales);
+        }
+        let (first, second) = tiles.split_at(tiles.len() / 2);
+        let queries = second[0].queries.start - first[0].queries.start;
+        let (first_out, second_out) = out.split_at_mut(queries * self.problem.width());
+        let (first_scales, second_scales) = scales.split_at_mut(queries);
+        rayon::join(|| self.run(first, first_out, first_scales), || self.run(second, second_out, second_scales));
+    }
+
+    fn run_in_turn(&self, tiles: &'p [QueryTile], mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
+        let mut scratch = self.workspaces.take(|| Scratch::new(self.problem.head_dim));
+        for tile in tiles {
             let (tile_out, rest) = out.split_at_mut(tile.queries.len() * self.problem.width());
             let (tile_scales, rest_scales) = scales.split_at_mut(tile.queries.len());
-            parts.push((tile, tile_out, tile_scales));
+            Tile { head: self, tile, out: tile_out, scales: tile_scales, scratch: &mut scratch }.run();
             (out, scales) = (rest, rest_scales);
         }
-        let least = self.problem.tiles_in_turn();
-        parts.into_par_iter().with_min_len(least).with_max_len(least.max(TILES)).for_each_init(
-            || Scratch::new(self.problem.head_dim),
-            |scratch, (tile, out, scales)| Tile { head: self, tile, out, scales, scratch }.run(),
-        );
+        self.workspaces.give(scratch);
     }
 }
 
-/// Tiles that a thread takes at a time: few, because those of text visit far more than those of the image.
-const TILES: usize = 4;
-
 /// Working memory of a thread.
-struct Scratch<F: Factor> {
+struct Scratch<'p, F: Factor> {
     query: Vec<F>,
     out: Vec<F::Sum>,
     scores: Vec<F::Sum>,
     weights: Vec<F>,
+    chunk: Chunk<'p>,
 }
 
-impl<F: Factor> Scratch<F> {
+impl<F: Factor> Scratch<'_, F> {
     fn new(head_dim: usize) -> Self {
         Self {
             query: vec![F::default(); head_dim.div_ceil(F::WIDTH) * LANES],
             out: vec![F::Sum::ZERO; head_dim * LANES],
             scores: vec![F::Sum::ZERO; chunk_rows::<F>() * LANES],
             weights: Vec::new(),
+            chunk: Chunk::default(),
         }
     }
 }
@@ -93,33 +111,38 @@ struct Online<T> {
     sum: [T; LANES],
 }
 
-struct Tile<'a, E: Element, F: Factor<Sum = E::Work>> {
-    head: &'a Head<'a, E, F>,
-    tile: &'a QueryTile,
+struct Tile<'a, 'p, E: Element, F: Factor<Sum = E::Work>> {
+    head: &'a Head<'a, 'p, E, F>,
+    tile: &'p QueryTile,
     out: &'a mut [E],
     scales: &'a mut [[E::Work; 2]],
-    scratch: &'a mut Scratch<F>,
+    scratch: &'a mut Scratch<'p, F>,
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, E, F> {
+impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, '_, E, F> {
     fn run(mut self) {
         let problem = self.head.problem;
         load_lanes(&mut self.scratch.query, self.head.query, self.tile);
         self.scratch.out.fill(E::Work::ZERO);
         let mut online = Online { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
-        for_chunks::<F>(problem.visits(self.head.entry, self.tile), |chunk| self.chunk(chunk, &mut online));
+        let mut chunk = std::mem::take(&mut self.scratch.chunk);
+        let visits = problem.visits(self.head.entry, self.tile);
+        for_chunks::<F>(&mut chunk, visits, |chunk| self.chunk(chunk, &mut online));
+        self.scratch.chunk = chunk;
         self.finish(&online);
     }
 
     fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut Online<E::Work>) {
-        let Scratch { query, out, scores, weights } = &mut *self.scratch;
+        let Scratch { query, out, scores, weights, .. } = &mut *self.scratch;
+        let instructions = self.head.problem.instructions;
         let scores = &mut scores[..chunk.rows * LANES];
         // Rows without a key are to have no share.
         scores.fill(E::Work::MINUS_INFINITY);
-        score(scores, self.head.keys, chunk, query);
-        hide(scores, chunk);
-        dispatch(Admit { online, scores, out, scale: self.head.problem.scale() });
-        gather(out, self.head.values, chunk, F::along_columns(scores, LANES, weights));
+        score(scores, self.head.keys, chunk, query, instructions);
+        hide(scores, chunk, instructions);
+        instructions.run(Admit { online, scores, out, scale: self.head.problem.scale() });
+        let weights = F::along_columns(scores, LANES, weights, instructions);
+        gather(out, self.head.values, chunk, weights, instructions);
     }
 
     fn finish(&mut self, online: &Online<E::Work>) {
@@ -128,7 +151,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, E, F> {
         }
         let Head { problem, head, .. } = self.head;
         let channels = head * problem.head_dim..(head + 1) * problem.head_dim;
-        dispatch(Finish {
+        problem.instructions.run(Finish {
             sums: &self.scratch.out,
             scales: self.scales,
             out: self.out,

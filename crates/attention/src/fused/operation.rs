@@ -4,7 +4,7 @@ use super::backward::{Given, backward};
 use super::forward::forward;
 use super::problem::Problem;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
-use clearform_ops::simd::{Element, Factor, Pair, multiplies_pairs};
+use clearform_ops::simd::{Element, Factor, Pair};
 use half::bf16;
 use std::sync::OnceLock;
 
@@ -70,7 +70,7 @@ impl CustomOp3 for Softmax {
         let out = match query {
             CpuStorage::F32(_) => self.forward::<f32, f32>(inputs)?,
             CpuStorage::F64(_) => self.forward::<f64, f64>(inputs)?,
-            CpuStorage::BF16(_) if multiplies_pairs() => self.forward::<bf16, Pair>(inputs)?,
+            CpuStorage::BF16(_) if self.problem.instructions.multiply_pairs() => self.forward::<bf16, Pair>(inputs)?,
             CpuStorage::BF16(_) => self.forward::<bf16, f32>(inputs)?,
             _ => bail!("attention has no kernel for this number format"),
         };
@@ -82,7 +82,7 @@ impl CustomOp3 for Softmax {
         match query.dtype() {
             DType::F32 => self.backward::<f32, f32>(args, out, &grad),
             DType::F64 => self.backward::<f64, f64>(args, out, &grad),
-            DType::BF16 if multiplies_pairs() => self.backward::<bf16, Pair>(args, out, &grad),
+            DType::BF16 if self.problem.instructions.multiply_pairs() => self.backward::<bf16, Pair>(args, out, &grad),
             DType::BF16 => self.backward::<bf16, f32>(args, out, &grad),
             dtype => bail!("attention has no kernel for {dtype:?}"),
         }

@@ -4,11 +4,15 @@ use crate::sequence::Sequence;
 use crate::tiles::{KeyRange, LANES, Visits};
 use crate::{Geometry, Radius};
 use candle_core::Result;
+use clearform_ops::simd::Instructions;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Keys from which on threads work on one batch entry together.
 const SHARED: usize = 1024;
+
+/// Query tiles that a thread takes at a time: few, because those of text visit far more than those of the image.
+const TILES: usize = 4;
 
 /// One call of the kernel.
 #[derive(Debug)]
@@ -18,6 +22,8 @@ pub(super) struct Problem {
     pub head_dim: usize,
     pub queries: usize,
     pub keys: usize,
+    /// What its arithmetic is compiled for.
+    pub instructions: Instructions,
     /// Query tiles in sequence order; together they hold each query once.
     pub tiles: Vec<QueryTile>,
     /// Runs of text keys that count, batch by batch.
@@ -46,7 +52,12 @@ pub(super) struct Visit<'a> {
 }
 
 impl Problem {
-    pub fn new(sequence: &Sequence, geometry: &Geometry, radius: Option<Radius>) -> Result<Self> {
+    pub fn new(
+        sequence: &Sequence,
+        geometry: &Geometry,
+        radius: Option<Radius>,
+        instructions: Instructions,
+    ) -> Result<Self> {
         let (batch, queries, heads, head_dim) = sequence.query.dims4()?;
         Ok(Self {
             batch,
@@ -54,6 +65,7 @@ impl Problem {
             head_dim,
             queries,
             keys: sequence.key.dim(1)?,
+            instructions,
             tiles: text_tiles(sequence.text).chain(image_tiles(sequence.text, geometry)).collect(),
             text_runs: text_runs(geometry.visible_text(batch, sequence.text)?, batch, sequence.text),
             text: sequence.text,
@@ -81,9 +93,31 @@ impl Problem {
         if self.keys >= SHARED { self.batch } else { 1 }
     }
 
-    /// Query tiles that must be left to one job: all where batch entries keep the threads busy.
+    /// Query tiles that one job takes: all where batch entries keep the threads busy.
     pub fn tiles_in_turn(&self) -> usize {
-        if self.keys < SHARED && self.batch > 1 { self.tiles.len() } else { 1 }
+        if self.keys < SHARED && self.batch > 1 { self.tiles.len() } else { TILES }
+    }
+
+    /// Where in the sequence the image tokens lie that the queries of `tiles` visit.
+    pub fn image_keys(&self, tiles: &[QueryTile]) -> Range<usize> {
+        let whole = self.text..self.text + self.image;
+        let images: Option<Vec<usize>> = tiles.iter().map(|tile| tile.image).collect();
+        let Some((visits, images)) = self.visits.as_deref().zip(images) else { return whole };
+        let place = |token: usize| self.text + token;
+        let visited = images.into_iter().flat_map(|image| &visits[image]).map(|range| &range.tokens);
+        visited.fold(whole.end..whole.start, |hull, visited| {
+            hull.start.min(place(visited.start))..hull.end.max(place(visited.end))
+        })
+    }
+
+    /// Text tokens, which stand before those of the image.
+    pub fn text(&self) -> usize {
+        self.text
+    }
+
+    /// Where in the sequence the image ends and pooled context begins.
+    pub fn image_end(&self) -> usize {
+        self.text + self.image
     }
 
     /// Numbers of a token.

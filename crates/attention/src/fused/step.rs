@@ -4,7 +4,7 @@
 use super::problem::{Problem, QueryTile, Visit};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    self, Element, Factor, Level, Product, Real, Strided, Task, Vector, dispatch, load_row, store_row,
+    self, Element, Factor, Instructions, Level, Product, Real, Strided, Task, Vector, load_row, store_row,
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -22,12 +22,14 @@ pub(super) struct HeadView<'a, E> {
     heads: usize,
     head_dim: usize,
     index: usize,
+    instructions: Instructions,
 }
 
 impl<'a, E: Element> HeadView<'a, E> {
     /// Head `index` of all batch entries together: entry · heads + head.
     pub fn new(values: &'a [E], problem: &Problem, tokens: usize, index: usize) -> Self {
-        Self { values, tokens, heads: problem.heads, head_dim: problem.head_dim, index }
+        let Problem { heads, head_dim, instructions, .. } = *problem;
+        Self { values, tokens, heads, head_dim, index, instructions }
     }
 
     /// The values of a token.
@@ -45,7 +47,7 @@ impl<'a, E: Element> HeadView<'a, E> {
         let steps = self.head_dim.div_ceil(F::WIDTH);
         out.resize(self.tokens * steps, F::default());
         out.par_chunks_mut(BLOCK * steps).enumerate().for_each(|(block, out)| {
-            dispatch(Rows { view: *self, first: block * BLOCK, out });
+            self.instructions.run(Rows { view: *self, first: block * BLOCK, out });
         });
     }
 
@@ -56,7 +58,7 @@ impl<'a, E: Element> HeadView<'a, E> {
     pub fn columns<F: Factor<Sum = E::Work>>(&self, out: &mut Vec<F>) {
         out.resize(self.tokens.div_ceil(F::WIDTH) * self.head_dim, F::default());
         out.par_chunks_mut(BLOCK * self.head_dim).enumerate().for_each(|(block, out)| {
-            dispatch(Columns { view: *self, first: block * BLOCK * F::WIDTH, out });
+            self.instructions.run(Columns { view: *self, first: block * BLOCK * F::WIDTH, out });
         });
     }
 }
@@ -104,7 +106,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for Columns<'_, E, F> {
 
 /// Writes the rows of `tile` side by side: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
 pub(super) fn load_lanes<E: Element, F: Factor<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
-    dispatch(LoadLanes { out, view, tile });
+    view.instructions.run(LoadLanes { out, view, tile });
 }
 
 struct LoadLanes<'a, E, F> {
@@ -158,20 +160,25 @@ impl Piece<'_> {
     }
 }
 
-/// Brings `visits` to `work`, chunk by chunk.
-pub(super) fn for_chunks<'a, F: Factor>(visits: impl Iterator<Item = Visit<'a>>, mut work: impl FnMut(&Chunk<'a>)) {
-    let mut chunk = Chunk::default();
+/// Brings `visits` to `work`, chunk by chunk, each of them in `chunk`. Text, whole and edge cells may stand in one: what
+/// differs between them, the mask, is looked at piece by piece, and chunks stay long enough to keep their scores near.
+pub(super) fn for_chunks<'a, F: Factor>(
+    chunk: &mut Chunk<'a>,
+    visits: impl Iterator<Item = Visit<'a>>,
+    mut work: impl FnMut(&Chunk<'a>),
+) {
     for mut visit in visits {
         while !visit.tokens.is_empty() {
             chunk.take::<F>(&mut visit);
             if chunk.rows == chunk_rows::<F>() {
-                work(&chunk);
+                work(chunk);
                 chunk.clear();
             }
         }
     }
     if chunk.rows > 0 {
-        work(&chunk);
+        work(chunk);
+        chunk.clear();
     }
 }
 
@@ -198,29 +205,42 @@ impl<'a> Chunk<'a> {
 
 /// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
 /// key stay as they are.
-pub(super) fn score<F: Factor>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F]) {
+pub(super) fn score<F: Factor>(
+    scores: &mut [F::Sum],
+    rows: &[F],
+    chunk: &Chunk<'_>,
+    lanes: &[F],
+    instructions: Instructions,
+) {
     let steps = lanes.len() / LANES;
     let channels = 0..steps;
     let inner = std::slice::from_ref(&channels);
     for piece in &chunk.pieces {
         let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
         let product = Product { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
-        product.write_to(piece.scores(scores), LANES);
+        product.write_to(piece.scores(scores), LANES, instructions);
     }
 }
 
 /// Sets scores of queries that do not see a key to -∞.
-pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>) {
+pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, instructions: Instructions) {
     for piece in chunk.pieces.iter().filter(|piece| !piece.seen.is_empty()) {
-        dispatch(Hide { scores: piece.scores(scores), seen: piece.seen });
+        instructions.run(Hide { scores: piece.scores(scores), seen: piece.seen });
     }
 }
 
 /// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head.
-pub(super) fn gather<F: Factor>(out: &mut [F::Sum], columns: &[F], chunk: &Chunk<'_>, weights: &[F]) {
+pub(super) fn gather<F: Factor>(
+    out: &mut [F::Sum],
+    columns: &[F],
+    chunk: &Chunk<'_>,
+    weights: &[F],
+    instructions: Instructions,
+) {
     let head_dim = out.len() / LANES;
     let a = Strided { values: columns, row_step: 1, inner_step: head_dim };
-    Product { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES }.add_to(out, LANES);
+    let product = Product { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES };
+    product.add_to(out, LANES, instructions);
 }
 
 struct Hide<'a, T> {

@@ -376,7 +376,7 @@ impl CustomOp2 for Gated {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let of_x = || grad.detach().contiguous()?.apply_op1_no_bwd(&GateAlone(self.clone()));
+        let of_x = || placed(&grad.detach())?.apply_op1_no_bwd(&GateAlone(self.clone()));
         Ok((residual.track_op().then(|| grad.clone()), x.track_op().then(of_x).transpose()?))
     }
 }

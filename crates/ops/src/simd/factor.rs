@@ -3,7 +3,8 @@
 //! Two bf16 numbers side by side are multiplied with two others and added up in f32 by one instruction (VDPBF16PS) where
 //! the processor has it.
 
-use super::{Array, Element, LANES, Level, Real, Task, Vector, dispatch};
+use super::vector::Array;
+use super::{Element, Instructions, LANES, Level, Real, Task, Vector};
 use std::marker::PhantomData;
 
 /// What is multiplied: one number, or some that are multiplied one by one and added up.
@@ -38,11 +39,16 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
 
     /// Rows of `width` numbers as factors along the columns: `[row][column]` to `[row / WIDTH][column]`. `space` is used
     /// where numbers are no factors themselves.
-    fn along_columns<'a>(numbers: &'a [Self::Sum], width: usize, space: &'a mut Vec<Self>) -> &'a [Self];
+    fn along_columns<'a>(
+        numbers: &'a [Self::Sum],
+        width: usize,
+        space: &'a mut Vec<Self>,
+        instructions: Instructions,
+    ) -> &'a [Self];
 
     /// Rows of an even number of numbers as factors along the rows: `[row][column]` to `[row][column / WIDTH]`, with
     /// `space` as above.
-    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>) -> &'a [Self];
+    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>, instructions: Instructions) -> &'a [Self];
 }
 
 impl<T: Real> Factor for T {
@@ -76,11 +82,11 @@ impl<T: Real> Factor for T {
         a.times_plus(b, sum)
     }
 
-    fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>) -> &'a [T] {
+    fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
         numbers
     }
 
-    fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>) -> &'a [T] {
+    fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
         numbers
     }
 }
@@ -153,15 +159,20 @@ impl Factor for Pair {
         a.multiply_add(b, sum)
     }
 
-    fn along_columns<'a>(numbers: &'a [f32], width: usize, space: &'a mut Vec<Self>) -> &'a [Self] {
+    fn along_columns<'a>(
+        numbers: &'a [f32],
+        width: usize,
+        space: &'a mut Vec<Self>,
+        instructions: Instructions,
+    ) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2 * width) * width, Self::default());
-        dispatch(Across { numbers, width, out: space });
+        instructions.run(Across { numbers, width, out: space });
         space
     }
 
-    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>) -> &'a [Self] {
+    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>, instructions: Instructions) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2), Self::default());
-        dispatch(Along { numbers, out: space });
+        instructions.run(Along { numbers, out: space });
         space
     }
 }
@@ -256,8 +267,8 @@ mod zmm {
     #[derive(Clone, Copy)]
     pub struct WidenedPairs(__m512i);
 
-    // SAFETY of every block below: the types are those of levels `Avx512Bf16` and `Avx512` alone, whose code `dispatch`
-    // runs only where the processor has those instructions; references to 16 pairs can be read whole.
+    // SAFETY of every block below: the types are those of levels `Avx512Bf16` and `Avx512` alone, whose code runs
+    // only where the processor has those instructions; references to 16 pairs can be read whole.
     #[inline(always)]
     fn splat(pair: Pair) -> __m512i {
         // SAFETY: see above.
@@ -334,7 +345,7 @@ mod tests {
     #[test]
     fn columns_are_paired_and_the_last_may_stand_alone() {
         let (rows, mut space) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Vec::new());
-        let pairs = Pair::along_columns(&rows, 2, &mut space);
+        let pairs = Pair::along_columns(&rows, 2, &mut space, Instructions::detect());
         assert_eq!(pairs, [Pair::new(1.0, 3.0), Pair::new(2.0, 4.0), Pair::new(5.0, 0.0), Pair::new(6.0, 0.0)]);
     }
 }

@@ -1,6 +1,6 @@
 //! [`Product`]: the matrix product that all of ours are made of, 32 lanes wide. Knows no operation.
 
-use super::{Factor, LANES, Level, Real, Task, Vector, dispatch};
+use super::{Factor, Instructions, LANES, Level, Real, Task, Vector};
 use std::ops::Range;
 
 /// Lanes of a row: two vectors. Each broadcast factor is used for both, so that loads do not hold back the
@@ -45,16 +45,28 @@ impl<F: Factor> Product<'_, F> {
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn add_to(self, out: &mut [F::Sum], out_step: usize) {
-        dispatch(Sum::<F, true> { product: self, out, out_step });
+    pub fn add_to(self, out: &mut [F::Sum], out_step: usize, instructions: Instructions) {
+        instructions.run(Sum::<F, true> { product: self, out, out_step });
     }
 
     /// Writes rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn write_to(self, out: &mut [F::Sum], out_step: usize) {
-        dispatch(Sum::<F, false> { product: self, out, out_step });
+    pub fn write_to(self, out: &mut [F::Sum], out_step: usize, instructions: Instructions) {
+        instructions.run(Sum::<F, false> { product: self, out, out_step });
+    }
+
+    /// Inner indices, where both sides hold as many as the extents say. Extents come from anybody, so sums of them may
+    /// not wrap around.
+    fn checked_count(&self) -> Option<usize> {
+        let count = self.inner.iter().try_fold(0usize, |count, run| count.checked_add(run.len()))?;
+        let (Some(last_row), Some(last)) = (self.rows.checked_sub(1), count.checked_sub(1)) else { return Some(count) };
+        let last_inner = self.inner.iter().map(|run| run.end).max()?.checked_sub(1)?;
+        let last_of_row = last_row.checked_mul(self.a.row_step)?;
+        let end_of_a = last_of_row.checked_add(last_inner.checked_mul(self.a.inner_step)?)?.checked_add(1)?;
+        let end_of_b = last.checked_mul(self.b_step)?.checked_add(ROW)?;
+        (end_of_a <= self.a.values.len() && end_of_b <= self.b.len()).then_some(count)
     }
 }
 
@@ -72,14 +84,11 @@ impl<F: Factor, const ADD: bool> Task for Sum<'_, F, ADD> {
     #[inline(always)]
     fn run<L: Level>(self) {
         let Self { product, out, out_step } = self;
-        let count: usize = product.inner.iter().map(|run| run.len()).sum();
-        if product.rows == 0 || ADD && count == 0 {
+        let count = product.checked_count();
+        assert!(count.is_some(), "a product's slices are shorter than its extents");
+        if product.rows == 0 || ADD && count == Some(0) {
             return;
         }
-        let Strided { values, row_step, inner_step } = product.a;
-        let end = product.inner.iter().map(|run| run.end).max().unwrap_or(0);
-        assert!(count == 0 || (product.rows - 1) * row_step + (end - 1) * inner_step < values.len());
-        assert!(count == 0 || (count - 1) * product.b_step + ROW <= product.b.len());
         let mut row = 0;
         if L::WIDE {
             row = product.panels::<L, ADD, 12>(row, out, out_step);
@@ -113,12 +122,12 @@ impl<F: Factor> Product<'_, F> {
         for run in self.inner {
             for inner in run.clone() {
                 let at = first * self.a.row_step + inner * self.a.inner_step;
-                // SAFETY: `run` asserted that `b` holds as many rows as there are inner indices.
+                // SAFETY: `checked_count` found that `b` holds as many rows as there are inner indices.
                 let b: &[[F; LANES]; VECTORS] = unsafe { &*b_row.cast() };
                 b_row = b_row.wrapping_add(self.b_step);
                 let b = [F::load::<L>(&b[0]), F::load::<L>(&b[1])];
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: `run` asserted that the last row of the largest inner index is inside.
+                    // SAFETY: `checked_count` found the last row of the largest inner index inside.
                     let a = F::splat::<L>(unsafe { *self.a.values.get_unchecked(at + row * self.a.row_step) });
                     for vector in 0..VECTORS {
                         sums[vector] = F::multiply_add::<L>(a, b[vector], sums[vector]);
@@ -163,4 +172,82 @@ pub fn add_row<T: Real, L: Level>(mut vectors: Row<T, L>, row: &mut [T]) {
         vectors[vector] = vectors[vector].plus(old[vector]);
     }
     store_row::<T, L>(vectors, row);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Pair;
+    use super::*;
+    use half::bf16;
+    use std::panic::catch_unwind;
+
+    /// Numbers that bf16 holds exactly, so that products and sums of few are exact at every level.
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 37 + seed * 11) % 17) as f32 - 8.0).collect()
+    }
+
+    fn pairs(numbers: &[f32], width: usize) -> Vec<Pair> {
+        let numbers: Vec<bf16> = numbers.iter().copied().map(bf16::from_f32).collect();
+        let mut pairs = vec![Pair::default(); numbers.len() / 2];
+        for (rows, out) in numbers.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
+            Pair::across(&rows[..width], Some(&rows[width..]), out);
+        }
+        pairs
+    }
+
+    const STEPS: usize = 6;
+
+    fn product<'a, F: Factor>(rows: usize, inner: &'a [Range<usize>], a: &'a [F], b: &'a [F]) -> Product<'a, F> {
+        Product { rows, inner, a: Strided { values: a, row_step: STEPS, inner_step: 1 }, b, b_step: ROW }
+    }
+
+    /// Rows around every height of a panel, and runs that leave inner indices out.
+    #[test]
+    fn every_level_gives_the_sums_written_out() {
+        let inner = [0..2, 3..3, 4..6];
+        for (rows, instructions) in
+            [1, 2, 3, 5, 12, 13, 31].into_iter().flat_map(|r| Instructions::available().map(move |i| (r, i)))
+        {
+            let (a, b) = (numbers(rows * STEPS, 1), numbers(4 * ROW, 2));
+            let (wide, deep) = (numbers(rows * 2 * STEPS, 3), numbers(8 * ROW, 4));
+            let (mut plain, mut paired) = (vec![1.0; rows * ROW], vec![1.0; rows * ROW]);
+            product(rows, &inner, &a, &b).add_to(&mut plain, ROW, instructions);
+            let mut row_pairs = vec![Pair::default(); rows * STEPS];
+            <Pair as Factor>::along(&wide, &mut row_pairs);
+            product(rows, &inner, &row_pairs, &pairs(&deep, ROW)).add_to(&mut paired, ROW, instructions);
+            for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
+                let kept = [0, 1, 4, 5];
+                let want: f32 = kept.iter().enumerate().map(|(i, k)| a[row * STEPS + k] * b[i * ROW + lane]).sum();
+                assert_eq!(plain[row * ROW + lane], 1.0 + want, "{instructions:?}, {rows} rows");
+                let one = |i: usize, k: usize, half: usize| {
+                    wide[(row * STEPS + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
+                };
+                let want: f32 = kept.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
+                assert_eq!(paired[row * ROW + lane], 1.0 + want, "pairs, {instructions:?}, {rows} rows");
+            }
+        }
+    }
+
+    #[test]
+    fn extents_beyond_the_slices_are_refused() {
+        let (a, b) = (vec![1f32; 12], vec![1f32; 2 * ROW]);
+        let (two, later) = (0..2, 1..3);
+        let good = || product(2, std::slice::from_ref(&two), &a, &b);
+        let run = |product: Product<f32>| {
+            catch_unwind(move || product.add_to(&mut [0.0; 2 * ROW], ROW, Instructions::detect()))
+        };
+        assert!(run(good()).is_ok());
+        let steps = |row_step, inner_step| Strided { values: &a[..], row_step, inner_step };
+        let runs = [0..usize::MAX, 0..usize::MAX, 0..3];
+        let bad = [
+            Product { rows: 3, ..good() },
+            Product { a: steps(usize::MAX / 2 + 2, 1), rows: 3, ..good() },
+            Product { a: steps(6, usize::MAX), inner: std::slice::from_ref(&later), ..good() },
+            Product { b_step: usize::MAX, ..good() },
+            Product { inner: &runs, a: steps(0, 0), ..good() },
+        ];
+        for product in bad {
+            assert!(run(product).is_err());
+        }
+    }
 }

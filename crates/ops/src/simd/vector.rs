@@ -127,8 +127,8 @@ mod zmm {
     #[derive(Clone, Copy)]
     pub struct Zmm(pub(in crate::simd) __m512);
 
-    // SAFETY of every block below: the type is that of level `Avx512` alone, whose code `dispatch` runs only where the
-    // processor has AVX-512 F; references to 16 numbers can be read and written whole.
+    // SAFETY of every block below: the type is that of the levels of AVX-512 alone, whose code runs only where the processor
+    // has it; references to 16 numbers can be read and written whole.
     impl Vector<f32> for Zmm {
         #[inline(always)]
         fn splat(value: f32) -> Self {

@@ -1,0 +1,140 @@
+//! The kernel by each set of instructions and each kind of factor, and over memory that holds no numbers.
+#![allow(clippy::unwrap_used)] // A failed test says where.
+
+use super::*;
+use crate::{Radius, TokenGrid};
+use backward::Given;
+use candle_core::{Device, WithDType as _};
+use clearform_ops::simd::{Element, Factor, Pair};
+use half::bf16;
+
+struct Inputs {
+    image: Qkv,
+    text: Qkv,
+    geometry: Geometry,
+    window: Window,
+}
+
+/// Grid, text tokens, head_dim and radius. Text of odd length puts the image at odd places, ragged grids put cells there.
+type Case = ((usize, usize), usize, usize, f64);
+
+const CASES: [Case; 4] = [((8, 8), 4, 32, 3.0), ((9, 14), 7, 24, 4.5), ((5, 7), 1, 9, 2.0), ((1, 37), 65, 16, 4.0)];
+
+/// So many tiles that a head is differentiated in parts.
+const LARGE: Case = ((37, 41), 71, 4, 3.0);
+
+impl Inputs {
+    fn new(((height, width), text, head_dim, radius): Case) -> Self {
+        let geometry = Geometry::new(vec![TokenGrid::new(height, width).unwrap()]);
+        let random = |tokens: usize| {
+            let one = || Tensor::randn(0f32, 1.0, (2, tokens, 2, head_dim), &Device::Cpu).unwrap();
+            Qkv { query: one(), key: one(), value: one() }.converted(DType::BF16)
+        };
+        let window = Window { radius: Some(Radius::new(radius).unwrap()), pool: None };
+        Self { image: random(height * width), text: random(text), geometry, window }
+    }
+
+    /// The plain operation in a number format, text and image in one.
+    fn plain(&self, dtype: DType) -> Vec<f64> {
+        let (image, text) = (self.image.converted(dtype), self.text.converted(dtype));
+        let out = reference::attend(&image, Some(&text), &self.geometry, &self.window).unwrap();
+        numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
+    }
+
+    fn problem<E: Element>(&self, instructions: Instructions) -> (Problem, [Vec<E>; 3]) {
+        let sequence = Sequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
+        let values = |x: &Tensor| x.flatten_all().unwrap().to_dtype(E::DTYPE).unwrap().to_vec1::<E>().unwrap();
+        let problem = Problem::new(&sequence, &self.geometry, self.window.radius, instructions).unwrap();
+        (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))
+    }
+
+    /// Output and the gradients of query, key and value, where the gradient of the output is the values' own, by products
+    /// of `F` over memory that holds `before`.
+    fn computed<E: Element, F: Factor<Sum = E::Work>>(&self, instructions: Instructions, before: f64) -> [Vec<f64>; 4] {
+        let (problem, inputs) = self.problem::<E>(instructions);
+        let [query, key, value] = inputs.each_ref().map(Vec::as_slice);
+        let filled = |like: &[E]| vec![E::from_f64(before); like.len()];
+        let mut out = filled(query);
+        let mut scales = vec![[E::Work::from_f64(before); 2]; out.len() / problem.head_dim];
+        forward::forward_into::<E, F>(&problem, [query, key, value], &mut out, &mut scales);
+        let scales: Vec<_> = scales.into_iter().map(|scale| scale.map(|value| value.to_f64())).collect();
+        let given = Given { query, key, value, out: &out, grad: value, scales: &scales };
+        let [mut query_grad, mut key_grad, mut value_grad] = [query, key, value].map(filled);
+        backward::backward_into::<E, F>(&problem, &given, [&mut query_grad, &mut key_grad, &mut value_grad]);
+        [out, query_grad, key_grad, value_grad].map(|values| values.into_iter().map(|value| value.to_f64()).collect())
+    }
+}
+
+impl Qkv {
+    fn converted(&self, dtype: DType) -> Self {
+        let [query, key, value] = [&self.query, &self.key, &self.value].map(|x| x.to_dtype(dtype).unwrap());
+        Self { query, key, value }
+    }
+}
+
+fn numbers(x: &Tensor) -> Vec<f64> {
+    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn distance(got: &[f64], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let (mut difference, mut size) = (0.0, 0.0);
+    for (got, want) in got.iter().zip(want) {
+        difference += (got - want) * (got - want);
+        size += want * want;
+    }
+    f64::sqrt(difference / size)
+}
+
+#[test]
+fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
+    for case in CASES.into_iter().chain([LARGE]) {
+        let inputs = Inputs::new(case);
+        let exact = inputs.plain(DType::F64);
+        let plain = distance(&inputs.plain(DType::BF16), &exact);
+        for instructions in Instructions::available() {
+            let paired = inputs.computed::<bf16, Pair>(instructions, 0.0);
+            let single = inputs.computed::<bf16, f32>(instructions, 0.0);
+            for [out, ..] in [&paired, &single] {
+                let error = distance(out, &exact);
+                assert!(error <= 2.0 * plain + 1e-6, "{case:?}, {instructions:?}: {error:e}, plain {plain:e}");
+            }
+            for (got, want) in paired[1..].iter().zip(&single[1..]) {
+                let error = distance(got, want);
+                assert!(error <= 1e-2, "{case:?}, {instructions:?}: gradients differ by {error:e}");
+            }
+        }
+    }
+}
+
+/// The same bits as over zeros, and so no number of what was there.
+#[test]
+fn whatever_stood_in_the_outputs_is_written_over() {
+    fn check<E: Element, F: Factor<Sum = E::Work>>(case: Case) {
+        let inputs = Inputs::new(case);
+        let [clean, poisoned] = [0.0, f64::NAN].map(|before| inputs.computed::<E, F>(Instructions::detect(), before));
+        assert!(poisoned.iter().flatten().all(|value| value.is_finite()), "{case:?}, {:?}", E::DTYPE);
+        assert_eq!(clean, poisoned, "{case:?}, {:?}", E::DTYPE);
+    }
+    for case in CASES.into_iter().chain([LARGE]) {
+        check::<f32, f32>(case);
+        check::<f64, f64>(case);
+        check::<bf16, f32>(case);
+        check::<bf16, Pair>(case);
+    }
+}
+
+/// Sums for keys are held only where a part's tiles look, and are added in the order of the parts.
+#[test]
+fn a_head_in_parts_gives_the_same_bits_on_any_number_of_threads() {
+    let inputs = Inputs::new(LARGE);
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| inputs.computed::<f32, f32>(Instructions::detect(), 0.0))
+    };
+    assert_eq!(on(1), on(2));
+    let (problem, _) = inputs.problem::<f32>(Instructions::detect());
+    let tiles = &problem.tiles;
+    assert!(problem.image_keys(&tiles[tiles.len() - 16..]).len() < 37 * 41 / 2);
+    assert_eq!(problem.image_keys(tiles), 71..71 + 37 * 41);
+}

@@ -1,0 +1,175 @@
+//! [`Instructions`]: what a piece of arithmetic is compiled for, and [`Task`], the arithmetic. Knows no number.
+
+use super::vector::Array;
+use super::{PairVector, Vector, factor};
+
+/// Runs `task` with the best instructions of this processor.
+pub fn dispatch<T: Task>(task: T) -> T::Output {
+    Instructions::detect().run(task)
+}
+
+/// A set of instructions. There is a value only for sets that this processor has, so code for a set runs nowhere else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instructions(Set);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Set {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+/// The sets, from the least to the best.
+#[cfg(target_arch = "x86_64")]
+const SETS: &[Set] = &[Set::Portable, Set::Avx2, Set::Avx512, Set::Avx512Bf16];
+#[cfg(not(target_arch = "x86_64"))]
+const SETS: &[Set] = &[Set::Portable];
+
+impl Instructions {
+    /// The best of this processor.
+    pub fn detect() -> Self {
+        Self(SETS.iter().copied().rev().find(|set| set.is_here()).unwrap_or(Set::Portable))
+    }
+
+    /// All that this processor has, from the least to the best.
+    pub fn available() -> impl Iterator<Item = Self> {
+        SETS.iter().copied().filter(|set| set.is_here()).map(Self)
+    }
+
+    /// Whether they multiply [`Pair`](super::Pair)s at once, and so faster than numbers in f32.
+    pub fn multiply_pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Set::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// Runs `task` with them.
+    pub fn run<T: Task>(self, task: T) -> T::Output {
+        match self.0 {
+            Set::Portable => task.run::<Portable>(),
+            // SAFETY: `is_here` found the features that the callee is compiled for before there was a value.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => unsafe { with_avx2(task) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16(task) },
+            // SAFETY: as above; whatever has BF16 was found to have these too.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 | Set::Avx512Bf16 => unsafe { with_avx512(task) },
+        }
+    }
+}
+
+impl Set {
+    /// Whether this processor has it: exactly the features that the functions below are compiled for.
+    fn is_here(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Self::Avx2.is_here() && is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512.is_here() && is_x86_feature_detected!("avx512bf16"),
+        }
+    }
+}
+
+/// Arithmetic to run under [`Instructions`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
+/// inlined is compiled for the wider ones.
+pub trait Task {
+    /// What it gives back.
+    type Output;
+
+    /// Whether it multiplies [`Pair`](super::Pair)s.
+    const PAIRS: bool = false;
+
+    /// Does it.
+    fn run<L: Level>(self) -> Self::Output;
+}
+
+/// What a set of instructions can do. Nobody outside this module can name one, so that a [`Task`] runs at a level only
+/// where [`Instructions`] chose it.
+pub trait Level: Copy + Send + Sync + 'static {
+    /// Multiplies and adds in one instruction.
+    const FUSED: bool;
+    /// Has 32 registers of 512 bits.
+    const WIDE: bool;
+    /// 16 f32.
+    type F32: Vector<f32>;
+    /// 16 pairs.
+    type Pairs: PairVector<Self::F32>;
+}
+
+/// Any processor.
+#[derive(Debug, Clone, Copy)]
+struct Portable;
+
+impl Level for Portable {
+    const FUSED: bool = cfg!(target_arch = "aarch64");
+    const WIDE: bool = false;
+    type F32 = Array<f32, Self>;
+    type Pairs = factor::PairArray<Self>;
+}
+
+/// AVX2 with FMA.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Avx2;
+
+#[cfg(target_arch = "x86_64")]
+impl Level for Avx2 {
+    const FUSED: bool = true;
+    const WIDE: bool = false;
+    type F32 = Array<f32, Self>;
+    type Pairs = factor::PairArray<Self>;
+}
+
+/// AVX-512 F.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Avx512;
+
+#[cfg(target_arch = "x86_64")]
+impl Level for Avx512 {
+    const FUSED: bool = true;
+    const WIDE: bool = true;
+    type F32 = super::vector::Zmm;
+    type Pairs = factor::WidenedPairs;
+}
+
+/// AVX-512 F with BF16.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Avx512Bf16;
+
+#[cfg(target_arch = "x86_64")]
+impl Level for Avx512Bf16 {
+    const FUSED: bool = true;
+    const WIDE: bool = true;
+    type F32 = super::vector::Zmm;
+    type Pairs = factor::Bf16Pairs;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+fn with_avx512_bf16<T: Task>(task: T) -> T::Output {
+    task.run::<Avx512Bf16>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn with_avx512<T: Task>(task: T) -> T::Output {
+    task.run::<Avx512>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn with_avx2<T: Task>(task: T) -> T::Output {
+    task.run::<Avx2>()
+}
