@@ -8,6 +8,7 @@
 
 mod error;
 mod fused;
+mod geometries;
 mod geometry;
 mod plan;
 mod policies;
@@ -15,14 +16,16 @@ mod pool;
 pub mod reference;
 mod seam;
 mod sequence;
+mod share;
 mod tiles;
 mod window;
 
 pub use error::AttentionError;
 pub use fused::Windowed;
+pub use geometries::Geometries;
 pub use geometry::{Geometry, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};
 pub use seam::{Attended, Attention, Qkv};
-pub use tiles::Share;
+pub use share::{Share, TileShape};
 pub use window::{Radius, Window};
