@@ -13,7 +13,7 @@ pub enum AttentionError {
         reason: String,
     },
     /// No radius.
-    #[error("radius {0}: expected a finite number above 0, in tokens")]
+    #[error("radius {0}: expected a finite number above 0, in tokens, whose square is above 0 too")]
     BadRadius(f64),
     /// No grid.
     #[error("token grid of {height} x {width}: expected 1 to {limit} tokens each way")]
@@ -24,6 +24,16 @@ pub enum AttentionError {
         width: usize,
         /// The most there may be.
         limit: usize,
+    },
+    /// No tile, or none that this kernel takes.
+    #[error("tile of {height} x {width} tokens: expected {expected}")]
+    BadTile {
+        /// Rows asked for.
+        height: usize,
+        /// Columns asked for.
+        width: usize,
+        /// What there may be.
+        expected: &'static str,
     },
     /// A file of plans cannot be read.
     #[error("attention plan: {0}")]

@@ -1,9 +1,9 @@
 //! [`Geometry`]: where the image tokens lie, and the order they are held in. Knows no policy.
 
-use crate::tiles::{Share, TileOrder};
-use crate::{AttentionError, Radius};
-use candle_core::{Result, Tensor, bail};
-use std::sync::Arc;
+use crate::tiles::{CELL, SQUARE, TileOrder};
+use crate::{AttentionError, Radius, Share, TileShape};
+use candle_core::{DType, Result, Tensor, bail};
+use std::sync::{Arc, OnceLock};
 
 /// A rectangle of image tokens, made by [`TokenGrid::new`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,21 +46,47 @@ impl TokenGrid {
 #[derive(Debug, Clone)]
 pub struct Geometry {
     grids: Vec<TokenGrid>,
-    text_mask: Option<Tensor>,
+    text_mask: Option<TextMask>,
     order: Arc<TileOrder>,
 }
 
+/// A mask, and what all layers want to know of it.
+#[derive(Debug, Clone)]
+struct TextMask {
+    mask: Tensor,
+    /// Read when it is first asked for: reading waits for a device.
+    rows: Arc<OnceLock<Vec<Vec<bool>>>>,
+}
+
 impl Geometry {
-    /// A geometry of one or more grids, one after the other in the sequence.
+    /// A geometry of one or more grids, one after the other in the sequence. Attention refuses one without a grid.
     pub fn new(grids: Vec<TokenGrid>) -> Self {
-        let order = Arc::new(TileOrder::new(&grids));
+        Self::ordered(grids, SQUARE)
+    }
+
+    /// The same with tokens ordered by cells of another shape, which changes what is visited on the CPU and no result
+    /// but for rounding. Kernels of a GPU take any order, but visit least with that of [`Self::new`], 4 x 4.
+    ///
+    /// # Errors
+    /// A shape of other than 16 tokens, which is what the kernel's lanes hold twice.
+    pub fn in_cells(grids: Vec<TokenGrid>, cell: TileShape) -> std::result::Result<Self, AttentionError> {
+        let TileShape { height, width } = cell;
+        if height * width != CELL {
+            return Err(AttentionError::BadTile { height, width, expected: "16 tokens" });
+        }
+        Ok(Self::ordered(grids, cell))
+    }
+
+    fn ordered(grids: Vec<TokenGrid>, cell: TileShape) -> Self {
+        let order = Arc::new(TileOrder::new(&grids, cell));
         Self { grids, text_mask: None, order }
     }
 
-    /// Hides padded text. `mask` is (batch, text tokens), 1 where a token counts and 0 where it is padding.
+    /// Hides padded text. `mask` is (batch, text tokens), 1 where a token counts and 0 where it is padding. It is read
+    /// once, at the first layer that attends.
     #[must_use]
     pub fn with_text_mask(mut self, mask: Tensor) -> Self {
-        self.text_mask = Some(mask);
+        self.text_mask = Some(TextMask { mask, rows: Arc::default() });
         self
     }
 
@@ -71,7 +97,7 @@ impl Geometry {
 
     /// The text mask, (batch, text tokens).
     pub fn text_mask(&self) -> Option<&Tensor> {
-        self.text_mask.as_ref()
+        self.text_mask.as_ref().map(|text| &text.mask)
     }
 
     /// Image tokens in all grids together.
@@ -108,12 +134,19 @@ impl Geometry {
 
     /// Which text tokens count, batch by batch, or none where all do.
     pub(crate) fn visible_text(&self, batch: usize, text: usize) -> Result<Option<Vec<Vec<bool>>>> {
-        let Some(mask) = &self.text_mask else { return Ok(None) };
+        let Some(TextMask { mask, rows }) = &self.text_mask else { return Ok(None) };
         if mask.dims() != [batch, text] && mask.dims() != [1, text] {
             bail!("text mask {:?}: expected (batch, text tokens) = ({batch}, {text})", mask.dims());
         }
-        let rows = mask.to_dtype(candle_core::DType::F32)?.broadcast_as((batch, text))?.to_vec2::<f32>()?;
-        Ok(Some(rows.iter().map(|row| row.iter().map(|value| *value > 0.5).collect()).collect()))
+        let rows = match rows.get() {
+            Some(rows) => rows,
+            None => {
+                let read = mask.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                let counts = |row: &Vec<f32>| row.iter().map(|value| *value > 0.5).collect();
+                rows.get_or_init(|| read.iter().map(counts).collect())
+            }
+        };
+        Ok(Some(rows.iter().cycle().take(batch).cloned().collect()))
     }
 
     pub(crate) fn order(&self) -> &TileOrder {

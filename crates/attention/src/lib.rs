@@ -7,7 +7,9 @@
 //! with their square. Nothing here knows a model or a file.
 
 mod error;
+mod execution;
 mod fused;
+mod geometries;
 mod geometry;
 mod plan;
 mod policies;
@@ -20,11 +22,12 @@ mod tiles;
 mod window;
 
 pub use error::AttentionError;
+pub use execution::Execution;
 pub use fused::Windowed;
+pub use geometries::Geometries;
 pub use geometry::{Geometry, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};
 pub use seam::{Attended, Attention, Qkv};
-pub use share::Execution;
-pub use tiles::Share;
+pub use share::{Share, TileShape};
 pub use window::{Radius, Window};

@@ -55,6 +55,9 @@ fn check(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<()> {
     if tokens != geometry.tokens() {
         bail!("attention over {tokens} image tokens: the geometry has {} in {:?}", geometry.tokens(), geometry.grids());
     }
+    if batch == 0 || heads == 0 || tokens == 0 {
+        bail!("attention over {:?}: expected at least one sample, one head and one image token", image.query.dims());
+    }
     if !(1..=256).contains(&head_dim) {
         bail!("attention with head_dim {head_dim}: expected 1 to 256");
     }

@@ -1,12 +1,11 @@
 //! [`TileOrder`]: image tokens in small patches, and what part of the keys a patch of queries has to visit.
 //!
-//! Keys are visited by cells of 4 x 4 tokens, longer where a grid is thinner; queries are taken by tiles of two cells.
+//! Keys are visited by cells of 16 tokens, longer where a grid is thinner; queries are taken by tiles of two cells.
 //! Cells stand in groups of 2 x 2, so that whole neighbourhoods are long runs of the sequence. Knows no tensor.
 
-use crate::{Radius, TokenGrid};
+use crate::{Radius, Share, TileShape, TokenGrid};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,7 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) const LANES: usize = clearform_ops::simd::ROW;
 
 /// Tokens of a cell, two of which fill the lanes: finer than a tile, so that less is visited in vain.
-const CELL: usize = LANES / 2;
+pub(crate) const CELL: usize = LANES / 2;
+
+/// The shape that least is visited in vain with, and that kernels of a GPU expect: 2 x 2 of them are one of their tiles.
+pub(crate) const SQUARE: TileShape = TileShape { height: 4, width: 4 };
 
 /// A patch of tokens that stand one after the other.
 #[derive(Debug, Clone)]
@@ -77,24 +79,9 @@ pub(crate) struct TileOrder {
     pub lists: crate::fused::KnownLists,
 }
 
-/// Pairs of a query and a key that lie inside the disc, among all that the kernel visits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
-    /// Pairs inside the disc.
-    pub inside: u64,
-    /// Pairs that are computed, empty lanes of ragged tiles included.
-    pub visited: u64,
-}
-
-impl fmt::Display for Share {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let percent = 100.0 * self.inside as f64 / self.visited as f64;
-        write!(f, "{} of {} visited pairs lie inside the disc ({percent:.0}%)", self.inside, self.visited)
-    }
-}
-
 impl TileOrder {
-    pub(crate) fn new(grids: &[TokenGrid]) -> Self {
+    /// The order of `grids`, one after the other, by cells of the shape `cell`, which holds [`CELL`] tokens.
+    pub(crate) fn new(grids: &[TokenGrid], cell: TileShape) -> Self {
         let tokens = grids.iter().map(|grid| grid.tokens()).sum();
         let mut order = Self {
             raster_of: Vec::with_capacity(tokens),
@@ -109,7 +96,7 @@ impl TileOrder {
             lists: Default::default(),
         };
         for grid in grids {
-            order.add_grid(*grid);
+            order.add_grid(*grid, cell);
         }
         for (tiled, raster) in order.raster_of.iter().enumerate() {
             order.tile_of[*raster as usize] = tiled as u32;
@@ -119,9 +106,14 @@ impl TileOrder {
 
     /// What the queries of each tile have to visit, in order: runs of whole cells and runs of edge cells. Computed once.
     pub(crate) fn visits(&self, radius: Radius) -> Arc<Visits> {
-        let mut known = self.visits.lock().unwrap_or_else(PoisonError::into_inner);
-        let compute = || Arc::new(self.tiles.par_iter().map(|tile| self.ranges(tile, radius)).collect());
-        known.entry(radius.limit()).or_insert_with(compute).clone()
+        let known = || self.visits.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(visits) = known().get(&radius.limit()) {
+            return visits.clone();
+        }
+        // Away from the lock: a thread that waits for its part of the work may take up other work, which may ask for
+        // visits too. Two may compute the same; whoever is first is kept.
+        let visits: Visits = self.tiles.par_iter().map(|tile| self.ranges(tile, radius)).collect();
+        known().entry(radius.limit()).or_insert_with(|| Arc::new(visits)).clone()
     }
 
     fn ranges(&self, tile: &Tile, radius: Radius) -> Vec<KeyRange> {
@@ -182,8 +174,8 @@ impl TileOrder {
         runs
     }
 
-    fn add_grid(&mut self, grid: TokenGrid) {
-        let (cell_height, cell_width) = cell_extents(grid);
+    fn add_grid(&mut self, grid: TokenGrid, cell: TileShape) {
+        let (cell_height, cell_width) = cell_extents(grid, cell);
         let (rows, columns) = (grid.height.div_ceil(cell_height), grid.width.div_ceil(cell_width));
         let mut map = CellMap { cell_height, cell_width, columns, index: vec![0; rows * columns] };
         let first = self.raster_of.len();
@@ -234,9 +226,9 @@ impl CellMap {
     }
 }
 
-/// 4 x 4, or as near to 16 tokens as a thin grid allows.
-fn cell_extents(grid: TokenGrid) -> (usize, usize) {
-    let width = grid.width.min(CELL / grid.height.min(4));
+/// Those of `cell`, or as near to as many tokens as a thin grid allows.
+fn cell_extents(grid: TokenGrid, cell: TileShape) -> (usize, usize) {
+    let width = grid.width.min(CELL / grid.height.min(cell.height));
     (grid.height.min(CELL / width), width)
 }
 

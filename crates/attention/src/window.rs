@@ -12,9 +12,10 @@ impl Radius {
     /// A radius in tokens; it need not be whole.
     ///
     /// # Errors
-    /// One that is not finite or not above 0.
+    /// One that is not finite or not above 0, or so small that its square is rounded to 0: a token sees itself.
     pub fn new(tokens: f64) -> Result<Self, AttentionError> {
-        if tokens.is_finite() && tokens > 0.0 { Ok(Self(tokens)) } else { Err(AttentionError::BadRadius(tokens)) }
+        let sees_itself = tokens > 0.0 && tokens * tokens > 0.0;
+        if tokens.is_finite() && sees_itself { Ok(Self(tokens)) } else { Err(AttentionError::BadRadius(tokens)) }
     }
 
     /// The radius in tokens.

@@ -1,29 +1,56 @@
 //! Problems of attention: random inputs, the fused kernel and the plain reference on them, and how far apart they are.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use clearform_attention::{Attended, AttentionPlan, Geometry, Qkv, Radius, TokenGrid, Window, reference};
+use clearform_attention::{
+    Attended, Attention, AttentionPlan, Geometry, Policy, Qkv, TileShape, TokenGrid, Window, Windowed, reference,
+};
+use clearform_ops::simd::Instructions;
 
 /// One problem: what is attended to, and under which plan.
 #[derive(Debug, Clone)]
 pub struct Case {
     pub grids: Vec<(usize, usize)>,
     pub text: usize,
+    /// Whether there is a text stream where there is no text.
+    pub empty_stream: bool,
     pub batch: usize,
     pub heads: usize,
     pub head_dim: usize,
     pub plan: String,
-    /// Text tokens that count in batch entry `i`: this less 3 i. Above the text, no mask is given.
-    pub counting: usize,
+    pub mask: Mask,
+    /// Cells by which tokens are ordered.
+    pub cell: (usize, usize),
+    pub instructions: Instructions,
 }
 
-pub const ALL: usize = usize::MAX;
+/// Which text tokens count.
+#[derive(Debug, Clone, Copy)]
+pub enum Mask {
+    /// No mask is given.
+    None,
+    /// In batch entry `i` the first of them, this less 3 i.
+    First(usize),
+    /// Any, by a seed; about a quarter is hidden.
+    Some(usize),
+}
 
 pub fn case(grids: &[(usize, usize)], text: usize, plan: &str) -> Case {
-    let (grids, plan) = (grids.to_vec(), plan.to_owned());
-    Case { grids, text, batch: 1, heads: 2, head_dim: 8, plan, counting: ALL }
+    Case {
+        grids: grids.to_vec(),
+        text,
+        empty_stream: false,
+        batch: 1,
+        heads: 2,
+        head_dim: 8,
+        plan: plan.to_owned(),
+        mask: Mask::None,
+        cell: (4, 4),
+        instructions: Instructions::detect(),
+    }
 }
 
 /// The tensors of a problem in the order text q k v, image q k v, weight of the pooled cells.
+#[derive(Clone)]
 pub struct Inputs {
     pub case: Case,
     pub geometry: Geometry,
@@ -39,15 +66,28 @@ pub fn noise(shape: &[usize], seed: usize) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-impl Inputs {
-    pub fn new(case: Case, dtype: DType) -> Self {
-        let grids = case.grids.iter().map(|(height, width)| TokenGrid::new(*height, *width).unwrap()).collect();
-        let mut geometry = Geometry::new(grids);
-        if case.counting != ALL {
-            let counts = |i: usize| u8::from(i % case.text + 3 * (i / case.text) < case.counting);
-            let mask = (0..case.batch * case.text).map(counts).collect();
-            geometry = geometry.with_text_mask(Tensor::from_vec(mask, (case.batch, case.text), &Device::Cpu).unwrap());
+impl Case {
+    pub fn geometry(&self) -> Geometry {
+        let grids = self.grids.iter().map(|(height, width)| TokenGrid::new(*height, *width).unwrap()).collect();
+        let cell = TileShape::new(self.cell.0, self.cell.1).unwrap();
+        let geometry = Geometry::in_cells(grids, cell).unwrap();
+        let counts = |i: usize| match self.mask {
+            Mask::None => true,
+            Mask::First(first) => i % self.text + 3 * (i / self.text) < first,
+            Mask::Some(seed) => (((i + 1) * (2 * seed + 1) * 40_503) >> 8) & 3 != 0,
+        };
+        if matches!(self.mask, Mask::None) || self.text == 0 {
+            return geometry;
         }
+        let mask = (0..self.batch * self.text).map(|i| u8::from(counts(i))).collect();
+        geometry.with_text_mask(Tensor::from_vec(mask, (self.batch, self.text), &Device::Cpu).unwrap())
+    }
+}
+
+impl Inputs {
+    /// Noise, rounded to `dtype`.
+    pub fn new(case: Case, dtype: DType) -> Self {
+        let geometry = case.geometry();
         let shape = |tokens| vec![case.batch, tokens, case.heads, case.head_dim];
         let mut tensors: Vec<Tensor> = (0..3).map(|seed| noise(&shape(case.text), seed)).collect();
         tensors.extend((3..6).map(|seed| noise(&shape(geometry.tokens()), seed)));
@@ -55,56 +95,84 @@ impl Inputs {
             let learned = weight.to_dtype(DType::F64).unwrap() + (noise(weight.dims(), 7) * 0.02).unwrap();
             tensors.push(learned.unwrap());
         }
-        let tensors = tensors.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
-        Self { case, geometry, tensors }
+        Self { case, geometry, tensors }.converted(dtype)
+    }
+
+    /// The very same numbers in f64: what is exact over them owes nothing to how they were rounded.
+    pub fn exact(&self) -> Self {
+        self.clone().converted(DType::F64)
+    }
+
+    pub fn at(&self, instructions: Instructions) -> Self {
+        Self { case: Case { instructions, ..self.case.clone() }, ..self.clone() }
+    }
+
+    fn converted(mut self, dtype: DType) -> Self {
+        self.tensors.iter_mut().for_each(|tensor| *tensor = tensor.to_dtype(dtype).unwrap());
+        self
     }
 
     pub fn has_text(&self) -> bool {
-        self.case.text > 0
+        self.case.text > 0 || self.case.empty_stream
+    }
+
+    fn window(&self, tensors: &[Tensor]) -> Window {
+        let radius = match plan(&self.case).default_policy() {
+            Policy::Clear { radius, .. } => Some(radius),
+            _ => None,
+        };
+        Window { radius, pool: tensors.get(6).cloned() }
+    }
+
+    fn text(&self, tensors: &[Tensor]) -> Option<Qkv> {
+        self.has_text().then(|| qkv(&tensors[..3]))
     }
 }
 
-pub fn plan(case: &Case) -> AttentionPlan {
+fn plan(case: &Case) -> AttentionPlan {
     case.plan.parse().unwrap()
 }
 
-pub fn initial_weight(case: &Case) -> Option<Tensor> {
+fn initial_weight(case: &Case) -> Option<Tensor> {
     plan(case).learned("layer").unwrap().map(|(_, weight)| weight)
 }
 
-pub fn radius(case: &Case) -> Option<Radius> {
-    match plan(case).default_policy() {
-        clearform_attention::Policy::Clear { radius, .. } => Some(radius),
-        _ => None,
-    }
-}
-
-pub fn qkv(tensors: &[Tensor]) -> Qkv {
+fn qkv(tensors: &[Tensor]) -> Qkv {
     Qkv { query: tensors[0].clone(), key: tensors[1].clone(), value: tensors[2].clone() }
 }
 
+/// The kernel by the case's instructions.
 pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let learned = |_: &str| Ok(tensors.get(6).cloned());
-    let attention = plan(&inputs.case).build("layer", &learned)?;
-    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
-    attention.attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry)
+    let attention = Windowed::new(inputs.window(tensors)).with_instructions(inputs.case.instructions);
+    attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
+}
+
+/// What the plan builds.
+pub fn planned(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
+    let attention = plan(&inputs.case).build("layer", &|_: &str| Ok(tensors.get(6).cloned()))?;
+    attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
 }
 
 pub fn plain(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let window = Window { radius: radius(&inputs.case), pool: tensors.get(6).cloned() };
-    let text = inputs.has_text().then(|| qkv(&tensors[..3]));
-    reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &window)
+    let text = inputs.text(tensors);
+    reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &inputs.window(tensors))
 }
 
 pub fn numbers(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-pub fn distance(got: &[f64], want: &[f64]) -> f64 {
+pub fn size(values: &[f64]) -> f64 {
+    values.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+pub fn difference(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
-    let square = |sum: f64, x: f64| sum + x * x;
-    let difference = got.iter().zip(want).map(|(a, b)| a - b).fold(0.0, square);
-    (difference / want.iter().copied().fold(f64::MIN_POSITIVE, square)).sqrt()
+    size(&got.iter().zip(want).map(|(a, b)| a - b).collect::<Vec<_>>())
+}
+
+pub fn distance(got: &[f64], want: &[f64]) -> f64 {
+    difference(got, want) / size(want).max(f64::MIN_POSITIVE)
 }
 
 /// Text and image, one after the other.
@@ -112,6 +180,11 @@ pub fn output(attended: &Attended) -> Vec<f64> {
     let mut values = attended.text.as_ref().map(numbers).unwrap_or_default();
     values.extend(numbers(&attended.image));
     values
+}
+
+/// What `attend` gives for the inputs.
+pub fn result(inputs: &Inputs, attend: Attend) -> Vec<f64> {
+    output(&attend(inputs, &inputs.tensors).unwrap())
 }
 
 /// Σ out · probe over both streams.
@@ -122,13 +195,22 @@ pub fn loss(inputs: &Inputs, tensors: &[Tensor], attend: Attend) -> Tensor {
         (out * probe).unwrap().sum_all().unwrap()
     };
     let image = total(&attended.image, 98);
-    attended.text.as_ref().map_or(image.clone(), |text| (image + total(text, 99)).unwrap())
+    let text = attended.text.filter(|text| text.elem_count() > 0);
+    text.map_or(image.clone(), |text| (image + total(&text, 99)).unwrap())
 }
 
 pub fn gradients(inputs: &Inputs, attend: Attend) -> Vec<Vec<f64>> {
     let vars: Vec<Var> = inputs.tensors.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
     let store = loss(inputs, &tensors, attend).backward().unwrap();
-    let first = if inputs.has_text() { 0 } else { 3 };
+    let first = if inputs.case.text > 0 { 0 } else { 3 };
     vars[first..].iter().map(|var| numbers(store.get(var).unwrap())).collect()
+}
+
+/// Errors of gradients, each relative to the gradient or, where that is less than a twentieth of the largest, to the
+/// largest: where terms cancel, as for a query that sees one key alone, nothing is left that an error could be relative to.
+pub fn gradient_errors(got: &[Vec<f64>], want: &[Vec<f64>]) -> Vec<f64> {
+    let largest = want.iter().map(|want| size(want)).fold(0.0, f64::max);
+    let scale = |want: &[f64]| if size(want) < largest / 20.0 { largest } else { size(want) };
+    got.iter().zip(want).map(|(got, want)| difference(got, want) / scale(want)).collect()
 }

@@ -2,7 +2,7 @@
 
 use crate::{Conditions, DenoiserInput, ModelError, Moment, Result};
 use candle_core::{DType, Tensor};
-use clearform_attention::{Geometry, TokenGrid};
+use clearform_attention::{Geometries, Geometry, TokenGrid};
 use std::collections::BTreeMap;
 
 /// Named tensors that are the arguments of a class's `forward`; each is taken once.
@@ -62,13 +62,13 @@ pub(crate) fn checked_batch(latents: &Tensor, timestep: &Tensor, channels: usize
 }
 
 /// The one grid of latents (batch, channels, height, width) whose tokens are `patch` places high and wide, as rows and
-/// columns, and the geometry of it.
-pub(crate) fn grid(latents: &Tensor, patch: usize) -> Result<((usize, usize), Geometry)> {
+/// columns, and the geometry of it out of those that are known.
+pub(crate) fn grid(latents: &Tensor, patch: usize, known: &Geometries) -> Result<((usize, usize), Geometry)> {
     let (_, _, height, width) = latents.dims4()?;
     let (rows, columns) = (height / patch.max(1), width / patch.max(1));
     let grid = TokenGrid::new(rows, columns);
     let grid = grid.map_err(|error| ModelError::bad_input("hidden_states", error.to_string()))?;
-    Ok(((rows, columns), Geometry::new(vec![grid])))
+    Ok(((rows, columns), known.of(vec![grid])))
 }
 
 /// Class labels, one a sample; `classes` itself stands for none of them.

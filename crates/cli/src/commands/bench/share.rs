@@ -4,7 +4,7 @@ use super::parse_extents;
 use crate::args::ShareBench;
 use crate::output::Output;
 use anyhow::Context as _;
-use clearform_attention::{Execution, Geometry, Policy, Radius, Share, TokenGrid};
+use clearform_attention::{Execution, Geometry, Policy, Radius, Share, TileShape};
 use serde::Serialize;
 use std::fmt;
 
@@ -23,8 +23,8 @@ pub fn run(args: &ShareBench, output: &Output) -> anyhow::Result<()> {
 
 /// What meets what.
 enum Tiles {
-    /// Patches of so many queries and keys.
-    Patches(TokenGrid, TokenGrid),
+    /// So many queries, and so many keys.
+    Of(TileShape, TileShape),
     /// Those of a kernel of ours.
     Kernel(Execution),
 }
@@ -38,13 +38,17 @@ impl Tiles {
         }
         let expected = || format!("--tiles {text:?}: expected HxW/HxW, queries and keys, or cpu or gpu");
         let (queries, keys) = text.split_once('/').with_context(expected)?;
-        Ok(Self::Patches(parse_extents("--tiles", queries)?, parse_extents("--tiles", keys)?))
+        let shape = |text| {
+            let grid = parse_extents("--tiles", text)?;
+            anyhow::Ok(TileShape::new(grid.height, grid.width)?)
+        };
+        Ok(Self::Of(shape(queries)?, shape(keys)?))
     }
 
     /// Of the image alone.
     fn share(&self, geometry: &Geometry, radius: Radius) -> Share {
         match self {
-            Self::Patches(queries, keys) => Share::of_patches(geometry.grids()[0], radius, *queries, *keys),
+            Self::Of(queries, keys) => Share::of_tiles(geometry.grids()[0], radius, *queries, *keys),
             Self::Kernel(execution) => execution.share(geometry, Policy::Clear { radius, pool: None }, 0),
         }
     }
@@ -68,7 +72,7 @@ impl Row {
             tiles: tiles.to_owned(),
             inside_pairs: share.inside,
             visited_pairs: share.visited,
-            share: share.part(),
+            share: share.ratio(),
         }
     }
 }

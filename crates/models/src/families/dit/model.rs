@@ -6,7 +6,7 @@ use crate::layers::{NORM_EPS, Patches, block_at, checked_batch, grid, labels, mo
 use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, Result, State};
 use candle_core::Tensor;
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use std::sync::Arc;
 pub struct DitTransformer {
     config: DitConfig,
     layers: Vec<String>,
+    geometries: Geometries,
     patches: Patches,
     blocks: Vec<DitBlock>,
     modulation_out: Linear,
@@ -31,6 +32,7 @@ impl DitTransformer {
         let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            geometries: Geometries::default(),
             patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
             modulation_out: scope.linear("proj_out_1")?,
@@ -64,7 +66,7 @@ impl Denoiser for DitTransformer {
     fn embed(&self, input: &DenoiserInput) -> Result<State> {
         let (latents, config) = (&input.latents, &self.config);
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
-        let (extents, geometry) = grid(latents, config.patch)?;
+        let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
         let positions = config.positions(extents, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning(input, batch)?;

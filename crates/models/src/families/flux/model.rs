@@ -9,7 +9,7 @@ use crate::layers::{NORM_EPS, attention, expect, modulation, rotary_tables};
 use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, Rotary, State};
 use candle_core::Tensor;
-use clearform_attention::{AttentionPlan, Geometry};
+use clearform_attention::{AttentionPlan, Geometries, Geometry};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -25,6 +25,7 @@ pub struct FluxTransformer {
 pub(super) struct FluxTrunk {
     config: FluxConfig,
     layers: Vec<String>,
+    geometries: Geometries,
     image_embedder: Linear,
     text_embedder: Linear,
     conditioning: ConditioningEmbedder,
@@ -87,6 +88,7 @@ impl FluxTrunk {
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
             layers: layers(&config),
+            geometries: Geometries::default(),
             config,
         })
     }
@@ -123,7 +125,7 @@ impl FluxTrunk {
         let (axes, device) = (&self.config.rope_axes, input.latents.device());
         let image_ids = ids(input, "img_ids", input.latents.dim(1)?)?;
         let text_ids = ids(input, "txt_ids", input.conditions.text.as_ref().map_or(Ok(0), |text| text.dim(1))?)?;
-        let geometry = Geometry::new(grids(&image_ids)?);
+        let geometry = self.geometries.of(grids(&image_ids)?);
         let (cos, sin) = rotary_tables(&image_ids, axes, device)?;
         let tiled = |table: Tensor| geometry.to_tiles(&table.unsqueeze(0)?)?.squeeze(0);
         let rotary = Rotary { image: (tiled(cos)?, tiled(sin)?), text: rotary_tables(&text_ids, axes, device)? };

@@ -9,7 +9,7 @@ use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, Result, Rotary, State};
 use candle_core::Tensor;
 use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module as _};
-use clearform_attention::{AttentionPlan, Geometry};
+use clearform_attention::{AttentionPlan, Geometries, Geometry};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub struct MinrfTransformer {
     config: MinrfConfig,
     layers: Vec<String>,
+    geometries: Geometries,
     stem: Stem,
     embedder: Linear,
     time: Mlp,
@@ -44,6 +45,7 @@ impl MinrfTransformer {
         let block = |index| MinrfBlock::load(source, &format!("layers.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("layers.{index}.attention")).collect(),
+            geometries: Geometries::default(),
             stem: Stem::load(&scope.at("init_conv_seq"))?,
             embedder: scope.linear("x_embedder")?,
             time: Mlp::load(&scope.at("t_embedder.mlp"), ["0", "2"])?,
@@ -97,7 +99,7 @@ impl Denoiser for MinrfTransformer {
     fn embed(&self, input: &DenoiserInput) -> Result<State> {
         let (pictures, config) = (&input.latents, &self.config);
         let batch = checked_batch(pictures, &input.timestep, config.in_channels)?;
-        let (_, geometry) = grid(pictures, config.patch)?;
+        let (_, geometry) = grid(pictures, config.patch, &self.geometries)?;
         let image = self.embedder.forward(&patchify(&self.stem.forward(pictures)?, config.patch)?)?;
         let time = self.time.forward(&sinusoids(&input.timestep, 0.0, pictures.dtype())?)?;
         let classes = self.classes.index_select(&labels(input, batch, config.classes)?, 0)?;

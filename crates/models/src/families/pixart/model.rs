@@ -8,7 +8,7 @@ use crate::layers::{
 use crate::scope::{Linear, Scope};
 use crate::{Conditions, Context, CrossText, Denoiser, DenoiserInput, ModelError, Result, State};
 use candle_core::{DType, Tensor};
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::{gelu, modulated_layer_norm};
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use std::sync::Arc;
 pub struct PixartTransformer {
     config: PixartConfig,
     layers: Vec<String>,
+    geometries: Geometries,
     patches: Patches,
     conditioning: ConditioningEmbedder,
     caption: [Linear; 2],
@@ -43,6 +44,7 @@ impl PixartTransformer {
         let caption = scope.at("caption_projection");
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            geometries: Geometries::default(),
             patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
             conditioning: ConditioningEmbedder::load(&scope.at("adaln_single"), config.sized)?,
             caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
@@ -116,7 +118,7 @@ impl Denoiser for PixartTransformer {
     fn embed(&self, input: &DenoiserInput) -> Result<State> {
         let (latents, config) = (&input.latents, &self.config);
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
-        let (extents, geometry) = grid(latents, config.patch)?;
+        let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
         let base = config.sample_size / config.patch;
         let positions = sincos_positions(extents, config.width(), base, config.interpolation, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;

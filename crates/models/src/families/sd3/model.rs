@@ -6,7 +6,7 @@ use crate::layers::{Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, gri
 use crate::scope::{Linear, Scope};
 use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, State};
 use candle_core::Tensor;
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use std::sync::Arc;
 pub struct Sd3Transformer {
     config: Sd3Config,
     layers: Vec<String>,
+    geometries: Geometries,
     patches: Patches,
     positions: Tensor,
     time: Mlp,
@@ -37,6 +38,7 @@ impl Sd3Transformer {
         let block = |index| JointBlock::load(source, &format!("transformer_blocks.{index}"), config.heads, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn")).collect(),
+            geometries: Geometries::default(),
             patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
             positions: scope.shaped("pos_embed.pos_embed", &[1, edge * edge, config.width()])?,
             time: mlp("timestep_embedder")?,
@@ -88,7 +90,7 @@ impl Denoiser for Sd3Transformer {
         let text = input.conditions.text.as_ref();
         let text = text.ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         expect("encoder_hidden_states", text, &[Some(batch), None, Some(self.config.text_channels)])?;
-        let (extents, geometry) = grid(latents, self.config.patch)?;
+        let (extents, geometry) = grid(latents, self.config.patch, &self.geometries)?;
         let image = self.patches.forward(latents, &self.cropped_positions(extents)?)?; // (batch, image tokens, width)
         let conditioning = self.condition(input, batch)?;
         Ok(State {

@@ -1,0 +1,154 @@
+//! [`Execution`]: what attention visits, on each kind of device, and the share of it that counts. It computes nothing
+//! but numbers of pairs.
+
+use crate::tiles::LANES;
+use crate::{Geometry, Policy, Radius, Share, TokenGrid};
+use candle_core::{DType, Tensor};
+use clearform_kernels::clear_attention::{Lists, Rows, Sequence, Text};
+
+/// What computes an attention call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Execution {
+    /// The fused kernel of the CPU.
+    Cpu,
+    /// The kernels of a GPU, whose tiles are 64 x 64.
+    Gpu,
+    /// The plain reference, which computes every pair.
+    Plain,
+}
+
+impl Execution {
+    /// What computes attention of queries such as `query`, (batch, tokens, heads, head_dim).
+    pub fn of(query: &Tensor) -> Self {
+        match (query.device().is_cpu(), query.dtype(), query.dims().last()) {
+            (true, DType::F16 | DType::F32 | DType::F64 | DType::BF16, _) => Self::Cpu,
+            (false, DType::BF16 | DType::F16, Some(1..=128)) => Self::Gpu,
+            _ => Self::Plain,
+        }
+    }
+
+    /// Pairs of one call, for each batch entry and head: those that see each other, and those that are computed. All of
+    /// the `text` tokens count.
+    pub fn share(self, geometry: &Geometry, policy: Policy, text: usize) -> Share {
+        let (radius, pool) = match policy {
+            Policy::Full => (None, None),
+            Policy::Clear { radius, pool } => (Some(radius), pool),
+        };
+        let image = geometry.tokens();
+        let pooled = pool.map_or(0, |factor| cells(geometry, factor));
+        let near = radius.map_or(square(image), |radius| inside(geometry.grids(), radius));
+        let others = text * (text + image) + image * (text + pooled);
+        let visited = match self {
+            Self::Cpu => visited_on_cpu(geometry, radius, text, pooled),
+            Self::Gpu => visited_on_gpu(geometry, radius, text, pooled),
+            Self::Plain => ((text + image) * (text + image + pooled)) as u64,
+        };
+        Share { inside: near + others as u64, visited }
+    }
+}
+
+/// Tiles of queries fill their lanes, whether all hold a query or not.
+fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
+    let image = geometry.order().tiles.len() * LANES;
+    let near = match radius {
+        Some(radius) => geometry.share_inside(radius).visited,
+        None => (image * geometry.tokens()) as u64,
+    };
+    let others = text.next_multiple_of(LANES) * (text + geometry.tokens()) + image * (text + pooled);
+    near + others as u64
+}
+
+fn visited_on_gpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
+    let order = geometry.order();
+    let places: Vec<(i32, i32)> = order.rows.iter().copied().zip(order.columns.iter().copied()).collect();
+    let limit = radius.map(Radius::limit);
+    Lists::new(&Sequence { text: Text::Whole(text), places: &places, pooled, limit }, Rows::Queries).visited()
+}
+
+/// Pairs of image tokens within `radius`; those of different grids count by their rows and columns, as everywhere.
+fn inside(grids: &[TokenGrid], radius: Radius) -> u64 {
+    let limit = i64::from(radius.limit());
+    let pairs = |queries: &TokenGrid, keys: &TokenGrid| -> u64 {
+        let columns = distances(queries.width, keys.width);
+        let near = |dy: i64| columns.iter().filter(move |(dx, _)| dy * dy + dx * dx < limit).map(|(_, count)| count);
+        distances(queries.height, keys.height).iter().map(|(dy, count)| count * near(*dy).sum::<u64>()).sum()
+    };
+    grids.iter().map(|queries| grids.iter().map(|keys| pairs(queries, keys)).sum::<u64>()).sum()
+}
+
+/// How many pairs of one of the first `a` numbers and one of the first `b` lie how far apart.
+fn distances(a: usize, b: usize) -> Vec<(i64, u64)> {
+    let (a, b) = (a as i64, b as i64);
+    (1 - a..b).map(|distance| (distance, (a.min(b - distance) - 0.max(-distance)) as u64)).collect()
+}
+
+/// Cells of pooled context.
+fn cells(geometry: &Geometry, factor: usize) -> usize {
+    geometry.grids().iter().map(|grid| grid.height.div_ceil(factor) * grid.width.div_ceil(factor)).sum()
+}
+
+fn square(tokens: usize) -> u64 {
+    (tokens * tokens) as u64
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::TileShape;
+    use candle_core::Device;
+
+    fn grid(height: usize, width: usize) -> TokenGrid {
+        TokenGrid::new(height, width).unwrap()
+    }
+
+    fn radius(tokens: f64) -> Radius {
+        Radius::new(tokens).unwrap()
+    }
+
+    #[test]
+    fn pairs_are_counted_as_the_kernel_of_the_cpu_finds_them() {
+        for grids in [vec![grid(9, 14)], vec![grid(1, 70)], vec![grid(5, 40), grid(8, 3)]] {
+            let geometry = Geometry::new(grids.clone());
+            for tokens in [0.5, 1.0, 3.0, 4.5, 60.0, 1e9] {
+                let policy = Policy::Clear { radius: radius(tokens), pool: None };
+                let share = Execution::Cpu.share(&geometry, policy, 0);
+                assert_eq!(share, geometry.share_inside(radius(tokens)), "{grids:?}, r = {tokens}");
+            }
+        }
+    }
+
+    #[test]
+    fn whole_calls_count_text_and_pooled_context() {
+        let geometry = Geometry::new(vec![grid(16, 16)]);
+        let window = |pool| Policy::Clear { radius: radius(1.0), pool };
+        let inside = |policy, text| Execution::Cpu.share(&geometry, policy, text).inside;
+        assert_eq!(inside(window(None), 0), 256);
+        assert_eq!(inside(window(Some(4)), 0), 256 + 256 * 16);
+        assert_eq!(inside(window(None), 3), 256 + 3 * 259 + 256 * 3);
+        assert_eq!(inside(Policy::Full, 3), 259 * 259);
+        let visited = |execution: Execution, policy, text| execution.share(&geometry, policy, text).visited;
+        assert_eq!(visited(Execution::Cpu, Policy::Full, 3), (32 + 256) * 259);
+        assert_eq!(visited(Execution::Gpu, Policy::Full, 3), (64 + 256) * (64 + 256));
+        assert_eq!(visited(Execution::Gpu, window(Some(4)), 3), 5 * 64 * 64 + 4 * (64 + 64 + 64) * 64);
+        assert_eq!(visited(Execution::Plain, window(Some(4)), 3), 259 * (259 + 16));
+    }
+
+    #[test]
+    fn tiles_of_a_gpu_are_those_of_the_published_table() {
+        let geometry = Geometry::new(vec![grid(64, 64)]);
+        for tokens in [8.0, 16.0] {
+            let policy = Policy::Clear { radius: radius(tokens), pool: None };
+            let tile = TileShape::new(8, 8).unwrap();
+            let patches = Share::of_tiles(grid(64, 64), radius(tokens), tile, tile);
+            assert_eq!(Execution::Gpu.share(&geometry, policy, 0), patches);
+        }
+    }
+
+    #[test]
+    fn the_cpu_runs_its_own_kernel() {
+        let query = |dtype| Tensor::zeros((1, 4, 1, 8), dtype, &Device::Cpu).unwrap();
+        assert_eq!(Execution::of(&query(DType::F32)), Execution::Cpu);
+        assert_eq!(Execution::of(&query(DType::BF16)), Execution::Cpu);
+    }
+}
