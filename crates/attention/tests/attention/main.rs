@@ -47,6 +47,8 @@ fn cases() -> Vec<Case> {
         Case { head_dim: 7, ..case(&[(9, 14)], 7, "clear:r=4.5,d=2") },
         Case { heads: 1, head_dim: 128, ..case(&[(12, 13)], 7, "clear:r=5") },
         Case { heads: 1, head_dim: 256, ..case(&[(6, 6)], 7, "full") },
+        // Tiles enough for a head to be differentiated in parts.
+        Case { heads: 1, head_dim: 4, ..case(&[(30, 31)], 40, "clear:r=3,d=4") },
     ]
 }
 
