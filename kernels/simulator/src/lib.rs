@@ -9,6 +9,7 @@
 mod arithmetic;
 mod blas;
 mod convert;
+mod decode;
 pub mod driver;
 mod instruction;
 mod launch;
