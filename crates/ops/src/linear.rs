@@ -207,8 +207,29 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
     if !x.track_op() {
         return Ok(None);
     }
-    let weight = weight.detach().to_dtype(grad.dtype())?;
-    rows(grad)?.matmul(&weight)?.reshape(x.shape()).map(Some)
+    let (grad, weight) = (rows(grad)?.detach(), weight.detach().to_dtype(grad.dtype())?.contiguous()?);
+    let by_pairs = grad.device().is_cpu() && grad.dtype() == DType::BF16 && Instructions::detect().multiply_pairs();
+    let gradient = if by_pairs { grad.apply_op2_no_bwd(&weight, &InputGradient)? } else { grad.matmul(&weight)? };
+    gradient.reshape(x.shape()).map(Some)
+}
+
+/// grad w in bf16, by pairs.
+struct InputGradient;
+
+impl CustomOp2 for InputGradient {
+    fn name(&self) -> &'static str {
+        "linear gradient of x"
+    }
+
+    fn cpu_fwd(&self, grad: &CpuStorage, lg: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (Some(grad), Some(weight)) = (numbers((grad, lg)), numbers((w, lw))) else {
+            bail!("{} is of contiguous bf16 numbers", self.name());
+        };
+        let (rows, (inputs, outputs)) = (row_count(lg), lw.shape().dims2()?);
+        let extents = Extents { rows, inputs, outputs };
+        let out = gemm::product_by_columns(grad, weight, extents, Instructions::detect());
+        Ok((CpuStorage::BF16(out), (rows, outputs).into()))
+    }
 }
 
 fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -252,6 +252,27 @@ fn a_product_over_nothing_is_the_bias() {
     }
 }
 
+/// So many rows and channels that products are by pairs where the processor has them, which is held to what the plain
+/// operation's gradients are in bf16.
+#[test]
+fn gradients_of_large_products_in_bf16_are_as_good_as_the_plain_ones() {
+    let gradients = |dtype: DType, linear: Operation| {
+        let rounded =
+            |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::BF16).unwrap().to_dtype(dtype).unwrap();
+        let vars = [rounded(&[2, 70, 67], 1), rounded(&[45, 67], 2)].map(|x| Var::from_tensor(&x).unwrap());
+        let store = loss(linear, &[vars[0].as_tensor().clone(), vars[1].as_tensor().clone()]).backward().unwrap();
+        vars.map(|var| store.get(&var).unwrap().clone())
+    };
+    let (ours, plain): (Operation, Operation) =
+        (|a| ops::linear(&a[0], &a[1], None), |a| reference::linear(&a[0], &a[1], None));
+    let exact = gradients(DType::F64, plain);
+    let pairs = gradients(DType::BF16, ours).into_iter().zip(gradients(DType::BF16, plain)).zip(&exact);
+    for ((ours, plain), exact) in pairs {
+        let (ours, plain) = (relative_error(&ours, exact), relative_error(&plain, exact));
+        assert!(ours <= 2.0 * plain + 1e-6, "{ours:e}, the plain operation {plain:e}");
+    }
+}
+
 #[test]
 fn shapes_that_contradict_each_other_are_errors() {
     for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
