@@ -208,6 +208,18 @@ fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
 
 /// What a model keeps in another number format than its activations is converted where it is used.
 #[test]
+fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
+    for rows in [4, 20] {
+        let x = noise(&[rows, 6], 1).to_dtype(DType::BF16).unwrap();
+        let [weight, bias] = [noise(&[3, 6], 2), noise(&[3], 3)].map(|x| x.to_dtype(DType::F32).unwrap());
+        let [weight_in_bf16, bias_in_bf16] = [&weight, &bias].map(|x| x.to_dtype(DType::BF16).unwrap());
+        let got = ops::linear(&x, &weight, Some(&bias)).unwrap();
+        let want = ops::linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
+        assert_eq!(numbers(&got), numbers(&want), "{rows} rows");
+    }
+}
+
+#[test]
 fn what_is_beside_x_may_have_another_number_format() {
     let is_beside = |case: &Case, index: usize| index > 0 && !(case.name == "gated_add" && index == 2);
     for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
