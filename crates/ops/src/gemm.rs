@@ -1,4 +1,4 @@
-//! [`product`]: x wᵀ + b of bf16 numbers, by multiplying pairs where the processor has an instruction for that. The
+//! [`product`]: x wᵀ + b and x w of bf16 numbers, by multiplying pairs where the processor has an instruction for that. The
 //! tensor library's own widens both sides to f32 first. Knows no tensor.
 
 use crate::simd::{Element, Factor, Instructions, Level, Pair, Product, ROW, Real, Strided, Task};
@@ -55,10 +55,35 @@ pub(crate) fn product(sides: Sides<'_>, extents: Extents, instructions: Instruct
     if rows <= FEW { of_few(sides, extents, instructions) } else { of_many(sides, extents, instructions) }
 }
 
+/// x w, summed in f32 and rounded once: the gradient of x, where x is that of the product.
+///
+/// # Shapes
+/// x (rows, inputs), weight (inputs, outputs) -> (rows, outputs).
+pub(crate) fn product_by_columns(
+    x: &[bf16],
+    weight: &[bf16],
+    extents: Extents,
+    instructions: Instructions,
+) -> Vec<bf16> {
+    if extents.rows == 0 || extents.outputs == 0 || extents.inputs == 0 {
+        return vec![bf16::ZERO; extents.rows * extents.outputs];
+    }
+    by_packed((x, &packed_columns(weight, extents)), None, extents, instructions)
+}
+
 fn of_many(Sides { x, weight, bias }: Sides<'_>, extents: Extents, instructions: Instructions) -> Vec<bf16> {
+    by_packed((x, &packed(weight, extents)), bias, extents, instructions)
+}
+
+/// x by a packed weight.
+fn by_packed(
+    (x, weight): (&[bf16], &[Pair]),
+    bias: Option<&[bf16]>,
+    extents: Extents,
+    instructions: Instructions,
+) -> Vec<bf16> {
     let Extents { rows, inputs, outputs } = extents;
     let mut out = vec![bf16::ZERO; rows * outputs];
-    let weight = packed(weight, extents);
     // Fewer where threads would have none otherwise; each sum is the same however rows are shared out.
     let at_a_time = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(PANEL).min(ROWS);
     let parts = out.par_chunks_mut(at_a_time * outputs).zip(x.par_chunks(at_a_time * inputs));
@@ -184,6 +209,21 @@ fn packed(weight: &[bf16], Extents { inputs, outputs, .. }: Extents) -> Vec<Pair
     packed
 }
 
+/// The same of a weight that is given as (inputs, outputs).
+fn packed_columns(weight: &[bf16], Extents { inputs, outputs, .. }: Extents) -> Vec<Pair> {
+    let steps = inputs.div_ceil(2);
+    let mut packed = vec![Pair::default(); outputs.div_ceil(ROW) * steps * ROW];
+    packed.par_chunks_mut(steps * ROW).enumerate().for_each(|(block, packed)| {
+        let lanes = block * ROW..outputs.min((block + 1) * ROW);
+        let row = |input: usize| &weight[input * outputs..][lanes.clone()];
+        for (step, packed) in packed.chunks_exact_mut(ROW).enumerate() {
+            let second = (2 * step + 1 < inputs).then(|| row(2 * step + 1));
+            Pair::across(row(2 * step), second, packed);
+        }
+    });
+    packed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,6 +261,25 @@ mod tests {
                 let name = format!("{rows} {inputs} {outputs}, {instructions:?}");
                 assert!((got.to_f64() - want).abs() <= bound, "{name}: {got} for {want}");
             }
+        }
+    }
+
+    #[test]
+    fn a_weight_by_columns_gives_what_its_transpose_gives() {
+        for ((rows, inputs, outputs), instructions) in
+            CASES.into_iter().flat_map(|case| Instructions::available().map(move |instructions| (case, instructions)))
+        {
+            let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
+            let transposed: Vec<bf16> =
+                (0..inputs).flat_map(|input| weight[input..].iter().step_by(inputs).copied()).collect();
+            let extents = Extents { rows, inputs, outputs };
+            let got = product_by_columns(&x, &transposed, extents, instructions);
+            let want = match rows {
+                0 => Vec::new(),
+                _ if inputs == 0 => vec![bf16::ZERO; rows * outputs],
+                _ => of_many(Sides { x: &x, weight: &weight, bias: None }, extents, instructions),
+            };
+            assert_eq!(got, want, "{rows} {inputs} {outputs}, {instructions:?}");
         }
     }
 

@@ -10,6 +10,8 @@ use candle_core::{
 };
 use candle_core::{bail, op};
 use half::bf16;
+use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// x wᵀ + b. A weight of another number format is converted at use, and its gradient comes in the weight's own. Only
 /// what is tracked gets a gradient: a frozen weight costs none.
@@ -153,18 +155,30 @@ fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
 
 type View<'a> = (&'a CpuStorage, &'a Layout);
 
-/// x wᵀ + b by our own product, where everything is in bf16 and it is the faster one.
+/// x wᵀ + b by our own product, where x is in bf16 and it is the faster one.
 fn of_bf16(x: View, weight: View, bias: Option<View>) -> Option<Vec<bf16>> {
     let (outputs, inputs) = weight.1.shape().dims2().ok()?;
     let (extents, instructions) = (Extents { rows: row_count(x.1), inputs, outputs }, Instructions::detect());
     if !extents.suit(instructions) {
         return None;
     }
+    let x = numbers(x)?;
     let bias = match bias {
-        Some(bias) => Some(numbers(bias)?),
+        Some(bias) => Some(in_bf16(bias)?),
         None => None,
     };
-    Some(gemm::product(Sides { x: numbers(x)?, weight: numbers(weight)?, bias }, extents, instructions))
+    let sides = Sides { x, weight: &in_bf16(weight)?, bias: bias.as_deref() };
+    Some(gemm::product(sides, extents, instructions))
+}
+
+/// The numbers of a weight, rounded where it is a master in f32.
+fn in_bf16<'a>((storage, layout): View<'a>) -> Option<Cow<'a, [bf16]>> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(all), Some((start, end))) => {
+            Some(all[start..end].par_iter().map(|number| bf16::from_f32(*number)).collect())
+        }
+        _ => numbers((storage, layout)).map(Cow::Borrowed),
+    }
 }
 
 /// Rows of x, which counts them even where they are empty.
@@ -212,8 +226,29 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
     if !x.track_op() {
         return Ok(None);
     }
-    let weight = weight.detach().to_dtype(grad.dtype())?;
-    rows(grad)?.matmul(&weight)?.reshape(x.shape()).map(Some)
+    let (grad, weight) = (rows(grad)?.detach(), weight.detach().to_dtype(grad.dtype())?.contiguous()?);
+    let by_pairs = grad.device().is_cpu() && grad.dtype() == DType::BF16 && Instructions::detect().multiply_pairs();
+    let gradient = if by_pairs { grad.apply_op2_no_bwd(&weight, &InputGradient)? } else { grad.matmul(&weight)? };
+    gradient.reshape(x.shape()).map(Some)
+}
+
+/// grad w in bf16, by pairs.
+struct InputGradient;
+
+impl CustomOp2 for InputGradient {
+    fn name(&self) -> &'static str {
+        "linear gradient of x"
+    }
+
+    fn cpu_fwd(&self, grad: &CpuStorage, lg: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (Some(grad), Some(weight)) = (numbers((grad, lg)), numbers((w, lw))) else {
+            bail!("{} is of contiguous bf16 numbers", self.name());
+        };
+        let (rows, (inputs, outputs)) = (row_count(lg), lw.shape().dims2()?);
+        let extents = Extents { rows, inputs, outputs };
+        let out = gemm::product_by_columns(grad, weight, extents, Instructions::detect());
+        Ok((CpuStorage::BF16(out), (rows, outputs).into()))
+    }
 }
 
 fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -208,6 +208,18 @@ fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
 
 /// What a model keeps in another number format than its activations is converted where it is used.
 #[test]
+fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
+    for rows in [4, 20] {
+        let x = noise(&[rows, 6], 1).to_dtype(DType::BF16).unwrap();
+        let [weight, bias] = [noise(&[3, 6], 2), noise(&[3], 3)].map(|x| x.to_dtype(DType::F32).unwrap());
+        let [weight_in_bf16, bias_in_bf16] = [&weight, &bias].map(|x| x.to_dtype(DType::BF16).unwrap());
+        let got = ops::linear(&x, &weight, Some(&bias)).unwrap();
+        let want = ops::linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
+        assert_eq!(numbers(&got), numbers(&want), "{rows} rows");
+    }
+}
+
+#[test]
 fn what_is_beside_x_may_have_another_number_format() {
     let is_beside = |case: &Case, index: usize| index > 0 && !(case.name == "gated_add" && index == 2);
     for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
@@ -249,6 +261,27 @@ fn a_product_over_nothing_is_the_bias() {
         let gradients = ops::linear(&x, &weight, None).unwrap().sum_all().unwrap().backward().unwrap();
         assert_eq!(gradients.get(&x).unwrap().dims(), [3, 0]);
         assert_eq!(gradients.get(&weight).unwrap().dims(), [2, 0]);
+    }
+}
+
+/// So many rows and channels that products are by pairs where the processor has them, which is held to what the plain
+/// operation's gradients are in bf16.
+#[test]
+fn gradients_of_large_products_in_bf16_are_as_good_as_the_plain_ones() {
+    let gradients = |dtype: DType, linear: Operation| {
+        let rounded =
+            |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::BF16).unwrap().to_dtype(dtype).unwrap();
+        let vars = [rounded(&[2, 70, 67], 1), rounded(&[45, 67], 2)].map(|x| Var::from_tensor(&x).unwrap());
+        let store = loss(linear, &[vars[0].as_tensor().clone(), vars[1].as_tensor().clone()]).backward().unwrap();
+        vars.map(|var| store.get(&var).unwrap().clone())
+    };
+    let (ours, plain): (Operation, Operation) =
+        (|a| ops::linear(&a[0], &a[1], None), |a| reference::linear(&a[0], &a[1], None));
+    let exact = gradients(DType::F64, plain);
+    let pairs = gradients(DType::BF16, ours).into_iter().zip(gradients(DType::BF16, plain)).zip(&exact);
+    for ((ours, plain), exact) in pairs {
+        let (ours, plain) = (relative_error(&ours, exact), relative_error(&plain, exact));
+        assert!(ours <= 2.0 * plain + 1e-6, "{ours:e}, the plain operation {plain:e}");
     }
 }
 
