@@ -59,8 +59,7 @@ fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pool
 }
 
 fn visited_on_gpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
-    let order = geometry.order();
-    let places: Vec<(i32, i32)> = order.rows.iter().copied().zip(order.columns.iter().copied()).collect();
+    let places = geometry.order().places();
     let limit = radius.map(Radius::limit);
     Lists::new(&Sequence { text: Text::Whole(text), places: &places, pooled, limit }, Rows::Queries).visited()
 }

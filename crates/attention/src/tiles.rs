@@ -80,6 +80,11 @@ pub(crate) struct TileOrder {
 }
 
 impl TileOrder {
+    /// Row and column of each token.
+    pub fn places(&self) -> Vec<(i32, i32)> {
+        self.rows.iter().copied().zip(self.columns.iter().copied()).collect()
+    }
+
     /// The order of `grids`, one after the other, by cells of the shape `cell`, which holds [`CELL`] tokens.
     pub(crate) fn new(grids: &[TokenGrid], cell: TileShape) -> Self {
         let tokens = grids.iter().map(|grid| grid.tokens()).sum();

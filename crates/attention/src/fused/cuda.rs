@@ -322,7 +322,7 @@ fn listed(geometry: &Geometry, device: &CudaDevice, key: Key) -> Result<Arc<List
     if let Some(listed) = known.get(&key) {
         return Ok(listed.clone());
     }
-    let places: Vec<(i32, i32)> = order.rows.iter().copied().zip(order.columns.iter().copied()).collect();
+    let places = order.places();
     let sequence = kernels::Sequence {
         text: if key.is_padded { Text::Padded(key.text) } else { Text::Whole(key.text) },
         places: &places,
