@@ -3,6 +3,8 @@
 //! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; [`Instructions::run`] runs the
 //! copy that was compiled for them, and [`dispatch`] that for the best this processor has. It knows no tensor.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod factor;
 mod level;
 mod product;

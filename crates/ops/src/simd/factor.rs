@@ -4,7 +4,7 @@
 //! the processor has it.
 
 use super::vector::Array;
-use super::{Element, Instructions, LANES, Level, Real, Task, Vector};
+use super::{Element, Instructions, LANES, Level, Product, Real, Task, Vector};
 use std::marker::PhantomData;
 
 /// What is multiplied: one number, or some that are multiplied one by one and added up.
@@ -36,6 +36,14 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
         b: Self::Vector<L>,
         sum: <Self::Sum as Real>::Vector<L>,
     ) -> <Self::Sum as Real>::Vector<L>;
+
+    /// Computes rows of a product whose extents were checked in another way than by vectors, if there is one at this
+    /// level, and adds to or writes rows of 32 lanes of `out`; gives back the first row that is left.
+    #[inline(always)]
+    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self::Sum], out_step: usize) -> usize {
+        let _ = (product, out, out_step);
+        0
+    }
 
     /// Rows of `width` numbers as factors along the columns: `[row][column]` to `[row / WIDTH][column]`. `space` is used
     /// where numbers are no factors themselves.
@@ -97,6 +105,9 @@ impl<T: Real> Factor for T {
 pub struct Pair(u32);
 
 impl Pair {
+    /// Two zeros.
+    pub const ZERO: Self = Self(0);
+
     #[inline(always)]
     fn new(first: f32, second: f32) -> Self {
         Self(bf16_bits(first) | bf16_bits(second) << 16)
@@ -157,6 +168,13 @@ impl Factor for Pair {
     #[inline(always)]
     fn multiply_add<L: Level>(a: L::Pairs, b: L::Pairs, sum: L::F32) -> L::F32 {
         a.multiply_add(b, sum)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [f32], out_step: usize) -> usize {
+        // SAFETY: the level has tiles.
+        if L::TILES { unsafe { super::amx::panels::<ADD>(product, out, out_step) } } else { 0 }
     }
 
     fn along_columns<'a>(

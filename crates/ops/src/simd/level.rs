@@ -1,5 +1,7 @@
 //! [`Instructions`]: what a piece of arithmetic is compiled for, and [`Task`], the arithmetic. Knows no number.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::vector::Array;
 use super::{PairVector, Vector, factor};
 
@@ -21,11 +23,13 @@ enum Set {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 /// The sets, from the least to the best.
 #[cfg(target_arch = "x86_64")]
-const SETS: &[Set] = &[Set::Portable, Set::Avx2, Set::Avx512, Set::Avx512Bf16];
+const SETS: &[Set] = &[Set::Portable, Set::Avx2, Set::Avx512, Set::Avx512Bf16, Set::Amx];
 #[cfg(not(target_arch = "x86_64"))]
 const SETS: &[Set] = &[Set::Portable];
 
@@ -43,7 +47,7 @@ impl Instructions {
     /// Whether they multiply [`Pair`](super::Pair)s at once, and so faster than numbers in f32.
     pub fn multiply_pairs(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.0 == Set::Avx512Bf16;
+        return matches!(self.0, Set::Avx512Bf16 | Set::Amx);
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -58,9 +62,12 @@ impl Instructions {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16(task) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx if const { T::PAIRS } => unsafe { with_amx(task) },
             // SAFETY: as above; whatever has BF16 was found to have these too.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 | Set::Avx512Bf16 => unsafe { with_avx512(task) },
+            Set::Avx512 | Set::Avx512Bf16 | Set::Amx => unsafe { with_avx512(task) },
         }
     }
 }
@@ -76,6 +83,8 @@ impl Set {
             Self::Avx512 => Self::Avx2.is_here() && is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_here() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_here() && amx::is_here(),
         }
     }
 }
@@ -100,6 +109,8 @@ pub trait Level: Copy + Send + Sync + 'static {
     const FUSED: bool;
     /// Has 32 registers of 512 bits.
     const WIDE: bool;
+    /// Multiplies tiles of pairs.
+    const TILES: bool = false;
     /// 16 f32.
     type F32: Vector<f32>;
     /// 16 pairs.
@@ -154,6 +165,26 @@ impl Level for Avx512Bf16 {
     const WIDE: bool = true;
     type F32 = super::vector::Zmm;
     type Pairs = factor::Bf16Pairs;
+}
+
+/// AVX-512 F with BF16, and AMX with BF16.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Amx;
+
+#[cfg(target_arch = "x86_64")]
+impl Level for Amx {
+    const FUSED: bool = true;
+    const WIDE: bool = true;
+    const TILES: bool = true;
+    type F32 = super::vector::Zmm;
+    type Pairs = factor::Bf16Pairs;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+fn with_amx<T: Task>(task: T) -> T::Output {
+    task.run::<Amx>()
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -89,7 +89,7 @@ impl<F: Factor, const ADD: bool> Task for Sum<'_, F, ADD> {
         if product.rows == 0 || ADD && count == Some(0) {
             return;
         }
-        let mut row = 0;
+        let mut row = F::tiles::<L, ADD>(&product, out, out_step);
         if L::WIDE {
             row = product.panels::<L, ADD, 12>(row, out, out_step);
             row = product.panels::<L, ADD, 4>(row, out, out_step);
@@ -224,6 +224,45 @@ mod tests {
                 };
                 let want: f32 = kept.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
                 assert_eq!(paired[row * ROW + lane], 1.0 + want, "pairs, {instructions:?}, {rows} rows");
+            }
+        }
+    }
+
+    /// Deep products of pairs, the left side by rows and by columns, over runs that begin and end anywhere.
+    #[test]
+    fn deep_products_give_the_sums_written_out() {
+        const DEPTH: usize = 70;
+        let runs = [0..DEPTH, 1..1, 3..21, 5..9, 30..62];
+        for (rows, instructions) in
+            [5, 16, 37, 64].into_iter().flat_map(|r| Instructions::available().map(move |i| (r, i)))
+        {
+            let inner: Vec<usize> = runs.iter().flat_map(Clone::clone).collect();
+            let wide = numbers(rows * 2 * DEPTH, 5);
+            let mut by_rows = vec![Pair::default(); rows * DEPTH];
+            <Pair as Factor>::along(&wide, &mut by_rows);
+            let mut by_columns = by_rows.clone();
+            for (row, inner) in (0..rows).flat_map(|row| (0..DEPTH).map(move |inner| (row, inner))) {
+                by_columns[inner * rows + row] = by_rows[row * DEPTH + inner];
+            }
+            let deep = numbers(inner.len() * 2 * ROW, 6);
+            let b = pairs(&deep, ROW);
+            let sides = [
+                Strided { values: &by_rows[..], row_step: DEPTH, inner_step: 1 },
+                Strided { values: &by_columns[..], row_step: 1, inner_step: rows },
+            ];
+            for a in sides {
+                let (mut sums, mut alone) = (vec![1.0; rows * ROW], vec![f32::NAN; rows * ROW]);
+                let product = || Product { rows, inner: &runs, a, b: &b, b_step: ROW };
+                product().add_to(&mut sums, ROW, instructions);
+                product().write_to(&mut alone, ROW, instructions);
+                for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
+                    let one = |i: usize, k: usize, half: usize| {
+                        wide[(row * DEPTH + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
+                    };
+                    let want: f32 = inner.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
+                    let found = (sums[row * ROW + lane], alone[row * ROW + lane]);
+                    assert_eq!(found, (1.0 + want, want), "{instructions:?}, {rows} rows, {a:?}");
+                }
             }
         }
     }
