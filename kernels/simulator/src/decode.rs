@@ -3,7 +3,7 @@
 use crate::arithmetic::{atomic, compare, one, three, two};
 use crate::convert::Convert;
 use crate::instruction::{Lanes, Operand, Operation, Space};
-use crate::memory::{LOCAL, SHARED};
+use crate::memory::{LOCAL, PARAMETER, SHARED};
 use crate::program::Decoder;
 use half::{bf16, f16};
 
@@ -13,12 +13,12 @@ pub(crate) struct Written<'a> {
     /// `ld`
     head: &'a str,
     /// `global`, `nc`, `v4`, `u32`
-    modifiers: Vec<&'a str>,
-    operands: &'a [String],
+    pub modifiers: Vec<&'a str>,
+    pub operands: &'a [String],
 }
 
 /// Operation, results and operands; or that it is not simulated.
-type Decoded = Result<(Operation, Vec<u32>, Vec<Operand>), String>;
+pub(crate) type Decoded = Result<(Operation, Vec<u32>, Vec<Operand>), String>;
 
 impl<'a> Written<'a> {
     /// Of a name and what stands behind it.
@@ -27,7 +27,7 @@ impl<'a> Written<'a> {
         Self { name, head: words.next().unwrap_or_default(), modifiers: words.collect(), operands }
     }
 
-    fn has(&self, word: &str) -> bool {
+    pub fn has(&self, word: &str) -> bool {
         self.modifiers.contains(&word)
     }
 
@@ -36,15 +36,15 @@ impl<'a> Written<'a> {
         self.modifiers.last().copied().unwrap_or_default()
     }
 
-    fn operand(&self, at: usize) -> Result<&'a str, String> {
+    pub fn operand(&self, at: usize) -> Result<&'a str, String> {
         self.operands.get(at).map(String::as_str).ok_or_else(|| self.unknown())
     }
 
-    fn unknown(&self) -> String {
+    pub fn unknown(&self) -> String {
         format!("{} is not simulated", self.name)
     }
 
-    fn known<T>(&self, found: Option<T>) -> Result<T, String> {
+    pub fn known<T>(&self, found: Option<T>) -> Result<T, String> {
         found.ok_or_else(|| self.unknown())
     }
 }
@@ -61,11 +61,17 @@ impl Decoder {
             "ret" | "exit" => alone(Operation::Exit),
             "trap" => alone(Operation::Trap("trap")),
             "call" => alone(Operation::Trap("calls a function")),
-            "bar" | "barrier" => alone(Operation::Barrier),
-            "membar" | "fence" => alone(Operation::Nothing),
+            "bar" | "barrier" => self.of_threads(written),
+            "mbarrier" => self.in_memory(written),
+            "elect" => self.election(written),
+            "setmaxnreg" => self.limit(written),
+            "wgmma" => self.of_warpgroup(written),
+            "membar" | "fence" | "prefetch" => alone(Operation::Nothing),
             // Arguments of calls, which are not made.
             "st" if written.has("param") => alone(Operation::Nothing),
+            "st" | "red" if written.has("async") => Err(written.unknown()),
             "ld" | "st" | "atom" | "red" => self.on_memory(written),
+            "cp" if written.has("bulk") => self.box_copy(written),
             "cp" if written.has("commit_group") => alone(Operation::Commit),
             "cp" if written.has("wait_all") => alone(Operation::Wait(0)),
             "cp" if written.has("wait_group") => {
@@ -85,12 +91,12 @@ impl Decoder {
         Ok((operation, to, self.all(written, 1..written.operands.len())?))
     }
 
-    fn all(&mut self, written: &Written, range: std::ops::Range<usize>) -> Result<Vec<Operand>, String> {
+    pub(crate) fn all(&mut self, written: &Written, range: std::ops::Range<usize>) -> Result<Vec<Operand>, String> {
         range.map(|at| self.operand(written.operand(at)?)).collect()
     }
 
     /// `%p1|%p2`
-    fn alternatives(&mut self, text: &str) -> Result<Vec<u32>, String> {
+    pub(crate) fn alternatives(&mut self, text: &str) -> Result<Vec<u32>, String> {
         text.split('|').map(|one| self.register(one)).collect()
     }
 
@@ -132,7 +138,7 @@ impl Decoder {
         let joins = |count: usize| Ok::<u32, String>(bytes(format)? * 8 / count.max(1) as u32);
         match written.head {
             "cvta" => {
-                let spaces = [("shared", SHARED), ("local", LOCAL)];
+                let spaces = [("shared", SHARED), ("local", LOCAL), ("param", PARAMETER)];
                 let base = spaces.iter().find(|(space, _)| written.has(space)).map_or(0, |one| one.1);
                 let base = if written.has("to") { base.wrapping_neg() } else { base };
                 let from = vec![self.operand(from)?, Operand::Constant(base)];
@@ -184,11 +190,8 @@ impl Decoder {
                 Ok((Operation::LoadMatrices(to.len(), written.has("trans")), to, from.to_vec()))
             }
             _ => {
-                let number: fn(u16) -> f32 = match format_of_product(&written.modifiers) {
-                    Some("bf16") => |bits| bf16::from_bits(bits).to_f32(),
-                    Some("f16") => |bits| f16::from_bits(bits).to_f32(),
-                    _ => return Err(written.unknown()),
-                };
+                let number = format_of_product(&written.modifiers).and_then(number_of_bits);
+                let number = written.known(number)?;
                 let mut from = Vec::new();
                 for at in 1..4 {
                     from.extend(self.operands_of(written.operand(at)?)?);
@@ -213,7 +216,8 @@ impl Decoder {
     }
 }
 
-fn space(modifiers: &[&str]) -> Space {
+/// Where addresses lie.
+pub(crate) fn space(modifiers: &[&str]) -> Space {
     let find = |name: &str| modifiers.iter().any(|word| word.split("::").next() == Some(name));
     match () {
         () if find("param") => Space::Parameter,
@@ -228,6 +232,15 @@ fn bytes(format: &str) -> Result<u32, String> {
         Ok(bits) if bits % 8 == 0 => Ok(bits / 8),
         _ => Err(format!("{format} has no size in bytes")),
     }
+}
+
+/// What 16 bits of a format are.
+pub(crate) fn number_of_bits(format: &str) -> Option<fn(u16) -> f32> {
+    Some(match format {
+        "bf16" => |bits| bf16::from_bits(bits).to_f32(),
+        "f16" => |bits| f16::from_bits(bits).to_f32(),
+        _ => return None,
+    })
 }
 
 /// The format of the factors of `mma.…f32.bf16.bf16.f32`.

@@ -1,7 +1,8 @@
 //! The driver's own interface, so far as it is used: one device, whose work is done when a call returns.
 
+use crate::device::device;
 use crate::instruction::WARP;
-use crate::launch::{SHARED_BYTES, launch};
+use crate::launch::launch;
 use crate::program::Program;
 use crate::report::count;
 use crate::text::Module;
@@ -13,8 +14,9 @@ use std::ptr::{copy, null_mut};
 use std::time::Instant;
 
 pub(crate) const OK: c_int = 0;
-const INVALID_VALUE: c_int = 1;
+pub(crate) const INVALID_VALUE: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
+const NO_BINARY_FOR_GPU: c_int = 209;
 const NOT_FOUND: c_int = 500;
 const ILLEGAL_ADDRESS: c_int = 700;
 const LAUNCH_FAILED: c_int = 719;
@@ -81,7 +83,7 @@ interface! {
         unsafe { give(count, 1) }
     }
     fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: c_int) {
-        let text = c"simulated sm_80";
+        let text = device().name;
         if (length as usize) < text.count_bytes() + 1 {
             return INVALID_VALUE;
         }
@@ -98,9 +100,9 @@ interface! {
             8 => 48 << 10,     // shared memory of a block
             10 => WARP as c_int,
             16 => 108,         // multiprocessors
-            75 => 8,           // compute capability
-            76 => 0,
-            97 => SHARED_BYTES as c_int,
+            75 => (device().capability / 10) as c_int,
+            76 => (device().capability % 10) as c_int,
+            97 => device().shared_bytes as c_int,
             115 => 1,          // memory in the order of streams
             _ => 0,
         };
@@ -127,6 +129,7 @@ interface! {
             OK => c"no error",
             INVALID_VALUE => c"an argument is not valid",
             OUT_OF_MEMORY => c"out of memory",
+            NO_BINARY_FOR_GPU => c"code for another device",
             NOT_FOUND => c"no such name",
             ILLEGAL_ADDRESS => c"an address that is not allocated",
             LAUNCH_FAILED => c"a kernel failed; the simulator's report says where",
@@ -250,6 +253,10 @@ interface! {
         // SAFETY: the caller gives text that ends with a zero.
         let text = unsafe { CStr::from_ptr(image) }.to_string_lossy();
         match Module::new(&text) {
+            Ok(parsed) if !device().runs(&parsed.target) => {
+                report::problem(&format!("a module for {} on a {:?}", parsed.target, device().name));
+                NO_BINARY_FOR_GPU
+            }
             Ok(parsed) => {
                 let mut globals = HashMap::new();
                 for variable in parsed.variables.iter().filter(|one| one.space != "shared") {
@@ -296,7 +303,7 @@ interface! {
     }
     fn cuFuncSetAttribute(_function: *const Program, attribute: c_int, value: c_int) {
         // Most dynamic shared memory.
-        if attribute == 8 && value as usize > SHARED_BYTES { INVALID_VALUE } else { OK }
+        if attribute == 8 && value as usize > device().shared_bytes { INVALID_VALUE } else { OK }
     }
     fn cuLaunchKernel(
         function: *const Program, x: u32, y: u32, z: u32, threads_x: u32, threads_y: u32, threads_z: u32,
@@ -306,7 +313,8 @@ interface! {
         let program = unsafe { &*function };
         let (blocks, threads) = ([x, y, z], [threads_x, threads_y, threads_z]);
         let too_many = threads.iter().product::<u32>() > 1024 || y > 65535 || z > 65535;
-        if blocks.contains(&0) || threads.contains(&0) || too_many || shared_bytes as usize > SHARED_BYTES {
+        let shared = program.shared_bytes + shared_bytes as usize;
+        if blocks.contains(&0) || threads.contains(&0) || too_many || shared > device().shared_bytes {
             report::problem(&format!("{}: a grid of {blocks:?} of {threads:?} with {shared_bytes} bytes", program.name));
             return INVALID_VALUE;
         }

@@ -1,5 +1,7 @@
 //! What an instruction is once its text is understood.
 
+use crate::products::Product;
+
 /// One value for each lane of a warp, in the low bits.
 pub type Lanes = [u64; WARP];
 /// How many threads work in step.
@@ -91,8 +93,30 @@ pub enum Operation {
     Branch(usize),
     /// Lanes that reach it end.
     Exit,
-    /// Waits for the block.
-    Barrier,
+    /// At a barrier of threads, by its number and for how many threads; waits there, or only arrives.
+    Barrier(bool),
+    /// Lanes named by the operand meet.
+    Meet,
+    /// The lowest lane of those named by the operand: its number, and for whom it holds.
+    Elect,
+    /// A word of shared memory becomes a barrier for so many arrivals.
+    MakeBarrier(Space),
+    /// It is none any more.
+    DropBarrier(Space),
+    /// So many arrivals at it, and so many bytes more that are to come.
+    Arrive(Space),
+    /// Whether its phase of this parity is over.
+    TestBarrier(Space),
+    /// A box of a tensor to shared memory, as late as may be: to where, by which map, with which barrier, from where.
+    CopyBox,
+    /// Registers written so far may be used by products.
+    FenceProducts,
+    /// A product of a warpgroup begins.
+    BeginProduct(Product),
+    /// Products begun so far are a group.
+    CommitProducts,
+    /// Until so few groups are under way.
+    AwaitProducts(usize),
     /// Another lane's value: from which one, of a lane, the operand and the clamp.
     Shuffle(fn(u32, u32, u32) -> u32),
     /// So many bytes to shared memory, as late as may be; fewer are taken where a fifth operand says so, zeros then.

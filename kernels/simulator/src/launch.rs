@@ -1,14 +1,12 @@
 //! [`launch`]: all blocks of a grid, as many at a time as there are cores.
 
+use crate::barriers::Barriers;
 use crate::instruction::WARP;
 use crate::memory::allocations;
 use crate::program::Program;
 use crate::warp::{Block, Stop, Warp};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Most shared memory of a block, of a device of compute capability 8.0.
-pub const SHARED_BYTES: usize = 163 << 10;
 
 /// Runs a grid to its end.
 ///
@@ -28,9 +26,9 @@ pub fn launch(
         let warps = threads.iter().product::<u32>().div_ceil(WARP as u32) as usize;
         let mut warps: Vec<Warp> = (0..warps).map(|number| Warp::new(program, number)).collect();
         let shared = vec![0; program.shared_bytes.next_multiple_of(16) + shared_bytes];
-        let (index, atomics) = ([0; 3], &atomics);
+        let (index, atomics, barriers) = ([0; 3], &atomics, Barriers::default());
         let mut block =
-            Block { program, parameters, allocations: &allocations, atomics, shared, threads, blocks, index };
+            Block { program, parameters, allocations: &allocations, atomics, shared, barriers, threads, blocks, index };
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             if at >= count {
@@ -56,18 +54,36 @@ pub fn launch(
     problem.into_inner().ok().flatten().map_or(Ok(()), Err)
 }
 
-/// Warps run from barrier to barrier; every other block has its last warp first, for orders that must not matter.
+/// Warps run until they wait; every other block has its last warp first, for orders that must not matter.
 fn run(block: &mut Block, warps: &mut [Warp]) -> Result<(), String> {
     block.shared.fill(0xff); // no numbers, in every format
+    block.barriers = Barriers::new(warps.len());
     warps.iter_mut().for_each(|warp| warp.begin(block));
     loop {
-        let mut waiting = false;
+        let (mut waiting, before) = (false, block.barriers.changes);
         for at in 0..warps.len() {
             let at = if block.index[0].is_multiple_of(2) { at } else { warps.len() - 1 - at };
-            waiting |= !warps[at].ended() && warps[at].run(block)? == Stop::Barrier;
+            waiting |= !warps[at].ended() && warps[at].run(block)? == Stop::Wait;
         }
         if !waiting {
-            return Ok(());
+            return end(block, warps);
+        }
+        if block.barriers.changes == before {
+            let waiting = warps.iter().filter(|warp| !warp.ended()).map(|warp| warp.place_of(block));
+            let waiting = waiting.collect::<Vec<_>>().join("; ");
+            return Err(format!("all warps wait for each other: {waiting}{}", block.barriers));
         }
     }
+}
+
+/// Whether nothing is left under way, and the four warps of each warpgroup multiplied together.
+fn end(block: &Block, warps: &[Warp]) -> Result<(), String> {
+    for group in warps.chunks(4) {
+        let products = group.iter().map(|warp| warp.products.begun);
+        let (least, most) = (products.clone().min(), products.max());
+        if least != most || group.len() < 4 && most != Some(0) {
+            return Err(format!("warps of a warpgroup began {least:?} and {most:?} products of {}", group.len()));
+        }
+    }
+    block.barriers.end()
 }

@@ -45,14 +45,10 @@ impl Warp {
         let operands: Vec<Lanes> = instruction.from.iter().map(|one| self.read(block, *one)).collect();
         let [a, b, sums] = [&operands[..4], &operands[4..6], &operands[6..]];
         let part = |word: u64, which: usize| number((word >> (16 * which)) as u16);
-        let (mut left, mut right) = ([[0f32; 16]; 16], [[0f32; 8]; 16]);
+        let left = left_factor(a).map(|row| row.map(number));
+        let mut right = [[0f32; 8]; 16];
         for lane in 0..WARP {
             let (group, own) = (lane / 4, lane % 4 * 2);
-            for (at, word) in a.iter().enumerate() {
-                for which in 0..2 {
-                    left[group + at % 2 * 8][own + at / 2 * 8 + which] = part(word[lane], which);
-                }
-            }
             for (at, word) in b.iter().enumerate() {
                 for which in 0..2 {
                     right[own + at * 8 + which][group] = part(word[lane], which);
@@ -69,7 +65,8 @@ impl Warp {
         }
         for (at, sum) in sums.iter().enumerate() {
             let value = from_fn(|lane| {
-                let product = products[lane / 4 + at / 2 * 8][lane % 4 * 2 + at % 2];
+                let (row, column) = place_of_sum(lane, at);
+                let product = products[row][column];
                 u64::from((f32::from_bits(sum[lane] as u32) + product).to_bits())
             });
             self.write(instruction.to[at], active, value);
@@ -78,6 +75,23 @@ impl Warp {
     }
 }
 
-fn require_all(active: u32) -> Result<(), String> {
+/// The left factor of a product, 16 rows of 16, from four registers of a warp.
+pub(crate) fn left_factor(words: &[Lanes]) -> [[u16; 16]; 16] {
+    let mut left = [[0; 16]; 16];
+    for (at, word) in words.iter().enumerate() {
+        for (lane, word) in word.iter().enumerate() {
+            let row = &mut left[lane / 4 + at % 2 * 8][lane % 4 * 2 + at / 2 * 8..];
+            (row[0], row[1]) = (*word as u16, (*word >> 16) as u16);
+        }
+    }
+    left
+}
+
+/// Row and column of a lane's sum in the register of this number.
+pub(crate) fn place_of_sum(lane: usize, register: usize) -> (usize, usize) {
+    (lane / 4 + register / 2 % 2 * 8, register / 4 * 8 + lane % 4 * 2 + register % 2)
+}
+
+pub(crate) fn require_all(active: u32) -> Result<(), String> {
     if active == u32::MAX { Ok(()) } else { Err("not all lanes of the warp are here".to_owned()) }
 }

@@ -1,5 +1,6 @@
 //! Memory of the device: what was allocated, and nothing beside it.
 
+use crate::instruction::Space;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -8,6 +9,8 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 pub const SHARED: u64 = 1 << 56;
 /// And those of a thread's own.
 pub const LOCAL: u64 = 2 << 56;
+/// And those of a launch's arguments.
+pub const PARAMETER: u64 = 3 << 56;
 
 /// What is allocated, by address.
 pub type Allocations = BTreeMap<u64, usize>;
@@ -53,6 +56,23 @@ pub fn find(allocations: &Allocations, address: u64, bytes: u64) -> Option<(u64,
     let (begin, size) = allocations.range(..=address).next_back()?;
     let end = begin + *size as u64;
     (address.checked_add(bytes)? <= end).then_some((*begin, end))
+}
+
+/// The space of an address, and where in it.
+pub fn resolve(space: Space, address: u64) -> (Space, u64) {
+    match space {
+        Space::Generic if address >= PARAMETER => (Space::Parameter, address - PARAMETER),
+        Space::Generic if address >= LOCAL => (Space::Local, address - LOCAL),
+        Space::Generic if address >= SHARED => (Space::Shared, address - SHARED),
+        Space::Shared | Space::Local => (space, address & 0xffff_ffff),
+        _ => (space, address),
+    }
+}
+
+/// Which bytes of a window these are, if it has them all.
+pub fn within(window: usize, offset: u64, bytes: u64) -> Option<std::ops::Range<usize>> {
+    let end = offset.checked_add(bytes)?;
+    (end <= window as u64).then_some(offset as usize..end as usize)
 }
 
 fn writing() -> RwLockWriteGuard<'static, Allocations> {

@@ -32,10 +32,14 @@ enum Name {
 pub(crate) struct Decoder {
     /// From the innermost to be last.
     scopes: Vec<HashMap<String, Name>>,
+    /// Their numbers, and how many there were.
+    path: Vec<usize>,
+    begun: usize,
     program: Program,
-    labels: HashMap<String, usize>,
-    /// Branches by where they stand.
-    branches: Vec<(usize, String)>,
+    /// By scope and name.
+    labels: HashMap<(usize, String), usize>,
+    /// Branches by where they stand, and in which scopes.
+    branches: Vec<(usize, String, Vec<usize>)>,
 }
 
 impl Program {
@@ -58,7 +62,7 @@ impl Program {
             parameters: Vec::new(),
         };
         let outer = globals.iter().map(|(name, address)| (name.clone(), Name::Address(*address))).collect();
-        let mut decoder = Decoder { scopes: vec![outer], program, labels: HashMap::new(), branches: Vec::new() };
+        let mut decoder = Decoder::new(outer, program);
         for variable in variables.iter().filter(|one| one.space == "shared" && one.bytes > 0) {
             decoder.declare(variable);
         }
@@ -94,6 +98,27 @@ impl Program {
 }
 
 impl Decoder {
+    fn new(outer: HashMap<String, Name>, program: Program) -> Self {
+        let (labels, branches) = (HashMap::new(), Vec::new());
+        Self { scopes: vec![outer], path: vec![0], begun: 0, program, labels, branches }
+    }
+
+    fn begin_scope(&mut self) {
+        self.begun += 1;
+        self.path.push(self.begun);
+        self.scopes.push(HashMap::new());
+    }
+
+    fn end_scope(&mut self) {
+        self.path.pop();
+        self.scopes.pop();
+    }
+
+    fn label(&mut self, name: &str) {
+        let scope = self.path.last().copied().unwrap_or_default();
+        self.labels.insert((scope, name.to_owned()), self.program.instructions.len());
+    }
+
     fn name(&mut self, name: &str, meaning: Name) {
         if let Some(scope) = self.scopes.last_mut() {
             scope.insert(name.to_owned(), meaning);
@@ -119,9 +144,9 @@ impl Decoder {
 
     fn statement(&mut self, statement: &Statement) -> Result<(), String> {
         match statement {
-            Statement::Begin => self.scopes.push(HashMap::new()),
-            Statement::End => drop(self.scopes.pop()),
-            Statement::Label(name) => drop(self.labels.insert(name.clone(), self.program.instructions.len())),
+            Statement::Begin => self.begin_scope(),
+            Statement::End => self.end_scope(),
+            Statement::Label(name) => self.label(name),
             Statement::Directive(text) => {
                 let Some(declared) = text.strip_prefix(".reg") else { return Ok(()) };
                 let (_, names) = declared.trim().split_once(char::is_whitespace).ok_or_else(|| text.clone())?;
@@ -149,8 +174,9 @@ impl Decoder {
     }
 
     fn finish(mut self) -> Result<Program, String> {
-        for (at, label) in &self.branches {
-            let target = self.labels.get(label).ok_or_else(|| format!("no label {label}"))?;
+        for (at, label, path) in &self.branches {
+            let found = path.iter().rev().find_map(|scope| self.labels.get(&(*scope, label.clone())));
+            let target = found.ok_or_else(|| format!("no label {label}"))?;
             self.program.instructions[*at].operation = Operation::Branch(*target);
         }
         // Whoever falls out of the body ends.
@@ -161,7 +187,7 @@ impl Decoder {
 
     /// The instruction that comes next goes to a label.
     pub(crate) fn branch(&mut self, label: &str) {
-        self.branches.push((self.program.instructions.len(), label.to_owned()));
+        self.branches.push((self.program.instructions.len(), label.to_owned(), self.path.clone()));
     }
 
     fn find(&self, name: &str) -> Option<Name> {

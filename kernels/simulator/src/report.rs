@@ -1,5 +1,6 @@
 //! What was done and what went wrong, for whoever sets `SIMULATOR_REPORT` to a file; problems are printed too.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::{Mutex, Once};
@@ -7,6 +8,10 @@ use std::sync::{Mutex, Once};
 /// How often, and how much in all.
 static COUNTS: Mutex<BTreeMap<String, (u64, u64)>> = Mutex::new(BTreeMap::new());
 static AT_EXIT: Once = Once::new();
+
+thread_local! {
+    static LAST: RefCell<String> = const { RefCell::new(String::new()) };
+}
 
 unsafe extern "C" {
     fn atexit(function: extern "C" fn()) -> c_int;
@@ -29,6 +34,12 @@ pub fn count(what: &str, amount: usize) {
 #[allow(clippy::print_stderr)]
 pub fn problem(text: &str) {
     eprintln!("simulated device: {text}");
+    LAST.replace(text.to_owned());
+}
+
+/// What this thread was told last.
+pub fn last_problem() -> String {
+    LAST.take()
 }
 
 extern "C" fn write() {

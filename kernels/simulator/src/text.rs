@@ -7,6 +7,8 @@ pub struct Module {
     text: String,
     /// Where the signature and the body of each kernel lie.
     kernels: HashMap<String, (usize, usize)>,
+    /// What it was compiled for, `sm_80`.
+    pub target: String,
     /// Declarations outside of functions, `.shared .align 16 .b8 tile[1024]` for one.
     pub variables: Vec<Variable>,
 }
@@ -63,7 +65,7 @@ impl Module {
     /// Says what is not understood.
     pub fn new(text: &str) -> Result<Self, String> {
         let text = without_comments(text);
-        let (mut kernels, mut variables) = (HashMap::new(), Vec::new());
+        let (mut kernels, mut variables, mut target) = (HashMap::new(), Vec::new(), String::new());
         let mut at = 0;
         while at < text.len() {
             let rest = &text[at..];
@@ -75,6 +77,9 @@ impl Module {
             let line = rest.find('\n').unwrap_or(rest.len());
             let head = &rest[..rest.find(['{', ';']).unwrap_or(rest.len())];
             if [".version", ".target", ".address_size"].iter().any(|one| head.starts_with(one)) {
+                if let Some(named) = rest[..line].strip_prefix(".target") {
+                    target = named.split(',').next().unwrap_or_default().trim().to_owned();
+                }
                 at = begin + line;
             } else if head.contains(".entry") || head.contains(".func") {
                 // A prototype ends before it has a body.
@@ -91,7 +96,7 @@ impl Module {
                 at = begin + end + 1;
             }
         }
-        Ok(Self { text, kernels, variables })
+        Ok(Self { text, kernels, target, variables })
     }
 
     /// A kernel's statements; none if there is no such kernel.

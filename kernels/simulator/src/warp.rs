@@ -1,12 +1,13 @@
 //! [`Warp`]: 32 threads in step. Lanes that part go on in turn, those furthest behind first, until they meet again;
 //! where a warp works together, they wait for each other.
 
-use crate::instruction::{Instruction, Lanes, Operand, Operation, Space, Special, WARP};
-use crate::memory::{Allocations, LOCAL, SHARED, find};
+use crate::barriers::{Barriers, Turn, Waits};
+use crate::instruction::{Lanes, Operand, Operation, Space, Special, WARP};
+use crate::memory::{Allocations, find, resolve, within};
+use crate::products::Products;
 use crate::program::Program;
 use std::array::from_fn;
 use std::collections::VecDeque;
-use std::ptr::{copy_nonoverlapping, write_bytes};
 use std::sync::Mutex;
 
 /// What the warps of a block share.
@@ -21,6 +22,8 @@ pub struct Block<'a> {
     pub atomics: &'a Mutex<()>,
     /// Shared memory.
     pub shared: Vec<u8>,
+    /// What its warps wait for.
+    pub barriers: Barriers,
     /// Threads of a block, blocks of the grid, and where this one stands in it.
     pub threads: [u32; 3],
     /// See `threads`.
@@ -31,31 +34,39 @@ pub struct Block<'a> {
 
 /// A warp that runs.
 pub struct Warp {
-    number: usize,
+    pub(crate) number: usize,
     registers: Vec<Lanes>,
+    /// After how many fences of products each was last written, and how many there were.
+    written: Vec<u32>,
+    fences: u32,
     /// Where lanes are that run, each group at another instruction.
     groups: Vec<(usize, u32)>,
     local: Vec<u8>,
     /// Copies to shared memory that no group has yet, and the groups under way.
-    open: Vec<Copy>,
-    under_way: VecDeque<Vec<Copy>>,
+    pub(crate) open: Vec<Copy>,
+    pub(crate) under_way: VecDeque<Vec<Copy>>,
+    pub(crate) products: Products,
+    /// The barrier of threads at which it waits, and groups that wait at others.
+    turn: Option<Turn>,
+    pub(crate) waits: Waits,
     /// The allocation of the last access.
     last: (u64, u64),
 }
 
-struct Copy {
-    to: u64,
-    from: u64,
-    bytes: u32,
+/// A copy of a lane to shared memory.
+pub(crate) struct Copy {
+    pub to: u64,
+    pub from: u64,
+    pub bytes: u32,
     /// Those taken from there; the others become zeros.
-    valid: u32,
+    pub valid: u32,
 }
 
 /// Why a warp stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// It waits for the block.
-    Barrier,
+    /// It waits for other warps.
+    Wait,
     /// All lanes have ended.
     End,
 }
@@ -66,10 +77,15 @@ impl Warp {
         Self {
             number,
             registers: vec![[0; WARP]; program.registers],
+            written: vec![0; program.registers],
+            fences: 0,
             groups: Vec::new(),
             local: vec![0; program.local_bytes * WARP],
             open: Vec::new(),
             under_way: VecDeque::new(),
+            products: Products::default(),
+            turn: None,
+            waits: Waits::default(),
             last: (1, 0),
         }
     }
@@ -82,6 +98,9 @@ impl Warp {
         self.local.fill(0xff);
         self.open.clear();
         self.under_way.clear();
+        self.written.fill(0);
+        self.fences = 0;
+        (self.products, self.turn, self.waits) = (Products::default(), None, Waits::default());
     }
 
     /// Whether all lanes have ended.
@@ -94,63 +113,108 @@ impl Warp {
     /// # Errors
     /// What a GPU would do wrong, with instruction and lane.
     pub fn run(&mut self, block: &mut Block) -> Result<Stop, String> {
-        let program = block.program;
+        if let Some(turn) = self.turn {
+            if !block.barriers.is_over(turn) {
+                return Ok(Stop::Wait);
+            }
+            self.turn = None;
+            self.groups[0].0 += 1;
+        }
         while !self.groups.is_empty() {
-            let ready = (0..self.groups.len()).filter(|at| self.groups.len() == 1 || self.is_ready(block, *at));
-            let next = ready.min_by_key(|at| self.groups[*at].0);
-            let Some(behind) = next else {
-                let waits = self
-                    .groups
-                    .iter()
-                    .map(|(at, lanes)| format!("lanes {lanes:#x} at `{}`", program.instructions[*at].text));
-                let waits: Vec<String> = waits.collect();
-                return Err(format!("warp {} waits for itself: {}", self.number, waits.join(", ")));
-            };
-            let (at, lanes) = self.groups[behind];
-            let instruction = &program.instructions[at];
-            let active = match instruction.guard {
-                Some((register, holds)) => {
-                    let value = &self.registers[register as usize];
-                    lanes & lanes_where(|lane| (value[lane] != 0) == holds)
-                }
-                None => lanes,
-            };
-            match instruction.operation {
-                Operation::Branch(target) => {
-                    self.groups[behind] = (at + 1, lanes & !active);
-                    self.groups.push((target, active));
-                    self.join();
-                }
-                Operation::Exit => {
-                    self.groups[behind] = (at + 1, lanes & !active);
-                    self.join();
-                }
-                Operation::Barrier => {
-                    self.groups[behind].0 += 1;
-                    return Ok(Stop::Barrier);
-                }
-                _ => {
-                    if active != 0 {
-                        self.execute(block, instruction, active)
-                            .map_err(|problem| format!("`{}`, warp {}: {problem}", instruction.text, self.number))?;
-                    }
-                    self.groups[behind].0 += 1;
-                    if self.groups.len() > 1 {
-                        self.join();
-                    }
-                }
+            let Some(next) = self.next(block)? else { return Ok(Stop::Wait) };
+            let text = &block.program.instructions[self.groups[next].0].text;
+            self.step(block, next).map_err(|problem| format!("`{text}`, warp {}: {problem}", self.number))?;
+            if self.turn.is_some() {
+                return Ok(Stop::Wait);
             }
         }
-        Ok(Stop::End)
+        block.barriers.end_warp();
+        self.products.under_way().map_or(Ok(Stop::End), |at| {
+            let text = &block.program.instructions[at].text;
+            Err(format!("`{text}`, warp {}: the warp ends and did not wait for it", self.number))
+        })
+    }
+
+    /// The group furthest behind of those that can go on; none if they wait for other warps.
+    fn next(&self, block: &Block) -> Result<Option<usize>, String> {
+        let (groups, changes) = (&self.groups, block.barriers.changes);
+        let aside = |at: &usize| self.waits.is_aside(changes, groups[*at]);
+        let ready = (0..groups.len()).filter(|at| !aside(at) && (groups.len() == 1 || self.is_ready(block, *at)));
+        match ready.min_by_key(|at| groups[*at].0) {
+            None if !(0..groups.len()).any(|at| aside(&at)) => {
+                Err(format!("lanes wait for each other: {}", self.place_of(block)))
+            }
+            next => Ok(next),
+        }
+    }
+
+    /// Where its lanes are, for messages.
+    pub fn place_of(&self, block: &Block) -> String {
+        let place =
+            |(at, lanes): &(usize, u32)| format!("lanes {lanes:#x} at `{}`", block.program.instructions[*at].text);
+        format!("warp {}, {}", self.number, self.groups.iter().map(place).collect::<Vec<_>>().join(", "))
+    }
+
+    /// One instruction of a group.
+    fn step(&mut self, block: &mut Block, group: usize) -> Result<(), String> {
+        let (at, lanes) = self.groups[group];
+        let instruction = &block.program.instructions[at];
+        let active = match instruction.guard {
+            Some((register, holds)) => {
+                let value = &self.registers[register as usize];
+                lanes & lanes_where(|lane| (value[lane] != 0) == holds)
+            }
+            None => lanes,
+        };
+        match instruction.operation {
+            Operation::Branch(target) => {
+                self.groups[group] = (at + 1, lanes & !active);
+                self.groups.push((target, active));
+                self.join();
+                return Ok(());
+            }
+            Operation::Exit => {
+                self.groups[group] = (at + 1, lanes & !active);
+                self.join();
+                return Ok(());
+            }
+            _ if active == 0 => {}
+            Operation::Barrier(waits) => {
+                let turn = self.arrive(block, instruction, (lanes, active))?;
+                if waits {
+                    self.turn = Some(turn);
+                    return Ok(());
+                }
+            }
+            Operation::TestBarrier(space) => {
+                if !self.test_barriers(block, instruction, (at, lanes), active, space)? {
+                    return Ok(());
+                }
+            }
+            _ => self.execute(block, at, active)?,
+        }
+        self.groups[group].0 += 1;
+        if self.groups.len() > 1 {
+            self.join();
+        }
+        Ok(())
     }
 
     /// Whether a group can go on: what a warp does together waits for all lanes it names.
     fn is_ready(&self, block: &Block, group: usize) -> bool {
         let (at, lanes) = self.groups[group];
         let instruction = &block.program.instructions[at];
+        let named = |at: usize| self.read_lane(block, instruction.from[at], lanes.trailing_zeros() as usize) as u32;
         let named = match instruction.operation {
-            Operation::Barrier | Operation::LoadMatrices(..) | Operation::MultiplyAdd(_) => u32::MAX,
-            Operation::Shuffle(_) => self.read(block, instruction.from[3])[lanes.trailing_zeros() as usize] as u32,
+            Operation::Barrier(_)
+            | Operation::LoadMatrices(..)
+            | Operation::MultiplyAdd(_)
+            | Operation::FenceProducts
+            | Operation::BeginProduct(_)
+            | Operation::CommitProducts
+            | Operation::AwaitProducts(_) => u32::MAX,
+            Operation::Shuffle(_) => named(3),
+            Operation::Meet | Operation::Elect => named(0),
             _ => return true,
         };
         self.groups.iter().all(|(_, others)| others & named & !lanes == 0)
@@ -171,121 +235,6 @@ impl Warp {
         }
     }
 
-    fn execute(&mut self, block: &mut Block, instruction: &Instruction, active: u32) -> Result<(), String> {
-        let from = &instruction.from;
-        let to = &instruction.to;
-        match instruction.operation {
-            Operation::One(compute) => self.write(to[0], active, compute(&self.read(block, from[0]))),
-            Operation::Two(compute) => {
-                self.write(to[0], active, compute(&self.read(block, from[0]), &self.read(block, from[1])))
-            }
-            Operation::Three(compute) => {
-                let [a, b, c] = from_fn(|i| self.read(block, from[i]));
-                self.write(to[0], active, compute(&a, &b, &c));
-            }
-            Operation::Halves(compute) => {
-                let operands: [Lanes; 3] = from_fn(|i| from.get(i).map_or([0; WARP], |one| self.read(block, *one)));
-                let half = |shift: u32| operands.map(|one| one.map(|bits| bits >> shift & 0xffff));
-                let ([a, b, c], [d, e, f]) = (half(0), half(16));
-                let (low, high) = (compute(&a, &b, &c), compute(&d, &e, &f));
-                self.write(to[0], active, from_fn(|lane| low[lane] | high[lane] << 16));
-            }
-            Operation::Compare(compare, join) => {
-                let mut holds = compare(&self.read(block, from[0]), &self.read(block, from[1]));
-                let mut opposite = holds.map(|one| 1 - one);
-                if let (Some(join), Some(with)) = (join, from.get(2)) {
-                    let with = self.read(block, *with);
-                    (holds, opposite) = (join(&holds, &with), join(&opposite, &with));
-                }
-                self.write(to[0], active, holds);
-                if let Some(second) = to.get(1) {
-                    self.write(*second, active, opposite);
-                }
-            }
-            Operation::Set(compare, value) => {
-                let holds = compare(&self.read(block, from[0]), &self.read(block, from[1]));
-                self.write(to[0], active, holds.map(|one| one * value));
-            }
-            Operation::Convert(convert) => {
-                let value = self.read(block, from[0]);
-                self.write(to[0], active, value.map(|bits| convert.apply(bits)));
-            }
-            Operation::Pack(bits) => {
-                let mut value = [0; WARP];
-                for (at, part) in from.iter().enumerate() {
-                    let part = self.read(block, *part);
-                    value = from_fn(|i| value[i] | (part[i] & ones(bits)) << (at as u32 * bits));
-                }
-                self.write(to[0], active, value);
-            }
-            Operation::Unpack(bits) => {
-                let value = self.read(block, from[0]);
-                for (at, register) in to.iter().enumerate() {
-                    self.write(*register, active, value.map(|one| one >> (at as u32 * bits) & ones(bits)));
-                }
-            }
-            Operation::Insert(width) => {
-                let [a, b, at, length] = from_fn(|i| self.read(block, from[i]));
-                let insert = |i| crate::arithmetic::insert_bits(a[i], b[i], at[i], length[i], width);
-                self.write(to[0], active, from_fn(insert));
-            }
-            Operation::Load(space, bytes, signed) => self.load(block, instruction, active, (space, bytes, signed))?,
-            Operation::Store(space, bytes) => self.store(block, instruction, active, (space, bytes))?,
-            Operation::Atomic(space, bytes, compute) => {
-                let addresses = self.addresses(block, from[0], from[1]);
-                let operands = [2, 3].map(|at| from.get(at).map_or([0; WARP], |one| self.read(block, *one)));
-                let _alone = block.atomics.lock();
-                for lane in lanes_of(active) {
-                    let memory = self.memory(block, space, lane, addresses[lane], bytes)?;
-                    // SAFETY: `memory` is as large.
-                    let old = unsafe { read_bytes(memory, bytes) };
-                    let new = compute(old, operands[0][lane], operands[1][lane]);
-                    // SAFETY: the same.
-                    unsafe { copy_nonoverlapping(new.to_le_bytes().as_ptr(), memory, bytes as usize) };
-                    self.registers[to[0] as usize][lane] = old;
-                }
-            }
-            Operation::Shuffle(source) => {
-                let [value, b, clamp] = from_fn(|i| self.read(block, from[i]));
-                let mut out = [0; WARP];
-                for lane in lanes_of(active) {
-                    let source = source(lane as u32, b[lane] as u32, clamp[lane] as u32);
-                    if active >> source & 1 == 0 {
-                        return Err(format!("lane {lane} takes the value of lane {source}, which is not here"));
-                    }
-                    out[lane] = value[source as usize];
-                }
-                self.write(to[0], active, out);
-            }
-            Operation::CopyAsync(bytes) => {
-                let [to, source] = [self.addresses(block, from[0], from[1]), self.addresses(block, from[2], from[3])];
-                let valid = self.read(block, from[4]);
-                for lane in lanes_of(active) {
-                    let (to, from, valid) = (to[lane], source[lane], valid[lane] as u32);
-                    if to % u64::from(bytes) != 0 || from % u64::from(bytes) != 0 {
-                        return Err(format!("lane {lane}: an address is no multiple of {bytes}"));
-                    }
-                    self.open.push(Copy { to, from, bytes, valid: valid.min(bytes) });
-                }
-            }
-            Operation::Commit => self.under_way.push_back(std::mem::take(&mut self.open)),
-            Operation::Wait(groups) => {
-                while self.under_way.len() > groups {
-                    for copy in self.under_way.pop_front().unwrap_or_default() {
-                        self.land(block, &copy)?;
-                    }
-                }
-            }
-            Operation::LoadMatrices(count, transposed) => {
-                self.load_matrices(block, instruction, active, count, transposed)?
-            }
-            Operation::MultiplyAdd(number) => self.multiply_add(block, instruction, active, number)?,
-            Operation::Trap(problem) => return Err(problem.to_owned()),
-            Operation::Branch(_) | Operation::Exit | Operation::Barrier | Operation::Nothing => {}
-        }
-        Ok(())
-    }
-
     pub(crate) fn read(&self, block: &Block, operand: Operand) -> Lanes {
         let first = (self.number * WARP) as u32;
         match operand {
@@ -302,7 +251,15 @@ impl Warp {
         }
     }
 
+    pub(crate) fn read_lane(&self, block: &Block, operand: Operand, lane: usize) -> u64 {
+        match operand {
+            Operand::Register(register) => self.registers[register as usize][lane],
+            other => self.read(block, other)[lane],
+        }
+    }
+
     pub(crate) fn write(&mut self, register: u32, active: u32, value: Lanes) {
+        self.written[register as usize] = self.fences;
         let register = &mut self.registers[register as usize];
         if active == u32::MAX {
             *register = value;
@@ -311,12 +268,32 @@ impl Warp {
         }
     }
 
+    pub(crate) fn set(&mut self, register: u32, lane: usize, value: u64) {
+        self.written[register as usize] = self.fences;
+        self.registers[register as usize][lane] = value;
+    }
+
+    /// What a product writes, which needs no fence.
+    pub(crate) fn overwrite(&mut self, register: u32, value: Lanes) {
+        self.registers[register as usize] = value;
+    }
+
+    /// What was written so far may be used by products.
+    pub(crate) fn fence(&mut self) {
+        self.fences += 1;
+    }
+
+    /// Whether no fence followed when it was last written. What was never written counts as written before the first one.
+    pub(crate) fn is_written_since_fence(&self, register: u32) -> bool {
+        self.written[register as usize] == self.fences
+    }
+
     pub(crate) fn addresses(&self, block: &Block, base: Operand, offset: Operand) -> Lanes {
         let (base, offset) = (self.read(block, base), self.read(block, offset));
         from_fn(|lane| base[lane].wrapping_add(offset[lane]))
     }
 
-    /// Where a lane's address lies on the host.
+    /// Where a lane's address lies on the host. Arguments are only to be read.
     pub(crate) fn memory(
         &mut self,
         block: &mut Block,
@@ -325,23 +302,28 @@ impl Warp {
         address: u64,
         bytes: u32,
     ) -> Result<*mut u8, String> {
-        let size = u64::from(bytes);
-        if !address.is_multiple_of(size) {
+        if !address.is_multiple_of(u64::from(bytes)) {
             return Err(format!("lane {lane}: address {address:#x} is no multiple of {bytes}"));
         }
-        let (space, offset) = match space {
-            Space::Generic if address >= LOCAL => (Space::Local, address - LOCAL),
-            Space::Generic if address >= SHARED => (Space::Shared, address - SHARED),
-            Space::Shared | Space::Local => (space, address & 0xffff_ffff),
-            _ => (space, address),
-        };
-        let window = match space {
-            Space::Shared => &mut block.shared[..],
-            Space::Local => {
-                let own = block.program.local_bytes;
-                &mut self.local[lane * own..][..own]
-            }
-            _ => {
+        self.place(block, space, lane, address, bytes)
+    }
+
+    /// The same of an address that need be no multiple.
+    pub(crate) fn place(
+        &mut self,
+        block: &mut Block,
+        space: Space,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+    ) -> Result<*mut u8, String> {
+        let (size, (space, offset)) = (u64::from(bytes), resolve(space, address));
+        let own = block.program.local_bytes;
+        let (memory, window) = match space {
+            Space::Shared => (block.shared.as_mut_ptr(), block.shared.len()),
+            Space::Local => (self.local[lane * own..].as_mut_ptr(), own),
+            Space::Parameter => (block.parameters.as_ptr().cast_mut(), block.parameters.len()),
+            Space::Generic => {
                 if address < self.last.0 || address + size > self.last.1 {
                     let found = find(block.allocations, address, size);
                     self.last =
@@ -350,95 +332,28 @@ impl Warp {
                 return Ok(address as *mut u8);
             }
         };
-        if offset + size > window.len() as u64 {
-            return Err(format!("lane {lane}: {offset:#x} is outside of {} bytes of {space:?} memory", window.len()));
+        match within(window, offset, size) {
+            Some(bytes) => Ok(memory.wrapping_add(bytes.start)),
+            None => Err(format!("lane {lane}: {offset:#x} is outside of {window} bytes of {space:?} memory")),
         }
-        Ok(window[offset as usize..].as_mut_ptr())
-    }
-
-    fn load(
-        &mut self,
-        block: &mut Block,
-        instruction: &Instruction,
-        active: u32,
-        (space, bytes, signed): (Space, u32, bool),
-    ) -> Result<(), String> {
-        let addresses = self.addresses(block, instruction.from[0], instruction.from[1]);
-        let all = bytes * instruction.to.len() as u32;
-        let unused = 64 - 8 * bytes;
-        for lane in lanes_of(active) {
-            let memory = if space == Space::Parameter {
-                let at = addresses[lane] as usize;
-                let argument = block.parameters.get(at..at + all as usize).ok_or("outside of the arguments")?;
-                argument.as_ptr().cast_mut()
-            } else {
-                self.memory(block, space, lane, addresses[lane], all)?
-            };
-            for (at, register) in instruction.to.iter().enumerate() {
-                // SAFETY: `memory` has `all` bytes.
-                let value = unsafe { read_bytes(memory.add(at * bytes as usize), bytes) };
-                let value = if signed { ((value << unused).cast_signed() >> unused).cast_unsigned() } else { value };
-                self.registers[*register as usize][lane] = value;
-            }
-        }
-        Ok(())
-    }
-
-    fn store(
-        &mut self,
-        block: &mut Block,
-        instruction: &Instruction,
-        active: u32,
-        (space, bytes): (Space, u32),
-    ) -> Result<(), String> {
-        let addresses = self.addresses(block, instruction.from[0], instruction.from[1]);
-        let values = &instruction.from[2..];
-        for lane in lanes_of(active) {
-            let memory = self.memory(block, space, lane, addresses[lane], bytes * values.len() as u32)?;
-            for (at, value) in values.iter().enumerate() {
-                let value = match *value {
-                    Operand::Register(register) => self.registers[register as usize][lane],
-                    other => self.read(block, other)[lane],
-                };
-                let to = memory.wrapping_add(at * bytes as usize);
-                // SAFETY: `memory` has room for all values. Blocks that write the same bytes race, as on the device.
-                unsafe { copy_nonoverlapping(value.to_le_bytes().as_ptr(), to, bytes as usize) };
-            }
-        }
-        Ok(())
-    }
-
-    fn land(&mut self, block: &mut Block, copy: &Copy) -> Result<(), String> {
-        let to = self.memory(block, Space::Shared, 0, copy.to, copy.bytes)?;
-        let valid = copy.valid as usize;
-        // SAFETY: `to` has as many bytes; so has the source, where it is read.
-        unsafe {
-            write_bytes(to, 0, copy.bytes as usize);
-            if valid > 0 {
-                copy_nonoverlapping(self.memory(block, Space::Generic, 0, copy.from, copy.bytes)?, to, valid);
-            }
-        }
-        Ok(())
     }
 }
 
-fn lanes_of(active: u32) -> impl Iterator<Item = usize> {
+/// Those of a mask.
+pub(crate) fn lanes_of(active: u32) -> impl Iterator<Item = usize> {
     (0..WARP).filter(move |lane| active >> lane & 1 == 1)
 }
 
-fn lanes_where(holds: impl Fn(usize) -> bool) -> u32 {
+/// The mask of those for which it holds.
+pub(crate) fn lanes_where(holds: impl Fn(usize) -> bool) -> u32 {
     (0..WARP).fold(0, |lanes, lane| lanes | u32::from(holds(lane)) << lane)
 }
 
-fn ones(bits: u32) -> u64 {
-    if bits == 64 { u64::MAX } else { (1 << bits) - 1 }
-}
-
-/// # Safety
-/// So many bytes, at most 8, can be read there.
-unsafe fn read_bytes(memory: *const u8, bytes: u32) -> u64 {
-    let mut value = [0; 8];
-    // SAFETY: the caller's promise.
-    unsafe { copy_nonoverlapping(memory, value.as_mut_ptr(), bytes as usize) };
-    u64::from_le_bytes(value)
+/// What these lanes have in common.
+pub(crate) fn uniform(value: &Lanes, active: u32) -> Result<u64, String> {
+    let first = value[active.trailing_zeros() as usize % WARP];
+    match lanes_of(active).find(|lane| value[*lane] != first) {
+        Some(lane) => Err(format!("lane {lane} has {:#x} where others have {first:#x}", value[lane])),
+        None => Ok(first),
+    }
 }

@@ -1,51 +1,17 @@
 //! What a device would do wrong in silence ends a launch with an error, and nothing else does.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use simulator::driver::{
-    cuLaunchKernel, cuMemAlloc_v2, cuMemFree_v2, cuMemcpyDtoH_v2, cuMemcpyHtoD_v2, cuModuleGetFunction,
-    cuModuleLoadData,
-};
-use std::ffi::CString;
+mod common;
+
+use common::{LAUNCH_FAILED, Launch};
+use simulator::driver::{cuMemFree_v2, cuMemcpyHtoD_v2, cuModuleLoadData};
 use std::ptr::{null, null_mut};
 
+const NO_BINARY_FOR_GPU: i32 = 209;
 const ILLEGAL_ADDRESS: i32 = 700;
-const LAUNCH_FAILED: i32 = 719;
 
-/// Runs `body` in one block, each thread with the address of its own word of `words` in %rd1 and its number in %r1; gives
-/// the words, or the status.
 fn run(threads: u32, words: &[u32], body: &str) -> Result<Vec<u32>, i32> {
-    let text = format!(
-        ".version 8.0
-        .target sm_80
-        .address_size 64
-        .extern .shared .align 16 .b8 dynamic[];
-        .visible .entry kernel(.param .u64 kernel_param_0)
-        .maxntid 128, 1, 1
-        {{
-            .reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .f32 %f<9>; .reg .b16 %h<9>;
-            ld.param.u64 %rd2, [kernel_param_0];
-            mov.u32 %r1, %tid.x;
-            mad.wide.u32 %rd1, %r1, 4, %rd2;
-            {body}
-            ret;
-        }}"
-    );
-    let (text, name) = (CString::new(text).unwrap(), c"kernel");
-    let bytes = size_of_val(words);
-    let (mut module, mut function, mut memory) = (null_mut(), null(), 0);
-    let mut out = vec![0; words.len()];
-    // SAFETY: pointers to locals, of the sizes that the interface has.
-    unsafe {
-        assert_eq!(cuModuleLoadData(&raw mut module, text.as_ptr()), 0);
-        assert_eq!(cuModuleGetFunction(&raw mut function, module, name.as_ptr()), 0);
-        assert_eq!(cuMemAlloc_v2(&raw mut memory, bytes), 0);
-        assert_eq!(cuMemcpyHtoD_v2(memory, words.as_ptr().cast(), bytes), 0);
-        let arguments = [(&raw const memory).cast()];
-        let status = cuLaunchKernel(function, 1, 1, 1, threads, 1, 1, 64, null_mut(), arguments.as_ptr(), null_mut());
-        assert_eq!(cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), memory, bytes), 0);
-        assert_eq!(cuMemFree_v2(memory), 0);
-        if status == 0 { Ok(out) } else { Err(status) }
-    }
+    Launch { target: "sm_80", threads, shared_bytes: 64, maps: &|_| vec![], words, body }.run()
 }
 
 #[test]
@@ -118,5 +84,15 @@ fn what_a_device_would_do_in_silence_is_an_error() {
     unsafe {
         assert_eq!(cuMemFree_v2(256), ILLEGAL_ADDRESS);
         assert_eq!(cuMemcpyHtoD_v2(256, null(), 1), ILLEGAL_ADDRESS);
+    }
+}
+
+#[test]
+fn code_for_another_device_is_refused() {
+    for (target, wanted) in [("sm_80", 0), ("sm_75", 0), ("sm_90", NO_BINARY_FOR_GPU), ("sm_90a", NO_BINARY_FOR_GPU)] {
+        let text = std::ffi::CString::new(format!(".version 8.0\n.target {target}\n.address_size 64\n")).unwrap();
+        let mut module = null_mut();
+        // SAFETY: text that ends with a zero.
+        assert_eq!(unsafe { cuModuleLoadData(&raw mut module, text.as_ptr()) }, wanted, "{target}");
     }
 }
