@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Compiles every kernel with NVRTC, without a GPU: PTX for compute_80 beside its source, and registers.json.
+"""Compiles every kernel with NVRTC, without a GPU: PTX beside its source, and registers.json.
 
     build_ptx.py LIBNVRTC            writes <kernel>/*.ptx and registers.json
     build_ptx.py LIBNVRTC --check    writes nothing; fails where a committed file differs from what it would write
 
-Either way it fails where an entry point spills or takes more registers than BOUNDS. LIBNVRTC is libnvrtc.so.12 of the
+A source whose name ends with sm90a is compiled for compute capability 9.0, all others for 8.0 and newer. Either way it
+fails where an entry point spills, takes more registers than BOUNDS, or has its products wait for each other. LIBNVRTC is libnvrtc.so.12 of the
 wheel nvidia-cuda-nvrtc-cu12==12.4.127: its PTX is read by drivers from 550 on.
 """
 import ctypes
@@ -16,8 +17,10 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = ["--std=c++17", "--use_fast_math", "--device-as-default-execution-space"]
-# Registers per thread with which 2, 4, 3, 4 and 8 blocks of 128 threads share a multiprocessor. No entry may spill.
+# Registers per thread with which one block of 384 threads, then 2, 4, 3, 4 and 8 blocks of 128 threads share a
+# multiprocessor. No entry may spill.
 BOUNDS = [
+    (r"forward_sm90a_", 168),
     (r"(forward|query|key)_.*_128", 255),
     (r"forward_.*_64", 128),
     (r"(query|key)_.*_64", 168),
@@ -26,9 +29,25 @@ BOUNDS = [
 ]
 
 
+# What stands before a source; before all others, rows.cuh.
+ATTENTION = ["prelude.cuh", "clear_attention/common.cuh"]
+BEFORE = {
+    "clear_attention/forward.cu": [*ATTENTION, "clear_attention/softmax.cuh"],
+    "clear_attention/forward_sm90a.cu": [
+        "prelude.cuh", "sm90a.cuh", *ATTENTION[1:], "clear_attention/softmax.cuh", "clear_attention/pairs.cuh",
+    ],
+    "clear_attention/backward.cu": ATTENTION,
+}
+
+
 def sources(unit):
-    shared = "clear_attention/common.cuh" if unit.parent.name == "clear_attention" else "rows.cuh"
-    return ["prelude.cuh", shared, str(unit.relative_to(HERE))]
+    name = str(unit.relative_to(HERE))
+    return [*BEFORE.get(name, ["prelude.cuh", "rows.cuh"]), name]
+
+
+def target(unit):
+    """Compute capability, as options spell it."""
+    return "90a" if unit.stem.endswith("sm90a") else "80"
 
 
 def text(unit):
@@ -67,6 +86,8 @@ def usage(log):
             found[name] = {"stack": int(spills[1]), "spill_stores": int(spills[2]), "spill_loads": int(spills[3])}
         if registers := re.search(r"Used (\d+) registers", line):
             found[name] |= {"registers": int(registers[1]), "at_most": bound(name)}
+    if serialized := re.search(r".*wgmma.mma_async instructions are serialized.*", log):
+        sys.exit(serialized[0])
     return found
 
 
@@ -78,10 +99,10 @@ def outputs(nvrtc, units):
     """What is committed: file -> text; and what ptxas said of each entry point."""
     files, report = {}, {}
     for unit in units:
-        ptx = compiled(nvrtc, unit, "compute_80", "PTX")[0].decode().rstrip("\0")
+        ptx = compiled(nvrtc, unit, f"compute_{target(unit)}", "PTX")[0].decode().rstrip("\0")
         digest = hashlib.sha256(text(unit).encode()).hexdigest()
         files[unit.with_suffix(".ptx")] = f"// sources sha256 {digest}\n{ptx}"
-        report[str(unit.relative_to(HERE))] = usage(compiled(nvrtc, unit, "sm_80", "CUBIN")[1])
+        report[str(unit.relative_to(HERE))] = usage(compiled(nvrtc, unit, f"sm_{target(unit)}", "CUBIN")[1])
     files[HERE / "registers.json"] = json.dumps(report, indent=1) + "\n"
     return files, report
 
@@ -110,7 +131,7 @@ def main():
             path.write_text(content, encoding="utf-8")
     if broken:
         sys.exit(f"over their bounds, not compiled, or stale: {broken}")
-    print(f"{sum(map(len, report.values()))} entry points compiled for sm_80")
+    print(f"{sum(map(len, report.values()))} entry points compiled")
 
 
 if __name__ == "__main__":

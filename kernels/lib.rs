@@ -26,10 +26,37 @@ pub struct Kernel {
     pub summary: &'static str,
     /// Texts that a compiler gets one after the other; none includes a header.
     pub sources: &'static [&'static str],
-    /// What NVRTC 12.4 made of them for compute capability 8.0, as `build_ptx.py` wrote it.
+    /// What NVRTC 12.4 made of them for the target, as `build_ptx.py` wrote it.
     pub ptx: &'static str,
-    /// Lowest compute capability it runs on, as major · 10 + minor.
-    pub capability: u32,
+    /// Devices it runs on.
+    pub target: Target,
+}
+
+/// What a kernel is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Compute capability 8.0 and newer.
+    Sm80,
+    /// Compute capability 9.0, and no other.
+    Sm90a,
+}
+
+impl Target {
+    /// As PTX spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90a => "sm_90a",
+        }
+    }
+
+    /// Whether a device of this compute capability, major and minor, runs it.
+    pub fn runs_on(self, capability: (i32, i32)) -> bool {
+        match self {
+            Self::Sm80 => capability >= (8, 0),
+            Self::Sm90a => capability == (9, 0),
+        }
+    }
 }
 
 impl Kernel {
@@ -45,6 +72,7 @@ pub const KERNELS: &[Kernel] = &[
     add_bias::KERNEL,
     clear_attention::BACKWARD,
     clear_attention::FORWARD,
+    clear_attention::FORWARD_SM90A,
     gated_add::KERNEL,
     gelu::KERNEL,
     modulated_layer_norm::KERNEL,
@@ -53,6 +81,7 @@ pub const KERNELS: &[Kernel] = &[
 ];
 
 const PRELUDE: &str = include_str!("prelude.cuh");
+const SM90A: &str = include_str!("sm90a.cuh");
 const ROWS: &str = include_str!("rows.cuh");
 
 #[cfg(test)]

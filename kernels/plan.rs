@@ -4,7 +4,7 @@
 use crate::Kernel;
 use std::fmt;
 
-/// Threads of every block.
+/// Threads that work on one row or tile; of a block, where a kernel says nothing else.
 pub const THREADS: u32 = 128;
 
 /// Types of numbers that the kernels take.
@@ -34,7 +34,7 @@ impl Number {
     }
 }
 
-/// One launch. Blocks of [`THREADS`]; nothing is launched where a count of blocks is 0.
+/// One launch; none where a count of blocks is 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     /// Which source.
@@ -43,6 +43,8 @@ pub struct Launch {
     pub entry: String,
     /// Blocks along x, y and z.
     pub blocks: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
 }
@@ -51,7 +53,7 @@ impl Launch {
     /// A launch of `threads` threads, without shared memory.
     pub(crate) fn flat(kernel: Kernel, entry: String, threads: usize) -> Result<Self, Refusal> {
         let blocks = u32::try_from(threads).map_err(|_| Refusal::TooLarge { threads })?.div_ceil(THREADS);
-        Ok(Self { kernel, entry, blocks: [blocks, 1, 1], shared_bytes: 0 })
+        Ok(Self { kernel, entry, blocks: [blocks, 1, 1], threads: THREADS, shared_bytes: 0 })
     }
 }
 

@@ -27,7 +27,8 @@ struct __align__(16) Four {
     u32 word[4];
 };
 
-extern __shared__ __align__(128) u8 dynamic_memory[];
+// Boxes that a device copies by itself begin at such multiples.
+extern __shared__ __align__(1024) u8 dynamic_memory[];
 INLINE u8* shared_memory() { return dynamic_memory; }
 
 INLINE float infinity() { return __int_as_float(0x7f800000); }

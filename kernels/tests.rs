@@ -40,7 +40,7 @@ fn ptx_holds_the_entry_points_of_its_source() {
         for entry in kernel.entries() {
             assert!(found.iter().any(|line| line.strip_suffix('(') == Some(entry)), "{entry}");
         }
-        assert!(kernel.ptx.contains(&format!(".target sm_{}\n", kernel.capability)), "{}", kernel.name);
+        assert!(kernel.ptx.contains(&format!(".target {}\n", kernel.target.name())), "{}", kernel.name);
     }
 }
 
@@ -67,6 +67,11 @@ fn parameters_are_laid_out_as_the_sources_have_them() {
         (size_of::<attention::ForwardParameters>(), offset_of!(attention::ForwardParameters, scale)),
         (112, 108)
     );
+    assert_eq!((size_of::<attention::Pair>(), size_of::<attention::Visit>()), (24, 12));
+    assert_eq!(
+        (size_of::<attention::PairedForwardParameters>(), offset_of!(attention::PairedForwardParameters, count)),
+        (448, 384)
+    );
     assert_eq!(
         (size_of::<attention::BackwardParameters>(), offset_of!(attention::BackwardParameters, scale)),
         (160, 156)
@@ -90,7 +95,8 @@ fn planned() -> Vec<Launch> {
     for number in [Number::Bf16, Number::F16] {
         for head_dim in [64, 128] {
             let problem = attention::Problem::new(number, 2, 3, head_dim).unwrap();
-            found.extend(problem.forward(&lists));
+            let pairs = attention::Pairs::new(&lists);
+            found.extend([problem.forward(&lists), problem.paired_forward(&pairs), problem.merge(&lists)]);
             found.push(problem.delta(210).unwrap());
             found.extend(problem.query_gradient(&lists).into_iter().chain(problem.key_gradient(&lists)));
         }
@@ -120,6 +126,13 @@ fn launches_cover_the_problem() {
     let [rope, _] = rms_norm_rope::launches(Number::Bf16, 31, 40).unwrap();
     assert_eq!(rope.blocks, [31 * 8 / 128 + 1, 1, 1], "8 threads hold 5 times 16 bytes");
     let problem = attention::Problem::new(Number::F16, 2, 3, 128).unwrap();
+    let places: Vec<(i32, i32)> = (0..4096).map(|token| (token / 64, token % 64)).collect();
+    let sequence = attention::Sequence { text: attention::Text::Whole(0), places: &places, pooled: 0, limit: None };
+    let pairs = attention::Pairs::new(&attention::Lists::new(&sequence, attention::Rows::Queries));
+    let few = problem.paired_forward(&pairs);
+    assert_eq!((few.blocks, few.threads, few.shared_bytes), ([32, 3, 2], 384, 6 * (2 * 16384 + 16)));
+    let many = attention::Problem::new(Number::Bf16, 4, 48, 64).unwrap().paired_forward(&pairs);
+    assert_eq!(many.blocks, [32_u32.div_ceil(2), 48, 4], "6144 pairs: a block computes two");
     assert_eq!(problem.delta(100).unwrap().blocks, [2 * 100 * 3 * 16_u32.div_ceil(16) * 16 / 128, 1, 1]);
 }
 

@@ -32,7 +32,7 @@ INLINE void delta(const Backward& p) {
 
 // Two tiles of rows, side by side, in two stages.
 template <int D, int ROWS>
-struct Pair {
+struct Stages {
     static constexpr int BYTES = ROWS * D * 2;
     u8* memory;
     INLINE u8* first(int stage) const { return memory + stage * BYTES; }
@@ -85,7 +85,7 @@ struct ByColumn {
 };
 
 template <class T, int D>
-INLINE void visit_keys(const Pair<D, TILE>& tiles, int stage, int half, const u32 (&query)[D / 16][4],
+INLINE void visit_keys(const Stages<D, TILE>& tiles, int stage, int half, const u32 (&query)[D / 16][4],
                        const u32 (&grad)[D / 16][4], float scale, u32 seen, const ByRow& statistics,
                        float (&sums)[D / 8][4]) {
     float scores[HALF / 8][4], slopes[HALF / 8][4];
@@ -103,7 +103,7 @@ INLINE void visit_keys(const Pair<D, TILE>& tiles, int stage, int half, const u3
 // Gradient of 64 queries.
 template <class T, int D>
 INLINE void query(const Backward& p) {
-    Pair<D, TILE> tiles = {shared_memory()};
+    Stages<D, TILE> tiles = {shared_memory()};
     Work work = p.lists.work[blockIdx.x];
     i64 stride = (i64)gridDim.y * D, own = place<D>(p.queries, work.first);
     tiles.load(1, p.query + own, p.grad + own, stride, work.count); // free until the second entry
@@ -151,7 +151,7 @@ INLINE void query(const Backward& p) {
 template <int D>
 struct Queries {
     static constexpr int BYTES = 4 * HALF * D * 2;
-    Pair<D, HALF> tiles;
+    Stages<D, HALF> tiles;
     float* statistics; // (stage, lse or delta, 32)
 
     INLINE void load(const Backward& p, Entry entry, int half, int stage) const {

@@ -7,6 +7,13 @@ constexpr int THREADS = 128;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+// Number of this thread among those that share a tile.
+#ifdef WARPGROUPS
+INLINE u32 thread() { return threadIdx.x % THREADS; }
+#else
+INLINE u32 thread() { return threadIdx.x; }
+#endif
+
 // Rows that one block computes: [first, first + count), at most 64, against entries [begin, end), at least one. With
 // slot >= 0 the result is a part.
 struct Work {
@@ -34,7 +41,7 @@ INLINE u32 seen(const Lists& lists, int mask) {
     if (mask == WHOLE) return ~0u;
     i64 text = (i64)blockIdx.z * lists.text_tiles - 2 - mask;
     const u32* from = mask >= 0 ? lists.masks + (i64)mask * THREADS : lists.padding + text * THREADS;
-    return from[threadIdx.x];
+    return from[thread()];
 }
 
 // Bytes from the start of a tile to eight numbers of a row; chunks change places so that ldmatrix meets every bank once.
@@ -48,7 +55,7 @@ template <int D, int ROWS>
 INLINE void load_tile(u8* to, const u16* from, i64 stride, int count) {
 #pragma unroll
     for (int i = 0; i < ROWS * D / 8 / THREADS; i++) {
-        int index = i * THREADS + threadIdx.x, row = index / (D / 8), chunk = index % (D / 8);
+        int index = i * THREADS + thread(), row = index / (D / 8), chunk = index % (D / 8);
         bool inside = row < count;
         copy_async(to + offset<D>(row, chunk), from + (inside ? row : 0) * stride + chunk * 8, inside);
     }
@@ -57,21 +64,21 @@ INLINE void load_tile(u8* to, const u16* from, i64 stride, int count) {
 // Rows 16 · warp .. of a tile as the left side of a product, 16 columns.
 template <int D>
 INLINE void left(u32 (&to)[4], const u8* tile, int step) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    int lane = thread() % 32, row = thread() / 32 * 16 + lane % 16;
     load_matrices(to, tile + offset<D>(row, step * 2 + lane / 16));
 }
 
 // Sixteen rows of a tile as columns of the right side (its transpose), 16 deep.
 template <int D>
 INLINE void right_of_rows(u32 (&to)[4], const u8* tile, int first_row, int step) {
-    int lane = threadIdx.x % 32;
+    int lane = thread() % 32;
     load_matrices(to, tile + offset<D>(first_row + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
 }
 
 // Sixteen rows of a tile as the depth of the right side, 16 columns wide.
 template <int D>
 INLINE void right_of_columns(u32 (&to)[4], const u8* tile, int first_row, int step) {
-    int lane = threadIdx.x % 32;
+    int lane = thread() % 32;
     load_matrices_transposed(to, tile + offset<D>(first_row + lane % 16, step * 2 + lane / 16));
 }
 
@@ -108,7 +115,7 @@ INLINE void add_product(float (&sums)[D / 8][4], const float (&weights)[N][4], c
 // This lane's 2 rows of a result of D columns, scaled row by row, to tokens of one head.
 template <class T, int D>
 INLINE void store(u16* to, i64 stride, int count, const float (&sums)[D / 8][4], const float (&scale)[2], T type) {
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    int lane = thread() % 32, first = thread() / 32 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = first + half * 8;
@@ -123,7 +130,7 @@ INLINE void store(u16* to, i64 stride, int count, const float (&sums)[D / 8][4],
 // The same as f32 to a part of (64, D).
 template <int D>
 INLINE void store_part(float* to, const float (&sums)[D / 8][4], const float (&scale)[2]) {
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    int lane = thread() % 32, first = thread() / 32 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float* line = to + (first + half * 8) * D + lane % 4 * 2;

@@ -1,59 +1,4 @@
-// Softmax over the keys that a list names, online (Milakov and Gimelshein, algorithm 3), in base 2.
-// A block computes 64 queries of one head; keys come 64 at a time through two buffers. Queries with long lists are
-// computed in parts, which `merge` joins by their log-sum-exp.
-struct Forward {
-    const u16 *query, *key, *value; // (batch, queries or keys, heads, D)
-    u16* out;                       // as query
-    float* lse;                     // (batch, heads, queries), natural
-    float* parts;                   // (batch, heads, slots, 64, D)
-    float* part_lse;                // (batch, heads, slots, 64), base 2
-    Lists lists;
-    int queries, keys, slots;
-    float scale; // 1 / sqrt(D) in base 2
-};
-
-// Maximum and sum of this lane's two rows.
-struct Running {
-    float maximum[2], sum[2];
-};
-
-// scores -> exp2(scores - maximum), and what was summed before is scaled to the new maximum.
-template <int D>
-INLINE void soften(float (&scores)[TILE / 8][4], float (&sums)[D / 8][4], Running& running, float scale) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float top = -infinity();
-#pragma unroll
-        for (int i = 0; i < TILE / 8; i++) top = maximum(top, maximum(scores[i][2 * half], scores[i][2 * half + 1]));
-        top = maximum(top, shuffle_xor(top, 1));
-        top = maximum(running.maximum[half], maximum(top, shuffle_xor(top, 2)) * scale);
-        // A row that has seen nothing yet keeps its zeros: -inf - -inf would be no number.
-        float base = top == -infinity() ? 0 : top, old = exp2_of(running.maximum[half] - base), total = 0;
-        running.maximum[half] = top;
-#pragma unroll
-        for (int i = 0; i < TILE / 8; i++)
-#pragma unroll
-            for (int j = 2 * half; j < 2 * half + 2; j++) {
-                scores[i][j] = exp2_of(scores[i][j] * scale - base);
-                total += scores[i][j];
-            }
-        running.sum[half] = running.sum[half] * old + total;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            sums[i][2 * half] *= old;
-            sums[i][2 * half + 1] *= old;
-        }
-    }
-}
-
-INLINE void hide(float (&scores)[TILE / 8][4], u32 seen) {
-#pragma unroll
-    for (int i = 0; i < TILE / 8; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (!(seen >> (4 * i + j) & 1)) scores[i][j] = -infinity();
-}
-
+// A block computes 64 queries of one head; keys come 64 at a time through two buffers.
 template <int D>
 struct Tiles {
     static constexpr int BYTES = TILE * D * 2;
@@ -77,31 +22,10 @@ INLINE void visit(const u8* key, const u8* value, const u32 (&query)[D / 16][4],
 #pragma unroll
     for (int step = 0; step < D / 16; step++) add_scores<T, D>(scores, query[step], key, 0, step, T());
     if (!whole) hide(scores, seen);
-    soften<D>(scores, sums, running, scale);
+    float old[2];
+    soften(scores, old, running, scale);
+    scale_rows(sums, old);
     add_product<T, D>(sums, scores, value, 0, T());
-}
-
-template <class T, int D>
-INLINE void finish(const Forward& p, Work work, float (&sums)[D / 8][4], Running& running) {
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
-    float scale[2], lse[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float sum = running.sum[half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        scale[half] = sum > 0 ? 1 / sum : 0;
-        lse[half] = sum > 0 ? running.maximum[half] + log2_of(sum) : -infinity();
-    }
-    bool whole = work.slot < 0;
-    i64 part = head() * p.slots + work.slot;
-    float* to = whole ? p.lse + head() * p.queries + work.first : p.part_lse + part * TILE;
-    for (int half = 0; half < 2; half++)
-        if (lane % 4 == 0 && first + half * 8 < work.count) to[first + half * 8] = lse[half] * (whole ? LN_2 : 1);
-    if (whole)
-        store<T, D>(p.out + place<D>(p.queries, work.first), (i64)gridDim.y * D, work.count, sums, scale, T());
-    else
-        store_part<D>(p.parts + part * TILE * D, sums, scale);
 }
 
 template <class T, int D>

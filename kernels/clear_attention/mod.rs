@@ -2,24 +2,38 @@
 
 mod lists;
 mod masks;
+mod pairs;
 mod problem;
 mod tiles;
 
 pub use lists::{Entry, Lists, Rows, Sequence, Share, Text, Work};
 pub use masks::padding;
-pub use problem::{BackwardParameters, ForwardParameters, HEAD_DIMS, ListAddresses, Problem};
+pub use pairs::{Pair, Pairs, Visit};
+pub use problem::{
+    BackwardParameters, ForwardParameters, HEAD_DIMS, ListAddresses, PairedForwardParameters, Problem, TensorMap,
+};
 
-use crate::{Kernel, PRELUDE};
+use crate::{Kernel, PRELUDE, SM90A, Target};
 
 const COMMON: &str = include_str!("common.cuh");
+const SOFTMAX: &str = include_str!("softmax.cuh");
 
 /// Outputs and the log-sum-exp of each query.
 pub const FORWARD: Kernel = Kernel {
     name: "clear_attention/forward",
     summary: "windowed attention: outputs and log-sum-exp",
-    sources: &[PRELUDE, COMMON, include_str!("forward.cu")],
+    sources: &[PRELUDE, COMMON, SOFTMAX, include_str!("forward.cu")],
     ptx: include_str!("forward.ptx"),
-    capability: 80,
+    target: Target::Sm80,
+};
+
+/// The same over [`Pairs`].
+pub const FORWARD_SM90A: Kernel = Kernel {
+    name: "clear_attention/forward_sm90a",
+    summary: "the same for compute capability 9.0: tensor memory accelerator, warpgroup products",
+    sources: &[PRELUDE, SM90A, COMMON, SOFTMAX, include_str!("pairs.cuh"), include_str!("forward_sm90a.cu")],
+    ptx: include_str!("forward_sm90a.ptx"),
+    target: Target::Sm90a,
 };
 
 /// Gradients of queries, keys and values.
@@ -28,7 +42,7 @@ pub const BACKWARD: Kernel = Kernel {
     summary: "windowed attention: gradients of queries, keys and values",
     sources: &[PRELUDE, COMMON, include_str!("backward.cu")],
     ptx: include_str!("backward.ptx"),
-    capability: 80,
+    target: Target::Sm80,
 };
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! [`Problem`]: extents of a call, the launches that compute it, and the parameters they take. Knows no driver.
 
-use super::{BACKWARD, FORWARD, Lists};
-use crate::plan::{Launch, Number, Parameters, Refusal};
+use super::{BACKWARD, FORWARD, FORWARD_SM90A, Lists, Pairs};
+use crate::Kernel;
+use crate::plan::{Launch, Number, Parameters, Refusal, THREADS};
 
 /// Heads that the kernels take, ascending. Those between can be given zeros.
 pub const HEAD_DIMS: [usize; 2] = [64, 128];
@@ -26,15 +27,41 @@ impl Problem {
         }
     }
 
+    /// What is computed.
+    pub fn number(&self) -> Number {
+        self.number
+    }
+
+    /// Of a tensor of so many tokens, innermost first: head_dim, heads, tokens, batch.
+    pub fn extents(&self, tokens: usize) -> [usize; 4] {
+        [self.head_dim, self.heads, tokens, self.batch]
+    }
+
     /// Numbers of `parts`, (batch, heads, slots, 64, head_dim) in f32; `part_lse` has head_dim times fewer.
     pub fn part_numbers(&self, lists: &Lists) -> usize {
         self.batch * self.heads * lists.slots * 64 * self.head_dim
     }
 
-    /// Outputs, then, with the joins as work, their parts together. Both take [`ForwardParameters`].
-    pub fn forward(&self, lists: &Lists) -> [Launch; 2] {
-        let tiles = 4 * self.tile_bytes();
-        [self.over(FORWARD, "forward", lists.work.len(), tiles), self.over(FORWARD, "merge", lists.joins.len(), 0)]
+    /// Outputs. Parts are to be merged then.
+    pub fn forward(&self, lists: &Lists) -> Launch {
+        self.over(FORWARD, "forward", lists.work.len(), 4 * self.tile_bytes())
+    }
+
+    /// The same for compute capability 9.0; it takes [`PairedForwardParameters`].
+    pub fn paired_forward(&self, pairs: &Pairs) -> Launch {
+        // What a multiprocessor does before and after its tiles is shared by some, as long as all have 16 times that much.
+        const MULTIPROCESSORS: usize = 132;
+        let all = pairs.pairs.len() * self.heads * self.batch;
+        let of_block = (all / (MULTIPROCESSORS * 16)).clamp(1, 8);
+        // A ring of six tiles of keys and values, and two barriers for each.
+        let shared_bytes = 6 * (2 * self.tile_bytes() + 2 * 8);
+        let launch = self.over(FORWARD_SM90A, "forward_sm90a", pairs.pairs.len().div_ceil(of_block), shared_bytes);
+        Launch { threads: 3 * THREADS, ..launch }
+    }
+
+    /// With the joins as work, parts of either forward together. This and the first take [`ForwardParameters`].
+    pub fn merge(&self, lists: &Lists) -> Launch {
+        self.over(FORWARD, "merge", lists.joins.len(), 0)
     }
 
     /// Σ out · grad of each of `queries`, before the gradients. This and the rest take [`BackwardParameters`].
@@ -69,9 +96,9 @@ impl Problem {
         format!("{kernel}_{}_{}", self.number.name(), self.head_dim)
     }
 
-    fn over(&self, kernel: crate::Kernel, name: &str, works: usize, shared_bytes: usize) -> Launch {
+    fn over(&self, kernel: Kernel, name: &str, works: usize, shared_bytes: usize) -> Launch {
         let blocks = [works as u32, self.heads as u32, self.batch as u32];
-        Launch { kernel, entry: self.entry(name), blocks, shared_bytes: shared_bytes as u32 }
+        Launch { kernel, entry: self.entry(name), blocks, threads: THREADS, shared_bytes: shared_bytes as u32 }
     }
 }
 
@@ -111,6 +138,24 @@ pub struct ForwardParameters {
     pub scale: f32,
 }
 
+/// How a device finds boxes in a tensor, as its driver encodes it.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
+/// Addresses and extents of the forward over [`Pairs`]; `pairs.cuh` says what they are.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of pairs.cuh, which describes them")]
+pub struct PairedForwardParameters {
+    pub key: TensorMap,
+    pub value: TensorMap,
+    pub forward: ForwardParameters,
+    pub pairs: u64,
+    pub visits: u64,
+    pub count: i32,
+}
+
 /// Addresses and extents of the backward; `backward.cu` says what they are.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -140,5 +185,7 @@ pub struct BackwardParameters {
 
 // SAFETY: repr(C), field by field as in forward.cu; a test and emulation/attention.h hold both to the same sizes.
 unsafe impl Parameters for ForwardParameters {}
+// SAFETY: the same of pairs.cuh.
+unsafe impl Parameters for PairedForwardParameters {}
 // SAFETY: the same of backward.cu.
 unsafe impl Parameters for BackwardParameters {}

@@ -1,4 +1,4 @@
-use super::{Entry, Lists, Rows, Sequence, Text, Work, padding};
+use super::{Entry, Lists, Pairs, Rows, Sequence, Text, Visit, Work, padding};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -157,6 +157,47 @@ fn only_rows_longer_than_those_of_the_image_are_split() {
         assert_eq!(split(512, None, rows), (0, 0));
         assert_eq!(split(0, Some(64), rows), (0, 0));
     }
+}
+
+/// What each half of each pair visits is what its work visits, and neither passes two visits of the other in a row.
+#[test]
+fn pairs_visit_what_their_works_visit() {
+    for (height, width, text, pooled) in [(13, 7, 7, 0), (40, 24, 70, 6), (1, 140, 0, 0), (9, 40, 130, 3)] {
+        let places = patches(height, width);
+        for (limit, longest) in [(Some(9), 2), (Some(100), 64), (None, 3)] {
+            let sequence = Sequence { text: Text::Padded(text), places: &places, pooled, limit };
+            let lists = Lists::with_parts(&sequence, Rows::Queries, longest);
+            let Pairs { pairs, visits } = Pairs::new(&lists);
+            let mut found = BTreeSet::new();
+            for (pair, which) in pairs.iter().flat_map(|pair| [(pair, 0), (pair, 1)]) {
+                assert!(pair.begin < pair.end && pair.own.iter().max() == Some(&pair.end), "{pair:?}");
+                let own = &visits[pair.begin as usize..pair.own[which] as usize];
+                let seen: Vec<_> = own.iter().filter(|visit| visit.masks[which] != Visit::UNSEEN).collect();
+                let gaps = own.windows(2).filter(|two| two.iter().all(|visit| visit.masks[which] == Visit::UNSEEN));
+                assert_eq!(gaps.count(), 0, "{pair:?}");
+                let visited: BTreeSet<_> = seen.iter().map(|visit| (visit.first, visit.masks[which])).collect();
+                let Some(work) = usize::try_from(pair.works[which]).ok().map(|number| &lists.work[number]) else {
+                    assert!(seen.is_empty());
+                    continue;
+                };
+                assert!(found.insert(pair.works[which]) && visited.len() == seen.len());
+                let entries = &lists.entries[work.begin as usize..work.end as usize];
+                assert_eq!(visited, entries.iter().map(|entry| (entry.first, entry.mask)).collect());
+            }
+            assert_eq!(found.len(), lists.work.len());
+        }
+    }
+}
+
+#[test]
+fn neighbours_load_little_more_than_one_of_them() {
+    let places = patches(128, 128);
+    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: Some(256) };
+    let lists = Lists::new(&sequence, Rows::Queries);
+    let pairs = Pairs::new(&lists).pairs;
+    let loaded: i32 = pairs.iter().map(|pair| pair.end - pair.begin).sum();
+    let seen: i32 = lists.work.iter().map(|work| work.end - work.begin).sum();
+    assert_eq!((pairs.len() * 2, loaded * 100 / seen), (lists.work.len(), 55), "percent");
 }
 
 #[test]

@@ -9,6 +9,10 @@
 namespace attention {
 #include "../clear_attention/common.cuh"
 
+#include "../clear_attention/softmax.cuh"
+
+#include "../clear_attention/pairs.cuh"
+
 #include "../clear_attention/forward.cu"
 
 #include "../clear_attention/backward.cu"
@@ -17,6 +21,8 @@ namespace attention {
 // Sizes that the launching side counts on.
 static_assert(sizeof(attention::Work) == 20 && sizeof(attention::Entry) == 12 && sizeof(attention::Lists) == 40);
 static_assert(sizeof(attention::Forward) == 112 && offsetof(attention::Forward, scale) == 108);
+static_assert(sizeof(attention::Pair) == 24 && sizeof(attention::Visit) == 12);
+static_assert(sizeof(attention::PairedForward) == 448 && offsetof(attention::PairedForward, count) == 384);
 static_assert(sizeof(attention::Backward) == 160 && offsetof(attention::Backward, scale) == 156);
 
 struct Case {
@@ -175,6 +181,13 @@ struct Built {
     }
 };
 
+#ifdef ON_GPU
+#include "../on_gpu/paired.h"
+#else
+// The instructions of compute capability 9.0 are not emulated: simulator/ runs them.
+inline bool runs_pairs() { return false; }
+#endif
+
 // Attention by its definition. With `round`, as the plain operation leaves each step in the type.
 struct Plain {
     Numbers out, lse, query, key, value;
@@ -238,10 +251,10 @@ struct Run {
     Buffer<u16> out, query, key, value;
     Buffer<float> lse, delta;
 
-    Run(const Scene& scene, Buffer<u16> (&in)[4], const Built& forward, const Built& reverse)
+    Run(const Scene& scene, Buffer<u16> (&in)[4], const Built& forward, const Built& reverse, bool paired = false)
         : out(in[0].count), query(in[0].count), key(in[1].count), value(in[1].count), lse(in[0].count / D),
           delta(in[0].count / D) {
-        run_forward(scene, in, forward);
+        run_forward(scene, in, forward, paired);
         attention::Backward p = {in[0].data(), in[1].data(), in[2].data(), out.data(), in[3].data(), lse.data(),
                                  delta.data(), query.data(), key.data(), value.data(), nullptr, nullptr, {},
                                  scene.of.batch, scene.of.heads, scene.queries, scene.keys, 0, 1 / std::sqrt((float)D)};
@@ -261,16 +274,28 @@ struct Run {
     static size_t parts(const Case& of, int slots) { return (size_t)of.batch * of.heads * slots * 64; }
     static Grid grid(const Case& of, size_t works, int bytes) { return {(int)works, of.heads, of.batch, 128, bytes}; }
 
-    void run_forward(const Scene& scene, Buffer<u16> (&in)[4], const Built& built) {
+    void run_forward(const Scene& scene, Buffer<u16> (&in)[4], const Built& built, bool paired) {
         const Case& of = scene.of;
         Buffer<float> sums(parts(of, built.slots) * D), logs(parts(of, built.slots));
         attention::Forward p = {in[0].data(), in[1].data(), in[2].data(), out.data(), lse.data(), sums.data(),
                                 logs.data(), built.lists(built.work), scene.queries, scene.keys, built.slots,
                                 attention::LOG2_E / std::sqrt((float)D)};
-        launch(entry("forward", T(), D), grid(of, built.work.size(), 4 * 64 * D * 2), p, attention::forward<T, D>);
+        if (paired)
+            run_paired(p, of, built);
+        else
+            launch(entry("forward", T(), D), grid(of, built.work.size(), 4 * 64 * D * 2), p, attention::forward<T, D>);
         p.lists = built.lists(built.joins);
         launch(entry("merge", T(), D), grid(of, built.joins.size(), 0), p, attention::merge<T, D>);
         expect(sums.walled() && logs.walled(), "parts");
+    }
+
+    static void run_paired([[maybe_unused]] const attention::Forward& p, [[maybe_unused]] const Case& of,
+                           [[maybe_unused]] const Built& built) {
+#ifdef ON_GPU
+        Pairs pairs(built);
+        start_paired<T, D>(p, pairs.pairs.data(), pairs.visits.data(), (int)pairs.pairs.size(), of.heads, of.batch, 3, T());
+        device().synchronize();
+#endif
     }
 
     void run_queries(const Scene& scene, attention::Backward p, const Built& built) {
@@ -299,6 +324,16 @@ struct Run {
 };
 
 template <class T, int D>
+void compare(const std::string& name, Run<T, D>& got, const Plain& want, const Plain& rough, Accuracy (&accuracy)[4]) {
+    accuracy[0].compare(name + ", out", Typed<T>::numbers(got.out), want.out, rough.out, D);
+    accuracy[1].compare(name + ", query", Typed<T>::numbers(got.query), want.query, rough.query, D);
+    accuracy[2].compare(name + ", key", Typed<T>::numbers(got.key), want.key, rough.key, D);
+    accuracy[3].compare(name + ", value", Typed<T>::numbers(got.value), want.value, rough.value, D);
+    for (size_t i = 0; i < got.lse.count; i++)
+        if (!(std::abs(got.lse[i] - want.lse[i]) < 2e-5 * (1 + std::abs(want.lse[i])))) return expect(false, name + ": lse");
+}
+
+template <class T, int D>
 void check_case(const Scene& scene, const Built& forward, const Built& reverse, Accuracy (&accuracy)[4]) {
     const Case& of = scene.of;
     std::mt19937 source(of.height * 1000 + of.width * 10 + of.text);
@@ -308,17 +343,16 @@ void check_case(const Scene& scene, const Built& forward, const Built& reverse, 
     Numbers exact[4] = {Typed<T>::numbers(in[0]), Typed<T>::numbers(in[1]), Typed<T>::numbers(in[2]), Typed<T>::numbers(in[3])};
     Plain want(scene, D, exact, [](double x) { return x; }), rough(scene, D, exact, Typed<T>::round);
     std::string name = of.name() + ", D " + std::to_string(D);
-    machine.late_copies = machine.reversed = false;
-    Run<T, D> got(scene, in, forward, reverse);
-    expect(got.walled(), name + ": written behind an end");
-    machine.late_copies = machine.reversed = true;
-    if (of.height == 13) expect(Run<T, D>(scene, in, forward, reverse) == got, name + ": depends on the order of threads and copies");
-    accuracy[0].compare(name + ", out", Typed<T>::numbers(got.out), want.out, rough.out, D);
-    accuracy[1].compare(name + ", query", Typed<T>::numbers(got.query), want.query, rough.query, D);
-    accuracy[2].compare(name + ", key", Typed<T>::numbers(got.key), want.key, rough.key, D);
-    accuracy[3].compare(name + ", value", Typed<T>::numbers(got.value), want.value, rough.value, D);
-    for (size_t i = 0; i < got.lse.count; i++)
-        if (!(std::abs(got.lse[i] - want.lse[i]) < 2e-5 * (1 + std::abs(want.lse[i])))) return expect(false, name + ": lse");
+    for (bool paired : {false, true}) {
+        if (paired && !runs_pairs()) continue;
+        machine.late_copies = machine.reversed = false;
+        Run<T, D> got(scene, in, forward, reverse, paired);
+        expect(got.walled(), name + ": written behind an end");
+        machine.late_copies = machine.reversed = true;
+        if (of.height == 13)
+            expect(Run<T, D>(scene, in, forward, reverse, paired) == got, name + ": depends on the order of threads and copies");
+        compare(name + (paired ? ", paired" : ""), got, want, rough, accuracy);
+    }
 }
 
 inline void report(const char* type, int D, const char* what, size_t count, const Accuracy (&accuracy)[4]) {

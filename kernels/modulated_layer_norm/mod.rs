@@ -1,7 +1,7 @@
 //! The kernel of this folder: layer norm, then modulation, and the gradient of x. Knows no tensor.
 
 use crate::plan::{Launch, Number, Parameters, Refusal, THREADS, check_width};
-use crate::{Kernel, PRELUDE, ROWS};
+use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
 pub const KERNEL: Kernel = Kernel {
@@ -9,7 +9,7 @@ pub const KERNEL: Kernel = Kernel {
     summary: "layer norm, then modulation, and the gradient of x",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
-    capability: 80,
+    target: Target::Sm80,
 };
 
 /// Numbers of the longest row.

@@ -1,6 +1,7 @@
 // The first CUDA device by the driver's own library, which is opened at run time: no toolkit is needed. Knows no kernel.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
@@ -20,20 +21,29 @@ class Device {
         call("cuDeviceGet", &number, 0);
         char name[128];
         call("cuDeviceGetName", name, (int)sizeof name, number);
-        std::printf("device: %s\n", name);
+        int major, minor;
+        call("cuDeviceGetAttribute", &major, 75, number);
+        call("cuDeviceGetAttribute", &minor, 76, number);
+        of_device = 10 * major + minor;
+        std::printf("device: %s, compute capability %d.%d\n", name, major, minor);
         void* context;
         call("cuDevicePrimaryCtxRetain", &context, number);
         call("cuCtxSetCurrent", context);
         for (const char* file : {"add_bias/kernel", "clear_attention/forward", "clear_attention/backward", "gated_add/kernel", "gelu/kernel",
                                  "modulated_layer_norm/kernel", "permute/kernel", "rms_norm_rope/kernel"})
             load(file);
+        if (of_device == 90) load("clear_attention/forward_sm90a");
     }
+
+    // Compute capability, major · 10 + minor.
+    int capability() const { return of_device; }
 
     template <class Parameters>
     void launch(const std::string& entry, Grid grid, const Parameters& p) {
         start(entry, grid, p);
-        call("cuCtxSynchronize");
+        synchronize();
     }
+    void synchronize() { call("cuCtxSynchronize"); }
 
     template <class Parameters>
     void start(const std::string& entry, Grid grid, const Parameters& p) {
@@ -42,6 +52,15 @@ class Device {
         call("cuFuncSetAttribute", function, 8, grid.shared_bytes); // most dynamic shared memory
         call("cuLaunchKernel", function, (unsigned)grid.x, (unsigned)grid.y, (unsigned)grid.z, (unsigned)grid.threads, 1u, 1u,
              (unsigned)grid.shared_bytes, none, (void**)arguments, (void**)none);
+    }
+
+    // How the device finds boxes of 64 tokens and 64 numbers of one head in a tensor of such extents, innermost first.
+    void tensor_map(unsigned long long* map, int format, const void* memory, std::array<unsigned long long, 4> extents) {
+        unsigned long long row = extents[0] * 2, strides[] = {row, row * extents[1], row * extents[1] * extents[2]};
+        unsigned box[] = {64, 1, 64, 1}, steps[] = {1, 1, 1, 1};
+        constexpr int SWIZZLE_128 = 3, PROMOTE_256 = 3;
+        call("cuTensorMapEncodeTiled", map, format, 4u, (void*)memory, extents.data(), strides, box, steps, 0, SWIZZLE_128,
+             PROMOTE_256, 0);
     }
 
     // Memory of the host that the device reads and writes at the same address.
@@ -86,6 +105,7 @@ class Device {
     }
 
   private:
+    int of_device;
     void* library;
     std::map<std::string, void*> functions;
     std::vector<void*> modules;

@@ -1,7 +1,7 @@
 //! The kernel of this folder: tokens in another order. Knows no tensor.
 
 use crate::plan::{Launch, Number, Parameters, Refusal, check_width};
-use crate::{Kernel, PRELUDE, ROWS};
+use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
 pub const KERNEL: Kernel = Kernel {
@@ -9,7 +9,7 @@ pub const KERNEL: Kernel = Kernel {
     summary: "tokens in another order",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
-    capability: 80,
+    target: Target::Sm80,
 };
 
 /// Addresses and extents; `kernel.cu` says what they are.

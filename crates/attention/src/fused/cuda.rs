@@ -11,9 +11,10 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
 use clearform_kernels::clear_attention::{
-    self as kernels, BackwardParameters, ForwardParameters, ListAddresses, Lists, Rows, Text, padding,
+    self as kernels, BackwardParameters, ForwardParameters, ListAddresses, Lists, PairedForwardParameters, Pairs, Rows,
+    Text, padding,
 };
-use clearform_kernels::launch::ResidentLists;
+use clearform_kernels::launch::{ResidentLists, ResidentPairs, tile_map};
 use clearform_kernels::{Number, Refusal};
 use clearform_ops::cuda::{contiguous, number, start};
 use half::{bf16, f16};
@@ -75,6 +76,8 @@ impl Stored for f16 {}
 pub(crate) struct Listed {
     lists: Lists,
     resident: ResidentLists,
+    /// Where the device computes two tiles of queries at a time.
+    paired: Option<(Pairs, ResidentPairs)>,
 }
 
 /// What lists depend on, apart from the geometry.
@@ -154,7 +157,7 @@ impl Softmax {
         let device = inputs[0].0.device().clone();
         let stream = device.cuda_stream();
         let [query, key, value] = all(inputs.map(|(storage, layout)| contiguous::<T>(storage, layout)))?;
-        let Listed { lists, resident } = &*self.by_query;
+        let Listed { lists, resident, .. } = &*self.by_query;
         // SAFETY: the kernels write every number of it.
         let out = unsafe { device.alloc::<T>(self.query_count()) }?;
         // SAFETY: as above.
@@ -175,16 +178,34 @@ impl Softmax {
             slots: lists.slots as i32,
             scale: std::f32::consts::LOG2_E * self.scale,
         };
-        let [forward, merge] = self.problem.forward(lists);
-        let joins = ListAddresses { work: resident.joins.device_ptr(&stream).0, ..parameters.lists };
-        // SAFETY: all memory is of this device, is as large as forward.cu says, and is freed on this very stream.
-        unsafe {
-            start(&device, &forward, parameters)?;
-            start(&device, &merge, ForwardParameters { lists: joins, ..parameters })?;
-        }
+        self.start_forward(&device, parameters)?;
         // The same operation on the same tensors gives the same numbers, so whoever set them first is right.
         let _ = self.lse.set(lse);
         Ok(CudaStorage::wrap_cuda_slice(out, device))
+    }
+
+    fn start_forward(&self, device: &CudaDevice, parameters: ForwardParameters) -> Result<()> {
+        let stream = device.cuda_stream();
+        let Listed { lists, resident, paired } = &*self.by_query;
+        let joins = ListAddresses { work: resident.joins.device_ptr(&stream).0, ..parameters.lists };
+        // SAFETY: all memory is of this device, is as large as the sources say, and is freed on this very stream.
+        unsafe {
+            match paired {
+                Some((pairs, resident)) => {
+                    let parameters = PairedForwardParameters {
+                        key: tile_map(&self.problem, parameters.key, self.keys).w()?,
+                        value: tile_map(&self.problem, parameters.value, self.keys).w()?,
+                        forward: parameters,
+                        pairs: resident.pairs.device_ptr(&stream).0,
+                        visits: resident.visits.device_ptr(&stream).0,
+                        count: pairs.pairs.len() as i32,
+                    };
+                    start(device, &self.problem.paired_forward(pairs), parameters)?;
+                }
+                None => start(device, &self.problem.forward(lists), parameters)?,
+            }
+            start(device, &self.problem.merge(lists), ForwardParameters { lists: joins, ..parameters })
+        }
     }
 
     fn backward<T: Stored>(&self, args: [&Tensor; 3], out: &Tensor, grad: &Tensor) -> Result<Gradients> {
@@ -330,8 +351,17 @@ fn listed(geometry: &Geometry, device: &CudaDevice, key: Key) -> Result<Arc<List
         limit: key.limit,
     };
     let lists = Lists::new(&sequence, if key.by_query { Rows::Queries } else { Rows::Keys });
-    let resident = ResidentLists::new(&device.cuda_stream(), &lists).w()?;
-    let listed = Arc::new(Listed { lists, resident });
+    let stream = device.cuda_stream();
+    let resident = ResidentLists::new(&stream, &lists).w()?;
+    let capability = stream.context().compute_capability().w()?;
+    let paired = if key.by_query && kernels::FORWARD_SM90A.target.runs_on(capability) {
+        let pairs = Pairs::new(&lists);
+        let resident = ResidentPairs::new(&stream, &pairs).w()?;
+        Some((pairs, resident))
+    } else {
+        None
+    };
+    let listed = Arc::new(Listed { lists, resident, paired });
     known.insert(key, listed.clone());
     Ok(listed)
 }
