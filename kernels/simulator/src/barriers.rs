@@ -16,6 +16,8 @@ const MOST: u64 = (1 << 20) - 1;
 pub struct Barriers {
     /// How often something changed that a warp may wait for.
     pub changes: u64,
+    /// Phases that have ended.
+    pub phases: u64,
     /// Warps that have not ended.
     warps: usize,
     of_threads: [OfThreads; 16],
@@ -174,7 +176,11 @@ impl Barriers {
 
     fn change(&mut self, at: u64, arrivals: u64, bytes: i64) -> Result<(), String> {
         self.changes += 1;
-        self.word(at)?.change(arrivals, bytes)
+        let word = self.word(at)?;
+        let before = word.phase;
+        word.change(arrivals, bytes)?;
+        self.phases += u64::from(self.words[&at].phase != before);
+        Ok(())
     }
 
     /// A copy is under way.

@@ -123,8 +123,10 @@ impl Warp {
         while !self.groups.is_empty() {
             let Some(next) = self.next(block)? else { return Ok(Stop::Wait) };
             let text = &block.program.instructions[self.groups[next].0].text;
+            let before = block.barriers.phases;
             self.step(block, next).map_err(|problem| format!("`{text}`, warp {}: {problem}", self.number))?;
-            if self.turn.is_some() {
+            // Whoever waited for this phase goes on before this warp does, so that nothing may be told too early.
+            if self.turn.is_some() || block.barriers.phases != before && !self.ended() {
                 return Ok(Stop::Wait);
             }
         }

@@ -268,6 +268,18 @@ fn stages_go_round_between_a_producer_and_a_consumer() {
     fails(64, &words, &maps, &stuck, "all warps wait for each other: warp 0, lanes 0x1 at `mbarrier.try_wait");
 }
 
+/// The first warp arrives before it writes, and the second one, which waits for that, finds nothing.
+#[test]
+fn what_is_told_too_early_is_not_there_yet() {
+    let body = "mov.u32 %r10, dynamic; setp.ne.s32 %p1, %r1, 0; @%p1 bra MADE;
+        mbarrier.init.shared::cta.b64 [%r10], 1;
+        MADE: bar.sync 0; setp.gt.u32 %p2, %r1, 31; @%p2 bra WAIT; @%p1 bra END;
+        mbarrier.arrive.shared::cta.b64 _, [%r10]; mov.u32 %r2, 7; st.shared.u32 [%r10+16], %r2; bra END;
+        WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r10], 0; @!%p2 bra WAIT;
+        ld.shared.u32 %r2, [%r10+16]; st.global.u32 [%rd1], %r2; END:";
+    assert_eq!(run(64, &[0; 64], &|_| vec![], body).unwrap()[32..], [u32::MAX; 32]);
+}
+
 #[test]
 fn barriers_are_used_as_they_must_be() {
     let with = |body: &str| format!("mov.u32 %r10, dynamic; mbarrier.init.shared::cta.b64 [%r10], 1; {body}");
