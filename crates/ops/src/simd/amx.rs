@@ -96,6 +96,19 @@ macro_rules! tile {
     };
 }
 
+// Loads or stores the sums of one or two groups of rows.
+macro_rules! sums {
+    ($groups:expr, $action:ident, $out:expr, $step:expr) => {
+        tile!($action 0, $out, $step);
+        tile!($action 1, $out.add(LANES), $step);
+        if $groups == 2 {
+            let second = $out.add(TILE * $step);
+            tile!($action 2, second, $step);
+            tile!($action 3, second.add(LANES), $step);
+        }
+    };
+}
+
 /// Computes rows of `product` by whole tiles; gives back the first that is left.
 ///
 /// # Safety
@@ -137,16 +150,10 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
     out_step: usize,
     space: &mut Space,
 ) {
-    let second = out.wrapping_add(TILE * out_step);
     // SAFETY: the caller's promise.
     unsafe {
         if ADD {
-            tile!(load 0, out, out_step);
-            tile!(load 1, out.add(LANES), out_step);
-            if GROUPS == 2 {
-                tile!(load 2, second, out_step);
-                tile!(load 3, second.add(LANES), out_step);
-            }
+            sums!(GROUPS, load, out, out_step);
         } else {
             tile!(zero 0);
             tile!(zero 1);
@@ -177,14 +184,7 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
         }
     }
     // SAFETY: the caller's promise.
-    unsafe {
-        tile!(store 0, out, out_step);
-        tile!(store 1, out.add(LANES), out_step);
-        if GROUPS == 2 {
-            tile!(store 2, second, out_step);
-            tile!(store 3, second.add(LANES), out_step);
-        }
-    }
+    unsafe { sums!(GROUPS, store, out, out_step) };
 }
 
 /// Inner indices of a product, up to 16 at a time.
