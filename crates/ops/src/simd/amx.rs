@@ -184,7 +184,9 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { sums!(GROUPS, store, out, out_step) };
+    unsafe {
+        sums!(GROUPS, store, out, out_step);
+    }
 }
 
 /// Inner indices of a product, up to 16 at a time.
