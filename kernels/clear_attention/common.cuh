@@ -94,14 +94,22 @@ INLINE void add_scores(float (&sums)[N][4], const u32 (&a)[4], const u8* tile, i
     }
 }
 
+// Weights (16 x 16, rounded) as the left side of a product.
+template <class T>
+INLINE void left_of_weights(u32 (&to)[4], const float (&low)[4], const float (&high)[4], T type) {
+    to[0] = pack(low[0], low[1], type);
+    to[1] = pack(low[2], low[3], type);
+    to[2] = pack(high[0], high[1], type);
+    to[3] = pack(high[2], high[3], type);
+}
+
 // sums += weights (16 x 8 N, rounded) · rows [first_row, + 8 N) of `tile`, D wide.
 template <class T, int D, int N>
 INLINE void add_product(float (&sums)[D / 8][4], const float (&weights)[N][4], const u8* tile, int first_row, T type) {
 #pragma unroll
     for (int pair = 0; pair < N / 2; pair++) {
-        const float(&low)[4] = weights[2 * pair], (&high)[4] = weights[2 * pair + 1];
-        u32 a[4] = {pack(low[0], low[1], type), pack(low[2], low[3], type), pack(high[0], high[1], type),
-                    pack(high[2], high[3], type)};
+        u32 a[4];
+        left_of_weights(a, weights[2 * pair], weights[2 * pair + 1], type);
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             u32 b[4];

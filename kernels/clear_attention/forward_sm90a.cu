@@ -133,16 +133,11 @@ INLINE void start_sums(float (&sums)[D / 8][4], const u32 (&weights)[TILE / 16][
     commit_products();
 }
 
-// Weights as the left side of products.
+// A tile of weights as the left side of products.
 template <class T>
 INLINE void pack_weights(u32 (&to)[TILE / 16][4], const float (&from)[TILE / 8][4], T type) {
 #pragma unroll
-    for (int step = 0; step < TILE / 16; step++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float(&eight)[4] = from[2 * step + i / 2];
-            to[step][i] = pack(eight[i % 2 * 2], eight[i % 2 * 2 + 1], type);
-        }
+    for (int step = 0; step < TILE / 16; step++) left_of_weights(to[step], from[2 * step], from[2 * step + 1], type);
 }
 
 // Attention of one tile of queries, which meets one of keys at least.

@@ -77,8 +77,8 @@ impl Waits {
 }
 
 impl Word {
-    /// Arrivals, and bytes that are to come or have come; ends the phase if nothing is missing.
-    fn change(&mut self, arrivals: u64, bytes: i64) -> Result<(), String> {
+    /// Arrivals, and bytes that are to come or have come; whether that ends the phase, as nothing is missing.
+    fn change(&mut self, arrivals: u64, bytes: i64) -> Result<bool, String> {
         self.bytes += bytes;
         if self.bytes.unsigned_abs() > MOST {
             return Err(format!("{} bytes are to come, more than a barrier counts", self.bytes));
@@ -87,10 +87,11 @@ impl Word {
             return Err(format!("{arrivals} arrive where {} are missing in phase {}", self.missing, self.phase));
         }
         self.missing -= arrivals;
-        if self.missing == 0 && self.bytes == 0 {
+        let ends = self.missing == 0 && self.bytes == 0;
+        if ends {
             (self.phase, self.missing) = (self.phase + 1, self.count);
         }
-        Ok(())
+        Ok(ends)
     }
 }
 
@@ -176,10 +177,8 @@ impl Barriers {
 
     fn change(&mut self, at: u64, arrivals: u64, bytes: i64) -> Result<(), String> {
         self.changes += 1;
-        let word = self.word(at)?;
-        let before = word.phase;
-        word.change(arrivals, bytes)?;
-        self.phases += u64::from(self.words[&at].phase != before);
+        let ends = self.word(at)?.change(arrivals, bytes)?;
+        self.phases += u64::from(ends);
         Ok(())
     }
 

@@ -112,7 +112,7 @@ macro_rules! sums {
 /// Computes rows of `product` by whole tiles; gives back the first that is left.
 ///
 /// # Safety
-/// Level `Amx` runs, and `checked_count` found the product's extents inside its slices.
+/// The level has tiles, and `checked_count` found the product's extents inside its slices.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn panels<const ADD: bool>(product: &Product<'_, Pair>, out: &mut [f32], out_step: usize) -> usize {
     let end = product.rows / TILE * TILE;

@@ -61,10 +61,10 @@ impl Instructions {
             Set::Avx2 => unsafe { with_avx2(task) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16(task) },
+            Set::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16::<false, T>(task) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Set::Amx if const { T::PAIRS } => unsafe { with_amx(task) },
+            Set::Amx if const { T::PAIRS } => unsafe { with_avx512_bf16::<true, T>(task) },
             // SAFETY: as above; whatever has BF16 was found to have these too.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 | Set::Avx512Bf16 | Set::Amx => unsafe { with_avx512(task) },
@@ -154,43 +154,24 @@ impl Level for Avx512 {
     type Pairs = factor::WidenedPairs;
 }
 
-/// AVX-512 F with BF16.
+/// AVX-512 F with BF16, and with AMX where it has tiles.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
-struct Avx512Bf16;
+struct Avx512Bf16<const TILES: bool>;
 
 #[cfg(target_arch = "x86_64")]
-impl Level for Avx512Bf16 {
+impl<const TILES: bool> Level for Avx512Bf16<TILES> {
     const FUSED: bool = true;
     const WIDE: bool = true;
-    type F32 = super::vector::Zmm;
-    type Pairs = factor::Bf16Pairs;
-}
-
-/// AVX-512 F with BF16, and AMX with BF16.
-#[cfg(target_arch = "x86_64")]
-#[derive(Debug, Clone, Copy)]
-struct Amx;
-
-#[cfg(target_arch = "x86_64")]
-impl Level for Amx {
-    const FUSED: bool = true;
-    const WIDE: bool = true;
-    const TILES: bool = true;
+    const TILES: bool = TILES;
     type F32 = super::vector::Zmm;
     type Pairs = factor::Bf16Pairs;
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
-fn with_amx<T: Task>(task: T) -> T::Output {
-    task.run::<Amx>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
-fn with_avx512_bf16<T: Task>(task: T) -> T::Output {
-    task.run::<Avx512Bf16>()
+fn with_avx512_bf16<const TILES: bool, T: Task>(task: T) -> T::Output {
+    task.run::<Avx512Bf16<TILES>>()
 }
 
 #[cfg(target_arch = "x86_64")]
