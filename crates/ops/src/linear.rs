@@ -1,7 +1,7 @@
 //! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
 
 use crate::gemm::{self, Extents, Sides};
-use crate::kernel::for_rows;
+use crate::kernel::{contiguous, for_rows};
 use crate::reference;
 use crate::simd::{Element, Instructions, Level, Task, dispatch};
 use candle_core::backend::BackendStorage;
@@ -51,8 +51,8 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        match of_bf16((x, lx), (w, lw), None) {
-            Some(out) => Ok((CpuStorage::BF16(out), shape(lx, lw)?)),
+        match ours((x, lx), (w, lw), None)? {
+            Some(out) => Ok((out, shape(lx, lw)?)),
             None => product((x, lx), (w, lw)),
         }
     }
@@ -84,8 +84,8 @@ impl CustomOp3 for Linear {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if let Some(out) = of_bf16((x, lx), (w, lw), Some((b, lb))) {
-            return Ok((CpuStorage::BF16(out), shape(lx, lw)?));
+        if let Some(out) = ours((x, lx), (w, lw), Some((b, lb)))? {
+            return Ok((out, shape(lx, lw)?));
         }
         let (mut out, shape) = product((x, lx), (w, lw))?;
         match (&mut out, b.to_dtype(lb, x.dtype())?) {
@@ -155,42 +155,51 @@ fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
 
 type View<'a> = (&'a CpuStorage, &'a Layout);
 
-/// x wᵀ + b by our own product, where x is in bf16 and it is the faster one.
-fn of_bf16(x: View, weight: View, bias: Option<View>) -> Option<Vec<bf16>> {
-    let (outputs, inputs) = weight.1.shape().dims2().ok()?;
-    let (extents, instructions) = (Extents { rows: row_count(x.1), inputs, outputs }, Instructions::detect());
-    if !extents.suit(instructions) {
-        return None;
+/// x wᵀ + b by our own product, where it is the faster one.
+fn ours(x: View, weight: View, bias: Option<View>) -> Result<Option<CpuStorage>> {
+    let ((outputs, inputs), instructions) = (weight.1.shape().dims2()?, Instructions::detect());
+    let extents = Extents { rows: row_count(x.1), inputs, outputs };
+    let are_whole = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
+    match x.0.dtype() {
+        format if !are_whole || !extents.suit(format, instructions) => Ok(None),
+        DType::BF16 => ours_of::<bf16>(x, weight, bias, extents, instructions).map(Some),
+        DType::F32 => ours_of::<f32>(x, weight, bias, extents, instructions).map(Some),
+        _ => Ok(None),
     }
-    let x = numbers(x)?;
-    let bias = match bias {
-        Some(bias) => Some(in_bf16(bias)?),
-        None => None,
-    };
-    let sides = Sides { x, weight: &in_bf16(weight)?, bias: bias.as_deref() };
-    Some(gemm::product(sides, extents, instructions))
 }
 
-/// The numbers of a weight, rounded where it is a master in f32.
-fn in_bf16<'a>((storage, layout): View<'a>) -> Option<Cow<'a, [bf16]>> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(all), Some((start, end))) => {
-            Some(all[start..end].par_iter().map(|number| bf16::from_f32(*number)).collect())
+fn ours_of<E: Element<Work = f32>>(
+    x: View,
+    weight: View,
+    bias: Option<View>,
+    extents: Extents,
+    instructions: Instructions,
+) -> Result<CpuStorage> {
+    let (x, weight, bias) = (numbers::<E>(x)?, numbers::<E>(weight)?, bias.map(numbers::<E>).transpose()?);
+    let sides = Sides { x: &x, weight: &weight, bias: bias.as_deref() };
+    Ok(E::to_cpu_storage_owned(gemm::product(sides, extents, instructions)))
+}
+
+/// The numbers of a tensor, rounded where they are masters in a wider format.
+fn numbers<'a, E: Element<Work = f32>>((storage, layout): View<'a>) -> Result<Cow<'a, [E]>> {
+    if storage.dtype() == E::DTYPE {
+        return contiguous(storage, layout).map(Cow::Borrowed);
+    }
+    match storage {
+        CpuStorage::F32(_) => {
+            let masters = contiguous::<f32>(storage, layout)?;
+            Ok(masters.par_iter().map(|number| E::store(*number)).collect())
         }
-        _ => numbers((storage, layout)).map(Cow::Borrowed),
+        _ => {
+            let converted = storage.to_dtype(layout, E::DTYPE)?;
+            E::cpu_storage_as_slice(&converted).map(|numbers| Cow::Owned(numbers.to_vec()))
+        }
     }
 }
 
 /// Rows of x, which counts them even where they are empty.
 fn row_count(x: &Layout) -> usize {
     x.dims().iter().rev().skip(1).product()
-}
-
-fn numbers<'a>((storage, layout): View<'a>) -> Option<&'a [bf16]> {
-    match storage {
-        CpuStorage::BF16(all) => layout.contiguous_offsets().map(|(start, end)| &all[start..end]),
-        _ => None,
-    }
 }
 
 fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) -> Result<(S, Shape)> {
@@ -227,13 +236,25 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
         return Ok(None);
     }
     let (grad, weight) = (rows(grad)?.detach(), weight.detach().to_dtype(grad.dtype())?.contiguous()?);
-    let by_pairs = grad.device().is_cpu() && grad.dtype() == DType::BF16 && Instructions::detect().multiply_pairs();
-    let gradient = if by_pairs { grad.apply_op2_no_bwd(&weight, &InputGradient)? } else { grad.matmul(&weight)? };
+    let ((rows, inputs), outputs) = (grad.dims2()?, weight.dim(1)?);
+    let extents = Extents { rows, inputs, outputs };
+    let is_ours = grad.device().is_cpu() && extents.suit(grad.dtype(), Instructions::detect());
+    let gradient = if is_ours { grad.apply_op2_no_bwd(&weight, &InputGradient)? } else { grad.matmul(&weight)? };
     gradient.reshape(x.shape()).map(Some)
 }
 
-/// grad w in bf16, by pairs.
+/// grad w by our own product.
 struct InputGradient;
+
+impl InputGradient {
+    fn run<E: Element<Work = f32>>(grad: View, weight: View) -> Result<(CpuStorage, Shape)> {
+        let (rows, (inputs, outputs)) = (row_count(grad.1), weight.1.shape().dims2()?);
+        let (grad, weight) = (contiguous::<E>(grad.0, grad.1)?, contiguous::<E>(weight.0, weight.1)?);
+        let extents = Extents { rows, inputs, outputs };
+        let out = gemm::product_by_columns(grad, weight, extents, Instructions::detect());
+        Ok((E::to_cpu_storage_owned(out), (rows, outputs).into()))
+    }
+}
 
 impl CustomOp2 for InputGradient {
     fn name(&self) -> &'static str {
@@ -241,13 +262,11 @@ impl CustomOp2 for InputGradient {
     }
 
     fn cpu_fwd(&self, grad: &CpuStorage, lg: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (Some(grad), Some(weight)) = (numbers((grad, lg)), numbers((w, lw))) else {
-            bail!("{} is of contiguous bf16 numbers", self.name());
-        };
-        let (rows, (inputs, outputs)) = (row_count(lg), lw.shape().dims2()?);
-        let extents = Extents { rows, inputs, outputs };
-        let out = gemm::product_by_columns(grad, weight, extents, Instructions::detect());
-        Ok((CpuStorage::BF16(out), (rows, outputs).into()))
+        match grad {
+            CpuStorage::BF16(_) => Self::run::<bf16>((grad, lg), (w, lw)),
+            CpuStorage::F32(_) => Self::run::<f32>((grad, lg), (w, lw)),
+            _ => bail!("{} is of f32 or bf16 numbers", self.name()),
+        }
     }
 }
 

@@ -5,12 +5,14 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod factor;
 mod level;
 mod product;
 mod vector;
 
-pub use factor::{Factor, Pair, PairVector};
+pub use factor::{Factor, Pair, PairVector, side_by_side};
 pub use level::{Instructions, Level, Task, dispatch};
 pub use product::{Product, ROW, Row, Strided, VECTORS, add_row, load_row, store_row};
 pub use vector::{LANES, Vector};
@@ -57,6 +59,13 @@ pub trait Real:
 
     /// e to the self. In f32 within 2 units of the last place, exactly 0 below -87.3, and at most e⁸⁸.
     fn exponential<L: Level>(self) -> Self;
+
+    /// [`Factor::tiles`] of numbers.
+    #[inline(always)]
+    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+        let _ = (product, out, out_step);
+        0
+    }
 }
 
 impl Real for f32 {
@@ -85,6 +94,13 @@ impl Real for f32 {
     #[inline(always)]
     fn exponential<L: Level>(self) -> Self {
         exp_f32::<L>(self)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+        // SAFETY: the level has AVX2.
+        if L::NARROW { unsafe { avx2::panels::<ADD>(product, out, out_step) } } else { 0 }
     }
 }
 

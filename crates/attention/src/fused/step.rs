@@ -4,7 +4,7 @@
 use super::problem::{Problem, QueryTile, Visit};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    self, Element, Factor, Instructions, Level, Product, Real, Strided, Task, Vector, load_row, store_row,
+    self, Element, Factor, Instructions, Level, Product, Real, Strided, Task, Vector, load_row, side_by_side, store_row,
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -120,18 +120,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for LoadLanes<'_, E, F> {
 
     #[inline(always)]
     fn run<L: Level>(self) {
-        // Channels by as many as fill the lanes: a square that is turned over in the nearest cache.
-        let mut square = [[F::default(); LANES]; LANES];
-        for (block, out) in self.out.chunks_mut(LANES * LANES).enumerate() {
-            let first = block * LANES * F::WIDTH;
-            for (row, token) in square.iter_mut().zip(self.tile.queries.clone()) {
-                let channels = &self.view.row(token)[first..];
-                F::along(&channels[..channels.len().min(LANES * F::WIDTH)], row);
-            }
-            for (step, out) in out.chunks_exact_mut(LANES).enumerate() {
-                out.iter_mut().zip(&square).for_each(|(out, row)| *out = row[step]);
-            }
-        }
+        side_by_side(self.tile.queries.clone().map(|token| self.view.row(token)), self.out);
     }
 }
 

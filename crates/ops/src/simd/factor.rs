@@ -4,7 +4,7 @@
 //! the processor has it.
 
 use super::vector::Array;
-use super::{Element, Instructions, LANES, Level, Product, Real, Task, Vector};
+use super::{Element, Instructions, LANES, Level, Product, ROW, Real, Task, Vector};
 use std::marker::PhantomData;
 
 /// What is multiplied: one number, or some that are multiplied one by one and added up.
@@ -90,12 +90,37 @@ impl<T: Real> Factor for T {
         a.times_plus(b, sum)
     }
 
+    #[inline(always)]
+    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+        <T as Real>::tiles::<L, ADD>(product, out, out_step)
+    }
+
     fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
         numbers
     }
 
     fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
         numbers
+    }
+}
+
+/// Writes up to 32 rows of numbers side by side, as factors along the rows: `out[factor][lane]`. Lanes without a row are 0.
+#[inline(always)]
+pub fn side_by_side<'a, E: Element, F: Factor<Sum = E::Work>>(
+    rows: impl Iterator<Item = &'a [E]> + Clone,
+    out: &mut [F],
+) {
+    // By as many factors as fill the lanes: a square that is turned over in the nearest cache.
+    let mut square = [[F::default(); ROW]; ROW];
+    for (block, out) in out.chunks_mut(ROW * ROW).enumerate() {
+        let first = block * ROW * F::WIDTH;
+        for (factors, row) in square.iter_mut().zip(rows.clone()) {
+            let numbers = &row[first..];
+            F::along(&numbers[..numbers.len().min(ROW * F::WIDTH)], factors);
+        }
+        for (step, out) in out.chunks_exact_mut(ROW).enumerate() {
+            out.iter_mut().zip(&square).for_each(|(out, factors)| *out = factors[step]);
+        }
     }
 }
 

@@ -52,6 +52,19 @@ impl Instructions {
         false
     }
 
+    /// Whether there are any vectors that this crate knows of.
+    pub fn have_vectors(self) -> bool {
+        self.0 != Set::Portable
+    }
+
+    /// Whether vectors are AVX2's, whose 16 registers hold the sums of few rows.
+    pub fn are_narrow(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Set::Avx2;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Runs `task` with them.
     pub fn run<T: Task>(self, task: T) -> T::Output {
         match self.0 {
@@ -111,6 +124,8 @@ pub trait Level: Copy + Send + Sync + 'static {
     const WIDE: bool;
     /// Multiplies tiles of pairs.
     const TILES: bool = false;
+    /// Has 16 registers of 256 bits, and AVX2 with FMA for them.
+    const NARROW: bool = false;
     /// 16 f32.
     type F32: Vector<f32>;
     /// 16 pairs.
@@ -137,6 +152,7 @@ struct Avx2;
 impl Level for Avx2 {
     const FUSED: bool = true;
     const WIDE: bool = false;
+    const NARROW: bool = true;
     type F32 = Array<f32, Self>;
     type Pairs = factor::PairArray<Self>;
 }
