@@ -60,9 +60,9 @@ pub trait Real:
     /// e to the self. In f32 within 2 units of the last place, exactly 0 below -87.3, and at most e⁸⁸.
     fn exponential<L: Level>(self) -> Self;
 
-    /// [`Factor::tiles`] of numbers.
+    /// [`Factor::own_panels`] of numbers.
     #[inline(always)]
-    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
         let _ = (product, out, out_step);
         0
     }
@@ -98,7 +98,7 @@ impl Real for f32 {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
         // SAFETY: the level has AVX2.
         if L::NARROW { unsafe { avx2::panels::<ADD>(product, out, out_step) } } else { 0 }
     }

@@ -37,10 +37,14 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
         sum: <Self::Sum as Real>::Vector<L>,
     ) -> <Self::Sum as Real>::Vector<L>;
 
-    /// Computes rows of a product whose extents were checked in another way than by vectors, if there is one at this
-    /// level, and adds to or writes rows of 32 lanes of `out`; gives back the first row that is left.
+    /// Computes rows of a product whose extents were checked by panels made for this level, if it has some, and adds to or
+    /// writes rows of 32 lanes of `out`; gives back the first row that is left.
     #[inline(always)]
-    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self::Sum], out_step: usize) -> usize {
+    fn own_panels<L: Level, const ADD: bool>(
+        product: &Product<'_, Self>,
+        out: &mut [Self::Sum],
+        out_step: usize,
+    ) -> usize {
         let _ = (product, out, out_step);
         0
     }
@@ -91,8 +95,8 @@ impl<T: Real> Factor for T {
     }
 
     #[inline(always)]
-    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
-        <T as Real>::tiles::<L, ADD>(product, out, out_step)
+    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+        <T as Real>::own_panels::<L, ADD>(product, out, out_step)
     }
 
     fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
@@ -197,7 +201,7 @@ impl Factor for Pair {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn tiles<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [f32], out_step: usize) -> usize {
+    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [f32], out_step: usize) -> usize {
         // SAFETY: the level has tiles.
         if L::TILES { unsafe { super::amx::panels::<ADD>(product, out, out_step) } } else { 0 }
     }

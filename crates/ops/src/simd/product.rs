@@ -89,7 +89,7 @@ impl<F: Factor, const ADD: bool> Task for Sum<'_, F, ADD> {
         if product.rows == 0 || ADD && count == Some(0) {
             return;
         }
-        let mut row = F::tiles::<L, ADD>(&product, out, out_step);
+        let mut row = F::own_panels::<L, ADD>(&product, out, out_step);
         if L::WIDE {
             row = product.panels::<L, ADD, 12>(row, out, out_step);
             row = product.panels::<L, ADD, 4>(row, out, out_step);
