@@ -3,48 +3,69 @@
 # its plain reference on the device, the table of times, and compute-sanitizer where it is installed. Goes on where a part
 # fails, and says at the end which did.
 #
-#   check_on_gpu.sh [CLEARFORM [PYTHON]]
+#   check_on_gpu.sh [--only kernels|program|peers] [CLEARFORM [PYTHON]]
 #
 # With a clearform that was built with --features cuda (a driver of 580 or newer then), it draws, distils and compares on
 # the device. With a Python that has torch, the peers too: attention, and, with diffusers, whole steps of FLUX's shape with
-# random weights, from 1K to 8K.
+# random weights, from 1K to 8K. cuBLAS and cuRAND may be those that came with torch.
 set -uo pipefail
+only=
+[ "${1-}" != --only ] || { only=$2; shift 2; }
 clearform=${1:+$(realpath "$1")} python=${2:-}
+case $only,$clearform,$python in
+,* | kernels,* | program,?*,* | peers,?*,?*) ;;
+*) printf -- '--only %s: no such part, or CLEARFORM or PYTHON is missing\n' "$only" >&2; exit 2 ;;
+esac
 kernels=$(cd "$(dirname "$0")" && pwd)
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 failed=()
+
+if [ -n "$python" ]; then
+  of_torch=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
+  libraries=$(find "$of_torch" \( -name 'libcublas.so.*' -o -name 'libcurand.so.*' \) -printf '%h:' 2>/dev/null)
+  export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${libraries%:}
+fi
 
 part() {
   printf '\n== %s (%ss)\n' "$*" "$SECONDS"
   "$@" || failed+=("$*")
 }
 
+wanted() {
+  [ -z "$only" ] || [ "$only" = "$1" ]
+}
+
 sanitized() {
   compute-sanitizer --tool "$1" --error-exitcode 1 "$built/check" others >"$built/log" || { tail -50 "$built/log"; return 1; }
 }
 
-cd "$kernels/emulation"
-flags=(-std=c++20 -O2 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas)
-part g++ "${flags[@]}" check.cpp -o "$built/check" -ldl
-part g++ "${flags[@]}" ../on_gpu/bench.cpp -o "$built/bench" -ldl
-part "$built/check" others
-part "$built/check" narrow
-part "$built/bench"
-if command -v compute-sanitizer >/dev/null; then
-  part sanitized memcheck
-  part sanitized racecheck
-fi
+check_kernels() {
+  pushd "$kernels/emulation" >/dev/null
+  local flags=(-std=c++20 -O2 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas)
+  part g++ "${flags[@]}" check.cpp -o "$built/check" -ldl
+  part g++ "${flags[@]}" ../on_gpu/bench.cpp -o "$built/bench" -ldl
+  part "$built/check" others
+  part "$built/check" narrow
+  part "$built/bench"
+  if command -v compute-sanitizer >/dev/null; then
+    part sanitized memcheck
+    part sanitized racecheck
+  fi
+  popd >/dev/null
+}
 
-cd "$kernels/.."
-if [ -n "$clearform" ]; then
-  base=assets/mini-flux/base gpu=(--device cuda:0)
+check_program() {
+  local base=$kernels/../assets/mini-flux/base gpu=(--device cuda:0)
   part "$clearform" generate "$base" "a red apple" --seed 1 -o "$built/apple.png" "${gpu[@]}"
   part "$clearform" convert "$base" -o "$built/model" --radius 4 --steps 20 --batch 4 --sample-count 8 "${gpu[@]}"
   part "$clearform" verify "$built/model"
   part "$clearform" compare "$base" "$built/model" -o "$built/report" --steps 10 "${gpu[@]}"
-  [ -z "$python" ] || part "$python" benches/peers/tables.py "$clearform" --device cuda:0
-fi
+}
+
+if wanted kernels; then check_kernels; fi
+if wanted program && [ -n "$clearform" ]; then check_program; fi
+if wanted peers && [ -n "$python" ]; then part "$python" "$kernels/../benches/peers/tables.py" "$clearform" --device cuda:0; fi
 
 [ ${#failed[@]} -eq 0 ] || { printf '\nfailed: %s\n' "${failed[@]}"; exit 1; }
 printf '\nall held (%ss)\n' "$SECONDS"

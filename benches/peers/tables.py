@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -210,11 +210,17 @@ def memory(bench):
         row(spaced(grid), peak, f"{needed / 1e6:.0f} MB", f"{4 * 4 * tokens**2 / 1e9:.1f} GB")
 
 
+def installed(name):
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
+
+
 def main():
     args = arguments()
     bench = Bench(args)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"{versions}; {args.threads} threads; median of {args.rounds} rounds", flush=True)
+    print(f"{installed('torch')}, {installed('diffusers')}; {args.threads} threads; median of {args.rounds} rounds", flush=True)
     for name in args.only:
         {"attention": attention, "step": step, "scaling": scaling, "memory": memory}[name](bench)
     sys.exit(bench.failed)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds clearform for CUDA on a machine without a GPU or a toolkit: target/simulated/debug/clearform, linked with the
-# simulated device. Its compiler comes from PyPI, 500 MB; the first build takes some minutes.
+# Builds clearform for CUDA on a machine without a GPU or a toolkit: target/simulated/debug/clearform, which runs on the
+# simulated device and, carried there, on a GPU. Its compiler comes from PyPI, 500 MB; the first build takes some minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 toolkit=$PWD/target/simulated/toolkit
@@ -12,9 +12,19 @@ cuda=$toolkit/wheels/nvidia/cu13
 mkdir -p "$toolkit/bin" "$toolkit/lib64"
 cp kernels/simulator/nvcc.sh "$toolkit/bin/nvcc"
 ln -sfn "$cuda/include" "$toolkit/include"
-cargo build --quiet -p clearform-simulator
-for library in cuda cublas cublasLt curand cudart nvrtc; do
-  ln -sfn ../../../debug/libsimulator.so "$toolkit/lib64/lib$library.so"
+# Libraries to link with, empty but for the names of the driver's functions, so that at run time whatever bears their names
+# stands in: the simulated device (run.sh), or on another machine a GPU's own.
+kernels/simulator/run.sh true
+functions=$(nm --dynamic --defined-only target/debug/libsimulator.so | awk '{ print $3 }')
+library() { # NAME VERSION FUNCTIONS
+  grep -E "^$3" <<<"$functions" | sed 's/.*/void &(void) {}/' |
+    gcc -shared -x c -Wno-builtin-declaration-mismatch -Wl,-soname,"lib$1.so.$2" -o "$toolkit/lib64/lib$1.so" -
+}
+library cuda 1 'cu[A-Z]'
+library cublas 13 cublas
+library curand 10 curand
+for unused in cublasLt cudart nvrtc; do
+  gcc -shared -x c -o "$toolkit/lib64/lib$unused.so" /dev/null
 done
 export CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80
 export CARGO_TARGET_DIR=$PWD/target/simulated

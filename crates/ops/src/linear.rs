@@ -190,10 +190,7 @@ fn numbers<'a, E: Element<Work = f32>>((storage, layout): View<'a>) -> Result<Co
             let masters = contiguous::<f32>(storage, layout)?;
             Ok(masters.par_iter().map(|number| E::store(*number)).collect())
         }
-        _ => {
-            let converted = storage.to_dtype(layout, E::DTYPE)?;
-            E::cpu_storage_as_slice(&converted).map(|numbers| Cow::Owned(numbers.to_vec()))
-        }
+        _ => E::cpu_storage_data(storage.to_dtype(layout, E::DTYPE)?).map(Cow::Owned),
     }
 }
 
