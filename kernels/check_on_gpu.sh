@@ -3,17 +3,17 @@
 # its plain reference on the device, the table of times, and compute-sanitizer where it is installed. Goes on where a part
 # fails, and says at the end which did.
 #
-#   check_on_gpu.sh [--only kernels|program|peers] [CLEARFORM [PYTHON]]
+#   check_on_gpu.sh [--only kernels|sanitizer|program|peers] [CLEARFORM [PYTHON]]
 #
 # With a clearform that was built with --features cuda (a driver of 580 or newer then), it draws, distils and compares on
 # the device. With a Python that has torch, the peers too: attention, and, with diffusers, whole steps of FLUX's shape with
-# random weights, from 1K to 8K. cuBLAS and cuRAND may be those that came with torch.
+# random weights, from 1K to 8K. cuBLAS, cuRAND and the CUDA runtime may be those that came with torch.
 set -uo pipefail
 only=
 [ "${1-}" != --only ] || { only=$2; shift 2; }
 clearform=${1:+$(realpath "$1")} python=${2:-}
 case $only,$clearform,$python in
-,* | kernels,* | program,?*,* | peers,?*,?*) ;;
+,* | kernels,* | sanitizer,* | program,?*,* | peers,?*,?*) ;;
 *) printf -- '--only %s: no such part, or CLEARFORM or PYTHON is missing\n' "$only" >&2; exit 2 ;;
 esac
 kernels=$(cd "$(dirname "$0")" && pwd)
@@ -23,8 +23,8 @@ failed=()
 
 if [ -n "$python" ]; then
   of_torch=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
-  libraries=$(find "$of_torch" \( -name 'libcublas.so.*' -o -name 'libcurand.so.*' \) -printf '%h:' 2>/dev/null)
-  export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${libraries%:}
+  libraries=$(find "$of_torch" \( -name 'libcublas.so.*' -o -name 'libcurand.so.*' -o -name 'libcudart.so.*' \) -printf '%h:' 2>/dev/null)
+  [ -z "$libraries" ] || export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${libraries%:}
 fi
 
 part() {
@@ -36,23 +36,25 @@ wanted() {
   [ -z "$only" ] || [ "$only" = "$1" ]
 }
 
+compiled() {
+  g++ -std=c++20 -O2 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas "$1" -o "$built/$(basename "$1" .cpp)" -ldl
+}
+
 sanitized() {
   compute-sanitizer --tool "$1" --error-exitcode 1 "$built/check" others >"$built/log" || { tail -50 "$built/log"; return 1; }
 }
 
 check_kernels() {
-  pushd "$kernels/emulation" >/dev/null
-  local flags=(-std=c++20 -O2 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas)
-  part g++ "${flags[@]}" check.cpp -o "$built/check" -ldl
-  part g++ "${flags[@]}" ../on_gpu/bench.cpp -o "$built/bench" -ldl
   part "$built/check" others
   part "$built/check" narrow
+  part compiled ../on_gpu/bench.cpp
   part "$built/bench"
-  if command -v compute-sanitizer >/dev/null; then
-    part sanitized memcheck
-    part sanitized racecheck
-  fi
-  popd >/dev/null
+}
+
+check_memory() {
+  command -v compute-sanitizer >/dev/null || { printf 'compute-sanitizer is not here\n'; return; }
+  part sanitized memcheck
+  part sanitized racecheck
 }
 
 check_program() {
@@ -63,7 +65,11 @@ check_program() {
   part "$clearform" compare "$base" "$built/model" -o "$built/report" --steps 10 "${gpu[@]}"
 }
 
+pushd "$kernels/emulation" >/dev/null
+if wanted kernels || wanted sanitizer; then part compiled check.cpp; fi
 if wanted kernels; then check_kernels; fi
+if wanted sanitizer; then check_memory; fi
+popd >/dev/null
 if wanted program && [ -n "$clearform" ]; then check_program; fi
 if wanted peers && [ -n "$python" ]; then part "$python" "$kernels/../benches/peers/tables.py" "$clearform" --device cuda:0; fi
 
