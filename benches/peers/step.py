@@ -2,14 +2,13 @@
 
     python step.py CLEARFORM --grid 64x64 --width 1536 --double 2 --single 4 --dtype f32
 
-CLEARFORM is the binary. torch 2.13, diffusers 0.35.2 or 0.42.1. Both have random weights of the same sizes. Prints one
+CLEARFORM is the binary. torch 2.13 and, but for --alone, diffusers 0.35.2 or 0.42.1. Both have random weights of the same sizes. Prints one
 JSON object: medians in milliseconds, grid by grid, ours under each of --attention.
 """
 
 import json
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 import alternation
 
@@ -26,6 +25,8 @@ def arguments():
 
 
 def transformer(args):
+    from diffusers import FluxTransformer2DModel  # --alone goes without
+
     axis = args.head_dim * 7 // 16 // 2 * 2
     sizes = dict(in_channels=64, num_layers=args.double, num_single_layers=args.single, guidance_embeds=True,
                  attention_head_dim=args.head_dim, num_attention_heads=args.width // args.head_dim,
