@@ -23,7 +23,7 @@ failed=()
 
 if [ -n "$python" ]; then
   of_torch=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
-  libraries=$(find "$of_torch" \( -name 'libcublas.so.*' -o -name 'libcurand.so.*' -o -name 'libcudart.so.*' \) -printf '%h:' 2>/dev/null)
+  libraries=$(find "$of_torch" -regex '.*/lib\(cublas\|curand\|cudart\)\.so\..*' -printf '%h:' 2>/dev/null)
   [ -z "$libraries" ] || export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${libraries%:}
 fi
 

@@ -2,8 +2,8 @@
 
     python step.py CLEARFORM --grid 64x64 --width 1536 --double 2 --single 4 --dtype f32
 
-CLEARFORM is the binary. torch 2.13 and, but for --alone, diffusers 0.35.2 or 0.42.1. Both have random weights of the same sizes. Prints one
-JSON object: medians in milliseconds, grid by grid, ours under each of --attention.
+CLEARFORM is the binary. torch 2.13 and, but for --alone, diffusers 0.35.2 or 0.42.1. Both have random weights of the
+same sizes. Prints one JSON object: medians in milliseconds, grid by grid, ours under each of --attention.
 """
 
 import json

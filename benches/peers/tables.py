@@ -220,7 +220,8 @@ def installed(name):
 def main():
     args = arguments()
     bench = Bench(args)
-    print(f"{installed('torch')}, {installed('diffusers')}; {args.threads} threads; median of {args.rounds} rounds", flush=True)
+    versions = ", ".join(map(installed, ("torch", "diffusers")))
+    print(f"{versions}; {args.threads} threads; median of {args.rounds} rounds", flush=True)
     for name in args.only:
         {"attention": attention, "step": step, "scaling": scaling, "memory": memory}[name](bench)
     sys.exit(bench.failed)

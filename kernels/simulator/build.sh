@@ -12,8 +12,8 @@ cuda=$toolkit/wheels/nvidia/cu13
 mkdir -p "$toolkit/bin" "$toolkit/lib64"
 cp kernels/simulator/nvcc.sh "$toolkit/bin/nvcc"
 ln -sfn "$cuda/include" "$toolkit/include"
-# Libraries to link with, empty but for the names of the driver's functions, so that at run time whatever bears their names
-# stands in: the simulated device (run.sh), or on another machine a GPU's own.
+# Libraries to link with: NVIDIA's names, and functions that do nothing. At run time whatever bears these names takes their
+# place: the simulated device (run.sh), or a GPU's own.
 kernels/simulator/run.sh true
 functions=$(nm --dynamic --defined-only target/debug/libsimulator.so | awk '{ print $3 }')
 library() { # NAME VERSION FUNCTIONS
