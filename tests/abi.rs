@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
 use clearform_models::{Denoiser, DenoiserInput};
-use clearform_plugins::{Adapter, Choice, Control, ControlInput, ControlKind, Controlled, Shelf, check, plugin_at};
+use clearform_plugin_host::{Adapter, Choice, Control, ControlInput, ControlKind, Controlled, Shelf, check, plugin_at};
 use clearform_runtime::{AdapterRequest, Adapters, Reading, RuntimeError, Transformer};
 use clearform_weights::{Checkpoint, Resident, TensorSource as _};
 use std::collections::BTreeMap;
@@ -259,7 +259,7 @@ fn tattling(path: &Path) -> String {
 
 /// Runs the C compiler, which must have nothing to say.
 fn cc(standard: &str, flags: &[&str], source: &Path, output: &Path) {
-    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/abi/include");
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/plugin-abi/include");
     let mut command = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
     command.args([standard, "-Wall", "-Wextra", "-Werror", "-I"]).arg(include).args(flags);
     let done = command.arg(source).arg("-o").arg(output).output().expect("a C compiler: cc, or what CC names");
@@ -268,11 +268,11 @@ fn cc(standard: &str, flags: &[&str], source: &Path, output: &Path) {
 
 /// The header and the Rust tables say the same.
 mod header {
-    use clearform_abi::dlpack::{
+    use clearform_plugin_abi::dlpack::{
         CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DEVICE_CUDA, DataType, Device, FLAG_READ_ONLY,
         ManagedTensor, Tensor, VERSION, Version,
     };
-    use clearform_abi::{
+    use clearform_plugin_abi::{
         ABI_MAJOR, ADAPTER_INTERFACE, AdapterTable, BRANCH_INTERFACE, Base, BranchInfo, BranchTable, CONTROL_LATENTS,
         CONTROL_PIXELS, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
         EDIT_SCALE, ENTRY_SYMBOL, Edit, EditTensors, FAILED, File, GiveResidual, Host, LOG_ERROR, LOG_INFO,

@@ -46,7 +46,7 @@ fn crates_use_only_what_the_drawing_allows() {
     }
 }
 
-/// Packages of the folder plugins/, which crates/plugins is not, and the one that is made for a test.
+/// Packages of the folder plugins/, which crates/plugin-host is not, and the one that is made for a test.
 fn plugins() -> BTreeSet<String> {
     let metadata = metadata();
     let root = metadata["workspace_root"].as_str().expect("a root");

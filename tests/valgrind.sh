@@ -12,7 +12,7 @@ for plugin in lora controlnet example; do
   cp "target/debug/deps/libclearform_$plugin.so" "$work/plugins/"
 done
 for plugin in scale constant; do
-  cc -shared -fPIC -std=c99 -g -I crates/abi/include "tests/abi/$plugin.c" -o "$work/plugins/lib$plugin.so"
+  cc -shared -fPIC -std=c99 -g -I crates/plugin-abi/include "tests/abi/$plugin.c" -o "$work/plugins/lib$plugin.so"
 done
 
 checked() {

@@ -2,7 +2,7 @@
 //! is loaded, so that the fuzzer sees its way through it.
 
 use crate::SCRATCH;
-use clearform_abi::{ABI_MAJOR, Host, Text};
+use clearform_plugin_abi::{ABI_MAJOR, Host, Text};
 use clearform_weights::{Checkpoint, Dtype};
 use file::LentFile;
 use serde_json::{Map, Value, json};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 // The host keeps it to itself.
 #[allow(dead_code)]
-#[path = "../../crates/plugins/src/file.rs"]
+#[path = "../../crates/plugin-host/src/file.rs"]
 mod file;
 
 /// Enough for any adapter of a tiny model.
@@ -22,7 +22,7 @@ const VALUES: [u8; 4] = [0, 0, 0xc0, 0x3f];
 /// Opens `bytes` as an adapter's file; `open` is the plugin's own function, and `used` gets its instance.
 pub fn opened(
     bytes: &[u8],
-    open: impl FnOnce(*const Host, *const clearform_abi::File, *mut *mut c_void) -> i32,
+    open: impl FnOnce(*const Host, *const clearform_plugin_abi::File, *mut *mut c_void) -> i32,
     used: impl FnOnce(*mut c_void, usize),
 ) {
     let Some(file) = framed(bytes) else { return };
@@ -30,7 +30,7 @@ pub fn opened(
     let host = host();
     let file = LentFile::new(Arc::new(checkpoint));
     let mut instance = std::ptr::null_mut();
-    if open(&raw const host, file.table(), &raw mut instance) == clearform_abi::OK {
+    if open(&raw const host, file.table(), &raw mut instance) == clearform_plugin_abi::OK {
         used(instance, file.names().len());
     }
 }

@@ -2,8 +2,8 @@
 //! counts.
 #![no_main]
 
-use clearform_abi::tensor::OwnedTensor;
-use clearform_abi::{AdapterTable, Edit, EditTensors, OK};
+use clearform_plugin_abi::tensor::OwnedTensor;
+use clearform_plugin_abi::{AdapterTable, Edit, EditTensors, OK};
 use clearform_fuzz::lend::opened;
 use clearform_lora::Lora;
 use libfuzzer_sys::fuzz_target;

@@ -1,7 +1,7 @@
 //! A ControlNet's file through its plugin, for a tiny model: what it takes. Of a safetensors file only the header counts.
 #![no_main]
 
-use clearform_abi::{Base, BranchInfo, BranchTable, OK, Text};
+use clearform_plugin_abi::{Base, BranchInfo, BranchTable, OK, Text};
 use clearform_controlnet::ControlNet;
 use clearform_fuzz::lend::opened;
 use libfuzzer_sys::fuzz_target;

@@ -2,7 +2,7 @@
 #![no_main]
 
 use clearform_attention::AttentionPlan;
-use clearform_convert::{PortableModel, Record};
+use clearform_portable_model::{PortableModel, Record};
 use clearform_fuzz::SCRATCH;
 use libfuzzer_sys::fuzz_target;
 

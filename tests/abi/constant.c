@@ -1,5 +1,5 @@
 /* The plugin "c-constant", the smallest branch: the file's tensor `constant_residual`, (width), is added to every image
- * token after blocks 0 and 1. To build it: `cc -shared -fPIC -I crates/abi/include constant.c -o libconstant.so`. */
+ * token after blocks 0 and 1. To build it: `cc -shared -fPIC -I crates/plugin-abi/include constant.c -o libconstant.so`. */
 #include "clearform_plugin.h"
 
 #include <stdlib.h>

@@ -1,5 +1,5 @@
 /* The plugin "c-scale", which is plugins/example in C: a tensor `PARAMETER.c_scale` holds one factor for each row of
- * the transformer's PARAMETER. To build it: `cc -shared -fPIC -I crates/abi/include scale.c -o libscale.so`. */
+ * the transformer's PARAMETER. To build it: `cc -shared -fPIC -I crates/plugin-abi/include scale.c -o libscale.so`. */
 #include "clearform_plugin.h"
 
 #include <stdio.h>

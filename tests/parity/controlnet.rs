@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
 use clearform_models::{Denoiser, DenoiserInput, Moment};
-use clearform_plugins::{Control, Controlled, Controls, Strength};
+use clearform_plugin_host::{Control, Controlled, Controls, Strength};
 use clearform_runtime::{Acting, ActingBranch, AdapterRequest, Adapters, Reading, Transformer};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Addresses, Hints};
 use clearform_models::text::{ClipConfig, ClipText, T5Config, T5Encoder};
-use clearform_plugins::{Adapted, AdapterReport, Changes, LowRankMode, Strength};
+use clearform_plugin_host::{Adapted, AdapterReport, Changes, LowRankMode, Strength};
 use clearform_runtime::{AdapterRequest, Adapters, Components, Edited, Reading, Transformer};
 use clearform_weights::{Checkpoint, TensorSource as _};
 use serde_json::Value;

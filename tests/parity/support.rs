@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
-use clearform_plugins::Shelf;
+use clearform_plugin_host::Shelf;
 use clearform_weights::Resident;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 use crate::args::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, WeightAdapters};
 use crate::output::Output;
 use anyhow::{Context as _, bail};
-use clearform_plugins::{ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, Choice, LowRankMode, Shelf, Strength};
+use clearform_plugin_host::{ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, Choice, LowRankMode, Shelf, Strength};
 use clearform_runtime::{Acting, ActingBranch, AdapterRequest, Adapters, RgbImage};
 use std::path::PathBuf;
 

@@ -7,12 +7,12 @@ use crate::sitting::subjects;
 use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::Distillation;
 use clearform_distill::{
     Activations, Canvas, ClassifierFree, Distilled, LearningRate, LossSettings, Outcome, Pair, Precision, Progress,
     Recipe, SampleSet, SampleSettings, Settings, Start, Workshop, distill,
 };
 use clearform_models::{Conditions, Steering};
+use clearform_portable_model::Distillation;
 use clearform_runtime::{Frame, Pipeline, Size, Transformer};
 use clearform_weights::{Resident, TensorSource};
 use std::ops::ControlFlow;

@@ -5,7 +5,7 @@ use crate::args::Drawing;
 use anyhow::Context as _;
 use candle_core::{DType, Tensor};
 use clearform_models::{Denoiser, DenoiserInput, Moment, Noised, Steering, Subject};
-use clearform_plugins::{Control, Controlled};
+use clearform_plugin_host::{Control, Controlled};
 use clearform_runtime::{Frame, Latents, Pipeline, RgbImage, Size};
 use clearform_sampling::denoise;
 use std::path::Path;

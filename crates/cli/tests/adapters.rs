@@ -229,7 +229,7 @@ fn no_plugin_is_loaded_unless_its_adapter_is_asked_for() {
 fn compile_tattling_plugin(folder: &Path, tattle: &Path) {
     let library = folder.join(format!("libscale.{}", std::env::consts::DLL_EXTENSION));
     let define = format!("-DTATTLE=\"{}\"", text(tattle));
-    let (include, source) = (repository("crates/abi/include"), repository("tests/abi/scale.c"));
+    let (include, source) = (repository("crates/plugin-abi/include"), repository("tests/abi/scale.c"));
     let arguments = ["-shared", "-fPIC", "-I", text(&include), &define, text(&source), "-o", text(&library)];
     assert!(std::process::Command::new("cc").args(arguments).status().unwrap().success());
 }

@@ -1,6 +1,6 @@
 //! What can go wrong between a checkpoint and a portable model.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Errors of this crate. Names that come from files are printed escaped.
 #[non_exhaustive]
@@ -14,18 +14,10 @@ pub enum ConvertError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A folder stands where one is to be made, or work of an earlier run does.
+    /// A patch is not what it should be.
     #[error("{path}: {reason}", path = path.display())]
-    InTheWay {
-        /// The folder.
-        path: PathBuf,
-        /// What it is and what to do.
-        reason: String,
-    },
-    /// A portable model or a patch is not what it should be.
-    #[error("{path}: {reason}", path = path.display())]
-    BadModel {
-        /// The file or folder.
+    BadPatch {
+        /// The file.
         path: PathBuf,
         /// What was expected, what was found and what to do.
         reason: String,
@@ -33,22 +25,12 @@ pub enum ConvertError {
     /// A patch does not fit what it is applied to.
     #[error("patch: {0}")]
     Misfit(String),
-    /// There is too little room on the disk.
-    #[error("{path}: {needed} bytes are needed, {free} are free; give another place or make room", path = path.display())]
-    NoRoom {
-        /// Where it was to be written.
-        path: PathBuf,
-        /// Bytes that are needed.
-        needed: u64,
-        /// Bytes that are free.
-        free: u64,
-    },
+    /// The portable model cannot be written.
+    #[error(transparent)]
+    Model(#[from] clearform_portable_model::PortableModelError),
     /// The attention plan cannot be read.
     #[error(transparent)]
     Attention(#[from] clearform_attention::AttentionError),
-    /// The checkpoint is not one that can be taken.
-    #[error(transparent)]
-    Layout(#[from] clearform_layout::LayoutError),
     /// Tensors cannot be read or written.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
@@ -59,8 +41,3 @@ pub enum ConvertError {
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, ConvertError>;
-
-/// Puts the path to what the system says.
-pub(crate) fn at(path: &Path) -> impl FnOnce(std::io::Error) -> ConvertError + '_ {
-    move |source| ConvertError::Io { path: path.to_owned(), source }
-}

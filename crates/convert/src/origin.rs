@@ -1,6 +1,7 @@
 //! [`Origins`]: hashes of the files that a model is made from, reckoned while the model is written.
 
-use crate::{Result, SourceRecord};
+use crate::Result;
+use clearform_portable_model::SourceRecord;
 use clearform_weights::{Checkpoint, digest};
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};

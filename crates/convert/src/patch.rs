@@ -70,7 +70,7 @@ impl Patch {
     /// A file that is no patch, or a radius that cannot be told.
     pub fn open(path: &Path, radius: Option<Radius>) -> Result<Self> {
         let tensors = Checkpoint::open(path)?;
-        let bad = |reason: String| ConvertError::BadModel { path: path.to_owned(), reason };
+        let bad = |reason: String| ConvertError::BadPatch { path: path.to_owned(), reason };
         if let Some(foreign) = tensors.tensors().iter().find(|info| !is_attention(&info.name)) {
             return Err(bad(format!(
                 "expected attention layers alone, found tensor {:?}; this is no patch",

@@ -1,12 +1,10 @@
 //! [`ConversionPlan`]: what is to be written, and [applying](ConversionPlan::apply) it, one tensor at a time.
 
-use crate::error::at;
-use crate::part::Part;
-use crate::stage::{Placing, Stage};
-use crate::{Record, Result, SourceRecord};
+use crate::{ConvertError, Result};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Account, Identified};
+use clearform_portable_model::{Part, Placing, Record, SourceRecord, Stage};
 use clearform_weights::{RawTensor, Resident, TensorInfo, TensorSource};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,7 +92,7 @@ impl ConversionPlan {
     ) -> Result<Report> {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
-        stage.check_room(tensors.iter().map(byte_count).sum::<u64>() + self.component_bytes())?;
+        stage.check_room(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
         self.write_transformer(canonical, &added, &tensors, stage, watch)?;
         let components = self.place_components(stage)?;
         stage.write("README.md", self.readme().as_bytes())?;
@@ -137,16 +135,16 @@ impl ConversionPlan {
         stage: &mut Stage,
         watch: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
-        let (mut done, all) = (0, tensors.iter().map(byte_count).sum());
+        let (mut done, all) = (0, tensors.iter().map(TensorInfo::byte_count).sum());
         stage.write_tensors(TRANSFORMER, tensors, |info| {
             let name = &info.name;
             let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
-            done += byte_count(info);
+            done += info.byte_count();
             watch(done, all);
             converted(tensor, info)
         })?;
         let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
-        stage.write("transformer/config.json", &config)
+        Ok(stage.write("transformer/config.json", &config)?)
     }
 
     fn place_components(&self, stage: &mut Stage) -> Result<Vec<String>> {
@@ -161,7 +159,7 @@ impl ConversionPlan {
             }
         }
         if let Some(index) = self.component("model_index.json") {
-            let bytes = std::fs::read(&index).map_err(at(&index))?;
+            let bytes = std::fs::read(&index).map_err(|source| ConvertError::Io { path: index.clone(), source })?;
             if self.is_index_of(&bytes) {
                 stage.write("model_index.json", &bytes)?;
             }
@@ -223,15 +221,11 @@ fn layer_of(name: &str) -> Option<String> {
     name.strip_suffix(".processor.spatial_weight").map(str::to_owned)
 }
 
-fn converted(tensor: RawTensor, info: &TensorInfo) -> Result<RawTensor> {
+fn converted(tensor: RawTensor, info: &TensorInfo) -> clearform_weights::Result<RawTensor> {
     if tensor.dtype == info.dtype {
         return Ok(tensor);
     }
     let dtype = DType::try_from(info.dtype)?;
     let one: Resident = [(info.name.clone(), tensor.to_tensor(&info.name)?.to_dtype(dtype)?)].into_iter().collect();
-    Ok(one.read(&info.name)?)
-}
-
-pub(crate) fn byte_count(info: &TensorInfo) -> u64 {
-    info.shape.iter().map(|extent| *extent as u64).product::<u64>() * info.dtype.bitsize() as u64 / 8
+    one.read(&info.name)
 }

@@ -4,10 +4,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::{
-    ConversionPlan, Mode, Origins, Patch, Patched, Placing, PortableModel, Replace, Stage, TRANSFORMER,
-};
+use clearform_convert::{ConversionPlan, Mode, Origins, Patch, Patched, TRANSFORMER};
 use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
+use clearform_portable_model::{Placing, PortableModel, Replace, Stage};
 use clearform_weights::{Checkpoint, Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, digest};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! Why a checkpoint cannot be taken, said so that a person can mend it.
 
-use crate::account::Account;
+use crate::mapping::load_report::Account;
 use clearform_weights::WeightsError;
 
 /// Errors of this crate. Names that come from files are printed escaped.

@@ -3,7 +3,7 @@
 use crate::transformer::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, Transformer};
 use clearform_layout::{Addresses, Manifests};
-use clearform_plugins::{
+use clearform_plugin_host::{
     Adapter, AdapterReport, Applied, BRANCH_INTERFACE, BaseModel, Branch, Changes, Choice, LowRankMode, Parts, Plugin,
     Shelf, Strength,
 };

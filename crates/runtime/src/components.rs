@@ -2,8 +2,8 @@
 //! part's config or weights does not learn which.
 
 use crate::{Reading, Result, RuntimeError, Transformer};
-use clearform_convert::Part;
 use clearform_layout::{Inside, LayoutError, Manifests, Unscaled};
+use clearform_portable_model::Part;
 use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -6,7 +6,7 @@ use crate::beside::channel_axis;
 use crate::pipeline::repeat;
 use crate::{Frame, Pipeline, Result, RuntimeError, Size};
 use candle_core::{Device, Tensor};
-use clearform_plugins::{Control, ControlKind};
+use clearform_plugin_host::{Control, ControlKind};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
 

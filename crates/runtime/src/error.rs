@@ -44,7 +44,7 @@ pub enum RuntimeError {
     PartialAdapter(String),
     /// A plugin, or what it opens, cannot be used.
     #[error(transparent)]
-    Plugin(#[from] clearform_plugins::PluginError),
+    Plugin(#[from] clearform_plugin_host::PluginError),
     /// Weights cannot be had.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
@@ -53,7 +53,7 @@ pub enum RuntimeError {
     Layout(#[from] clearform_layout::LayoutError),
     /// The portable model is not whole, or its record cannot be read.
     #[error(transparent)]
-    Convert(#[from] clearform_convert::ConvertError),
+    PortableModel(#[from] clearform_portable_model::PortableModelError),
     /// A model refused.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),

@@ -7,7 +7,7 @@ use clearform_models::ModelError;
 use clearform_models::text::{
     ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
 };
-use clearform_plugins::{Adapted, Changes, LowRankMode};
+use clearform_plugin_host::{Adapted, Changes, LowRankMode};
 use clearform_weights::{Resident, TensorSource};
 
 const TOKENIZER: &str = "tokenizer.json";

@@ -4,10 +4,10 @@
 use crate::{Components, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_convert::PortableModel;
 use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, Unscaled, detect};
 use clearform_models::{Denoiser, FAMILIES, Family};
-use clearform_plugins::{Adapted, Changes, LowRankMode};
+use clearform_plugin_host::{Adapted, Changes, LowRankMode};
+use clearform_portable_model::PortableModel;
 use clearform_weights::{Checkpoint, Resident, TensorSource};
 use serde_json::Value;
 use std::path::Path;

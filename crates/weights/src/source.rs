@@ -18,6 +18,18 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
+impl TensorInfo {
+    /// How many values it has.
+    pub fn element_count(&self) -> u64 {
+        self.shape.iter().map(|&extent| extent as u64).product()
+    }
+
+    /// Bytes of its values.
+    pub fn byte_count(&self) -> u64 {
+        self.element_count() * self.dtype.bitsize() as u64 / 8
+    }
+}
+
 /// A tensor's values as stored: little-endian, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawTensor {

@@ -9,13 +9,13 @@ mod injection;
 mod source;
 
 use candle_core::Tensor;
-use clearform_abi::sdk::{Branch, File, Model, Residual, Result, StepInput, Takes};
-use clearform_abi::tensor::{BorrowedTensor, OwnedTensor};
-use clearform_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_branch};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Beside, Hints, Manifests, detect_source};
 use clearform_models::families::flux::{FluxConfig, FluxControlNet};
 use clearform_models::{Conditions, DenoiserInput, Moment};
+use clearform_plugin_abi::sdk::{Branch, File, Model, Residual, Result, StepInput, Takes};
+use clearform_plugin_abi::tensor::{BorrowedTensor, OwnedTensor};
+use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_branch};
 use injection::Injection;
 use serde_json::{Value, json};
 use source::FileSource;

@@ -1,6 +1,6 @@
 //! [`FileSource`]: the host's file as a source of tensors.
 
-use clearform_abi::sdk::{File, Result};
+use clearform_plugin_abi::sdk::{File, Result};
 use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 

@@ -3,8 +3,8 @@
 //!
 //! Copy this folder, change its three files, and you have a plugin of your own: `plugins/README.md` tells how.
 
-use clearform_abi::export_adapter;
-use clearform_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
+use clearform_plugin_abi::export_adapter;
+use clearform_plugin_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
 
 /// What the host holds while it uses a file: whatever the plugin needs for it.
 pub struct ChannelScale {

@@ -10,8 +10,8 @@ mod names;
 mod products;
 mod settings;
 
-use clearform_abi::export_adapter;
-use clearform_abi::sdk::{Adapter, EditOf, File, Result, Tensors};
+use clearform_plugin_abi::export_adapter;
+use clearform_plugin_abi::sdk::{Adapter, EditOf, File, Result, Tensors};
 use modules::{Modules, Recipe};
 use std::collections::BTreeMap;
 

@@ -4,8 +4,8 @@ use crate::names::{Name, Role};
 use crate::products::{hadamard, kronecker};
 use crate::settings::PeftSettings;
 use candle_core::DType;
-use clearform_abi::sdk::{EditKind, EditOf, File, FileTensor, Result, Tensors};
-use clearform_abi::tensor::OwnedTensor;
+use clearform_plugin_abi::sdk::{EditKind, EditOf, File, FileTensor, Result, Tensors};
+use clearform_plugin_abi::tensor::OwnedTensor;
 use std::collections::BTreeMap;
 
 /// Every edit of a file, with how to make its tensors, and the tensors that are no edit.

@@ -1,8 +1,8 @@
 //! The two forms that must be multiplied out: Hadamard products (LoHa) and Kronecker products (LoKr), after LyCORIS.
 
 use candle_core::{DType, Tensor};
-use clearform_abi::sdk::Result;
-use clearform_abi::tensor::OwnedTensor;
+use clearform_plugin_abi::sdk::Result;
+use clearform_plugin_abi::tensor::OwnedTensor;
 
 /// (w1_a · w1_b) ∘ (w2_a · w2_b) (FedPara, arXiv 2108.06098, eq. 4).
 ///

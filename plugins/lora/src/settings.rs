@@ -1,6 +1,6 @@
 //! [`PeftSettings`]: ranks and alphas that peft writes beside the tensors, as diffusers saves them.
 
-use clearform_abi::sdk::{File, Result};
+use clearform_plugin_abi::sdk::{File, Result};
 use serde_json::{Map, Value};
 
 /// Key under which diffusers saves peft's configuration: a JSON object, each key with the part of the pipeline in front.

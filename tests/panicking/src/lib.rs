@@ -1,8 +1,8 @@
 //! The plugin `panicking`, for tests/abi.rs: it panics in `open`, `tensors` or `skipped` if a tensor of the file is
 //! called `*.panic_open`, `*.panic_tensors` or `*.panic_skipped`.
 
-use clearform_abi::export_adapter;
-use clearform_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
+use clearform_plugin_abi::export_adapter;
+use clearform_plugin_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
 
 /// Panics where the names of a file's tensors say so.
 pub struct Panicking {

@@ -5,8 +5,9 @@ use crate::commands::convert::Written;
 use crate::opening::{open_original, original_transformer, transformer};
 use crate::output::{Outcome, Output};
 use crate::school::{self, Student};
-use clearform_convert::{ConversionPlan, Patched, Placing, PortableModel, Replace, Stage};
+use clearform_convert::{ConversionPlan, Patched};
 use clearform_distill::SampleSet;
+use clearform_portable_model::{Placing, PortableModel, Replace, Stage};
 use clearform_runtime::{Components, Reading, Transformer};
 use std::path::Path;
 

@@ -19,7 +19,7 @@ pub fn run(args: &Export, output: &Output) -> anyhow::Result<Outcome> {
     let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;
     let computed = transformer.family().computed(transformer.config(), layout)?;
     let file = Patched::new(&exported, &computed);
-    let plan = clearform_convert::recorded_plan(&args.model)?;
+    let plan = clearform_portable_model::recorded_plan(&args.model)?;
     save(&args.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     if let Some(plan) = plan {
         output.note(format_args!("the file does not tell the attention: {plan}; give --attention where it is run"));

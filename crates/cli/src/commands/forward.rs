@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
-use clearform_plugins::{AdapterReport, Control, Controlled};
+use clearform_plugin_host::{AdapterReport, Control, Controlled};
 use clearform_runtime::{ActingBranch, Edited};
 use clearform_weights::{Checkpoint, Resident, TensorSource as _};
 use serde::Serialize;
@@ -27,7 +27,7 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     adapters::tell(&reports, &branches, output);
     let plan = match &args.running.attention {
         Some(text) => plan(text)?,
-        None => clearform_convert::recorded_plan(&args.model)?.unwrap_or_else(AttentionPlan::full),
+        None => clearform_portable_model::recorded_plan(&args.model)?.unwrap_or_else(AttentionPlan::full),
     };
     let mut inputs = inputs(args, dtype, &device)?;
     let controls = controls(&branches, &mut inputs)?;

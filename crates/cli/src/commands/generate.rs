@@ -7,7 +7,7 @@ use crate::output::{Outcome, Output};
 use anyhow::bail;
 use clearform_layout::Defaults;
 use clearform_models::Subject;
-use clearform_plugins::AdapterReport;
+use clearform_plugin_host::AdapterReport;
 use clearform_runtime::png::{self, Parameters};
 use clearform_runtime::{Options, Pipeline, Request, Size, Stage};
 use serde::Serialize;

@@ -3,7 +3,7 @@
 use crate::adapters::shelf;
 use crate::args::{Plugins, PluginsAction};
 use crate::output::{Outcome, Output};
-use clearform_plugins::{Checked, Plugin, check, plugin_at};
+use clearform_plugin_host::{Checked, Plugin, check, plugin_at};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};

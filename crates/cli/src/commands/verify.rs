@@ -2,7 +2,7 @@
 
 use crate::args::Verify;
 use crate::output::{Outcome, Output};
-use clearform_convert::PortableModel;
+use clearform_portable_model::PortableModel;
 
 pub fn run(args: &Verify, output: &Output) -> anyhow::Result<Outcome> {
     let report = PortableModel::verify(&args.model)?;

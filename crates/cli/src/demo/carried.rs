@@ -27,7 +27,8 @@ pub fn tell(
         return Ok(None);
     }
     let open = |lora: bool, controlnet: &str| adapters(assets, lora, controlnet, plugins);
-    let plan = clearform_convert::recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
+    let plan =
+        clearform_portable_model::recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
     let named = |name: &str, adapters: Adapters| (name.to_owned(), adapters);
     let study = Study {
         teacher: &assets.join("base"),

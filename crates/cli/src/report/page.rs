@@ -1,5 +1,7 @@
 //! [`Page`]: one HTML file that stands alone, pictures inside. It knows nothing of models.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use std::fmt::Write as _;
 
 /// A page under construction; blocks appear in the order they are added.
@@ -34,7 +36,7 @@ impl Page {
 
     /// A PNG with its caption.
     pub fn picture(&mut self, png: &[u8], caption: &str) -> &mut Self {
-        let (data, caption) = (base64::encode(png), escape(caption));
+        let (data, caption) = (STANDARD.encode(png), escape(caption));
         self.block(&format!(
             "<figure><img alt=\"{caption}\" src=\"data:image/png;base64,{data}\"><figcaption>{caption}</figcaption></figure>"
         ))

@@ -3,6 +3,8 @@
 
 use super::tokenizers::{Settings, added_token, bad};
 use crate::Result;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 const FILE: &str = "spiece.model";
@@ -97,7 +99,7 @@ impl Model {
     }
 
     fn normalizers(&self) -> Vec<Value> {
-        let mapped = json!({"type": "Precompiled", "precompiled_charsmap": base64::encode(&self.charsmap)});
+        let mapped = json!({"type": "Precompiled", "precompiled_charsmap": STANDARD.encode(&self.charsmap)});
         let stripped = json!({"type": "Strip", "strip_left": false, "strip_right": true});
         let joined = json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE});
         let mapped = (!self.charsmap.is_empty()).then_some(mapped);

@@ -4,6 +4,8 @@
 //! The map is sentencepiece's: the length of a trie in bytes, the trie as darts-clone's double array of 32-bit units, and
 //! the texts that its values point into.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
 const MAP: &str = "precompiled_charsmap";
@@ -58,7 +60,7 @@ fn check_template(map: &Map<String, Value>) -> Result<(), String> {
 /// Whether every step that a text can take in the trie stays in it, and every value points to the beginning of a
 /// character.
 fn holds(text: &str) -> Option<()> {
-    let bytes = base64::decode(text).ok()?;
+    let bytes = STANDARD.decode(text).ok()?;
     let (length, rest) = bytes.split_first_chunk::<UNIT>()?;
     let (trie, texts) = rest.split_at_checked(u32::from_le_bytes(*length) as usize / UNIT * UNIT)?;
     let texts = std::str::from_utf8(texts).ok()?;
@@ -83,7 +85,7 @@ mod tests {
     use serde_json::json;
 
     fn tokenizer(bytes: &[u8]) -> Value {
-        json!({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", MAP: base64::encode(bytes)}]}})
+        json!({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", MAP: STANDARD.encode(bytes)}]}})
     }
 
     /// A trie of one block, in which "a" is the text that `value` points to.

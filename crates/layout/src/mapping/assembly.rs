@@ -1,0 +1,236 @@
+//! [`Mapped`]: a source of tensors put together from pieces of another source's tensors, read when asked for.
+//!
+//! Renaming, splitting, joining and swapping rows, copying and reshaping are all one thing here: an output is a
+//! sequence of byte ranges of inputs. Values are never interpreted.
+
+use crate::error::{LayoutError, Result};
+use crate::mapping::load_report::{Account, Fate};
+use candle_core::Tensor;
+use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A checkpoint under canonical names.
+pub type Canonical<S> = Mapped<S>;
+
+/// A canonical source under the names of another layout.
+pub type Exported<S> = Mapped<S>;
+
+/// A source as seen through a layout's rules.
+#[derive(Debug)]
+pub struct Mapped<S> {
+    source: S,
+    tensors: BTreeMap<String, Assembly>,
+    account: Account,
+}
+
+impl<S> Mapped<S> {
+    pub(crate) fn new(source: S, tensors: BTreeMap<String, Assembly>, account: Account) -> Self {
+        Self { source, tensors, account }
+    }
+
+    /// What became of each input tensor, and what is missing.
+    pub fn account(&self) -> &Account {
+        &self.account
+    }
+
+    /// The source that tensors are read from.
+    pub fn source(&self) -> &S {
+        &self.source
+    }
+
+    /// Says of an input that nothing here shows why it is not used.
+    pub(crate) fn skip(&mut self, name: &str, reason: &str) {
+        self.account.fates.insert(name.to_owned(), Fate::Skipped { reason: reason.to_owned() });
+    }
+
+    /// Itself, if every tensor is there and well shaped, whatever else the source holds.
+    ///
+    /// # Errors
+    /// [`LayoutError::Incomplete`], which names what is missing or wrong.
+    pub fn sufficient(self) -> Result<Self> {
+        match self.account.sufficient() {
+            true => Ok(self),
+            false => Err(LayoutError::Incomplete(Box::new(self.account))),
+        }
+    }
+
+    /// Itself, if every tensor is there, well shaped and understood.
+    ///
+    /// # Errors
+    /// [`LayoutError::Incomplete`], which names what is not.
+    pub fn complete(self) -> Result<Self> {
+        match self.account.complete() {
+            true => Ok(self),
+            false => Err(LayoutError::Incomplete(Box::new(self.account))),
+        }
+    }
+}
+
+impl<S: TensorSource> Mapped<S> {
+    fn find(&self, name: &str) -> std::result::Result<&Assembly, WeightsError> {
+        self.tensors.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+    }
+
+    /// Tensors that become one must be equal, or values would be lost without a word.
+    fn check_twins(&self, assembly: &Assembly) -> std::result::Result<(), WeightsError> {
+        let (Some(original), false) = (&assembly.original, assembly.twins.is_empty()) else { return Ok(()) };
+        let bytes = self.source.read(original)?.bytes;
+        for twin in &assembly.twins {
+            if self.source.read(twin)?.bytes != bytes {
+                let reason = format!("it differs from {original:?}; the layout asked for has one place for both");
+                return Err(WeightsError::BadTensor { name: twin.clone(), reason });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: TensorSource> TensorSource for Mapped<S> {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.tensors.values().map(|assembly| assembly.info.clone()).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.tensors.get(name).map(|assembly| assembly.info.clone())
+    }
+
+    fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
+        let assembly = self.find(name)?;
+        self.check_twins(assembly)?;
+        let Assembly { info, pieces, .. } = assembly;
+        let mut bytes = Vec::new();
+        for (at, Piece { tensor, bytes: range }) in pieces.iter().enumerate() {
+            let part = self.source.read_range(tensor, range.clone())?;
+            if at == 0 {
+                bytes = part;
+                bytes.reserve_exact(pieces[1..].iter().map(|piece| piece.bytes.len()).sum());
+            } else {
+                bytes.extend(part);
+            }
+        }
+        Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+    }
+
+    /// Whole tensors share the storage that the source shares.
+    fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
+        let assembly = self.find(name)?;
+        self.check_twins(assembly)?;
+        let Assembly { info, original, .. } = assembly;
+        match original {
+            Some(original) => Ok(self.source.tensor(original)?.reshape(info.shape.as_slice())?),
+            None => self.read(name)?.to_tensor(name),
+        }
+    }
+}
+
+/// A tensor and the pieces it is made of.
+#[derive(Debug, Clone)]
+pub(crate) struct Assembly {
+    pub info: TensorInfo,
+    pieces: Vec<Piece>,
+    /// The tensor that it is under another name or shape, where it is one.
+    original: Option<String>,
+    /// Tensors that must be equal to that one, as they become one with it.
+    twins: Vec<String>,
+}
+
+/// Some bytes of a tensor.
+#[derive(Debug, Clone)]
+struct Piece {
+    tensor: String,
+    bytes: Range<usize>,
+}
+
+impl Assembly {
+    /// All of `input` under another name.
+    pub fn whole(input: &TensorInfo, name: &str) -> Self {
+        let pieces = vec![Piece { tensor: input.name.clone(), bytes: 0..size(input) }];
+        let (info, original) = (TensorInfo { name: name.to_owned(), ..input.clone() }, Some(input.name.clone()));
+        Self { info, pieces, original, twins: Vec::new() }
+    }
+
+    /// The one that all of `inputs` are, under another name.
+    pub fn picked(inputs: &[&TensorInfo], name: &str) -> std::result::Result<Self, String> {
+        let [first, others @ ..] = inputs else { return Err("nothing to pick from".to_owned()) };
+        if let Some(other) = others.iter().find(|other| (&other.shape, other.dtype) != (&first.shape, first.dtype)) {
+            let other = format!("{:?} of shape {:?} and {:?}", other.name, other.shape, other.dtype);
+            return Err(format!("it cannot be one with {other}: expected {:?} and {:?}", first.shape, first.dtype));
+        }
+        let twins = others.iter().map(|other| other.name.clone()).collect();
+        Ok(Self { twins, ..Self::whole(first, name) })
+    }
+
+    /// The second half of the rows of `input` before the first.
+    pub fn swapped(input: &TensorInfo, name: &str) -> std::result::Result<Self, String> {
+        let [first, second] = &Self::split(input, &[name.to_owned(), name.to_owned()], &[1, 1])?[..] else {
+            return Err("it has no two halves".to_owned());
+        };
+        let pieces = [&second.pieces[..], &first.pieces[..]].concat();
+        Ok(Self { pieces, original: None, ..Self::whole(input, name) })
+    }
+
+    /// `input` cut by rows into `names`, by `shares`.
+    pub fn split(input: &TensorInfo, names: &[String], shares: &[usize]) -> std::result::Result<Vec<Self>, String> {
+        let total: usize = shares.iter().sum();
+        let rows = input.shape.first().copied().unwrap_or(0);
+        let unit = rows / total;
+        if !rows.is_multiple_of(total) || !size(input).is_multiple_of(total) || rows == 0 {
+            return Err(format!("its shape {:?} cannot be split by rows {shares:?}", input.shape));
+        }
+        let mut row = 0;
+        let cut = |(name, share): (&String, &usize)| {
+            let begin = row;
+            row += share * unit;
+            Self::rows(input, name, begin..row)
+        };
+        Ok(names.iter().zip(shares).map(cut).collect())
+    }
+
+    /// `inputs` one after the other.
+    pub fn join(inputs: &[&TensorInfo], name: &str, shares: &[usize]) -> std::result::Result<Self, String> {
+        let [first, ..] = inputs else { return Err("nothing to join".to_owned()) };
+        let rows = |input: &TensorInfo| input.shape.first().copied().unwrap_or(0);
+        let unit = rows(first) / shares[0];
+        for (input, share) in inputs.iter().zip(shares) {
+            if input.dtype != first.dtype {
+                return Err(format!("{:?} and {:?} cannot be joined: change the dtype", first.dtype, input.dtype));
+            }
+            if input.shape.get(1..) != first.shape.get(1..) || rows(input) != unit * share || unit == 0 {
+                return Err(format!("{:?} and {:?} cannot be joined by rows {shares:?}", first.shape, input.shape));
+            }
+        }
+        let mut info = TensorInfo { name: name.to_owned(), ..(*first).clone() };
+        info.shape[0] = inputs.iter().map(|input| rows(input)).sum();
+        let pieces = inputs.iter().flat_map(|input| Self::whole(input, name).pieces).collect();
+        Ok(Self { info, pieces, original: None, twins: Vec::new() })
+    }
+
+    fn rows(input: &TensorInfo, name: &str, rows: Range<usize>) -> Self {
+        let mut info = TensorInfo { name: name.to_owned(), ..input.clone() };
+        let row = size(input) / input.shape[0];
+        info.shape[0] = rows.len();
+        let pieces = vec![Piece { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
+        Self { info, pieces, original: None, twins: Vec::new() }
+    }
+
+    /// Itself with `prefix` before its name, by that name.
+    pub fn under(mut self, prefix: &str) -> (String, Self) {
+        self.info.name.insert_str(0, prefix);
+        (self.info.name.clone(), self)
+    }
+
+    /// The inputs that it is made of, with their ranges of bytes, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = (&str, &Range<usize>)> {
+        self.pieces.iter().map(|piece| (piece.tensor.as_str(), &piece.bytes))
+    }
+
+    /// The first tensor it takes bytes from.
+    pub fn first_input(&self) -> &str {
+        self.pieces.first().map_or("", |piece| &piece.tensor)
+    }
+}
+
+fn size(info: &TensorInfo) -> usize {
+    info.shape.iter().product::<usize>() * info.dtype.bitsize() / 8
+}
