@@ -1,5 +1,5 @@
-//! [`start`]: a launch on a device, through cudarc and on a stream that someone else owns; [`ResidentLists`] and
-//! [`ResidentPairs`] are lists in its memory. The only file that knows a driver; it knows no tensor.
+//! [`start`]: a launch on a device, through cudarc and on a stream that someone else owns; [`DeviceLists`] and
+//! [`DevicePairs`] are lists in its memory. The only file that knows a driver; it knows no tensor.
 
 use crate::clear_attention::{Entry, Lists, Pair, Pairs, Problem, TensorMap, Visit, Work};
 use crate::{Launch, Number, Parameters};
@@ -36,19 +36,19 @@ pub unsafe fn start<P: Parameters>(
     let [x, y, z] = launch.blocks;
     let config =
         LaunchConfig { grid_dim: (x, y, z), block_dim: (launch.threads, 1, 1), shared_mem_bytes: launch.shared_bytes };
-    // SAFETY: the caller's promise; `Parameters` has the layout of the one argument there is.
+    // SAFETY: the caller's promise; `KernelParameters` has the layout of the one argument there is.
     unsafe { builder.launch(config) }.map(drop)
 }
 
 /// Lists in memory of a device.
 pub struct ResidentLists {
-    /// [`Lists::work`].
+    /// [`VisitLists::work`].
     pub work: CudaSlice<Work>,
-    /// [`Lists::joins`]; one that names no row where there are none.
+    /// [`VisitLists::joins`]; one that names no row where there are none.
     pub joins: CudaSlice<Work>,
-    /// [`Lists::entries`].
+    /// [`VisitLists::entries`].
     pub entries: CudaSlice<Entry>,
-    /// [`Lists::masks`]; one word where there are none.
+    /// [`VisitLists::masks`]; one word where there are none.
     pub masks: CudaSlice<u32>,
 }
 
@@ -73,9 +73,9 @@ impl ResidentLists {
 
 /// Pairs in memory of a device.
 pub struct ResidentPairs {
-    /// [`Pairs::pairs`].
+    /// [`WorkPairs::pairs`].
     pub pairs: CudaSlice<Pair>,
-    /// [`Pairs::visits`].
+    /// [`WorkPairs::visits`].
     pub visits: CudaSlice<Visit>,
 }
 
@@ -125,7 +125,7 @@ pub fn tile_map(problem: &Problem, address: u64, tokens: usize) -> Result<Tensor
 
 struct Argument<P>(P);
 
-// SAFETY: `Parameters` promises the layout of the kernel's argument.
+// SAFETY: `KernelParameters` promises the layout of the kernel's argument.
 unsafe impl<P: Parameters> DeviceRepr for Argument<P> {}
 // SAFETY: repr(C), five ints as in common.cuh.
 unsafe impl DeviceRepr for Work {}

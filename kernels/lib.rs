@@ -1,7 +1,7 @@
 //! The registry of CUDA kernels. A kernel is its source and the PTX that stands beside it; nothing here knows a model or
 //! a tensor, and `launch` alone, behind the feature `cuda`, knows a device.
 //!
-//! The main types are [`Kernel`] and [`clear_attention::Lists`], which is what attention visits. README.md says how a
+//! The main types are [`CpuKernel`] and [`clear_attention::VisitLists`], which is what attention visits. README.md says how a
 //! kernel is added and how it is checked where there is no GPU.
 
 pub mod add_bias;
@@ -15,7 +15,7 @@ pub mod permute;
 mod plan;
 pub mod rms_norm_rope;
 
-pub use plan::{Launch, Number, Parameters, Refusal, THREADS};
+pub use plan::{KernelParameters, Launch, Refusal, Scalar, THREADS};
 
 /// One source: what it is called, what it computes, and what it compiled to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

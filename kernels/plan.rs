@@ -9,7 +9,7 @@ pub const THREADS: u32 = 128;
 
 /// Types of numbers that the kernels take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Number {
+pub enum Scalar {
     /// bfloat16.
     Bf16,
     /// float16.
@@ -18,7 +18,7 @@ pub enum Number {
     F32,
 }
 
-impl Number {
+impl Scalar {
     /// As entry points spell it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -61,7 +61,7 @@ impl Launch {
 ///
 /// # Safety
 /// Only a `repr(C)` type of the same layout as the source's may be one.
-pub unsafe trait Parameters: Copy {}
+pub unsafe trait KernelParameters: Copy {}
 
 /// Why no kernel takes a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub enum Refusal {
     /// Attention takes bf16 and f16.
     Number {
         /// What was asked for.
-        number: Number,
+        number: Scalar,
     },
     /// More threads than a launch numbers.
     TooLarge {
@@ -112,7 +112,7 @@ impl fmt::Display for Refusal {
 impl std::error::Error for Refusal {}
 
 /// Refuses rows that are not whole multiples of 16 bytes or longer than `longest`.
-pub(crate) fn check_width(number: Number, width: usize, longest: usize) -> Result<(), Refusal> {
+pub(crate) fn check_width(number: Scalar, width: usize, longest: usize) -> Result<(), Refusal> {
     if width > 0 && width <= longest && width.is_multiple_of(number.per_word()) {
         Ok(())
     } else {

@@ -1,4 +1,4 @@
-use super::{KERNELS, Kernel, Launch, Number, Refusal};
+use super::{KERNELS, Kernel, Launch, Refusal, Scalar};
 use super::{add_bias, clear_attention as attention, gated_add, gelu, modulated_layer_norm, permute, rms_norm_rope};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -61,13 +61,13 @@ fn nothing_is_spilled_and_registers_keep_their_bounds() {
 /// The same numbers stand in emulation/attention.h and emulation/rows.h, where the compiler of the kernels checks them.
 #[test]
 fn parameters_are_laid_out_as_the_sources_have_them() {
-    assert_eq!((size_of::<attention::Work>(), size_of::<attention::Entry>()), (20, 12));
+    assert_eq!((size_of::<attention::WorkItem>(), size_of::<attention::ListEntry>()), (20, 12));
     assert_eq!(size_of::<attention::ListAddresses>(), 40);
     assert_eq!(
         (size_of::<attention::ForwardParameters>(), offset_of!(attention::ForwardParameters, scale)),
         (112, 108)
     );
-    assert_eq!((size_of::<attention::Pair>(), size_of::<attention::Visit>()), (24, 12));
+    assert_eq!((size_of::<attention::WorkPair>(), size_of::<attention::TileVisit>()), (24, 12));
     assert_eq!(
         (size_of::<attention::PairedForwardParameters>(), offset_of!(attention::PairedForwardParameters, count)),
         (448, 384)
@@ -88,20 +88,20 @@ fn parameters_are_laid_out_as_the_sources_have_them() {
 /// Every launch that this crate plans.
 fn planned() -> Vec<Launch> {
     let places: Vec<(i32, i32)> = (0..200).map(|token| (token / 20, token % 20)).collect();
-    let text = attention::Text::Whole(10);
-    let sequence = attention::Sequence { text, places: &places, pooled: 0, limit: Some(9) };
-    let lists = attention::Lists::with_parts(&sequence, attention::Rows::Queries, 2);
+    let text = attention::TextPadding::Whole(10);
+    let sequence = attention::SequenceLayout { text, places: &places, pooled: 0, limit: Some(9) };
+    let lists = attention::VisitLists::with_parts(&sequence, attention::ListRows::Queries, 2);
     let mut found = Vec::new();
-    for number in [Number::Bf16, Number::F16] {
+    for number in [Scalar::Bf16, Scalar::F16] {
         for head_dim in [64, 128] {
-            let problem = attention::Problem::new(number, 2, 3, head_dim).unwrap();
-            let pairs = attention::Pairs::new(&lists);
+            let problem = attention::KernelProblem::new(number, 2, 3, head_dim).unwrap();
+            let pairs = attention::WorkPairs::new(&lists);
             found.extend([problem.forward(&lists), problem.paired_forward(&pairs), problem.merge(&lists)]);
             found.push(problem.delta(210).unwrap());
             found.extend(problem.query_gradient(&lists).into_iter().chain(problem.key_gradient(&lists)));
         }
     }
-    for number in [Number::Bf16, Number::F16, Number::F32] {
+    for number in [Scalar::Bf16, Scalar::F16, Scalar::F32] {
         found.extend(gelu::launches(number, 1024).unwrap());
         found.extend(modulated_layer_norm::launches(number, 30, 3072).unwrap());
         found.extend(rms_norm_rope::launches(number, 30, 128).unwrap());
@@ -121,27 +121,28 @@ fn each_entry_point_is_planned_and_each_plan_is_an_entry_point() {
 
 #[test]
 fn launches_cover_the_problem() {
-    let [norm, _] = modulated_layer_norm::launches(Number::Bf16, 30, 3072).unwrap();
+    let [norm, _] = modulated_layer_norm::launches(Scalar::Bf16, 30, 3072).unwrap();
     assert_eq!((norm.blocks, norm.shared_bytes), ([30, 1, 1], 64));
-    let [rope, _] = rms_norm_rope::launches(Number::Bf16, 31, 40).unwrap();
+    let [rope, _] = rms_norm_rope::launches(Scalar::Bf16, 31, 40).unwrap();
     assert_eq!(rope.blocks, [31 * 8 / 128 + 1, 1, 1], "8 threads hold 5 times 16 bytes");
-    let problem = attention::Problem::new(Number::F16, 2, 3, 128).unwrap();
+    let problem = attention::KernelProblem::new(Scalar::F16, 2, 3, 128).unwrap();
     let places: Vec<(i32, i32)> = (0..4096).map(|token| (token / 64, token % 64)).collect();
-    let sequence = attention::Sequence { text: attention::Text::Whole(0), places: &places, pooled: 0, limit: None };
-    let pairs = attention::Pairs::new(&attention::Lists::new(&sequence, attention::Rows::Queries));
+    let sequence =
+        attention::SequenceLayout { text: attention::TextPadding::Whole(0), places: &places, pooled: 0, limit: None };
+    let pairs = attention::WorkPairs::new(&attention::VisitLists::new(&sequence, attention::ListRows::Queries));
     let few = problem.paired_forward(&pairs);
     assert_eq!((few.blocks, few.threads, few.shared_bytes), ([32, 3, 2], 384, 6 * (2 * 16384 + 16)));
-    let many = attention::Problem::new(Number::Bf16, 4, 48, 64).unwrap().paired_forward(&pairs);
+    let many = attention::KernelProblem::new(Scalar::Bf16, 4, 48, 64).unwrap().paired_forward(&pairs);
     assert_eq!(many.blocks, [32_u32.div_ceil(2), 48, 4], "6144 pairs: a block computes two");
     assert_eq!(problem.delta(100).unwrap().blocks, [2 * 100 * 3 * 16_u32.div_ceil(16) * 16 / 128, 1, 1]);
 }
 
 #[test]
 fn what_no_kernel_takes_is_refused() {
-    assert_eq!(attention::Problem::new(Number::F32, 1, 1, 64), Err(Refusal::Number { number: Number::F32 }));
-    assert_eq!(attention::Problem::new(Number::Bf16, 1, 1, 72), Err(Refusal::HeadDim { head_dim: 72 }));
+    assert_eq!(attention::KernelProblem::new(Scalar::F32, 1, 1, 64), Err(Refusal::Number { number: Scalar::F32 }));
+    assert_eq!(attention::KernelProblem::new(Scalar::Bf16, 1, 1, 72), Err(Refusal::HeadDim { head_dim: 72 }));
     let width = |width, longest| Err(Refusal::Width { width, longest });
-    assert_eq!(rms_norm_rope::launches(Number::F32, 1, 132), width(132, 128));
-    assert_eq!(modulated_layer_norm::launches(Number::Bf16, 1, 4104), width(4104, 4096));
-    assert_eq!(gelu::launches(Number::Bf16, 12), width(12, usize::MAX));
+    assert_eq!(rms_norm_rope::launches(Scalar::F32, 1, 132), width(132, 128));
+    assert_eq!(modulated_layer_norm::launches(Scalar::Bf16, 1, 4104), width(4104, 4096));
+    assert_eq!(gelu::launches(Scalar::Bf16, 12), width(12, usize::MAX));
 }

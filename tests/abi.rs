@@ -9,9 +9,12 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
 use clearform_models::{Denoiser, DenoiserInput};
-use clearform_plugin_host::{Adapter, Choice, Control, ControlInput, ControlKind, Controlled, Shelf, check, plugin_at};
-use clearform_runtime::{AdapterRequest, Adapters, Reading, RuntimeError, Transformer};
-use clearform_weights::{Checkpoint, Resident, TensorSource as _};
+use clearform_plugin_host::{
+    Adapter, ControlInput, ControlKind, ControlNetInput, ControlledDenoiser, PluginChoice, PluginRegistry, check,
+    plugin_at,
+};
+use clearform_runtime::{AdapterRequest, Adapters, ReadOptions, RuntimeError, Transformer};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use std::collections::BTreeMap;
 use std::env::consts::DLL_EXTENSION;
 use std::path::{Path, PathBuf};
@@ -68,11 +71,11 @@ fn a_branch_in_c_adds_its_constant() {
     let (path, constant) = (folder.path().join("constant.safetensors"), factors(48));
     save(&path, [("constant_residual".to_owned(), constant.clone())]);
     let request = AdapterRequest { path, ..AdapterRequest::default() };
-    let acting = Adapters::open(&[request], &shelf).unwrap().open_branches(&base()).unwrap().remove(0);
+    let acting = Adapters::open(&[request], &shelf).unwrap().open_controlnets(&base()).unwrap().remove(0);
     let takes = ControlInput { kind: ControlKind::Latents, channels: 16, modes: 0, range: [-1.0, 1.0] };
     assert_eq!(acting.branch.input(), takes);
     let (denoiser, input) = (denoiser(&base()), input());
-    let control = Control {
+    let control = ControlNetInput {
         branch: acting.branch,
         control: input.latents.clone(),
         mode: None,
@@ -80,7 +83,7 @@ fn a_branch_in_c_adds_its_constant() {
         scale: acting.scale,
         interval: acting.acting.interval,
     };
-    let controlled = Controlled::new(denoiser.as_ref(), vec![control]).forward(&input).unwrap();
+    let controlled = ControlledDenoiser::new(denoiser.as_ref(), vec![control]).forward(&input).unwrap();
     let mut state = denoiser.embed(&input).unwrap();
     for index in 0..denoiser.block_count() {
         state = denoiser.block(index, state).unwrap();
@@ -149,7 +152,7 @@ fn nothing_is_loaded_before_it_is_to_open_a_file() {
     let file = Arc::new(file);
     let ids: Vec<&str> = shelf.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     assert_eq!(ids, ["c-scale"]);
-    let plugin = shelf.choose(&file, &Choice::default()).unwrap();
+    let plugin = shelf.choose(&file, &PluginChoice::default()).unwrap();
     let mut of_another_major = plugin.clone();
     of_another_major.description.abi = 2;
     let error = Adapter::open(&of_another_major, file.clone()).unwrap_err().to_string();
@@ -166,18 +169,18 @@ fn what_lies_inside_a_model_is_refused_unloaded() {
     let (folder, tattle) = (model.path().join("plugins"), model.path().join("tattle"));
     std::fs::create_dir(&folder).unwrap();
     let library = compile("scale.c", &[&tattling(&tattle)], &folder);
-    for error in [Shelf::look(&[folder]).unwrap_err(), plugin_at(&library).unwrap_err()] {
+    for error in [PluginRegistry::look(&[folder]).unwrap_err(), plugin_at(&library).unwrap_err()] {
         assert!(error.to_string().contains("it lies inside the model"), "{error}");
     }
     assert!(!tattle.exists());
 }
 
 /// What the base predicts as the adapter at `path` edits it, or why it does not.
-fn edited(path: &Path, shelf: &Shelf) -> Result<Tensor, String> {
+fn edited(path: &Path, shelf: &PluginRegistry) -> Result<Tensor, String> {
     let said = |error: RuntimeError| error.to_string();
     let request = AdapterRequest { path: path.to_owned(), ..AdapterRequest::default() };
     let adapters = Adapters::open(&[request], shelf).map_err(said)?;
-    let edited = adapters.onto(base(), None, &reading().manifests).map_err(said)?;
+    let edited = adapters.apply_to(base(), None, &reading().manifests).map_err(said)?;
     let denoiser = edited.transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).map_err(said)?;
     Ok(forward(denoiser.as_ref()))
 }
@@ -199,9 +202,9 @@ fn base() -> Transformer {
     Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
 }
 
-fn reading() -> Reading {
+fn reading() -> ReadOptions {
     let hints = Hints { config: Some(json("flux/head24/config.json")), ..Hints::default() };
-    Reading { hints, ..Reading::plain().unwrap() }
+    ReadOptions { hints, ..ReadOptions::default_options().unwrap() }
 }
 
 fn denoiser(transformer: &Transformer) -> Box<dyn Denoiser> {
@@ -233,15 +236,15 @@ fn factors_file(folder: &Path, ending: &str, parameters: &[(&str, usize)]) -> Pa
 }
 
 fn save(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) {
-    let source: Resident = tensors.into_iter().collect();
+    let source: InMemoryTensors = tensors.into_iter().collect();
     clearform_weights::save(path, &source, &BTreeMap::new()).unwrap();
 }
 
 /// A shelf with one build of `source` alone, and the folder that it lies in, which goes when this is dropped.
-fn shelf_of(source: &str, flags: &[&str]) -> (Shelf, TempDir) {
+fn shelf_of(source: &str, flags: &[&str]) -> (PluginRegistry, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     compile(source, flags, folder.path());
-    (Shelf::look(&[folder.path().to_owned()]).unwrap(), folder)
+    (PluginRegistry::look(&[folder.path().to_owned()]).unwrap(), folder)
 }
 
 /// Builds tests/abi/`source` into `folder`.
@@ -269,14 +272,15 @@ fn cc(standard: &str, flags: &[&str], source: &Path, output: &Path) {
 /// The header and the Rust tables say the same.
 mod header {
     use clearform_plugin_abi::dlpack::{
-        CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DEVICE_CUDA, DataType, Device, FLAG_READ_ONLY,
-        ManagedTensor, Tensor, VERSION, Version,
+        CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DEVICE_CUDA, DLDataType, DLDevice,
+        DLManagedTensorVersioned, DLPackVersion, DLTensor, FLAG_READ_ONLY, VERSION,
     };
     use clearform_plugin_abi::{
-        ABI_MAJOR, ADAPTER_INTERFACE, AdapterTable, BRANCH_INTERFACE, Base, BranchInfo, BranchTable, CONTROL_LATENTS,
-        CONTROL_PIXELS, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
-        EDIT_SCALE, ENTRY_SYMBOL, Edit, EditTensors, FAILED, File, GiveResidual, Host, LOG_ERROR, LOG_INFO,
-        LOG_WARNING, OK, Pair, Plugin, Step, TensorInfo, Text, WHOLE_PARAMETER,
+        ABI_MAJOR, ADAPTER_INTERFACE, BRANCH_INTERFACE, CONTROL_LATENTS, CONTROL_PIXELS, ClearformAdapterTable,
+        ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformEdit, ClearformEditTensors, ClearformFile,
+        ClearformGiveResidual, ClearformHost, ClearformPair, ClearformPlugin, ClearformStep, ClearformTensorInfo,
+        ClearformText, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
+        EDIT_SCALE, ENTRY_SYMBOL, FAILED, LOG_ERROR, LOG_INFO, LOG_WARNING, OK, WHOLE_PARAMETER,
     };
     use std::mem::offset_of;
     use std::process::Command;
@@ -307,7 +311,7 @@ mod header {
         ("kDLBfloat", CODE_BFLOAT as i128),
         ("sizeof(size_t)", size_of::<usize>() as i128),
         ("sizeof(void *)", size_of::<*const ()>() as i128),
-        ("sizeof(ClearformGiveResidual)", size_of::<GiveResidual>() as i128),
+        ("sizeof(ClearformGiveResidual)", size_of::<ClearformGiveResidual>() as i128),
     ];
 
     const TEXTS: [(&str, &str); 5] = [
@@ -351,35 +355,35 @@ mod header {
     }
 
     layouts! {
-        "DLPackVersion" = Version { major, minor }
-        "DLDevice" = Device { device_type, device_id }
-        "DLDataType" = DataType { code, bits, lanes }
-        "DLTensor" = Tensor { data, device, ndim, dtype, shape, strides, byte_offset }
-        "DLManagedTensorVersioned" = ManagedTensor { version, manager_ctx, deleter, flags, tensor as dl_tensor }
-        "ClearformText" = Text { data, length }
-        "ClearformPair" = Pair { key, value }
-        "ClearformHost" = Host {
+        "DLPackVersion" = DLPackVersion { major, minor }
+        "DLDevice" = DLDevice { device_type, device_id }
+        "DLDataType" = DLDataType { code, bits, lanes }
+        "DLTensor" = DLTensor { data, device, ndim, dtype, shape, strides, byte_offset }
+        "DLManagedTensorVersioned" = DLManagedTensorVersioned { version, manager_ctx, deleter, flags, tensor as dl_tensor }
+        "ClearformText" = ClearformText { data, length }
+        "ClearformPair" = ClearformPair { key, value }
+        "ClearformHost" = ClearformHost {
             abi_major, struct_size, context, threads, reserved, allocate, release, log, progress, fail,
         }
-        "ClearformPlugin" = Plugin { abi_major, struct_size, interface, table }
-        "ClearformTensorInfo" = TensorInfo { name, shape, ndim, dtype }
-        "ClearformFile" = File {
+        "ClearformPlugin" = ClearformPlugin { abi_major, struct_size, interface, table }
+        "ClearformTensorInfo" = ClearformTensorInfo { name, shape, ndim, dtype }
+        "ClearformFile" = ClearformFile {
             struct_size, reserved, context, tensors, tensor_count, metadata, metadata_count, config, read,
         }
-        "ClearformEdit" = Edit {
+        "ClearformEdit" = ClearformEdit {
             struct_size, kind, flags, reserved, component, parameter, first_row, rows, columns, scale, sources,
             source_count,
         }
-        "ClearformEditTensors" = EditTensors { struct_size, reserved, down, up, value, magnitude }
-        "ClearformAdapterTable" = AdapterTable {
+        "ClearformEditTensors" = ClearformEditTensors { struct_size, reserved, down, up, value, magnitude }
+        "ClearformAdapterTable" = ClearformAdapterTable {
             struct_size, reserved, open, close, edit_count, edit, edit_tensors, skipped,
         }
-        "ClearformBase" = Base { struct_size, reserved, family, config, attention }
-        "ClearformBranchInfo" = BranchInfo { struct_size, control, channels, modes, low, high }
-        "ClearformStep" = Step {
+        "ClearformBase" = ClearformBase { struct_size, reserved, family, config, attention }
+        "ClearformBranchInfo" = ClearformBranchInfo { struct_size, control, channels, modes, low, high }
+        "ClearformStep" = ClearformStep {
             struct_size, reserved, latents, timestep, text, pooled, guidance, image_ids, text_ids, control, mode,
         }
-        "ClearformBranchTable" = BranchTable { struct_size, reserved, open, close, info, residuals }
+        "ClearformBranchTable" = ClearformBranchTable { struct_size, reserved, open, close, info, residuals }
     }
 
     fn field_size<T, F>(_: fn(&T) -> &F) -> usize {

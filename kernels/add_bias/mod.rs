@@ -1,6 +1,6 @@
 //! The kernel of this folder: x + bias. Knows no tensor.
 
-use crate::plan::{Launch, Number, Parameters, Refusal, check_width};
+use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
@@ -26,13 +26,13 @@ pub struct AddBiasParameters {
 }
 
 // SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
-unsafe impl Parameters for AddBiasParameters {}
+unsafe impl KernelParameters for AddBiasParameters {}
 
 /// `rows` rows of `width`.
 ///
 /// # Errors
 /// Rows that are not whole multiples of 16 bytes.
-pub fn launch(number: Number, rows: usize, width: usize) -> Result<Launch, Refusal> {
+pub fn launch(number: Scalar, rows: usize, width: usize) -> Result<Launch, Refusal> {
     check_width(number, width, usize::MAX)?;
     Launch::flat(KERNEL, format!("add_bias_{}", number.name()), rows * (width / number.per_word()))
 }

@@ -1,29 +1,29 @@
 //! [`Masks`]: who of a tile of rows sees whom of a tile of columns, a bit each, in the order of a warp's registers.
 //! Tiles that lie to each other as others do share a mask. Knows no list.
 
-use super::lists::{Entry, Rows, TOKENS};
-use super::tiles::Tile;
+use super::lists::{ListEntry, ListRows, TOKENS};
+use super::tiles::TokenTile;
 use std::collections::HashMap;
 
 /// Threads of a block, which hold a word of a mask each.
 const THREADS: usize = 128;
 
-/// For each batch entry and text tile the mask that hides padding, as [`Entry::mask`] -2 - i names it. `visible` says
+/// For each batch entry and text tile the mask that hides padding, as [`ListEntry::mask`] -2 - i names it. `visible` says
 /// token by token what counts, batch entry by batch entry.
 ///
 /// # Shapes
 /// (batch, text tiles, 128).
-pub fn padding(visible: &[Vec<bool>], rows: Rows) -> Vec<u32> {
+pub fn padding(visible: &[Vec<bool>], rows: ListRows) -> Vec<u32> {
     let tiles = visible.iter().flat_map(|entry| entry.chunks(TOKENS));
     let mask = |tile: &[bool]| {
-        words(|row, column| tile.get(if rows == Rows::Queries { column } else { row }).copied().unwrap_or(false))
+        words(|row, column| tile.get(if rows == ListRows::Queries { column } else { row }).copied().unwrap_or(false))
     };
     tiles.flat_map(mask).collect()
 }
 
 /// How two tiles meet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Meeting {
+pub(super) enum TileOverlap {
     /// No row sees a column.
     Apart,
     /// Each row sees each of 64 columns.
@@ -33,7 +33,7 @@ pub(super) enum Meeting {
 }
 
 /// Where the tokens of a tile lie, from its first on.
-type Shape = Vec<(i32, i32)>;
+type TilePlaces = Vec<(i32, i32)>;
 
 /// All masks so far.
 pub(super) struct Masks<'a> {
@@ -41,11 +41,11 @@ pub(super) struct Masks<'a> {
     pub words: Vec<u32>,
     places: &'a [(i32, i32)],
     first: usize,
-    shapes: HashMap<Shape, usize>,
+    shapes: HashMap<TilePlaces, usize>,
     /// By first token of a tile.
     shape_of: HashMap<usize, usize>,
     /// By both shapes and the way from the first token of one to that of the other.
-    meetings: HashMap<(usize, usize, (i32, i32)), Meeting>,
+    meetings: HashMap<(usize, usize, (i32, i32)), TileOverlap>,
     /// By count.
     columns: HashMap<usize, i32>,
 }
@@ -65,7 +65,7 @@ impl<'a> Masks<'a> {
     /// The mask where each row sees each of `count` columns.
     pub fn columns(&mut self, count: usize) -> i32 {
         if count == TOKENS {
-            return Entry::WHOLE;
+            return ListEntry::WHOLE;
         }
         if let Some(number) = self.columns.get(&count) {
             return *number;
@@ -76,7 +76,7 @@ impl<'a> Masks<'a> {
     }
 
     /// How image tile `row` meets image tile `column` where a squared distance below `limit` is seen.
-    pub fn meeting(&mut self, row: &Tile, column: &Tile, limit: i32) -> Meeting {
+    pub fn meeting(&mut self, row: &TokenTile, column: &TokenTile, limit: i32) -> TileOverlap {
         let (from, to) = (self.place(row), self.place(column));
         let key = (self.shape(row), self.shape(column), (to.0 - from.0, to.1 - from.1));
         if let Some(meeting) = self.meetings.get(&key) {
@@ -87,7 +87,7 @@ impl<'a> Masks<'a> {
         meeting
     }
 
-    fn compare(&mut self, row: &Tile, column: &Tile, limit: i32) -> Meeting {
+    fn compare(&mut self, row: &TokenTile, column: &TokenTile, limit: i32) -> TileOverlap {
         let (rows, columns) = (self.places_of(row), self.places_of(column));
         let seen = |row: usize, column: usize| match (rows.get(row), columns.get(column)) {
             (Some(a), Some(b)) => {
@@ -98,9 +98,9 @@ impl<'a> Masks<'a> {
         };
         let mask = words(seen);
         match Self::pairs(&mask, 0) as usize {
-            0 => Meeting::Apart,
-            pairs if pairs == rows.len() * TOKENS => Meeting::Whole,
-            _ => Meeting::Masked(self.add(&mask)),
+            0 => TileOverlap::Apart,
+            pairs if pairs == rows.len() * TOKENS => TileOverlap::Whole,
+            _ => TileOverlap::Masked(self.add(&mask)),
         }
     }
 
@@ -109,20 +109,20 @@ impl<'a> Masks<'a> {
         (self.words.len() / THREADS) as i32 - 1
     }
 
-    fn places_of(&self, tile: &Tile) -> &'a [(i32, i32)] {
+    fn places_of(&self, tile: &TokenTile) -> &'a [(i32, i32)] {
         &self.places[tile.tokens.start - self.first..tile.tokens.end - self.first]
     }
 
-    fn place(&self, tile: &Tile) -> (i32, i32) {
+    fn place(&self, tile: &TokenTile) -> (i32, i32) {
         self.places_of(tile)[0]
     }
 
-    fn shape(&mut self, tile: &Tile) -> usize {
+    fn shape(&mut self, tile: &TokenTile) -> usize {
         if let Some(shape) = self.shape_of.get(&tile.tokens.start) {
             return *shape;
         }
         let (row, column) = self.place(tile);
-        let relative: Shape = self.places_of(tile).iter().map(|place| (place.0 - row, place.1 - column)).collect();
+        let relative: TilePlaces = self.places_of(tile).iter().map(|place| (place.0 - row, place.1 - column)).collect();
         let next = self.shapes.len();
         let shape = *self.shapes.entry(relative).or_insert(next);
         self.shape_of.insert(tile.tokens.start, shape);

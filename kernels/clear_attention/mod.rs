@@ -1,4 +1,4 @@
-//! Attention over tiles that meet: kernels and the lists they read. The main type is [`Lists`]. Knows no tensor.
+//! Attention over tiles that meet: kernels and the lists they read. The main type is [`VisitLists`]. Knows no tensor.
 
 mod lists;
 mod masks;
@@ -6,11 +6,11 @@ mod pairs;
 mod problem;
 mod tiles;
 
-pub use lists::{Entry, Lists, Rows, Sequence, Share, Text, Work};
+pub use lists::{ListEntry, ListRows, PairEfficiency, SequenceLayout, TextPadding, VisitLists, WorkItem};
 pub use masks::padding;
-pub use pairs::{Pair, Pairs, Visit};
+pub use pairs::{TileVisit, WorkPair, WorkPairs};
 pub use problem::{
-    BackwardParameters, ForwardParameters, HEAD_DIMS, ListAddresses, PairedForwardParameters, Problem, TensorMap,
+    BackwardParameters, ForwardParameters, HEAD_DIMS, KernelProblem, ListAddresses, PairedForwardParameters, TensorMap,
 };
 
 use crate::{Kernel, PRELUDE, SM90A, Target};
@@ -27,7 +27,7 @@ pub const FORWARD: Kernel = Kernel {
     target: Target::Sm80,
 };
 
-/// The same over [`Pairs`].
+/// The same over [`WorkPairs`].
 pub const FORWARD_SM90A: Kernel = Kernel {
     name: "clear_attention/forward_sm90a",
     summary: "the same for compute capability 9.0: tensor memory accelerator, warpgroup products",

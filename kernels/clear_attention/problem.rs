@@ -1,34 +1,34 @@
-//! [`Problem`]: extents of a call, the launches that compute it, and the parameters they take. Knows no driver.
+//! [`KernelProblem`]: extents of a call, the launches that compute it, and the parameters they take. Knows no driver.
 
-use super::{BACKWARD, FORWARD, FORWARD_SM90A, Lists, Pairs};
+use super::{BACKWARD, FORWARD, FORWARD_SM90A, VisitLists, WorkPairs};
 use crate::Kernel;
-use crate::plan::{Launch, Number, Parameters, Refusal, THREADS};
+use crate::plan::{KernelParameters, Launch, Refusal, Scalar, THREADS};
 
 /// Heads that the kernels take, ascending. Those between can be given zeros.
 pub const HEAD_DIMS: [usize; 2] = [64, 128];
 
 /// One call: queries of (batch, queries, heads, head_dim), keys and values of (batch, keys, heads, head_dim).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
-    number: Number,
+pub struct KernelProblem {
+    number: Scalar,
     batch: usize,
     heads: usize,
     head_dim: usize,
 }
 
-impl Problem {
+impl KernelProblem {
     /// # Errors
     /// Heads or numbers that no kernel takes.
-    pub fn new(number: Number, batch: usize, heads: usize, head_dim: usize) -> Result<Self, Refusal> {
+    pub fn new(number: Scalar, batch: usize, heads: usize, head_dim: usize) -> Result<Self, Refusal> {
         match (number, head_dim) {
-            (Number::F32, _) => Err(Refusal::Number { number }),
+            (Scalar::F32, _) => Err(Refusal::Number { number }),
             _ if HEAD_DIMS.contains(&head_dim) => Ok(Self { number, batch, heads, head_dim }),
             _ => Err(Refusal::HeadDim { head_dim }),
         }
     }
 
     /// What is computed.
-    pub fn number(&self) -> Number {
+    pub fn number(&self) -> Scalar {
         self.number
     }
 
@@ -38,17 +38,17 @@ impl Problem {
     }
 
     /// Numbers of `parts`, (batch, heads, slots, 64, head_dim) in f32; `part_lse` has head_dim times fewer.
-    pub fn part_numbers(&self, lists: &Lists) -> usize {
+    pub fn part_numbers(&self, lists: &VisitLists) -> usize {
         self.batch * self.heads * lists.slots * 64 * self.head_dim
     }
 
     /// Outputs. Parts are to be merged then.
-    pub fn forward(&self, lists: &Lists) -> Launch {
+    pub fn forward(&self, lists: &VisitLists) -> Launch {
         self.over(FORWARD, "forward", lists.work.len(), 4 * self.tile_bytes())
     }
 
     /// The same for compute capability 9.0; it takes [`PairedForwardParameters`].
-    pub fn paired_forward(&self, pairs: &Pairs) -> Launch {
+    pub fn paired_forward(&self, pairs: &WorkPairs) -> Launch {
         // What a multiprocessor does before and after its tiles is shared by some, as long as all have 16 times that much.
         const MULTIPROCESSORS: usize = 132;
         let all = pairs.pairs.len() * self.heads * self.batch;
@@ -60,7 +60,7 @@ impl Problem {
     }
 
     /// With the joins as work, parts of either forward together. This and the first take [`ForwardParameters`].
-    pub fn merge(&self, lists: &Lists) -> Launch {
+    pub fn merge(&self, lists: &VisitLists) -> Launch {
         self.over(FORWARD, "merge", lists.joins.len(), 0)
     }
 
@@ -73,7 +73,7 @@ impl Problem {
     }
 
     /// Gradients of queries over the forward's lists, then their parts together.
-    pub fn query_gradient(&self, lists: &Lists) -> [Launch; 2] {
+    pub fn query_gradient(&self, lists: &VisitLists) -> [Launch; 2] {
         let tiles = 4 * self.tile_bytes();
         [
             self.over(BACKWARD, "query", lists.work.len(), tiles),
@@ -82,7 +82,7 @@ impl Problem {
     }
 
     /// Gradients of keys and values over the lists by keys, then their parts together.
-    pub fn key_gradient(&self, lists: &Lists) -> [Launch; 2] {
+    pub fn key_gradient(&self, lists: &VisitLists) -> [Launch; 2] {
         // Keys and values, two stages of 32 queries and gradients, and their log-sum-exp and delta.
         let tiles = 4 * self.tile_bytes() + 4 * 32 * 4;
         [self.over(BACKWARD, "key", lists.work.len(), tiles), self.over(BACKWARD, "sum_keys", lists.joins.len(), 0)]
@@ -106,11 +106,11 @@ impl Problem {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListAddresses {
-    /// [`Lists::work`], or [`Lists::joins`] for the second launch.
+    /// [`VisitLists::work`], or [`VisitLists::joins`] for the second launch.
     pub work: u64,
-    /// [`Lists::entries`].
+    /// [`VisitLists::entries`].
     pub entries: u64,
-    /// [`Lists::masks`].
+    /// [`VisitLists::masks`].
     pub masks: u64,
     /// [`padding`](super::padding) of the call.
     pub padding: u64,
@@ -143,7 +143,7 @@ pub struct ForwardParameters {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorMap(pub [u64; 16]);
 
-/// Addresses and extents of the forward over [`Pairs`]; `pairs.cuh` says what they are.
+/// Addresses and extents of the forward over [`WorkPairs`]; `pairs.cuh` says what they are.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of pairs.cuh, which describes them")]
@@ -184,8 +184,8 @@ pub struct BackwardParameters {
 }
 
 // SAFETY: repr(C), field by field as in forward.cu; a test and emulation/attention.h hold both to the same sizes.
-unsafe impl Parameters for ForwardParameters {}
+unsafe impl KernelParameters for ForwardParameters {}
 // SAFETY: the same of pairs.cuh.
-unsafe impl Parameters for PairedForwardParameters {}
+unsafe impl KernelParameters for PairedForwardParameters {}
 // SAFETY: the same of backward.cu.
-unsafe impl Parameters for BackwardParameters {}
+unsafe impl KernelParameters for BackwardParameters {}

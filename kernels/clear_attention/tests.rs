@@ -1,4 +1,4 @@
-use super::{Entry, Lists, Pairs, Rows, Sequence, Text, Visit, Work, padding};
+use super::{ListEntry, ListRows, SequenceLayout, TextPadding, TileVisit, VisitLists, WorkItem, WorkPairs, padding};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -16,7 +16,7 @@ fn raster(height: i32, width: i32) -> Vec<(i32, i32)> {
 }
 
 /// Whether a query sees a key, by the definition of the pattern.
-fn sees(sequence: &Sequence<'_>, query: usize, key: usize) -> bool {
+fn sees(sequence: &SequenceLayout<'_>, query: usize, key: usize) -> bool {
     let (text, end) = (sequence.text.tokens(), sequence.text.tokens() + sequence.places.len());
     match (query < text, key < text, key < end, sequence.limit) {
         (true, _, inside, _) => inside,
@@ -35,20 +35,20 @@ fn bit(mask: &[u32], row: usize, column: usize) -> bool {
     mask[thread] >> (column / 8 * 4 + row % 16 / 8 * 2 + column % 2) & 1 == 1
 }
 
-fn seen(lists: &Lists, padded: &[u32], entry: &Entry, row: usize, column: usize) -> bool {
+fn seen(lists: &VisitLists, padded: &[u32], entry: &ListEntry, row: usize, column: usize) -> bool {
     match entry.mask {
-        Entry::WHOLE => true,
+        ListEntry::WHOLE => true,
         mask if mask >= 0 => bit(&lists.masks[mask as usize * 128..], row, column),
         mask => bit(&padded[(-2 - mask) as usize * 128..], row, column),
     }
 }
 
 /// How often each pair of a row and a column is computed.
-fn pairs(lists: &Lists, padded: &[u32], extents: (usize, usize)) -> Vec<u8> {
+fn pairs(lists: &VisitLists, padded: &[u32], extents: (usize, usize)) -> Vec<u8> {
     let mut found = vec![0; extents.0 * extents.1];
     for work in &lists.work {
         for entry in &lists.entries[work.begin as usize..work.end as usize] {
-            assert!(entry.mask != Entry::WHOLE || entry.count == 64, "a whole entry has 64 columns");
+            assert!(entry.mask != ListEntry::WHOLE || entry.count == 64, "a whole entry has 64 columns");
             for (row, column) in (0..work.count as usize).flat_map(|row| (0..64).map(move |column| (row, column))) {
                 if seen(lists, padded, entry, row, column) {
                     assert!(column < entry.count as usize, "a mask reaches behind its columns");
@@ -60,11 +60,11 @@ fn pairs(lists: &Lists, padded: &[u32], extents: (usize, usize)) -> Vec<u8> {
     found
 }
 
-fn check(sequence: &Sequence<'_>) {
+fn check(sequence: &SequenceLayout<'_>) {
     let queries = sequence.text.tokens() + sequence.places.len();
     let keys = queries + sequence.pooled;
-    let by_queries = pairs(&Lists::with_parts(sequence, Rows::Queries, 2), &[], (queries, keys));
-    let by_keys = pairs(&Lists::with_parts(sequence, Rows::Keys, 3), &[], (keys, queries));
+    let by_queries = pairs(&VisitLists::with_parts(sequence, ListRows::Queries, 2), &[], (queries, keys));
+    let by_keys = pairs(&VisitLists::with_parts(sequence, ListRows::Keys, 3), &[], (keys, queries));
     for (query, key) in (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key))) {
         let times = u8::from(sees(sequence, query, key));
         assert_eq!(by_queries[query * keys + key], times, "{query} {key} {sequence:?}");
@@ -78,9 +78,14 @@ fn each_pair_inside_the_window_is_computed_once_and_no_other() {
         let places = patches(height, width);
         for (text, pooled) in [(0, 0), (7, 6), (70, 0)] {
             for limit in [Some(3), Some(9), Some(64), Some(1 << 29), None] {
-                check(&Sequence { text: Text::Whole(text), places: &places, pooled, limit });
+                check(&SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit });
             }
-            check(&Sequence { text: Text::Whole(text), places: &raster(height, width), pooled, limit: Some(20) });
+            check(&SequenceLayout {
+                text: TextPadding::Whole(text),
+                places: &raster(height, width),
+                pooled,
+                limit: Some(20),
+            });
         }
     }
 }
@@ -91,29 +96,29 @@ fn grids_that_tiles_do_not_divide_are_covered() {
     {
         let text = (height * 7 + width) as usize % 71;
         let limit = Some((height * width) % 130 + 1);
-        check(&Sequence { text: Text::Whole(text), places: &patches(height, width), pooled: 3, limit });
+        check(&SequenceLayout { text: TextPadding::Whole(text), places: &patches(height, width), pooled: 3, limit });
     }
 }
 
 #[test]
 fn two_grids_stand_one_after_the_other() {
     let places: Vec<_> = patches(9, 11).into_iter().chain(patches(6, 5)).collect();
-    check(&Sequence { text: Text::Whole(5), places: &places, pooled: 0, limit: Some(16) });
+    check(&SequenceLayout { text: TextPadding::Whole(5), places: &places, pooled: 0, limit: Some(16) });
 }
 
 #[test]
 fn padded_text_is_hidden_from_all_and_sees_as_before() {
     let places = patches(9, 13);
-    let sequence = Sequence { text: Text::Padded(70), places: &places, pooled: 0, limit: Some(10) };
+    let sequence = SequenceLayout { text: TextPadding::Padded(70), places: &places, pooled: 0, limit: Some(10) };
     let visible: Vec<bool> = (0..70).map(|token| token % 3 != 1 && token < 66).collect();
-    let tables = [Rows::Queries, Rows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
+    let tables = [ListRows::Queries, ListRows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
     let tokens = 70 + places.len();
-    let found = pairs(&Lists::new(&sequence, Rows::Queries), &tables[0], (tokens, tokens));
+    let found = pairs(&VisitLists::new(&sequence, ListRows::Queries), &tables[0], (tokens, tokens));
     for (query, key) in (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))) {
         let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
         assert_eq!(found[query * tokens + key], u8::from(counts), "{query} {key}");
     }
-    let lists = Lists::new(&sequence, Rows::Keys);
+    let lists = VisitLists::new(&sequence, ListRows::Keys);
     let mut rows = BTreeSet::new();
     for work in lists.work.iter().filter(|work| work.first < 70) {
         for entry in &lists.entries[work.begin as usize..work.end as usize] {
@@ -127,10 +132,10 @@ fn padded_text_is_hidden_from_all_and_sees_as_before() {
 #[test]
 fn parts_are_short_even_and_joined_in_order() {
     let places = patches(64, 64);
-    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: Some(64) };
-    for rows in [Rows::Queries, Rows::Keys] {
-        let lists = Lists::with_parts(&sequence, rows, 20);
-        let parts: Vec<&Work> = lists.work.iter().take_while(|work| work.slot >= 0).collect();
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: Some(64) };
+    for rows in [ListRows::Queries, ListRows::Keys] {
+        let lists = VisitLists::with_parts(&sequence, rows, 20);
+        let parts: Vec<&WorkItem> = lists.work.iter().take_while(|work| work.slot >= 0).collect();
         assert_eq!((parts.len(), lists.slots, lists.joins.len()), (32, 32, 8));
         assert!(lists.work[32..].iter().all(|work| work.slot < 0 && work.end - work.begin <= 20));
         assert!(parts.iter().all(|part| part.end - part.begin == 18), "72 tiles in 4 parts");
@@ -148,10 +153,13 @@ fn parts_are_short_even_and_joined_in_order() {
 fn only_rows_longer_than_those_of_the_image_are_split() {
     let places = patches(128, 128);
     let split = |text, limit, rows| {
-        let lists = Lists::new(&Sequence { text: Text::Whole(text), places: &places, pooled: 0, limit }, rows);
+        let lists = VisitLists::new(
+            &SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled: 0, limit },
+            rows,
+        );
         (lists.joins.len(), lists.slots)
     };
-    for rows in [Rows::Queries, Rows::Keys] {
+    for rows in [ListRows::Queries, ListRows::Keys] {
         assert_eq!(split(512, Some(64), rows), (8, 40), "264 tiles in 5 parts");
         assert_eq!(split(512, Some(1024), rows), (8, 32), "lists of the image have up to 85 entries");
         assert_eq!(split(512, None, rows), (0, 0));
@@ -165,15 +173,15 @@ fn pairs_visit_what_their_works_visit() {
     for (height, width, text, pooled) in [(13, 7, 7, 0), (40, 24, 70, 6), (1, 140, 0, 0), (9, 40, 130, 3)] {
         let places = patches(height, width);
         for (limit, longest) in [(Some(9), 2), (Some(100), 64), (None, 3)] {
-            let sequence = Sequence { text: Text::Padded(text), places: &places, pooled, limit };
-            let lists = Lists::with_parts(&sequence, Rows::Queries, longest);
-            let Pairs { pairs, visits } = Pairs::new(&lists);
+            let sequence = SequenceLayout { text: TextPadding::Padded(text), places: &places, pooled, limit };
+            let lists = VisitLists::with_parts(&sequence, ListRows::Queries, longest);
+            let WorkPairs { pairs, visits } = WorkPairs::new(&lists);
             let mut found = BTreeSet::new();
             for (pair, which) in pairs.iter().flat_map(|pair| [(pair, 0), (pair, 1)]) {
                 assert!(pair.begin < pair.end && pair.own.iter().max() == Some(&pair.end), "{pair:?}");
                 let own = &visits[pair.begin as usize..pair.own[which] as usize];
-                let seen: Vec<_> = own.iter().filter(|visit| visit.masks[which] != Visit::UNSEEN).collect();
-                let gaps = own.windows(2).filter(|two| two.iter().all(|visit| visit.masks[which] == Visit::UNSEEN));
+                let seen: Vec<_> = own.iter().filter(|visit| visit.masks[which] != TileVisit::UNSEEN).collect();
+                let gaps = own.windows(2).filter(|two| two.iter().all(|visit| visit.masks[which] == TileVisit::UNSEEN));
                 assert_eq!(gaps.count(), 0, "{pair:?}");
                 let visited: BTreeSet<_> = seen.iter().map(|visit| (visit.first, visit.masks[which])).collect();
                 let Some(work) = usize::try_from(pair.works[which]).ok().map(|number| &lists.work[number]) else {
@@ -192,9 +200,9 @@ fn pairs_visit_what_their_works_visit() {
 #[test]
 fn neighbours_load_little_more_than_one_of_them() {
     let places = patches(128, 128);
-    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: Some(256) };
-    let lists = Lists::new(&sequence, Rows::Queries);
-    let pairs = Pairs::new(&lists).pairs;
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: Some(256) };
+    let lists = VisitLists::new(&sequence, ListRows::Queries);
+    let pairs = WorkPairs::new(&lists).pairs;
     let loaded: i32 = pairs.iter().map(|pair| pair.end - pair.begin).sum();
     let seen: i32 = lists.work.iter().map(|work| work.end - work.begin).sum();
     assert_eq!((pairs.len() * 2, loaded * 100 / seen), (lists.work.len(), 55), "percent");
@@ -203,8 +211,8 @@ fn neighbours_load_little_more_than_one_of_them() {
 #[test]
 fn rows_that_see_all_share_one_list() {
     let places = patches(64, 64);
-    let sequence = Sequence { text: Text::Whole(512), places: &places, pooled: 0, limit: None };
-    let lists = Lists::new(&sequence, Rows::Queries);
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: None };
+    let lists = VisitLists::new(&sequence, ListRows::Queries);
     assert_eq!((lists.work.len(), lists.entries.len(), lists.masks.len()), (72, 72, 0));
 }
 
@@ -215,7 +223,12 @@ fn shares_are_those_of_the_published_table() {
         for (radius, percent) in [8_i32, 16, 32].into_iter().zip(expected) {
             let places = patches(side, side);
             let limit = Some(radius * radius);
-            let share = Lists::share_inside(&Sequence { text: Text::Whole(0), places: &places, pooled: 0, limit });
+            let share = VisitLists::share_inside(&SequenceLayout {
+                text: TextPadding::Whole(0),
+                places: &places,
+                pooled: 0,
+                limit,
+            });
             let found = (100.0 * share.inside as f64 / share.visited as f64).round() as i32;
             assert_eq!(found, percent, "{side} x {side}, radius {radius}: {share}");
         }
@@ -226,8 +239,8 @@ fn shares_are_those_of_the_published_table() {
 fn masks_of_like_neighbours_are_stored_once() {
     let count = |side| {
         let places = patches(side, side);
-        let sequence = Sequence { text: Text::Whole(0), places: &places, pooled: 0, limit: Some(256) };
-        Lists::new(&sequence, Rows::Queries).masks.len() / 128
+        let sequence = SequenceLayout { text: TextPadding::Whole(0), places: &places, pooled: 0, limit: Some(256) };
+        VisitLists::new(&sequence, ListRows::Queries).masks.len() / 128
     };
     assert_eq!((count(64), count(256)), (24, 24));
 }
@@ -237,10 +250,10 @@ fn printed() -> String {
     let mut out = String::new();
     for (height, width, text, pooled, limit) in [(13, 7, 7, 0, 9), (16, 16, 70, 6, 64), (1, 140, 0, 0, 400)] {
         let places = patches(height, width);
-        let sequence = Sequence { text: Text::Whole(text), places: &places, pooled, limit: Some(limit) };
+        let sequence = SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit: Some(limit) };
         writeln!(out, "{height} {width} {text} {pooled} {limit}").unwrap();
-        for rows in [Rows::Queries, Rows::Keys] {
-            write!(out, "{}", Lists::with_parts(&sequence, rows, 2)).unwrap();
+        for rows in [ListRows::Queries, ListRows::Keys] {
+            write!(out, "{}", VisitLists::with_parts(&sequence, rows, 2)).unwrap();
         }
     }
     out

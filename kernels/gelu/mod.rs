@@ -1,6 +1,6 @@
 //! The kernel of this folder: GELU by its tanh approximation, and its gradient. Knows no tensor.
 
-use crate::plan::{Launch, Number, Parameters, Refusal, check_width};
+use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
@@ -24,13 +24,13 @@ pub struct GeluParameters {
 }
 
 // SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
-unsafe impl Parameters for GeluParameters {}
+unsafe impl KernelParameters for GeluParameters {}
 
 /// GELU of `count` numbers, and its gradient.
 ///
 /// # Errors
 /// Not a whole number of 16 bytes.
-pub fn launches(number: Number, count: usize) -> Result<[Launch; 2], Refusal> {
+pub fn launches(number: Scalar, count: usize) -> Result<[Launch; 2], Refusal> {
     check_width(number, count, usize::MAX)?;
     let launch = |name: &str| Launch::flat(KERNEL, format!("{name}_{}", number.name()), count / number.per_word());
     Ok([launch("gelu")?, launch("gelu_gradient")?])

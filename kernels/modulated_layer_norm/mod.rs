@@ -1,6 +1,6 @@
 //! The kernel of this folder: layer norm, then modulation, and the gradient of x. Knows no tensor.
 
-use crate::plan::{Launch, Number, Parameters, Refusal, THREADS, check_width};
+use crate::plan::{KernelParameters, Launch, Refusal, Scalar, THREADS, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
@@ -31,13 +31,13 @@ pub struct ModulatedLayerNormParameters {
 }
 
 // SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
-unsafe impl Parameters for ModulatedLayerNormParameters {}
+unsafe impl KernelParameters for ModulatedLayerNormParameters {}
 
 /// The norm of `rows` rows of `width`, and the gradient of x.
 ///
 /// # Errors
 /// Rows that are not whole multiples of 16 bytes, or longer than [`WIDEST`].
-pub fn launches(number: Number, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
+pub fn launches(number: Scalar, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
     check_width(number, width, WIDEST)?;
     let launch = |name: &str| {
         let flat = Launch::flat(KERNEL, format!("{name}_{}", number.name()), rows * THREADS as usize)?;

@@ -1,6 +1,6 @@
 //! The kernel of this folder: root-mean-square norm of heads, then rotation, and the gradient of x. Knows no tensor.
 
-use crate::plan::{Launch, Number, Parameters, Refusal, check_width};
+use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
 
 /// The kernel.
@@ -34,10 +34,10 @@ pub struct RmsNormRopeParameters {
 }
 
 // SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
-unsafe impl Parameters for RmsNormRopeParameters {}
+unsafe impl KernelParameters for RmsNormRopeParameters {}
 
 /// Threads that hold a row.
-pub fn lanes(number: Number, width: usize) -> usize {
+pub fn lanes(number: Scalar, width: usize) -> usize {
     width.div_ceil(number.per_word()).next_power_of_two()
 }
 
@@ -45,7 +45,7 @@ pub fn lanes(number: Number, width: usize) -> usize {
 ///
 /// # Errors
 /// Heads that are not whole multiples of 16 bytes, or more than a warp holds.
-pub fn launches(number: Number, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
+pub fn launches(number: Scalar, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
     check_width(number, width, 32 * number.per_word())?;
     let threads = rows * lanes(number, width);
     let launch = |name: &str| Launch::flat(KERNEL, format!("{name}_{}", number.name()), threads);

@@ -35,7 +35,7 @@ fn vae_with_the_older_names() {
         newer.iter().fold(name.to_owned(), |name, (newer, older)| name.replace(newer, older))
     };
     let source = weights(&format!("{folder}/diffusion_pytorch_model.safetensors"));
-    let renamed: clearform_weights::Resident =
+    let renamed: clearform_weights::InMemoryTensors =
         source.iter().map(|(name, tensor)| (older(name), tensor.clone())).collect();
     assert!(renamed.iter().any(|(name, _)| name.ends_with("attentions.0.query.weight")));
     let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
@@ -106,7 +106,8 @@ fn t5_finds_its_embedding_under_either_name() {
     let others: Vec<_> = stored.iter().filter(|(_, tensor)| tensor.dims() != embedding.dims()).collect();
     for name in ["shared.weight", "encoder.embed_tokens.weight"] {
         let others = others.iter().map(|(name, tensor)| ((*name).to_owned(), (*tensor).clone()));
-        let source = others.chain([(name.to_owned(), embedding.clone())]).collect::<clearform_weights::Resident>();
+        let source =
+            others.chain([(name.to_owned(), embedding.clone())]).collect::<clearform_weights::InMemoryTensors>();
         let t5 = T5Encoder::build(T5Config::new(&json(&format!("{folder}/config.json"))).unwrap(), &source).unwrap();
         assert_close(&t5.encode(&expected["ids"]).unwrap(), &expected["hidden"], BOUND, name);
     }

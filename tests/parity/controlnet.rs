@@ -7,9 +7,9 @@ mod support;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
-use clearform_models::{Denoiser, DenoiserInput, Moment};
-use clearform_plugin_host::{Control, Controlled, Controls, Strength};
-use clearform_runtime::{Acting, ActingBranch, AdapterRequest, Adapters, Reading, Transformer};
+use clearform_models::{Denoiser, DenoiserInput, StepIndex};
+use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, Strength};
+use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, Transformer};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use support::{assert_close, fixture, json, shelf, tensors};
@@ -48,18 +48,18 @@ fn predictions_are_those_of_diffusers() {
         for (name, base, branch) in
             [("full-full", "full", "full"), ("r3-full", "clear:r=3", "full"), ("r3-r3", "clear:r=3", "clear:r=3")]
         {
-            let sample = predict(base, &open(&[(net, 1.0)], branch).unwrap(), Moment::default());
+            let sample = predict(base, &open(&[(net, 1.0)], branch).unwrap(), StepIndex::default());
             assert_close(&sample, &expected[&format!("{net}/{name}/sample")], BOUND, &format!("{net} {name}"));
         }
     }
-    let weaker = predict("full", &open(&[("one-two", 0.6)], "full").unwrap(), Moment::default());
+    let weaker = predict("full", &open(&[("one-two", 0.6)], "full").unwrap(), StepIndex::default());
     assert_close(&weaker, &expected["one-two@0.6/full-full/sample"], BOUND, "one-two at 0.6");
 }
 
 #[test]
 fn a_file_in_the_names_of_xlabs_is_the_same_net() {
     let expected = tensors("controlnet/expected.safetensors");
-    let sample = predict("full", &open(&[("xlabs.safetensors", 1.0)], "full").unwrap(), Moment::default());
+    let sample = predict("full", &open(&[("xlabs.safetensors", 1.0)], "full").unwrap(), StepIndex::default());
     assert_close(&sample, &expected["hint/full-full/sample"], BOUND, "xlabs");
 }
 
@@ -68,7 +68,12 @@ fn a_file_in_the_names_of_xlabs_is_the_same_net() {
 fn nets_of_any_depth_add_up() {
     let expected = tensors("controlnet/expected.safetensors");
     let branches = open(&[("one-two", 0.7), ("two-two", 0.5)], "full").unwrap();
-    assert_close(&predict("full", &branches, Moment::default()), &expected["multi/full-full/sample"], BOUND, "multi");
+    assert_close(
+        &predict("full", &branches, StepIndex::default()),
+        &expected["multi/full-full/sample"],
+        BOUND,
+        "multi",
+    );
 }
 
 /// Of 10 steps, those that lie wholly within the interval.
@@ -76,11 +81,11 @@ fn nets_of_any_depth_add_up() {
 fn a_net_acts_within_its_interval() {
     let expected = tensors("controlnet/expected.safetensors");
     let mut branches = open(&[("one-two", 1.0)], "full").unwrap();
-    branches[0].acting = Acting { interval: [0.2, 0.55], mode: None };
+    branches[0].acting = ControlNetSchedule { interval: [0.2, 0.55], mode: None };
     for index in 0..10 {
         let acts = (2..=4).contains(&index);
         let want = if acts { "one-two/full-full/sample" } else { "none/full/sample" };
-        let sample = predict("full", &branches, Moment { index, steps: 10 });
+        let sample = predict("full", &branches, StepIndex { index, steps: 10 });
         assert_close(&sample, &expected[want], BOUND, &format!("step {index}"));
     }
 }
@@ -88,7 +93,7 @@ fn a_net_acts_within_its_interval() {
 #[test]
 fn what_cannot_be_used_is_an_error_that_says_why() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
-    let error = Adapters::open(&[without_mode], &shelf()).unwrap().open_branches(&base()).unwrap_err().to_string();
+    let error = Adapters::open(&[without_mode], &shelf()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
     assert!(error.contains("a union of 4 modes: give ,mode=N, 0 to 3, found none"), "{error}");
     let branch = &open(&[("one-two", 1.0)], "full").unwrap()[0].branch;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
@@ -97,19 +102,22 @@ fn what_cannot_be_used_is_an_error_that_says_why() {
     let error = open(&[("one-two", 1.0)], "banana").unwrap_err();
     assert!(error.contains("attention \"banana\""), "{error}");
     let other = json("flux/head24/config.json");
-    let reading = Reading { hints: Hints { config: Some(other), ..Hints::default() }, ..Reading::plain().unwrap() };
+    let reading = ReadOptions {
+        hints: Hints { config: Some(other), ..Hints::default() },
+        ..ReadOptions::default_options().unwrap()
+    };
     let wider = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let request = AdapterRequest { path: net("one-two"), ..AdapterRequest::default() };
-    let error = Adapters::open(&[request], &shelf()).unwrap().open_branches(&wider).unwrap_err().to_string();
+    let error = Adapters::open(&[request], &shelf()).unwrap().open_controlnets(&wider).unwrap_err().to_string();
     assert!(error.contains("width: the ControlNet's is 8, the model's 48: it is for another model"), "{error}");
 }
 
-fn predict(plan: &str, branches: &[ActingBranch], moment: Moment) -> Tensor {
+fn predict(plan: &str, branches: &[ActiveControlNet], moment: StepIndex) -> Tensor {
     let transformer = base();
     let plan: AttentionPlan = plan.parse().unwrap();
     let denoiser: Box<dyn Denoiser> = transformer.build(&plan, Some(DType::F32), &Device::Cpu).unwrap();
     let names = branches.iter().map(|acting| acting.branch.path().file_name().unwrap().to_str().unwrap());
-    let controls = branches.iter().zip(names).map(|(acting, net)| Control {
+    let controls = branches.iter().zip(names).map(|(acting, net)| ControlNetInput {
         branch: acting.branch.clone(),
         control: control(net),
         mode: mode(net),
@@ -117,19 +125,21 @@ fn predict(plan: &str, branches: &[ActingBranch], moment: Moment) -> Tensor {
         scale: acting.scale,
         interval: acting.acting.interval,
     });
-    Controlled::new(denoiser.as_ref(), controls.collect()).forward(&DenoiserInput { moment, ..input() }).unwrap()
+    ControlledDenoiser::new(denoiser.as_ref(), controls.collect())
+        .forward(&DenoiserInput { step_index: moment, ..input() })
+        .unwrap()
 }
 
-fn open(nets: &[(&str, f64)], attention: &str) -> Result<Vec<ActingBranch>, String> {
+fn open(nets: &[(&str, f64)], attention: &str) -> Result<Vec<ActiveControlNet>, String> {
     let request = |(name, scale): &(&str, f64)| AdapterRequest {
         path: net(name),
         strength: Strength { whole: *scale, blocks: Vec::new() },
-        acting: Acting { mode: (*name == "union").then_some(2), ..Acting::default() },
+        schedule: ControlNetSchedule { mode: (*name == "union").then_some(2), ..ControlNetSchedule::default() },
         ..AdapterRequest::default()
     };
     let mut adapters = Adapters::open(&nets.iter().map(request).collect::<Vec<_>>(), &shelf()).unwrap();
     adapters.branch_attention = attention.to_owned();
-    adapters.open_branches(&base()).map_err(|error| error.to_string())
+    adapters.open_controlnets(&base()).map_err(|error| error.to_string())
 }
 
 fn net(name: &str) -> PathBuf {
@@ -138,7 +148,7 @@ fn net(name: &str) -> PathBuf {
 
 fn base() -> Transformer {
     let hints = Hints { config: Some(json("controlnet/base/config.json")), ..Hints::default() };
-    let reading = Reading { hints, ..Reading::plain().unwrap() };
+    let reading = ReadOptions { hints, ..ReadOptions::default_options().unwrap() };
     Transformer::open(&fixture("controlnet/base/weights.safetensors"), &reading).unwrap()
 }
 

@@ -4,11 +4,13 @@
 
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_distill::{Activations, Batch, LossSettings, Optimizer, OptimizerState, Pair, Recipe, backward};
-use clearform_layout::{Beside, Canonical, Hints, Identified, Manifests, detect_source};
-use clearform_models::{DenoiserInput, FAMILIES, Family, State};
+use clearform_distill::{
+    Activations, Batch, LossSettings, Optimizer, OptimizerState, PairSpec, TeacherStudent, backward,
+};
+use clearform_layout::{CanonicalSource, Hints, Identified, Manifests, Sidecar, detect_source};
+use clearform_models::{DenoiserInput, FAMILIES, Family, HiddenState};
 use clearform_testkit::{assert_close, fixture, relative_error, seeded_file};
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -22,17 +24,17 @@ const ATTENTIONS: [(&str, &str); 2] = [("full", "full"), ("r3", "clear:r=3")];
 struct Model {
     family: &'static dyn Family,
     identified: Identified,
-    canonical: Canonical<Resident>,
+    canonical: CanonicalSource<InMemoryTensors>,
     cases: BTreeMap<String, Tensor>,
 }
 
 impl Model {
     fn open(family: &str, name: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(family).join(name);
-        let source: Resident = seeded_file(folder.join("shapes.json"), "").into_iter().collect();
+        let source: InMemoryTensors = seeded_file(folder.join("shapes.json"), "").into_iter().collect();
         let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
         let config = if family == "minrf" || name != "original" { config } else { told(&config) };
-        let beside = Beside { config: Some(&config), metadata: &BTreeMap::new() };
+        let beside = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
         let hints = Hints { family: Some(family.to_owned()), ..Hints::default() };
         let identified = detect_source(&source, beside, &Manifests::embedded().unwrap(), &hints).unwrap();
         let canonical = identified.canonical(source).complete().unwrap();
@@ -55,7 +57,7 @@ impl Model {
         grids.filter(|grid| *grid != "gradient").collect()
     }
 
-    fn resident(&self) -> Resident {
+    fn resident(&self) -> InMemoryTensors {
         let names = self.canonical.tensors().into_iter().map(|info| info.name);
         names.map(|name| (name.clone(), self.canonical.tensor(&name).unwrap())).collect()
     }
@@ -79,18 +81,18 @@ impl Model {
     }
 
     /// Teacher and student of the fixture's gradients, and what they are asked.
-    fn lesson(&self) -> (Pair, Batch) {
+    fn lesson(&self) -> (TeacherStudent, Batch) {
         let weights = self.resident();
         let plan: AttentionPlan = "clear:r=3".parse().unwrap();
-        let recipe = Recipe { family: self.family, config: &self.identified.config, plan: &plan };
+        let recipe = PairSpec { family: self.family, config: &self.identified.config, plan: &plan };
         let batch = Batch { input: self.input("gradient"), target: self.cases["gradient/target"].clone() };
-        (Pair::build(recipe, &weights, &weights).unwrap(), batch)
+        (TeacherStudent::build(recipe, &weights, &weights).unwrap(), batch)
     }
 
     /// Ten steps on one batch bring the student nearer to its teacher.
     fn check_learning(&self) {
         let (pair, batch) = self.lesson();
-        let settings = LossSettings { flow: 0.0, ..LossSettings::default() };
+        let settings = LossSettings { denoising: 0.0, ..LossSettings::default() };
         let (mut optimizer, mut losses) = (OptimizerState::default(), Vec::new());
         for _ in 0..10 {
             let (loss, gradients) = backward(&pair, &batch, &settings, Activations::Keep).unwrap();
@@ -102,17 +104,17 @@ impl Model {
 
     fn check_gradients(&self) {
         let (pair, batch) = self.lesson();
-        let loss = LossSettings { flow: 1.0, prediction: 0.5, attention: 0.0, ..LossSettings::default() };
+        let loss = LossSettings { denoising: 1.0, prediction: 0.5, attention: 0.0, ..LossSettings::default() };
         let (losses, gradients) = backward(&pair, &batch, &loss, Activations::Recompute).unwrap();
         let wanted = self.cases["gradient/losses"].to_vec1::<f32>().unwrap();
-        for (got, wanted) in [losses.flow, losses.prediction].into_iter().zip(wanted) {
+        for (got, wanted) in [losses.denoising, losses.prediction].into_iter().zip(wanted) {
             assert!(
                 (got as f32 - wanted).abs() <= 1e-4 * wanted,
                 "{}: loss {got}, wanted {wanted}",
                 self.family.name()
             );
         }
-        let gradients: Resident = gradients.into_iter().collect();
+        let gradients: InMemoryTensors = gradients.into_iter().collect();
         let foreign = self.foreign_gradients(&gradients);
         let layers = foreign.iter().filter(|(name, _)| self.cases.contains_key(&format!("gradient/{name}")));
         let mut checked = 0;
@@ -132,7 +134,7 @@ impl Model {
     }
 
     /// Gradients in the names of the layout, where q, k and v may be one.
-    fn foreign_gradients(&self, gradients: &Resident) -> BTreeMap<String, Tensor> {
+    fn foreign_gradients(&self, gradients: &InMemoryTensors) -> BTreeMap<String, Tensor> {
         let foreign = self.identified.foreign(&self.identified.layout, gradients).unwrap();
         let names = foreign.tensors().into_iter().map(|info| info.name);
         names.map(|name| (name.clone(), foreign.tensor(&name).unwrap())).collect()
@@ -155,7 +157,7 @@ fn is_gradient(name: &str) -> bool {
 }
 
 /// Compares the streams of a state with what the fixture has of the stage `stage`, and gives how many it has.
-fn check_state(what: &str, state: &State, wanted: &BTreeMap<String, Tensor>, stage: &str) -> usize {
+fn check_state(what: &str, state: &HiddenState, wanted: &BTreeMap<String, Tensor>, stage: &str) -> usize {
     let raster = state.context.geometry.to_raster(&state.image).unwrap();
     let streams = [("image", Some(&raster)), ("text", state.text.as_ref())];
     let mut compared = 0;

@@ -6,8 +6,8 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Denoiser, DenoiserInput, FAMILIES, Family, State};
-use clearform_weights::{Resident, TensorSource};
+use clearform_models::{Denoiser, DenoiserInput, FAMILIES, Family, HiddenState};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use std::collections::{BTreeMap, HashMap};
 use support::{assert_close, json, tensors, weights};
 
@@ -52,14 +52,14 @@ fn check_case(denoiser: &dyn Denoiser, cases: &HashMap<String, Tensor>, grid: &s
     assert_close(&denoiser.forward(&input).unwrap(), &cases[&sample], BOUND, &sample);
 }
 
-fn check_image(state: &State, cases: &HashMap<String, Tensor>, place: &str) {
+fn check_image(state: &HiddenState, cases: &HashMap<String, Tensor>, place: &str) {
     let raster = state.context.geometry.to_raster(&state.image).unwrap();
     let name = format!("{place}/image");
     assert_close(&raster, &cases[&name], BOUND, &name);
 }
 
 /// Only some cases record it.
-fn check_attention(state: &State, cases: &HashMap<String, Tensor>, name: &str) {
+fn check_attention(state: &HiddenState, cases: &HashMap<String, Tensor>, name: &str) {
     let Some(want) = cases.get(name) else { return };
     let attended = &state.attention.as_ref().unwrap().image;
     let raster = state.context.geometry.to_raster(attended).unwrap();
@@ -99,7 +99,7 @@ fn misshapen_inputs_are_named() {
 fn a_missing_tensor_is_named() {
     let source = weights("flux/head24/weights.safetensors");
     let kept = source.iter().filter(|(name, _)| *name != "single_transformer_blocks.0.attn.to_v.weight");
-    let source: Resident = kept.map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
+    let source: InMemoryTensors = kept.map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
     let built = flux().build(&json("flux/head24/config.json"), &source, &AttentionPlan::full());
     assert!(built.map(|_| ()).unwrap_err().to_string().contains("single_transformer_blocks.0.attn.to_v.weight"));
 }
@@ -138,7 +138,7 @@ fn gradients_of_distilled_tensors_are_those_of_small_steps() {
     }
     let plan: AttentionPlan = "clear:r=3".parse().unwrap();
     let weight = (&cases["5x8/full/sample"] * 3.0).unwrap();
-    let loss = |source: &Resident| {
+    let loss = |source: &InMemoryTensors| {
         (build_from("head24", source, &plan).forward(&input).unwrap() * &weight).unwrap().sum_all().unwrap()
     };
     let gradients = loss(&source).backward().unwrap();
@@ -167,7 +167,7 @@ fn build(model: &str, plan: &AttentionPlan) -> Box<dyn Denoiser> {
     build_from(model, &weights(&format!("flux/{model}/weights.safetensors")), plan)
 }
 
-fn build_from(model: &str, source: &Resident, plan: &AttentionPlan) -> Box<dyn Denoiser> {
+fn build_from(model: &str, source: &InMemoryTensors, plan: &AttentionPlan) -> Box<dyn Denoiser> {
     flux().build(&json(&format!("flux/{model}/config.json")), source, plan).unwrap()
 }
 

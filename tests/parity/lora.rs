@@ -6,10 +6,10 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Addresses, Hints};
+use clearform_layout::{Hints, ParameterMap};
 use clearform_models::text::{ClipConfig, ClipText, T5Config, T5Encoder};
-use clearform_plugin_host::{Adapted, AdapterReport, Changes, LowRankMode, Strength};
-use clearform_runtime::{AdapterRequest, Adapters, Components, Edited, Reading, Transformer};
+use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, Strength, WeightEdits};
+use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer, ReadOptions, Transformer};
 use clearform_weights::{Checkpoint, TensorSource as _};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -98,7 +98,7 @@ fn a_lora_leaves_the_variant_that_was_asked_for() {
     reading.hints.variant = Some("krea".to_owned());
     let base = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let adapters = Adapters::open(&[request("peft", Strength::default())], &shelf()).unwrap();
-    let edited = adapters.onto(base, None, &reading.manifests).unwrap();
+    let edited = adapters.apply_to(base, None, &reading.manifests).unwrap();
     assert_eq!(edited.transformer.identified().variant.name, "krea");
 }
 
@@ -142,7 +142,7 @@ fn text_encoders_are_edited_too() {
     let components = Components::new(&folder, None);
     let edited = {
         let adapters = Adapters::open(&[request("kohya_te", Strength::default())], &shelf()).unwrap();
-        adapters.onto(base(), Some(&components), &reading().manifests).unwrap()
+        adapters.apply_to(base(), Some(&components), &reading().manifests).unwrap()
     };
     let report = &edited.reports[0];
     assert_eq!((report.applied, report.modules), (57, 19), "{report}");
@@ -161,8 +161,8 @@ fn text_encoders_are_edited_too() {
     assert_close(&t5.encode(&ids("text_encoder_2")).unwrap(), &expected["kohya_te/hidden"], BOUND, "T5");
 }
 
-fn adapted<'a>(part: Checkpoint, changes: &'a Changes, name: &str) -> Adapted<'a, Box<Checkpoint>> {
-    Adapted::new(Box::new(part), changes, name, LowRankMode::Fused)
+fn adapted<'a>(part: Checkpoint, changes: &'a WeightEdits, name: &str) -> PatchedSource<'a, Box<Checkpoint>> {
+    PatchedSource::new(Box::new(part), changes, name, LowRankMode::Fused)
 }
 
 /// What a converted model holds is what a LoRA at run time computes with.
@@ -183,15 +183,15 @@ fn a_fused_source_writes_what_it_computes_with() {
     assert_close(&computed.to_dtype(DType::F32).unwrap(), &whole, 5e-3, "to bf16");
 }
 
-fn edited(adapters: &[(&str, f64)], mode: LowRankMode, allow_partial: bool) -> Result<Edited, String> {
+fn edited(adapters: &[(&str, f64)], mode: LowRankMode, allow_partial: bool) -> Result<EditedTransformer, String> {
     let request = |(format, whole): &(&str, f64)| request(format, Strength { whole: *whole, blocks: Vec::new() });
     open(&adapters.iter().map(request).collect::<Vec<_>>(), mode, allow_partial)
 }
 
-fn open(requests: &[AdapterRequest], mode: LowRankMode, allow_partial: bool) -> Result<Edited, String> {
+fn open(requests: &[AdapterRequest], mode: LowRankMode, allow_partial: bool) -> Result<EditedTransformer, String> {
     let mut adapters = Adapters::open(requests, &shelf()).unwrap();
     (adapters.low_rank, adapters.allow_partial) = (mode, allow_partial);
-    adapters.onto(base(), None, &reading().manifests).map_err(|error| error.to_string())
+    adapters.apply_to(base(), None, &reading().manifests).map_err(|error| error.to_string())
 }
 
 fn request(format: &str, strength: Strength) -> AdapterRequest {
@@ -202,9 +202,9 @@ fn base() -> Transformer {
     Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
 }
 
-fn reading() -> Reading {
+fn reading() -> ReadOptions {
     let hints = Hints { config: Some(json("flux/head24/config.json")), ..Hints::default() };
-    Reading { hints, ..Reading::plain().unwrap() }
+    ReadOptions { hints, ..ReadOptions::default_options().unwrap() }
 }
 
 fn forward(transformer: &Transformer, input: BTreeMap<String, Tensor>) -> Tensor {
@@ -216,7 +216,7 @@ fn forward(transformer: &Transformer, input: BTreeMap<String, Tensor>) -> Tensor
 #[test]
 fn a_prefix_may_stand_before_a_name_or_not() {
     let part = Checkpoint::open(fixture("components/generation4/text_encoder")).unwrap();
-    let addresses = Addresses::of_tensors(&part.tensors(), "text_model.");
+    let addresses = ParameterMap::of_tensors(&part.tensors(), "text_model.");
     let name = "encoder.layers.0.self_attn.q_proj.weight";
     for name in [name.to_owned(), format!("text_model.{name}"), name.replace('.', "_")] {
         assert!(addresses.find(&name).is_some(), "{name}");

@@ -6,8 +6,8 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_models::Subject;
-use clearform_runtime::{Adapters, Options, Pipeline, Reading, Request, Size};
+use clearform_models::Prompt;
+use clearform_runtime::{Adapters, GenerateRequest, ImageSize, Pipeline, PipelineOptions, ReadOptions};
 use clearform_sampling::{Guidance, denoise};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -43,11 +43,11 @@ fn pictures_are_those_of_flux_pipeline() {
 
 #[test]
 fn a_size_that_cannot_be_drawn_is_refused() {
-    let error = pipeline().initial_latents(0, 1, Size { height: 128, width: 130 }).unwrap_err().to_string();
+    let error = pipeline().initial_latents(0, 1, ImageSize { height: 128, width: 130 }).unwrap_err().to_string();
     assert!(error.contains("multiples of 8") && error.contains("--width 136 --height 128"), "{error}");
 }
 
-fn check_stages(pipeline: &Pipeline, request: &Request, expected: &Expected) {
+fn check_stages(pipeline: &Pipeline, request: &GenerateRequest, expected: &Expected) {
     let latents = pipeline.initial_latents(request.seed, request.batch, request.size.unwrap()).unwrap();
     let largest = (&latents.tensor - expected.get("noise")).unwrap().abs().unwrap().max_all().unwrap();
     assert!(largest.to_scalar::<f32>().unwrap() <= 1e-6, "noise differs");
@@ -80,8 +80,8 @@ impl<'a> Expected<'a> {
 
 fn pipeline() -> Pipeline {
     let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../assets/mini-flux/base");
-    let options = Options {
-        reading: Reading::plain().unwrap(),
+    let options = PipelineOptions {
+        reading: ReadOptions::default_options().unwrap(),
         components: None,
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
@@ -98,12 +98,12 @@ fn pictures() -> Vec<Value> {
     serde_json::from_str(&checkpoint.metadata()["pictures"]).unwrap()
 }
 
-fn request(picture: &Value) -> Request {
+fn request(picture: &Value) -> GenerateRequest {
     let number = |key: &str| picture[key].as_u64().unwrap();
-    Request {
-        subject: Subject::Prompt(picture["prompt"].as_str().unwrap().to_owned()),
+    GenerateRequest {
+        subject: Prompt::Text(picture["prompt"].as_str().unwrap().to_owned()),
         negative: None,
-        size: Some(Size { height: number("height") as usize, width: number("width") as usize }),
+        size: Some(ImageSize { height: number("height") as usize, width: number("width") as usize }),
         steps: number("steps") as usize,
         guidance: picture["guidance"].as_f64().unwrap(),
         true_cfg_scale: 1.0,

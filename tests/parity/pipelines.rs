@@ -6,8 +6,8 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_models::Subject;
-use clearform_runtime::{Adapters, Options, Pipeline, Reading, Request, Size};
+use clearform_models::Prompt;
+use clearform_runtime::{Adapters, GenerateRequest, ImageSize, Pipeline, PipelineOptions, ReadOptions};
 use clearform_sampling::denoise;
 use clearform_testkit::assemble_pipeline;
 use serde_json::Value;
@@ -92,11 +92,11 @@ fn check_latents(name: &str, pipeline: &Pipeline, steps: &[&str]) {
         Some(negative) => Some(pipeline.encode(std::slice::from_ref(negative)).unwrap()),
         None => without,
     };
-    let guidance = pipeline.steer(&encoded, without.as_ref(), &latents, request.guidance).unwrap();
+    let guidance = pipeline.guidance_for(&encoded, without.as_ref(), &latents, request.guidance).unwrap();
     let schedule = pipeline.schedule(request.steps, &latents).unwrap();
     let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
     let mut seen = BTreeMap::new();
-    let mut watch = |step: &clearform_sampling::Progress| drop(seen.insert(step.done - 1, step.latents.clone()));
+    let mut watch = |step: &clearform_sampling::StepProgress| drop(seen.insert(step.done - 1, step.latents.clone()));
     denoise(denoiser.as_ref(), &latents.tensor, &schedule, &guidance, &mut watch).unwrap();
     for step in steps {
         let wanted = &expected[&format!("latents/{step}")];
@@ -112,8 +112,8 @@ fn assemble(name: &str) -> TempDir {
 }
 
 fn pipeline(model: &Path) -> Pipeline {
-    let options = Options {
-        reading: Reading::plain().unwrap(),
+    let options = PipelineOptions {
+        reading: ReadOptions::default_options().unwrap(),
         components: None,
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
@@ -128,14 +128,14 @@ fn expected(name: &str) -> HashMap<String, Tensor> {
     tensors(&format!("pipelines/{name}/expected.safetensors"))
 }
 
-fn request(name: &str) -> Request {
+fn request(name: &str) -> GenerateRequest {
     let request: Value = json(&format!("pipelines/{name}/request.json"));
     let number = |key: &str| request[key].as_u64();
-    let prompt = |key: &str| request[key].as_str().map(|prompt| Subject::Prompt(prompt.to_owned()));
-    Request {
-        subject: prompt("prompt").unwrap_or_else(|| Subject::Class(number("class").unwrap() as u32)),
+    let prompt = |key: &str| request[key].as_str().map(|prompt| Prompt::Text(prompt.to_owned()));
+    GenerateRequest {
+        subject: prompt("prompt").unwrap_or_else(|| Prompt::Class(number("class").unwrap() as u32)),
         negative: prompt("negative_prompt"),
-        size: Some(Size { height: number("height").unwrap() as usize, width: number("width").unwrap() as usize }),
+        size: Some(ImageSize { height: number("height").unwrap() as usize, width: number("width").unwrap() as usize }),
         steps: number("steps").unwrap() as usize,
         guidance: request["guidance"].as_f64().unwrap(),
         true_cfg_scale: 1.0,

@@ -2,8 +2,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
-use clearform_plugin_host::Shelf;
-use clearform_weights::Resident;
+use clearform_plugin_host::PluginRegistry;
+use clearform_weights::InMemoryTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -13,9 +13,9 @@ pub fn fixture(path: &str) -> PathBuf {
 }
 
 /// The plugins that cargo built for these tests, which lie beside them.
-pub fn shelf() -> Shelf {
+pub fn shelf() -> PluginRegistry {
     let tests = std::env::current_exe().unwrap();
-    Shelf::look(&[tests.parent().unwrap().to_owned()]).unwrap()
+    PluginRegistry::look(&[tests.parent().unwrap().to_owned()]).unwrap()
 }
 
 pub fn bytes(path: &str) -> Vec<u8> {
@@ -31,7 +31,7 @@ pub fn tensors(path: &str) -> HashMap<String, Tensor> {
 }
 
 /// Weights to compute with in f32, whatever they are stored in.
-pub fn weights(path: &str) -> Resident {
+pub fn weights(path: &str) -> InMemoryTensors {
     let widened = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
     tensors(path).into_iter().map(widened).collect()
 }

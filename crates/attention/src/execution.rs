@@ -2,9 +2,9 @@
 //! but numbers of pairs.
 
 use crate::tiles::LANES;
-use crate::{Geometry, Policy, Radius, Share, TokenGrid};
+use crate::{Geometry, Policy, Radius, TileEfficiency, TokenGrid};
 use candle_core::{DType, Tensor};
-use clearform_kernels::clear_attention::{Lists, Rows, Sequence, Text};
+use clearform_kernels::clear_attention::{ListRows, SequenceLayout, TextPadding, VisitLists};
 
 /// What computes an attention call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl Execution {
 
     /// Pairs of one call, for each batch entry and head: those that see each other, and those that are computed. All of
     /// the `text` tokens count.
-    pub fn share(self, geometry: &Geometry, policy: Policy, text: usize) -> Share {
+    pub fn share(self, geometry: &Geometry, policy: Policy, text: usize) -> TileEfficiency {
         let (radius, pool) = match policy {
             Policy::Full => (None, None),
             Policy::Clear { radius, pool } => (Some(radius), pool),
@@ -43,7 +43,7 @@ impl Execution {
             Self::Gpu => visited_on_gpu(geometry, radius, text, pooled),
             Self::Plain => ((text + image) * (text + image + pooled)) as u64,
         };
-        Share { inside: near + others as u64, visited }
+        TileEfficiency { inside: near + others as u64, visited }
     }
 }
 
@@ -61,7 +61,11 @@ fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pool
 fn visited_on_gpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
     let places = geometry.order().places();
     let limit = radius.map(Radius::limit);
-    Lists::new(&Sequence { text: Text::Whole(text), places: &places, pooled, limit }, Rows::Queries).visited()
+    VisitLists::new(
+        &SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit },
+        ListRows::Queries,
+    )
+    .visited()
 }
 
 /// Pairs of image tokens within `radius`; those of different grids count by their rows and columns, as everywhere.
@@ -139,7 +143,7 @@ mod tests {
         for tokens in [8.0, 16.0] {
             let policy = Policy::Clear { radius: radius(tokens), pool: None };
             let tile = TileShape::new(8, 8).unwrap();
-            let patches = Share::of_tiles(grid(64, 64), radius(tokens), tile, tile);
+            let patches = TileEfficiency::of_tiles(grid(64, 64), radius(tokens), tile, tile);
             assert_eq!(Execution::Gpu.share(&geometry, policy, 0), patches);
         }
     }

@@ -1,4 +1,4 @@
-//! [`Windowed`]: attention of a [`Window`] as one fused operation on the CPU, with its backward.
+//! [`TiledAttention`]: attention of a [`Window`] as one fused operation on the CPU, with its backward.
 //!
 //! Queries are taken 32 at a time, side by side in the lanes of a vector, and see runs of keys: whole ones without a
 //! mask, edge ones with it. Softmax is online (Milakov and Gimelshein, algorithm 3), backward recomputes probabilities
@@ -15,13 +15,13 @@ mod step;
 mod sums;
 mod workspaces;
 
-use crate::sequence::Sequence;
+use crate::sequence::JointSequence;
 use crate::{Attended, Attention, Geometry, Qkv, Window, reference};
 #[cfg(feature = "cuda")]
 use candle_core::bail;
 use candle_core::{CustomOp3, DType, Result, Tensor};
-use clearform_ops::simd::Instructions;
-use operation::Softmax;
+use clearform_ops::simd::CpuFeatures;
+use operation::AttentionOp;
 use problem::Problem;
 
 #[cfg(feature = "cuda")]
@@ -31,31 +31,31 @@ pub(crate) use cuda::Known as KnownLists;
 /// plain reference. [`AttentionPlan`](crate::AttentionPlan) builds it; by itself it serves whoever chooses the
 /// instructions.
 #[derive(Debug, Clone)]
-pub struct Windowed {
+pub struct TiledAttention {
     window: Window,
-    instructions: Instructions,
+    instructions: CpuFeatures,
 }
 
-impl Windowed {
+impl TiledAttention {
     /// Attention of `window` with the best instructions of this processor.
     pub fn new(window: Window) -> Self {
-        Self { window, instructions: Instructions::detect() }
+        Self { window, instructions: CpuFeatures::detect() }
     }
 
     /// Computes with `instructions` where it computes on the CPU.
     #[must_use]
-    pub fn with_instructions(self, instructions: Instructions) -> Self {
+    pub fn with_instructions(self, instructions: CpuFeatures) -> Self {
         Self { instructions, ..self }
     }
 
-    fn over(&self, sequence: &Sequence, geometry: &Geometry) -> Result<Tensor> {
+    fn over(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
         let (device, dtype) = (sequence.query.device(), sequence.query.dtype());
         if device.is_cpu() && dtype == DType::F16 {
             return self.over(&sequence.to_dtype(DType::F32)?, geometry)?.to_dtype(dtype);
         }
         if device.is_cpu() && matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             let problem = Problem::new(sequence, geometry, self.window.radius, self.instructions)?;
-            return apply(sequence, Softmax::new(problem));
+            return apply(sequence, AttentionOp::new(problem));
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
@@ -69,9 +69,9 @@ impl Windowed {
     }
 }
 
-impl Attention for Windowed {
+impl Attention for TiledAttention {
     fn attend(&self, image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<Attended> {
-        let sequence = Sequence::new(image, text, geometry, &self.window)?;
+        let sequence = JointSequence::new(image, text, geometry, &self.window)?;
         sequence.split(&self.over(&sequence, geometry)?, text.is_some())
     }
 }
@@ -80,7 +80,7 @@ impl Attention for Windowed {
 #[cfg(feature = "cuda")]
 const PLAIN: usize = 4096;
 
-fn apply(sequence: &Sequence, operation: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
+fn apply(sequence: &JointSequence, operation: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
     let (query, key, value) = (&sequence.query, &sequence.key, &sequence.value);
     query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)
 }

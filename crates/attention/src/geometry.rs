@@ -1,7 +1,7 @@
 //! [`Geometry`]: where the image tokens lie, and the order they are held in. Knows no policy.
 
 use crate::tiles::{CELL, SQUARE, TileOrder};
-use crate::{AttentionError, Radius, Share, TileShape};
+use crate::{AttentionError, Radius, TileEfficiency, TileShape};
 use candle_core::{DType, Result, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
@@ -106,7 +106,7 @@ impl Geometry {
     }
 
     /// How much of what the kernel visits for `radius` lies inside the disc.
-    pub fn share_inside(&self, radius: Radius) -> Share {
+    pub fn share_inside(&self, radius: Radius) -> TileEfficiency {
         self.order.share_inside(radius)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A model projects, normalises and rotates its queries, keys and values once; what is exchanged is only
 //! softmax(q kᵀ) v and its neighbourhood. [`AttentionPlan`] says which policy each layer has and builds one
-//! [`Attention`] per layer; [`Geometry`] says where the image tokens lie. [`mod@reference`] is the specification, plain
+//! [`SpatialAttention`] per layer; [`Geometry`] says where the image tokens lie. [`mod@reference`] is the specification, plain
 //! tensor algebra over a full mask; what runs on the CPU is a fused kernel whose memory grows with the tokens, never
 //! with their square. Nothing here knows a model or a file.
 
@@ -23,11 +23,11 @@ mod window;
 
 pub use error::AttentionError;
 pub use execution::Execution;
-pub use fused::Windowed;
+pub use fused::TiledAttention;
 pub use geometries::Geometries;
 pub use geometry::{Geometry, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};
 pub use seam::{Attended, Attention, Qkv};
-pub use share::{Share, TileShape};
+pub use share::{TileEfficiency, TileShape};
 pub use window::{Radius, Window};

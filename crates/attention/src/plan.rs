@@ -1,6 +1,6 @@
 //! [`AttentionPlan`]: which policy each layer has, as a value that is written to and read from clearform.toml.
 
-use crate::fused::Windowed;
+use crate::fused::TiledAttention;
 use crate::{Attention, AttentionError, Policy, Radius, Window, pool};
 use candle_core::{Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,7 @@ impl AttentionPlan {
             Policy::Full => None,
             Policy::Clear { radius, .. } => Some(radius),
         };
-        Ok(Box::new(Windowed::new(Window { radius, pool })))
+        Ok(Box::new(TiledAttention::new(Window { radius, pool })))
     }
 
     /// Reads `default = "clear:r=16"` and `[layers]` of names and policies.
@@ -89,7 +89,7 @@ impl AttentionPlan {
     /// # Errors
     /// No TOML, an unknown key, or a policy that is none.
     pub fn from_toml(text: &str) -> std::result::Result<Self, AttentionError> {
-        let table: Table = toml::from_str(text).map_err(|error| AttentionError::BadToml(error.to_string()))?;
+        let table: PlanTable = toml::from_str(text).map_err(|error| AttentionError::BadToml(error.to_string()))?;
         let parse = |(layer, policy): (String, String)| Ok((layer, policy.parse()?));
         let layers = table.layers.into_iter().map(parse).collect::<std::result::Result<_, AttentionError>>()?;
         Ok(Self { default: table.default.parse()?, layers })
@@ -99,7 +99,7 @@ impl AttentionPlan {
     pub fn to_toml(&self) -> String {
         let layers = self.layers.iter().map(|(layer, policy)| (layer.clone(), policy.to_string())).collect();
         // Two maps of strings are always TOML.
-        toml::to_string(&Table { default: self.default.to_string(), layers }).unwrap_or_default()
+        toml::to_string(&PlanTable { default: self.default.to_string(), layers }).unwrap_or_default()
     }
 }
 
@@ -125,7 +125,7 @@ impl fmt::Display for AttentionPlan {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Table {
+struct PlanTable {
     default: String,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     layers: BTreeMap<String, String>,

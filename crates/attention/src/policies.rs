@@ -25,7 +25,7 @@ pub enum Policy {
 }
 
 /// Settings of a policy as they are written, key by key.
-type Settings<'a> = &'a [(&'a str, &'a str)];
+type PolicySettings<'a> = &'a [(&'a str, &'a str)];
 
 /// How a policy is written: a name, or a name, a colon and its settings.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +35,7 @@ pub struct PolicyForm {
     /// The whole form, for messages.
     pub usage: &'static str,
     /// Reads the settings; gives the reason where they are none.
-    parse: fn(Settings<'_>) -> Result<Policy, String>,
+    parse: fn(PolicySettings<'_>) -> Result<Policy, String>,
     /// Writes a policy of this form; none for those of another.
     write: fn(&Policy) -> Option<String>,
 }

@@ -1,7 +1,7 @@
 //! Attention in plain tensor algebra over a full mask: the specification of the fused kernel, what tests compare with,
 //! and what runs on devices that have no kernel. Accepts f64; candle differentiates it.
 
-use crate::sequence::Sequence;
+use crate::sequence::JointSequence;
 use crate::{Attended, Geometry, Qkv, Window};
 use candle_core::{D, Result, Tensor};
 
@@ -9,12 +9,12 @@ use candle_core::{D, Result, Tensor};
 /// text queries see the text and the whole image, but nothing pooled; nobody sees padded text.
 ///
 /// # Shapes
-/// As [`Attention::attend`](crate::Attention::attend).
+/// As [`SpatialAttention::attend`](crate::Attention::attend).
 ///
 /// # Errors
 /// Shapes that contradict each other or `geometry`.
 pub fn attend(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Attended> {
-    let sequence = Sequence::new(image, text, geometry, window)?;
+    let sequence = JointSequence::new(image, text, geometry, window)?;
     sequence.split(&over(&sequence, geometry, window)?, text.is_some())
 }
 
@@ -22,7 +22,7 @@ pub fn attend(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Win
 ///
 /// # Shapes
 /// As the sequence's query.
-pub(crate) fn over(sequence: &Sequence, geometry: &Geometry, window: &Window) -> Result<Tensor> {
+pub(crate) fn over(sequence: &JointSequence, geometry: &Geometry, window: &Window) -> Result<Tensor> {
     let heads_first = |x: &Tensor| x.transpose(1, 2)?.contiguous();
     let (query, key) = (heads_first(&sequence.query)?, heads_first(&sequence.key)?);
     let scale = 1.0 / (query.dim(D::Minus1)? as f64).sqrt();
@@ -39,7 +39,7 @@ fn softmax(x: &Tensor) -> Result<Tensor> {
 }
 
 /// 0 where a query sees a key, -∞ where not: (batch, 1, queries, keys).
-fn mask(sequence: &Sequence, geometry: &Geometry, window: &Window) -> Result<Tensor> {
+fn mask(sequence: &JointSequence, geometry: &Geometry, window: &Window) -> Result<Tensor> {
     let (batch, queries, _, _) = sequence.query.dims4()?;
     let keys = sequence.key.dim(1)?;
     let visible_text = geometry.visible_text(batch, sequence.text)?;
@@ -59,7 +59,7 @@ fn mask(sequence: &Sequence, geometry: &Geometry, window: &Window) -> Result<Ten
 }
 
 /// Whether a query sees an image token or a pooled one.
-fn sees(sequence: &Sequence, geometry: &Geometry, window: &Window, query: usize, key: usize) -> bool {
+fn sees(sequence: &JointSequence, geometry: &Geometry, window: &Window, query: usize, key: usize) -> bool {
     let (is_text, is_pooled) = (query < sequence.text, key >= sequence.text + sequence.image);
     match window.radius {
         _ if is_pooled => !is_text,

@@ -1,4 +1,4 @@
-//! [`Attention`]: what one layer does between its projections.
+//! [`SpatialAttention`]: what one layer does between its projections.
 
 use crate::Geometry;
 use candle_core::{Result, Tensor};

@@ -1,4 +1,4 @@
-//! [`Sequence`]: the streams of a layer as one run of keys, [text, image in tile order, pooled]. Knows no kernel.
+//! [`JointSequence`]: the streams of a layer as one run of keys, [text, image in tile order, pooled]. Knows no kernel.
 
 use crate::{Attended, Geometry, Qkv, Window, pool};
 use candle_core::{DType, Result, Tensor, bail};
@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor, bail};
 ///
 /// # Shapes
 /// query (batch, text + image, heads, head_dim), key and value (batch, text + image + pooled, heads, head_dim).
-pub(crate) struct Sequence {
+pub(crate) struct JointSequence {
     pub query: Tensor,
     pub key: Tensor,
     pub value: Tensor,
@@ -15,7 +15,7 @@ pub(crate) struct Sequence {
     pub image: usize,
 }
 
-impl Sequence {
+impl JointSequence {
     pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
         check(image, text, geometry)?;
         let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pool::pooled(x, weight, geometry)).transpose();

@@ -1,4 +1,4 @@
-//! [`TileShape`] and [`Share`]: how much of what a kernel visits by tiles lies inside the disc. Knows no order of tokens.
+//! [`TileShape`] and [`TileEfficiency`]: how much of what a kernel visits by tiles lies inside the disc. Knows no order of tokens.
 
 use crate::{AttentionError, Radius, TokenGrid};
 use std::collections::BTreeMap;
@@ -36,14 +36,14 @@ impl TileShape {
 
 /// Pairs of a query and a key that lie inside the disc, among all that a kernel visits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
+pub struct TileEfficiency {
     /// Pairs inside the disc.
     pub inside: u64,
     /// Pairs that are computed, empty places of ragged tiles included.
     pub visited: u64,
 }
 
-impl Share {
+impl TileEfficiency {
     /// Of a kernel that takes queries and keys of one grid by tiles, and visits a tile of keys wherever one of its tokens
     /// may lie inside the disc around a query of the tile. Tiles lie side by side from the grid's first token on.
     pub fn of_tiles(grid: TokenGrid, radius: Radius, query: TileShape, key: TileShape) -> Self {
@@ -58,7 +58,7 @@ impl Share {
     }
 }
 
-impl fmt::Display for Share {
+impl fmt::Display for TileEfficiency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let percent = 100.0 * self.ratio();
         write!(f, "{} of {} visited pairs lie inside the disc ({percent:.0}%)", self.inside, self.visited)
@@ -105,9 +105,9 @@ mod tests {
         TileShape::new(height, width).unwrap()
     }
 
-    fn share(grid: (usize, usize), radius: f64, query: (usize, usize), key: (usize, usize)) -> Share {
+    fn share(grid: (usize, usize), radius: f64, query: (usize, usize), key: (usize, usize)) -> TileEfficiency {
         let grid = TokenGrid::new(grid.0, grid.1).unwrap();
-        Share::of_tiles(grid, Radius::new(radius).unwrap(), tile(query), tile(key))
+        TileEfficiency::of_tiles(grid, Radius::new(radius).unwrap(), tile(query), tile(key))
     }
 
     /// clear-paper.md: percent of visited work inside the disc for r = 8, 16 and 32, computed by others with another
@@ -154,7 +154,7 @@ mod tests {
                 let keys = tokens(b);
                 tokens(a).into_iter().map(|a| keys.iter().filter(|b| near(a, **b)).count() as u64).sum::<u64>()
             };
-            let mut want = Share { inside: 0, visited: 0 };
+            let mut want = TileEfficiency { inside: 0, visited: 0 };
             for (a, b) in tiles(query).iter().flat_map(|a| tiles(key).into_iter().map(move |b| (a, b))) {
                 let count = inside(a, &b);
                 want.inside += count;

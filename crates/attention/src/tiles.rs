@@ -3,7 +3,7 @@
 //! Keys are visited by cells of 16 tokens, longer where a grid is thinner; queries are taken by tiles of two cells.
 //! Cells stand in groups of 2 x 2, so that whole neighbourhoods are long runs of the sequence. Knows no tensor.
 
-use crate::{Radius, Share, TileShape, TokenGrid};
+use crate::{Radius, TileEfficiency, TileShape, TokenGrid};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -153,8 +153,8 @@ impl TileOrder {
         keys.map(bits).collect()
     }
 
-    pub(crate) fn share_inside(&self, radius: Radius) -> Share {
-        let mut share = Share { inside: 0, visited: 0 };
+    pub(crate) fn share_inside(&self, radius: Radius) -> TileEfficiency {
+        let mut share = TileEfficiency { inside: 0, visited: 0 };
         for (tile, ranges) in self.tiles.iter().zip(self.visits(radius).iter()) {
             for range in ranges {
                 share.visited += (LANES * range.tokens.len()) as u64;

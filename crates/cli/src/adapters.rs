@@ -1,30 +1,32 @@
 //! From arguments to open adapters. Plugins are looked for only where an adapter is asked for.
 
-use crate::args::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, WeightAdapters};
+use crate::args::{AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, WeightAdapterArgs};
 use crate::output::Output;
 use anyhow::{Context as _, bail};
-use clearform_plugin_host::{ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, Choice, LowRankMode, Shelf, Strength};
-use clearform_runtime::{Acting, ActingBranch, AdapterRequest, Adapters, RgbImage};
+use clearform_plugin_host::{
+    ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
+};
+use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
 use std::path::PathBuf;
 
 /// The plugins that these arguments lead to: those of the folders given, then those beside the program.
-pub fn shelf(search: &PluginSearch) -> anyhow::Result<Shelf> {
+pub fn shelf(search: &PluginSearchArgs) -> anyhow::Result<PluginRegistry> {
     if search.no_plugins {
-        return Ok(Shelf::off());
+        return Ok(PluginRegistry::off());
     }
     let program = std::env::current_exe().context("the program's own folder")?;
     let beside = program.parent().map(|folder| folder.to_owned());
-    Ok(Shelf::look(&search.plugin_dir.iter().cloned().chain(beside).collect::<Vec<_>>())?)
+    Ok(PluginRegistry::look(&search.plugin_dir.iter().cloned().chain(beside).collect::<Vec<_>>())?)
 }
 
 /// Opens adapters that edit weights.
-pub fn open_weights(args: &WeightAdapters) -> anyhow::Result<Adapters> {
+pub fn open_weights(args: &WeightAdapterArgs) -> anyhow::Result<Adapters> {
     let requests = args.lora.iter().map(|arg| request(arg, Some(ADAPTER_INTERFACE))).collect::<anyhow::Result<_>>()?;
     open(requests, args)
 }
 
 /// Opens adapters of every kind.
-pub fn open_all(args: &AllAdapters) -> anyhow::Result<Adapters> {
+pub fn open_all(args: &AdapterArgs) -> anyhow::Result<Adapters> {
     let weights = args.weights.lora.iter().map(|arg| request(arg, Some(ADAPTER_INTERFACE)));
     let nets = args.controlnet.iter().map(|arg| request(arg, Some(BRANCH_INTERFACE)));
     let any = args.adapter.iter().map(|arg| request(arg, None));
@@ -34,7 +36,7 @@ pub fn open_all(args: &AllAdapters) -> anyhow::Result<Adapters> {
 }
 
 /// Tells the person what became of each adapter, and what the plugins have to say.
-pub fn tell(reports: &[AdapterReport], branches: &[ActingBranch], output: &Output) {
+pub fn tell(reports: &[AdapterReport], branches: &[ActiveControlNet], output: &Output) {
     for report in reports {
         report.notes.iter().for_each(|note| output.note(note));
         output.note(report);
@@ -50,7 +52,7 @@ pub fn control_images(paths: &[PathBuf]) -> anyhow::Result<Vec<RgbImage>> {
     paths.iter().map(open).collect()
 }
 
-fn open(requests: Vec<AdapterRequest>, args: &WeightAdapters) -> anyhow::Result<Adapters> {
+fn open(requests: Vec<AdapterRequest>, args: &WeightAdapterArgs) -> anyhow::Result<Adapters> {
     if requests.is_empty() {
         return Ok(Adapters::default());
     }
@@ -67,17 +69,17 @@ fn request(arg: &AdapterArg, interface: Option<&'static str>) -> anyhow::Result<
     let mut request = AdapterRequest {
         path: arg.path.clone(),
         strength: Strength { whole: arg.weight.unwrap_or(1.0), blocks: Vec::new() },
-        choice: Choice { interface, id: None },
-        acting: Acting::default(),
+        choice: PluginChoice { interface, id: None },
+        schedule: ControlNetSchedule::default(),
     };
     for (key, value) in &arg.settings {
         let number = || value.parse::<f64>().ok().filter(|number| number.is_finite());
         let wrong = || format!("{}: {key}={value}: expected a number", arg.path.display());
         match (key.as_str(), interface == Some(BRANCH_INTERFACE)) {
             ("plugin", _) => request.choice.id = Some(value.clone()),
-            ("start", true) => request.acting.interval[0] = number().with_context(wrong)?,
-            ("end", true) => request.acting.interval[1] = number().with_context(wrong)?,
-            ("mode", true) => request.acting.mode = Some(value.parse().with_context(wrong)?),
+            ("start", true) => request.schedule.interval[0] = number().with_context(wrong)?,
+            ("end", true) => request.schedule.interval[1] = number().with_context(wrong)?,
+            ("mode", true) => request.schedule.mode = Some(value.parse().with_context(wrong)?),
             (_, true) => bail!("{}: {key}: expected start, end, mode or plugin", arg.path.display()),
             (block, false) => request.strength.blocks.push((block.to_owned(), number().with_context(wrong)?)),
         }

@@ -4,9 +4,13 @@ mod adapters;
 mod bench;
 mod export;
 
-pub use adapters::{AdapterArg, AllAdapters, ApplyMode, PluginSearch, Plugins, PluginsAction, WeightAdapters};
-pub use bench::{AttentionBench, Bench, BenchSubject, Evaluation, ModelBench, ShareBench, StepBench};
-pub use export::Export;
+pub use adapters::{
+    AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, PluginsAction, PluginsArgs, WeightAdapterArgs,
+};
+pub use bench::{
+    AttentionBenchArgs, BenchArgs, BenchCommand, EvaluationArgs, ModelBenchArgs, StepBenchArgs, TilesBenchArgs,
+};
+pub use export::ExportArgs;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -39,36 +43,36 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Say what a checkpoint is, whether it is whole, and what it would cost.
-    Inspect(Inspect),
+    Inspect(InspectArgs),
     /// The main job: ingest, rewrite, distil, emit.
-    Convert(Box<Convert>),
+    Convert(Box<ConvertArgs>),
     /// Distil a converted model further.
-    Distill(Box<Distill>),
+    Distill(Box<DistillArgs>),
     /// Take the attention layers out of a model, or put them into another.
-    Patch(Patch),
+    Patch(PatchArgs),
     /// From a prompt or a class to a picture.
-    Generate(Box<Generate>),
+    Generate(Box<GenerateArgs>),
     /// Run the transformer once on given tensors.
-    Forward(Forward),
+    Forward(ForwardArgs),
     /// Teacher and student side by side on the same seeds.
-    Compare(Compare),
+    Compare(CompareArgs),
     /// What carries over to the linear form: a fine-tune's weights, LoRAs, ControlNets.
-    Transfer(Box<Transfer>),
+    Transfer(Box<TransferArgs>),
     /// Time attention, a step or a model.
-    Bench(Bench),
+    Bench(BenchArgs),
     /// List or check plugins.
-    Plugins(Plugins),
+    Plugins(PluginsArgs),
     /// Write the transformer in one file, under the names of another layout.
-    Export(Export),
+    Export(ExportArgs),
     /// Hold every recorded file against its size and hash.
-    Verify(Verify),
+    Verify(VerifyArgs),
     /// The whole story on an embedded model, ending in a report.
-    Demo(Demo),
+    Demo(DemoArgs),
 }
 
 /// Number formats a model can run or be stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
+pub enum DtypeArg {
     /// 32-bit float.
     F32,
     /// bfloat16.
@@ -79,7 +83,7 @@ pub enum Dtype {
 
 /// How a source is read.
 #[derive(Debug, Clone, Default, Args)]
-pub struct Reading {
+pub struct SourceArgs {
     /// Diffusers config.json for a single file whose sizes its tensors do not tell.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -99,14 +103,14 @@ pub struct Reading {
 
 /// A device, by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum DeviceArg {
     /// The processor.
     Cpu,
     /// The NVIDIA GPU of that number.
     Cuda(usize),
 }
 
-impl FromStr for Place {
+impl FromStr for DeviceArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -118,13 +122,13 @@ impl FromStr for Place {
 
 /// Where a model runs.
 #[derive(Debug, Args)]
-pub struct Running {
+pub struct DeviceArgs {
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: Place,
+    pub device: DeviceArg,
     /// Number format; the file's own without it.
     #[arg(long, value_enum)]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<DtypeArg>,
     /// `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer; the model's own plan without it.
     #[arg(long, value_name = "PLAN")]
     pub attention: Option<String>,
@@ -133,17 +137,17 @@ pub struct Running {
 /// `clearform inspect`.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit 0 only for a complete model of a supported family.")]
-pub struct Inspect {
+pub struct InspectArgs {
     /// Diffusers folder, single file, or portable model.
     pub source: PathBuf,
     /// How the source is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
 }
 
 /// `clearform convert`.
 #[derive(Debug, Args)]
-pub struct Convert {
+pub struct ConvertArgs {
     /// Diffusers folder, single file, or portable model.
     pub source: PathBuf,
     /// Folder of the portable model.
@@ -163,7 +167,7 @@ pub struct Convert {
     pub no_distill: bool,
     /// Number format of the emitted transformer; the source's without it.
     #[arg(long, value_enum)]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<DtypeArg>,
     /// Hard links instead of copies of the components.
     #[arg(long)]
     pub link: bool,
@@ -175,18 +179,18 @@ pub struct Convert {
     pub dry_run: bool,
     /// How the source is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
     /// How it is distilled.
     #[command(flatten)]
-    pub training: Training,
+    pub training: TrainingArgs,
     /// What is baked into the model, before it is distilled.
     #[command(flatten)]
-    pub adapters: WeightAdapters,
+    pub adapters: WeightAdapterArgs,
 }
 
 /// How a student is distilled.
 #[derive(Debug, Clone, Args)]
-pub struct Training {
+pub struct TrainingArgs {
     /// Diffusers folder with VAE, text encoders, tokenizers and scheduler, where the source has none.
     #[arg(long, value_name = "DIR")]
     pub components: Option<PathBuf>,
@@ -234,12 +238,12 @@ pub struct Training {
     pub resume: bool,
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: Place,
+    pub device: DeviceArg,
 }
 
 /// `clearform distill`.
 #[derive(Debug, Args)]
-pub struct Distill {
+pub struct DistillArgs {
     /// Portable model.
     pub model: PathBuf,
     /// The original it was made from.
@@ -250,12 +254,12 @@ pub struct Distill {
     pub output: Option<PathBuf>,
     /// How it is distilled.
     #[command(flatten)]
-    pub training: Training,
+    pub training: TrainingArgs,
 }
 
 /// `clearform patch`.
 #[derive(Debug, Args)]
-pub struct Patch {
+pub struct PatchArgs {
     /// Which way.
     #[command(subcommand)]
     pub action: PatchAction,
@@ -276,12 +280,12 @@ pub enum PatchAction {
         output: PathBuf,
     },
     /// Put distilled attention into a checkpoint.
-    Apply(PatchApply),
+    Apply(PatchApplyArgs),
 }
 
 /// `clearform patch apply`.
 #[derive(Debug, Args)]
-pub struct PatchApply {
+pub struct PatchApplyArgs {
     /// The patch, or a file of CLEAR's own.
     pub patch: PathBuf,
     /// The checkpoint it goes into.
@@ -292,7 +296,7 @@ pub struct PatchApply {
     pub output: PathBuf,
     /// Put the tensors in, or add what distillation changed.
     #[arg(long, value_enum, default_value = "replace")]
-    pub mode: PatchMode,
+    pub mode: PatchModeArg,
     /// The teacher of the patch, for `--mode shift`.
     #[arg(long, value_name = "TEACHER")]
     pub base: Option<PathBuf>,
@@ -306,7 +310,7 @@ pub struct PatchApply {
 
 /// How a patch meets a fine-tune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PatchMode {
+pub enum PatchModeArg {
     /// The patch's tensors, as CLEAR does.
     Replace,
     /// W + (student - teacher): keeps what the fine-tune learned.
@@ -315,7 +319,7 @@ pub enum PatchMode {
 
 /// `clearform generate`.
 #[derive(Debug, Args)]
-pub struct Generate {
+pub struct GenerateArgs {
     /// Portable model or diffusers folder.
     pub model: PathBuf,
     /// What to draw, for models of prompts.
@@ -362,18 +366,18 @@ pub struct Generate {
     pub control_image: Vec<PathBuf>,
     /// What acts on the model.
     #[command(flatten)]
-    pub adapters: AllAdapters,
+    pub adapters: AdapterArgs,
     /// How the model is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
     /// Where and how it runs.
     #[command(flatten)]
-    pub running: Running,
+    pub running: DeviceArgs,
 }
 
 /// `clearform forward`.
 #[derive(Debug, Args)]
-pub struct Forward {
+pub struct ForwardArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
     /// Inputs, named and shaped as the forward of the family's diffusers class takes them.
@@ -385,18 +389,18 @@ pub struct Forward {
     /// What acts on the model. ControlNets take the inputs `controlnet_cond` and `controlnet_mode`; where there are
     /// several, `controlnet_cond_0` and so on.
     #[command(flatten)]
-    pub adapters: AllAdapters,
+    pub adapters: AdapterArgs,
     /// How the source is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
     /// Where and how it runs.
     #[command(flatten)]
-    pub running: Running,
+    pub running: DeviceArgs,
 }
 
 /// `clearform compare`.
 #[derive(Debug, Args)]
-pub struct Compare {
+pub struct CompareArgs {
     /// The original.
     pub teacher: PathBuf,
     /// The linear model.
@@ -406,12 +410,12 @@ pub struct Compare {
     pub output: PathBuf,
     /// What both draw.
     #[command(flatten)]
-    pub drawing: Drawing,
+    pub drawing: SamplingArgs,
 }
 
 /// `clearform transfer`.
 #[derive(Debug, Args)]
-pub struct Transfer {
+pub struct TransferArgs {
     /// The original.
     pub teacher: PathBuf,
     /// Its linear form.
@@ -427,15 +431,15 @@ pub struct Transfer {
     pub control_image: Vec<PathBuf>,
     /// What both draw.
     #[command(flatten)]
-    pub drawing: Drawing,
+    pub drawing: SamplingArgs,
     /// What acts on both.
     #[command(flatten)]
-    pub adapters: AllAdapters,
+    pub adapters: AdapterArgs,
 }
 
 /// What two models draw from the same noise.
 #[derive(Debug, Args)]
-pub struct Drawing {
+pub struct SamplingArgs {
     /// Prompts, or numbers of classes, one a line; a few built-in ones without it.
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
@@ -453,19 +457,19 @@ pub struct Drawing {
     pub components: Option<PathBuf>,
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: Place,
+    pub device: DeviceArg,
 }
 
 /// `clearform verify`.
 #[derive(Debug, Args)]
-pub struct Verify {
+pub struct VerifyArgs {
     /// Portable model.
     pub model: PathBuf,
 }
 
 /// `clearform demo`.
 #[derive(Debug, Args)]
-pub struct Demo {
+pub struct DemoArgs {
     /// Folder of the report.
     #[arg(short, long, default_value = "demo", value_name = "DIR")]
     pub output: PathBuf,
@@ -477,5 +481,5 @@ pub struct Demo {
     pub pool: usize,
     /// Where plugins are: with them, the story goes on to adapters.
     #[command(flatten)]
-    pub plugins: PluginSearch,
+    pub plugins: PluginSearchArgs,
 }

@@ -15,15 +15,15 @@ mod transfer;
 
 use args::{Cli, Command};
 use clap::Parser as _;
-use output::{Outcome, Output};
+use output::{CommandOutcome, Output};
 use std::process::ExitCode;
 
 /// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong use (clap's own).
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(Outcome::Whole) => ExitCode::SUCCESS,
-        Ok(Outcome::Partial) => ExitCode::FAILURE,
+        Ok(CommandOutcome::Whole) => ExitCode::SUCCESS,
+        Ok(CommandOutcome::Partial) => ExitCode::FAILURE,
         Err(error) => {
             output::complain(format_args!("error: {}", explanation(&error)));
             ExitCode::FAILURE
@@ -44,7 +44,7 @@ fn explanation(error: &anyhow::Error) -> String {
     text
 }
 
-fn run(cli: &Cli) -> anyhow::Result<Outcome> {
+fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
     if let Some(threads) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }

@@ -1,18 +1,18 @@
 //! How the arguments of a command become an opened, identified checkpoint and the settings it runs with.
 
-use crate::args::{Dtype, Place, Reading};
+use crate::args::{DeviceArg, DtypeArg, SourceArgs};
 use crate::output::Output;
 use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
-use clearform_runtime::{Adapters, Components, Options, Pipeline, Transformer};
+use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
+use clearform_runtime::{Adapters, Components, Pipeline, PipelineOptions, Transformer};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
 
 /// The built-in manifests and that of `--manifest`, and what the person said of the source.
-pub fn reading(args: &Reading) -> anyhow::Result<clearform_runtime::Reading> {
+pub fn reading(args: &SourceArgs) -> anyhow::Result<clearform_runtime::ReadOptions> {
     let embedded = Manifests::embedded()?;
     let manifests = match &args.manifest {
         Some(path) => embedded.with_file(path)?,
@@ -20,13 +20,13 @@ pub fn reading(args: &Reading) -> anyhow::Result<clearform_runtime::Reading> {
     };
     let config = args.config.as_deref().map(read_json).transpose()?;
     let hints = Hints { family: args.family.clone(), variant: args.variant.clone(), config };
-    Ok(clearform_runtime::Reading { manifests, hints, allow_unmatched: args.allow_unmatched })
+    Ok(clearform_runtime::ReadOptions { manifests, hints, allow_unmatched: args.allow_unmatched })
 }
 
 /// How a pipeline is opened where nothing particular is asked for.
-pub fn plainly(components: Option<&Path>, place: Place) -> anyhow::Result<Options> {
-    Ok(Options {
-        reading: clearform_runtime::Reading::plain()?,
+pub fn plainly(components: Option<&Path>, place: DeviceArg) -> anyhow::Result<PipelineOptions> {
+    Ok(PipelineOptions {
+        reading: clearform_runtime::ReadOptions::default_options()?,
         components: components.map(Path::to_owned),
         plan: None,
         dtype: None,
@@ -37,18 +37,18 @@ pub fn plainly(components: Option<&Path>, place: Place) -> anyhow::Result<Option
 }
 
 /// Opens `model` where nothing particular is asked for.
-pub fn open_plainly(model: &Path, components: Option<&Path>, place: Place) -> anyhow::Result<Pipeline> {
+pub fn open_plainly(model: &Path, components: Option<&Path>, place: DeviceArg) -> anyhow::Result<Pipeline> {
     Ok(Pipeline::open(model, plainly(components, place)?)?)
 }
 
 /// Opens the transformer of `model` where nothing particular is asked for.
 pub fn transformer(model: &Path) -> anyhow::Result<Transformer> {
-    open_as(model, &clearform_runtime::Reading::plain()?.recorded(model)?)
+    open_as(model, &clearform_runtime::ReadOptions::default_options()?.recorded(model)?)
 }
 
 /// Opens the transformer of `original`, from which the portable model `model` was made.
 pub fn original_transformer(original: &Path, model: &Path) -> anyhow::Result<Transformer> {
-    open_as(original, &clearform_runtime::Reading::plain()?.of_original(original, model)?)
+    open_as(original, &clearform_runtime::ReadOptions::default_options()?.of_original(original, model)?)
 }
 
 /// Opens `original`, from which the portable model `model` was made.
@@ -56,23 +56,23 @@ pub fn open_original(
     original: &Path,
     model: &Path,
     components: Option<&Path>,
-    place: Place,
+    place: DeviceArg,
 ) -> anyhow::Result<Pipeline> {
-    let reading = clearform_runtime::Reading::plain()?.of_original(original, model)?;
-    Ok(Pipeline::open(original, Options { reading, ..plainly(components, place)? })?)
+    let reading = clearform_runtime::ReadOptions::default_options()?.of_original(original, model)?;
+    Ok(Pipeline::open(original, PipelineOptions { reading, ..plainly(components, place)? })?)
 }
 
 /// Opens the transformer of `model` as `reading` says.
-pub fn open_as(model: &Path, reading: &clearform_runtime::Reading) -> anyhow::Result<Transformer> {
+pub fn open_as(model: &Path, reading: &clearform_runtime::ReadOptions) -> anyhow::Result<Transformer> {
     let path = Components::new(model, None).transformer();
     Transformer::open(&path, reading).with_context(|| format!("{}", model.display()))
 }
 
 /// Opens the transformer of `source` and says what it is.
-pub fn identify(source: &Path, reading: &Reading) -> anyhow::Result<(Unscaled<Checkpoint>, Identified)> {
+pub fn identify(source: &Path, reading: &SourceArgs) -> anyhow::Result<(Dequantized<Checkpoint>, Identified)> {
     let path = Components::new(source, None).transformer();
     let reading = self::reading(reading)?;
-    let checkpoint = Unscaled::open(&path, &reading.manifests)?;
+    let checkpoint = Dequantized::open(&path, &reading.manifests)?;
     let identified =
         detect(&checkpoint, &reading.manifests, &reading.hints).with_context(|| format!("{}", path.display()))?;
     Ok((checkpoint, identified))
@@ -95,10 +95,10 @@ pub fn plan(text: &str) -> anyhow::Result<AttentionPlan> {
 }
 
 /// The device of `--device`.
-pub fn device(place: Place) -> anyhow::Result<Device> {
+pub fn device(place: DeviceArg) -> anyhow::Result<Device> {
     match place {
-        Place::Cpu => Ok(Device::Cpu),
-        Place::Cuda(number) => gpu(number).with_context(|| format!("--device cuda:{number}")),
+        DeviceArg::Cpu => Ok(Device::Cpu),
+        DeviceArg::Cuda(number) => gpu(number).with_context(|| format!("--device cuda:{number}")),
     }
 }
 
@@ -112,7 +112,7 @@ fn gpu(_: usize) -> anyhow::Result<Device> {
     anyhow::bail!("this build runs on the CPU alone; build it with --features cuda")
 }
 
-impl Dtype {
+impl DtypeArg {
     /// The tensor library's name for it.
     pub fn computed(self) -> DType {
         match self {

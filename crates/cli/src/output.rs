@@ -7,15 +7,15 @@ use std::io::{ErrorKind, Write as _};
 
 /// How a command ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CommandOutcome {
     /// Everything was done.
     Whole,
     /// Done, with something missing, unmatched or unchecked.
     Partial,
 }
 
-impl Outcome {
-    /// [`Self::Whole`] if `whole` holds.
+impl CommandOutcome {
+    /// [`Self::RowRange`] if `whole` holds.
     pub fn whole_if(whole: bool) -> Self {
         if whole { Self::Whole } else { Self::Partial }
     }

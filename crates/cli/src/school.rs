@@ -1,20 +1,21 @@
 //! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
 
-use crate::args::{Place, Training};
+use crate::args::{DeviceArg, TrainingArgs};
 use crate::opening::device;
 use crate::output::Output;
-use crate::sitting::subjects;
+use crate::sitting::prompts_or_classes;
 use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
-    Activations, Canvas, ClassifierFree, Distilled, LearningRate, LossSettings, Outcome, Pair, Precision, Progress,
-    Recipe, SampleSet, SampleSettings, Settings, Start, Workshop, distill,
+    Activations, CheckpointDir, ClassifierFree, DistillSettings, Distilled, LearningRate, LossSettings, PairSpec,
+    Precision, ResumeMode, SampleSet, SampleSettings, SamplingSpec, TeacherStudent, TrainingOutcome, TrainingProgress,
+    distill,
 };
-use clearform_models::{Conditions, Steering};
-use clearform_portable_model::Distillation;
-use clearform_runtime::{Frame, Pipeline, Size, Transformer};
-use clearform_weights::{Resident, TensorSource};
+use clearform_models::{Conditions, GuidanceKind};
+use clearform_portable_model::DistillationRecord;
+use clearform_runtime::{Frame, ImageSize, Pipeline, Transformer};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -26,7 +27,12 @@ const SMALL: usize = 256;
 const PROMPTS: &str = include_str!("prompts.txt");
 
 /// The samples in `folder`: made, finished, or simply there.
-pub fn samples(pipeline: &Pipeline, training: &Training, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+pub fn samples(
+    pipeline: &Pipeline,
+    training: &TrainingArgs,
+    folder: &Path,
+    output: &Output,
+) -> anyhow::Result<SampleSet> {
     let set = SampleSet::create(folder, sample_settings(pipeline, training)?)?;
     if set.is_complete() {
         return Ok(set);
@@ -53,7 +59,10 @@ fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>
     set.encode(&mut |subjects| {
         let encoded = pipeline.encode(subjects)?;
         ids = Some(encoded.text_ids.clone());
-        pipeline.framed(&encoded, Frame { size: Size { height, width }, batch: subjects.len(), guidance: 0.0 })
+        pipeline.add_size_conditions(
+            &encoded,
+            Frame { size: ImageSize { height, width }, batch: subjects.len(), guidance: 0.0 },
+        )
     })?;
     match ids {
         Some(ids) => Ok(ids),
@@ -73,34 +82,35 @@ pub fn ready_samples(folder: &Path) -> anyhow::Result<SampleSet> {
 /// Trains a student of `plan` that starts from `start`, and keeps its state in `folder`.
 pub fn train(
     teacher: &Transformer,
-    student: Student,
+    student: StudentSpec,
     samples: &SampleSet,
-    training: &Training,
+    training: &TrainingArgs,
     output: &Output,
-) -> anyhow::Result<Lesson> {
-    let weights = Resident::load(&teacher.source(), None, &device(training.device)?)?;
-    let recipe = Recipe { family: teacher.family(), config: teacher.config(), plan: student.plan };
-    let pair = Pair::build(recipe, &weights, student.start)?;
-    let start = if training.resume { Start::Resume } else { Start::Fresh };
-    let workshop = Workshop { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
+) -> anyhow::Result<TrainedStudent> {
+    let weights = InMemoryTensors::load(&teacher.source(), None, &device(training.device)?)?;
+    let recipe = PairSpec { family: teacher.family(), config: teacher.config(), plan: student.plan };
+    let pair = TeacherStudent::build(recipe, &weights, student.start)?;
+    let start = if training.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
+    let workshop =
+        CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
     let bar = output.progress("distilling", training.steps);
-    let mut watch = |progress: &Progress| {
+    let mut watch = |progress: &TrainingProgress| {
         bar.set_position(progress.entry.step as u64);
         bar.set_message(format!("loss {:.4}", progress.entry.losses.total));
         ControlFlow::Continue(())
     };
     match distill(&pair, samples, &settings(training), &workshop, &mut watch)? {
-        Outcome::Finished(distilled) => {
+        TrainingOutcome::Finished(distilled) => {
             bar.finish_and_clear();
-            Ok(Lesson { record: record(training, samples, &distilled), distilled })
+            Ok(TrainedStudent { record: record(training, samples, &distilled), distilled })
         }
-        Outcome::Stopped { step } => bail!("distillation stopped at step {step}; go on with --resume"),
+        TrainingOutcome::Stopped { step } => bail!("distillation stopped at step {step}; go on with --resume"),
     }
 }
 
 /// A student that is to be trained.
 #[derive(Clone, Copy)]
-pub struct Student<'a> {
+pub struct StudentSpec<'a> {
     /// Its attention.
     pub plan: &'a AttentionPlan,
     /// Where its trained parameters start: the teacher, or an earlier student.
@@ -111,24 +121,24 @@ pub struct Student<'a> {
 
 /// What training gave.
 #[derive(Debug)]
-pub struct Lesson {
+pub struct TrainedStudent {
     /// The trained parameters and every step's losses.
     pub distilled: Distilled,
     /// What the model's record says of it.
-    pub record: Distillation,
+    pub record: DistillationRecord,
 }
 
-fn sample_settings(pipeline: &Pipeline, training: &Training) -> anyhow::Result<SampleSettings> {
+fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
-    let prompts = subjects(pipeline, training.prompts.as_deref(), PROMPTS, training.sample_count)?;
+    let prompts = prompts_or_classes(pipeline, training.prompts.as_deref(), PROMPTS, training.sample_count)?;
     let size = size(pipeline, training);
     let latents = pipeline.initial_latents(0, 1, size)?;
     let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
     let scale = defaults.guidance;
-    let classifier_free = match pipeline.steering().clone() {
+    let classifier_free = match pipeline.guidance_kind().clone() {
         steering if !steering.guides(scale) => None,
-        Steering::ClassifierFree { without, channels } => Some(ClassifierFree { scale, without, channels }),
-        Steering::Embedded => None,
+        GuidanceKind::ClassifierFree { without, channels } => Some(ClassifierFree { scale, without, channels }),
+        GuidanceKind::Embedded => None,
     };
     Ok(SampleSettings {
         prompts,
@@ -142,16 +152,16 @@ fn sample_settings(pipeline: &Pipeline, training: &Training) -> anyhow::Result<S
     })
 }
 
-fn size(pipeline: &Pipeline, training: &Training) -> Size {
-    training.sample_size.map_or(pipeline.own_size(), |edge| Size { height: edge, width: edge })
+fn size(pipeline: &Pipeline, training: &TrainingArgs) -> ImageSize {
+    training.sample_size.map_or(pipeline.native_size(), |edge| ImageSize { height: edge, width: edge })
 }
 
 /// Samples are drawn in f32 on a CPU, and on a GPU in what its attention kernels take.
-fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<Canvas> {
+fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<SamplingSpec> {
     let [width, height] = settings.size;
-    let latents = pipeline.initial_latents(0, 1, Size { height, width })?;
+    let latents = pipeline.initial_latents(0, 1, ImageSize { height, width })?;
     let device = latents.tensor.device().clone();
-    Ok(Canvas {
+    Ok(SamplingSpec {
         shape: latents.tensor.dims()[1..].to_vec(),
         schedule: pipeline.schedule(settings.steps, &latents)?,
         image_ids: latents.image_ids,
@@ -161,25 +171,25 @@ fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tenso
     })
 }
 
-fn settings(training: &Training) -> Settings {
+fn settings(training: &TrainingArgs) -> DistillSettings {
     let learning_rate = LearningRate { peak: training.lr, warmup: (training.steps / 9).min(20), ..Default::default() };
-    Settings {
+    DistillSettings {
         steps: training.steps,
         batch: training.batch,
         accumulation: training.accumulate,
         learning_rate,
         loss: LossSettings { every: training.attention_every, ..Default::default() },
         seed: training.seed,
-        precision: if training.device == Place::Cpu { Precision::F32 } else { Precision::Bf16 },
+        precision: if training.device == DeviceArg::Cpu { Precision::F32 } else { Precision::Bf16 },
         activations: if training.keep_activations { Activations::Keep } else { Activations::Recompute },
         ..Default::default()
     }
 }
 
-fn record(training: &Training, samples: &SampleSet, distilled: &Distilled) -> Distillation {
+fn record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {
     let losses: Vec<f64> = distilled.entries.iter().map(|entry| entry.losses.total).collect();
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
-    Distillation {
+    DistillationRecord {
         steps: training.steps,
         batch: training.batch * training.accumulate,
         learning_rate: training.lr,

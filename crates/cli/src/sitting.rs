@@ -1,12 +1,12 @@
-//! [`Sitting`]: the same prompts and the same noise for every model that is drawn with, so that pictures can be held
+//! [`EvaluationRun`]: the same prompts and the same noise for every model that is drawn with, so that pictures can be held
 //! side by side.
 
-use crate::args::Drawing;
+use crate::args::SamplingArgs;
 use anyhow::Context as _;
 use candle_core::{DType, Tensor};
-use clearform_models::{Denoiser, DenoiserInput, Moment, Noised, Steering, Subject};
-use clearform_plugin_host::{Control, Controlled};
-use clearform_runtime::{Frame, Latents, Pipeline, RgbImage, Size};
+use clearform_models::{Denoiser, DenoiserInput, GuidanceKind, Noised, Prompt, StepIndex};
+use clearform_plugin_host::{ControlNetInput, ControlledDenoiser};
+use clearform_runtime::{Frame, ImageSize, InitialLatents, Pipeline, RgbImage};
 use clearform_sampling::denoise;
 use std::path::Path;
 
@@ -15,11 +15,11 @@ const TOKENS_AT_ONCE: usize = 4096;
 
 /// What is drawn, and how.
 #[derive(Debug, Clone)]
-pub struct Sitting {
+pub struct EvaluationRun {
     /// One picture each.
-    pub subjects: Vec<Subject>,
+    pub subjects: Vec<Prompt>,
     /// Extents of every picture.
-    pub size: Size,
+    pub size: ImageSize,
     /// Denoising steps.
     pub steps: usize,
     /// Guidance scale.
@@ -35,44 +35,49 @@ const PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a b
 
 /// The subjects in the file at `path`, or those of `usual`, prompts one a line; in the place of the latter a model of
 /// classes draws up to `most` of them, evenly spread.
-pub fn subjects(pipeline: &Pipeline, path: Option<&Path>, usual: &str, most: usize) -> anyhow::Result<Vec<Subject>> {
-    let of_classes = match pipeline.steering() {
-        Steering::ClassifierFree { without: Subject::Class(count), .. } => Some(*count),
+pub fn prompts_or_classes(
+    pipeline: &Pipeline,
+    path: Option<&Path>,
+    usual: &str,
+    most: usize,
+) -> anyhow::Result<Vec<Prompt>> {
+    let of_classes = match pipeline.guidance_kind() {
+        GuidanceKind::ClassifierFree { without: Prompt::Class(count), .. } => Some(*count),
         _ => None,
     };
     match (path, of_classes) {
-        (Some(path), _) => read_subjects(path, of_classes.is_some()),
+        (Some(path), _) => read_prompts(path, of_classes.is_some()),
         (None, Some(count)) => {
             let drawn = count.min(most.max(1) as u32);
-            Ok((0..drawn).map(|place| Subject::Class(place * count / drawn)).collect())
+            Ok((0..drawn).map(|place| Prompt::Class(place * count / drawn)).collect())
         }
-        (None, None) => Ok(usual.lines().map(|prompt| Subject::Prompt(prompt.to_owned())).collect()),
+        (None, None) => Ok(usual.lines().map(|prompt| Prompt::Text(prompt.to_owned())).collect()),
     }
 }
 
 /// Subjects, one a line; empty lines are left out.
-fn read_subjects(path: &Path, are_classes: bool) -> anyhow::Result<Vec<Subject>> {
+fn read_prompts(path: &Path, are_classes: bool) -> anyhow::Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let subject = |line: &str| match are_classes {
         true => line
             .parse()
-            .map(Subject::Class)
+            .map(Prompt::Class)
             .with_context(|| format!("{}: expected numbers of classes, one a line, found {line:?}", path.display())),
-        false => Ok(Subject::Prompt(line.to_owned())),
+        false => Ok(Prompt::Text(line.to_owned())),
     };
     let subjects = lines.map(subject).collect::<anyhow::Result<Vec<_>>>()?;
     anyhow::ensure!(!subjects.is_empty(), "{}: expected prompts, one a line, found none", path.display());
     Ok(subjects)
 }
 
-impl Sitting {
+impl EvaluationRun {
     /// What `drawing` asks for, and the defaults of `teacher` where it asks for nothing.
-    pub fn new(drawing: &Drawing, teacher: &Pipeline) -> anyhow::Result<Self> {
+    pub fn new(drawing: &SamplingArgs, teacher: &Pipeline) -> anyhow::Result<Self> {
         let defaults = teacher.transformer().identified().variant.defaults;
         Ok(Self {
-            subjects: subjects(teacher, drawing.prompts.as_deref(), &PROMPTS.join("\n"), PROMPTS.len())?,
-            size: drawing.size.map_or(teacher.own_size(), |edge| Size { height: edge, width: edge }),
+            subjects: prompts_or_classes(teacher, drawing.prompts.as_deref(), &PROMPTS.join("\n"), PROMPTS.len())?,
+            size: drawing.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge }),
             steps: drawing.steps.unwrap_or(defaults.steps),
             guidance: defaults.guidance,
             seed: drawing.seed,
@@ -82,7 +87,7 @@ impl Sitting {
 
     /// The subjects, to be read.
     pub fn prompts(&self) -> Vec<String> {
-        self.subjects.iter().map(Subject::to_string).collect()
+        self.subjects.iter().map(Prompt::to_string).collect()
     }
 
     /// Draws every subject, and tells `advance` how many pictures were finished.
@@ -102,8 +107,9 @@ impl Sitting {
             let count = at_once.min(self.subjects.len() - start);
             let noise = self.noise(pipeline, start, count)?;
             let schedule = pipeline.schedule(self.steps, &noise)?;
-            let guidance = pipeline.steer(&encoded.samples(start, count)?, without.as_ref(), &noise, self.guidance)?;
-            let controlled = Controlled::new(denoiser, self.controls(pipeline, start, count)?);
+            let guidance =
+                pipeline.guidance_for(&encoded.samples(start, count)?, without.as_ref(), &noise, self.guidance)?;
+            let controlled = ControlledDenoiser::new(denoiser, self.controls(pipeline, start, count)?);
             let latents = denoise(&controlled, &noise.tensor, &schedule, &guidance, &mut |_| ())?;
             drawn.push(latents.to_dtype(DType::F32)?);
             advance(count);
@@ -112,7 +118,7 @@ impl Sitting {
     }
 
     /// Pictures of latents that [`Self::draw`] gave.
-    pub fn develop(&self, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<RgbImage>> {
+    pub fn decode(&self, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<RgbImage>> {
         Ok(pipeline.decode(latents, self.size)?)
     }
 
@@ -123,25 +129,25 @@ impl Sitting {
         let conditions = pipeline.conditions(&encoded, &noise, self.guidance)?;
         let level = Tensor::full(0.5f32, count, noise.tensor.device())?;
         let drawn = latents.narrow(0, 0, count)?;
-        let Noised { latents, timestep, .. } = pipeline.process().noised(&drawn, &noise.tensor, &level)?;
+        let Noised { latents, timestep, .. } = pipeline.noise_process().noised(&drawn, &noise.tensor, &level)?;
         let latents = latents.to_dtype(noise.tensor.dtype())?;
-        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+        Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
     /// What the branches of `pipeline` are controlled by for pictures `start..start + count`.
-    fn controls(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<Control>> {
+    fn controls(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<ControlNetInput>> {
         let pictures = self.control_images.get(start..start + count).unwrap_or_default();
         let frame = Frame { size: self.size, batch: count, guidance: self.guidance };
         let one = |acting| pipeline.control(acting, pictures, frame);
-        Ok(pipeline.branches().iter().map(one).collect::<Result<_, _>>()?)
+        Ok(pipeline.controlnets().iter().map(one).collect::<Result<_, _>>()?)
     }
 
     /// Noise of pictures `start..start + count`, each from its own seed, as `generate --seed` draws it.
-    fn noise(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Latents> {
+    fn noise(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<InitialLatents> {
         let one = |index| pipeline.initial_latents(self.seed + index as u64, 1, self.size);
         let noise = (start..start + count).map(one).collect::<Result<Vec<_>, _>>()?;
         let tensors: Vec<&Tensor> = noise.iter().map(|latents| &latents.tensor).collect();
-        Ok(Latents { tensor: Tensor::cat(&tensors, 0)?, ..noise[0].clone() })
+        Ok(InitialLatents { tensor: Tensor::cat(&tensors, 0)?, ..noise[0].clone() })
     }
 }
 

@@ -1,23 +1,23 @@
-//! [`Study`]: what carries over from a model to its linear form: both drawn from the same noise, with nothing, with the
+//! [`TransferStudy`]: what carries over from a model to its linear form: both drawn from the same noise, with nothing, with the
 //! weights of a fine-tune, and under adapters that were made for the original.
 
 use crate::commands::patch;
 use crate::output::Output;
 use crate::report::Page;
-use crate::sitting::Sitting;
+use crate::sitting::EvaluationRun;
 use anyhow::Context as _;
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
-use clearform_convert::Mode;
+use clearform_convert::PatchMode;
 use clearform_portable_model::recorded_plan;
 use clearform_runtime::compare::{contact_sheet, psnr, retrieve, ssim};
-use clearform_runtime::{Adapters, Options, Pipeline, RgbImage, png};
+use clearform_runtime::{Adapters, Pipeline, PipelineOptions, RgbImage, png};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// What is compared, and how.
-pub struct Study<'a> {
+pub struct TransferStudy<'a> {
     /// The original.
     pub teacher: &'a Path,
     /// Its linear form.
@@ -27,22 +27,22 @@ pub struct Study<'a> {
     /// What acts on both, one after another and all together; named for the report.
     pub adapters: Vec<(String, Adapters)>,
     /// What is drawn.
-    pub sitting: Sitting,
+    pub sitting: EvaluationRun,
     /// What controls ControlNets, made of the original's own pictures.
     pub control: &'a dyn Fn(&[RgbImage]) -> Vec<RgbImage>,
     /// How both are opened.
-    pub options: Options,
+    pub options: PipelineOptions,
     /// Where patched models go, and the report.
     pub folder: &'a Path,
 }
 
 /// What was found.
 #[derive(Debug, Serialize)]
-pub struct Transfer {
+pub struct TransferReport {
     /// Attention of the linear form.
     pub attention: String,
     /// One entry a condition; the first is that of no adapter.
-    pub conditions: Vec<Condition>,
+    pub conditions: Vec<TransferCondition>,
     /// What was drawn.
     #[serde(skip)]
     pub prompts: Vec<String>,
@@ -50,7 +50,7 @@ pub struct Transfer {
 
 /// Original and linear form under one condition.
 #[derive(Debug, Serialize)]
-pub struct Condition {
+pub struct TransferCondition {
     /// What acted on both.
     pub name: String,
     /// PSNR of the linear form's pictures against the original's, in dB, of the mean squared error of all.
@@ -70,33 +70,33 @@ pub struct Condition {
 }
 
 /// One of the two, under a condition.
-struct Side<'a> {
+struct ModelForm<'a> {
     model: &'a Path,
     adapters: &'a Adapters,
     /// None is what the model records.
     plan: Option<AttentionPlan>,
 }
 
-impl Study<'_> {
+impl TransferStudy<'_> {
     /// Draws under every condition.
-    pub fn run(mut self, output: &Output) -> anyhow::Result<Transfer> {
+    pub fn run(mut self, output: &Output) -> anyhow::Result<TransferReport> {
         let none = Adapters::default();
         let models = [self.teacher, self.student];
-        let mut conditions = vec![self.meet("nothing", models, &none, output)?];
+        let mut conditions = vec![self.compare("nothing", models, &none, output)?];
         for (name, model) in self.fine_tuned()? {
             let fine_tune = self.fine_tune.unwrap_or(self.teacher);
-            conditions.push(self.meet(&name, [fine_tune, &model], &none, output)?);
+            conditions.push(self.compare(&name, [fine_tune, &model], &none, output)?);
         }
         let controls = (self.control)(&conditions[0].pictures[0]);
         for (name, adapters) in std::mem::take(&mut self.adapters) {
-            self.sitting.control_images = if adapters.branch_count() > 0 { controls.clone() } else { Vec::new() };
-            conditions.push(self.meet(&name, models, &adapters, output)?);
+            self.sitting.control_images = if adapters.controlnet_count() > 0 { controls.clone() } else { Vec::new() };
+            conditions.push(self.compare(&name, models, &adapters, output)?);
         }
         let (first, rest) = conditions.split_at_mut(1);
         for condition in rest {
             condition.effect = mean(&first[0].pictures[0], &condition.pictures[0], ssim)?;
         }
-        Ok(Transfer { attention: self.plan()?.to_string(), conditions, prompts: self.sitting.prompts() })
+        Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.sitting.prompts() })
     }
 
     /// What the linear form records.
@@ -105,19 +105,19 @@ impl Study<'_> {
     }
 
     /// Draws with an original and a linear form under one condition.
-    fn meet(
+    fn compare(
         &self,
         name: &str,
         [teacher, student]: [&Path; 2],
         adapters: &Adapters,
         output: &Output,
-    ) -> anyhow::Result<Condition> {
+    ) -> anyhow::Result<TransferCondition> {
         output.note(format_args!("transfer: {name}"));
-        let original = self.draw(&Side { model: teacher, adapters, plan: Some(AttentionPlan::full()) }, output)?;
-        let linear = self.draw(&Side { model: student, adapters, plan: None }, output)?;
+        let original = self.draw(&ModelForm { model: teacher, adapters, plan: Some(AttentionPlan::full()) }, output)?;
+        let linear = self.draw(&ModelForm { model: student, adapters, plan: None }, output)?;
         let nearest = retrieve(&linear, &original)?;
         let right = nearest.iter().enumerate().filter(|(own, nearest)| own == *nearest).count();
-        Ok(Condition {
+        Ok(TransferCondition {
             name: name.to_owned(),
             psnr: -10.0 * mean(&original, &linear, |a, b| Ok(10f64.powf(-psnr(a, b)? / 10.0)))?.log10(),
             ssim: mean(&original, &linear, ssim)?,
@@ -128,8 +128,8 @@ impl Study<'_> {
         })
     }
 
-    fn open(&self, side: &Side) -> anyhow::Result<Pipeline> {
-        let options = Options {
+    fn open(&self, side: &ModelForm) -> anyhow::Result<Pipeline> {
+        let options = PipelineOptions {
             plan: side.plan.clone(),
             adapters: side.adapters.clone(),
             components: Some(self.options.components.clone().unwrap_or_else(|| self.teacher.to_owned())),
@@ -138,13 +138,13 @@ impl Study<'_> {
         Pipeline::open(side.model, options).with_context(|| format!("{}", side.model.display()))
     }
 
-    fn draw(&self, side: &Side, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
+    fn draw(&self, side: &ModelForm, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
         let pipeline = self.open(side)?;
         let bar = output.progress("drawing", self.sitting.subjects.len());
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
         let latents = self.sitting.draw(&pipeline, transformer.as_ref(), &mut |count| bar.inc(count as u64))?;
         bar.finish_and_clear();
-        self.sitting.develop(&pipeline, &latents)
+        self.sitting.decode(&pipeline, &latents)
     }
 
     /// The fine-tune with the distilled attention, put in and added, as models of their own.
@@ -153,19 +153,19 @@ impl Study<'_> {
         std::fs::create_dir_all(self.folder).with_context(|| format!("{}", self.folder.display()))?;
         let file = self.folder.join("attention.safetensors");
         patch::extract_to(self.student, self.teacher, &file)?;
-        let one = |(name, mode): (&str, Mode)| -> anyhow::Result<(String, PathBuf)> {
+        let one = |(name, mode): (&str, PatchMode)| -> anyhow::Result<(String, PathBuf)> {
             let model = self.folder.join(format!("fine-tune-{name}"));
-            let base = (mode == Mode::Shift).then_some(self.teacher);
+            let base = (mode == PatchMode::Shift).then_some(self.teacher);
             patch::apply_to(&file, fine_tune, &model, mode, base)?;
             Ok((format!("fine-tune, {name}"), model))
         };
-        [("replace", Mode::Replace), ("shift", Mode::Shift)].into_iter().map(one).collect()
+        [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)].into_iter().map(one).collect()
     }
 }
 
 /// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
-pub fn exactly(options: Options) -> Options {
-    Options { dtype: Some(DType::F32), ..options }
+pub fn with_merged_adapters(options: PipelineOptions) -> PipelineOptions {
+    PipelineOptions { dtype: Some(DType::F32), ..options }
 }
 
 fn mean(
@@ -181,7 +181,7 @@ const HEADINGS: [&str; 5] = ["with", "PSNR", "SSIM", "nearest to its own", "orig
 /// Pictures of a row on the page.
 const SHOWN: usize = 8;
 
-impl Transfer {
+impl TransferReport {
     /// Adds a chapter to `page`, and writes its contact sheets into `folder`.
     pub fn write(&self, page: &mut Page, folder: &Path) -> anyhow::Result<()> {
         page.heading("What carries over");
@@ -208,7 +208,7 @@ impl Transfer {
     }
 
     fn rows(&self) -> Vec<Vec<String>> {
-        let row = |condition: &Condition| {
+        let row = |condition: &TransferCondition| {
             vec![
                 condition.name.clone(),
                 format!("{:.1} dB", condition.psnr),
@@ -221,7 +221,7 @@ impl Transfer {
     }
 }
 
-impl fmt::Display for Transfer {
+impl fmt::Display for TransferReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [with, psnr, ssim, right, effect] = HEADINGS;
         writeln!(f, "{with:<28} {psnr:>9} {ssim:>7} {right:>18}   {effect}")?;

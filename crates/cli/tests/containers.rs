@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Tensor};
 use clearform_testkit::{assert_close, fixture};
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use common::{Tiny, expected, forward, json, repository, run, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ fn torch(model: &Path, folder: &Path) -> PathBuf {
     let (mut items, mut records) = (Vec::new(), Vec::new());
     for (key, (name, tensor)) in tensors.iter().enumerate() {
         items.push([word(name), pickled(tensor, &key.to_string())].concat());
-        let bytes = Resident::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes;
+        let bytes = InMemoryTensors::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes;
         records.push((format!("flux/data/{key}"), bytes));
     }
     let state =

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::fixture;
-use clearform_weights::{Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, save};
+use clearform_weights::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
 use common::{Tiny, complaint, json, repository, run, text};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ impl Raw {
     }
 
     fn put_tensor(&mut self, name: &str, tensor: Tensor) {
-        let raw = Resident::from_iter([(name.to_owned(), tensor)]).read(name).unwrap();
+        let raw = InMemoryTensors::from_iter([(name.to_owned(), tensor)]).read(name).unwrap();
         self.0.insert(name.to_owned(), raw);
     }
 }
@@ -77,11 +77,11 @@ fn quantise(weight: &Tensor, form: &Form) -> (Vec<u8>, Tensor, Tensor) {
 fn narrowed(numbers: &Tensor, dtype: Dtype) -> (Vec<u8>, Tensor) {
     if dtype == Dtype::F8_E4M3 {
         let stored = numbers.to_dtype(DType::F8E4M3).unwrap();
-        let bytes = Resident::from_iter([("w".to_owned(), stored.clone())]).read("w").unwrap().bytes;
+        let bytes = InMemoryTensors::from_iter([("w".to_owned(), stored.clone())]).read("w").unwrap().bytes;
         return (bytes, stored.to_dtype(DType::F32).unwrap());
     }
     let halves = numbers.to_dtype(DType::F16).unwrap();
-    let halves = Resident::from_iter([("w".to_owned(), halves)]).read("w").unwrap().bytes;
+    let halves = InMemoryTensors::from_iter([("w".to_owned(), halves)]).read("w").unwrap().bytes;
     let bytes: Vec<u8> = halves.chunks(2).map(|half| half[1]).collect();
     let halves: Vec<u8> = bytes.iter().flat_map(|byte| [0, *byte]).collect();
     let stored = Tensor::from_raw_buffer(&halves, DType::F16, numbers.dims(), &Device::Cpu).unwrap();
@@ -93,7 +93,7 @@ fn files(form: &Form, folder: &Path) -> (PathBuf, PathBuf, usize) {
     let tiny = Tiny::new();
     let plain = folder.join("plain.safetensors");
     run(0, &["export", text(tiny.path()), "--to", form.layout, "-o", text(&plain)]);
-    let (mut scaled, mut products, mut count) = (Raw::default(), Resident::default(), 0);
+    let (mut scaled, mut products, mut count) = (Raw::default(), InMemoryTensors::default(), 0);
     for (name, tensor) in fixture(&plain) {
         let Some(module) = name.strip_suffix("weight").filter(|_| tensor.rank() == 2) else {
             scaled.put_tensor(&name, tensor.clone());

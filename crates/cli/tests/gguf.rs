@@ -4,9 +4,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use clearform_layout::{Hints, Manifests, Unscaled, detect};
+use clearform_layout::{Dequantized, Hints, Manifests, detect};
 use clearform_testkit::assert_close;
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use common::{Tiny, complaint, expected, forward, json, repository, run, text};
 use std::collections::HashMap;
 use std::path::Path;
@@ -67,7 +67,7 @@ impl Written {
 
 /// The values as they stand in a file.
 fn bytes(tensor: &Tensor) -> Vec<u8> {
-    Resident::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes
+    InMemoryTensors::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes
 }
 
 /// A block of Q8_0 whose factor is a power of two, and what it stands for.
@@ -83,7 +83,7 @@ fn quantise(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
 /// The tensors of `tiny` in the names of the first release.
 fn bfl(tiny: &Tiny) -> HashMap<String, Tensor> {
     let manifests = Manifests::embedded().unwrap();
-    let checkpoint = Unscaled::open(tiny.path(), &manifests).unwrap();
+    let checkpoint = Dequantized::open(tiny.path(), &manifests).unwrap();
     let identified = detect(&checkpoint, &manifests, &Hints::default()).unwrap();
     let canonical = identified.canonical(&checkpoint).complete().unwrap();
     let foreign = identified.foreign("bfl", canonical).unwrap();

@@ -4,7 +4,7 @@
 
 mod common;
 
-use clearform_layout::{Beside, Hints, Manifests, detect_source};
+use clearform_layout::{Hints, Manifests, Sidecar, detect_source};
 use clearform_models::FAMILIES;
 use clearform_weights::{Dtype, RawTensor, TensorInfo, TensorSource, WeightsError};
 use common::{clearform, repository, run, text};
@@ -50,7 +50,7 @@ impl Shapes {
         for tensor in manifests.expected(family, &sizes).unwrap().iter().filter(|tensor| !tensor.optional) {
             canonical.put(&tensor.name, dtype, &tensor.shape.iter().copied().collect::<Option<Vec<_>>>().unwrap());
         }
-        let beside = Beside { config: Some(config), metadata: &BTreeMap::new() };
+        let beside = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
         let identified = detect_source(&canonical, beside, &manifests, &Hints::default()).unwrap();
         let foreign = identified.foreign(layout, &canonical).unwrap();
         Self(foreign.tensors().into_iter().map(|info| (info.name.clone(), info)).collect())
@@ -245,7 +245,7 @@ fn evaluations_of_a_step_are_those_that_the_models_make() {
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         let family = FAMILIES.iter().find(|family| found["family"] == family.name()).unwrap();
         let defaults = &found["variant"]["defaults"];
-        let steering = family.steering(&found["config"]).unwrap();
+        let steering = family.guidance_kind(&found["config"]).unwrap();
         let evaluations = if steering.guides(defaults["guidance"].as_f64().unwrap()) { 2 } else { 1 };
         assert_eq!(defaults["evaluations"], evaluations, "{name} {arguments:?}");
     }

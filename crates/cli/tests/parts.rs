@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assemble_pipeline, fixture, seeded};
-use clearform_weights::{Resident, save};
+use clearform_weights::{InMemoryTensors, save};
 use common::{complaint, json, repository, run, text};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -123,7 +123,7 @@ impl Both {
 
     /// Writes the file from the tensors as they are now.
     fn save(&self) {
-        let tensors: Resident = self.tensors.clone().into_iter().collect();
+        let tensors: InMemoryTensors = self.tensors.clone().into_iter().collect();
         save(self.path("one.safetensors"), &tensors, &BTreeMap::new()).unwrap();
     }
 
@@ -264,7 +264,7 @@ fn scaled(tensor: &Tensor) -> (Tensor, Tensor) {
 fn text_encoders_in_scaled_fp8_are_multiplied_out_wherever_they_lie() {
     let mut both = Both::new(&FLUX);
     let prefix = FLUX.parts[1].1;
-    let (mut folder, mut products) = (Resident::default(), HashMap::new());
+    let (mut folder, mut products) = (InMemoryTensors::default(), HashMap::new());
     for (name, tensor) in fixture(both.part("text_encoder_2")) {
         let Some(module) =
             name.strip_suffix("weight").filter(|_| name.contains("SelfAttention.q") || name.contains("wi_"))

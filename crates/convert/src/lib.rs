@@ -1,7 +1,7 @@
 //! From a checkpoint to a portable model, and attention patches.
 //!
 //! The main types are [`ConversionPlan`], which is applied to a stage of a portable model and reports what it did, and
-//! [`Patch`], the distilled attention of a model as one file. This crate moves tensors; it runs no model.
+//! [`AttentionPatch`], the distilled attention of a model as one file. This crate moves tensors; it runs no model.
 
 mod error;
 mod origin;
@@ -9,6 +9,6 @@ mod patch;
 mod plan;
 
 pub use error::{ConvertError, Result};
-pub use origin::Origins;
-pub use patch::{Mode, Patch, Patched};
-pub use plan::{ConversionPlan, Report, TRANSFORMER};
+pub use origin::SourceHashes;
+pub use patch::{AttentionPatch, PatchMode, PatchedAttention};
+pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER};

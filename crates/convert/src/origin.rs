@@ -1,4 +1,4 @@
-//! [`Origins`]: hashes of the files that a model is made from, reckoned while the model is written.
+//! [`SourceHashes`]: hashes of the files that a model is made from, reckoned while the model is written.
 
 use crate::Result;
 use clearform_portable_model::SourceRecord;
@@ -8,9 +8,9 @@ use std::thread::{self, JoinHandle};
 
 /// The hashes of a checkpoint's files, on their way.
 #[derive(Debug)]
-pub struct Origins(JoinHandle<Result<Vec<SourceRecord>>>);
+pub struct SourceHashes(JoinHandle<Result<Vec<SourceRecord>>>);
 
-impl Origins {
+impl SourceHashes {
     /// Begins to read the files of `checkpoint`.
     pub fn of(checkpoint: &Checkpoint) -> Self {
         let paths: Vec<PathBuf> = checkpoint.files().iter().map(|file| file.path.clone()).collect();

@@ -1,4 +1,4 @@
-//! [`Patch`]: the distilled attention of a model as one file, and putting it into another model.
+//! [`AttentionPatch`]: the distilled attention of a model as one file, and putting it into another model.
 //!
 //! A patch holds tensors under canonical names. CLEAR's own published files are patches too; they have no metadata, so
 //! their radius and pooling come from their names.
@@ -6,14 +6,14 @@
 use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Policy, Radius};
-use clearform_weights::{Checkpoint, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, save};
+use clearform_weights::{Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// How a patch meets a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub enum PatchMode {
     /// The patch's tensors take the place of the model's, as CLEAR does it.
     Replace,
     /// The model's tensors move by what distillation changed: W + (W_student - W_teacher). Keeps what a fine-tune
@@ -23,7 +23,7 @@ pub enum Mode {
 
 /// A patch that is open.
 #[derive(Debug)]
-pub struct Patch {
+pub struct AttentionPatch {
     tensors: Checkpoint,
     plan: AttentionPlan,
     base: Option<String>,
@@ -35,7 +35,7 @@ const PLAN: &str = "clearform.attention";
 const FAMILY: &str = "clearform.family";
 const BASE: &str = "clearform.base_sha256";
 
-impl Patch {
+impl AttentionPatch {
     /// Writes the attention tensors of `model` that differ from `base`, both under canonical names.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl Patch {
         plan: &AttentionPlan,
         path: &Path,
     ) -> Result<usize> {
-        let mut changed = Resident::default();
+        let mut changed = InMemoryTensors::default();
         for name in attention_names(model) {
             let tensor = model.tensor(&name)?;
             if is_changed(&name, &tensor, base)? {
@@ -105,20 +105,20 @@ impl Patch {
     pub fn onto<'a>(
         &'a self,
         target: &'a dyn TensorSource,
-        mode: Mode,
+        mode: PatchMode,
         base: Option<&'a dyn TensorSource>,
-    ) -> Result<Patched<'a>> {
+    ) -> Result<PatchedAttention<'a>> {
         for info in self.tensors.tensors().iter().filter(|info| !is_learned(&info.name)) {
             check_shape(info, target, "the model")?;
         }
         let base = match (mode, base) {
-            (Mode::Replace, _) => None,
-            (Mode::Shift, Some(base)) => Some(self.check_base(base)?),
-            (Mode::Shift, None) => {
+            (PatchMode::Replace, _) => None,
+            (PatchMode::Shift, Some(base)) => Some(self.check_base(base)?),
+            (PatchMode::Shift, None) => {
                 return Err(ConvertError::Misfit("shift needs the teacher; give --base TEACHER".into()));
             }
         };
-        Ok(Patched { target, patch: &self.tensors, base })
+        Ok(PatchedAttention { target, patch: &self.tensors, base })
     }
 
     fn check_base<'a>(&self, base: &'a dyn TensorSource) -> Result<&'a dyn TensorSource> {
@@ -135,20 +135,20 @@ impl Patch {
 }
 
 /// A model with a patch put in, tensor by tensor as it is read.
-pub struct Patched<'a> {
+pub struct PatchedAttention<'a> {
     target: &'a dyn TensorSource,
     patch: &'a dyn TensorSource,
     base: Option<&'a dyn TensorSource>,
 }
 
-impl<'a> Patched<'a> {
+impl<'a> PatchedAttention<'a> {
     /// `target` with every tensor of `changed` in the place of its own, in the number formats of `target`.
     pub fn new(target: &'a dyn TensorSource, changed: &'a dyn TensorSource) -> Self {
         Self { target, patch: changed, base: None }
     }
 }
 
-impl TensorSource for Patched<'_> {
+impl TensorSource for PatchedAttention<'_> {
     fn tensors(&self) -> Vec<TensorInfo> {
         let mut infos: BTreeMap<String, TensorInfo> =
             self.patch.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
@@ -164,11 +164,11 @@ impl TensorSource for Patched<'_> {
         if self.patch.info(name).is_none() {
             return self.target.read(name);
         }
-        Resident::from_iter([(name.to_owned(), self.patched(name)?)]).read(name)
+        InMemoryTensors::from_iter([(name.to_owned(), self.patched(name)?)]).read(name)
     }
 }
 
-impl Patched<'_> {
+impl PatchedAttention<'_> {
     fn patched(&self, name: &str) -> clearform_weights::Result<Tensor> {
         let student = self.patch.tensor(name)?;
         let info = self.info(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })?;
@@ -279,7 +279,7 @@ mod tests {
     const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
     const OTHER: &str = "x_embedder.weight";
 
-    fn model(query: f32, dtype: DType) -> Resident {
+    fn model(query: f32, dtype: DType) -> InMemoryTensors {
         let tensor = |value: f32| Tensor::full(value, (2, 2), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         [(QUERY.to_owned(), tensor(query)), (OTHER.to_owned(), tensor(9.0))].into_iter().collect()
     }
@@ -291,7 +291,8 @@ mod tests {
     fn extracted(folder: &Path) -> std::path::PathBuf {
         let path = folder.join("patch.safetensors");
         let plan = "clear:r=3".parse().unwrap();
-        let count = Patch::extract(&model(5.0, DType::F32), &model(2.0, DType::F32), "flux", &plan, &path).unwrap();
+        let count =
+            AttentionPatch::extract(&model(5.0, DType::F32), &model(2.0, DType::F32), "flux", &plan, &path).unwrap();
         assert_eq!(count, 1);
         path
     }
@@ -299,12 +300,12 @@ mod tests {
     #[test]
     fn replace_puts_in_and_shift_moves() {
         let folder = tempfile::tempdir().unwrap();
-        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
+        let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         assert_eq!(patch.plan().to_string(), "clear:r=3");
         let (fine_tune, teacher) = (model(2.5, DType::BF16), model(2.0, DType::F32));
-        let replaced = patch.onto(&fine_tune, Mode::Replace, None).unwrap();
+        let replaced = patch.onto(&fine_tune, PatchMode::Replace, None).unwrap();
         assert_eq!(value(&replaced, QUERY), 5.0);
-        let shifted = patch.onto(&fine_tune, Mode::Shift, Some(&teacher)).unwrap();
+        let shifted = patch.onto(&fine_tune, PatchMode::Shift, Some(&teacher)).unwrap();
         assert_eq!((value(&shifted, QUERY), value(&shifted, OTHER)), (5.5, 9.0));
         assert_eq!(shifted.tensor(QUERY).unwrap().dtype(), DType::BF16);
     }
@@ -312,9 +313,9 @@ mod tests {
     #[test]
     fn shift_wants_the_very_teacher() {
         let folder = tempfile::tempdir().unwrap();
-        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
+        let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         let (target, other) = (model(2.5, DType::F32), model(2.1, DType::F32));
-        let error = |base| patch.onto(&target, Mode::Shift, base).err().unwrap().to_string();
+        let error = |base| patch.onto(&target, PatchMode::Shift, base).err().unwrap().to_string();
         assert!(error(None).contains("--base"));
         assert!(error(Some(&other)).contains("not the teacher"));
     }
@@ -322,12 +323,12 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let patch = Patch::open(&extracted(folder.path()), None).unwrap();
-        let empty = Resident::default();
-        assert!(patch.onto(&empty, Mode::Replace, None).err().unwrap().to_string().contains(QUERY));
+        let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
+        let empty = InMemoryTensors::default();
+        assert!(patch.onto(&empty, PatchMode::Replace, None).err().unwrap().to_string().contains(QUERY));
         let same = model(2.0, DType::F32);
         let path = folder.path().join("none.safetensors");
-        let error = Patch::extract(&same, &same, "flux", &AttentionPlan::full(), &path).unwrap_err();
+        let error = AttentionPatch::extract(&same, &same, "flux", &AttentionPlan::full(), &path).unwrap_err();
         assert!(error.to_string().contains("nothing to extract"));
     }
 

@@ -3,9 +3,9 @@
 use crate::{ConvertError, Result};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Account, Identified};
-use clearform_portable_model::{Part, Placing, Record, SourceRecord, Stage};
-use clearform_weights::{RawTensor, Resident, TensorInfo, TensorSource};
+use clearform_layout::{Identified, LoadReport};
+use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, SourceRecord, StagingDir};
+use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -19,21 +19,21 @@ pub struct ConversionPlan {
     attention: AttentionPlan,
     dtype: Option<DType>,
     components: Vec<PathBuf>,
-    placing: Placing,
-    parts: Vec<Part>,
+    placing: CopyMode,
+    parts: Vec<ComponentData>,
 }
 
 /// What was written.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
+pub struct ConversionReport {
     /// The fate of each input tensor.
-    pub account: Account,
+    pub load_report: LoadReport,
     /// Tensors that the attention plan adds, with their initial values.
     pub added: Vec<String>,
     /// Parts of the pipeline that were taken along.
     pub components: Vec<String>,
     /// The fate of each tensor of those that were written anew, by part.
-    pub parts: BTreeMap<String, Account>,
+    pub parts: BTreeMap<String, LoadReport>,
     /// Numbers in the transformer.
     pub parameters: u64,
 }
@@ -43,7 +43,7 @@ impl ConversionPlan {
     pub fn new(identified: &Identified, attention: AttentionPlan) -> Self {
         let identified = identified.clone();
         let (components, parts) = (Vec::new(), Vec::new());
-        Self { identified, attention, dtype: None, components, placing: Placing::Copy, parts }
+        Self { identified, attention, dtype: None, components, placing: CopyMode::Copy, parts }
     }
 
     /// Writes floating-point tensors in this number format, not in the source's.
@@ -55,7 +55,7 @@ impl ConversionPlan {
 
     /// Takes the parts of a pipeline along from these folders, each part from the first that has it.
     #[must_use]
-    pub fn with_components(mut self, folders: Vec<PathBuf>, placing: Placing) -> Self {
+    pub fn with_components(mut self, folders: Vec<PathBuf>, placing: CopyMode) -> Self {
         self.components = folders;
         self.placing = placing;
         self
@@ -63,7 +63,7 @@ impl ConversionPlan {
 
     /// Writes these parts of the pipeline anew, whatever folders hold them.
     #[must_use]
-    pub fn with_parts(mut self, parts: Vec<Part>) -> Self {
+    pub fn with_parts(mut self, parts: Vec<ComponentData>) -> Self {
         self.parts = parts;
         self
     }
@@ -72,8 +72,8 @@ impl ConversionPlan {
     ///
     /// # Errors
     /// A plan that cannot be written.
-    pub fn record(&self, source: Vec<SourceRecord>) -> Result<Record> {
-        let mut record = Record::new(&self.identified.family, &self.identified.variant.name, &self.attention)?;
+    pub fn record(&self, source: Vec<SourceRecord>) -> Result<ModelRecord> {
+        let mut record = ModelRecord::new(&self.identified.family, &self.identified.variant.name, &self.attention)?;
         record.source = source;
         Ok(record)
     }
@@ -86,27 +86,27 @@ impl ConversionPlan {
     pub fn apply(
         &self,
         canonical: &dyn TensorSource,
-        account: &Account,
-        stage: &mut Stage,
+        account: &LoadReport,
+        stage: &mut StagingDir,
         watch: &mut dyn FnMut(u64, u64),
-    ) -> Result<Report> {
+    ) -> Result<ConversionReport> {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
         stage.check_room(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
         self.write_transformer(canonical, &added, &tensors, stage, watch)?;
         let components = self.place_components(stage)?;
         stage.write("README.md", self.readme().as_bytes())?;
-        Ok(Report {
-            account: account.clone(),
+        Ok(ConversionReport {
+            load_report: account.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
             components,
-            parts: self.parts.iter().map(|part| (part.name.clone(), part.account.clone())).collect(),
+            parts: self.parts.iter().map(|part| (part.name.clone(), part.load_report.clone())).collect(),
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
     }
 
     /// Learned tensors of the attention plan that the source lacks.
-    fn added(&self, source: &dyn TensorSource) -> Result<Resident> {
+    fn added(&self, source: &dyn TensorSource) -> Result<InMemoryTensors> {
         let places = self.identified.expected().into_iter().filter(|tensor| tensor.optional);
         let layers: BTreeSet<String> = places.filter_map(|tensor| layer_of(&tensor.name)).collect();
         let learned = layers.iter().filter_map(|layer| self.attention.learned(layer).transpose());
@@ -114,7 +114,7 @@ impl ConversionPlan {
         Ok(learned.into_iter().filter(|(name, _)| source.info(name).is_none()).collect())
     }
 
-    fn outputs(&self, source: &dyn TensorSource, added: &Resident) -> Result<Vec<TensorInfo>> {
+    fn outputs(&self, source: &dyn TensorSource, added: &InMemoryTensors) -> Result<Vec<TensorInfo>> {
         let converted = source.tensors().into_iter().map(|info| TensorInfo { dtype: self.output_dtype(&info), ..info });
         Ok(converted.chain(added.tensors()).collect())
     }
@@ -130,9 +130,9 @@ impl ConversionPlan {
     fn write_transformer(
         &self,
         source: &dyn TensorSource,
-        added: &Resident,
+        added: &InMemoryTensors,
         tensors: &[TensorInfo],
-        stage: &mut Stage,
+        stage: &mut StagingDir,
         watch: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
         let (mut done, all) = (0, tensors.iter().map(TensorInfo::byte_count).sum());
@@ -147,14 +147,14 @@ impl ConversionPlan {
         Ok(stage.write("transformer/config.json", &config)?)
     }
 
-    fn place_components(&self, stage: &mut Stage) -> Result<Vec<String>> {
+    fn place_components(&self, stage: &mut StagingDir) -> Result<Vec<String>> {
         let mut placed = Vec::new();
         for name in self.part_names() {
             if let Some(part) = self.part(name) {
                 part.write(stage)?;
                 placed.push(name.clone());
             } else if let Some(folder) = self.component(name) {
-                stage.place(&folder, name, self.placing)?;
+                stage.copy_files(&folder, name, self.placing)?;
                 placed.push(name.clone());
             }
         }
@@ -179,7 +179,7 @@ impl ConversionPlan {
         self.identified.components().iter().chain(self.identified.optional_components())
     }
 
-    fn part(&self, name: &str) -> Option<&Part> {
+    fn part(&self, name: &str) -> Option<&ComponentData> {
         self.parts.iter().find(|part| part.name == name)
     }
 
@@ -196,7 +196,7 @@ impl ConversionPlan {
             .filter(|data| data.is_file())
             .map(|data| data.len())
             .sum();
-        copied + self.parts.iter().map(Part::byte_count).sum::<u64>()
+        copied + self.parts.iter().map(ComponentData::byte_count).sum::<u64>()
     }
 
     fn readme(&self) -> String {
@@ -226,6 +226,7 @@ fn converted(tensor: RawTensor, info: &TensorInfo) -> clearform_weights::Result<
         return Ok(tensor);
     }
     let dtype = DType::try_from(info.dtype)?;
-    let one: Resident = [(info.name.clone(), tensor.to_tensor(&info.name)?.to_dtype(dtype)?)].into_iter().collect();
+    let one: InMemoryTensors =
+        [(info.name.clone(), tensor.to_tensor(&info.name)?.to_dtype(dtype)?)].into_iter().collect();
     one.read(&info.name)
 }

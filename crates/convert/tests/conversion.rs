@@ -4,10 +4,12 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::{ConversionPlan, Mode, Origins, Patch, Patched, TRANSFORMER};
-use clearform_layout::{Hints, Identified, Manifests, Unscaled, detect};
-use clearform_portable_model::{Placing, PortableModel, Replace, Stage};
-use clearform_weights::{Checkpoint, Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, digest};
+use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, PatchedAttention, SourceHashes, TRANSFORMER};
+use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
+use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
+use clearform_weights::{
+    Checkpoint, Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, digest,
+};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +27,7 @@ fn source(folder: &Path) -> PathBuf {
     std::fs::copy(fixture().join("config.json"), transformer.join("config.json")).unwrap();
     let weights = transformer.join("diffusion_pytorch_model.safetensors");
     let stored = Checkpoint::open(fixture().join("weights.safetensors")).unwrap();
-    let widened = Resident::load(&stored, Some(DType::F32), &Device::Cpu).unwrap();
+    let widened = InMemoryTensors::load(&stored, Some(DType::F32), &Device::Cpu).unwrap();
     clearform_weights::save(&weights, &widened, &BTreeMap::new()).unwrap();
     std::fs::create_dir_all(root.join("vae/deep")).unwrap();
     std::fs::write(root.join("vae/deep/config.json"), "{}").unwrap();
@@ -35,21 +37,21 @@ fn source(folder: &Path) -> PathBuf {
 
 fn open(path: &Path) -> (Checkpoint, Identified) {
     let manifests = Manifests::embedded().unwrap();
-    let checkpoint = Unscaled::open(path, &manifests).unwrap();
+    let checkpoint = Dequantized::open(path, &manifests).unwrap();
     let identified = detect(&checkpoint, &manifests, &Hints::default()).unwrap();
     (Checkpoint::open(path).unwrap(), identified)
 }
 
 fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSource, target: &Path) -> Vec<String> {
-    let mut stage = Stage::begin(target, Replace::Never).unwrap();
+    let mut stage = StagingDir::begin(target, Overwrite::Never).unwrap();
     let (_, identified) = open(checkpoint.path());
     let canonical = identified.canonical(checkpoint);
     let mut told = (0, 0);
-    let report = plan.apply(source, canonical.account(), &mut stage, &mut |done, all| told = (done, all)).unwrap();
-    assert!(told.0 == told.1 && told.0 > 0 && report.account.complete());
-    assert_eq!(report.account.used(), checkpoint.tensors().len());
+    let report = plan.apply(source, canonical.load_report(), &mut stage, &mut |done, all| told = (done, all)).unwrap();
+    assert!(told.0 == told.1 && told.0 > 0 && report.load_report.complete());
+    assert_eq!(report.load_report.used(), checkpoint.tensors().len());
     assert!(!target.exists());
-    stage.finish(plan.record(Origins::of(checkpoint).wait().unwrap()).unwrap()).unwrap();
+    stage.finish(plan.record(SourceHashes::of(checkpoint).wait().unwrap()).unwrap()).unwrap();
     report.added
 }
 
@@ -59,7 +61,7 @@ fn a_pipeline_becomes_a_portable_model() {
     let root = source(folder.path());
     let (checkpoint, identified) = open(&root.join("transformer"));
     let plan = ConversionPlan::new(&identified, "clear:r=3".parse().unwrap())
-        .with_components(vec![root.clone()], Placing::Copy);
+        .with_components(vec![root.clone()], CopyMode::Copy);
     let model = folder.path().join("model");
     assert!(write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model).is_empty());
 
@@ -91,7 +93,7 @@ fn number_formats_change_and_learned_tensors_are_added() {
     let added = write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model);
     assert_eq!(added.len(), 3);
     let (written, again) = open(&model.join(TRANSFORMER));
-    assert!(again.canonical(&written).account().complete());
+    assert!(again.canonical(&written).load_report().complete());
     let query = written.tensor(QUERY).unwrap();
     assert_eq!(query.dtype(), DType::BF16);
     let numbers =
@@ -106,7 +108,7 @@ fn a_patch_brings_a_student_to_its_teacher() {
     let folder = tempfile::tempdir().unwrap();
     let (checkpoint, identified) = open(&source(folder.path()).join("transformer"));
     let attention: AttentionPlan = "clear:r=3,d=2".parse().unwrap();
-    let trained: Resident = [
+    let trained: InMemoryTensors = [
         (QUERY.to_owned(), (checkpoint.tensor(QUERY).unwrap() + 1.0).unwrap()),
         (POOLED.to_owned(), Tensor::full(0.5f32, &[1, 1, 1, 2, 1, 2, 1], &Device::Cpu).unwrap()),
     ]
@@ -115,17 +117,17 @@ fn a_patch_brings_a_student_to_its_teacher() {
     let plan = ConversionPlan::new(&identified, attention.clone());
     let model = folder.path().join("model");
     let canonical = identified.canonical(&checkpoint);
-    let added = write(&plan, &checkpoint, &Patched::new(&canonical, &trained), &model);
+    let added = write(&plan, &checkpoint, &PatchedAttention::new(&canonical, &trained), &model);
     assert_eq!(added.len(), 2, "the third spatial weight was trained");
 
     let (student, kind) = open(&model.join("transformer"));
     let student = kind.canonical(&student);
     let path = folder.path().join("patch.safetensors");
     // The query, and a spatial weight in each of three layers, which the teacher does not have.
-    assert_eq!(Patch::extract(&student, &canonical, "flux", &attention, &path).unwrap(), 4);
-    let patch = Patch::open(&path, None).unwrap();
+    assert_eq!(AttentionPatch::extract(&student, &canonical, "flux", &attention, &path).unwrap(), 4);
+    let patch = AttentionPatch::open(&path, None).unwrap();
     assert_eq!(patch.plan(), &attention);
-    for mode in [Mode::Replace, Mode::Shift] {
+    for mode in [PatchMode::Replace, PatchMode::Shift] {
         let patched = patch.onto(&canonical, mode, Some(&canonical)).unwrap();
         assert_eq!(patched.tensors(), student.tensors());
         for info in patched.tensors() {

@@ -4,11 +4,11 @@
 //! first, with the gradient of what came out of it: memory holds the activations of one block, whatever the depth.
 //! Where memory is plenty, [`Activations::Keep`] keeps the inside too and saves the second run.
 
-use crate::{Activations, Batch, LossSettings, Pair, Result};
+use crate::{Activations, Batch, LossSettings, Result, TeacherStudent};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Tensor, Var};
 use clearform_attention::Attended;
-use clearform_models::{Denoiser, DenoiserInput, State, without_variance};
+use clearform_models::{Denoiser, DenoiserInput, HiddenState, without_variance};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ pub type Gradients = BTreeMap<String, Tensor>;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Losses {
     /// Against what a perfect model predicts.
-    pub flow: f64,
+    pub denoising: f64,
     /// Against the teacher's prediction.
     pub prediction: f64,
     /// Against the teacher's attention outputs, the mean over the watched layers.
@@ -33,16 +33,16 @@ pub struct Losses {
 /// # Errors
 /// The models or the tensor library refused.
 pub fn backward(
-    pair: &Pair,
+    pair: &TeacherStudent,
     batch: &Batch,
     settings: &LossSettings,
     activations: Activations,
 ) -> Result<(Losses, Gradients)> {
     let watched = settings.watched(pair.student().layers())?;
-    let lesson = Lesson::hear(pair.teacher(), &batch.input, &watched)?;
+    let lesson = TeacherTargets::compute(pair.teacher(), &batch.input, &watched)?;
     let (mut visits, last) = forward(pair.student(), &batch.input, activations)?;
     let (losses, gradients) = (Losses::default(), BTreeMap::new());
-    let mut pass = Pass { pair, settings, lesson, watched: watched.len(), losses, gradients };
+    let mut pass = BackwardPass { pair, settings, lesson, watched: watched.len(), losses, gradients };
     let mut cotangent = pass.head(last, &batch.target)?;
     while let Some(visit) = visits.pop() {
         cotangent = pass.block(visits.len(), visit, &cotangent)?;
@@ -66,13 +66,13 @@ pub fn prediction_error(teacher: &dyn Denoiser, student: &dyn Denoiser, inputs: 
 }
 
 /// What the teacher says of a batch.
-struct Lesson {
+struct TeacherTargets {
     prediction: Tensor,
     attention: BTreeMap<usize, Attended>,
 }
 
-impl Lesson {
-    fn hear(teacher: &dyn Denoiser, input: &DenoiserInput, watched: &[usize]) -> Result<Self> {
+impl TeacherTargets {
+    fn compute(teacher: &dyn Denoiser, input: &DenoiserInput, watched: &[usize]) -> Result<Self> {
         let mut state = teacher.embed(input)?;
         let mut attention = BTreeMap::new();
         for index in 0..teacher.block_count() {
@@ -86,27 +86,31 @@ impl Lesson {
 }
 
 /// What is kept of a block from forward to backward.
-enum Visit {
+enum SavedActivation {
     /// What entered; the block will run again.
-    Entry(State),
+    Entry(HiddenState),
     /// What entered and what came out, with the graph between.
-    Whole(Inlet, State),
+    Whole(BlockInput, HiddenState),
 }
 
 /// A visit of each block, and what leaves the last, cut from the graph.
-fn forward(student: &dyn Denoiser, input: &DenoiserInput, activations: Activations) -> Result<(Vec<Visit>, State)> {
+fn forward(
+    student: &dyn Denoiser,
+    input: &DenoiserInput,
+    activations: Activations,
+) -> Result<(Vec<SavedActivation>, HiddenState)> {
     let mut state = detached(student.embed(input)?);
     let mut visits = Vec::with_capacity(student.block_count());
     for index in 0..student.block_count() {
         let output = match activations {
             Activations::Recompute => {
-                visits.push(Visit::Entry(state.clone()));
+                visits.push(SavedActivation::Entry(state.clone()));
                 student.block(index, state)?
             }
             Activations::Keep => {
-                let (inlet, entry) = Inlet::before(index, state)?;
+                let (inlet, entry) = BlockInput::before(index, state)?;
                 let output = student.block(index, entry)?;
-                visits.push(Visit::Whole(inlet, output.clone()));
+                visits.push(SavedActivation::Whole(inlet, output.clone()));
                 output
             }
         };
@@ -115,20 +119,20 @@ fn forward(student: &dyn Denoiser, input: &DenoiserInput, activations: Activatio
     Ok((visits, state))
 }
 
-fn detached(state: State) -> State {
+fn detached(state: HiddenState) -> HiddenState {
     let text = state.text.map(|text| text.detach());
-    State { image: state.image.detach(), text, attention: None, context: state.context }
+    HiddenState { image: state.image.detach(), text, attention: None, context: state.context }
 }
 
 /// Gradients of the loss in what leaves a block; none where the loss does not depend on it.
-struct Cotangent {
+struct OutputGradient {
     image: Option<Tensor>,
     text: Option<Tensor>,
 }
 
-impl Cotangent {
+impl OutputGradient {
     /// A scalar whose gradient in `output` is this one.
-    fn product(&self, output: &State) -> Result<Tensor> {
+    fn product(&self, output: &HiddenState) -> Result<Tensor> {
         let mut sum = Tensor::zeros((), DType::F32, output.image.device())?;
         for (value, gradient) in [(Some(&output.image), &self.image), (output.text.as_ref(), &self.text)] {
             if let (Some(value), Some(gradient)) = (value, gradient) {
@@ -141,60 +145,60 @@ impl Cotangent {
 
 /// What enters a block, as variables whose gradients can be asked for.
 #[derive(Default)]
-struct Inlet {
+struct BlockInput {
     image: Option<Var>,
     text: Option<Var>,
 }
 
-impl Inlet {
+impl BlockInput {
     /// The inlet of block `index`; nothing trained stands before the first.
-    fn before(index: usize, entry: State) -> Result<(Self, State)> {
+    fn before(index: usize, entry: HiddenState) -> Result<(Self, HiddenState)> {
         if index == 0 { Ok((Self::default(), entry)) } else { Self::open(entry) }
     }
 
-    fn open(entry: State) -> Result<(Self, State)> {
+    fn open(entry: HiddenState) -> Result<(Self, HiddenState)> {
         let image = Var::from_tensor(&entry.image)?;
         let text = entry.text.as_ref().map(Var::from_tensor).transpose()?;
         let as_tensor = |var: &Var| var.as_tensor().clone();
-        let state = State { image: as_tensor(&image), text: text.as_ref().map(as_tensor), ..entry };
+        let state = HiddenState { image: as_tensor(&image), text: text.as_ref().map(as_tensor), ..entry };
         Ok((Self { image: Some(image), text }, state))
     }
 
-    fn gradients(&self, store: &GradStore) -> Cotangent {
+    fn gradients(&self, store: &GradStore) -> OutputGradient {
         // What the store gives may hold the graph it came from.
         let take = |var: &Option<Var>| store.get(var.as_ref()?).map(Tensor::detach);
-        Cotangent { image: take(&self.image), text: take(&self.text) }
+        OutputGradient { image: take(&self.image), text: take(&self.text) }
     }
 }
 
 /// A pass from head to embedding.
-struct Pass<'a> {
-    pair: &'a Pair,
+struct BackwardPass<'a> {
+    pair: &'a TeacherStudent,
     settings: &'a LossSettings,
-    lesson: Lesson,
+    lesson: TeacherTargets,
     watched: usize,
     losses: Losses,
     gradients: Gradients,
 }
 
-impl Pass<'_> {
-    fn head(&mut self, last: State, target: &Tensor) -> Result<Cotangent> {
-        let (inlet, state) = Inlet::open(last)?;
+impl BackwardPass<'_> {
+    fn head(&mut self, last: HiddenState, target: &Tensor) -> Result<OutputGradient> {
+        let (inlet, state) = BlockInput::open(last)?;
         let prediction = self.pair.student().head(&state)?.to_dtype(DType::F32)?;
         let flow = mean_square(&without_variance(&prediction, target)?, target)?;
         let taught = mean_square(&prediction, &self.lesson.prediction)?;
-        self.losses.flow = scalar(&flow)?;
+        self.losses.denoising = scalar(&flow)?;
         self.losses.prediction = scalar(&taught)?;
-        let loss = ((flow * self.settings.flow)? + (taught * self.settings.prediction)?)?;
+        let loss = ((flow * self.settings.denoising)? + (taught * self.settings.prediction)?)?;
         self.losses.total = scalar(&loss)?;
         Ok(inlet.gradients(&loss.backward()?))
     }
 
-    fn block(&mut self, index: usize, visit: Visit, cotangent: &Cotangent) -> Result<Cotangent> {
+    fn block(&mut self, index: usize, visit: SavedActivation, cotangent: &OutputGradient) -> Result<OutputGradient> {
         let (inlet, output) = match visit {
-            Visit::Whole(inlet, output) => (inlet, output),
-            Visit::Entry(entry) => {
-                let (inlet, entry) = Inlet::before(index, entry)?;
+            SavedActivation::Whole(inlet, output) => (inlet, output),
+            SavedActivation::Entry(entry) => {
+                let (inlet, entry) = BlockInput::before(index, entry)?;
                 (inlet, self.pair.student().block(index, entry)?)
             }
         };

@@ -1,9 +1,9 @@
 //! [`Batches`]: the endless sequence of noised samples that a student is trained on, from one random generator.
 
-use crate::samples::Member;
-use crate::{DistillError, Pair, Precision, Result, SampleSet, Settings, Timesteps};
+use crate::samples::SampleIndex;
+use crate::{DistillError, DistillSettings, Precision, Result, SampleSet, TeacherStudent, Timesteps};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, DenoiserInput, Moment, Noised, Process};
+use clearform_models::{Conditions, DenoiserInput, NoiseProcess, Noised, StepIndex};
 use clearform_sampling::TorchGenerator;
 
 /// Noised samples and what should be predicted of them.
@@ -19,8 +19,8 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Batches<'a> {
     samples: &'a SampleSet,
-    settings: &'a Settings,
-    process: Process,
+    settings: &'a DistillSettings,
+    process: NoiseProcess,
     device: Device,
     generator: TorchGenerator,
 }
@@ -37,9 +37,15 @@ impl Batch {
     ///
     /// # Errors
     /// Shapes that differ.
-    pub fn noised(process: Process, x0: &Tensor, noise: &Tensor, t: &Tensor, conditions: Conditions) -> Result<Self> {
+    pub fn noised(
+        process: NoiseProcess,
+        x0: &Tensor,
+        noise: &Tensor,
+        t: &Tensor,
+        conditions: Conditions,
+    ) -> Result<Self> {
         let Noised { latents, timestep, target } = process.noised(x0, noise, t)?;
-        Ok(Self { input: DenoiserInput { latents, timestep, moment: Moment::default(), conditions }, target })
+        Ok(Self { input: DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions }, target })
     }
 
     fn in_precision(mut self, precision: Precision) -> Result<Self> {
@@ -52,7 +58,12 @@ impl Batch {
 
 impl<'a> Batches<'a> {
     /// Batches of `samples` for `pair` as `settings` ask, from `generator` on.
-    pub fn new(samples: &'a SampleSet, settings: &'a Settings, pair: &Pair, generator: TorchGenerator) -> Self {
+    pub fn new(
+        samples: &'a SampleSet,
+        settings: &'a DistillSettings,
+        pair: &TeacherStudent,
+        generator: TorchGenerator,
+    ) -> Self {
         Self { samples, settings, process: pair.process(), device: pair.device(), generator }
     }
 
@@ -72,12 +83,12 @@ impl<'a> Batches<'a> {
     }
 
     /// Takes the subject from some members, where the set has what stands for none.
-    fn with_subjects(&mut self, members: Vec<usize>) -> Result<Vec<Member>> {
+    fn with_subjects(&mut self, members: Vec<usize>) -> Result<Vec<SampleIndex>> {
         if self.samples.settings().classifier_free.is_none() {
-            return Ok(members.into_iter().map(Member::of).collect());
+            return Ok(members.into_iter().map(SampleIndex::of).collect());
         }
         let chance: Vec<f32> = self.generator.rand(members.len())?.to_vec1()?;
-        let subject = |(sample, chance)| Member { sample, unconditional: chance < UNCONDITIONAL };
+        let subject = |(sample, chance)| SampleIndex { sample, unconditional: chance < UNCONDITIONAL };
         Ok(members.into_iter().zip(chance).map(subject).collect())
     }
 
@@ -92,7 +103,13 @@ impl SampleSet {
     ///
     /// # Errors
     /// A sample that cannot be read, or no batch at all.
-    pub fn noised(&self, process: Process, seed: u64, batch: usize, device: &Device) -> Result<Vec<DenoiserInput>> {
+    pub fn noised(
+        &self,
+        process: NoiseProcess,
+        seed: u64,
+        batch: usize,
+        device: &Device,
+    ) -> Result<Vec<DenoiserInput>> {
         if batch == 0 {
             return Err(DistillError::BadSetting { key: "batch", reason: "expected at least 1, found 0".to_owned() });
         }

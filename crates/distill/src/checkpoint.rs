@@ -1,10 +1,10 @@
 //! [`TrainingState`]: everything that training continues from, in one file, so that one rename commits it all.
 
 use crate::samples::differences;
-use crate::{DistillError, OptimizerState, Result, SampleSettings, Settings};
+use crate::{DistillError, DistillSettings, OptimizerState, Result, SampleSettings};
 use candle_core::{Device, Tensor};
 use clearform_sampling::TorchGenerator;
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,8 +16,8 @@ const EDITION: u32 = 1;
 /// Where training stands.
 #[derive(Debug)]
 pub(crate) struct TrainingState {
-    pub record: Record,
-    pub begun: Begun,
+    pub record: StateMetadata,
+    pub begun: ResumeRequirements,
     pub masters: BTreeMap<String, Tensor>,
     pub average: BTreeMap<String, Tensor>,
     pub optimizer: OptimizerState,
@@ -25,7 +25,7 @@ pub(crate) struct TrainingState {
 
 /// What is not a tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct StateMetadata {
     pub edition: u32,
     pub step: usize,
     pub seconds: f64,
@@ -34,12 +34,12 @@ pub(crate) struct Record {
 
 /// What must be the same on resume.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Begun {
-    pub settings: Settings,
+pub(crate) struct ResumeRequirements {
+    pub settings: DistillSettings,
     pub samples: SampleSettings,
 }
 
-impl Record {
+impl StateMetadata {
     pub(crate) fn new(seed: u64) -> Self {
         Self { edition: EDITION, step: 0, seconds: 0.0, generator: TorchGenerator::new(seed) }
     }
@@ -54,21 +54,21 @@ impl TrainingState {
             ("second", &self.optimizer.second),
         ];
         let name = |group: &str, (name, tensor): (&String, &Tensor)| (format!("{group}/{name}"), tensor.clone());
-        let tensors: Resident =
+        let tensors: InMemoryTensors =
             groups.into_iter().flat_map(|(group, tensors)| tensors.iter().map(move |pair| name(group, pair))).collect();
         let metadata = [(RECORD.to_owned(), json(&self.record, path)?), (BEGUN.to_owned(), json(&self.begun, path)?)];
         Ok(clearform_weights::save(path, &tensors, &BTreeMap::from(metadata))?)
     }
 
     /// Reads a state that was begun as `begun` says, to `device`.
-    pub(crate) fn load(path: &Path, begun: Begun, device: &Device) -> Result<Self> {
+    pub(crate) fn load(path: &Path, begun: ResumeRequirements, device: &Device) -> Result<Self> {
         let file = clearform_weights::Checkpoint::open(path)?;
         let record = record(path, file.metadata().get(RECORD))?;
         let found = file.metadata().get(BEGUN).map_or("", String::as_str);
         // As text: a number read back from text may differ in its last bit from the one that was written.
         if found != json(&begun, path)? {
-            let differing =
-                serde_json::from_str(found).map_or("all".to_owned(), |found: Begun| found.differences(&begun));
+            let differing = serde_json::from_str(found)
+                .map_or("all".to_owned(), |found: ResumeRequirements| found.differences(&begun));
             return Err(DistillError::OtherSettings { path: path.to_owned(), differing });
         }
         let group = |prefix| group(&file, prefix, device);
@@ -78,16 +78,16 @@ impl TrainingState {
     }
 }
 
-impl Begun {
+impl ResumeRequirements {
     fn differences(&self, now: &Self) -> String {
         let parts = [differences(&self.settings, &now.settings), differences(&self.samples, &now.samples)];
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
 
-fn record(path: &Path, text: Option<&String>) -> Result<Record> {
+fn record(path: &Path, text: Option<&String>) -> Result<StateMetadata> {
     let text = text.ok_or_else(|| bad(path, "not a checkpoint of clearform's training".to_owned()))?;
-    let record: Record = serde_json::from_str(text)
+    let record: StateMetadata = serde_json::from_str(text)
         .map_err(|error| bad(path, format!("a checkpoint that this version cannot read: {error}")))?;
     match record.edition {
         EDITION => Ok(record),

@@ -1,7 +1,7 @@
 //! Distillation of a linear student against its teacher (CLEAR, section 3.3).
 //!
-//! The main entry is [`distill`]. A [`Pair`] is teacher and student over shared frozen weights; a [`SampleSet`] is what
-//! the teacher drew for itself, on disk; [`Settings`] say how it is trained. Backward goes block by block, so that
+//! The main entry is [`distill`]. A [`TeacherStudent`] is teacher and student over shared frozen weights; a [`SampleSet`] is what
+//! the teacher drew for itself, on disk; [`DistillSettings`] say how it is trained. Backward goes block by block, so that
 //! memory does not grow with depth times activations. This crate knows no family and reads no checkpoint.
 
 mod backward;
@@ -19,9 +19,9 @@ mod train;
 pub use backward::{Gradients, Losses, backward, prediction_error};
 pub use batches::{Batch, Batches};
 pub use error::{DistillError, Result};
-pub use journal::Entry;
+pub use journal::LossEntry;
 pub use optimizer::{OptimizerState, clip};
-pub use pair::{Pair, Recipe};
-pub use samples::{Canvas, ClassifierFree, SampleSet, SampleSettings, Samples};
-pub use settings::{Activations, Decay, LearningRate, LossSettings, Optimizer, Precision, Settings, Timesteps};
-pub use train::{Distilled, Outcome, Progress, Start, Workshop, distill};
+pub use pair::{PairSpec, TeacherStudent};
+pub use samples::{ClassifierFree, SampleSet, SampleSettings, Samples, SamplingSpec};
+pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
+pub use train::{CheckpointDir, Distilled, ResumeMode, TrainingOutcome, TrainingProgress, distill};

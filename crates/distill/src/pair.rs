@@ -1,16 +1,16 @@
-//! [`Pair`]: teacher and student over the same frozen weights. Only what is trained exists twice.
+//! [`TeacherStudent`]: teacher and student over the same frozen weights. Only what is trained exists twice.
 
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Denoiser, DistilledLayer, Family, Process};
-use clearform_weights::{Resident, TensorSource};
+use clearform_models::{Denoiser, DistilledLayer, Family, NoiseProcess};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// What teacher and student are built from besides weights.
 #[derive(Clone, Copy)]
-pub struct Recipe<'a> {
+pub struct PairSpec<'a> {
     /// The architecture of both.
     pub family: &'a dyn Family,
     /// The config.json of both.
@@ -20,21 +20,21 @@ pub struct Recipe<'a> {
 }
 
 /// A teacher and its student.
-pub struct Pair {
+pub struct TeacherStudent {
     teacher: Box<dyn Denoiser>,
     student: Box<dyn Denoiser>,
-    process: Process,
+    process: NoiseProcess,
     masters: BTreeMap<String, Var>,
 }
 
-impl Pair {
+impl TeacherStudent {
     /// Builds both from the teacher's weights. The student's trained parameters start as `start` has them, which is the
     /// teacher itself or an earlier student, and are f32 whatever the frozen weights are; learned tensors of the plan
     /// that `start` lacks take their initial values.
     ///
     /// # Errors
     /// A tensor that is missing or misshapen, or a layer with nothing to train.
-    pub fn build(recipe: Recipe, teacher: &Resident, start: &dyn TensorSource) -> Result<Self> {
+    pub fn build(recipe: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
         let built = recipe.family.build(recipe.config, teacher, &AttentionPlan::full())?;
         let mut masters = BTreeMap::new();
         for layer in built.layers() {
@@ -45,7 +45,7 @@ impl Pair {
             weights.insert(name.clone(), master.as_tensor().clone());
         }
         let student = recipe.family.build(recipe.config, &weights, recipe.plan)?;
-        Ok(Self { teacher: built, student, process: recipe.family.process(), masters })
+        Ok(Self { teacher: built, student, process: recipe.family.noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -59,7 +59,7 @@ impl Pair {
     }
 
     /// How samples are noised for both.
-    pub fn process(&self) -> Process {
+    pub fn process(&self) -> NoiseProcess {
         self.process
     }
 
@@ -97,7 +97,12 @@ impl Pair {
 }
 
 /// The parameters of a block's attention layers; a block need not have the second one of its family.
-fn masters_of(layer: &str, recipe: Recipe, teacher: &Resident, start: &dyn TensorSource) -> Result<Vec<(String, Var)>> {
+fn masters_of(
+    layer: &str,
+    recipe: PairSpec,
+    teacher: &InMemoryTensors,
+    start: &dyn TensorSource,
+) -> Result<Vec<(String, Var)>> {
     let mut masters = Vec::new();
     for DistilledLayer { name, parameters } in recipe.family.distilled(layer) {
         let present = parameters.iter().filter(|parameter| teacher.info(parameter).is_some());

@@ -6,9 +6,9 @@
 
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, Denoiser, Subject};
+use clearform_models::{Conditions, Denoiser, Prompt};
 use clearform_sampling::{Guidance, Schedule, TorchGenerator, denoise};
-use clearform_weights::{Checkpoint, Resident, TensorSource, write_atomically};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ const EDITION: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub struct SampleSettings {
     /// The subjects; sample n is of subject n modulo their count.
-    pub prompts: Vec<Subject>,
+    pub prompts: Vec<Prompt>,
     /// Samples in all.
     pub count: usize,
     /// Samples drawn at once, which are one file.
@@ -47,21 +47,21 @@ pub struct ClassifierFree {
     /// How far to go from the second evaluation through the first.
     pub scale: f64,
     /// What the second is of.
-    pub without: Subject,
+    pub without: Prompt,
     /// Channels that are guided, from the first; all without it.
     pub channels: Option<usize>,
 }
 
 /// A sample, or what is left of it without its subject.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Member {
+pub(crate) struct SampleIndex {
     /// Its number.
     pub sample: usize,
     /// Whether it is taken without its subject.
     pub unconditional: bool,
 }
 
-impl Member {
+impl SampleIndex {
     /// A sample with its subject.
     pub fn of(sample: usize) -> Self {
         Self { sample, unconditional: false }
@@ -70,7 +70,7 @@ impl Member {
 
 /// What samples are drawn on.
 #[derive(Debug, Clone)]
-pub struct Canvas {
+pub struct SamplingSpec {
     /// Extents of one sample's latents as the transformer takes them, without the batch.
     pub shape: Vec<usize>,
     /// Grid, row and column of each image token.
@@ -102,7 +102,7 @@ pub struct SampleSet {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Recorded {
+struct SampleManifest {
     edition: u32,
     #[serde(flatten)]
     settings: SampleSettings,
@@ -122,7 +122,7 @@ impl SampleSet {
             return if differing.is_empty() { Ok(found) } else { Err(DistillError::OtherSettings { path, differing }) };
         }
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.to_owned(), source })?;
-        let recorded = serde_json::to_vec_pretty(&Recorded { edition: EDITION, settings: settings.clone() });
+        let recorded = serde_json::to_vec_pretty(&SampleManifest { edition: EDITION, settings: settings.clone() });
         write_atomically(&path, &recorded.map_err(|error| bad(&path, error.to_string()))?)?;
         Ok(Self { folder: folder.to_owned(), settings })
     }
@@ -134,7 +134,7 @@ impl SampleSet {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("set.json");
         let text = std::fs::read(&path).map_err(|source| DistillError::Io { path: path.clone(), source })?;
-        let recorded: Recorded = serde_json::from_slice(&text)
+        let recorded: SampleManifest = serde_json::from_slice(&text)
             .map_err(|error| bad(&path, format!("not a sample set that this version can read: {error}")))?;
         if recorded.edition != EDITION {
             let reason = format!("edition {}, this version reads {EDITION}; upgrade clearform", recorded.edition);
@@ -158,7 +158,7 @@ impl SampleSet {
     ///
     /// # Errors
     /// What `encode` says, or a file that cannot be written.
-    pub fn encode<E>(&self, encode: &mut dyn FnMut(&[Subject]) -> std::result::Result<Conditions, E>) -> Result<()>
+    pub fn encode<E>(&self, encode: &mut dyn FnMut(&[Prompt]) -> std::result::Result<Conditions, E>) -> Result<()>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
@@ -174,7 +174,7 @@ impl SampleSet {
                 // Scale and places are the set's own.
                 let parts = encoded.per_sample().filter(|(name, _)| *name != "guidance");
                 let rows = parts.map(|(name, tensor)| Ok((name.to_owned(), tensor.get(row)?.contiguous()?)));
-                save(&self.prompt_path(index), rows.collect::<Result<Resident>>()?)?;
+                save(&self.prompt_path(index), rows.collect::<Result<InMemoryTensors>>()?)?;
             }
         }
         Ok(())
@@ -184,7 +184,12 @@ impl SampleSet {
     ///
     /// # Errors
     /// A prompt that is not encoded, or what sampling says.
-    pub fn draw(&self, teacher: &dyn Denoiser, canvas: &Canvas, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+    pub fn draw(
+        &self,
+        teacher: &dyn Denoiser,
+        canvas: &SamplingSpec,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
         self.save_ids(canvas)?;
         let undrawn = self.undrawn();
         let mut done = self.settings.count - undrawn.iter().map(|&batch| self.members(batch).len()).sum::<usize>();
@@ -194,11 +199,12 @@ impl SampleSet {
             let noise = self.noise(&members, canvas)?;
             let guidance = self.guidance(&members, &canvas.device)?;
             let latents = denoise(teacher, &noise, &canvas.schedule, &guidance, &mut |_| ())?;
-            let prompts: Vec<u32> = members.iter().map(|&member| self.subject_of(Member::of(member)) as u32).collect();
+            let prompts: Vec<u32> =
+                members.iter().map(|&member| self.subject_of(SampleIndex::of(member)) as u32).collect();
             let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
             let prompts = Tensor::new(prompts, &Device::Cpu)?;
             let tensors = [("latents".to_owned(), latents), ("prompt".to_owned(), prompts)];
-            save(&self.batch_path(batch), Resident::from_iter(tensors))?;
+            save(&self.batch_path(batch), InMemoryTensors::from_iter(tensors))?;
             done += members.len();
             progress(done, self.settings.count);
         }
@@ -210,11 +216,11 @@ impl SampleSet {
     /// # Errors
     /// A file that is missing or not of this set.
     pub fn read(&self, members: &[usize], device: &Device) -> Result<Samples> {
-        self.read_members(&members.iter().copied().map(Member::of).collect::<Vec<_>>(), device)
+        self.read_members(&members.iter().copied().map(SampleIndex::of).collect::<Vec<_>>(), device)
     }
 
     /// As [`Self::read`], some without their subjects.
-    pub(crate) fn read_members(&self, members: &[Member], device: &Device) -> Result<Samples> {
+    pub(crate) fn read_members(&self, members: &[SampleIndex], device: &Device) -> Result<Samples> {
         let rows = members.iter().map(|member| self.latents(member.sample)).collect::<Result<Vec<_>>>()?;
         let latents = Tensor::stack(&rows, 0)?.to_device(device)?;
         let subjects: Vec<usize> = members.iter().map(|member| self.subject_of(*member)).collect();
@@ -223,7 +229,7 @@ impl SampleSet {
 
     fn guidance(&self, members: &[usize], device: &Device) -> Result<Guidance> {
         let conditions = |unconditional: bool| {
-            let subject = |sample: &usize| self.subject_of(Member { sample: *sample, unconditional });
+            let subject = |sample: &usize| self.subject_of(SampleIndex { sample: *sample, unconditional });
             self.conditions(&members.iter().map(subject).collect::<Vec<_>>(), device)
         };
         let positive = conditions(false)?;
@@ -273,7 +279,7 @@ impl SampleSet {
         })
     }
 
-    fn noise(&self, members: &[usize], canvas: &Canvas) -> Result<Tensor> {
+    fn noise(&self, members: &[usize], canvas: &SamplingSpec) -> Result<Tensor> {
         let one = |&member: &usize| {
             let noise = TorchGenerator::new(self.settings.seed + member as u64).randn(canvas.shape.as_slice())?;
             Ok(noise.to_device(&canvas.device)?.to_dtype(canvas.dtype)?)
@@ -281,7 +287,7 @@ impl SampleSet {
         Ok(Tensor::stack(&members.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
     }
 
-    fn save_ids(&self, canvas: &Canvas) -> Result<()> {
+    fn save_ids(&self, canvas: &SamplingSpec) -> Result<()> {
         let ids = [("image_ids", &canvas.image_ids), ("text_ids", &canvas.text_ids)];
         let ids = ids.into_iter().filter_map(|(name, ids)| Some((name.to_owned(), ids.clone()?)));
         save(&self.ids_path(), ids.collect())
@@ -293,7 +299,7 @@ impl SampleSet {
     }
 
     /// Everything that is encoded: the subjects that samples are of, and last what stands for none.
-    fn subjects(&self) -> Vec<Subject> {
+    fn subjects(&self) -> Vec<Prompt> {
         let without = self.settings.classifier_free.iter().map(|guidance| guidance.without.clone());
         self.settings.prompts[..self.used_prompts()].iter().cloned().chain(without).collect()
     }
@@ -313,7 +319,7 @@ impl SampleSet {
     }
 
     /// The number of a member's subject among [`Self::subjects`].
-    fn subject_of(&self, member: Member) -> usize {
+    fn subject_of(&self, member: SampleIndex) -> usize {
         if member.unconditional { self.used_prompts() } else { member.sample % self.settings.prompts.len() }
     }
 
@@ -354,7 +360,7 @@ pub(crate) fn differences<T: Serialize>(then: &T, now: &T) -> String {
     lines.collect::<Vec<_>>().join("; ")
 }
 
-fn save(path: &Path, tensors: Resident) -> Result<()> {
+fn save(path: &Path, tensors: InMemoryTensors) -> Result<()> {
     Ok(clearform_weights::save(path, &tensors, &BTreeMap::new())?)
 }
 

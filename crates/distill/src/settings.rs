@@ -1,4 +1,4 @@
-//! [`Settings`]: how a student is trained, as a value that is recorded with what it made.
+//! [`DistillSettings`]: how a student is trained, as a value that is recorded with what it made.
 
 use crate::{DistillError, Result};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// How a student is trained. A checkpoint can only be resumed with the settings it was begun with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Settings {
+pub struct DistillSettings {
     /// Optimizer steps; 1000.
     pub steps: usize,
     /// Samples in one backward pass; 8.
@@ -40,7 +40,7 @@ pub struct Settings {
 #[serde(default, deny_unknown_fields)]
 pub struct LossSettings {
     /// Weight of flow matching; 1.
-    pub flow: f64,
+    pub denoising: f64,
     /// Weight of the teacher's prediction; 0.5.
     pub prediction: f64,
     /// Weight of the teacher's attention outputs; 0.5.
@@ -130,7 +130,7 @@ pub enum Optimizer {
     Sgd,
 }
 
-impl Default for Settings {
+impl Default for DistillSettings {
     fn default() -> Self {
         Self {
             steps: 1000,
@@ -151,7 +151,7 @@ impl Default for Settings {
 
 impl Default for LossSettings {
     fn default() -> Self {
-        Self { flow: 1.0, prediction: 0.5, attention: 0.5, every: 4, layers: None }
+        Self { denoising: 1.0, prediction: 0.5, attention: 0.5, every: 4, layers: None }
     }
 }
 
@@ -168,7 +168,7 @@ impl Default for Optimizer {
     }
 }
 
-impl Settings {
+impl DistillSettings {
     /// Refuses what nothing can be trained with.
     ///
     /// # Errors
@@ -244,12 +244,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_trained_with_is_refused() {
-        assert!(Settings::default().check().is_ok());
+        assert!(DistillSettings::default().check().is_ok());
         for (key, settings) in [
-            ("steps", Settings { steps: 0, ..Default::default() }),
-            ("batch", Settings { batch: 0, ..Default::default() }),
-            ("clip", Settings { clip: Some(f64::NAN), ..Default::default() }),
-            ("ema", Settings { ema: Some(1.0), ..Default::default() }),
+            ("steps", DistillSettings { steps: 0, ..Default::default() }),
+            ("batch", DistillSettings { batch: 0, ..Default::default() }),
+            ("clip", DistillSettings { clip: Some(f64::NAN), ..Default::default() }),
+            ("ema", DistillSettings { ema: Some(1.0), ..Default::default() }),
         ] {
             assert!(settings.check().unwrap_err().to_string().contains(key), "{key}");
         }
@@ -258,10 +258,10 @@ mod tests {
     #[test]
     fn settings_read_back_from_json() {
         let settings =
-            Settings { timesteps: Timesteps::LogitNormal { mean: 0.5, deviation: 1.0 }, ..Default::default() };
+            DistillSettings { timesteps: Timesteps::LogitNormal { mean: 0.5, deviation: 1.0 }, ..Default::default() };
         let json = serde_json::to_string(&settings).unwrap();
-        assert_eq!(serde_json::from_str::<Settings>(&json).unwrap(), settings);
-        assert_eq!(serde_json::from_str::<Settings>("{}").unwrap(), Settings::default());
-        assert!(serde_json::from_str::<Settings>("{\"step\": 3}").is_err());
+        assert_eq!(serde_json::from_str::<DistillSettings>(&json).unwrap(), settings);
+        assert_eq!(serde_json::from_str::<DistillSettings>("{}").unwrap(), DistillSettings::default());
+        assert!(serde_json::from_str::<DistillSettings>("{\"step\": 3}").is_err());
     }
 }

@@ -1,12 +1,13 @@
 //! [`distill`]: the training loop. What it needs to go on after a kill lies in one file, written at intervals.
 
-use crate::checkpoint::{Begun, Record, TrainingState};
-use crate::journal::Journal;
+use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
+use crate::journal::LossLog;
 use crate::{
-    Batches, DistillError, Entry, Gradients, Losses, OptimizerState, Pair, Result, SampleSet, Settings, backward, clip,
+    Batches, DistillError, DistillSettings, Gradients, LossEntry, Losses, OptimizerState, Result, SampleSet,
+    TeacherStudent, backward, clip,
 };
 use candle_core::Tensor;
-use clearform_weights::Resident;
+use clearform_weights::InMemoryTensors;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -14,18 +15,18 @@ use std::time::{Duration, Instant};
 
 /// Where training keeps its files: `training.safetensors` and `losses.jsonl`.
 #[derive(Debug, Clone)]
-pub struct Workshop {
+pub struct CheckpointDir {
     /// The folder; it is made if it is not there.
     pub folder: PathBuf,
     /// Steps between checkpoints; one is written at the end in any case.
     pub checkpoint_every: usize,
     /// What to do with what is there.
-    pub start: Start,
+    pub start: ResumeMode,
 }
 
 /// What to do with an earlier checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
+pub enum ResumeMode {
     /// There must be none.
     Fresh,
     /// Continue from it bit for bit; where there is none, begin.
@@ -34,9 +35,9 @@ pub enum Start {
 
 /// A step that is done.
 #[derive(Debug, Clone, Copy)]
-pub struct Progress {
+pub struct TrainingProgress {
     /// The step, as the journal has it.
-    pub entry: Entry,
+    pub entry: LossEntry,
     /// Steps in all.
     pub steps: usize,
     /// Time left, from the mean of this sitting's steps.
@@ -45,7 +46,7 @@ pub struct Progress {
 
 /// What came of it.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum TrainingOutcome {
     /// All steps are done.
     Finished(Distilled),
     /// The observer stopped it; the checkpoint holds this many steps.
@@ -59,9 +60,9 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Distilled {
     /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters.
-    pub tensors: Resident,
+    pub tensors: InMemoryTensors,
     /// Every step.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<LossEntry>,
     /// Seconds of training, all sittings together.
     pub seconds: f64,
 }
@@ -71,14 +72,14 @@ pub struct Distilled {
 /// # Errors
 /// A setting that nothing can be trained with, work begun with other settings, a loss that is not finite.
 pub fn distill(
-    pair: &Pair,
+    pair: &TeacherStudent,
     samples: &SampleSet,
-    settings: &Settings,
-    workshop: &Workshop,
-    observe: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
-) -> Result<Outcome> {
+    settings: &DistillSettings,
+    workshop: &CheckpointDir,
+    observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
+) -> Result<TrainingOutcome> {
     settings.check()?;
-    let mut training = Training::begin(pair, samples, settings, workshop)?;
+    let mut training = TrainingRun::begin(pair, samples, settings, workshop)?;
     let (begun, from) = (Instant::now(), training.record.step);
     let earlier = training.record.seconds;
     while training.record.step < settings.steps {
@@ -87,7 +88,7 @@ pub fn distill(
         training.record.seconds = entry.seconds;
         training.journal.add(entry)?;
         let left = begun.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - from) as u32;
-        let flow = observe(&Progress { entry, steps: settings.steps, left });
+        let flow = observe(&TrainingProgress { entry, steps: settings.steps, left });
         if flow.is_break()
             || entry.step.is_multiple_of(workshop.checkpoint_every.max(1))
             || entry.step == settings.steps
@@ -95,34 +96,39 @@ pub fn distill(
             training.save()?;
         }
         if flow.is_break() && entry.step < settings.steps {
-            return Ok(Outcome::Stopped { step: entry.step });
+            return Ok(TrainingOutcome::Stopped { step: entry.step });
         }
     }
-    training.finish().map(Outcome::Finished)
+    training.finish().map(TrainingOutcome::Finished)
 }
 
-struct Training<'a> {
-    pair: &'a Pair,
-    settings: &'a Settings,
+struct TrainingRun<'a> {
+    pair: &'a TeacherStudent,
+    settings: &'a DistillSettings,
     batches: Batches<'a>,
     optimizer: OptimizerState,
     average: BTreeMap<String, Tensor>,
-    record: Record,
-    begun: Begun,
-    journal: Journal,
+    record: StateMetadata,
+    begun: ResumeRequirements,
+    journal: LossLog,
     path: PathBuf,
 }
 
-impl<'a> Training<'a> {
-    fn begin(pair: &'a Pair, samples: &'a SampleSet, settings: &'a Settings, workshop: &Workshop) -> Result<Self> {
+impl<'a> TrainingRun<'a> {
+    fn begin(
+        pair: &'a TeacherStudent,
+        samples: &'a SampleSet,
+        settings: &'a DistillSettings,
+        workshop: &CheckpointDir,
+    ) -> Result<Self> {
         let folder = &workshop.folder;
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
-        let begun = Begun { settings: settings.clone(), samples: samples.settings().clone() };
+        let begun = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
         let device = pair.device();
         let state = match (path.exists(), workshop.start) {
-            (true, Start::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
-            (true, Start::Fresh) => {
+            (true, ResumeMode::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
+            (true, ResumeMode::Fresh) => {
                 let reason = "an earlier training stands here; give --resume to go on with it, or delete it".to_owned();
                 return Err(DistillError::BadFile { path, reason });
             }
@@ -135,15 +141,15 @@ impl<'a> Training<'a> {
             }
             None => {
                 let average = if settings.ema.is_some() { pair.snapshot()? } else { BTreeMap::new() };
-                (Record::new(settings.seed), OptimizerState::default(), average)
+                (StateMetadata::new(settings.seed), OptimizerState::default(), average)
             }
         };
         let batches = Batches::new(samples, settings, pair, record.generator.clone());
-        let journal = Journal::open(&folder.join("losses.jsonl"), record.step)?;
+        let journal = LossLog::open(&folder.join("losses.jsonl"), record.step)?;
         Ok(Self { pair, settings, batches, optimizer, average, record, begun, journal, path })
     }
 
-    fn step(&mut self) -> Result<Entry> {
+    fn step(&mut self) -> Result<LossEntry> {
         let (losses, mut gradients) = self.accumulate()?;
         let step = self.record.step + 1;
         let norm = clip(&mut gradients, self.settings.clip)?;
@@ -155,8 +161,8 @@ impl<'a> Training<'a> {
         let rate = self.settings.learning_rate.at(self.record.step, self.settings.steps);
         self.optimizer.step(self.settings.optimizer, rate, self.pair.masters(), &gradients)?;
         self.record.step = step;
-        self.follow()?;
-        Ok(Entry { step, losses, norm, rate, seconds: 0.0 })
+        self.update_student()?;
+        Ok(LossEntry { step, losses, norm, rate, seconds: 0.0 })
     }
 
     /// Mean losses and gradients of the batches that make one step.
@@ -166,7 +172,7 @@ impl<'a> Training<'a> {
         for _ in 0..self.settings.accumulation {
             let (found, gradients) =
                 backward(self.pair, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
-            losses.flow += found.flow * share;
+            losses.denoising += found.denoising * share;
             losses.prediction += found.prediction * share;
             losses.attention += found.attention * share;
             losses.total += found.total * share;
@@ -183,7 +189,7 @@ impl<'a> Training<'a> {
     }
 
     /// Moves the average towards the masters, faster in the first steps.
-    fn follow(&mut self) -> Result<()> {
+    fn update_student(&mut self) -> Result<()> {
         let Some(decay) = self.settings.ema else { return Ok(()) };
         let step = self.record.step as f64;
         let decay = decay.min((1.0 + step) / (10.0 + step));

@@ -1,6 +1,6 @@
 //! Why a checkpoint cannot be taken, said so that a person can mend it.
 
-use crate::mapping::load_report::Account;
+use crate::mapping::load_report::LoadReport;
 use clearform_weights::WeightsError;
 
 /// Errors of this crate. Names that come from files are printed escaped.
@@ -51,7 +51,7 @@ pub enum LayoutError {
     },
     /// Tensors are missing, misshapen or not understood.
     #[error("the model is not complete: {0}")]
-    Incomplete(Box<Account>),
+    Incomplete(Box<LoadReport>),
     /// Reading the checkpoint failed.
     #[error(transparent)]
     Weights(#[from] WeightsError),

@@ -3,19 +3,19 @@
 
 mod common;
 
-use clearform_layout::{Estimate, Inspection};
+use clearform_layout::{CostEstimate, Inspection};
 use common::models::{Dims, Model, SMALL};
 use common::{Fake, Flux, TINY, open};
 use serde_json::json;
 
 const DEV: Flux = Flux { double: 19, single: 38, heads: 24, head_dim: 128, channels: 64, guidance: true };
 
-fn estimates(source: &Fake, config: &serde_json::Value) -> Vec<Estimate> {
+fn estimates(source: &Fake, config: &serde_json::Value) -> Vec<CostEstimate> {
     let (identified, canonical) = open(source, config);
     Inspection::new(&identified, &canonical).estimates
 }
 
-fn of(model: &Model) -> Vec<Estimate> {
+fn of(model: &Model) -> Vec<CostEstimate> {
     estimates(&model.canonical(), &model.config)
 }
 
@@ -101,7 +101,7 @@ fn each_family_computes_what_its_weights_say() {
 /// Nothing is told of pictures that a model cannot draw, and no setting of a hostile file makes a number overflow.
 #[test]
 fn sizes_are_those_that_a_model_draws() {
-    let sides = |found: Vec<Estimate>| found.into_iter().map(|one| one.side_pixels).collect::<Vec<_>>();
+    let sides = |found: Vec<CostEstimate>| found.into_iter().map(|one| one.side_pixels).collect::<Vec<_>>();
     assert_eq!(sides(estimates(&TINY.diffusers(), &TINY.config())), [1024, 2048, 4096, 8192]);
     let sized = |family, key: &str, value: u64| {
         let mut model = Model::new(family, SMALL);

@@ -3,7 +3,7 @@
 
 mod common;
 
-use clearform_layout::{Beside, Hints, Identified, Inspection, LayoutError, detect_source};
+use clearform_layout::{Hints, Identified, Inspection, LayoutError, Sidecar, detect_source};
 use clearform_weights::TensorSource;
 use common::models::{Dims, Model, SMALL};
 use common::{Fake, detect, manifests};
@@ -204,7 +204,7 @@ fn components_of_an_all_in_one_file_are_skipped_for_a_reason() {
     components.iter().for_each(|name| source.put(name, &[1]));
     let (identified, canonical) = model.open(&source);
     assert_eq!((identified.layout.as_str(), identified.prefix.as_str()), ("comfy", "model.diffusion_model."));
-    let skipped: Vec<(&str, &str)> = canonical.account().skipped().collect();
+    let skipped: Vec<(&str, &str)> = canonical.load_report().skipped().collect();
     assert_eq!(skipped.len(), 4);
     assert!(skipped.iter().all(|(name, why)| components.contains(name) && why.ends_with("not the transformer")));
     canonical.complete().unwrap();
@@ -310,11 +310,11 @@ fn stored_positions_tell_the_sample_size() {
         let identified = detect(&source, None, &hints).unwrap();
         assert_eq!(identified.config["sample_size"], 64, "{family}");
         let canonical = identified.canonical(&source).complete().unwrap();
-        let skipped: Vec<&str> = canonical.account().skipped().map(|(name, _)| name).collect();
+        let skipped: Vec<&str> = canonical.load_report().skipped().map(|(name, _)| name).collect();
         assert_eq!(skipped.len(), if family == "pixart" { 2 } else { 1 });
         assert_eq!(canonical.tensors(), model.canonical().tensors());
         let complaints = detect(&source, Some(&model.config), &Hints::default()).unwrap();
-        let complaints = complaints.canonical(&source).account().complaints().join("\n");
+        let complaints = complaints.canonical(&source).load_report().complaints().join("\n");
         assert_eq!(complaints, "\"sample_size\" is 16 by config.json, 64 by the shape of \"pos_embed\"");
         source.put("pos_embed", &[1, 1023, 1152]);
         let error = detect(&source, None, &hints).unwrap_err().to_string();
@@ -447,7 +447,7 @@ fn config_json_is_held_against_the_tensors() {
         let mut model = Model::new(family, SMALL);
         let source = model.canonical();
         model.config[key] = value;
-        let complaints = model.open(&source).1.account().complaints().join("\n");
+        let complaints = model.open(&source).1.load_report().complaints().join("\n");
         assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
     }
 }
@@ -468,7 +468,7 @@ fn absurd_values_in_config_json_are_answered() {
                     Ok(identified) => {
                         let canonical = identified.canonical(&source);
                         let _ = Inspection::new(&identified, &canonical).to_string();
-                        !canonical.account().complete()
+                        !canonical.load_report().complete()
                     }
                     Err(error) => matches!(error, LayoutError::Ambiguous { .. }),
                 };
@@ -492,7 +492,7 @@ fn metadata_of_a_file_may_name_the_class() {
     let model = Model::new("sit", SMALL);
     let source: Fake = model.foreign("original");
     let metadata = BTreeMap::from([("config".to_owned(), model.config.to_string())]);
-    let beside = Beside { config: None, metadata: &metadata };
+    let beside = Sidecar { config: None, metadata: &metadata };
     let identified = detect_source(&source, beside, &manifests(), &Hints::default()).unwrap();
     assert_eq!((identified.family.as_str(), &identified.config), ("sit", &model.config));
 }

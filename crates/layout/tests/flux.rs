@@ -3,8 +3,8 @@
 
 mod common;
 
-use clearform_layout::{Hints, Inspection, LayoutError, Manifests, Unscaled, detect_source};
-use clearform_weights::{Checkpoint, Resident, TensorSource, save};
+use clearform_layout::{Dequantized, Hints, Inspection, LayoutError, Manifests, detect_source};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, save};
 use common::{Fake, Flux, TINY, detect, manifests, open};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,7 +110,7 @@ fn components_of_an_all_in_one_file_are_skipped_for_a_reason() {
         ["text_encoders.clip_l.x.weight", "vae.decoder.conv_in.weight", "first_stage_model.x", "conditioner.y"];
     components.iter().for_each(|name| source.put(name, &[1]));
     let (_, canonical) = open(&source, &TINY.config());
-    let skipped: BTreeMap<&str, &str> = canonical.account().skipped().collect();
+    let skipped: BTreeMap<&str, &str> = canonical.load_report().skipped().collect();
     assert_eq!(skipped.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(components));
     assert!(skipped.values().all(|reason| reason.ends_with("a component, not the transformer")));
     canonical.complete().unwrap();
@@ -209,7 +209,7 @@ fn every_fault_is_named() {
         let mut source = TINY.foreign(layout);
         change(&mut source);
         let (identified, canonical) = open(&source, &TINY.config());
-        let complaints = canonical.account().complaints().join("\n");
+        let complaints = canonical.load_report().complaints().join("\n");
         for expected in expected {
             assert!(complaints.contains(expected), "{layout}: {complaints:?} does not say {expected:?}");
         }
@@ -228,8 +228,8 @@ fn a_missing_block_is_found_missing_without_config() {
     let identified = detect(&source, None, &Hints::default()).unwrap();
     assert_eq!(identified.depths()["num_layers"], 4);
     let canonical = identified.canonical(&source);
-    assert!(canonical.account().missing.iter().all(|missing| missing.name.starts_with("transformer_blocks.2.")));
-    assert_eq!(canonical.account().missing.len(), 32);
+    assert!(canonical.load_report().missing.iter().all(|missing| missing.name.starts_with("transformer_blocks.2.")));
+    assert_eq!(canonical.load_report().missing.len(), 32);
 }
 
 #[test]
@@ -258,7 +258,7 @@ fn config_json_is_held_against_the_tensors() {
         config[key] = value;
         let source = TINY.diffusers();
         let (_, canonical) = open(&source, &config);
-        let complaints = canonical.account().complaints().join("\n");
+        let complaints = canonical.load_report().complaints().join("\n");
         assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
     }
 }
@@ -274,7 +274,7 @@ fn absurd_sizes_in_config_json_are_answered() {
                 Ok(identified) => {
                     let canonical = identified.canonical(&source);
                     let _ = Inspection::new(&identified, &canonical).to_string();
-                    !canonical.account().complete()
+                    !canonical.load_report().complete()
                 }
                 Err(error) => matches!(error, LayoutError::Ambiguous { .. }),
             };
@@ -288,7 +288,7 @@ fn rope_axes_come_from_config_metadata_or_the_published_size_and_never_from_a_gu
     let source = TINY.diffusers();
     let detect = |metadata: &[(&str, &str)], hints: Hints| {
         let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let beside = clearform_layout::Beside { config: None, metadata: &metadata };
+        let beside = clearform_layout::Sidecar { config: None, metadata: &metadata };
         detect_source(&source, beside, &manifests(), &hints)
     };
     let error = detect(&[], Hints::default()).unwrap_err().to_string();
@@ -307,7 +307,7 @@ fn learned_pooling_of_clear_belongs_to_the_model_and_survives_export() {
     source.put("single_transformer_blocks.0.attn.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
     let (identified, canonical) = open(&source, &TINY.config());
     let exported = identified.foreign("bfl", canonical.complete().unwrap()).unwrap();
-    assert_eq!(exported.account().unmatched().count(), 0);
+    assert_eq!(exported.load_report().unmatched().count(), 0);
     let back = Fake::like(&exported);
     let (_, again) = open(&back, &TINY.config());
     assert_eq!(again.complete().unwrap().tensors(), source.tensors());
@@ -328,7 +328,7 @@ fn a_full_size_file_is_inspected_by_its_header_alone() {
     std::fs::write(&path, [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()).unwrap();
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(8 + (header.len() + offset) as u64).unwrap();
-    let checkpoint = Unscaled::open(&path, &manifests()).unwrap();
+    let checkpoint = Dequantized::open(&path, &manifests()).unwrap();
     let identified = clearform_layout::detect(&checkpoint, &manifests(), &Hints::default()).unwrap();
     let canonical = identified.canonical(&checkpoint).complete().unwrap();
     let inspection = Inspection::new(&identified, &canonical);
@@ -344,7 +344,7 @@ fn a_full_size_file_is_inspected_by_its_header_alone() {
 #[test]
 fn whole_tensors_of_a_source_in_memory_share_its_storage() {
     let bytes = |name: &str| TINY.foreign("bfl").read(name).unwrap().bytes;
-    let resident = Resident::load(&TINY.foreign("bfl"), None, &candle_core::Device::Cpu).unwrap();
+    let resident = InMemoryTensors::load(&TINY.foreign("bfl"), None, &candle_core::Device::Cpu).unwrap();
     let source = TINY.foreign("bfl");
     let identified = detect(&source, Some(&TINY.config()), &Hints::default()).unwrap();
     let canonical = identified.canonical(resident.clone()).complete().unwrap();

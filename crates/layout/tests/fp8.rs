@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use clearform_layout::{Hints, Inspection, Unscaled, detect};
+use clearform_layout::{Dequantized, Hints, Inspection, detect};
 use clearform_weights::{Dtype, RawTensor, Result, TensorInfo, TensorSource, WeightsError, save};
 use common::{TINY, manifests};
 use std::collections::BTreeMap;
@@ -70,7 +70,7 @@ fn products(dtype: Dtype, stored: &[u8], scales: &[f32]) -> Vec<u8> {
     let scale = |at: usize| scales[if scales.len() == 1 { 0 } else { at / COLUMNS }];
     let exact = values(dtype, stored).into_iter().enumerate().map(|(at, value)| value * scale(at));
     let bf16 = Tensor::from_iter(exact, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
-    clearform_weights::Resident::from_iter([("w".to_owned(), bf16)]).read("w").unwrap().bytes
+    clearform_weights::InMemoryTensors::from_iter([("w".to_owned(), bf16)]).read("w").unwrap().bytes
 }
 
 fn is_nan(bf16: &[u8]) -> bool {
@@ -95,7 +95,7 @@ fn check(what: &str, dtype: Dtype, companions: &[Companion], scales: &[f32]) {
         for (name, (dtype, shape, bytes)) in companions {
             source = source.with(name, (*dtype, shape, bytes.clone()));
         }
-        let unscaled = Unscaled::new(&source, &manifests()).unwrap();
+        let unscaled = Dequantized::new(&source, &manifests()).unwrap();
         let info = TensorInfo { name: "a.weight".to_owned(), dtype: Dtype::BF16, shape: vec![ROWS, COLUMNS] };
         assert_eq!((unscaled.info("a.weight"), unscaled.tensors()), (Some(info.clone()), vec![info]), "{what}");
         let want = products(dtype, stored, scales);
@@ -173,7 +173,7 @@ fn scales_that_are_not_understood_refuse_the_file() {
         for (name, (dtype, shape, bytes)) in &companions {
             source = source.with(name, (*dtype, shape, bytes.clone()));
         }
-        let message = Unscaled::new(&source, &manifests()).unwrap_err().to_string();
+        let message = Dequantized::new(&source, &manifests()).unwrap_err().to_string();
         assert!(message.contains(expected) && message.contains("\"a."), "{expected}: {message}");
     }
 }
@@ -185,7 +185,7 @@ fn inspect(source: &Raw) -> std::result::Result<Inspection, String> {
     save(&path, source, &BTreeMap::new()).unwrap();
     std::fs::write(folder.path().join("config.json"), TINY.config().to_string()).unwrap();
     let hints = Hints { config: Some(TINY.config()), ..Hints::default() };
-    let unscaled = Unscaled::open(&path, &manifests()).map_err(|error| error.to_string())?;
+    let unscaled = Dequantized::open(&path, &manifests()).map_err(|error| error.to_string())?;
     let identified = detect(&unscaled, &manifests(), &hints).map_err(|error| error.to_string())?;
     Ok(Inspection::new(&identified, &identified.canonical(&unscaled)))
 }

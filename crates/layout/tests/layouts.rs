@@ -3,7 +3,7 @@
 
 mod common;
 
-use clearform_layout::{Canonical, Fate, Hints, Segment};
+use clearform_layout::{CanonicalSource, Hints, RowSegment, TensorOutcome};
 use clearform_weights::TensorSource;
 use common::models::{Dims, FAMILIES, Model, SMALL};
 use common::{Fake, detect, manifests};
@@ -53,14 +53,14 @@ proptest! {
 }
 
 /// Every input was used, and every output has one input. Outputs hold the inputs' bytes, once for each copy.
-fn used_once(source: &Fake, canonical: &Canonical<&Fake>) {
-    let fates = &canonical.account().fates;
-    assert!(fates.values().all(|fate| matches!(fate, Fate::Used { .. })));
+fn used_once(source: &Fake, canonical: &CanonicalSource<&Fake>) {
+    let fates = &canonical.load_report().outcomes;
+    assert!(fates.values().all(|fate| matches!(fate, TensorOutcome::Used { .. })));
     assert!(fates.keys().eq(source.tensors.keys()));
     let size = |info: Option<clearform_weights::TensorInfo>| info.unwrap().shape.iter().product::<usize>();
     let (mut outputs, mut copied) = (Vec::new(), 0);
     for (name, fate) in fates {
-        let Fate::Used { names } = fate else { continue };
+        let TensorOutcome::Used { names } = fate else { continue };
         let copies = names.iter().filter(|output| size(canonical.info(output)) == size(source.info(name))).count();
         copied += copies.saturating_sub(1) * size(source.info(name));
         outputs.extend(names);
@@ -217,14 +217,14 @@ fn learned_pooling_of_clear_belongs_to_every_model_and_survives_export() {
         names.iter().for_each(|name| source.put(&format!("{name}.processor.spatial_weight"), &[1, 1, 1, 4, 1, 4, 1]));
         let (identified, canonical) = model.open(&source);
         let exported = identified.foreign("original", canonical.complete().unwrap()).unwrap();
-        assert_eq!(exported.account().unmatched().count(), 0);
+        assert_eq!(exported.load_report().unmatched().count(), 0);
         let back = Fake::like(&exported);
         assert_eq!(model.open(&back).1.complete().unwrap().tensors(), source.tensors(), "{family}");
     }
     let model = Model::new("sd3", SMALL);
     let mut source = model.canonical();
     source.put("transformer_blocks.1.attn2.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
-    let complaints = model.open(&source).1.account().complaints().join("\n");
+    let complaints = model.open(&source).1.load_report().complaints().join("\n");
     assert!(complaints.contains("\"transformer_blocks.1.attn2.processor.spatial_weight\" is not understood"));
 }
 
@@ -252,13 +252,13 @@ fn addresses_lead_where_checkpoints_do() {
         for layout in manifests().layouts(family) {
             let source = model.foreign(&layout);
             let (identified, canonical) = model.open(&source);
-            let (addresses, mut reached) = (identified.addresses(), 0);
+            let (addresses, mut reached) = (identified.parameter_map(), 0);
             for (name, info) in &source.tensors {
                 let parameter = addresses.find(name).unwrap_or_else(|| panic!("{name}"));
                 assert_eq!(parameter.shape, info.shape, "{name}");
                 let theirs = source.read(name).unwrap().bytes;
                 let row = theirs.len() / rows(info);
-                for Segment { from, canonical: to_name, to } in &parameter.segments {
+                for RowSegment { from, canonical: to_name, to } in &parameter.segments {
                     let ours = canonical.read(to_name).unwrap().bytes;
                     let to = to * row..(to + from.len()) * row;
                     assert_eq!(theirs[from.start * row..from.end * row], ours[to], "{name} in {to_name}");
@@ -282,7 +282,7 @@ fn a_lost_tensor_is_named_in_every_layout() {
                 source.tensors.remove(name);
                 match detect(&source, Some(&model.config), &Hints::default()) {
                     Ok(identified) => {
-                        let complaints = identified.canonical(&source).account().complaints().join("\n");
+                        let complaints = identified.canonical(&source).load_report().complaints().join("\n");
                         assert_eq!(identified.family, family, "{layout} {name}");
                         assert!(complaints.contains(&format!("tensor {name:?} is missing")), "{name}: {complaints}");
                     }

@@ -3,7 +3,9 @@
 
 mod common;
 
-use clearform_layout::{Beside, Expected, Fate, Hints, Identified, LayoutError, Manifests, detect_source};
+use clearform_layout::{
+    ExpectedTensor, Hints, Identified, LayoutError, Manifests, Sidecar, TensorOutcome, detect_source,
+};
 use clearform_weights::TensorSource;
 use common::{Fake, TINY};
 use std::collections::BTreeMap;
@@ -68,7 +70,7 @@ fn old() -> Fake {
 }
 
 fn identify(source: &Fake) -> Identified {
-    let beside = Beside { config: None, metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: None, metadata: &BTreeMap::new() };
     detect_source(source, beside, &with(TOY).unwrap(), &Hints::default()).unwrap()
 }
 
@@ -87,8 +89,8 @@ fn joins_reshapes_copies_and_drops_go_both_ways() {
     for copy in ["layers.0.table", "layers.1.table", "extra.table"] {
         assert_eq!(canonical.read(copy).unwrap().bytes, bytes("table"));
     }
-    let dropped = Fate::Skipped { reason: "a buffer of training".to_owned() };
-    assert_eq!(canonical.account().fates["unused.0"], dropped);
+    let dropped = TensorOutcome::Skipped { reason: "a buffer of training".to_owned() };
+    assert_eq!(canonical.load_report().outcomes["unused.0"], dropped);
     let back = identified.foreign("old", &canonical).unwrap();
     for name in source.tensors.keys().filter(|name| *name != "unused.0") {
         assert_eq!(back.read(name).unwrap(), source.read(name).unwrap(), "{name}");
@@ -122,7 +124,7 @@ fn a_layout_and_a_variant_are_added_to_a_family() {
     let manifests = with(text).unwrap();
     let source = TINY.foreign("bfl").under("mine.");
     let config = TINY.config();
-    let beside = Beside { config: Some(&config), metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
     let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
     assert_eq!((identified.layout.as_str(), identified.variant.name.as_str()), ("mine", "house"));
     assert_eq!((identified.variant.defaults.guidance, identified.variant.defaults.steps), (1.5, 28));
@@ -186,7 +188,7 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     let expected = manifests.expected("kin", &sizes).unwrap();
     let shapes: Vec<(String, Vec<usize>)> = expected
         .into_iter()
-        .map(|Expected { name, shape, .. }| (name, shape.into_iter().flatten().collect()))
+        .map(|ExpectedTensor { name, shape, .. }| (name, shape.into_iter().flatten().collect()))
         .collect();
     let named = |name: &str, shape: &[usize]| (name.to_owned(), shape.to_vec());
     let model = [
@@ -202,7 +204,7 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     assert_eq!(shapes, model);
     let mut source = Fake::default();
     model.iter().for_each(|(name, shape)| source.put(name, shape));
-    let beside = Beside { config: Some(&sizes), metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: Some(&sizes), metadata: &BTreeMap::new() };
     let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
     let found = serde_json::json!({
         "_class_name": "KinModel", "depth": 3, "width": 4, "side": 8, "wide": [1], "kind": "broad", "scale": null,
@@ -211,14 +213,14 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     assert_eq!((&identified.config, identified.variant.name.as_str()), (&found, "broad"));
     assert_eq!((identified.pixels_per_token(), identified.optional_components()), (32, &["extra".to_owned()][..]));
     let exported = identified.foreign("old", &source).unwrap();
-    assert_eq!(exported.account().unmatched().count(), 0);
+    assert_eq!(exported.load_report().unmatched().count(), 0);
     let halves = source.read("layers.2.mix").unwrap().bytes;
     assert_eq!(exported.read("l.2.mix").unwrap().bytes, [&halves[4..], &halves[..4]].concat());
     assert_eq!(exported.read("l.1.mix").unwrap(), source.read("layers.1.mix").unwrap());
     assert_eq!(exported.tensors().len(), source.tensors.len());
     let mut old = Fake::like(&exported);
     old.put("table", &[72, 2]);
-    let beside = Beside { config: None, metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: None, metadata: &BTreeMap::new() };
     let identified = detect_source(&old, beside, &manifests, &Hints::default()).unwrap();
     // 72 / (2 * 4) is 9, its root 3, times 3 less 1 is 8; and this layout has an eps of its own.
     let mut found = found;
@@ -228,7 +230,7 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     let theirs = old.read("l.2.mix").unwrap().bytes;
     assert_eq!(canonical.read("layers.2.mix").unwrap().bytes, [&theirs[4..], &theirs[..4]].concat());
     assert_eq!(canonical.read("layers.0.mix").unwrap().bytes, old.read("l.0.mix").unwrap().bytes);
-    assert_eq!(canonical.account().skipped().collect::<Vec<_>>(), [("table", "seen by its shape")]);
+    assert_eq!(canonical.load_report().skipped().collect::<Vec<_>>(), [("table", "seen by its shape")]);
 }
 
 #[test]

@@ -4,7 +4,10 @@
 
 mod common;
 
-use clearform_layout::{Beside, Canonical, Fate, Hints, Identified, Inside, LayoutError, Manifests, detect_source};
+use clearform_layout::{
+    CanonicalSource, EmbeddedComponent, Hints, Identified, LayoutError, Manifests, Sidecar, TensorOutcome,
+    detect_source,
+};
 use clearform_weights::TensorSource;
 use common::models::{Model, SMALL};
 use common::{Fake, Flux, TINY, detect};
@@ -23,7 +26,7 @@ fn shape(value: &Value) -> Vec<usize> {
 
 fn recognise(kind: &str, source: &Fake, config: &Value) -> Result<Identified, LayoutError> {
     let hints = Hints { family: Some(kind.to_owned()), ..Hints::default() };
-    let beside = Beside { config: Some(config), metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
     detect_source(source, beside, &Manifests::parts().unwrap(), &hints)
 }
 
@@ -107,8 +110,8 @@ fn every_lost_or_misshapen_tensor_of_a_vae_is_named() {
                 let said = match recognise("vae", &damaged, &of_no_tensor(&config)) {
                     Ok(identified) => {
                         let canonical = identified.canonical(&damaged);
-                        assert!(!canonical.account().complete(), "{name}");
-                        canonical.account().complaints().join("\n")
+                        assert!(!canonical.load_report().complete(), "{name}");
+                        canonical.load_report().complaints().join("\n")
                     }
                     Err(error) => error.to_string(),
                 };
@@ -189,7 +192,7 @@ fn clip_is_as_transformers_has_it() {
         let identified = recognise("clip", &source, &declared).unwrap();
         agrees(&identified.config, &config, &[&keys[..], &["projection_dim", "max_position_embeddings"]].concat());
         let canonical = identified.canonical(&source).complete().unwrap();
-        let skipped: Vec<_> = canonical.account().skipped().collect();
+        let skipped: Vec<_> = canonical.load_report().skipped().collect();
         assert_eq!(skipped, [("text_model.embeddings.position_ids", "the numbers of the positions, from 0 on")]);
         assert_eq!(canonical.tensors().len(), tensors);
     }
@@ -249,7 +252,7 @@ fn all_in_one(mut transformer: Fake, parts: &[(&str, &Fake)]) -> Fake {
     transformer
 }
 
-fn opened<'a>(file: &'a Fake, inside: &Inside) -> (Value, Canonical<impl TensorSource + use<'a>>) {
+fn opened<'a>(file: &'a Fake, inside: &EmbeddedComponent) -> (Value, CanonicalSource<impl TensorSource + use<'a>>) {
     let part = inside.open(file, None).unwrap();
     (part.config, part.tensors.complete().unwrap())
 }
@@ -268,8 +271,8 @@ fn the_parts_of_flux_are_found_in_its_file() {
     let identified = detect(&file, Some(&TINY.config()), &Hints::default()).unwrap();
     let whole = identified.canonical(&file).complete().unwrap();
     assert_eq!(whole.tensors(), TINY.diffusers().tensors());
-    assert!(whole.account().skipped().any(|(name, why)| name.ends_with("logit_scale") && why.contains("training")));
-    let inside = identified.parts_in(&file);
+    assert!(whole.load_report().skipped().any(|(name, why)| name.ends_with("logit_scale") && why.contains("training")));
+    let inside = identified.components_in(&file);
     let names: Vec<(&str, &str)> = inside.iter().map(|part| (part.name.as_str(), part.prefix.as_str())).collect();
     assert_eq!(names, [("text_encoder", parts[0].0), ("text_encoder_2", parts[1].0), ("vae", parts[2].0)]);
 
@@ -279,8 +282,8 @@ fn the_parts_of_flux_are_found_in_its_file() {
         (&config["num_attention_heads"], &config["hidden_act"], &config["eos_token_id"]),
         (&12.into(), &"quick_gelu".into(), &49407.into())
     );
-    let unused = Fate::Skipped { reason: "FLUX takes this encoder's state as it is".to_owned() };
-    assert_eq!(tensors.account().fates["text_projection.weight"], unused);
+    let unused = TensorOutcome::Skipped { reason: "FLUX takes this encoder's state as it is".to_owned() };
+    assert_eq!(tensors.load_report().outcomes["text_projection.weight"], unused);
     assert_eq!(tensors.tensors().len(), clip.tensors.len() - 1);
     let name = "text_model.encoder.layers.1.mlp.fc1.weight";
     assert_eq!(tensors.read(name).unwrap(), file.read(&format!("{encoder}transformer.{name}")).unwrap());
@@ -306,7 +309,7 @@ fn the_parts_of_sd3_are_projected_as_it_was_trained() {
     let parts =
         [("text_encoders.clip_l.transformer.", &own), ("text_encoders.clip_g.transformer.", &other), ("vae.", &vae)];
     let file = all_in_one(model.foreign("comfy"), &parts);
-    let inside = model.open(&file).0.parts_in(&file);
+    let inside = model.open(&file).0.components_in(&file);
     let names: Vec<&str> = inside.iter().map(|part| part.name.as_str()).collect();
     assert_eq!(names, ["text_encoder", "text_encoder_2", "vae"]);
     let (config, tensors) = opened(&file, &inside[0]);
@@ -324,7 +327,7 @@ fn the_parts_of_sd3_are_projected_as_it_was_trained() {
     let mut without = file.clone();
     without.tensors.remove("text_encoders.clip_g.transformer.text_projection.weight");
     let part = inside[1].open(&without, None).unwrap();
-    assert_eq!(part.tensors.account().complaints(), ["tensor \"text_projection.weight\" is missing"]);
+    assert_eq!(part.tensors.load_report().complaints(), ["tensor \"text_projection.weight\" is missing"]);
 }
 
 #[test]
@@ -336,7 +339,7 @@ fn the_scale_of_pixarts_latents_is_that_of_its_variant() {
         model.config["sample_size"] = size.into();
         let parts = [("vae.", &vae), ("text_encoders.t5xxl.transformer.", &encoder)];
         let file = all_in_one(model.foreign("original"), &parts);
-        let inside = model.open(&file).0.parts_in(&file);
+        let inside = model.open(&file).0.components_in(&file);
         assert_eq!((inside[0].name.as_str(), inside.len()), ("text_encoder", 2));
         let config = opened(&file, &inside[1]).0;
         assert_eq!((&config["scaling_factor"], &config["shift_factor"]), (&expected.into(), &Value::Null));
@@ -358,8 +361,8 @@ fn what_is_wrong_with_a_part_is_told_and_nothing_of_it_passed_over() {
         file.tensors.remove(name);
         shape.into_iter().for_each(|shape| file.put(name, shape));
         let identified = detect(&file, Some(&config), &Hints::default()).unwrap();
-        let part = identified.parts_in(&file)[0].open(&file, None).unwrap();
-        let complaints = part.tensors.account().complaints().join("\n");
+        let part = identified.components_in(&file)[0].open(&file, None).unwrap();
+        let complaints = part.tensors.load_report().complaints().join("\n");
         assert!(complaints.contains(expected), "{complaints}");
         part.tensors.complete().unwrap_err();
     }

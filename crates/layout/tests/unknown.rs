@@ -3,17 +3,17 @@
 
 mod common;
 
-use clearform_layout::Account;
+use clearform_layout::LoadReport;
 use common::{Flux, TINY, open};
 use std::time::{Duration, Instant};
 
-fn account(layout: &str, renamed: &[(&str, &str)]) -> Account {
+fn account(layout: &str, renamed: &[(&str, &str)]) -> LoadReport {
     let mut source = TINY.foreign(layout);
     for (from, to) in renamed {
         let info = source.tensors.remove(*from).unwrap();
         source.put(to, &info.shape);
     }
-    open(&source, &TINY.config()).1.account().clone()
+    open(&source, &TINY.config()).1.load_report().clone()
 }
 
 /// (layout, name of the layout, name in the file, whether each points to the other)
@@ -35,9 +35,9 @@ fn a_tensor_under_another_name_and_the_one_that_is_missing_point_to_each_other()
     ] {
         let account = account(layout, &[(right, wrong)]);
         assert!(account.missing.iter().all(|missing| missing.in_file() == right), "{wrong}");
-        assert_eq!(account.near.get(right).map(String::as_str), near.then_some(wrong), "{wrong}");
+        assert_eq!(account.suggestions.get(right).map(String::as_str), near.then_some(wrong), "{wrong}");
         if near {
-            assert_eq!(account.near[wrong], right);
+            assert_eq!(account.suggestions[wrong], right);
             let complaints = account.complaints();
             let unmatched = format!("tensor {wrong:?} is not understood: ");
             let found = complaints.iter().find(|one| one.starts_with(&unmatched)).unwrap();
@@ -54,8 +54,8 @@ fn a_known_name_of_a_wrong_shape_is_near_to_nothing() {
     let mut source = TINY.foreign("bfl");
     source.put("double_blocks.0.img_attn.qkv.weight", &[7, 16]);
     let (_, canonical) = open(&source, &TINY.config());
-    assert_eq!(canonical.account().unmatched().count(), 1);
-    assert!(canonical.account().near.is_empty(), "{:?}", canonical.account().near);
+    assert_eq!(canonical.load_report().unmatched().count(), 1);
+    assert!(canonical.load_report().suggestions.is_empty(), "{:?}", canonical.load_report().suggestions);
 }
 
 #[test]
@@ -68,11 +68,11 @@ fn a_hundred_thousand_unknown_names_are_answered_in_time() {
     }
     let start = Instant::now();
     let (_, canonical) = open(&source, &flux.config());
-    let account = canonical.account();
+    let account = canonical.load_report();
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     assert_eq!(account.unmatched().count(), 100_000);
     assert_eq!(
-        account.near["single_blocks.7.modulation.linear_000000.weight"],
+        account.suggestions["single_blocks.7.modulation.linear_000000.weight"],
         "single_blocks.7.modulation.lin.weight"
     );
 }

@@ -78,14 +78,14 @@ impl Conditions {
 
 /// Which step of how many. The model itself does not ask for it; what acts for a part of the way alone does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moment {
+pub struct StepIndex {
     /// From 0.
     pub index: usize,
     /// Steps in all.
     pub steps: usize,
 }
 
-impl Default for Moment {
+impl Default for StepIndex {
     /// The only one.
     fn default() -> Self {
         Self { index: 0, steps: 1 }
@@ -100,7 +100,7 @@ pub struct DenoiserInput {
     /// Timestep in the unit of the family's class, (batch).
     pub timestep: Tensor,
     /// Which of a picture's evaluations it is.
-    pub moment: Moment,
+    pub step_index: StepIndex,
     /// Everything else.
     pub conditions: Conditions,
 }
@@ -125,7 +125,7 @@ pub struct CrossText {
 
 /// What every block reads and none changes.
 #[derive(Debug)]
-pub struct Context {
+pub struct BlockContext {
     /// Timestep, guidance, class and pooled text, embedded, (batch, ..); the family says how it is divided.
     pub conditioning: Tensor,
     /// Text that is no stream of its own, where the family has cross-attention.
@@ -138,7 +138,7 @@ pub struct Context {
 
 /// What travels from block to block.
 #[derive(Debug, Clone)]
-pub struct State {
+pub struct HiddenState {
     /// Image stream, (batch, image tokens, width), in the geometry's tile order.
     pub image: Tensor,
     /// Text stream, (batch, text tokens, width).
@@ -146,7 +146,7 @@ pub struct State {
     /// What the last block's attention gave, before its output projection; none before the first block.
     pub attention: Option<Attended>,
     /// What every block reads.
-    pub context: Arc<Context>,
+    pub context: Arc<BlockContext>,
 }
 
 /// A diffusion transformer.
@@ -158,19 +158,19 @@ pub trait Denoiser: Send + Sync {
     ///
     /// # Errors
     /// A missing or misshapen input.
-    fn embed(&self, input: &DenoiserInput) -> Result<State>;
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState>;
 
     /// Runs block `index`.
     ///
     /// # Errors
     /// The tensor library refused.
-    fn block(&self, index: usize, state: State) -> Result<State>;
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState>;
 
     /// The prediction from the last state, shaped as the latents were, in raster order.
     ///
     /// # Errors
     /// The tensor library refused.
-    fn head(&self, state: &State) -> Result<Tensor>;
+    fn head(&self, state: &HiddenState) -> Result<Tensor>;
 
     /// How many blocks there are.
     fn block_count(&self) -> usize {

@@ -1,10 +1,10 @@
 //! [`Family`]: an architecture of diffusion transformer, and the list of those we have.
 
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, InputChannels, Process, Result, Steering, Subject};
+use crate::{Conditions, Denoiser, DenoiserInput, GuidanceKind, InputChannels, NoiseProcess, Prompt, Result};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ pub trait Family: Send + Sync {
     fn channels(&self, config: &Value) -> Result<InputChannels>;
 
     /// How its samples are noised, and what it predicts of them.
-    fn process(&self) -> Process;
+    fn noise_process(&self) -> NoiseProcess;
 
     /// How its pipeline spaces the steps of a flow.
     fn spacing(&self) -> StepSpacing {
@@ -48,7 +48,7 @@ pub trait Family: Send + Sync {
     ///
     /// # Errors
     /// A bad config key.
-    fn steering(&self, config: &Value) -> Result<Steering>;
+    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind>;
 
     /// Latent places (or pixels, where it draws pixels) along the edge of a token.
     ///
@@ -66,9 +66,9 @@ pub trait Family: Send + Sync {
     ///
     /// # Errors
     /// A bad config key.
-    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+    fn computed(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
         let _ = (config, layout);
-        Ok(Resident::default())
+        Ok(InMemoryTensors::default())
     }
 
     /// Encodes subjects, asking `encoders` for what it needs of them.
@@ -78,13 +78,13 @@ pub trait Family: Send + Sync {
     ///
     /// # Errors
     /// A subject that this family does not draw, or an encoder that cannot be had.
-    fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions>;
+    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions>;
 
     /// Adds to `conditions` what depends on the picture and not on its subject.
     ///
     /// # Errors
     /// A bad config key.
-    fn framed(&self, config: &Value, conditions: Conditions, framing: &Framing) -> Result<Conditions> {
+    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
         let _ = (config, framing);
         Ok(conditions)
     }
@@ -128,7 +128,7 @@ pub struct DistilledLayer {
 
 /// What is known of pictures before they are drawn.
 #[derive(Debug, Clone)]
-pub struct Framing {
+pub struct BatchSpec {
     /// Pictures.
     pub batch: usize,
     /// Height and width in pixels.

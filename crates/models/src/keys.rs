@@ -1,4 +1,4 @@
-//! [`Keys`]: a config.json read key by key, with errors that name the key. It does not know which keys a model has.
+//! [`ConfigKeys`]: a config.json read key by key, with errors that name the key. It does not know which keys a model has.
 
 use crate::{ModelError, Result};
 use serde_json::Value;
@@ -8,9 +8,9 @@ const LARGEST: u64 = 1 << 24;
 
 /// The keys of one config.json. A key that is absent or null takes the default of the class that wrote the file.
 #[derive(Clone, Copy)]
-pub(crate) struct Keys<'a>(&'a Value);
+pub(crate) struct ConfigKeys<'a>(&'a Value);
 
-impl<'a> Keys<'a> {
+impl<'a> ConfigKeys<'a> {
     pub(crate) fn new(config: &'a Value) -> Result<Self> {
         match config {
             Value::Object(_) => Ok(Self(config)),
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn absent_and_null_keys_take_the_default() {
         let config = json!({"heads": 3, "out": null});
-        let keys = Keys::new(&config).unwrap();
+        let keys = ConfigKeys::new(&config).unwrap();
         assert_eq!(keys.count("heads", None).unwrap(), 3);
         assert_eq!(keys.count("out", 16).unwrap(), 16);
         assert_eq!(keys.text("act_fn", "silu").unwrap(), "silu");
@@ -122,9 +122,9 @@ mod tests {
             (json!({}), "config key \"heads\": is missing"),
         ];
         for (config, expected) in cases {
-            let error = Keys::new(&config).unwrap().count("heads", None).unwrap_err().to_string();
+            let error = ConfigKeys::new(&config).unwrap().count("heads", None).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        assert!(Keys::new(&json!([])).is_err());
+        assert!(ConfigKeys::new(&json!([])).is_err());
     }
 }

@@ -16,9 +16,9 @@ mod subject;
 pub mod text;
 pub mod vae;
 
-pub use denoiser::{Conditions, Context, CrossText, Denoiser, DenoiserInput, Moment, Rotary, State};
+pub use denoiser::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, Rotary, StepIndex};
 pub use error::{ModelError, Result};
-pub use family::{DistilledLayer, FAMILIES, Family, Framing, StepSpacing};
-pub use process::{Noised, Process, alphas_cumprod, linear_betas, without_variance};
+pub use family::{BatchSpec, DistilledLayer, FAMILIES, Family, StepSpacing};
+pub use process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, without_variance};
 pub use random::{InputChannels, InputSizes, random_input};
-pub use subject::{Steering, Subject};
+pub use subject::{GuidanceKind, Prompt};

@@ -1,4 +1,4 @@
-//! [`Process`]: what lies between a picture and noise, and what a family's model takes and predicts there. It knows
+//! [`NoiseProcess`]: what lies between a picture and noise, and what a family's model takes and predicts there. It knows
 //! no model and no schedule.
 
 use crate::{ModelError, Result};
@@ -10,7 +10,7 @@ const DIFFUSION_STEPS: usize = 1000;
 
 /// How a family mixes latents x0 with noise, in which unit its model takes the time, and what it predicts.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Process {
+pub enum NoiseProcess {
     /// Rectified flow (Liu et al., arXiv 2209.03003): x_t = (1 - t) x0 + t noise. The model predicts noise - x0.
     Flow {
         /// The model takes t times this: 1 for FLUX and minRF, 1000 for SD3.
@@ -36,7 +36,7 @@ pub struct Noised {
     pub target: Tensor,
 }
 
-impl Process {
+impl NoiseProcess {
     /// Mixes `noise` into `x0`, each sample at its own `level` from 0, the picture, to 1. A diffusion's step is
     /// floor(1000 level), at most 999.
     ///
@@ -161,11 +161,11 @@ mod tests {
         Tensor::new(&values, &Device::Cpu).unwrap()
     }
 
-    fn made(process: Process, levels: [f32; 2]) -> Noised {
+    fn made(process: NoiseProcess, levels: [f32; 2]) -> Noised {
         process.noised(&pairs([[1.0, -2.0], [4.0, 0.0]]), &pairs([[3.0, 2.0], [0.0, 8.0]]), &tensor(&levels)).unwrap()
     }
 
-    fn check(process: Process, latents: [[f32; 2]; 2], timestep: [f32; 2], target: [[f32; 2]; 2]) {
+    fn check(process: NoiseProcess, latents: [[f32; 2]; 2], timestep: [f32; 2], target: [[f32; 2]; 2]) {
         let noised = made(process, [0.25, 0.5]);
         assert_eq!(noised.latents.to_vec2::<f32>().unwrap(), latents, "{process:?}");
         assert_eq!(noised.timestep.to_vec1::<f32>().unwrap(), timestep, "{process:?}");
@@ -175,9 +175,9 @@ mod tests {
     #[test]
     fn flows_by_hand() {
         let (latents, target) = ([[1.5, -1.0], [2.0, 4.0]], [[2.0, 4.0], [-4.0, 8.0]]);
-        check(Process::Flow { time_scale: 1.0 }, latents, [0.25, 0.5], target);
-        check(Process::Flow { time_scale: 1000.0 }, latents, [250.0, 500.0], target);
-        check(Process::ReversedFlow, latents, [0.75, 0.5], target.map(|row| row.map(|value| -value)));
+        check(NoiseProcess::Flow { time_scale: 1.0 }, latents, [0.25, 0.5], target);
+        check(NoiseProcess::Flow { time_scale: 1000.0 }, latents, [250.0, 500.0], target);
+        check(NoiseProcess::ReversedFlow, latents, [0.75, 0.5], target.map(|row| row.map(|value| -value)));
     }
 
     /// x0 = (1, -2), noise = (3, 2) and (4, 0), (0, 8): what DDPMScheduler() of diffusers 0.42.1 makes of them.
@@ -189,7 +189,7 @@ mod tests {
             ([0.0019, 0.5], [1.0, 500.0], ADDED_HALFWAY),
         ];
         for (levels, steps, want) in cases {
-            let noised = made(Process::Diffusion, levels);
+            let noised = made(NoiseProcess::Diffusion, levels);
             assert_eq!(noised.timestep.to_vec1::<f32>().unwrap(), steps);
             assert_eq!(noised.target.to_vec2::<f32>().unwrap(), [[3.0, 2.0], [0.0, 8.0]]);
             let got = noised.latents.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -211,13 +211,13 @@ mod tests {
     fn bf16_latents_are_mixed_in_f32() {
         let half = |tensor: Tensor| tensor.to_dtype(DType::BF16).unwrap();
         let (x0, noise) = (half(pairs([[1.0, 0.0], [0.0, 0.0]])), half(pairs([[0.0, 1.0], [0.0, 0.0]])));
-        let noised = Process::ReversedFlow.noised(&x0, &noise, &tensor(&[0.3, 0.0])).unwrap();
+        let noised = NoiseProcess::ReversedFlow.noised(&x0, &noise, &tensor(&[0.3, 0.0])).unwrap();
         assert_eq!(noised.latents.to_vec2::<f32>().unwrap(), [[0.7, 0.3], [0.0, 0.0]]);
     }
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
-        let flow = Process::Flow { time_scale: 1.0 };
+        let flow = NoiseProcess::Flow { time_scale: 1.0 };
         let (two, three) = (tensor(&[0.0, 1.0]), tensor(&[0.0, 0.5, 1.0]));
         let latents = pairs([[0.0; 2]; 2]);
         for (noise, level, name) in [(&two, &two, "noise"), (&latents, &three, "level"), (&latents, &latents, "level")]

@@ -1,6 +1,6 @@
 //! [`random_input`]: an evaluation of random numbers, for whoever times a transformer. It knows no family.
 
-use crate::{Conditions, DenoiserInput, Family, Framing, Moment, Process, Result};
+use crate::{BatchSpec, Conditions, DenoiserInput, Family, NoiseProcess, Result, StepIndex};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::TokenGrid;
 use serde_json::Value;
@@ -55,20 +55,20 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
         image_ids,
         ..Conditions::default()
     };
-    let framing = Framing { batch: 1, size, guidance: 3.5, device: device.clone() };
+    let framing = BatchSpec { batch: 1, size, guidance: 3.5, device: device.clone() };
     Ok(DenoiserInput {
         latents,
-        timestep: Tensor::new(&[half_way(family.process())], device)?,
-        moment: Moment::default(),
-        conditions: family.framed(config, conditions, &framing)?,
+        timestep: Tensor::new(&[half_way(family.noise_process())], device)?,
+        step_index: StepIndex::default(),
+        conditions: family.add_size_conditions(config, conditions, &framing)?,
     })
 }
 
 /// The middle of the way, in the unit of the model.
-fn half_way(process: Process) -> f32 {
+fn half_way(process: NoiseProcess) -> f32 {
     match process {
-        Process::Flow { time_scale } => (0.5 * time_scale) as f32,
-        Process::ReversedFlow => 0.5,
-        Process::Diffusion => 500.0,
+        NoiseProcess::Flow { time_scale } => (0.5 * time_scale) as f32,
+        NoiseProcess::ReversedFlow => 0.5,
+        NoiseProcess::Diffusion => 500.0,
     }
 }

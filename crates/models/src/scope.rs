@@ -1,4 +1,4 @@
-//! [`Scope`]: a tensor source seen from one module of a model, and [`Linear`], the layer all of them have. They know
+//! [`WeightBuilder`]: a tensor source seen from one module of a model, and [`Linear`], the layer all of them have. They know
 //! no architecture.
 
 use crate::Result;
@@ -7,7 +7,7 @@ use clearform_weights::{LowRank, TensorSource, WeightsError};
 
 /// A source seen from the module `prefix`: names are relative to it.
 #[derive(Clone)]
-pub(crate) struct Scope<'a> {
+pub(crate) struct WeightBuilder<'a> {
     source: &'a dyn TensorSource,
     prefix: String,
     dtype: Option<DType>,
@@ -21,7 +21,7 @@ pub(crate) struct Linear {
     beside: Vec<LowRank>,
 }
 
-impl<'a> Scope<'a> {
+impl<'a> WeightBuilder<'a> {
     /// All of `source`, in the number formats it has.
     pub(crate) fn root(source: &'a dyn TensorSource) -> Self {
         Self { source, prefix: String::new(), dtype: None }
@@ -33,16 +33,16 @@ impl<'a> Scope<'a> {
     }
 
     /// The submodule `name`.
-    pub(crate) fn at(&self, name: impl std::fmt::Display) -> Self {
+    pub(crate) fn pp(&self, name: impl std::fmt::Display) -> Self {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.source.info(&self.full(name)).is_some()
+        self.source.info(&self.full_name(name)).is_some()
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
-        self.converted(self.source.tensor(&self.full(name))?)
+        self.converted(self.source.tensor(&self.full_name(name))?)
     }
 
     /// As [`Self::tensor`], and its extents are `shape`.
@@ -53,14 +53,14 @@ impl<'a> Scope<'a> {
         }
         let found = tensor.dims();
         let reason = format!("expected shape {shape:?}, found {found:?}; config.json may belong to another model");
-        Err(WeightsError::BadTensor { name: self.full(name), reason }.into())
+        Err(WeightsError::BadTensor { name: self.full_name(name), reason }.into())
     }
 
     /// The layer `name`: its weight, and its bias where it has one.
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
-        let scope = self.at(name);
+        let scope = self.pp(name);
         let bias = if scope.has("bias") { Some(scope.tensor("bias")?) } else { None };
-        let (weight, beside) = self.source.factored(&scope.full("weight"))?;
+        let (weight, beside) = self.source.factored(&scope.full_name("weight"))?;
         Ok(Linear { weight: self.converted(weight)?, bias, beside })
     }
 
@@ -72,7 +72,7 @@ impl<'a> Scope<'a> {
         }
     }
 
-    fn full(&self, name: &str) -> String {
+    fn full_name(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 }
@@ -104,13 +104,13 @@ impl Linear {
 mod tests {
     use super::*;
     use candle_core::Device;
-    use clearform_weights::Resident;
+    use clearform_weights::InMemoryTensors;
 
     #[test]
     fn a_wrong_shape_is_named_with_the_full_name() {
         let source =
-            Resident::from_iter([("a.b".to_owned(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap())]);
-        let scope = Scope::root(&source).in_dtype(DType::F32).at("a");
+            InMemoryTensors::from_iter([("a.b".to_owned(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap())]);
+        let scope = WeightBuilder::root(&source).in_dtype(DType::F32).pp("a");
         assert_eq!(scope.shaped("b", &[2, 3]).unwrap().dtype(), DType::F32);
         let error = scope.shaped("b", &[3, 3]).unwrap_err().to_string();
         assert!(error.contains("\"a.b\": expected shape [3, 3], found [2, 3]"), "{error}");

@@ -1,8 +1,8 @@
 //! [`gated_add`] in one pass. Knows nothing of where it stands in a block.
 
-use crate::kernel::{self, Kernel, column_sums, for_rows};
+use crate::kernel::{self, CpuKernel, column_sums, for_rows};
 use crate::reference;
-use crate::simd::{Element, Level, Real, Task, dispatch};
+use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -25,23 +25,23 @@ pub fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<Tensor>
     if residual.dims() != x.dims() || gate.dims() != [batch, width] {
         bail!("gated_add: x {:?}, residual {:?}, gate {:?}", x.dims(), residual.dims(), gate.dims());
     }
-    kernel::apply(Gated { batch, tokens, width }, &[residual, &gate.to_dtype(x.dtype())?, x])
+    kernel::apply(GatedAddOp { batch, tokens, width }, &[residual, &gate.to_dtype(x.dtype())?, x])
 }
 
 #[derive(Clone, Copy)]
-struct Gated {
+struct GatedAddOp {
     batch: usize,
     tokens: usize,
     width: usize,
 }
 
-impl Kernel for Gated {
+impl CpuKernel for GatedAddOp {
     const NAME: &'static str = "gated_add";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = inputs[0].to_vec();
         for_rows(&mut out, self.width, |first, out| {
-            dispatch(Add { shape: *self, first, out, gate: inputs[1], x: inputs[2] })
+            dispatch(GatedAddRows { shape: *self, first, out, gate: inputs[1], x: inputs[2] })
         });
         Ok(out)
     }
@@ -51,32 +51,32 @@ impl Kernel for Gated {
         Ok(vec![
             residual.track_op().then(|| grad.clone()),
             kernel::gradient(gate, GateGradient(*self), &[grad, x])?,
-            kernel::gradient(x, InputGradient(*self), &[grad, gate])?,
+            kernel::gradient(x, GatedInputGradient(*self), &[grad, gate])?,
         ])
     }
 }
 
-struct InputGradient(Gated);
+struct GatedInputGradient(GatedAddOp);
 
-impl Kernel for InputGradient {
+impl CpuKernel for GatedInputGradient {
     const NAME: &'static str = "gated_add gradient of x";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         for_rows(&mut out, self.0.width, |first, out| {
-            dispatch(Add { shape: self.0, first, out, gate: inputs[1], x: inputs[0] })
+            dispatch(GatedAddRows { shape: self.0, first, out, gate: inputs[1], x: inputs[0] })
         });
         Ok(out)
     }
 }
 
-struct GateGradient(Gated);
+struct GateGradient(GatedAddOp);
 
-impl Kernel for GateGradient {
+impl CpuKernel for GateGradient {
     const NAME: &'static str = "gated_add gradient of the gate";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Gated { batch, tokens, width } = self.0;
+        let GatedAddOp { batch, tokens, width } = self.0;
         let add = |rows: Range<usize>, sums: &mut [E::Work]| {
             let range = rows.start * width..rows.end * width;
             dispatch(SumProducts { sums, a: &inputs[0][range.clone()], b: &inputs[1][range] })
@@ -90,19 +90,19 @@ impl Kernel for GateGradient {
 }
 
 /// out += gate · x, from row `first` on.
-struct Add<'a, E> {
-    shape: Gated,
+struct GatedAddRows<'a, E> {
+    shape: GatedAddOp,
     first: usize,
     out: &'a mut [E],
     gate: &'a [E],
     x: &'a [E],
 }
 
-impl<E: Element> Task for Add<'_, E> {
+impl<E: Element> SimdKernel for GatedAddRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.shape.width;
         let x = &self.x[self.first * width..];
         for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
@@ -122,11 +122,11 @@ struct SumProducts<'a, E: Element> {
     b: &'a [E],
 }
 
-impl<E: Element> Task for SumProducts<'_, E> {
+impl<E: Element> SimdKernel for SumProducts<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.sums.len();
         for (a, b) in self.a.chunks_exact(width).zip(self.b.chunks_exact(width)) {
             for ((sum, a), b) in self.sums.iter_mut().zip(a).zip(b) {

@@ -1,8 +1,8 @@
 //! [`gelu`] in one pass. Knows nothing of where it stands in a block.
 
-use crate::kernel::{self, GRAIN, Kernel};
+use crate::kernel::{self, CpuKernel, GRAIN};
 use crate::reference;
-use crate::simd::{Element, Level, Real, Task, dispatch};
+use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -18,18 +18,18 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if let Some(out) = crate::cuda::gelu(x)? {
         return Ok(out);
     }
-    if kernel::supported(x) { kernel::apply(Gelu, &[x]) } else { reference::gelu(x) }
+    if kernel::supported(x) { kernel::apply(GeluOp, &[x]) } else { reference::gelu(x) }
 }
 
-struct Gelu;
+struct GeluOp;
 
-impl Kernel for Gelu {
+impl CpuKernel for GeluOp {
     const NAME: &'static str = "gelu";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         let chunks = out.par_chunks_mut(GRAIN).zip(inputs[0].par_chunks(GRAIN));
-        chunks.for_each(|(out, x)| dispatch(Forward { out, x }));
+        chunks.for_each(|(out, x)| dispatch(GeluForward { out, x }));
         Ok(out)
     }
 
@@ -40,27 +40,27 @@ impl Kernel for Gelu {
 
 struct GeluGradient;
 
-impl Kernel for GeluGradient {
+impl CpuKernel for GeluGradient {
     const NAME: &'static str = "gelu gradient";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = inputs[1].to_vec();
         let chunks = out.par_chunks_mut(GRAIN).zip(inputs[0].par_chunks(GRAIN));
-        chunks.for_each(|(grad, x)| dispatch(Backward { grad, x }));
+        chunks.for_each(|(grad, x)| dispatch(GeluBackward { grad, x }));
         Ok(out)
     }
 }
 
-struct Forward<'a, E> {
+struct GeluForward<'a, E> {
     out: &'a mut [E],
     x: &'a [E],
 }
 
-impl<E: Element> Task for Forward<'_, E> {
+impl<E: Element> SimdKernel for GeluForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for (out, x) in self.out.iter_mut().zip(self.x) {
             let x = x.load();
             *out = E::store(x * gate::<L, E::Work>(x));
@@ -68,16 +68,16 @@ impl<E: Element> Task for Forward<'_, E> {
     }
 }
 
-struct Backward<'a, E> {
+struct GeluBackward<'a, E> {
     grad: &'a mut [E],
     x: &'a [E],
 }
 
-impl<E: Element> Task for Backward<'_, E> {
+impl<E: Element> SimdKernel for GeluBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for (grad, x) in self.grad.iter_mut().zip(self.x) {
             let x = x.load();
             let gate = gate::<L, E::Work>(x);
@@ -92,7 +92,7 @@ const SLOPE: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044715;
 
 #[inline(always)]
-fn gate<L: Level, T: Real>(x: T) -> T {
+fn gate<L: Isa, T: Real>(x: T) -> T {
     let double = x * T::of(-2.0 * SLOPE) * (x * x).times_plus::<L>(T::of(CUBIC), T::ONE);
     T::ONE / (T::ONE + double.exponential::<L>())
 }

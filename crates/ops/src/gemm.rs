@@ -1,7 +1,9 @@
 //! [`product`]: x wᵀ + b and x w of our own, for numbers that the tensor library would widen first and for instructions
 //! that it makes less of. Knows no tensor.
 
-use crate::simd::{Element, Factor, Instructions, Level, Pair, Product, ROW, Real, Strided, Task, side_by_side};
+use crate::simd::{
+    Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, Real, SimdKernel, Strided, side_by_side,
+};
 use candle_core::DType;
 use rayon::prelude::*;
 
@@ -19,15 +21,15 @@ const OUTPUTS: usize = 32;
 
 /// Extents of a product.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Extents {
+pub(crate) struct GemmShape {
     pub rows: usize,
     pub inputs: usize,
     pub outputs: usize,
 }
 
-impl Extents {
+impl GemmShape {
     /// Whether [`product`] is faster than the tensor library's.
-    pub fn suit(self, format: DType, instructions: Instructions) -> bool {
+    pub fn suit(self, format: DType, instructions: CpuFeatures) -> bool {
         match format {
             DType::BF16 => self.rows <= FEW || instructions.have_vectors(),
             DType::F32 => self.rows > FEW && instructions.are_narrow(),
@@ -38,7 +40,7 @@ impl Extents {
 
 /// The numbers of a product.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sides<'a, E> {
+pub(crate) struct GemmOperands<'a, E> {
     pub x: &'a [E],
     pub weight: &'a [E],
     pub bias: Option<&'a [E]>,
@@ -49,11 +51,11 @@ pub(crate) struct Sides<'a, E> {
 /// # Shapes
 /// x (rows, inputs), weight (outputs, inputs), bias (outputs) -> (rows, outputs).
 pub(crate) fn product<E: Element<Work = f32>>(
-    sides: Sides<'_, E>,
-    extents: Extents,
-    instructions: Instructions,
+    sides: GemmOperands<'_, E>,
+    extents: GemmShape,
+    instructions: CpuFeatures,
 ) -> Vec<E> {
-    let Extents { rows, inputs, outputs } = extents;
+    let GemmShape { rows, inputs, outputs } = extents;
     if rows == 0 || outputs == 0 || inputs == 0 {
         return biased(vec![E::zero(); rows * outputs], sides.bias, outputs);
     }
@@ -67,71 +69,70 @@ pub(crate) fn product<E: Element<Work = f32>>(
 pub(crate) fn product_by_columns<E: Element<Work = f32>>(
     x: &[E],
     weight: &[E],
-    extents: Extents,
-    instructions: Instructions,
+    extents: GemmShape,
+    instructions: CpuFeatures,
 ) -> Vec<E> {
     if extents.rows == 0 || extents.outputs == 0 || extents.inputs == 0 {
         return vec![E::zero(); extents.rows * extents.outputs];
     }
-    let packed = Packed { extents, instructions };
+    let packed = PackedWeight { extents, instructions };
     if by_pairs::<E>(instructions) {
-        packed.product(x, &packed.columns::<E, Pair>(weight), None)
+        packed.product(x, &packed.columns::<E, Bf16Pair>(weight), None)
     } else {
         packed.product(x, &packed.columns::<E, f32>(weight), None)
     }
 }
 
-fn of_many<E: Element<Work = f32>>(sides: Sides<'_, E>, extents: Extents, instructions: Instructions) -> Vec<E> {
-    let (Sides { x, weight, bias }, packed) = (sides, Packed { extents, instructions });
+fn of_many<E: Element<Work = f32>>(
+    sides: GemmOperands<'_, E>,
+    extents: GemmShape,
+    instructions: CpuFeatures,
+) -> Vec<E> {
+    let (GemmOperands { x, weight, bias }, packed) = (sides, PackedWeight { extents, instructions });
     if by_pairs::<E>(instructions) {
-        packed.product(x, &packed.rows::<E, Pair>(weight), bias)
+        packed.product(x, &packed.rows::<E, Bf16Pair>(weight), bias)
     } else {
         packed.product(x, &packed.rows::<E, f32>(weight), bias)
     }
 }
 
-fn by_pairs<E: Element>(instructions: Instructions) -> bool {
+fn by_pairs<E: Element>(instructions: CpuFeatures) -> bool {
     E::DTYPE == DType::BF16 && instructions.multiply_pairs()
 }
 
 /// A product whose weight is brought into the order that it is read in: [block of 32 outputs][factor of inputs][output],
 /// 0 where a block is wider than what is left.
-struct Packed {
-    extents: Extents,
-    instructions: Instructions,
+struct PackedWeight {
+    extents: GemmShape,
+    instructions: CpuFeatures,
 }
 
-impl Packed {
+impl PackedWeight {
     /// A weight that is given as (outputs, inputs).
-    fn rows<E: Element<Work = f32>, F: Factor<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+    fn rows<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
         let inputs = self.extents.inputs;
         self.blocks(|block, out| {
             let rows = &weight[block * ROW * inputs..];
-            self.instructions.run(PackRows { rows: &rows[..rows.len().min(ROW * inputs)], inputs, out });
+            self.instructions.run(PackWeightRows { rows: &rows[..rows.len().min(ROW * inputs)], inputs, out });
         })
     }
 
     /// A weight that is given as (inputs, outputs).
-    fn columns<E: Element<Work = f32>, F: Factor<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+    fn columns<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
         let outputs = self.extents.outputs;
-        self.blocks(|block, out| self.instructions.run(PackColumns { weight, outputs, first: block * ROW, out }))
+        self.blocks(|block, out| self.instructions.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
     }
 
-    fn blocks<F: Factor>(&self, fill: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
-        let Extents { inputs, outputs, .. } = self.extents;
+    fn blocks<F: Lane>(&self, fill: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
+        let GemmShape { inputs, outputs, .. } = self.extents;
         let block = inputs.div_ceil(F::WIDTH) * ROW;
         let mut packed = vec![F::default(); outputs.div_ceil(ROW) * block];
         packed.par_chunks_mut(block).enumerate().for_each(|(index, packed)| fill(index, packed));
         packed
     }
 
-    fn product<E: Element<Work = f32>, F: Factor<Sum = f32>>(
-        &self,
-        x: &[E],
-        weight: &[F],
-        bias: Option<&[E]>,
-    ) -> Vec<E> {
-        let Extents { rows, inputs, outputs } = self.extents;
+    fn product<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, x: &[E], weight: &[F], bias: Option<&[E]>) -> Vec<E> {
+        let GemmShape { rows, inputs, outputs } = self.extents;
         let steps = inputs.div_ceil(F::WIDTH);
         let mut out = vec![E::zero(); rows * outputs];
         // Fewer where threads would have none otherwise; each sum is the same however rows are shared out.
@@ -139,25 +140,31 @@ impl Packed {
         let parts = out.par_chunks_mut(at_a_time * outputs).zip(x.par_chunks(at_a_time * inputs));
         parts.for_each(|(out, x)| {
             let mut factors = vec![F::default(); x.len() / inputs * steps];
-            self.instructions.run(Widen { rows: x, inputs, out: &mut factors });
+            self.instructions.run(WidenRows { rows: x, inputs, out: &mut factors });
             let mut sums = [0.0; ROWS * ROW];
             for (block, weight) in weight.chunks(steps * ROW).enumerate() {
                 let first = block * ROW;
                 begin(&mut sums, bias.map(|bias| &bias[first..outputs.min(first + ROW)]));
                 self.multiply(&mut sums, &factors, weight);
-                self.instructions.run(Finish { sums: &sums, out: &mut out[first..], outputs, lanes: outputs - first });
+                self.instructions.run(StoreTile {
+                    sums: &sums,
+                    out: &mut out[first..],
+                    outputs,
+                    lanes: outputs - first,
+                });
             }
         });
         out
     }
 
     /// sums[row][lane] += Σ x(row, factor) · weight[factor][lane].
-    fn multiply<F: Factor<Sum = f32>>(&self, sums: &mut [f32], x: &[F], weight: &[F]) {
+    fn multiply<F: Lane<Sum = f32>>(&self, sums: &mut [f32], x: &[F], weight: &[F]) {
         let (steps, depth) = (weight.len() / ROW, self.depth());
         for first in (0..steps).step_by(depth) {
             let a = Strided { values: &x[first..], row_step: steps, inner_step: 1 };
             let inner = 0..depth.min(steps - first);
-            let product = Product { rows: x.len() / steps, inner: &[inner], a, b: &weight[first * ROW..], b_step: ROW };
+            let product =
+                MatrixProduct { rows: x.len() / steps, inner: &[inner], a, b: &weight[first * ROW..], b_step: ROW };
             product.add_to(sums, ROW, self.instructions);
         }
     }
@@ -170,17 +177,17 @@ impl Packed {
 }
 
 /// Rows of numbers as rows of factors.
-struct Widen<'a, E, F> {
+struct WidenRows<'a, E, F> {
     rows: &'a [E],
     inputs: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for Widen<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for WidenRows<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let steps = self.inputs.div_ceil(F::WIDTH);
         for (row, out) in self.rows.chunks_exact(self.inputs).zip(self.out.chunks_exact_mut(steps)) {
             F::along(row, out);
@@ -189,34 +196,34 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for Widen<'_, E, F> {
 }
 
 /// Up to 32 rows of a weight, (outputs, inputs).
-struct PackRows<'a, E, F> {
+struct PackWeightRows<'a, E, F> {
     rows: &'a [E],
     inputs: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for PackRows<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackWeightRows<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         side_by_side(self.rows.chunks_exact(self.inputs), self.out);
     }
 }
 
 /// Up to 32 columns, from `first` on, of a weight, (inputs, outputs).
-struct PackColumns<'a, E, F> {
+struct PackWeightColumns<'a, E, F> {
     weight: &'a [E],
     outputs: usize,
     first: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for PackColumns<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackWeightColumns<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let lanes = self.first..self.outputs.min(self.first + ROW);
         let rows = self.weight.chunks_exact(F::WIDTH * self.outputs);
         let last = rows.remainder();
@@ -228,18 +235,18 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for PackColumns<'_, E, F> {
 }
 
 /// Sums of 32 lanes to the first `lanes` numbers of rows, `outputs` apart.
-struct Finish<'a, E: Element> {
+struct StoreTile<'a, E: Element> {
     sums: &'a [E::Work],
     out: &'a mut [E],
     outputs: usize,
     lanes: usize,
 }
 
-impl<E: Element> Task for Finish<'_, E> {
+impl<E: Element> SimdKernel for StoreTile<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let lanes = self.lanes.min(ROW);
         for (out, sums) in self.out.chunks_mut(self.outputs).zip(self.sums.chunks_exact(ROW)) {
             out[..lanes].iter_mut().zip(sums).for_each(|(out, sum)| *out = E::store(*sum));
@@ -248,14 +255,14 @@ impl<E: Element> Task for Finish<'_, E> {
 }
 
 /// Output by output, so that threads share the weight and read it once.
-fn of_few<E: Element<Work = f32>>(sides: Sides<'_, E>, extents: Extents, instructions: Instructions) -> Vec<E> {
-    let (Sides { x, weight, bias }, Extents { rows, inputs, outputs }) = (sides, extents);
+fn of_few<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, instructions: CpuFeatures) -> Vec<E> {
+    let (GemmOperands { x, weight, bias }, GemmShape { rows, inputs, outputs }) = (sides, extents);
     let x: Vec<f32> = x.iter().map(|number| number.load()).collect();
     let mut columns = vec![E::zero(); rows * outputs]; // (outputs, rows)
     let parts = columns.par_chunks_mut(OUTPUTS * rows).zip(weight.par_chunks(OUTPUTS * inputs)).enumerate();
     parts.for_each(|(part, (out, weight))| {
         let bias = bias.map(|bias| &bias[part * OUTPUTS..]);
-        instructions.run(Dots { out, x: &x, weight, bias, rows });
+        instructions.run(DotProducts { out, x: &x, weight, bias, rows });
     });
     if rows == 1 {
         return columns;
@@ -264,7 +271,7 @@ fn of_few<E: Element<Work = f32>>(sides: Sides<'_, E>, extents: Extents, instruc
 }
 
 /// `out[output][row] = bias[output] + Σ x(row, input) · weight(output, input)`.
-struct Dots<'a, E> {
+struct DotProducts<'a, E> {
     out: &'a mut [E],
     x: &'a [f32],
     weight: &'a [E],
@@ -272,11 +279,11 @@ struct Dots<'a, E> {
     rows: usize,
 }
 
-impl<E: Element<Work = f32>> Task for Dots<'_, E> {
+impl<E: Element<Work = f32>> SimdKernel for DotProducts<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let inputs = self.x.len() / self.rows;
         let outputs = self.out.chunks_exact_mut(self.rows).zip(self.weight.chunks_exact(inputs));
         for (output, (out, weight)) in outputs.enumerate() {
@@ -292,7 +299,7 @@ impl<E: Element<Work = f32>> Task for Dots<'_, E> {
 const SUMS: usize = 64;
 
 #[inline(always)]
-fn dot<E: Element<Work = f32>, L: Level>(x: &[f32], weight: &[E]) -> f32 {
+fn dot<E: Element<Work = f32>, L: Isa>(x: &[f32], weight: &[E]) -> f32 {
     let (x_parts, x_rest) = x.as_chunks::<SUMS>();
     let (weight_parts, weight_rest) = weight.as_chunks::<SUMS>();
     let mut sums = [0.0; SUMS];
@@ -344,17 +351,17 @@ mod tests {
         (0, 4, 4),
     ];
 
-    fn cases() -> impl Iterator<Item = (Extents, Instructions)> {
-        let extents = CASES.into_iter().map(|(rows, inputs, outputs)| Extents { rows, inputs, outputs });
-        extents.flat_map(|extents| Instructions::available().map(move |instructions| (extents, instructions)))
+    fn cases() -> impl Iterator<Item = (GemmShape, CpuFeatures)> {
+        let extents = CASES.into_iter().map(|(rows, inputs, outputs)| GemmShape { rows, inputs, outputs });
+        extents.flat_map(|extents| CpuFeatures::available().map(move |instructions| (extents, instructions)))
     }
 
     /// `step` is the relative distance of neighbouring numbers.
     fn sums_written_out_are_met<E: Element<Work = f32>>(step: f64) {
         for (extents, instructions) in cases() {
-            let Extents { rows, inputs, outputs } = extents;
+            let GemmShape { rows, inputs, outputs } = extents;
             let (x, weight, bias) = (numbers::<E>(rows * inputs, 1), numbers(outputs * inputs, 2), numbers(outputs, 3));
-            let sides = Sides { x: &x, weight: &weight, bias: Some(&bias) };
+            let sides = GemmOperands { x: &x, weight: &weight, bias: Some(&bias) };
             let got = product(sides, extents, instructions);
             assert_eq!(got.len(), rows * outputs);
             for (index, got) in got.iter().enumerate() {
@@ -375,7 +382,7 @@ mod tests {
 
     fn a_weight_by_columns_gives_the_same<E: Element<Work = f32> + Debug>() {
         for (extents, instructions) in cases() {
-            let Extents { rows, inputs, outputs } = extents;
+            let GemmShape { rows, inputs, outputs } = extents;
             let (x, weight) = (numbers::<E>(rows * inputs, 1), numbers::<E>(outputs * inputs, 2));
             let transposed: Vec<E> =
                 (0..inputs).flat_map(|input| weight[input..].iter().step_by(inputs).copied()).collect();
@@ -383,7 +390,7 @@ mod tests {
             let want = match rows {
                 0 => Vec::new(),
                 _ if inputs == 0 => vec![E::zero(); rows * outputs],
-                _ => of_many(Sides { x: &x, weight: &weight, bias: None }, extents, instructions),
+                _ => of_many(GemmOperands { x: &x, weight: &weight, bias: None }, extents, instructions),
             };
             assert_eq!(got, want, "{extents:?}, {instructions:?}");
         }
@@ -397,11 +404,13 @@ mod tests {
 
     #[test]
     fn one_thread_and_three_give_the_same_bits() {
-        let extents = Extents { rows: 100, inputs: 66, outputs: 40 };
+        let extents = GemmShape { rows: 100, inputs: 66, outputs: 40 };
         let (x, weight) = (numbers::<bf16>(100 * 66, 1), numbers::<bf16>(40 * 66, 2));
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| product(Sides { x: &x, weight: &weight, bias: None }, extents, Instructions::detect()))
+            pool.install(|| {
+                product(GemmOperands { x: &x, weight: &weight, bias: None }, extents, CpuFeatures::detect())
+            })
         };
         assert_eq!(on(1), on(3));
     }

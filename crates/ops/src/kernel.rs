@@ -1,4 +1,4 @@
-//! [`Kernel`]: arithmetic on contiguous inputs, made into a candle operation. Knows no particular operation.
+//! [`CpuKernel`]: arithmetic on contiguous inputs, made into a candle operation. Knows no particular operation.
 
 use crate::simd::Element;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Re
 pub(crate) const GRAIN: usize = 1 << 14;
 
 /// Arithmetic on contiguous inputs of one number format, on the CPU.
-pub(crate) trait Kernel: Send + Sync + 'static {
+pub(crate) trait CpuKernel: Send + Sync + 'static {
     /// The operation's name in error messages.
     const NAME: &'static str;
 
@@ -32,17 +32,17 @@ pub(crate) fn supported(x: &Tensor) -> bool {
 }
 
 /// Runs a kernel on one to three tensors of one number format, differentiably.
-pub(crate) fn apply<K: Kernel>(kernel: K, args: &[&Tensor]) -> Result<Tensor> {
+pub(crate) fn apply<K: CpuKernel>(kernel: K, args: &[&Tensor]) -> Result<Tensor> {
     match args {
-        [a] => a.contiguous()?.apply_op1(Fused(kernel)),
-        [a, b] => a.contiguous()?.apply_op2(&b.contiguous()?, Fused(kernel)),
-        [a, b, c] => a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, Fused(kernel)),
+        [a] => a.contiguous()?.apply_op1(FusedOp(kernel)),
+        [a, b] => a.contiguous()?.apply_op2(&b.contiguous()?, FusedOp(kernel)),
+        [a, b, c] => a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, FusedOp(kernel)),
         _ => bail!("{} takes one to three tensors, not {}", K::NAME, args.len()),
     }
 }
 
 /// Computes a gradient by a kernel if `arg` is tracked: what is frozen costs nothing.
-pub(crate) fn gradient<K: Kernel>(arg: &Tensor, kernel: K, inputs: &[&Tensor]) -> Result<Option<Tensor>> {
+pub(crate) fn gradient<K: CpuKernel>(arg: &Tensor, kernel: K, inputs: &[&Tensor]) -> Result<Option<Tensor>> {
     if !arg.track_op() {
         return Ok(None);
     }
@@ -50,9 +50,9 @@ pub(crate) fn gradient<K: Kernel>(arg: &Tensor, kernel: K, inputs: &[&Tensor]) -
     apply(kernel, &inputs.iter().collect::<Vec<_>>()).map(Some)
 }
 
-struct Fused<K>(K);
+struct FusedOp<K>(K);
 
-impl<K: Kernel> Fused<K> {
+impl<K: CpuKernel> FusedOp<K> {
     fn run(&self, inputs: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
         let shape = self.0.shape(inputs[0].1.shape());
         let storage = match inputs[0].0 {
@@ -79,7 +79,7 @@ pub(crate) fn contiguous<'a, E: Element>(storage: &'a CpuStorage, layout: &Layou
     }
 }
 
-impl<K: Kernel> CustomOp1 for Fused<K> {
+impl<K: CpuKernel> CustomOp1 for FusedOp<K> {
     fn name(&self) -> &'static str {
         K::NAME
     }
@@ -93,7 +93,7 @@ impl<K: Kernel> CustomOp1 for Fused<K> {
     }
 }
 
-impl<K: Kernel> CustomOp2 for Fused<K> {
+impl<K: CpuKernel> CustomOp2 for FusedOp<K> {
     fn name(&self) -> &'static str {
         K::NAME
     }
@@ -108,9 +108,9 @@ impl<K: Kernel> CustomOp2 for Fused<K> {
     }
 }
 
-type Gradients3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+type OpGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
-impl<K: Kernel> CustomOp3 for Fused<K> {
+impl<K: CpuKernel> CustomOp3 for FusedOp<K> {
     fn name(&self) -> &'static str {
         K::NAME
     }
@@ -127,7 +127,7 @@ impl<K: Kernel> CustomOp3 for Fused<K> {
         self.run(&[(a, la), (b, lb), (c, lc)])
     }
 
-    fn bwd(&self, a: &Tensor, b: &Tensor, c: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Gradients3> {
+    fn bwd(&self, a: &Tensor, b: &Tensor, c: &Tensor, _: &Tensor, grad: &Tensor) -> Result<OpGradients> {
         let mut gradients = self.0.backward(&[a, b, c], grad)?.into_iter();
         Ok((gradients.next().flatten(), gradients.next().flatten(), gradients.next().flatten()))
     }

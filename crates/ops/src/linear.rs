@@ -1,9 +1,9 @@
 //! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
 
-use crate::gemm::{self, Extents, Sides};
+use crate::gemm::{self, GemmOperands, GemmShape};
 use crate::kernel::{contiguous, for_rows};
 use crate::reference;
-use crate::simd::{Element, Instructions, Level, Task, dispatch};
+use crate::simd::{CpuFeatures, Element, Isa, SimdKernel, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
@@ -35,17 +35,17 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
     let x = x.contiguous()?;
     match bias {
-        None => x.apply_op2(weight, Linear),
-        Some(bias) => x.apply_op3(weight, bias, Linear),
+        None => x.apply_op2(weight, LinearOp),
+        Some(bias) => x.apply_op3(weight, bias, LinearOp),
     }
 }
 
-struct Linear;
+struct LinearOp;
 
-type Gradients2 = (Option<Tensor>, Option<Tensor>);
-type Gradients3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+type WeightAndBiasGradients = (Option<Tensor>, Option<Tensor>);
+type LinearGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
-impl CustomOp2 for Linear {
+impl CustomOp2 for LinearOp {
     fn name(&self) -> &'static str {
         "linear"
     }
@@ -65,12 +65,12 @@ impl CustomOp2 for Linear {
         product((x, lx), (w, lw))
     }
 
-    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Gradients2> {
+    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<WeightAndBiasGradients> {
         Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?))
     }
 }
 
-impl CustomOp3 for Linear {
+impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
         "linear"
     }
@@ -126,7 +126,7 @@ impl CustomOp3 for Linear {
         add_bias(product((x, lx), (w, lw))?, (b, lb))
     }
 
-    fn bwd(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Gradients3> {
+    fn bwd(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, _: &Tensor, grad: &Tensor) -> Result<LinearGradients> {
         Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?, bias_gradient(bias, grad)?))
     }
 }
@@ -153,12 +153,12 @@ fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
     Ok(shape.into())
 }
 
-type View<'a> = (&'a CpuStorage, &'a Layout);
+type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
 
 /// x wᵀ + b by our own product, where it is the faster one.
-fn ours(x: View, weight: View, bias: Option<View>) -> Result<Option<CpuStorage>> {
-    let ((outputs, inputs), instructions) = (weight.1.shape().dims2()?, Instructions::detect());
-    let extents = Extents { rows: row_count(x.1), inputs, outputs };
+fn ours(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
+    let ((outputs, inputs), instructions) = (weight.1.shape().dims2()?, CpuFeatures::detect());
+    let extents = GemmShape { rows: row_count(x.1), inputs, outputs };
     let are_whole = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
     match x.0.dtype() {
         format if !are_whole || !extents.suit(format, instructions) => Ok(None),
@@ -169,19 +169,19 @@ fn ours(x: View, weight: View, bias: Option<View>) -> Result<Option<CpuStorage>>
 }
 
 fn ours_of<E: Element<Work = f32>>(
-    x: View,
-    weight: View,
-    bias: Option<View>,
-    extents: Extents,
-    instructions: Instructions,
+    x: StorageRef,
+    weight: StorageRef,
+    bias: Option<StorageRef>,
+    extents: GemmShape,
+    instructions: CpuFeatures,
 ) -> Result<CpuStorage> {
     let (x, weight, bias) = (numbers::<E>(x)?, numbers::<E>(weight)?, bias.map(numbers::<E>).transpose()?);
-    let sides = Sides { x: &x, weight: &weight, bias: bias.as_deref() };
+    let sides = GemmOperands { x: &x, weight: &weight, bias: bias.as_deref() };
     Ok(E::to_cpu_storage_owned(gemm::product(sides, extents, instructions)))
 }
 
 /// The numbers of a tensor, rounded where they are masters in a wider format.
-fn numbers<'a, E: Element<Work = f32>>((storage, layout): View<'a>) -> Result<Cow<'a, [E]>> {
+fn numbers<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Result<Cow<'a, [E]>> {
     if storage.dtype() == E::DTYPE {
         return contiguous(storage, layout).map(Cow::Borrowed);
     }
@@ -215,11 +215,11 @@ struct AddRows<'a, E> {
     bias: &'a [E],
 }
 
-impl<E: Element> Task for AddRows<'_, E> {
+impl<E: Element> SimdKernel for AddRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for out in self.out.chunks_exact_mut(self.bias.len()) {
             for (out, bias) in out.iter_mut().zip(self.bias) {
                 *out = E::store(out.load() + bias.load());
@@ -234,26 +234,26 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
     }
     let (grad, weight) = (rows(grad)?.detach(), weight.detach().to_dtype(grad.dtype())?.contiguous()?);
     let ((rows, inputs), outputs) = (grad.dims2()?, weight.dim(1)?);
-    let extents = Extents { rows, inputs, outputs };
-    let is_ours = grad.device().is_cpu() && extents.suit(grad.dtype(), Instructions::detect());
-    let gradient = if is_ours { grad.apply_op2_no_bwd(&weight, &InputGradient)? } else { grad.matmul(&weight)? };
+    let extents = GemmShape { rows, inputs, outputs };
+    let is_ours = grad.device().is_cpu() && extents.suit(grad.dtype(), CpuFeatures::detect());
+    let gradient = if is_ours { grad.apply_op2_no_bwd(&weight, &LinearInputGradient)? } else { grad.matmul(&weight)? };
     gradient.reshape(x.shape()).map(Some)
 }
 
 /// grad w by our own product.
-struct InputGradient;
+struct LinearInputGradient;
 
-impl InputGradient {
-    fn run<E: Element<Work = f32>>(grad: View, weight: View) -> Result<(CpuStorage, Shape)> {
+impl LinearInputGradient {
+    fn run<E: Element<Work = f32>>(grad: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
         let (rows, (inputs, outputs)) = (row_count(grad.1), weight.1.shape().dims2()?);
         let (grad, weight) = (contiguous::<E>(grad.0, grad.1)?, contiguous::<E>(weight.0, weight.1)?);
-        let extents = Extents { rows, inputs, outputs };
-        let out = gemm::product_by_columns(grad, weight, extents, Instructions::detect());
+        let extents = GemmShape { rows, inputs, outputs };
+        let out = gemm::product_by_columns(grad, weight, extents, CpuFeatures::detect());
         Ok((E::to_cpu_storage_owned(out), (rows, outputs).into()))
     }
 }
 
-impl CustomOp2 for InputGradient {
+impl CustomOp2 for LinearInputGradient {
     fn name(&self) -> &'static str {
         "linear gradient of x"
     }

@@ -1,6 +1,6 @@
-//! [`Instructions`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
+//! [`CpuFeatures`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
 //!
-//! A [`Task`] is written once over [`Real`] numbers in loops that vectorise by themselves; [`Instructions::run`] runs the
+//! A [`SimdKernel`] is written once over [`Real`] numbers in loops that vectorise by themselves; [`CpuFeatures::run`] runs the
 //! copy that was compiled for them, and [`dispatch`] that for the best this processor has. It knows no tensor.
 
 #[cfg(target_arch = "x86_64")]
@@ -12,9 +12,9 @@ mod level;
 mod product;
 mod vector;
 
-pub use factor::{Factor, Pair, PairVector, side_by_side};
-pub use level::{Instructions, Level, Task, dispatch};
-pub use product::{Product, ROW, Row, Strided, VECTORS, add_row, load_row, store_row};
+pub use factor::{Bf16Pair, Lane, PairVector, side_by_side};
+pub use level::{CpuFeatures, Isa, SimdKernel, dispatch};
+pub use product::{MatrixProduct, ROW, RowLanes, Strided, VECTORS, add_row, load_row, store_row};
 pub use vector::{LANES, Vector};
 
 use vector::Array;
@@ -37,7 +37,7 @@ pub trait Real:
     + MulAssign
 {
     /// 16 of them.
-    type Vector<L: Level>: Vector<Self>;
+    type Vector<L: Isa>: Vector<Self>;
 
     /// 0.
     const ZERO: Self;
@@ -52,24 +52,28 @@ pub trait Real:
     fn of(value: f64) -> Self;
 
     /// self · a + b, in one instruction where the level has one.
-    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self;
+    fn times_plus<L: Isa>(self, a: Self, b: Self) -> Self;
 
     /// √self.
     fn root(self) -> Self;
 
     /// e to the self. In f32 within 2 units of the last place, exactly 0 below -87.3, and at most e⁸⁸.
-    fn exponential<L: Level>(self) -> Self;
+    fn exponential<L: Isa>(self) -> Self;
 
-    /// [`Factor::own_panels`] of numbers.
+    /// [`Lane::own_panels`] of numbers.
     #[inline(always)]
-    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+    fn own_panels<L: Isa, const ADD: bool>(
+        product: &MatrixProduct<'_, Self>,
+        out: &mut [Self],
+        out_step: usize,
+    ) -> usize {
         let _ = (product, out, out_step);
         0
     }
 }
 
 impl Real for f32 {
-    type Vector<L: Level> = L::F32;
+    type Vector<L: Isa> = L::F32;
 
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
@@ -82,7 +86,7 @@ impl Real for f32 {
     }
 
     #[inline(always)]
-    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self {
+    fn times_plus<L: Isa>(self, a: Self, b: Self) -> Self {
         if L::FUSED { self.mul_add(a, b) } else { self * a + b }
     }
 
@@ -92,20 +96,24 @@ impl Real for f32 {
     }
 
     #[inline(always)]
-    fn exponential<L: Level>(self) -> Self {
+    fn exponential<L: Isa>(self) -> Self {
         exp_f32::<L>(self)
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+    fn own_panels<L: Isa, const ADD: bool>(
+        product: &MatrixProduct<'_, Self>,
+        out: &mut [Self],
+        out_step: usize,
+    ) -> usize {
         // SAFETY: the level has AVX2.
         if L::NARROW { unsafe { avx2::panels::<ADD>(product, out, out_step) } } else { 0 }
     }
 }
 
 impl Real for f64 {
-    type Vector<L: Level> = Array<f64, L>;
+    type Vector<L: Isa> = Array<f64, L>;
 
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
@@ -118,7 +126,7 @@ impl Real for f64 {
     }
 
     #[inline(always)]
-    fn times_plus<L: Level>(self, a: Self, b: Self) -> Self {
+    fn times_plus<L: Isa>(self, a: Self, b: Self) -> Self {
         if L::FUSED { self.mul_add(a, b) } else { self * a + b }
     }
 
@@ -128,7 +136,7 @@ impl Real for f64 {
     }
 
     #[inline(always)]
-    fn exponential<L: Level>(self) -> Self {
+    fn exponential<L: Isa>(self) -> Self {
         f64::exp(self)
     }
 }
@@ -139,7 +147,7 @@ const HIGHEST_EXPONENT: f32 = 88.0;
 /// eˣ = 2ⁿ eʳ with n the whole number nearest to x / ln 2 and |r| ≤ ln 2 / 2, eʳ by a polynomial of degree 7 (Cephes,
 /// expf). The comparisons are turned so that NaN passes through.
 #[inline(always)]
-fn exp_f32<L: Level>(x: f32) -> f32 {
+fn exp_f32<L: Isa>(x: f32) -> f32 {
     // 1.5 · 2²³: adding it rounds to whole numbers and leaves them in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let low = if x < LOWEST_EXPONENT { LOWEST_EXPONENT } else { x };
@@ -220,11 +228,11 @@ mod tests {
 
     struct Exponentials<'a>(&'a mut [f32]);
 
-    impl Task for Exponentials<'_> {
+    impl SimdKernel for Exponentials<'_> {
         type Output = ();
 
         #[inline(always)]
-        fn run<L: Level>(self) {
+        fn run<L: Isa>(self) {
             for x in self.0 {
                 *x = x.exponential::<L>();
             }
@@ -233,11 +241,11 @@ mod tests {
 
     struct VectorExponentials<'a>(&'a mut [f32]);
 
-    impl Task for VectorExponentials<'_> {
+    impl SimdKernel for VectorExponentials<'_> {
         type Output = ();
 
         #[inline(always)]
-        fn run<L: Level>(self) {
+        fn run<L: Isa>(self) {
             for x in self.0.as_chunks_mut().0 {
                 L::F32::load(x).exponential().store(x);
             }
@@ -255,7 +263,7 @@ mod tests {
 
     #[test]
     fn exp_stays_within_two_units_of_the_last_place() {
-        for instructions in Instructions::available() {
+        for instructions in CpuFeatures::available() {
             assert!(worst(|x| instructions.run(Exponentials(x))) < 2.4e-7, "{instructions:?}");
             assert!(worst(|x| instructions.run(VectorExponentials(x))) < 2.4e-7, "{instructions:?}");
         }
@@ -263,9 +271,9 @@ mod tests {
 
     #[test]
     fn exp_keeps_its_ends() {
-        let alone: fn(Instructions, &mut [f32]) = |instructions, x| instructions.run(Exponentials(x));
-        let together: fn(Instructions, &mut [f32]) = |instructions, x| instructions.run(VectorExponentials(x));
-        for instructions in Instructions::available() {
+        let alone: fn(CpuFeatures, &mut [f32]) = |instructions, x| instructions.run(Exponentials(x));
+        let together: fn(CpuFeatures, &mut [f32]) = |instructions, x| instructions.run(VectorExponentials(x));
+        for instructions in CpuFeatures::available() {
             for exponentials in [alone, together] {
                 let mut ends = [0.0; LANES];
                 ends[..6].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN, 1e30]);
@@ -279,8 +287,8 @@ mod tests {
     /// As many as a processor can have, the best last and nothing twice.
     #[test]
     fn the_best_instructions_are_the_last_that_are_available() {
-        let available: Vec<Instructions> = Instructions::available().collect();
-        assert_eq!(available.last(), Some(&Instructions::detect()));
+        let available: Vec<CpuFeatures> = CpuFeatures::available().collect();
+        assert_eq!(available.last(), Some(&CpuFeatures::detect()));
         assert!(available.windows(2).all(|pair| pair[0] != pair[1]));
     }
 }

@@ -1,7 +1,7 @@
 //! The interface `clearform.branch/1`: a network beside the model that gives residuals for its blocks at each step.
 
-use crate::dlpack::ManagedTensor;
-use crate::{File, Host, Text};
+use crate::dlpack::DLManagedTensorVersioned;
+use crate::{ClearformFile, ClearformHost, ClearformText};
 use std::ffi::c_void;
 
 /// The control is latents, packed as the model takes its own: (batch, image tokens, channels).
@@ -12,23 +12,23 @@ pub const CONTROL_PIXELS: u32 = 2;
 /// The model that a branch hangs on. Lent for the call of `open`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct Base {
+pub struct ClearformBase {
     /// Bytes of this struct.
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
     /// Its family ("flux").
-    pub family: Text,
+    pub family: ClearformText,
     /// Its diffusers config.json, complete.
-    pub config: Text,
+    pub config: ClearformText,
     /// The attention that the branch shall have: `full`, or `clear:r=R`.
-    pub attention: Text,
+    pub attention: ClearformText,
 }
 
 /// What a branch takes. The host makes it empty and writes `struct_size`; the plugin fills in the rest.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct BranchInfo {
+pub struct ClearformBranchInfo {
     /// Bytes of this struct.
     pub struct_size: u32,
     /// [`CONTROL_LATENTS`] or [`CONTROL_PIXELS`].
@@ -47,37 +47,37 @@ pub struct BranchInfo {
 /// is lent for the call: deleters are not to be called. What is not there is null.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct Step {
+pub struct ClearformStep {
     /// Bytes of this struct.
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
     /// Noisy latents, (batch, image tokens, channels).
-    pub latents: *const ManagedTensor,
+    pub latents: *const DLManagedTensorVersioned,
     /// (batch).
-    pub timestep: *const ManagedTensor,
+    pub timestep: *const DLManagedTensorVersioned,
     /// Text features, (batch, text tokens, channels).
-    pub text: *const ManagedTensor,
+    pub text: *const DLManagedTensorVersioned,
     /// Pooled text features, (batch, channels).
-    pub pooled: *const ManagedTensor,
+    pub pooled: *const DLManagedTensorVersioned,
     /// Guidance scale, (batch), also for models that embed none.
-    pub guidance: *const ManagedTensor,
+    pub guidance: *const DLManagedTensorVersioned,
     /// Places of the image tokens, (image tokens, 3).
-    pub image_ids: *const ManagedTensor,
+    pub image_ids: *const DLManagedTensorVersioned,
     /// Places of the text tokens, (text tokens, 3).
-    pub text_ids: *const ManagedTensor,
-    /// The control, as [`BranchInfo`] asks for it.
-    pub control: *const ManagedTensor,
+    pub text_ids: *const DLManagedTensorVersioned,
+    /// The control, as [`ClearformBranchInfo`] asks for it.
+    pub control: *const DLManagedTensorVersioned,
     /// Mode of each picture, (batch, 1), 64-bit integers.
-    pub mode: *const ManagedTensor,
+    pub mode: *const DLManagedTensorVersioned,
 }
 
 /// Takes a residual, (batch, image tokens, width) in raster order, which belongs to the host from then on, and the
 /// numbers of the model's blocks after which it is to be added: lent for the call. Called within `residuals`, by one thread
 /// at a time.
-pub type GiveResidual = unsafe extern "C" fn(
+pub type ClearformGiveResidual = unsafe extern "C" fn(
     context: *mut c_void,
-    residual: *mut ManagedTensor,
+    residual: *mut DLManagedTensorVersioned,
     blocks: *const u32,
     block_count: usize,
 ) -> i32;
@@ -86,7 +86,7 @@ pub type GiveResidual = unsafe extern "C" fn(
 /// several at once; `close` comes alone and last.
 #[repr(C)]
 #[derive(Debug)]
-pub struct BranchTable {
+pub struct ClearformBranchTable {
     /// Bytes of this struct.
     pub struct_size: u32,
     /// Zero.
@@ -94,22 +94,22 @@ pub struct BranchTable {
     /// Opens a file that the plugin's claims fit, for the model `base`. `host` and `file` are lent until `close`. Writes an instance of the plugin's own.
     pub open: Option<
         unsafe extern "C" fn(
-            host: *const Host,
-            file: *const File,
-            base: *const Base,
+            host: *const ClearformHost,
+            file: *const ClearformFile,
+            base: *const ClearformBase,
             instance: *mut *mut c_void,
         ) -> i32,
     >,
     /// Frees an instance. Tensors that the host has of it stay valid.
     pub close: Option<unsafe extern "C" fn(instance: *mut c_void)>,
     /// Says what it takes.
-    pub info: Option<unsafe extern "C" fn(instance: *mut c_void, info: *mut BranchInfo) -> i32>,
+    pub info: Option<unsafe extern "C" fn(instance: *mut c_void, info: *mut ClearformBranchInfo) -> i32>,
     /// Computes one evaluation's residuals and calls `give` with `context` for each. The host scales them.
     pub residuals: Option<
         unsafe extern "C" fn(
             instance: *mut c_void,
-            step: *const Step,
-            give: Option<GiveResidual>,
+            step: *const ClearformStep,
+            give: Option<ClearformGiveResidual>,
             context: *mut c_void,
         ) -> i32,
     >,

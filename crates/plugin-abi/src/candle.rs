@@ -1,11 +1,11 @@
 //! Tensors of candle across the boundary, both ways; for the host, and for plugins that compute with candle.
 
-use crate::tensor::{BorrowedTensor, Element, OwnedTensor, give};
+use crate::tensor::{BorrowedTensor, ElementType, OwnedTensor, give};
 use candle_core::{DType, Device, Error, Result, Tensor};
 use safetensors::View as _;
 use std::str::FromStr as _;
 
-impl Element {
+impl ElementType {
     /// candle's name for it.
     ///
     /// # Errors
@@ -31,7 +31,7 @@ impl OwnedTensor {
     /// # Errors
     /// A number format that cannot cross, or candle refused.
     pub fn of_candle(tensor: &Tensor) -> Result<Self> {
-        let element = Element::named(tensor.dtype().as_str());
+        let element = ElementType::named(tensor.dtype().as_str());
         let element = element.ok_or_else(|| Error::Msg(format!("{:?} cannot cross to a plugin", tensor.dtype())))?;
         let bytes = tensor.to_device(&Device::Cpu)?.contiguous()?.data().into_owned();
         // SAFETY: it is made just now, and nobody else has it.

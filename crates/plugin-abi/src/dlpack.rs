@@ -1,12 +1,12 @@
 //! Tensors at the boundary: the structs of DLPack 1 (dlpack.h, Apache-2.0), field for field.
 //!
-//! The main type is [`ManagedTensor`], `DLManagedTensorVersioned` there. Nothing here reads or frees memory: who
+//! The main type is [`DLManagedTensorVersioned`], `DLManagedTensorVersioned` there. Nothing here reads or frees memory: who
 //! receives a managed tensor calls its deleter once, from any thread, when done with it.
 
 use std::ffi::c_void;
 
 /// The version of DLPack that these structs follow.
-pub const VERSION: Version = Version { major: 1, minor: 0 };
+pub const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 0 };
 
 /// `kDLCPU`: plain memory of the process.
 pub const DEVICE_CPU: i32 = 1;
@@ -25,10 +25,10 @@ pub const CODE_BFLOAT: u8 = 4;
 /// `DLPACK_FLAG_BITMASK_READ_ONLY`: the receiver must not write.
 pub const FLAG_READ_ONLY: u64 = 1;
 
-/// `DLPackVersion`. With another major only `deleter` of a [`ManagedTensor`] may be used.
+/// `DLPackVersion`. With another major only `deleter` of a [`DLManagedTensorVersioned`] may be used.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Version {
+pub struct DLPackVersion {
     /// Changes when the layout changes.
     pub major: u32,
     /// Changes when constants are added.
@@ -38,7 +38,7 @@ pub struct Version {
 /// `DLDevice`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Device {
+pub struct DLDevice {
     /// [`DEVICE_CPU`] or [`DEVICE_CUDA`].
     pub device_type: i32,
     /// Number of the device; 0 on the CPU.
@@ -48,7 +48,7 @@ pub struct Device {
 /// `DLDataType`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DataType {
+pub struct DLDataType {
     /// [`CODE_FLOAT`] and so on.
     pub code: u8,
     /// Bits of one number.
@@ -57,18 +57,18 @@ pub struct DataType {
     pub lanes: u16,
 }
 
-/// `DLTensor`. All pointers belong to the [`ManagedTensor`] around it.
+/// `DLTensor`. All pointers belong to the [`DLManagedTensorVersioned`] around it.
 #[repr(C)]
 #[derive(Debug)]
-pub struct Tensor {
+pub struct DLTensor {
     /// First byte of the allocation; null only if the tensor is empty.
     pub data: *mut c_void,
     /// Where `data` lies.
-    pub device: Device,
+    pub device: DLDevice,
     /// Length of `shape` and `strides`.
     pub ndim: i32,
     /// Number format.
-    pub dtype: DataType,
+    pub dtype: DLDataType,
     /// Extents, outermost first.
     pub shape: *mut i64,
     /// Elements, not bytes, from one index to the next; null for row-major.
@@ -80,17 +80,17 @@ pub struct Tensor {
 /// `DLManagedTensorVersioned`: a tensor with the way to give it back.
 #[repr(C)]
 #[derive(Debug)]
-pub struct ManagedTensor {
+pub struct DLManagedTensorVersioned {
     /// Of the struct that follows.
-    pub version: Version,
+    pub version: DLPackVersion,
     /// For the one who made it alone.
     pub manager_ctx: *mut c_void,
     /// Frees the tensor and this struct. Called once by who received it; null if there is nothing to free.
-    pub deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
     /// Bits such as [`FLAG_READ_ONLY`].
     pub flags: u64,
     /// The tensor.
-    pub tensor: Tensor,
+    pub tensor: DLTensor,
 }
 
 #[cfg(test)]
@@ -110,13 +110,13 @@ mod tests {
     /// As the crate dlpark has it, which is generated from dlpack.h.
     #[test]
     fn layout_is_that_of_dlpack() {
-        same_layout!(Version, ffi::DLPackVersion, { major: major, minor: minor });
-        same_layout!(Device, ffi::DLDevice, { device_type: device_type, device_id: device_id });
-        same_layout!(DataType, ffi::DLDataType, { code: code, bits: bits, lanes: lanes });
-        same_layout!(Tensor, ffi::DLTensor, {
+        same_layout!(DLPackVersion, ffi::DLPackVersion, { major: major, minor: minor });
+        same_layout!(DLDevice, ffi::DLDevice, { device_type: device_type, device_id: device_id });
+        same_layout!(DLDataType, ffi::DLDataType, { code: code, bits: bits, lanes: lanes });
+        same_layout!(DLTensor, ffi::DLTensor, {
             data: data, device: device, ndim: ndim, dtype: dtype, shape: shape, strides: strides, byte_offset: byte_offset
         });
-        same_layout!(ManagedTensor, ffi::DLManagedTensorVersioned, {
+        same_layout!(DLManagedTensorVersioned, ffi::DLManagedTensorVersioned, {
             version: version, manager_ctx: manager_ctx, deleter: deleter, flags: flags, tensor: dl_tensor
         });
         assert_eq!(VERSION.major, ffi::DLPACK_MAJOR_VERSION);

@@ -2,7 +2,8 @@
 //! and [`give`], which makes one. They compute nothing.
 
 use crate::dlpack::{
-    CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DataType, Device, ManagedTensor, Tensor, VERSION,
+    CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DLDataType, DLDevice, DLManagedTensorVersioned, DLTensor,
+    VERSION,
 };
 use std::any::Any;
 use std::ffi::c_void;
@@ -11,7 +12,7 @@ use std::ptr::NonNull;
 
 /// Number formats that cross.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Element {
+pub enum ElementType {
     /// IEEE half precision.
     F16,
     /// bfloat16.
@@ -29,27 +30,27 @@ pub enum Element {
 }
 
 /// Each with its name, and with code and bits in DLPack; in the order of the enum.
-const ELEMENTS: [(Element, &str, u8, u8); 7] = [
-    (Element::F16, "f16", CODE_FLOAT, 16),
-    (Element::Bf16, "bf16", CODE_BFLOAT, 16),
-    (Element::F32, "f32", CODE_FLOAT, 32),
-    (Element::F64, "f64", CODE_FLOAT, 64),
-    (Element::U8, "u8", CODE_UINT, 8),
-    (Element::U32, "u32", CODE_UINT, 32),
-    (Element::I64, "i64", CODE_INT, 64),
+const ELEMENTS: [(ElementType, &str, u8, u8); 7] = [
+    (ElementType::F16, "f16", CODE_FLOAT, 16),
+    (ElementType::Bf16, "bf16", CODE_BFLOAT, 16),
+    (ElementType::F32, "f32", CODE_FLOAT, 32),
+    (ElementType::F64, "f64", CODE_FLOAT, 64),
+    (ElementType::U8, "u8", CODE_UINT, 8),
+    (ElementType::U32, "u32", CODE_UINT, 32),
+    (ElementType::I64, "i64", CODE_INT, 64),
 ];
 
-impl Element {
+impl ElementType {
     /// The format that DLPack describes so, if it is one of these.
-    pub fn of(dtype: DataType) -> Option<Self> {
+    pub fn of(dtype: DLDataType) -> Option<Self> {
         let found = ELEMENTS.iter().find(|(.., code, bits)| (*code, *bits, 1) == (dtype.code, dtype.bits, dtype.lanes));
         found.map(|(element, ..)| *element)
     }
 
     /// How DLPack describes it.
-    pub fn dtype(self) -> DataType {
+    pub fn dtype(self) -> DLDataType {
         let (.., code, bits) = ELEMENTS[self as usize];
-        DataType { code, bits, lanes: 1 }
+        DLDataType { code, bits, lanes: 1 }
     }
 
     /// Bytes of one number.
@@ -75,10 +76,10 @@ pub struct OwnedTensor(BorrowedTensor<'static>);
 /// A tensor that another owns.
 #[derive(Debug, Clone, Copy)]
 pub struct BorrowedTensor<'a> {
-    tensor: NonNull<ManagedTensor>,
-    element: Element,
+    tensor: NonNull<DLManagedTensorVersioned>,
+    element: ElementType,
     bytes: usize,
-    life: PhantomData<&'a ManagedTensor>,
+    life: PhantomData<&'a DLManagedTensorVersioned>,
 }
 
 impl OwnedTensor {
@@ -90,7 +91,7 @@ impl OwnedTensor {
     /// # Errors
     /// What is wrong with it, which is freed then: null, another version or device, a format that does not cross, or
     /// values that are not row-major.
-    pub unsafe fn take(tensor: *mut ManagedTensor) -> Result<Self, String> {
+    pub unsafe fn take(tensor: *mut DLManagedTensorVersioned) -> Result<Self, String> {
         // SAFETY: the caller says so.
         match unsafe { BorrowedTensor::new(tensor) } {
             Ok(borrowed) => Ok(Self(borrowed)),
@@ -108,12 +109,12 @@ impl OwnedTensor {
     }
 
     /// Lends it as a table has it.
-    pub fn as_ptr(&self) -> *const ManagedTensor {
+    pub fn as_ptr(&self) -> *const DLManagedTensorVersioned {
         self.0.tensor.as_ptr()
     }
 
     /// Gives it away with the duty to call the deleter.
-    pub fn into_raw(self) -> *mut ManagedTensor {
+    pub fn into_raw(self) -> *mut DLManagedTensorVersioned {
         let tensor = self.0.tensor.as_ptr();
         std::mem::forget(self);
         tensor
@@ -140,7 +141,7 @@ impl<'a> BorrowedTensor<'a> {
     ///
     /// # Errors
     /// As [`OwnedTensor::take`]; nothing is freed.
-    pub unsafe fn new(tensor: *const ManagedTensor) -> Result<Self, String> {
+    pub unsafe fn new(tensor: *const DLManagedTensorVersioned) -> Result<Self, String> {
         let found = NonNull::new(tensor.cast_mut()).ok_or("a tensor is null")?;
         // SAFETY: it is not null, and the caller says that it stands. Only the version is read before it is known.
         let version = unsafe { (*tensor).version };
@@ -150,7 +151,7 @@ impl<'a> BorrowedTensor<'a> {
         // SAFETY: as above, and the version is ours.
         let tensor = unsafe { &(*tensor).tensor };
         let element =
-            Element::of(tensor.dtype).ok_or_else(|| format!("number format {:?} cannot cross", tensor.dtype))?;
+            ElementType::of(tensor.dtype).ok_or_else(|| format!("number format {:?} cannot cross", tensor.dtype))?;
         // SAFETY: the caller says that shape and strides are as the tensor says.
         let bytes = unsafe { extent(tensor) }?.checked_mul(element.size()).ok_or("a tensor is larger than memory")?;
         if tensor.device.device_type != DEVICE_CPU {
@@ -163,7 +164,7 @@ impl<'a> BorrowedTensor<'a> {
     }
 
     /// Number format.
-    pub fn element(&self) -> Element {
+    pub fn element(&self) -> ElementType {
         self.element
     }
 
@@ -194,7 +195,7 @@ impl<'a> BorrowedTensor<'a> {
 ///
 /// # Safety
 /// Shape and strides have ndim numbers, or strides are null.
-unsafe fn extent(tensor: &Tensor) -> Result<usize, String> {
+unsafe fn extent(tensor: &DLTensor) -> Result<usize, String> {
     let axes = usize::try_from(tensor.ndim).map_err(|_| "a tensor with fewer than no axes")?;
     if axes > 0 && tensor.shape.is_null() {
         return Err("a tensor without a shape".to_owned());
@@ -216,7 +217,7 @@ unsafe fn extent(tensor: &Tensor) -> Result<usize, String> {
 
 /// # Safety
 /// Null, or a managed tensor that is freed here alone.
-unsafe fn free(tensor: *mut ManagedTensor) {
+unsafe fn free(tensor: *mut DLManagedTensorVersioned) {
     if tensor.is_null() {
         return;
     }
@@ -230,7 +231,7 @@ unsafe fn free(tensor: *mut ManagedTensor) {
 
 /// What a given tensor keeps until its deleter is called.
 struct Keeper {
-    managed: ManagedTensor,
+    managed: DLManagedTensorVersioned,
     shape: Vec<i64>,
     _owner: Box<dyn Any + Send>,
 }
@@ -239,21 +240,25 @@ struct Keeper {
 ///
 /// # Panics
 /// If `owner` keeps fewer bytes than `shape` asks for.
-pub fn give<O: AsRef<[u8]> + Send + 'static>(owner: O, element: Element, shape: &[usize]) -> *mut ManagedTensor {
+pub fn give<O: AsRef<[u8]> + Send + 'static>(
+    owner: O,
+    element: ElementType,
+    shape: &[usize],
+) -> *mut DLManagedTensorVersioned {
     let owner = Box::new(owner);
     let bytes: &[u8] = (*owner).as_ref();
     assert!(bytes.len() == shape.iter().product::<usize>() * element.size(), "{} bytes for {shape:?}", bytes.len());
     let data = bytes.as_ptr().cast_mut().cast::<c_void>();
-    let tensor = Tensor {
+    let tensor = DLTensor {
         data,
-        device: Device { device_type: DEVICE_CPU, device_id: 0 },
+        device: DLDevice { device_type: DEVICE_CPU, device_id: 0 },
         ndim: shape.len() as i32,
         dtype: element.dtype(),
         shape: std::ptr::null_mut(),
         strides: std::ptr::null_mut(),
         byte_offset: 0,
     };
-    let managed = ManagedTensor {
+    let managed = DLManagedTensorVersioned {
         version: VERSION,
         manager_ctx: std::ptr::null_mut(),
         deleter: Some(drop_keeper),
@@ -270,7 +275,7 @@ pub fn give<O: AsRef<[u8]> + Send + 'static>(owner: O, element: Element, shape: 
     }
 }
 
-unsafe extern "C" fn drop_keeper(tensor: *mut ManagedTensor) {
+unsafe extern "C" fn drop_keeper(tensor: *mut DLManagedTensorVersioned) {
     // SAFETY: `give` alone uses this deleter, and wrote there what it had boxed; it is called once.
     unsafe { drop(Box::from_raw((*tensor).manager_ctx.cast::<Keeper>())) }
 }
@@ -283,11 +288,11 @@ mod tests {
     #[test]
     fn what_is_given_comes_back_and_is_freed_once() {
         let memory: Arc<[u8]> = Arc::from([1.0f32, 2.0, 3.0].map(f32::to_le_bytes).concat());
-        let given = give(memory.clone(), Element::F32, &[3, 1]);
+        let given = give(memory.clone(), ElementType::F32, &[3, 1]);
         assert_eq!(Arc::strong_count(&memory), 2);
         // SAFETY: it was given just now, to us.
         let owned = unsafe { OwnedTensor::take(given) }.expect("a good tensor");
-        assert_eq!((owned.view().shape(), owned.view().element()), (vec![3, 1], Element::F32));
+        assert_eq!((owned.view().shape(), owned.view().element()), (vec![3, 1], ElementType::F32));
         assert_eq!(owned.view().bytes(), &*memory);
         drop(owned);
         assert_eq!(Arc::strong_count(&memory), 1);
@@ -295,7 +300,7 @@ mod tests {
 
     #[test]
     fn what_is_not_as_it_should_be_is_refused_and_freed() {
-        type Spoil = fn(&mut ManagedTensor);
+        type Spoil = fn(&mut DLManagedTensorVersioned);
         let cases: [(Spoil, &str); 5] = [
             (|tensor| tensor.version.major = 2, "DLPack 2"),
             (|tensor| tensor.tensor.device.device_type = 2, "expected the CPU"),
@@ -305,7 +310,7 @@ mod tests {
         ];
         for (spoil, expected) in cases {
             let memory: Arc<[u8]> = Arc::from([0u8; 8]);
-            let given = give(memory.clone(), Element::F32, &[2]);
+            let given = give(memory.clone(), ElementType::F32, &[2]);
             // SAFETY: it was given just now, to us.
             let error = unsafe {
                 spoil(&mut *given);
@@ -321,7 +326,7 @@ mod tests {
     #[test]
     fn rows_with_gaps_are_refused() {
         let mut strides = [3i64, 1];
-        let given = give([0u8; 16], Element::F32, &[2, 2]);
+        let given = give([0u8; 16], ElementType::F32, &[2, 2]);
         // SAFETY: it was given just now; the strides stand until it is freed.
         let error = unsafe {
             (*given).tensor.strides = strides.as_mut_ptr();
@@ -334,8 +339,8 @@ mod tests {
     fn elements_are_in_the_order_of_their_table() {
         for (index, (element, ..)) in ELEMENTS.iter().enumerate() {
             assert_eq!(*element as usize, index);
-            assert_eq!(Element::of(element.dtype()), Some(*element));
-            assert_eq!(Element::named(element.name()), Some(*element));
+            assert_eq!(ElementType::of(element.dtype()), Some(*element));
+            assert_eq!(ElementType::named(element.name()), Some(*element));
         }
     }
 }

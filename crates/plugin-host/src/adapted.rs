@@ -1,11 +1,11 @@
-//! [`Adapted`]: a source of tensors as adapters edit it. The source itself is never changed, so taking an adapter away
+//! [`PatchedSource`]: a source of tensors as adapters edit it. The source itself is never changed, so taking an adapter away
 //! gives back the very bits that were there.
 
 use crate::adapter::{Edit, EditKind, EditValues};
-use crate::changes::{Change, Changes};
+use crate::changes::{PlacedEdit, WeightEdits};
 use crate::{PluginError, Result};
 use candle_core::{D, DType, Tensor};
-use clearform_weights::{LowRank, RawTensor, Resident, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -20,19 +20,19 @@ pub enum LowRankMode {
 }
 
 /// A source with the edits of one part of a pipeline.
-pub struct Adapted<'a, S> {
+pub struct PatchedSource<'a, S> {
     source: S,
-    changes: Option<&'a BTreeMap<String, Vec<Change>>>,
+    changes: Option<&'a BTreeMap<String, Vec<PlacedEdit>>>,
     mode: LowRankMode,
 }
 
-impl<'a, S: TensorSource> Adapted<'a, S> {
+impl<'a, S: TensorSource> PatchedSource<'a, S> {
     /// `source` as `changes` edit the part `name`.
-    pub fn new(source: S, changes: &'a Changes, part: &str, mode: LowRankMode) -> Self {
+    pub fn new(source: S, changes: &'a WeightEdits, part: &str, mode: LowRankMode) -> Self {
         Self { source, changes: changes.of(part), mode }
     }
 
-    fn changes(&self, name: &str) -> &'a [Change] {
+    fn changes(&self, name: &str) -> &'a [PlacedEdit] {
         self.changes.and_then(|changes| changes.get(name)).map_or(&[], Vec::as_slice)
     }
 
@@ -54,7 +54,7 @@ impl<'a, S: TensorSource> Adapted<'a, S> {
     }
 }
 
-impl<S: TensorSource> TensorSource for Adapted<'_, S> {
+impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.source.tensors().into_iter().map(|info| self.describe(info)).collect()
     }
@@ -66,14 +66,14 @@ impl<S: TensorSource> TensorSource for Adapted<'_, S> {
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
         match self.changes(name) {
             [] => self.source.read(name),
-            _ => Resident::from_iter([(name.to_owned(), self.tensor(name)?)]).read(name),
+            _ => InMemoryTensors::from_iter([(name.to_owned(), self.tensor(name)?)]).read(name),
         }
     }
 
     fn read_range(&self, name: &str, range: Range<usize>) -> clearform_weights::Result<Vec<u8>> {
         match self.changes(name) {
             [] => self.source.read_range(name, range),
-            _ => Resident::from_iter([(name.to_owned(), self.tensor(name)?)]).read_range(name, range),
+            _ => InMemoryTensors::from_iter([(name.to_owned(), self.tensor(name)?)]).read_range(name, range),
         }
     }
 
@@ -86,7 +86,7 @@ impl<S: TensorSource> TensorSource for Adapted<'_, S> {
 
     fn factored(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
         let changes = self.changes(name);
-        if changes.is_empty() || self.mode == LowRankMode::Fused || !changes.iter().all(Change::is_plain) {
+        if changes.is_empty() || self.mode == LowRankMode::Fused || !changes.iter().all(PlacedEdit::is_plain) {
             return Ok((self.tensor(name)?, Vec::new()));
         }
         let weight = self.source.tensor(name)?;
@@ -107,7 +107,7 @@ fn explain(name: &str, error: PluginError) -> WeightsError {
     }
 }
 
-impl Change {
+impl PlacedEdit {
     fn edit(&self) -> &Edit {
         &self.adapter.edits()[self.edit]
     }

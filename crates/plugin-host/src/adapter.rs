@@ -1,4 +1,4 @@
-//! [`Adapter`]: an adapter file, opened by a plugin of `clearform.adapter/1`: its edits, and what became of each tensor.
+//! [`AdapterPlugin`]: an adapter file, opened by a plugin of `clearform.adapter/1`: its edits, and what became of each tensor.
 //! What edits do to a model it does not know.
 
 use crate::file::LentFile;
@@ -7,8 +7,8 @@ use crate::tensors::receive;
 use crate::{Plugin, PluginError, Result};
 use candle_core::Tensor;
 use clearform_plugin_abi::{
-    ADAPTER_INTERFACE, AdapterTable, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE,
-    Edit as RawEdit, EditTensors, OK, WHOLE_PARAMETER,
+    ADAPTER_INTERFACE, ClearformAdapterTable, ClearformEdit as RawEdit, ClearformEditTensors, EDIT_DECOMPOSED,
+    EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE, OK, WHOLE_PARAMETER,
 };
 use clearform_weights::Checkpoint;
 use std::ffi::c_void;
@@ -66,18 +66,18 @@ const OTHER_TENSORS: &str = "the plugin gave other tensors than such an edit has
 /// An open adapter.
 pub struct Adapter {
     library: Library,
-    table: AdapterTable,
+    table: ClearformAdapterTable,
     instance: *mut c_void,
     /// Lent to the instance, which is closed first.
     file: LentFile,
     edits: Vec<Edit>,
     skipped: Vec<(usize, String)>,
     /// The last edit whose tensors were asked for: a fused layer's are wanted once for each of its parts.
-    last: Mutex<Option<(usize, Values)>>,
+    last: Mutex<Option<(usize, EditValuesAndNorms)>>,
 }
 
 /// Tensors of an edit, and the norms that the edited weight shall have.
-type Values = (EditValues, Option<Tensor>);
+type EditValuesAndNorms = (EditValues, Option<Tensor>);
 
 // SAFETY: the table's comments let any thread call an instance.
 unsafe impl Send for Adapter {}
@@ -92,7 +92,7 @@ impl Adapter {
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>) -> Result<Self> {
         let library = Library::load(plugin, ADAPTER_INTERFACE)?;
         // SAFETY: the library's interface is this one.
-        let table: AdapterTable = unsafe { library.table() }?;
+        let table: ClearformAdapterTable = unsafe { library.table() }?;
         let open = library.function("open", table.open)?;
         library.function("close", table.close)?;
         let file = LentFile::new(file);
@@ -134,7 +134,7 @@ impl Adapter {
     }
 
     /// The tensors of edit `index`, which have the extents that it told, and its magnitude.
-    pub(crate) fn values(&self, index: usize) -> Result<Values> {
+    pub(crate) fn values(&self, index: usize) -> Result<EditValuesAndNorms> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
             Some((known, values)) if *known == index => Ok(values.clone()),
@@ -146,10 +146,10 @@ impl Adapter {
         }
     }
 
-    fn read_values(&self, index: usize) -> Result<Values> {
+    fn read_values(&self, index: usize) -> Result<EditValuesAndNorms> {
         let edit = &self.edits[index];
         let function = self.library.function("edit_tensors", self.table.edit_tensors)?;
-        let mut raw = EditTensors::EMPTY;
+        let mut raw = ClearformEditTensors::EMPTY;
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { function(self.instance, index, &raw mut raw) };
         // What was given is ours now, whatever the outcome.

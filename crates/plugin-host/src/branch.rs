@@ -1,4 +1,4 @@
-//! [`Branch`]: a network beside the model, opened by a plugin of `clearform.branch/1`, that gives residuals for blocks.
+//! [`ControlNet`]: a network beside the model, opened by a plugin of `clearform.branch/1`, that gives residuals for blocks.
 
 use crate::file::LentFile;
 use crate::library::Library;
@@ -6,10 +6,11 @@ use crate::tensors::receive;
 use crate::{Plugin, PluginError, Result};
 use candle_core::Tensor;
 use clearform_models::DenoiserInput;
-use clearform_plugin_abi::dlpack::ManagedTensor;
+use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_plugin_abi::{
-    BRANCH_INTERFACE, Base, BranchInfo, BranchTable, CONTROL_LATENTS, CONTROL_PIXELS, FAILED, OK, Step as RawStep, Text,
+    BRANCH_INTERFACE, CONTROL_LATENTS, CONTROL_PIXELS, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
+    ClearformStep as RawStep, ClearformText, FAILED, OK,
 };
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -71,9 +72,9 @@ pub struct Residual {
 }
 
 /// An open branch.
-pub struct Branch {
+pub struct ControlNet {
     library: Library,
-    table: BranchTable,
+    table: ClearformBranchTable,
     instance: *mut c_void,
     /// Lent to the instance, which is closed first.
     file: LentFile,
@@ -81,11 +82,11 @@ pub struct Branch {
 }
 
 // SAFETY: the table's comments let any thread call an instance.
-unsafe impl Send for Branch {}
+unsafe impl Send for ControlNet {}
 // SAFETY: as above.
-unsafe impl Sync for Branch {}
+unsafe impl Sync for ControlNet {}
 
-impl Branch {
+impl ControlNet {
     /// Loads `plugin` and lets it open `file` for the model `base`.
     ///
     /// # Errors
@@ -93,18 +94,18 @@ impl Branch {
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>, base: BaseModel) -> Result<Self> {
         let library = Library::load(plugin, BRANCH_INTERFACE)?;
         // SAFETY: the library's interface is this one.
-        let table: BranchTable = unsafe { library.table() }?;
+        let table: ClearformBranchTable = unsafe { library.table() }?;
         let open = library.function("open", table.open)?;
         library.function("close", table.close)?;
         library.function("residuals", table.residuals)?;
         let file = LentFile::new(file);
         let config = base.config.to_string();
-        let lent = Base {
-            struct_size: size_of::<Base>() as u32,
+        let lent = ClearformBase {
+            struct_size: size_of::<ClearformBase>() as u32,
             reserved: 0,
-            family: Text::new(base.family),
-            config: Text::new(&config),
-            attention: Text::new(base.attention),
+            family: ClearformText::new(base.family),
+            config: ClearformText::new(&config),
+            attention: ClearformText::new(base.attention),
         };
         let mut instance = std::ptr::null_mut();
         // SAFETY: the host stands, the file does until close, and the base during the call.
@@ -138,9 +139,9 @@ impl Branch {
     /// The plugin cannot use the input, or does not keep to the boundary.
     pub fn residuals(&self, input: &DenoiserInput, controls: Controls) -> Result<Vec<Residual>> {
         let function = self.library.function("residuals", self.table.residuals)?;
-        let lent = Lent::new(input, controls)?;
+        let lent = LentStep::new(input, controls)?;
         let step = lent.step();
-        let mut given = Given::default();
+        let mut given = ReceivedResiduals::default();
         // SAFETY: the instance is open; the step's tensors stand in `lent`, and `given` does until the call is over.
         let status = unsafe { function(self.instance, &raw const step, Some(take), (&raw mut given).cast()) };
         let outcome = self.library.outcome(status);
@@ -153,8 +154,8 @@ impl Branch {
 
     fn read_input(&self) -> Result<ControlInput> {
         let function = self.library.function("info", self.table.info)?;
-        let struct_size = size_of::<BranchInfo>() as u32;
-        let mut info = BranchInfo { struct_size, control: 0, channels: 0, modes: 0, low: 0.0, high: 1.0 };
+        let struct_size = size_of::<ClearformBranchInfo>() as u32;
+        let mut info = ClearformBranchInfo { struct_size, control: 0, channels: 0, modes: 0, low: 0.0, high: 1.0 };
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { function(self.instance, &raw mut info) };
         self.library.outcome(status).map_err(|reason| self.bad(reason))?;
@@ -172,7 +173,7 @@ impl Branch {
     }
 }
 
-impl Drop for Branch {
+impl Drop for ControlNet {
     fn drop(&mut self) {
         if let Some(close) = self.table.close {
             // SAFETY: the instance is open, and nobody has it after this.
@@ -181,7 +182,7 @@ impl Drop for Branch {
     }
 }
 
-impl std::fmt::Debug for Branch {
+impl std::fmt::Debug for ControlNet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Branch").field("path", &self.path()).field("input", &self.input).finish_non_exhaustive()
     }
@@ -189,19 +190,19 @@ impl std::fmt::Debug for Branch {
 
 /// What a plugin gave during one call.
 #[derive(Default)]
-struct Given {
+struct ReceivedResiduals {
     residuals: Vec<Residual>,
     refused: Option<PluginError>,
 }
 
 unsafe extern "C" fn take(
     context: *mut c_void,
-    residual: *mut ManagedTensor,
+    residual: *mut DLManagedTensorVersioned,
     blocks: *const u32,
     block_count: usize,
 ) -> i32 {
-    // SAFETY: the context is the `Given` of the call that this is within, and the tensor is ours.
-    let (given, tensor) = unsafe { (&mut *context.cast::<Given>(), receive(residual)) };
+    // SAFETY: the context is the `ReceivedResiduals` of the call that this is within, and the tensor is ours.
+    let (given, tensor) = unsafe { (&mut *context.cast::<ReceivedResiduals>(), receive(residual)) };
     let tensor = tensor.unwrap_or_else(|| Err(candle_core::Error::Msg("the plugin gave no tensor".to_owned()).into()));
     let count = if blocks.is_null() { 0 } else { block_count };
     // SAFETY: the plugin lends that many numbers for the call.
@@ -220,9 +221,9 @@ unsafe extern "C" fn take(
 }
 
 /// The tensors of a step, as long as they are lent.
-struct Lent([Option<OwnedTensor>; 9]);
+struct LentStep([Option<OwnedTensor>; 9]);
 
-impl Lent {
+impl LentStep {
     fn new(input: &DenoiserInput, controls: Controls) -> Result<Self> {
         let conditions = &input.conditions;
         let lend = OwnedTensor::of_candle;

@@ -1,9 +1,9 @@
-//! [`Changes`]: the edits of several adapters, placed on the parameters of one model, and the account of every tensor of
+//! [`WeightEdits`]: the edits of several adapters, placed on the parameters of one model, and the account of every tensor of
 //! their files.
 
 use crate::adapter::{Adapter, Edit, EditKind};
 use crate::strength::Strength;
-use clearform_layout::{Addresses, Parameter};
+use clearform_layout::{LayoutParameter, ParameterMap};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// An adapter and how strongly it is applied.
 #[derive(Debug, Clone)]
-pub struct Applied {
+pub struct ScaledAdapter {
     /// The adapter.
     pub adapter: Arc<Adapter>,
     /// How strongly, as a whole and by block.
@@ -21,13 +21,13 @@ pub struct Applied {
 
 /// Edits by part of the pipeline and canonical name, in the order in which they are applied.
 #[derive(Debug, Clone, Default)]
-pub struct Changes {
-    parts: BTreeMap<String, BTreeMap<String, Vec<Change>>>,
+pub struct WeightEdits {
+    parts: BTreeMap<String, BTreeMap<String, Vec<PlacedEdit>>>,
 }
 
 /// One edit of one canonical tensor.
 #[derive(Debug, Clone)]
-pub(crate) struct Change {
+pub(crate) struct PlacedEdit {
     pub adapter: Arc<Adapter>,
     /// Which of the adapter's edits.
     pub edit: usize,
@@ -62,15 +62,15 @@ pub struct AdapterReport {
 
 /// Which parts of the pipeline there are, by folder, and where their parameters lie.
 #[derive(Debug, Clone, Default)]
-pub struct Parts {
-    parts: BTreeMap<String, Addresses>,
+pub struct ComponentParameters {
+    parts: BTreeMap<String, ParameterMap>,
     /// Why no other part runs, where that is on purpose.
     alone: Option<String>,
 }
 
-impl Parts {
+impl ComponentParameters {
     /// Adds the part `name`.
-    pub fn with(mut self, name: &str, addresses: Addresses) -> Self {
+    pub fn with(mut self, name: &str, addresses: ParameterMap) -> Self {
         self.parts.insert(name.to_owned(), addresses);
         self
     }
@@ -82,7 +82,7 @@ impl Parts {
     }
 
     /// Where `edit` lies: a part, and the parameter in it; or why it does not.
-    fn find(&self, edit: &Edit) -> Result<(&str, &Parameter), Unplaced> {
+    fn find(&self, edit: &Edit) -> Result<(&str, &LayoutParameter), Unplaced> {
         let named = |name: &&String| clearform_layout::glob(&edit.component, name);
         let mut tried = self.parts.iter().filter(|(name, _)| named(name)).peekable();
         if tried.peek().is_none() {
@@ -98,7 +98,7 @@ impl Parts {
 
 /// What became of an adapter's tensors, by their indexes.
 #[derive(Default)]
-struct Placed {
+struct PlacementCount {
     applied: BTreeSet<usize>,
     modules: BTreeSet<String>,
     /// Every name, in some layout, of what is edited, with its part in front.
@@ -107,8 +107,8 @@ struct Placed {
     unmatched: BTreeMap<usize, String>,
 }
 
-impl Placed {
-    fn count(&mut self, edit: &Edit, found: Result<(&str, &Parameter), Unplaced>) {
+impl PlacementCount {
+    fn count(&mut self, edit: &Edit, found: Result<(&str, &LayoutParameter), Unplaced>) {
         let sources = edit.sources.iter().copied();
         match found {
             Ok((part, parameter)) => {
@@ -123,7 +123,7 @@ impl Placed {
     }
 
     /// A tensor that serves several edits is applied if it meets something in each.
-    fn report(mut self, applied: &Applied) -> AdapterReport {
+    fn report(mut self, applied: &ScaledAdapter) -> AdapterReport {
         let (adapter, names) = (&applied.adapter, applied.adapter.tensor_names());
         for index in 0..names.len() {
             if !self.applied.contains(&index) && !self.skipped.contains_key(&index) {
@@ -152,16 +152,16 @@ enum Unplaced {
     Unmatched(String),
 }
 
-impl Changes {
+impl WeightEdits {
     /// Places the edits of `applied`, one adapter after the other, on `parts`; and reports on each adapter.
-    pub fn place(applied: &[Applied], parts: &Parts) -> (Self, Vec<AdapterReport>) {
+    pub fn place(applied: &[ScaledAdapter], parts: &ComponentParameters) -> (Self, Vec<AdapterReport>) {
         let mut changes = Self::default();
         let reports = applied.iter().map(|applied| changes.place_one(applied, parts)).collect();
         (changes, reports)
     }
 
     /// Edits of the part `name`, by canonical name.
-    pub(crate) fn of(&self, part: &str) -> Option<&BTreeMap<String, Vec<Change>>> {
+    pub(crate) fn of(&self, part: &str) -> Option<&BTreeMap<String, Vec<PlacedEdit>>> {
         self.parts.get(part)
     }
 
@@ -170,9 +170,9 @@ impl Changes {
         self.parts.contains_key(part)
     }
 
-    fn place_one(&mut self, applied: &Applied, parts: &Parts) -> AdapterReport {
+    fn place_one(&mut self, applied: &ScaledAdapter, parts: &ComponentParameters) -> AdapterReport {
         let adapter = &applied.adapter;
-        let mut placed = Placed::default();
+        let mut placed = PlacementCount::default();
         placed.skipped.extend(adapter.skipped().iter().cloned());
         for (index, edit) in adapter.edits().iter().enumerate() {
             let found = parts.find(edit).and_then(|(part, parameter)| {
@@ -185,7 +185,13 @@ impl Changes {
     }
 
     /// Adds edit `index` to every canonical tensor that rows of `parameter` lie in.
-    fn add(&mut self, applied: &Applied, index: usize, part: &str, parameter: &Parameter) -> Result<(), String> {
+    fn add(
+        &mut self,
+        applied: &ScaledAdapter,
+        index: usize,
+        part: &str,
+        parameter: &LayoutParameter,
+    ) -> Result<(), String> {
         let edit = &applied.adapter.edits()[index];
         let [begin, end] = rows_within(edit, parameter)?;
         let mut pieces: BTreeMap<&str, Vec<(Range<usize>, usize)>> = BTreeMap::new();
@@ -199,8 +205,13 @@ impl Changes {
         }
         for (canonical, pieces) in pieces {
             let strength = applied.strength.of(part, &[canonical, &parameter.name]);
-            let change =
-                Change { adapter: applied.adapter.clone(), edit: index, strength, pieces, columns: edit.extents[1] };
+            let change = PlacedEdit {
+                adapter: applied.adapter.clone(),
+                edit: index,
+                strength,
+                pieces,
+                columns: edit.extents[1],
+            };
             self.parts.entry(part.to_owned()).or_default().entry(canonical.to_owned()).or_default().push(change);
         }
         Ok(())
@@ -208,7 +219,7 @@ impl Changes {
 }
 
 /// The rows of `parameter` that `edit` edits. It may widen rows, which the model's sizes judge afterwards; nothing else.
-fn rows_within(edit: &Edit, parameter: &Parameter) -> Result<[usize; 2], String> {
+fn rows_within(edit: &Edit, parameter: &LayoutParameter) -> Result<[usize; 2], String> {
     let rows = parameter.shape.first().copied().unwrap_or(1);
     let columns = parameter.shape.iter().skip(1).product::<usize>();
     let begin = edit.first_row.unwrap_or(0);

@@ -1,27 +1,27 @@
 //! [`check`]: loads a plugin and lets it open the examples that it declares, as a host would.
 
 use crate::adapter::Adapter;
-use crate::branch::{BaseModel, Branch, Controls, Residual};
+use crate::branch::{BaseModel, ControlNet, Controls, Residual};
 use crate::{ADAPTER_INTERFACE, BRANCH_INTERFACE, Example, ExampleBase, ExampleStep, Plugin, PluginError, Result};
 use candle_core::{DType, Device, Tensor};
-use clearform_models::{Conditions, DenoiserInput, Moment};
-use clearform_weights::{Checkpoint, Resident, TensorSource};
+use clearform_models::{Conditions, DenoiserInput, StepIndex};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Each example's name, with why it failed if it did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Checked(Vec<(String, Option<String>)>);
+pub struct ExampleResult(Vec<(String, Option<String>)>);
 
-impl Checked {
+impl ExampleResult {
     /// The examples that failed, with reasons.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().filter_map(|(name, failure)| Some((name.as_str(), failure.as_deref()?)))
     }
 }
 
-impl std::fmt::Display for Checked {
+impl std::fmt::Display for ExampleResult {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (name, failure) in &self.0 {
             writeln!(
@@ -38,7 +38,7 @@ impl std::fmt::Display for Checked {
 ///
 /// # Errors
 /// It cannot be loaded, declares no examples, or is of an interface that is not known.
-pub fn check(plugin: &Plugin) -> Result<Checked> {
+pub fn check(plugin: &Plugin) -> Result<ExampleResult> {
     let bad = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
     let run: fn(&Plugin, &Example) -> Result<()> = match plugin.description.interface.as_str() {
         ADAPTER_INTERFACE => run_adapter,
@@ -52,7 +52,7 @@ pub fn check(plugin: &Plugin) -> Result<Checked> {
         let outcome = claimed(plugin, example).and_then(|()| run(plugin, example));
         (example.name.clone(), outcome.err().map(|error| error.to_string()))
     });
-    Ok(Checked(checked.collect()))
+    Ok(ExampleResult(checked.collect()))
 }
 
 fn claimed(plugin: &Plugin, example: &Example) -> Result<()> {
@@ -65,7 +65,7 @@ fn claimed(plugin: &Plugin, example: &Example) -> Result<()> {
 
 /// Every tensor is in an edit or left out with a reason, the edits are those that are declared, and give their tensors.
 fn run_adapter(plugin: &Plugin, example: &Example) -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = ScratchDir::new()?;
     let adapter = Adapter::open(plugin, Arc::new(folder.file(example)?))?;
     let edits: Vec<String> =
         adapter.edits().iter().map(|edit| format!("{}.{}", edit.component, edit.parameter)).collect();
@@ -83,10 +83,10 @@ fn run_adapter(plugin: &Plugin, example: &Example) -> Result<()> {
 /// It opens, says what it takes, and gives the residuals that are declared.
 fn run_branch(plugin: &Plugin, example: &Example) -> Result<()> {
     let ExampleBase { family, config } = example.base.as_ref().ok_or_else(|| failed("it has no base"))?;
-    let folder = Folder::new()?;
+    let folder = ScratchDir::new()?;
     let config = serde_json::to_value(config).map_err(|error| failed(&error.to_string()))?;
     let base = BaseModel { family, config: &config, attention: "full" };
-    let branch = Branch::open(plugin, Arc::new(folder.file(example)?), base)?;
+    let branch = ControlNet::open(plugin, Arc::new(folder.file(example)?), base)?;
     let step = example.step.as_ref().ok_or_else(|| failed("it has no step"))?;
     let controls = Controls { control: &ones(&step.control)?, mode: None, guidance: None };
     let residuals = branch.residuals(&input(step)?, controls)?;
@@ -119,7 +119,7 @@ fn input(step: &ExampleStep) -> Result<DenoiserInput> {
         ..Conditions::default()
     };
     let (latents, timestep) = (ones(&[1, rows * columns, step.channels])?, (ones(&[1])? * 0.5)?);
-    Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+    Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
 }
 
 fn ones(shape: &[usize]) -> Result<Tensor> {
@@ -131,9 +131,9 @@ fn failed(reason: &str) -> PluginError {
 }
 
 /// A folder that is gone when it is no longer needed.
-struct Folder(tempfile::TempDir);
+struct ScratchDir(tempfile::TempDir);
 
-impl Folder {
+impl ScratchDir {
     fn new() -> Result<Self> {
         let made = tempfile::tempdir();
         Ok(Self(made.map_err(|source| PluginError::Io { path: std::env::temp_dir(), source })?))
@@ -146,7 +146,7 @@ impl Folder {
             let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
             Ok((name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?))
         };
-        let source: Resident = example.tensors.iter().map(tensor).collect::<Result<_>>()?;
+        let source: InMemoryTensors = example.tensors.iter().map(tensor).collect::<Result<_>>()?;
         let path = self.0.path().join("example.safetensors");
         clearform_weights::save(&path, &source as &dyn TensorSource, &example.metadata)?;
         Ok(Checkpoint::open(&path)?)

@@ -1,15 +1,15 @@
-//! [`Controlled`]: a transformer with branches beside it, whose residuals are added between its blocks.
+//! [`ControlledDenoiser`]: a transformer with branches beside it, whose residuals are added between its blocks.
 
-use crate::{Branch, Controls, PluginError, Residual, Result};
+use crate::{ControlNet, Controls, PluginError, Residual, Result};
 use candle_core::{Tensor, TensorId};
-use clearform_models::{Denoiser, DenoiserInput, ModelError, Moment, State};
+use clearform_models::{Denoiser, DenoiserInput, HiddenState, ModelError, StepIndex};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A branch with what controls it.
 #[derive(Debug, Clone)]
-pub struct Control {
+pub struct ControlNetInput {
     /// The branch.
-    pub branch: Arc<Branch>,
+    pub branch: Arc<ControlNet>,
     /// What it is controlled by, as it asks for it.
     pub control: Tensor,
     /// Mode of each picture, (batch, 1).
@@ -24,25 +24,25 @@ pub struct Control {
 
 /// A transformer with branches. Residuals are those of the branches one by one, added up: nets of any depth may act
 /// together.
-pub struct Controlled<'a> {
+pub struct ControlledDenoiser<'a> {
     base: &'a dyn Denoiser,
-    controls: Vec<Control>,
+    controls: Vec<ControlNetInput>,
     /// Of two evaluations of the same latents at the same time, as classifier-free guidance makes them, the second has
     /// the first's residuals, as in diffusers' pipelines.
-    last: Mutex<Option<(Evaluated, Arc<Vec<Residual>>)>>,
+    last: Mutex<Option<(EvaluationKey, Arc<Vec<Residual>>)>>,
 }
 
 /// Which latents at which time.
-type Evaluated = [TensorId; 2];
+type EvaluationKey = [TensorId; 2];
 
-impl<'a> Controlled<'a> {
+impl<'a> ControlledDenoiser<'a> {
     /// `base` with `controls`; without any it computes the same as `base`.
-    pub fn new(base: &'a dyn Denoiser, controls: Vec<Control>) -> Self {
+    pub fn new(base: &'a dyn Denoiser, controls: Vec<ControlNetInput>) -> Self {
         Self { base, controls, last: Mutex::default() }
     }
 
     fn residuals(&self, input: &DenoiserInput) -> Result<Arc<Vec<Residual>>> {
-        let evaluated: Evaluated = [input.latents.id(), input.timestep.id()];
+        let evaluated: EvaluationKey = [input.latents.id(), input.timestep.id()];
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
             Some((known, residuals)) if *known == evaluated => Ok(residuals.clone()),
@@ -55,7 +55,7 @@ impl<'a> Controlled<'a> {
     }
 
     fn computed(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
-        let acting = self.controls.iter().filter(|control| control.acts_at(input.moment));
+        let acting = self.controls.iter().filter(|control| control.acts_at(input.step_index));
         let residuals = acting.map(|control| control.residuals(input)).collect::<Result<Vec<_>>>()?;
         let residuals: Vec<Residual> = residuals.into_iter().flatten().collect();
         match residuals.iter().flat_map(|residual| &residual.blocks).find(|block| **block >= self.base.block_count()) {
@@ -69,9 +69,9 @@ impl<'a> Controlled<'a> {
     }
 }
 
-impl Control {
+impl ControlNetInput {
     /// diffusers' rule: the step must lie wholly within the interval.
-    fn acts_at(&self, Moment { index, steps }: Moment) -> bool {
+    fn acts_at(&self, StepIndex { index, steps }: StepIndex) -> bool {
         let part = |index: usize| index as f64 / steps.max(1) as f64;
         part(index) >= self.interval[0] && part(index + 1) <= self.interval[1]
     }
@@ -87,20 +87,20 @@ impl Control {
     }
 }
 
-impl Denoiser for Controlled<'_> {
+impl Denoiser for ControlledDenoiser<'_> {
     fn layers(&self) -> &[String] {
         self.base.layers()
     }
 
-    fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<HiddenState> {
         self.base.embed(input)
     }
 
-    fn block(&self, index: usize, state: State) -> clearform_models::Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> clearform_models::Result<HiddenState> {
         self.base.block(index, state)
     }
 
-    fn head(&self, state: &State) -> clearform_models::Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> clearform_models::Result<Tensor> {
         self.base.head(state)
     }
 

@@ -24,7 +24,7 @@ pub struct Description {
     /// What it is for, in a line.
     pub summary: String,
     /// What it opens: a file that any of these fits.
-    pub claims: Vec<Claim>,
+    pub claims: Vec<FileClaim>,
     /// Small files that it must open, for `plugins check`.
     #[serde(default, rename = "example")]
     pub examples: Vec<Example>,
@@ -33,7 +33,7 @@ pub struct Description {
 /// Patterns of tensor names and of metadata; `*` stands for any text.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Claim {
+pub struct FileClaim {
     /// One of these is there.
     pub any: Vec<String>,
     /// All of these are.
@@ -108,7 +108,7 @@ impl Description {
     }
 }
 
-impl Claim {
+impl FileClaim {
     fn fits(&self, names: &BTreeSet<&str>, metadata: &BTreeMap<String, String>) -> bool {
         let there = |pattern: &String| names.iter().any(|name| glob(pattern, name));
         let told = |(key, pattern): (&String, &String)| metadata.get(key).is_some_and(|value| glob(pattern, value));
@@ -159,6 +159,6 @@ mod tests {
         assert!(!description.claims(&["b"].into(), &none));
         let metadata = [("kind".to_owned(), "scaling".to_owned())].into();
         assert!(description.claims(&["b"].into(), &metadata));
-        assert!(!Claim::default().fits(&["b"].into(), &none));
+        assert!(!FileClaim::default().fits(&["b"].into(), &none));
     }
 }

@@ -1,7 +1,7 @@
 //! The host side of plugins: find, choose, load and wrap them, and do to a model what they say.
 //!
-//! The main types are [`Shelf`], the plugins at hand, [`Adapter`] with [`Adapted`], the edits of an adapter file and a
-//! source of tensors with them, and [`Branch`] with [`Controlled`], a network beside a transformer and the two together.
+//! The main types are [`PluginRegistry`], the plugins at hand, [`AdapterPlugin`] with [`PatchedSource`], the edits of an adapter file and a
+//! source of tensors with them, and [`ControlNet`] with [`ControlledDenoiser`], a network beside a transformer and the two together.
 //! All `unsafe` of the boundary lies here. It knows no format of adapters: plugins do.
 
 mod adapted;
@@ -20,13 +20,13 @@ mod tensors;
 
 pub use clearform_plugin_abi::{ADAPTER_INTERFACE, BRANCH_INTERFACE};
 
-pub use adapted::{Adapted, LowRankMode};
+pub use adapted::{LowRankMode, PatchedSource};
 pub use adapter::{Adapter, Edit, EditKind};
-pub use branch::{BaseModel, Branch, ControlInput, ControlKind, Controls, Residual};
-pub use changes::{AdapterReport, Applied, Changes, Parts};
-pub use check::{Checked, check};
-pub use controlled::{Control, Controlled};
-pub use description::{Claim, Description, Example, ExampleBase, ExampleStep};
+pub use branch::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
+pub use changes::{AdapterReport, ComponentParameters, ScaledAdapter, WeightEdits};
+pub use check::{ExampleResult, check};
+pub use controlled::{ControlNetInput, ControlledDenoiser};
+pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim};
 pub use error::{PluginError, Result};
-pub use shelf::{Choice, Plugin, Shelf, plugin_at};
+pub use shelf::{Plugin, PluginChoice, PluginRegistry, plugin_at};
 pub use strength::Strength;

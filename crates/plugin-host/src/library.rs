@@ -1,30 +1,30 @@
 //! [`Library`]: a plugin that is loaded, and the functions that the host lends it. It knows no interface's content.
 
 use crate::{Plugin, PluginError, Result};
-use clearform_plugin_abi::{ABI_MAJOR, ENTRY_SYMBOL, Host, LOG_ERROR, LOG_WARNING, OK, Text};
+use clearform_plugin_abi::{ABI_MAJOR, ClearformHost, ClearformText, ENTRY_SYMBOL, LOG_ERROR, LOG_WARNING, OK};
 use std::alloc::Layout;
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-type Entry = unsafe extern "C" fn(*const Host) -> *const clearform_plugin_abi::Plugin;
+type EntryPoint = unsafe extern "C" fn(*const ClearformHost) -> *const clearform_plugin_abi::ClearformPlugin;
 
 /// A loaded plugin. It is never unloaded: threads of its own, or tensors that it gave, may outlive every user.
 #[derive(Debug)]
 pub(crate) struct Library {
     path: PathBuf,
-    exported: &'static clearform_plugin_abi::Plugin,
-    host: Box<Lent>,
+    exported: &'static clearform_plugin_abi::ClearformPlugin,
+    host: Box<LentHost>,
 }
 
 /// The host as a plugin sees it, with what the plugin says to it.
-struct Lent {
-    table: Host,
-    said: Mutex<Said>,
+struct LentHost {
+    table: ClearformHost,
+    said: Mutex<PluginMessages>,
 }
 
 #[derive(Debug, Default)]
-struct Said {
+struct PluginMessages {
     notes: Vec<String>,
     failure: Option<String>,
 }
@@ -49,7 +49,7 @@ impl Library {
         let loaded = unsafe { load(&path) }.map_err(|error| bad(error.to_string()))?;
         let loaded = std::mem::ManuallyDrop::new(loaded);
         // SAFETY: the symbol is a function of this type in every plugin of this major version.
-        let entry = unsafe { loaded.get::<Entry>(ENTRY_SYMBOL) }.map(|symbol| *symbol);
+        let entry = unsafe { loaded.get::<EntryPoint>(ENTRY_SYMBOL) }.map(|symbol| *symbol);
         let entry = entry.map_err(|_| bad(format!("it exports no {ENTRY_SYMBOL}, so it is no plugin")))?;
         let host = lend();
         // SAFETY: the host stands until this is dropped; what the entry returns is null, or stands as long as the process.
@@ -87,7 +87,7 @@ impl Library {
     }
 
     /// The host, as the plugin sees it.
-    pub fn host(&self) -> *const Host {
+    pub fn host(&self) -> *const ClearformHost {
         &raw const self.host.table
     }
 
@@ -114,7 +114,7 @@ impl Library {
     }
 }
 
-impl std::fmt::Debug for Lent {
+impl std::fmt::Debug for LentHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lent").field("said", &self.said).finish_non_exhaustive()
     }
@@ -122,12 +122,12 @@ impl std::fmt::Debug for Lent {
 
 // SAFETY: the table is written once, before a plugin sees it; its context leads to this struct, whose mutable part is
 // behind a lock.
-unsafe impl Sync for Lent {}
+unsafe impl Sync for LentHost {}
 // SAFETY: as above.
-unsafe impl Send for Lent {}
+unsafe impl Send for LentHost {}
 
-impl Lent {
-    fn said(&self) -> MutexGuard<'_, Said> {
+impl LentHost {
+    fn said(&self) -> MutexGuard<'_, PluginMessages> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -164,19 +164,19 @@ fn check_major(found: u32) -> std::result::Result<(), String> {
 /// # Safety
 /// `exported` is null, or begins with two u32 and is as long as the second says, for as long as the process lives.
 unsafe fn check(
-    exported: *const clearform_plugin_abi::Plugin,
+    exported: *const clearform_plugin_abi::ClearformPlugin,
     interface: &str,
-) -> std::result::Result<&'static clearform_plugin_abi::Plugin, String> {
+) -> std::result::Result<&'static clearform_plugin_abi::ClearformPlugin, String> {
     if exported.is_null() {
         return Err(format!("{ENTRY_SYMBOL} returned null: it does not run with this version of clearform"));
     }
     // SAFETY: the caller says so.
     let (major, size) = unsafe { ((*exported).abi_major, (*exported).struct_size as usize) };
     check_major(major)?;
-    if size < size_of::<clearform_plugin_abi::Plugin>() {
+    if size < size_of::<clearform_plugin_abi::ClearformPlugin>() {
         return Err(format!(
             "its struct has {size} bytes, expected at least {}",
-            size_of::<clearform_plugin_abi::Plugin>()
+            size_of::<clearform_plugin_abi::ClearformPlugin>()
         ));
     }
     // SAFETY: it is long enough.
@@ -189,10 +189,10 @@ unsafe fn check(
 }
 
 /// A host to lend, with a context that leads back to it.
-fn lend() -> Box<Lent> {
-    let table = Host {
+fn lend() -> Box<LentHost> {
+    let table = ClearformHost {
         abi_major: ABI_MAJOR,
-        struct_size: size_of::<Host>() as u32,
+        struct_size: size_of::<ClearformHost>() as u32,
         context: std::ptr::null_mut(),
         threads: rayon::current_num_threads() as u32,
         reserved: 0,
@@ -202,7 +202,7 @@ fn lend() -> Box<Lent> {
         progress: Some(progress),
         fail: Some(fail),
     };
-    let lent = Box::into_raw(Box::new(Lent { table, said: Mutex::default() }));
+    let lent = Box::into_raw(Box::new(LentHost { table, said: Mutex::default() }));
     // SAFETY: it was made just now, and its address stays when the box is moved.
     unsafe {
         (*lent).table.context = lent.cast();
@@ -212,9 +212,9 @@ fn lend() -> Box<Lent> {
 
 /// # Safety
 /// `context` is that of a lent host, for as long as the guard is held.
-unsafe fn said<'a>(context: *mut c_void) -> MutexGuard<'a, Said> {
+unsafe fn said<'a>(context: *mut c_void) -> MutexGuard<'a, PluginMessages> {
     // SAFETY: the caller says so.
-    unsafe { &*context.cast::<Lent>() }.said()
+    unsafe { &*context.cast::<LentHost>() }.said()
 }
 
 // What follows is called by plugins, which keep to the comments of the table. Nothing in it can panic.
@@ -234,7 +234,7 @@ unsafe extern "C" fn release(_: *mut c_void, memory: *mut c_void, size: usize, a
     }
 }
 
-unsafe extern "C" fn log(context: *mut c_void, level: u32, message: Text) {
+unsafe extern "C" fn log(context: *mut c_void, level: u32, message: ClearformText) {
     // SAFETY: the context is ours, and the text is lent for the call.
     unsafe {
         let kind = match level {
@@ -248,7 +248,7 @@ unsafe extern "C" fn log(context: *mut c_void, level: u32, message: Text) {
 
 unsafe extern "C" fn progress(_: *mut c_void, _done: f64) {}
 
-unsafe extern "C" fn fail(context: *mut c_void, message: Text) {
+unsafe extern "C" fn fail(context: *mut c_void, message: ClearformText) {
     // SAFETY: as in `log`.
     unsafe { said(context).failure = Some(printable(message)) }
 }
@@ -257,7 +257,7 @@ unsafe extern "C" fn fail(context: *mut c_void, message: Text) {
 ///
 /// # Safety
 /// The text is valid.
-unsafe fn printable(text: Text) -> String {
+unsafe fn printable(text: ClearformText) -> String {
     // SAFETY: the caller says so.
     let text = unsafe { text.as_str() }.unwrap_or("(a text that is no UTF-8)");
     text.chars().flat_map(|one| if one.is_control() { one.escape_default().collect() } else { vec![one] }).collect()

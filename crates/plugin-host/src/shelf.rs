@@ -1,4 +1,4 @@
-//! [`Shelf`]: the plugins at hand, and the choice of the one that opens an adapter. It loads none.
+//! [`PluginRegistry`]: the plugins at hand, and the choice of the one that opens an adapter. It loads none.
 
 use crate::{Description, PluginError, Result};
 use clearform_weights::{Checkpoint, TensorSource};
@@ -17,7 +17,7 @@ pub struct Plugin {
 
 /// The plugins in some folders.
 #[derive(Debug, Clone, Default)]
-pub struct Shelf {
+pub struct PluginRegistry {
     plugins: Vec<Plugin>,
     /// Libraries that have a description, but a broken one.
     broken: Vec<(PathBuf, String)>,
@@ -26,14 +26,14 @@ pub struct Shelf {
 
 /// Which plugin shall open an adapter.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Choice {
+pub struct PluginChoice {
     /// One of this interface.
     pub interface: Option<&'static str>,
     /// The one of this id.
     pub id: Option<String>,
 }
 
-impl Shelf {
+impl PluginRegistry {
     /// The shelf of one who wants no plugins.
     pub fn off() -> Self {
         Self { off: true, ..Self::default() }
@@ -69,7 +69,7 @@ impl Shelf {
     ///
     /// # Errors
     /// None does, or several do: the error lists them.
-    pub fn choose(&self, adapter: &Checkpoint, choice: &Choice) -> Result<&Plugin> {
+    pub fn choose(&self, adapter: &Checkpoint, choice: &PluginChoice) -> Result<&Plugin> {
         let refuse = |reason: String| Err(PluginError::NoPlugin { adapter: adapter.path().to_owned(), reason });
         if self.off {
             return refuse("plugins are turned off (--no-plugins), and this needs one".to_owned());
@@ -92,7 +92,7 @@ impl Shelf {
         }
     }
 
-    fn nothing_fits(&self, other_interface: &[&Plugin], choice: &Choice, names: &BTreeSet<&str>) -> String {
+    fn nothing_fits(&self, other_interface: &[&Plugin], choice: &PluginChoice, names: &BTreeSet<&str>) -> String {
         if let [plugin, ..] = other_interface {
             let Description { id, interface, .. } = &plugin.description;
             return format!(
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
     use candle_core::{DType, Device, Tensor};
     use clearform_plugin_abi::{ADAPTER_INTERFACE, BRANCH_INTERFACE, DESCRIPTION_BEGIN, DESCRIPTION_END};
-    use clearform_weights::Resident;
+    use clearform_weights::InMemoryTensors;
     use std::collections::BTreeMap;
 
     fn write_plugin(folder: &Path, id: &str, interface: &str, claim: &str) {
@@ -189,7 +189,8 @@ mod tests {
 
     fn adapter(folder: &Path, tensor: &str) -> Checkpoint {
         let path = folder.join("adapter.safetensors");
-        let source = Resident::from_iter([(tensor.to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap())]);
+        let source =
+            InMemoryTensors::from_iter([(tensor.to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap())]);
         clearform_weights::save(&path, &source, &BTreeMap::new()).unwrap();
         Checkpoint::open(&path).unwrap()
     }
@@ -204,17 +205,17 @@ mod tests {
         write_plugin(folder.path(), "lora", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "net", BRANCH_INTERFACE, "*.net");
         std::fs::write(folder.path().join("libother.so"), "no plugin").unwrap();
-        let shelf = Shelf::look(&[folder.path().to_owned()]).unwrap();
+        let shelf = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
         assert_eq!(shelf.plugins().len(), 2);
         let adapter = adapter(folder.path(), "a.down");
-        let choice = |interface, id: Option<&str>| Choice { interface, id: id.map(str::to_owned) };
+        let choice = |interface, id: Option<&str>| PluginChoice { interface, id: id.map(str::to_owned) };
         assert_eq!(shelf.choose(&adapter, &choice(None, None)).unwrap().description.id, "lora");
         assert_eq!(shelf.choose(&adapter, &choice(None, Some("net"))).unwrap().description.id, "net");
         assert!(
             reason(shelf.choose(&adapter, &choice(Some(BRANCH_INTERFACE), None))).contains("give it with --adapter")
         );
         assert!(reason(shelf.choose(&adapter, &choice(None, Some("x")))).contains("the plugins are lora, net"));
-        assert!(reason(Shelf::off().choose(&adapter, &choice(None, None))).contains("--no-plugins"));
+        assert!(reason(PluginRegistry::off().choose(&adapter, &choice(None, None))).contains("--no-plugins"));
     }
 
     #[test]
@@ -222,11 +223,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         write_plugin(folder.path(), "one", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "two", ADAPTER_INTERFACE, "a.*");
-        let shelf = Shelf::look(&[folder.path().to_owned()]).unwrap();
-        let error = reason(shelf.choose(&adapter(folder.path(), "a.down"), &Choice::default()));
+        let shelf = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
+        let error = reason(shelf.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default()));
         assert!(error.contains("one, two; choose one with ,plugin=ID"), "{error}");
         assert!(
-            reason(shelf.choose(&adapter(folder.path(), "b"), &Choice::default())).contains("tensors such as [\"b\"]")
+            reason(shelf.choose(&adapter(folder.path(), "b"), &PluginChoice::default()))
+                .contains("tensors such as [\"b\"]")
         );
     }
 
@@ -237,13 +239,17 @@ mod tests {
         let inside = model.path().join("transformer");
         std::fs::create_dir(&inside).unwrap();
         write_plugin(&inside, "lora", ADAPTER_INTERFACE, "*");
-        assert!(Shelf::look(std::slice::from_ref(&inside)).unwrap_err().to_string().contains("inside the model"));
+        assert!(
+            PluginRegistry::look(std::slice::from_ref(&inside)).unwrap_err().to_string().contains("inside the model")
+        );
         let path = inside.join(format!("liblora.{}", std::env::consts::DLL_EXTENSION));
         assert!(plugin_at(&path).unwrap_err().to_string().contains("inside the model"));
         let outside = tempfile::tempdir().unwrap();
         let link = outside.path().join(path.file_name().unwrap());
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(plugin_at(&link).unwrap_err().to_string().contains("inside the model"));
-        assert!(Shelf::look(&[outside.path().to_owned()]).unwrap_err().to_string().contains("inside the model"));
+        assert!(
+            PluginRegistry::look(&[outside.path().to_owned()]).unwrap_err().to_string().contains("inside the model")
+        );
     }
 }

@@ -2,14 +2,14 @@
 
 use crate::Result;
 use candle_core::{Error, Tensor};
-use clearform_plugin_abi::dlpack::ManagedTensor;
+use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 
 /// A copy of a tensor that a plugin gave away, which is freed; none for null.
 ///
 /// # Safety
 /// Null, or a managed tensor that is ours.
-pub(crate) unsafe fn receive(tensor: *mut ManagedTensor) -> Option<Result<Tensor>> {
+pub(crate) unsafe fn receive(tensor: *mut DLManagedTensorVersioned) -> Option<Result<Tensor>> {
     if tensor.is_null() {
         return None;
     }

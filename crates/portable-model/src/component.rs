@@ -1,12 +1,12 @@
-//! [`Part`]: a part of a pipeline beside its transformer that is written anew, where others are copied as files.
+//! [`ComponentData`]: a part of a pipeline beside its transformer that is written anew, where others are copied as files.
 
-use crate::{Result, Stage};
-use clearform_layout::Account;
+use crate::{Result, StagingDir};
+use clearform_layout::LoadReport;
 use clearform_weights::{TensorInfo, TensorSource};
 use serde_json::Value;
 
 /// A VAE or a text encoder.
-pub struct Part {
+pub struct ComponentData {
     /// Name of its folder.
     pub name: String,
     /// Its config.json.
@@ -14,10 +14,10 @@ pub struct Part {
     /// Its tensors, under the names of its class.
     pub tensors: Box<dyn TensorSource>,
     /// What became of those of its file.
-    pub account: Account,
+    pub load_report: LoadReport,
 }
 
-impl Part {
+impl ComponentData {
     /// Bytes of its tensors.
     pub fn byte_count(&self) -> u64 {
         self.tensors.tensors().iter().map(TensorInfo::byte_count).sum()
@@ -27,7 +27,7 @@ impl Part {
     ///
     /// # Errors
     /// A tensor cannot be read, or the system refused.
-    pub fn write(&self, stage: &mut Stage) -> Result<()> {
+    pub fn write(&self, stage: &mut StagingDir) -> Result<()> {
         let of_transformers = self.name.starts_with("text_encoder");
         let file = if of_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
         let (name, tensors) = (&self.name, &self.tensors);

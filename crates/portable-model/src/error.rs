@@ -16,7 +16,7 @@ pub enum PortableModelError {
     },
     /// A folder stands where one is to be made, or work of an earlier run does.
     #[error("{path}: {reason}", path = path.display())]
-    InTheWay {
+    AlreadyExists {
         /// The folder.
         path: PathBuf,
         /// What it is and what to do.
@@ -32,7 +32,7 @@ pub enum PortableModelError {
     },
     /// There is too little room on the disk.
     #[error("{path}: {needed} bytes are needed, {free} are free; give another place or make room", path = path.display())]
-    NoRoom {
+    DiskFull {
         /// Where it was to be written.
         path: PathBuf,
         /// Bytes that are needed.

@@ -4,7 +4,7 @@
 //! [verifying]: PortableModel::verify
 
 use crate::stage::paths_of;
-use crate::{PortableModelError, Record, Result};
+use crate::{ModelRecord, PortableModelError, Result};
 use clearform_attention::AttentionPlan;
 use clearform_weights::digest;
 use serde::Serialize;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct PortableModel {
     folder: PathBuf,
-    record: Record,
+    record: ModelRecord,
 }
 
 /// The plan that is recorded for the model at `path`; none where it is no portable model. A portable model is opened for
@@ -34,7 +34,7 @@ pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
 impl PortableModel {
     /// Whether `path` is one.
     pub fn recognise(path: &Path) -> bool {
-        path.join(Record::FILE).is_file()
+        path.join(ModelRecord::FILE).is_file()
     }
 
     /// Opens the model in `folder` and holds every file's size against the record.
@@ -42,7 +42,7 @@ impl PortableModel {
     /// # Errors
     /// No portable model, an edition that is unknown, or a file that is missing or of another size.
     pub fn open(folder: &Path) -> Result<Self> {
-        let model = Self { folder: folder.to_owned(), record: Record::read(folder)? };
+        let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
         for file in &model.record.file {
             let found = std::fs::metadata(model.inside(&file.path)?).map(|metadata| metadata.len()).ok();
             if found != Some(file.size) {
@@ -57,7 +57,7 @@ impl PortableModel {
     }
 
     /// What clearform.toml says.
-    pub fn record(&self) -> &Record {
+    pub fn record(&self) -> &ModelRecord {
         &self.record
     }
 
@@ -71,7 +71,7 @@ impl PortableModel {
     /// # Errors
     /// No portable model, or the system refused; what is wrong with files is in the report.
     pub fn verify(folder: &Path) -> Result<VerifyReport> {
-        let model = Self { folder: folder.to_owned(), record: Record::read(folder)? };
+        let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
         let mut report = VerifyReport::default();
         for file in &model.record.file {
             let path = model.inside(&file.path)?;
@@ -98,7 +98,7 @@ impl PortableModel {
     }
 
     fn bad(&self, reason: String) -> PortableModelError {
-        PortableModelError::BadModel { path: self.folder.join(Record::FILE), reason }
+        PortableModelError::BadModel { path: self.folder.join(ModelRecord::FILE), reason }
     }
 }
 
@@ -135,15 +135,15 @@ impl fmt::Display for VerifyReport {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::stage::{Replace, Stage};
+    use crate::stage::{Overwrite, StagingDir};
 
     fn model(folder: &Path) -> PathBuf {
         let target = folder.join("model");
-        let stage = Stage::begin(&target, Replace::Never).unwrap();
+        let stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
         std::fs::create_dir(stage.folder().join("vae")).unwrap();
         std::fs::write(stage.folder().join("vae/config.json"), "{}").unwrap();
         std::fs::write(stage.folder().join("README.md"), "read").unwrap();
-        stage.finish(Record::new("flux", "dev", &AttentionPlan::full()).unwrap()).unwrap();
+        stage.finish(ModelRecord::new("flux", "dev", &AttentionPlan::full()).unwrap()).unwrap();
         target
     }
 
@@ -177,7 +177,7 @@ mod tests {
     fn a_record_cannot_lead_outside() {
         let folder = tempfile::tempdir().unwrap();
         let model = model(folder.path());
-        let path = model.join(Record::FILE);
+        let path = model.join(ModelRecord::FILE);
         let text = std::fs::read_to_string(&path).unwrap().replace("vae/config.json", "../secret");
         std::fs::write(&path, text).unwrap();
         assert!(PortableModel::open(&model).unwrap_err().to_string().contains("outside"));
@@ -187,15 +187,18 @@ mod tests {
     fn what_stands_is_not_replaced_by_accident() {
         let folder = tempfile::tempdir().unwrap();
         let model = model(folder.path());
-        assert!(Stage::begin(&model, Replace::Never).unwrap_err().to_string().contains("--overwrite"));
-        let stage = Stage::begin(&model, Replace::PortableModel).unwrap();
-        assert!(Stage::begin(&model, Replace::PortableModel).unwrap_err().to_string().contains("--resume"));
+        assert!(StagingDir::begin(&model, Overwrite::Never).unwrap_err().to_string().contains("--overwrite"));
+        let stage = StagingDir::begin(&model, Overwrite::PortableModel).unwrap();
+        assert!(StagingDir::begin(&model, Overwrite::PortableModel).unwrap_err().to_string().contains("--resume"));
         std::fs::write(stage.folder().join("new"), "new").unwrap();
         assert!(model.join("README.md").exists());
-        stage.finish(Record::new("flux", "dev", &AttentionPlan::full()).unwrap()).unwrap();
+        stage.finish(ModelRecord::new("flux", "dev", &AttentionPlan::full()).unwrap()).unwrap();
         assert!(model.join("new").exists() && !model.join("README.md").exists());
         assert!(
-            Stage::begin(folder.path(), Replace::PortableModel).unwrap_err().to_string().contains("no portable model")
+            StagingDir::begin(folder.path(), Overwrite::PortableModel)
+                .unwrap_err()
+                .to_string()
+                .contains("no portable model")
         );
     }
 }

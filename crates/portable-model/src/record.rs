@@ -1,4 +1,4 @@
-//! [`Record`]: what clearform.toml says of a portable model. Pure data; it opens nothing but its own file.
+//! [`ModelRecord`]: what clearform.toml says of a portable model. Pure data; it opens nothing but its own file.
 
 use crate::error::at;
 use crate::{PortableModelError, Result};
@@ -12,7 +12,7 @@ const EDITION: u32 = 1;
 /// What a portable model is and where it came from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Record {
+pub struct ModelRecord {
     edition: u32,
     /// Family of the transformer.
     pub family: String,
@@ -30,7 +30,7 @@ pub struct Record {
     pub adapter: Vec<AdapterRecord>,
     /// How it was distilled, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distillation: Option<Distillation>,
+    pub distillation: Option<DistillationRecord>,
     /// Every file of the model but clearform.toml itself.
     #[serde(default)]
     pub file: Vec<FileRecord>,
@@ -69,7 +69,7 @@ pub struct FileRecord {
 
 /// How a model was distilled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Distillation {
+pub struct DistillationRecord {
     /// Optimizer steps.
     pub steps: usize,
     /// Samples a step.
@@ -86,7 +86,7 @@ pub struct Distillation {
     pub last_loss: f64,
 }
 
-impl Record {
+impl ModelRecord {
     /// Name of the file.
     pub const FILE: &str = "clearform.toml";
 
@@ -156,12 +156,12 @@ impl Record {
 mod tests {
     use super::*;
 
-    fn record() -> Record {
+    fn record() -> ModelRecord {
         let plan: AttentionPlan = "clear:r=4.5,d=2".parse().unwrap();
-        let mut record = Record::new("flux", "dev", &plan).unwrap();
+        let mut record = ModelRecord::new("flux", "dev", &plan).unwrap();
         record.source.push(SourceRecord { name: "a \"b\".safetensors".into(), sha256: "00".into() });
         record.file.push(FileRecord { path: "transformer/config.json".into(), size: 3, sha256: "11".into() });
-        record.distillation = Some(Distillation {
+        record.distillation = Some(DistillationRecord {
             steps: 3,
             batch: 8,
             learning_rate: 6e-4,
@@ -177,7 +177,7 @@ mod tests {
     fn what_is_written_is_read() {
         let folder = tempfile::tempdir().unwrap();
         record().write(folder.path()).unwrap();
-        let read = Record::read(folder.path()).unwrap();
+        let read = ModelRecord::read(folder.path()).unwrap();
         assert_eq!(read, record());
         assert_eq!(read.plan().unwrap().to_string(), "clear:r=4.5,d=2");
     }
@@ -185,8 +185,8 @@ mod tests {
     #[test]
     fn another_edition_asks_for_an_upgrade() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join(Record::FILE), "edition = 2\n").unwrap();
-        let error = Record::read(folder.path()).unwrap_err().to_string();
+        std::fs::write(folder.path().join(ModelRecord::FILE), "edition = 2\n").unwrap();
+        let error = ModelRecord::read(folder.path()).unwrap_err().to_string();
         assert!(error.contains("edition 2") && error.contains("newer clearform"), "{error}");
     }
 }

@@ -1,8 +1,8 @@
-//! [`Stage`]: a folder in which a model is put together, beside the place where it will stand. The model appears under
+//! [`StagingDir`]: a folder in which a model is put together, beside the place where it will stand. The model appears under
 //! its name by one rename, when it is whole; a run that is killed leaves the old model or none.
 
 use crate::error::at;
-use crate::{FileRecord, PortableModelError, Record, Result};
+use crate::{FileRecord, ModelRecord, PortableModelError, Result};
 use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, digest};
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ const STAGE: &str = "stage";
 
 /// How files come from elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Placing {
+pub enum CopyMode {
     /// As copies of their own.
     Copy,
     /// As further names of the same bytes, where the file system allows it.
@@ -24,19 +24,19 @@ pub enum Placing {
 /// A model being put together. Dropped unfinished, it takes its files with it; what else the work left stays, for those
 /// who go on with it.
 #[derive(Debug)]
-pub struct Stage {
+pub struct StagingDir {
     target: PathBuf,
     work: PathBuf,
     /// Of files that were hashed while they were written.
     digests: BTreeMap<String, Digest>,
 }
 
-impl Stage {
+impl StagingDir {
     /// Begins work on `target` in `target.work/`; `replace` allows `target` to be a portable model that stands.
     ///
     /// # Errors
-    /// [`PortableModelError::InTheWay`] if `target` stands or work of an earlier run does.
-    pub fn begin(target: &Path, replace: Replace) -> Result<Self> {
+    /// [`PortableModelError::AlreadyExists`] if `target` stands or work of an earlier run does.
+    pub fn begin(target: &Path, replace: Overwrite) -> Result<Self> {
         let work = work_on(target, replace)?;
         if work.exists() {
             return Err(in_the_way(
@@ -51,7 +51,7 @@ impl Stage {
     ///
     /// # Errors
     /// As [`Self::begin`], but for the earlier work.
-    pub fn resume(target: &Path, replace: Replace) -> Result<Self> {
+    pub fn resume(target: &Path, replace: Overwrite) -> Result<Self> {
         let work = work_on(target, replace)?;
         // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
         let left = work.join(STAGE);
@@ -82,7 +82,7 @@ impl Stage {
     ///
     /// # Errors
     /// The system refused.
-    pub fn place(&self, source: &Path, path: &str, placing: Placing) -> Result<()> {
+    pub fn copy_files(&self, source: &Path, path: &str, placing: CopyMode) -> Result<()> {
         for entry in WalkDir::new(source).follow_links(true).sort_by_file_name() {
             let entry = entry.map_err(|error| at(source)(error.into()))?;
             if entry.file_type().is_file() {
@@ -146,12 +146,12 @@ impl Stage {
     /// Bytes that are free where the stage lies.
     ///
     /// # Errors
-    /// [`PortableModelError::NoRoom`] if they are fewer than `needed`.
+    /// [`PortableModelError::DiskFull`] if they are fewer than `needed`.
     pub fn check_room(&self, needed: u64) -> Result<()> {
         let status = rustix::fs::statvfs(&self.work).map_err(|error| at(&self.work)(error.into()))?;
         let free = status.f_bavail.saturating_mul(status.f_frsize);
         if free < needed {
-            return Err(PortableModelError::NoRoom { path: self.work.clone(), needed, free });
+            return Err(PortableModelError::DiskFull { path: self.work.clone(), needed, free });
         }
         Ok(())
     }
@@ -160,7 +160,7 @@ impl Stage {
     ///
     /// # Errors
     /// The system refused; the old model, if any, then stands as it stood.
-    pub fn finish(self, mut record: Record) -> Result<()> {
+    pub fn finish(self, mut record: ModelRecord) -> Result<()> {
         let folder = self.folder();
         record.file = paths_of(&folder)?.into_iter().map(|path| self.record_file(path)).collect::<Result<_>>()?;
         record.write(&folder)?;
@@ -185,7 +185,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for StagingDir {
     fn drop(&mut self) {
         // Nothing is left to tell an error to; what stays behind, the next run names.
         let _ = fs::remove_dir_all(self.folder());
@@ -195,14 +195,14 @@ impl Drop for Stage {
 
 /// Whether a model that stands may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Replace {
+pub enum Overwrite {
     /// Nothing may stand there.
     Never,
     /// A portable model may, and is replaced when the new one is whole.
     PortableModel,
 }
 
-impl Replace {
+impl Overwrite {
     /// A portable model may be replaced if `allowed`.
     pub fn allowed_if(allowed: bool) -> Self {
         if allowed { Self::PortableModel } else { Self::Never }
@@ -210,21 +210,21 @@ impl Replace {
 }
 
 /// The folder of the work on `target`.
-fn work_on(target: &Path, replace: Replace) -> Result<PathBuf> {
+fn work_on(target: &Path, replace: Overwrite) -> Result<PathBuf> {
     check_target(target, replace)?;
     let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
     name.push(".work");
     Ok(target.with_file_name(name))
 }
 
-fn check_target(target: &Path, replace: Replace) -> Result<()> {
+fn check_target(target: &Path, replace: Overwrite) -> Result<()> {
     if !target.exists() {
         return Ok(());
     }
-    let ours = target.join(Record::FILE).is_file();
+    let ours = target.join(ModelRecord::FILE).is_file();
     match (replace, ours) {
-        (Replace::PortableModel, true) => Ok(()),
-        (Replace::Never, true) => {
+        (Overwrite::PortableModel, true) => Ok(()),
+        (Overwrite::Never, true) => {
             Err(in_the_way(target, "stands already; give --overwrite to replace it, or another name"))
         }
         (_, false) => {
@@ -234,16 +234,16 @@ fn check_target(target: &Path, replace: Replace) -> Result<()> {
 }
 
 fn in_the_way(path: &Path, reason: &str) -> PortableModelError {
-    PortableModelError::InTheWay { path: path.to_owned(), reason: reason.to_owned() }
+    PortableModelError::AlreadyExists { path: path.to_owned(), reason: reason.to_owned() }
 }
 
-fn put(from: &Path, to: &Path, placing: Placing) -> Result<()> {
+fn put(from: &Path, to: &Path, placing: CopyMode) -> Result<()> {
     create_parent(to)?;
     if to.exists() {
         fs::remove_file(to).map_err(at(to))?;
     }
     let real = fs::canonicalize(from).map_err(at(from))?;
-    if placing == Placing::Link && fs::hard_link(&real, to).is_ok() {
+    if placing == CopyMode::Link && fs::hard_link(&real, to).is_ok() {
         return Ok(());
     }
     fs::copy(&real, to).map_err(at(from))?;
@@ -258,7 +258,7 @@ pub(crate) fn paths_of(folder: &Path) -> Result<Vec<String>> {
         let inside = entry.path().strip_prefix(folder).unwrap_or(entry.path());
         let parts: Vec<_> = inside.iter().map(|part| part.to_string_lossy()).collect();
         let path = parts.join("/");
-        if !entry.file_type().is_dir() && path != Record::FILE {
+        if !entry.file_type().is_dir() && path != ModelRecord::FILE {
             paths.push(path);
         }
     }

@@ -2,10 +2,10 @@
 
 use crate::transformer::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, Transformer};
-use clearform_layout::{Addresses, Manifests};
+use clearform_layout::{Manifests, ParameterMap};
 use clearform_plugin_host::{
-    Adapter, AdapterReport, Applied, BRANCH_INTERFACE, BaseModel, Branch, Changes, Choice, LowRankMode, Parts, Plugin,
-    Shelf, Strength,
+    Adapter, AdapterReport, BRANCH_INTERFACE, BaseModel, ComponentParameters, ControlNet, LowRankMode, Plugin,
+    PluginChoice, PluginRegistry, ScaledAdapter, Strength, WeightEdits,
 };
 use clearform_weights::{Checkpoint, TensorSource as _};
 use std::path::PathBuf;
@@ -19,21 +19,21 @@ pub struct AdapterRequest {
     /// How strongly it acts.
     pub strength: Strength,
     /// Which plugin opens it.
-    pub choice: Choice,
+    pub choice: PluginChoice,
     /// When and how a branch acts.
-    pub acting: Acting,
+    pub schedule: ControlNetSchedule,
 }
 
 /// When and how a branch acts.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Acting {
+pub struct ControlNetSchedule {
     /// The part of the way, within 0 to 1.
     pub interval: [f64; 2],
     /// The mode of a union ControlNet.
     pub mode: Option<usize>,
 }
 
-impl Default for Acting {
+impl Default for ControlNetSchedule {
     fn default() -> Self {
         Self { interval: [0.0, 1.0], mode: None }
     }
@@ -42,8 +42,8 @@ impl Default for Acting {
 /// Adapters whose files are open.
 #[derive(Debug, Clone)]
 pub struct Adapters {
-    weights: Vec<Applied>,
-    branches: Vec<Unopened>,
+    weights: Vec<ScaledAdapter>,
+    branches: Vec<PendingControlNet>,
     /// How low-rank edits meet the weights.
     pub low_rank: LowRankMode,
     /// Go on although tensors of an adapter do not meet the model.
@@ -54,18 +54,18 @@ pub struct Adapters {
 
 /// A branch's file, which is opened when its model is known.
 #[derive(Debug, Clone)]
-struct Unopened {
+struct PendingControlNet {
     plugin: Plugin,
     file: Arc<Checkpoint>,
     request: AdapterRequest,
 }
 
 /// A transformer with its edits.
-pub struct Edited {
+pub struct EditedTransformer {
     /// The transformer.
     pub transformer: Transformer,
     /// The edits of it and of all other parts.
-    pub changes: Arc<Changes>,
+    pub changes: Arc<WeightEdits>,
     /// What became of each adapter's tensors.
     pub reports: Vec<AdapterReport>,
 }
@@ -75,13 +75,13 @@ pub const EDITED_PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "text_enc
 
 /// An open branch, with how it acts.
 #[derive(Debug, Clone)]
-pub struct ActingBranch {
+pub struct ActiveControlNet {
     /// The branch.
-    pub branch: Arc<Branch>,
+    pub branch: Arc<ControlNet>,
     /// Factor of its residuals.
     pub scale: f64,
     /// When and how it acts.
-    pub acting: Acting,
+    pub acting: ControlNetSchedule,
 }
 
 impl Default for Adapters {
@@ -101,16 +101,18 @@ impl Adapters {
     ///
     /// # Errors
     /// A file is damaged, no plugin opens it, or the plugin refuses it.
-    pub fn open(requests: &[AdapterRequest], shelf: &Shelf) -> Result<Self> {
+    pub fn open(requests: &[AdapterRequest], shelf: &PluginRegistry) -> Result<Self> {
         let mut adapters = Self::default();
         for request in requests {
             let file = Arc::new(Checkpoint::open(&request.path)?);
             let plugin = shelf.choose(&file, &request.choice)?.clone();
             match plugin.description.interface.as_str() {
-                BRANCH_INTERFACE => adapters.branches.push(Unopened { plugin, file, request: request.clone() }),
+                BRANCH_INTERFACE => {
+                    adapters.branches.push(PendingControlNet { plugin, file, request: request.clone() })
+                }
                 _ => {
                     let adapter = Arc::new(Adapter::open(&plugin, file)?);
-                    adapters.weights.push(Applied { adapter, strength: request.strength.clone() });
+                    adapters.weights.push(ScaledAdapter { adapter, strength: request.strength.clone() });
                 }
             }
         }
@@ -130,12 +132,12 @@ impl Adapters {
 
     /// The branches.
     #[must_use]
-    pub fn only_branches(&self) -> Self {
+    pub fn only_controlnets(&self) -> Self {
         Self { weights: Vec::new(), ..self.clone() }
     }
 
     /// How many branches there are.
-    pub fn branch_count(&self) -> usize {
+    pub fn controlnet_count(&self) -> usize {
         self.branches.len()
     }
 
@@ -143,30 +145,30 @@ impl Adapters {
     ///
     /// # Errors
     /// Tensors of an adapter meet nothing, and that was not allowed; or they widen what must not be wider.
-    pub fn onto(
+    pub fn apply_to(
         &self,
         transformer: Transformer,
         components: Option<&Components>,
         manifests: &Manifests,
-    ) -> Result<Edited> {
+    ) -> Result<EditedTransformer> {
         if self.weights.is_empty() {
-            return Ok(Edited { transformer, changes: Arc::default(), reports: Vec::new() });
+            return Ok(EditedTransformer { transformer, changes: Arc::default(), reports: Vec::new() });
         }
-        let (changes, reports) = Changes::place(&self.weights, &parts(&transformer, components)?);
+        let (changes, reports) = WeightEdits::place(&self.weights, &parts(&transformer, components)?);
         match reports.iter().find(|report| !report.is_whole()) {
             Some(report) if !self.allow_partial => return Err(RuntimeError::PartialAdapter(report.to_string())),
             _ => {}
         }
         let changes = Arc::new(changes);
         let transformer = transformer.adapted(changes.clone(), self.low_rank, manifests)?;
-        Ok(Edited { transformer, changes, reports })
+        Ok(EditedTransformer { transformer, changes, reports })
     }
 
     /// Opens the branches for `transformer`.
     ///
     /// # Errors
     /// The plugin refuses the file, or it is for another model or acts in no mode.
-    pub fn open_branches(&self, transformer: &Transformer) -> Result<Vec<ActingBranch>> {
+    pub fn open_controlnets(&self, transformer: &Transformer) -> Result<Vec<ActiveControlNet>> {
         let identified = transformer.identified();
         let base =
             BaseModel { family: &identified.family, config: &identified.config, attention: &self.branch_attention };
@@ -175,20 +177,20 @@ impl Adapters {
 }
 
 /// What adapters may edit.
-fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<Parts> {
-    let parts = Parts::default().with(TRANSFORMER, transformer.identified().addresses());
+fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<ComponentParameters> {
+    let parts = ComponentParameters::default().with(TRANSFORMER, transformer.identified().parameter_map());
     let Some(components) = components else { return Ok(parts.and_no_other("the transformer runs alone")) };
     EDITED_PARTS.into_iter().filter(|name| components.has(name)).try_fold(parts, |parts, name| {
         // Some libraries write CLIP's names with this prefix, and some without.
-        let addresses = Addresses::of_tensors(&components.weights(name)?.tensors(), "text_model.");
+        let addresses = ParameterMap::of_tensors(&components.weights(name)?.tensors(), "text_model.");
         Ok(parts.with(name, addresses))
     })
 }
 
-impl Unopened {
-    fn open(&self, base: BaseModel) -> Result<ActingBranch> {
-        let branch = Arc::new(Branch::open(&self.plugin, self.file.clone(), base)?);
-        let Acting { interval: [start, end], mode } = self.request.acting;
+impl PendingControlNet {
+    fn open(&self, base: BaseModel) -> Result<ActiveControlNet> {
+        let branch = Arc::new(ControlNet::open(&self.plugin, self.file.clone(), base)?);
+        let ControlNetSchedule { interval: [start, end], mode } = self.request.schedule;
         let bad = |reason: String| RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display()));
         if !(0.0 <= start && start <= end && end <= 1.0) {
             return Err(bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}")));
@@ -205,6 +207,6 @@ impl Unopened {
                 )));
             }
         }
-        Ok(ActingBranch { branch, scale: self.request.strength.whole, acting: self.request.acting })
+        Ok(ActiveControlNet { branch, scale: self.request.strength.whole, acting: self.request.schedule })
     }
 }

@@ -1,8 +1,8 @@
-//! [`Canvas`]: what a model draws on: latents of a VAE, or pixels; their channels, and the sizes that can be drawn. It loads
+//! [`LatentSpec`]: what a model draws on: latents of a VAE, or pixels; their channels, and the sizes that can be drawn. It loads
 //! no weights.
 
 use crate::beside::channel_axis;
-use crate::{Components, Result, RuntimeError, Size, Transformer};
+use crate::{Components, ImageSize, Result, RuntimeError, Transformer};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::vae::VaeConfig;
 use serde_json::Value;
@@ -13,15 +13,15 @@ const LARGEST: usize = 1 << 15;
 const USUAL_EDGE: usize = 128;
 
 /// What a model draws on.
-pub(crate) struct Canvas {
+pub(crate) struct LatentSpec {
     vae: Option<VaeConfig>,
     channels: usize,
     patch: usize,
-    own_size: Size,
+    own_size: ImageSize,
     takes_control: bool,
 }
 
-impl Canvas {
+impl LatentSpec {
     /// Reads the small files of `components`, and holds the VAE against the transformer.
     pub fn new(components: &Components, transformer: &Transformer) -> Result<Self> {
         let (family, config) = (transformer.family(), transformer.config());
@@ -35,7 +35,7 @@ impl Canvas {
         let of_vae = || vae_config["sample_size"].as_u64().map(|edge| edge as usize);
         let edge = edge.or_else(of_vae).unwrap_or(USUAL_EDGE * downscale);
         let takes_control = Self::takes_control_in(takes, packed_channels(transformer, channels, patch)?)?;
-        Ok(Self { vae, channels, patch, own_size: Size { height: edge, width: edge }, takes_control })
+        Ok(Self { vae, channels, patch, own_size: ImageSize { height: edge, width: edge }, takes_control })
     }
 
     /// The VAE's sizes; none where the model draws pixels.
@@ -44,7 +44,7 @@ impl Canvas {
     }
 
     /// Extents of the pictures that the model knows.
-    pub fn own_size(&self) -> Size {
+    pub fn native_size(&self) -> ImageSize {
         self.own_size
     }
 
@@ -54,26 +54,26 @@ impl Canvas {
     }
 
     /// Channels, height and width of the latents of a picture.
-    pub fn latent_shape(&self, size: Size) -> Result<[usize; 3]> {
-        let Size { height, width } = self.check_size(size)?;
+    pub fn latent_shape(&self, size: ImageSize) -> Result<[usize; 3]> {
+        let ImageSize { height, width } = self.check_size(size)?;
         Ok([self.channels, height / self.downscale(), width / self.downscale()])
     }
 
     /// Image tokens of a picture.
-    pub fn image_tokens(&self, size: Size) -> Result<usize> {
+    pub fn image_tokens(&self, size: ImageSize) -> Result<usize> {
         let [_, height, width] = self.latent_shape(size)?;
         Ok((height / self.patch) * (width / self.patch))
     }
 
     /// Whole tokens across and down are needed.
-    pub fn check_size(&self, size: Size) -> Result<Size> {
+    pub fn check_size(&self, size: ImageSize) -> Result<ImageSize> {
         let multiple = self.patch * self.downscale();
         let fits = |extent: usize| (1..=LARGEST).contains(&extent) && extent.is_multiple_of(multiple);
         if fits(size.height) && fits(size.width) {
             return Ok(size);
         }
         let near = |extent: usize| extent.clamp(multiple, LARGEST / multiple * multiple).next_multiple_of(multiple);
-        let Size { height, width } = size;
+        let ImageSize { height, width } = size;
         Err(RuntimeError::BadSetting(format!(
             "size: expected multiples of {multiple} up to {LARGEST}, found width {width} and height {height}; try --width {} --height {}",
             near(width),

@@ -25,7 +25,7 @@ pub fn ssim(first: &RgbImage, second: &RgbImage) -> Result<f64> {
     if (first.width().min(first.height()) as usize) < WINDOW {
         return Err(RuntimeError::BadPicture(format!("SSIM needs at least {WINDOW} x {WINDOW} pixels")));
     }
-    let (a, b) = (Plane::luma(first), Plane::luma(second));
+    let (a, b) = (ImageChannel::luma(first), ImageChannel::luma(second));
     let (mean_a, mean_b) = (a.blurred(), b.blurred());
     let (aa, bb, ab) = (a.times(&a).blurred(), b.times(&b).blurred(), a.times(&b).blurred());
     let similarity = |i: usize| {
@@ -76,12 +76,12 @@ const GAP: u32 = 4;
 const CELL: u32 = 4;
 
 /// One channel in f64.
-struct Plane {
+struct ImageChannel {
     values: Vec<f64>,
     width: usize,
 }
 
-impl Plane {
+impl ImageChannel {
     fn luma(picture: &RgbImage) -> Self {
         let luma = |pixel: &Rgb<u8>| {
             let [red, green, blue] = pixel.0.map(f64::from);

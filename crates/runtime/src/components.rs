@@ -1,9 +1,9 @@
 //! [`Components`]: where the parts of a pipeline lie, in folders or in the transformer's own file. Whoever asks for a
 //! part's config or weights does not learn which.
 
-use crate::{Reading, Result, RuntimeError, Transformer};
-use clearform_layout::{Inside, LayoutError, Manifests, Unscaled};
-use clearform_portable_model::Part;
+use crate::{ReadOptions, Result, RuntimeError, Transformer};
+use clearform_layout::{Dequantized, EmbeddedComponent, LayoutError, Manifests};
+use clearform_portable_model::ComponentData;
 use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub struct Components {
 #[derive(Debug, Clone)]
 struct AllInOne {
     path: PathBuf,
-    parts: Vec<Inside>,
+    parts: Vec<EmbeddedComponent>,
     allow_unmatched: bool,
 }
 
@@ -39,11 +39,11 @@ impl Components {
     ///
     /// # Errors
     /// Tensors of a part are missing, misshapen or not understood.
-    pub fn with_parts_of(mut self, transformer: &Transformer, reading: &Reading) -> Result<Self> {
+    pub fn with_parts_of(mut self, transformer: &Transformer, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
         self.file = Some(AllInOne {
             path: checkpoint.path().to_owned(),
-            parts: transformer.identified().parts_in(checkpoint),
+            parts: transformer.identified().components_in(checkpoint),
             allow_unmatched: reading.allow_unmatched,
         });
         self.in_file()?;
@@ -54,7 +54,7 @@ impl Components {
     ///
     /// # Errors
     /// One is not as it should be.
-    pub fn in_file(&self) -> Result<Vec<Part>> {
+    pub fn in_file(&self) -> Result<Vec<ComponentData>> {
         let names = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
         names.filter_map(|name| self.inside(name)).map(|(file, part)| self.open(file, part)).collect()
     }
@@ -84,7 +84,7 @@ impl Components {
             return Ok(self.open(file, part)?.tensors);
         }
         let (folder, manifests) = (self.folder(name)?, Manifests::embedded()?);
-        let weights = Unscaled::open(&folder, &manifests)?;
+        let weights = Dequantized::open(&folder, &manifests)?;
         manifests.accept(&weights).map_err(|error| bad(&folder, &error))?;
         Ok(Box::new(weights))
     }
@@ -151,18 +151,18 @@ impl Components {
     }
 
     /// The part `name` in the transformer's file, unless the model's own folder has it.
-    fn inside(&self, name: &str) -> Option<(&AllInOne, &Inside)> {
+    fn inside(&self, name: &str) -> Option<(&AllInOne, &EmbeddedComponent)> {
         let file = self.file.as_ref().filter(|_| !self.model.join(name).is_dir())?;
         file.parts.iter().find(|part| part.name == name).map(|part| (file, part))
     }
 
-    fn open(&self, file: &AllInOne, inside: &Inside) -> Result<Part> {
+    fn open(&self, file: &AllInOne, inside: &EmbeddedComponent) -> Result<ComponentData> {
         let usual = self.usual_config(&inside.name)?;
         let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
-        let whole = part.and_then(|clearform_layout::Part { config, tensors }| {
+        let whole = part.and_then(|clearform_layout::OpenComponent { config, tensors }| {
             let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
-            let (name, account) = (inside.name.clone(), tensors.account().clone());
-            Ok(Part { name, config, tensors: Box::new(tensors), account })
+            let (name, account) = (inside.name.clone(), tensors.load_report().clone());
+            Ok(ComponentData { name, config, tensors: Box::new(tensors), load_report: account })
         });
         whole.map_err(|error| {
             let reason = format!("{}, the tensors under {:?}: {error}", inside.name, inside.prefix);

@@ -1,12 +1,12 @@
 //! From a picture to what a branch is controlled by: resized, with the values it asks for, and through the VAE if it takes
 //! latents.
 
-use crate::adapters::ActingBranch;
+use crate::adapters::ActiveControlNet;
 use crate::beside::channel_axis;
 use crate::pipeline::repeat;
-use crate::{Frame, Pipeline, Result, RuntimeError, Size};
+use crate::{Frame, ImageSize, Pipeline, Result, RuntimeError};
 use candle_core::{Device, Tensor};
-use clearform_plugin_host::{Control, ControlKind};
+use clearform_plugin_host::{ControlKind, ControlNetInput};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
 
@@ -16,29 +16,30 @@ impl Pipeline {
     ///
     /// # Errors
     /// As many pictures as branches, or one, were expected; or a branch takes what this model does not have.
-    pub fn controls(&self, pictures: &[RgbImage], frame: Frame) -> Result<Vec<Control>> {
-        let (found, branches) = (pictures.len(), self.branches().len());
+    pub fn controls(&self, pictures: &[RgbImage], frame: Frame) -> Result<Vec<ControlNetInput>> {
+        let (found, branches) = (pictures.len(), self.controlnets().len());
         if found != branches && (found != 1 || branches == 0) {
             return Err(RuntimeError::BadSetting(format!(
                 "control images: expected {branches}, one for each ControlNet (--control-image), found {found}"
             )));
         }
         let picture = |index: usize| &pictures[index.min(found - 1)];
-        let one =
-            |(index, branch): (usize, &ActingBranch)| self.control(branch, std::slice::from_ref(picture(index)), frame);
-        self.branches().iter().enumerate().map(one).collect()
+        let one = |(index, branch): (usize, &ActiveControlNet)| {
+            self.control(branch, std::slice::from_ref(picture(index)), frame)
+        };
+        self.controlnets().iter().enumerate().map(one).collect()
     }
 
-    /// What `acting` is controlled by, for a batch that `pictures` share evenly.
+    /// What `schedule` is controlled by, for a batch that `pictures` share evenly.
     ///
     /// # Errors
     /// As [`Self::controls`].
     pub fn control(
         &self,
-        acting: &ActingBranch,
+        acting: &ActiveControlNet,
         pictures: &[RgbImage],
         Frame { size, batch, guidance }: Frame,
-    ) -> Result<Control> {
+    ) -> Result<ControlNetInput> {
         let input = acting.branch.input();
         let pixels = pictures.iter().map(|picture| pixels(picture, size, input.range)).collect::<Result<Vec<_>>>()?;
         let pixels = Tensor::cat(&pixels, 0)?;
@@ -56,7 +57,7 @@ impl Pipeline {
             )));
         }
         let mode = acting.acting.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
-        Ok(Control {
+        Ok(ControlNetInput {
             branch: acting.branch.clone(),
             control: repeat(&control, batch)?,
             mode,
@@ -82,7 +83,7 @@ impl Pipeline {
     }
 
     /// Packed latents of the picture that the transformer itself looks at, as FluxControlPipeline encodes it.
-    pub(crate) fn own_control(&self, picture: &RgbImage, size: Size, batch: usize) -> Result<Tensor> {
+    pub(crate) fn own_control(&self, picture: &RgbImage, size: ImageSize, batch: usize) -> Result<Tensor> {
         repeat(&self.packed(&pixels(picture, size, OWN_RANGE)?)?, batch)
     }
 
@@ -104,7 +105,7 @@ const OWN_RANGE: [f64; 2] = [-1.0, 1.0];
 ///
 /// # Shapes
 /// The result is (1, 3, height, width), f32.
-fn pixels(picture: &RgbImage, size: Size, [low, high]: [f64; 2]) -> Result<Tensor> {
+fn pixels(picture: &RgbImage, size: ImageSize, [low, high]: [f64; 2]) -> Result<Tensor> {
     let (width, height) = (size.width as u32, size.height as u32);
     let fitting = match picture.dimensions() == (width, height) {
         true => picture.clone(),

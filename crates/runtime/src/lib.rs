@@ -18,10 +18,10 @@ pub mod png;
 mod text;
 mod transformer;
 
-pub use adapters::{Acting, ActingBranch, AdapterRequest, Adapters, EDITED_PARTS, Edited};
+pub use adapters::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITED_PARTS, EditedTransformer};
 pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
-pub use picture::{Frame, Size, check_pictures, to_pictures};
-pub use pipeline::{Latents, Options, Pipeline, Request, Stage};
-pub use transformer::{Reading, Transformer};
+pub use picture::{Frame, ImageSize, check_pictures, to_pictures};
+pub use pipeline::{GenerateRequest, InitialLatents, Pipeline, PipelineOptions, PipelineStage};
+pub use transformer::{ReadOptions, Transformer};

@@ -1,4 +1,4 @@
-//! [`Size`] and pictures: from the VAE's numbers to 8-bit RGB, and the check that there is a picture at all.
+//! [`ImageSize`] and pictures: from the VAE's numbers to 8-bit RGB, and the check that there is a picture at all.
 
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Tensor};
@@ -6,7 +6,7 @@ use image::RgbImage;
 
 /// Extents in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size {
+pub struct ImageSize {
     /// Pixels down.
     pub height: usize,
     /// Pixels across.
@@ -17,7 +17,7 @@ pub struct Size {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Frame {
     /// Extents of each.
-    pub size: Size,
+    pub size: ImageSize,
     /// How many there are.
     pub batch: usize,
     /// Embedded guidance scale.
@@ -40,7 +40,7 @@ pub fn to_pictures(decoded: &Tensor) -> Result<Vec<RgbImage>> {
         _ => return Err(RuntimeError::BadPicture(format!("expected 1 or 3 channels, found {channels}"))),
     };
     let pixels = decoded.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_from(1)?; // (batch, height width 3)
-    (0..batch).map(|index| to_picture(&pixels.get(index)?.to_vec1()?, Size { height, width }, index)).collect()
+    (0..batch).map(|index| to_picture(&pixels.get(index)?.to_vec1()?, ImageSize { height, width }, index)).collect()
 }
 
 /// Refuses pictures that cannot be meant: of one colour all over.
@@ -58,7 +58,7 @@ pub fn check_pictures(pictures: &[RgbImage]) -> Result<()> {
     }
 }
 
-fn to_picture(values: &[f32], size: Size, index: usize) -> Result<RgbImage> {
+fn to_picture(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage> {
     if values.iter().any(|value| !value.is_finite()) {
         return Err(RuntimeError::BadPicture(format!(
             "number {} holds values that are no numbers (NaN or infinity), so nothing was saved. Likely causes: damaged \

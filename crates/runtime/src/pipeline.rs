@@ -1,27 +1,29 @@
 //! [`Pipeline`]: from subjects to pictures as diffusers' pipelines go, in stages that can also be used one by one. What a
 //! family does in its own way it asks the family.
 
-use crate::adapters::{ActingBranch, Adapters, Edited};
-use crate::beside::Beside;
-use crate::canvas::Canvas;
-use crate::text::{Encoders, open_weights};
-use crate::{Components, Frame, Reading, Result, RuntimeError, Size, Transformer, check_pictures, to_pictures};
+use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
+use crate::beside::ControlConcat;
+use crate::canvas::LatentSpec;
+use crate::text::{PipelineTextEncoders, open_weights};
+use crate::{
+    Components, Frame, ImageSize, ReadOptions, Result, RuntimeError, Transformer, check_pictures, to_pictures,
+};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::AutoencoderKl;
-use clearform_models::{Conditions, Denoiser, Framing, Process, Steering, Subject};
-use clearform_plugin_host::{AdapterReport, Changes, Controlled};
+use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, NoiseProcess, Prompt};
+use clearform_plugin_host::{AdapterReport, ControlledDenoiser, WeightEdits};
 use clearform_portable_model::recorded_plan;
-use clearform_sampling::{Guidance, Progress, Schedule, Scheduler, TorchGenerator, denoise};
+use clearform_sampling::{Guidance, Schedule, Scheduler, StepProgress, TorchGenerator, denoise};
 use image::RgbImage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How a model is opened and run.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct PipelineOptions {
     /// How the transformer's tensors are read.
-    pub reading: Reading,
+    pub reading: ReadOptions,
     /// A folder with the parts that the model lacks.
     pub components: Option<PathBuf>,
     /// What each attention layer sees; as a portable model records it without it, and full where nothing is recorded.
@@ -38,14 +40,14 @@ pub struct Options {
 
 /// What to draw, and how.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Request {
+pub struct GenerateRequest {
     /// What to draw.
-    pub subject: Subject,
+    pub subject: Prompt,
     /// What to stay away from. Families that embed the guidance scale need a `true_cfg_scale` above 1 for it; the others
     /// stay away from nothing in particular without it.
-    pub negative: Option<Subject>,
+    pub negative: Option<Prompt>,
     /// Extents; the model's own without it.
-    pub size: Option<Size>,
+    pub size: Option<ImageSize>,
     /// Denoising steps.
     pub steps: usize,
     /// Guidance scale: embedded where the model takes it, classifier-free in the other families.
@@ -63,26 +65,26 @@ pub struct Request {
 
 /// What [`Pipeline::generate`] is doing.
 #[derive(Debug)]
-pub enum Stage<'a> {
+pub enum PipelineStage<'a> {
     /// Loading text encoders and encoding prompts.
     Encoding,
     /// Loading the transformer.
     Loading,
     /// A denoising step is done.
-    Step(&'a Progress<'a>),
+    Step(&'a StepProgress<'a>),
     /// Loading the VAE and decoding.
     Decoding,
 }
 
 /// Noise, as the transformer takes it.
 #[derive(Debug, Clone)]
-pub struct Latents {
+pub struct InitialLatents {
     /// Latents, packed where the transformer takes them so.
     pub tensor: Tensor,
     /// Where each token lies, (image tokens, 3), where the transformer asks.
     pub image_ids: Option<Tensor>,
     /// Extents of the pictures.
-    pub size: Size,
+    pub size: ImageSize,
     /// Image tokens of each.
     pub image_tokens: usize,
 }
@@ -92,13 +94,13 @@ pub struct Pipeline {
     components: Components,
     transformer: Transformer,
     scheduler: Scheduler,
-    steering: Steering,
-    canvas: Canvas,
+    steering: GuidanceKind,
+    canvas: LatentSpec,
     plan: AttentionPlan,
-    options: Options,
-    changes: Arc<Changes>,
+    options: PipelineOptions,
+    changes: Arc<WeightEdits>,
     reports: Vec<AdapterReport>,
-    branches: Vec<ActingBranch>,
+    branches: Vec<ActiveControlNet>,
 }
 
 impl Pipeline {
@@ -106,7 +108,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// A part is missing, which the error says how to give, or is not what it should be.
-    pub fn open(model: &Path, options: Options) -> Result<Self> {
+    pub fn open(model: &Path, options: PipelineOptions) -> Result<Self> {
         let recorded = recorded_plan(model)?;
         let plan = options.plan.clone().or(recorded).unwrap_or_else(AttentionPlan::full);
         let components = Components::new(model, options.components.as_deref());
@@ -115,12 +117,12 @@ impl Pipeline {
         let components = components.with_parts_of(&transformer, &reading)?;
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
-        let edited = adapters.onto(transformer, Some(&components), &options.reading.manifests)?;
-        let Edited { transformer, changes, reports } = edited;
-        let branches = adapters.open_branches(&transformer)?;
+        let edited = adapters.apply_to(transformer, Some(&components), &options.reading.manifests)?;
+        let EditedTransformer { transformer, changes, reports } = edited;
+        let branches = adapters.open_controlnets(&transformer)?;
         let scheduler = scheduler(&components, &transformer)?;
-        let steering = transformer.family().steering(transformer.config())?.over_channels(options.guided_channels);
-        let canvas = Canvas::new(&components, &transformer)?;
+        let steering = transformer.family().guidance_kind(transformer.config())?.over_channels(options.guided_channels);
+        let canvas = LatentSpec::new(&components, &transformer)?;
         Ok(Self { components, transformer, scheduler, steering, canvas, plan, options, changes, reports, branches })
     }
 
@@ -140,13 +142,13 @@ impl Pipeline {
     }
 
     /// How a guidance scale acts on this model.
-    pub fn steering(&self) -> &Steering {
+    pub fn guidance_kind(&self) -> &GuidanceKind {
         &self.steering
     }
 
     /// How samples of it are noised.
-    pub fn process(&self) -> Process {
-        self.transformer.family().process()
+    pub fn noise_process(&self) -> NoiseProcess {
+        self.transformer.family().noise_process()
     }
 
     /// What became of each weight adapter's tensors.
@@ -155,7 +157,7 @@ impl Pipeline {
     }
 
     /// The branches that act beside the transformer.
-    pub fn branches(&self) -> &[ActingBranch] {
+    pub fn controlnets(&self) -> &[ActiveControlNet] {
         &self.branches
     }
 
@@ -170,31 +172,31 @@ impl Pipeline {
     }
 
     /// Extents of the pictures that the model knows.
-    pub fn own_size(&self) -> Size {
-        self.canvas.own_size()
+    pub fn native_size(&self) -> ImageSize {
+        self.canvas.native_size()
     }
 
     /// Draws what is asked for, and checks that there are pictures.
     ///
     /// # Errors
     /// A setting that cannot be used, weights that cannot be had, or pictures that must not be saved.
-    pub fn generate(&self, request: &Request, watch: &mut dyn FnMut(&Stage)) -> Result<Vec<RgbImage>> {
-        let size = self.canvas.check_size(request.size.unwrap_or(self.own_size()))?;
+    pub fn generate(&self, request: &GenerateRequest, watch: &mut dyn FnMut(&PipelineStage)) -> Result<Vec<RgbImage>> {
+        let size = self.canvas.check_size(request.size.unwrap_or(self.native_size()))?;
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;
-        watch(&Stage::Encoding);
+        watch(&PipelineStage::Encoding);
         let guidance = self.guidance(request, &latents)?;
-        watch(&Stage::Loading);
+        watch(&PipelineStage::Loading);
         let (own, others) = self.split_control_images(&request.control_images)?;
         let own = own.map(|picture| self.own_control(picture, size, request.batch)).transpose()?;
         let controls = self.controls(others, Frame { size, batch: request.batch, guidance: request.guidance })?;
         let transformer = self.load_transformer(&self.plan, self.options.dtype)?;
-        let beside = Beside { base: transformer.as_ref(), control: own };
-        let denoiser = Controlled::new(&beside, controls);
-        let mut step = |progress: &Progress| watch(&Stage::Step(progress));
+        let beside = ControlConcat { base: transformer.as_ref(), control: own };
+        let denoiser = ControlledDenoiser::new(&beside, controls);
+        let mut step = |progress: &StepProgress| watch(&PipelineStage::Step(progress));
         let drawn = denoise(&denoiser, &latents.tensor, &schedule, &guidance, &mut step)?;
         drop(transformer);
-        watch(&Stage::Decoding);
+        watch(&PipelineStage::Decoding);
         let pictures = self.decode(&drawn, size)?;
         check_pictures(&pictures)?;
         Ok(pictures)
@@ -207,11 +209,12 @@ impl Pipeline {
     ///
     /// # Errors
     /// A part is missing or damaged, or the model does not draw such subjects.
-    pub fn encode(&self, subjects: &[Subject]) -> Result<Conditions> {
+    pub fn encode(&self, subjects: &[Prompt]) -> Result<Conditions> {
         if subjects.is_empty() {
             return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
         }
-        let encoders = Encoders { components: &self.components, changes: &self.changes, device: &self.options.device };
+        let encoders =
+            PipelineTextEncoders { components: &self.components, changes: &self.changes, device: &self.options.device };
         Ok(self.transformer.family().encode(self.transformer.config(), subjects, &encoders)?)
     }
 
@@ -228,7 +231,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// Extents that the model cannot draw, or an empty batch.
-    pub fn initial_latents(&self, seed: u64, batch: usize, size: Size) -> Result<Latents> {
+    pub fn initial_latents(&self, seed: u64, batch: usize, size: ImageSize) -> Result<InitialLatents> {
         let [channels, height, width] = self.canvas.latent_shape(size)?;
         if batch == 0 {
             return Err(RuntimeError::BadSetting("batch: expected at least 1, found 0".to_owned()));
@@ -236,15 +239,15 @@ impl Pipeline {
         let noise = TorchGenerator::new(seed).randn((batch, channels, height, width))?;
         let noise = noise.to_device(&self.options.device)?.to_dtype(self.dtype())?;
         let (tensor, image_ids) = self.transformer.family().pack(&noise)?;
-        Ok(Latents { tensor, image_ids, size, image_tokens: self.canvas.image_tokens(size)? })
+        Ok(InitialLatents { tensor, image_ids, size, image_tokens: self.canvas.image_tokens(size)? })
     }
 
     /// The noise levels for `latents`.
     ///
     /// # Errors
     /// No step at all, or a scheduler of another kind than the model needs.
-    pub fn schedule(&self, steps: usize, latents: &Latents) -> Result<Schedule> {
-        Ok(self.scheduler.schedule(steps, latents.image_tokens)?.for_process(self.process())?)
+    pub fn schedule(&self, steps: usize, latents: &InitialLatents) -> Result<Schedule> {
+        Ok(self.scheduler.schedule(steps, latents.image_tokens)?.for_process(self.noise_process())?)
     }
 
     /// Makes encoded subjects ready for `latents`: each repeated for its share of the batch, with what the model is told
@@ -252,21 +255,25 @@ impl Pipeline {
     ///
     /// # Errors
     /// A batch that the subjects do not divide.
-    pub fn conditions(&self, encoded: &Conditions, latents: &Latents, guidance: f64) -> Result<Conditions> {
+    pub fn conditions(&self, encoded: &Conditions, latents: &InitialLatents, guidance: f64) -> Result<Conditions> {
         let frame = Frame { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
-        Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.framed(encoded, frame)? })
+        Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.add_size_conditions(encoded, frame)? })
     }
 
     /// The same for pictures of which no latents are at hand: without the places of tokens.
     ///
     /// # Errors
     /// As [`Self::conditions`].
-    pub fn framed(&self, encoded: &Conditions, Frame { size, batch, guidance }: Frame) -> Result<Conditions> {
+    pub fn add_size_conditions(
+        &self,
+        encoded: &Conditions,
+        Frame { size, batch, guidance }: Frame,
+    ) -> Result<Conditions> {
         let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch)).transpose();
         let device = self.options.device.clone();
-        let framing = Framing { batch, size: [size.height, size.width], guidance, device };
+        let framing = BatchSpec { batch, size: [size.height, size.width], guidance, device };
         let conditions = encoded.map_samples(repeated)?;
-        Ok(self.transformer.family().framed(self.transformer.config(), conditions, &framing)?)
+        Ok(self.transformer.family().add_size_conditions(self.transformer.config(), conditions, &framing)?)
     }
 
     /// What each step is conditioned on: the subjects `encoded`, and `without`, from which classifier-free guidance leads
@@ -274,16 +281,16 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Self::conditions`].
-    pub fn steer(
+    pub fn guidance_for(
         &self,
         encoded: &Conditions,
         without: Option<&Conditions>,
-        latents: &Latents,
+        latents: &InitialLatents,
         guidance: f64,
     ) -> Result<Guidance> {
         let positive = self.conditions(encoded, latents, guidance)?;
         match (&self.steering, without) {
-            (Steering::ClassifierFree { channels, .. }, Some(without)) if self.steering.guides(guidance) => {
+            (GuidanceKind::ClassifierFree { channels, .. }, Some(without)) if self.steering.guides(guidance) => {
                 let negative = self.conditions(without, latents, guidance)?;
                 Ok(Guidance::classifier_free(positive, negative, guidance, *channels)?)
             }
@@ -296,11 +303,11 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_guided(&self, subjects: &[Subject]) -> Result<(Conditions, Option<Conditions>)> {
-        let Steering::ClassifierFree { without, .. } = &self.steering else {
+    pub fn encode_guided(&self, subjects: &[Prompt]) -> Result<(Conditions, Option<Conditions>)> {
+        let GuidanceKind::ClassifierFree { without, .. } = &self.steering else {
             return Ok((self.encode(subjects)?, None));
         };
-        let all: Vec<Subject> = subjects.iter().chain([without]).cloned().collect();
+        let all: Vec<Prompt> = subjects.iter().chain([without]).cloned().collect();
         let encoded = self.encode(&all)?;
         let count = subjects.len();
         Ok((encoded.samples(0, count)?, Some(encoded.samples(count, 1)?)))
@@ -310,11 +317,11 @@ impl Pipeline {
     /// largest thing in memory here.
     ///
     /// # Shapes
-    /// drawn as [`Latents::tensor`].
+    /// drawn as [`InitialLatents::tensor`].
     ///
     /// # Errors
     /// Latents that are not of this size, or pictures with NaN.
-    pub fn decode(&self, drawn: &Tensor, size: Size) -> Result<Vec<RgbImage>> {
+    pub fn decode(&self, drawn: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
         let [_, height, width] = self.canvas.latent_shape(size)?;
         let latents = self.transformer.family().unpack(drawn, height, width)?.to_dtype(DType::F32)?;
         let Some(vae) = self.load_vae()? else { return to_pictures(&latents) };
@@ -330,29 +337,29 @@ impl Pipeline {
         Ok(Some(AutoencoderKl::build(config.clone(), weights.as_ref())?))
     }
 
-    fn guidance(&self, request: &Request, latents: &Latents) -> Result<Guidance> {
-        let Request { subject, negative, guidance, true_cfg_scale, .. } = request;
-        self.check_steering(*true_cfg_scale)?;
+    fn guidance(&self, request: &GenerateRequest, latents: &InitialLatents) -> Result<Guidance> {
+        let GenerateRequest { subject, negative, guidance, true_cfg_scale, .. } = request;
+        self.check_guidance(*true_cfg_scale)?;
         let own = match &self.steering {
-            Steering::ClassifierFree { without, .. } => Some(negative.as_ref().unwrap_or(without)),
-            Steering::Embedded => negative.as_ref(),
+            GuidanceKind::ClassifierFree { without, .. } => Some(negative.as_ref().unwrap_or(without)),
+            GuidanceKind::Embedded => negative.as_ref(),
         };
         let encoded = self.encode(&std::iter::once(subject).chain(own).cloned().collect::<Vec<_>>())?;
         let (positive, negative) = (encoded.samples(0, 1)?, own.map(|_| encoded.samples(1, 1)).transpose()?);
-        if let (Steering::Embedded, Some(negative)) = (&self.steering, &negative) {
+        if let (GuidanceKind::Embedded, Some(negative)) = (&self.steering, &negative) {
             let ready = |encoded| self.conditions(encoded, latents, *guidance);
             return Ok(Guidance::new(ready(&positive)?, Some(ready(negative)?), *true_cfg_scale)?);
         }
-        self.steer(&positive, negative.as_ref(), latents, *guidance)
+        self.guidance_for(&positive, negative.as_ref(), latents, *guidance)
     }
 
     /// Refuses settings that would do nothing.
-    fn check_steering(&self, true_cfg_scale: f64) -> Result<()> {
+    fn check_guidance(&self, true_cfg_scale: f64) -> Result<()> {
         let reason = match &self.steering {
-            Steering::Embedded if self.options.guided_channels.is_some() => {
+            GuidanceKind::Embedded if self.options.guided_channels.is_some() => {
                 "guided channels: this model is not drawn with classifier-free guidance over some channels; leave it out"
             }
-            Steering::ClassifierFree { .. } if true_cfg_scale != 1.0 => {
+            GuidanceKind::ClassifierFree { .. } if true_cfg_scale != 1.0 => {
                 "true_cfg_scale: this model has one guidance scale, which is classifier-free; give it as guidance"
             }
             _ => return Ok(()),
@@ -381,7 +388,7 @@ fn scheduler(components: &Components, transformer: &Transformer) -> Result<Sched
     let has_one =
         identified.components().iter().chain(identified.optional_components()).any(|part| part == "scheduler");
     if !has_one || components.folder("scheduler").is_err() {
-        return Ok(Scheduler::default_for(transformer.family().process()));
+        return Ok(Scheduler::default_for(transformer.family().noise_process()));
     }
     let scheduler = Scheduler::parse(&components.text("scheduler", "scheduler_config.json")?)?;
     Ok(scheduler.spaced(transformer.family().spacing()))

@@ -1,6 +1,6 @@
-//! PNG files that carry what they were made with: [`Parameters`] as text chunks beside the pixels.
+//! PNG files that carry what they were made with: [`GenerationParameters`] as text chunks beside the pixels.
 
-use crate::{Result, RuntimeError, Size, check_pictures};
+use crate::{ImageSize, Result, RuntimeError, check_pictures};
 use ::png::{BitDepth, ColorType, Decoder, Encoder, EncodingError};
 use image::RgbImage;
 use std::fmt::Display;
@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 /// What a picture was made with: enough to make it again.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Parameters {
+pub struct GenerationParameters {
     /// What was to be drawn.
     pub prompt: String,
     /// What was to be stayed away from; empty for nothing.
@@ -25,7 +25,7 @@ pub struct Parameters {
     /// Classifier-free guidance scale.
     pub true_cfg_scale: f64,
     /// Extents.
-    pub size: Size,
+    pub size: ImageSize,
     /// The model's name.
     pub model: String,
     /// The attention plan it ran with.
@@ -42,7 +42,7 @@ pub struct Parameters {
 ///
 /// # Errors
 /// [`RuntimeError::BadPicture`] for a picture of one colour, before anything is written; else what the system says.
-pub fn save(path: &Path, picture: &RgbImage, parameters: &Parameters) -> Result<()> {
+pub fn save(path: &Path, picture: &RgbImage, parameters: &GenerationParameters) -> Result<()> {
     check_pictures(std::slice::from_ref(picture))?;
     Ok(clearform_weights::write_atomically(path, &encode(picture, Some(parameters))?)?)
 }
@@ -51,7 +51,7 @@ pub fn save(path: &Path, picture: &RgbImage, parameters: &Parameters) -> Result<
 ///
 /// # Errors
 /// A picture without pixels.
-pub fn encode(picture: &RgbImage, parameters: Option<&Parameters>) -> Result<Vec<u8>> {
+pub fn encode(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> Result<Vec<u8>> {
     write(picture, parameters).map_err(|error| RuntimeError::BadPicture(error.to_string()))
 }
 
@@ -59,7 +59,7 @@ pub fn encode(picture: &RgbImage, parameters: Option<&Parameters>) -> Result<Vec
 ///
 /// # Errors
 /// The file cannot be read, is no PNG, or is not one of ours.
-pub fn read_parameters(path: &Path) -> Result<Parameters> {
+pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
     let file = File::open(path).map_err(|source| RuntimeError::Io { path: path.to_owned(), source })?;
     let bad = |reason: &dyn Display| RuntimeError::BadPicture(format!("{}: {reason}", path.display()));
     let mut reader = Decoder::new(BufReader::new(file)).read_info().map_err(|error| bad(&error))?;
@@ -67,16 +67,16 @@ pub fn read_parameters(path: &Path) -> Result<Parameters> {
     let info = reader.info();
     let latin = info.uncompressed_latin1_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.text.clone()));
     let unicode = info.utf8_text.iter().filter_map(|chunk| Some((chunk.keyword.clone(), chunk.get_text().ok()?)));
-    Parameters::from_texts(&latin.chain(unicode).collect::<Vec<_>>())
+    GenerationParameters::from_texts(&latin.chain(unicode).collect::<Vec<_>>())
         .ok_or_else(|| bad(&"has no parameters of clearform in it"))
 }
 
-fn write(picture: &RgbImage, parameters: Option<&Parameters>) -> std::result::Result<Vec<u8>, EncodingError> {
+fn write(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> std::result::Result<Vec<u8>, EncodingError> {
     let mut bytes = Vec::new();
     let mut encoder = Encoder::new(&mut bytes, picture.width(), picture.height());
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);
-    for (keyword, text) in parameters.map(Parameters::texts).unwrap_or_default() {
+    for (keyword, text) in parameters.map(GenerationParameters::texts).unwrap_or_default() {
         // tEXt holds Latin-1 alone.
         if text.chars().all(|character| u32::from(character) < 256) {
             encoder.add_text_chunk(keyword, text)?;
@@ -90,7 +90,7 @@ fn write(picture: &RgbImage, parameters: Option<&Parameters>) -> std::result::Re
     Ok(bytes)
 }
 
-impl Parameters {
+impl GenerationParameters {
     fn texts(&self) -> Vec<(String, String)> {
         let pairs = [
             ("Software", format!("clearform {}", env!("CARGO_PKG_VERSION"))),
@@ -120,7 +120,7 @@ impl Parameters {
             steps: text("steps")?.parse().ok()?,
             guidance: text("guidance")?.parse().ok()?,
             true_cfg_scale: text("true_cfg_scale")?.parse().ok()?,
-            size: Size { height, width },
+            size: ImageSize { height, width },
             model: text("model")?.to_owned(),
             attention: text("attention")?.to_owned(),
             adapters: text("adapters").unwrap_or_default().to_owned(),
@@ -139,15 +139,15 @@ fn pair<T: FromStr>(text: &str, between: char) -> Option<(T, T)> {
 mod tests {
     use super::*;
 
-    fn parameters(prompt: &str) -> Parameters {
-        Parameters {
+    fn parameters(prompt: &str) -> GenerationParameters {
+        GenerationParameters {
             prompt: prompt.to_owned(),
             negative_prompt: String::new(),
             seed: u64::MAX,
             steps: 28,
             guidance: 3.5,
             true_cfg_scale: 1.0,
-            size: Size { height: 2, width: 3 },
+            size: ImageSize { height: 2, width: 3 },
             model: "mini-flux".to_owned(),
             attention: "clear:r=4".to_owned(),
             adapters: "--lora style:0.8".to_owned(),

@@ -1,4 +1,4 @@
-//! [`Encoders`]: the text encoders of a model folder, each loaded when a family asks it, used and released. It does not
+//! [`PipelineTextEncoders`]: the text encoders of a model folder, each loaded when a family asks it, used and released. It does not
 //! know what a family makes of them.
 
 use crate::{Components, Result, RuntimeError};
@@ -7,16 +7,16 @@ use clearform_models::ModelError;
 use clearform_models::text::{
     ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
 };
-use clearform_plugin_host::{Adapted, Changes, LowRankMode};
-use clearform_weights::{Resident, TensorSource};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
+use clearform_weights::{InMemoryTensors, TensorSource};
 
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// The text encoders of a model, as adapters edit them.
-pub(crate) struct Encoders<'a> {
+pub(crate) struct PipelineTextEncoders<'a> {
     pub components: &'a Components,
-    pub changes: &'a Changes,
+    pub changes: &'a WeightEdits,
     pub device: &'a Device,
 }
 
@@ -25,18 +25,18 @@ pub(crate) struct Encoders<'a> {
 pub(crate) fn open_weights<'a>(
     components: &Components,
     part: &str,
-    changes: &'a Changes,
+    changes: &'a WeightEdits,
     device: &Device,
 ) -> Result<Box<dyn TensorSource + 'a>> {
-    let adapted = Adapted::new(components.weights(part)?, changes, part, LowRankMode::Fused);
+    let adapted = PatchedSource::new(components.weights(part)?, changes, part, LowRankMode::Fused);
     Ok(match device {
         Device::Cpu => Box::new(adapted),
         // They compute in f32. Widened on the way, they do not stand twice in the memory of a GPU.
-        _ => Box::new(Resident::load(&adapted, Some(DType::F32), device)?),
+        _ => Box::new(InMemoryTensors::load(&adapted, Some(DType::F32), device)?),
     })
 }
 
-impl TextEncoders for Encoders<'_> {
+impl TextEncoders for PipelineTextEncoders<'_> {
     fn has(&self, number: usize) -> bool {
         self.components.has(&numbered("text_encoder", number))
     }
@@ -78,7 +78,7 @@ impl TextEncoders for Encoders<'_> {
 /// The id that every T5 pads with.
 const T5_PAD: u32 = 0;
 
-impl Encoders<'_> {
+impl PipelineTextEncoders<'_> {
     fn encode_clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded> {
         let part = numbered("text_encoder", number);
         let config = ClipConfig::new(&self.components.config(&part)?)?;

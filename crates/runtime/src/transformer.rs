@@ -4,18 +4,18 @@
 use crate::{Components, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Account, Canonical, Hints, Identified, Manifests, Unscaled, detect};
+use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
 use clearform_models::{Denoiser, FAMILIES, Family};
-use clearform_plugin_host::{Adapted, Changes, LowRankMode};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
-use clearform_weights::{Checkpoint, Resident, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 
 /// How a checkpoint's tensors are to be read.
 #[derive(Debug, Clone)]
-pub struct Reading {
+pub struct ReadOptions {
     /// The rules of families and layouts.
     pub manifests: Manifests,
     /// What the user says of the checkpoint.
@@ -28,20 +28,20 @@ pub struct Reading {
 pub struct Transformer {
     family: &'static dyn Family,
     identified: Identified,
-    canonical: Canonical<Unscaled<Checkpoint>>,
-    changes: Arc<Changes>,
+    canonical: CanonicalSource<Dequantized<Checkpoint>>,
+    changes: Arc<WeightEdits>,
     low_rank: LowRankMode,
 }
 
 /// The part of a pipeline that this is, as adapters call it.
 pub(crate) const TRANSFORMER: &str = "transformer";
 
-impl Reading {
+impl ReadOptions {
     /// The program's own rules, and no hints.
     ///
     /// # Errors
     /// The program was built with a broken manifest.
-    pub fn plain() -> Result<Self> {
+    pub fn default_options() -> Result<Self> {
         Ok(Self { manifests: Manifests::embedded()?, hints: Hints::default(), allow_unmatched: false })
     }
 
@@ -81,8 +81,8 @@ impl Transformer {
     ///
     /// # Errors
     /// The files are damaged, are of no supported family, or tensors are missing, misshapen or not understood.
-    pub fn open(path: &Path, reading: &Reading) -> Result<Self> {
-        let checkpoint = Unscaled::open(path, &reading.manifests)?;
+    pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
+        let checkpoint = Dequantized::open(path, &reading.manifests)?;
         let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
         let family = FAMILIES.iter().find(|family| family.name() == identified.family).copied();
         let family = family.ok_or_else(|| RuntimeError::BadComponent {
@@ -102,7 +102,7 @@ impl Transformer {
     ///
     /// # Errors
     /// A tensor has extents that no model of the family has.
-    pub fn adapted(mut self, changes: Arc<Changes>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
+    pub fn adapted(mut self, changes: Arc<WeightEdits>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
         (self.changes, self.low_rank) = (changes, low_rank);
         if self.changes.touch(TRANSFORMER) {
             let resized = self.identified.resized(&self.source(), manifests)?;
@@ -136,8 +136,8 @@ impl Transformer {
     }
 
     /// What became of each tensor in those files.
-    pub fn account(&self) -> &Account {
-        self.canonical.account()
+    pub fn load_report(&self) -> &LoadReport {
+        self.canonical.load_report()
     }
 
     /// Its tensors, in canonical names, as adapters edit them.
@@ -145,8 +145,8 @@ impl Transformer {
         self.edited(&self.canonical)
     }
 
-    fn edited<S: TensorSource>(&self, source: S) -> Adapted<'_, S> {
-        Adapted::new(source, &self.changes, TRANSFORMER, self.low_rank)
+    fn edited<S: TensorSource>(&self, source: S) -> PatchedSource<'_, S> {
+        PatchedSource::new(source, &self.changes, TRANSFORMER, self.low_rank)
     }
 
     /// The number format of its largest tensor, if `device` computes with it; f32 else. A CPU has no kernels for f16, whose
@@ -167,7 +167,7 @@ impl Transformer {
         if dtype.is_none() && device.is_cpu() {
             return Ok(self.family.build(self.config(), &self.source(), plan)?);
         }
-        let resident = Resident::load(&self.canonical, dtype, device)?;
+        let resident = InMemoryTensors::load(&self.canonical, dtype, device)?;
         Ok(self.family.build(self.config(), &self.edited(&resident), plan)?)
     }
 }

@@ -12,7 +12,7 @@ pub(crate) mod class {
 }
 
 /// What a class of scheduler accepts.
-pub(crate) struct Accepted {
+pub(crate) struct AcceptedKeys {
     /// The diffusers class.
     pub class: &'static str,
     /// Options that must not be set.
@@ -21,7 +21,7 @@ pub(crate) struct Accepted {
     pub words: &'static [(&'static str, &'static [&'static str])],
 }
 
-impl Accepted {
+impl AcceptedKeys {
     /// Reads `config`, with T's defaults for what it lacks. Keys that this class does not have are ignored, as diffusers
     /// does.
     pub(crate) fn read<T: DeserializeOwned>(&self, config: &Value) -> Result<T> {

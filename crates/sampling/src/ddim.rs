@@ -1,11 +1,11 @@
 //! [`Ddim`]: the steps of denoising diffusion implicit models (Song et al., arXiv 2010.02502) without added noise, as
 //! diffusers' `DDIMScheduler` makes them. It knows no model.
 
-use crate::config::{Accepted, bad, class};
-use crate::diffusion::{BETA_SCHEDULES, Diffusion, Level, PREDICTIONS, SPACINGS, Spacing, ratio};
-use crate::schedule::{Data, Step};
+use crate::config::{AcceptedKeys, bad, class};
+use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, ratio};
+use crate::schedule::{DataPrediction, StepCoefficients};
 use crate::{Result, Schedule};
-use clearform_models::Process;
+use clearform_models::NoiseProcess;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -14,14 +14,14 @@ use serde_json::Value;
 #[serde(default)]
 pub struct Ddim {
     #[serde(flatten)]
-    diffusion: Diffusion,
+    diffusion: DiffusionConfig,
     clip_sample: bool,
     clip_sample_range: f64,
     set_alpha_to_one: bool,
     timestep_spacing: Spacing,
 }
 
-const ACCEPTED: Accepted = Accepted {
+const ACCEPTED: AcceptedKeys = AcceptedKeys {
     class: class::DDIM,
     unsupported: &["rescale_betas_zero_snr", "thresholding", "trained_betas"],
     words: &[BETA_SCHEDULES, PREDICTIONS, SPACINGS],
@@ -58,21 +58,22 @@ impl Ddim {
         let last = if self.set_alpha_to_one { 1.0 } else { abar[0] };
         // What a step goes to is a stride below, whatever the next step stands on: so diffusers has it.
         let next = |timestep: usize| timestep.checked_sub(stride).map_or(last, |below| abar[below]);
-        let one = |&timestep: &usize| self.step(Level::of_signal(abar[timestep]), Level::of_signal(next(timestep)));
+        let one =
+            |&timestep: &usize| self.step(NoiseLevel::of_signal(abar[timestep]), NoiseLevel::of_signal(next(timestep)));
         let rules = timesteps.iter().map(one).collect();
         let end = timesteps.last().map_or(last, |&timestep| next(timestep));
         let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([ratio(end)]).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(Process::Diffusion, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Diffusion, sigmas, timesteps, rules)
     }
 
     /// Equation 12 with sigma 0: x' = alpha' x0 + sigma' noise, x0 clipped and the noise not.
-    fn step(&self, now: Level, next: Level) -> Step {
+    fn step(&self, now: NoiseLevel, next: NoiseLevel) -> StepCoefficients {
         let prediction = self.diffusion.prediction_type;
         let limit = self.clip_sample.then_some(self.clip_sample_range);
         let (of_latents, of_prediction) = prediction.noise(now);
-        Step {
-            estimate: Some(Data { limit, ..prediction.data(now) }),
+        StepCoefficients {
+            estimate: Some(DataPrediction { limit, ..prediction.data(now) }),
             latents: next.sigma * of_latents,
             data: next.alpha,
             prediction: next.sigma * of_prediction,
@@ -84,7 +85,7 @@ impl Ddim {
 impl Default for Ddim {
     fn default() -> Self {
         Self {
-            diffusion: Diffusion::default(),
+            diffusion: DiffusionConfig::default(),
             clip_sample: true,
             clip_sample_range: 1.0,
             set_alpha_to_one: true,

@@ -2,11 +2,11 @@
 
 use crate::{Guidance, History, Result, SamplingError, Schedule};
 use candle_core::{DType, Tensor};
-use clearform_models::{Denoiser, Moment};
+use clearform_models::{Denoiser, StepIndex};
 
 /// A step that is done.
 #[derive(Debug)]
-pub struct Progress<'a> {
+pub struct StepProgress<'a> {
     /// Steps done, from 1 on.
     pub done: usize,
     /// Steps in all.
@@ -29,18 +29,18 @@ pub fn denoise(
     latents: &Tensor,
     schedule: &Schedule,
     guidance: &Guidance,
-    progress: &mut dyn FnMut(&Progress),
+    progress: &mut dyn FnMut(&StepProgress),
 ) -> Result<Tensor> {
     let steps = schedule.steps();
     let (mut latents, mut history) = (latents.clone(), History::default());
     for index in 0..steps {
         let timestep = schedule.timestep(index, &latents)?;
-        let prediction = guidance.predict(denoiser, &latents, &timestep, Moment { index, steps })?;
+        let prediction = guidance.predict(denoiser, &latents, &timestep, StepIndex { index, steps })?;
         if !is_finite(&prediction)? {
             return Err(SamplingError::NotFinite { step: index + 1, steps });
         }
         latents = schedule.step(index, &latents, &prediction, &mut history)?;
-        progress(&Progress { done: index + 1, steps, sigma: schedule.sigmas()[index + 1], latents: &latents });
+        progress(&StepProgress { done: index + 1, steps, sigma: schedule.sigmas()[index + 1], latents: &latents });
     }
     Ok(latents)
 }
@@ -56,23 +56,23 @@ mod tests {
     use super::*;
     use crate::{DpmSolver, FlowMatchEuler};
     use candle_core::Device;
-    use clearform_models::{Conditions, DenoiserInput, ModelError, State};
+    use clearform_models::{Conditions, DenoiserInput, HiddenState, ModelError};
     use serde_json::json;
 
     /// A model that is its forward.
-    struct Forward(fn(&DenoiserInput) -> clearform_models::Result<Tensor>);
+    struct WholeForward(fn(&DenoiserInput) -> clearform_models::Result<Tensor>);
 
-    impl Denoiser for Forward {
+    impl Denoiser for WholeForward {
         fn layers(&self) -> &[String] {
             &[]
         }
-        fn embed(&self, _: &DenoiserInput) -> clearform_models::Result<State> {
+        fn embed(&self, _: &DenoiserInput) -> clearform_models::Result<HiddenState> {
             Err(refusal())
         }
-        fn block(&self, _: usize, _: State) -> clearform_models::Result<State> {
+        fn block(&self, _: usize, _: HiddenState) -> clearform_models::Result<HiddenState> {
             Err(refusal())
         }
-        fn head(&self, _: &State) -> clearform_models::Result<Tensor> {
+        fn head(&self, _: &HiddenState) -> clearform_models::Result<Tensor> {
             Err(refusal())
         }
         fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     /// Predicts pooled * latents + timestep, to follow by hand.
-    const LINE: Forward = Forward(|input| {
+    const LINE: WholeForward = WholeForward(|input| {
         let pooled = input.conditions.pooled.as_ref().unwrap();
         Ok(input.latents.broadcast_mul(pooled)?.broadcast_add(&input.timestep)?)
     });
@@ -126,7 +126,7 @@ mod tests {
         let schedule = DpmSolver::from_config(&config).unwrap().schedule(4).unwrap();
         let (latents, mut seen) = (Tensor::new(&[2_f32], &Device::Cpu).unwrap(), Vec::new());
         let guidance = Guidance::Embedded(conditions(0.5));
-        let mut keep = |step: &Progress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
+        let mut keep = |step: &StepProgress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
         denoise(&LINE, &latents, &schedule, &guidance, &mut keep).unwrap();
         let want = [53.538_3_f32, 206.444_5, 427.402_6, 463.701_3];
         assert_eq!(seen.len(), want.len());
@@ -134,7 +134,7 @@ mod tests {
     }
 
     /// Twice as many channels as latents have, all different: 1 to 6 for conditions without pooled text, else -1 to -6.
-    const WIDE: Forward = Forward(|input| {
+    const WIDE: WholeForward = WholeForward(|input| {
         let sign = if input.conditions.pooled.is_some() { -1.0 } else { 1.0 };
         let channels = Tensor::new(&[1_f32, 2.0, 3.0, 4.0, 5.0, 6.0], &Device::Cpu)?;
         Ok((channels.reshape((1, 6, 1, 1))? * sign)?)

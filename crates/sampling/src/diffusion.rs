@@ -1,8 +1,8 @@
-//! [`Diffusion`]: the noise levels of training, and how steps are spread over them, as diffusers' DDIMScheduler and
+//! [`DiffusionConfig`]: the noise levels of training, and how steps are spread over them, as diffusers' DDIMScheduler and
 //! DPMSolverMultistepScheduler share it. It knows neither's steps.
 
 use crate::config::bad;
-use crate::schedule::{Data, linspace};
+use crate::schedule::{DataPrediction, linspace};
 use crate::{Result, SamplingError};
 use clearform_models::{alphas_cumprod, linear_betas};
 use serde::Deserialize;
@@ -10,7 +10,7 @@ use serde::Deserialize;
 /// The keys of scheduler_config.json that both have, with the defaults of both.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
-pub(crate) struct Diffusion {
+pub(crate) struct DiffusionConfig {
     pub num_train_timesteps: usize,
     beta_start: f64,
     beta_end: f64,
@@ -47,7 +47,7 @@ pub(crate) enum Spacing {
 
 /// x = alpha x0 + sigma noise.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Level {
+pub(crate) struct NoiseLevel {
     pub alpha: f64,
     pub sigma: f64,
 }
@@ -57,7 +57,7 @@ pub(crate) const BETA_SCHEDULES: (&str, &[&str]) = ("beta_schedule", &["linear",
 pub(crate) const PREDICTIONS: (&str, &[&str]) = ("prediction_type", &["epsilon", "sample", "v_prediction"]);
 pub(crate) const SPACINGS: (&str, &[&str]) = ("timestep_spacing", &["leading", "linspace", "trailing"]);
 
-impl Diffusion {
+impl DiffusionConfig {
     /// abar of every training step.
     pub(crate) fn alphas_cumprod(&self) -> Vec<f32> {
         let (first, last, count) = (self.beta_start, self.beta_end, self.num_train_timesteps);
@@ -105,7 +105,7 @@ impl Diffusion {
     }
 }
 
-impl Default for Diffusion {
+impl Default for DiffusionConfig {
     fn default() -> Self {
         Self {
             num_train_timesteps: 1000,
@@ -120,19 +120,19 @@ impl Default for Diffusion {
 
 impl Prediction {
     /// x0, of latents at `level` and the prediction.
-    pub(crate) fn data(self, level: Level) -> Data {
-        let Level { alpha, sigma } = level;
+    pub(crate) fn data(self, level: NoiseLevel) -> DataPrediction {
+        let NoiseLevel { alpha, sigma } = level;
         let (latents, prediction) = match self {
             Self::Epsilon => (1.0 / alpha, -sigma / alpha),
             Self::Sample => (0.0, 1.0),
             Self::Velocity => (alpha, -sigma),
         };
-        Data { latents, prediction, limit: None }
+        DataPrediction { latents, prediction, limit: None }
     }
 
     /// The noise likewise, as weights of latents and prediction.
-    pub(crate) fn noise(self, level: Level) -> (f64, f64) {
-        let Level { alpha, sigma } = level;
+    pub(crate) fn noise(self, level: NoiseLevel) -> (f64, f64) {
+        let NoiseLevel { alpha, sigma } = level;
         match self {
             Self::Epsilon => (0.0, 1.0),
             Self::Sample => (1.0 / sigma, -alpha / sigma),
@@ -141,7 +141,7 @@ impl Prediction {
     }
 }
 
-impl Level {
+impl NoiseLevel {
     /// The level of signal `abar`.
     pub(crate) fn of_signal(abar: f32) -> Self {
         Self { alpha: f64::from(abar).sqrt(), sigma: (1.0 - f64::from(abar)).sqrt() }

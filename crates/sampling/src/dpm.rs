@@ -1,11 +1,11 @@
 //! [`DpmSolver`]: the steps of DPM-Solver++ (Lu et al., arXiv 2211.01095), first order and second order multistep, as
 //! diffusers' `DPMSolverMultistepScheduler` makes them. It knows no model.
 
-use crate::config::{Accepted, bad, class};
-use crate::diffusion::{BETA_SCHEDULES, Diffusion, Level, PREDICTIONS, SPACINGS, Spacing, ratio};
-use crate::schedule::Step;
+use crate::config::{AcceptedKeys, bad, class};
+use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, ratio};
+use crate::schedule::StepCoefficients;
 use crate::{Result, Schedule};
-use clearform_models::Process;
+use clearform_models::NoiseProcess;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ use serde_json::Value;
 #[serde(default)]
 pub struct DpmSolver {
     #[serde(flatten)]
-    diffusion: Diffusion,
+    diffusion: DiffusionConfig,
     solver_order: usize,
     solver_type: Solver,
     lower_order_final: bool,
@@ -40,7 +40,7 @@ enum FinalSigma {
 /// From so many steps on, `lower_order_final` has no effect.
 const MANY_STEPS: usize = 15;
 
-const ACCEPTED: Accepted = Accepted {
+const ACCEPTED: AcceptedKeys = AcceptedKeys {
     class: class::DPM_SOLVER,
     unsupported: &[
         "lambda_min_clipped",
@@ -94,7 +94,7 @@ impl DpmSolver {
         let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([last]).collect::<Vec<_>>();
         let rules = (0..steps).map(|index| self.step(&sigmas, index)).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(Process::Diffusion, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Diffusion, sigmas, timesteps, rules)
     }
 
     /// Unless it is spread from the noisy end, the training step after the last one is kept for the end.
@@ -103,8 +103,8 @@ impl DpmSolver {
     }
 
     /// Algorithm 2 of the paper (2M); of first order it is DDIM. `slope` weighs the change of x0 since the step before.
-    fn step(&self, sigmas: &[f32], index: usize) -> Step {
-        let (now, next) = (Level::of_ratio(sigmas[index]), Level::of_ratio(sigmas[index + 1]));
+    fn step(&self, sigmas: &[f32], index: usize) -> StepCoefficients {
+        let (now, next) = (NoiseLevel::of_ratio(sigmas[index]), NoiseLevel::of_ratio(sigmas[index + 1]));
         let h = next.lambda() - now.lambda();
         let reach = -next.alpha * (-h).exp_m1();
         let slope = match (self.second_order(index, sigmas.len() - 1), self.solver_type) {
@@ -114,10 +114,10 @@ impl DpmSolver {
                     Solver::Midpoint => 0.5 * reach,
                     Solver::Heun => next.alpha * ((-h).exp_m1() / h + 1.0),
                 };
-                weight * h / (now.lambda() - Level::of_ratio(sigmas[index - 1]).lambda())
+                weight * h / (now.lambda() - NoiseLevel::of_ratio(sigmas[index - 1]).lambda())
             }
         };
-        Step {
+        StepCoefficients {
             estimate: Some(self.diffusion.prediction_type.data(now)),
             latents: next.sigma / now.sigma,
             data: reach + slope,
@@ -136,7 +136,7 @@ impl DpmSolver {
 impl Default for DpmSolver {
     fn default() -> Self {
         Self {
-            diffusion: Diffusion::default(),
+            diffusion: DiffusionConfig::default(),
             solver_order: 2,
             solver_type: Solver::Midpoint,
             lower_order_final: true,

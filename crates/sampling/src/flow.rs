@@ -1,10 +1,10 @@
 //! [`FlowMatchEuler`]: the noise levels of a rectified flow as diffusers' `FlowMatchEulerDiscreteScheduler` computes
 //! them when `FluxPipeline` or `StableDiffusion3Pipeline` drives it. It knows no model.
 
-use crate::config::{Accepted, bad, class};
-use crate::schedule::{Step, linspace};
+use crate::config::{AcceptedKeys, bad, class};
+use crate::schedule::{StepCoefficients, linspace};
 use crate::{Result, SamplingError, Schedule};
-use clearform_models::{Process, StepSpacing};
+use clearform_models::{NoiseProcess, StepSpacing};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ enum TimeShift {
     Linear,
 }
 
-const ACCEPTED: Accepted = Accepted {
+const ACCEPTED: AcceptedKeys = AcceptedKeys {
     class: class::FLOW_MATCH,
     unsupported: &[
         "invert_sigmas",
@@ -81,9 +81,9 @@ impl FlowMatchEuler {
             stretch(&mut sigmas, terminal);
         }
         sigmas.push(0.0);
-        let rules = sigmas.windows(2).map(|pair| Step::euler(pair[1] - pair[0])).collect();
+        let rules = sigmas.windows(2).map(|pair| StepCoefficients::euler(pair[1] - pair[0])).collect();
         let timesteps = sigmas.iter().take(steps).map(|sigma| sigma * self.num_train_timesteps as f32).collect();
-        Schedule::new(Process::Flow { time_scale: 1.0 }, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Flow { time_scale: 1.0 }, sigmas, timesteps, rules)
     }
 
     /// `set_timesteps(steps)`: evenly from the largest level of the training to the smallest, which a fixed shift has

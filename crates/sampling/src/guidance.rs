@@ -2,7 +2,7 @@
 
 use crate::{Result, SamplingError};
 use candle_core::Tensor;
-use clearform_models::{Conditions, Denoiser, DenoiserInput, Moment, without_variance};
+use clearform_models::{Conditions, Denoiser, DenoiserInput, StepIndex, without_variance};
 
 /// How the conditions steer the prediction.
 #[derive(Debug, Clone)]
@@ -67,13 +67,13 @@ impl Guidance {
         denoiser: &dyn Denoiser,
         latents: &Tensor,
         timestep: &Tensor,
-        moment: Moment,
+        moment: StepIndex,
     ) -> Result<Tensor> {
         let evaluate = |conditions: &Conditions| {
             let input = DenoiserInput {
                 latents: latents.clone(),
                 timestep: timestep.clone(),
-                moment,
+                step_index: moment,
                 conditions: conditions.clone(),
             };
             Ok(without_variance(&denoiser.forward(&input)?, latents)?)

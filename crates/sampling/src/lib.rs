@@ -19,7 +19,7 @@ mod schedule;
 mod scheduler;
 
 pub use ddim::Ddim;
-pub use denoise::{Progress, denoise};
+pub use denoise::{StepProgress, denoise};
 pub use dpm::DpmSolver;
 pub use error::{Result, SamplingError};
 pub use flow::FlowMatchEuler;

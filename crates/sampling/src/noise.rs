@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Successive calls continue one stream. Serialising keeps the whole state: what is restored goes on bit for bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Saved", into = "Saved")]
+#[serde(try_from = "GeneratorState", into = "GeneratorState")]
 pub struct TorchGenerator {
     bits: Mersenne,
     /// The second normal number of a pair drawn one by one (torch keeps it on the generator, and so across calls).
@@ -105,23 +105,23 @@ fn box_muller(block: &mut [f32]) {
 
 /// The state as it is written.
 #[derive(Clone, Serialize, Deserialize)]
-struct Saved {
+struct GeneratorState {
     words: Vec<u32>,
     used: usize,
     spare: Option<u64>,
 }
 
-impl From<TorchGenerator> for Saved {
+impl From<TorchGenerator> for GeneratorState {
     fn from(generator: TorchGenerator) -> Self {
         let (words, used) = generator.bits.into_parts();
         Self { words, used, spare: generator.spare.map(f64::to_bits) }
     }
 }
 
-impl TryFrom<Saved> for TorchGenerator {
+impl TryFrom<GeneratorState> for TorchGenerator {
     type Error = SamplingError;
 
-    fn try_from(saved: Saved) -> Result<Self> {
+    fn try_from(saved: GeneratorState) -> Result<Self> {
         let found = format!("{} words, {} used", saved.words.len(), saved.used);
         let bits = Mersenne::restore(saved.words, saved.used).ok_or_else(|| {
             SamplingError::BadState(format!("expected 624 words and at most 624 used, found {found}"))

@@ -3,16 +3,16 @@
 use crate::config::class;
 use crate::{Result, SamplingError};
 use candle_core::{DType, Tensor};
-use clearform_models::Process;
+use clearform_models::NoiseProcess;
 
 /// Noise levels, one per step and the last, and what each step does.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    process: Process,
+    process: NoiseProcess,
     sigmas: Vec<f32>,
     /// In units of the training's steps, one per step.
     timesteps: Vec<f32>,
-    steps: Vec<Step>,
+    steps: Vec<StepCoefficients>,
 }
 
 /// What a step needs of those before it. A picture begins with the default one.
@@ -23,8 +23,8 @@ pub struct History {
 
 /// x' = latents x + data m + prediction p + previous m_before, where m estimates x0.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Step {
-    pub estimate: Option<Data>,
+pub(crate) struct StepCoefficients {
+    pub estimate: Option<DataPrediction>,
     pub latents: f64,
     pub data: f64,
     pub prediction: f64,
@@ -33,7 +33,7 @@ pub(crate) struct Step {
 
 /// m = latents x + prediction p, held between -limit and limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Data {
+pub(crate) struct DataPrediction {
     pub latents: f64,
     pub prediction: f64,
     pub limit: Option<f64>,
@@ -41,8 +41,13 @@ pub(crate) struct Data {
 
 impl Schedule {
     /// One of `sigmas` more than of the others.
-    pub(crate) fn new(process: Process, sigmas: Vec<f32>, timesteps: Vec<f32>, steps: Vec<Step>) -> Result<Self> {
-        if !steps.iter().all(Step::is_finite) {
+    pub(crate) fn new(
+        process: NoiseProcess,
+        sigmas: Vec<f32>,
+        timesteps: Vec<f32>,
+        steps: Vec<StepCoefficients>,
+    ) -> Result<Self> {
+        if !steps.iter().all(StepCoefficients::is_finite) {
             let reason = format!("steps: {} are too many, two of them stand on one timestep; use fewer", steps.len());
             return Err(SamplingError::BadSetting(reason));
         }
@@ -54,11 +59,11 @@ impl Schedule {
     ///
     /// # Errors
     /// [`SamplingError::BadSetting`] for a flow's steps and a diffusion model, or the reverse.
-    pub fn for_process(self, process: Process) -> Result<Self> {
+    pub fn for_process(self, process: NoiseProcess) -> Result<Self> {
         if self.process.is_flow() != process.is_flow() {
             let (model, needed) = match process {
-                Process::Diffusion => ("diffusion", format!("{} or {}", class::DDIM, class::DPM_SOLVER)),
-                Process::Flow { .. } | Process::ReversedFlow => ("flow", class::FLOW_MATCH.to_owned()),
+                NoiseProcess::Diffusion => ("diffusion", format!("{} or {}", class::DDIM, class::DPM_SOLVER)),
+                NoiseProcess::Flow { .. } | NoiseProcess::ReversedFlow => ("flow", class::FLOW_MATCH.to_owned()),
             };
             let reason = format!("scheduler: a {model} model needs {needed}, found another; use one of its own kind");
             return Err(SamplingError::BadSetting(reason));
@@ -89,14 +94,14 @@ impl Schedule {
         let batch = |value: f32| Ok(Tensor::new(vec![value; latents.dim(0)?], latents.device())?);
         let sigma = self.sigmas[index];
         match self.process {
-            Process::Flow { time_scale: 1.0 } => {
+            NoiseProcess::Flow { time_scale: 1.0 } => {
                 let scaled = batch(self.timesteps[index])?.to_dtype(latents.dtype())?;
                 let thousand = Tensor::new(1000.0_f32, latents.device())?.to_dtype(latents.dtype())?;
                 Ok(scaled.broadcast_div(&thousand)?)
             }
-            Process::Flow { time_scale } => batch(sigma * time_scale as f32),
-            Process::ReversedFlow => batch(1.0 - sigma),
-            Process::Diffusion => batch(self.timesteps[index]),
+            NoiseProcess::Flow { time_scale } => batch(sigma * time_scale as f32),
+            NoiseProcess::ReversedFlow => batch(1.0 - sigma),
+            NoiseProcess::Diffusion => batch(self.timesteps[index]),
         }
     }
 
@@ -112,7 +117,7 @@ impl Schedule {
         let step = &self.steps[index];
         let (x, p) = (latents.to_dtype(DType::F32)?, prediction.to_dtype(DType::F32)?);
         let estimate = step.estimate.map(|data| data.of(&x, &p)).transpose()?;
-        let sign = if self.process == Process::ReversedFlow { -1.0 } else { 1.0 };
+        let sign = if self.process == NoiseProcess::ReversedFlow { -1.0 } else { 1.0 };
         let terms = [
             (step.latents, Some(&x)),
             (step.data, estimate.as_ref()),
@@ -125,7 +130,7 @@ impl Schedule {
     }
 }
 
-impl Step {
+impl StepCoefficients {
     /// Euler's: x + change v.
     pub(crate) fn euler(change: f32) -> Self {
         Self { estimate: None, latents: 1.0, data: 0.0, prediction: f64::from(change), previous: 0.0 }
@@ -138,7 +143,7 @@ impl Step {
     }
 }
 
-impl Data {
+impl DataPrediction {
     fn of(&self, latents: &Tensor, prediction: &Tensor) -> Result<Tensor> {
         let data = weighted_sum(&[(self.latents, Some(latents)), (self.prediction, Some(prediction))])?;
         Ok(match self.limit {
@@ -183,12 +188,12 @@ mod tests {
         Tensor::new(values, &Device::Cpu).unwrap()
     }
 
-    fn flow(process: Process) -> Schedule {
+    fn flow(process: NoiseProcess) -> Schedule {
         FlowMatchEuler::default().schedule(4, 0).unwrap().for_process(process).unwrap()
     }
 
     /// Sigmas 1, 0.75, 0.5, 0.25, 0; the model predicts 3 at latents 2.
-    fn check(process: Process, timestep: f32, after: f32) {
+    fn check(process: NoiseProcess, timestep: f32, after: f32) {
         let (schedule, latents) = (flow(process), tensor(&[2.0, 2.0]));
         assert_eq!(schedule.timestep(1, &latents).unwrap().to_vec1::<f32>().unwrap(), [timestep; 2], "{process:?}");
         let moved = schedule.step(1, &latents, &tensor(&[3.0, 3.0]), &mut History::default()).unwrap();
@@ -197,9 +202,9 @@ mod tests {
 
     #[test]
     fn a_family_takes_its_own_times_and_predicts_in_its_own_sense() {
-        check(Process::Flow { time_scale: 1.0 }, 0.75, 1.25);
-        check(Process::Flow { time_scale: 1000.0 }, 750.0, 1.25);
-        check(Process::ReversedFlow, 0.25, 2.75);
+        check(NoiseProcess::Flow { time_scale: 1.0 }, 0.75, 1.25);
+        check(NoiseProcess::Flow { time_scale: 1000.0 }, 750.0, 1.25);
+        check(NoiseProcess::ReversedFlow, 0.25, 2.75);
     }
 
     /// 1 / 3 in bf16 lies 0.04 % off; 333.3 in bf16 is 334.
@@ -208,8 +213,11 @@ mod tests {
         let schedule = FlowMatchEuler::default().schedule(3, 0).unwrap();
         let latents = tensor(&[0.0]).to_dtype(DType::BF16).unwrap();
         let timestep = |process| schedule.clone().for_process(process).unwrap().timestep(2, &latents).unwrap();
-        assert_eq!(timestep(Process::Flow { time_scale: 1000.0 }).to_vec1::<f32>().unwrap(), [1.0_f32 / 3.0 * 1000.0]);
-        let rounded = timestep(Process::Flow { time_scale: 1.0 });
+        assert_eq!(
+            timestep(NoiseProcess::Flow { time_scale: 1000.0 }).to_vec1::<f32>().unwrap(),
+            [1.0_f32 / 3.0 * 1000.0]
+        );
+        let rounded = timestep(NoiseProcess::Flow { time_scale: 1.0 });
         assert_eq!(rounded.dtype(), DType::BF16);
         assert_eq!(rounded.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [0.333_984_38]);
     }
@@ -218,11 +226,11 @@ mod tests {
     fn a_scheduler_of_the_other_kind_is_refused() {
         let diffusion = Ddim::for_latents().schedule(4).unwrap();
         for (schedule, process, needed) in [
-            (diffusion.clone(), Process::ReversedFlow, "a flow model needs FlowMatchEulerDiscreteScheduler"),
-            (diffusion, Process::Flow { time_scale: 1.0 }, "a flow model needs FlowMatchEulerDiscreteScheduler"),
+            (diffusion.clone(), NoiseProcess::ReversedFlow, "a flow model needs FlowMatchEulerDiscreteScheduler"),
+            (diffusion, NoiseProcess::Flow { time_scale: 1.0 }, "a flow model needs FlowMatchEulerDiscreteScheduler"),
             (
-                flow(Process::ReversedFlow),
-                Process::Diffusion,
+                flow(NoiseProcess::ReversedFlow),
+                NoiseProcess::Diffusion,
                 "a diffusion model needs DDIMScheduler or DPMSolverMultistepScheduler",
             ),
         ] {

@@ -2,7 +2,7 @@
 
 use crate::config::{bad, class, parse};
 use crate::{Ddim, DpmSolver, FlowMatchEuler, Result, Schedule};
-use clearform_models::{Process, StepSpacing};
+use clearform_models::{NoiseProcess, StepSpacing};
 use serde_json::Value;
 
 /// One of diffusers' schedulers.
@@ -54,10 +54,10 @@ impl Scheduler {
     }
 
     /// A scheduler for models that come with none: a flow without shift, or DDIM as facebook's DiT has it.
-    pub fn default_for(process: Process) -> Self {
+    pub fn default_for(process: NoiseProcess) -> Self {
         match process {
-            Process::Flow { .. } | Process::ReversedFlow => Self::FlowMatchEuler(FlowMatchEuler::default()),
-            Process::Diffusion => Self::Ddim(Ddim::for_latents()),
+            NoiseProcess::Flow { .. } | NoiseProcess::ReversedFlow => Self::FlowMatchEuler(FlowMatchEuler::default()),
+            NoiseProcess::Diffusion => Self::Ddim(Ddim::for_latents()),
         }
     }
 

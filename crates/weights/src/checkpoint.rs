@@ -3,9 +3,9 @@
 //! Tensors are read one at a time by positioned reads, so memory holds what the caller keeps and no more; threads may
 //! share a checkpoint. It knows nothing of models.
 
-use crate::folder::{Index, Listing};
-use crate::header::{Entry, Header};
-use crate::place::Record;
+use crate::folder::{FolderContents, ShardIndex};
+use crate::header::{Header, HeaderEntry};
+use crate::place::FileRange;
 use crate::wrapped::unwrapped;
 use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, gguf, json, torch};
 use serde_json::Value;
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<TensorFile>,
-    tensors: BTreeMap<String, (usize, Entry)>,
+    tensors: BTreeMap<String, (usize, HeaderEntry)>,
     metadata: BTreeMap<String, String>,
     config: Option<Value>,
     notes: Vec<String>,
@@ -27,8 +27,8 @@ pub struct Checkpoint {
 
 /// How a tensor is kept on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stored {
-    /// Its number format as the file calls it; a quantised one is not that of [`TensorInfo`].
+pub struct StoredTensor {
+    /// Its number format as the file calls it; a quantised one is not that of [`ClearformTensorInfo`].
     pub format: String,
     /// Bytes that its values take, as the file keeps them.
     pub bytes: u64,
@@ -96,11 +96,11 @@ impl Checkpoint {
     }
 
     /// How the file keeps a tensor.
-    pub fn stored(&self, name: &str) -> Option<Stored> {
+    pub fn stored(&self, name: &str) -> Option<StoredTensor> {
         let (_, entry) = self.tensors.get(name)?;
         Some(match entry.place.blocks() {
-            Some((format, bytes)) => Stored { format: gguf::name_of(format).to_owned(), bytes },
-            None => Stored { format: format!("{:?}", entry.dtype), bytes: entry.place.size() },
+            Some((format, bytes)) => StoredTensor { format: gguf::name_of(format).to_owned(), bytes },
+            None => StoredTensor { format: format!("{:?}", entry.dtype), bytes: entry.place.size() },
         })
     }
 
@@ -129,7 +129,7 @@ impl Checkpoint {
     }
 
     /// The index and the shards must tell the same.
-    fn agree(&self, index: &Index) -> Result<()> {
+    fn agree(&self, index: &ShardIndex) -> Result<()> {
         for (name, shard) in &index.weight_map {
             if self.shard_of(name) != Some(shard) {
                 let found = self.shard_of(name).map_or("in none".to_owned(), |found| format!("in {found:?}"));
@@ -167,7 +167,7 @@ impl Checkpoint {
         self.files[*file].path.file_name()?.to_str()
     }
 
-    fn find(&self, name: &str) -> Result<(&TensorFile, &Entry)> {
+    fn find(&self, name: &str) -> Result<(&TensorFile, &HeaderEntry)> {
         let missing = || WeightsError::Missing { name: name.to_owned() };
         self.tensors.get(name).map(|(file, entry)| (&self.files[*file], entry)).ok_or_else(missing)
     }
@@ -219,7 +219,7 @@ impl TensorFile {
         }
     }
 
-    fn values(&self, entry: &Entry, range: Range<u64>) -> Result<Vec<u8>> {
+    fn values(&self, entry: &HeaderEntry, range: Range<u64>) -> Result<Vec<u8>> {
         self.wrap(entry.place.read(&self.file, range))
     }
 
@@ -234,7 +234,7 @@ impl TensorFile {
     }
 
     /// Reads all of `record`, unpacked.
-    pub(crate) fn read_record(&self, record: &Record) -> Result<Vec<u8>> {
+    pub(crate) fn read_record(&self, record: &FileRange) -> Result<Vec<u8>> {
         self.wrap(record.read(&self.file, 0..record.size))
     }
 
@@ -243,18 +243,18 @@ impl TensorFile {
     }
 }
 
-fn listing(path: &Path) -> Result<Listing> {
+fn listing(path: &Path) -> Result<FolderContents> {
     let about = std::fs::metadata(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })?;
     if about.is_dir() {
-        Listing::of_folder(path)
+        FolderContents::of_folder(path)
     } else if path.to_string_lossy().ends_with(".index.json") {
-        Listing::of_index(path.to_owned())
+        FolderContents::of_index(path.to_owned())
     } else {
-        Ok(Listing::of_file(path.to_owned()))
+        Ok(FolderContents::of_file(path.to_owned()))
     }
 }
 
-fn config_beside(path: &Path, listing: &Listing) -> Result<Option<Value>> {
+fn config_beside(path: &Path, listing: &FolderContents) -> Result<Option<Value>> {
     let ours = |file: &PathBuf| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"].iter().any(|ours| name.starts_with(ours))
@@ -267,7 +267,7 @@ fn config_beside(path: &Path, listing: &Listing) -> Result<Option<Value>> {
     }
 }
 
-fn describe(name: &str, entry: &Entry) -> TensorInfo {
+fn describe(name: &str, entry: &HeaderEntry) -> TensorInfo {
     TensorInfo { name: name.to_owned(), dtype: entry.dtype, shape: entry.shape.clone() }
 }
 

@@ -47,7 +47,7 @@ pub enum WeightsError {
 pub type Result<T> = std::result::Result<T, WeightsError>;
 
 /// What holds, or the reason why not.
-pub(crate) type Judged<T> = std::result::Result<T, String>;
+pub(crate) type Validated<T> = std::result::Result<T, String>;
 
 /// A name as a message shows it: escaped, and no longer than a person reads.
 pub(crate) fn printed(name: &str) -> String {

@@ -1,6 +1,6 @@
 //! Files as such: positioned reads, hashes, and writing so that a file is whole or absent. It knows no tensors.
 
-use crate::stream::{Digest, Hashing};
+use crate::stream::{Digest, RunningDigest};
 use crate::{Result, WeightsError};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -99,7 +99,7 @@ fn folder_of(path: &Path) -> &Path {
 
 fn hash(path: &Path) -> io::Result<Digest> {
     let mut file = File::open(path)?;
-    let mut hash = Hashing::default();
+    let mut hash = RunningDigest::default();
     let mut chunk = vec![0; HASH_CHUNK];
     loop {
         match file.read(&mut chunk)? {

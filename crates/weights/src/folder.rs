@@ -1,8 +1,8 @@
-//! [`Listing`]: which files of a folder hold its tensors, by the names that diffusers and transformers give them.
+//! [`FolderContents`]: which files of a folder hold its tensors, by the names that diffusers and transformers give them.
 //!
 //! It opens the index alone, no tensor file.
 
-use crate::json::{Unique, read_json};
+use crate::json::{UniqueKeys, read_json};
 use crate::{Result, WeightsError};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,15 +12,15 @@ use std::path::{Path, PathBuf};
 const MOST_SHARDS: usize = 512;
 const MOST_NAMES: usize = 100_000;
 /// Ways to keep tensors, the best first.
-const FORMS: [Form; 3] = [
-    Form { stems: ["diffusion_pytorch_model", "model"], endings: &[".safetensors"] },
-    Form { stems: ["diffusion_pytorch_model", "pytorch_model"], endings: &[".bin", ".ckpt", ".pt", ".pth"] },
-    Form { stems: ["diffusion_pytorch_model", "model"], endings: &[".gguf"] },
+const FORMS: [FileFormat; 3] = [
+    FileFormat { stems: ["diffusion_pytorch_model", "model"], endings: &[".safetensors"] },
+    FileFormat { stems: ["diffusion_pytorch_model", "pytorch_model"], endings: &[".bin", ".ckpt", ".pt", ".pth"] },
+    FileFormat { stems: ["diffusion_pytorch_model", "model"], endings: &[".gguf"] },
 ];
 
 /// A way to keep tensors.
 #[derive(Debug)]
-struct Form {
+struct FileFormat {
     /// The libraries' names.
     stems: [&'static str; 2],
     /// Endings of its files, the libraries' own first.
@@ -29,26 +29,26 @@ struct Form {
 
 /// The tensor files of one model.
 #[derive(Debug)]
-pub(crate) struct Listing {
+pub(crate) struct FolderContents {
     pub files: Vec<PathBuf>,
-    pub index: Option<Index>,
+    pub index: Option<ShardIndex>,
     /// What else the folder holds, for a person to know.
     pub notes: Vec<String>,
 }
 
 /// Which shard holds which tensor, as the index says.
 #[derive(Debug)]
-pub(crate) struct Index {
+pub(crate) struct ShardIndex {
     pub path: PathBuf,
     pub weight_map: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
-struct RawIndex {
-    weight_map: Unique<String>,
+struct RawShardIndex {
+    weight_map: UniqueKeys<String>,
 }
 
-impl Listing {
+impl FolderContents {
     /// Finds the tensor files of `folder`.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let names = names_in(folder)?;
@@ -82,38 +82,38 @@ impl Listing {
 
     /// The shards that an index names.
     pub fn of_index(path: PathBuf) -> Result<Self> {
-        let RawIndex { weight_map: Unique(weight_map) } = read_json(&path)?;
+        let RawShardIndex { weight_map: UniqueKeys(weight_map) } = read_json(&path)?;
         let shards: BTreeSet<&String> = weight_map.values().collect();
         if shards.len() > MOST_SHARDS {
             return Err(bad(&path, format!("{} shards, more than the {MOST_SHARDS} allowed", shards.len())));
         }
         let folder = path.parent().unwrap_or(Path::new(""));
         let files = shards.iter().map(|shard| shard_path(&path, folder, shard)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { files, index: Some(Index { path, weight_map }), notes: Vec::new() })
+        Ok(Self { files, index: Some(ShardIndex { path, weight_map }), notes: Vec::new() })
     }
 }
 
 /// Whether a file of this name holds tensors as one of the libraries saves them.
 fn is_usual(name: &str) -> bool {
-    let fits = |form: &Form| {
+    let fits = |form: &FileFormat| {
         let stem = form.stems.iter().find_map(|stem| name.strip_prefix(stem));
         stem.is_some_and(|rest| rest.starts_with(['.', '-'])) && form.endings.iter().any(|end| name.ends_with(end))
     };
     FORMS.iter().any(fits)
 }
 
-fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<Listing>> {
+fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
     let (index, single) = (format!("{stem}{ending}.index.json"), format!("{stem}{ending}"));
     match (names.contains(&index), names.contains(&single)) {
         (true, true) => Err(bad(folder, format!("both {index:?} and {single:?} are here: remove the one not meant"))),
-        (true, false) => Listing::of_index(folder.join(index)).map(Some),
-        (false, true) => Ok(Some(Listing::of_file(folder.join(single)))),
+        (true, false) => FolderContents::of_index(folder.join(index)).map(Some),
+        (false, true) => Ok(Some(FolderContents::of_file(folder.join(single)))),
         (false, false) => of_variant(folder, names, stem, ending),
     }
 }
 
 /// Files such as `model.fp16.safetensors`, or shards whose index is missing.
-fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<Listing>> {
+fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
     let begins = |name: &str| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-']));
     let with = |end: &str| names.iter().filter(|name| begins(name) && name.ends_with(end)).collect::<Vec<_>>();
     let infix = format!("{ending}.index.");
@@ -121,24 +121,26 @@ fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str)
     let files = with(ending);
     let numbers: Vec<_> = files.iter().map(|name| shard_number(name, ending)).collect();
     match (&indices[..], &files[..]) {
-        ([index], _) => Listing::of_index(folder.join(index)).map(Some),
+        ([index], _) => FolderContents::of_index(folder.join(index)).map(Some),
         (_, []) => Ok(None),
-        (_, [file]) if numbers[0].is_none_or(|shard| shard == (1, 1)) => Ok(Some(Listing::of_file(folder.join(file)))),
+        (_, [file]) if numbers[0].is_none_or(|shard| shard == (1, 1)) => {
+            Ok(Some(FolderContents::of_file(folder.join(file))))
+        }
         _ if all_shards(&numbers) => {
             let files = files.iter().map(|name| folder.join(name)).collect();
-            Ok(Some(Listing { files, index: None, notes: Vec::new() }))
+            Ok(Some(FolderContents { files, index: None, notes: Vec::new() }))
         }
         _ => Err(bad(folder, format!("{files:?} are not one whole model: shards or their index are missing"))),
     }
 }
 
 /// The one file with one of `endings`.
-fn of_only(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> Result<Option<Listing>> {
+fn of_only(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> Result<Option<FolderContents>> {
     let ends = |name: &&str| endings.iter().any(|ending| name.ends_with(ending));
     let tensors: Vec<&str> = names.iter().map(String::as_str).filter(ends).collect();
     match tensors[..] {
         [] => Ok(None),
-        [only] => Ok(Some(Listing::of_file(folder.join(only)))),
+        [only] => Ok(Some(FolderContents::of_file(folder.join(only)))),
         _ => Err(bad(folder, format!("several tensor files, none of the usual name: give one of {tensors:?}"))),
     }
 }

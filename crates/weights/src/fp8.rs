@@ -8,7 +8,7 @@ use safetensors::Dtype;
 pub enum Fp8 {
     /// 4 bits of exponent, 3 of mantissa, no infinities: `torch.float8_e4m3fn`.
     E4M3,
-    /// 5 bits of exponent, 2 of mantissa, a half of [`Dtype::F16`]: `torch.float8_e5m2`.
+    /// 5 bits of exponent, 2 of mantissa, a half of [`DtypeArg::F16`]: `torch.float8_e5m2`.
     E5M2,
 }
 

@@ -3,8 +3,8 @@
 //! Nothing is allocated on the word of the file alone. It reads no tensor. The rules are those of
 //! <https://github.com/huggingface/safetensors#format>, with equal names refused too.
 
-use crate::json::{self, Extents, Unique};
-use crate::place::Place;
+use crate::json::{self, BoundedShape, UniqueKeys};
+use crate::place::StorageView;
 use crate::{Dtype, Result, WeightsError, disguise, files};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
@@ -19,17 +19,17 @@ const METADATA: &str = "__metadata__";
 
 /// Where a tensor lies in its file and what it is.
 #[derive(Debug, Clone)]
-pub(crate) struct Entry {
+pub(crate) struct HeaderEntry {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    pub place: Place,
+    pub place: StorageView,
 }
 
 /// A file's directory.
 #[derive(Debug, Default)]
 pub(crate) struct Header {
     pub metadata: BTreeMap<String, String>,
-    pub tensors: BTreeMap<String, Entry>,
+    pub tensors: BTreeMap<String, HeaderEntry>,
     /// What was chosen of the file and what was left out, for a person.
     pub notes: Vec<String>,
 }
@@ -80,14 +80,14 @@ fn header_length(beginning: &[u8], size: u64) -> std::result::Result<u64, String
 #[derive(Debug, Deserialize)]
 struct RawEntry {
     dtype: Dtype,
-    shape: Extents,
+    shape: BoundedShape,
     data_offsets: (u64, u64),
 }
 
 #[derive(Debug, Default)]
 struct RawHeader {
-    metadata: Option<Unique<String>>,
-    tensors: Unique<RawEntry>,
+    metadata: Option<UniqueKeys<String>>,
+    tensors: UniqueKeys<RawEntry>,
 }
 
 impl RawHeader {
@@ -106,9 +106,9 @@ impl RawHeader {
 }
 
 impl RawEntry {
-    fn placed(self, start: u64) -> Entry {
+    fn placed(self, start: u64) -> HeaderEntry {
         let (begin, end) = self.data_offsets;
-        Entry { dtype: self.dtype, shape: self.shape.0, place: Place::whole(start + begin..start + end) }
+        HeaderEntry { dtype: self.dtype, shape: self.shape.0, place: StorageView::whole(start + begin..start + end) }
     }
 }
 
@@ -118,7 +118,7 @@ fn follow(name: &str, entry: &RawEntry, previous_end: u64) -> std::result::Resul
         let what = if begin < previous_end { "overlaps the tensor before it" } else { "leaves a hole before it" };
         return Err(format!("tensor {name:?} {what}: it begins at {begin}, expected {previous_end}"));
     }
-    let RawEntry { dtype, shape: Extents(shape), .. } = entry;
+    let RawEntry { dtype, shape: BoundedShape(shape), .. } = entry;
     let expected = byte_count(*dtype, shape)
         .ok_or_else(|| format!("tensor {name:?}: the size of {shape:?} in {dtype:?} cannot be counted in bytes"))?;
     match end.checked_sub(begin) {

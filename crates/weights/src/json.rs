@@ -1,4 +1,4 @@
-//! [`Unique`]: a JSON object that refuses a key given twice, and the reading of small JSON files.
+//! [`UniqueKeys`]: a JSON object that refuses a key given twice, and the reading of small JSON files.
 //!
 //! JSON readers keep the last of two equal keys without a word. In a header this hides a tensor, so it is an error
 //! here. It knows nothing of tensors.
@@ -43,15 +43,15 @@ pub(crate) fn check_length<E: Error>(key: &str) -> std::result::Result<(), E> {
 
 /// A JSON object whose keys differ.
 #[derive(Debug)]
-pub(crate) struct Unique<T>(pub BTreeMap<String, T>);
+pub(crate) struct UniqueKeys<T>(pub BTreeMap<String, T>);
 
-impl<T> Default for Unique<T> {
+impl<T> Default for UniqueKeys<T> {
     fn default() -> Self {
         Self(BTreeMap::new())
     }
 }
 
-impl<T> Unique<T> {
+impl<T> UniqueKeys<T> {
     /// Puts `value` in, unless the key is there, or too long, or there are too many.
     pub fn put<E: Error>(&mut self, key: String, value: T) -> std::result::Result<(), E> {
         check_length(&key)?;
@@ -68,23 +68,23 @@ impl<T> Unique<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueKeys<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_map(UniqueVisitor(PhantomData))
+        deserializer.deserialize_map(UniqueKeysVisitor(PhantomData))
     }
 }
 
-struct UniqueVisitor<T>(PhantomData<T>);
+struct UniqueKeysVisitor<T>(PhantomData<T>);
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueVisitor<T> {
-    type Value = Unique<T>;
+impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueKeysVisitor<T> {
+    type Value = UniqueKeys<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
-        let mut unique = Unique::default();
+        let mut unique = UniqueKeys::default();
         while let Some((key, value)) = map.next_entry()? {
             unique.put(key, value)?;
         }
@@ -94,24 +94,24 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueVisitor<T> {
 
 /// The extents of a tensor; a list of millions of them is refused while it is read.
 #[derive(Debug)]
-pub(crate) struct Extents(pub Vec<usize>);
+pub(crate) struct BoundedShape(pub Vec<usize>);
 
-impl<'de> Deserialize<'de> for Extents {
+impl<'de> Deserialize<'de> for BoundedShape {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_seq(ExtentsVisitor)
+        deserializer.deserialize_seq(BoundedShapeVisitor)
     }
 }
 
-struct ExtentsVisitor;
+struct BoundedShapeVisitor;
 
-impl<'de> Visitor<'de> for ExtentsVisitor {
-    type Value = Extents;
+impl<'de> Visitor<'de> for BoundedShapeVisitor {
+    type Value = BoundedShape;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a list of extents")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<Extents, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<BoundedShape, A::Error> {
         let mut extents = Vec::new();
         while let Some(extent) = sequence.next_element()? {
             if extents.len() == MOST_EXTENTS {
@@ -119,6 +119,6 @@ impl<'de> Visitor<'de> for ExtentsVisitor {
             }
             extents.push(extent);
         }
-        Ok(Extents(extents))
+        Ok(BoundedShape(extents))
     }
 }

@@ -20,10 +20,10 @@ mod torch;
 mod wrapped;
 mod writer;
 
-pub use checkpoint::{Checkpoint, Stored, TensorFile};
+pub use checkpoint::{Checkpoint, StoredTensor, TensorFile};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
-pub use source::{Dtype, LowRank, RawTensor, Resident, TensorInfo, TensorSource};
+pub use source::{Dtype, InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource};
 pub use stream::Digest;
 pub use writer::{save, write};

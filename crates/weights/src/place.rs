@@ -1,4 +1,4 @@
-//! [`Place`]: where a tensor's values lie in its file, and their reading. It knows no names, and of number formats only
+//! [`StorageView`]: where a tensor's values lie in its file, and their reading. It knows no names, and of number formats only
 //! the blocks that values are packed in.
 
 use crate::files;
@@ -18,17 +18,17 @@ const MOST_BLOCKS: usize = 4096;
 
 /// A run of bytes that a file holds.
 #[derive(Debug, Clone)]
-pub(crate) struct Record {
+pub(crate) struct FileRange {
     /// Where it lies, counted from the beginning of the file.
     pub bytes: Range<u64>,
     /// Its length once unpacked.
     pub size: u64,
-    pub packing: Packing,
+    pub packing: Compression,
 }
 
 /// How a record's bytes are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Packing {
+pub(crate) enum Compression {
     Plain,
     Deflated,
     /// Quantised in blocks, which unpack to F32.
@@ -37,8 +37,8 @@ pub(crate) enum Packing {
 
 /// The values of one tensor: runs of bytes at regular distances in a record.
 #[derive(Debug, Clone)]
-pub(crate) struct Place {
-    record: Record,
+pub(crate) struct StorageView {
+    record: FileRange,
     /// The first value, counted in the unpacked record.
     start: u64,
     /// Extents and strides in bytes of the axes along which runs repeat, outermost first; none if all is one run.
@@ -47,22 +47,22 @@ pub(crate) struct Place {
     run: u64,
 }
 
-impl Place {
+impl StorageView {
     /// All of `bytes`, one after another.
     pub fn whole(bytes: Range<u64>) -> Self {
         let size = bytes.end - bytes.start;
-        Self::of(Record { bytes, size, packing: Packing::Plain })
+        Self::of(FileRange { bytes, size, packing: Compression::Plain })
     }
 
     /// All of `record`, unpacked.
-    pub fn of(record: Record) -> Self {
+    pub fn of(record: FileRange) -> Self {
         let run = record.size;
         Self { record, start: 0, axes: Vec::new(), run }
     }
 
     /// Values of `width` bytes from `start` on, along `axes` of extents and strides in bytes. The record must hold them
     /// all and their size must be countable.
-    pub fn strided(record: Record, start: u64, mut axes: Vec<(u64, u64)>, width: u64) -> Self {
+    pub fn strided(record: FileRange, start: u64, mut axes: Vec<(u64, u64)>, width: u64) -> Self {
         if axes.iter().any(|&(extent, _)| extent == 0) {
             return Self { record, start: 0, axes: Vec::new(), run: 0 };
         }
@@ -82,8 +82,8 @@ impl Place {
     /// The format and the bytes of the blocks that the values are packed in, where they are.
     pub fn blocks(&self) -> Option<(GgmlDType, u64)> {
         match self.record.packing {
-            Packing::Blocks(format) => Some((format, self.record.bytes.end - self.record.bytes.start)),
-            Packing::Plain | Packing::Deflated => None,
+            Compression::Blocks(format) => Some((format, self.record.bytes.end - self.record.bytes.start)),
+            Compression::Plain | Compression::Deflated => None,
         }
     }
 
@@ -122,19 +122,19 @@ impl Place {
     }
 }
 
-impl Record {
+impl FileRange {
     /// Reads the bytes `range` of the unpacked record.
     pub fn read(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
         let length = range.end - range.start;
         match self.packing {
-            Packing::Plain => files::read_at(file, self.bytes.start + range.start, length as usize),
-            Packing::Deflated => self.unpack(file, range),
-            Packing::Blocks(format) => self.dequantise(file, range, format),
+            Compression::Plain => files::read_at(file, self.bytes.start + range.start, length as usize),
+            Compression::Deflated => self.unpack(file, range),
+            Compression::Blocks(format) => self.dequantise(file, range, format),
         }
     }
 
     fn unpack(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
-        let mut unpacked = DeflateDecoder::new(Run { file, left: self.bytes.clone() });
+        let mut unpacked = DeflateDecoder::new(RangeReader { file, left: self.bytes.clone() });
         io::copy(&mut unpacked.by_ref().take(range.start), &mut io::sink())?;
         let mut bytes = Vec::new();
         unpacked.by_ref().take(range.end - range.start).read_to_end(&mut bytes)?;
@@ -172,12 +172,12 @@ fn unblock(blocks: Vec<u8>, format: GgmlDType) -> candle_core::Result<Vec<u8>> {
 }
 
 /// Reads a part of a file from its beginning to its end.
-struct Run<'f> {
+struct RangeReader<'f> {
     file: &'f File,
     left: Range<u64>,
 }
 
-impl Read for Run<'_> {
+impl Read for RangeReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = (self.left.end - self.left.start).min(buffer.len() as u64) as usize;
         buffer[..length].copy_from_slice(&files::read_at(self.file, self.left.start, length)?);
@@ -208,8 +208,8 @@ mod tests {
             ("nothing", 99, &[(u64::MAX, 1), (0, 1)], 4, &[]),
         ];
         for (name, start, axes, width, expected) in cases {
-            let record = Record { bytes: 0..24, size: 24, packing: Packing::Plain };
-            let place = Place::strided(record, start, axes.to_vec(), width);
+            let record = FileRange { bytes: 0..24, size: 24, packing: Compression::Plain };
+            let place = StorageView::strided(record, start, axes.to_vec(), width);
             assert_eq!(place.size(), expected.len() as u64, "{name}");
             for from in 0..=expected.len() {
                 for to in from..=expected.len() {

@@ -147,11 +147,11 @@ impl RawTensor {
 /// Tensors held in memory. Cloning it, or building two models from it, shares every storage: this is how teacher and
 /// student hold their frozen weights once.
 #[derive(Debug, Clone, Default)]
-pub struct Resident {
+pub struct InMemoryTensors {
     tensors: BTreeMap<String, Tensor>,
 }
 
-impl Resident {
+impl InMemoryTensors {
     /// Reads all of `source`, one tensor at a time, to `device`; `dtype` of `None` keeps the stored number formats.
     ///
     /// # Errors
@@ -177,13 +177,13 @@ impl Resident {
     }
 }
 
-impl FromIterator<(String, Tensor)> for Resident {
+impl FromIterator<(String, Tensor)> for InMemoryTensors {
     fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(tensors: I) -> Self {
         Self { tensors: tensors.into_iter().collect() }
     }
 }
 
-impl TensorSource for Resident {
+impl TensorSource for InMemoryTensors {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.tensors.iter().map(|(name, tensor)| describe(name, tensor)).collect()
     }

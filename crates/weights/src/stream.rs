@@ -1,4 +1,4 @@
-//! [`Stream`]: bytes on their way into a file, hashed as they go. Whoever gives them may read the next ones meanwhile.
+//! [`HashingWriter`]: bytes on their way into a file, hashed as they go. Whoever gives them may read the next ones meanwhile.
 
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -18,26 +18,26 @@ pub struct Digest {
 
 /// A file being written and hashed, each on a thread of its own.
 #[derive(Debug)]
-pub(crate) struct Stream {
-    writing: Lane<io::Result<()>>,
-    hashing: Lane<Digest>,
+pub(crate) struct HashingWriter {
+    writing: WriterThread<io::Result<()>>,
+    hashing: WriterThread<Digest>,
 }
 
 /// A thread that takes bytes one lot at a time: who sends the next waits until it has done with the last, so that no
 /// more than two lots are in memory.
 #[derive(Debug)]
-struct Lane<T> {
+struct WriterThread<T> {
     bytes: SyncSender<Arc<Vec<u8>>>,
     thread: JoinHandle<T>,
 }
 
-impl Stream {
+impl HashingWriter {
     /// Begins at the file's cursor.
     pub fn into_file(mut file: File) -> Self {
         Self {
-            writing: Lane::begin(move |lots| lots.iter().try_for_each(|bytes| file.write_all(&bytes))),
-            hashing: Lane::begin(|lots| {
-                let mut hash = Hashing::default();
+            writing: WriterThread::begin(move |lots| lots.iter().try_for_each(|bytes| file.write_all(&bytes))),
+            hashing: WriterThread::begin(|lots| {
+                let mut hash = RunningDigest::default();
                 lots.iter().for_each(|bytes| hash.update(&bytes));
                 hash.finish()
             }),
@@ -63,7 +63,7 @@ impl Stream {
     }
 }
 
-impl<T: Send + 'static> Lane<T> {
+impl<T: Send + 'static> WriterThread<T> {
     fn begin(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> Self {
         let (bytes, lots) = sync_channel(0);
         Self { bytes, thread: thread::spawn(move || work(lots)) }
@@ -82,12 +82,12 @@ impl<T: Send + 'static> Lane<T> {
 
 /// A [`Digest`] in the making.
 #[derive(Default)]
-pub(crate) struct Hashing {
+pub(crate) struct RunningDigest {
     size: u64,
     hash: Sha256,
 }
 
-impl Hashing {
+impl RunningDigest {
     /// Takes further bytes in.
     pub fn update(&mut self, bytes: &[u8]) {
         self.size += bytes.len() as u64;
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn bytes_arrive_in_order_and_are_hashed() {
         let mut file = tempfile::tempfile().unwrap();
-        let stream = Stream::into_file(file.try_clone().unwrap());
+        let stream = HashingWriter::into_file(file.try_clone().unwrap());
         ["a", "", "b", "c"].iter().for_each(|bytes| stream.send(bytes.as_bytes().to_vec()));
         let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(stream.finish().unwrap(), Digest { size: 3, sha256: known.to_owned() });
@@ -123,7 +123,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_full_disk_is_told() {
-        let stream = Stream::into_file(File::options().write(true).open("/dev/full").unwrap());
+        let stream = HashingWriter::into_file(File::options().write(true).open("/dev/full").unwrap());
         while !stream.broken() {
             stream.send(vec![0; 9]);
         }

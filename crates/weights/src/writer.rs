@@ -4,7 +4,7 @@
 //! The file appears under its name only when whole.
 
 use crate::header::byte_count;
-use crate::stream::{Digest, Stream};
+use crate::stream::{Digest, HashingWriter};
 use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -55,10 +55,10 @@ pub fn write<E: From<WeightsError>>(
     Ok(digest)
 }
 
-fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, Stream)> {
+fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, HashingWriter)> {
     let file = files::beside(path)?;
     files::reserve(file.as_file(), size)?;
-    let stream = Stream::into_file(file.as_file().try_clone()?);
+    let stream = HashingWriter::into_file(file.as_file().try_clone()?);
     Ok((file, stream))
 }
 

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{
-    Checkpoint, Digest, Dtype, RawTensor, Resident, TensorInfo, TensorSource, WeightsError, digest, save,
+    Checkpoint, Digest, Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, digest, save,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -84,7 +84,7 @@ fn saving_a_source_keeps_every_bit() {
     let (first, second) = (folder.path().join("1.safetensors"), folder.path().join("2.safetensors"));
     write(&first, &samples()[..5]);
     let source = Checkpoint::open(&first).unwrap();
-    let resident = Resident::load(&source, None, &candle_core::Device::Cpu).unwrap();
+    let resident = InMemoryTensors::load(&source, None, &candle_core::Device::Cpu).unwrap();
     save(&second, &resident, source.metadata()).unwrap();
     assert_eq!(std::fs::read(first).unwrap(), std::fs::read(second).unwrap());
 }

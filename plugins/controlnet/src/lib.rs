@@ -10,13 +10,15 @@ mod source;
 
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_layout::{Beside, Hints, Manifests, detect_source};
+use clearform_layout::{Hints, Manifests, Sidecar, detect_source};
 use clearform_models::families::flux::{FluxConfig, FluxControlNet};
-use clearform_models::{Conditions, DenoiserInput, Moment};
-use clearform_plugin_abi::sdk::{Branch, File, Model, Residual, Result, StepInput, Takes};
+use clearform_models::{Conditions, DenoiserInput, StepIndex};
+use clearform_plugin_abi::sdk::{
+    AdapterFile, BlockResidual, ControlNetPlugin, ControlSpec, Result, StepInput, TargetModel,
+};
 use clearform_plugin_abi::tensor::{BorrowedTensor, OwnedTensor};
 use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_branch};
-use injection::Injection;
+use injection::InjectionRule;
 use serde_json::{Value, json};
 use source::FileSource;
 use std::collections::BTreeMap;
@@ -26,15 +28,15 @@ const MANIFEST: &str = include_str!("../flux.toml");
 const RANGE: [f64; 2] = [-1.0, 1.0];
 
 /// An open ControlNet.
-pub struct ControlNet {
+pub struct ControlNetFile {
     net: FluxControlNet,
-    injection: Injection,
+    injection: InjectionRule,
 }
 
-export_branch!(ControlNet, "../plugin.toml");
+export_branch!(ControlNetFile, "../plugin.toml");
 
-impl Branch for ControlNet {
-    fn open(file: File, model: Model) -> Result<Self> {
+impl ControlNetPlugin for ControlNetFile {
+    fn open(file: AdapterFile, model: TargetModel) -> Result<Self> {
         let base = base(&model)?;
         // The host's threads are a whole process's; a second pool beside a first changes nothing, so its refusal is none.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(file.threads()).build_global();
@@ -42,19 +44,19 @@ impl Branch for ControlNet {
             model.attention.parse().map_err(|error| format!("attention {:?}: {error}", model.attention))?;
         let net = net(file, &base, &plan)?;
         check(net.config(), &base)?;
-        let injection = Injection::new(&net, &base);
+        let injection = InjectionRule::new(&net, &base);
         Ok(Self { net, injection })
     }
 
-    fn takes(&self) -> Takes {
+    fn takes(&self) -> ControlSpec {
         let (control, channels) = match self.net.takes_pixels() {
             true => (CONTROL_PIXELS, 3),
             false => (CONTROL_LATENTS, self.net.config().in_channels as u32),
         };
-        Takes { control, channels, modes: self.net.modes() as u32, range: RANGE }
+        ControlSpec { control, channels, modes: self.net.modes() as u32, range: RANGE }
     }
 
-    fn residuals(&self, step: &StepInput) -> Result<Vec<Residual>> {
+    fn residuals(&self, step: &StepInput) -> Result<Vec<BlockResidual>> {
         let received = |tensor: BorrowedTensor| tensor.to_candle().map_err(|error| error.to_string());
         let optional = |tensor: Option<BorrowedTensor>| tensor.map(received).transpose();
         let conditions = Conditions {
@@ -66,16 +68,16 @@ impl Branch for ControlNet {
             ..Conditions::default()
         };
         let (latents, timestep) = (received(step.latents)?, received(step.timestep)?);
-        let input = DenoiserInput { latents, timestep, moment: Moment::default(), conditions };
+        let input = DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions };
         let (control, mode) = (received(step.control)?, optional(step.mode)?);
         let residuals = self.net.forward(&input, &control, mode.as_ref()).map_err(|error| error.to_string())?;
         let placed = self.injection.place(residuals).into_iter();
         let sent = |tensor: &Tensor| OwnedTensor::of_candle(tensor).map_err(|error| error.to_string());
-        placed.map(|(tensor, blocks)| Ok(Residual { tensor: sent(&tensor)?, blocks })).collect()
+        placed.map(|(tensor, blocks)| Ok(BlockResidual { tensor: sent(&tensor)?, blocks })).collect()
     }
 }
 
-fn base(model: &Model) -> Result<FluxConfig> {
+fn base(model: &TargetModel) -> Result<FluxConfig> {
     if model.family != "flux" {
         return Err(format!("it is for FLUX.1, but the model is of the family {:?}", model.family));
     }
@@ -85,14 +87,14 @@ fn base(model: &Model) -> Result<FluxConfig> {
 
 /// Recognises the file's layout, and builds the net. A file without a config.json has the model's own rotary axes, which
 /// no tensor tells.
-fn net(file: File, base: &FluxConfig, plan: &AttentionPlan) -> Result<FluxControlNet> {
+fn net(file: AdapterFile, base: &FluxConfig, plan: &AttentionPlan) -> Result<FluxControlNet> {
     let text = |error: clearform_layout::LayoutError| error.to_string();
     let manifests = Manifests::alone("flux.toml", MANIFEST).map_err(text)?;
     let config = file.config().map(|config| serde_json::from_str::<Value>(&config)).transpose();
     let config = config.map_err(|error| format!("config.json: {error}"))?;
     let config = config.unwrap_or_else(|| json!({ "axes_dims_rope": base.rope_axes }));
     let source = FileSource::new(file)?;
-    let beside = Beside { config: Some(&config), metadata: &BTreeMap::new() };
+    let beside = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
     let identified = detect_source(&source, beside, &manifests, &Hints::default()).map_err(text)?;
     let canonical = identified.canonical(&source).complete().map_err(text)?;
     let config = FluxConfig::new(&identified.config).map_err(|error| error.to_string())?;

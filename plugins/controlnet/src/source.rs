@@ -1,12 +1,12 @@
 //! [`FileSource`]: the host's file as a source of tensors.
 
-use clearform_plugin_abi::sdk::{File, Result};
+use clearform_plugin_abi::sdk::{AdapterFile, Result};
 use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 
 /// An adapter's file, whose tensors are read when they are asked for.
 pub struct FileSource {
-    file: File,
+    file: AdapterFile,
     /// By name, with their index in the file.
     tensors: BTreeMap<String, (usize, TensorInfo)>,
 }
@@ -14,7 +14,7 @@ pub struct FileSource {
 impl FileSource {
     /// # Errors
     /// A tensor of a number format that cannot be computed with.
-    pub fn new(file: File) -> Result<Self> {
+    pub fn new(file: AdapterFile) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (index, tensor) in file.tensors().into_iter().enumerate() {
             let element = tensor.element.and_then(|element| element.to_candle().ok());

@@ -4,21 +4,21 @@
 //! Copy this folder, change its three files, and you have a plugin of your own: `plugins/README.md` tells how.
 
 use clearform_plugin_abi::export_adapter;
-use clearform_plugin_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
+use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditOperation, GivenTensors, ParameterEdit, Result};
 
 /// What the host holds while it uses a file: whatever the plugin needs for it.
 pub struct ChannelScale {
     /// The file stays open as long as this lives, so tensors are read when they are asked for.
-    file: File,
-    edits: Vec<EditOf>,
+    file: AdapterFile,
+    edits: Vec<ParameterEdit>,
 }
 
 // Exports the type with its description, and turns errors and panics into messages for the person.
 export_adapter!(ChannelScale, "../plugin.toml");
 
-impl Adapter for ChannelScale {
+impl AdapterPlugin for ChannelScale {
     /// Finds the edits by names and shapes alone. Whatever is returned as an error is told to the person.
-    fn open(file: File) -> Result<Self> {
+    fn open(file: AdapterFile) -> Result<Self> {
         let mut edits = Vec::new();
         for (index, tensor) in file.tensors().into_iter().enumerate() {
             // Tensors of other names are in no edit, and the host will say that nobody understands them.
@@ -26,8 +26,8 @@ impl Adapter for ChannelScale {
             let [rows] = tensor.shape[..] else {
                 return Err(format!("{:?}: expected one factor a channel, found {:?}", tensor.name, tensor.shape));
             };
-            edits.push(EditOf {
-                kind: EditKind::Scale,
+            edits.push(ParameterEdit {
+                kind: EditOperation::Scale,
                 decomposed: false,
                 component: "transformer".to_owned(),
                 // The name may be of any layout that the host knows: diffusers', BFL's, with dots or underscores.
@@ -42,14 +42,14 @@ impl Adapter for ChannelScale {
         Ok(Self { file, edits })
     }
 
-    fn edits(&self) -> &[EditOf] {
+    fn edits(&self) -> &[ParameterEdit] {
         &self.edits
     }
 
     /// The tensors of one edit; here the file's own, unread until now.
-    fn tensors(&self, index: usize) -> Result<Tensors> {
+    fn tensors(&self, index: usize) -> Result<GivenTensors> {
         let factors = self.file.read(self.edits[index].sources[0])?;
-        Ok(Tensors { value: Some(factors), ..Tensors::default() })
+        Ok(GivenTensors { value: Some(factors), ..GivenTensors::default() })
     }
 
     /// A reason for each tensor that is left out on purpose. There are none here.

@@ -11,32 +11,32 @@ mod products;
 mod settings;
 
 use clearform_plugin_abi::export_adapter;
-use clearform_plugin_abi::sdk::{Adapter, EditOf, File, Result, Tensors};
-use modules::{Modules, Recipe};
+use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, GivenTensors, ParameterEdit, Result};
+use modules::{EditRecipe, LoraModules};
 use std::collections::BTreeMap;
 
 /// An open LoRA file.
-pub struct Lora {
-    file: File,
-    edits: Vec<EditOf>,
+pub struct LoraFile {
+    file: AdapterFile,
+    edits: Vec<ParameterEdit>,
     /// How to make the tensors of each edit.
-    recipes: Vec<Recipe>,
+    recipes: Vec<EditRecipe>,
     skipped: BTreeMap<usize, &'static str>,
 }
 
-export_adapter!(Lora, "../plugin.toml");
+export_adapter!(LoraFile, "../plugin.toml");
 
-impl Adapter for Lora {
-    fn open(file: File) -> Result<Self> {
-        let Modules { edits, recipes, skipped } = Modules::read(&file)?;
+impl AdapterPlugin for LoraFile {
+    fn open(file: AdapterFile) -> Result<Self> {
+        let LoraModules { edits, recipes, skipped } = LoraModules::read(&file)?;
         Ok(Self { file, edits, recipes, skipped })
     }
 
-    fn edits(&self) -> &[EditOf] {
+    fn edits(&self) -> &[ParameterEdit] {
         &self.edits
     }
 
-    fn tensors(&self, index: usize) -> Result<Tensors> {
+    fn tensors(&self, index: usize) -> Result<GivenTensors> {
         self.recipes[index].tensors(&self.file)
     }
 

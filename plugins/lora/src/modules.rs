@@ -1,31 +1,31 @@
-//! [`Modules`]: the tensors of each module together, and the edits that they are.
+//! [`LoraModules`]: the tensors of each module together, and the edits that they are.
 
-use crate::names::{Name, Role};
+use crate::names::{TensorName, TensorRole};
 use crate::products::{hadamard, kronecker};
 use crate::settings::PeftSettings;
 use candle_core::DType;
-use clearform_plugin_abi::sdk::{EditKind, EditOf, File, FileTensor, Result, Tensors};
+use clearform_plugin_abi::sdk::{AdapterFile, EditOperation, FileTensor, GivenTensors, ParameterEdit, Result};
 use clearform_plugin_abi::tensor::OwnedTensor;
 use std::collections::BTreeMap;
 
 /// Every edit of a file, with how to make its tensors, and the tensors that are no edit.
 #[derive(Default)]
-pub struct Modules {
-    pub edits: Vec<EditOf>,
-    pub recipes: Vec<Recipe>,
+pub struct LoraModules {
+    pub edits: Vec<ParameterEdit>,
+    pub recipes: Vec<EditRecipe>,
     pub skipped: BTreeMap<usize, &'static str>,
 }
 
 /// How the tensors of an edit are made of the file's, by their indexes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recipe {
-    form: Form,
+pub struct EditRecipe {
+    form: EditForm,
     magnitude: Option<usize>,
 }
 
 /// The form of an edit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Form {
+enum EditForm {
     LowRank { down: usize, up: usize },
     Value(usize),
     Hadamard { w1: [usize; 2], w2: [usize; 2] },
@@ -33,23 +33,25 @@ enum Form {
 }
 
 /// The tensors of one module, by role.
-struct Module<'a> {
+struct LoraModule<'a> {
     component: &'static str,
     name: &'a str,
     first_rows: bool,
-    tensors: BTreeMap<Role, usize>,
+    tensors: BTreeMap<TensorRole, usize>,
     infos: &'a [FileTensor],
 }
 
 const SHAPE_IS_TOLD: &str = "its factors tell the same";
 
-impl Modules {
+impl LoraModules {
     /// Reads names, alphas and settings of `file`.
-    pub fn read(file: &File) -> Result<Self> {
+    pub fn read(file: &AdapterFile) -> Result<Self> {
         let (infos, settings) = (file.tensors(), PeftSettings::read(file)?);
-        let mut named: BTreeMap<(&'static str, String, bool), BTreeMap<Role, usize>> = BTreeMap::new();
+        let mut named: BTreeMap<(&'static str, String, bool), BTreeMap<TensorRole, usize>> = BTreeMap::new();
         for (index, info) in infos.iter().enumerate() {
-            let Some(Name { component, module, role, first_rows }) = Name::read(&info.name) else { continue };
+            let Some(TensorName { component, module, role, first_rows }) = TensorName::read(&info.name) else {
+                continue;
+            };
             let tensors = named.entry((component, module, first_rows)).or_default();
             if let Some(other) = tensors.insert(role, index) {
                 return Err(format!("{:?} and {:?} say the same of one module", infos[other].name, info.name));
@@ -57,90 +59,94 @@ impl Modules {
         }
         let mut modules = Self::default();
         for ((component, name, first_rows), tensors) in &named {
-            let module = Module { component, name, first_rows: *first_rows, tensors: tensors.clone(), infos: &infos };
+            let module =
+                LoraModule { component, name, first_rows: *first_rows, tensors: tensors.clone(), infos: &infos };
             modules.add(&module, file, &settings)?;
         }
         Ok(modules)
     }
 
-    fn add(&mut self, module: &Module, file: &File, settings: &PeftSettings) -> Result<()> {
-        if let Some(index) = module.get(Role::Tucker) {
+    fn add(&mut self, module: &LoraModule, file: &AdapterFile, settings: &PeftSettings) -> Result<()> {
+        if let Some(index) = module.get(TensorRole::Tucker) {
             let name = &module.infos[index].name;
             return Err(format!(
                 "{name:?} is a factor of a convolution in Tucker's form, which no transformer here has"
             ));
         }
-        if let Some(index) = module.get(Role::Shape) {
+        if let Some(index) = module.get(TensorRole::Shape) {
             self.skipped.insert(index, SHAPE_IS_TOLD);
         }
         if let Some((form, rank)) = module.product()? {
             let scale = module.scale(rank, file, settings)?;
             let kind = match form {
-                Form::LowRank { .. } => EditKind::LowRank { scale },
-                _ => EditKind::Delta { scale },
+                EditForm::LowRank { .. } => EditOperation::LowRank { scale },
+                _ => EditOperation::Delta { scale },
             };
-            let magnitude = module.get(Role::Magnitude);
-            let sources: Vec<usize> = form.indexes().into_iter().chain(module.get(Role::Alpha)).collect();
-            let edit = EditOf { extents: form.extents(module.infos), ..module.edit("weight", kind, &sources) };
+            let magnitude = module.get(TensorRole::Magnitude);
+            let sources: Vec<usize> = form.indexes().into_iter().chain(module.get(TensorRole::Alpha)).collect();
+            let edit = ParameterEdit { extents: form.extents(module.infos), ..module.edit("weight", kind, &sources) };
             self.put(edit, form, magnitude);
-            if let Some(bias) = module.get(Role::UpBias) {
-                self.put(module.edit("bias", EditKind::Delta { scale }, &[bias]), Form::Value(bias), None);
+            if let Some(bias) = module.get(TensorRole::UpBias) {
+                self.put(module.edit("bias", EditOperation::Delta { scale }, &[bias]), EditForm::Value(bias), None);
             }
         }
         let plain = [
-            (Role::Diff, "weight", EditKind::Delta { scale: 1.0 }),
-            (Role::DiffBias, "bias", EditKind::Delta { scale: 1.0 }),
-            (Role::SetWeight, "weight", EditKind::Replace),
-            (Role::Parameter, "", EditKind::Replace),
+            (TensorRole::Diff, "weight", EditOperation::Delta { scale: 1.0 }),
+            (TensorRole::DiffBias, "bias", EditOperation::Delta { scale: 1.0 }),
+            (TensorRole::SetWeight, "weight", EditOperation::Replace),
+            (TensorRole::Parameter, "", EditOperation::Replace),
         ];
         for (role, parameter, kind) in plain {
             if let Some(index) = module.get(role) {
-                self.put(module.edit(parameter, kind, &[index]), Form::Value(index), None);
+                self.put(module.edit(parameter, kind, &[index]), EditForm::Value(index), None);
             }
         }
         Ok(())
     }
 
-    fn put(&mut self, mut edit: EditOf, form: Form, magnitude: Option<usize>) {
+    fn put(&mut self, mut edit: ParameterEdit, form: EditForm, magnitude: Option<usize>) {
         edit.decomposed = magnitude.is_some();
         edit.sources.extend(magnitude);
         self.edits.push(edit);
-        self.recipes.push(Recipe { form, magnitude });
+        self.recipes.push(EditRecipe { form, magnitude });
     }
 }
 
-impl Module<'_> {
-    fn get(&self, role: Role) -> Option<usize> {
+impl LoraModule<'_> {
+    fn get(&self, role: TensorRole) -> Option<usize> {
         self.tensors.get(&role).copied()
     }
 
     /// The product that edits the weight, and its rank where one is defined; none if there is no product.
-    fn product(&self) -> Result<Option<(Form, Option<usize>)>> {
+    fn product(&self) -> Result<Option<(EditForm, Option<usize>)>> {
         let rows = |index: usize| self.infos[index].shape.first().copied();
-        if let Some((down, up)) = self.pair(Role::Down, Role::Up)? {
-            return Ok(Some((Form::LowRank { down, up }, rows(down))));
+        if let Some((down, up)) = self.pair(TensorRole::Down, TensorRole::Up)? {
+            return Ok(Some((EditForm::LowRank { down, up }, rows(down))));
         }
-        match (self.pair(Role::HadaW1A, Role::HadaW1B)?, self.pair(Role::HadaW2A, Role::HadaW2B)?) {
+        match (
+            self.pair(TensorRole::HadaW1A, TensorRole::HadaW1B)?,
+            self.pair(TensorRole::HadaW2A, TensorRole::HadaW2B)?,
+        ) {
             (Some((a1, b1)), Some((a2, b2))) => {
-                return Ok(Some((Form::Hadamard { w1: [a1, b1], w2: [a2, b2] }, rows(b1))));
+                return Ok(Some((EditForm::Hadamard { w1: [a1, b1], w2: [a2, b2] }, rows(b1))));
             }
             (None, None) => {}
             _ => return Err(format!("module {:?} has only one of the two products of a LoHa", self.name)),
         }
-        let w1 = self.kronecker_factor(Role::LokrW1, Role::LokrW1A, Role::LokrW1B)?;
-        let w2 = self.kronecker_factor(Role::LokrW2, Role::LokrW2A, Role::LokrW2B)?;
+        let w1 = self.kronecker_factor(TensorRole::LokrW1, TensorRole::LokrW1A, TensorRole::LokrW1B)?;
+        let w2 = self.kronecker_factor(TensorRole::LokrW2, TensorRole::LokrW2A, TensorRole::LokrW2B)?;
         match (w1, w2) {
             (Some(w1), Some(w2)) => {
                 // Both whole: there is no rank, and alpha means nothing.
                 let rank = [&w2, &w1].into_iter().find_map(|factor| factor.get(1)).and_then(|b| rows(*b));
-                Ok(Some((Form::Kronecker { w1, w2 }, rank)))
+                Ok(Some((EditForm::Kronecker { w1, w2 }, rank)))
             }
             (None, None) => Ok(None),
             _ => Err(format!("module {:?} has only one of the two factors of a LoKr", self.name)),
         }
     }
 
-    fn pair(&self, a: Role, b: Role) -> Result<Option<(usize, usize)>> {
+    fn pair(&self, a: TensorRole, b: TensorRole) -> Result<Option<(usize, usize)>> {
         match (self.get(a), self.get(b)) {
             (Some(a), Some(b)) => Ok(Some((a, b))),
             (None, None) => Ok(None),
@@ -150,7 +156,7 @@ impl Module<'_> {
         }
     }
 
-    fn kronecker_factor(&self, whole: Role, a: Role, b: Role) -> Result<Option<Vec<usize>>> {
+    fn kronecker_factor(&self, whole: TensorRole, a: TensorRole, b: TensorRole) -> Result<Option<Vec<usize>>> {
         Ok(match self.get(whole) {
             Some(index) => Some(vec![index]),
             None => self.pair(a, b)?.map(|(a, b)| vec![a, b]),
@@ -158,7 +164,7 @@ impl Module<'_> {
     }
 
     /// peft's settings count first, then the alpha in the file; without either it is 1.
-    fn scale(&self, rank: Option<usize>, file: &File, settings: &PeftSettings) -> Result<f64> {
+    fn scale(&self, rank: Option<usize>, file: &AdapterFile, settings: &PeftSettings) -> Result<f64> {
         let Some(rank) = rank else { return Ok(1.0) };
         if rank == 0 {
             return Err(format!("the factors of module {:?} have no rank", self.name));
@@ -166,16 +172,16 @@ impl Module<'_> {
         if let Some(scale) = settings.scale(self.component, self.name, rank) {
             return Ok(scale);
         }
-        match self.get(Role::Alpha) {
+        match self.get(TensorRole::Alpha) {
             Some(index) => Ok(number(&file.read(index)?, &self.infos[index].name)? / rank as f64),
             None => Ok(1.0),
         }
     }
 
     /// An edit of a parameter of the module: of the first tensor's extents.
-    fn edit(&self, parameter: &str, kind: EditKind, sources: &[usize]) -> EditOf {
+    fn edit(&self, parameter: &str, kind: EditOperation, sources: &[usize]) -> ParameterEdit {
         let name = if parameter.is_empty() { self.name.to_owned() } else { format!("{}.{parameter}", self.name) };
-        EditOf {
+        ParameterEdit {
             kind,
             decomposed: false,
             component: self.component.to_owned(),
@@ -187,7 +193,7 @@ impl Module<'_> {
     }
 }
 
-impl Form {
+impl EditForm {
     fn indexes(&self) -> Vec<usize> {
         match self {
             Self::LowRank { down, up } => vec![*down, *up],
@@ -216,31 +222,36 @@ impl Form {
     }
 }
 
-impl Recipe {
+impl EditRecipe {
     /// The tensors of the edit.
-    pub fn tensors(&self, file: &File) -> Result<Tensors> {
+    pub fn tensors(&self, file: &AdapterFile) -> Result<GivenTensors> {
         let magnitude = self.magnitude.map(|index| file.read(index)).transpose()?;
         let all = |indexes: &[usize]| indexes.iter().map(|index| file.read(*index)).collect::<Result<Vec<_>>>();
         Ok(match &self.form {
-            Form::LowRank { down, up } => {
-                Tensors { down: Some(file.read(*down)?), up: Some(file.read(*up)?), magnitude, ..Tensors::default() }
+            EditForm::LowRank { down, up } => GivenTensors {
+                down: Some(file.read(*down)?),
+                up: Some(file.read(*up)?),
+                magnitude,
+                ..GivenTensors::default()
+            },
+            EditForm::Value(index) => {
+                GivenTensors { value: Some(file.read(*index)?), magnitude, ..GivenTensors::default() }
             }
-            Form::Value(index) => Tensors { value: Some(file.read(*index)?), magnitude, ..Tensors::default() },
-            Form::Hadamard { w1, w2 } => {
+            EditForm::Hadamard { w1, w2 } => {
                 let ([a1, b1], [a2, b2]) = (pair(file, w1)?, pair(file, w2)?);
                 let value = hadamard([&a1, &b1], [&a2, &b2])?;
-                Tensors { value: Some(value), magnitude, ..Tensors::default() }
+                GivenTensors { value: Some(value), magnitude, ..GivenTensors::default() }
             }
-            Form::Kronecker { w1, w2 } => {
+            EditForm::Kronecker { w1, w2 } => {
                 let (w1, w2) = (all(w1)?, all(w2)?);
                 let value = kronecker(&w1.iter().collect::<Vec<_>>(), &w2.iter().collect::<Vec<_>>())?;
-                Tensors { value: Some(value), magnitude, ..Tensors::default() }
+                GivenTensors { value: Some(value), magnitude, ..GivenTensors::default() }
             }
         })
     }
 }
 
-fn pair(file: &File, [a, b]: &[usize; 2]) -> Result<[OwnedTensor; 2]> {
+fn pair(file: &AdapterFile, [a, b]: &[usize; 2]) -> Result<[OwnedTensor; 2]> {
     Ok([file.read(*a)?, file.read(*b)?])
 }
 

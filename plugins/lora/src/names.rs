@@ -1,8 +1,8 @@
-//! [`Name`]: what the name of a tensor says: the part of the pipeline, the module in it, and the tensor's role there.
+//! [`TensorName`]: what the name of a tensor says: the part of the pipeline, the module in it, and the tensor's role there.
 
 /// What a tensor is to its module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Role {
+pub enum TensorRole {
     /// The first factor, lora_A.
     Down,
     /// The second factor, lora_B.
@@ -39,44 +39,44 @@ pub enum Role {
 }
 
 /// Endings of names, with the role they tell. The first that fits counts.
-const ENDINGS: &[(&str, Role)] = &[
-    (".lora_down.weight", Role::Down),
-    (".lora_up.weight", Role::Up),
-    (".lora_mid.weight", Role::Tucker),
-    (".lora_A.weight", Role::Down),
-    (".lora_B.weight", Role::Up),
-    (".lora_B.bias", Role::UpBias),
-    (".lora_A", Role::Down),
-    (".lora_B", Role::Up),
-    (".lora.down.weight", Role::Down),
-    (".lora.up.weight", Role::Up),
-    ("_lora.down.weight", Role::Down),
-    ("_lora.up.weight", Role::Up),
-    (".lora_linear_layer.down.weight", Role::Down),
-    (".lora_linear_layer.up.weight", Role::Up),
-    (".alpha", Role::Alpha),
-    (".dora_scale", Role::Magnitude),
-    (".lora_magnitude_vector.weight", Role::Magnitude),
-    (".lora_magnitude_vector", Role::Magnitude),
-    (".hada_w1_a", Role::HadaW1A),
-    (".hada_w1_b", Role::HadaW1B),
-    (".hada_w2_a", Role::HadaW2A),
-    (".hada_w2_b", Role::HadaW2B),
-    (".hada_t1", Role::Tucker),
-    (".hada_t2", Role::Tucker),
-    (".lokr_w1", Role::LokrW1),
-    (".lokr_w1_a", Role::LokrW1A),
-    (".lokr_w1_b", Role::LokrW1B),
-    (".lokr_w2", Role::LokrW2),
-    (".lokr_w2_a", Role::LokrW2A),
-    (".lokr_w2_b", Role::LokrW2B),
-    (".lokr_t2", Role::Tucker),
-    (".diff", Role::Diff),
-    (".diff_b", Role::DiffBias),
-    (".w_norm", Role::Diff),
-    (".b_norm", Role::DiffBias),
-    (".set_weight", Role::SetWeight),
-    (".reshape_weight", Role::Shape),
+const ENDINGS: &[(&str, TensorRole)] = &[
+    (".lora_down.weight", TensorRole::Down),
+    (".lora_up.weight", TensorRole::Up),
+    (".lora_mid.weight", TensorRole::Tucker),
+    (".lora_A.weight", TensorRole::Down),
+    (".lora_B.weight", TensorRole::Up),
+    (".lora_B.bias", TensorRole::UpBias),
+    (".lora_A", TensorRole::Down),
+    (".lora_B", TensorRole::Up),
+    (".lora.down.weight", TensorRole::Down),
+    (".lora.up.weight", TensorRole::Up),
+    ("_lora.down.weight", TensorRole::Down),
+    ("_lora.up.weight", TensorRole::Up),
+    (".lora_linear_layer.down.weight", TensorRole::Down),
+    (".lora_linear_layer.up.weight", TensorRole::Up),
+    (".alpha", TensorRole::Alpha),
+    (".dora_scale", TensorRole::Magnitude),
+    (".lora_magnitude_vector.weight", TensorRole::Magnitude),
+    (".lora_magnitude_vector", TensorRole::Magnitude),
+    (".hada_w1_a", TensorRole::HadaW1A),
+    (".hada_w1_b", TensorRole::HadaW1B),
+    (".hada_w2_a", TensorRole::HadaW2A),
+    (".hada_w2_b", TensorRole::HadaW2B),
+    (".hada_t1", TensorRole::Tucker),
+    (".hada_t2", TensorRole::Tucker),
+    (".lokr_w1", TensorRole::LokrW1),
+    (".lokr_w1_a", TensorRole::LokrW1A),
+    (".lokr_w1_b", TensorRole::LokrW1B),
+    (".lokr_w2", TensorRole::LokrW2),
+    (".lokr_w2_a", TensorRole::LokrW2A),
+    (".lokr_w2_b", TensorRole::LokrW2B),
+    (".lokr_t2", TensorRole::Tucker),
+    (".diff", TensorRole::Diff),
+    (".diff_b", TensorRole::DiffBias),
+    (".w_norm", TensorRole::Diff),
+    (".b_norm", TensorRole::DiffBias),
+    (".set_weight", TensorRole::SetWeight),
+    (".reshape_weight", TensorRole::Shape),
 ];
 
 /// Beginnings of names, with the part of the pipeline that they tell. The first that fits counts; a name with none is of
@@ -114,18 +114,18 @@ const XLABS: &[(&str, &str)] = &[
 
 /// A tensor's name, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Name {
+pub struct TensorName {
     /// The part of the pipeline.
     pub component: &'static str,
-    /// The module, or the parameter of [`Role::Parameter`].
+    /// The module, or the parameter of [`TensorRole::Parameter`].
     pub module: String,
     /// What the tensor is to it.
-    pub role: Role,
+    pub role: TensorRole,
     /// Whether the tensor has the first rows of the module alone.
     pub first_rows: bool,
 }
 
-impl Name {
+impl TensorName {
     /// Takes `name` apart; none if it is of no format here.
     pub fn read(name: &str) -> Option<Self> {
         let (component, rest) = part(name);
@@ -136,7 +136,7 @@ impl Name {
         let ending = ENDINGS.iter().find(|(ending, _)| rest.len() > ending.len() && rest.ends_with(ending));
         let (module, role) = match ending {
             Some((ending, role)) => (&rest[..rest.len() - ending.len()], *role),
-            None if is_parameter(&rest) => (rest.as_str(), Role::Parameter),
+            None if is_parameter(&rest) => (rest.as_str(), TensorRole::Parameter),
             None => return None,
         };
         Some(Self { component, module: module.to_owned(), role, first_rows: false })
@@ -149,13 +149,13 @@ fn part(name: &str) -> (&'static str, &str) {
     found.unwrap_or(("transformer", name))
 }
 
-fn xlabs(component: &'static str, name: &str) -> Option<Name> {
+fn xlabs(component: &'static str, name: &str) -> Option<TensorName> {
     let (stem, role) = match name.strip_suffix(".down.weight") {
-        Some(stem) => (stem, Role::Down),
-        None => (name.strip_suffix(".up.weight")?, Role::Up),
+        Some(stem) => (stem, TensorRole::Down),
+        None => (name.strip_suffix(".up.weight")?, TensorRole::Up),
     };
     let (block, module) = XLABS.iter().find_map(|(theirs, module)| Some((stem.strip_suffix(theirs)?, *module)))?;
-    Some(Name { component, module: format!("{block}{module}"), role, first_rows: module == ".linear1" })
+    Some(TensorName { component, module: format!("{block}{module}"), role, first_rows: module == ".linear1" })
 }
 
 /// peft writes the adapter's own name after the factor's: lora_A.default.weight.
@@ -187,53 +187,58 @@ mod tests {
                 "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
                 "transformer",
                 "transformer_blocks.0.attn.to_q",
-                Role::Down,
+                TensorRole::Down,
             ),
-            ("base_model.model.x_embedder.lora_B.default.weight", "transformer", "x_embedder", Role::Up),
-            ("base_model.model.x_embedder.lora_B.my.style.bias", "transformer", "x_embedder", Role::UpBias),
-            ("transformer.proj_out.lora_magnitude_vector", "transformer", "proj_out", Role::Magnitude),
-            ("proj_out.lora_magnitude_vector.default.weight", "transformer", "proj_out", Role::Magnitude),
-            ("lora_unet_single_blocks_0_linear1.lora_up.weight", "transformer", "single_blocks_0_linear1", Role::Up),
+            ("base_model.model.x_embedder.lora_B.default.weight", "transformer", "x_embedder", TensorRole::Up),
+            ("base_model.model.x_embedder.lora_B.my.style.bias", "transformer", "x_embedder", TensorRole::UpBias),
+            ("transformer.proj_out.lora_magnitude_vector", "transformer", "proj_out", TensorRole::Magnitude),
+            ("proj_out.lora_magnitude_vector.default.weight", "transformer", "proj_out", TensorRole::Magnitude),
+            (
+                "lora_unet_single_blocks_0_linear1.lora_up.weight",
+                "transformer",
+                "single_blocks_0_linear1",
+                TensorRole::Up,
+            ),
             (
                 "lora_te3_encoder_block_0_layer_0_SelfAttention_q.alpha",
                 "text_encoder_*",
                 "encoder_block_0_layer_0_SelfAttention_q",
-                Role::Alpha,
+                TensorRole::Alpha,
             ),
             (
                 "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
                 "transformer",
                 "transformer_blocks_0_attn_to_q",
-                Role::Down,
+                TensorRole::Down,
             ),
-            ("diffusion_model.img_in.diff_b", "transformer", "img_in", Role::DiffBias),
+            ("diffusion_model.img_in.diff_b", "transformer", "img_in", TensorRole::DiffBias),
             (
                 "double_blocks.0.img_attn.norm.query_norm.scale",
                 "transformer",
                 "double_blocks.0.img_attn.norm.query_norm.scale",
-                Role::Parameter,
+                TensorRole::Parameter,
             ),
-            ("transformer.a.to_q.lora.down.weight", "transformer", "a.to_q", Role::Down),
-            ("transformer.a.processor.to_q_lora.up.weight", "transformer", "a.processor.to_q", Role::Up),
+            ("transformer.a.to_q.lora.down.weight", "transformer", "a.to_q", TensorRole::Down),
+            ("transformer.a.processor.to_q_lora.up.weight", "transformer", "a.processor.to_q", TensorRole::Up),
             (
                 "double_blocks.4.processor.proj_lora2.down.weight",
                 "transformer",
                 "double_blocks.4.txt_attn.proj",
-                Role::Down,
+                TensorRole::Down,
             ),
         ];
         for (name, component, module, role) in cases {
-            let expected = Name { component, module: module.to_owned(), role, first_rows: false };
-            assert_eq!(Name::read(name), Some(expected), "{name}");
+            let expected = TensorName { component, module: module.to_owned(), role, first_rows: false };
+            assert_eq!(TensorName::read(name), Some(expected), "{name}");
         }
-        let single = Name::read("diffusion_model.single_blocks.4.processor.qkv_lora.up.weight").unwrap();
+        let single = TensorName::read("diffusion_model.single_blocks.4.processor.qkv_lora.up.weight").unwrap();
         assert_eq!((single.module.as_str(), single.first_rows), ("single_blocks.4.linear1", true));
     }
 
     #[test]
     fn other_names_are_nothing() {
         for name in ["totally.unknown", "a.oft_blocks.weight", "lora_down", ".alpha", "a.glora.weight"] {
-            assert_eq!(Name::read(name), None, "{name}");
+            assert_eq!(TensorName::read(name), None, "{name}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! [`PeftSettings`]: ranks and alphas that peft writes beside the tensors, as diffusers saves them.
 
-use clearform_plugin_abi::sdk::{File, Result};
+use clearform_plugin_abi::sdk::{AdapterFile, Result};
 use serde_json::{Map, Value};
 
 /// Key under which diffusers saves peft's configuration: a JSON object, each key with the part of the pipeline in front.
@@ -12,7 +12,7 @@ pub struct PeftSettings(Map<String, Value>);
 
 impl PeftSettings {
     /// Reads what stands in `file`, if anything does.
-    pub fn read(file: &File) -> Result<Self> {
+    pub fn read(file: &AdapterFile) -> Result<Self> {
         match file.metadata(METADATA) {
             None => Ok(Self::default()),
             Some(text) => Self::parse(&text),

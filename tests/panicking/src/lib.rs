@@ -2,18 +2,18 @@
 //! called `*.panic_open`, `*.panic_tensors` or `*.panic_skipped`.
 
 use clearform_plugin_abi::export_adapter;
-use clearform_plugin_abi::sdk::{Adapter, EditKind, EditOf, File, Result, Tensors};
+use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditOperation, GivenTensors, ParameterEdit, Result};
 
 /// Panics where the names of a file's tensors say so.
 pub struct Panicking {
     names: Vec<String>,
-    edits: Vec<EditOf>,
+    edits: Vec<ParameterEdit>,
 }
 
 export_adapter!(Panicking, "../plugin.toml");
 
-impl Adapter for Panicking {
-    fn open(file: File) -> Result<Self> {
+impl AdapterPlugin for Panicking {
+    fn open(file: AdapterFile) -> Result<Self> {
         let names: Vec<String> = file.tensors().into_iter().map(|tensor| tensor.name).collect();
         if names.iter().any(|name| name.ends_with(".panic_open")) {
             panic!("in open");
@@ -23,11 +23,11 @@ impl Adapter for Panicking {
         Ok(Self { names, edits })
     }
 
-    fn edits(&self) -> &[EditOf] {
+    fn edits(&self) -> &[ParameterEdit] {
         &self.edits
     }
 
-    fn tensors(&self, _index: usize) -> Result<Tensors> {
+    fn tensors(&self, _index: usize) -> Result<GivenTensors> {
         panic!("in tensors")
     }
 
@@ -39,9 +39,9 @@ impl Adapter for Panicking {
     }
 }
 
-fn scale(parameter: &str, source: usize) -> EditOf {
-    EditOf {
-        kind: EditKind::Scale,
+fn scale(parameter: &str, source: usize) -> ParameterEdit {
+    ParameterEdit {
+        kind: EditOperation::Scale,
         decomposed: false,
         component: "transformer".to_owned(),
         parameter: parameter.to_owned(),

@@ -11,7 +11,7 @@ use super::sums::{KeySums, row, total};
 use super::workspaces::Workspaces;
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    Element, Factor, Instructions, Level, Product, Real, Strided, Task, VECTORS, Vector, load_row, store_row,
+    CpuFeatures, Element, Isa, Lane, MatrixProduct, Real, SimdKernel, Strided, VECTORS, Vector, load_row, store_row,
 };
 use rayon::prelude::*;
 
@@ -22,7 +22,7 @@ const JOBS: usize = 16;
 const LEAST: usize = 16;
 
 /// What the forward was given and gave, and the gradient of what it gave.
-pub(super) struct Given<'a, E> {
+pub(super) struct BackwardInputs<'a, E> {
     pub query: &'a [E],
     pub key: &'a [E],
     pub value: &'a [E],
@@ -37,7 +37,10 @@ pub(super) struct Given<'a, E> {
 ///
 /// # Shapes
 /// Those of the forward.
-pub(super) fn backward<E: Element, F: Factor<Sum = E::Work>>(problem: &Problem, given: &Given<'_, E>) -> [Vec<E>; 3] {
+pub(super) fn backward<E: Element, F: Lane<Sum = E::Work>>(
+    problem: &Problem,
+    given: &BackwardInputs<'_, E>,
+) -> [Vec<E>; 3] {
     let heads = problem.batch * problem.heads;
     let zeros = |count: usize| vec![E::zero(); heads * count];
     let (mut query, mut key, mut value) =
@@ -54,16 +57,16 @@ pub(super) fn backward<E: Element, F: Factor<Sum = E::Work>>(problem: &Problem, 
 ///
 /// # Shapes
 /// outputs (batch · heads, tokens, head_dim).
-pub(super) fn backward_into<E: Element, F: Factor<Sum = E::Work>>(
+pub(super) fn backward_into<E: Element, F: Lane<Sum = E::Work>>(
     problem: &Problem,
-    given: &Given<'_, E>,
+    given: &BackwardInputs<'_, E>,
     [query, key, value]: [&mut [E]; 3],
 ) {
     let (scratch, sums) = (&Workspaces::new(), &Workspaces::new());
     let query = query.par_chunks_mut(problem.query_count());
     let outputs = query.zip(key.par_chunks_mut(problem.key_count())).zip(value.par_chunks_mut(problem.key_count()));
     outputs.enumerate().for_each(|(index, ((query, key), value))| {
-        let head = Head::<E, F>::new(problem, given, index);
+        let head = BackwardHead::<E, F>::new(problem, given, index);
         let parts: Vec<_> = head.parts(query).into_par_iter().map(|part| part.run(scratch, sums)).collect();
         total(&parts, |sums| &sums.key, problem.head_dim, key);
         total(&parts, |sums| &sums.value, problem.head_dim, value);
@@ -72,7 +75,7 @@ pub(super) fn backward_into<E: Element, F: Factor<Sum = E::Work>>(
 }
 
 /// Working memory of a thread. Rows of channels are padded to whole vectors.
-struct Scratch<'p, F: Factor> {
+struct BackwardScratch<'p, F: Lane> {
     /// Queries and gradients of a tile, `[channel / WIDTH][lane]`.
     query: Vec<F>,
     grad: Vec<F>,
@@ -89,7 +92,7 @@ struct Scratch<'p, F: Factor> {
     chunk: Chunk<'p>,
 }
 
-impl<F: Factor> Scratch<'_, F> {
+impl<F: Lane> BackwardScratch<'_, F> {
     fn new(problem: &Problem) -> Self {
         let lanes = vec![F::default(); problem.head_dim.div_ceil(F::WIDTH) * LANES];
         let rows = vec![F::default(); row(problem.head_dim) * LANES / F::WIDTH];
@@ -109,7 +112,7 @@ impl<F: Factor> Scratch<'_, F> {
 }
 
 /// `'p` is the problem's life, which working memory that outlives a head refers to.
-struct Head<'a, 'p, E, F> {
+struct BackwardHead<'a, 'p, E, F> {
     problem: &'p Problem,
     entry: usize,
     query: HeadView<'a, E>,
@@ -123,8 +126,8 @@ struct Head<'a, 'p, E, F> {
     scales: &'a [[f64; 2]],
 }
 
-impl<'a, 'p, E: Element, F: Factor<Sum = E::Work>> Head<'a, 'p, E, F> {
-    fn new(problem: &'p Problem, given: &Given<'a, E>, index: usize) -> Self {
+impl<'a, 'p, E: Element, F: Lane<Sum = E::Work>> BackwardHead<'a, 'p, E, F> {
+    fn new(problem: &'p Problem, given: &BackwardInputs<'a, E>, index: usize) -> Self {
         let queries = |values| HeadView::new(values, problem, problem.queries, index);
         let [key, value] = [given.key, given.value].map(|values| HeadView::new(values, problem, problem.keys, index));
         let (mut keys, mut values, mut key_columns) = (Vec::new(), Vec::new(), Vec::new());
@@ -147,7 +150,7 @@ impl<'a, 'p, E: Element, F: Factor<Sum = E::Work>> Head<'a, 'p, E, F> {
     }
 
     /// Its query tiles in parts, each with its gradients of queries, (queries, head_dim).
-    fn parts<'h>(&'h self, mut query_out: &'h mut [E]) -> Vec<Part<'h, 'a, 'p, E, F>> {
+    fn parts<'h>(&'h self, mut query_out: &'h mut [E]) -> Vec<TileRange<'h, 'a, 'p, E, F>> {
         let Problem { batch, heads, head_dim, .. } = *self.problem;
         let tiles = &self.problem.tiles;
         let count = JOBS.div_ceil(batch * heads).min(tiles.len() / LEAST).max(1);
@@ -155,23 +158,27 @@ impl<'a, 'p, E: Element, F: Factor<Sum = E::Work>> Head<'a, 'p, E, F> {
             let queries: usize = tiles.iter().map(|tile| tile.queries.len()).sum();
             let (out, rest) = std::mem::take(&mut query_out).split_at_mut(queries * head_dim);
             query_out = rest;
-            Part { head: self, tiles, query_out: out }
+            TileRange { head: self, tiles, query_out: out }
         };
         tiles.chunks(tiles.len().div_ceil(count)).map(part).collect()
     }
 }
 
 /// Query tiles of a head that one job takes.
-struct Part<'h, 'a, 'p, E, F> {
-    head: &'h Head<'a, 'p, E, F>,
+struct TileRange<'h, 'a, 'p, E, F> {
+    head: &'h BackwardHead<'a, 'p, E, F>,
     tiles: &'p [QueryTile],
     query_out: &'h mut [E],
 }
 
-impl<'p, E: Element, F: Factor<Sum = E::Work>> Part<'_, '_, 'p, E, F> {
-    fn run(mut self, scratches: &Workspaces<Scratch<'p, F>>, sums: &Workspaces<KeySums<E::Work>>) -> KeySums<E::Work> {
+impl<'p, E: Element, F: Lane<Sum = E::Work>> TileRange<'_, '_, 'p, E, F> {
+    fn run(
+        mut self,
+        scratches: &Workspaces<BackwardScratch<'p, F>>,
+        sums: &Workspaces<KeySums<E::Work>>,
+    ) -> KeySums<E::Work> {
         let problem = self.head.problem;
-        let mut scratch = scratches.take(|| Scratch::new(problem));
+        let mut scratch = scratches.take(|| BackwardScratch::new(problem));
         let mut sums = sums.take(KeySums::default);
         sums.clear(problem, self.tiles);
         let mut chunk = std::mem::take(&mut scratch.chunk);
@@ -183,7 +190,7 @@ impl<'p, E: Element, F: Factor<Sum = E::Work>> Part<'_, '_, 'p, E, F> {
             });
             self.store(&scratch.query_grad, tile);
         }
-        scratches.give(Scratch { chunk, ..scratch });
+        scratches.give(BackwardScratch { chunk, ..scratch });
         sums
     }
 
@@ -205,8 +212,8 @@ struct Statistics<T> {
     delta: [T; LANES],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, '_, E, F> {
-    fn load(&self, scratch: &mut Scratch<F>, tile: &QueryTile) -> Statistics<E::Work> {
+impl<E: Element, F: Lane<Sum = E::Work>> BackwardHead<'_, '_, E, F> {
+    fn load(&self, scratch: &mut BackwardScratch<F>, tile: &QueryTile) -> Statistics<E::Work> {
         load_lanes(&mut scratch.query, self.query, tile);
         load_lanes(&mut scratch.grad, self.grad, tile);
         load_rows(&mut scratch.query_rows, self.query, tile);
@@ -224,7 +231,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, '_, E, F> {
         statistics
     }
 
-    fn differentiate(&self, scratch: &mut Scratch<F>, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
+    fn differentiate(&self, scratch: &mut BackwardScratch<F>, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
         let (count, instructions) = (chunk.rows * LANES, self.problem.instructions);
         let (probabilities, scores) = (&mut scratch.probabilities[..count], &mut scratch.scores[..count]);
         // Rows without a key have no share, and so no slope if nothing infinite is multiplied with it.
@@ -233,11 +240,11 @@ impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, '_, E, F> {
         score(probabilities, &self.keys, chunk, &scratch.query, instructions);
         hide(probabilities, chunk, instructions);
         score(scores, &self.values, chunk, &scratch.grad, instructions);
-        instructions.run(Differentiate { probabilities, scores, statistics, scale: self.problem.scale() });
+        instructions.run(SoftmaxBackward { probabilities, scores, statistics, scale: self.problem.scale() });
     }
 
-    fn collect(&self, scratch: &mut Scratch<F>, sums: &mut KeySums<E::Work>, chunk: &Chunk<'_>) {
-        let Scratch { query_rows, grad_rows, query_grad, probabilities, scores, factors, .. } = scratch;
+    fn collect(&self, scratch: &mut BackwardScratch<F>, sums: &mut KeySums<E::Work>, chunk: &Chunk<'_>) {
+        let BackwardScratch { query_rows, grad_rows, query_grad, probabilities, scores, factors, .. } = scratch;
         let (probabilities, scores) = (&probabilities[..chunk.rows * LANES], &scores[..chunk.rows * LANES]);
         let columns = if F::WIDTH > 1 { &self.key_columns } else { &self.keys };
         let instructions = self.problem.instructions;
@@ -250,18 +257,18 @@ impl<E: Element, F: Factor<Sum = E::Work>> Head<'_, '_, E, F> {
 
 /// Turns products q k into probabilities p, and grad · value into the gradients of the products,
 /// scale · p · (grad · value - delta).
-struct Differentiate<'a, T> {
+struct SoftmaxBackward<'a, T> {
     probabilities: &'a mut [T],
     scores: &'a mut [T],
     statistics: &'a Statistics<T>,
     scale: f64,
 }
 
-impl<T: Real> Task for Differentiate<'_, T> {
+impl<T: Real> SimdKernel for SoftmaxBackward<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let Statistics { max, factor, delta } = self.statistics;
         let scale = T::Vector::<L>::splat(T::of(self.scale));
         let (lowered, factor) = (negative::<T, L>(load_row::<T, L>(max)), load_row::<T, L>(factor));
@@ -281,12 +288,12 @@ impl<T: Real> Task for Differentiate<'_, T> {
 
 struct Scatter<'a, 'p> {
     chunk: &'a Chunk<'p>,
-    instructions: Instructions,
+    instructions: CpuFeatures,
 }
 
 impl Scatter<'_, '_> {
     /// sums[key][channel] += Σ weights[key][lane] · rows[lane][channel]; `of` picks the sums.
-    fn add<F: Factor>(
+    fn add<F: Lane>(
         &self,
         sums: &mut KeySums<F::Sum>,
         of: fn(&mut KeySums<F::Sum>) -> &mut [F::Sum],
@@ -300,7 +307,7 @@ impl Scatter<'_, '_> {
             let (rows_of_a, inner) = (piece.keys.len(), std::slice::from_ref(&lanes));
             let first = sums.place(piece.keys.start) * width;
             for channel in (0..width).step_by(LANES) {
-                let product = Product { rows: rows_of_a, inner, a, b: &rows[channel..], b_step: width };
+                let product = MatrixProduct { rows: rows_of_a, inner, a, b: &rows[channel..], b_step: width };
                 product.add_to(&mut of(sums)[first + channel..], width, self.instructions);
             }
         }
@@ -308,7 +315,7 @@ impl Scatter<'_, '_> {
 }
 
 /// Writes the rows of `tile` one after the other: `out[lane / WIDTH][channel]`. Lanes without a query are 0.
-fn load_rows<E: Element, F: Factor<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
+fn load_rows<E: Element, F: Lane<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
     out.fill(F::default());
     let width = out.len() / (LANES / F::WIDTH);
     for (out, token) in out.chunks_exact_mut(width).zip(tile.queries.clone().step_by(F::WIDTH)) {

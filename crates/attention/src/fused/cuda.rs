@@ -1,4 +1,4 @@
-//! [`Softmax`]: attention of a window on a GPU, with its backward, by the kernels of `kernels/clear_attention`. It has
+//! [`AttentionOp`]: attention of a window on a GPU, with its backward, by the kernels of `kernels/clear_attention`. It has
 //! not run on a GPU yet. Knows no policy.
 
 use crate::sequence::Sequence;

@@ -4,7 +4,9 @@ use super::problem::{Problem, QueryTile};
 use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
 use super::workspaces::Workspaces;
 use crate::tiles::LANES;
-use clearform_ops::simd::{Element, Factor, Level, Real, Row, Task, VECTORS, Vector, add_row, load_row, store_row};
+use clearform_ops::simd::{
+    Element, Isa, Lane, Real, RowLanes, SimdKernel, VECTORS, Vector, add_row, load_row, store_row,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -13,7 +15,7 @@ use std::ops::Range;
 ///
 /// # Shapes
 /// [query, key, value], each (batch, tokens, heads, head_dim) -> as query, and (batch · heads, queries).
-pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
+pub(super) fn forward<E: Element, F: Lane<Sum = E::Work>>(
     problem: &Problem,
     inputs: [&[E]; 3],
 ) -> (Vec<E>, Vec<[E::Work; 2]>) {
@@ -24,7 +26,7 @@ pub(super) fn forward<E: Element, F: Factor<Sum = E::Work>>(
 }
 
 /// The same, over whatever stands in `out` and `scales`.
-pub(super) fn forward_into<E: Element, F: Factor<Sum = E::Work>>(
+pub(super) fn forward_into<E: Element, F: Lane<Sum = E::Work>>(
     problem: &Problem,
     [query, key, value]: [&[E]; 3],
     out: &mut [E],
@@ -42,24 +44,24 @@ pub(super) fn forward_into<E: Element, F: Factor<Sum = E::Work>>(
                 let [key, value] = [key, value].map(|values| HeadView::new(values, problem, problem.keys, index));
                 key.rows::<F>(keys);
                 value.columns::<F>(values);
-                Head { problem, entry, head, query, keys, values, workspaces }.run(&problem.tiles, out, scales);
+                ForwardHead { problem, entry, head, query, keys, values, workspaces }.run(&problem.tiles, out, scales);
             }
         },
     );
 }
 
 /// `'p` is the problem's life, which working memory that outlives a head refers to.
-struct Head<'a, 'p, E: Element, F: Factor> {
+struct ForwardHead<'a, 'p, E: Element, F: Lane> {
     problem: &'p Problem,
     entry: usize,
     head: usize,
     query: HeadView<'a, E>,
     keys: &'a [F],
     values: &'a [F],
-    workspaces: &'a Workspaces<Scratch<'p, F>>,
+    workspaces: &'a Workspaces<ForwardScratch<'p, F>>,
 }
 
-impl<'p, E: Element, F: Factor<Sum = E::Work>> Head<'_, 'p, E, F> {
+impl<'p, E: Element, F: Lane<Sum = E::Work>> ForwardHead<'_, 'p, E, F> {
     /// Fills its channels of `out`, (queries, heads, head_dim), and its scales, for the queries of `tiles`.
     fn run(&self, tiles: &'p [QueryTile], out: &mut [E], scales: &mut [[E::Work; 2]]) {
         if tiles.len() <= self.problem.tiles_in_turn() {
@@ -73,11 +75,11 @@ impl<'p, E: Element, F: Factor<Sum = E::Work>> Head<'_, 'p, E, F> {
     }
 
     fn run_in_turn(&self, tiles: &'p [QueryTile], mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
-        let mut scratch = self.workspaces.take(|| Scratch::new(self.problem.head_dim));
+        let mut scratch = self.workspaces.take(|| ForwardScratch::new(self.problem.head_dim));
         for tile in tiles {
             let (tile_out, rest) = out.split_at_mut(tile.queries.len() * self.problem.width());
             let (tile_scales, rest_scales) = scales.split_at_mut(tile.queries.len());
-            Tile { head: self, tile, out: tile_out, scales: tile_scales, scratch: &mut scratch }.run();
+            OutputTile { head: self, tile, out: tile_out, scales: tile_scales, scratch: &mut scratch }.run();
             (out, scales) = (rest, rest_scales);
         }
         self.workspaces.give(scratch);
@@ -85,7 +87,7 @@ impl<'p, E: Element, F: Factor<Sum = E::Work>> Head<'_, 'p, E, F> {
 }
 
 /// Working memory of a thread.
-struct Scratch<'p, F: Factor> {
+struct ForwardScratch<'p, F: Lane> {
     query: Vec<F>,
     out: Vec<F::Sum>,
     scores: Vec<F::Sum>,
@@ -93,7 +95,7 @@ struct Scratch<'p, F: Factor> {
     chunk: Chunk<'p>,
 }
 
-impl<F: Factor> Scratch<'_, F> {
+impl<F: Lane> ForwardScratch<'_, F> {
     fn new(head_dim: usize) -> Self {
         Self {
             query: vec![F::default(); head_dim.div_ceil(F::WIDTH) * LANES],
@@ -106,25 +108,25 @@ impl<F: Factor> Scratch<'_, F> {
 }
 
 /// Maximum and sum so far, query by query.
-struct Online<T> {
+struct RunningMax<T> {
     max: [T; LANES],
     sum: [T; LANES],
 }
 
-struct Tile<'a, 'p, E: Element, F: Factor<Sum = E::Work>> {
-    head: &'a Head<'a, 'p, E, F>,
+struct OutputTile<'a, 'p, E: Element, F: Lane<Sum = E::Work>> {
+    head: &'a ForwardHead<'a, 'p, E, F>,
     tile: &'p QueryTile,
     out: &'a mut [E],
     scales: &'a mut [[E::Work; 2]],
-    scratch: &'a mut Scratch<'p, F>,
+    scratch: &'a mut ForwardScratch<'p, F>,
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, '_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
     fn run(mut self) {
         let problem = self.head.problem;
         load_lanes(&mut self.scratch.query, self.head.query, self.tile);
         self.scratch.out.fill(E::Work::ZERO);
-        let mut online = Online { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
+        let mut online = RunningMax { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
         let mut chunk = std::mem::take(&mut self.scratch.chunk);
         let visits = problem.visits(self.head.entry, self.tile);
         for_chunks::<F>(&mut chunk, visits, |chunk| self.chunk(chunk, &mut online));
@@ -132,26 +134,26 @@ impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, '_, E, F> {
         self.finish(&online);
     }
 
-    fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut Online<E::Work>) {
-        let Scratch { query, out, scores, weights, .. } = &mut *self.scratch;
+    fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut RunningMax<E::Work>) {
+        let ForwardScratch { query, out, scores, weights, .. } = &mut *self.scratch;
         let instructions = self.head.problem.instructions;
         let scores = &mut scores[..chunk.rows * LANES];
         // Rows without a key are to have no share.
         scores.fill(E::Work::MINUS_INFINITY);
         score(scores, self.head.keys, chunk, query, instructions);
         hide(scores, chunk, instructions);
-        instructions.run(Admit { online, scores, out, scale: self.head.problem.scale() });
+        instructions.run(OnlineSoftmax { online, scores, out, scale: self.head.problem.scale() });
         let weights = F::along_columns(scores, LANES, weights, instructions);
         gather(out, self.head.values, chunk, weights, instructions);
     }
 
-    fn finish(&mut self, online: &Online<E::Work>) {
+    fn finish(&mut self, online: &RunningMax<E::Work>) {
         for (lane, scale) in self.scales.iter_mut().enumerate() {
             *scale = [online.max[lane], E::Work::ONE / online.sum[lane]];
         }
-        let Head { problem, head, .. } = self.head;
+        let ForwardHead { problem, head, .. } = self.head;
         let channels = head * problem.head_dim..(head + 1) * problem.head_dim;
-        problem.instructions.run(Finish {
+        problem.instructions.run(StoreOutput {
             sums: &self.scratch.out,
             scales: self.scales,
             out: self.out,
@@ -162,7 +164,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Tile<'_, '_, E, F> {
 }
 
 /// Turns sums, `[channel][lane]`, into `channels` of rows of the output.
-struct Finish<'a, E: Element> {
+struct StoreOutput<'a, E: Element> {
     sums: &'a [E::Work],
     scales: &'a [[E::Work; 2]],
     out: &'a mut [E],
@@ -170,11 +172,11 @@ struct Finish<'a, E: Element> {
     channels: Range<usize>,
 }
 
-impl<E: Element> Task for Finish<'_, E> {
+impl<E: Element> SimdKernel for StoreOutput<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let mut square = [[E::Work::ZERO; LANES]; LANES];
         for (block, sums) in self.sums.chunks(LANES * LANES).enumerate() {
             for (channel, sums) in sums.chunks_exact(LANES).enumerate() {
@@ -191,19 +193,19 @@ impl<E: Element> Task for Finish<'_, E> {
 }
 
 /// Turns products q k into probabilities up to a factor, and brings what was summed so far to the new maximum.
-struct Admit<'a, T> {
-    online: &'a mut Online<T>,
+struct OnlineSoftmax<'a, T> {
+    online: &'a mut RunningMax<T>,
     scores: &'a mut [T],
     out: &'a mut [T],
     scale: f64,
 }
 
-impl<T: Real> Task for Admit<'_, T> {
+impl<T: Real> SimdKernel for OnlineSoftmax<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
-        let Online { max: old, sum } = &mut *self.online;
+    fn run<L: Isa>(self) {
+        let RunningMax { max: old, sum } = &mut *self.online;
         let scale = T::Vector::<L>::splat(T::of(self.scale));
         let max = largest::<T, L>(load_row::<T, L>(old), self.scores, scale);
         let (factors, grew) = factors::<T, L>(load_row::<T, L>(old), max);
@@ -231,7 +233,7 @@ impl<T: Real> Task for Admit<'_, T> {
 
 /// The largest of `max` and of the scores, which are `products` times `scale`.
 #[inline(always)]
-fn largest<T: Real, L: Level>(max: Row<T, L>, products: &[T], scale: T::Vector<L>) -> Row<T, L> {
+fn largest<T: Real, L: Isa>(max: RowLanes<T, L>, products: &[T], scale: T::Vector<L>) -> RowLanes<T, L> {
     let mut top = [T::Vector::<L>::splat(T::MINUS_INFINITY); VECTORS];
     for products in products.chunks_exact(LANES) {
         let row = load_row::<T, L>(products);
@@ -246,7 +248,7 @@ fn largest<T: Real, L: Level>(max: Row<T, L>, products: &[T], scale: T::Vector<L
 }
 
 #[inline(always)]
-pub(super) fn negative<T: Real, L: Level>(mut row: Row<T, L>) -> Row<T, L> {
+pub(super) fn negative<T: Real, L: Isa>(mut row: RowLanes<T, L>) -> RowLanes<T, L> {
     for vector in &mut row {
         *vector = T::Vector::<L>::splat(T::ZERO).minus(*vector);
     }
@@ -255,7 +257,7 @@ pub(super) fn negative<T: Real, L: Level>(mut row: Row<T, L>) -> Row<T, L> {
 
 /// What sums over the old maximum are worth over the new one, and whether any maximum grew.
 #[inline(always)]
-fn factors<T: Real, L: Level>(old: Row<T, L>, max: Row<T, L>) -> (Row<T, L>, bool) {
+fn factors<T: Real, L: Isa>(old: RowLanes<T, L>, max: RowLanes<T, L>) -> (RowLanes<T, L>, bool) {
     let (mut factors, mut grew) = (max, false);
     for vector in 0..VECTORS {
         grew |= max[vector].differs(old[vector]);
@@ -265,7 +267,7 @@ fn factors<T: Real, L: Level>(old: Row<T, L>, max: Row<T, L>) -> (Row<T, L>, boo
 }
 
 #[inline(always)]
-fn rescale<T: Real, L: Level>(lanes: &mut [T], factors: Row<T, L>) {
+fn rescale<T: Real, L: Isa>(lanes: &mut [T], factors: RowLanes<T, L>) {
     let mut row = load_row::<T, L>(lanes);
     for vector in 0..VECTORS {
         row[vector] = row[vector].times(factors[vector]);

@@ -1,27 +1,27 @@
-//! [`Softmax`]: the kernel as an operation that candle differentiates.
+//! [`AttentionOp`]: the kernel as an operation that candle differentiates.
 
-use super::backward::{Given, backward};
+use super::backward::{BackwardInputs, backward};
 use super::forward::forward;
 use super::problem::Problem;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
-use clearform_ops::simd::{Element, Factor, Pair};
+use clearform_ops::simd::{Bf16Pair, Element, Lane};
 use half::bf16;
 use std::sync::OnceLock;
 
 /// Attention of one call over (query, key, value). It keeps the scale of each query's softmax for its backward.
-pub(super) struct Softmax {
+pub(super) struct AttentionOp {
     problem: Problem,
     scales: OnceLock<Vec<[f64; 2]>>,
 }
 
-type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+type QkvGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
-impl Softmax {
+impl AttentionOp {
     pub fn new(problem: Problem) -> Self {
         Self { problem, scales: OnceLock::new() }
     }
 
-    fn forward<E: Element, F: Factor<Sum = E::Work>>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
+    fn forward<E: Element, F: Lane<Sum = E::Work>>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
         let [query, key, value] = inputs.map(|(storage, layout)| contiguous::<E>(storage, layout));
         let (out, scales) = forward::<E, F>(&self.problem, [query?, key?, value?]);
         // The same operation on the same tensors gives the same scales, so whoever set them first is right.
@@ -29,12 +29,12 @@ impl Softmax {
         Ok(E::to_cpu_storage_owned(out))
     }
 
-    fn backward<E: Element, F: Factor<Sum = E::Work>>(
+    fn backward<E: Element, F: Lane<Sum = E::Work>>(
         &self,
         args: [&Tensor; 3],
         out: &Tensor,
         grad: &Tensor,
-    ) -> Result<Gradients> {
+    ) -> Result<QkvGradients> {
         let Some(scales) = self.scales.get() else { bail!("attention's backward before its forward") };
         let tensors = [args[0], args[1], args[2], out, grad];
         let guards = tensors.map(|tensor| tensor.storage_and_layout());
@@ -42,7 +42,7 @@ impl Softmax {
             Storage::Cpu(storage) => contiguous::<E>(storage, layout),
             _ => bail!("attention's backward away from the CPU"),
         });
-        let given = Given { query: query?, key: key?, value: value?, out: out?, grad: grad?, scales };
+        let given = BackwardInputs { query: query?, key: key?, value: value?, out: out?, grad: grad?, scales };
         let mut gradients = backward::<E, F>(&self.problem, &given).into_iter();
         let mut tracked = |arg: &Tensor| match gradients.next() {
             Some(values) if arg.track_op() => Tensor::from_vec(values, arg.shape(), arg.device()).map(Some),
@@ -52,7 +52,7 @@ impl Softmax {
     }
 }
 
-impl CustomOp3 for Softmax {
+impl CustomOp3 for AttentionOp {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -70,19 +70,23 @@ impl CustomOp3 for Softmax {
         let out = match query {
             CpuStorage::F32(_) => self.forward::<f32, f32>(inputs)?,
             CpuStorage::F64(_) => self.forward::<f64, f64>(inputs)?,
-            CpuStorage::BF16(_) if self.problem.instructions.multiply_pairs() => self.forward::<bf16, Pair>(inputs)?,
+            CpuStorage::BF16(_) if self.problem.instructions.multiply_pairs() => {
+                self.forward::<bf16, Bf16Pair>(inputs)?
+            }
             CpuStorage::BF16(_) => self.forward::<bf16, f32>(inputs)?,
             _ => bail!("attention has no kernel for this number format"),
         };
         Ok((out, query_layout.shape().clone()))
     }
 
-    fn bwd(&self, query: &Tensor, key: &Tensor, value: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Gradients> {
+    fn bwd(&self, query: &Tensor, key: &Tensor, value: &Tensor, out: &Tensor, grad: &Tensor) -> Result<QkvGradients> {
         let (args, grad) = ([query, key, value], grad.contiguous()?);
         match query.dtype() {
             DType::F32 => self.backward::<f32, f32>(args, out, &grad),
             DType::F64 => self.backward::<f64, f64>(args, out, &grad),
-            DType::BF16 if self.problem.instructions.multiply_pairs() => self.backward::<bf16, Pair>(args, out, &grad),
+            DType::BF16 if self.problem.instructions.multiply_pairs() => {
+                self.backward::<bf16, Bf16Pair>(args, out, &grad)
+            }
             DType::BF16 => self.backward::<bf16, f32>(args, out, &grad),
             dtype => bail!("attention has no kernel for {dtype:?}"),
         }

@@ -1,10 +1,10 @@
-//! [`Problem`]: extents of one call, its query tiles, and the runs of keys that each has to visit.
+//! [`KernelProblem`]: extents of one call, its query tiles, and the runs of keys that each has to visit.
 
-use crate::sequence::Sequence;
+use crate::sequence::JointSequence;
 use crate::tiles::{KeyRange, LANES, Visits};
 use crate::{Geometry, Radius};
 use candle_core::Result;
-use clearform_ops::simd::Instructions;
+use clearform_ops::simd::CpuFeatures;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub(super) struct Problem {
     pub queries: usize,
     pub keys: usize,
     /// What its arithmetic is compiled for.
-    pub instructions: Instructions,
+    pub instructions: CpuFeatures,
     /// Query tiles in sequence order; together they hold each query once.
     pub tiles: Vec<QueryTile>,
     /// Runs of text keys that count, batch by batch.
@@ -44,7 +44,7 @@ pub(super) struct QueryTile {
 
 /// Keys that a query tile visits.
 #[derive(Debug, Clone)]
-pub(super) struct Visit<'a> {
+pub(super) struct KeyVisit<'a> {
     /// Positions in the sequence.
     pub tokens: Range<usize>,
     /// Key by key, a bit for each query that sees it; empty where all see all.
@@ -53,10 +53,10 @@ pub(super) struct Visit<'a> {
 
 impl Problem {
     pub fn new(
-        sequence: &Sequence,
+        sequence: &JointSequence,
         geometry: &Geometry,
         radius: Option<Radius>,
-        instructions: Instructions,
+        instructions: CpuFeatures,
     ) -> Result<Self> {
         let (batch, queries, heads, head_dim) = sequence.query.dims4()?;
         Ok(Self {
@@ -75,13 +75,13 @@ impl Problem {
     }
 
     /// Everything that `tile` visits in one batch entry: text, image, and, from the image, pooled context.
-    pub fn visits<'a>(&'a self, entry: usize, tile: &'a QueryTile) -> impl Iterator<Item = Visit<'a>> {
+    pub fn visits<'a>(&'a self, entry: usize, tile: &'a QueryTile) -> impl Iterator<Item = KeyVisit<'a>> {
         let (first, end) = (self.text, self.text + self.image);
         let window = self.visits.as_deref().zip(tile.image).map(|(visits, image)| &visits[image]);
         let near = window
             .into_iter()
             .flatten()
-            .map(move |KeyRange { tokens, seen }| Visit { tokens: first + tokens.start..first + tokens.end, seen });
+            .map(move |KeyRange { tokens, seen }| KeyVisit { tokens: first + tokens.start..first + tokens.end, seen });
         let image = window.is_none().then(|| whole(first..end));
         let pooled = (tile.image.is_some() && end < self.keys).then(|| whole(end..self.keys));
         self.text_runs[entry].iter().cloned().map(whole).chain(image).chain(near).chain(pooled)
@@ -141,8 +141,8 @@ impl Problem {
     }
 }
 
-fn whole<'a>(tokens: Range<usize>) -> Visit<'a> {
-    Visit { tokens, seen: &[] }
+fn whole<'a>(tokens: Range<usize>) -> KeyVisit<'a> {
+    KeyVisit { tokens, seen: &[] }
 }
 
 fn text_tiles(text: usize) -> impl Iterator<Item = QueryTile> {

@@ -1,16 +1,17 @@
 //! What forward and backward share: one head's keys and values, 32 queries as lanes, and their scores over a chunk of
 //! keys.
 
-use super::problem::{Problem, QueryTile, Visit};
+use super::problem::{KeyVisit, Problem, QueryTile};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    self, Element, Factor, Instructions, Level, Product, Real, Strided, Task, Vector, load_row, side_by_side, store_row,
+    self, CpuFeatures, Element, Isa, Lane, MatrixProduct, Real, SimdKernel, Strided, Vector, load_row, side_by_side,
+    store_row,
 };
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of scores of a chunk: its keys' rows of 128 values and the scores stay in the nearer caches.
-pub(super) const fn chunk_rows<F: Factor>() -> usize {
+pub(super) const fn chunk_rows<F: Lane>() -> usize {
     48 * F::WIDTH
 }
 
@@ -22,7 +23,7 @@ pub(super) struct HeadView<'a, E> {
     heads: usize,
     head_dim: usize,
     index: usize,
-    instructions: Instructions,
+    instructions: CpuFeatures,
 }
 
 impl<'a, E: Element> HeadView<'a, E> {
@@ -43,11 +44,11 @@ impl<'a, E: Element> HeadView<'a, E> {
     ///
     /// # Shapes
     /// (tokens, head_dim / WIDTH).
-    pub fn rows<F: Factor<Sum = E::Work>>(&self, out: &mut Vec<F>) {
+    pub fn rows<F: Lane<Sum = E::Work>>(&self, out: &mut Vec<F>) {
         let steps = self.head_dim.div_ceil(F::WIDTH);
         out.resize(self.tokens * steps, F::default());
         out.par_chunks_mut(BLOCK * steps).enumerate().for_each(|(block, out)| {
-            self.instructions.run(Rows { view: *self, first: block * BLOCK, out });
+            self.instructions.run(PackRows { view: *self, first: block * BLOCK, out });
         });
     }
 
@@ -55,10 +56,10 @@ impl<'a, E: Element> HeadView<'a, E> {
     ///
     /// # Shapes
     /// (tokens / WIDTH, head_dim).
-    pub fn columns<F: Factor<Sum = E::Work>>(&self, out: &mut Vec<F>) {
+    pub fn columns<F: Lane<Sum = E::Work>>(&self, out: &mut Vec<F>) {
         out.resize(self.tokens.div_ceil(F::WIDTH) * self.head_dim, F::default());
         out.par_chunks_mut(BLOCK * self.head_dim).enumerate().for_each(|(block, out)| {
-            self.instructions.run(Columns { view: *self, first: block * BLOCK * F::WIDTH, out });
+            self.instructions.run(PackColumns { view: *self, first: block * BLOCK * F::WIDTH, out });
         });
     }
 }
@@ -66,17 +67,17 @@ impl<'a, E: Element> HeadView<'a, E> {
 /// Rows that one thread packs at a time.
 const BLOCK: usize = 1024;
 
-struct Rows<'a, E, F> {
+struct PackRows<'a, E, F> {
     view: HeadView<'a, E>,
     first: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for Rows<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackRows<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let steps = self.view.head_dim.div_ceil(F::WIDTH);
         for (row, out) in self.out.chunks_exact_mut(steps).enumerate() {
             F::along(self.view.row(self.first + row), out);
@@ -84,17 +85,17 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for Rows<'_, E, F> {
     }
 }
 
-struct Columns<'a, E, F> {
+struct PackColumns<'a, E, F> {
     view: HeadView<'a, E>,
     first: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for Columns<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackColumns<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let view = self.view;
         for (row, out) in self.out.chunks_exact_mut(view.head_dim).enumerate() {
             let token = self.first + row * F::WIDTH;
@@ -105,7 +106,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for Columns<'_, E, F> {
 }
 
 /// Writes the rows of `tile` side by side: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
-pub(super) fn load_lanes<E: Element, F: Factor<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
+pub(super) fn load_lanes<E: Element, F: Lane<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
     view.instructions.run(LoadLanes { out, view, tile });
 }
 
@@ -115,11 +116,11 @@ struct LoadLanes<'a, E, F> {
     tile: &'a QueryTile,
 }
 
-impl<E: Element, F: Factor<Sum = E::Work>> Task for LoadLanes<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for LoadLanes<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         side_by_side(self.tile.queries.clone().map(|token| self.view.row(token)), self.out);
     }
 }
@@ -127,7 +128,7 @@ impl<E: Element, F: Factor<Sum = E::Work>> Task for LoadLanes<'_, E, F> {
 /// Keys that are scored together: runs of the sequence, one after the other.
 #[derive(Default)]
 pub(super) struct Chunk<'a> {
-    pub pieces: Vec<Piece<'a>>,
+    pub pieces: Vec<KeyRun<'a>>,
     /// Rows of scores. A piece begins and ends at whole factors, so there may be rows without a key between them.
     pub rows: usize,
     /// The factors along the tokens that hold the keys.
@@ -135,14 +136,14 @@ pub(super) struct Chunk<'a> {
 }
 
 /// A run of keys in a chunk.
-pub(super) struct Piece<'a> {
+pub(super) struct KeyRun<'a> {
     pub keys: Range<usize>,
     /// First row of its scores.
     pub row: usize,
     seen: &'a [u32],
 }
 
-impl Piece<'_> {
+impl KeyRun<'_> {
     /// Its part of scores.
     pub fn scores<'s, T>(&self, scores: &'s mut [T]) -> &'s mut [T] {
         &mut scores[self.row * LANES..][..self.keys.len() * LANES]
@@ -151,9 +152,9 @@ impl Piece<'_> {
 
 /// Brings `visits` to `work`, chunk by chunk, each of them in `chunk`. Text, whole and edge cells may stand in one: what
 /// differs between them, the mask, is looked at piece by piece, and chunks stay long enough to keep their scores near.
-pub(super) fn for_chunks<'a, F: Factor>(
+pub(super) fn for_chunks<'a, F: Lane>(
     chunk: &mut Chunk<'a>,
-    visits: impl Iterator<Item = Visit<'a>>,
+    visits: impl Iterator<Item = KeyVisit<'a>>,
     mut work: impl FnMut(&Chunk<'a>),
 ) {
     for mut visit in visits {
@@ -173,8 +174,8 @@ pub(super) fn for_chunks<'a, F: Factor>(
 
 impl<'a> Chunk<'a> {
     /// Takes as many keys of `visit` as there is room for.
-    fn take<F: Factor>(&mut self, visit: &mut Visit<'a>) {
-        let Visit { tokens, seen } = visit;
+    fn take<F: Lane>(&mut self, visit: &mut KeyVisit<'a>) {
+        let KeyVisit { tokens, seen } = visit;
         let lead = tokens.start % F::WIDTH;
         let keys = tokens.start..tokens.end.min(tokens.start + chunk_rows::<F>() - self.rows - lead);
         let (taken, rest) = seen.split_at(seen.len().min(keys.len()));
@@ -182,7 +183,7 @@ impl<'a> Chunk<'a> {
         self.factors.push(keys.start / F::WIDTH..keys.end.div_ceil(F::WIDTH));
         let row = self.rows + lead;
         self.rows = (row + keys.len()).next_multiple_of(F::WIDTH);
-        self.pieces.push(Piece { keys, row, seen: taken });
+        self.pieces.push(KeyRun { keys, row, seen: taken });
     }
 
     fn clear(&mut self) {
@@ -194,54 +195,54 @@ impl<'a> Chunk<'a> {
 
 /// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
 /// key stay as they are.
-pub(super) fn score<F: Factor>(
+pub(super) fn score<F: Lane>(
     scores: &mut [F::Sum],
     rows: &[F],
     chunk: &Chunk<'_>,
     lanes: &[F],
-    instructions: Instructions,
+    instructions: CpuFeatures,
 ) {
     let steps = lanes.len() / LANES;
     let channels = 0..steps;
     let inner = std::slice::from_ref(&channels);
     for piece in &chunk.pieces {
         let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
-        let product = Product { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
+        let product = MatrixProduct { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
         product.write_to(piece.scores(scores), LANES, instructions);
     }
 }
 
 /// Sets scores of queries that do not see a key to -∞.
-pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, instructions: Instructions) {
+pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, instructions: CpuFeatures) {
     for piece in chunk.pieces.iter().filter(|piece| !piece.seen.is_empty()) {
-        instructions.run(Hide { scores: piece.scores(scores), seen: piece.seen });
+        instructions.run(MaskScores { scores: piece.scores(scores), seen: piece.seen });
     }
 }
 
 /// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head.
-pub(super) fn gather<F: Factor>(
+pub(super) fn gather<F: Lane>(
     out: &mut [F::Sum],
     columns: &[F],
     chunk: &Chunk<'_>,
     weights: &[F],
-    instructions: Instructions,
+    instructions: CpuFeatures,
 ) {
     let head_dim = out.len() / LANES;
     let a = Strided { values: columns, row_step: 1, inner_step: head_dim };
-    let product = Product { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES };
+    let product = MatrixProduct { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES };
     product.add_to(out, LANES, instructions);
 }
 
-struct Hide<'a, T> {
+struct MaskScores<'a, T> {
     scores: &'a mut [T],
     seen: &'a [u32],
 }
 
-impl<T: Real> Task for Hide<'_, T> {
+impl<T: Real> SimdKernel for MaskScores<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for (scores, seen) in self.scores.chunks_exact_mut(LANES).zip(self.seen) {
             let mut row = load_row::<T, L>(scores);
             for (vector, lanes) in row.iter_mut().enumerate() {

@@ -3,9 +3,9 @@
 
 use super::*;
 use crate::{Radius, TokenGrid};
-use backward::Given;
+use backward::BackwardInputs;
 use candle_core::{Device, WithDType as _};
-use clearform_ops::simd::{Element, Factor, Pair};
+use clearform_ops::simd::{Bf16Pair, Element, Lane};
 use half::bf16;
 
 struct Inputs {
@@ -41,8 +41,8 @@ impl Inputs {
         numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
     }
 
-    fn problem<E: Element>(&self, instructions: Instructions) -> (Problem, [Vec<E>; 3]) {
-        let sequence = Sequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
+    fn problem<E: Element>(&self, instructions: CpuFeatures) -> (Problem, [Vec<E>; 3]) {
+        let sequence = JointSequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
         let values = |x: &Tensor| x.flatten_all().unwrap().to_dtype(E::DTYPE).unwrap().to_vec1::<E>().unwrap();
         let problem = Problem::new(&sequence, &self.geometry, self.window.radius, instructions).unwrap();
         (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))
@@ -50,7 +50,7 @@ impl Inputs {
 
     /// Output and the gradients of query, key and value, where the gradient of the output is the values' own, by products
     /// of `F` over memory that holds `before`.
-    fn computed<E: Element, F: Factor<Sum = E::Work>>(&self, instructions: Instructions, before: f64) -> [Vec<f64>; 4] {
+    fn computed<E: Element, F: Lane<Sum = E::Work>>(&self, instructions: CpuFeatures, before: f64) -> [Vec<f64>; 4] {
         let (problem, inputs) = self.problem::<E>(instructions);
         let [query, key, value] = inputs.each_ref().map(Vec::as_slice);
         let filled = |like: &[E]| vec![E::from_f64(before); like.len()];
@@ -58,7 +58,7 @@ impl Inputs {
         let mut scales = vec![[E::Work::from_f64(before); 2]; out.len() / problem.head_dim];
         forward::forward_into::<E, F>(&problem, [query, key, value], &mut out, &mut scales);
         let scales: Vec<_> = scales.into_iter().map(|scale| scale.map(|value| value.to_f64())).collect();
-        let given = Given { query, key, value, out: &out, grad: value, scales: &scales };
+        let given = BackwardInputs { query, key, value, out: &out, grad: value, scales: &scales };
         let [mut query_grad, mut key_grad, mut value_grad] = [query, key, value].map(filled);
         backward::backward_into::<E, F>(&problem, &given, [&mut query_grad, &mut key_grad, &mut value_grad]);
         [out, query_grad, key_grad, value_grad].map(|values| values.into_iter().map(|value| value.to_f64()).collect())
@@ -92,8 +92,8 @@ fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
         let inputs = Inputs::new(case);
         let exact = inputs.plain(DType::F64);
         let plain = distance(&inputs.plain(DType::BF16), &exact);
-        for instructions in Instructions::available() {
-            let paired = inputs.computed::<bf16, Pair>(instructions, 0.0);
+        for instructions in CpuFeatures::available() {
+            let paired = inputs.computed::<bf16, Bf16Pair>(instructions, 0.0);
             let single = inputs.computed::<bf16, f32>(instructions, 0.0);
             for [out, ..] in [&paired, &single] {
                 let error = distance(out, &exact);
@@ -110,9 +110,9 @@ fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
 /// The same bits as over zeros, and so no number of what was there.
 #[test]
 fn whatever_stood_in_the_outputs_is_written_over() {
-    fn check<E: Element, F: Factor<Sum = E::Work>>(case: Case) {
+    fn check<E: Element, F: Lane<Sum = E::Work>>(case: Case) {
         let inputs = Inputs::new(case);
-        let [clean, poisoned] = [0.0, f64::NAN].map(|before| inputs.computed::<E, F>(Instructions::detect(), before));
+        let [clean, poisoned] = [0.0, f64::NAN].map(|before| inputs.computed::<E, F>(CpuFeatures::detect(), before));
         assert!(poisoned.iter().flatten().all(|value| value.is_finite()), "{case:?}, {:?}", E::DTYPE);
         assert_eq!(clean, poisoned, "{case:?}, {:?}", E::DTYPE);
     }
@@ -120,7 +120,7 @@ fn whatever_stood_in_the_outputs_is_written_over() {
         check::<f32, f32>(case);
         check::<f64, f64>(case);
         check::<bf16, f32>(case);
-        check::<bf16, Pair>(case);
+        check::<bf16, Bf16Pair>(case);
     }
 }
 
@@ -130,10 +130,10 @@ fn a_head_in_parts_gives_the_same_bits_on_any_number_of_threads() {
     let inputs = Inputs::new(LARGE);
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| inputs.computed::<f32, f32>(Instructions::detect(), 0.0))
+        pool.install(|| inputs.computed::<f32, f32>(CpuFeatures::detect(), 0.0))
     };
     assert_eq!(on(1), on(2));
-    let (problem, _) = inputs.problem::<f32>(Instructions::detect());
+    let (problem, _) = inputs.problem::<f32>(CpuFeatures::detect());
     let tiles = &problem.tiles;
     assert!(problem.image_keys(&tiles[tiles.len() - 16..]).len() < 37 * 41 / 2);
     assert_eq!(problem.image_keys(tiles), 71..71 + 37 * 41);

@@ -1,6 +1,6 @@
 //! `clear:r=R[,d=D]`: image tokens see those within a radius and, if asked for, pooled context (CLEAR, section 3.2).
 
-use super::{Policy, PolicyForm, Settings};
+use super::{Policy, PolicyForm, PolicySettings};
 use crate::Radius;
 use std::ops::RangeInclusive;
 
@@ -8,7 +8,7 @@ pub(super) const FORM: PolicyForm = PolicyForm { name: "clear", usage: "clear:r=
 
 const POOLS: RangeInclusive<usize> = 2..=256;
 
-fn parse(settings: Settings<'_>) -> Result<Policy, String> {
+fn parse(settings: PolicySettings<'_>) -> Result<Policy, String> {
     let (mut radius, mut pool) = (None, None);
     for (key, value) in settings {
         match *key {

@@ -1,10 +1,10 @@
 //! `full`: every image token sees every token.
 
-use super::{Policy, PolicyForm, Settings};
+use super::{Policy, PolicyForm, PolicySettings};
 
 pub(super) const FORM: PolicyForm = PolicyForm { name: "full", usage: "full", parse, write };
 
-fn parse(settings: Settings<'_>) -> Result<Policy, String> {
+fn parse(settings: PolicySettings<'_>) -> Result<Policy, String> {
     match settings {
         [] => Ok(Policy::Full),
         [(key, _), ..] => Err(format!("{key:?} is no setting of it")),

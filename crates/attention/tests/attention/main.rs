@@ -6,7 +6,7 @@ mod properties;
 
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::{Geometry, Radius, TileShape, TokenGrid};
-use clearform_ops::simd::Instructions;
+use clearform_ops::simd::CpuFeatures;
 use problem::{
     Attend, Case, Inputs, Mask, case, distance, fused, gradient_errors, gradients, loss, noise, numbers, output, plain,
     planned, result,
@@ -61,7 +61,7 @@ fn fused_forward_equals_the_reference_at_every_level() {
         let exact = result(&inputs.exact(), plain);
         let theirs = distance(&result(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
-        for instructions in Instructions::available() {
+        for instructions in CpuFeatures::available() {
             let got = fused(&inputs.at(instructions), &inputs.tensors).unwrap();
             assert_eq!(got.image.dtype(), dtype);
             let error = distance(&output(&got), &exact);
@@ -80,7 +80,7 @@ fn fused_gradients_are_as_good_as_those_of_the_reference_at_every_level() {
         let exact = gradients(&inputs.exact(), plain);
         let theirs = gradient_errors(&gradients(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
-        for instructions in Instructions::available() {
+        for instructions in CpuFeatures::available() {
             let ours = gradient_errors(&gradients(&inputs.at(instructions), fused), &exact);
             for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
                 let name = format!("{} on {:?} + {}, tensor {index}", case.plan, case.grids, case.text);

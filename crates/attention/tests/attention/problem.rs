@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_attention::{
-    Attended, Attention, AttentionPlan, Geometry, Policy, Qkv, TileShape, TokenGrid, Window, Windowed, reference,
+    Attended, Attention, AttentionPlan, Geometry, Policy, Qkv, TileShape, TiledAttention, TokenGrid, Window, reference,
 };
-use clearform_ops::simd::Instructions;
+use clearform_ops::simd::CpuFeatures;
 
 /// One problem: what is attended to, and under which plan.
 #[derive(Debug, Clone)]
@@ -20,7 +20,7 @@ pub struct Case {
     pub mask: Mask,
     /// Cells by which tokens are ordered.
     pub cell: (usize, usize),
-    pub instructions: Instructions,
+    pub instructions: CpuFeatures,
 }
 
 /// Which text tokens count.
@@ -45,7 +45,7 @@ pub fn case(grids: &[(usize, usize)], text: usize, plan: &str) -> Case {
         plan: plan.to_owned(),
         mask: Mask::None,
         cell: (4, 4),
-        instructions: Instructions::detect(),
+        instructions: CpuFeatures::detect(),
     }
 }
 
@@ -103,7 +103,7 @@ impl Inputs {
         self.clone().converted(DType::F64)
     }
 
-    pub fn at(&self, instructions: Instructions) -> Self {
+    pub fn at(&self, instructions: CpuFeatures) -> Self {
         Self { case: Case { instructions, ..self.case.clone() }, ..self.clone() }
     }
 
@@ -143,7 +143,7 @@ fn qkv(tensors: &[Tensor]) -> Qkv {
 
 /// The kernel by the case's instructions.
 pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let attention = Windowed::new(inputs.window(tensors)).with_instructions(inputs.case.instructions);
+    let attention = TiledAttention::new(inputs.window(tensors)).with_instructions(inputs.case.instructions);
     attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
 }
 

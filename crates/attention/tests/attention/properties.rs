@@ -3,7 +3,7 @@
 
 use super::problem::{Case, Inputs, Mask, case, distance, fused, gradient_errors, gradients, numbers, plain, result};
 use candle_core::{DType, Tensor};
-use clearform_ops::simd::Instructions;
+use clearform_ops::simd::CpuFeatures;
 use proptest::prelude::*;
 
 /// Multiply-adds up to which the reference, which holds the whole mask, is quick.
@@ -35,7 +35,7 @@ fn masks() -> impl Strategy<Value = Mask> {
 fn problems() -> impl Strategy<Value = Case> {
     let head_dim = prop_oneof![2 => 4..=40usize, 1 => 4..=256usize];
     let shape = (1..=3usize, 1..=3usize, head_dim, prop_oneof![1 => Just(0), 4 => 0..=70usize], any::<bool>());
-    let levels: Vec<Instructions> = Instructions::available().collect();
+    let levels: Vec<CpuFeatures> = CpuFeatures::available().collect();
     let chosen = (prop::sample::select(levels), prop::sample::select(CELLS.to_vec()));
     (grids(), shape, plans(), masks(), chosen).prop_map(|(grids, shape, plan, mask, (instructions, cell))| {
         let (batch, heads, head_dim, text, empty_stream) = shape;

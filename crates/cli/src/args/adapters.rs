@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 /// Which plugins there are.
 #[derive(Debug, Clone, Default, Args)]
-pub struct PluginSearch {
+pub struct PluginSearchArgs {
     /// A folder of plugins, looked through before that of the program. May be given several times.
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,
@@ -18,7 +18,7 @@ pub struct PluginSearch {
 
 /// `clearform plugins`.
 #[derive(Debug, Args)]
-pub struct Plugins {
+pub struct PluginsArgs {
     /// Which.
     #[command(subcommand)]
     pub action: PluginsAction,
@@ -28,7 +28,7 @@ pub struct Plugins {
 #[derive(Debug, Subcommand)]
 pub enum PluginsAction {
     /// Every plugin beside the binary.
-    List(PluginSearch),
+    List(PluginSearchArgs),
     /// Load a plugin and run the examples that it declares.
     Check {
         /// The library.
@@ -38,7 +38,7 @@ pub enum PluginsAction {
 
 /// Adapters that edit weights.
 #[derive(Debug, Clone, Default, Args)]
-pub struct WeightAdapters {
+pub struct WeightAdapterArgs {
     /// LoRA or its kin. W is its strength; KEY=W sets that of blocks whose names hold KEY (double=1,single=0.5).
     #[arg(long, value_name = "FILE[:W][:KEY=W,..]")]
     pub lora: Vec<AdapterArg>,
@@ -50,15 +50,15 @@ pub struct WeightAdapters {
     pub allow_partial: bool,
     /// Where plugins are.
     #[command(flatten)]
-    pub plugins: PluginSearch,
+    pub plugins: PluginSearchArgs,
 }
 
 /// Adapters of every kind.
 #[derive(Debug, Clone, Default, Args)]
-pub struct AllAdapters {
+pub struct AdapterArgs {
     /// Those that edit weights.
     #[command(flatten)]
-    pub weights: WeightAdapters,
+    pub weights: WeightAdapterArgs,
     /// Any adapter; the plugin that knows it is found, or named with ,plugin=ID.
     #[arg(long, value_name = "FILE[:W][,plugin=ID]")]
     pub adapter: Vec<AdapterArg>,
@@ -117,7 +117,7 @@ impl fmt::Display for AdapterArg {
     }
 }
 
-impl fmt::Display for AllAdapters {
+impl fmt::Display for AdapterArgs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let given = [("--lora", &self.weights.lora), ("--controlnet", &self.controlnet), ("--adapter", &self.adapter)];
         let each = given.iter().flat_map(|(flag, args)| args.iter().map(move |arg| format!("{flag} {arg}")));

@@ -1,33 +1,33 @@
 //! The arguments of `clearform bench`.
 
-use super::{Dtype, Place, Reading};
+use super::{DeviceArg, DtypeArg, SourceArgs};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
 /// `clearform bench`.
 #[derive(Debug, Args)]
-pub struct Bench {
+pub struct BenchArgs {
     /// What is timed.
     #[command(subcommand)]
-    pub subject: BenchSubject,
+    pub subject: BenchCommand,
 }
 
 /// What is timed.
 #[derive(Debug, Subcommand)]
-pub enum BenchSubject {
+pub enum BenchCommand {
     /// One attention call on random queries, keys and values already in tile order.
-    Attention(AttentionBench),
+    Attention(AttentionBenchArgs),
     /// One evaluation of a FLUX transformer of given sizes, with random weights.
-    Step(StepBench),
+    Step(StepBenchArgs),
     /// One evaluation of a model at several sizes and attentions.
-    Model(ModelBench),
+    Model(ModelBenchArgs),
     /// How much of what attention computes lies inside the disc; nothing is timed.
-    Share(ShareBench),
+    Share(TilesBenchArgs),
 }
 
 /// `clearform bench attention`.
 #[derive(Debug, Args)]
-pub struct AttentionBench {
+pub struct AttentionBenchArgs {
     /// Image tokens, HEIGHTxWIDTH.
     #[arg(long, default_value = "64x64", value_name = "HxW")]
     pub grid: String,
@@ -45,7 +45,7 @@ pub struct AttentionBench {
     pub text: usize,
     /// Number format.
     #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
+    pub dtype: DtypeArg,
     /// Time the backward pass too.
     #[arg(long)]
     pub backward: bool,
@@ -54,7 +54,7 @@ pub struct AttentionBench {
     pub attention: Option<String>,
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: Place,
+    pub device: DeviceArg,
     /// Timed runs, after one that is not counted.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeat: usize,
@@ -62,7 +62,7 @@ pub struct AttentionBench {
 
 /// `clearform bench step`.
 #[derive(Debug, Args)]
-pub struct StepBench {
+pub struct StepBenchArgs {
     /// Channels of a token inside the transformer.
     #[arg(long, default_value_t = 1536, value_name = "N")]
     pub width: usize,
@@ -83,17 +83,17 @@ pub struct StepBench {
     pub attention: String,
     /// What else is the same for every evaluation.
     #[command(flatten)]
-    pub evaluation: Evaluation,
+    pub evaluation: EvaluationArgs,
 }
 
 /// `clearform bench model`.
 #[derive(Debug, Args)]
-pub struct ModelBench {
+pub struct ModelBenchArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
     /// How the source is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
     /// Image tokens, HEIGHTxWIDTH; several with commas.
     #[arg(long, default_value = "16x16,32x32,64x64", value_delimiter = ',', value_name = "HxW")]
     pub grid: Vec<String>,
@@ -102,12 +102,12 @@ pub struct ModelBench {
     pub attention: Vec<String>,
     /// What else is the same for every evaluation.
     #[command(flatten)]
-    pub evaluation: Evaluation,
+    pub evaluation: EvaluationArgs,
 }
 
 /// `clearform bench share`. Without options it gives the table of tiles that CLEAR's kernel is held against.
 #[derive(Debug, Args)]
-pub struct ShareBench {
+pub struct TilesBenchArgs {
     /// Image tokens, HEIGHTxWIDTH; several with commas.
     #[arg(long, default_value = "64x64,128x128,256x256,512x512", value_delimiter = ',', value_name = "HxW")]
     pub grid: Vec<String>,
@@ -126,16 +126,16 @@ pub struct ShareBench {
 
 /// One evaluation of a transformer on random inputs.
 #[derive(Debug, Args)]
-pub struct Evaluation {
+pub struct EvaluationArgs {
     /// Text tokens, where the model takes text.
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub text: usize,
     /// Number format.
     #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
+    pub dtype: DtypeArg,
     /// `cpu`, or `cuda:N` where it was built in.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: Place,
+    pub device: DeviceArg,
     /// Timed runs, after one that is not counted.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeat: usize,

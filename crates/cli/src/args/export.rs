@@ -1,13 +1,13 @@
 //! The arguments of `clearform export`.
 
-use super::Reading;
+use super::SourceArgs;
 use clap::Args;
 use std::path::PathBuf;
 
 /// `clearform export`.
 #[derive(Debug, Args)]
 #[command(after_help = "The file holds the weights alone: an attention plan is not recorded in it.")]
-pub struct Export {
+pub struct ExportArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
     /// Whose names the tensors get: `diffusers`, `original` (the authors'), or another layout of the family.
@@ -21,5 +21,5 @@ pub struct Export {
     pub overwrite: bool,
     /// How the model is read.
     #[command(flatten)]
-    pub reading: Reading,
+    pub reading: SourceArgs,
 }

@@ -1,12 +1,12 @@
 //! `clearform compare`: teacher and student side by side on the same seeds.
 
-use crate::args::Compare;
+use crate::args::CompareArgs;
 use crate::opening::{open_original, open_plainly};
-use crate::output::{Outcome, Output};
+use crate::output::{CommandOutcome, Output};
 use crate::report::Page;
-use crate::sitting::{Sitting, attention_errors};
+use crate::sitting::{EvaluationRun, attention_errors};
 use anyhow::Context as _;
-use clearform_models::Subject;
+use clearform_models::Prompt;
 use clearform_runtime::compare::{contact_sheet, psnr, ssim};
 use clearform_runtime::{RgbImage, png};
 use serde::Serialize;
@@ -16,11 +16,11 @@ use std::path::Path;
 /// Pictures whose attention is compared layer by layer.
 const LAYER_PICTURES: usize = 4;
 
-pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let (components, device) = (args.drawing.components.as_deref(), args.drawing.device);
     let teacher = open_original(&args.teacher, &args.student, components, device)?;
     let student = open_plainly(&args.student, components, device)?;
-    let sitting = Sitting::new(&args.drawing, &teacher)?;
+    let sitting = EvaluationRun::new(&args.drawing, &teacher)?;
     let bar = output.progress("drawing", 2 * sitting.subjects.len());
     let mut advance = |count: usize| bar.inc(count as u64);
     let original = teacher.load_transformer(teacher.plan(), None)?;
@@ -30,50 +30,50 @@ pub fn run(args: &Compare, output: &Output) -> anyhow::Result<Outcome> {
     bar.finish_and_clear();
     let input = sitting.halfway(&teacher, &wanted, sitting.subjects.len().min(LAYER_PICTURES))?;
     let layers = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
-    let pictures = (sitting.develop(&teacher, &wanted)?, sitting.develop(&student, &got)?);
-    let report = Report::new(&sitting, &pictures.0, &pictures.1, layers)?;
+    let pictures = (sitting.decode(&teacher, &wanted)?, sitting.decode(&student, &got)?);
+    let report = ComparisonReport::new(&sitting, &pictures.0, &pictures.1, layers)?;
     write(&args.output, &report, &[pictures.0, pictures.1])?;
     output.result(&report)?;
-    Ok(Outcome::Whole)
+    Ok(CommandOutcome::Whole)
 }
 
 /// How alike the models are.
 #[derive(Debug, Serialize)]
-struct Report {
+struct ComparisonReport {
     steps: usize,
     seed: u64,
     psnr: f64,
     ssim: f64,
-    pictures: Vec<Pair>,
+    pictures: Vec<ImagePair>,
     attention_error: Vec<(String, f64)>,
 }
 
 #[derive(Debug, Serialize)]
-struct Pair {
+struct ImagePair {
     prompt: String,
     psnr: f64,
     ssim: f64,
 }
 
-impl Report {
+impl ComparisonReport {
     fn new(
-        sitting: &Sitting,
+        sitting: &EvaluationRun,
         wanted: &[RgbImage],
         got: &[RgbImage],
         attention_error: Vec<(String, f64)>,
     ) -> anyhow::Result<Self> {
-        let pair = |(subject, (wanted, got)): (&Subject, (&RgbImage, &RgbImage))| -> anyhow::Result<Pair> {
-            Ok(Pair { prompt: subject.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
+        let pair = |(subject, (wanted, got)): (&Prompt, (&RgbImage, &RgbImage))| -> anyhow::Result<ImagePair> {
+            Ok(ImagePair { prompt: subject.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
         };
         let pictures =
             sitting.subjects.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
-        let mean = |value: fn(&Pair) -> f64| pictures.iter().map(value).sum::<f64>() / pictures.len() as f64;
+        let mean = |value: fn(&ImagePair) -> f64| pictures.iter().map(value).sum::<f64>() / pictures.len() as f64;
         let (psnr, ssim) = (mean(|pair| pair.psnr), mean(|pair| pair.ssim));
         Ok(Self { steps: sitting.steps, seed: sitting.seed, psnr, ssim, pictures, attention_error })
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for ComparisonReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for pair in &self.pictures {
             writeln!(f, "{:6.2} dB  SSIM {:.3}  {}", pair.psnr, pair.ssim, pair.prompt)?;
@@ -82,7 +82,7 @@ impl fmt::Display for Report {
     }
 }
 
-fn write(folder: &Path, report: &Report, rows: &[Vec<RgbImage>]) -> anyhow::Result<()> {
+fn write(folder: &Path, report: &ComparisonReport, rows: &[Vec<RgbImage>]) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("{}", folder.display()))?;
     let sheet = contact_sheet(&rows.iter().map(|row| row.iter().collect()).collect::<Vec<_>>());
     let sheet = png::encode(&sheet, None)?;
@@ -95,7 +95,7 @@ fn write(folder: &Path, report: &Report, rows: &[Vec<RgbImage>]) -> anyhow::Resu
         report.ssim
     ));
     page.picture(&sheet, "Above: the teacher. Below: the linear model.");
-    let pair = |pair: &Pair| vec![pair.prompt.clone(), format!("{:.2}", pair.psnr), format!("{:.3}", pair.ssim)];
+    let pair = |pair: &ImagePair| vec![pair.prompt.clone(), format!("{:.2}", pair.psnr), format!("{:.3}", pair.ssim)];
     page.heading("Pictures")
         .table(&["prompt", "PSNR, dB", "SSIM"], &report.pictures.iter().map(pair).collect::<Vec<_>>());
     let layer = |(layer, error): &(String, f64)| vec![layer.clone(), format!("{:.1}%", 100.0 * error)];

@@ -1,42 +1,44 @@
 //! `clearform convert`, the whole main job: ingest, rewrite, distil, emit.
 
 use crate::adapters;
-use crate::args::{AdapterArg, Convert};
+use crate::args::{AdapterArg, ConvertArgs};
 use crate::opening::{identify, plainly, plan, reading, tell};
-use crate::output::{Outcome, Output};
-use crate::school::{self, Lesson, Student};
+use crate::output::{CommandOutcome, Output};
+use crate::school::{self, StudentSpec, TrainedStudent};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{ConversionPlan, Origins, Patched, Report};
+use clearform_convert::{ConversionPlan, ConversionReport, PatchedAttention, SourceHashes};
 use clearform_distill::SampleSet;
 use clearform_layout::Inspection;
-use clearform_plugin_host::{Adapted, Changes, LowRankMode};
-use clearform_portable_model::{AdapterRecord, Placing, Replace, Stage};
-use clearform_runtime::{Adapters, Components, EDITED_PARTS, Edited, Options, Pipeline, Transformer};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
+use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
+use clearform_runtime::{
+    Adapters, Components, EDITED_PARTS, EditedTransformer, Pipeline, PipelineOptions, Transformer,
+};
 use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub fn run(args: &Convert, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let attention = attention(args)?;
     if args.dry_run {
         return dry_run(args, &attention, output);
     }
     let converted = convert(args, &attention, output)?;
-    output.result(&Written::new(&args.output, &attention, converted.report))?;
-    Ok(Outcome::Whole)
+    output.result(&WrittenModel::new(&args.output, &attention, converted.report))?;
+    Ok(CommandOutcome::Whole)
 }
 
 /// What was made.
-pub struct Converted {
+pub struct ConvertedModel {
     /// What became of every tensor.
-    pub report: Report,
+    pub report: ConversionReport,
     /// What training gave, where there was training.
-    pub lesson: Option<Lesson>,
+    pub lesson: Option<TrainedStudent>,
 }
 
 /// Converts; the model appears when it is whole.
-pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Converted> {
+pub fn convert(args: &ConvertArgs, attention: &AttentionPlan, output: &Output) -> anyhow::Result<ConvertedModel> {
     let adapters = adapters::open_weights(&args.adapters)?;
     let opened = open(args, &adapters, output)?;
     let transformer = &opened.edited.transformer;
@@ -46,71 +48,71 @@ pub fn convert(args: &Convert, attention: &AttentionPlan, output: &Output) -> an
             &opened.components.missing(transformer.identified().components()),
         )?;
     }
-    let replace = Replace::allowed_if(args.overwrite);
+    let replace = Overwrite::allowed_if(args.overwrite);
     let stage = match args.training.resume {
-        true => Stage::resume(&args.output, replace)?,
-        false => Stage::begin(&args.output, replace)?,
+        true => StagingDir::resume(&args.output, replace)?,
+        false => StagingDir::begin(&args.output, replace)?,
     };
     let lesson =
         (!args.no_distill).then(|| lesson(args, attention, transformer, &stage, &adapters, output)).transpose()?;
     let report = write(args, attention, &opened, stage, lesson.as_ref(), output)?;
-    Ok(Converted { report, lesson })
+    Ok(ConvertedModel { report, lesson })
 }
 
 /// The plan that the arguments ask for.
-pub fn attention(args: &Convert) -> anyhow::Result<AttentionPlan> {
+pub fn attention(args: &ConvertArgs) -> anyhow::Result<AttentionPlan> {
     match &args.attention {
         Some(text) => plan(text),
         None => Ok(AttentionPlan::clear(Radius::new(args.radius)?, args.pool)),
     }
 }
 
-fn dry_run(args: &Convert, attention: &AttentionPlan, output: &Output) -> anyhow::Result<Outcome> {
+fn dry_run(args: &ConvertArgs, attention: &AttentionPlan, output: &Output) -> anyhow::Result<CommandOutcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
     tell(checkpoint.source(), output);
     let inspection = Inspection::of(&identified, &checkpoint);
     output.note(format_args!("would write {} with attention {attention}", args.output.display()));
     output.result(&inspection)?;
-    Ok(Outcome::whole_if(inspection.complete()))
+    Ok(CommandOutcome::whole_if(inspection.complete()))
 }
 
 /// The source, and where the parts of its pipeline lie.
-struct Opened {
-    edited: Edited,
+struct OpenSource {
+    edited: EditedTransformer,
     components: Components,
 }
 
 /// Opens the source, with the adapters that are to be baked into it.
-fn open(args: &Convert, adapters: &Adapters, output: &Output) -> anyhow::Result<Opened> {
+fn open(args: &ConvertArgs, adapters: &Adapters, output: &Output) -> anyhow::Result<OpenSource> {
     let reading = reading(&args.reading)?;
     let components = Components::new(&args.source, args.training.components.as_deref());
     let transformer = Transformer::open(&components.transformer(), &reading)?;
     tell(transformer.checkpoint(), output);
     let components = components.with_parts_of(&transformer, &reading)?;
-    let edited = adapters.onto(transformer, Some(&components), &reading.manifests)?;
+    let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
     adapters::tell(&edited.reports, &[], output);
-    Ok(Opened { edited, components })
+    Ok(OpenSource { edited, components })
 }
 
 fn lesson(
-    args: &Convert,
+    args: &ConvertArgs,
     attention: &AttentionPlan,
     transformer: &Transformer,
-    stage: &Stage,
+    stage: &StagingDir,
     adapters: &Adapters,
     output: &Output,
-) -> anyhow::Result<Lesson> {
+) -> anyhow::Result<TrainedStudent> {
     let samples = samples(args, stage, adapters, output)?;
     let start = transformer.source();
-    let student = Student { plan: attention, start: &start, folder: &stage.work().join("training") };
+    let student = StudentSpec { plan: attention, start: &start, folder: &stage.work().join("training") };
     school::train(transformer, student, &samples, &args.training, output)
 }
 
-fn samples(args: &Convert, stage: &Stage, adapters: &Adapters, output: &Output) -> anyhow::Result<SampleSet> {
+fn samples(args: &ConvertArgs, stage: &StagingDir, adapters: &Adapters, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
         return school::ready_samples(folder);
     }
-    let options = Options {
+    let options = PipelineOptions {
         reading: reading(&args.reading)?,
         adapters: adapters.clone(),
         ..plainly(args.training.components.as_deref(), args.training.device)?
@@ -120,16 +122,16 @@ fn samples(args: &Convert, stage: &Stage, adapters: &Adapters, output: &Output) 
 }
 
 fn write(
-    args: &Convert,
+    args: &ConvertArgs,
     attention: &AttentionPlan,
-    opened: &Opened,
-    mut stage: Stage,
-    lesson: Option<&Lesson>,
+    opened: &OpenSource,
+    mut stage: StagingDir,
+    lesson: Option<&TrainedStudent>,
     output: &Output,
-) -> anyhow::Result<Report> {
+) -> anyhow::Result<ConversionReport> {
     let transformer = &opened.edited.transformer;
     let (plan, source) = (conversion(args, attention, opened)?, transformer.source());
-    let origins = Origins::of(transformer.checkpoint());
+    let origins = SourceHashes::of(transformer.checkpoint());
     let bar = output.progress("writing", 0);
     let mut watch = |done: u64, all: u64| {
         bar.set_length(all);
@@ -137,10 +139,10 @@ fn write(
     };
     let report = match lesson {
         Some(lesson) => {
-            let distilled = Patched::new(&source, &lesson.distilled.tensors);
-            plan.apply(&distilled, transformer.account(), &mut stage, &mut watch)?
+            let distilled = PatchedAttention::new(&source, &lesson.distilled.tensors);
+            plan.apply(&distilled, transformer.load_report(), &mut stage, &mut watch)?
         }
-        None => plan.apply(&source, transformer.account(), &mut stage, &mut watch)?,
+        None => plan.apply(&source, transformer.load_report(), &mut stage, &mut watch)?,
     };
     bar.finish_and_clear();
     bake_components(&opened.components, &opened.edited.changes, &mut stage)?;
@@ -151,21 +153,21 @@ fn write(
     Ok(report)
 }
 
-fn conversion(args: &Convert, attention: &AttentionPlan, opened: &Opened) -> anyhow::Result<ConversionPlan> {
-    let placing = if args.link { Placing::Link } else { Placing::Copy };
+fn conversion(args: &ConvertArgs, attention: &AttentionPlan, opened: &OpenSource) -> anyhow::Result<ConversionPlan> {
+    let placing = if args.link { CopyMode::Link } else { CopyMode::Copy };
     let folders = args.source.is_dir().then(|| args.source.clone()).into_iter();
     let folders = folders.chain(args.training.components.clone()).collect();
     Ok(ConversionPlan::new(opened.edited.transformer.identified(), attention.clone())
-        .with_dtype(args.dtype.map(crate::args::Dtype::computed))
+        .with_dtype(args.dtype.map(crate::args::DtypeArg::computed))
         .with_components(folders, placing)
         .with_parts(opened.components.in_file()?))
 }
 
 /// Writes the parts beside the transformer that adapters edit anew.
-fn bake_components(components: &Components, changes: &Changes, stage: &mut Stage) -> anyhow::Result<()> {
+fn bake_components(components: &Components, changes: &WeightEdits, stage: &mut StagingDir) -> anyhow::Result<()> {
     for part in EDITED_PARTS.into_iter().filter(|part| changes.touch(part)) {
         let stored = components.weights(part)?;
-        stage.replace_tensors(part, &Adapted::new(stored, changes, part, LowRankMode::Fused))?;
+        stage.replace_tensors(part, &PatchedSource::new(stored, changes, part, LowRankMode::Fused))?;
     }
     Ok(())
 }
@@ -179,24 +181,24 @@ fn adapter_record(arg: &AdapterArg) -> anyhow::Result<AdapterRecord> {
 
 /// A model that was written.
 #[derive(Debug, Serialize)]
-pub struct Written {
+pub struct WrittenModel {
     model: PathBuf,
     attention: String,
     #[serde(flatten)]
-    report: Report,
+    report: ConversionReport,
 }
 
-impl Written {
+impl WrittenModel {
     /// The model at `model`.
-    pub fn new(model: &Path, attention: &AttentionPlan, report: Report) -> Self {
+    pub fn new(model: &Path, attention: &AttentionPlan, report: ConversionReport) -> Self {
         Self { model: model.to_owned(), attention: attention.to_string(), report }
     }
 }
 
-impl fmt::Display for Written {
+impl fmt::Display for WrittenModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { model, attention, report } = self;
-        let (used, skipped) = (report.account.used(), report.account.skipped().count());
+        let (used, skipped) = (report.load_report.used(), report.load_report.skipped().count());
         writeln!(f, "{}: attention {attention}, {} parameters", model.display(), report.parameters)?;
         write!(f, "{used} tensors used, {skipped} skipped, {} added", report.added.len())?;
         if !report.components.is_empty() {

@@ -1,27 +1,27 @@
 //! `clearform demo`: the whole story on the embedded teacher.
 
-use crate::args::Demo;
-use crate::demo::{Settings, tell};
-use crate::output::{Outcome, Output};
+use crate::args::DemoArgs;
+use crate::demo::{self, DemoSettings};
+use crate::output::{CommandOutcome, Output};
 use anyhow::Context as _;
 use clearform_attention::Radius;
 
 const RADII: [f64; 2] = [4.0, 8.0];
 
-pub fn run(args: &Demo, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}", args.output.display()))?;
     let radii = RADII.into_iter().map(Radius::new).collect::<Result<Vec<_>, _>>()?;
     let plain = radii.iter().map(|radius| (*radius, None));
     let pooled = radii.last().map(|radius| (*radius, Some(args.pool)));
-    let settings = Settings {
+    let settings = DemoSettings {
         folder: args.output.clone(),
         steps: args.steps,
         plans: plain.chain(pooled).collect(),
         plugins: args.plugins.clone(),
     };
-    let report = tell(&settings, output)?;
+    let report = demo::run(&settings, output)?;
     report.write(&args.output)?;
     output.result(&report)?;
     output.note(format_args!("report: {}", args.output.join("report.html").display()));
-    Ok(Outcome::Whole)
+    Ok(CommandOutcome::Whole)
 }

@@ -1,9 +1,9 @@
 //! `clearform export`: a transformer in one file, under the names that other programs know.
 
-use crate::args::Export;
+use crate::args::ExportArgs;
 use crate::opening::{open_as, reading, tell};
-use crate::output::{Outcome, Output};
-use clearform_convert::Patched;
+use crate::output::{CommandOutcome, Output};
+use clearform_convert::PatchedAttention;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};
 use serde::Serialize;
@@ -11,33 +11,33 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-pub fn run(args: &Export, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     check_target(args)?;
     let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
     tell(transformer.checkpoint(), output);
     let layout = layout(transformer.identified(), &args.to);
     let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;
     let computed = transformer.family().computed(transformer.config(), layout)?;
-    let file = Patched::new(&exported, &computed);
+    let file = PatchedAttention::new(&exported, &computed);
     let plan = clearform_portable_model::recorded_plan(&args.model)?;
     save(&args.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     if let Some(plan) = plan {
         output.note(format_args!("the file does not tell the attention: {plan}; give --attention where it is run"));
     }
-    output.result(&Exported {
+    output.result(&ExportSummary {
         file: args.output.clone(),
         family: transformer.identified().family.clone(),
         layout: layout.to_owned(),
-        used: exported.account().used(),
-        skipped: exported.account().skipped().map(|(name, reason)| format!("{name}: {reason}")).collect(),
+        used: exported.load_report().used(),
+        skipped: exported.load_report().skipped().map(|(name, reason)| format!("{name}: {reason}")).collect(),
         written: file.tensors().len(),
         bytes: std::fs::metadata(&args.output)?.len(),
     })?;
-    Ok(Outcome::Whole)
+    Ok(CommandOutcome::Whole)
 }
 
 /// What stands is not replaced by accident.
-fn check_target(args: &Export) -> anyhow::Result<()> {
+fn check_target(args: &ExportArgs) -> anyhow::Result<()> {
     let path = &args.output;
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => anyhow::bail!("{}: is a folder; give the name of a file", path.display()),
@@ -58,7 +58,7 @@ fn layout<'a>(identified: &'a Identified, asked: &'a str) -> &'a str {
 }
 
 #[derive(Debug, Serialize)]
-struct Exported {
+struct ExportSummary {
     file: PathBuf,
     family: String,
     layout: String,
@@ -71,7 +71,7 @@ struct Exported {
     bytes: u64,
 }
 
-impl fmt::Display for Exported {
+impl fmt::Display for ExportSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { file, family, layout, used, skipped, written, bytes } = self;
         writeln!(f, "{}: {family} in layout {layout}, {written} tensors, {bytes} bytes", file.display())?;

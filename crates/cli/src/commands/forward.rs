@@ -1,29 +1,29 @@
 //! `clearform forward`: the transformer once, on given tensors. It is how anyone checks us against diffusers.
 
 use crate::adapters;
-use crate::args::Forward;
+use crate::args::ForwardArgs;
 use crate::opening::{device, open_as, plan, reading};
-use crate::output::{Outcome, Output};
+use crate::output::{CommandOutcome, Output};
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
-use clearform_plugin_host::{AdapterReport, Control, Controlled};
-use clearform_runtime::{ActingBranch, Edited};
-use clearform_weights::{Checkpoint, Resident, TensorSource as _};
+use clearform_plugin_host::{AdapterReport, ControlNetInput, ControlledDenoiser};
+use clearform_runtime::{ActiveControlNet, EditedTransformer};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
-pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
-    let dtype = args.running.dtype.map_or(DType::F32, crate::args::Dtype::computed);
+pub fn run(args: &ForwardArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    let dtype = args.running.dtype.map_or(DType::F32, crate::args::DtypeArg::computed);
     let device = device(args.running.device)?;
     let reading = reading(&args.reading)?.recorded(&args.model)?;
     let adapters = adapters::open_all(&args.adapters)?;
     let transformer = open_as(&args.model, &reading)?;
-    let Edited { transformer, reports, .. } = adapters.onto(transformer, None, &reading.manifests)?;
-    let branches = adapters.open_branches(&transformer)?;
+    let EditedTransformer { transformer, reports, .. } = adapters.apply_to(transformer, None, &reading.manifests)?;
+    let branches = adapters.open_controlnets(&transformer)?;
     adapters::tell(&reports, &branches, output);
     let plan = match &args.running.attention {
         Some(text) => plan(text)?,
@@ -33,13 +33,18 @@ pub fn run(args: &Forward, output: &Output) -> anyhow::Result<Outcome> {
     let controls = controls(&branches, &mut inputs)?;
     let input = transformer.family().input(inputs)?;
     let denoiser = transformer.build(&plan, Some(dtype), &device)?;
-    let sample = Controlled::new(denoiser.as_ref(), controls).forward(&input)?;
+    let sample = ControlledDenoiser::new(denoiser.as_ref(), controls).forward(&input)?;
     let sample = sample.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     let shape = sample.dims().to_vec();
-    let result = Resident::from_iter([("sample".to_owned(), sample)]);
+    let result = InMemoryTensors::from_iter([("sample".to_owned(), sample)]);
     clearform_weights::save(&args.output, &result, &BTreeMap::new())?;
-    output.result(&Done { output: args.output.clone(), attention: plan.to_string(), shape, adapters: reports })?;
-    Ok(Outcome::Whole)
+    output.result(&ForwardSummary {
+        output: args.output.clone(),
+        attention: plan.to_string(),
+        shape,
+        adapters: reports,
+    })?;
+    Ok(CommandOutcome::Whole)
 }
 
 /// Inputs that number formats of few digits would spoil.
@@ -47,7 +52,7 @@ const EXACT: [&str; 8] =
     ["img_ids", "txt_ids", "timestep", "guidance", "class_labels", "resolution", "aspect_ratio", "controlnet_mode"];
 
 /// Every input; floating-point ones but the [`EXACT`] in the number format the model runs in.
-fn inputs(args: &Forward, dtype: DType, device: &Device) -> anyhow::Result<BTreeMap<String, Tensor>> {
+fn inputs(args: &ForwardArgs, dtype: DType, device: &Device) -> anyhow::Result<BTreeMap<String, Tensor>> {
     let file = Checkpoint::open(&args.inputs).with_context(|| "--inputs")?;
     let convert = |name: String| {
         let tensor = file.tensor(&name)?;
@@ -62,7 +67,10 @@ fn inputs(args: &Forward, dtype: DType, device: &Device) -> anyhow::Result<BTree
 
 /// Takes out of `inputs` what the branches are controlled by: each its own, or all the same. A mode that no branch takes
 /// is nothing to complain of, as in diffusers; any other input that is left over will be.
-fn controls(branches: &[ActingBranch], inputs: &mut BTreeMap<String, Tensor>) -> anyhow::Result<Vec<Control>> {
+fn controls(
+    branches: &[ActiveControlNet],
+    inputs: &mut BTreeMap<String, Tensor>,
+) -> anyhow::Result<Vec<ControlNetInput>> {
     let mut used = BTreeSet::new();
     let mut of = |name: &str, index: usize| {
         let own = format!("{name}_{index}");
@@ -75,7 +83,7 @@ fn controls(branches: &[ActingBranch], inputs: &mut BTreeMap<String, Tensor>) ->
     for (index, acting) in branches.iter().enumerate() {
         let path = acting.branch.path().display();
         let missing = || format!("--inputs: {path} takes the input {CONTROL:?}, which is missing");
-        controls.push(Control {
+        controls.push(ControlNetInput {
             branch: acting.branch.clone(),
             control: of(CONTROL, index).with_context(missing)?,
             mode: of(MODE, index),
@@ -93,7 +101,7 @@ const CONTROL: &str = "controlnet_cond";
 const MODE: &str = "controlnet_mode";
 
 #[derive(Debug, Serialize)]
-struct Done {
+struct ForwardSummary {
     output: PathBuf,
     attention: String,
     shape: Vec<usize>,
@@ -101,7 +109,7 @@ struct Done {
     adapters: Vec<AdapterReport>,
 }
 
-impl fmt::Display for Done {
+impl fmt::Display for ForwardSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: sample {:?}, attention {}", self.output.display(), self.shape, self.attention)
     }

@@ -1,24 +1,24 @@
 //! `clearform generate`: from a prompt or a class to pictures.
 
 use crate::adapters;
-use crate::args::Generate;
+use crate::args::GenerateArgs;
 use crate::opening::{plainly, plan, reading};
-use crate::output::{Outcome, Output};
+use crate::output::{CommandOutcome, Output};
 use anyhow::bail;
-use clearform_layout::Defaults;
-use clearform_models::Subject;
+use clearform_layout::SamplingDefaults;
+use clearform_models::Prompt;
 use clearform_plugin_host::AdapterReport;
-use clearform_runtime::png::{self, Parameters};
-use clearform_runtime::{Options, Pipeline, Request, Size, Stage};
+use clearform_runtime::png::{self, GenerationParameters};
+use clearform_runtime::{GenerateRequest, ImageSize, Pipeline, PipelineOptions, PipelineStage};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 
-pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let names = file_names(&args.output, args.batch)?;
-    let options = Options {
+    let options = PipelineOptions {
         plan: args.running.attention.as_deref().map(plan).transpose()?,
-        dtype: args.running.dtype.map(crate::args::Dtype::computed),
+        dtype: args.running.dtype.map(crate::args::DtypeArg::computed),
         reading: reading(&args.reading)?,
         guided_channels: args.guided_channels,
         adapters: adapters::open_all(&args.adapters)?,
@@ -26,15 +26,15 @@ pub fn run(args: &Generate, output: &Output) -> anyhow::Result<Outcome> {
     };
     let pipeline = Pipeline::open(&args.model, options)?;
     pipeline.notes().iter().for_each(|note| output.note(note));
-    adapters::tell(pipeline.adapter_reports(), pipeline.branches(), output);
+    adapters::tell(pipeline.adapter_reports(), pipeline.controlnets(), output);
     let request = request(args, &pipeline)?;
     let pictures = draw(&pipeline, &request, output)?;
     for (index, (name, picture)) in names.iter().zip(&pictures).enumerate() {
         png::save(name, picture, &parameters(args, &request, &pipeline, index))?;
     }
     let (attention, adapters) = (pipeline.plan().to_string(), pipeline.adapter_reports().to_vec());
-    output.result(&Saved { pictures: names, attention, seed: args.seed, adapters })?;
-    Ok(Outcome::Whole)
+    output.result(&SavedImages { pictures: names, attention, seed: args.seed, adapters })?;
+    Ok(CommandOutcome::Whole)
 }
 
 /// One name a picture: `out-%03d.png` numbers them, and a plain name gets a number where there are several.
@@ -56,13 +56,13 @@ fn file_names(pattern: &str, batch: usize) -> anyhow::Result<Vec<PathBuf>> {
     Ok((0..batch).map(|index| PathBuf::from(format!("{before}{separator}{index:0digits$}{after}"))).collect())
 }
 
-fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
-    let own = pipeline.own_size();
-    let Defaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
-    let size = Size { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
-    Ok(Request {
-        subject: args.class.map(Subject::Class).unwrap_or(Subject::Prompt(args.prompt.clone().unwrap_or_default())),
-        negative: args.negative_prompt.clone().map(Subject::Prompt),
+fn request(args: &GenerateArgs, pipeline: &Pipeline) -> anyhow::Result<GenerateRequest> {
+    let own = pipeline.native_size();
+    let SamplingDefaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
+    let size = ImageSize { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
+    Ok(GenerateRequest {
+        subject: args.class.map(Prompt::Class).unwrap_or(Prompt::Text(args.prompt.clone().unwrap_or_default())),
+        negative: args.negative_prompt.clone().map(Prompt::Text),
         size: Some(size),
         steps: args.steps.unwrap_or(steps),
         guidance: args.guidance.unwrap_or(guidance),
@@ -73,31 +73,40 @@ fn request(args: &Generate, pipeline: &Pipeline) -> anyhow::Result<Request> {
     })
 }
 
-fn draw(pipeline: &Pipeline, request: &Request, output: &Output) -> anyhow::Result<Vec<clearform_runtime::RgbImage>> {
+fn draw(
+    pipeline: &Pipeline,
+    request: &GenerateRequest,
+    output: &Output,
+) -> anyhow::Result<Vec<clearform_runtime::RgbImage>> {
     let bar = output.progress("drawing", request.steps);
     let pictures = pipeline.generate(request, &mut |stage| match stage {
-        Stage::Encoding => bar.set_message("reading the prompt"),
-        Stage::Loading => bar.set_message("loading the transformer"),
-        Stage::Step(step) => {
+        PipelineStage::Encoding => bar.set_message("reading the prompt"),
+        PipelineStage::Loading => bar.set_message("loading the transformer"),
+        PipelineStage::Step(step) => {
             bar.set_message("");
             bar.set_position(step.done as u64);
         }
-        Stage::Decoding => bar.set_message("decoding"),
+        PipelineStage::Decoding => bar.set_message("decoding"),
     })?;
     bar.finish_and_clear();
     Ok(pictures)
 }
 
-fn parameters(args: &Generate, request: &Request, pipeline: &Pipeline, index: usize) -> Parameters {
+fn parameters(
+    args: &GenerateArgs,
+    request: &GenerateRequest,
+    pipeline: &Pipeline,
+    index: usize,
+) -> GenerationParameters {
     let model = args.model.file_name().unwrap_or(args.model.as_os_str());
-    Parameters {
+    GenerationParameters {
         prompt: request.subject.to_string(),
         negative_prompt: args.negative_prompt.clone().unwrap_or_default(),
         seed: request.seed,
         steps: request.steps,
         guidance: request.guidance,
         true_cfg_scale: request.true_cfg_scale,
-        size: request.size.unwrap_or(pipeline.own_size()),
+        size: request.size.unwrap_or(pipeline.native_size()),
         model: model.to_string_lossy().into_owned(),
         attention: pipeline.plan().to_string(),
         adapters: args.adapters.to_string(),
@@ -107,7 +116,7 @@ fn parameters(args: &Generate, request: &Request, pipeline: &Pipeline, index: us
 }
 
 #[derive(Debug, Serialize)]
-struct Saved {
+struct SavedImages {
     pictures: Vec<PathBuf>,
     attention: String,
     seed: u64,
@@ -115,7 +124,7 @@ struct Saved {
     adapters: Vec<AdapterReport>,
 }
 
-impl fmt::Display for Saved {
+impl fmt::Display for SavedImages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, picture) in self.pictures.iter().enumerate() {
             write!(f, "{}{}", if index > 0 { "\n" } else { "" }, picture.display())?;

@@ -1,14 +1,14 @@
 //! `clearform inspect`: what a checkpoint is, from its headers alone.
 
-use crate::args::Inspect;
+use crate::args::InspectArgs;
 use crate::opening::{identify, tell};
-use crate::output::{Outcome, Output};
+use crate::output::{CommandOutcome, Output};
 use clearform_layout::Inspection;
 
 /// Faults that stderr names; the result has all.
 const MOST_LINES: usize = 8;
 
-pub fn run(args: &Inspect, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
     tell(checkpoint.source(), output);
     let inspection = Inspection::of(&identified, &checkpoint);
@@ -19,5 +19,5 @@ pub fn run(args: &Inspect, output: &Output) -> anyhow::Result<Outcome> {
     for complaint in complaints.into_iter().take(MOST_LINES).chain(rest) {
         output.note(format_args!("error: {}: {complaint}", args.source.display()));
     }
-    Ok(Outcome::whole_if(inspection.complete()))
+    Ok(CommandOutcome::whole_if(inspection.complete()))
 }

@@ -1,45 +1,45 @@
 //! `clearform plugins`: what adapters this installation can load, and whether a plugin keeps to the boundary.
 
 use crate::adapters::shelf;
-use crate::args::{Plugins, PluginsAction};
-use crate::output::{Outcome, Output};
-use clearform_plugin_host::{Checked, Plugin, check, plugin_at};
+use crate::args::{PluginsAction, PluginsArgs};
+use crate::output::{CommandOutcome, Output};
+use clearform_plugin_host::{ExampleResult, Plugin, check, plugin_at};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub fn run(args: &Plugins, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &PluginsArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
         PluginsAction::List(search) => {
             let shelf = shelf(search)?;
-            let plugins = shelf.plugins().iter().map(Listed::new).collect();
+            let plugins = shelf.plugins().iter().map(ListedPlugin::new).collect();
             let broken: Vec<_> = shelf.broken().to_vec();
             let whole = broken.is_empty();
-            output.result(&Listing { plugins, broken })?;
-            Ok(Outcome::whole_if(whole))
+            output.result(&PluginListing { plugins, broken })?;
+            Ok(CommandOutcome::whole_if(whole))
         }
         PluginsAction::Check { path } => run_check(path, output),
     }
 }
 
 /// Loads the plugin; examples that it does not do as it says make the outcome partial.
-fn run_check(path: &Path, output: &Output) -> anyhow::Result<Outcome> {
+fn run_check(path: &Path, output: &Output) -> anyhow::Result<CommandOutcome> {
     let plugin = plugin_at(path)?;
     let checked = check(&plugin)?;
     let whole = checked.failures().next().is_none();
-    output.result(&Check { plugin: Listed::new(&plugin), examples: checked })?;
-    Ok(Outcome::whole_if(whole))
+    output.result(&PluginCheck { plugin: ListedPlugin::new(&plugin), examples: checked })?;
+    Ok(CommandOutcome::whole_if(whole))
 }
 
 #[derive(Debug, Serialize)]
-struct Listing {
-    plugins: Vec<Listed>,
+struct PluginListing {
+    plugins: Vec<ListedPlugin>,
     /// Libraries whose description cannot be read.
     broken: Vec<(PathBuf, String)>,
 }
 
 #[derive(Debug, Serialize)]
-struct Listed {
+struct ListedPlugin {
     id: String,
     version: String,
     interface: String,
@@ -48,12 +48,12 @@ struct Listed {
 }
 
 #[derive(Debug, Serialize)]
-struct Check {
-    plugin: Listed,
-    examples: Checked,
+struct PluginCheck {
+    plugin: ListedPlugin,
+    examples: ExampleResult,
 }
 
-impl Listed {
+impl ListedPlugin {
     fn new(plugin: &Plugin) -> Self {
         let description = &plugin.description;
         Self {
@@ -66,7 +66,7 @@ impl Listed {
     }
 }
 
-impl fmt::Display for Listing {
+impl fmt::Display for PluginListing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plugins = self.plugins.iter().map(ToString::to_string);
         let broken = self.broken.iter().map(|(path, reason)| format!("{}: {reason}", path.display()));
@@ -76,14 +76,14 @@ impl fmt::Display for Listing {
     }
 }
 
-impl fmt::Display for Listed {
+impl fmt::Display for ListedPlugin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, version, interface, summary, path } = self;
         write!(f, "{id} {version} ({interface}): {summary:?}\n  {}", path.display())
     }
 }
 
-impl fmt::Display for Check {
+impl fmt::Display for PluginCheck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}\n{}", self.plugin, self.examples)
     }

@@ -1,20 +1,20 @@
 //! `clearform transfer`: what carries over from a model to its linear form.
 
 use crate::adapters;
-use crate::args::Transfer as Args;
+use crate::args::TransferArgs as Args;
 use crate::opening::plainly;
-use crate::output::{Outcome, Output};
+use crate::output::{CommandOutcome, Output};
 use crate::report::Page;
-use crate::sitting::Sitting;
-use crate::transfer::{Study, exactly};
+use crate::sitting::EvaluationRun;
+use crate::transfer::{TransferStudy, with_merged_adapters};
 use anyhow::{Context as _, bail};
 use clearform_runtime::{Adapters, Pipeline, RgbImage};
 
-pub fn run(args: &Args, output: &Output) -> anyhow::Result<Outcome> {
-    let options = exactly(plainly(args.drawing.components.as_deref(), args.drawing.device)?);
-    let sitting = Sitting::new(&args.drawing, &Pipeline::open(&args.teacher, options.clone())?)?;
+pub fn run(args: &Args, output: &Output) -> anyhow::Result<CommandOutcome> {
+    let options = with_merged_adapters(plainly(args.drawing.components.as_deref(), args.drawing.device)?);
+    let sitting = EvaluationRun::new(&args.drawing, &Pipeline::open(&args.teacher, options.clone())?)?;
     let controls = control_images(args, sitting.subjects.len())?;
-    let study = Study {
+    let study = TransferStudy {
         teacher: &args.teacher,
         student: &args.student,
         fine_tune: args.fine_tune.as_deref(),
@@ -32,13 +32,13 @@ pub fn run(args: &Args, output: &Output) -> anyhow::Result<Outcome> {
     write("report.json", &serde_json::to_vec_pretty(&found)?)?;
     write("report.html", page.render().as_bytes())?;
     output.result(&found)?;
-    Ok(Outcome::Whole)
+    Ok(CommandOutcome::Whole)
 }
 
 /// The LoRAs, the ControlNets, and both together.
 fn conditions(args: &Args) -> anyhow::Result<Vec<(String, Adapters)>> {
     let all = adapters::open_all(&args.adapters)?;
-    let (weights, branches) = (all.only_weights(), all.only_branches());
+    let (weights, branches) = (all.only_weights(), all.only_controlnets());
     let several = !weights.is_empty() && !branches.is_empty();
     let named = [("LoRA", weights), ("ControlNet", branches)].map(|(name, adapters)| (name.to_owned(), adapters));
     let both = several.then(|| ("LoRA and ControlNet".to_owned(), all));

@@ -3,11 +3,11 @@
 
 use super::edges::mirrored_edges;
 use crate::adapters::{open_all, shelf};
-use crate::args::{AdapterArg, AllAdapters, Place, PluginSearch, WeightAdapters};
+use crate::args::{AdapterArg, AdapterArgs, DeviceArg, PluginSearchArgs, WeightAdapterArgs};
 use crate::opening::plainly;
 use crate::output::Output;
-use crate::sitting::Sitting;
-use crate::transfer::{Study, Transfer, exactly};
+use crate::sitting::EvaluationRun;
+use crate::transfer::{TransferReport, TransferStudy, with_merged_adapters};
 use clearform_runtime::{Adapters, RgbImage};
 use std::path::{Path, PathBuf};
 
@@ -15,14 +15,14 @@ use std::path::{Path, PathBuf};
 const PLUGINS: [&str; 2] = ["lora", "controlnet"];
 
 /// Tells it, if the plugins are at hand. `assets` holds the teacher with what was made for it.
-pub fn tell(
+pub fn run(
     assets: &Path,
     student: &Path,
-    sitting: Sitting,
-    plugins: &PluginSearch,
+    sitting: EvaluationRun,
+    plugins: &PluginSearchArgs,
     output: &Output,
-) -> anyhow::Result<Option<Transfer>> {
-    if plugins.no_plugins || !are_at_hand(plugins)? {
+) -> anyhow::Result<Option<TransferReport>> {
+    if plugins.no_plugins || !plugins_found(plugins)? {
         output.note("the plugins are not beside the program, so the chapter on adapters is left out: `cargo build --release` puts them there");
         return Ok(None);
     }
@@ -30,7 +30,7 @@ pub fn tell(
     let plan =
         clearform_portable_model::recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
     let named = |name: &str, adapters: Adapters| (name.to_owned(), adapters);
-    let study = Study {
+    let study = TransferStudy {
         teacher: &assets.join("base"),
         student,
         fine_tune: Some(&assets.join("variants/pencil")),
@@ -42,26 +42,30 @@ pub fn tell(
         ],
         sitting,
         control: &|pictures: &[RgbImage]| pictures.iter().map(mirrored_edges).collect(),
-        options: exactly(plainly(None, Place::Cpu)?),
+        options: with_merged_adapters(plainly(None, DeviceArg::Cpu)?),
         folder: &assets.with_file_name("transfer"),
     };
     study.run(output).map(Some)
 }
 
-fn are_at_hand(plugins: &PluginSearch) -> anyhow::Result<bool> {
+fn plugins_found(plugins: &PluginSearchArgs) -> anyhow::Result<bool> {
     let shelf = shelf(plugins)?;
     let ids: Vec<&str> = shelf.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     Ok(PLUGINS.iter().all(|id| ids.contains(id)))
 }
 
 /// The LoRA or none, and the ControlNet with an attention or none.
-fn adapters(assets: &Path, lora: bool, controlnet: &str, plugins: &PluginSearch) -> anyhow::Result<Adapters> {
+fn adapters(assets: &Path, lora: bool, controlnet: &str, plugins: &PluginSearchArgs) -> anyhow::Result<Adapters> {
     let given = |there: bool, name: &str| -> Vec<AdapterArg> {
         let arg = |path: PathBuf| AdapterArg { path, ..AdapterArg::default() };
         there.then(|| arg(assets.join(name))).into_iter().collect()
     };
-    open_all(&AllAdapters {
-        weights: WeightAdapters { lora: given(lora, "lora"), plugins: plugins.clone(), ..WeightAdapters::default() },
+    open_all(&AdapterArgs {
+        weights: WeightAdapterArgs {
+            lora: given(lora, "lora"),
+            plugins: plugins.clone(),
+            ..WeightAdapterArgs::default()
+        },
         adapter: Vec::new(),
         controlnet: given(!controlnet.is_empty(), "controlnet"),
         controlnet_attention: controlnet.to_owned(),

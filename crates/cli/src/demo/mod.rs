@@ -6,4 +6,4 @@ mod embedded;
 mod report;
 mod story;
 
-pub use story::{Settings, tell};
+pub use story::{DemoSettings, run};

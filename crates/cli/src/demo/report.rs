@@ -1,7 +1,7 @@
 //! What the demo found: figures, curves and pictures, as a table, as JSON and as one HTML page.
 
 use crate::report::{Page, Series, chart};
-use crate::transfer::Transfer;
+use crate::transfer::TransferReport;
 use anyhow::Context as _;
 use clearform_runtime::compare::contact_sheet;
 use clearform_runtime::{RgbImage, png};
@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// The whole demo.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct DemoReport {
     /// Version of clearform.
     pub version: &'static str,
     /// Processors that were used.
@@ -23,9 +23,9 @@ pub struct Report {
     /// Share of the teacher's pictures that are nearest to their own name.
     pub teacher_retrieval: f64,
     /// One entry a student.
-    pub students: Vec<Student>,
+    pub students: Vec<StudentResult>,
     /// What carries over to the last student, where the plugins are at hand.
-    pub transfer: Option<Transfer>,
+    pub transfer: Option<TransferReport>,
     /// Seconds for everything.
     pub seconds: f64,
     /// What was drawn.
@@ -38,7 +38,7 @@ pub struct Report {
 
 /// One linear model, before and after distillation.
 #[derive(Debug, Serialize)]
-pub struct Student {
+pub struct StudentResult {
     /// The attention plan.
     pub attention: String,
     /// Radius, in tokens.
@@ -74,7 +74,7 @@ pub struct Student {
 const HEADINGS: [&str; 8] =
     ["attention", "steps", "seconds", "error before", "after", "PSNR before", "after", "right names"];
 
-impl Report {
+impl DemoReport {
     /// Writes `report.html`, `report.json` and a contact sheet for each student.
     pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
         let mut page = Page::new("A diffusion transformer, made linear");
@@ -90,7 +90,7 @@ impl Report {
             clearform_weights::write_atomically(folder.join(student.file_name()), &sheet)?;
             page.heading(&student.attention).picture(&sheet, &self.caption(student));
         }
-        let series = |student| Series { name: Student::name(student), values: &student.losses };
+        let series = |student| Series { name: StudentResult::name(student), values: &student.losses };
         let curves: Vec<Series> = self.students.iter().map(series).collect();
         page.heading("Loss").drawing(&chart(&curves), "Flow matching + ½ prediction + ½ attention, at each step.");
         if let Some(transfer) = &self.transfer {
@@ -112,7 +112,7 @@ impl Report {
         )
     }
 
-    fn caption(&self, student: &Student) -> String {
+    fn caption(&self, student: &StudentResult) -> String {
         format!(
             "From top: the teacher, {0} undistilled, {0} distilled. {1}.",
             student.attention,
@@ -120,7 +120,7 @@ impl Report {
         )
     }
 
-    fn sheet(&self, student: &Student) -> RgbImage {
+    fn sheet(&self, student: &StudentResult) -> RgbImage {
         let rows = [&self.teacher, &student.undistilled, &student.distilled];
         contact_sheet(&rows.map(|row| row.iter().collect::<Vec<_>>()))
     }
@@ -130,7 +130,7 @@ impl Report {
     }
 }
 
-impl Student {
+impl StudentResult {
     fn name(&self) -> &str {
         &self.attention
     }
@@ -159,7 +159,7 @@ impl Student {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DemoReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows: Vec<Vec<String>> = std::iter::once(HEADINGS.map(str::to_owned).to_vec()).chain(self.rows()).collect();
         let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

@@ -1,26 +1,26 @@
 //! The story itself, chapter by chapter, through the same doors as `convert`, `generate` and `compare`.
 
-use super::report::{Report, Student};
+use super::report::{DemoReport, StudentResult};
 use super::{carried, embedded};
-use crate::args::{Convert, Place, PluginSearch, Reading, Training, WeightAdapters};
+use crate::args::{ConvertArgs, DeviceArg, PluginSearchArgs, SourceArgs, TrainingArgs, WeightAdapterArgs};
 use crate::commands::convert;
 use crate::opening::plainly;
 use crate::output::Output;
 use crate::school;
-use crate::sitting::Sitting;
+use crate::sitting::EvaluationRun;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_distill::{SampleSet, prediction_error};
-use clearform_models::{Denoiser, DenoiserInput, Subject};
+use clearform_models::{Denoiser, DenoiserInput, Prompt};
 use clearform_runtime::compare::{psnr, retrieve};
-use clearform_runtime::{Options, Pipeline, RgbImage};
+use clearform_runtime::{Pipeline, PipelineOptions, RgbImage};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// What the demo does.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct DemoSettings {
     /// Where everything goes.
     pub folder: PathBuf,
     /// Optimizer steps for each student.
@@ -28,7 +28,7 @@ pub struct Settings {
     /// The students' attention. The last one meets the adapters.
     pub plans: Vec<(Radius, Option<usize>)>,
     /// Where plugins are.
-    pub plugins: PluginSearch,
+    pub plugins: PluginSearchArgs,
 }
 
 const SAMPLES: usize = 128;
@@ -43,24 +43,24 @@ const TILE: u32 = 32;
 const TILES: u32 = 16;
 
 /// Tells the story and gives what it found.
-pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
+pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoReport> {
     let begun = Instant::now();
     let assets = settings.folder.join("mini-flux");
     std::fs::create_dir_all(&assets).with_context(|| format!("{}", assets.display()))?;
     embedded::unpack(&assets)?;
     let base = assets.join("base");
-    let exam = Exam::new(&base, output)?;
+    let exam = HeldOutSet::new(&base, output)?;
     let (samples, sample_seconds) = draw_samples(settings, &exam.pipeline, output)?;
-    let graduate = |plan: &(Radius, Option<usize>)| exam.graduate(settings, &base, &samples, *plan, output);
+    let graduate = |plan: &(Radius, Option<usize>)| exam.distill_student(settings, &base, &samples, *plan, output);
     let students = settings.plans.iter().map(graduate).collect::<anyhow::Result<Vec<_>>>()?;
     let transfer = match settings.plans.last() {
         Some((radius, pool)) => {
             let student = settings.folder.join(model_name(*radius, *pool));
-            carried::tell(&assets, &student, exam.sitting.clone(), &settings.plugins, output)?
+            carried::run(&assets, &student, exam.sitting.clone(), &settings.plugins, output)?
         }
         None => None,
     };
-    Ok(Report {
+    Ok(DemoReport {
         version: env!("CARGO_PKG_VERSION"),
         threads: rayon::current_num_threads(),
         sample_seconds,
@@ -76,7 +76,7 @@ pub fn tell(settings: &Settings, output: &Output) -> anyhow::Result<Report> {
 
 /// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
 fn open(model: &Path) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::open(model, Options { dtype: Some(DType::F32), ..plainly(None, Place::Cpu)? })?)
+    Ok(Pipeline::open(model, PipelineOptions { dtype: Some(DType::F32), ..plainly(None, DeviceArg::Cpu)? })?)
 }
 
 fn names() -> Vec<String> {
@@ -87,7 +87,7 @@ fn is_held_out(index: usize) -> bool {
     index % HELD_OUT == HELD_OUT / 2
 }
 
-fn draw_samples(settings: &Settings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
+fn draw_samples(settings: &DemoSettings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
     let begun = Instant::now();
     let prompts = settings.folder.join("prompts.txt");
     let told: Vec<String> = names().into_iter().enumerate().filter(|(i, _)| !is_held_out(*i)).map(|(_, n)| n).collect();
@@ -97,8 +97,8 @@ fn draw_samples(settings: &Settings, teacher: &Pipeline, output: &Output) -> any
     Ok((folder, begun.elapsed().as_secs_f64()))
 }
 
-fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
-    Training {
+fn training(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
+    TrainingArgs {
         components: None,
         prompts,
         samples: None,
@@ -114,27 +114,27 @@ fn training(settings: &Settings, prompts: Option<PathBuf>) -> Training {
         checkpoint_every: 100,
         seed: 0,
         resume: false,
-        device: Place::Cpu,
+        device: DeviceArg::Cpu,
     }
 }
 
 /// The names that no sample is of, and what the teacher makes of them.
-struct Exam {
+struct HeldOutSet {
     pipeline: Pipeline,
     teacher: Box<dyn Denoiser>,
-    sitting: Sitting,
+    sitting: EvaluationRun,
     pictures: Vec<RgbImage>,
     questions: Vec<DenoiserInput>,
     references: Vec<RgbImage>,
 }
 
-impl Exam {
+impl HeldOutSet {
     fn new(base: &Path, output: &Output) -> anyhow::Result<Self> {
         let pipeline = open(base)?;
         let prompts = names().into_iter().enumerate().filter(|(index, _)| is_held_out(*index)).map(|(_, name)| name);
-        let sitting = Sitting {
-            subjects: prompts.map(Subject::Prompt).collect(),
-            size: pipeline.own_size(),
+        let sitting = EvaluationRun {
+            subjects: prompts.map(Prompt::Text).collect(),
+            size: pipeline.native_size(),
             steps: PICTURE_STEPS,
             guidance: 0.0,
             seed: SEED,
@@ -142,23 +142,23 @@ impl Exam {
         };
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
         let latents = draw(&pipeline, teacher.as_ref(), &sitting, output)?;
-        let pictures = sitting.develop(&pipeline, &latents)?;
-        let questions = questions(&sitting, &pipeline, &latents)?;
+        let pictures = sitting.decode(&pipeline, &latents)?;
+        let questions = halfway_inputs(&sitting, &pipeline, &latents)?;
         Ok(Self { references: references()?, pipeline, teacher, sitting, pictures, questions })
     }
 
     /// Converts and distils one student and examines it before and after.
-    fn graduate(
+    fn distill_student(
         &self,
-        settings: &Settings,
+        settings: &DemoSettings,
         base: &Path,
         samples: &Path,
         (radius, pool): (Radius, Option<usize>),
         output: &Output,
-    ) -> anyhow::Result<Student> {
+    ) -> anyhow::Result<StudentResult> {
         let plan = AttentionPlan::clear(radius, pool);
         output.note(format_args!("{plan}: undistilled"));
-        let before = self.examine(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), output)?;
+        let before = self.evaluate(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), output)?;
         let model = settings.folder.join(model_name(radius, pool));
         let begun = Instant::now();
         output.note(format_args!("{plan}: converting and distilling"));
@@ -166,9 +166,9 @@ impl Exam {
         let converted = convert::convert(&args, &plan, output)?;
         let seconds = begun.elapsed().as_secs_f64();
         let student = open(&model)?;
-        let after = self.examine(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
+        let after = self.evaluate(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
         let entries = converted.lesson.map(|lesson| lesson.distilled.entries).unwrap_or_default();
-        Ok(Student {
+        Ok(StudentResult {
             attention: plan.to_string(),
             radius: radius.tokens(),
             pool,
@@ -186,16 +186,16 @@ impl Exam {
         })
     }
 
-    fn examine(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<Marks> {
+    fn evaluate(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<HeldOutScores> {
         let error = prediction_error(self.teacher.as_ref(), student, &self.questions)?;
         let latents = draw(&self.pipeline, student, &self.sitting, output)?;
-        let pictures = self.sitting.develop(&self.pipeline, &latents)?;
+        let pictures = self.sitting.decode(&self.pipeline, &latents)?;
         let pairs = self.pictures.iter().zip(&pictures);
         let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
         // The mean of mean squared errors, as the PSNR of all pictures together.
         let error_of = |psnr: &f64| 10f64.powf(-psnr / 10.0);
         let psnr = -10.0 * (each.iter().map(error_of).sum::<f64>() / each.len() as f64).log10();
-        Ok(Marks { error, psnr, pictures })
+        Ok(HeldOutScores { error, psnr, pictures })
     }
 
     /// Share of pictures that are nearest, of all reference pictures, to that of their own name.
@@ -208,13 +208,18 @@ impl Exam {
 }
 
 /// How a student did.
-struct Marks {
+struct HeldOutScores {
     error: f64,
     psnr: f64,
     pictures: Vec<RgbImage>,
 }
 
-fn draw(pipeline: &Pipeline, denoiser: &dyn Denoiser, sitting: &Sitting, output: &Output) -> anyhow::Result<Tensor> {
+fn draw(
+    pipeline: &Pipeline,
+    denoiser: &dyn Denoiser,
+    sitting: &EvaluationRun,
+    output: &Output,
+) -> anyhow::Result<Tensor> {
     let bar = output.progress("drawing", sitting.subjects.len());
     let latents = sitting.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
     bar.finish_and_clear();
@@ -222,7 +227,11 @@ fn draw(pipeline: &Pipeline, denoiser: &dyn Denoiser, sitting: &Sitting, output:
 }
 
 /// The teacher's pictures noised to four levels, with fixed noise.
-fn questions(sitting: &Sitting, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<DenoiserInput>> {
+fn halfway_inputs(
+    sitting: &EvaluationRun,
+    pipeline: &Pipeline,
+    latents: &Tensor,
+) -> anyhow::Result<Vec<DenoiserInput>> {
     let count = sitting.subjects.len();
     let halfway = sitting.halfway(pipeline, latents, count)?;
     let noise = ((&halfway.latents * 2.0)? - latents)?;
@@ -250,8 +259,8 @@ fn model_name(radius: Radius, pool: Option<usize>) -> String {
     format!("mini-flux-r{}{pool}", radius.tokens())
 }
 
-fn conversion(settings: &Settings, base: &Path, model: &Path, samples: &Path) -> Convert {
-    Convert {
+fn conversion(settings: &DemoSettings, base: &Path, model: &Path, samples: &Path) -> ConvertArgs {
+    ConvertArgs {
         source: base.to_owned(),
         output: model.to_owned(),
         radius: 0.0,
@@ -262,8 +271,8 @@ fn conversion(settings: &Settings, base: &Path, model: &Path, samples: &Path) ->
         link: false,
         overwrite: true,
         dry_run: false,
-        reading: Reading::default(),
-        training: Training { samples: Some(samples.to_owned()), ..training(settings, None) },
-        adapters: WeightAdapters::default(),
+        reading: SourceArgs::default(),
+        training: TrainingArgs { samples: Some(samples.to_owned()), ..training(settings, None) },
+        adapters: WeightAdapterArgs::default(),
     }
 }

@@ -100,7 +100,7 @@ const COLOURS: [&str; 6] = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed
 
 /// Curves over steps on a logarithmic scale, as SVG. Values that are not positive and finite are left out.
 pub fn chart(series: &[Series<'_>]) -> String {
-    let scale = Scale::over(series);
+    let scale = LogScale::over(series);
     let mut svg = format!("<svg viewBox=\"0 0 {} {}\" role=img>", CHART.0, CHART.1);
     scale.draw_grid(&mut svg);
     for (index, one) in series.iter().enumerate() {
@@ -119,13 +119,13 @@ pub fn chart(series: &[Series<'_>]) -> String {
 }
 
 /// Where values lie on the drawing; decades from `low` to `high`.
-struct Scale {
+struct LogScale {
     low: f64,
     high: f64,
     steps: usize,
 }
 
-impl Scale {
+impl LogScale {
     fn over(series: &[Series<'_>]) -> Self {
         let logs = || series.iter().flat_map(|one| one.values).filter(|v| drawable(**v)).map(|v| v.log10());
         let (low, high) = (logs().fold(f64::MAX, f64::min), logs().fold(f64::MIN, f64::max));

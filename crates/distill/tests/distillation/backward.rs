@@ -3,11 +3,12 @@
 use crate::support::{batch, config, pair, steps, weights};
 use candle_core::{DType, Tensor, TensorId};
 use clearform_attention::{Attended, AttentionPlan};
-use clearform_distill::{Activations, Batch, LossSettings, Pair, Recipe, backward, prediction_error};
+use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
 use clearform_models::families::flux::Flux;
 use clearform_models::text::TextEncoders;
 use clearform_models::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, State, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, HiddenState, InputChannels,
+    NoiseProcess, Prompt,
 };
 use clearform_testkit::assert_close;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource};
@@ -16,7 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
 fn run(model: &dyn Denoiser, batch: &Batch) -> (Tensor, Vec<Attended>) {
-    let mut state: State = model.embed(&batch.input).unwrap();
+    let mut state: HiddenState = model.embed(&batch.input).unwrap();
     let mut attention = Vec::new();
     for index in 0..model.block_count() {
         state = model.block(index, state).unwrap();
@@ -30,7 +31,7 @@ fn square(a: &Tensor, b: &Tensor) -> Tensor {
 }
 
 /// The total loss with every layer watched, in one graph.
-fn plain_loss(pair: &Pair, batch: &Batch) -> Tensor {
+fn plain_loss(pair: &TeacherStudent, batch: &Batch) -> Tensor {
     let (taught, taught_attention) = run(pair.teacher(), batch);
     let (own, own_attention) = run(pair.student(), batch);
     let flow = (square(&own, &batch.target) / own.elem_count() as f64).unwrap();
@@ -132,11 +133,11 @@ impl Family for Spy {
     fn channels(&self, config: &Value) -> clearform_models::Result<InputChannels> {
         Flux.channels(config)
     }
-    fn process(&self) -> Process {
-        Flux.process()
+    fn noise_process(&self) -> NoiseProcess {
+        Flux.noise_process()
     }
-    fn steering(&self, config: &Value) -> clearform_models::Result<Steering> {
-        Flux.steering(config)
+    fn guidance_kind(&self, config: &Value) -> clearform_models::Result<GuidanceKind> {
+        Flux.guidance_kind(config)
     }
     fn patch(&self, config: &Value) -> clearform_models::Result<usize> {
         Flux.patch(config)
@@ -147,7 +148,7 @@ impl Family for Spy {
     fn encode(
         &self,
         config: &Value,
-        subjects: &[Subject],
+        subjects: &[Prompt],
         encoders: &dyn TextEncoders,
     ) -> clearform_models::Result<Conditions> {
         Flux.encode(config, subjects, encoders)
@@ -162,7 +163,8 @@ fn bytes(tensor: &Tensor) -> usize {
 fn teacher_and_student_hold_the_frozen_weights_once() {
     let (spy, weights) = (Spy::default(), weights(DType::BF16));
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let pair = Pair::build(Recipe { family: &spy, config: &config(), plan: &plan }, &weights, &weights).unwrap();
+    let pair =
+        TeacherStudent::build(PairSpec { family: &spy, config: &config(), plan: &plan }, &weights, &weights).unwrap();
     let model: usize = weights.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let masters: usize = pair.masters().values().map(|master| bytes(master)).sum();
     assert_eq!(spy.held.lock().unwrap().values().sum::<usize>(), model + masters);

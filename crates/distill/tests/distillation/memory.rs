@@ -3,11 +3,14 @@
 use crate::support::folder;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_distill::{Canvas, Outcome, Pair, Recipe, SampleSet, SampleSettings, Settings, Start, Workshop, distill};
+use clearform_distill::{
+    CheckpointDir, DistillSettings, PairSpec, ResumeMode, SampleSet, SampleSettings, SamplingSpec, TeacherStudent,
+    TrainingOutcome, distill,
+};
 use clearform_models::families::flux::Flux;
-use clearform_models::{Conditions, Subject};
+use clearform_models::{Conditions, Prompt};
 use clearform_sampling::FlowMatchEuler;
-use clearform_weights::{Checkpoint, Resident, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
 use serde_json::json;
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -31,13 +34,14 @@ fn two_gigabytes_are_distilled_in_the_memory_of_the_formula() {
         "num_attention_heads": 24, "joint_attention_dim": 1024, "pooled_projection_dim": 1024,
         "guidance_embeds": false, "axes_dims_rope": [16, 56, 56], "patch_size": 1,
     });
-    let pair = Pair::build(Recipe { family: &Flux, config: &config, plan: &plan }, &weights, &weights).unwrap();
+    let pair =
+        TeacherStudent::build(PairSpec { family: &Flux, config: &config, plan: &plan }, &weights, &weights).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let samples = samples(&folder.path().join("samples"), &pair);
-    let settings = Settings { steps: 2, batch: 1, ..Settings::default() };
-    let workshop = Workshop { folder: folder.path().join("work"), checkpoint_every: 1, start: Start::Fresh };
+    let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };
+    let workshop = CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, start: ResumeMode::Fresh };
     let outcome = distill(&pair, &samples, &settings, &workshop, &mut |_| ControlFlow::Continue(())).unwrap();
-    assert!(matches!(outcome, Outcome::Finished(_)));
+    assert!(matches!(outcome, TrainingOutcome::Finished(_)));
 
     let sizes = weights.iter().map(|(_, tensor)| (tensor.elem_count() * 2, tensor.elem_count() * 4));
     let (model, largest) = sizes.fold((0, 0), |(sum, most), (bytes, single)| (sum + bytes, most.max(single)));
@@ -58,9 +62,9 @@ fn two_gigabytes_are_distilled_in_the_memory_of_the_formula() {
 }
 
 /// The fixture's tensors at FLUX's width.
-fn large() -> Resident {
+fn large() -> InMemoryTensors {
     let fixture = Checkpoint::open(folder().join("weights.safetensors")).unwrap();
-    let mut weights = Resident::default();
+    let mut weights = InMemoryTensors::default();
     for info in fixture.tensors() {
         let shape: Vec<usize> = info.shape.iter().map(|&extent| enlarged(extent)).collect();
         let tensor =
@@ -88,8 +92,8 @@ fn enlarged(extent: usize) -> usize {
     }
 }
 
-fn samples(folder: &std::path::Path, pair: &Pair) -> SampleSet {
-    let prompts = vec![Subject::Prompt("a".to_owned())];
+fn samples(folder: &std::path::Path, pair: &TeacherStudent) -> SampleSet {
+    let prompts = vec![Prompt::Text("a".to_owned())];
     let settings = SampleSettings {
         prompts,
         count: 1,
@@ -102,12 +106,12 @@ fn samples(folder: &std::path::Path, pair: &Pair) -> SampleSet {
     };
     let set = SampleSet::create(folder, settings).unwrap();
     let ones = |shape: &[usize]| Some(Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
-    let mut encode = |_: &[Subject]| -> Result<Conditions, Infallible> {
+    let mut encode = |_: &[Prompt]| -> Result<Conditions, Infallible> {
         Ok(Conditions { text: ones(&[1, TEXT, 1024]), pooled: ones(&[1, 1024]), ..Conditions::default() })
     };
     set.encode(&mut encode).unwrap();
     let ids = (0..EDGE * EDGE).flat_map(|token| [0.0, (token / EDGE) as f32, (token % EDGE) as f32]);
-    let canvas = Canvas {
+    let canvas = SamplingSpec {
         shape: vec![EDGE * EDGE, 64],
         image_ids: Some(Tensor::from_iter(ids, &Device::Cpu).unwrap().reshape((EDGE * EDGE, 3)).unwrap()),
         text_ids: None,

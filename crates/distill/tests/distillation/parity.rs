@@ -6,10 +6,10 @@ use clearform_distill::{Activations, LossSettings, Losses, Optimizer, OptimizerS
 use clearform_testkit::{assert_close, relative_error};
 use std::collections::BTreeMap;
 
-const LOSS: LossSettings = LossSettings { flow: 1.0, prediction: 0.5, attention: 0.5, every: 2, layers: None };
+const LOSS: LossSettings = LossSettings { denoising: 1.0, prediction: 0.5, attention: 0.5, every: 2, layers: None };
 
 fn assert_losses(what: &str, losses: Losses, wanted: &Tensor) {
-    let got = [losses.flow, losses.prediction, losses.attention, losses.total].map(|loss| loss as f32);
+    let got = [losses.denoising, losses.prediction, losses.attention, losses.total].map(|loss| loss as f32);
     for (index, (got, wanted)) in got.into_iter().zip(wanted.to_vec1::<f32>().unwrap()).enumerate() {
         assert!((got - wanted).abs() <= 1e-4 * wanted, "{what}, loss {index}: {got}, wanted {wanted}");
     }

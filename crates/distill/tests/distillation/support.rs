@@ -2,17 +2,17 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_distill::{Batch, Pair, Recipe};
+use clearform_distill::{Batch, PairSpec, TeacherStudent};
 use clearform_models::families::flux::Flux;
-use clearform_models::{Conditions, Process};
+use clearform_models::{Conditions, NoiseProcess};
 use clearform_testkit::fixture;
-use clearform_weights::{Checkpoint, Resident};
+use clearform_weights::{Checkpoint, InMemoryTensors};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// FLUX's.
-pub const FLOW: Process = Process::Flow { time_scale: 1.0 };
+pub const FLOW: NoiseProcess = NoiseProcess::Flow { time_scale: 1.0 };
 pub const HEIGHT: usize = 4;
 pub const WIDTH: usize = 6;
 pub const TEXT: usize = 5;
@@ -25,14 +25,14 @@ pub fn config() -> Value {
     serde_json::from_slice(&std::fs::read(folder().join("config.json")).unwrap()).unwrap()
 }
 
-pub fn weights(dtype: DType) -> Resident {
+pub fn weights(dtype: DType) -> InMemoryTensors {
     let checkpoint = Checkpoint::open(folder().join("weights.safetensors")).unwrap();
-    Resident::load(&checkpoint, Some(dtype), &Device::Cpu).unwrap()
+    InMemoryTensors::load(&checkpoint, Some(dtype), &Device::Cpu).unwrap()
 }
 
-pub fn pair(plan: &str, dtype: DType) -> Pair {
+pub fn pair(plan: &str, dtype: DType) -> TeacherStudent {
     let (weights, plan): (_, AttentionPlan) = (weights(dtype), plan.parse().unwrap());
-    Pair::build(Recipe { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
+    TeacherStudent::build(PairSpec { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
 }
 
 pub fn image_ids() -> Tensor {

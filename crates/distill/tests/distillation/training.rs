@@ -3,24 +3,25 @@
 use crate::support::{FLOW, HEIGHT, TEXT, WIDTH, image_ids, pair, text_ids};
 use candle_core::{DType, Device, Tensor};
 use clearform_distill::{
-    Batches, Canvas, ClassifierFree, Distilled, LearningRate, LossSettings, Outcome, Pair, Progress, SampleSet,
-    SampleSettings, Settings, Start, Timesteps, Workshop, distill, prediction_error,
+    Batches, CheckpointDir, ClassifierFree, DistillSettings, Distilled, LearningRate, LossSettings, ResumeMode,
+    SampleSet, SampleSettings, SamplingSpec, TeacherStudent, Timesteps, TrainingOutcome, TrainingProgress, distill,
+    prediction_error,
 };
-use clearform_models::{Conditions, Subject};
+use clearform_models::{Conditions, Prompt};
 use clearform_sampling::{FlowMatchEuler, TorchGenerator};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 fn sample_settings() -> SampleSettings {
-    let prompts = ["cat", "dog", "sun"].map(|prompt| Subject::Prompt(prompt.to_owned())).to_vec();
+    let prompts = ["cat", "dog", "sun"].map(|prompt| Prompt::Text(prompt.to_owned())).to_vec();
     let size = [48, 32];
     SampleSettings { prompts, count: 7, batch: 3, size, steps: 2, guidance: None, classifier_free: None, seed: 5 }
 }
 
 /// Text features that depend on the prompt alone.
-fn encode(prompts: &[Subject]) -> Result<Conditions, Infallible> {
-    let one = |prompt: &Subject, shape: &[usize]| {
+fn encode(prompts: &[Prompt]) -> Result<Conditions, Infallible> {
+    let one = |prompt: &Prompt, shape: &[usize]| {
         let seed = prompt.to_string().bytes().map(u64::from).sum();
         TorchGenerator::new(seed).randn(shape).unwrap()
     };
@@ -29,8 +30,8 @@ fn encode(prompts: &[Subject]) -> Result<Conditions, Infallible> {
     Ok(Conditions { text: Some(text), pooled: Some(pooled), ..Conditions::default() })
 }
 
-fn canvas() -> Canvas {
-    Canvas {
+fn canvas() -> SamplingSpec {
+    SamplingSpec {
         shape: vec![HEIGHT * WIDTH, 8],
         image_ids: Some(image_ids()),
         text_ids: Some(text_ids()),
@@ -40,7 +41,7 @@ fn canvas() -> Canvas {
     }
 }
 
-fn samples(folder: &Path, pair: &Pair) -> SampleSet {
+fn samples(folder: &Path, pair: &TeacherStudent) -> SampleSet {
     let set = SampleSet::create(folder, sample_settings()).unwrap();
     set.encode(&mut encode).unwrap();
     set.draw(pair.teacher(), &canvas(), &mut |_, _| ()).unwrap();
@@ -48,8 +49,8 @@ fn samples(folder: &Path, pair: &Pair) -> SampleSet {
     set
 }
 
-fn settings() -> Settings {
-    Settings {
+fn settings() -> DistillSettings {
+    DistillSettings {
         steps: 6,
         batch: 2,
         accumulation: 2,
@@ -58,24 +59,24 @@ fn settings() -> Settings {
         learning_rate: LearningRate { peak: 2e-3, warmup: 2, ..LearningRate::default() },
         loss: LossSettings { every: 2, ..LossSettings::default() },
         seed: 3,
-        ..Settings::default()
+        ..DistillSettings::default()
     }
 }
 
 fn train(
     folder: &Path,
     set: &SampleSet,
-    start: Start,
-    observe: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
-) -> Outcome {
-    let workshop = Workshop { folder: folder.to_owned(), checkpoint_every: 2, start };
+    start: ResumeMode,
+    observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
+) -> TrainingOutcome {
+    let workshop = CheckpointDir { folder: folder.to_owned(), checkpoint_every: 2, start };
     distill(&pair("clear:r=2,d=2", DType::F32), set, &settings(), &workshop, observe).unwrap()
 }
 
-fn finished(outcome: Outcome) -> Distilled {
+fn finished(outcome: TrainingOutcome) -> Distilled {
     match outcome {
-        Outcome::Finished(distilled) => distilled,
-        Outcome::Stopped { step } => panic!("stopped at {step}"),
+        TrainingOutcome::Finished(distilled) => distilled,
+        TrainingOutcome::Stopped { step } => panic!("stopped at {step}"),
     }
 }
 
@@ -98,34 +99,34 @@ fn resumed_training_ends_with_the_very_same_tensors() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let set = samples(&at("samples"), &pair("full", DType::F32));
-    let go_on = &mut |_: &Progress| ControlFlow::Continue(());
-    let straight = finished(train(&at("straight"), &set, Start::Fresh, go_on));
+    let go_on = &mut |_: &TrainingProgress| ControlFlow::Continue(());
+    let straight = finished(train(&at("straight"), &set, ResumeMode::Fresh, go_on));
     assert_eq!(straight.entries.len(), 6);
 
-    let mut stop = |progress: &Progress| match progress.entry.step {
+    let mut stop = |progress: &TrainingProgress| match progress.entry.step {
         3 => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
-    assert!(matches!(train(&at("stopped"), &set, Start::Fresh, &mut stop), Outcome::Stopped { step: 3 }));
-    assert_equal(&finished(train(&at("stopped"), &set, Start::Resume, go_on)), &straight);
+    assert!(matches!(train(&at("stopped"), &set, ResumeMode::Fresh, &mut stop), TrainingOutcome::Stopped { step: 3 }));
+    assert_equal(&finished(train(&at("stopped"), &set, ResumeMode::Resume, go_on)), &straight);
 
     // Killed in step 5: the checkpoint is that of step 4, the journal is ahead of it.
     let kept = at("kept.safetensors");
-    let mut kill = |progress: &Progress| match progress.entry.step {
+    let mut kill = |progress: &TrainingProgress| match progress.entry.step {
         5 => {
             std::fs::copy(at("killed/training.safetensors"), &kept).unwrap();
             ControlFlow::Break(())
         }
         _ => ControlFlow::Continue(()),
     };
-    train(&at("killed"), &set, Start::Fresh, &mut kill);
+    train(&at("killed"), &set, ResumeMode::Fresh, &mut kill);
     std::fs::rename(&kept, at("killed/training.safetensors")).unwrap();
-    assert_equal(&finished(train(&at("killed"), &set, Start::Resume, go_on)), &straight);
+    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, go_on)), &straight);
     let journal = std::fs::read_to_string(at("killed/losses.jsonl")).unwrap();
     assert_eq!(journal.lines().count(), 6);
 
     // A finished training that is resumed gives what it gave.
-    assert_equal(&finished(train(&at("killed"), &set, Start::Resume, go_on)), &straight);
+    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, go_on)), &straight);
 }
 
 #[test]
@@ -134,14 +135,14 @@ fn a_training_is_not_mixed_with_another() {
     let at = |name: &str| folder.path().join(name);
     let pair = pair("clear:r=2", DType::F32);
     let set = samples(&at("samples"), &pair);
-    let begin = |settings: &Settings, start| {
-        let workshop = Workshop { folder: at("work"), checkpoint_every: 1, start };
+    let begin = |settings: &DistillSettings, start| {
+        let workshop = CheckpointDir { folder: at("work"), checkpoint_every: 1, start };
         distill(&pair, &set, settings, &workshop, &mut |_| ControlFlow::Break(())).map(drop)
     };
-    begin(&settings(), Start::Fresh).unwrap();
-    assert!(begin(&settings(), Start::Fresh).unwrap_err().to_string().contains("--resume"));
-    let other = Settings { batch: 3, ..settings() };
-    let error = begin(&other, Start::Resume).unwrap_err().to_string();
+    begin(&settings(), ResumeMode::Fresh).unwrap();
+    assert!(begin(&settings(), ResumeMode::Fresh).unwrap_err().to_string().contains("--resume"));
+    let other = DistillSettings { batch: 3, ..settings() };
+    let error = begin(&other, ResumeMode::Resume).unwrap_err().to_string();
     assert!(error.contains("batch: 2, now 3"), "{error}");
     let other = SampleSettings { count: 8, ..sample_settings() };
     let error = SampleSet::create(&at("samples"), other).unwrap_err().to_string();
@@ -165,7 +166,7 @@ fn samples_are_made_again_as_they_were() {
     // Sample 4 is of prompt 1; samples come back in the order they are asked for.
     let read = set.read(&[4, 0], &Device::Cpu).unwrap();
     assert_eq!(read.latents.dims(), [2, 24, 8]);
-    let wanted = encode(&["dog", "cat"].map(|prompt| Subject::Prompt(prompt.to_owned()))).unwrap();
+    let wanted = encode(&["dog", "cat"].map(|prompt| Prompt::Text(prompt.to_owned()))).unwrap();
     assert_eq!(numbers(&read.conditions.text.unwrap()), numbers(&wanted.text.unwrap()));
     assert_eq!(numbers(&read.conditions.image_ids.unwrap()), numbers(&image_ids()));
     assert_eq!(numbers(&set.read(&[0], &Device::Cpu).unwrap().latents), numbers(&read.latents)[24 * 8..]);
@@ -176,7 +177,7 @@ fn samples_are_made_again_as_they_were() {
 fn guided_sets_teach_the_absence_of_a_subject() {
     let folder = tempfile::tempdir().unwrap();
     let pair = pair("clear:r=2", DType::F32);
-    let nothing = Subject::Prompt(String::new());
+    let nothing = Prompt::Text(String::new());
     let guidance = ClassifierFree { scale: 3.0, without: nothing.clone(), channels: None };
     let guided = SampleSettings { classifier_free: Some(guidance), ..sample_settings() };
     let set = SampleSet::create(folder.path(), guided).unwrap();
@@ -187,7 +188,7 @@ fn guided_sets_teach_the_absence_of_a_subject() {
     let latents = |set: &SampleSet| numbers(&set.read(&[0], &Device::Cpu).unwrap().latents);
     assert_ne!(latents(&set), latents(&plain));
 
-    let settings = Settings { batch: 100, ..settings() };
+    let settings = DistillSettings { batch: 100, ..settings() };
     let drawn = Batches::new(&set, &settings, &pair, TorchGenerator::new(1)).draw().unwrap();
     let without = numbers(&encode(&[nothing]).unwrap().pooled.unwrap());
     let pooled = numbers(&drawn.input.conditions.pooled.unwrap());
@@ -207,9 +208,10 @@ fn the_student_comes_nearer_to_its_teacher() {
     let inputs = set.noised(FLOW, 77, 4, &Device::Cpu).unwrap();
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
     let before = prediction_error(pair.teacher(), pair.student(), &inputs).unwrap();
-    let loss = LossSettings { flow: 0.0, ..LossSettings::default() };
-    let settings = Settings { steps: 60, batch: 4, accumulation: 1, ema: None, loss, ..settings() };
-    let workshop = Workshop { folder: folder.path().join("work"), checkpoint_every: 100, start: Start::Fresh };
+    let loss = LossSettings { denoising: 0.0, ..LossSettings::default() };
+    let settings = DistillSettings { steps: 60, batch: 4, accumulation: 1, ema: None, loss, ..settings() };
+    let workshop =
+        CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 100, start: ResumeMode::Fresh };
     distill(&pair, &set, &settings, &workshop, &mut |_| ControlFlow::Continue(())).unwrap();
     let after = prediction_error(pair.teacher(), pair.student(), &inputs).unwrap();
     assert!(after < 0.6 * before, "{before} before, {after} after");

@@ -3,9 +3,9 @@
 use crate::detect::hints::Hints;
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
-use crate::manifest::config::Declared;
+use crate::manifest::config::DeclaredConfig;
 use crate::manifest::family::{FamilyManifest, Layout};
-use crate::manifest::unsupported::{Known, find};
+use crate::manifest::unsupported::{UnsupportedModels, find};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub(crate) struct Candidate {
 /// Chooses among all families, or among those that `hints` leave.
 pub(crate) fn choose(
     names: &BTreeSet<&str>,
-    declared: Declared,
+    declared: DeclaredConfig,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Candidate> {
@@ -68,7 +68,7 @@ impl Candidate {
         self.lacking.len() < self.layout().present.len()
     }
 
-    fn with_evidence(mut self, declared: Declared) -> Self {
+    fn with_evidence(mut self, declared: DeclaredConfig) -> Self {
         let Layout { name, present, .. } = self.layout();
         let tensors = present.iter().filter(|tensor| !self.lacking.contains(&format!("{}{tensor}", self.prefix)));
         let tensors: Vec<&String> = tensors.collect();
@@ -81,7 +81,7 @@ impl Candidate {
     }
 
     /// Share of the tensors, components aside, that the layout's rules know.
-    fn share(&self, names: &BTreeSet<&str>, known: &Known) -> f64 {
+    fn share(&self, names: &BTreeSet<&str>, known: &UnsupportedModels) -> f64 {
         let ours = names.iter().filter(|name| known.component(name).is_none());
         let steps = &self.layout().inward;
         let understood = |name: &&str| {
@@ -122,7 +122,7 @@ fn candidates(family: &Arc<FamilyManifest>, names: &BTreeSet<&str>) -> Vec<Candi
 }
 
 /// The first of candidates that fit equally well. Where they are of several families, the declared class must be one's.
-fn one_family(mut fitting: Vec<Candidate>, declared: Declared) -> Result<Option<Candidate>> {
+fn one_family(mut fitting: Vec<Candidate>, declared: DeclaredConfig) -> Result<Option<Candidate>> {
     let families = |fitting: &[Candidate]| -> BTreeSet<String> {
         fitting.iter().map(|candidate| candidate.family.name.clone()).collect()
     };
@@ -139,7 +139,12 @@ fn one_family(mut fitting: Vec<Candidate>, declared: Declared) -> Result<Option<
 }
 
 /// The candidate that understands most names, if it understands nearly all.
-fn nearest(near: Vec<Candidate>, names: &BTreeSet<&str>, declared: Declared, known: &Known) -> Result<Candidate> {
+fn nearest(
+    near: Vec<Candidate>,
+    names: &BTreeSet<&str>,
+    declared: DeclaredConfig,
+    known: &UnsupportedModels,
+) -> Result<Candidate> {
     let near = near.into_iter().filter(Candidate::has_some);
     let mut ranked: Vec<(f64, Candidate)> = near.map(|candidate| (candidate.share(names, known), candidate)).collect();
     ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));

@@ -1,15 +1,15 @@
-//! [`Inside`]: a part of a pipeline that lies in the file of its transformer, and [`Part`], the same opened by the rules
+//! [`EmbeddedComponent`]: a part of a pipeline that lies in the file of its transformer, and [`OpenComponent`], the same opened by the rules
 //! of its kind. The kinds stand in `manifests/parts/`, as families do; it knows none of them.
 
 use crate::detect::hints::Hints;
-use crate::detect::{Beside, Identified, detect_unscaled};
+use crate::detect::{Identified, Sidecar, detect_unscaled};
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
-use crate::manifest::family::{FamilyManifest, PartRule, RawPart};
-use crate::manifest::unsupported::Known;
-use crate::mapping::assembly::Canonical;
-use crate::mapping::dequantized::Unscaled;
-use crate::mapping::prefix_view::Under;
+use crate::manifest::family::{ComponentRule, FamilyManifest, RawComponent};
+use crate::manifest::unsupported::UnsupportedModels;
+use crate::mapping::assembly::CanonicalSource;
+use crate::mapping::dequantized::Dequantized;
+use crate::mapping::prefix_view::PrefixView;
 use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -17,32 +17,32 @@ use std::sync::Arc;
 
 /// A part of a pipeline that lies in the file of its transformer.
 #[derive(Debug, Clone)]
-pub struct Inside {
+pub struct EmbeddedComponent {
     /// Name of its folder in a pipeline.
     pub name: String,
     /// What stands before the names of its tensors.
     pub prefix: String,
     variant: String,
-    rule: Arc<PartRule>,
-    known: Arc<Known>,
+    rule: Arc<ComponentRule>,
+    known: Arc<UnsupportedModels>,
 }
 
 /// A part of a pipeline under its canonical names.
 #[derive(Debug)]
-pub struct Part<S> {
+pub struct OpenComponent<S> {
     /// Its config.json, complete.
     pub config: Value,
     /// Its tensors, and what became of those in the file.
-    pub tensors: Canonical<Unscaled<Under<S>>>,
+    pub tensors: CanonicalSource<Dequantized<PrefixView<S>>>,
 }
 
 impl Identified {
     /// The parts of its pipeline of which tensors lie in `file`, where it was found itself.
-    pub fn parts_in(&self, file: &dyn TensorSource) -> Vec<Inside> {
+    pub fn components_in(&self, file: &dyn TensorSource) -> Vec<EmbeddedComponent> {
         let tensors = file.tensors();
         let holds = |prefix: &&String| tensors.iter().any(|info| info.name.starts_with(prefix.as_str()));
-        let inside = |rule: &Arc<PartRule>| {
-            Some(Inside {
+        let inside = |rule: &Arc<ComponentRule>| {
+            Some(EmbeddedComponent {
                 name: rule.raw.name.clone(),
                 prefix: rule.raw.prefixes.iter().find(holds)?.clone(),
                 variant: self.variant.name.clone(),
@@ -54,23 +54,23 @@ impl Identified {
     }
 }
 
-impl Inside {
+impl EmbeddedComponent {
     /// Holds the part's tensors in `file` against the rules of its kind. `config` may be a config.json of such a part; it
     /// is asked where neither the tensors nor the family tell something. Scales of fp8 are read, weights are not.
     ///
     /// # Errors
     /// As [`crate::detect`]. What is missing or not understood is in the account of the tensors.
-    pub fn open<S: TensorSource>(&self, file: S, config: Option<&Value>) -> Result<Part<S>> {
-        let RawPart { kind, unused, identity, .. } = &self.rule.raw;
-        let mut under = Under::new(file, &self.prefix).without(unused.keys());
+    pub fn open<S: TensorSource>(&self, file: S, config: Option<&Value>) -> Result<OpenComponent<S>> {
+        let RawComponent { kind, unused, identity, .. } = &self.rule.raw;
+        let mut under = PrefixView::new(file, &self.prefix).without(unused.keys());
         if let Some([name, like]) = identity {
             under = under.with_identity(name, like)?;
         }
         let manifests = Manifests::of_kind(self.manifest(), &self.known);
-        let unscaled = Unscaled::new(under, &manifests)?;
+        let unscaled = Dequantized::new(under, &manifests)?;
         let hints = Hints { family: Some(kind.clone()), ..Hints::default() };
         let metadata = BTreeMap::new();
-        let detect = |config| detect_unscaled(&unscaled, Beside { config, metadata: &metadata }, &manifests, &hints);
+        let detect = |config| detect_unscaled(&unscaled, Sidecar { config, metadata: &metadata }, &manifests, &hints);
         let identified = match detect(None) {
             Err(LayoutError::Ambiguous { .. }) if config.is_some() => detect(config)?,
             found => found?,
@@ -78,7 +78,7 @@ impl Inside {
         let mut tensors = identified.canonical(unscaled);
         let skipped: Vec<_> = tensors.source().source().hidden().map(str::to_owned).collect();
         skipped.into_iter().for_each(|name| tensors.skip(&name, &unused[&name]));
-        Ok(Part { config: identified.config, tensors })
+        Ok(OpenComponent { config: identified.config, tensors })
     }
 
     /// The rules of its kind, with what this family's files have alike.

@@ -4,16 +4,16 @@ use crate::detect::choose::Candidate;
 use crate::detect::hints::Hints;
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
-use crate::manifest::config::{Contradiction, Declared, Settled};
-use crate::manifest::config_values::Sizes;
+use crate::manifest::config::{ConfigConflict, DeclaredConfig, ResolvedConfig};
+use crate::manifest::config_values::ConfigValues;
 use crate::manifest::family::{FamilyManifest, Layout, Variant};
-use crate::manifest::shape::Expected;
-use crate::manifest::unsupported::Known;
-use crate::mapping::assembly::{Canonical, Exported, Mapped};
-use crate::mapping::dequantized::{Companion, Unscaled};
-use crate::mapping::load_report::{Account, Fate, Misshapen, Missing};
-use crate::mapping::parameter_map::Addresses;
-use crate::mapping::{Mapping, Scope};
+use crate::manifest::shape::ExpectedTensor;
+use crate::manifest::unsupported::UnsupportedModels;
+use crate::mapping::assembly::{CanonicalSource, ExportedSource, MappedSource};
+use crate::mapping::dequantized::{Dequantized, ScaleTensor};
+use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome};
+use crate::mapping::parameter_map::ParameterMap;
+use crate::mapping::{Mapping, MappingContext};
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ pub(crate) mod hints;
 
 /// What lies beside the tensors.
 #[derive(Debug, Clone, Copy)]
-pub struct Beside<'a> {
+pub struct Sidecar<'a> {
     /// The content of config.json.
     pub config: Option<&'a Value>,
     /// Metadata of the tensor files.
@@ -49,11 +49,11 @@ pub struct Identified {
     pub evidence: Vec<String>,
     /// What was taken for granted, and how to set it.
     pub notes: Vec<String>,
-    contradictions: Vec<Contradiction>,
-    companions: BTreeMap<String, Companion>,
-    sizes: Sizes,
+    contradictions: Vec<ConfigConflict>,
+    companions: BTreeMap<String, ScaleTensor>,
+    sizes: ConfigValues,
     manifest: Arc<FamilyManifest>,
-    known: Arc<Known>,
+    known: Arc<UnsupportedModels>,
 }
 
 /// Identifies a checkpoint.
@@ -61,15 +61,15 @@ pub struct Identified {
 /// # Errors
 /// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is no model of a supported family,
 /// [`LayoutError::Ambiguous`] if something that changes arithmetic stays open.
-pub fn detect(checkpoint: &Unscaled<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
+pub fn detect(checkpoint: &Dequantized<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
     let files = checkpoint.source();
-    detect_unscaled(checkpoint, Beside { config: files.config(), metadata: files.metadata() }, manifests, hints)
+    detect_unscaled(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, hints)
 }
 
 /// The same of any source.
 pub(crate) fn detect_unscaled<S: TensorSource>(
-    source: &Unscaled<S>,
-    beside: Beside,
+    source: &Dequantized<S>,
+    beside: Sidecar,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Identified> {
@@ -85,22 +85,22 @@ pub(crate) fn detect_unscaled<S: TensorSource>(
 /// As [`detect`].
 pub fn detect_source(
     source: &dyn TensorSource,
-    beside: Beside,
+    beside: Sidecar,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Identified> {
     let infos = source.tensors();
     let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
     let config = hints.config.as_ref().or(beside.config);
-    let declared = Declared { config, metadata: beside.metadata, layout: None, remedy: manifests.remedy };
+    let declared = DeclaredConfig { config, metadata: beside.metadata, layout: None, remedy: manifests.remedy };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
-    let scope = Scope { family: &candidate.family, sizes: None };
+    let scope = MappingContext { family: &candidate.family, sizes: None };
     let (inputs, _) = inside(infos, &candidate.prefix);
     let mapping = Mapping::new(&candidate.layout().inward, &inputs, scope);
     let shown = mapping.dropped.into_iter().chain(mapping.tensors);
     let shown = shown.map(|(name, tensor)| (name, tensor.info)).collect();
-    let of_layout = Declared { layout: Some(&candidate.layout().settings), ..declared };
-    let settled = Settled::new(&candidate.family.settings, &shown, of_layout);
+    let of_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
+    let settled = ResolvedConfig::new(&candidate.family.settings, &shown, of_layout);
     let mut settled = settled.map_err(|error| candidate.explain(error))?;
     hold_class(&candidate.family, &mut settled, declared, hints);
     let variant = variant(&candidate.family, &mut settled, hints)?;
@@ -111,39 +111,41 @@ pub fn detect_source(
 
 impl Identified {
     /// `source`, which it was detected in, under canonical names. Nothing is read yet.
-    pub fn canonical<S: TensorSource>(&self, source: S) -> Canonical<S> {
+    pub fn canonical<S: TensorSource>(&self, source: S) -> CanonicalSource<S> {
         let (inputs, outside) = inside(source.tensors(), &self.prefix);
-        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, scope);
         for name in outside {
-            mapping.fates.insert(name, Fate::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
+            mapping
+                .outcomes
+                .insert(name, TensorOutcome::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
         }
-        let mut account = Account { contradictions: self.contradictions.clone(), ..Account::default() };
+        let mut account = LoadReport { contradictions: self.contradictions.clone(), ..LoadReport::default() };
         self.judge(&mut mapping, &mut account);
-        self.skip_components(&mut mapping.fates);
-        self.account_for_companions(&mut mapping.fates);
-        account.fates = mapping.fates;
-        account.look_near(|| self.names());
-        Mapped::new(source, mapping.tensors, account)
+        self.skip_components(&mut mapping.outcomes);
+        self.report_scales(&mut mapping.outcomes);
+        account.outcomes = mapping.outcomes;
+        account.suggest_names(|| self.names());
+        MappedSource::new(source, mapping.tensors, account)
     }
 
     /// `canonical` under the names of another layout, those of a portable model for instance.
     ///
     /// # Errors
     /// [`LayoutError::NoSuch`] for a layout that the family does not have.
-    pub fn foreign<S: TensorSource>(&self, layout: &str, canonical: S) -> Result<Exported<S>> {
+    pub fn foreign<S: TensorSource>(&self, layout: &str, canonical: S) -> Result<ExportedSource<S>> {
         let layouts = &self.manifest.layouts;
         let layout = layouts.iter().find(|known| known.name == layout).ok_or_else(|| LayoutError::NoSuch {
             kind: "layout",
             name: layout.to_owned(),
             choices: layouts.iter().map(|layout| layout.name.clone()).collect(),
         })?;
-        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let inputs: Vec<_> = canonical.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
-        let Mapping { tensors, fates, .. } = Mapping::new(&layout.outward, &inputs, scope);
+        let Mapping { tensors, outcomes: fates, .. } = Mapping::new(&layout.outward, &inputs, scope);
         let prefix = layout.prefixes.first().map_or("", String::as_str);
         let tensors = tensors.into_values().map(|tensor| tensor.under(prefix)).collect();
-        Ok(Mapped::new(canonical, tensors, Account { fates, ..Account::default() }))
+        Ok(MappedSource::new(canonical, tensors, LoadReport { outcomes: fates, ..LoadReport::default() }))
     }
 
     /// Names of the layouts that the family has.
@@ -159,29 +161,30 @@ impl Identified {
     pub fn resized(&self, source: &dyn TensorSource, manifests: &Manifests) -> Result<Self> {
         let hints = Hints { family: Some(self.family.clone()), ..Hints::default() };
         let (mut config, metadata) = (self.config.clone(), BTreeMap::new());
-        let once = detect_source(source, Beside { config: Some(&config), metadata: &metadata }, manifests, &hints)?;
+        let once = detect_source(source, Sidecar { config: Some(&config), metadata: &metadata }, manifests, &hints)?;
         if let Some(config) = config.as_object_mut() {
             once.contradictions.iter().for_each(|contradiction| drop(config.remove(&contradiction.key)));
         }
-        detect_source(source, Beside { config: Some(&config), metadata: &metadata }, manifests, &hints)
+        detect_source(source, Sidecar { config: Some(&config), metadata: &metadata }, manifests, &hints)
     }
 
     /// Every canonical tensor a model of these sizes has.
-    pub fn expected(&self) -> Vec<Expected> {
+    pub fn expected(&self) -> Vec<ExpectedTensor> {
         self.manifest.expected(&self.sizes)
     }
 
     /// The name of every tensor in the layout that was found.
     fn names(&self) -> BTreeSet<String> {
-        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let layout = self.found_layout();
-        let name = |tensor: Expected| layout.foreign_name(&tensor.name, &self.prefix, scope).unwrap_or(tensor.name);
+        let name =
+            |tensor: ExpectedTensor| layout.foreign_name(&tensor.name, &self.prefix, scope).unwrap_or(tensor.name);
         self.expected().into_iter().map(name).collect()
     }
 
     /// Where each parameter of this model lies, under its names in all layouts of the family.
-    pub fn addresses(&self) -> Addresses {
-        Addresses::new(&self.manifest, &self.sizes)
+    pub fn parameter_map(&self) -> ParameterMap {
+        ParameterMap::new(&self.manifest, &self.sizes)
     }
 
     /// A size by its key in config.json, or a hidden one such as "width".
@@ -214,11 +217,11 @@ impl Identified {
         &self.manifest
     }
 
-    pub(crate) fn known(&self) -> &Arc<Known> {
+    pub(crate) fn known(&self) -> &Arc<UnsupportedModels> {
         &self.known
     }
 
-    pub(crate) fn sizes(&self) -> &Sizes {
+    pub(crate) fn sizes(&self) -> &ConfigValues {
         &self.sizes
     }
 
@@ -229,40 +232,40 @@ impl Identified {
     }
 
     /// Compares with what the sizes ask for; takes out what they do not.
-    fn judge(&self, mapping: &mut Mapping, account: &mut Account) {
-        let expected: BTreeMap<String, Expected> =
+    fn judge(&self, mapping: &mut Mapping, account: &mut LoadReport) {
+        let expected: BTreeMap<String, ExpectedTensor> =
             self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let scope = Scope { family: &self.manifest, sizes: Some(&self.sizes) };
+        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         for tensor in expected.values().filter(|tensor| !tensor.optional && !mapping.tensors.contains_key(&tensor.name))
         {
             let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix, scope);
-            account.missing.push(Missing { name: tensor.name.clone(), foreign });
+            account.missing.push(MissingTensor { name: tensor.name.clone(), foreign });
         }
         mapping.tensors.retain(|name, tensor| match expected.get(name) {
             Some(expected) => {
                 let found = tensor.info.shape.clone();
                 if !expected.fits(&found) {
                     let from = tensor.first_input().to_owned();
-                    account.misshapen.push(Misshapen { expected: expected.clone(), found, from });
+                    account.misshapen.push(ShapeMismatch { expected: expected.clone(), found, from });
                 }
                 true
             }
             None => {
                 let reason = format!("it would give {name:?}, which a model of these sizes does not have");
-                mapping.fates.insert(tensor.first_input().to_owned(), Fate::Unmatched { reason });
+                mapping.outcomes.insert(tensor.first_input().to_owned(), TensorOutcome::Unmatched { reason });
                 false
             }
         });
     }
 
     /// A scale is used where its weight is.
-    fn account_for_companions(&self, fates: &mut BTreeMap<String, Fate>) {
+    fn report_scales(&self, fates: &mut BTreeMap<String, TensorOutcome>) {
         for (name, companion) in &self.companions {
             let fate = match companion {
-                Companion::Spare(reason) => Fate::Skipped { reason: (*reason).to_owned() },
-                Companion::ScaleOf(weight) => match fates.get(weight) {
+                ScaleTensor::Spare(reason) => TensorOutcome::Skipped { reason: (*reason).to_owned() },
+                ScaleTensor::ScaleOf(weight) => match fates.get(weight) {
                     Some(fate) => fate.clone(),
-                    None => Fate::Unmatched { reason: format!("its weight {weight:?} is missing") },
+                    None => TensorOutcome::Unmatched { reason: format!("its weight {weight:?} is missing") },
                 },
             };
             // A source that shows the tensor has not applied it.
@@ -270,10 +273,10 @@ impl Identified {
         }
     }
 
-    fn skip_components(&self, fates: &mut BTreeMap<String, Fate>) {
+    fn skip_components(&self, fates: &mut BTreeMap<String, TensorOutcome>) {
         for (name, fate) in fates {
-            if let (Fate::Unmatched { .. }, Some(reason)) = (&fate, self.known.component(name)) {
-                *fate = Fate::Skipped { reason: reason.to_owned() };
+            if let (TensorOutcome::Unmatched { .. }, Some(reason)) = (&fate, self.known.component(name)) {
+                *fate = TensorOutcome::Skipped { reason: reason.to_owned() };
             }
         }
     }
@@ -291,7 +294,13 @@ impl Candidate {
         }
     }
 
-    fn identified(self, settled: Settled, variant: Variant, declared: Declared, known: &Arc<Known>) -> Identified {
+    fn identified(
+        self,
+        settled: ResolvedConfig,
+        variant: Variant,
+        declared: DeclaredConfig,
+        known: &Arc<UnsupportedModels>,
+    ) -> Identified {
         Identified {
             family: self.family.name.clone(),
             variant,
@@ -334,7 +343,7 @@ fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&
 }
 
 /// Another class in config.json is a contradiction, unless the family was asked for.
-fn hold_class(family: &FamilyManifest, settled: &mut Settled, declared: Declared, hints: &Hints) {
+fn hold_class(family: &FamilyManifest, settled: &mut ResolvedConfig, declared: DeclaredConfig, hints: &Hints) {
     let Some(class) = declared.config.and_then(|config| config.get("_class_name")) else { return };
     if class.as_str().is_some_and(|class| family.is_class(class)) {
         return;
@@ -345,12 +354,12 @@ fn hold_class(family: &FamilyManifest, settled: &mut Settled, declared: Declared
         Some(asked) => settled.notes.push(format!("config.json is one of {class}; {asked} is taken, as asked for")),
         None => {
             let key = "_class_name".to_owned();
-            settled.contradictions.push(Contradiction { key, declared, origin, found, witness });
+            settled.contradictions.push(ConfigConflict { key, declared, origin, found, witness });
         }
     }
 }
 
-fn variant(family: &FamilyManifest, settled: &mut Settled, hints: &Hints) -> Result<Variant> {
+fn variant(family: &FamilyManifest, settled: &mut ResolvedConfig, hints: &Hints) -> Result<Variant> {
     let fitting = family.variants(&settled.sizes);
     if let Some(name) = &hints.variant {
         let choices = family.variant_names();

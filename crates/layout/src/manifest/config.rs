@@ -1,10 +1,10 @@
-//! [`Settled`]: the settings of a model, from what is declared and what the tensors show; [`Sizes`]: their values.
+//! [`ResolvedConfig`]: the settings of a model, from what is declared and what the tensors show; [`ConfigValues`]: their values.
 //!
 //! What config.json declares counts; what the tensors show is held against it.
 
 use crate::error::Result;
-use crate::manifest::config_values::{Sizes, same};
-use crate::manifest::evidence::Tensors;
+use crate::manifest::config_values::{ConfigValues, same};
+use crate::manifest::evidence::TensorsByName;
 use crate::manifest::setting::Setting;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -13,7 +13,7 @@ use std::fmt;
 
 /// A setting that two witnesses give differently.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Contradiction {
+pub struct ConfigConflict {
     /// Key of config.json.
     pub key: String,
     /// The value that was declared.
@@ -28,7 +28,7 @@ pub struct Contradiction {
 
 /// What is said of the settings outside the tensors.
 #[derive(Clone, Copy)]
-pub(crate) struct Declared<'a> {
+pub(crate) struct DeclaredConfig<'a> {
     pub config: Option<&'a Value>,
     pub metadata: &'a BTreeMap<String, String>,
     /// How a person gives the config.json where it is wanted.
@@ -37,7 +37,7 @@ pub(crate) struct Declared<'a> {
     pub layout: Option<&'a Map<String, Value>>,
 }
 
-impl Declared<'_> {
+impl DeclaredConfig<'_> {
     /// The declared value of `key` and who declares it; null counts as not declared.
     pub fn get(&self, key: &str) -> Option<(Value, &'static str)> {
         let of_config = || Some((self.config?.get(key)?.clone(), "config.json"));
@@ -52,17 +52,17 @@ impl Declared<'_> {
 
 /// All settings of a model, and how they were found.
 #[derive(Debug, Default)]
-pub(crate) struct Settled {
-    pub sizes: Sizes,
+pub(crate) struct ResolvedConfig {
+    pub sizes: ConfigValues,
     pub config: Map<String, Value>,
     pub evidence: Vec<String>,
     pub notes: Vec<String>,
-    pub contradictions: Vec<Contradiction>,
+    pub contradictions: Vec<ConfigConflict>,
 }
 
-impl Settled {
+impl ResolvedConfig {
     /// Settles `settings` in order, so that later ones may use earlier ones.
-    pub fn new(settings: &[Setting], tensors: &Tensors, declared: Declared) -> Result<Self> {
+    pub fn new(settings: &[Setting], tensors: &TensorsByName, declared: DeclaredConfig) -> Result<Self> {
         let mut settled = Self::default();
         for setting in settings {
             settled.settle(setting, tensors, declared)?;
@@ -70,7 +70,7 @@ impl Settled {
         Ok(settled)
     }
 
-    fn settle(&mut self, setting: &Setting, tensors: &Tensors, declared: Declared) -> Result<()> {
+    fn settle(&mut self, setting: &Setting, tensors: &TensorsByName, declared: DeclaredConfig) -> Result<()> {
         let found = setting.find(tensors, &self.sizes);
         let value = match (declared.get(&setting.key), found) {
             (Some((declared, origin)), found) => {
@@ -95,7 +95,7 @@ impl Settled {
     }
 
     /// What is taken for granted, and said to be.
-    fn presume(&mut self, setting: &Setting, declared: Declared) -> Result<Value> {
+    fn presume(&mut self, setting: &Setting, declared: DeclaredConfig) -> Result<Value> {
         let key = &setting.key;
         if let Some(value) = declared.layout.and_then(|settings| settings.get(key)) {
             self.evidence.push(format!("{key} {value}, as in every file of this layout"));
@@ -111,7 +111,7 @@ impl Settled {
 
     /// Another number of blocks is not contradicted here: it shows in the names of missing or unmatched tensors.
     fn disagree(&mut self, setting: &Setting, declared: (&Value, &str), found: (Value, String)) {
-        let contradiction = Contradiction {
+        let contradiction = ConfigConflict {
             key: setting.key.clone(),
             declared: declared.0.clone(),
             origin: declared.1.to_owned(),
@@ -130,7 +130,7 @@ impl Settled {
         let sum = numbers.map(|numbers| numbers.fold(0, u64::saturating_add));
         let expected = self.sizes.number(key).map(|number| number as u64);
         if sum != expected {
-            self.contradictions.push(Contradiction {
+            self.contradictions.push(ConfigConflict {
                 key: setting.key.clone(),
                 declared: value.clone(),
                 origin: "declaration".to_owned(),
@@ -141,7 +141,7 @@ impl Settled {
     }
 }
 
-impl fmt::Display for Contradiction {
+impl fmt::Display for ConfigConflict {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Self { key, declared, origin, found, witness } = self;
         write!(f, "{key:?} is {declared} by {origin}, {found} by {witness}")

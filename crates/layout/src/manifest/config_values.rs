@@ -1,13 +1,13 @@
-//! [`Sizes`]: the values that a model's settings have, by key.
+//! [`ConfigValues`]: the values that a model's settings have, by key.
 
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
 /// Values of settings, hidden ones too.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Sizes(BTreeMap<String, Value>);
+pub(crate) struct ConfigValues(BTreeMap<String, Value>);
 
-impl Sizes {
+impl ConfigValues {
     pub fn number(&self, key: &str) -> Option<usize> {
         self.0.get(key)?.as_u64().and_then(|number| usize::try_from(number).ok())
     }

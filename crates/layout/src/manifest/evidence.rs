@@ -5,7 +5,7 @@ use clearform_weights::TensorInfo;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Tensors that may show a setting, by name.
-pub(crate) type Tensors = BTreeMap<String, TensorInfo>;
+pub(crate) type TensorsByName = BTreeMap<String, TensorInfo>;
 
 /// What most say, and who says it first.
 pub(crate) fn vote(votes: Vec<(usize, &str)>) -> Option<(usize, &str)> {
@@ -16,7 +16,7 @@ pub(crate) fn vote(votes: Vec<(usize, &str)>) -> Option<(usize, &str)> {
 }
 
 /// The block numbers that follow `prefix` in the names of `tensors`.
-pub(crate) fn numbers(prefix: &str, tensors: &Tensors) -> BTreeSet<usize> {
+pub(crate) fn numbers(prefix: &str, tensors: &TensorsByName) -> BTreeSet<usize> {
     let pattern = Pattern::new(prefix);
     let number = |name: &String| pattern.captures_start(name).and_then(|(captures, _)| captures.number);
     tensors.keys().filter_map(number).collect()

@@ -1,10 +1,10 @@
 //! [`FamilyManifest`]: one family's sizes, tensors, layouts and variants, read from its manifest.
 
-use crate::manifest::config_values::Sizes;
+use crate::manifest::config_values::ConfigValues;
 use crate::manifest::pattern::Pattern;
-use crate::manifest::rule::{RawRule, Rule, Step};
+use crate::manifest::rule::{MappingRule, MappingStep, RawMappingRule};
 use crate::manifest::setting::Setting;
-use crate::manifest::shape::{Attends, Expected, Extent, Per, TensorRule};
+use crate::manifest::shape::{AppliedPer, AttendsTo, ExpectedTensor, Extent, TensorRule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// Sampling defaults of a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Defaults {
+pub struct SamplingDefaults {
     /// Steps of denoising.
     pub steps: usize,
     /// Guidance scale.
@@ -29,7 +29,7 @@ pub struct Variant {
     /// Name as in the manifest; "custom" where none fits.
     pub name: String,
     /// How it is best sampled.
-    pub defaults: Defaults,
+    pub defaults: SamplingDefaults,
 }
 
 /// A manifest file as written.
@@ -52,7 +52,7 @@ pub(crate) struct RawFamily {
     components: Option<Vec<String>>,
     optional_components: Option<Vec<String>>,
     #[serde(default)]
-    defaults: RawDefaults,
+    defaults: RawSamplingDefaults,
     #[serde(default)]
     settings: Vec<Setting>,
     #[serde(default)]
@@ -62,7 +62,7 @@ pub(crate) struct RawFamily {
     #[serde(default)]
     variant: Vec<RawVariant>,
     #[serde(default)]
-    part: Vec<RawPart>,
+    part: Vec<RawComponent>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -76,7 +76,7 @@ struct RawLayout {
     #[serde(default)]
     absent: Vec<String>,
     prefixes: Vec<String>,
-    rules: Option<Vec<RawRule>>,
+    rules: Option<Vec<RawMappingRule>>,
     /// Where there are no rules: names that stand for canonical ones.
     #[serde(default)]
     rename: BTreeMap<String, String>,
@@ -95,12 +95,12 @@ struct RawVariant {
     #[serde(rename = "where")]
     conditions: Map<String, Value>,
     #[serde(default)]
-    defaults: RawDefaults,
+    defaults: RawSamplingDefaults,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawDefaults {
+struct RawSamplingDefaults {
     steps: Option<usize>,
     guidance: Option<f64>,
     text_tokens: Option<usize>,
@@ -114,8 +114,8 @@ pub(crate) struct Layout {
     pub present: Vec<String>,
     pub absent: Vec<String>,
     pub prefixes: Vec<String>,
-    pub inward: Vec<Step>,
-    pub outward: Vec<Step>,
+    pub inward: Vec<MappingStep>,
+    pub outward: Vec<MappingStep>,
     pub settings: Map<String, Value>,
 }
 
@@ -132,17 +132,17 @@ pub(crate) struct FamilyManifest {
     pixels_per_token: Option<Extent>,
     trained_side: Option<Extent>,
     largest_side: Option<Extent>,
-    defaults: RawDefaults,
+    defaults: RawSamplingDefaults,
     tensors: Vec<TensorRule>,
     variants: Vec<RawVariant>,
     /// Parts of a pipeline that may lie in the transformer's file.
-    pub parts: Vec<Arc<PartRule>>,
+    pub parts: Vec<Arc<ComponentRule>>,
 }
 
 /// A part as the manifest of a family gives it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct RawPart {
+pub(crate) struct RawComponent {
     pub name: String,
     /// The manifest that has its rules.
     pub kind: String,
@@ -162,8 +162,8 @@ pub(crate) struct RawPart {
 
 /// A part of a family's files, and the rules of its kind.
 #[derive(Debug)]
-pub(crate) struct PartRule {
-    pub raw: RawPart,
+pub(crate) struct ComponentRule {
+    pub raw: RawComponent,
     pub manifest: Arc<FamilyManifest>,
 }
 
@@ -212,7 +212,7 @@ impl FamilyManifest {
     /// Puts the layouts, variants and parts of `raw` before its own, so that a user's come first. `kinds` are the rules
     /// of parts.
     pub fn extend(&mut self, raw: RawFamily, kinds: &[Arc<Self>]) -> Result<(), String> {
-        let parts = raw.part.into_iter().map(|part| PartRule::new(part, kinds).map(Arc::new));
+        let parts = raw.part.into_iter().map(|part| ComponentRule::new(part, kinds).map(Arc::new));
         self.parts.splice(0..0, parts.collect::<Result<Vec<_>, _>>()?);
         for (at, layout) in raw.layout.into_iter().enumerate() {
             let layout = self.layout(layout)?;
@@ -228,22 +228,25 @@ impl FamilyManifest {
     }
 
     /// Pixels along a side of the square that an image token stands for.
-    pub fn pixels_per_token(&self, sizes: &Sizes) -> usize {
+    pub fn pixels_per_token(&self, sizes: &ConfigValues) -> usize {
         self.pixels_per_token.as_ref().and_then(|extent| extent.value(sizes)).unwrap_or(16).max(1)
     }
 
     /// Pixels along a side of the pictures that a model of `sizes` was trained on, where that is known.
-    pub fn trained_side(&self, sizes: &Sizes) -> Option<usize> {
+    pub fn trained_side(&self, sizes: &ConfigValues) -> Option<usize> {
         self.trained_side.as_ref()?.value(sizes)
     }
 
     /// Pixels along a side of the largest picture that a model of `sizes` can draw, where there is one.
-    pub fn largest_side(&self, sizes: &Sizes) -> Option<usize> {
+    pub fn largest_side(&self, sizes: &ConfigValues) -> Option<usize> {
         self.largest_side.as_ref()?.value(sizes)
     }
 
     /// Every tensor a model of `sizes` has, what it acts on once, and what the tokens of a query see.
-    pub fn weights(&self, sizes: &Sizes) -> impl Iterator<Item = (Expected, Option<Per>, Option<Attends>)> {
+    pub fn weights(
+        &self,
+        sizes: &ConfigValues,
+    ) -> impl Iterator<Item = (ExpectedTensor, Option<AppliedPer>, Option<AttendsTo>)> {
         self.tensors.iter().flat_map(|rule| {
             let tensors = rule.expand(sizes, self.blocks_of(&rule.name, sizes));
             tensors.into_iter().map(|tensor| (tensor, rule.per, rule.attends))
@@ -251,12 +254,12 @@ impl FamilyManifest {
     }
 
     /// Every tensor a model of `sizes` has.
-    pub fn expected(&self, sizes: &Sizes) -> Vec<Expected> {
+    pub fn expected(&self, sizes: &ConfigValues) -> Vec<ExpectedTensor> {
         self.tensors.iter().flat_map(|rule| rule.expand(sizes, self.blocks_of(&rule.name, sizes))).collect()
     }
 
     /// The shape that the canonical tensor `name` must have, where it is known.
-    pub fn expected_shape(&self, name: &str, sizes: &Sizes) -> Option<Vec<usize>> {
+    pub fn expected_shape(&self, name: &str, sizes: &ConfigValues) -> Option<Vec<usize>> {
         let expected = self.expected(sizes).into_iter().find(|expected| expected.name == name)?;
         expected.shape.into_iter().collect()
     }
@@ -267,14 +270,14 @@ impl FamilyManifest {
     }
 
     /// The variants that `sizes` allow, in order.
-    pub fn variants(&self, sizes: &Sizes) -> Vec<Variant> {
+    pub fn variants(&self, sizes: &ConfigValues) -> Vec<Variant> {
         let fitting = self.variants.iter().filter(|variant| sizes.satisfy(&variant.conditions));
         fitting.map(|variant| self.with_defaults(&variant.name, variant.defaults)).collect()
     }
 
     /// The variant called `name`, whatever the sizes.
     pub fn variant(&self, name: &str) -> Option<Variant> {
-        let custom = (name == "custom").then(|| self.with_defaults(name, RawDefaults::default()));
+        let custom = (name == "custom").then(|| self.with_defaults(name, RawSamplingDefaults::default()));
         let named = self.variants.iter().find(|variant| variant.name == name);
         named.map(|variant| self.with_defaults(name, variant.defaults)).or(custom)
     }
@@ -284,9 +287,9 @@ impl FamilyManifest {
         self.variants.iter().map(|variant| variant.name.clone()).chain(["custom".to_owned()]).collect()
     }
 
-    fn with_defaults(&self, name: &str, own: RawDefaults) -> Variant {
-        let RawDefaults { steps, guidance, text_tokens, evaluations } = own.or(self.defaults);
-        let defaults = Defaults {
+    fn with_defaults(&self, name: &str, own: RawSamplingDefaults) -> Variant {
+        let RawSamplingDefaults { steps, guidance, text_tokens, evaluations } = own.or(self.defaults);
+        let defaults = SamplingDefaults {
             steps: steps.unwrap_or(28),
             guidance: guidance.unwrap_or(1.0),
             text_tokens: text_tokens.unwrap_or(0),
@@ -296,7 +299,7 @@ impl FamilyManifest {
     }
 
     /// How many blocks the number in the pattern `name` runs over.
-    pub fn blocks_of(&self, name: &str, sizes: &Sizes) -> usize {
+    pub fn blocks_of(&self, name: &str, sizes: &ConfigValues) -> usize {
         let begins = |prefix: &String| name.starts_with(prefix);
         let counts = |setting: &&Setting| setting.blocks.as_ref().is_some_and(|blocks| blocks.all().iter().any(begins));
         self.settings.iter().find(counts).and_then(|setting| sizes.number(&setting.key)).unwrap_or(0)
@@ -309,11 +312,11 @@ impl FamilyManifest {
                 let like = like.ok_or_else(|| format!("layout {:?} is like an unknown one", raw.name))?;
                 return Ok(Layout { name: raw.name, prefixes: raw.prefixes, ..like.clone() });
             }
-            (Some(rules), None) => rules.into_iter().map(Rule::new).collect::<Result<Vec<_>, _>>()?,
+            (Some(rules), None) => rules.into_iter().map(MappingRule::new).collect::<Result<Vec<_>, _>>()?,
             (None, None) => self.tensors.iter().map(|tensor| plain_rule(&tensor.name, &raw.rename)).collect::<Vec<_>>(),
             (Some(_), Some(_)) => return Err(format!("layout {:?} has both rules and like", raw.name)),
         };
-        rules.extend(raw.drop.into_iter().map(|(name, reason)| Rule::drop(vec![Pattern::new(&name)], reason)));
+        rules.extend(raw.drop.into_iter().map(|(name, reason)| MappingRule::drop(vec![Pattern::new(&name)], reason)));
         let (inward, outward): (Vec<_>, Vec<_>) = rules.into_iter().map(|rule| (rule.inward, rule.outward)).unzip();
         Ok(Layout {
             name: raw.name,
@@ -328,21 +331,21 @@ impl FamilyManifest {
 }
 
 /// The rule that gives the canonical tensor `name`, which may stand under another name.
-fn plain_rule(name: &str, renamed: &BTreeMap<String, String>) -> Rule {
+fn plain_rule(name: &str, renamed: &BTreeMap<String, String>) -> MappingRule {
     let foreign = renamed.iter().find(|(_, canonical)| *canonical == name).map_or(name, |(foreign, _)| foreign);
-    Rule::same(foreign, name)
+    MappingRule::same(foreign, name)
 }
 
-impl PartRule {
+impl ComponentRule {
     /// Finds the rules of the kind; the error says what is wrong.
-    pub fn new(raw: RawPart, kinds: &[Arc<FamilyManifest>]) -> std::result::Result<Self, String> {
+    pub fn new(raw: RawComponent, kinds: &[Arc<FamilyManifest>]) -> std::result::Result<Self, String> {
         let manifest = kinds.iter().find(|kind| kind.name == raw.kind).cloned();
         let manifest = manifest.ok_or_else(|| format!("part {:?} is of the kind {:?}: unknown", raw.name, raw.kind))?;
         Ok(Self { raw, manifest })
     }
 }
 
-impl RawDefaults {
+impl RawSamplingDefaults {
     fn or(self, others: Self) -> Self {
         Self {
             steps: self.steps.or(others.steps),

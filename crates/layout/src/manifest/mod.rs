@@ -1,10 +1,10 @@
 //! [`Manifests`]: every family's rules, those in the program and those a user adds.
 
 use crate::error::{LayoutError, Result};
-use crate::manifest::config::{Declared, Settled};
+use crate::manifest::config::{DeclaredConfig, ResolvedConfig};
 use crate::manifest::family::{FamilyManifest, RawFamily};
-use crate::manifest::shape::Expected;
-use crate::manifest::unsupported::Known;
+use crate::manifest::shape::ExpectedTensor;
+use crate::manifest::unsupported::UnsupportedModels;
 use clearform_weights::{TensorSource, WeightsError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -51,7 +51,7 @@ const REMEDY_OF_PARTS: &str = "give its config.json, in a folder of its name, wi
 #[derive(Debug, Clone)]
 pub struct Manifests {
     pub(crate) families: Vec<Arc<FamilyManifest>>,
-    pub(crate) known: Arc<Known>,
+    pub(crate) known: Arc<UnsupportedModels>,
     /// How a config.json is given to what these are the rules of.
     pub(crate) remedy: &'static str,
     kinds: Vec<Arc<FamilyManifest>>,
@@ -63,7 +63,7 @@ impl Manifests {
     /// # Errors
     /// [`LayoutError::BadManifest`] if the program was built with a broken one.
     pub fn embedded() -> Result<Self> {
-        let known: Known = parse("unsupported.toml", KNOWN)?;
+        let known: UnsupportedModels = parse("unsupported.toml", KNOWN)?;
         check_edition("unsupported.toml", known.edition)?;
         let mut manifests = Self { known: Arc::new(known), ..Self::without_families()? };
         for (origin, text) in EMBEDDED {
@@ -92,7 +92,7 @@ impl Manifests {
     }
 
     /// The rules of one part alone.
-    pub(crate) fn of_kind(kind: FamilyManifest, known: &Arc<Known>) -> Self {
+    pub(crate) fn of_kind(kind: FamilyManifest, known: &Arc<UnsupportedModels>) -> Self {
         Self { families: vec![Arc::new(kind)], known: known.clone(), remedy: REMEDY_OF_PARTS, kinds: Vec::new() }
     }
 
@@ -144,15 +144,15 @@ impl Manifests {
     ///
     /// # Errors
     /// [`LayoutError::NoSuch`] for an unknown family; otherwise a size that neither `config` nor the family has.
-    pub fn expected(&self, family: &str, config: &Value) -> Result<Vec<Expected>> {
+    pub fn expected(&self, family: &str, config: &Value) -> Result<Vec<ExpectedTensor>> {
         let known = self.families.iter().find(|known| known.name == family).ok_or_else(|| LayoutError::NoSuch {
             kind: "family",
             name: family.to_owned(),
             choices: self.families(),
         })?;
         let metadata = BTreeMap::new();
-        let declared = Declared { config: Some(config), metadata: &metadata, layout: None, remedy: self.remedy };
-        let settled = Settled::new(&known.settings, &BTreeMap::new(), declared)?;
+        let declared = DeclaredConfig { config: Some(config), metadata: &metadata, layout: None, remedy: self.remedy };
+        let settled = ResolvedConfig::new(&known.settings, &BTreeMap::new(), declared)?;
         Ok(known.expected(&settled.sizes))
     }
 

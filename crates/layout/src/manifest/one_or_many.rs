@@ -1,16 +1,16 @@
-//! [`Names`]: one name or several, as a manifest writes them.
+//! [`OneOrMany`]: one name or several, as a manifest writes them.
 
 use serde::Deserialize;
 
 /// A name, or a list of them.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-pub(crate) enum Names {
+pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
 }
 
-impl Names {
+impl OneOrMany {
     /// All of them.
     pub fn all(&self) -> &[String] {
         match self {

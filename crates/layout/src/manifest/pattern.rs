@@ -7,11 +7,11 @@ const MOST_DIGITS: usize = 4;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pattern {
     text: String,
-    parts: Vec<Part>,
+    parts: Vec<PatternPart>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Part {
+enum PatternPart {
     Literal(String),
     Number,
     Inner,
@@ -23,17 +23,17 @@ enum Part {
 pub(crate) struct Captures {
     pub number: Option<usize>,
     pub inner: Option<usize>,
-    pub parameter: Option<Parameter>,
+    pub parameter: Option<ParameterKind>,
 }
 
 /// Which parameter of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Parameter {
+pub(crate) enum ParameterKind {
     Weight,
     Bias,
 }
 
-impl Parameter {
+impl ParameterKind {
     pub const ALL: [Self; 2] = [Self::Weight, Self::Bias];
 
     fn name(self) -> &'static str {
@@ -52,15 +52,15 @@ impl Pattern {
         while let Some(start) = rest.find('{') {
             let (literal, tail) = rest.split_at(start);
             let place = match tail.get(..3) {
-                Some("{n}") => Part::Number,
-                Some("{m}") => Part::Inner,
-                Some("{p}") => Part::Parameter,
+                Some("{n}") => PatternPart::Number,
+                Some("{m}") => PatternPart::Inner,
+                Some("{p}") => PatternPart::Parameter,
                 _ => break,
             };
-            parts.extend([Part::Literal(literal.to_owned()), place]);
+            parts.extend([PatternPart::Literal(literal.to_owned()), place]);
             rest = &tail[3..];
         }
-        parts.push(Part::Literal(rest.to_owned()));
+        parts.push(PatternPart::Literal(rest.to_owned()));
         Self { text: text.to_owned(), parts }
     }
 
@@ -81,11 +81,11 @@ impl Pattern {
 
     /// The name with the places filled.
     pub fn fill(&self, captures: Captures) -> String {
-        let part = |part: &Part| match part {
-            Part::Literal(literal) => literal.clone(),
-            Part::Number => captures.number.map_or_else(String::new, |number| number.to_string()),
-            Part::Inner => captures.inner.map_or_else(String::new, |number| number.to_string()),
-            Part::Parameter => captures.parameter.map_or("", Parameter::name).to_owned(),
+        let part = |part: &PatternPart| match part {
+            PatternPart::Literal(literal) => literal.clone(),
+            PatternPart::Number => captures.number.map_or_else(String::new, |number| number.to_string()),
+            PatternPart::Inner => captures.inner.map_or_else(String::new, |number| number.to_string()),
+            PatternPart::Parameter => captures.parameter.map_or("", ParameterKind::name).to_owned(),
         };
         self.parts.iter().map(part).collect()
     }
@@ -97,23 +97,23 @@ impl Pattern {
 
     /// Whether it has a place for a block's number.
     pub fn is_numbered(&self) -> bool {
-        self.parts.contains(&Part::Number)
+        self.parts.contains(&PatternPart::Number)
     }
 
     /// Whether it has a place for "weight" or "bias".
     pub fn is_layer(&self) -> bool {
-        self.parts.contains(&Part::Parameter)
+        self.parts.contains(&PatternPart::Parameter)
     }
 }
 
-impl Part {
+impl PatternPart {
     fn take<'a>(&self, text: &'a str, captures: &mut Captures) -> Option<&'a str> {
         match self {
             Self::Literal(literal) => text.strip_prefix(literal.as_str()),
             Self::Number => take_equal(text, &mut captures.number),
             Self::Inner => take_equal(text, &mut captures.inner),
             Self::Parameter => {
-                let parameter = Parameter::ALL.into_iter().find(|parameter| text.starts_with(parameter.name()))?;
+                let parameter = ParameterKind::ALL.into_iter().find(|parameter| text.starts_with(parameter.name()))?;
                 captures.parameter = Some(parameter);
                 text.strip_prefix(parameter.name())
             }
@@ -154,7 +154,7 @@ mod tests {
     fn captures_and_fills() {
         let pattern = Pattern::new("blocks.{n}.attn.{p}");
         let captures = pattern.captures("blocks.12.attn.bias").unwrap();
-        assert_eq!(captures, Captures { number: Some(12), inner: None, parameter: Some(Parameter::Bias) });
+        assert_eq!(captures, Captures { number: Some(12), inner: None, parameter: Some(ParameterKind::Bias) });
         assert_eq!(pattern.fill(captures), "blocks.12.attn.bias");
         for wrong in ["blocks.012.attn.bias", "blocks..attn.bias", "blocks.12345.attn.bias", "blocks.1.attn.biases"] {
             assert_eq!(pattern.captures(wrong), None, "{wrong}");

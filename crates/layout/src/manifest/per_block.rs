@@ -1,7 +1,7 @@
-//! [`List`]: a setting with an entry for each block, and where a manifest says that it is read.
+//! [`PerBlockList`]: a setting with an entry for each block, and where a manifest says that it is read.
 
-use crate::manifest::config_values::Sizes;
-use crate::manifest::evidence::{Tensors, vote};
+use crate::manifest::config_values::ConfigValues;
+use crate::manifest::evidence::{TensorsByName, vote};
 use crate::manifest::pattern::Pattern;
 use serde::Deserialize;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 /// Where a list comes from.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum List {
+pub(crate) enum PerBlockList {
     /// The rows of tensors of these patterns: for each block as most of its tensors have them.
     Rows(Vec<String>),
     /// Another list from its end.
@@ -23,9 +23,9 @@ pub(crate) enum List {
     Each(Value, String),
 }
 
-impl List {
+impl PerBlockList {
     /// The entries, and what shows them; none where a block shows nothing.
-    pub fn find(&self, tensors: &Tensors, sizes: &Sizes) -> Option<(Vec<Value>, String)> {
+    pub fn find(&self, tensors: &TensorsByName, sizes: &ConfigValues) -> Option<(Vec<Value>, String)> {
         let of = |key: &str| Some((sizes.list(key)?.to_vec(), format!("{key:?}")));
         match self {
             Self::Rows(patterns) => rows(patterns, tensors),
@@ -49,7 +49,7 @@ impl List {
     }
 }
 
-fn rows(patterns: &[String], tensors: &Tensors) -> Option<(Vec<Value>, String)> {
+fn rows(patterns: &[String], tensors: &TensorsByName) -> Option<(Vec<Value>, String)> {
     let mut rows: BTreeMap<usize, Vec<(usize, &str)>> = BTreeMap::new();
     for pattern in patterns.iter().map(|pattern| Pattern::new(pattern)) {
         for (name, tensor) in tensors {

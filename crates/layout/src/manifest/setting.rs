@@ -1,11 +1,11 @@
 //! [`Setting`]: a key of config.json or a hidden size, and where a manifest says that its value is read.
 
 use crate::error::{LayoutError, Result};
-use crate::manifest::config_values::Sizes;
-use crate::manifest::evidence::{Tensors, count, numbers, vote};
-use crate::manifest::one_or_many::Names;
+use crate::manifest::config_values::ConfigValues;
+use crate::manifest::evidence::{TensorsByName, count, numbers, vote};
+use crate::manifest::one_or_many::OneOrMany;
 use crate::manifest::pattern::Pattern;
-use crate::manifest::per_block::List;
+use crate::manifest::per_block::PerBlockList;
 use crate::manifest::shape::Extent;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -33,11 +33,11 @@ pub(crate) struct Setting {
     /// The value that every model of the family has.
     value: Option<Value>,
     /// Prefixes of tensor names whose numbers are counted, together if there are several.
-    pub blocks: Option<Names>,
+    pub blocks: Option<OneOrMany>,
     /// A prefix of tensor names whose numbers are listed.
     pub numbers: Option<String>,
     /// An entry for each block.
-    pub list: Option<List>,
+    pub list: Option<PerBlockList>,
     /// A tensor that makes it true by being there, and false by not being there.
     present: Option<String>,
     /// What stands in place of true; null then stands in place of false, if nothing else does.
@@ -57,7 +57,7 @@ pub(crate) struct Setting {
     most: Option<usize>,
     /// What the published models have, where nothing else tells it.
     #[serde(default)]
-    published: Vec<Published>,
+    published: Vec<PublishedValue>,
     /// Whether it is any real number, and not a size.
     #[serde(default)]
     real: bool,
@@ -73,7 +73,7 @@ pub(crate) struct Setting {
 /// A value, and what earlier settings must be for it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Published {
+struct PublishedValue {
     value: Value,
     #[serde(default)]
     when: Map<String, Value>,
@@ -82,15 +82,15 @@ struct Published {
 impl Setting {
     /// Whether it is a list of block numbers.
     pub fn lists_blocks(&self) -> bool {
-        self.numbers.is_some() || self.list.as_ref().is_some_and(List::names_blocks)
+        self.numbers.is_some() || self.list.as_ref().is_some_and(PerBlockList::names_blocks)
     }
 
     /// The value as the tensors show it, and which tensor does.
-    pub fn find(&self, tensors: &Tensors, sizes: &Sizes) -> Option<(Value, String)> {
+    pub fn find(&self, tensors: &TensorsByName, sizes: &ConfigValues) -> Option<(Value, String)> {
         if let Some(value) = &self.value {
             return Some((value.clone(), "the family".to_owned()));
         }
-        if let Some(prefixes) = self.blocks.as_ref().map(Names::all) {
+        if let Some(prefixes) = self.blocks.as_ref().map(OneOrMany::all) {
             let all = prefixes.iter().flat_map(|prefix| numbers(prefix, tensors)).collect();
             return Some((count(&all).into(), format!("the numbers of {:?}", prefixes.join(" and "))));
         }
@@ -108,7 +108,7 @@ impl Setting {
         Some((self.reckon(number, sizes)?.into(), witness))
     }
 
-    fn presence(&self, name: &str, tensors: &Tensors) -> Value {
+    fn presence(&self, name: &str, tensors: &TensorsByName) -> Value {
         let pattern = Pattern::new(name);
         match (tensors.keys().any(|name| pattern.captures(name).is_some()), &self.yes) {
             (true, Some(yes)) => yes.clone(),
@@ -117,14 +117,14 @@ impl Setting {
         }
     }
 
-    fn number(&self, tensors: &Tensors, sizes: &Sizes) -> Option<(usize, String)> {
+    fn number(&self, tensors: &TensorsByName, sizes: &ConfigValues) -> Option<(usize, String)> {
         let Some(size) = &self.size else { return self.vote(tensors) };
         let over = self.over.as_ref().map(|over| format!(" / {over}"));
         Some((size.value(sizes)?, format!("{size}{}", over.unwrap_or_default())))
     }
 
     /// The extent that most of the places have; one misshapen tensor must not decide.
-    fn vote(&self, tensors: &Tensors) -> Option<(usize, String)> {
+    fn vote(&self, tensors: &TensorsByName) -> Option<(usize, String)> {
         let mut votes: Vec<(usize, &str)> = Vec::new();
         for (place, axis) in &self.extent {
             let pattern = Pattern::new(place);
@@ -139,7 +139,7 @@ impl Setting {
         vote(votes).map(|(value, name)| (value, format!("the shape of {name:?}")))
     }
 
-    fn reckon(&self, number: usize, sizes: &Sizes) -> Option<usize> {
+    fn reckon(&self, number: usize, sizes: &ConfigValues) -> Option<usize> {
         let factor = |extent: &Option<Extent>| extent.as_ref().map_or(Some(1), |extent| extent.value(sizes));
         let over = factor(&self.over).filter(|over| *over > 0 && number.is_multiple_of(*over))?;
         let quotient = number / over;
@@ -153,7 +153,7 @@ impl Setting {
     ///
     /// # Errors
     /// [`LayoutError::Ambiguous`] where there is none.
-    pub fn published(&self, sizes: &Sizes, remedy: &str) -> Result<Value> {
+    pub fn published(&self, sizes: &ConfigValues, remedy: &str) -> Result<Value> {
         if let Some(one) = self.published.iter().find(|one| sizes.satisfy(&one.when)) {
             return Ok(one.value.clone());
         }

@@ -1,15 +1,15 @@
-//! [`Expected`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in manifests.
+//! [`ExpectedTensor`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in manifests.
 
-use crate::manifest::block_filter::Blocks;
-use crate::manifest::config_values::Sizes;
-use crate::manifest::pattern::{Captures, Parameter, Pattern};
+use crate::manifest::block_filter::BlockFilter;
+use crate::manifest::config_values::ConfigValues;
+use crate::manifest::pattern::{Captures, ParameterKind, Pattern};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt;
 
 /// A canonical tensor and the shape it must have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Expected {
+pub struct ExpectedTensor {
     /// Canonical name.
     pub name: String,
     /// Extents; none where any extent will do.
@@ -18,7 +18,7 @@ pub struct Expected {
     pub optional: bool,
 }
 
-impl Expected {
+impl ExpectedTensor {
     /// Whether `shape` will do.
     pub fn fits(&self, shape: &[usize]) -> bool {
         let fits = |(expected, found): (&Option<usize>, &usize)| expected.is_none_or(|expected| expected == *found);
@@ -37,12 +37,12 @@ pub(crate) enum Extent {
 
 impl Extent {
     /// Its value; none where any will do. A size that is not known counts as none.
-    pub fn value(&self, sizes: &Sizes) -> Option<usize> {
+    pub fn value(&self, sizes: &ConfigValues) -> Option<usize> {
         self.value_in(None, sizes)
     }
 
     /// Its value in a tensor of block `number`.
-    fn value_in(&self, number: Option<usize>, sizes: &Sizes) -> Option<usize> {
+    fn value_in(&self, number: Option<usize>, sizes: &ConfigValues) -> Option<usize> {
         match self {
             Self::Number(number) => Some(*number),
             Self::Product(product) => {
@@ -76,7 +76,7 @@ impl fmt::Display for Extent {
 
 /// What a linear layer or convolution acts on once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub(crate) enum Per {
+pub(crate) enum AppliedPer {
     #[serde(rename = "image token")]
     ImageToken,
     #[serde(rename = "text token")]
@@ -93,7 +93,7 @@ pub(crate) enum Per {
 /// What the tokens of a query see. The layer's heads together are as wide as the query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Attends {
+pub(crate) enum AttendsTo {
     /// Image and text see each other and themselves.
     All,
     /// Image tokens see the image.
@@ -120,14 +120,14 @@ pub(crate) struct TensorRule {
     #[serde(default)]
     optional: bool,
     /// What a linear layer or convolution acts on once.
-    pub per: Option<Per>,
+    pub per: Option<AppliedPer>,
     /// What the tokens of a query see.
-    pub attends: Option<Attends>,
+    pub attends: Option<AttendsTo>,
 }
 
 impl TensorRule {
     /// The tensors of this pattern that a model of `sizes` has, of which `blocks` are numbered.
-    pub fn expand(&self, sizes: &Sizes, blocks: usize) -> Vec<Expected> {
+    pub fn expand(&self, sizes: &ConfigValues, blocks: usize) -> Vec<ExpectedTensor> {
         if self.when.as_ref().is_some_and(|key| !sizes.flag(key)) {
             return Vec::new();
         }
@@ -137,7 +137,7 @@ impl TensorRule {
             true => (0..blocks).filter(|number| meant.hold(*number, blocks, sizes)).map(Some).collect(),
             false => vec![None],
         };
-        let parameters = if pattern.is_layer() { &Parameter::ALL.map(Some)[..] } else { &[None] };
+        let parameters = if pattern.is_layer() { &ParameterKind::ALL.map(Some)[..] } else { &[None] };
         let mut captures = Vec::new();
         for (number, inner) in
             numbers.into_iter().flat_map(|number| self.inner(sizes).map(move |inner| (number, inner)))
@@ -148,20 +148,20 @@ impl TensorRule {
     }
 
     /// Numbers within a block; one none where the name has no place for them.
-    fn inner(&self, sizes: &Sizes) -> impl Iterator<Item = Option<usize>> + use<> {
+    fn inner(&self, sizes: &ConfigValues) -> impl Iterator<Item = Option<usize>> + use<> {
         let range = self.inner.as_ref().map(|(from, key)| *from..sizes.number(key).unwrap_or(0));
         let numbers = range.clone().into_iter().flatten().map(Some);
         numbers.chain(range.is_none().then_some(None))
     }
 
     /// The blocks that have the tensor.
-    pub fn blocks(&self) -> Blocks {
-        Blocks { only: self.only.clone(), except: self.except.clone() }
+    pub fn blocks(&self) -> BlockFilter {
+        BlockFilter { only: self.only.clone(), except: self.except.clone() }
     }
 
-    fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &Sizes) -> Expected {
-        let extents = if captures.parameter == Some(Parameter::Bias) { 1 } else { self.shape.len() };
+    fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &ConfigValues) -> ExpectedTensor {
+        let extents = if captures.parameter == Some(ParameterKind::Bias) { 1 } else { self.shape.len() };
         let shape = self.shape[..extents].iter().map(|extent| extent.value_in(captures.number, sizes)).collect();
-        Expected { name: pattern.fill(captures), shape, optional: self.optional }
+        ExpectedTensor { name: pattern.fill(captures), shape, optional: self.optional }
     }
 }

@@ -1,4 +1,4 @@
-//! [`Known`]: what is recognised though it is no supported model, and the parts of a file that are not the model.
+//! [`UnsupportedModels`]: what is recognised though it is no supported model, and the parts of a file that are not the model.
 
 use crate::error::LayoutError;
 use crate::manifest::pattern::glob;
@@ -8,16 +8,16 @@ use std::collections::BTreeSet;
 /// Signatures of what is not supported, as data.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Known {
+pub(crate) struct UnsupportedModels {
     pub edition: u32,
-    component: Vec<Component>,
+    component: Vec<ComponentPrefixes>,
     refused: Vec<Signature>,
     known: Vec<Signature>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Component {
+struct ComponentPrefixes {
     prefixes: Vec<String>,
     reason: String,
 }
@@ -35,7 +35,7 @@ struct Signature {
     remedy: Option<String>,
 }
 
-impl Known {
+impl UnsupportedModels {
     /// What makes these tensors no model, whatever family they look like. Where components stand beside others, the
     /// others alone are looked at: a quantised text encoder does not make a quantised model.
     pub fn refuse(&self, names: &BTreeSet<&str>) -> Result<(), LayoutError> {
@@ -50,7 +50,8 @@ impl Known {
 
     /// Why the tensor `name` of an all-in-one file is not the model's.
     pub fn component(&self, name: &str) -> Option<&str> {
-        let holds = |component: &&Component| component.prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()));
+        let holds =
+            |component: &&ComponentPrefixes| component.prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()));
         self.component.iter().find(holds).map(|component| component.reason.as_str())
     }
 }

@@ -1,36 +1,36 @@
-//! [`Mapped`]: a source of tensors put together from pieces of another source's tensors, read when asked for.
+//! [`MappedSource`]: a source of tensors put together from pieces of another source's tensors, read when asked for.
 //!
 //! Renaming, splitting, joining and swapping rows, copying and reshaping are all one thing here: an output is a
 //! sequence of byte ranges of inputs. Values are never interpreted.
 
 use crate::error::{LayoutError, Result};
-use crate::mapping::load_report::{Account, Fate};
+use crate::mapping::load_report::{LoadReport, TensorOutcome};
 use candle_core::Tensor;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A checkpoint under canonical names.
-pub type Canonical<S> = Mapped<S>;
+pub type CanonicalSource<S> = MappedSource<S>;
 
 /// A canonical source under the names of another layout.
-pub type Exported<S> = Mapped<S>;
+pub type ExportedSource<S> = MappedSource<S>;
 
 /// A source as seen through a layout's rules.
 #[derive(Debug)]
-pub struct Mapped<S> {
+pub struct MappedSource<S> {
     source: S,
-    tensors: BTreeMap<String, Assembly>,
-    account: Account,
+    tensors: BTreeMap<String, TensorAssembly>,
+    account: LoadReport,
 }
 
-impl<S> Mapped<S> {
-    pub(crate) fn new(source: S, tensors: BTreeMap<String, Assembly>, account: Account) -> Self {
+impl<S> MappedSource<S> {
+    pub(crate) fn new(source: S, tensors: BTreeMap<String, TensorAssembly>, account: LoadReport) -> Self {
         Self { source, tensors, account }
     }
 
     /// What became of each input tensor, and what is missing.
-    pub fn account(&self) -> &Account {
+    pub fn load_report(&self) -> &LoadReport {
         &self.account
     }
 
@@ -41,7 +41,7 @@ impl<S> Mapped<S> {
 
     /// Says of an input that nothing here shows why it is not used.
     pub(crate) fn skip(&mut self, name: &str, reason: &str) {
-        self.account.fates.insert(name.to_owned(), Fate::Skipped { reason: reason.to_owned() });
+        self.account.outcomes.insert(name.to_owned(), TensorOutcome::Skipped { reason: reason.to_owned() });
     }
 
     /// Itself, if every tensor is there and well shaped, whatever else the source holds.
@@ -67,13 +67,13 @@ impl<S> Mapped<S> {
     }
 }
 
-impl<S: TensorSource> Mapped<S> {
-    fn find(&self, name: &str) -> std::result::Result<&Assembly, WeightsError> {
+impl<S: TensorSource> MappedSource<S> {
+    fn find(&self, name: &str) -> std::result::Result<&TensorAssembly, WeightsError> {
         self.tensors.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
     }
 
     /// Tensors that become one must be equal, or values would be lost without a word.
-    fn check_twins(&self, assembly: &Assembly) -> std::result::Result<(), WeightsError> {
+    fn check_twins(&self, assembly: &TensorAssembly) -> std::result::Result<(), WeightsError> {
         let (Some(original), false) = (&assembly.original, assembly.twins.is_empty()) else { return Ok(()) };
         let bytes = self.source.read(original)?.bytes;
         for twin in &assembly.twins {
@@ -86,7 +86,7 @@ impl<S: TensorSource> Mapped<S> {
     }
 }
 
-impl<S: TensorSource> TensorSource for Mapped<S> {
+impl<S: TensorSource> TensorSource for MappedSource<S> {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.tensors.values().map(|assembly| assembly.info.clone()).collect()
     }
@@ -98,9 +98,9 @@ impl<S: TensorSource> TensorSource for Mapped<S> {
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
         let assembly = self.find(name)?;
         self.check_twins(assembly)?;
-        let Assembly { info, pieces, .. } = assembly;
+        let TensorAssembly { info, pieces, .. } = assembly;
         let mut bytes = Vec::new();
-        for (at, Piece { tensor, bytes: range }) in pieces.iter().enumerate() {
+        for (at, ByteSlice { tensor, bytes: range }) in pieces.iter().enumerate() {
             let part = self.source.read_range(tensor, range.clone())?;
             if at == 0 {
                 bytes = part;
@@ -116,7 +116,7 @@ impl<S: TensorSource> TensorSource for Mapped<S> {
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
         let assembly = self.find(name)?;
         self.check_twins(assembly)?;
-        let Assembly { info, original, .. } = assembly;
+        let TensorAssembly { info, original, .. } = assembly;
         match original {
             Some(original) => Ok(self.source.tensor(original)?.reshape(info.shape.as_slice())?),
             None => self.read(name)?.to_tensor(name),
@@ -126,9 +126,9 @@ impl<S: TensorSource> TensorSource for Mapped<S> {
 
 /// A tensor and the pieces it is made of.
 #[derive(Debug, Clone)]
-pub(crate) struct Assembly {
+pub(crate) struct TensorAssembly {
     pub info: TensorInfo,
-    pieces: Vec<Piece>,
+    pieces: Vec<ByteSlice>,
     /// The tensor that it is under another name or shape, where it is one.
     original: Option<String>,
     /// Tensors that must be equal to that one, as they become one with it.
@@ -137,15 +137,15 @@ pub(crate) struct Assembly {
 
 /// Some bytes of a tensor.
 #[derive(Debug, Clone)]
-struct Piece {
+struct ByteSlice {
     tensor: String,
     bytes: Range<usize>,
 }
 
-impl Assembly {
+impl TensorAssembly {
     /// All of `input` under another name.
     pub fn whole(input: &TensorInfo, name: &str) -> Self {
-        let pieces = vec![Piece { tensor: input.name.clone(), bytes: 0..size(input) }];
+        let pieces = vec![ByteSlice { tensor: input.name.clone(), bytes: 0..size(input) }];
         let (info, original) = (TensorInfo { name: name.to_owned(), ..input.clone() }, Some(input.name.clone()));
         Self { info, pieces, original, twins: Vec::new() }
     }
@@ -210,7 +210,7 @@ impl Assembly {
         let mut info = TensorInfo { name: name.to_owned(), ..input.clone() };
         let row = size(input) / input.shape[0];
         info.shape[0] = rows.len();
-        let pieces = vec![Piece { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
+        let pieces = vec![ByteSlice { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
         Self { info, pieces, original: None, twins: Vec::new() }
     }
 

@@ -1,4 +1,4 @@
-//! [`Unscaled`]: a source whose fp8 weights are shown as the numbers that they stand for.
+//! [`Dequantized`]: a source whose fp8 weights are shown as the numbers that they stand for.
 //!
 //! fp8 is a format of files: nothing here computes in it. Each fp8 tensor is shown in bf16, which holds every fp8 number;
 //! where a scale stands beside it, as the exact product rounded once. Scales are applied or the file is refused: one
@@ -7,7 +7,7 @@
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
 use candle_core::{DType, Tensor};
-use clearform_weights::{Checkpoint, Dtype, Fp8, RawTensor, Stored, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{Checkpoint, Dtype, Fp8, RawTensor, StoredTensor, TensorInfo, TensorSource, WeightsError};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,15 +15,15 @@ use std::path::Path;
 
 /// A source without fp8 and without scales.
 #[derive(Debug)]
-pub struct Unscaled<S> {
+pub struct Dequantized<S> {
     source: S,
-    weights: BTreeMap<String, Scaled>,
-    companions: BTreeMap<String, Companion>,
+    weights: BTreeMap<String, Fp8Weight>,
+    companions: BTreeMap<String, ScaleTensor>,
 }
 
 /// What a tensor beside weights is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Companion {
+pub(crate) enum ScaleTensor {
     /// The weight of this name is multiplied by it.
     ScaleOf(String),
     /// Nothing here has a use for it.
@@ -32,7 +32,7 @@ pub(crate) enum Companion {
 
 /// An fp8 tensor and what its numbers are multiplied by.
 #[derive(Debug, Clone)]
-struct Scaled {
+struct Fp8Weight {
     format: Fp8,
     scales: Scales,
     /// Whether a scale of the file is applied, be it an empty one.
@@ -46,7 +46,7 @@ enum Scales {
 }
 
 /// What the name of a tensor says that it is.
-enum Role {
+enum ScaleRole {
     Marker,
     Scale,
     InputScale,
@@ -54,13 +54,13 @@ enum Role {
 }
 
 /// Endings of names, as ComfyUI and those after it have them.
-const ENDINGS: [(&str, Role); 6] = [
-    ("scaled_fp8", Role::Marker),
-    ("scale_weight", Role::Scale),
-    ("weight_scale", Role::Scale),
-    ("scale_input", Role::InputScale),
-    ("input_scale", Role::InputScale),
-    ("comfy_quant", Role::Description),
+const ENDINGS: [(&str, ScaleRole); 6] = [
+    ("scaled_fp8", ScaleRole::Marker),
+    ("scale_weight", ScaleRole::Scale),
+    ("weight_scale", ScaleRole::Scale),
+    ("scale_input", ScaleRole::InputScale),
+    ("input_scale", ScaleRole::InputScale),
+    ("comfy_quant", ScaleRole::Description),
 ];
 
 /// Descriptions are a few dozen bytes.
@@ -69,7 +69,7 @@ const REMEDY: &str = "give the bf16, fp16 or plainly scaled fp8 file of the same
 /// Keys of a description that change nothing in what a weight is.
 const HARMLESS: [&str; 2] = ["format", "full_precision_matrix_mult"];
 
-impl Unscaled<Checkpoint> {
+impl Dequantized<Checkpoint> {
     /// Opens the checkpoint at `path`. Scales are read, weights are not.
     ///
     /// # Errors
@@ -79,7 +79,7 @@ impl Unscaled<Checkpoint> {
     }
 
     /// How the file keeps a tensor that is shown; whether scales go with it is said.
-    pub(crate) fn stored(&self, name: &str) -> Option<Stored> {
+    pub(crate) fn stored(&self, name: &str) -> Option<StoredTensor> {
         let mut stored = self.source.stored(name).filter(|_| !self.companions.contains_key(name))?;
         if self.weights.get(name).is_some_and(|weight| weight.scaled) {
             stored.format += " with scales";
@@ -88,7 +88,7 @@ impl Unscaled<Checkpoint> {
     }
 }
 
-impl<S: TensorSource> Unscaled<S> {
+impl<S: TensorSource> Dequantized<S> {
     /// `source` with its scales applied. Components beside the model are left as they are.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl<S: TensorSource> Unscaled<S> {
     pub fn new(source: S, manifests: &Manifests) -> Result<Self> {
         let mut infos = source.tensors();
         infos.retain(|info| manifests.known.component(&info.name).is_none());
-        let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Scaled::plain(info)?))).collect();
+        let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Fp8Weight::plain(info)?))).collect();
         let mut unscaled = Self { source, weights, companions: BTreeMap::new() };
         for info in &infos {
             if let Some((module, role)) = role_of(&info.name) {
@@ -114,7 +114,7 @@ impl<S: TensorSource> Unscaled<S> {
     }
 
     /// The tensors that are not shown.
-    pub(crate) fn companions(&self) -> &BTreeMap<String, Companion> {
+    pub(crate) fn companions(&self) -> &BTreeMap<String, ScaleTensor> {
         &self.companions
     }
 
@@ -125,26 +125,26 @@ impl<S: TensorSource> Unscaled<S> {
         (fp8 > 0).then(|| format!("{fp8} tensors are fp8 and read as bf16, {scaled} of them times their scales"))
     }
 
-    fn place(&mut self, info: &TensorInfo, module: &str, role: &Role) -> Result<()> {
+    fn place(&mut self, info: &TensorInfo, module: &str, role: &ScaleRole) -> Result<()> {
         let weight = format!("{module}weight");
         let companion = match role {
-            Role::Marker if !matches!(info.dtype, Dtype::F32 | Dtype::F8_E4M3 | Dtype::F8_E5M2) => return Ok(()),
-            Role::Marker => Companion::Spare("a marker: the weights are scaled fp8"),
-            Role::Description => return self.describe(info, &weight),
-            Role::Scale => match self.source.info(&weight) {
+            ScaleRole::Marker if !matches!(info.dtype, Dtype::F32 | Dtype::F8_E4M3 | Dtype::F8_E5M2) => return Ok(()),
+            ScaleRole::Marker => ScaleTensor::Spare("a marker: the weights are scaled fp8"),
+            ScaleRole::Description => return self.describe(info, &weight),
+            ScaleRole::Scale => match self.source.info(&weight) {
                 Some(of) => self.scale(info, &of)?,
                 None => return Ok(()),
             },
-            Role::InputScale if !self.weights.contains_key(&weight) => return Ok(()),
-            Role::InputScale => Companion::Spare("a scale of activations in fp8, and none are in fp8 here"),
+            ScaleRole::InputScale if !self.weights.contains_key(&weight) => return Ok(()),
+            ScaleRole::InputScale => ScaleTensor::Spare("a scale of activations in fp8, and none are in fp8 here"),
         };
         self.weights.remove(&info.name);
         self.companions.insert(info.name.clone(), companion);
         Ok(())
     }
 
-    fn scale(&mut self, info: &TensorInfo, of: &TensorInfo) -> Result<Companion> {
-        let companion = Companion::ScaleOf(of.name.clone());
+    fn scale(&mut self, info: &TensorInfo, of: &TensorInfo) -> Result<ScaleTensor> {
+        let companion = ScaleTensor::ScaleOf(of.name.clone());
         let scales = self.read_scales(info, of)?;
         match self.weights.get_mut(&of.name) {
             Some(weight) if weight.scaled => Err(bad(&info.name, format!("{:?} has another scale already", of.name))),
@@ -153,7 +153,7 @@ impl<S: TensorSource> Unscaled<S> {
                 Ok(companion)
             }
             None if is_whole(of.dtype) && matches!(scales, Scales::One(1.0)) => {
-                Ok(Companion::Spare("a scale of 1 of a weight that is not fp8"))
+                Ok(ScaleTensor::Spare("a scale of 1 of a weight that is not fp8"))
             }
             None => {
                 let found = format!("it scales {:?}, expected in fp8, found in {:?}", of.name, of.dtype);
@@ -202,7 +202,7 @@ impl<S: TensorSource> Unscaled<S> {
             return Err(bad(&info.name, format!("it says that {weight:?} is {format}, found {found:?}")));
         }
         let reason = "a description of fp8 weights, which they agree with";
-        self.companions.insert(info.name.clone(), Companion::Spare(reason));
+        self.companions.insert(info.name.clone(), ScaleTensor::Spare(reason));
         Ok(())
     }
 
@@ -220,7 +220,7 @@ impl<S: TensorSource> Unscaled<S> {
     /// What is described as scaled must have its scale, be it an empty one.
     fn hold_descriptions(&self) -> Result<()> {
         for name in self.companions.keys() {
-            let Some((module, Role::Description)) = role_of(name) else { continue };
+            let Some((module, ScaleRole::Description)) = role_of(name) else { continue };
             let has = |scale: &str| self.companions.contains_key(&format!("{module}{scale}"));
             if !has("weight_scale") && !has("scale_weight") {
                 return Err(bad(name, format!("it describes a scaled weight, but {module}weight_scale is missing")));
@@ -237,7 +237,7 @@ impl<S: TensorSource> Unscaled<S> {
     }
 }
 
-impl<S: TensorSource> TensorSource for Unscaled<S> {
+impl<S: TensorSource> TensorSource for Dequantized<S> {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.source.tensors().into_iter().filter_map(|info| self.show(info)).collect()
     }
@@ -283,7 +283,7 @@ const SHOWN: Dtype = Dtype::BF16;
 /// Bytes of a number that is shown; a stored one has one.
 const WIDTH: usize = 2;
 
-impl<S> Unscaled<S> {
+impl<S> Dequantized<S> {
     fn show(&self, info: TensorInfo) -> Option<TensorInfo> {
         match (self.companions.contains_key(&info.name), self.weights.contains_key(&info.name)) {
             (true, _) => None,
@@ -293,7 +293,7 @@ impl<S> Unscaled<S> {
     }
 }
 
-impl Scaled {
+impl Fp8Weight {
     fn plain(info: &TensorInfo) -> Option<Self> {
         Some(Self { format: Fp8::of(info.dtype)?, scales: Scales::One(1.0), scaled: false })
     }
@@ -318,8 +318,8 @@ impl Scaled {
 }
 
 /// The module that a tensor belongs to, with the dot after it, and what the tensor is to it.
-fn role_of(name: &str) -> Option<(&str, &'static Role)> {
-    let fits = |(ending, role): &'static (&str, Role)| {
+fn role_of(name: &str) -> Option<(&str, &'static ScaleRole)> {
+    let fits = |(ending, role): &'static (&str, ScaleRole)| {
         let module = name.strip_suffix(ending)?;
         (module.is_empty() || module.ends_with('.')).then_some((module, role))
     };

@@ -1,8 +1,8 @@
-//! [`Account`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
+//! [`LoadReport`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
 
-use crate::manifest::config::Contradiction;
-use crate::manifest::shape::Expected;
-use crate::mapping::suggestions::Neighbours;
+use crate::manifest::config::ConfigConflict;
+use crate::manifest::shape::ExpectedTensor;
+use crate::mapping::suggestions::Suggestions;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,7 +15,7 @@ const MOST_GIVEN: usize = 3;
 /// What became of an input tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Fate {
+pub enum TensorOutcome {
     /// It became these tensors, or a part of them.
     Used {
         /// Names on the other side.
@@ -35,7 +35,7 @@ pub enum Fate {
 
 /// A canonical tensor that nothing gives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Missing {
+pub struct MissingTensor {
     /// Canonical name.
     pub name: String,
     /// The name it would have in this checkpoint, where it is another.
@@ -44,10 +44,10 @@ pub struct Missing {
 
 /// A tensor of another shape than the model's sizes ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Misshapen {
+pub struct ShapeMismatch {
     /// Canonical name and shape; an extent of none may be any.
     #[serde(flatten)]
-    pub expected: Expected,
+    pub expected: ExpectedTensor,
     /// Its shape in canonical form.
     pub found: Vec<usize>,
     /// The input tensor it comes from.
@@ -56,21 +56,21 @@ pub struct Misshapen {
 
 /// The fate of every input tensor, and what is missing or wrong.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Account {
+pub struct LoadReport {
     /// By input name.
-    pub fates: BTreeMap<String, Fate>,
+    pub outcomes: BTreeMap<String, TensorOutcome>,
     /// Canonical tensors that nothing gives.
-    pub missing: Vec<Missing>,
+    pub missing: Vec<MissingTensor>,
     /// Tensors of a wrong shape.
-    pub misshapen: Vec<Misshapen>,
+    pub misshapen: Vec<ShapeMismatch>,
     /// Settings that config.json and the tensors give differently.
-    pub contradictions: Vec<Contradiction>,
+    pub contradictions: Vec<ConfigConflict>,
     /// What names that are missing or not understood resemble: of the former a name that is not understood, of the latter
     /// one that is known.
-    pub near: BTreeMap<String, String>,
+    pub suggestions: BTreeMap<String, String>,
 }
 
-impl Account {
+impl LoadReport {
     /// Whether nothing is missing, misshapen, unmatched or contradicted.
     pub fn complete(&self) -> bool {
         self.sufficient() && self.unmatched().next().is_none()
@@ -83,23 +83,23 @@ impl Account {
 
     /// Names that nobody knows, with reasons.
     pub fn unmatched(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.fates.iter().filter_map(|(name, fate)| match fate {
-            Fate::Unmatched { reason } => Some((name.as_str(), reason.as_str())),
+        self.outcomes.iter().filter_map(|(name, fate)| match fate {
+            TensorOutcome::Unmatched { reason } => Some((name.as_str(), reason.as_str())),
             _ => None,
         })
     }
 
     /// Names that are not for us, with reasons.
     pub fn skipped(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.fates.iter().filter_map(|(name, fate)| match fate {
-            Fate::Skipped { reason } => Some((name.as_str(), reason.as_str())),
+        self.outcomes.iter().filter_map(|(name, fate)| match fate {
+            TensorOutcome::Skipped { reason } => Some((name.as_str(), reason.as_str())),
             _ => None,
         })
     }
 
     /// How many input tensors were used.
     pub fn used(&self) -> usize {
-        self.fates.values().filter(|fate| matches!(fate, Fate::Used { .. })).count()
+        self.outcomes.values().filter(|fate| matches!(fate, TensorOutcome::Used { .. })).count()
     }
 
     /// What is wrong, a line each.
@@ -114,20 +114,20 @@ impl Account {
     }
 
     /// Looks for what unknown and missing names may have been meant to be; `known` are all names of the layout.
-    pub(crate) fn look_near(&mut self, known: impl FnOnce() -> BTreeSet<String>) {
+    pub(crate) fn suggest_names(&mut self, known: impl FnOnce() -> BTreeSet<String>) {
         let unknown: Vec<&str> = self.unmatched().map(|(name, _)| name).collect();
         if unknown.is_empty() {
             return;
         }
         let known = known();
-        let missing: BTreeSet<&str> = self.missing.iter().map(Missing::in_file).collect();
+        let missing: BTreeSet<&str> = self.missing.iter().map(MissingTensor::in_file).collect();
         let unknown: Vec<&str> = unknown.into_iter().filter(|name| !known.contains(*name)).collect();
-        let right = Neighbours::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
-        let wrong = Neighbours::new(unknown.iter().copied());
+        let right = Suggestions::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
+        let wrong = Suggestions::new(unknown.iter().copied());
         let pair = |(name, near): (&str, &str)| (name.to_owned(), near.to_owned());
         let of_unknown = unknown.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, right.nearest(name)?)));
         let of_missing = missing.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, wrong.nearest(name)?)));
-        self.near = of_unknown.chain(of_missing).map(pair).collect();
+        self.suggestions = of_unknown.chain(of_missing).map(pair).collect();
     }
 
     /// Names of the file that are missing, with the canonical ones that each would give where those are others.
@@ -151,11 +151,11 @@ impl Account {
 
     /// What `name` resembles, in brackets.
     pub(crate) fn hint(&self, name: &str) -> String {
-        self.near.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"))
+        self.suggestions.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"))
     }
 }
 
-impl fmt::Display for Account {
+impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         const MOST: usize = 8;
         let complaints = self.complaints();
@@ -168,18 +168,18 @@ impl fmt::Display for Account {
     }
 }
 
-impl Missing {
+impl MissingTensor {
     /// Its name in this checkpoint.
     pub fn in_file(&self) -> &str {
         self.foreign.as_ref().unwrap_or(&self.name)
     }
 }
 
-impl fmt::Display for Misshapen {
+impl fmt::Display for ShapeMismatch {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let extent = |extent: &Option<usize>| extent.map_or("any".to_owned(), |extent| extent.to_string());
         let expected: Vec<String> = self.expected.shape.iter().map(extent).collect();
-        let Self { found, from, expected: Expected { name, .. } } = self;
+        let Self { found, from, expected: ExpectedTensor { name, .. } } = self;
         write!(f, "tensor {from:?} has a wrong shape: {name:?} expected [{}], found {found:?}", expected.join(", "))
     }
 }

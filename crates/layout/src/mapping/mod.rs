@@ -1,11 +1,11 @@
 //! [`Mapping`]: what a set of rules makes of a list of tensors, by names and shapes alone.
 
-use crate::manifest::config_values::Sizes;
+use crate::manifest::config_values::ConfigValues;
 use crate::manifest::family::{FamilyManifest, Layout};
 use crate::manifest::pattern::{Captures, Pattern};
-use crate::manifest::rule::{Edit, How, Reshape, Step};
-use crate::mapping::assembly::Assembly;
-use crate::mapping::load_report::Fate;
+use crate::manifest::rule::{MappingKind, MappingStep, Reorder, Reshape};
+use crate::mapping::assembly::TensorAssembly;
+use crate::mapping::load_report::TensorOutcome;
 use clearform_weights::TensorInfo;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -23,22 +23,22 @@ pub(crate) const UNKNOWN: &str = "no rule knows this name";
 /// Outputs by name and what became of each input.
 #[derive(Debug, Default)]
 pub(crate) struct Mapping {
-    pub tensors: BTreeMap<String, Assembly>,
+    pub tensors: BTreeMap<String, TensorAssembly>,
     /// What rules drop, by its foreign name: it may still show a setting.
-    pub dropped: BTreeMap<String, Assembly>,
-    pub fates: BTreeMap<String, Fate>,
+    pub dropped: BTreeMap<String, TensorAssembly>,
+    pub outcomes: BTreeMap<String, TensorOutcome>,
 }
 
 /// What is known of the model when its tensors are mapped.
 #[derive(Clone, Copy)]
-pub(crate) struct Scope<'a> {
+pub(crate) struct MappingContext<'a> {
     pub family: &'a FamilyManifest,
     /// None before the sizes are known.
-    pub sizes: Option<&'a Sizes>,
+    pub sizes: Option<&'a ConfigValues>,
 }
 
 /// The tensors that one application of a step takes together.
-struct Group<'a> {
+struct StepInputs<'a> {
     /// By place in the step.
     slots: Vec<Option<&'a TensorInfo>>,
     /// All of them; copies may share a place.
@@ -47,21 +47,21 @@ struct Group<'a> {
 
 impl Mapping {
     /// Applies `steps` to `inputs`: (name as the rules know it, tensor under its own name).
-    pub fn new(steps: &[Step], inputs: &[(String, TensorInfo)], scope: Scope) -> Self {
+    pub fn new(steps: &[MappingStep], inputs: &[(String, TensorInfo)], scope: MappingContext) -> Self {
         let mut mapping = Self::default();
-        let mut groups: BTreeMap<(usize, Captures), Group> = BTreeMap::new();
+        let mut groups: BTreeMap<(usize, Captures), StepInputs> = BTreeMap::new();
         for (name, info) in inputs {
             match find(steps, name, scope) {
                 Some((at, slot, captures)) => {
                     let step = &steps[at];
-                    if matches!(step.how, How::Drop(_)) {
-                        mapping.dropped.insert(name.clone(), Assembly::whole(info, name));
+                    if matches!(step.how, MappingKind::Drop(_)) {
+                        mapping.dropped.insert(name.clone(), TensorAssembly::whole(info, name));
                     }
-                    let group = groups.entry((at, step.together(captures))).or_insert_with(|| Group::of(step));
+                    let group = groups.entry((at, step.together(captures))).or_insert_with(|| StepInputs::of(step));
                     group.slots[slot].get_or_insert(info);
                     group.inputs.push(info);
                 }
-                None => mapping.tell(info, Fate::Unmatched { reason: UNKNOWN.to_owned() }),
+                None => mapping.record(info, TensorOutcome::Unmatched { reason: UNKNOWN.to_owned() }),
             }
         }
         for ((step, captures), group) in groups {
@@ -70,46 +70,46 @@ impl Mapping {
         mapping
     }
 
-    fn perform(&mut self, step: &Step, captures: Captures, group: &Group, scope: Scope) {
+    fn perform(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, scope: MappingContext) {
         let fate = match step.apply(captures, group, scope) {
             Ok(outputs) => self.put(outputs, &step.how),
-            Err(reason) => Fate::Unmatched { reason },
+            Err(reason) => TensorOutcome::Unmatched { reason },
         };
         for info in &group.inputs {
-            self.tell(info, fate.clone());
+            self.record(info, fate.clone());
         }
     }
 
-    fn put(&mut self, outputs: Vec<Assembly>, how: &How) -> Fate {
-        if let How::Drop(reason) = how {
-            return Fate::Skipped { reason: reason.clone() };
+    fn put(&mut self, outputs: Vec<TensorAssembly>, how: &MappingKind) -> TensorOutcome {
+        if let MappingKind::Drop(reason) = how {
+            return TensorOutcome::Skipped { reason: reason.clone() };
         }
         let names: Vec<String> = outputs.iter().map(|output| output.info.name.clone()).collect();
         if let Some(name) = names.iter().find(|name| self.tensors.contains_key(*name)) {
-            return Fate::Unmatched { reason: format!("another tensor gives {name:?} already") };
+            return TensorOutcome::Unmatched { reason: format!("another tensor gives {name:?} already") };
         }
         for output in outputs {
             self.tensors.insert(output.info.name.clone(), output);
         }
-        Fate::Used { names }
+        TensorOutcome::Used { names }
     }
 
-    fn tell(&mut self, info: &TensorInfo, fate: Fate) {
-        if let Entry::Vacant(free) = self.fates.entry(info.name.clone()) {
+    fn record(&mut self, info: &TensorInfo, fate: TensorOutcome) {
+        if let Entry::Vacant(free) = self.outcomes.entry(info.name.clone()) {
             free.insert(fate);
         }
     }
 }
 
-impl Group<'_> {
-    fn of(step: &Step) -> Self {
+impl StepInputs<'_> {
+    fn of(step: &MappingStep) -> Self {
         Self { slots: vec![None; step.inputs.len()], inputs: Vec::new() }
     }
 }
 
-impl Step {
+impl MappingStep {
     /// Where `name` stands among the inputs, if the step is for its block; before sizes are known it is for every one.
-    fn slot(&self, name: &str, scope: Scope) -> Option<(usize, Captures)> {
+    fn slot(&self, name: &str, scope: MappingContext) -> Option<(usize, Captures)> {
         let captured = |(slot, input): (usize, &Pattern)| Some((slot, input.captures(name)?));
         let (slot, captures) = self.inputs.iter().enumerate().find_map(captured)?;
         let (Some(sizes), Some(number), false) = (scope.sizes, captures.number, self.blocks.are_all()) else {
@@ -119,7 +119,7 @@ impl Step {
     }
 
     /// What the outputs have in their places where the inputs have `captures`, once sizes are known.
-    fn across(&self, captures: Captures, scope: Scope) -> Captures {
+    fn across(&self, captures: Captures, scope: MappingContext) -> Captures {
         match (scope.sizes, captures.number) {
             (Some(sizes), Some(number)) if self.mirrored => {
                 let mirrored = self.count(scope.family, sizes).checked_sub(number + 1);
@@ -130,26 +130,35 @@ impl Step {
     }
 
     /// How many blocks it runs over. One side has canonical names; the family counts no blocks by the other's.
-    fn count(&self, family: &FamilyManifest, sizes: &Sizes) -> usize {
+    fn count(&self, family: &FamilyManifest, sizes: &ConfigValues) -> usize {
         let names = self.outputs.iter().chain(&self.inputs).map(Pattern::as_str);
         names.map(|name| family.blocks_of(name, sizes)).max().unwrap_or(0)
     }
 
-    fn apply(&self, captures: Captures, group: &Group, scope: Scope) -> Result<Vec<Assembly>, String> {
+    fn apply(
+        &self,
+        captures: Captures,
+        group: &StepInputs,
+        scope: MappingContext,
+    ) -> Result<Vec<TensorAssembly>, String> {
         let names = self.names(captures, scope);
         match (&self.how, &self.inputs(captures, group)?[..], &names[..]) {
-            (How::Same(edit, reshape), [input], [name]) => {
+            (MappingKind::Same(edit, reshape), [input], [name]) => {
                 let output = match edit {
-                    None => Assembly::whole(input, name),
-                    Some(Edit::SwapHalves) => Assembly::swapped(input, name)?,
+                    None => TensorAssembly::whole(input, name),
+                    Some(Reorder::SwapHalves) => TensorAssembly::swapped(input, name)?,
                 };
                 reshape.apply(output, scope).map(|output| vec![output])
             }
-            (How::Split(shares), [input], names) => Assembly::split(input, names, shares),
-            (How::Join(shares), inputs, [name]) => Assembly::join(inputs, name, shares).map(|output| vec![output]),
-            (How::Copy, [input], names) => Ok(names.iter().map(|name| Assembly::whole(input, name)).collect()),
-            (How::Pick, inputs, [name]) => Assembly::picked(inputs, name).map(|output| vec![output]),
-            (How::Drop(_), ..) => Ok(Vec::new()),
+            (MappingKind::Split(shares), [input], names) => TensorAssembly::split(input, names, shares),
+            (MappingKind::Join(shares), inputs, [name]) => {
+                TensorAssembly::join(inputs, name, shares).map(|output| vec![output])
+            }
+            (MappingKind::Copy, [input], names) => {
+                Ok(names.iter().map(|name| TensorAssembly::whole(input, name)).collect())
+            }
+            (MappingKind::Pick, inputs, [name]) => TensorAssembly::picked(inputs, name).map(|output| vec![output]),
+            (MappingKind::Drop(_), ..) => Ok(Vec::new()),
             _ => Err("its rule does not say what to do with it".to_owned()),
         }
     }
@@ -157,13 +166,15 @@ impl Step {
     /// What inputs of one application have in common: copies from all blocks go back to one tensor.
     fn together(&self, captures: Captures) -> Captures {
         match self.how {
-            How::Pick if !self.outputs.iter().any(Pattern::is_numbered) => Captures { number: None, ..captures },
+            MappingKind::Pick if !self.outputs.iter().any(Pattern::is_numbered) => {
+                Captures { number: None, ..captures }
+            }
             _ => captures,
         }
     }
 
-    fn inputs<'a>(&self, captures: Captures, group: &Group<'a>) -> Result<Vec<&'a TensorInfo>, String> {
-        if matches!(self.how, How::Pick | How::Drop(_)) {
+    fn inputs<'a>(&self, captures: Captures, group: &StepInputs<'a>) -> Result<Vec<&'a TensorInfo>, String> {
+        if matches!(self.how, MappingKind::Pick | MappingKind::Drop(_)) {
             return Ok(group.inputs.clone());
         }
         let partner = |pattern: &Pattern| format!("it belongs to {:?}, which is missing", pattern.fill(captures));
@@ -171,7 +182,7 @@ impl Step {
     }
 
     /// Names of the outputs; a number that no input has runs over all blocks.
-    fn names(&self, captures: Captures, scope: Scope) -> Vec<String> {
+    fn names(&self, captures: Captures, scope: MappingContext) -> Vec<String> {
         let blocks = |output: &Pattern| scope.sizes.map_or(1, |sizes| scope.family.blocks_of(output.as_str(), sizes));
         let captures = self.across(captures, scope);
         let mut names = Vec::new();
@@ -189,8 +200,8 @@ impl Step {
 
 impl Layout {
     /// The name that the canonical tensor `name` is found under, where it is another.
-    pub fn foreign_name(&self, name: &str, prefix: &str, scope: Scope) -> Option<String> {
-        let fill = |step: &Step| {
+    pub fn foreign_name(&self, name: &str, prefix: &str, scope: MappingContext) -> Option<String> {
+        let fill = |step: &MappingStep| {
             let (_, captures) = step.slot(name, scope)?;
             Some(format!("{prefix}{}", step.outputs.first()?.fill(step.across(captures, scope))))
         };
@@ -199,7 +210,7 @@ impl Layout {
 }
 
 impl Reshape {
-    fn apply(&self, mut output: Assembly, scope: Scope) -> Result<Assembly, String> {
+    fn apply(&self, mut output: TensorAssembly, scope: MappingContext) -> Result<TensorAssembly, String> {
         let Some(sizes) = scope.sizes else { return Ok(output) };
         let shape: Option<Vec<usize>> = match self {
             Self::Keep => return Ok(output),
@@ -217,8 +228,9 @@ impl Reshape {
     }
 }
 
-fn find(steps: &[Step], name: &str, scope: Scope) -> Option<(usize, usize, Captures)> {
-    let fitting = |(at, step): (usize, &Step)| step.slot(name, scope).map(|(slot, captures)| (at, slot, captures));
+fn find(steps: &[MappingStep], name: &str, scope: MappingContext) -> Option<(usize, usize, Captures)> {
+    let fitting =
+        |(at, step): (usize, &MappingStep)| step.slot(name, scope).map(|(slot, captures)| (at, slot, captures));
     steps.iter().enumerate().find_map(fitting)
 }
 

@@ -1,16 +1,16 @@
-//! [`Addresses`]: where a parameter that is named in any layout lies in the model. It moves no bytes: what edits
+//! [`ParameterMap`]: where a parameter that is named in any layout lies in the model. It moves no bytes: what edits
 //! parameters uses it to find their rows.
 
-use crate::manifest::config_values::Sizes;
+use crate::manifest::config_values::ConfigValues;
 use crate::manifest::family::FamilyManifest;
-use crate::mapping::{Mapping, Scope};
+use crate::mapping::{Mapping, MappingContext};
 use clearform_weights::{Dtype, TensorInfo};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Rows of a parameter that are rows of a canonical tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Segment {
+pub struct RowSegment {
     /// Rows of the parameter, as it was named.
     pub from: Range<usize>,
     /// The canonical tensor.
@@ -21,33 +21,33 @@ pub struct Segment {
 
 /// A parameter under a name of some layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parameter {
+pub struct LayoutParameter {
     /// Its name there.
     pub name: String,
     /// Its extents there.
     pub shape: Vec<usize>,
     /// Where its rows lie; those of a parameter that several canonical tensors share stand once for each.
-    pub segments: Vec<Segment>,
+    pub segments: Vec<RowSegment>,
 }
 
 /// Every parameter of a model, under its names in all layouts.
 #[derive(Debug, Clone, Default)]
-pub struct Addresses {
+pub struct ParameterMap {
     /// By name with underscores for dots.
-    parameters: BTreeMap<String, Parameter>,
+    parameters: BTreeMap<String, LayoutParameter>,
     prefixes: Vec<String>,
 }
 
-impl Addresses {
+impl ParameterMap {
     /// The parameters of a model of `sizes`, under their names in all layouts of its family.
-    pub(crate) fn new(manifest: &FamilyManifest, sizes: &Sizes) -> Self {
+    pub(crate) fn new(manifest: &FamilyManifest, sizes: &ConfigValues) -> Self {
         let mut addresses = Self::default();
         let known = manifest.expected(sizes).into_iter().filter_map(|expected| {
             let shape = expected.shape.into_iter().collect::<Option<Vec<_>>>()?;
             Some(TensorInfo { name: expected.name, dtype: Dtype::U8, shape })
         });
         let canonical: Vec<_> = known.map(|info| (info.name.clone(), info)).collect();
-        let scope = Scope { family: manifest, sizes: Some(sizes) };
+        let scope = MappingContext { family: manifest, sizes: Some(sizes) };
         for layout in &manifest.layouts {
             addresses.prefixes.extend(layout.prefixes.iter().map(|prefix| underscored(prefix)));
             let foreign = Mapping::new(&layout.outward, &canonical, scope).tensors.into_values();
@@ -55,7 +55,7 @@ impl Addresses {
             let inward = Mapping::new(&layout.inward, &foreign, scope);
             for (name, info) in foreign {
                 let segments = segments(&name, &inward);
-                let parameter = Parameter { name: name.clone(), shape: info.shape, segments };
+                let parameter = LayoutParameter { name: name.clone(), shape: info.shape, segments };
                 addresses.parameters.entry(underscored(&name)).or_insert(parameter);
             }
         }
@@ -66,14 +66,14 @@ impl Addresses {
 
     /// The parameter `name` of any layout, with dots or with underscores in their place, and with any prefix that the
     /// layouts know. A module's "weight" is its one parameter also where that is called "scale", or nothing of its own.
-    pub fn find(&self, name: &str) -> Option<&Parameter> {
+    pub fn find(&self, name: &str) -> Option<&LayoutParameter> {
         let name = underscored(name);
         let module = name.strip_suffix("_weight");
         let others = module.map(|module| [module.to_owned(), format!("{module}_scale")]);
         self.find_underscored(&name).or_else(|| others?.iter().find_map(|name| self.find_underscored(name)))
     }
 
-    fn find_underscored(&self, name: &str) -> Option<&Parameter> {
+    fn find_underscored(&self, name: &str) -> Option<&LayoutParameter> {
         let stripped = self.prefixes.iter().filter_map(|prefix| name.strip_prefix(prefix.as_str()));
         stripped.filter_map(|name| self.parameters.get(name)).next()
     }
@@ -81,7 +81,7 @@ impl Addresses {
     /// Every name, in some layout, of the parameters that rows of `canonical` are in.
     pub fn names<'a>(&'a self, canonical: &'a str) -> impl Iterator<Item = &'a str> {
         let holds =
-            move |parameter: &&Parameter| parameter.segments.iter().any(|segment| segment.canonical == canonical);
+            move |parameter: &&LayoutParameter| parameter.segments.iter().any(|segment| segment.canonical == canonical);
         self.parameters.values().filter(holds).map(|parameter| parameter.name.as_str())
     }
 
@@ -90,23 +90,27 @@ impl Addresses {
     pub fn of_tensors(tensors: &[TensorInfo], prefix: &str) -> Self {
         let whole = |info: &TensorInfo| {
             let rows = info.shape.first().copied().unwrap_or(1);
-            let segments = vec![Segment { from: 0..rows, canonical: info.name.clone(), to: 0 }];
+            let segments = vec![RowSegment { from: 0..rows, canonical: info.name.clone(), to: 0 }];
             let key = underscored(info.name.strip_prefix(prefix).unwrap_or(&info.name));
-            (key, Parameter { name: info.name.clone(), shape: info.shape.clone(), segments })
+            (key, LayoutParameter { name: info.name.clone(), shape: info.shape.clone(), segments })
         };
         Self { parameters: tensors.iter().map(whole).collect(), prefixes: vec![underscored(prefix), String::new()] }
     }
 }
 
 /// Where rows of the foreign tensor `name` went. Sizes are counted in bytes of one each, so bytes are elements here.
-fn segments(name: &str, inward: &Mapping) -> Vec<Segment> {
+fn segments(name: &str, inward: &Mapping) -> Vec<RowSegment> {
     let mut segments = Vec::new();
     for (canonical, assembly) in &inward.tensors {
         let row = assembly.info.shape.iter().skip(1).product::<usize>().max(1);
         let mut to = 0;
         for (tensor, bytes) in assembly.pieces() {
             if tensor == name {
-                segments.push(Segment { from: bytes.start / row..bytes.end / row, canonical: canonical.clone(), to });
+                segments.push(RowSegment {
+                    from: bytes.start / row..bytes.end / row,
+                    canonical: canonical.clone(),
+                    to,
+                });
             }
             to += bytes.len() / row;
         }
@@ -123,8 +127,8 @@ fn underscored(name: &str) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{Beside, Hints, Identified, Manifests, detect_source};
-    use clearform_weights::Resident;
+    use crate::{Hints, Identified, Manifests, Sidecar, detect_source};
+    use clearform_weights::InMemoryTensors;
     use serde_json::json;
 
     /// A FLUX of 2 double and 1 single blocks, 8 wide.
@@ -138,23 +142,23 @@ mod tests {
         let zero =
             |shape: &[usize]| candle_core::Tensor::zeros(shape, candle_core::DType::F32, &candle_core::Device::Cpu);
         let expected = manifests.expected("flux", &config).unwrap().into_iter();
-        let source: Resident = expected
+        let source: InMemoryTensors = expected
             .filter_map(|tensor| {
                 Some((tensor.name, zero(&tensor.shape.into_iter().collect::<Option<Vec<_>>>()?).unwrap()))
             })
             .collect();
-        let beside = Beside { config: Some(&config), metadata: &BTreeMap::new() };
+        let beside = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
         detect_source(&source, beside, &manifests, &Hints::default()).unwrap()
     }
 
-    fn lies(addresses: &Addresses, name: &str) -> Vec<(Range<usize>, String, usize)> {
+    fn lies(addresses: &ParameterMap, name: &str) -> Vec<(Range<usize>, String, usize)> {
         let parameter = addresses.find(name).unwrap_or_else(|| panic!("{name}"));
         parameter.segments.iter().map(|one| (one.from.clone(), one.canonical.clone(), one.to)).collect()
     }
 
     #[test]
     fn names_of_every_layout_with_dots_or_underscores_are_found() {
-        let addresses = flux().addresses();
+        let addresses = flux().parameter_map();
         let canonical = "transformer_blocks.1.ff.net.2.weight";
         for name in [
             canonical,
@@ -181,7 +185,7 @@ mod tests {
 
     #[test]
     fn fused_rows_are_told_apart_and_swapped_halves_swap() {
-        let addresses = flux().addresses();
+        let addresses = flux().parameter_map();
         let single = "single_transformer_blocks.0";
         let expected = [
             (0..8, format!("{single}.attn.to_q.weight"), 0),
@@ -199,7 +203,7 @@ mod tests {
     #[test]
     fn no_two_parameters_share_a_name_with_underscores() {
         let identified = flux();
-        let addresses = identified.addresses();
+        let addresses = identified.parameter_map();
         let count = addresses
             .parameters
             .values()

@@ -1,7 +1,7 @@
-//! [`Under`]: those tensors of a source whose names begin alike, without that beginning.
+//! [`PrefixView`]: those tensors of a source whose names begin alike, without that beginning.
 
 use candle_core::{DType, Device, Tensor};
-use clearform_weights::{RawTensor, Resident, Result, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{InMemoryTensors, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -10,17 +10,17 @@ const MOST_ROWS: usize = 8192;
 
 /// The tensors of a source under a prefix.
 #[derive(Debug)]
-pub struct Under<S> {
+pub struct PrefixView<S> {
     source: S,
     prefix: String,
     hidden: BTreeSet<String>,
-    added: Resident,
+    added: InMemoryTensors,
 }
 
-impl<S: TensorSource> Under<S> {
+impl<S: TensorSource> PrefixView<S> {
     /// All tensors of `source` under `prefix`.
     pub(crate) fn new(source: S, prefix: &str) -> Self {
-        Self { source, prefix: prefix.to_owned(), hidden: BTreeSet::new(), added: Resident::default() }
+        Self { source, prefix: prefix.to_owned(), hidden: BTreeSet::new(), added: InMemoryTensors::default() }
     }
 
     /// Without these of them.
@@ -58,7 +58,7 @@ impl<S: TensorSource> Under<S> {
     }
 }
 
-impl<S: TensorSource> TensorSource for Under<S> {
+impl<S: TensorSource> TensorSource for PrefixView<S> {
     fn tensors(&self) -> Vec<TensorInfo> {
         let own = self.source.tensors().into_iter().filter_map(|info| {
             let name = info.name.strip_prefix(&self.prefix).filter(|name| !self.hidden.contains(*name))?;

@@ -1,4 +1,4 @@
-//! [`Neighbours`]: which of many tensor names one resembles, so that a misspelt tensor can be told. It knows no model.
+//! [`Suggestions`]: which of many tensor names one resembles, so that a misspelt tensor can be told. It knows no model.
 
 use std::collections::BTreeMap;
 use strsim::levenshtein;
@@ -8,11 +8,11 @@ const MOST_COMPARED: usize = 2000;
 
 /// Neighbours, by the number of their block.
 #[derive(Debug)]
-pub(crate) struct Neighbours<'a> {
+pub(crate) struct Suggestions<'a> {
     blocks: BTreeMap<Option<&'a str>, Vec<&'a str>>,
 }
 
-impl<'a> Neighbours<'a> {
+impl<'a> Suggestions<'a> {
     /// Of names that resemble another equally, the first is preferred.
     pub fn new(names: impl IntoIterator<Item = &'a str>) -> Self {
         let mut blocks: BTreeMap<_, Vec<_>> = BTreeMap::new();
@@ -60,7 +60,7 @@ mod tests {
             "double_blocks.11.img_attn.qkv.weight",
             "transformer_blocks.1.attn.to_out.0.weight",
         ];
-        let names = Neighbours::new(known);
+        let names = Suggestions::new(known);
         for (name, near) in [
             ("double_blocks.1.img_attn.qvk.weight", Some(1)),
             ("double_blocks.1.img_attn.projection.weight", Some(2)),

@@ -1,4 +1,4 @@
-//! [`Estimate`]: what a picture will cost, counted from the shapes of the weights. Nothing here is measured: how fast a
+//! [`CostEstimate`]: what a picture will cost, counted from the shapes of the weights. Nothing here is measured: how fast a
 //! machine does it is not said.
 //!
 //! One evaluation of the transformer on N image tokens and T text tokens takes 2 operations for every weight of a linear
@@ -17,7 +17,7 @@
 //! holds at its widest. Attention of either kind is computed in tiles and holds no matrix of pairs.
 
 use crate::detect::Identified;
-use crate::report::flops::Work;
+use crate::report::flops::FlopCount;
 use serde::Serialize;
 
 /// Side of the smallest picture, where nothing tells what the model was trained on.
@@ -32,7 +32,7 @@ const ACTIVATIONS: usize = 15;
 
 /// An estimate for one picture size; nothing in it was measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Estimate {
+pub struct CostEstimate {
     /// Pixels along a side of the square picture.
     pub side_pixels: usize,
     /// Image tokens.
@@ -44,12 +44,12 @@ pub struct Estimate {
     /// Operations of one evaluation with full attention, in units of 10^12.
     pub full_teraflop_per_evaluation: f64,
     /// The same made linear.
-    pub clear: Vec<Linear>,
+    pub clear: Vec<ClearCost>,
 }
 
 /// What one evaluation costs with CLEAR attention.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Linear {
+pub struct ClearCost {
     /// Radius of the window.
     pub radius_tokens: usize,
     /// Operations, in units of 10^12.
@@ -58,12 +58,12 @@ pub struct Linear {
     pub full_over_clear: f64,
 }
 
-impl Estimate {
+impl CostEstimate {
     /// Estimates for the size a model was trained on and larger ones that it can draw, where its weights take
     /// `weight_bytes`; none if the family's manifest does not say what its weights act on.
     pub fn of(identified: &Identified, weight_bytes: u64) -> Vec<Self> {
         let (manifest, sizes) = (identified.manifest(), identified.sizes());
-        let work = Work::of(manifest, sizes);
+        let work = FlopCount::of(manifest, sizes);
         let side = identified.pixels_per_token();
         let first = manifest.trained_side(sizes).unwrap_or(USUAL_SIDE).clamp(side, MOST_SIDE.max(side));
         let most = manifest.largest_side(sizes).unwrap_or(MOST_SIDE).max(first);
@@ -72,14 +72,14 @@ impl Estimate {
         drawn.map(|side| Self::at(side, identified, &work, weight_bytes)).collect()
     }
 
-    fn at(side: usize, identified: &Identified, work: &Work, weight_bytes: u64) -> Self {
+    fn at(side: usize, identified: &Identified, work: &FlopCount, weight_bytes: u64) -> Self {
         let edge = side / identified.pixels_per_token();
         let text = identified.variant.defaults.text_tokens;
-        let picture = Picture { edge, text, pixels: side as f64 * side as f64 };
+        let picture = ImageCost { edge, text, pixels: side as f64 * side as f64 };
         let full = picture.teraflop(work, (edge as f64).powi(4));
         let linear = |radius| {
             let clear = picture.teraflop(work, near_pairs(edge, radius) as f64);
-            Linear { radius_tokens: radius, teraflop_per_evaluation: clear, full_over_clear: full / clear }
+            ClearCost { radius_tokens: radius, teraflop_per_evaluation: clear, full_over_clear: full / clear }
         };
         let width = identified.size("width").unwrap_or(0);
         let tokens = edge.saturating_mul(edge);
@@ -96,16 +96,16 @@ impl Estimate {
 }
 
 /// What an evaluation is of.
-struct Picture {
+struct ImageCost {
     /// Image tokens along a side.
     edge: usize,
     text: usize,
     pixels: f64,
 }
 
-impl Picture {
+impl ImageCost {
     /// 10^12 operations where `near` pairs of image tokens attend to each other.
-    fn teraflop(&self, work: &Work, near: f64) -> f64 {
+    fn teraflop(&self, work: &FlopCount, near: f64) -> f64 {
         let (image, text) = ((self.edge as f64).powi(2), self.text as f64);
         let weights = work.image_token * image + work.text_token * text + work.pixel * self.pixels + work.picture;
         let all = near + image * text + text * (image + text);
@@ -141,7 +141,7 @@ mod tests {
     /// of its tables has 80.6.
     #[test]
     fn a_layer_of_attention_takes_what_the_paper_says() {
-        let layer = Work { attends_all: 3072.0, ..Work::default() };
+        let layer = FlopCount { attends_all: 3072.0, ..FlopCount::default() };
         let printed = [
             (64, 260.9, [63.5, 86.6, 154.1]),
             (128, 3510.0, [250.0, 350.0, 720.0]),
@@ -149,7 +149,7 @@ mod tests {
             (512, 847_700.0, [3920.0, 5790.0, 13_090.0]),
         ];
         for (edge, full, clear) in printed {
-            let picture = Picture { edge, text: 512, pixels: 0.0 };
+            let picture = ImageCost { edge, text: 512, pixels: 0.0 };
             let close = |counted: f64, printed: f64| {
                 assert!((counted * 1e3 / printed - 1.0).abs() < 0.02, "{edge}: {counted} Tflop, not {printed} Gflop");
             };

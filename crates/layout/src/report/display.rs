@@ -1,9 +1,9 @@
 //! How an [`Inspection`] reads on a terminal: a word at the left of a line says what it tells, what is wrong stands near
 //! the end, the verdict is the last line. JSON has all that is cut short here.
 
-use crate::manifest::family::Defaults;
+use crate::manifest::family::SamplingDefaults;
 use crate::mapping::UNKNOWN;
-use crate::report::cost::Estimate;
+use crate::report::cost::CostEstimate;
 use crate::report::inspection::Inspection;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -98,7 +98,7 @@ impl Inspection {
     }
 
     fn evaluations(&self) -> String {
-        let Defaults { steps, evaluations, .. } = self.variant.defaults;
+        let SamplingDefaults { steps, evaluations, .. } = self.variant.defaults;
         let plural = if evaluations == 1 { "" } else { "s" };
         format!("a picture takes {steps} steps of {evaluations} evaluation{plural}")
     }
@@ -111,7 +111,7 @@ impl Inspection {
     }
 
     fn faults(&self) -> Vec<(&str, String)> {
-        let account = self.account();
+        let account = self.load_report();
         let missing = account.missing_in_file().into_keys().map(|name| format!("{name:?}{}", account.hint(name)));
         let unmatched = self.unmatched.iter().map(|one| {
             let reason = if one.reason == UNKNOWN { String::new() } else { format!(": {}", one.reason) };
@@ -136,8 +136,8 @@ fn few(word: &'static str, texts: Vec<String>) -> Vec<(&'static str, String)> {
     texts.into_iter().take(MOST_LINES).chain(rest).map(|text| (word, text)).collect()
 }
 
-fn row(estimate: &Estimate, factor: f64) -> String {
-    let Estimate { side_pixels, image_tokens, full_teraflop_per_evaluation: full, .. } = estimate;
+fn row(estimate: &CostEstimate, factor: f64) -> String {
+    let CostEstimate { side_pixels, image_tokens, full_teraflop_per_evaluation: full, .. } = estimate;
     let (memory, full) = (size(estimate.memory_bytes), figures(full * factor));
     let mut row = format!("{side_pixels:>6} px {image_tokens:>8} {memory:>11} {full:>9}");
     for clear in &estimate.clear {

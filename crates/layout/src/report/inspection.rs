@@ -1,12 +1,12 @@
 //! [`Inspection`]: all that is known of a checkpoint, to be printed as text or as JSON.
 
 use crate::detect::Identified;
-use crate::manifest::config::Contradiction;
+use crate::manifest::config::ConfigConflict;
 use crate::manifest::family::Variant;
-use crate::mapping::assembly::Canonical;
-use crate::mapping::dequantized::Unscaled;
-use crate::mapping::load_report::{Account, Fate, Misshapen, Missing};
-use crate::report::cost::Estimate;
+use crate::mapping::assembly::CanonicalSource;
+use crate::mapping::dequantized::Dequantized;
+use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome};
+use crate::report::cost::CostEstimate;
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 /// An input tensor that was not used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Unused {
+pub struct UnusedTensor {
     /// Its name.
     pub name: String,
     /// Why.
@@ -23,7 +23,7 @@ pub struct Unused {
 
 /// The model's tensors that the file keeps in one number format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Stored {
+pub struct StorageFormat {
     /// The format as the file calls it, and whether scales go with it.
     pub format: String,
     /// How many they are.
@@ -54,7 +54,7 @@ pub struct Inspection {
     /// How many canonical tensors are given in which number format.
     pub dtypes: BTreeMap<String, usize>,
     /// How the file keeps the model's tensors, where it is known.
-    pub stored: Vec<Stored>,
+    pub stored: Vec<StorageFormat>,
     /// Parts of its pipeline that lie in the same file.
     pub parts: Vec<String>,
     /// How many input tensors are used.
@@ -66,29 +66,29 @@ pub struct Inspection {
     /// What was taken for granted.
     pub notes: Vec<String>,
     /// Where config.json and the tensors differ.
-    pub contradictions: Vec<Contradiction>,
+    pub contradictions: Vec<ConfigConflict>,
     /// Tensors that are not there.
-    pub missing: Vec<Missing>,
+    pub missing: Vec<MissingTensor>,
     /// Tensors of a wrong shape.
-    pub misshapen: Vec<Misshapen>,
+    pub misshapen: Vec<ShapeMismatch>,
     /// Tensors that nobody knows.
-    pub unmatched: Vec<Unused>,
+    pub unmatched: Vec<UnusedTensor>,
     /// What names that are missing or not understood resemble.
-    pub near: BTreeMap<String, String>,
+    pub suggestions: BTreeMap<String, String>,
     /// Tensors that are not the model's.
-    pub skipped: Vec<Unused>,
+    pub skipped: Vec<UnusedTensor>,
     /// Pixels along a side of the pictures it was trained on, where that is known.
     pub trained_side_pixels: Option<usize>,
     /// Pixels along a side of the largest picture it can draw, where there is one.
     pub largest_side_pixels: Option<usize>,
     /// Cost of pictures; nothing was measured.
-    pub estimates: Vec<Estimate>,
+    pub estimates: Vec<CostEstimate>,
 }
 
 impl Inspection {
     /// Gathers what is known; reads no tensor.
-    pub fn new<S: TensorSource>(identified: &Identified, canonical: &Canonical<S>) -> Self {
-        let account = canonical.account();
+    pub fn new<S: TensorSource>(identified: &Identified, canonical: &CanonicalSource<S>) -> Self {
+        let account = canonical.load_report();
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(TensorInfo::byte_count).sum();
         let (manifest, sizes) = (identified.manifest(), identified.sizes());
@@ -103,7 +103,7 @@ impl Inspection {
             bytes,
             dtypes: histogram(&tensors),
             stored: Vec::new(),
-            parts: identified.parts_in(canonical.source()).into_iter().map(|part| part.name).collect(),
+            parts: identified.components_in(canonical.source()).into_iter().map(|part| part.name).collect(),
             used: account.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -112,25 +112,25 @@ impl Inspection {
             missing: account.missing.clone(),
             misshapen: account.misshapen.clone(),
             unmatched: unused(account.unmatched()),
-            near: account.near.clone(),
+            suggestions: account.suggestions.clone(),
             skipped: unused(account.skipped()),
             trained_side_pixels: manifest.trained_side(sizes),
             largest_side_pixels: manifest.largest_side(sizes),
-            estimates: Estimate::of(identified, bytes),
+            estimates: CostEstimate::of(identified, bytes),
         }
     }
 
     /// The same of a checkpoint on disk, with what is known of how it is kept.
-    pub fn of(identified: &Identified, checkpoint: &Unscaled<Checkpoint>) -> Self {
+    pub fn of(identified: &Identified, checkpoint: &Dequantized<Checkpoint>) -> Self {
         let canonical = identified.canonical(checkpoint);
-        let mut formats = BTreeMap::<String, Stored>::new();
-        for (name, fate) in &canonical.account().fates {
-            let (Fate::Used { .. }, Some(stored)) = (fate, checkpoint.stored(name)) else { continue };
-            let none = Stored { format: stored.format.clone(), tensors: 0, bytes: 0 };
+        let mut formats = BTreeMap::<String, StorageFormat>::new();
+        for (name, fate) in &canonical.load_report().outcomes {
+            let (TensorOutcome::Used { .. }, Some(stored)) = (fate, checkpoint.stored(name)) else { continue };
+            let none = StorageFormat { format: stored.format.clone(), tensors: 0, bytes: 0 };
             let all = formats.entry(stored.format).or_insert(none);
             (all.tensors, all.bytes) = (all.tensors + 1, all.bytes + stored.bytes);
         }
-        let mut stored: Vec<Stored> = formats.into_values().collect();
+        let mut stored: Vec<StorageFormat> = formats.into_values().collect();
         stored.sort_by_key(|format| std::cmp::Reverse(format.bytes));
         Self { stored, ..Self::new(identified, &canonical) }
     }
@@ -141,26 +141,26 @@ impl Inspection {
     }
 
     /// What is wrong.
-    pub fn account(&self) -> Account {
+    pub fn load_report(&self) -> LoadReport {
         let unmatched = self.unmatched.iter().map(|one| (one.name.clone(), one.reason.clone()));
-        let fate = |(name, reason)| (name, Fate::Unmatched { reason });
-        Account {
-            fates: unmatched.map(fate).collect(),
+        let fate = |(name, reason)| (name, TensorOutcome::Unmatched { reason });
+        LoadReport {
+            outcomes: unmatched.map(fate).collect(),
             missing: self.missing.clone(),
             misshapen: self.misshapen.clone(),
             contradictions: self.contradictions.clone(),
-            near: self.near.clone(),
+            suggestions: self.suggestions.clone(),
         }
     }
 
     /// What is wrong, a line each.
     pub fn complaints(&self) -> Vec<String> {
-        self.account().complaints()
+        self.load_report().complaints()
     }
 }
 
-fn unused<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<Unused> {
-    pairs.map(|(name, reason)| Unused { name: name.to_owned(), reason: reason.to_owned() }).collect()
+fn unused<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<UnusedTensor> {
+    pairs.map(|(name, reason)| UnusedTensor { name: name.to_owned(), reason: reason.to_owned() }).collect()
 }
 
 fn histogram(tensors: &[TensorInfo]) -> BTreeMap<String, usize> {

@@ -3,7 +3,7 @@
 
 pub mod models;
 
-use clearform_layout::{Beside, Canonical, Hints, Identified, LayoutError, Manifests, detect_source};
+use clearform_layout::{CanonicalSource, Hints, Identified, LayoutError, Manifests, Sidecar, detect_source};
 use clearform_weights::{Dtype, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -123,7 +123,7 @@ impl Flux {
         let source = self.diffusers();
         let identified = detect(&source, Some(&self.config()), &Hints::default()).unwrap();
         let exported = identified.foreign(layout, &source).unwrap();
-        assert_eq!(exported.account().unmatched().count(), 0);
+        assert_eq!(exported.load_report().unmatched().count(), 0);
         Fake::like(&exported)
     }
 }
@@ -133,11 +133,11 @@ pub fn manifests() -> Manifests {
 }
 
 pub fn detect(source: &Fake, config: Option<&Value>, hints: &Hints) -> std::result::Result<Identified, LayoutError> {
-    detect_source(source, Beside { config, metadata: &BTreeMap::new() }, &manifests(), hints)
+    detect_source(source, Sidecar { config, metadata: &BTreeMap::new() }, &manifests(), hints)
 }
 
 /// Detects and maps.
-pub fn open<'a>(source: &'a Fake, config: &Value) -> (Identified, Canonical<&'a Fake>) {
+pub fn open<'a>(source: &'a Fake, config: &Value) -> (Identified, CanonicalSource<&'a Fake>) {
     let identified = detect(source, Some(config), &Hints::default()).unwrap();
     let canonical = identified.canonical(source);
     (identified, canonical)

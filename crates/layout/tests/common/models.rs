@@ -1,7 +1,7 @@
 //! Models of every family and any size: what config.json says of them, and their tensors in each layout.
 
 use super::{Fake, detect, manifests};
-use clearform_layout::{Canonical, Hints, Identified};
+use clearform_layout::{CanonicalSource, Hints, Identified};
 use serde_json::{Value, json};
 
 pub const FAMILIES: [&str; 6] = ["dit", "flux", "minrf", "pixart", "sd3", "sit"];
@@ -62,12 +62,12 @@ impl Model {
         let source = self.canonical();
         let identified = detect(&source, Some(&self.config), &Hints::default()).unwrap();
         let exported = identified.foreign(layout, &source).unwrap();
-        assert_eq!(exported.account().unmatched().count(), 0);
+        assert_eq!(exported.load_report().unmatched().count(), 0);
         Fake::like(&exported)
     }
 
     /// Detects `source` by this model's config.json and maps it.
-    pub fn open<'a>(&self, source: &'a Fake) -> (Identified, Canonical<&'a Fake>) {
+    pub fn open<'a>(&self, source: &'a Fake) -> (Identified, CanonicalSource<&'a Fake>) {
         super::open(source, &self.config)
     }
 }

@@ -1,6 +1,6 @@
-//! [`Projections`] to queries, keys and values, and the [`attention`] of a layer. They know not where image tokens lie.
+//! [`QkvProjections`] to queries, keys and values, and the [`attention`] of a layer. They know not where image tokens lie.
 
-use crate::scope::{Linear, Scope};
+use crate::scope::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
@@ -8,7 +8,7 @@ use clearform_ops::rms_norm;
 use clearform_weights::TensorSource;
 
 /// The way from tokens to queries, keys and values, with a norm of each head's queries and keys where there is one.
-pub(crate) struct Projections {
+pub(crate) struct QkvProjections {
     query: Linear,
     key: Linear,
     value: Linear,
@@ -16,12 +16,12 @@ pub(crate) struct Projections {
     heads: usize,
 }
 
-impl Projections {
+impl QkvProjections {
     /// Loads the layers `names` (queries, keys, values) and, where they are there, the norms `norms` of `scope`.
-    pub(crate) fn load(scope: &Scope, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
+    pub(crate) fn load(scope: &WeightBuilder, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
         let [query, key, value] = names;
-        let norm = |name: &str| scope.at(name).tensor("weight");
-        let normed = scope.at(norms[0]).has("weight");
+        let norm = |name: &str| scope.pp(name).tensor("weight");
+        let normed = scope.pp(norms[0]).has("weight");
         Ok(Self {
             query: scope.linear(query)?,
             key: scope.linear(key)?,

@@ -2,7 +2,7 @@
 //! attention.
 
 use crate::Result;
-use crate::scope::{Linear, Scope};
+use crate::scope::{Linear, WeightBuilder};
 use candle_core::{D, DType, Tensor};
 use clearform_ops::gelu;
 
@@ -23,7 +23,7 @@ pub(crate) struct FeedForward {
 
 impl Mlp {
     /// Loads the layers `names` of `scope`: "linear_1" and "linear_2" in diffusers, "mlp.0" and "mlp.2" elsewhere.
-    pub(crate) fn load(scope: &Scope, [first, second]: [&str; 2]) -> Result<Self> {
+    pub(crate) fn load(scope: &WeightBuilder, [first, second]: [&str; 2]) -> Result<Self> {
         Ok(Self { first: scope.linear(first)?, second: scope.linear(second)? })
     }
 
@@ -33,7 +33,7 @@ impl Mlp {
 }
 
 impl FeedForward {
-    pub(crate) fn load(scope: &Scope) -> Result<Self> {
+    pub(crate) fn load(scope: &WeightBuilder) -> Result<Self> {
         Ok(Self { up: scope.linear("net.0.proj")?, down: scope.linear("net.2")? })
     }
 

@@ -1,14 +1,14 @@
-//! [`Arguments`] of a forward by name, and checks of their shapes.
+//! [`ForwardArguments`] of a forward by name, and checks of their shapes.
 
-use crate::{Conditions, DenoiserInput, ModelError, Moment, Result};
+use crate::{Conditions, DenoiserInput, ModelError, Result, StepIndex};
 use candle_core::{DType, Tensor};
 use clearform_attention::{Geometries, Geometry, TokenGrid};
 use std::collections::BTreeMap;
 
 /// Named tensors that are the arguments of a class's `forward`; each is taken once.
-pub(crate) struct Arguments(BTreeMap<String, Tensor>);
+pub(crate) struct ForwardArguments(BTreeMap<String, Tensor>);
 
-impl Arguments {
+impl ForwardArguments {
     pub(crate) fn new(tensors: BTreeMap<String, Tensor>) -> Self {
         Self(tensors)
     }
@@ -35,11 +35,11 @@ impl Arguments {
 
 /// The input of a family that draws classes: latents, times and labels.
 pub(crate) fn class_input(family: &str, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
-    let mut arguments = Arguments::new(tensors);
+    let mut arguments = ForwardArguments::new(tensors);
     let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
     let conditions = Conditions { classes: Some(arguments.required("class_labels")?), ..Conditions::default() };
     arguments.finish(family, &["hidden_states", "timestep", "class_labels"])?;
-    Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+    Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
 }
 
 /// Fails unless `tensor` has the extents `shape`, of which none stands for any.

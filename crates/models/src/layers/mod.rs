@@ -7,10 +7,10 @@ mod inputs;
 mod patches;
 mod positions;
 
-pub(crate) use attention::{Projections, attention, block_at, split_heads};
+pub(crate) use attention::{QkvProjections, attention, block_at, split_heads};
 pub(crate) use convolution::Convolution;
 pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoids};
-pub(crate) use inputs::{Arguments, checked_batch, class_input, expect, grid, labels};
+pub(crate) use inputs::{ForwardArguments, checked_batch, class_input, expect, grid, labels};
 pub(crate) use patches::{ChannelOrder, Patches, patchify, to_latents, unpatchify};
 pub(crate) use positions::{rotary_tables, sincos_positions};
 

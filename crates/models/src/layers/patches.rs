@@ -1,6 +1,6 @@
 //! [`Patches`]: pictures or latents to tokens of p x p places, and [`unpatchify`], the way back.
 
-use crate::scope::{Linear, Scope};
+use crate::scope::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::Geometry;
@@ -22,7 +22,7 @@ pub(crate) struct Patches {
 
 impl Patches {
     /// Loads the layer "proj" of `scope`.
-    pub(crate) fn load(scope: &Scope, patch: usize) -> Result<Self> {
+    pub(crate) fn load(scope: &WeightBuilder, patch: usize) -> Result<Self> {
         Ok(Self { projection: scope.linear("proj")?.flattened()?, patch })
     }
 

@@ -2,8 +2,8 @@
 //! one. It takes token ids, not text.
 
 use super::checked_ids;
-use crate::keys::{Keys, bad};
-use crate::scope::{Linear, Scope};
+use crate::keys::{ConfigKeys, bad};
+use crate::scope::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{LayerNorm, Module as _, ops};
@@ -37,7 +37,7 @@ pub struct ClipText {
     config: ClipConfig,
     tokens: Tensor,
     positions: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<ClipLayer>,
     final_norm: LayerNorm,
     projection: Option<Linear>,
 }
@@ -61,7 +61,7 @@ impl ClipConfig {
     /// # Errors
     /// A key of the wrong type, or an activation that the class does not have.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let activation = match keys.text("hidden_act", "quick_gelu")? {
             "gelu" => Activation::Gelu,
             "quick_gelu" => Activation::QuickGelu,
@@ -99,17 +99,17 @@ impl ClipText {
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: ClipConfig, source: &dyn TensorSource) -> Result<Self> {
-        let root = Scope::root(source).in_dtype(DType::F32);
+        let root = WeightBuilder::root(source).in_dtype(DType::F32);
         let prefixed = root.has("text_model.embeddings.token_embedding.weight");
-        let scope = if prefixed { root.at("text_model") } else { root.clone() };
-        let (table, width) = (scope.at("embeddings"), config.width);
-        let layer = |index| Layer::load(&scope.at(format!("encoder.layers.{index}")), &config);
+        let scope = if prefixed { root.pp("text_model") } else { root.clone() };
+        let (table, width) = (scope.pp("embeddings"), config.width);
+        let layer = |index| ClipLayer::load(&scope.pp(format!("encoder.layers.{index}")), &config);
         let projects = root.has("text_projection.weight");
         Ok(Self {
             tokens: table.shaped("token_embedding.weight", &[config.vocabulary, width])?,
             positions: table.shaped("position_embedding.weight", &[config.max_tokens, width])?,
             layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
-            final_norm: layer_norm(&scope.at("final_layer_norm"), config.norm_eps)?,
+            final_norm: layer_norm(&scope.pp("final_layer_norm"), config.norm_eps)?,
             projection: if projects { Some(root.linear("text_projection")?) } else { None },
             config,
         })
@@ -153,7 +153,7 @@ impl ClipText {
 }
 
 /// Attention to what came before, then an MLP, each after a norm.
-struct Layer {
+struct ClipLayer {
     norms: [LayerNorm; 2],
     projections: [Linear; 3],
     out: Linear,
@@ -163,10 +163,10 @@ struct Layer {
     activation: Activation,
 }
 
-impl Layer {
-    fn load(scope: &Scope, config: &ClipConfig) -> Result<Self> {
-        let (own, mlp) = (scope.at("self_attn"), scope.at("mlp"));
-        let norm = |name: &str| layer_norm(&scope.at(name), config.norm_eps);
+impl ClipLayer {
+    fn load(scope: &WeightBuilder, config: &ClipConfig) -> Result<Self> {
+        let (own, mlp) = (scope.pp("self_attn"), scope.pp("mlp"));
+        let norm = |name: &str| layer_norm(&scope.pp(name), config.norm_eps);
         Ok(Self {
             norms: [norm("layer_norm1")?, norm("layer_norm2")?],
             projections: [own.linear("q_proj")?, own.linear("k_proj")?, own.linear("v_proj")?],
@@ -205,7 +205,7 @@ impl Layer {
     }
 }
 
-fn layer_norm(scope: &Scope, eps: f64) -> Result<LayerNorm> {
+fn layer_norm(scope: &WeightBuilder, eps: f64) -> Result<LayerNorm> {
     Ok(LayerNorm::new(scope.tensor("weight")?, scope.tensor("bias")?, eps))
 }
 

@@ -1,7 +1,7 @@
 //! [`description`]: a sentencepiece model (`spiece.model`), as the tokenizer.json that transformers makes of it. It knows
 //! T5's special tokens and no other tokenizer's.
 
-use super::tokenizers::{Settings, added_token, bad};
+use super::tokenizers::{TokenizerConfig, added_token, bad};
 use crate::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -17,13 +17,13 @@ const MOST_EXTRA_TOKENS: u64 = 1 << 16;
 
 /// What is used of a model file (sentencepiece_model.proto).
 #[derive(Default)]
-struct Model {
-    pieces: Vec<Piece>,
+struct UnigramModel {
+    pieces: Vec<UnigramPiece>,
     charsmap: Vec<u8>,
     prefixed: bool,
 }
 
-struct Piece {
+struct UnigramPiece {
     text: String,
     score: f32,
     kind: u64,
@@ -34,8 +34,8 @@ const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 
 /// The tokenizer.json of the model `bytes`: a unigram model behind its normalisation, and the end token.
-pub(super) fn description(bytes: &[u8], settings: &Settings) -> Result<Value> {
-    let model = Model::read(bytes)?;
+pub(super) fn description(bytes: &[u8], settings: &TokenizerConfig) -> Result<Value> {
+    let model = UnigramModel::read(bytes)?;
     let unknown = model.pieces.iter().position(|piece| piece.kind == UNKNOWN);
     let unknown = unknown.ok_or_else(|| bad(FILE, "has no piece for the unknown"))?;
     let end_token = settings.token("eos_token", "</s>");
@@ -71,12 +71,12 @@ pub(super) fn description(bytes: &[u8], settings: &Settings) -> Result<Value> {
     }))
 }
 
-impl Model {
+impl UnigramModel {
     fn read(bytes: &[u8]) -> Result<Self> {
         let mut model = Self { prefixed: true, ..Self::default() };
         for field in Fields(bytes) {
             match field? {
-                (1, Payload::Bytes(piece)) => model.pieces.push(Piece::read(piece)?),
+                (1, Payload::Bytes(piece)) => model.pieces.push(UnigramPiece::read(piece)?),
                 (3, Payload::Bytes(normalizer)) => model.read_normalizer(normalizer)?,
                 _ => {}
             }
@@ -107,7 +107,7 @@ impl Model {
     }
 }
 
-impl Piece {
+impl UnigramPiece {
     fn read(bytes: &[u8]) -> Result<Self> {
         let mut piece = Self { text: String::new(), score: 0.0, kind: 1 };
         for field in Fields(bytes) {

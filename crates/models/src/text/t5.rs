@@ -3,7 +3,7 @@
 
 use super::{checked_ids, f32_weights};
 use crate::Result;
-use crate::keys::{Keys, bad};
+use crate::keys::{ConfigKeys, bad};
 use candle_core::Tensor;
 use candle_nn::Activation;
 use candle_transformers::models::t5::{self, ActivationWithOptionalGating, T5EncoderModel};
@@ -27,7 +27,7 @@ impl T5Config {
     /// # Errors
     /// A key of the wrong type, or an activation that is not supported.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let buckets = keys.count("relative_attention_num_buckets", 32)?;
         let distance = keys.count("relative_attention_max_distance", 128)?;
         if buckets < 4 || distance <= buckets / 4 {

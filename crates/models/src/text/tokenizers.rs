@@ -36,7 +36,7 @@ struct Padded {
 }
 
 /// tokenizer_config.json, or nothing.
-pub(super) struct Settings(Value);
+pub(super) struct TokenizerConfig(Value);
 
 impl ClipTokenizer {
     /// From vocab.json and merges.txt, as FLUX.1 ships them, and tokenizer_config.json where there is one.
@@ -44,7 +44,7 @@ impl ClipTokenizer {
     /// # Errors
     /// A file that is not what its name says.
     pub fn from_vocabulary(vocab: &[u8], merges: &[u8], config: Option<&[u8]>) -> Result<Self> {
-        let settings = Settings::parse(config)?;
+        let settings = TokenizerConfig::parse(config)?;
         let vocab: Map<String, Value> = parse("vocab.json", vocab)?;
         let described = clip_description(vocab, read_merges(merges)?, &settings)?;
         Self::new(&serde_json::to_vec(&described).map_err(|error| bad("vocab.json", error))?, "vocab.json", &settings)
@@ -55,7 +55,7 @@ impl ClipTokenizer {
     /// # Errors
     /// A file that is not what its name says.
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>) -> Result<Self> {
-        Self::new(tokenizer, "tokenizer.json", &Settings::parse(config)?)
+        Self::new(tokenizer, "tokenizer.json", &TokenizerConfig::parse(config)?)
     }
 
     /// The ids of `prompt`, cut so that the end token stays, and padded to `max_length`.
@@ -71,7 +71,7 @@ impl ClipTokenizer {
         self.max_length
     }
 
-    fn new(json: &[u8], file: &str, settings: &Settings) -> Result<Self> {
+    fn new(json: &[u8], file: &str, settings: &TokenizerConfig) -> Result<Self> {
         let padded = Padded::new(json, file, &settings.token("pad_token", CLIP_END))?;
         Ok(Self { padded, max_length: settings.max_length() })
     }
@@ -91,7 +91,7 @@ impl T5Tokenizer {
     /// # Errors
     /// A file that is not what its name says.
     pub fn from_sentencepiece(model: &[u8], config: Option<&[u8]>) -> Result<Self> {
-        let described = sentencepiece::description(model, &Settings::parse(config)?)?;
+        let described = sentencepiece::description(model, &TokenizerConfig::parse(config)?)?;
         let json = serde_json::to_vec(&described).map_err(|error| bad("spiece.model", error))?;
         Ok(Self { padded: Padded::new(&json, "spiece.model", T5_PAD)? })
     }
@@ -140,7 +140,7 @@ fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Resul
     }
 }
 
-impl Settings {
+impl TokenizerConfig {
     fn parse(config: Option<&[u8]>) -> Result<Self> {
         Ok(Self(config.map_or(Ok(Value::Null), |bytes| parse("tokenizer_config.json", bytes))?))
     }
@@ -183,7 +183,7 @@ impl Settings {
 }
 
 /// The tokenizer.json that transformers makes of CLIP's vocab.json and merges.txt.
-fn clip_description(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings: &Settings) -> Result<Value> {
+fn clip_description(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings: &TokenizerConfig) -> Result<Value> {
     let edge = |key, default| {
         let token = settings.token(key, default);
         let id = vocab.get(&token).and_then(Value::as_u64);

@@ -1,8 +1,8 @@
-//! The layers of the autoencoder: [`Resnet`], [`Attention`], and how convolutions and group norms are read.
+//! The layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and how convolutions and group norms are read.
 
 use crate::Result;
 use crate::layers::Convolution;
-use crate::scope::{Linear, Scope};
+use crate::scope::{Linear, WeightBuilder};
 use candle_core::{D, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 
@@ -21,7 +21,7 @@ pub(super) struct Resnet {
 
 /// One head over all places of the picture.
 #[derive(Debug)]
-pub(super) struct Attention {
+pub(super) struct SpatialAttention {
     norm: GroupNorm,
     query: Linear,
     key: Linear,
@@ -30,25 +30,29 @@ pub(super) struct Attention {
 }
 
 /// A square convolution of [inputs, outputs, edge].
-pub(super) fn conv(scope: &Scope, [inputs, outputs, edge]: [usize; 3], config: Conv2dConfig) -> Result<Convolution> {
+pub(super) fn conv(
+    scope: &WeightBuilder,
+    [inputs, outputs, edge]: [usize; 3],
+    config: Conv2dConfig,
+) -> Result<Convolution> {
     let weight = scope.shaped("weight", &[outputs, inputs, edge, edge])?;
     Ok(Convolution::new(weight, Some(scope.shaped("bias", &[outputs])?), config))
 }
 
-pub(super) fn group_norm(scope: &Scope, channels: usize, groups: usize) -> Result<GroupNorm> {
+pub(super) fn group_norm(scope: &WeightBuilder, channels: usize, groups: usize) -> Result<GroupNorm> {
     let (weight, bias) = (scope.shaped("weight", &[channels])?, scope.shaped("bias", &[channels])?);
     Ok(GroupNorm::new(weight, bias, channels, groups, NORM_EPS)?)
 }
 
 impl Resnet {
-    pub(super) fn load(scope: &Scope, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
+    pub(super) fn load(scope: &WeightBuilder, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
         let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
-        let shortcut = || conv(&scope.at("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
+        let shortcut = || conv(&scope.pp("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
         Ok(Self {
-            norms: [group_norm(&scope.at("norm1"), inputs, groups)?, group_norm(&scope.at("norm2"), outputs, groups)?],
+            norms: [group_norm(&scope.pp("norm1"), inputs, groups)?, group_norm(&scope.pp("norm2"), outputs, groups)?],
             convs: [
-                conv(&scope.at("conv1"), [inputs, outputs, 3], same)?,
-                conv(&scope.at("conv2"), [outputs, outputs, 3], same)?,
+                conv(&scope.pp("conv1"), [inputs, outputs, 3], same)?,
+                conv(&scope.pp("conv2"), [outputs, outputs, 3], same)?,
             ],
             shortcut: (inputs != outputs).then(shortcut).transpose()?,
         })
@@ -66,10 +70,10 @@ impl Resnet {
     }
 }
 
-impl Attention {
-    pub(super) fn load(scope: &Scope, channels: usize, groups: usize) -> Result<Self> {
+impl SpatialAttention {
+    pub(super) fn load(scope: &WeightBuilder, channels: usize, groups: usize) -> Result<Self> {
         Ok(Self {
-            norm: group_norm(&scope.at("group_norm"), channels, groups)?,
+            norm: group_norm(&scope.pp("group_norm"), channels, groups)?,
             query: layer(scope, ["to_q", "query"])?,
             key: layer(scope, ["to_k", "key"])?,
             value: layer(scope, ["to_v", "value"])?,
@@ -95,8 +99,8 @@ impl Attention {
 
 /// The layer that stands under the first of `names` that is there: diffusers changed the names of a VAE's attention, and
 /// reads the older ones too.
-fn layer(scope: &Scope, names: [&str; 2]) -> Result<Linear> {
-    let older = !scope.at(names[0]).has("weight") && scope.at(names[1]).has("weight");
+fn layer(scope: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
+    let older = !scope.pp(names[0]).has("weight") && scope.pp(names[1]).has("weight");
     Ok(scope.linear(names[usize::from(older)])?.flattened()?)
 }
 
@@ -105,7 +109,7 @@ fn layer(scope: &Scope, names: [&str; 2]) -> Result<Linear> {
 mod tests {
     use super::*;
     use candle_core::{DType, Device};
-    use clearform_weights::Resident;
+    use clearform_weights::InMemoryTensors;
 
     /// With zero scores every place takes the mean of all, in one chunk of queries or in two.
     #[test]
@@ -119,8 +123,8 @@ mod tests {
             ("group_norm.weight".to_owned(), ones),
             ("group_norm.bias".to_owned(), Tensor::new(&[3f32, -1.], &Device::Cpu).unwrap()),
         ];
-        let source: Resident = tensors.chain(norm).collect();
-        let attention = Attention::load(&Scope::root(&source), 2, 2).unwrap();
+        let source: InMemoryTensors = tensors.chain(norm).collect();
+        let attention = SpatialAttention::load(&WeightBuilder::root(&source), 2, 2).unwrap();
         let x = Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap();
         let added = (attention.forward(&x).unwrap() - &x).unwrap();
         for (channel, mean) in [(0, 3f32), (1, -1.)] {

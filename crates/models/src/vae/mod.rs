@@ -4,13 +4,13 @@
 mod layers;
 
 use crate::Result;
-use crate::keys::{Keys, bad};
+use crate::keys::{ConfigKeys, bad};
 use crate::layers::Convolution;
-use crate::scope::Scope;
+use crate::scope::WeightBuilder;
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 use clearform_weights::TensorSource;
-use layers::{Attention, Resnet, conv, group_norm};
+use layers::{Resnet, SpatialAttention, conv, group_norm};
 use serde_json::Value;
 
 /// Sizes of an AutoencoderKL and the range of its latents, from its config.json.
@@ -52,7 +52,7 @@ impl VaeConfig {
     /// # Errors
     /// A key of the wrong type, or a kind of block that only other autoencoders have.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         keys.expect_all("down_block_types", "DownEncoderBlock2D")?;
         keys.expect_all("up_block_types", "UpDecoderBlock2D")?;
         let activation = keys.text("act_fn", "silu")?;
@@ -100,17 +100,17 @@ impl AutoencoderKl {
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: VaeConfig, source: &dyn TensorSource) -> Result<Self> {
-        let scope = Scope::root(source).in_dtype(DType::F32);
+        let scope = WeightBuilder::root(source).in_dtype(DType::F32);
         let latent = config.latent_channels;
         let one_by_one = |wanted: bool, name, channels| {
-            let load = || conv(&scope.at(name), [channels, channels, 1], Conv2dConfig::default());
+            let load = || conv(&scope.pp(name), [channels, channels, 1], Conv2dConfig::default());
             wanted.then(load).transpose()
         };
         Ok(Self {
             quant: one_by_one(config.quant_convs[0], "quant_conv", 2 * latent)?,
             post_quant: one_by_one(config.quant_convs[1], "post_quant_conv", latent)?,
-            encoder: Encoder::load(&scope.at("encoder"), &config)?,
-            decoder: Decoder::load(&scope.at("decoder"), &config)?,
+            encoder: Encoder::load(&scope.pp("encoder"), &config)?,
+            decoder: Decoder::load(&scope.pp("decoder"), &config)?,
             config,
         })
     }
@@ -169,8 +169,8 @@ impl AutoencoderKl {
 #[derive(Debug)]
 struct Encoder {
     conv_in: Convolution,
-    levels: Vec<Level>,
-    middle: Middle,
+    levels: Vec<ResolutionLevel>,
+    middle: MidBlock,
     norm_out: GroupNorm,
     conv_out: Convolution,
 }
@@ -178,28 +178,28 @@ struct Encoder {
 #[derive(Debug)]
 struct Decoder {
     conv_in: Convolution,
-    middle: Middle,
-    levels: Vec<Level>,
+    middle: MidBlock,
+    levels: Vec<ResolutionLevel>,
     norm_out: GroupNorm,
     conv_out: Convolution,
 }
 
 /// Residual blocks, then the convolution that halves or doubles the extents, where there is one.
 #[derive(Debug)]
-struct Level {
+struct ResolutionLevel {
     resnets: Vec<Resnet>,
     resample: Option<Convolution>,
 }
 
 #[derive(Debug)]
-struct Middle {
+struct MidBlock {
     first: Resnet,
-    attention: Option<Attention>,
+    attention: Option<SpatialAttention>,
     second: Resnet,
 }
 
 /// Which channels and convolution a level has.
-struct LevelShape {
+struct ResolutionLevelShape {
     channels: [usize; 2],
     blocks: usize,
     groups: usize,
@@ -210,23 +210,23 @@ const SAME: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, gr
 const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME };
 
 impl Encoder {
-    fn load(scope: &Scope, config: &VaeConfig) -> Result<Self> {
+    fn load(scope: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let (channels, last) = (&config.level_channels, config.level_channels.len() - 1);
         let level = |index: usize| {
-            let shape = LevelShape {
+            let shape = ResolutionLevelShape {
                 channels: [channels[index.saturating_sub(1)], channels[index]],
                 blocks: config.level_blocks,
                 groups: config.groups,
                 resample: (index < last).then_some(("downsamplers.0.conv", HALVING)),
             };
-            Level::load(&scope.at(format!("down_blocks.{index}")), &shape)
+            ResolutionLevel::load(&scope.pp(format!("down_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&scope.at("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
+            conv_in: conv(&scope.pp("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
-            middle: Middle::load(&scope.at("mid_block"), channels[last], config)?,
-            norm_out: group_norm(&scope.at("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&scope.at("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
+            middle: MidBlock::load(&scope.pp("mid_block"), channels[last], config)?,
+            norm_out: group_norm(&scope.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&scope.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
         })
     }
 
@@ -245,24 +245,24 @@ impl Encoder {
 }
 
 impl Decoder {
-    fn load(scope: &Scope, config: &VaeConfig) -> Result<Self> {
+    fn load(scope: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
         let last = channels.len() - 1;
         let level = |index: usize| {
-            let shape = LevelShape {
+            let shape = ResolutionLevelShape {
                 channels: [channels[index.saturating_sub(1)], channels[index]],
                 blocks: config.level_blocks + 1,
                 groups: config.groups,
                 resample: (index < last).then_some(("upsamplers.0.conv", SAME)),
             };
-            Level::load(&scope.at(format!("up_blocks.{index}")), &shape)
+            ResolutionLevel::load(&scope.pp(format!("up_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&scope.at("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
-            middle: Middle::load(&scope.at("mid_block"), channels[0], config)?,
+            conv_in: conv(&scope.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
+            middle: MidBlock::load(&scope.pp("mid_block"), channels[0], config)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
-            norm_out: group_norm(&scope.at("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&scope.at("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
+            norm_out: group_norm(&scope.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&scope.pp("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
         })
     }
 
@@ -279,14 +279,14 @@ impl Decoder {
     }
 }
 
-impl Level {
-    fn load(scope: &Scope, shape: &LevelShape) -> Result<Self> {
+impl ResolutionLevel {
+    fn load(scope: &WeightBuilder, shape: &ResolutionLevelShape) -> Result<Self> {
         let [inputs, outputs] = shape.channels;
         let resnet = |index: usize| {
             let channels = [if index == 0 { inputs } else { outputs }, outputs];
-            Resnet::load(&scope.at(format!("resnets.{index}")), channels, shape.groups)
+            Resnet::load(&scope.pp(format!("resnets.{index}")), channels, shape.groups)
         };
-        let resample = shape.resample.map(|(name, config)| conv(&scope.at(name), [outputs, outputs, 3], config));
+        let resample = shape.resample.map(|(name, config)| conv(&scope.pp(name), [outputs, outputs, 3], config));
         Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
     }
 
@@ -295,13 +295,13 @@ impl Level {
     }
 }
 
-impl Middle {
-    fn load(scope: &Scope, channels: usize, config: &VaeConfig) -> Result<Self> {
-        let attention = || Attention::load(&scope.at("attentions.0"), channels, config.groups);
+impl MidBlock {
+    fn load(scope: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
+        let attention = || SpatialAttention::load(&scope.pp("attentions.0"), channels, config.groups);
         Ok(Self {
-            first: Resnet::load(&scope.at("resnets.0"), [channels; 2], config.groups)?,
+            first: Resnet::load(&scope.pp("resnets.0"), [channels; 2], config.groups)?,
             attention: config.attention.then(attention).transpose()?,
-            second: Resnet::load(&scope.at("resnets.1"), [channels; 2], config.groups)?,
+            second: Resnet::load(&scope.pp("resnets.1"), [channels; 2], config.groups)?,
         })
     }
 

@@ -1,9 +1,9 @@
 //! [`modulated_layer_norm`]: layer norm without weights, then modulation, and its gradients.
 
 use super::sum_over;
-use crate::kernel::{self, Kernel, column_sums, for_rows};
+use crate::kernel::{self, CpuKernel, column_sums, for_rows};
 use crate::reference;
-use crate::simd::{Element, Level, Real, Task, dispatch};
+use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -27,24 +27,24 @@ pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64
         bail!("layer norm: x {:?}, shift {:?}, scale {:?}", x.dims(), shift.dims(), scale.dims());
     }
     let (shift, scale) = (shift.to_dtype(x.dtype())?, scale.to_dtype(x.dtype())?);
-    kernel::apply(Modulated { batch, tokens, width, eps }, &[x, &shift, &scale])
+    kernel::apply(LayerNormOp { batch, tokens, width, eps }, &[x, &shift, &scale])
 }
 
 #[derive(Clone, Copy)]
-struct Modulated {
+struct LayerNormOp {
     batch: usize,
     tokens: usize,
     width: usize,
     eps: f64,
 }
 
-impl Kernel for Modulated {
+impl CpuKernel for LayerNormOp {
     const NAME: &'static str = "modulated_layer_norm";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         for_rows(&mut out, self.width, |first, out| {
-            dispatch(Forward { norm: *self, first, out, x: inputs[0], shift: inputs[1], scale: inputs[2] })
+            dispatch(LayerNormForward { norm: *self, first, out, x: inputs[0], shift: inputs[1], scale: inputs[2] })
         });
         Ok(out)
     }
@@ -52,34 +52,34 @@ impl Kernel for Modulated {
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let (x, shift, scale) = (args[0], args[1], args[2]);
         Ok(vec![
-            kernel::gradient(x, InputGradient(*self), &[x, scale, grad])?,
+            kernel::gradient(x, LayerNormInputGradient(*self), &[x, scale, grad])?,
             kernel::gradient(shift, ShiftGradient(*self), &[grad])?,
             kernel::gradient(scale, ScaleGradient(*self), &[x, grad])?,
         ])
     }
 }
 
-struct InputGradient(Modulated);
+struct LayerNormInputGradient(LayerNormOp);
 
-impl Kernel for InputGradient {
+impl CpuKernel for LayerNormInputGradient {
     const NAME: &'static str = "modulated_layer_norm gradient of x";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         for_rows(&mut out, self.0.width, |first, out| {
-            dispatch(Backward { norm: self.0, first, out, x: inputs[0], scale: inputs[1], grad: inputs[2] })
+            dispatch(LayerNormBackward { norm: self.0, first, out, x: inputs[0], scale: inputs[1], grad: inputs[2] })
         });
         Ok(out)
     }
 }
 
-struct ShiftGradient(Modulated);
+struct ShiftGradient(LayerNormOp);
 
-impl Kernel for ShiftGradient {
+impl CpuKernel for ShiftGradient {
     const NAME: &'static str = "modulated_layer_norm gradient of the shift";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Modulated { batch, tokens, width, .. } = self.0;
+        let LayerNormOp { batch, tokens, width, .. } = self.0;
         let add = |rows: Range<usize>, sums: &mut [E::Work]| {
             for row in inputs[0][rows.start * width..rows.end * width].chunks_exact(width) {
                 sums.iter_mut().zip(row).for_each(|(sum, grad)| *sum += grad.load());
@@ -93,16 +93,16 @@ impl Kernel for ShiftGradient {
     }
 }
 
-struct ScaleGradient(Modulated);
+struct ScaleGradient(LayerNormOp);
 
-impl Kernel for ScaleGradient {
+impl CpuKernel for ScaleGradient {
     const NAME: &'static str = "modulated_layer_norm gradient of the scale";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Modulated { batch, tokens, width, eps } = self.0;
+        let LayerNormOp { batch, tokens, width, eps } = self.0;
         let add = |rows: Range<usize>, sums: &mut [E::Work]| {
             let range = rows.start * width..rows.end * width;
-            dispatch(SumNormed { eps, sums, x: &inputs[0][range.clone()], grad: &inputs[1][range] })
+            dispatch(SumNormedRows { eps, sums, x: &inputs[0][range.clone()], grad: &inputs[1][range] })
         };
         Ok(column_sums::<E>(batch, tokens, width, add))
     }
@@ -125,8 +125,8 @@ fn statistics<E: Element>(row: &[E], eps: f64) -> (E::Work, E::Work) {
     (mean, E::Work::ONE / (variance + E::Work::of(eps)).root())
 }
 
-struct Forward<'a, E> {
-    norm: Modulated,
+struct LayerNormForward<'a, E> {
+    norm: LayerNormOp,
     first: usize,
     out: &'a mut [E],
     x: &'a [E],
@@ -134,11 +134,11 @@ struct Forward<'a, E> {
     scale: &'a [E],
 }
 
-impl<E: Element> Task for Forward<'_, E> {
+impl<E: Element> SimdKernel for LayerNormForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.norm.width;
         let rows = self.x[self.first * width..].chunks_exact(width);
         for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(rows).enumerate() {
@@ -154,8 +154,8 @@ impl<E: Element> Task for Forward<'_, E> {
 }
 
 /// With y = (x - mean) · factor and h = grad · (1 + scale): factor · (h - mean h - y · mean(h y)).
-struct Backward<'a, E> {
-    norm: Modulated,
+struct LayerNormBackward<'a, E> {
+    norm: LayerNormOp,
     first: usize,
     out: &'a mut [E],
     x: &'a [E],
@@ -163,11 +163,11 @@ struct Backward<'a, E> {
     grad: &'a [E],
 }
 
-impl<E: Element> Task for Backward<'_, E> {
+impl<E: Element> SimdKernel for LayerNormBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.norm.width;
         let rows = self.first * width..;
         let inputs = self.x[rows.clone()].chunks_exact(width).zip(self.grad[rows].chunks_exact(width));
@@ -179,7 +179,7 @@ impl<E: Element> Task for Backward<'_, E> {
 }
 
 #[inline(always)]
-fn backward_row<L: Level, E: Element>(out: &mut [E], x: &[E], grad: &[E], scale: &[E], eps: f64) {
+fn backward_row<L: Isa, E: Element>(out: &mut [E], x: &[E], grad: &[E], scale: &[E], eps: f64) {
     let (mean, factor) = statistics(x, eps);
     let count = E::Work::of(x.len() as f64);
     let scaled = |grad: E, scale: E| grad.load() * (scale.load() + E::Work::ONE);
@@ -194,18 +194,18 @@ fn backward_row<L: Level, E: Element>(out: &mut [E], x: &[E], grad: &[E], scale:
 }
 
 /// sums += grad · norm(x), row by row.
-struct SumNormed<'a, E: Element> {
+struct SumNormedRows<'a, E: Element> {
     eps: f64,
     sums: &'a mut [E::Work],
     x: &'a [E],
     grad: &'a [E],
 }
 
-impl<E: Element> Task for SumNormed<'_, E> {
+impl<E: Element> SimdKernel for SumNormedRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.sums.len();
         for (x, grad) in self.x.chunks_exact(width).zip(self.grad.chunks_exact(width)) {
             let (mean, factor) = statistics(x, self.eps);

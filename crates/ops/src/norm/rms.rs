@@ -1,9 +1,9 @@
 //! [`rms_norm`] and [`rms_norm_rope`]: root-mean-square norm, rotation of interleaved pairs, and their gradients.
 
 use super::sum_over;
-use crate::kernel::{self, Kernel, column_sums, for_rows};
+use crate::kernel::{self, CpuKernel, column_sums, for_rows};
 use crate::reference;
-use crate::simd::{Element, Level, Real, Task, dispatch};
+use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -35,8 +35,8 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
         );
     }
     let work = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let rotation = Rotation { cos: cos.detach().to_dtype(work)?, sin: sin.detach().to_dtype(work)?, heads, tokens };
-    kernel::apply(RmsRope { eps, head_dim, rotation }, &[x, &weight.to_dtype(x.dtype())?])
+    let rotation = RotaryAngles { cos: cos.detach().to_dtype(work)?, sin: sin.detach().to_dtype(work)?, heads, tokens };
+    kernel::apply(RmsNormRopeOp { eps, head_dim, rotation }, &[x, &weight.to_dtype(x.dtype())?])
 }
 
 /// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight.
@@ -58,32 +58,32 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if weight.dims() != [width] {
         bail!("rms_norm: x {:?}, weight {:?}", x.dims(), weight.dims());
     }
-    kernel::apply(Rms { eps, width }, &[x, &weight.to_dtype(x.dtype())?])
+    kernel::apply(RmsNormOp { eps, width }, &[x, &weight.to_dtype(x.dtype())?])
 }
 
 #[derive(Clone, Copy)]
-struct Rms {
+struct RmsNormOp {
     eps: f64,
     width: usize,
 }
 
-impl Rms {
+impl RmsNormOp {
     fn gradients(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let (x, weight) = (args[0], args[1]);
         Ok(vec![
-            kernel::gradient(x, InputGradient(*self), &[x, weight, grad])?,
-            kernel::gradient(weight, WeightGradient(*self), &[x, grad])?,
+            kernel::gradient(x, RmsNormInputGradient(*self), &[x, weight, grad])?,
+            kernel::gradient(weight, RmsNormWeightGradient(*self), &[x, grad])?,
         ])
     }
 }
 
-impl Kernel for Rms {
+impl CpuKernel for RmsNormOp {
     const NAME: &'static str = "rms_norm";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         for_rows(&mut out, self.width, |first, out| {
-            dispatch(Forward { eps: self.eps, out, x: &inputs[0][first * self.width..], weight: inputs[1] })
+            dispatch(RmsNormForward { eps: self.eps, out, x: &inputs[0][first * self.width..], weight: inputs[1] })
         });
         Ok(out)
     }
@@ -93,32 +93,38 @@ impl Kernel for Rms {
     }
 }
 
-struct InputGradient(Rms);
+struct RmsNormInputGradient(RmsNormOp);
 
-impl Kernel for InputGradient {
+impl CpuKernel for RmsNormInputGradient {
     const NAME: &'static str = "rms_norm gradient of x";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Rms { eps, width } = self.0;
+        let RmsNormOp { eps, width } = self.0;
         let mut out = vec![E::zero(); inputs[0].len()];
         for_rows(&mut out, width, |first, out| {
             let rows = first * width..;
-            dispatch(Backward { eps, out, x: &inputs[0][rows.clone()], weight: inputs[1], grad: &inputs[2][rows] })
+            dispatch(RmsNormBackward {
+                eps,
+                out,
+                x: &inputs[0][rows.clone()],
+                weight: inputs[1],
+                grad: &inputs[2][rows],
+            })
         });
         Ok(out)
     }
 }
 
-struct WeightGradient(Rms);
+struct RmsNormWeightGradient(RmsNormOp);
 
-impl Kernel for WeightGradient {
+impl CpuKernel for RmsNormWeightGradient {
     const NAME: &'static str = "rms_norm gradient of the weight";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Rms { eps, width } = self.0;
+        let RmsNormOp { eps, width } = self.0;
         let add = |rows: Range<usize>, sums: &mut [E::Work]| {
             let range = rows.start * width..rows.end * width;
-            dispatch(SumNormed { eps, sums, x: &inputs[0][range.clone()], grad: &inputs[1][range] })
+            dispatch(SumScaledRows { eps, sums, x: &inputs[0][range.clone()], grad: &inputs[1][range] })
         };
         Ok(column_sums::<E>(1, inputs[0].len() / width, width, add))
     }
@@ -130,14 +136,14 @@ impl Kernel for WeightGradient {
 
 /// Angles of x (batch, tokens, heads, head_dim) by token.
 #[derive(Clone)]
-struct Rotation {
+struct RotaryAngles {
     cos: Tensor,
     sin: Tensor,
     heads: usize,
     tokens: usize,
 }
 
-impl Rotation {
+impl RotaryAngles {
     fn tables<E: Element>(&self) -> Result<[Vec<E::Work>; 2]> {
         Ok([self.cos.flatten_all()?.to_vec1()?, self.sin.flatten_all()?.to_vec1()?])
     }
@@ -149,34 +155,34 @@ impl Rotation {
     }
 }
 
-struct RmsRope {
+struct RmsNormRopeOp {
     eps: f64,
     head_dim: usize,
-    rotation: Rotation,
+    rotation: RotaryAngles,
 }
 
-impl Kernel for RmsRope {
+impl CpuKernel for RmsNormRopeOp {
     const NAME: &'static str = "rms_norm_rope";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         let tables = &self.rotation.tables::<E>()?;
         for_rows(&mut out, self.head_dim, |first, out| {
-            dispatch(ForwardRotated { op: self, first, out, x: inputs[0], weight: inputs[1], tables })
+            dispatch(RmsNormRopeForward { op: self, first, out, x: inputs[0], weight: inputs[1], tables })
         });
         Ok(out)
     }
 
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let unrotated = kernel::apply(Unrotate(self.rotation.clone(), self.head_dim), &[&grad.detach()])?;
-        Rms { eps: self.eps, width: self.head_dim }.gradients(args, &unrotated)
+        RmsNormOp { eps: self.eps, width: self.head_dim }.gradients(args, &unrotated)
     }
 }
 
 /// The transposed rotation.
-struct Unrotate(Rotation, usize);
+struct Unrotate(RotaryAngles, usize);
 
-impl Kernel for Unrotate {
+impl CpuKernel for Unrotate {
     const NAME: &'static str = "rms_norm_rope gradient of the rotation";
 
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
@@ -197,18 +203,18 @@ fn factor<E: Element>(row: &[E], eps: f64) -> E::Work {
     E::Work::ONE / (mean + E::Work::of(eps)).root()
 }
 
-struct Forward<'a, E> {
+struct RmsNormForward<'a, E> {
     eps: f64,
     out: &'a mut [E],
     x: &'a [E],
     weight: &'a [E],
 }
 
-impl<E: Element> Task for Forward<'_, E> {
+impl<E: Element> SimdKernel for RmsNormForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.weight.len();
         for (out, x) in self.out.chunks_exact_mut(width).zip(self.x.chunks_exact(width)) {
             let factor = factor(x, self.eps);
@@ -219,8 +225,8 @@ impl<E: Element> Task for Forward<'_, E> {
     }
 }
 
-struct ForwardRotated<'a, E: Element> {
-    op: &'a RmsRope,
+struct RmsNormRopeForward<'a, E: Element> {
+    op: &'a RmsNormRopeOp,
     first: usize,
     out: &'a mut [E],
     x: &'a [E],
@@ -228,11 +234,11 @@ struct ForwardRotated<'a, E: Element> {
     tables: &'a [Vec<E::Work>; 2],
 }
 
-impl<E: Element> Task for ForwardRotated<'_, E> {
+impl<E: Element> SimdKernel for RmsNormRopeForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.op.head_dim;
         let rows = self.x[self.first * width..].chunks_exact(width);
         for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(rows).enumerate() {
@@ -250,18 +256,18 @@ impl<E: Element> Task for ForwardRotated<'_, E> {
 }
 
 struct Unrotated<'a, E: Element> {
-    rotation: &'a Rotation,
+    rotation: &'a RotaryAngles,
     head_dim: usize,
     first: usize,
     out: &'a mut [E],
     tables: &'a [Vec<E::Work>; 2],
 }
 
-impl<E: Element> Task for Unrotated<'_, E> {
+impl<E: Element> SimdKernel for Unrotated<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for (row, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
             let (cos, sin) = self.rotation.angles(self.tables, self.first + row, self.head_dim / 2);
             for (pair, (cos, sin)) in out.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
@@ -274,7 +280,7 @@ impl<E: Element> Task for Unrotated<'_, E> {
 }
 
 /// With h = grad · weight: factor · (h - x · factor² · mean(h x)).
-struct Backward<'a, E> {
+struct RmsNormBackward<'a, E> {
     eps: f64,
     out: &'a mut [E],
     x: &'a [E],
@@ -282,11 +288,11 @@ struct Backward<'a, E> {
     grad: &'a [E],
 }
 
-impl<E: Element> Task for Backward<'_, E> {
+impl<E: Element> SimdKernel for RmsNormBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.weight.len();
         let inputs = self.x.chunks_exact(width).zip(self.grad.chunks_exact(width));
         for (out, (x, grad)) in self.out.chunks_exact_mut(width).zip(inputs) {
@@ -302,18 +308,18 @@ impl<E: Element> Task for Backward<'_, E> {
 }
 
 /// sums += grad · x · factor, row by row.
-struct SumNormed<'a, E: Element> {
+struct SumScaledRows<'a, E: Element> {
     eps: f64,
     sums: &'a mut [E::Work],
     x: &'a [E],
     grad: &'a [E],
 }
 
-impl<E: Element> Task for SumNormed<'_, E> {
+impl<E: Element> SimdKernel for SumScaledRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let width = self.sums.len();
         for (x, grad) in self.x.chunks_exact(width).zip(self.grad.chunks_exact(width)) {
             let factor = factor(x, self.eps);

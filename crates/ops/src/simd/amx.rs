@@ -1,9 +1,9 @@
 //! [`panels`]: products of bf16 pairs in the tile registers of AMX, 16 rows of 16 words each. Knows no operation.
 //!
 //! A row of a left tile is 16 pairs, a row of a right tile 16 lanes of one pair, and a row of sums 16 lanes: as
-//! [`Product`] has them in memory, unless its left side stands by columns. Those are turned over in the cache.
+//! [`MatrixProduct`] has them in memory, unless its left side stands by columns. Those are turned over in the cache.
 
-use super::{LANES, Pair, Product, ROW};
+use super::{Bf16Pair, LANES, MatrixProduct, ROW};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -41,7 +41,7 @@ fn is_allowed() -> bool {
 
 /// The shape of the eight tiles, as LDTILECFG reads it.
 #[repr(C, align(64))]
-struct Shapes {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -50,18 +50,18 @@ struct Shapes {
 }
 
 /// Tiles that do not stand in memory as a register takes them.
-struct Space {
-    left: [[[Pair; TILE]; TILE]; 2],
-    right: [[Pair; ROW]; TILE],
+struct TileBuffer {
+    left: [[[Bf16Pair; TILE]; TILE]; 2],
+    right: [[Bf16Pair; ROW]; TILE],
     /// Whether the tiles of this thread have their shape.
     is_configured: bool,
 }
 
 thread_local! {
-    static SPACE: RefCell<Space> = const {
-        RefCell::new(Space {
-            left: [[[Pair::ZERO; TILE]; TILE]; 2],
-            right: [[Pair::ZERO; ROW]; TILE],
+    static SPACE: RefCell<TileBuffer> = const {
+        RefCell::new(TileBuffer {
+            left: [[[Bf16Pair::ZERO; TILE]; TILE]; 2],
+            right: [[Bf16Pair::ZERO; ROW]; TILE],
             is_configured: false,
         })
     };
@@ -72,7 +72,7 @@ fn configure() {
     let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
     row_bytes[..8].fill(64);
     rows[..8].fill(TILE as u8);
-    let shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
+    let shapes = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
     // SAFETY: `is_here` found tiles before there was a level that has them; the shapes are valid and of 64 bytes.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly, preserves_flags)) };
 }
@@ -114,7 +114,11 @@ macro_rules! sums {
 /// # Safety
 /// The level has tiles, and `checked_count` found the product's extents inside its slices.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn panels<const ADD: bool>(product: &Product<'_, Pair>, out: &mut [f32], out_step: usize) -> usize {
+pub(super) unsafe fn panels<const ADD: bool>(
+    product: &MatrixProduct<'_, Bf16Pair>,
+    out: &mut [f32],
+    out_step: usize,
+) -> usize {
     let end = product.rows / TILE * TILE;
     if end == 0 {
         return 0;
@@ -144,11 +148,11 @@ pub(super) unsafe fn panels<const ADD: bool>(product: &Product<'_, Pair>, out: &
 /// They are rows of the product, whose extents were checked, and `out` has as many rows of 32 numbers.
 #[target_feature(enable = "avx512f")]
 unsafe fn panel<const ADD: bool, const GROUPS: usize>(
-    product: &Product<'_, Pair>,
+    product: &MatrixProduct<'_, Bf16Pair>,
     first: usize,
     out: *mut f32,
     out_step: usize,
-    space: &mut Space,
+    space: &mut TileBuffer,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -161,7 +165,7 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
             tile!(zero 3);
         }
     }
-    let mut blocks = Blocks { runs: product.inner, at: 0, row: 0 };
+    let mut blocks = InnerBlocks { runs: product.inner, at: 0, row: 0 };
     while let Some(block) = blocks.next() {
         // SAFETY: the block's inner indices are the product's, and so are the rows.
         unsafe {
@@ -190,7 +194,7 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
 }
 
 /// Inner indices of a product, up to 16 at a time.
-struct Blocks<'a> {
+struct InnerBlocks<'a> {
     runs: &'a [Range<usize>],
     /// How much of the first run is behind.
     at: usize,
@@ -198,27 +202,27 @@ struct Blocks<'a> {
     row: usize,
 }
 
-struct Block {
-    inner: Inner,
+struct InnerBlock {
+    inner: InnerRange,
     /// First row of its right side.
     row: usize,
 }
 
 /// 16 indices that follow each other, or as many as there are.
-enum Inner {
+enum InnerRange {
     Whole(usize),
     Scattered([usize; TILE], usize),
 }
 
-impl Blocks<'_> {
+impl InnerBlocks<'_> {
     #[inline(always)]
-    fn next(&mut self) -> Option<Block> {
+    fn next(&mut self) -> Option<InnerBlock> {
         let row = self.row;
         let whole = self.runs.first()?.start + self.at;
         if whole + TILE <= self.runs[0].end {
             self.step(TILE);
             self.row += TILE;
-            return Some(Block { inner: Inner::Whole(whole), row });
+            return Some(InnerBlock { inner: InnerRange::Whole(whole), row });
         }
         let (mut inner, mut count) = ([0; TILE], 0);
         while count < TILE
@@ -231,7 +235,7 @@ impl Blocks<'_> {
             self.step(1);
         }
         self.row += count;
-        (count > 0).then_some(Block { inner: Inner::Scattered(inner, count), row })
+        (count > 0).then_some(InnerBlock { inner: InnerRange::Scattered(inner, count), row })
     }
 
     #[inline(always)]
@@ -243,21 +247,25 @@ impl Blocks<'_> {
     }
 }
 
-impl Block {
+impl InnerBlock {
     /// Where its rows of the right side stand, and how far apart; in `space`, with zeros behind them, if they are few.
     ///
     /// # Safety
     /// It is a block of `product`, whose extents were checked.
     #[inline(always)]
-    unsafe fn right(&self, product: &Product<'_, Pair>, space: &mut [[Pair; ROW]; TILE]) -> (*const Pair, usize) {
+    unsafe fn right(
+        &self,
+        product: &MatrixProduct<'_, Bf16Pair>,
+        space: &mut [[Bf16Pair; ROW]; TILE],
+    ) -> (*const Bf16Pair, usize) {
         let at = self.row * product.b_step;
         match self.inner {
-            Inner::Scattered(_, count) if count < TILE => {
+            InnerRange::Scattered(_, count) if count < TILE => {
                 let (rows, behind) = space.split_at_mut(count);
                 for (row, space) in rows.iter_mut().enumerate() {
                     space.copy_from_slice(&product.b[at + row * product.b_step..][..ROW]);
                 }
-                behind.fill([Pair::ZERO; ROW]);
+                behind.fill([Bf16Pair::ZERO; ROW]);
                 (space.as_ptr().cast(), ROW)
             }
             // SAFETY: the caller's promise.
@@ -272,25 +280,25 @@ impl Block {
     #[inline(always)]
     unsafe fn left(
         &self,
-        product: &Product<'_, Pair>,
+        product: &MatrixProduct<'_, Bf16Pair>,
         first: usize,
-        space: &mut [[Pair; TILE]; TILE],
-    ) -> (*const Pair, usize) {
+        space: &mut [[Bf16Pair; TILE]; TILE],
+    ) -> (*const Bf16Pair, usize) {
         let a = product.a;
         let corner = first * a.row_step;
         match self.inner {
             // SAFETY: the caller's promise.
-            Inner::Whole(inner) if a.inner_step == 1 => unsafe {
+            InnerRange::Whole(inner) if a.inner_step == 1 => unsafe {
                 return (a.values.as_ptr().add(corner + inner), a.row_step);
             },
             // SAFETY: the caller's promise: 16 rows stand side by side.
-            Inner::Whole(inner) if a.row_step == 1 => unsafe {
+            InnerRange::Whole(inner) if a.row_step == 1 => unsafe {
                 let column = |k: usize| a.values.as_ptr().add(corner + (inner + k) * a.inner_step);
                 turn_over(from_fn(column), space);
             },
             // SAFETY: as above.
-            Inner::Scattered(inner, count) if a.row_step == 1 => unsafe {
-                const NONE: [Pair; TILE] = [Pair::ZERO; TILE];
+            InnerRange::Scattered(inner, count) if a.row_step == 1 => unsafe {
+                const NONE: [Bf16Pair; TILE] = [Bf16Pair::ZERO; TILE];
                 let column = |k: usize| match k < count {
                     true => a.values.as_ptr().add(corner + inner[k] * a.inner_step),
                     false => NONE.as_ptr(),
@@ -301,9 +309,9 @@ impl Block {
                 for (row, space) in space.iter_mut().enumerate() {
                     let at = |inner: usize| a.values[corner + row * a.row_step + inner * a.inner_step];
                     *space = from_fn(|k| match self.inner {
-                        Inner::Whole(inner) => at(inner + k),
-                        Inner::Scattered(inner, count) if k < count => at(inner[k]),
-                        Inner::Scattered(..) => Pair::ZERO,
+                        InnerRange::Whole(inner) => at(inner + k),
+                        InnerRange::Scattered(inner, count) if k < count => at(inner[k]),
+                        InnerRange::Scattered(..) => Bf16Pair::ZERO,
                     });
                 }
             }
@@ -318,7 +326,7 @@ impl Block {
 /// 16 pairs stand at each column.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn turn_over(columns: [*const Pair; TILE], to: &mut [[Pair; TILE]; TILE]) {
+unsafe fn turn_over(columns: [*const Bf16Pair; TILE], to: &mut [[Bf16Pair; TILE]; TILE]) {
     for (block, rows) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         let quarter = |column: usize| unsafe { _mm_loadu_si128(columns[column].add(4 * block).cast()) };

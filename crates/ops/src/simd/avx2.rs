@@ -3,7 +3,7 @@
 //! Vectors of 16 lanes leave room for two rows of sums there, whose multiply-adds wait for each other and for loads. Three
 //! rows fill the registers, if no more than 8 lanes of the right side are in one at a time.
 
-use super::{Product, ROW};
+use super::{MatrixProduct, ROW};
 use std::arch::x86_64::*;
 
 /// Rows whose sums are in registers together.
@@ -17,7 +17,11 @@ const PARTS: usize = ROW / 8;
 /// # Safety
 /// The processor has AVX2 and FMA, and `checked_count` found the product's extents inside its slices.
 #[inline(always)]
-pub(super) unsafe fn panels<const ADD: bool>(product: &Product<'_, f32>, out: &mut [f32], out_step: usize) -> usize {
+pub(super) unsafe fn panels<const ADD: bool>(
+    product: &MatrixProduct<'_, f32>,
+    out: &mut [f32],
+    out_step: usize,
+) -> usize {
     let left = if product.rows % ROWS == 1 { ROWS + 1 } else { product.rows % ROWS };
     let end = product.rows.saturating_sub(left);
     for first in (0..end).step_by(ROWS) {
@@ -42,8 +46,8 @@ pub(super) unsafe fn panels<const ADD: bool>(product: &Product<'_, f32>, out: &m
 /// # Safety
 /// As of [`panels`], and three rows from `first` on are the product's.
 #[inline(always)]
-unsafe fn panel(product: &Product<'_, f32>, first: usize) -> [[__m256; ROWS]; PARTS] {
-    let Product { a, b, b_step, .. } = product;
+unsafe fn panel(product: &MatrixProduct<'_, f32>, first: usize) -> [[__m256; ROWS]; PARTS] {
+    let MatrixProduct { a, b, b_step, .. } = product;
     // SAFETY: the caller's promise: every row and inner index lies inside `a`, and as many rows of 32 lanes inside `b`.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); ROWS]; PARTS];

@@ -1,18 +1,18 @@
-//! [`Factor`]: what products are made of, a number or a [`Pair`] of bf16 numbers. Knows no matrix.
+//! [`Lane`]: what products are made of, a number or a [`Bf16Pair`] of bf16 numbers. Knows no matrix.
 //!
 //! Two bf16 numbers side by side are multiplied with two others and added up in f32 by one instruction (VDPBF16PS) where
 //! the processor has it.
 
 use super::vector::Array;
-use super::{Element, Instructions, LANES, Level, Product, ROW, Real, Task, Vector};
+use super::{CpuFeatures, Element, Isa, LANES, MatrixProduct, ROW, Real, SimdKernel, Vector};
 use std::marker::PhantomData;
 
 /// What is multiplied: one number, or some that are multiplied one by one and added up.
-pub trait Factor: Copy + Default + Send + Sync + 'static {
+pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// What products are summed in.
     type Sum: Real;
     /// 16 factors.
-    type Vector<L: Level>: Copy;
+    type Vector<L: Isa>: Copy;
 
     /// Numbers in a factor.
     const WIDTH: usize;
@@ -25,13 +25,13 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
     fn across<E: Element<Work = Self::Sum>>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
 
     /// The same factor in all lanes.
-    fn splat<L: Level>(self) -> Self::Vector<L>;
+    fn splat<L: Isa>(self) -> Self::Vector<L>;
 
     /// What stands at `from`.
-    fn load<L: Level>(from: &[Self; LANES]) -> Self::Vector<L>;
+    fn load<L: Isa>(from: &[Self; LANES]) -> Self::Vector<L>;
 
     /// sum + a · b.
-    fn multiply_add<L: Level>(
+    fn multiply_add<L: Isa>(
         a: Self::Vector<L>,
         b: Self::Vector<L>,
         sum: <Self::Sum as Real>::Vector<L>,
@@ -40,8 +40,8 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
     /// Computes rows of a product whose extents were checked by panels made for this level, if it has some, and adds to or
     /// writes rows of 32 lanes of `out`; gives back the first row that is left.
     #[inline(always)]
-    fn own_panels<L: Level, const ADD: bool>(
-        product: &Product<'_, Self>,
+    fn own_panels<L: Isa, const ADD: bool>(
+        product: &MatrixProduct<'_, Self>,
         out: &mut [Self::Sum],
         out_step: usize,
     ) -> usize {
@@ -55,17 +55,17 @@ pub trait Factor: Copy + Default + Send + Sync + 'static {
         numbers: &'a [Self::Sum],
         width: usize,
         space: &'a mut Vec<Self>,
-        instructions: Instructions,
+        instructions: CpuFeatures,
     ) -> &'a [Self];
 
     /// Rows of an even number of numbers as factors along the rows: `[row][column]` to `[row][column / WIDTH]`, with
     /// `space` as above.
-    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>, instructions: Instructions) -> &'a [Self];
+    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>, instructions: CpuFeatures) -> &'a [Self];
 }
 
-impl<T: Real> Factor for T {
+impl<T: Real> Lane for T {
     type Sum = T;
-    type Vector<L: Level> = T::Vector<L>;
+    type Vector<L: Isa> = T::Vector<L>;
 
     const WIDTH: usize = 1;
 
@@ -80,37 +80,41 @@ impl<T: Real> Factor for T {
     }
 
     #[inline(always)]
-    fn splat<L: Level>(self) -> T::Vector<L> {
+    fn splat<L: Isa>(self) -> T::Vector<L> {
         Vector::splat(self)
     }
 
     #[inline(always)]
-    fn load<L: Level>(from: &[T; LANES]) -> T::Vector<L> {
+    fn load<L: Isa>(from: &[T; LANES]) -> T::Vector<L> {
         Vector::load(from)
     }
 
     #[inline(always)]
-    fn multiply_add<L: Level>(a: T::Vector<L>, b: T::Vector<L>, sum: T::Vector<L>) -> T::Vector<L> {
+    fn multiply_add<L: Isa>(a: T::Vector<L>, b: T::Vector<L>, sum: T::Vector<L>) -> T::Vector<L> {
         a.times_plus(b, sum)
     }
 
     #[inline(always)]
-    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [Self], out_step: usize) -> usize {
+    fn own_panels<L: Isa, const ADD: bool>(
+        product: &MatrixProduct<'_, Self>,
+        out: &mut [Self],
+        out_step: usize,
+    ) -> usize {
         <T as Real>::own_panels::<L, ADD>(product, out, out_step)
     }
 
-    fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
+    fn along_columns<'a>(numbers: &'a [T], _: usize, _: &'a mut Vec<T>, _: CpuFeatures) -> &'a [T] {
         numbers
     }
 
-    fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>, _: Instructions) -> &'a [T] {
+    fn along_rows<'a>(numbers: &'a [T], _: &'a mut Vec<T>, _: CpuFeatures) -> &'a [T] {
         numbers
     }
 }
 
 /// Writes up to 32 rows of numbers side by side, as factors along the rows: `out[factor][lane]`. Lanes without a row are 0.
 #[inline(always)]
-pub fn side_by_side<'a, E: Element, F: Factor<Sum = E::Work>>(
+pub fn side_by_side<'a, E: Element, F: Lane<Sum = E::Work>>(
     rows: impl Iterator<Item = &'a [E]> + Clone,
     out: &mut [F],
 ) {
@@ -131,9 +135,9 @@ pub fn side_by_side<'a, E: Element, F: Factor<Sum = E::Work>>(
 /// Two bf16 numbers, the first in the low half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
-pub struct Pair(u32);
+pub struct Bf16Pair(u32);
 
-impl Pair {
+impl Bf16Pair {
     /// Two zeros.
     pub const ZERO: Self = Self(0);
 
@@ -155,9 +159,9 @@ fn bf16_bits(number: f32) -> u32 {
     bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16
 }
 
-impl Factor for Pair {
+impl Lane for Bf16Pair {
     type Sum = f32;
-    type Vector<L: Level> = L::Pairs;
+    type Vector<L: Isa> = L::Pairs;
 
     const WIDTH: usize = 2;
 
@@ -185,23 +189,27 @@ impl Factor for Pair {
     }
 
     #[inline(always)]
-    fn splat<L: Level>(self) -> L::Pairs {
+    fn splat<L: Isa>(self) -> L::Pairs {
         PairVector::splat(self)
     }
 
     #[inline(always)]
-    fn load<L: Level>(from: &[Self; LANES]) -> L::Pairs {
+    fn load<L: Isa>(from: &[Self; LANES]) -> L::Pairs {
         PairVector::load(from)
     }
 
     #[inline(always)]
-    fn multiply_add<L: Level>(a: L::Pairs, b: L::Pairs, sum: L::F32) -> L::F32 {
+    fn multiply_add<L: Isa>(a: L::Pairs, b: L::Pairs, sum: L::F32) -> L::F32 {
         a.multiply_add(b, sum)
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn own_panels<L: Level, const ADD: bool>(product: &Product<'_, Self>, out: &mut [f32], out_step: usize) -> usize {
+    fn own_panels<L: Isa, const ADD: bool>(
+        product: &MatrixProduct<'_, Self>,
+        out: &mut [f32],
+        out_step: usize,
+    ) -> usize {
         // SAFETY: the level has tiles.
         if L::TILES { unsafe { super::amx::panels::<ADD>(product, out, out_step) } } else { 0 }
     }
@@ -210,50 +218,50 @@ impl Factor for Pair {
         numbers: &'a [f32],
         width: usize,
         space: &'a mut Vec<Self>,
-        instructions: Instructions,
+        instructions: CpuFeatures,
     ) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2 * width) * width, Self::default());
-        instructions.run(Across { numbers, width, out: space });
+        instructions.run(PairRows { numbers, width, out: space });
         space
     }
 
-    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>, instructions: Instructions) -> &'a [Self] {
+    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>, instructions: CpuFeatures) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2), Self::default());
-        instructions.run(Along { numbers, out: space });
+        instructions.run(PairNeighbours { numbers, out: space });
         space
     }
 }
 
 /// Neighbouring numbers to pairs.
-struct Along<'a> {
+struct PairNeighbours<'a> {
     numbers: &'a [f32],
-    out: &'a mut [Pair],
+    out: &'a mut [Bf16Pair],
 }
 
-impl Task for Along<'_> {
+impl SimdKernel for PairNeighbours<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
-        Pair::along(self.numbers, self.out);
+    fn run<L: Isa>(self) {
+        Bf16Pair::along(self.numbers, self.out);
     }
 }
 
 /// Rows of numbers to pairs of neighbouring rows.
-struct Across<'a> {
+struct PairRows<'a> {
     numbers: &'a [f32],
     width: usize,
-    out: &'a mut [Pair],
+    out: &'a mut [Bf16Pair],
 }
 
-impl Task for Across<'_> {
+impl SimdKernel for PairRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         for (rows, out) in self.numbers.chunks(2 * self.width).zip(self.out.chunks_exact_mut(self.width)) {
             let (first, second) = rows.split_at(self.width);
-            Pair::across(first, (!second.is_empty()).then_some(second), out);
+            Bf16Pair::across(first, (!second.is_empty()).then_some(second), out);
         }
     }
 }
@@ -261,10 +269,10 @@ impl Task for Across<'_> {
 /// 16 pairs, whose products are summed in `S`.
 pub trait PairVector<S>: Copy {
     /// The same pair in all lanes.
-    fn splat(pair: Pair) -> Self;
+    fn splat(pair: Bf16Pair) -> Self;
 
     /// What stands at `from`.
-    fn load(from: &[Pair; LANES]) -> Self;
+    fn load(from: &[Bf16Pair; LANES]) -> Self;
 
     /// sum + the products of first with first and of second with second.
     fn multiply_add(self, other: Self, sum: S) -> S;
@@ -272,16 +280,16 @@ pub trait PairVector<S>: Copy {
 
 /// The pairs as an array: two multiplications in f32.
 #[derive(Clone, Copy)]
-pub struct PairArray<L>([Pair; LANES], PhantomData<L>);
+pub struct PairArray<L>([Bf16Pair; LANES], PhantomData<L>);
 
-impl<L: Level> PairVector<Array<f32, L>> for PairArray<L> {
+impl<L: Isa> PairVector<Array<f32, L>> for PairArray<L> {
     #[inline(always)]
-    fn splat(pair: Pair) -> Self {
+    fn splat(pair: Bf16Pair) -> Self {
         Self([pair; LANES], PhantomData)
     }
 
     #[inline(always)]
-    fn load(from: &[Pair; LANES]) -> Self {
+    fn load(from: &[Bf16Pair; LANES]) -> Self {
         Self(*from, PhantomData)
     }
 
@@ -302,7 +310,7 @@ pub use zmm::{Bf16Pairs, WidenedPairs};
 
 #[cfg(target_arch = "x86_64")]
 mod zmm {
-    use super::{LANES, Pair, PairVector};
+    use super::{Bf16Pair, LANES, PairVector};
     use crate::simd::vector::Zmm;
     use std::arch::x86_64::*;
 
@@ -317,25 +325,25 @@ mod zmm {
     // SAFETY of every block below: the types are those of levels `Avx512Bf16` and `Avx512` alone, whose code runs
     // only where the processor has those instructions; references to 16 pairs can be read whole.
     #[inline(always)]
-    fn splat(pair: Pair) -> __m512i {
+    fn splat(pair: Bf16Pair) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_set1_epi32(pair.0 as i32) }
     }
 
     #[inline(always)]
-    fn load(from: &[Pair; LANES]) -> __m512i {
+    fn load(from: &[Bf16Pair; LANES]) -> __m512i {
         // SAFETY: see above; a pair is 32 bits.
         unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
     }
 
     impl PairVector<Zmm> for Bf16Pairs {
         #[inline(always)]
-        fn splat(pair: Pair) -> Self {
+        fn splat(pair: Bf16Pair) -> Self {
             Self(splat(pair))
         }
 
         #[inline(always)]
-        fn load(from: &[Pair; LANES]) -> Self {
+        fn load(from: &[Bf16Pair; LANES]) -> Self {
             Self(load(from))
         }
 
@@ -352,12 +360,12 @@ mod zmm {
 
     impl PairVector<Zmm> for WidenedPairs {
         #[inline(always)]
-        fn splat(pair: Pair) -> Self {
+        fn splat(pair: Bf16Pair) -> Self {
             Self(splat(pair))
         }
 
         #[inline(always)]
-        fn load(from: &[Pair; LANES]) -> Self {
+        fn load(from: &[Bf16Pair; LANES]) -> Self {
             Self(load(from))
         }
 
@@ -384,15 +392,18 @@ mod tests {
     fn a_pair_rounds_as_bf16_does() {
         let numbers = [0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, 3.0e38, f32::INFINITY, 1e-40, -7.77];
         for number in numbers {
-            assert_eq!(Pair::new(number, 0.0).halves()[0].to_bits(), bf16::from_f32(number).to_f32().to_bits());
+            assert_eq!(Bf16Pair::new(number, 0.0).halves()[0].to_bits(), bf16::from_f32(number).to_f32().to_bits());
         }
-        assert!(Pair::new(f32::NAN, 0.0).halves()[0].is_nan());
+        assert!(Bf16Pair::new(f32::NAN, 0.0).halves()[0].is_nan());
     }
 
     #[test]
     fn columns_are_paired_and_the_last_may_stand_alone() {
         let (rows, mut space) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Vec::new());
-        let pairs = Pair::along_columns(&rows, 2, &mut space, Instructions::detect());
-        assert_eq!(pairs, [Pair::new(1.0, 3.0), Pair::new(2.0, 4.0), Pair::new(5.0, 0.0), Pair::new(6.0, 0.0)]);
+        let pairs = Bf16Pair::along_columns(&rows, 2, &mut space, CpuFeatures::detect());
+        assert_eq!(
+            pairs,
+            [Bf16Pair::new(1.0, 3.0), Bf16Pair::new(2.0, 4.0), Bf16Pair::new(5.0, 0.0), Bf16Pair::new(6.0, 0.0)]
+        );
     }
 }

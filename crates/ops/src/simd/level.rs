@@ -1,4 +1,4 @@
-//! [`Instructions`]: what a piece of arithmetic is compiled for, and [`Task`], the arithmetic. Knows no number.
+//! [`CpuFeatures`]: what a piece of arithmetic is compiled for, and [`SimdKernel`], the arithmetic. Knows no number.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -6,16 +6,16 @@ use super::vector::Array;
 use super::{PairVector, Vector, factor};
 
 /// Runs `task` with the best instructions of this processor.
-pub fn dispatch<T: Task>(task: T) -> T::Output {
-    Instructions::detect().run(task)
+pub fn dispatch<T: SimdKernel>(task: T) -> T::Output {
+    CpuFeatures::detect().run(task)
 }
 
 /// A set of instructions. There is a value only for sets that this processor has, so code for a set runs nowhere else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instructions(Set);
+pub struct CpuFeatures(IsaLevel);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Set {
+enum IsaLevel {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -29,14 +29,14 @@ enum Set {
 
 /// The sets, from the least to the best.
 #[cfg(target_arch = "x86_64")]
-const SETS: &[Set] = &[Set::Portable, Set::Avx2, Set::Avx512, Set::Avx512Bf16, Set::Amx];
+const SETS: &[IsaLevel] = &[IsaLevel::Portable, IsaLevel::Avx2, IsaLevel::Avx512, IsaLevel::Avx512Bf16, IsaLevel::Amx];
 #[cfg(not(target_arch = "x86_64"))]
-const SETS: &[Set] = &[Set::Portable];
+const SETS: &[IsaLevel] = &[IsaLevel::Portable];
 
-impl Instructions {
+impl CpuFeatures {
     /// The best of this processor.
     pub fn detect() -> Self {
-        Self(SETS.iter().copied().rev().find(|set| set.is_here()).unwrap_or(Set::Portable))
+        Self(SETS.iter().copied().rev().find(|set| set.is_here()).unwrap_or(IsaLevel::Portable))
     }
 
     /// All that this processor has, from the least to the best.
@@ -44,48 +44,48 @@ impl Instructions {
         SETS.iter().copied().filter(|set| set.is_here()).map(Self)
     }
 
-    /// Whether they multiply [`Pair`](super::Pair)s at once, and so faster than numbers in f32.
+    /// Whether they multiply [`Bf16Pair`](super::Pair)s at once, and so faster than numbers in f32.
     pub fn multiply_pairs(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return matches!(self.0, Set::Avx512Bf16 | Set::Amx);
+        return matches!(self.0, IsaLevel::Avx512Bf16 | IsaLevel::Amx);
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
     /// Whether there are any vectors that this crate knows of.
     pub fn have_vectors(self) -> bool {
-        self.0 != Set::Portable
+        self.0 != IsaLevel::Portable
     }
 
     /// Whether vectors are AVX2's, whose 16 registers hold the sums of few rows.
     pub fn are_narrow(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.0 == Set::Avx2;
+        return self.0 == IsaLevel::Avx2;
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
     /// Runs `task` with them.
-    pub fn run<T: Task>(self, task: T) -> T::Output {
+    pub fn run<T: SimdKernel>(self, task: T) -> T::Output {
         match self.0 {
-            Set::Portable => task.run::<Portable>(),
+            IsaLevel::Portable => task.run::<Portable>(),
             // SAFETY: `is_here` found the features that the callee is compiled for before there was a value.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => unsafe { with_avx2(task) },
+            IsaLevel::Avx2 => unsafe { with_avx2(task) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16::<false, T>(task) },
+            IsaLevel::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16::<false, T>(task) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Set::Amx if const { T::PAIRS } => unsafe { with_avx512_bf16::<true, T>(task) },
+            IsaLevel::Amx if const { T::PAIRS } => unsafe { with_avx512_bf16::<true, T>(task) },
             // SAFETY: as above; whatever has BF16 was found to have these too.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 | Set::Avx512Bf16 | Set::Amx => unsafe { with_avx512(task) },
+            IsaLevel::Avx512 | IsaLevel::Avx512Bf16 | IsaLevel::Amx => unsafe { with_avx512(task) },
         }
     }
 }
 
-impl Set {
+impl IsaLevel {
     /// Whether this processor has it: exactly the features that the functions below are compiled for.
     fn is_here(self) -> bool {
         match self {
@@ -102,22 +102,22 @@ impl Set {
     }
 }
 
-/// Arithmetic to run under [`Instructions`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
+/// Arithmetic to run under [`CpuFeatures`]. Mark `run` and all it calls in its loops `#[inline(always)]`: only what is
 /// inlined is compiled for the wider ones.
-pub trait Task {
+pub trait SimdKernel {
     /// What it gives back.
     type Output;
 
-    /// Whether it multiplies [`Pair`](super::Pair)s.
+    /// Whether it multiplies [`Bf16Pair`](super::Pair)s.
     const PAIRS: bool = false;
 
     /// Does it.
-    fn run<L: Level>(self) -> Self::Output;
+    fn run<L: Isa>(self) -> Self::Output;
 }
 
-/// What a set of instructions can do. Nobody outside this module can name one, so that a [`Task`] runs at a level only
-/// where [`Instructions`] chose it.
-pub trait Level: Copy + Send + Sync + 'static {
+/// What a set of instructions can do. Nobody outside this module can name one, so that a [`SimdKernel`] runs at a level only
+/// where [`CpuFeatures`] chose it.
+pub trait Isa: Copy + Send + Sync + 'static {
     /// Multiplies and adds in one instruction.
     const FUSED: bool;
     /// Has 32 registers of 512 bits.
@@ -136,7 +136,7 @@ pub trait Level: Copy + Send + Sync + 'static {
 #[derive(Debug, Clone, Copy)]
 struct Portable;
 
-impl Level for Portable {
+impl Isa for Portable {
     const FUSED: bool = cfg!(target_arch = "aarch64");
     const WIDE: bool = false;
     type F32 = Array<f32, Self>;
@@ -149,7 +149,7 @@ impl Level for Portable {
 struct Avx2;
 
 #[cfg(target_arch = "x86_64")]
-impl Level for Avx2 {
+impl Isa for Avx2 {
     const FUSED: bool = true;
     const WIDE: bool = false;
     const NARROW: bool = true;
@@ -163,7 +163,7 @@ impl Level for Avx2 {
 struct Avx512;
 
 #[cfg(target_arch = "x86_64")]
-impl Level for Avx512 {
+impl Isa for Avx512 {
     const FUSED: bool = true;
     const WIDE: bool = true;
     type F32 = super::vector::Zmm;
@@ -176,7 +176,7 @@ impl Level for Avx512 {
 struct Avx512Bf16<const TILES: bool>;
 
 #[cfg(target_arch = "x86_64")]
-impl<const TILES: bool> Level for Avx512Bf16<TILES> {
+impl<const TILES: bool> Isa for Avx512Bf16<TILES> {
     const FUSED: bool = true;
     const WIDE: bool = true;
     const TILES: bool = TILES;
@@ -186,18 +186,18 @@ impl<const TILES: bool> Level for Avx512Bf16<TILES> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
-fn with_avx512_bf16<const TILES: bool, T: Task>(task: T) -> T::Output {
+fn with_avx512_bf16<const TILES: bool, T: SimdKernel>(task: T) -> T::Output {
     task.run::<Avx512Bf16<TILES>>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn with_avx512<T: Task>(task: T) -> T::Output {
+fn with_avx512<T: SimdKernel>(task: T) -> T::Output {
     task.run::<Avx512>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn with_avx2<T: Task>(task: T) -> T::Output {
+fn with_avx2<T: SimdKernel>(task: T) -> T::Output {
     task.run::<Avx2>()
 }

@@ -1,6 +1,6 @@
-//! [`Product`]: the matrix product that all of ours are made of, 32 lanes wide. Knows no operation.
+//! [`MatrixProduct`]: the matrix product that all of ours are made of, 32 lanes wide. Knows no operation.
 
-use super::{Factor, Instructions, LANES, Level, Real, Task, Vector};
+use super::{CpuFeatures, Isa, LANES, Lane, Real, SimdKernel, Vector};
 use std::ops::Range;
 
 /// Lanes of a row: two vectors. Each broadcast factor is used for both, so that loads do not hold back the
@@ -12,7 +12,7 @@ pub const VECTORS: usize = ROW / LANES;
 
 /// The lanes of one row in registers. Loops over it are written out: a closure would be compiled without the wider
 /// instructions.
-pub type Row<T, L> = [<T as Real>::Vector<L>; VECTORS];
+pub type RowLanes<T, L> = [<T as Real>::Vector<L>; VECTORS];
 
 /// A matrix inside a slice: element (row, inner) stands at row · row_step + inner · inner_step.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ pub struct Strided<'a, F> {
 
 /// `out[row][lane] += Σ a(row, inner) · b[inner][lane]`.
 #[derive(Debug)]
-pub struct Product<'a, F> {
+pub struct MatrixProduct<'a, F> {
     /// Rows of `a` and of the output.
     pub rows: usize,
     /// Inner indices of `a` that are summed over, run by run; they meet the rows of `b` one after the other.
@@ -40,21 +40,21 @@ pub struct Product<'a, F> {
     pub b_step: usize,
 }
 
-impl<F: Factor> Product<'_, F> {
+impl<F: Lane> MatrixProduct<'_, F> {
     /// Adds to rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn add_to(self, out: &mut [F::Sum], out_step: usize, instructions: Instructions) {
-        instructions.run(Sum::<F, true> { product: self, out, out_step });
+    pub fn add_to(self, out: &mut [F::Sum], out_step: usize, instructions: CpuFeatures) {
+        instructions.run(Accumulate::<F, true> { product: self, out, out_step });
     }
 
     /// Writes rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn write_to(self, out: &mut [F::Sum], out_step: usize, instructions: Instructions) {
-        instructions.run(Sum::<F, false> { product: self, out, out_step });
+    pub fn write_to(self, out: &mut [F::Sum], out_step: usize, instructions: CpuFeatures) {
+        instructions.run(Accumulate::<F, false> { product: self, out, out_step });
     }
 
     /// Inner indices, where both sides hold as many as the extents say. Extents come from anybody, so sums of them may
@@ -70,19 +70,19 @@ impl<F: Factor> Product<'_, F> {
     }
 }
 
-struct Sum<'a, F: Factor, const ADD: bool> {
-    product: Product<'a, F>,
+struct Accumulate<'a, F: Lane, const ADD: bool> {
+    product: MatrixProduct<'a, F>,
     out: &'a mut [F::Sum],
     out_step: usize,
 }
 
-impl<F: Factor, const ADD: bool> Task for Sum<'_, F, ADD> {
+impl<F: Lane, const ADD: bool> SimdKernel for Accumulate<'_, F, ADD> {
     type Output = ();
 
     const PAIRS: bool = F::WIDTH > 1;
 
     #[inline(always)]
-    fn run<L: Level>(self) {
+    fn run<L: Isa>(self) {
         let Self { product, out, out_step } = self;
         let count = product.checked_count();
         assert!(count.is_some(), "a product's slices are shorter than its extents");
@@ -99,10 +99,10 @@ impl<F: Factor, const ADD: bool> Task for Sum<'_, F, ADD> {
     }
 }
 
-impl<F: Factor> Product<'_, F> {
+impl<F: Lane> MatrixProduct<'_, F> {
     /// As many panels of `ROWS` as there are; gives back the first row that is left.
     #[inline(always)]
-    fn panels<L: Level, const ADD: bool, const ROWS: usize>(
+    fn panels<L: Isa, const ADD: bool, const ROWS: usize>(
         &self,
         mut row: usize,
         out: &mut [F::Sum],
@@ -116,7 +116,7 @@ impl<F: Factor> Product<'_, F> {
     }
 
     #[inline(always)]
-    fn panel<L: Level, const ADD: bool, const ROWS: usize>(&self, first: usize, out: &mut [F::Sum], out_step: usize) {
+    fn panel<L: Isa, const ADD: bool, const ROWS: usize>(&self, first: usize, out: &mut [F::Sum], out_step: usize) {
         let mut sums = [[Vector::splat(F::Sum::ZERO); VECTORS]; ROWS];
         let mut b_row = self.b.as_ptr();
         for run in self.inner {
@@ -148,7 +148,7 @@ impl<F: Factor> Product<'_, F> {
 
 /// The lanes of one row.
 #[inline(always)]
-pub fn load_row<T: Real, L: Level>(row: &[T]) -> Row<T, L> {
+pub fn load_row<T: Real, L: Isa>(row: &[T]) -> RowLanes<T, L> {
     let mut vectors = [T::Vector::<L>::splat(T::ZERO); VECTORS];
     for (vector, part) in vectors.iter_mut().zip(row.as_chunks().0) {
         *vector = T::Vector::<L>::load(part);
@@ -158,7 +158,7 @@ pub fn load_row<T: Real, L: Level>(row: &[T]) -> Row<T, L> {
 
 /// Writes the lanes of one row.
 #[inline(always)]
-pub fn store_row<T: Real, L: Level>(vectors: Row<T, L>, row: &mut [T]) {
+pub fn store_row<T: Real, L: Isa>(vectors: RowLanes<T, L>, row: &mut [T]) {
     for (vector, part) in vectors.into_iter().zip(row.as_chunks_mut().0) {
         vector.store(part);
     }
@@ -166,7 +166,7 @@ pub fn store_row<T: Real, L: Level>(vectors: Row<T, L>, row: &mut [T]) {
 
 /// Adds to the lanes of one row.
 #[inline(always)]
-pub fn add_row<T: Real, L: Level>(mut vectors: Row<T, L>, row: &mut [T]) {
+pub fn add_row<T: Real, L: Isa>(mut vectors: RowLanes<T, L>, row: &mut [T]) {
     let old = load_row::<T, L>(row);
     for vector in 0..VECTORS {
         vectors[vector] = vectors[vector].plus(old[vector]);
@@ -176,7 +176,7 @@ pub fn add_row<T: Real, L: Level>(mut vectors: Row<T, L>, row: &mut [T]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Pair;
+    use super::super::Bf16Pair;
     use super::*;
     use half::bf16;
     use std::panic::catch_unwind;
@@ -186,19 +186,19 @@ mod tests {
         (0..count).map(|i| ((i * 37 + seed * 11) % 17) as f32 - 8.0).collect()
     }
 
-    fn pairs(numbers: &[f32], width: usize) -> Vec<Pair> {
+    fn pairs(numbers: &[f32], width: usize) -> Vec<Bf16Pair> {
         let numbers: Vec<bf16> = numbers.iter().copied().map(bf16::from_f32).collect();
-        let mut pairs = vec![Pair::default(); numbers.len() / 2];
+        let mut pairs = vec![Bf16Pair::default(); numbers.len() / 2];
         for (rows, out) in numbers.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
-            Pair::across(&rows[..width], Some(&rows[width..]), out);
+            Bf16Pair::across(&rows[..width], Some(&rows[width..]), out);
         }
         pairs
     }
 
     const STEPS: usize = 6;
 
-    fn product<'a, F: Factor>(rows: usize, inner: &'a [Range<usize>], a: &'a [F], b: &'a [F]) -> Product<'a, F> {
-        Product { rows, inner, a: Strided { values: a, row_step: STEPS, inner_step: 1 }, b, b_step: ROW }
+    fn product<'a, F: Lane>(rows: usize, inner: &'a [Range<usize>], a: &'a [F], b: &'a [F]) -> MatrixProduct<'a, F> {
+        MatrixProduct { rows, inner, a: Strided { values: a, row_step: STEPS, inner_step: 1 }, b, b_step: ROW }
     }
 
     /// Rows around every height of a panel, and runs that leave inner indices out.
@@ -206,14 +206,14 @@ mod tests {
     fn every_level_gives_the_sums_written_out() {
         let inner = [0..2, 3..3, 4..6];
         for (rows, instructions) in
-            [1, 2, 3, 5, 12, 13, 31].into_iter().flat_map(|r| Instructions::available().map(move |i| (r, i)))
+            [1, 2, 3, 5, 12, 13, 31].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
             let (a, b) = (numbers(rows * STEPS, 1), numbers(4 * ROW, 2));
             let (wide, deep) = (numbers(rows * 2 * STEPS, 3), numbers(8 * ROW, 4));
             let (mut plain, mut paired) = (vec![1.0; rows * ROW], vec![1.0; rows * ROW]);
             product(rows, &inner, &a, &b).add_to(&mut plain, ROW, instructions);
-            let mut row_pairs = vec![Pair::default(); rows * STEPS];
-            <Pair as Factor>::along(&wide, &mut row_pairs);
+            let mut row_pairs = vec![Bf16Pair::default(); rows * STEPS];
+            <Bf16Pair as Lane>::along(&wide, &mut row_pairs);
             product(rows, &inner, &row_pairs, &pairs(&deep, ROW)).add_to(&mut paired, ROW, instructions);
             for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
                 let kept = [0, 1, 4, 5];
@@ -234,12 +234,12 @@ mod tests {
         const DEPTH: usize = 70;
         let runs = [0..DEPTH, 1..1, 3..21, 5..9, 30..62];
         for (rows, instructions) in
-            [5, 16, 37, 64].into_iter().flat_map(|r| Instructions::available().map(move |i| (r, i)))
+            [5, 16, 37, 64].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
             let inner: Vec<usize> = runs.iter().flat_map(Clone::clone).collect();
             let wide = numbers(rows * 2 * DEPTH, 5);
-            let mut by_rows = vec![Pair::default(); rows * DEPTH];
-            <Pair as Factor>::along(&wide, &mut by_rows);
+            let mut by_rows = vec![Bf16Pair::default(); rows * DEPTH];
+            <Bf16Pair as Lane>::along(&wide, &mut by_rows);
             let mut by_columns = by_rows.clone();
             for (row, inner) in (0..rows).flat_map(|row| (0..DEPTH).map(move |inner| (row, inner))) {
                 by_columns[inner * rows + row] = by_rows[row * DEPTH + inner];
@@ -252,7 +252,7 @@ mod tests {
             ];
             for a in sides {
                 let (mut sums, mut alone) = (vec![1.0; rows * ROW], vec![f32::NAN; rows * ROW]);
-                let product = || Product { rows, inner: &runs, a, b: &b, b_step: ROW };
+                let product = || MatrixProduct { rows, inner: &runs, a, b: &b, b_step: ROW };
                 product().add_to(&mut sums, ROW, instructions);
                 product().write_to(&mut alone, ROW, instructions);
                 for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
@@ -272,18 +272,18 @@ mod tests {
         let (a, b) = (vec![1f32; 12], vec![1f32; 2 * ROW]);
         let (two, later) = (0..2, 1..3);
         let good = || product(2, std::slice::from_ref(&two), &a, &b);
-        let run = |product: Product<f32>| {
-            catch_unwind(move || product.add_to(&mut [0.0; 2 * ROW], ROW, Instructions::detect()))
+        let run = |product: MatrixProduct<f32>| {
+            catch_unwind(move || product.add_to(&mut [0.0; 2 * ROW], ROW, CpuFeatures::detect()))
         };
         assert!(run(good()).is_ok());
         let steps = |row_step, inner_step| Strided { values: &a[..], row_step, inner_step };
         let runs = [0..usize::MAX, 0..usize::MAX, 0..3];
         let bad = [
-            Product { rows: 3, ..good() },
-            Product { a: steps(usize::MAX / 2 + 2, 1), rows: 3, ..good() },
-            Product { a: steps(6, usize::MAX), inner: std::slice::from_ref(&later), ..good() },
-            Product { b_step: usize::MAX, ..good() },
-            Product { inner: &runs, a: steps(0, 0), ..good() },
+            MatrixProduct { rows: 3, ..good() },
+            MatrixProduct { a: steps(usize::MAX / 2 + 2, 1), rows: 3, ..good() },
+            MatrixProduct { a: steps(6, usize::MAX), inner: std::slice::from_ref(&later), ..good() },
+            MatrixProduct { b_step: usize::MAX, ..good() },
+            MatrixProduct { inner: &runs, a: steps(0, 0), ..good() },
         ];
         for product in bad {
             assert!(run(product).is_err());

@@ -2,13 +2,13 @@
 //!
 //! For loops that do not vectorise by themselves, or that must keep sums in registers. Knows no operation of ours.
 
-use super::{Level, Real};
+use super::{Isa, Real};
 use std::marker::PhantomData;
 
 /// Numbers in a [`Vector`].
 pub const LANES: usize = 16;
 
-/// 16 numbers. Every method is inlined, so that it is compiled for the instructions of the [`super::Task`] around it.
+/// 16 numbers. Every method is inlined, so that it is compiled for the instructions of the [`super::SimdKernel`] around it.
 pub trait Vector<T>: Copy {
     /// The same number in all lanes.
     fn splat(value: T) -> Self;
@@ -48,7 +48,7 @@ pub trait Vector<T>: Copy {
 #[derive(Clone, Copy)]
 pub struct Array<T, L>([T; LANES], PhantomData<L>);
 
-impl<T: Real, L: Level> Array<T, L> {
+impl<T: Real, L: Isa> Array<T, L> {
     #[inline(always)]
     fn each(mut self, change: impl Fn(usize, T) -> T) -> Self {
         for lane in 0..LANES {
@@ -58,7 +58,7 @@ impl<T: Real, L: Level> Array<T, L> {
     }
 }
 
-impl<T: Real, L: Level> Vector<T> for Array<T, L> {
+impl<T: Real, L: Isa> Vector<T> for Array<T, L> {
     #[inline(always)]
     fn splat(value: T) -> Self {
         Self([value; LANES], PhantomData)

@@ -1,17 +1,17 @@
-//! [`Adapter`]: a plugin of `clearform.adapter/1`.
+//! [`AdapterPlugin`]: a plugin of `clearform.adapter/1`.
 
 use super::instance::{close, guard, instance, put, write};
-use super::{File, Result};
+use super::{AdapterFile, Result};
 use crate::tensor::OwnedTensor;
 use crate::{
-    AdapterTable, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE, Edit, EditTensors, Host, Text,
-    WHOLE_PARAMETER,
+    ClearformAdapterTable, ClearformEdit, ClearformEditTensors, ClearformHost, ClearformText, EDIT_DECOMPOSED,
+    EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE, WHOLE_PARAMETER,
 };
 use std::ffi::c_void;
 
 /// What an edit does, with its factor.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum EditKind {
+pub enum EditOperation {
     /// W + scale · up · down.
     LowRank {
         /// The adapter's own factor, such as alpha / rank.
@@ -30,9 +30,9 @@ pub enum EditKind {
 
 /// One edit of one parameter.
 #[derive(Debug, Clone)]
-pub struct EditOf {
+pub struct ParameterEdit {
     /// What it does.
-    pub kind: EditKind,
+    pub kind: EditOperation,
     /// Whether it has a magnitude.
     pub decomposed: bool,
     /// The part of the pipeline ("transformer").
@@ -49,7 +49,7 @@ pub struct EditOf {
 
 /// The tensors of an edit, ready to be given: see [`give`](crate::tensor::give) and [`OwnedTensor::into_raw`].
 #[derive(Debug, Default)]
-pub struct Tensors {
+pub struct GivenTensors {
     /// (rank, inputs) of a low-rank edit.
     pub down: Option<OwnedTensor>,
     /// (outputs, rank) of a low-rank edit.
@@ -61,41 +61,41 @@ pub struct Tensors {
 }
 
 /// A plugin of `clearform.adapter/1`.
-pub trait Adapter: Send + Sync + Sized {
+pub trait AdapterPlugin: Send + Sync + Sized {
     /// Opens a file that the plugin's claims fit. Reads no more than it needs to tell the edits.
     ///
     /// # Errors
     /// What is wrong with the file, and what to do.
-    fn open(file: File) -> Result<Self>;
+    fn open(file: AdapterFile) -> Result<Self>;
 
     /// Every edit.
-    fn edits(&self) -> &[EditOf];
+    fn edits(&self) -> &[ParameterEdit];
 
     /// The tensors of edit `index`.
     ///
     /// # Errors
     /// They cannot be read, or do not fit together.
-    fn tensors(&self, index: usize) -> Result<Tensors>;
+    fn tensors(&self, index: usize) -> Result<GivenTensors>;
 
     /// Why the file's tensor `index` is in no edit; empty without a reason, which the host calls an error.
     fn skipped(&self, index: usize) -> &str;
 }
 
-impl EditOf {
-    fn describe(&self) -> Edit {
+impl ParameterEdit {
+    fn describe(&self) -> ClearformEdit {
         let (kind, scale) = match self.kind {
-            EditKind::LowRank { scale } => (EDIT_LOW_RANK, scale),
-            EditKind::Delta { scale } => (EDIT_DELTA, scale),
-            EditKind::Replace => (EDIT_REPLACE, 1.0),
-            EditKind::Scale => (EDIT_SCALE, 1.0),
+            EditOperation::LowRank { scale } => (EDIT_LOW_RANK, scale),
+            EditOperation::Delta { scale } => (EDIT_DELTA, scale),
+            EditOperation::Replace => (EDIT_REPLACE, 1.0),
+            EditOperation::Scale => (EDIT_SCALE, 1.0),
         };
-        Edit {
-            struct_size: size_of::<Edit>() as u32,
+        ClearformEdit {
+            struct_size: size_of::<ClearformEdit>() as u32,
             kind,
             flags: if self.decomposed { EDIT_DECOMPOSED } else { 0 },
             reserved: 0,
-            component: Text::new(&self.component),
-            parameter: Text::new(&self.parameter),
+            component: ClearformText::new(&self.component),
+            parameter: ClearformText::new(&self.parameter),
             first_row: self.first_row.map_or(WHOLE_PARAMETER, |row| row as i64),
             rows: self.extents[0] as u64,
             columns: self.extents[1] as u64,
@@ -106,9 +106,9 @@ impl EditOf {
     }
 }
 
-impl AdapterTable {
+impl ClearformAdapterTable {
     /// The table of `T`.
-    pub const fn of<T: Adapter>() -> Self {
+    pub const fn of<T: AdapterPlugin>() -> Self {
         Self {
             struct_size: size_of::<Self>() as u32,
             reserved: 0,
@@ -125,20 +125,20 @@ impl AdapterTable {
 // What follows is called by the host alone, which keeps to the comments of the tables: pointers are valid, instances
 // come from `open` of the same table, and none is used after `close`. Each SAFETY below rests on that.
 
-unsafe extern "C" fn open_adapter<T: Adapter>(
-    host: *const Host,
-    file: *const crate::File,
+unsafe extern "C" fn open_adapter<T: AdapterPlugin>(
+    host: *const ClearformHost,
+    file: *const crate::ClearformFile,
     out: *mut *mut c_void,
 ) -> i32 {
     guard(host, || {
-        let opened = T::open(File { file, host })?;
+        let opened = T::open(AdapterFile { file, host })?;
         // SAFETY: the host's promise.
         unsafe { put(host, opened, out) };
         Ok(())
     })
 }
 
-unsafe extern "C" fn edit_count<T: Adapter>(pointer: *mut c_void) -> usize {
+unsafe extern "C" fn edit_count<T: AdapterPlugin>(pointer: *mut c_void) -> usize {
     // SAFETY: the host's promise.
     let instance = unsafe { instance::<T>(pointer) };
     let mut count = 0;
@@ -149,7 +149,7 @@ unsafe extern "C" fn edit_count<T: Adapter>(pointer: *mut c_void) -> usize {
     count
 }
 
-unsafe extern "C" fn edit<T: Adapter>(pointer: *mut c_void, index: usize, out: *mut Edit) -> i32 {
+unsafe extern "C" fn edit<T: AdapterPlugin>(pointer: *mut c_void, index: usize, out: *mut ClearformEdit) -> i32 {
     // SAFETY: the host's promise.
     let instance = unsafe { instance::<T>(pointer) };
     guard(instance.host, || {
@@ -160,27 +160,31 @@ unsafe extern "C" fn edit<T: Adapter>(pointer: *mut c_void, index: usize, out: *
     })
 }
 
-unsafe extern "C" fn edit_tensors<T: Adapter>(pointer: *mut c_void, index: usize, out: *mut EditTensors) -> i32 {
+unsafe extern "C" fn edit_tensors<T: AdapterPlugin>(
+    pointer: *mut c_void,
+    index: usize,
+    out: *mut ClearformEditTensors,
+) -> i32 {
     // SAFETY: the host's promise.
     let instance = unsafe { instance::<T>(pointer) };
     guard(instance.host, || {
-        let Tensors { down, up, value, magnitude } = instance.inner.tensors(index)?;
+        let GivenTensors { down, up, value, magnitude } = instance.inner.tensors(index)?;
         let raw = |tensor: Option<OwnedTensor>| tensor.map_or(std::ptr::null_mut(), OwnedTensor::into_raw);
-        let struct_size = size_of::<EditTensors>() as u32;
+        let struct_size = size_of::<ClearformEditTensors>() as u32;
         let (down, up, value, magnitude) = (raw(down), raw(up), raw(value), raw(magnitude));
-        let given = EditTensors { struct_size, reserved: 0, down, up, value, magnitude };
+        let given = ClearformEditTensors { struct_size, reserved: 0, down, up, value, magnitude };
         // SAFETY: the host's promise.
         unsafe { write(out, given, (*out).struct_size) };
         Ok(())
     })
 }
 
-unsafe extern "C" fn skipped<T: Adapter>(pointer: *mut c_void, index: usize) -> Text {
+unsafe extern "C" fn skipped<T: AdapterPlugin>(pointer: *mut c_void, index: usize) -> ClearformText {
     // SAFETY: the host's promise.
     let instance = unsafe { instance::<T>(pointer) };
-    let mut reason = Text::EMPTY;
+    let mut reason = ClearformText::EMPTY;
     guard(instance.host, || {
-        reason = Text::new(instance.inner.skipped(index));
+        reason = ClearformText::new(instance.inner.skipped(index));
         Ok(())
     });
     reason

@@ -1,15 +1,18 @@
-//! [`Branch`]: a plugin of `clearform.branch/1`.
+//! [`ControlNetPlugin`]: a plugin of `clearform.branch/1`.
 
 use super::instance::{close, guard, instance, put, write};
-use super::{File, Result};
-use crate::dlpack::ManagedTensor;
+use super::{AdapterFile, Result};
+use crate::dlpack::DLManagedTensorVersioned;
 use crate::tensor::{BorrowedTensor, OwnedTensor};
-use crate::{Base, BranchInfo, BranchTable, GiveResidual, Host, OK, Step, Text};
+use crate::{
+    ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformGiveResidual, ClearformHost, ClearformStep,
+    ClearformText, OK,
+};
 use std::ffi::c_void;
 
 /// The model that a branch hangs on.
 #[derive(Debug, Clone)]
-pub struct Model {
+pub struct TargetModel {
     /// Its family ("flux").
     pub family: String,
     /// Its diffusers config.json.
@@ -43,7 +46,7 @@ pub struct StepInput<'a> {
 
 /// A residual and the numbers of the model's blocks after which it is added.
 #[derive(Debug)]
-pub struct Residual {
+pub struct BlockResidual {
     /// (batch, image tokens, width), raster order.
     pub tensor: OwnedTensor,
     /// From 0, in the order in which the model runs them.
@@ -52,7 +55,7 @@ pub struct Residual {
 
 /// What a branch takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Takes {
+pub struct ControlSpec {
     /// [`crate::CONTROL_LATENTS`] or [`crate::CONTROL_PIXELS`].
     pub control: u32,
     /// Channels of the control.
@@ -64,26 +67,26 @@ pub struct Takes {
 }
 
 /// A plugin of `clearform.branch/1`.
-pub trait Branch: Send + Sync + Sized {
+pub trait ControlNetPlugin: Send + Sync + Sized {
     /// Opens a file that the plugin's claims fit, for `model`.
     ///
     /// # Errors
     /// What is wrong with the file, or that it is for another model, and what to do.
-    fn open(file: File, model: Model) -> Result<Self>;
+    fn open(file: AdapterFile, model: TargetModel) -> Result<Self>;
 
     /// What it takes.
-    fn takes(&self) -> Takes;
+    fn takes(&self) -> ControlSpec;
 
     /// One evaluation's residuals.
     ///
     /// # Errors
     /// An input that it cannot use.
-    fn residuals(&self, step: &StepInput) -> Result<Vec<Residual>>;
+    fn residuals(&self, step: &StepInput) -> Result<Vec<BlockResidual>>;
 }
 
-impl BranchTable {
+impl ClearformBranchTable {
     /// The table of `T`.
-    pub const fn of<T: Branch>() -> Self {
+    pub const fn of<T: ControlNetPlugin>() -> Self {
         Self {
             struct_size: size_of::<Self>() as u32,
             reserved: 0,
@@ -98,41 +101,47 @@ impl BranchTable {
 // What follows is called by the host alone, which keeps to the comments of the tables: pointers are valid, instances
 // come from `open` of the same table, and none is used after `close`. Each SAFETY below rests on that.
 
-unsafe extern "C" fn open_branch<T: Branch>(
-    host: *const Host,
-    file: *const crate::File,
-    base: *const Base,
+unsafe extern "C" fn open_branch<T: ControlNetPlugin>(
+    host: *const ClearformHost,
+    file: *const crate::ClearformFile,
+    base: *const ClearformBase,
     out: *mut *mut c_void,
 ) -> i32 {
     guard(host, || {
         // SAFETY: the host's promise.
         let model = unsafe {
-            let text = |text: Text| text.as_str().unwrap_or_default().to_owned();
-            Model { family: text((*base).family), config: text((*base).config), attention: text((*base).attention) }
+            let text = |text: ClearformText| text.as_str().unwrap_or_default().to_owned();
+            TargetModel {
+                family: text((*base).family),
+                config: text((*base).config),
+                attention: text((*base).attention),
+            }
         };
-        let opened = T::open(File { file, host }, model)?;
+        let opened = T::open(AdapterFile { file, host }, model)?;
         // SAFETY: the host's promise.
         unsafe { put(host, opened, out) };
         Ok(())
     })
 }
 
-unsafe extern "C" fn info<T: Branch>(pointer: *mut c_void, out: *mut BranchInfo) -> i32 {
+unsafe extern "C" fn info<T: ControlNetPlugin>(pointer: *mut c_void, out: *mut ClearformBranchInfo) -> i32 {
     // SAFETY: the host's promise.
     let instance = unsafe { instance::<T>(pointer) };
     guard(instance.host, || {
-        let Takes { control, channels, modes, range: [low, high] } = instance.inner.takes();
-        let struct_size = size_of::<BranchInfo>() as u32;
+        let ControlSpec { control, channels, modes, range: [low, high] } = instance.inner.takes();
+        let struct_size = size_of::<ClearformBranchInfo>() as u32;
         // SAFETY: the host's promise.
-        unsafe { write(out, BranchInfo { struct_size, control, channels, modes, low, high }, (*out).struct_size) };
+        unsafe {
+            write(out, ClearformBranchInfo { struct_size, control, channels, modes, low, high }, (*out).struct_size)
+        };
         Ok(())
     })
 }
 
-unsafe extern "C" fn residuals<T: Branch>(
+unsafe extern "C" fn residuals<T: ControlNetPlugin>(
     pointer: *mut c_void,
-    step: *const Step,
-    give: Option<GiveResidual>,
+    step: *const ClearformStep,
+    give: Option<ClearformGiveResidual>,
     context: *mut c_void,
 ) -> i32 {
     // SAFETY: the host's promise.
@@ -141,7 +150,7 @@ unsafe extern "C" fn residuals<T: Branch>(
         let give = give.ok_or("the host takes no residuals")?;
         // SAFETY: the host's promise: the step and its tensors stand during the call.
         let input = unsafe { StepInput::new(&*step) }?;
-        for Residual { tensor, blocks } in instance.inner.residuals(&input)? {
+        for BlockResidual { tensor, blocks } in instance.inner.residuals(&input)? {
             // SAFETY: the host's promise; it owns the tensor from here on, whatever it answers.
             let taken = unsafe { give(context, tensor.into_raw(), blocks.as_ptr(), blocks.len()) };
             if taken != OK {
@@ -155,10 +164,11 @@ unsafe extern "C" fn residuals<T: Branch>(
 impl<'a> StepInput<'a> {
     /// # Safety
     /// The tensors of `step` stand for `'a`.
-    unsafe fn new(step: &Step) -> Result<Self> {
+    unsafe fn new(step: &ClearformStep) -> Result<Self> {
         // SAFETY: the caller says so.
-        let required = |tensor: *const ManagedTensor| unsafe { BorrowedTensor::new(tensor) };
-        let optional = |tensor: *const ManagedTensor| (!tensor.is_null()).then(|| required(tensor)).transpose();
+        let required = |tensor: *const DLManagedTensorVersioned| unsafe { BorrowedTensor::new(tensor) };
+        let optional =
+            |tensor: *const DLManagedTensorVersioned| (!tensor.is_null()).then(|| required(tensor)).transpose();
         Ok(Self {
             latents: required(step.latents)?,
             timestep: required(step.timestep)?,

@@ -1,13 +1,13 @@
-//! [`File`]: the file that a plugin is opened with.
+//! [`AdapterFile`]: the file that a plugin is opened with.
 
 use super::Result;
-use crate::tensor::{Element, OwnedTensor};
-use crate::{Host, OK, Text};
+use crate::tensor::{ElementType, OwnedTensor};
+use crate::{ClearformHost, ClearformText, OK};
 
 /// An adapter's file. It is open as long as the instance is: keep it there, and nowhere that outlives it.
-pub struct File {
-    pub(super) file: *const crate::File,
-    pub(super) host: *const Host,
+pub struct AdapterFile {
+    pub(super) file: *const crate::ClearformFile,
+    pub(super) host: *const ClearformHost,
 }
 
 /// A tensor of a file, not read yet.
@@ -18,10 +18,10 @@ pub struct FileTensor {
     /// Extents, outermost first.
     pub shape: Vec<usize>,
     /// Number format, if it is one that crosses.
-    pub element: Option<Element>,
+    pub element: Option<ElementType>,
 }
 
-impl File {
+impl AdapterFile {
     /// Every tensor, sorted by name.
     pub fn tensors(&self) -> Vec<FileTensor> {
         let file = self.file();
@@ -75,33 +75,33 @@ impl File {
         // SAFETY: as above; the text stands during the call.
         unsafe {
             if let Some(log) = (*self.host).log {
-                log((*self.host).context, level, Text::new(message));
+                log((*self.host).context, level, ClearformText::new(message));
             }
         }
     }
 
-    fn file(&self) -> &crate::File {
+    fn file(&self) -> &crate::ClearformFile {
         // SAFETY: the host lends it until close, which drops this.
         unsafe { &*self.file }
     }
 }
 
 // SAFETY: the host lets any thread call the functions of a file and of itself, and nothing in them is written.
-unsafe impl Send for File {}
+unsafe impl Send for AdapterFile {}
 // SAFETY: as above.
-unsafe impl Sync for File {}
+unsafe impl Sync for AdapterFile {}
 
 impl FileTensor {
     /// # Safety
     /// `info` is as the host lends it.
-    unsafe fn new(info: &crate::TensorInfo) -> Self {
+    unsafe fn new(info: &crate::ClearformTensorInfo) -> Self {
         // SAFETY: the caller says so.
         unsafe {
             let shape = slice(info.shape, info.ndim.max(0) as usize);
             Self {
                 name: info.name.as_str().unwrap_or_default().to_owned(),
                 shape: shape.iter().map(|extent| *extent as usize).collect(),
-                element: Element::of(info.dtype),
+                element: ElementType::of(info.dtype),
             }
         }
     }

@@ -1,18 +1,18 @@
 //! [`Instance`]: what a plugin's instance pointer points to, and what every function of a table does alike.
 
 use super::Result;
-use crate::{FAILED, Host, OK, Text};
+use crate::{ClearformHost, ClearformText, FAILED, OK};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a plugin's instance pointer points to.
 pub(super) struct Instance<T> {
-    pub host: *const Host,
+    pub host: *const ClearformHost,
     pub inner: T,
 }
 
 /// Runs `work`; an error or a panic is told to the host.
-pub(super) fn guard(host: *const Host, work: impl FnOnce() -> Result<()>) -> i32 {
+pub(super) fn guard(host: *const ClearformHost, work: impl FnOnce() -> Result<()>) -> i32 {
     let reason = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(())) => return OK,
         Ok(Err(reason)) => reason,
@@ -23,7 +23,7 @@ pub(super) fn guard(host: *const Host, work: impl FnOnce() -> Result<()>) -> i32
         if let Some(host) = host.as_ref()
             && let Some(fail) = host.fail
         {
-            fail(host.context, Text::new(&reason));
+            fail(host.context, ClearformText::new(&reason));
         }
     }
     FAILED
@@ -36,7 +36,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// # Safety
 /// `out` is where the host wants an instance.
-pub(super) unsafe fn put<T>(host: *const Host, inner: T, out: *mut *mut c_void) {
+pub(super) unsafe fn put<T>(host: *const ClearformHost, inner: T, out: *mut *mut c_void) {
     // SAFETY: the caller says so.
     unsafe { *out = Box::into_raw(Box::new(Instance { host, inner })).cast() }
 }

@@ -1,4 +1,4 @@
-//! The author's side of the boundary in Rust: write a type with [`Adapter`] or [`Branch`], and one line of
+//! The author's side of the boundary in Rust: write a type with [`AdapterPlugin`] or [`ControlNetPlugin`], and one line of
 //! [`export_adapter!`](crate::export_adapter) or [`export_branch!`](crate::export_branch).
 //!
 //! What the tables ask for is done here once: null and size checks, errors as texts, panics as errors.
@@ -9,9 +9,9 @@ mod file;
 mod instance;
 
 pub use crate::tensor::give;
-pub use adapter::{Adapter, EditKind, EditOf, Tensors};
-pub use branch::{Branch, Model, Residual, StepInput, Takes};
-pub use file::{File, FileTensor};
+pub use adapter::{AdapterPlugin, EditOperation, GivenTensors, ParameterEdit};
+pub use branch::{BlockResidual, ControlNetPlugin, ControlSpec, StepInput, TargetModel};
+pub use file::{AdapterFile, FileTensor};
 
 /// Result of an author's function; the error is told to the person.
 pub type Result<T> = std::result::Result<T, String>;
@@ -27,19 +27,19 @@ pub const fn description<const N: usize>(text: &str) -> [u8; N] {
     copied
 }
 
-/// Exports the [`Adapter`](crate::sdk::Adapter) `$type`, described by the TOML file `$path` beside the source file.
+/// Exports the [`AdapterPlugin`](crate::sdk::Adapter) `$type`, described by the TOML file `$path` beside the source file.
 #[macro_export]
 macro_rules! export_adapter {
     ($type:ty, $path:literal) => {
-        $crate::export_plugin!($crate::ADAPTER_INTERFACE, $crate::AdapterTable, $type, $path);
+        $crate::export_plugin!($crate::ADAPTER_INTERFACE, $crate::ClearformAdapterTable, $type, $path);
     };
 }
 
-/// Exports the [`Branch`](crate::sdk::Branch) `$type`, described by the TOML file `$path` beside the source file.
+/// Exports the [`ControlNetPlugin`](crate::sdk::Branch) `$type`, described by the TOML file `$path` beside the source file.
 #[macro_export]
 macro_rules! export_branch {
     ($type:ty, $path:literal) => {
-        $crate::export_plugin!($crate::BRANCH_INTERFACE, $crate::BranchTable, $type, $path);
+        $crate::export_plugin!($crate::BRANCH_INTERFACE, $crate::ClearformBranchTable, $type, $path);
     };
 }
 
@@ -55,10 +55,10 @@ macro_rules! export_plugin {
                 "<<end-of-clearform-plugin-description>>"
             );
             static TABLE: $table = <$table>::of::<$type>();
-            static PLUGIN: $crate::Plugin = $crate::Plugin {
+            static PLUGIN: $crate::ClearformPlugin = $crate::ClearformPlugin {
                 abi_major: $crate::ABI_MAJOR,
-                struct_size: ::std::mem::size_of::<$crate::Plugin>() as u32,
-                interface: $crate::Text::new($interface),
+                struct_size: ::std::mem::size_of::<$crate::ClearformPlugin>() as u32,
+                interface: $crate::ClearformText::new($interface),
                 table: (&raw const TABLE).cast(),
             };
 
@@ -67,7 +67,7 @@ macro_rules! export_plugin {
             static clearform_plugin_description: [u8; DESCRIPTION.len()] = $crate::sdk::description(DESCRIPTION);
 
             #[unsafe(no_mangle)]
-            extern "C" fn clearform_plugin_v1(_: *const $crate::Host) -> *const $crate::Plugin {
+            extern "C" fn clearform_plugin_v1(_: *const $crate::ClearformHost) -> *const $crate::ClearformPlugin {
                 &raw const PLUGIN
             }
         };

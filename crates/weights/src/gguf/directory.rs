@@ -1,12 +1,12 @@
-//! [`Listed`]: what the directory of a GGUF file says of one tensor, judged by itself. It knows no other tensor and not
+//! [`GgufTensor`]: what the directory of a GGUF file says of one tensor, judged by itself. It knows no other tensor and not
 //! the file's size.
 
-use super::format::Stored;
-use super::reader::Reader;
+use super::format::GgufType;
+use super::reader::GgufReader;
 use crate::Result;
-use crate::error::{Judged, printed};
-use crate::header::Entry;
-use crate::place::{Place, Record};
+use crate::error::{Validated, printed};
+use crate::header::HeaderEntry;
+use crate::place::{FileRange, StorageView};
 use std::collections::BTreeMap;
 
 /// GGUF says 4; files of video models have 5.
@@ -14,11 +14,11 @@ const MOST_EXTENTS: u64 = 5;
 
 /// One tensor of the directory.
 #[derive(Debug)]
-pub(super) struct Listed {
+pub(super) struct GgufTensor {
     pub name: String,
     /// The number format's name in GGUF.
     pub format: &'static str,
-    pub stored: Stored,
+    pub stored: GgufType,
     shape: Vec<usize>,
     /// Where its values begin, counted from where the first may.
     pub offset: u64,
@@ -28,13 +28,13 @@ pub(super) struct Listed {
     unpacked: u64,
 }
 
-impl Listed {
+impl GgufTensor {
     /// Reads the next tensor; `shapes` are those that the metadata give, by name.
-    pub fn read(reader: &mut Reader, shapes: &mut BTreeMap<String, Vec<u64>>) -> Result<Self> {
+    pub fn read(reader: &mut GgufReader, shapes: &mut BTreeMap<String, Vec<u64>>) -> Result<Self> {
         let name = reader.name()?;
         reader.enter(format!("tensor {}", printed(&name)));
         let mut extents = extents(reader)?;
-        let (format, stored) = Stored::numbered(reader.number(4)?).map_err(|reason| reader.bad(reason))?;
+        let (format, stored) = GgufType::numbered(reader.number(4)?).map_err(|reason| reader.bad(reason))?;
         let offset = reader.number(8)?;
         let (size, unpacked) = sizes(&extents, format, stored).map_err(|reason| reader.bad(reason))?;
         extents.reverse();
@@ -46,15 +46,15 @@ impl Listed {
     }
 
     /// Its entry, where the values of a file begin at `start`.
-    pub fn placed(self, start: u64) -> Entry {
+    pub fn placed(self, start: u64) -> HeaderEntry {
         let start = start + self.offset;
-        let record = Record { bytes: start..start + self.size, size: self.unpacked, packing: self.stored.packing() };
-        Entry { dtype: self.stored.dtype(), shape: self.shape, place: Place::of(record) }
+        let record = FileRange { bytes: start..start + self.size, size: self.unpacked, packing: self.stored.packing() };
+        HeaderEntry { dtype: self.stored.dtype(), shape: self.shape, place: StorageView::of(record) }
     }
 }
 
 /// Extents, innermost first.
-fn extents(reader: &mut Reader) -> Result<Vec<u64>> {
+fn extents(reader: &mut GgufReader) -> Result<Vec<u64>> {
     let count = reader.number(4)?;
     if count > MOST_EXTENTS {
         return Err(reader.bad(format!("{count} extents, more than the {MOST_EXTENTS} allowed")));
@@ -67,7 +67,7 @@ fn extents(reader: &mut Reader) -> Result<Vec<u64>> {
 }
 
 /// Bytes of a tensor in the file and as it is given. Rows are whole blocks.
-fn sizes(extents: &[u64], format: &str, stored: Stored) -> Judged<(u64, u64)> {
+fn sizes(extents: &[u64], format: &str, stored: GgufType) -> Validated<(u64, u64)> {
     let (values, bytes) = stored.block();
     let row = extents.first().copied().unwrap_or(1);
     if row % values != 0 {
@@ -82,7 +82,7 @@ fn count(extents: &[u64]) -> Option<u64> {
     extents.iter().try_fold(1u64, |product, &extent| product.checked_mul(extent))
 }
 
-fn reshaped(extents: &[u64], original: Vec<u64>) -> Judged<Vec<u64>> {
+fn reshaped(extents: &[u64], original: Vec<u64>) -> Validated<Vec<u64>> {
     match count(extents) == count(&original) {
         true => Ok(original),
         false => Err(format!("its original shape {original:?} does not hold as many values as {extents:?}")),

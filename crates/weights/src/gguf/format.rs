@@ -1,33 +1,33 @@
-//! [`Stored`]: the number formats that GGUF files have, by their numbers and names. The arithmetic of blocks is the
+//! [`GgufType`]: the number formats that GGUF files have, by their numbers and names. The arithmetic of blocks is the
 //! tensor library's.
 
 use crate::Dtype;
-use crate::error::Judged;
-use crate::place::Packing;
+use crate::error::Validated;
+use crate::place::Compression;
 use candle_core::quantized::GgmlDType;
 
 /// How a tensor's values are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stored {
+pub(super) enum GgufType {
     Plain(Dtype),
     Blocks(GgmlDType),
 }
 
 /// Number in the file, name, and how values are kept, of those that are read; sorted by number.
-const FORMATS: &[(u64, &str, Option<Stored>)] = &[
-    (0, "F32", Some(Stored::Plain(Dtype::F32))),
-    (1, "F16", Some(Stored::Plain(Dtype::F16))),
-    (2, "Q4_0", Some(Stored::Blocks(GgmlDType::Q4_0))),
-    (3, "Q4_1", Some(Stored::Blocks(GgmlDType::Q4_1))),
-    (6, "Q5_0", Some(Stored::Blocks(GgmlDType::Q5_0))),
-    (7, "Q5_1", Some(Stored::Blocks(GgmlDType::Q5_1))),
-    (8, "Q8_0", Some(Stored::Blocks(GgmlDType::Q8_0))),
+const FORMATS: &[(u64, &str, Option<GgufType>)] = &[
+    (0, "F32", Some(GgufType::Plain(Dtype::F32))),
+    (1, "F16", Some(GgufType::Plain(Dtype::F16))),
+    (2, "Q4_0", Some(GgufType::Blocks(GgmlDType::Q4_0))),
+    (3, "Q4_1", Some(GgufType::Blocks(GgmlDType::Q4_1))),
+    (6, "Q5_0", Some(GgufType::Blocks(GgmlDType::Q5_0))),
+    (7, "Q5_1", Some(GgufType::Blocks(GgmlDType::Q5_1))),
+    (8, "Q8_0", Some(GgufType::Blocks(GgmlDType::Q8_0))),
     (9, "Q8_1", None),
-    (10, "Q2_K", Some(Stored::Blocks(GgmlDType::Q2K))),
-    (11, "Q3_K", Some(Stored::Blocks(GgmlDType::Q3K))),
-    (12, "Q4_K", Some(Stored::Blocks(GgmlDType::Q4K))),
-    (13, "Q5_K", Some(Stored::Blocks(GgmlDType::Q5K))),
-    (14, "Q6_K", Some(Stored::Blocks(GgmlDType::Q6K))),
+    (10, "Q2_K", Some(GgufType::Blocks(GgmlDType::Q2K))),
+    (11, "Q3_K", Some(GgufType::Blocks(GgmlDType::Q3K))),
+    (12, "Q4_K", Some(GgufType::Blocks(GgmlDType::Q4K))),
+    (13, "Q5_K", Some(GgufType::Blocks(GgmlDType::Q5K))),
+    (14, "Q6_K", Some(GgufType::Blocks(GgmlDType::Q6K))),
     (15, "Q8_K", None),
     (16, "IQ2_XXS", None),
     (17, "IQ2_XS", None),
@@ -37,13 +37,13 @@ const FORMATS: &[(u64, &str, Option<Stored>)] = &[
     (21, "IQ3_S", None),
     (22, "IQ2_S", None),
     (23, "IQ4_XS", None),
-    (24, "I8", Some(Stored::Plain(Dtype::I8))),
-    (25, "I16", Some(Stored::Plain(Dtype::I16))),
-    (26, "I32", Some(Stored::Plain(Dtype::I32))),
-    (27, "I64", Some(Stored::Plain(Dtype::I64))),
-    (28, "F64", Some(Stored::Plain(Dtype::F64))),
+    (24, "I8", Some(GgufType::Plain(Dtype::I8))),
+    (25, "I16", Some(GgufType::Plain(Dtype::I16))),
+    (26, "I32", Some(GgufType::Plain(Dtype::I32))),
+    (27, "I64", Some(GgufType::Plain(Dtype::I64))),
+    (28, "F64", Some(GgufType::Plain(Dtype::F64))),
     (29, "IQ1_M", None),
-    (30, "BF16", Some(Stored::Plain(Dtype::BF16))),
+    (30, "BF16", Some(GgufType::Plain(Dtype::BF16))),
     (31, "Q4_0_4_4", None),
     (32, "Q4_0_4_8", None),
     (33, "Q4_0_8_8", None),
@@ -55,9 +55,9 @@ const FORMATS: &[(u64, &str, Option<Stored>)] = &[
 ];
 const REMEDY: &str = "give the file in Q8_0, a K-quant or BF16, or the safetensors file it was made from";
 
-impl Stored {
+impl GgufType {
     /// The format of that number, and its name.
-    pub fn numbered(number: u64) -> Judged<(&'static str, Self)> {
+    pub fn numbered(number: u64) -> Validated<(&'static str, Self)> {
         match FORMATS.binary_search_by_key(&number, |format| format.0).map(|at| FORMATS[at]) {
             Ok((_, name, Some(stored))) => Ok((name, stored)),
             Ok((_, name, None)) => Err(format!("number format {name}, which is not read: {REMEDY}")),
@@ -87,10 +87,10 @@ impl Stored {
         }
     }
 
-    pub fn packing(self) -> Packing {
+    pub fn packing(self) -> Compression {
         match self {
-            Self::Plain(_) => Packing::Plain,
-            Self::Blocks(format) => Packing::Blocks(format),
+            Self::Plain(_) => Compression::Plain,
+            Self::Blocks(format) => Compression::Blocks(format),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! [`Metadata`]: what the metadata of a GGUF file say of its tensors, and the short texts among them, for a person.
+//! [`GgufMetadata`]: what the metadata of a GGUF file say of its tensors, and the short texts among them, for a person.
 //!
 //! All other values are passed over: the lists of a text encoder's tokenizer are most of them.
 
-use super::reader::Reader;
+use super::reader::GgufReader;
 use crate::Result;
 use crate::error::printed;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ const LEAST_LIST: u64 = 12;
 
 /// What is kept of the metadata.
 #[derive(Debug)]
-pub(super) struct Metadata {
+pub(super) struct GgufMetadata {
     pub texts: BTreeMap<String, String>,
     /// Values begin at multiples of it.
     pub alignment: u64,
@@ -40,16 +40,16 @@ pub(super) struct Metadata {
 }
 
 /// One value, as far as it matters here.
-enum Value {
+enum GgufValue {
     Text(String),
     Number(u64),
     Extents(Vec<u64>),
     Other,
 }
 
-impl Metadata {
+impl GgufMetadata {
     /// Reads `count` keys and their values.
-    pub fn read(reader: &mut Reader, count: u64) -> Result<Self> {
+    pub fn read(reader: &mut GgufReader, count: u64) -> Result<Self> {
         if count > MOST_KEYS {
             return Err(reader.bad(format!("it claims {count} metadata keys, more than the {MOST_KEYS} allowed")));
         }
@@ -69,16 +69,16 @@ impl Metadata {
         Ok(metadata)
     }
 
-    fn keep(&mut self, reader: &Reader, key: String, value: Value) -> Result<()> {
+    fn keep(&mut self, reader: &GgufReader, key: String, value: GgufValue) -> Result<()> {
         match (key.strip_prefix(SHAPE_KEY), value) {
-            (Some(tensor), Value::Extents(extents)) => {
+            (Some(tensor), GgufValue::Extents(extents)) => {
                 self.shapes.insert(tensor.to_owned(), extents);
             }
             (Some(_), _) => {
                 return Err(reader.bad(format!("expected a list of 1 to {MOST_EXTENTS} positive INT32, a shape")));
             }
             (None, value) if key == ALIGNMENT_KEY => self.alignment = alignment(reader, &value)?,
-            (None, Value::Text(text)) => {
+            (None, GgufValue::Text(text)) => {
                 self.texts.insert(key, text);
             }
             (None, _) => {}
@@ -87,40 +87,40 @@ impl Metadata {
     }
 }
 
-fn alignment(reader: &Reader, value: &Value) -> Result<u64> {
+fn alignment(reader: &GgufReader, value: &GgufValue) -> Result<u64> {
     match value {
-        Value::Number(number) if number.is_power_of_two() && *number <= LARGEST_ALIGNMENT => Ok(*number),
-        Value::Number(number) => {
+        GgufValue::Number(number) if number.is_power_of_two() && *number <= LARGEST_ALIGNMENT => Ok(*number),
+        GgufValue::Number(number) => {
             Err(reader.bad(format!("expected a power of two up to {LARGEST_ALIGNMENT}, found {number}")))
         }
         _ => Err(reader.bad("expected a UINT32")),
     }
 }
 
-fn value(reader: &mut Reader, kind: u64) -> Result<Value> {
+fn value(reader: &mut GgufReader, kind: u64) -> Result<GgufValue> {
     match kind {
-        U32 => reader.number(4).map(Value::Number),
+        U32 => reader.number(4).map(GgufValue::Number),
         TEXT => text(reader),
         LIST => list(reader, 0),
         _ => {
             let width = width(reader, kind)?;
             reader.skip(width)?;
-            Ok(Value::Other)
+            Ok(GgufValue::Other)
         }
     }
 }
 
-fn text(reader: &mut Reader) -> Result<Value> {
+fn text(reader: &mut GgufReader) -> Result<GgufValue> {
     let length = reader.number(8)?;
     if length > LONGEST_TEXT {
         reader.skip(length)?;
-        return Ok(Value::Other);
+        return Ok(GgufValue::Other);
     }
     let bytes = reader.take(length)?;
-    Ok(Value::Text(String::from_utf8_lossy(bytes).into_owned()))
+    Ok(GgufValue::Text(String::from_utf8_lossy(bytes).into_owned()))
 }
 
-fn list(reader: &mut Reader, depth: u32) -> Result<Value> {
+fn list(reader: &mut GgufReader, depth: u32) -> Result<GgufValue> {
     if depth == DEEPEST {
         return Err(reader.bad(format!("lists nested more than {DEEPEST} deep")));
     }
@@ -145,17 +145,17 @@ fn list(reader: &mut Reader, depth: u32) -> Result<Value> {
             reader.skip_items(count, width)?;
         }
     }
-    Ok(Value::Other)
+    Ok(GgufValue::Other)
 }
 
-fn extents(reader: &mut Reader, count: u64) -> Result<Value> {
+fn extents(reader: &mut GgufReader, count: u64) -> Result<GgufValue> {
     let extents = (0..count).map(|_| reader.number(4)).collect::<Result<Vec<_>>>()?;
     let positive = extents.iter().all(|extent| (1..=i32::MAX as u64).contains(extent));
-    Ok(if positive { Value::Extents(extents) } else { Value::Other })
+    Ok(if positive { GgufValue::Extents(extents) } else { GgufValue::Other })
 }
 
 /// Bytes of a number or truth value.
-fn width(reader: &Reader, kind: u64) -> Result<u64> {
+fn width(reader: &GgufReader, kind: u64) -> Result<u64> {
     match kind {
         0 | 1 | 7 => Ok(1),
         2 | 3 => Ok(2),

@@ -14,10 +14,10 @@ use crate::error::printed;
 use crate::header::Header;
 use crate::{Result, WeightsError};
 use candle_core::quantized::GgmlDType;
-use directory::Listed;
-use format::Stored;
-use metadata::Metadata;
-use reader::Reader;
+use directory::GgufTensor;
+use format::GgufType;
+use metadata::GgufMetadata;
+use reader::GgufReader;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Slot;
 
@@ -32,13 +32,13 @@ pub(crate) fn recognises(beginning: &[u8]) -> bool {
 
 /// Reads the directory of tensors of `file`.
 pub(crate) fn read(file: &TensorFile) -> Result<Header> {
-    let mut reader = Reader::new(file);
+    let mut reader = GgufReader::new(file);
     let (tensors, keys) = counts(&mut reader)?;
-    let mut metadata = Metadata::read(&mut reader, keys)?;
+    let mut metadata = GgufMetadata::read(&mut reader, keys)?;
     let mut listed = Vec::new();
     for number in 0..tensors {
         reader.enter(format!("tensor {number} of {tensors}"));
-        listed.push(Listed::read(&mut reader, &mut metadata.shapes)?);
+        listed.push(GgufTensor::read(&mut reader, &mut metadata.shapes)?);
     }
     let start = reader.position().next_multiple_of(metadata.alignment);
     judge_places(file, &mut listed, start, metadata.alignment)?;
@@ -55,11 +55,11 @@ pub(crate) fn read(file: &TensorFile) -> Result<Header> {
 
 /// What GGUF calls the format of these blocks.
 pub(crate) fn name_of(blocks: GgmlDType) -> &'static str {
-    Stored::name_of(blocks)
+    GgufType::name_of(blocks)
 }
 
 /// The numbers of tensors and of metadata keys.
-fn counts(reader: &mut Reader) -> Result<(u64, u64)> {
+fn counts(reader: &mut GgufReader) -> Result<(u64, u64)> {
     reader.take(MAGIC.len() as u64)?;
     match reader.number(4)? {
         2 | 3 => {}
@@ -80,10 +80,10 @@ fn counts(reader: &mut Reader) -> Result<(u64, u64)> {
 
 /// Values must lie in the file, at multiples of the alignment, and no two tensors' may share bytes. They are sorted by
 /// where they lie. Gaps are allowed, as the format does not forbid them.
-fn judge_places(file: &TensorFile, listed: &mut [Listed], start: u64, alignment: u64) -> Result<()> {
+fn judge_places(file: &TensorFile, listed: &mut [GgufTensor], start: u64, alignment: u64) -> Result<()> {
     listed.sort_by_key(|tensor| tensor.offset);
     let mut free = 0;
-    for Listed { name, offset, size, .. } in listed {
+    for GgufTensor { name, offset, size, .. } in listed {
         if *offset % alignment != 0 {
             let reason = format!("begins at {offset}, which is no multiple of the file's alignment {alignment}");
             return Err(about(file, name, reason));
@@ -106,9 +106,9 @@ fn judge_places(file: &TensorFile, listed: &mut [Listed], start: u64, alignment:
 }
 
 /// What a person should know of the formats that are not given as they are.
-fn dequantised(listed: &[Listed]) -> Option<String> {
+fn dequantised(listed: &[GgufTensor]) -> Option<String> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for tensor in listed.iter().filter(|tensor| matches!(tensor.stored, Stored::Blocks(_))) {
+    for tensor in listed.iter().filter(|tensor| matches!(tensor.stored, GgufType::Blocks(_))) {
         *counts.entry(tensor.format).or_default() += 1;
     }
     let counts: Vec<String> = counts.iter().map(|(format, count)| format!("{count} of {format}")).collect();

@@ -1,4 +1,4 @@
-//! [`Reader`]: the directory of a GGUF file taken one piece after another, never past its end. It reads a window of the
+//! [`GgufReader`]: the directory of a GGUF file taken one piece after another, never past its end. It reads a window of the
 //! file at a time and knows no meaning of the pieces.
 
 use crate::checkpoint::TensorFile;
@@ -12,7 +12,7 @@ pub(super) const LONGEST_NAME: u64 = 4096;
 
 /// What is left of a directory.
 #[derive(Debug)]
-pub(super) struct Reader<'f> {
+pub(super) struct GgufReader<'f> {
     file: &'f TensorFile,
     at: u64,
     end: u64,
@@ -23,7 +23,7 @@ pub(super) struct Reader<'f> {
     within: String,
 }
 
-impl<'f> Reader<'f> {
+impl<'f> GgufReader<'f> {
     pub fn new(file: &'f TensorFile) -> Self {
         let end = file.size.min(LONGEST_DIRECTORY);
         Self { file, at: 0, end, window: Vec::new(), start: 0, within: "the head of the GGUF file".to_owned() }

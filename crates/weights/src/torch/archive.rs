@@ -3,11 +3,11 @@
 //! Only what the form needs of zip is read: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, sections
 //! 4.3.7, 4.3.12 and 4.3.14 to 4.3.16. Every length and place is judged against the file's size.
 
-use super::input::Input;
-use super::{BIG_ENDIAN, Judged, LONGEST_PICKLE, printed};
+use super::input::ByteReader;
+use super::{BIG_ENDIAN, LONGEST_PICKLE, Validated, printed};
 use crate::Result;
 use crate::checkpoint::TensorFile;
-use crate::place::{Packing, Record};
+use crate::place::{Compression, FileRange};
 use std::collections::HashMap;
 
 const PICKLE: &str = "data.pkl";
@@ -33,18 +33,18 @@ const MOST_DEFLATION: u64 = 1032;
 #[derive(Debug)]
 pub(super) struct Archive<'f> {
     file: &'f TensorFile,
-    entries: HashMap<String, Listed>,
+    entries: HashMap<String, ZipEntry>,
     /// The folder in the archive that all records of the form lie in, with its slash.
     folder: String,
 }
 
 /// What the directory says of a record.
 #[derive(Debug)]
-struct Listed {
+struct ZipEntry {
     header: u64,
     packed: u64,
     size: u64,
-    packing: Packing,
+    packing: Compression,
 }
 
 impl<'f> Archive<'f> {
@@ -70,7 +70,7 @@ impl<'f> Archive<'f> {
     }
 
     /// Where the storage `key` lies.
-    pub fn storage(&self, key: &str) -> Result<Record> {
+    pub fn storage(&self, key: &str) -> Result<FileRange> {
         self.record(&format!("data/{key}"))
     }
 
@@ -87,7 +87,7 @@ impl<'f> Archive<'f> {
     }
 
     /// Where the record `name` of the form lies: its own header tells how long that is.
-    fn record(&self, name: &str) -> Result<Record> {
+    fn record(&self, name: &str) -> Result<FileRange> {
         let name = format!("{}{name}", self.folder);
         let missing = || self.file.bad(format!("record {} is missing from the archive", printed(&name)));
         let listed = self.entries.get(&name).ok_or_else(missing)?;
@@ -97,17 +97,17 @@ impl<'f> Archive<'f> {
         let start = listed.header + LOCAL_BYTES + after;
         match start.checked_add(listed.packed) {
             Some(end) if end <= self.file.size => {
-                Ok(Record { bytes: start..end, size: listed.size, packing: listed.packing })
+                Ok(FileRange { bytes: start..end, size: listed.size, packing: listed.packing })
             }
             _ => Err(damaged(format!("{} bytes from {start} go past the file's end", listed.packed))),
         }
     }
 }
 
-impl Listed {
+impl ZipEntry {
     /// Bytes between the record's header and its contents.
-    fn after(&self, header: &[u8]) -> Judged<u64> {
-        let mut input = Input::new(header);
+    fn after(&self, header: &[u8]) -> Validated<u64> {
+        let mut input = ByteReader::new(header);
         let signature = input.take(4)?;
         input.take(4)?;
         let packing = packing(input.number(2)?)?;
@@ -119,7 +119,7 @@ impl Listed {
     }
 
     /// Reads one entry of the directory, after its signature.
-    fn read(input: &mut Input) -> Judged<(String, Self)> {
+    fn read(input: &mut ByteReader) -> Validated<(String, Self)> {
         input.take(4)?;
         let flags = input.number(2)?;
         let packing = packing(input.number(2)?)?;
@@ -138,14 +138,14 @@ impl Listed {
         Ok((name, listed))
     }
 
-    fn judge(&self, flags: u64) -> Judged<()> {
+    fn judge(&self, flags: u64) -> Validated<()> {
         let Self { packed, size, packing, .. } = *self;
         if flags & ENCRYPTED != 0 {
             return Err("it is encrypted".to_owned());
         }
         match packing {
-            Packing::Plain if size != packed => Err(format!("{size} bytes are stored in {packed}")),
-            Packing::Deflated if size > packed.saturating_mul(MOST_DEFLATION) => {
+            Compression::Plain if size != packed => Err(format!("{size} bytes are stored in {packed}")),
+            Compression::Deflated if size > packed.saturating_mul(MOST_DEFLATION) => {
                 Err(format!("{packed} bytes cannot unpack to the {size} it claims: it is refused as a bomb"))
             }
             _ => Ok(()),
@@ -174,7 +174,7 @@ fn directory(file: &TensorFile) -> Result<(u64, u64)> {
     let at = tail_start + end as u64;
     let locator = at.checked_sub(LOCATOR_BYTES).map(|start| file.part(start, LOCATOR_BYTES)).transpose()?;
     if let Some(locator) = locator.filter(|locator| locator.starts_with(LOCATOR)) {
-        let mut input = Input::new(&locator[8..]);
+        let mut input = ByteReader::new(&locator[8..]);
         let record = file.part(input.number(8).map_err(bad)?, LARGE_END_BYTES)?;
         if !record.starts_with(LARGE_END) {
             return Err(bad("the end of its zip directory is not where the file says".to_owned()));
@@ -190,21 +190,21 @@ fn directory(file: &TensorFile) -> Result<(u64, u64)> {
 }
 
 /// Start and length of the directory: numbers of `width` bytes that stand `before` bytes into the record that ends it.
-fn ends(record: &[u8], before: u64, width: u64) -> Judged<(u64, u64)> {
-    let mut input = Input::new(record);
+fn ends(record: &[u8], before: u64, width: u64) -> Validated<(u64, u64)> {
+    let mut input = ByteReader::new(record);
     input.take(before)?;
     let length = input.number(width)?;
     Ok((input.number(width)?, length))
 }
 
-fn entries(bytes: &[u8]) -> Judged<HashMap<String, Listed>> {
+fn entries(bytes: &[u8]) -> Validated<HashMap<String, ZipEntry>> {
     let mut entries = HashMap::new();
-    let mut input = Input::new(bytes);
+    let mut input = ByteReader::new(bytes);
     while input.position() < bytes.len() {
         if input.take(4)? != LISTED {
             return Err("an entry without its signature".to_owned());
         }
-        let (name, listed) = Listed::read(&mut input)?;
+        let (name, listed) = ZipEntry::read(&mut input)?;
         if entries.contains_key(&name) {
             return Err(format!("record {} is there twice", printed(&name)));
         }
@@ -214,11 +214,11 @@ fn entries(bytes: &[u8]) -> Judged<HashMap<String, Listed>> {
 }
 
 /// Takes from the extra field those of `numbers` that did not fit, in their order.
-fn enlarge(numbers: &mut [u64; 3], extra: &[u8]) -> Judged<()> {
-    let mut input = Input::new(extra);
+fn enlarge(numbers: &mut [u64; 3], extra: &[u8]) -> Validated<()> {
+    let mut input = ByteReader::new(extra);
     while extra.len() - input.position() >= 4 {
         let (kind, length) = (input.number(2)?, input.number(2)?);
-        let mut field = Input::new(input.take(length)?);
+        let mut field = ByteReader::new(input.take(length)?);
         if kind == LARGE {
             for number in numbers.iter_mut().filter(|number| **number == ELSEWHERE) {
                 *number = field.number(8)?;
@@ -228,16 +228,16 @@ fn enlarge(numbers: &mut [u64; 3], extra: &[u8]) -> Judged<()> {
     Ok(())
 }
 
-fn packing(method: u64) -> Judged<Packing> {
+fn packing(method: u64) -> Validated<Compression> {
     match method {
-        0 => Ok(Packing::Plain),
-        8 => Ok(Packing::Deflated),
+        0 => Ok(Compression::Plain),
+        8 => Ok(Compression::Deflated),
         other => Err(format!("compression method {other}, expected none or deflate: pack it again")),
     }
 }
 
 /// The folder that holds the pickle.
-fn folder(entries: &HashMap<String, Listed>) -> Judged<String> {
+fn folder(entries: &HashMap<String, ZipEntry>) -> Validated<String> {
     let holds = |name: &&str| name.strip_suffix(PICKLE).is_some_and(|folder| folder.ends_with('/'));
     let mut pickles: Vec<&str> = entries.keys().map(String::as_str).filter(holds).collect();
     pickles.sort_unstable();

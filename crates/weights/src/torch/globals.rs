@@ -2,7 +2,7 @@
 //!
 //! What is not on the list is code that only a program can run, so the file is refused.
 
-use super::Judged;
+use super::Validated;
 use crate::Dtype;
 
 /// What a name on the list stands for.
@@ -125,7 +125,7 @@ const LONGEST_NAME: usize = 100;
 
 impl Global {
     /// What `module.name` stands for.
-    pub fn named(module: &str, name: &str) -> Judged<Self> {
+    pub fn named(module: &str, name: &str) -> Validated<Self> {
         let python2 = if module == "builtins" { "__builtin__" } else { module };
         let known = KNOWN.iter().find(|known| (known.0, known.1) == (python2, name));
         known.map(|known| known.2).ok_or_else(|| refusal(module, name))

@@ -1,15 +1,15 @@
-//! [`Input`]: bytes taken one piece after another, never past their end. It knows no format.
+//! [`ByteReader`]: bytes taken one piece after another, never past their end. It knows no format.
 
-use super::Judged;
+use super::Validated;
 
 /// What is left of some bytes.
 #[derive(Debug, Clone)]
-pub(super) struct Input<'a> {
+pub(super) struct ByteReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Input<'a> {
+impl<'a> ByteReader<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
@@ -20,7 +20,7 @@ impl<'a> Input<'a> {
     }
 
     /// The next `count` bytes.
-    pub fn take(&mut self, count: u64) -> Judged<&'a [u8]> {
+    pub fn take(&mut self, count: u64) -> Validated<&'a [u8]> {
         let left = self.bytes.len() - self.at;
         if count > left as u64 {
             return Err(format!("{count} bytes claimed where {left} are left"));
@@ -30,18 +30,18 @@ impl<'a> Input<'a> {
         Ok(taken)
     }
 
-    pub fn byte(&mut self) -> Judged<u8> {
+    pub fn byte(&mut self) -> Validated<u8> {
         self.take(1).map(|bytes| bytes[0])
     }
 
     /// An unsigned little-endian number of `width` bytes, at most eight.
-    pub fn number(&mut self, width: u64) -> Judged<u64> {
+    pub fn number(&mut self, width: u64) -> Validated<u64> {
         let bytes = self.take(width)?;
         Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
     }
 
     /// Text up to the next line feed, which is taken too.
-    pub fn line(&mut self) -> Judged<&'a str> {
+    pub fn line(&mut self) -> Validated<&'a str> {
         let length = self.bytes[self.at..].iter().position(|&byte| byte == b'\n').ok_or("a line without an end")?;
         let line = std::str::from_utf8(self.take(length as u64)?).map_err(|_| "a line that is not text")?;
         self.byte()?;
@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn takes_no_more_than_there_is() {
-        let mut input = Input::new(b"\x01\x02name\nrest");
+        let mut input = ByteReader::new(b"\x01\x02name\nrest");
         assert_eq!(input.number(2).unwrap(), 0x0201);
         assert_eq!(input.line().unwrap(), "name");
         assert!(input.line().is_err());

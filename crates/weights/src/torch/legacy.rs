@@ -4,13 +4,13 @@
 //! order; before each storage stands the count of its elements.
 
 use super::pickle::Pickle;
-use super::storage::{Storage, width};
-use super::value::{Id, Value, Values};
-use super::{Judged, LONGEST_PICKLE, printed};
+use super::storage::{TorchStorage, width};
+use super::value::{PickleValue, ValueArena, ValueId};
+use super::{LONGEST_PICKLE, Validated, printed};
 use crate::Result;
 use crate::checkpoint::TensorFile;
 use crate::header::Header;
-use crate::place::{Packing, Record};
+use crate::place::{Compression, FileRange};
 use std::collections::HashMap;
 
 const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
@@ -23,24 +23,24 @@ pub(super) fn read(file: &TensorFile) -> Result<Header> {
     let (object, keys, end) = pickles(&bytes).map_err(|reason| file.bad(reason))?;
     let keys = texts(&keys.values, keys.root).map_err(|reason| file.bad(reason))?;
     let records = records(file, &object, &keys, end)?;
-    let missing = |storage: &Storage| file.bad(format!("storage {:?} is missing from the file", storage.key));
+    let missing = |storage: &TorchStorage| file.bad(format!("storage {:?} is missing from the file", storage.key));
     super::header(file, &object, |storage| records.get(storage.key).cloned().ok_or_else(|| missing(storage)))
 }
 
 /// The object, the keys of its storages, and where the pickles end.
-fn pickles(bytes: &[u8]) -> Judged<(Pickle<'_>, Pickle<'_>, u64)> {
+fn pickles(bytes: &[u8]) -> Validated<(Pickle<'_>, Pickle<'_>, u64)> {
     let magic = Pickle::read(bytes)?;
-    if !matches!(magic.values.get(magic.root), Value::Integer(MAGIC)) {
+    if !matches!(magic.values.get(magic.root), PickleValue::Integer(MAGIC)) {
         return Err("a Python pickle that torch.save did not write: save a state_dict with safetensors".to_owned());
     }
     let mut end = magic.length;
     let mut next = || {
         let pickle = Pickle::read(&bytes[end..])?;
         end += pickle.length;
-        Judged::Ok(pickle)
+        Validated::Ok(pickle)
     };
     let version = next()?;
-    if !matches!(version.values.get(version.root), Value::Integer(VERSION)) {
+    if !matches!(version.values.get(version.root), PickleValue::Integer(VERSION)) {
         return Err(format!("a torch file of another version than {VERSION}: save it again with PyTorch"));
     }
     judge_byte_order(&next()?)?;
@@ -49,24 +49,24 @@ fn pickles(bytes: &[u8]) -> Judged<(Pickle<'_>, Pickle<'_>, u64)> {
 }
 
 /// The sizes of the machine say which end of a number came first there.
-fn judge_byte_order(sizes: &Pickle) -> Judged<()> {
-    let Value::Dict(pairs) = sizes.values.get(sizes.root) else { return Ok(()) };
+fn judge_byte_order(sizes: &Pickle) -> Validated<()> {
+    let PickleValue::Dict(pairs) = sizes.values.get(sizes.root) else { return Ok(()) };
     let order = pairs.iter().find(|pair| sizes.values.text(pair.0) == Ok("little_endian"));
     match order.map(|pair| sizes.values.get(pair.1)) {
-        Some(Value::Truth(false)) => Err(super::BIG_ENDIAN.to_owned()),
+        Some(PickleValue::Truth(false)) => Err(super::BIG_ENDIAN.to_owned()),
         _ => Ok(()),
     }
 }
 
-fn texts<'a>(values: &Values<'a>, list: Id) -> Judged<Vec<&'a str>> {
+fn texts<'a>(values: &ValueArena<'a>, list: ValueId) -> Validated<Vec<&'a str>> {
     match values.get(list) {
-        Value::List(keys) => keys.iter().map(|&key| values.text(key)).collect(),
+        PickleValue::List(keys) => keys.iter().map(|&key| values.text(key)).collect(),
         other => Err(format!("expected the keys of the storages, found {}", other.describe())),
     }
 }
 
-fn records<'a>(file: &TensorFile, object: &Pickle, keys: &[&'a str], end: u64) -> Result<HashMap<&'a str, Record>> {
-    let claims: HashMap<&str, &Storage> = object.storages.iter().map(|storage| (storage.key, storage)).collect();
+fn records<'a>(file: &TensorFile, object: &Pickle, keys: &[&'a str], end: u64) -> Result<HashMap<&'a str, FileRange>> {
+    let claims: HashMap<&str, &TorchStorage> = object.storages.iter().map(|storage| (storage.key, storage)).collect();
     let mut records = HashMap::new();
     let mut at = end;
     for key in keys {
@@ -79,7 +79,7 @@ fn records<'a>(file: &TensorFile, object: &Pickle, keys: &[&'a str], end: u64) -
         let count = file.read(at..start)?.iter().rev().fold(0, |count, &byte| count << 8 | u64::from(byte));
         let size = count.checked_mul(known.dtype.map_or(1, width)).ok_or_else(cut)?;
         at = start.checked_add(size).filter(|&end| end <= file.size).ok_or_else(cut)?;
-        let record = Record { bytes: start..at, size, packing: Packing::Plain };
+        let record = FileRange { bytes: start..at, size, packing: Compression::Plain };
         if records.insert(*key, record).is_some() {
             return Err(file.bad(format!("storage {key:?} is there twice")));
         }

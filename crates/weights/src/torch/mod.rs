@@ -14,12 +14,12 @@ mod value;
 
 use crate::Result;
 use crate::checkpoint::TensorFile;
-use crate::error::{Judged, printed};
+use crate::error::{Validated, printed};
 use crate::header::Header;
-use crate::place::Record;
+use crate::place::FileRange;
 use archive::Archive;
 use pickle::Pickle;
-use storage::Storage;
+use storage::TorchStorage;
 
 /// No pickle of a model comes near it: the largest are some hundred kilobytes.
 const LONGEST_PICKLE: u64 = 32 << 20;
@@ -51,9 +51,9 @@ fn of_archive(file: &TensorFile) -> Result<Header> {
 }
 
 /// The state dict of `pickle`, whose storages lie where `record` finds them.
-fn header(file: &TensorFile, pickle: &Pickle, record: impl Fn(&Storage) -> Result<Record>) -> Result<Header> {
+fn header(file: &TensorFile, pickle: &Pickle, record: impl Fn(&TorchStorage) -> Result<FileRange>) -> Result<Header> {
     let state = state::find(pickle).map_err(|reason| file.bad(reason))?;
-    let mut records: Vec<Option<Record>> = vec![None; pickle.storages.len()];
+    let mut records: Vec<Option<FileRange>> = vec![None; pickle.storages.len()];
     let mut header = Header { notes: state.notes, ..Header::default() };
     let mut total = 0u64;
     for (name, tensor) in state.tensors {
@@ -70,7 +70,11 @@ fn header(file: &TensorFile, pickle: &Pickle, record: impl Fn(&Storage) -> Resul
     Ok(header)
 }
 
-fn checked(file: &TensorFile, storage: &Storage, find: impl Fn(&Storage) -> Result<Record>) -> Result<Record> {
+fn checked(
+    file: &TensorFile,
+    storage: &TorchStorage,
+    find: impl Fn(&TorchStorage) -> Result<FileRange>,
+) -> Result<FileRange> {
     let record = find(storage)?;
     if record.size == storage.bytes {
         return Ok(record);
@@ -79,7 +83,7 @@ fn checked(file: &TensorFile, storage: &Storage, find: impl Fn(&Storage) -> Resu
     Err(file.bad(format!("storage {key:?} should have {claimed} bytes, found {found}: the file is damaged")))
 }
 
-fn judge_growth(total: u64, size: u64) -> Judged<()> {
+fn judge_growth(total: u64, size: u64) -> Validated<()> {
     if total <= size.saturating_mul(MOST_GROWTH).saturating_add(SLACK) {
         return Ok(());
     }

@@ -1,13 +1,13 @@
-//! [`State`]: which of the things in a pickle are the weights, and what lies beside them.
+//! [`StateDict`]: which of the things in a pickle are the weights, and what lies beside them.
 //!
 //! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. The average over
 //! the training is what is published and evaluated, so it is preferred. What is left out is told, never dropped unsaid.
 
 use super::globals::ARRAY_KIND;
 use super::pickle::Pickle;
-use super::storage::Tensor;
-use super::value::{Id, Value, Values};
-use super::{Judged, printed};
+use super::storage::TorchTensor;
+use super::value::{PickleValue, ValueArena, ValueId};
+use super::{Validated, printed};
 use std::collections::{BTreeMap, HashSet};
 
 /// Keys under which the average over the training lies.
@@ -23,23 +23,23 @@ const MOST_LISTED: usize = 16;
 
 /// A state dict.
 #[derive(Debug)]
-pub(super) struct State<'p> {
-    pub tensors: BTreeMap<&'p str, &'p Tensor>,
+pub(super) struct StateDict<'p> {
+    pub tensors: BTreeMap<&'p str, &'p TorchTensor>,
     /// What was chosen and what was left.
     pub notes: Vec<String>,
 }
 
-type Pairs<'p> = &'p [(Id, Id)];
+type DictItems<'p> = &'p [(ValueId, ValueId)];
 
 /// Finds the state dict of `pickle`.
-pub(super) fn find<'p>(pickle: &'p Pickle) -> Judged<State<'p>> {
+pub(super) fn find<'p>(pickle: &'p Pickle) -> Validated<StateDict<'p>> {
     let values = &pickle.values;
     let mut notes = Vec::new();
-    let Value::Dict(pairs) = values.get(pickle.root) else {
+    let PickleValue::Dict(pairs) = values.get(pickle.root) else {
         let found = values.get(pickle.root).describe();
         return Err(format!("expected a dict of tensors by name, found {found}: save a state_dict"));
     };
-    let mut pairs: Pairs = pairs;
+    let mut pairs: DictItems = pairs;
     for _ in 0..MOST_WRAPPERS {
         judge_keys(values, pairs)?;
         let Some((key, inner)) = wrapped(values, pairs) else { break };
@@ -47,13 +47,13 @@ pub(super) fn find<'p>(pickle: &'p Pickle) -> Judged<State<'p>> {
         pairs = inner;
     }
     let tensors = tensors(values, pairs)?;
-    let others = listed(values, pairs, |value| !matches!(value, Value::Tensor(_)));
+    let others = listed(values, pairs, |value| !matches!(value, PickleValue::Tensor(_)));
     notes.extend(others.map(|list| format!("left out: {list}")));
-    Ok(State { tensors, notes })
+    Ok(StateDict { tensors, notes })
 }
 
 /// Keys are given once each, as Python would see to.
-fn judge_keys(values: &Values, pairs: Pairs) -> Judged<()> {
+fn judge_keys(values: &ValueArena, pairs: DictItems) -> Validated<()> {
     let mut seen = HashSet::new();
     let texts = pairs.iter().filter_map(|&(key, _)| values.text(key).ok());
     match texts.into_iter().find(|key| !seen.insert(*key)) {
@@ -63,10 +63,10 @@ fn judge_keys(values: &Values, pairs: Pairs) -> Judged<()> {
 }
 
 /// The key and contents of the dict inside that holds the weights, if one does.
-fn wrapped<'p>(values: &'p Values, pairs: Pairs<'p>) -> Option<(&'p str, Pairs<'p>)> {
+fn wrapped<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Option<(&'p str, DictItems<'p>)> {
     let dicts = || {
         pairs.iter().filter_map(|&(key, id)| match values.get(id) {
-            Value::Dict(inner) => Some((values.text(key).ok()?, id, inner.as_slice())),
+            PickleValue::Dict(inner) => Some((values.text(key).ok()?, id, inner.as_slice())),
             _ => None,
         })
     };
@@ -86,10 +86,10 @@ fn wrapped<'p>(values: &'p Values, pairs: Pairs<'p>) -> Option<(&'p str, Pairs<'
 }
 
 /// Whether the dict `id` is a state dict or wraps one. `seen` are those looked into before, in vain.
-fn holds(values: &Values, id: Id, seen: &mut HashSet<Id>) -> bool {
+fn holds(values: &ValueArena, id: ValueId, seen: &mut HashSet<ValueId>) -> bool {
     let mut open = vec![id];
     while let Some(id) = open.pop() {
-        let Value::Dict(pairs) = values.get(id) else { continue };
+        let PickleValue::Dict(pairs) = values.get(id) else { continue };
         if !seen.insert(id) {
             continue;
         }
@@ -102,20 +102,22 @@ fn holds(values: &Values, id: Id, seen: &mut HashSet<Id>) -> bool {
     false
 }
 
-fn has_tensors(values: &Values, pairs: Pairs) -> bool {
-    pairs.iter().any(|&(_, id)| matches!(values.get(id), Value::Tensor(_)))
+fn has_tensors(values: &ValueArena, pairs: DictItems) -> bool {
+    pairs.iter().any(|&(_, id)| matches!(values.get(id), PickleValue::Tensor(_)))
 }
 
-fn tensors<'p>(values: &'p Values, pairs: Pairs<'p>) -> Judged<BTreeMap<&'p str, &'p Tensor>> {
+fn tensors<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Validated<BTreeMap<&'p str, &'p TorchTensor>> {
     let mut tensors = BTreeMap::new();
     for &(key, id) in pairs {
         match (values.get(key), values.get(id)) {
-            (Value::Text(name), Value::Tensor(tensor)) => {
+            (PickleValue::Text(name), PickleValue::Tensor(tensor)) => {
                 judge_name(name)?;
                 tensors.insert(*name, tensor.as_ref());
             }
-            (other, Value::Tensor(_)) => return Err(format!("a tensor is under {}, not a name", other.describe())),
-            (Value::Text(name), Value::Other(ARRAY_KIND)) => {
+            (other, PickleValue::Tensor(_)) => {
+                return Err(format!("a tensor is under {}, not a name", other.describe()));
+            }
+            (PickleValue::Text(name), PickleValue::Other(ARRAY_KIND)) => {
                 return Err(format!(
                     "{} is {ARRAY_KIND}, expected tensors: convert it with torch.from_numpy",
                     printed(name)
@@ -136,28 +138,28 @@ fn tensors<'p>(values: &'p Values, pairs: Pairs<'p>) -> Judged<BTreeMap<&'p str,
     }
 }
 
-fn judge_name(name: &str) -> Judged<()> {
+fn judge_name(name: &str) -> Validated<()> {
     match name.len() {
         0..=LONGEST_NAME => Ok(()),
         length => Err(format!("a name of {length} bytes, longer than the {LONGEST_NAME} allowed")),
     }
 }
 
-fn chosen(values: &Values, pairs: Pairs, key: &str) -> String {
+fn chosen(values: &ValueArena, pairs: DictItems, key: &str) -> String {
     let what = if AVERAGES.contains(&key) { "the average over the training, " } else { "" };
     let beside = listed_but(values, pairs, key).map(|list| format!("; left out: {list}"));
     format!("the weights are {what}{}{}", printed(key), beside.unwrap_or_default())
 }
 
-fn listed_but(values: &Values, pairs: Pairs, key: &str) -> Option<String> {
-    let others: Vec<(Id, Id)> = pairs.iter().copied().filter(|pair| values.text(pair.0) != Ok(key)).collect();
+fn listed_but(values: &ValueArena, pairs: DictItems, key: &str) -> Option<String> {
+    let others: Vec<(ValueId, ValueId)> = pairs.iter().copied().filter(|pair| values.text(pair.0) != Ok(key)).collect();
     listed(values, &others, |_| true)
 }
 
 /// The keys of what is `wanted`, and what it is; `None` if there is none.
-fn listed(values: &Values, pairs: Pairs, wanted: impl Fn(&Value) -> bool) -> Option<String> {
-    let found: Vec<&(Id, Id)> = pairs.iter().filter(|pair| wanted(values.get(pair.1))).collect();
-    let one = |&&(key, id): &&(Id, Id)| {
+fn listed(values: &ValueArena, pairs: DictItems, wanted: impl Fn(&PickleValue) -> bool) -> Option<String> {
+    let found: Vec<&(ValueId, ValueId)> = pairs.iter().filter(|pair| wanted(values.get(pair.1))).collect();
+    let one = |&&(key, id): &&(ValueId, ValueId)| {
         let key = values.text(key).map_or_else(|_| values.get(key).describe(), printed);
         format!("{key} ({})", values.get(id).describe())
     };

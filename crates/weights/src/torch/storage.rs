@@ -1,14 +1,14 @@
-//! [`Storage`] and [`Tensor`]: what a pickle says of where values lie, judged before anything is read. The files
+//! [`TorchStorage`] and [`TorchTensor`]: what a pickle says of where values lie, judged before anything is read. The files
 //! themselves are not known here.
 
-use super::Judged;
+use super::Validated;
 use crate::Dtype;
-use crate::header::{Entry, byte_count};
-use crate::place::{Place, Record};
+use crate::header::{HeaderEntry, byte_count};
+use crate::place::{FileRange, StorageView};
 
 /// A run of bytes that tensors share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Storage<'a> {
+pub(super) struct TorchStorage<'a> {
     pub key: &'a str,
     /// What its elements are; `None` for bytes of which each tensor says itself what they are.
     pub dtype: Option<Dtype>,
@@ -17,7 +17,7 @@ pub(super) struct Storage<'a> {
 
 /// A view of a storage.
 #[derive(Debug, Clone)]
-pub(super) struct Tensor {
+pub(super) struct TorchTensor {
     /// The number of the storage.
     pub storage: usize,
     pub dtype: Dtype,
@@ -30,23 +30,23 @@ pub(super) struct Tensor {
 
 /// What the pickle says of a view, in elements.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct ViewSpec {
     pub dtype: Dtype,
     pub offset: u64,
     pub shape: Vec<u64>,
     pub strides: Vec<u64>,
 }
 
-impl Claim {
+impl ViewSpec {
     /// The view of `storage`, which bears the number `index`, if the storage has every value of it.
-    pub fn of(self, storage: &Storage, index: usize) -> Judged<Tensor> {
+    pub fn of(self, storage: &TorchStorage, index: usize) -> Validated<TorchTensor> {
         let Self { dtype, offset, shape, strides } = self;
         if shape.len() != strides.len() {
             return Err(format!("a tensor of {} extents and {} strides", shape.len(), strides.len()));
         }
         let width = width(dtype);
         let past = || {
-            let Storage { key, bytes, .. } = storage;
+            let TorchStorage { key, bytes, .. } = storage;
             format!("a tensor of {shape:?} from element {offset} goes past the {bytes} bytes of storage {key:?}")
         };
         let start = offset.checked_mul(width).ok_or_else(past)?;
@@ -56,15 +56,15 @@ impl Claim {
         let shape = shape.ok_or_else(past)?;
         byte_count(dtype, &shape).ok_or_else(past)?;
         end(start, &axes, width).filter(|&end| end <= storage.bytes).ok_or_else(past)?;
-        Ok(Tensor { storage: index, dtype, shape, start, axes })
+        Ok(TorchTensor { storage: index, dtype, shape, start, axes })
     }
 }
 
-impl Tensor {
+impl TorchTensor {
     /// Where it lies, given where its storage does.
-    pub fn placed(&self, record: &Record) -> Entry {
-        let place = Place::strided(record.clone(), self.start, self.axes.clone(), width(self.dtype));
-        Entry { dtype: self.dtype, shape: self.shape.clone(), place }
+    pub fn placed(&self, record: &FileRange) -> HeaderEntry {
+        let place = StorageView::strided(record.clone(), self.start, self.axes.clone(), width(self.dtype));
+        HeaderEntry { dtype: self.dtype, shape: self.shape.clone(), place }
     }
 }
 
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn views_past_their_storage_are_refused() {
         const HUGE: u64 = 1 << 62;
-        let storage = Storage { key: "0", dtype: Some(Dtype::F32), bytes: 24 };
+        let storage = TorchStorage { key: "0", dtype: Some(Dtype::F32), bytes: 24 };
         let cases: [(u64, &[u64], &[u64], bool); 12] = [
             (0, &[2, 3], &[3, 1], true),
             (0, &[3, 2], &[1, 3], true),
@@ -106,7 +106,7 @@ mod tests {
             (0, &[2, 3], &[1], false),
         ];
         for (offset, shape, strides, expected) in cases {
-            let claim = Claim { dtype: Dtype::F32, offset, shape: shape.to_vec(), strides: strides.to_vec() };
+            let claim = ViewSpec { dtype: Dtype::F32, offset, shape: shape.to_vec(), strides: strides.to_vec() };
             assert_eq!(claim.of(&storage, 0).is_ok(), expected, "{offset} {shape:?} {strides:?}");
         }
     }

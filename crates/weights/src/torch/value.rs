@@ -1,11 +1,11 @@
-//! [`Values`]: everything a pickle builds, side by side in one list.
+//! [`ValueArena`]: everything a pickle builds, side by side in one list.
 //!
 //! What holds others names them by their numbers: sharing costs nothing, a value may hold itself, and nothing here
 //! recurses, however deep the nesting. It knows no opcodes.
 
-use super::Judged;
+use super::Validated;
 use super::globals::Global;
-use super::storage::Tensor;
+use super::storage::TorchTensor;
 
 /// A pickle of 50 000 tensors builds fewer.
 const MOST_VALUES: usize = 1 << 21;
@@ -19,86 +19,86 @@ const MOST_AXES: usize = 32;
 const DEEPEST: u32 = 500;
 
 /// The number of a value.
-pub(super) type Id = u32;
+pub(super) type ValueId = u32;
 
 /// One thing that a pickle builds.
 #[derive(Debug)]
-pub(super) enum Value<'a> {
+pub(super) enum PickleValue<'a> {
     None,
     Truth(bool),
     Integer(i128),
     Text(&'a str),
-    Tuple(Vec<Id>),
-    List(Vec<Id>),
-    Dict(Vec<(Id, Id)>),
+    Tuple(Vec<ValueId>),
+    List(Vec<ValueId>),
+    Dict(Vec<(ValueId, ValueId)>),
     /// A class or function on the list of those that are known.
     Global(Global),
     /// The number of a storage.
     Storage(usize),
-    Tensor(Box<Tensor>),
+    Tensor(Box<TorchTensor>),
     /// What no tensor needs, by its kind.
     Other(&'static str),
 }
 
 /// All values of a pickle.
 #[derive(Debug, Default)]
-pub(super) struct Values<'a> {
-    values: Vec<(Value<'a>, u32)>,
+pub(super) struct ValueArena<'a> {
+    values: Vec<(PickleValue<'a>, u32)>,
     items: usize,
     tensors: usize,
 }
 
-impl<'a> Values<'a> {
+impl<'a> ValueArena<'a> {
     /// Adds one whose contents are here already.
-    pub fn add(&mut self, value: Value<'a>) -> Judged<Id> {
+    pub fn add(&mut self, value: PickleValue<'a>) -> Validated<ValueId> {
         if self.values.len() >= MOST_VALUES {
             return Err(format!("more than {MOST_VALUES} values"));
         }
         let (items, depth) = match &value {
-            Value::Tuple(items) | Value::List(items) => (items.len(), self.deepest(items)),
-            Value::Dict(pairs) => (pairs.len(), pairs.iter().map(|pair| self.depth(pair.1)).max().unwrap_or(0)),
+            PickleValue::Tuple(items) | PickleValue::List(items) => (items.len(), self.deepest(items)),
+            PickleValue::Dict(pairs) => (pairs.len(), pairs.iter().map(|pair| self.depth(pair.1)).max().unwrap_or(0)),
             _ => (0, 0),
         };
         self.hold(items)?;
-        self.tensors += usize::from(matches!(value, Value::Tensor(_)));
+        self.tensors += usize::from(matches!(value, PickleValue::Tensor(_)));
         if self.tensors > MOST_TENSORS {
             return Err(format!("more than {MOST_TENSORS} tensors"));
         }
         self.values.push((value, deeper(depth)?));
-        Ok((self.values.len() - 1) as Id)
+        Ok((self.values.len() - 1) as ValueId)
     }
 
-    pub fn get(&self, id: Id) -> &Value<'a> {
+    pub fn get(&self, id: ValueId) -> &PickleValue<'a> {
         &self.values[id as usize].0
     }
 
     /// Counts `items` more that something holds.
-    fn hold(&mut self, items: usize) -> Judged<()> {
+    fn hold(&mut self, items: usize) -> Validated<()> {
         self.items += items;
         if self.items <= MOST_ITEMS { Ok(()) } else { Err(format!("more than {MOST_ITEMS} items")) }
     }
 
     /// Adds `items` to the end of a list. Sets are not kept, nor is what is added to them.
-    pub fn append(&mut self, list: Id, items: &[Id]) -> Judged<()> {
+    pub fn append(&mut self, list: ValueId, items: &[ValueId]) -> Validated<()> {
         self.hold(items.len())?;
         let depth = deeper(self.deepest(items))?;
         match &mut self.values[list as usize] {
-            (Value::List(present), known) => {
+            (PickleValue::List(present), known) => {
                 present.extend(items);
                 *known = depth.max(*known);
                 Ok(())
             }
-            (Value::Other(_), _) => Ok(()),
+            (PickleValue::Other(_), _) => Ok(()),
             (other, _) => Err(format!("something is appended to {}", other.describe())),
         }
     }
 
     /// Puts keys and values, in turns, into a dict.
-    pub fn put(&mut self, dict: Id, items: &[Id]) -> Judged<()> {
+    pub fn put(&mut self, dict: ValueId, items: &[ValueId]) -> Validated<()> {
         self.hold(items.len())?;
         let depth = deeper(self.deepest(items))?;
         match &mut self.values[dict as usize] {
-            (Value::Dict(present), known) if items.len().is_multiple_of(2) => {
+            (PickleValue::Dict(present), known) if items.len().is_multiple_of(2) => {
                 present.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
                 *known = depth.max(*known);
                 Ok(())
@@ -108,31 +108,31 @@ impl<'a> Values<'a> {
     }
 
     /// The items of a tuple.
-    pub fn tuple(&self, id: Id) -> Judged<&[Id]> {
+    pub fn tuple(&self, id: ValueId) -> Validated<&[ValueId]> {
         match self.get(id) {
-            Value::Tuple(items) => Ok(items),
+            PickleValue::Tuple(items) => Ok(items),
             other => Err(format!("expected a tuple, found {}", other.describe())),
         }
     }
 
-    pub fn text(&self, id: Id) -> Judged<&'a str> {
+    pub fn text(&self, id: ValueId) -> Validated<&'a str> {
         match self.get(id) {
-            Value::Text(text) => Ok(text),
+            PickleValue::Text(text) => Ok(text),
             other => Err(format!("expected text, found {}", other.describe())),
         }
     }
 
-    pub fn global(&self, id: Id) -> Judged<Global> {
+    pub fn global(&self, id: ValueId) -> Validated<Global> {
         match self.get(id) {
-            Value::Global(global) => Ok(*global),
+            PickleValue::Global(global) => Ok(*global),
             other => Err(format!("expected a type or function, found {}", other.describe())),
         }
     }
 
     /// A number that counts something.
-    pub fn count(&self, id: Id) -> Judged<u64> {
+    pub fn count(&self, id: ValueId) -> Validated<u64> {
         match self.get(id) {
-            Value::Integer(number) => {
+            PickleValue::Integer(number) => {
                 u64::try_from(*number).map_err(|_| format!("expected a number of things, found {number}"))
             }
             other => Err(format!("expected a number of things, found {}", other.describe())),
@@ -140,23 +140,23 @@ impl<'a> Values<'a> {
     }
 
     /// A tuple of such numbers, one per axis.
-    pub fn counts(&self, id: Id) -> Judged<Vec<u64>> {
+    pub fn counts(&self, id: ValueId) -> Validated<Vec<u64>> {
         match self.tuple(id)? {
             axes if axes.len() <= MOST_AXES => axes.iter().map(|&item| self.count(item)).collect(),
             axes => Err(format!("{} axes, more than the {MOST_AXES} allowed", axes.len())),
         }
     }
 
-    fn depth(&self, id: Id) -> u32 {
+    fn depth(&self, id: ValueId) -> u32 {
         self.values[id as usize].1
     }
 
-    fn deepest(&self, items: &[Id]) -> u32 {
+    fn deepest(&self, items: &[ValueId]) -> u32 {
         items.iter().map(|&item| self.depth(item)).max().unwrap_or(0)
     }
 }
 
-impl Value<'_> {
+impl PickleValue<'_> {
     /// What it is, for a person.
     pub fn describe(&self) -> String {
         match self {
@@ -175,6 +175,6 @@ impl Value<'_> {
     }
 }
 
-fn deeper(depth: u32) -> Judged<u32> {
+fn deeper(depth: u32) -> Validated<u32> {
     if depth < DEEPEST { Ok(depth + 1) } else { Err(format!("values nested more than {DEEPEST} deep")) }
 }

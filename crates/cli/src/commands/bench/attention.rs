@@ -1,28 +1,28 @@
 //! `clearform bench attention`: one attention call on random queries, keys and values, already in tile order.
 
 use super::{median_ms, parse_extents};
-use crate::args::AttentionBench;
+use crate::args::AttentionBenchArgs;
 use crate::opening::device;
 use crate::output::Output;
 use candle_core::{Device, Tensor, Var};
-use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, Radius, Share, TokenGrid};
+use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, Radius, TileEfficiency, TokenGrid};
 use serde::Serialize;
 use std::fmt;
 
-pub fn run(args: &AttentionBench, output: &Output) -> anyhow::Result<()> {
+pub fn run(args: &AttentionBenchArgs, output: &Output) -> anyhow::Result<()> {
     anyhow::ensure!(args.heads > 0 && args.head_dim > 0, "--heads and --head-dim: expected at least 1 of each");
     let plan = match &args.attention {
         Some(text) => text.parse()?,
         None => AttentionPlan::clear(Radius::new(args.radius)?, None),
     };
-    let case = Case::new(args, parse_extents("--grid", &args.grid)?, &plan)?;
+    let case = AttentionCase::new(args, parse_extents("--grid", &args.grid)?, &plan)?;
     let median = median_ms(args.repeat, &case.device, || case.once())?;
     let permutation = median_ms(args.repeat, &case.device, || case.permute())?;
-    output.result(&Timing::new(&case, &plan, [median, permutation]))
+    output.result(&AttentionTiming::new(&case, &plan, [median, permutation]))
 }
 
 /// One attention call, ready to be timed.
-struct Case {
+struct AttentionCase {
     attention: Box<dyn Attention>,
     geometry: Geometry,
     image: Qkv,
@@ -34,8 +34,8 @@ struct Case {
     device: Device,
 }
 
-impl Case {
-    fn new(subject: &AttentionBench, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
+impl AttentionCase {
+    fn new(subject: &AttentionBenchArgs, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
         let geometry = Geometry::new(vec![grid]);
         let device = device(subject.device)?;
         let random = |tokens| random_qkv(tokens, subject, &device);
@@ -73,12 +73,12 @@ impl Case {
     }
 
     /// Pairs of query and key that the pattern holds, and those that are computed, per head.
-    fn share(&self, plan: &AttentionPlan) -> Share {
+    fn share(&self, plan: &AttentionPlan) -> TileEfficiency {
         Execution::of(&self.image.query).share(&self.geometry, plan.default_policy(), self.text_tokens)
     }
 }
 
-fn random_qkv(tokens: usize, subject: &AttentionBench, device: &Device) -> anyhow::Result<Qkv> {
+fn random_qkv(tokens: usize, subject: &AttentionBenchArgs, device: &Device) -> anyhow::Result<Qkv> {
     let one = || -> anyhow::Result<Tensor> {
         let shape = (1, tokens, subject.heads, subject.head_dim);
         let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(subject.dtype.computed())?;
@@ -89,7 +89,7 @@ fn random_qkv(tokens: usize, subject: &AttentionBench, device: &Device) -> anyho
 
 /// What one bench found.
 #[derive(Debug, Serialize)]
-struct Timing {
+struct AttentionTiming {
     attention: String,
     median_ms: f64,
     permutation_ms: f64,
@@ -99,8 +99,8 @@ struct Timing {
     visited_gflops: f64,
 }
 
-impl Timing {
-    fn new(case: &Case, plan: &AttentionPlan, [median_ms, permutation_ms]: [f64; 2]) -> Self {
+impl AttentionTiming {
+    fn new(case: &AttentionCase, plan: &AttentionPlan, [median_ms, permutation_ms]: [f64; 2]) -> Self {
         let share = case.share(plan);
         // Two products of head_dim multiply-adds for each pair and head; five more such products in the backward pass.
         let passes = if case.backward { 7 } else { 2 };
@@ -118,7 +118,7 @@ impl Timing {
     }
 }
 
-impl fmt::Display for Timing {
+impl fmt::Display for AttentionTiming {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: median {:.2} ms", self.attention, self.median_ms)?;
         writeln!(f, "permutation of as many tokens {:.2} ms", self.permutation_ms)?;

@@ -4,21 +4,21 @@ mod attention;
 mod share;
 mod step;
 
-use crate::args::{Bench, BenchSubject};
-use crate::output::{Outcome, Output};
+use crate::args::{BenchArgs, BenchCommand};
+use crate::output::{CommandOutcome, Output};
 use anyhow::Context as _;
 use candle_core::Device;
 use clearform_attention::TokenGrid;
 use std::time::Instant;
 
-pub fn run(args: &Bench, output: &Output) -> anyhow::Result<Outcome> {
+pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.subject {
-        BenchSubject::Attention(subject) => attention::run(subject, output)?,
-        BenchSubject::Step(subject) => step::run(subject, output)?,
-        BenchSubject::Model(subject) => step::run_model(subject, output)?,
-        BenchSubject::Share(subject) => share::run(subject, output)?,
+        BenchCommand::Attention(subject) => attention::run(subject, output)?,
+        BenchCommand::Step(subject) => step::run(subject, output)?,
+        BenchCommand::Model(subject) => step::run_model(subject, output)?,
+        BenchCommand::Share(subject) => share::run(subject, output)?,
     }
-    Ok(Outcome::Whole)
+    Ok(CommandOutcome::Whole)
 }
 
 /// HEIGHTxWIDTH, as it was given to `option`.

@@ -1,35 +1,38 @@
 //! `clearform bench share`: how much of what attention computes lies inside the disc. Nothing is timed.
 
 use super::parse_extents;
-use crate::args::ShareBench;
+use crate::args::TilesBenchArgs;
 use crate::output::Output;
 use anyhow::Context as _;
-use clearform_attention::{Execution, Geometry, Policy, Radius, Share, TileShape};
+use clearform_attention::{Execution, Geometry, Policy, Radius, TileEfficiency, TileShape};
 use serde::Serialize;
 use std::fmt;
 
-pub fn run(args: &ShareBench, output: &Output) -> anyhow::Result<()> {
-    let tiles = args.tiles.iter().map(|text| Ok((text, Tiles::parse(text)?))).collect::<anyhow::Result<Vec<_>>>()?;
+pub fn run(args: &TilesBenchArgs, output: &Output) -> anyhow::Result<()> {
+    let tiles =
+        args.tiles.iter().map(|text| Ok((text, TilePairing::parse(text)?))).collect::<anyhow::Result<Vec<_>>>()?;
     let mut rows = Vec::new();
     for grid in &args.grid {
         let geometry = Geometry::new(vec![parse_extents("--grid", grid)?]);
         for tokens in &args.radius {
             let radius = Radius::new(*tokens)?;
-            rows.extend(tiles.iter().map(|(name, tiles)| Row::new(grid, radius, name, tiles.share(&geometry, radius))));
+            rows.extend(
+                tiles.iter().map(|(name, tiles)| TileRow::new(grid, radius, name, tiles.share(&geometry, radius))),
+            );
         }
     }
-    output.result(&Table { rows })
+    output.result(&TileTable { rows })
 }
 
 /// What meets what.
-enum Tiles {
+enum TilePairing {
     /// So many queries, and so many keys.
     Of(TileShape, TileShape),
     /// Those of a kernel of ours.
     Kernel(Execution),
 }
 
-impl Tiles {
+impl TilePairing {
     fn parse(text: &str) -> anyhow::Result<Self> {
         match text {
             "cpu" => return Ok(Self::Kernel(Execution::Cpu)),
@@ -46,16 +49,16 @@ impl Tiles {
     }
 
     /// Of the image alone.
-    fn share(&self, geometry: &Geometry, radius: Radius) -> Share {
+    fn share(&self, geometry: &Geometry, radius: Radius) -> TileEfficiency {
         match self {
-            Self::Of(queries, keys) => Share::of_tiles(geometry.grids()[0], radius, *queries, *keys),
+            Self::Of(queries, keys) => TileEfficiency::of_tiles(geometry.grids()[0], radius, *queries, *keys),
             Self::Kernel(execution) => execution.share(geometry, Policy::Clear { radius, pool: None }, 0),
         }
     }
 }
 
 #[derive(Debug, Serialize)]
-struct Row {
+struct TileRow {
     grid: String,
     radius: f64,
     tiles: String,
@@ -64,8 +67,8 @@ struct Row {
     share: f64,
 }
 
-impl Row {
-    fn new(grid: &str, radius: Radius, tiles: &str, share: Share) -> Self {
+impl TileRow {
+    fn new(grid: &str, radius: Radius, tiles: &str, share: TileEfficiency) -> Self {
         Self {
             grid: grid.to_owned(),
             radius: radius.tokens(),
@@ -78,15 +81,15 @@ impl Row {
 }
 
 #[derive(Debug, Serialize)]
-struct Table {
-    rows: Vec<Row>,
+struct TileTable {
+    rows: Vec<TileRow>,
 }
 
-impl fmt::Display for Table {
+impl fmt::Display for TileTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:>9} {:>5}  {:<13} {:>14} {:>14}  share", "grid", "r", "tiles", "pairs inside", "visited")?;
         self.rows.iter().try_for_each(|row| {
-            let Row { grid, radius, tiles, inside_pairs, visited_pairs, share } = row;
+            let TileRow { grid, radius, tiles, inside_pairs, visited_pairs, share } = row;
             writeln!(
                 f,
                 "{grid:>9} {radius:>5}  {tiles:<13} {inside_pairs:>14} {visited_pairs:>14}  {:>4.0}%",

@@ -1,7 +1,7 @@
 //! `clearform bench step` and `bench model`: one evaluation of a whole transformer on random inputs.
 
 use super::{median_ms, parse_extents};
-use crate::args::{Evaluation, ModelBench, StepBench};
+use crate::args::{EvaluationArgs, ModelBenchArgs, StepBenchArgs};
 use crate::opening::{device, open_as, plan, reading};
 use crate::output::Output;
 use candle_core::{DType, Device, Tensor};
@@ -9,34 +9,34 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
 use clearform_models::families::flux::Flux;
 use clearform_models::{Family, InputSizes, random_input};
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
 
-pub fn run(args: &StepBench, output: &Output) -> anyhow::Result<()> {
+pub fn run(args: &StepBenchArgs, output: &Output) -> anyhow::Result<()> {
     let config = config(args)?;
     let device = device(args.evaluation.device)?;
     let weights = random_weights(&config, args.evaluation.dtype.computed(), &device)?;
     let evaluation = &args.evaluation;
-    let subject = Subject { family: &Flux, config: &config, weights: &weights, evaluation, device };
+    let subject = StepModel { family: &Flux, config: &config, weights: &weights, evaluation, device };
     let grids = std::slice::from_ref(&args.grid);
     output.result(&subject.rows(&plan(&args.attention)?, grids)?.remove(0))
 }
 
-pub fn run_model(args: &ModelBench, output: &Output) -> anyhow::Result<()> {
+pub fn run_model(args: &ModelBenchArgs, output: &Output) -> anyhow::Result<()> {
     let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
     let device = device(args.evaluation.device)?;
-    let weights = Resident::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
+    let weights = InMemoryTensors::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
     let (family, config) = (transformer.family(), transformer.config());
-    let subject = Subject { family, config, weights: &weights, evaluation: &args.evaluation, device };
+    let subject = StepModel { family, config, weights: &weights, evaluation: &args.evaluation, device };
     let plans = args.attention.iter().map(|text| plan(text)).collect::<anyhow::Result<Vec<_>>>()?;
     let rows = plans.iter().map(|plan| subject.rows(plan, &args.grid)).collect::<anyhow::Result<Vec<_>>>()?;
-    output.result(&Table { rows: rows.into_iter().flatten().collect() })
+    output.result(&StepTable { rows: rows.into_iter().flatten().collect() })
 }
 
 /// FLUX.1-dev's config.json, of other width and depth.
-fn config(args: &StepBench) -> anyhow::Result<Value> {
+fn config(args: &StepBenchArgs) -> anyhow::Result<Value> {
     let (width, head_dim) = (args.width, args.head_dim);
     let divides = width.checked_rem(head_dim) == Some(0) && width > 0;
     anyhow::ensure!(divides, "--width {width}: expected heads of --head-dim {head_dim} channels, at least one");
@@ -49,27 +49,27 @@ fn config(args: &StepBench) -> anyhow::Result<Value> {
     }))
 }
 
-fn random_weights(config: &Value, dtype: DType, device: &Device) -> anyhow::Result<Resident> {
+fn random_weights(config: &Value, dtype: DType, device: &Device) -> anyhow::Result<InMemoryTensors> {
     let expected = Manifests::embedded()?.expected(Flux.name(), config)?;
     let random = |shape: Vec<usize>| Tensor::randn(0f32, 0.02, shape, device)?.to_dtype(dtype);
     let tensors = expected.into_iter().filter(|tensor| !tensor.optional);
     let known = tensors.filter_map(|tensor| Some((tensor.name, tensor.shape.into_iter().collect::<Option<Vec<_>>>()?)));
     let read = known.map(|(name, shape)| Ok((name, random(shape)?)));
-    Ok(Resident::from_iter(read.collect::<anyhow::Result<Vec<_>>>()?))
+    Ok(InMemoryTensors::from_iter(read.collect::<anyhow::Result<Vec<_>>>()?))
 }
 
 /// A transformer, and how it is evaluated.
-struct Subject<'a> {
+struct StepModel<'a> {
     family: &'a dyn Family,
     config: &'a Value,
     weights: &'a dyn TensorSource,
-    evaluation: &'a Evaluation,
+    evaluation: &'a EvaluationArgs,
     device: Device,
 }
 
-impl Subject<'_> {
+impl StepModel<'_> {
     /// One row for each grid.
-    fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> anyhow::Result<Vec<Row>> {
+    fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> anyhow::Result<Vec<StepRow>> {
         let denoiser = self.family.build(self.config, self.weights, plan)?;
         let row = |text: &String| {
             let sizes = InputSizes {
@@ -81,20 +81,20 @@ impl Subject<'_> {
             let input = random_input(self.family, self.config, &sizes)?;
             let median_ms =
                 median_ms(self.evaluation.repeat, &self.device, || Ok(denoiser.forward(&input).map(|_| ())?))?;
-            Ok(Row { grid: text.clone(), attention: plan.to_string(), median_ms })
+            Ok(StepRow { grid: text.clone(), attention: plan.to_string(), median_ms })
         };
         grids.iter().map(row).collect()
     }
 }
 
 #[derive(Debug, Serialize)]
-struct Row {
+struct StepRow {
     grid: String,
     attention: String,
     median_ms: f64,
 }
 
-impl fmt::Display for Row {
+impl fmt::Display for StepRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:>10}  {:<12}  median {:>10.1} ms", self.grid, self.attention, self.median_ms)
     }
@@ -102,11 +102,11 @@ impl fmt::Display for Row {
 
 /// What was found.
 #[derive(Debug, Serialize)]
-struct Table {
-    rows: Vec<Row>,
+struct StepTable {
+    rows: Vec<StepRow>,
 }
 
-impl fmt::Display for Table {
+impl fmt::Display for StepTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.rows.iter().try_for_each(|row| writeln!(f, "{row}"))
     }

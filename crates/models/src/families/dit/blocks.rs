@@ -1,9 +1,9 @@
-//! [`DitBlock`]: DiT's block with adaLN-Zero, and [`ConditionEmbedder`], which each block has for itself.
+//! [`DitBlock`]: DiT's block with adaLN-Zero, and [`TimeClassEmbedder`], which each block has for itself.
 
 use super::config::DitConfig;
-use crate::layers::{FeedForward, Mlp, NORM_EPS, Projections, attention, modulation, sinusoids};
-use crate::scope::{Linear, Scope};
-use crate::{Result, State};
+use crate::layers::{FeedForward, Mlp, NORM_EPS, QkvProjections, attention, modulation, sinusoids};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{HiddenState, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan};
 use clearform_ops::{gated_add, modulated_layer_norm};
@@ -11,9 +11,9 @@ use clearform_weights::TensorSource;
 
 /// Attention, then an MLP, each shifted, scaled and gated (DiT, section 3.2).
 pub(super) struct DitBlock {
-    pub embedder: ConditionEmbedder,
+    pub embedder: TimeClassEmbedder,
     modulation: Linear,
-    projections: Projections,
+    projections: QkvProjections,
     out: Linear,
     mlp: FeedForward,
     attention: Box<dyn Attention>,
@@ -21,7 +21,7 @@ pub(super) struct DitBlock {
 }
 
 /// Embeds time and class, and adds them up.
-pub(super) struct ConditionEmbedder {
+pub(super) struct TimeClassEmbedder {
     time: Mlp,
     classes: Tensor,
     frequency_shift: f64,
@@ -35,21 +35,21 @@ impl DitBlock {
         config: &DitConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = Scope::root(source).at(name);
-        let own = scope.at("attn1");
+        let scope = WeightBuilder::root(source).pp(name);
+        let own = scope.pp("attn1");
         Ok(Self {
-            embedder: ConditionEmbedder::load(&scope.at("norm1.emb"), config)?,
+            embedder: TimeClassEmbedder::load(&scope.pp("norm1.emb"), config)?,
             modulation: scope.linear("norm1.linear")?,
-            projections: Projections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
+            projections: QkvProjections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
             out: own.linear("to_out.0")?,
-            mlp: FeedForward::load(&scope.at("ff"))?,
+            mlp: FeedForward::load(&scope.pp("ff"))?,
             attention: attention(plan, &format!("{name}.attn1"), source)?,
             mlp_eps: config.norm_eps,
         })
     }
 
     /// `conditioning` is this block's own, (batch, width).
-    pub(super) fn forward(&self, state: State, conditioning: &Tensor) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState, conditioning: &Tensor) -> Result<HiddenState> {
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, conditioning)?;
         let qkv = self.projections.forward(&modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?)?;
         let attended = self.attention.attend(&qkv, None, &state.context.geometry)?;
@@ -57,14 +57,14 @@ impl DitBlock {
         let image = gated_add(&state.image, &gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         let normed = modulated_layer_norm(&image, &mlp_shift, &mlp_scale, self.mlp_eps)?;
         let image = gated_add(&image, &mlp_gate, &self.mlp.forward(&normed)?)?;
-        Ok(State { image, attention: Some(attended), ..state })
+        Ok(HiddenState { image, attention: Some(attended), ..state })
     }
 }
 
-impl ConditionEmbedder {
-    fn load(scope: &Scope, config: &DitConfig) -> Result<Self> {
+impl TimeClassEmbedder {
+    fn load(scope: &WeightBuilder, config: &DitConfig) -> Result<Self> {
         Ok(Self {
-            time: Mlp::load(&scope.at("timestep_embedder"), ["linear_1", "linear_2"])?,
+            time: Mlp::load(&scope.pp("timestep_embedder"), ["linear_1", "linear_2"])?,
             classes: scope.shaped("class_embedder.embedding_table.weight", &[config.classes + 1, config.width()])?,
             frequency_shift: config.frequency_shift,
         })

@@ -1,7 +1,7 @@
 //! [`DitConfig`]: the sizes of a DiT or SiT, from its config.json.
 
 use crate::Result;
-use crate::keys::Keys;
+use crate::keys::ConfigKeys;
 use crate::layers::sincos_positions;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
@@ -35,7 +35,7 @@ impl DitConfig {
     /// # Errors
     /// A key of the wrong type, or sizes that no model has.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let read = Self {
             sample_size: keys.count("sample_size", 32)?,
             patch: keys.count("patch_size", 2)?,

@@ -14,11 +14,12 @@ use crate::layers::class_input;
 use crate::subject::classes;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
+    Result,
 };
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -47,12 +48,12 @@ impl Family for Dit {
         Ok(InputChannels::of_class_model(DitConfig::new(config)?.in_channels))
     }
 
-    fn process(&self) -> Process {
-        Process::Diffusion
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::Diffusion
     }
 
-    fn steering(&self, config: &Value) -> Result<Steering> {
-        Ok(Steering::ClassifierFree { without: no_class(config)?, channels: None })
+    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
+        Ok(GuidanceKind::ClassifierFree { without: no_class(config)?, channels: None })
     }
 
     fn patch(&self, config: &Value) -> Result<usize> {
@@ -63,17 +64,17 @@ impl Family for Dit {
         Ok(Some(DitConfig::new(config)?.sample_size))
     }
 
-    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+    fn computed(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
         if layout != ORIGINAL {
-            return Ok(Resident::default());
+            return Ok(InMemoryTensors::default());
         }
         let config = DitConfig::new(config)?;
         let side = config.sample_size / config.patch;
         let positions = config.positions((side, side), &Device::Cpu)?;
-        Ok(Resident::from_iter([("pos_embed".to_owned(), positions)]))
+        Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
     }
 
-    fn encode(&self, config: &Value, subjects: &[Subject], _: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, config: &Value, subjects: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
         let labels = classes(subjects, DitConfig::new(config)?.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
@@ -83,6 +84,6 @@ impl Family for Dit {
 const ORIGINAL: &str = "original";
 
 /// The label that stands for no class.
-pub(super) fn no_class(config: &Value) -> Result<Subject> {
-    Ok(Subject::Class(DitConfig::new(config)?.classes as u32))
+pub(super) fn no_class(config: &Value) -> Result<Prompt> {
+    Ok(Prompt::Class(DitConfig::new(config)?.classes as u32))
 }

@@ -3,8 +3,8 @@
 use super::blocks::DitBlock;
 use super::config::DitConfig;
 use crate::layers::{NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, to_latents};
-use crate::scope::{Linear, Scope};
-use crate::{Context, Denoiser, DenoiserInput, Result, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::modulated_layer_norm;
@@ -28,12 +28,12 @@ impl DitTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: DitConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
+            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
             modulation_out: scope.linear("proj_out_1")?,
             proj_out: scope.linear("proj_out_2")?,
@@ -53,7 +53,7 @@ impl DitTransformer {
 
     /// # Shapes
     /// The result is (batch, width).
-    fn conditioning_of(&self, index: usize, state: &State) -> Result<Tensor> {
+    fn conditioning_of(&self, index: usize, state: &HiddenState) -> Result<Tensor> {
         Ok(state.context.conditioning.narrow(1, index, 1)?.squeeze(1)?.contiguous()?)
     }
 }
@@ -63,28 +63,28 @@ impl Denoiser for DitTransformer {
         &self.layers
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         let (latents, config) = (&input.latents, &self.config);
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
         let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
         let positions = config.positions(extents, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning(input, batch)?;
-        Ok(State {
+        Ok(HiddenState {
             image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
             text: None,
             attention: None,
-            context: Arc::new(Context { conditioning, rotary: None, text: None, geometry }),
+            context: Arc::new(BlockContext { conditioning, rotary: None, text: None, geometry }),
         })
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         let conditioning = self.conditioning_of(index, &state)?;
         block_at(&self.blocks, index)?.forward(state, &conditioning)
     }
 
     /// The first block's conditioning serves the head, as in diffusers.
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [shift, scale] = modulation::<2>(&self.modulation_out, &self.conditioning_of(0, state)?)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
         to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)

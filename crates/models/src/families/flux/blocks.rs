@@ -2,14 +2,14 @@
 //! computed nor where the image tokens lie.
 
 use crate::layers::{FeedForward, NORM_EPS, modulation, split_heads};
-use crate::scope::{Linear, Scope};
-use crate::{Context, ModelError, Result, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attended, Attention, Qkv};
 use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 
 /// Cosines and sines, (tokens, head_dim / 2) each.
-type Rotation = (Tensor, Tensor);
+type CosSin = (Tensor, Tensor);
 
 /// A block with weights of its own for image and text, joined by attention alone.
 pub(super) struct DoubleBlock {
@@ -21,7 +21,7 @@ pub(super) struct DoubleBlock {
 /// A block whose weights serve image and text alike, with attention and MLP side by side.
 pub(super) struct SingleBlock {
     modulation: Linear,
-    projections: Projections,
+    projections: RotatedQkv,
     mlp: Linear,
     out: Linear,
     attention: Box<dyn Attention>,
@@ -30,13 +30,13 @@ pub(super) struct SingleBlock {
 /// One stream's half of a double block.
 struct Stream {
     modulation: Linear,
-    projections: Projections,
+    projections: RotatedQkv,
     out: Linear,
     mlp: FeedForward,
 }
 
 /// The way from tokens to queries, keys and values.
-struct Projections {
+struct RotatedQkv {
     query: Linear,
     key: Linear,
     value: Linear,
@@ -67,11 +67,11 @@ const TEXT: StreamNames = StreamNames {
 };
 
 impl DoubleBlock {
-    pub(super) fn load(scope: &Scope, attention: Box<dyn Attention>) -> Result<Self> {
+    pub(super) fn load(scope: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
         Ok(Self { image: Stream::load(scope, &IMAGE)?, text: Stream::load(scope, &TEXT)?, attention })
     }
 
-    pub(super) fn forward(&self, state: State) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let (context, rotary) = (&state.context, rotary(&state.context)?);
         let text = text(&state)?;
         let image_modulation = modulation::<6>(&self.image.modulation, &context.conditioning)?;
@@ -83,22 +83,22 @@ impl DoubleBlock {
 
         let image = self.image.finish(&state.image, &attended.image, &image_modulation)?;
         let text = self.text.finish(text, attended_text(&attended)?, &text_modulation)?;
-        Ok(State { image, text: Some(text), attention: Some(attended), context: state.context })
+        Ok(HiddenState { image, text: Some(text), attention: Some(attended), context: state.context })
     }
 }
 
 impl SingleBlock {
-    pub(super) fn load(scope: &Scope, attention: Box<dyn Attention>) -> Result<Self> {
+    pub(super) fn load(scope: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
         Ok(Self {
             modulation: scope.linear("norm.linear")?,
-            projections: Projections::load(&scope.at("attn"), IMAGE.projections)?,
+            projections: RotatedQkv::load(&scope.pp("attn"), IMAGE.projections)?,
             mlp: scope.linear("proj_mlp")?,
             out: scope.linear("proj_out")?,
             attention,
         })
     }
 
-    pub(super) fn forward(&self, state: State) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let (context, rotary) = (&state.context, rotary(&state.context)?);
         let text = text(&state)?;
         let [shift, scale, gate] = modulation::<3>(&self.modulation, &context.conditioning)?;
@@ -111,7 +111,7 @@ impl SingleBlock {
 
         let image = gated_add(&state.image, &gate, &self.join(&attended.image, &image_normed)?)?;
         let text = gated_add(text, &gate, &self.join(attended_text(&attended)?, &text_normed)?)?;
-        Ok(State { image, text: Some(text), attention: Some(attended), context: state.context })
+        Ok(HiddenState { image, text: Some(text), attention: Some(attended), context: state.context })
     }
 
     /// Projects attention and MLP together.
@@ -125,16 +125,16 @@ impl SingleBlock {
 }
 
 impl Stream {
-    fn load(scope: &Scope, names: &StreamNames) -> Result<Self> {
+    fn load(scope: &WeightBuilder, names: &StreamNames) -> Result<Self> {
         Ok(Self {
             modulation: scope.linear(names.modulation)?,
-            projections: Projections::load(&scope.at("attn"), names.projections)?,
+            projections: RotatedQkv::load(&scope.pp("attn"), names.projections)?,
             out: scope.linear(names.out)?,
-            mlp: FeedForward::load(&scope.at(names.mlp))?,
+            mlp: FeedForward::load(&scope.pp(names.mlp))?,
         })
     }
 
-    fn qkv(&self, x: &Tensor, [shift, scale, ..]: &[Tensor; 6], rotation: &Rotation) -> Result<Qkv> {
+    fn qkv(&self, x: &Tensor, [shift, scale, ..]: &[Tensor; 6], rotation: &CosSin) -> Result<Qkv> {
         self.projections.forward(&modulated_layer_norm(x, shift, scale, NORM_EPS)?, rotation)
     }
 
@@ -150,20 +150,20 @@ impl Stream {
     }
 }
 
-impl Projections {
-    fn load(scope: &Scope, [query, key, value, query_norm, key_norm]: [&str; 5]) -> Result<Self> {
+impl RotatedQkv {
+    fn load(scope: &WeightBuilder, [query, key, value, query_norm, key_norm]: [&str; 5]) -> Result<Self> {
         Ok(Self {
             query: scope.linear(query)?,
             key: scope.linear(key)?,
             value: scope.linear(value)?,
-            query_norm: scope.at(query_norm).tensor("weight")?,
-            key_norm: scope.at(key_norm).tensor("weight")?,
+            query_norm: scope.pp(query_norm).tensor("weight")?,
+            key_norm: scope.pp(key_norm).tensor("weight")?,
         })
     }
 
     /// # Shapes
     /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
-    fn forward(&self, x: &Tensor, (cos, sin): &Rotation) -> Result<Qkv> {
+    fn forward(&self, x: &Tensor, (cos, sin): &CosSin) -> Result<Qkv> {
         let heads = x.dim(2)? / self.query_norm.dim(0)?.max(1);
         let query = split_heads(&self.query.forward(x)?, heads)?;
         let key = split_heads(&self.key.forward(x)?, heads)?;
@@ -175,11 +175,11 @@ impl Projections {
     }
 }
 
-fn rotary(context: &Context) -> Result<&crate::Rotary> {
+fn rotary(context: &BlockContext) -> Result<&crate::Rotary> {
     context.rotary.as_ref().ok_or_else(|| lost("img_ids", "the state has no rotary positions"))
 }
 
-fn text(state: &State) -> Result<&Tensor> {
+fn text(state: &HiddenState) -> Result<&Tensor> {
     state.text.as_ref().ok_or_else(|| lost("encoder_hidden_states", "the state has no text stream"))
 }
 

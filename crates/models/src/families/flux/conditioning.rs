@@ -1,7 +1,7 @@
-//! [`ConditioningEmbedder`]: timestep, guidance and pooled text to the vector that modulates every block.
+//! [`TimeGuidanceTextEmbedder`]: timestep, guidance and pooled text to the vector that modulates every block.
 
 use crate::layers::{Mlp, sinusoids};
-use crate::scope::Scope;
+use crate::scope::WeightBuilder;
 use crate::{DenoiserInput, ModelError, Result};
 use candle_core::{DType, Tensor};
 
@@ -9,15 +9,15 @@ use candle_core::{DType, Tensor};
 const TIME_SCALE: f64 = 1000.0;
 
 /// Embeds timestep, guidance and pooled text, and adds them up.
-pub(super) struct ConditioningEmbedder {
+pub(super) struct TimeGuidanceTextEmbedder {
     time: Mlp,
     guidance: Option<Mlp>,
     pooled: Mlp,
 }
 
-impl ConditioningEmbedder {
-    pub(super) fn load(scope: &Scope, with_guidance: bool) -> Result<Self> {
-        let load = |name: &str| Mlp::load(&scope.at(name), ["linear_1", "linear_2"]);
+impl TimeGuidanceTextEmbedder {
+    pub(super) fn load(scope: &WeightBuilder, with_guidance: bool) -> Result<Self> {
+        let load = |name: &str| Mlp::load(&scope.pp(name), ["linear_1", "linear_2"]);
         let guidance = with_guidance.then(|| load("guidance_embedder")).transpose()?;
         Ok(Self { time: load("timestep_embedder")?, guidance, pooled: load("text_embedder")? })
     }

@@ -1,7 +1,7 @@
 //! [`FluxConfig`]: the sizes of a FLUX transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::{Keys, bad};
+use crate::keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of a FLUX transformer. Keys that config.json lacks have the defaults of diffusers' class, which are those of
@@ -34,7 +34,7 @@ impl FluxConfig {
     /// # Errors
     /// A key of the wrong type, or sizes that contradict each other.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let read = Self {
             in_channels: keys.count("in_channels", 64)?,
             double_blocks: keys.count("num_layers", 19)?,

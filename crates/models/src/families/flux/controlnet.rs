@@ -4,8 +4,8 @@
 use super::config::FluxConfig;
 use super::latents;
 use super::model::FluxTrunk;
-use crate::scope::{Linear, Scope};
-use crate::{Context, DenoiserInput, ModelError, Result, Rotary, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, DenoiserInput, HiddenState, ModelError, Result, Rotary};
 use candle_core::Tensor;
 use candle_nn::{Conv2d, Conv2dConfig, Module as _};
 use clearform_attention::AttentionPlan;
@@ -42,14 +42,14 @@ impl FluxControlNet {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let outputs = |name: &str, count: usize| -> Result<Vec<Linear>> {
-            (0..count).map(|index| scope.at(name).linear(&index.to_string())).collect()
+            (0..count).map(|index| scope.pp(name).linear(&index.to_string())).collect()
         };
         let modes = "controlnet_mode_embedder.weight";
         Ok(Self {
             control_embedder: scope.linear("controlnet_x_embedder")?,
-            hint: HintBlock::load(&scope.at("input_hint_block"))?,
+            hint: HintBlock::load(&scope.pp("input_hint_block"))?,
             modes: scope.has(modes).then(|| scope.tensor(modes)).transpose()?,
             double_outputs: outputs("controlnet_blocks", config.double_blocks)?,
             single_outputs: outputs("controlnet_single_blocks", config.single_blocks)?,
@@ -113,18 +113,18 @@ impl FluxControlNet {
     }
 
     /// A union's mode is one more text token in front, at the place of the first.
-    fn with_mode(&self, state: State, mode: Option<&Tensor>) -> Result<State> {
+    fn with_mode(&self, state: HiddenState, mode: Option<&Tensor>) -> Result<HiddenState> {
         let (Some(modes), Some(text)) = (&self.modes, &state.text) else { return Ok(state) };
         let mode = mode.ok_or_else(|| ModelError::missing_input(MODE))?;
         let batch = text.dim(0)?;
         let token = modes.index_select(&self.checked(mode, batch)?, 0)?.unsqueeze(1)?; // (batch, 1, width)
         let text = Tensor::cat(&[&token.to_dtype(text.dtype())?, text], 1)?;
         let lost = || ModelError::bad_input(MODE, "the state is shared; states come from embed");
-        let Context { conditioning, rotary, text: cross, geometry } =
+        let BlockContext { conditioning, rotary, text: cross, geometry } =
             Arc::into_inner(state.context).ok_or_else(lost)?;
         let rotary = rotary.map(with_first_twice).transpose()?;
-        let context = Arc::new(Context { conditioning, rotary, text: cross, geometry });
-        Ok(State { text: Some(text), context, ..state })
+        let context = Arc::new(BlockContext { conditioning, rotary, text: cross, geometry });
+        Ok(HiddenState { text: Some(text), context, ..state })
     }
 
     /// Modes as indexes, one for each of the batch.
@@ -152,18 +152,18 @@ fn with_first_twice(Rotary { image, text: (cos, sin) }: Rotary) -> Result<Rotary
 
 impl HintBlock {
     /// Every second convolution of the blocks halves the size.
-    fn load(scope: &Scope) -> Result<Option<Self>> {
-        if !scope.at("conv_in").has("weight") {
+    fn load(scope: &WeightBuilder) -> Result<Option<Self>> {
+        if !scope.pp("conv_in").has("weight") {
             return Ok(None);
         }
         let conv = |name: &str, stride: usize| -> Result<Conv2d> {
-            let scope = scope.at(name);
+            let scope = scope.pp(name);
             let config = Conv2dConfig { padding: 1, stride, ..Conv2dConfig::default() };
             Ok(Conv2d::new(scope.tensor("weight")?, Some(scope.tensor("bias")?), config))
         };
         let mut layers = vec![conv("conv_in", 1)?];
         let mut index = 0;
-        while scope.at(format!("blocks.{index}")).has("weight") {
+        while scope.pp(format!("blocks.{index}")).has("weight") {
             layers.push(conv(&format!("blocks.{index}"), 1 + index % 2)?);
             index += 1;
         }

@@ -16,12 +16,12 @@ pub use config::FluxConfig;
 pub use controlnet::{FluxControlNet, FluxResiduals};
 pub use model::FluxTransformer;
 
-use crate::layers::Arguments;
-use crate::subject::prompts;
+use crate::layers::ForwardArguments;
+use crate::subject::texts;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, InputChannels, Moment, Process, Result,
-    Steering, Subject,
+    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
+    Prompt, Result, StepIndex,
 };
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -46,7 +46,7 @@ impl Family for Flux {
     }
 
     fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
-        let mut arguments = Arguments::new(tensors);
+        let mut arguments = ForwardArguments::new(tensors);
         let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
@@ -57,7 +57,7 @@ impl Family for Flux {
             ..Conditions::default()
         };
         arguments.finish("flux", &INPUTS)?;
-        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+        Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
@@ -72,12 +72,12 @@ impl Family for Flux {
         Ok(InputChannels { latents: config.in_channels / (latents::PATCH * latents::PATCH), text, pooled })
     }
 
-    fn process(&self) -> Process {
-        Process::Flow { time_scale: 1.0 }
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::Flow { time_scale: 1.0 }
     }
 
-    fn steering(&self, _: &Value) -> Result<Steering> {
-        Ok(Steering::Embedded)
+    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
+        Ok(GuidanceKind::Embedded)
     }
 
     fn patch(&self, _: &Value) -> Result<usize> {
@@ -89,8 +89,8 @@ impl Family for Flux {
     }
 
     /// Pooled CLIP and the sequence of T5, as FluxPipeline encodes them.
-    fn encode(&self, _: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let prompts = prompts(subjects)?;
+    fn encode(&self, _: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let prompts = texts(subjects)?;
         let pooled = encoders.clip(1, &prompts)?.pooled;
         let tokens = encoders.tokenizer_length(2)?.unwrap_or(MAX_TEXT_TOKENS).min(MAX_TEXT_TOKENS);
         let text = encoders.t5(2, &prompts, tokens)?;
@@ -98,7 +98,7 @@ impl Family for Flux {
         Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
     }
 
-    fn framed(&self, config: &Value, conditions: Conditions, framing: &Framing) -> Result<Conditions> {
+    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
         let scale = || Tensor::new(vec![framing.guidance as f32; framing.batch], &framing.device);
         let guidance = FluxConfig::new(config)?.guidance.then(scale).transpose()?;
         Ok(Conditions { guidance, ..conditions })

@@ -2,12 +2,12 @@
 //! inside nor any file.
 
 use super::blocks::{DoubleBlock, SingleBlock};
-use super::conditioning::ConditioningEmbedder;
+use super::conditioning::TimeGuidanceTextEmbedder;
 use super::config::FluxConfig;
 use super::positions::{grids, read_ids};
 use crate::layers::{NORM_EPS, attention, expect, modulation, rotary_tables};
-use crate::scope::{Linear, Scope};
-use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, Rotary, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result, Rotary};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries, Geometry};
 use clearform_ops::modulated_layer_norm;
@@ -28,7 +28,7 @@ pub(super) struct FluxTrunk {
     geometries: Geometries,
     image_embedder: Linear,
     text_embedder: Linear,
-    conditioning: ConditioningEmbedder,
+    conditioning: TimeGuidanceTextEmbedder,
     double_blocks: Vec<DoubleBlock>,
     single_blocks: Vec<SingleBlock>,
 }
@@ -39,7 +39,7 @@ impl FluxTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let (norm_out, proj_out) = (scope.linear("norm_out.linear")?, scope.linear("proj_out")?);
         Ok(Self { trunk: FluxTrunk::build(config, source, plan)?, norm_out, proj_out })
     }
@@ -55,15 +55,15 @@ impl Denoiser for FluxTransformer {
         &self.trunk.layers
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         self.trunk.embed(input)
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         self.trunk.block(index, state)
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
         Ok(state.context.geometry.to_raster(&self.proj_out.forward(&normed)?)?)
@@ -72,19 +72,19 @@ impl Denoiser for FluxTransformer {
 
 impl FluxTrunk {
     pub(super) fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let double = |index| {
             let name = format!("transformer_blocks.{index}");
-            DoubleBlock::load(&scope.at(&name), attention(plan, &format!("{name}.attn"), source)?)
+            DoubleBlock::load(&scope.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
         };
         let single = |index| {
             let name = format!("single_transformer_blocks.{index}");
-            SingleBlock::load(&scope.at(&name), attention(plan, &format!("{name}.attn"), source)?)
+            SingleBlock::load(&scope.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
         };
         Ok(Self {
             image_embedder: scope.linear("x_embedder")?,
             text_embedder: scope.linear("context_embedder")?,
-            conditioning: ConditioningEmbedder::load(&scope.at("time_text_embed"), config.guidance)?,
+            conditioning: TimeGuidanceTextEmbedder::load(&scope.pp("time_text_embed"), config.guidance)?,
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
             layers: layers(&config),
@@ -97,13 +97,17 @@ impl FluxTrunk {
         &self.config
     }
 
-    pub(super) fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    pub(super) fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         let text = check(input, &self.config)?;
         let (geometry, rotary) = self.positions(input)?;
         let latents = geometry.to_tiles(&input.latents)?;
-        let context =
-            Context { conditioning: self.conditioning.forward(input)?, rotary: Some(rotary), text: None, geometry };
-        Ok(State {
+        let context = BlockContext {
+            conditioning: self.conditioning.forward(input)?,
+            rotary: Some(rotary),
+            text: None,
+            geometry,
+        };
+        Ok(HiddenState {
             image: self.image_embedder.forward(&latents)?, // (batch, image tokens, width)
             text: Some(self.text_embedder.forward(&text)?), // (batch, text tokens, width)
             attention: None,
@@ -111,7 +115,7 @@ impl FluxTrunk {
         })
     }
 
-    pub(super) fn block(&self, index: usize, state: State) -> Result<State> {
+    pub(super) fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         let single = index.wrapping_sub(self.double_blocks.len());
         match (self.double_blocks.get(index), self.single_blocks.get(single)) {
             (Some(block), _) => block.forward(state),

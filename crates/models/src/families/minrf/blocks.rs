@@ -3,8 +3,8 @@
 
 use super::config::MinrfConfig;
 use crate::layers::{attention, modulation, split_heads};
-use crate::scope::{Linear, Scope};
-use crate::{ModelError, Result, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
 use clearform_ops::reference::rope;
@@ -43,23 +43,23 @@ impl MinrfBlock {
         config: &MinrfConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = Scope::root(source).at(name);
-        let (own, mlp) = (scope.at("attention"), scope.at("feed_forward"));
+        let scope = WeightBuilder::root(source).pp(name);
+        let (own, mlp) = (scope.pp("attention"), scope.pp("feed_forward"));
         Ok(Self {
             modulation: scope.linear("adaLN_modulation.1")?,
-            attention_norm: LayerNorm::load(&scope.at("attention_norm"), config.norm_eps)?,
+            attention_norm: LayerNorm::load(&scope.pp("attention_norm"), config.norm_eps)?,
             projections: [own.linear("wq")?, own.linear("wk")?, own.linear("wv")?],
-            query_norm: LayerNorm::load(&own.at("q_norm"), QK_NORM_EPS)?,
-            key_norm: LayerNorm::load(&own.at("k_norm"), QK_NORM_EPS)?,
+            query_norm: LayerNorm::load(&own.pp("q_norm"), QK_NORM_EPS)?,
+            key_norm: LayerNorm::load(&own.pp("k_norm"), QK_NORM_EPS)?,
             out: own.linear("wo")?,
-            mlp_norm: LayerNorm::load(&scope.at("ffn_norm"), config.norm_eps)?,
+            mlp_norm: LayerNorm::load(&scope.pp("ffn_norm"), config.norm_eps)?,
             mlp: [mlp.linear("w1")?, mlp.linear("w2")?, mlp.linear("w3")?],
             attention: attention(plan, &format!("{name}.attention"), source)?,
             heads: config.heads,
         })
     }
 
-    pub(super) fn forward(&self, state: State) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] =
             modulation::<6>(&self.modulation, &context.conditioning)?;
@@ -70,7 +70,7 @@ impl MinrfBlock {
         let image = gated_add(&state.image, &gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         let normed = self.mlp_norm.modulated(&image, &mlp_shift, &mlp_scale)?;
         let image = gated_add(&image, &mlp_gate, &self.feed_forward(&normed)?)?;
-        Ok(State { image, attention: Some(attended), ..state })
+        Ok(HiddenState { image, attention: Some(attended), ..state })
     }
 
     /// Queries and keys are normed over all heads together.
@@ -94,7 +94,7 @@ impl MinrfBlock {
 }
 
 impl LayerNorm {
-    fn load(scope: &Scope, eps: f64) -> Result<Self> {
+    fn load(scope: &WeightBuilder, eps: f64) -> Result<Self> {
         Ok(Self { weight: scope.tensor("weight")?, bias: scope.tensor("bias")?, eps })
     }
 

@@ -1,7 +1,7 @@
 //! [`MinrfConfig`]: the sizes of a minRF transformer, named as the arguments of its class.
 
 use crate::Result;
-use crate::keys::{Keys, bad};
+use crate::keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of a minRF transformer. Keys that config.json lacks have the defaults of `DiT_Llama`.
@@ -31,7 +31,7 @@ impl MinrfConfig {
     /// # Errors
     /// A key of the wrong type, or sizes that contradict each other.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let read = Self {
             input_size: keys.count("input_size", 32)?,
             patch: keys.count("patch_size", 2)?,

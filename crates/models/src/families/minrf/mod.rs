@@ -15,7 +15,8 @@ use crate::layers::class_input;
 use crate::subject::classes;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, Steering, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
+    Result,
 };
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -48,13 +49,13 @@ impl Family for Minrf {
         Ok(InputChannels::of_class_model(MinrfConfig::new(config)?.in_channels))
     }
 
-    fn process(&self) -> Process {
-        Process::Flow { time_scale: 1.0 }
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::Flow { time_scale: 1.0 }
     }
 
-    fn steering(&self, config: &Value) -> Result<Steering> {
-        let without = Subject::Class(MinrfConfig::new(config)?.classes as u32);
-        Ok(Steering::ClassifierFree { without, channels: None })
+    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
+        let without = Prompt::Class(MinrfConfig::new(config)?.classes as u32);
+        Ok(GuidanceKind::ClassifierFree { without, channels: None })
     }
 
     fn patch(&self, config: &Value) -> Result<usize> {
@@ -65,7 +66,7 @@ impl Family for Minrf {
         Ok(Some(MinrfConfig::new(config)?.input_size))
     }
 
-    fn encode(&self, config: &Value, subjects: &[Subject], _: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, config: &Value, subjects: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
         let labels = classes(subjects, MinrfConfig::new(config)?.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }

@@ -5,8 +5,8 @@ use super::config::MinrfConfig;
 use crate::layers::{
     Mlp, NORM_EPS, block_at, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoids, to_latents,
 };
-use crate::scope::{Linear, Scope};
-use crate::{Context, Denoiser, DenoiserInput, Result, Rotary, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result, Rotary};
 use candle_core::Tensor;
 use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module as _};
 use clearform_attention::{AttentionPlan, Geometries, Geometry};
@@ -19,7 +19,7 @@ pub struct MinrfTransformer {
     config: MinrfConfig,
     layers: Vec<String>,
     geometries: Geometries,
-    stem: Stem,
+    stem: ConvolutionStem,
     embedder: Linear,
     time: Mlp,
     classes: Tensor,
@@ -29,7 +29,7 @@ pub struct MinrfTransformer {
 }
 
 /// Two convolutions, each followed by SiLU and a norm over groups of channels, before the picture is cut into patches.
-struct Stem([(Tensor, Tensor, Tensor, Tensor); 2]);
+struct ConvolutionStem([(Tensor, Tensor, Tensor, Tensor); 2]);
 
 /// Groups of the stem's norms, and their constant.
 const GROUPS: usize = 32;
@@ -41,14 +41,14 @@ impl MinrfTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: MinrfConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let block = |index| MinrfBlock::load(source, &format!("layers.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("layers.{index}.attention")).collect(),
             geometries: Geometries::default(),
-            stem: Stem::load(&scope.at("init_conv_seq"))?,
+            stem: ConvolutionStem::load(&scope.pp("init_conv_seq"))?,
             embedder: scope.linear("x_embedder")?,
-            time: Mlp::load(&scope.at("t_embedder.mlp"), ["0", "2"])?,
+            time: Mlp::load(&scope.pp("t_embedder.mlp"), ["0", "2"])?,
             classes: scope.tensor("y_embedder.embedding_table.weight")?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
             modulation_out: scope.linear("final_layer.adaLN_modulation.1")?,
@@ -67,10 +67,10 @@ impl MinrfTransformer {
     }
 }
 
-impl Stem {
-    fn load(scope: &Scope) -> Result<Self> {
+impl ConvolutionStem {
+    fn load(scope: &WeightBuilder) -> Result<Self> {
         let step = |conv: &str, norm: &str| -> Result<_> {
-            let (conv, norm) = (scope.at(conv), scope.at(norm));
+            let (conv, norm) = (scope.pp(conv), scope.pp(norm));
             Ok((conv.tensor("weight")?, conv.tensor("bias")?, norm.tensor("weight")?, norm.tensor("bias")?))
         };
         Ok(Self([step("0", "2")?, step("3", "5")?]))
@@ -96,7 +96,7 @@ impl Denoiser for MinrfTransformer {
         &self.layers
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         let (pictures, config) = (&input.latents, &self.config);
         let batch = checked_batch(pictures, &input.timestep, config.in_channels)?;
         let (_, geometry) = grid(pictures, config.patch, &self.geometries)?;
@@ -105,19 +105,19 @@ impl Denoiser for MinrfTransformer {
         let classes = self.classes.index_select(&labels(input, batch, config.classes)?, 0)?;
         let conditioning = (time + classes.to_dtype(pictures.dtype())?)?; // (batch, min(width, 1024))
         let rotary = Some(self.rotary(&geometry, pictures)?);
-        Ok(State {
+        Ok(HiddenState {
             image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
             text: None,
             attention: None,
-            context: Arc::new(Context { conditioning, rotary, text: None, geometry }),
+            context: Arc::new(BlockContext { conditioning, rotary, text: None, geometry }),
         })
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         block_at(&self.blocks, index)?.forward(state)
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [shift, scale] = modulation::<2>(&self.modulation_out, &state.context.conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
         to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)

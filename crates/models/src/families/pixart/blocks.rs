@@ -3,9 +3,9 @@
 
 use super::config::PixartConfig;
 use super::cross::CrossAttention;
-use crate::layers::{FeedForward, Projections, attention};
-use crate::scope::{Linear, Scope};
-use crate::{ModelError, Result, State};
+use crate::layers::{FeedForward, QkvProjections, attention};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan};
 use clearform_ops::{gated_add, modulated_layer_norm};
@@ -15,7 +15,7 @@ use clearform_weights::TensorSource;
 /// section 2.3: adaLN-single).
 pub(super) struct PixartBlock {
     table: Tensor,
-    projections: Projections,
+    projections: QkvProjections,
     out: Linear,
     cross: CrossAttention,
     mlp: FeedForward,
@@ -31,21 +31,21 @@ impl PixartBlock {
         config: &PixartConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = Scope::root(source).at(name);
-        let own = scope.at("attn1");
+        let scope = WeightBuilder::root(source).pp(name);
+        let own = scope.pp("attn1");
         Ok(Self {
             table: scope.shaped("scale_shift_table", &[6, config.width()])?,
-            projections: Projections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
+            projections: QkvProjections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
             out: own.linear("to_out.0")?,
-            cross: CrossAttention::load(&scope.at("attn2"), config.heads)?,
-            mlp: FeedForward::load(&scope.at("ff"))?,
+            cross: CrossAttention::load(&scope.pp("attn2"), config.heads)?,
+            mlp: FeedForward::load(&scope.pp("ff"))?,
             attention: attention(plan, &format!("{name}.attn1"), source)?,
             eps: config.norm_eps,
         })
     }
 
     /// `modulation` is (batch, 6, width).
-    pub(super) fn forward(&self, state: State, modulation: &Tensor) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState, modulation: &Tensor) -> Result<HiddenState> {
         let context = &state.context;
         let text = context.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         let steps = steps(&self.table, modulation)?;
@@ -59,7 +59,7 @@ impl PixartBlock {
         let image = (&image + self.cross.forward(&image, &text.tokens, text.mask.as_ref())?)?;
         let normed = modulated_layer_norm(&image, mlp_shift, mlp_scale, self.eps)?;
         let image = gated_add(&image, mlp_gate, &self.mlp.forward(&normed)?)?;
-        Ok(State { image, attention: Some(attended), ..state })
+        Ok(HiddenState { image, attention: Some(attended), ..state })
     }
 }
 

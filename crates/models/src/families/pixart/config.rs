@@ -1,7 +1,7 @@
 //! [`PixartConfig`]: the sizes of a PixArt transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::Keys;
+use crate::keys::ConfigKeys;
 use serde_json::Value;
 
 /// Sizes of a PixArt transformer. Keys that config.json lacks have the defaults of diffusers' class.
@@ -35,7 +35,7 @@ impl PixartConfig {
     /// # Errors
     /// A key of the wrong type, or sizes that no model has.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let sample_size = keys.count("sample_size", 128)?;
         let read = Self {
             sample_size,

@@ -12,12 +12,12 @@ mod model;
 pub use config::PixartConfig;
 pub use model::PixartTransformer;
 
-use crate::layers::Arguments;
-use crate::subject::prompts;
+use crate::layers::ForwardArguments;
+use crate::subject::texts;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, Framing, InputChannels, Moment, Process, Result,
-    Steering, Subject,
+    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
+    Prompt, Result, StepIndex,
 };
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
@@ -44,7 +44,7 @@ impl Family for Pixart {
     }
 
     fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
-        let mut arguments = Arguments::new(tensors);
+        let mut arguments = ForwardArguments::new(tensors);
         let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
@@ -54,7 +54,7 @@ impl Family for Pixart {
             ..Conditions::default()
         };
         arguments.finish("pixart", &INPUTS)?;
-        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+        Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
@@ -66,12 +66,12 @@ impl Family for Pixart {
         Ok(InputChannels { latents: config.in_channels, text: Some(config.text_channels), pooled: None })
     }
 
-    fn process(&self) -> Process {
-        Process::Diffusion
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::Diffusion
     }
 
-    fn steering(&self, _: &Value) -> Result<Steering> {
-        Ok(Steering::ClassifierFree { without: Subject::Prompt(String::new()), channels: None })
+    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
+        Ok(GuidanceKind::ClassifierFree { without: Prompt::Text(String::new()), channels: None })
     }
 
     fn patch(&self, config: &Value) -> Result<usize> {
@@ -83,16 +83,16 @@ impl Family for Pixart {
     }
 
     /// T5 behind a mask, of the prompt in small letters, as the pipelines encode it where they do not clean captions.
-    fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts: Vec<String> =
-            prompts(subjects)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
+            texts(subjects)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
         let alpha = PixartConfig::new(config)?.sized;
         let tokens = if alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
         let (text, mask) = encoders.t5_masked(1, &prompts, tokens)?;
         Ok(Conditions { text: Some(text), text_mask: Some(mask), ..Conditions::default() })
     }
 
-    fn framed(&self, config: &Value, conditions: Conditions, framing: &Framing) -> Result<Conditions> {
+    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
         if !PixartConfig::new(config)?.sized {
             return Ok(conditions);
         }
@@ -115,8 +115,8 @@ mod tests {
 
     #[test]
     fn alpha_is_told_height_and_width_and_how_they_relate() {
-        let framing = Framing { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
-        let framed = |config: Value| Pixart.framed(&config, Conditions::default(), &framing).unwrap();
+        let framing = BatchSpec { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
+        let framed = |config: Value| Pixart.add_size_conditions(&config, Conditions::default(), &framing).unwrap();
         let alpha = framed(json!({"sample_size": 128}));
         assert_eq!(alpha.resolution.unwrap().to_vec2::<f32>().unwrap(), [[48.0, 64.0]; 2]);
         assert_eq!(alpha.aspect_ratio.unwrap().to_vec2::<f32>().unwrap(), [[0.75]; 2]);

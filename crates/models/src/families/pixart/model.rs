@@ -5,8 +5,8 @@ use super::config::PixartConfig;
 use crate::layers::{
     Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, sincos_positions, sinusoids, to_latents,
 };
-use crate::scope::{Linear, Scope};
-use crate::{Conditions, Context, CrossText, Denoiser, DenoiserInput, ModelError, Result, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::{gelu, modulated_layer_norm};
@@ -19,7 +19,7 @@ pub struct PixartTransformer {
     layers: Vec<String>,
     geometries: Geometries,
     patches: Patches,
-    conditioning: ConditioningEmbedder,
+    conditioning: TimeSizeEmbedder,
     caption: [Linear; 2],
     blocks: Vec<PixartBlock>,
     table: Tensor,
@@ -27,7 +27,7 @@ pub struct PixartTransformer {
 }
 
 /// Embeds time and, where the model was trained on many sizes, resolution and aspect ratio.
-struct ConditioningEmbedder {
+struct TimeSizeEmbedder {
     time: Mlp,
     sizes: Option<[Mlp; 2]>,
     modulation: Linear,
@@ -39,14 +39,14 @@ impl PixartTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
+        let scope = WeightBuilder::root(source);
         let block = |index| PixartBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
-        let caption = scope.at("caption_projection");
+        let caption = scope.pp("caption_projection");
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
-            conditioning: ConditioningEmbedder::load(&scope.at("adaln_single"), config.sized)?,
+            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
+            conditioning: TimeSizeEmbedder::load(&scope.pp("adaln_single"), config.sized)?,
             caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
             table: scope.shaped("scale_shift_table", &[2, config.width()])?,
@@ -67,10 +67,10 @@ impl PixartTransformer {
     }
 }
 
-impl ConditioningEmbedder {
-    fn load(scope: &Scope, sized: bool) -> Result<Self> {
-        let embedders = scope.at("emb");
-        let mlp = |name: &str| Mlp::load(&embedders.at(name), ["linear_1", "linear_2"]);
+impl TimeSizeEmbedder {
+    fn load(scope: &WeightBuilder, sized: bool) -> Result<Self> {
+        let embedders = scope.pp("emb");
+        let mlp = |name: &str| Mlp::load(&embedders.pp(name), ["linear_1", "linear_2"]);
         let sizes = || Ok::<_, ModelError>([mlp("resolution_embedder")?, mlp("aspect_ratio_embedder")?]);
         Ok(Self {
             time: mlp("timestep_embedder")?,
@@ -115,7 +115,7 @@ impl Denoiser for PixartTransformer {
         &self.layers
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         let (latents, config) = (&input.latents, &self.config);
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
         let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
@@ -124,20 +124,20 @@ impl Denoiser for PixartTransformer {
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning.forward(input, batch)?;
         let text = Some(self.text(&input.conditions, batch, latents.dtype())?);
-        Ok(State {
+        Ok(HiddenState {
             image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
             text: None,
             attention: None,
-            context: Arc::new(Context { conditioning, rotary: None, text, geometry }),
+            context: Arc::new(BlockContext { conditioning, rotary: None, text, geometry }),
         })
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         let modulation = state.context.conditioning.narrow(1, 0, 6)?;
         block_at(&self.blocks, index)?.forward(state, &modulation)
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let rows = steps(&self.table, &state.context.conditioning.narrow(1, 6, 1)?)?;
         let normed = modulated_layer_norm(&state.image, &rows[0], &rows[1], NORM_EPS)?;
         to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)

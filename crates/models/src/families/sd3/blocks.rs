@@ -1,8 +1,8 @@
 //! [`JointBlock`]: SD3's transformer block. It knows neither how attention is computed nor where the image tokens lie.
 
-use crate::layers::{FeedForward, NORM_EPS, Projections, attention, modulation};
-use crate::scope::{Linear, Scope};
-use crate::{ModelError, Result, State};
+use crate::layers::{FeedForward, NORM_EPS, QkvProjections, attention, modulation};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{HiddenState, ModelError, Result};
 use candle_core::{D, Tensor};
 use clearform_attention::{Attention, AttentionPlan, Geometry, Qkv};
 use clearform_ops::{gated_add, modulated_layer_norm};
@@ -12,7 +12,7 @@ use clearform_weights::TensorSource;
 /// a second time; in the last one the text is only looked at.
 pub(super) struct JointBlock {
     modulation: Linear,
-    projections: Projections,
+    projections: QkvProjections,
     out: Linear,
     mlp: FeedForward,
     second: Option<SelfAttention>,
@@ -22,7 +22,7 @@ pub(super) struct JointBlock {
 
 /// The second attention of a dual block (SD 3.5 medium), over the image alone.
 struct SelfAttention {
-    projections: Projections,
+    projections: QkvProjections,
     out: Linear,
     attention: Box<dyn Attention>,
 }
@@ -30,13 +30,13 @@ struct SelfAttention {
 /// The text's half of a block.
 struct TextStream {
     modulation: Linear,
-    projections: Projections,
+    projections: QkvProjections,
     /// None in the last block.
     rest: Option<(Linear, FeedForward)>,
 }
 
 /// Shift, scale and gate of one step of a block, (batch, width) each.
-type Step = [Tensor; 3];
+type ModulationTriple = [Tensor; 3];
 
 const IMAGE: [&str; 3] = ["to_q", "to_k", "to_v"];
 const IMAGE_NORMS: [&str; 2] = ["norm_q", "norm_k"];
@@ -46,28 +46,28 @@ const TEXT_NORMS: [&str; 2] = ["norm_added_q", "norm_added_k"];
 impl JointBlock {
     /// Loads the block `name` of `source`, with `heads` heads and the attention that `plan` has for it.
     pub(super) fn load(source: &dyn TensorSource, name: &str, heads: usize, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source).at(name);
-        let joint = scope.at("attn");
+        let scope = WeightBuilder::root(source).pp(name);
+        let joint = scope.pp("attn");
         let second = || -> Result<SelfAttention> {
-            let own = scope.at("attn2");
+            let own = scope.pp("attn2");
             Ok(SelfAttention {
-                projections: Projections::load(&own, IMAGE, IMAGE_NORMS, heads)?,
+                projections: QkvProjections::load(&own, IMAGE, IMAGE_NORMS, heads)?,
                 out: own.linear("to_out.0")?,
                 attention: attention(plan, &format!("{name}.attn2"), source)?,
             })
         };
         Ok(Self {
             modulation: scope.linear("norm1.linear")?,
-            projections: Projections::load(&joint, IMAGE, IMAGE_NORMS, heads)?,
+            projections: QkvProjections::load(&joint, IMAGE, IMAGE_NORMS, heads)?,
             out: joint.linear("to_out.0")?,
-            mlp: FeedForward::load(&scope.at("ff"))?,
+            mlp: FeedForward::load(&scope.pp("ff"))?,
             second: if scope.has("attn2.to_q.weight") { Some(second()?) } else { None },
             text: TextStream::load(&scope, heads)?,
             attention: attention(plan, &format!("{name}.attn"), source)?,
         })
     }
 
-    pub(super) fn forward(&self, state: State) -> Result<State> {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let text = state.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         let (first, mlp, second) = self.steps(&context.conditioning)?;
@@ -85,11 +85,11 @@ impl JointBlock {
         }
         let image = feed_forward(&image, &self.mlp, &mlp)?;
         let text = self.text.finish(text, attended.text.as_ref(), &text_steps)?;
-        Ok(State { image, text: Some(text), attention: Some(attended), context: state.context })
+        Ok(HiddenState { image, text: Some(text), attention: Some(attended), context: state.context })
     }
 
     /// The steps of attention, MLP and second attention, in the order in which one layer gives them.
-    fn steps(&self, conditioning: &Tensor) -> Result<(Step, Step, Option<Step>)> {
+    fn steps(&self, conditioning: &Tensor) -> Result<(ModulationTriple, ModulationTriple, Option<ModulationTriple>)> {
         if self.second.is_none() {
             let [a, b, c, d, e, f] = modulation::<6>(&self.modulation, conditioning)?;
             return Ok(([a, b, c], [d, e, f], None));
@@ -107,12 +107,12 @@ impl SelfAttention {
 }
 
 impl TextStream {
-    fn load(scope: &Scope, heads: usize) -> Result<Self> {
-        let joint = scope.at("attn");
-        let rest = || Ok::<_, ModelError>((joint.linear("to_add_out")?, FeedForward::load(&scope.at("ff_context"))?));
+    fn load(scope: &WeightBuilder, heads: usize) -> Result<Self> {
+        let joint = scope.pp("attn");
+        let rest = || Ok::<_, ModelError>((joint.linear("to_add_out")?, FeedForward::load(&scope.pp("ff_context"))?));
         Ok(Self {
             modulation: scope.linear("norm1_context.linear")?,
-            projections: Projections::load(&joint, TEXT, TEXT_NORMS, heads)?,
+            projections: QkvProjections::load(&joint, TEXT, TEXT_NORMS, heads)?,
             rest: if joint.has("to_add_out.weight") { Some(rest()?) } else { None },
         })
     }

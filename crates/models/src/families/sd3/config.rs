@@ -1,7 +1,7 @@
 //! [`Sd3Config`]: the sizes of a Stable Diffusion 3 transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::{Keys, bad};
+use crate::keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of an SD3 transformer. Keys that config.json lacks have the defaults of diffusers' class.
@@ -35,7 +35,7 @@ impl Sd3Config {
     /// # Errors
     /// A key of the wrong type, or sizes that contradict each other.
     pub fn new(config: &Value) -> Result<Self> {
-        let keys = Keys::new(config)?;
+        let keys = ConfigKeys::new(config)?;
         let norm = keys.text("qk_norm", "")?;
         if !["", "rms_norm"].contains(&norm) {
             return Err(bad("qk_norm", format!("{norm:?} is not supported, only \"rms_norm\" or none")));

@@ -10,12 +10,12 @@ mod model;
 pub use config::Sd3Config;
 pub use model::Sd3Transformer;
 
-use crate::layers::Arguments;
-use crate::subject::prompts;
+use crate::layers::ForwardArguments;
+use crate::subject::texts;
 use crate::text::{ClipEncoded, TextEncoders};
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, ModelError, Moment, Process, Result,
-    Steering, StepSpacing, Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, ModelError, NoiseProcess,
+    Prompt, Result, StepIndex, StepSpacing,
 };
 use candle_core::{D, DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -40,7 +40,7 @@ impl Family for Sd3 {
     }
 
     fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
-        let mut arguments = Arguments::new(tensors);
+        let mut arguments = ForwardArguments::new(tensors);
         let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
@@ -48,7 +48,7 @@ impl Family for Sd3 {
             ..Conditions::default()
         };
         arguments.finish("sd3", &["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"])?;
-        Ok(DenoiserInput { latents, timestep, moment: Moment::default(), conditions })
+        Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
     fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
@@ -62,16 +62,16 @@ impl Family for Sd3 {
         Ok(InputChannels { latents: config.in_channels, text, pooled })
     }
 
-    fn process(&self) -> Process {
-        Process::Flow { time_scale: 1000.0 }
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::Flow { time_scale: 1000.0 }
     }
 
     fn spacing(&self) -> StepSpacing {
         StepSpacing::Trained
     }
 
-    fn steering(&self, _: &Value) -> Result<Steering> {
-        Ok(Steering::ClassifierFree { without: Subject::Prompt(String::new()), channels: None })
+    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
+        Ok(GuidanceKind::ClassifierFree { without: Prompt::Text(String::new()), channels: None })
     }
 
     fn patch(&self, config: &Value) -> Result<usize> {
@@ -84,8 +84,8 @@ impl Family for Sd3 {
 
     /// Both CLIPs side by side, filled up to T5's channels, then T5's tokens, as StableDiffusion3Pipeline encodes them.
     /// Without T5 its tokens are zero.
-    fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let (prompts, channels) = (prompts(subjects)?, Sd3Config::new(config)?.text_channels);
+    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let (prompts, channels) = (texts(subjects)?, Sd3Config::new(config)?.text_channels);
         let (one, other) = (encoders.clip(1, &prompts)?, encoders.clip(2, &prompts)?);
         let clip = Tensor::cat(&[&one.penultimate, &other.penultimate], D::Minus1)?;
         let missing = channels.saturating_sub(clip.dim(D::Minus1)?);

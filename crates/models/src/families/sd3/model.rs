@@ -3,8 +3,8 @@
 use super::blocks::JointBlock;
 use super::config::Sd3Config;
 use crate::layers::{Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, modulation, sinusoids, to_latents};
-use crate::scope::{Linear, Scope};
-use crate::{Context, Denoiser, DenoiserInput, ModelError, Result, State};
+use crate::scope::{Linear, WeightBuilder};
+use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::modulated_layer_norm;
@@ -32,14 +32,14 @@ impl Sd3Transformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: Sd3Config, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = Scope::root(source);
-        let (embedder, edge) = (scope.at("time_text_embed"), config.positions);
-        let mlp = |name: &str| Mlp::load(&embedder.at(name), ["linear_1", "linear_2"]);
+        let scope = WeightBuilder::root(source);
+        let (embedder, edge) = (scope.pp("time_text_embed"), config.positions);
+        let mlp = |name: &str| Mlp::load(&embedder.pp(name), ["linear_1", "linear_2"]);
         let block = |index| JointBlock::load(source, &format!("transformer_blocks.{index}"), config.heads, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.at("pos_embed"), config.patch)?,
+            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
             positions: scope.shaped("pos_embed.pos_embed", &[1, edge * edge, config.width()])?,
             time: mlp("timestep_embedder")?,
             pooled: mlp("text_embedder")?,
@@ -84,7 +84,7 @@ impl Denoiser for Sd3Transformer {
         &self.layers
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         let latents = &input.latents;
         let batch = checked_batch(latents, &input.timestep, self.config.in_channels)?;
         let text = input.conditions.text.as_ref();
@@ -93,19 +93,19 @@ impl Denoiser for Sd3Transformer {
         let (extents, geometry) = grid(latents, self.config.patch, &self.geometries)?;
         let image = self.patches.forward(latents, &self.cropped_positions(extents)?)?; // (batch, image tokens, width)
         let conditioning = self.condition(input, batch)?;
-        Ok(State {
+        Ok(HiddenState {
             image: geometry.to_tiles(&image)?,
             text: Some(self.text_embedder.forward(&text.to_dtype(latents.dtype())?)?),
             attention: None,
-            context: Arc::new(Context { conditioning, rotary: None, text: None, geometry }),
+            context: Arc::new(BlockContext { conditioning, rotary: None, text: None, geometry }),
         })
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         block_at(&self.blocks, index)?.forward(state)
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
         to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)

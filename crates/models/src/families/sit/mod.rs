@@ -7,12 +7,12 @@ use super::dit::{Dit, DitConfig, DitTransformer, no_class};
 use crate::layers::class_input;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, InputChannels, Process, Result, State, Steering,
-    Subject,
+    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, HiddenState, InputChannels,
+    NoiseProcess, Prompt, Result,
 };
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_weights::{Resident, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -52,12 +52,12 @@ impl Family for Sit {
         Dit.channels(config)
     }
 
-    fn process(&self) -> Process {
-        Process::ReversedFlow
+    fn noise_process(&self) -> NoiseProcess {
+        NoiseProcess::ReversedFlow
     }
 
-    fn steering(&self, config: &Value) -> Result<Steering> {
-        Ok(Steering::ClassifierFree { without: no_class(config)?, channels: Some(GUIDED_CHANNELS) })
+    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
+        Ok(GuidanceKind::ClassifierFree { without: no_class(config)?, channels: Some(GUIDED_CHANNELS) })
     }
 
     fn patch(&self, config: &Value) -> Result<usize> {
@@ -68,11 +68,11 @@ impl Family for Sit {
         Dit.sample_size(config)
     }
 
-    fn computed(&self, config: &Value, layout: &str) -> Result<Resident> {
+    fn computed(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
         Dit.computed(config, layout)
     }
 
-    fn encode(&self, config: &Value, subjects: &[Subject], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         Dit.encode(config, subjects, encoders)
     }
 }
@@ -82,15 +82,15 @@ impl Denoiser for SitTransformer {
         self.dit.layers()
     }
 
-    fn embed(&self, input: &DenoiserInput) -> Result<State> {
+    fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
         self.dit.embed(input)
     }
 
-    fn block(&self, index: usize, state: State) -> Result<State> {
+    fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         self.dit.block(index, state)
     }
 
-    fn head(&self, state: &State) -> Result<Tensor> {
+    fn head(&self, state: &HiddenState) -> Result<Tensor> {
         Ok(self.dit.head(state)?.narrow(1, 0, self.channels)?)
     }
 }
