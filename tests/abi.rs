@@ -56,32 +56,32 @@ const MISBEHAVIOURS: [(&str, usize, &str, &str); 13] = [
 
 #[test]
 fn a_plugin_in_c_edits_weights_as_the_example_in_rust_does() {
-    let (shelf, folder) = shelf_of("scale.c", &[]);
+    let (registry, folder) = shelf_of("scale.c", &[]);
     let want = multiplied();
-    for (ending, shelf) in [("c_scale", shelf), ("channel_scale", support::shelf())] {
+    for (ending, registry) in [("c_scale", registry), ("channel_scale", support::registry())] {
         let file = factors_file(folder.path(), ending, &PARAMETERS.map(|(name, _, rows)| (name, rows)));
-        assert_close(&edited(&file, &shelf).unwrap(), &want, BOUND, ending);
+        assert_close(&edited(&file, &registry).unwrap(), &want, BOUND, ending);
     }
     assert_ne!(numbers(&want), numbers(&forward(denoiser(&base()).as_ref())));
 }
 
 #[test]
 fn a_branch_in_c_adds_its_constant() {
-    let (shelf, folder) = shelf_of("constant.c", &[]);
+    let (registry, folder) = shelf_of("constant.c", &[]);
     let (path, constant) = (folder.path().join("constant.safetensors"), factors(48));
     save(&path, [("constant_residual".to_owned(), constant.clone())]);
     let request = AdapterRequest { path, ..AdapterRequest::default() };
-    let acting = Adapters::open(&[request], &shelf).unwrap().open_controlnets(&base()).unwrap().remove(0);
+    let schedule = Adapters::open(&[request], &registry).unwrap().open_controlnets(&base()).unwrap().remove(0);
     let takes = ControlInput { kind: ControlKind::Latents, channels: 16, modes: 0, range: [-1.0, 1.0] };
-    assert_eq!(acting.branch.input(), takes);
+    assert_eq!(schedule.controlnet.input(), takes);
     let (denoiser, input) = (denoiser(&base()), input());
     let control = ControlNetInput {
-        branch: acting.branch,
+        controlnet: schedule.controlnet,
         control: input.latents.clone(),
         mode: None,
         guidance: None,
-        scale: acting.scale,
-        interval: acting.acting.interval,
+        scale: schedule.scale,
+        interval: schedule.schedule.interval,
     };
     let controlled = ControlledDenoiser::new(denoiser.as_ref(), vec![control]).forward(&input).unwrap();
     let mut state = denoiser.embed(&input).unwrap();
@@ -109,22 +109,22 @@ fn plugins_in_c_hold_their_examples() {
 fn a_plugin_that_breaks_a_promise_is_an_error_that_says_which() {
     let before = numbers(&forward(denoiser(&base()).as_ref()));
     for (flag, rows, named, reason) in MISBEHAVIOURS {
-        let (shelf, folder) = shelf_of("scale.c", &[flag]);
+        let (registry, folder) = shelf_of("scale.c", &[flag]);
         let file = factors_file(folder.path(), "c_scale", &[("proj_out.weight", rows)]);
-        let error = edited(&file, &shelf).unwrap_err();
+        let error = edited(&file, &registry).unwrap_err();
         assert!(error.contains(named) && error.contains(reason), "{flag}: {error}");
     }
     assert_eq!(numbers(&forward(denoiser(&base()).as_ref())), before);
-    let (shelf, folder) = shelf_of("scale.c", &[]);
-    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &shelf).unwrap();
+    let (registry, folder) = shelf_of("scale.c", &[]);
+    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &registry).unwrap();
 }
 
 #[test]
 fn a_tensor_that_is_refused_goes_back_by_its_deleter() {
     let folder = tempfile::tempdir().unwrap();
     let tattle = folder.path().join("tattle");
-    let (shelf, _library) = shelf_of("scale.c", &["-DBAD_TENSOR", &tattling(&tattle)]);
-    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &shelf).unwrap_err();
+    let (registry, _library) = shelf_of("scale.c", &["-DBAD_TENSOR", &tattling(&tattle)]);
+    edited(&factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)]), &registry).unwrap_err();
     assert_eq!(std::fs::read_to_string(tattle).unwrap(), "loaded\nfreed\n");
 }
 
@@ -147,12 +147,12 @@ fn a_panic_in_a_plugin_is_an_error_that_repeats_it() {
 fn nothing_is_loaded_before_it_is_to_open_a_file() {
     let folder = tempfile::tempdir().unwrap();
     let tattle = folder.path().join("tattle");
-    let (shelf, _library) = shelf_of("scale.c", &[&tattling(&tattle)]);
+    let (registry, _library) = shelf_of("scale.c", &[&tattling(&tattle)]);
     let file = Checkpoint::open(factors_file(folder.path(), "c_scale", &[("proj_out.weight", 16)])).unwrap();
     let file = Arc::new(file);
-    let ids: Vec<&str> = shelf.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
+    let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     assert_eq!(ids, ["c-scale"]);
-    let plugin = shelf.choose(&file, &PluginChoice::default()).unwrap();
+    let plugin = registry.choose(&file, &PluginChoice::default()).unwrap();
     let mut of_another_major = plugin.clone();
     of_another_major.description.abi = 2;
     let error = Adapter::open(&of_another_major, file.clone()).unwrap_err().to_string();
@@ -176,10 +176,10 @@ fn what_lies_inside_a_model_is_refused_unloaded() {
 }
 
 /// What the base predicts as the adapter at `path` edits it, or why it does not.
-fn edited(path: &Path, shelf: &PluginRegistry) -> Result<Tensor, String> {
+fn edited(path: &Path, registry: &PluginRegistry) -> Result<Tensor, String> {
     let said = |error: RuntimeError| error.to_string();
     let request = AdapterRequest { path: path.to_owned(), ..AdapterRequest::default() };
-    let adapters = Adapters::open(&[request], shelf).map_err(said)?;
+    let adapters = Adapters::open(&[request], registry).map_err(said)?;
     let edited = adapters.apply_to(base(), None, &reading().manifests).map_err(said)?;
     let denoiser = edited.transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).map_err(said)?;
     Ok(forward(denoiser.as_ref()))

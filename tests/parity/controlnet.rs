@@ -12,7 +12,7 @@ use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, Stren
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, Transformer};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use support::{assert_close, fixture, json, shelf, tensors};
+use support::{assert_close, fixture, json, registry, tensors};
 
 const BOUND: f64 = 2e-5;
 /// (double, single) blocks of each net.
@@ -25,10 +25,10 @@ fn residuals_are_those_of_diffusers() {
     let (input, expected) = (input(), tensors("controlnet/expected.safetensors"));
     for (net, double, single) in NETS {
         for (name, plan) in [("full", "full"), ("r3", "clear:r=3")] {
-            let branch = &open(&[(net, 1.0)], plan).unwrap()[0].branch;
+            let controlnet = &open(&[(net, 1.0)], plan).unwrap()[0].controlnet;
             let (control, mode) = (control(net), mode(net));
             let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None };
-            let residuals = branch.residuals(&input, controls).unwrap();
+            let residuals = controlnet.residuals(&input, controls).unwrap();
             assert_eq!(residuals.len(), double + single, "{net}");
             for (index, residual) in residuals.iter().enumerate() {
                 let kind =
@@ -45,10 +45,10 @@ fn residuals_are_those_of_diffusers() {
 fn predictions_are_those_of_diffusers() {
     let expected = tensors("controlnet/expected.safetensors");
     for (net, ..) in NETS {
-        for (name, base, branch) in
+        for (name, base, controlnet) in
             [("full-full", "full", "full"), ("r3-full", "clear:r=3", "full"), ("r3-r3", "clear:r=3", "clear:r=3")]
         {
-            let sample = predict(base, &open(&[(net, 1.0)], branch).unwrap(), StepIndex::default());
+            let sample = predict(base, &open(&[(net, 1.0)], controlnet).unwrap(), StepIndex::default());
             assert_close(&sample, &expected[&format!("{net}/{name}/sample")], BOUND, &format!("{net} {name}"));
         }
     }
@@ -67,9 +67,9 @@ fn a_file_in_the_names_of_xlabs_is_the_same_net() {
 #[test]
 fn nets_of_any_depth_add_up() {
     let expected = tensors("controlnet/expected.safetensors");
-    let branches = open(&[("one-two", 0.7), ("two-two", 0.5)], "full").unwrap();
+    let controlnets = open(&[("one-two", 0.7), ("two-two", 0.5)], "full").unwrap();
     assert_close(
-        &predict("full", &branches, StepIndex::default()),
+        &predict("full", &controlnets, StepIndex::default()),
         &expected["multi/full-full/sample"],
         BOUND,
         "multi",
@@ -80,12 +80,12 @@ fn nets_of_any_depth_add_up() {
 #[test]
 fn a_net_acts_within_its_interval() {
     let expected = tensors("controlnet/expected.safetensors");
-    let mut branches = open(&[("one-two", 1.0)], "full").unwrap();
-    branches[0].acting = ControlNetSchedule { interval: [0.2, 0.55], mode: None };
+    let mut controlnets = open(&[("one-two", 1.0)], "full").unwrap();
+    controlnets[0].schedule = ControlNetSchedule { interval: [0.2, 0.55], mode: None };
     for index in 0..10 {
         let acts = (2..=4).contains(&index);
         let want = if acts { "one-two/full-full/sample" } else { "none/full/sample" };
-        let sample = predict("full", &branches, StepIndex { index, steps: 10 });
+        let sample = predict("full", &controlnets, StepIndex { index, steps: 10 });
         assert_close(&sample, &expected[want], BOUND, &format!("step {index}"));
     }
 }
@@ -93,11 +93,12 @@ fn a_net_acts_within_its_interval() {
 #[test]
 fn what_cannot_be_used_is_an_error_that_says_why() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
-    let error = Adapters::open(&[without_mode], &shelf()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
+    let error =
+        Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
     assert!(error.contains("a union of 4 modes: give ,mode=N, 0 to 3, found none"), "{error}");
-    let branch = &open(&[("one-two", 1.0)], "full").unwrap()[0].branch;
+    let controlnet = &open(&[("one-two", 1.0)], "full").unwrap()[0].controlnet;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
-    let error = branch.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
+    let error = controlnet.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
     assert!(error.to_string().contains("expected 20 tokens of 16 channels, found [1, 20, 8]"), "{error}");
     let error = open(&[("one-two", 1.0)], "banana").unwrap_err();
     assert!(error.contains("attention \"banana\""), "{error}");
@@ -108,25 +109,25 @@ fn what_cannot_be_used_is_an_error_that_says_why() {
     };
     let wider = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let request = AdapterRequest { path: net("one-two"), ..AdapterRequest::default() };
-    let error = Adapters::open(&[request], &shelf()).unwrap().open_controlnets(&wider).unwrap_err().to_string();
+    let error = Adapters::open(&[request], &registry()).unwrap().open_controlnets(&wider).unwrap_err().to_string();
     assert!(error.contains("width: the ControlNet's is 8, the model's 48: it is for another model"), "{error}");
 }
 
-fn predict(plan: &str, branches: &[ActiveControlNet], moment: StepIndex) -> Tensor {
+fn predict(plan: &str, controlnets: &[ActiveControlNet], step_index: StepIndex) -> Tensor {
     let transformer = base();
     let plan: AttentionPlan = plan.parse().unwrap();
     let denoiser: Box<dyn Denoiser> = transformer.build(&plan, Some(DType::F32), &Device::Cpu).unwrap();
-    let names = branches.iter().map(|acting| acting.branch.path().file_name().unwrap().to_str().unwrap());
-    let controls = branches.iter().zip(names).map(|(acting, net)| ControlNetInput {
-        branch: acting.branch.clone(),
+    let names = controlnets.iter().map(|schedule| schedule.controlnet.path().file_name().unwrap().to_str().unwrap());
+    let controls = controlnets.iter().zip(names).map(|(schedule, net)| ControlNetInput {
+        controlnet: schedule.controlnet.clone(),
         control: control(net),
         mode: mode(net),
         guidance: None,
-        scale: acting.scale,
-        interval: acting.acting.interval,
+        scale: schedule.scale,
+        interval: schedule.schedule.interval,
     });
     ControlledDenoiser::new(denoiser.as_ref(), controls.collect())
-        .forward(&DenoiserInput { step_index: moment, ..input() })
+        .forward(&DenoiserInput { step_index: step_index, ..input() })
         .unwrap()
 }
 
@@ -137,7 +138,7 @@ fn open(nets: &[(&str, f64)], attention: &str) -> Result<Vec<ActiveControlNet>, 
         schedule: ControlNetSchedule { mode: (*name == "union").then_some(2), ..ControlNetSchedule::default() },
         ..AdapterRequest::default()
     };
-    let mut adapters = Adapters::open(&nets.iter().map(request).collect::<Vec<_>>(), &shelf()).unwrap();
+    let mut adapters = Adapters::open(&nets.iter().map(request).collect::<Vec<_>>(), &registry()).unwrap();
     adapters.branch_attention = attention.to_owned();
     adapters.open_controlnets(&base()).map_err(|error| error.to_string())
 }

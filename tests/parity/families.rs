@@ -81,7 +81,7 @@ impl Model {
     }
 
     /// Teacher and student of the fixture's gradients, and what they are asked.
-    fn lesson(&self) -> (TeacherStudent, Batch) {
+    fn trained(&self) -> (TeacherStudent, Batch) {
         let weights = self.resident();
         let plan: AttentionPlan = "clear:r=3".parse().unwrap();
         let recipe = PairSpec { family: self.family, config: &self.identified.config, plan: &plan };
@@ -91,7 +91,7 @@ impl Model {
 
     /// Ten steps on one batch bring the student nearer to its teacher.
     fn check_learning(&self) {
-        let (pair, batch) = self.lesson();
+        let (pair, batch) = self.trained();
         let settings = LossSettings { denoising: 0.0, ..LossSettings::default() };
         let (mut optimizer, mut losses) = (OptimizerState::default(), Vec::new());
         for _ in 0..10 {
@@ -103,7 +103,7 @@ impl Model {
     }
 
     fn check_gradients(&self) {
-        let (pair, batch) = self.lesson();
+        let (pair, batch) = self.trained();
         let loss = LossSettings { denoising: 1.0, prediction: 0.5, attention: 0.0, ..LossSettings::default() };
         let (losses, gradients) = backward(&pair, &batch, &loss, Activations::Recompute).unwrap();
         let wanted = self.cases["gradient/losses"].to_vec1::<f32>().unwrap();

@@ -13,7 +13,7 @@ use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer,
 use clearform_weights::{Checkpoint, TensorSource as _};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use support::{assert_close, fixture, json, shelf, tensors};
+use support::{assert_close, fixture, json, registry, tensors};
 
 const BOUND: f64 = 2e-5;
 
@@ -97,7 +97,7 @@ fn a_lora_leaves_the_variant_that_was_asked_for() {
     let mut reading = reading();
     reading.hints.variant = Some("krea".to_owned());
     let base = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
-    let adapters = Adapters::open(&[request("peft", Strength::default())], &shelf()).unwrap();
+    let adapters = Adapters::open(&[request("peft", Strength::default())], &registry()).unwrap();
     let edited = adapters.apply_to(base, None, &reading.manifests).unwrap();
     assert_eq!(edited.transformer.identified().variant.name, "krea");
 }
@@ -141,7 +141,7 @@ fn text_encoders_are_edited_too() {
     let folder = fixture("components/generation4");
     let components = Components::new(&folder, None);
     let edited = {
-        let adapters = Adapters::open(&[request("kohya_te", Strength::default())], &shelf()).unwrap();
+        let adapters = Adapters::open(&[request("kohya_te", Strength::default())], &registry()).unwrap();
         adapters.apply_to(base(), Some(&components), &reading().manifests).unwrap()
     };
     let report = &edited.reports[0];
@@ -153,16 +153,16 @@ fn text_encoders_are_edited_too() {
     };
     let config = |name: &str| json(&format!("components/generation4/{name}/config.json"));
 
-    let clip = adapted(part("text_encoder"), &edited.changes, "text_encoder");
+    let clip = adapted(part("text_encoder"), &edited.edits, "text_encoder");
     let clip = ClipText::build(ClipConfig::new(&config("text_encoder")).unwrap(), &clip).unwrap();
     assert_close(&clip.encode(&ids("text_encoder")).unwrap().pooled, &expected["kohya_te/pooled"], BOUND, "CLIP");
-    let t5 = adapted(part("text_encoder_2"), &edited.changes, "text_encoder_2");
+    let t5 = adapted(part("text_encoder_2"), &edited.edits, "text_encoder_2");
     let t5 = T5Encoder::build(T5Config::new(&config("text_encoder_2")).unwrap(), &t5).unwrap();
     assert_close(&t5.encode(&ids("text_encoder_2")).unwrap(), &expected["kohya_te/hidden"], BOUND, "T5");
 }
 
-fn adapted<'a>(part: Checkpoint, changes: &'a WeightEdits, name: &str) -> PatchedSource<'a, Box<Checkpoint>> {
-    PatchedSource::new(Box::new(part), changes, name, LowRankMode::Fused)
+fn adapted<'a>(part: Checkpoint, edits: &'a WeightEdits, name: &str) -> PatchedSource<'a, Box<Checkpoint>> {
+    PatchedSource::new(Box::new(part), edits, name, LowRankMode::Fused)
 }
 
 /// What a converted model holds is what a LoRA at run time computes with.
@@ -189,7 +189,7 @@ fn edited(adapters: &[(&str, f64)], mode: LowRankMode, allow_partial: bool) -> R
 }
 
 fn open(requests: &[AdapterRequest], mode: LowRankMode, allow_partial: bool) -> Result<EditedTransformer, String> {
-    let mut adapters = Adapters::open(requests, &shelf()).unwrap();
+    let mut adapters = Adapters::open(requests, &registry()).unwrap();
     (adapters.low_rank, adapters.allow_partial) = (mode, allow_partial);
     adapters.apply_to(base(), None, &reading().manifests).map_err(|error| error.to_string())
 }

@@ -52,7 +52,7 @@ fn check_stages(pipeline: &Pipeline, request: &GenerateRequest, expected: &Expec
     let largest = (&latents.tensor - expected.get("noise")).unwrap().abs().unwrap().max_all().unwrap();
     assert!(largest.to_scalar::<f32>().unwrap() <= 1e-6, "noise differs");
 
-    let prompts = pipeline.encode(std::slice::from_ref(&request.subject)).unwrap();
+    let prompts = pipeline.encode(std::slice::from_ref(&request.prompt)).unwrap();
     assert_close(prompts.text.as_ref().unwrap(), expected.get("text"), 1e-5, "T5");
     assert_close(prompts.pooled.as_ref().unwrap(), expected.get("pooled"), 1e-5, "CLIP");
 
@@ -101,7 +101,7 @@ fn pictures() -> Vec<Value> {
 fn request(picture: &Value) -> GenerateRequest {
     let number = |key: &str| picture[key].as_u64().unwrap();
     GenerateRequest {
-        subject: Prompt::Text(picture["prompt"].as_str().unwrap().to_owned()),
+        prompt: Prompt::Text(picture["prompt"].as_str().unwrap().to_owned()),
         negative: None,
         size: Some(ImageSize { height: number("height") as usize, width: number("width") as usize }),
         steps: number("steps") as usize,

@@ -32,7 +32,7 @@ fn pixart_pictures_are_those_of_diffusers() {
     let model = assemble("pixart");
     let pipeline = pipeline(model.path());
     let (expected, request) = (expected("pixart"), request("pixart"));
-    let encoded = pipeline.encode(&[request.subject, request.negative.unwrap()]).unwrap();
+    let encoded = pipeline.encode(&[request.prompt, request.negative.unwrap()]).unwrap();
     for (row, name) in ["", "negative_"].into_iter().enumerate() {
         let one = encoded.samples(row, 1).unwrap();
         let mask = &expected[&format!("{name}prompt_attention_mask")];
@@ -50,7 +50,7 @@ fn sd3_pictures_are_those_of_diffusers() {
     let model = assemble("sd3");
     let pipeline_with = pipeline(model.path());
     let (expected, request) = (expected("sd3"), request("sd3"));
-    let encoded = pipeline_with.encode(&[request.subject.clone(), request.negative.clone().unwrap()]).unwrap();
+    let encoded = pipeline_with.encode(&[request.prompt.clone(), request.negative.clone().unwrap()]).unwrap();
     for (row, name) in ["", "negative_"].into_iter().enumerate() {
         let one = encoded.samples(row, 1).unwrap();
         assert_close(&one.text.unwrap(), &expected[&format!("{name}prompt_embeds")], 1e-5, "text");
@@ -65,7 +65,7 @@ fn sd3_pictures_are_those_of_diffusers() {
     for part in ["text_encoder_3", "tokenizer_3"] {
         fs::remove_dir_all(model.path().join(part)).unwrap();
     }
-    let text = pipeline(model.path()).encode(&[request.subject]).unwrap().text.unwrap();
+    let text = pipeline(model.path()).encode(&[request.prompt]).unwrap().text.unwrap();
     let wanted = &expected["without_t5/prompt_embeds"];
     let clip = wanted.dim(1).unwrap();
     assert_close(&text.narrow(1, 0, clip).unwrap(), wanted, 1e-5, "text without T5");
@@ -87,7 +87,7 @@ fn check_latents(name: &str, pipeline: &Pipeline, steps: &[&str]) {
     let (expected, request) = (expected(name), request(name));
     let latents = pipeline.initial_latents(request.seed, 1, request.size.unwrap()).unwrap();
     assert_close(&latents.tensor, &expected["latents/initial"], 1e-6, "noise");
-    let (encoded, without) = pipeline.encode_guided(&[request.subject]).unwrap();
+    let (encoded, without) = pipeline.encode_guided(&[request.prompt]).unwrap();
     let without = match &request.negative {
         Some(negative) => Some(pipeline.encode(std::slice::from_ref(negative)).unwrap()),
         None => without,
@@ -133,7 +133,7 @@ fn request(name: &str) -> GenerateRequest {
     let number = |key: &str| request[key].as_u64();
     let prompt = |key: &str| request[key].as_str().map(|prompt| Prompt::Text(prompt.to_owned()));
     GenerateRequest {
-        subject: prompt("prompt").unwrap_or_else(|| Prompt::Class(number("class").unwrap() as u32)),
+        prompt: prompt("prompt").unwrap_or_else(|| Prompt::Class(number("class").unwrap() as u32)),
         negative: prompt("negative_prompt"),
         size: Some(ImageSize { height: number("height").unwrap() as usize, width: number("width").unwrap() as usize }),
         steps: number("steps").unwrap() as usize,

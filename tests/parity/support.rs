@@ -13,7 +13,7 @@ pub fn fixture(path: &str) -> PathBuf {
 }
 
 /// The plugins that cargo built for these tests, which lie beside them.
-pub fn shelf() -> PluginRegistry {
+pub fn registry() -> PluginRegistry {
     let tests = std::env::current_exe().unwrap();
     PluginRegistry::look(&[tests.parent().unwrap().to_owned()]).unwrap()
 }

@@ -11,7 +11,7 @@ mod cuda;
 mod forward;
 mod operation;
 mod problem;
-mod step;
+mod scores;
 mod sums;
 mod workspaces;
 
@@ -33,19 +33,19 @@ pub(crate) use cuda::Known as KnownLists;
 #[derive(Debug, Clone)]
 pub struct TiledAttention {
     window: Window,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 }
 
 impl TiledAttention {
     /// Attention of `window` with the best instructions of this processor.
     pub fn new(window: Window) -> Self {
-        Self { window, instructions: CpuFeatures::detect() }
+        Self { window, features: CpuFeatures::detect() }
     }
 
     /// Computes with `instructions` where it computes on the CPU.
     #[must_use]
-    pub fn with_instructions(self, instructions: CpuFeatures) -> Self {
-        Self { instructions, ..self }
+    pub fn with_instructions(self, features: CpuFeatures) -> Self {
+        Self { features, ..self }
     }
 
     fn over(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
@@ -54,7 +54,7 @@ impl TiledAttention {
             return self.over(&sequence.to_dtype(DType::F32)?, geometry)?.to_dtype(dtype);
         }
         if device.is_cpu() && matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
-            let problem = Problem::new(sequence, geometry, self.window.radius, self.instructions)?;
+            let problem = Problem::new(sequence, geometry, self.window.radius, self.features)?;
             return apply(sequence, AttentionOp::new(problem));
         }
         #[cfg(feature = "cuda")]

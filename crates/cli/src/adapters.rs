@@ -10,7 +10,7 @@ use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSc
 use std::path::PathBuf;
 
 /// The plugins that these arguments lead to: those of the folders given, then those beside the program.
-pub fn shelf(search: &PluginSearchArgs) -> anyhow::Result<PluginRegistry> {
+pub fn registry(search: &PluginSearchArgs) -> anyhow::Result<PluginRegistry> {
     if search.no_plugins {
         return Ok(PluginRegistry::off());
     }
@@ -36,12 +36,12 @@ pub fn open_all(args: &AdapterArgs) -> anyhow::Result<Adapters> {
 }
 
 /// Tells the person what became of each adapter, and what the plugins have to say.
-pub fn tell(reports: &[AdapterReport], branches: &[ActiveControlNet], output: &Output) {
+pub fn tell(reports: &[AdapterReport], controlnets: &[ActiveControlNet], output: &Output) {
     for report in reports {
         report.notes.iter().for_each(|note| output.note(note));
         output.note(report);
     }
-    branches.iter().flat_map(|acting| acting.branch.notes()).for_each(|note| output.note(note));
+    controlnets.iter().flat_map(|schedule| schedule.controlnet.notes()).for_each(|note| output.note(note));
 }
 
 /// The pictures of `--control-image`.
@@ -56,7 +56,7 @@ fn open(requests: Vec<AdapterRequest>, args: &WeightAdapterArgs) -> anyhow::Resu
     if requests.is_empty() {
         return Ok(Adapters::default());
     }
-    let mut adapters = Adapters::open(&requests, &shelf(&args.plugins)?)?;
+    let mut adapters = Adapters::open(&requests, &registry(&args.plugins)?)?;
     adapters.allow_partial = args.allow_partial;
     adapters.low_rank = match args.lora_apply_mode {
         ApplyMode::AtRuntime => LowRankMode::Beside,

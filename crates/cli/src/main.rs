@@ -6,11 +6,11 @@ mod adapters;
 mod args;
 mod commands;
 mod demo;
-mod opening;
+mod distillation;
+mod evaluation;
 mod output;
 mod report;
-mod school;
-mod sitting;
+mod sources;
 mod transfer;
 
 use args::{Cli, Command};

@@ -2,9 +2,9 @@
 //! weights of a fine-tune, and under adapters that were made for the original.
 
 use crate::commands::patch;
+use crate::evaluation::EvaluationRun;
 use crate::output::Output;
 use crate::report::Page;
-use crate::sitting::EvaluationRun;
 use anyhow::Context as _;
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
@@ -27,7 +27,7 @@ pub struct TransferStudy<'a> {
     /// What acts on both, one after another and all together; named for the report.
     pub adapters: Vec<(String, Adapters)>,
     /// What is drawn.
-    pub sitting: EvaluationRun,
+    pub evaluation: EvaluationRun,
     /// What controls ControlNets, made of the original's own pictures.
     pub control: &'a dyn Fn(&[RgbImage]) -> Vec<RgbImage>,
     /// How both are opened.
@@ -89,14 +89,15 @@ impl TransferStudy<'_> {
         }
         let controls = (self.control)(&conditions[0].pictures[0]);
         for (name, adapters) in std::mem::take(&mut self.adapters) {
-            self.sitting.control_images = if adapters.controlnet_count() > 0 { controls.clone() } else { Vec::new() };
+            self.evaluation.control_images =
+                if adapters.controlnet_count() > 0 { controls.clone() } else { Vec::new() };
             conditions.push(self.compare(&name, models, &adapters, output)?);
         }
         let (first, rest) = conditions.split_at_mut(1);
         for condition in rest {
             condition.effect = mean(&first[0].pictures[0], &condition.pictures[0], ssim)?;
         }
-        Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.sitting.prompts() })
+        Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.evaluation.prompts() })
     }
 
     /// What the linear form records.
@@ -124,7 +125,7 @@ impl TransferStudy<'_> {
             right: right as f64 / linear.len() as f64,
             effect: 1.0,
             pictures: [original, linear],
-            controls: self.sitting.control_images.clone(),
+            controls: self.evaluation.control_images.clone(),
         })
     }
 
@@ -140,11 +141,11 @@ impl TransferStudy<'_> {
 
     fn draw(&self, side: &ModelForm, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
         let pipeline = self.open(side)?;
-        let bar = output.progress("drawing", self.sitting.subjects.len());
+        let bar = output.progress("drawing", self.evaluation.prompts.len());
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
-        let latents = self.sitting.draw(&pipeline, transformer.as_ref(), &mut |count| bar.inc(count as u64))?;
+        let latents = self.evaluation.draw(&pipeline, transformer.as_ref(), &mut |count| bar.inc(count as u64))?;
         bar.finish_and_clear();
-        self.sitting.decode(&pipeline, &latents)
+        self.evaluation.decode(&pipeline, &latents)
     }
 
     /// The fine-tune with the distilled attention, put in and added, as models of their own.

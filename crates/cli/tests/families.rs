@@ -100,12 +100,12 @@ fn loras_meet_every_family() {
         let path = |name: &str| folder.path().join(name);
         assemble_pipeline(&repository(""), family, &path("original"));
         lora(layers, &path("lora.safetensors"));
-        let subject = if family == "dit" { &["--class", "3"][..] } else { &["a red apple"] };
+        let prompt = if family == "dit" { &["--class", "3"][..] } else { &["a red apple"] };
         let draw = |model: &str, picture: &str, more: &[&str]| {
             let (model, picture) = (path(model), path(picture));
             let base = ["generate", text(&model), "--steps", "2", "--attention", "full", "-o", text(&picture)];
             let plugins = ["--plugin-dir", text(&plugins)];
-            let said = complaint(0, &[&base[..], subject, more, &plugins].concat());
+            let said = complaint(0, &[&base[..], prompt, more, &plugins].concat());
             (image::open(&picture).unwrap().to_rgb8(), said)
         };
         let file = path("lora.safetensors");

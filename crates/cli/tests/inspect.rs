@@ -245,8 +245,8 @@ fn evaluations_of_a_step_are_those_that_the_models_make() {
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         let family = FAMILIES.iter().find(|family| found["family"] == family.name()).unwrap();
         let defaults = &found["variant"]["defaults"];
-        let steering = family.guidance_kind(&found["config"]).unwrap();
-        let evaluations = if steering.guides(defaults["guidance"].as_f64().unwrap()) { 2 } else { 1 };
+        let guidance_kind = family.guidance_kind(&found["config"]).unwrap();
+        let evaluations = if guidance_kind.guides(defaults["guidance"].as_f64().unwrap()) { 2 } else { 1 };
         assert_eq!(defaults["evaluations"], evaluations, "{name} {arguments:?}");
     }
 }

@@ -31,7 +31,7 @@ fn a_killed_conversion_goes_on_bit_for_bit() {
         let mut resume = arguments(text(&base), text(&killed));
         resume.push("--resume");
         let mut child = clearform(&resume).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(moment(length, kill));
+        std::thread::sleep(step_index(length, kill));
         child.kill().unwrap();
         child.wait().unwrap();
         if killed.exists() {
@@ -46,6 +46,6 @@ fn a_killed_conversion_goes_on_bit_for_bit() {
 }
 
 /// Moments all over a run, in an order that jumps about.
-fn moment(length: Duration, kill: u32) -> Duration {
+fn step_index(length: Duration, kill: u32) -> Duration {
     length * (kill * 7 % 10 + 1) / 12
 }

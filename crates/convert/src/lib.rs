@@ -4,11 +4,11 @@
 //! [`AttentionPatch`], the distilled attention of a model as one file. This crate moves tensors; it runs no model.
 
 mod error;
-mod origin;
 mod patch;
 mod plan;
+mod source_hashes;
 
 pub use error::{ConvertError, Result};
-pub use origin::SourceHashes;
 pub use patch::{AttentionPatch, PatchMode, PatchedAttention};
 pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER};
+pub use source_hashes::SourceHashes;

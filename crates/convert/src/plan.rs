@@ -86,7 +86,7 @@ impl ConversionPlan {
     pub fn apply(
         &self,
         canonical: &dyn TensorSource,
-        account: &LoadReport,
+        load_report: &LoadReport,
         stage: &mut StagingDir,
         watch: &mut dyn FnMut(u64, u64),
     ) -> Result<ConversionReport> {
@@ -97,7 +97,7 @@ impl ConversionPlan {
         let components = self.place_components(stage)?;
         stage.write("README.md", self.readme().as_bytes())?;
         Ok(ConversionReport {
-            load_report: account.clone(),
+            load_report: load_report.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
             components,
             parts: self.parts.iter().map(|part| (part.name.clone(), part.load_report.clone())).collect(),

@@ -33,16 +33,16 @@ pub struct Losses {
 /// # Errors
 /// The models or the tensor library refused.
 pub fn backward(
-    pair: &TeacherStudent,
+    models: &TeacherStudent,
     batch: &Batch,
     settings: &LossSettings,
     activations: Activations,
 ) -> Result<(Losses, Gradients)> {
-    let watched = settings.watched(pair.student().layers())?;
-    let lesson = TeacherTargets::compute(pair.teacher(), &batch.input, &watched)?;
-    let (mut visits, last) = forward(pair.student(), &batch.input, activations)?;
+    let watched = settings.watched(models.student().layers())?;
+    let targets = TeacherTargets::compute(models.teacher(), &batch.input, &watched)?;
+    let (mut visits, last) = forward(models.student(), &batch.input, activations)?;
     let (losses, gradients) = (Losses::default(), BTreeMap::new());
-    let mut pass = BackwardPass { pair, settings, lesson, watched: watched.len(), losses, gradients };
+    let mut pass = BackwardPass { models, settings, targets, watched: watched.len(), losses, gradients };
     let mut cotangent = pass.head(last, &batch.target)?;
     while let Some(visit) = visits.pop() {
         cotangent = pass.block(visits.len(), visit, &cotangent)?;
@@ -173,9 +173,9 @@ impl BlockInput {
 
 /// A pass from head to embedding.
 struct BackwardPass<'a> {
-    pair: &'a TeacherStudent,
+    models: &'a TeacherStudent,
     settings: &'a LossSettings,
-    lesson: TeacherTargets,
+    targets: TeacherTargets,
     watched: usize,
     losses: Losses,
     gradients: Gradients,
@@ -184,9 +184,9 @@ struct BackwardPass<'a> {
 impl BackwardPass<'_> {
     fn head(&mut self, last: HiddenState, target: &Tensor) -> Result<OutputGradient> {
         let (inlet, state) = BlockInput::open(last)?;
-        let prediction = self.pair.student().head(&state)?.to_dtype(DType::F32)?;
+        let prediction = self.models.student().head(&state)?.to_dtype(DType::F32)?;
         let flow = mean_square(&without_variance(&prediction, target)?, target)?;
-        let taught = mean_square(&prediction, &self.lesson.prediction)?;
+        let taught = mean_square(&prediction, &self.targets.prediction)?;
         self.losses.denoising = scalar(&flow)?;
         self.losses.prediction = scalar(&taught)?;
         let loss = ((flow * self.settings.denoising)? + (taught * self.settings.prediction)?)?;
@@ -199,11 +199,11 @@ impl BackwardPass<'_> {
             SavedActivation::Whole(inlet, output) => (inlet, output),
             SavedActivation::Entry(entry) => {
                 let (inlet, entry) = BlockInput::before(index, entry)?;
-                (inlet, self.pair.student().block(index, entry)?)
+                (inlet, self.models.student().block(index, entry)?)
             }
         };
         let mut loss = cotangent.product(&output)?;
-        if let (Some(taught), Some(own)) = (self.lesson.attention.remove(&index), &output.attention) {
+        if let (Some(taught), Some(own)) = (self.targets.attention.remove(&index), &output.attention) {
             let term = (attention_distance(own, &taught)? / self.watched as f64)?;
             self.losses.attention += scalar(&term)?;
             let weighted = (term * self.settings.attention)?;
@@ -216,7 +216,7 @@ impl BackwardPass<'_> {
     }
 
     fn collect(&mut self, store: &GradStore) {
-        for (name, master) in self.pair.masters() {
+        for (name, master) in self.models.masters() {
             if let Some(gradient) = store.get(master) {
                 self.gradients.insert(name.clone(), gradient.detach());
             }

@@ -61,10 +61,10 @@ impl<'a> Batches<'a> {
     pub fn new(
         samples: &'a SampleSet,
         settings: &'a DistillSettings,
-        pair: &TeacherStudent,
+        models: &TeacherStudent,
         generator: TorchGenerator,
     ) -> Self {
-        Self { samples, settings, process: pair.process(), device: pair.device(), generator }
+        Self { samples, settings, process: models.process(), device: models.device(), generator }
     }
 
     /// The next batch: samples with replacement, a noise level each, noise.
@@ -88,8 +88,8 @@ impl<'a> Batches<'a> {
             return Ok(members.into_iter().map(SampleIndex::of).collect());
         }
         let chance: Vec<f32> = self.generator.rand(members.len())?.to_vec1()?;
-        let subject = |(sample, chance)| SampleIndex { sample, unconditional: chance < UNCONDITIONAL };
-        Ok(members.into_iter().zip(chance).map(subject).collect())
+        let prompt = |(sample, chance)| SampleIndex { sample, unconditional: chance < UNCONDITIONAL };
+        Ok(members.into_iter().zip(chance).map(prompt).collect())
     }
 
     /// The random state after the batches drawn so far.

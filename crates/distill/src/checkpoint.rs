@@ -54,8 +54,10 @@ impl TrainingState {
             ("second", &self.optimizer.second),
         ];
         let name = |group: &str, (name, tensor): (&String, &Tensor)| (format!("{group}/{name}"), tensor.clone());
-        let tensors: InMemoryTensors =
-            groups.into_iter().flat_map(|(group, tensors)| tensors.iter().map(move |pair| name(group, pair))).collect();
+        let tensors: InMemoryTensors = groups
+            .into_iter()
+            .flat_map(|(group, tensors)| tensors.iter().map(move |models| name(group, models)))
+            .collect();
         let metadata = [(RECORD.to_owned(), json(&self.record, path)?), (BEGUN.to_owned(), json(&self.begun, path)?)];
         Ok(clearform_weights::save(path, &tensors, &BTreeMap::from(metadata))?)
     }

@@ -162,12 +162,12 @@ impl SampleSet {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let subjects = self.subjects();
+        let prompts = self.prompts();
         // Always the same chunks: what is encoded together may change the last bits.
         let chunks: BTreeSet<usize> = self.unencoded().into_iter().map(|prompt| prompt / PROMPTS_AT_ONCE).collect();
         for first in chunks.into_iter().map(|chunk| chunk * PROMPTS_AT_ONCE) {
-            let last = (first + PROMPTS_AT_ONCE).min(subjects.len());
-            let prompts = &subjects[first..last];
+            let last = (first + PROMPTS_AT_ONCE).min(prompts.len());
+            let prompts = &prompts[first..last];
             let refused = |error: E| DistillError::Prompt { prompt: prompts[0].to_string(), source: error.into() };
             let encoded = encode(prompts).map_err(refused)?;
             for (row, index) in (first..last).enumerate() {
@@ -187,18 +187,18 @@ impl SampleSet {
     pub fn draw(
         &self,
         teacher: &dyn Denoiser,
-        canvas: &SamplingSpec,
+        sampling_spec: &SamplingSpec,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<()> {
-        self.save_ids(canvas)?;
+        self.save_ids(sampling_spec)?;
         let undrawn = self.undrawn();
         let mut done = self.settings.count - undrawn.iter().map(|&batch| self.members(batch).len()).sum::<usize>();
         progress(done, self.settings.count);
         for batch in undrawn {
             let members = self.members(batch);
-            let noise = self.noise(&members, canvas)?;
-            let guidance = self.guidance(&members, &canvas.device)?;
-            let latents = denoise(teacher, &noise, &canvas.schedule, &guidance, &mut |_| ())?;
+            let noise = self.noise(&members, sampling_spec)?;
+            let guidance = self.guidance(&members, &sampling_spec.device)?;
+            let latents = denoise(teacher, &noise, &sampling_spec.schedule, &guidance, &mut |_| ())?;
             let prompts: Vec<u32> =
                 members.iter().map(|&member| self.subject_of(SampleIndex::of(member)) as u32).collect();
             let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
@@ -223,14 +223,14 @@ impl SampleSet {
     pub(crate) fn read_members(&self, members: &[SampleIndex], device: &Device) -> Result<Samples> {
         let rows = members.iter().map(|member| self.latents(member.sample)).collect::<Result<Vec<_>>>()?;
         let latents = Tensor::stack(&rows, 0)?.to_device(device)?;
-        let subjects: Vec<usize> = members.iter().map(|member| self.subject_of(*member)).collect();
-        Ok(Samples { latents, conditions: self.conditions(&subjects, device)? })
+        let prompts: Vec<usize> = members.iter().map(|member| self.subject_of(*member)).collect();
+        Ok(Samples { latents, conditions: self.conditions(&prompts, device)? })
     }
 
     fn guidance(&self, members: &[usize], device: &Device) -> Result<Guidance> {
         let conditions = |unconditional: bool| {
-            let subject = |sample: &usize| self.subject_of(SampleIndex { sample: *sample, unconditional });
-            self.conditions(&members.iter().map(subject).collect::<Vec<_>>(), device)
+            let prompt = |sample: &usize| self.subject_of(SampleIndex { sample: *sample, unconditional });
+            self.conditions(&members.iter().map(prompt).collect::<Vec<_>>(), device)
         };
         let positive = conditions(false)?;
         match &self.settings.classifier_free {
@@ -253,10 +253,10 @@ impl SampleSet {
         Ok(Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?)
     }
 
-    fn conditions(&self, subjects: &[usize], device: &Device) -> Result<Conditions> {
+    fn conditions(&self, prompts: &[usize], device: &Device) -> Result<Conditions> {
         let mut parts: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-        for &subject in subjects {
-            let file = Checkpoint::open(self.prompt_path(subject))?;
+        for &prompt in prompts {
+            let file = Checkpoint::open(self.prompt_path(prompt))?;
             for info in file.tensors() {
                 let tensor = file.tensor(&info.name)?;
                 parts.entry(info.name).or_default().push(tensor);
@@ -266,7 +266,7 @@ impl SampleSet {
         let id = |name: &str| -> Result<Option<Tensor>> {
             ids.info(name).map(|_| Ok(ids.tensor(name)?.to_device(device)?)).transpose()
         };
-        let scale = |scale: f64| Tensor::new(vec![scale as f32; subjects.len()], device);
+        let scale = |scale: f64| Tensor::new(vec![scale as f32; prompts.len()], device);
         let framed = Conditions {
             guidance: self.settings.guidance.map(scale).transpose()?,
             image_ids: id("image_ids")?,
@@ -279,27 +279,28 @@ impl SampleSet {
         })
     }
 
-    fn noise(&self, members: &[usize], canvas: &SamplingSpec) -> Result<Tensor> {
+    fn noise(&self, members: &[usize], sampling_spec: &SamplingSpec) -> Result<Tensor> {
         let one = |&member: &usize| {
-            let noise = TorchGenerator::new(self.settings.seed + member as u64).randn(canvas.shape.as_slice())?;
-            Ok(noise.to_device(&canvas.device)?.to_dtype(canvas.dtype)?)
+            let noise =
+                TorchGenerator::new(self.settings.seed + member as u64).randn(sampling_spec.shape.as_slice())?;
+            Ok(noise.to_device(&sampling_spec.device)?.to_dtype(sampling_spec.dtype)?)
         };
         Ok(Tensor::stack(&members.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
     }
 
-    fn save_ids(&self, canvas: &SamplingSpec) -> Result<()> {
-        let ids = [("image_ids", &canvas.image_ids), ("text_ids", &canvas.text_ids)];
+    fn save_ids(&self, sampling_spec: &SamplingSpec) -> Result<()> {
+        let ids = [("image_ids", &sampling_spec.image_ids), ("text_ids", &sampling_spec.text_ids)];
         let ids = ids.into_iter().filter_map(|(name, ids)| Some((name.to_owned(), ids.clone()?)));
         save(&self.ids_path(), ids.collect())
     }
 
     fn unencoded(&self) -> Vec<usize> {
-        let subjects = self.used_prompts() + usize::from(self.settings.classifier_free.is_some());
-        (0..subjects).filter(|&subject| !self.prompt_path(subject).exists()).collect()
+        let prompts = self.used_prompts() + usize::from(self.settings.classifier_free.is_some());
+        (0..prompts).filter(|&prompt| !self.prompt_path(prompt).exists()).collect()
     }
 
     /// Everything that is encoded: the subjects that samples are of, and last what stands for none.
-    fn subjects(&self) -> Vec<Prompt> {
+    fn prompts(&self) -> Vec<Prompt> {
         let without = self.settings.classifier_free.iter().map(|guidance| guidance.without.clone());
         self.settings.prompts[..self.used_prompts()].iter().cloned().chain(without).collect()
     }

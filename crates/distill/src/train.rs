@@ -1,7 +1,7 @@
 //! [`distill`]: the training loop. What it needs to go on after a kill lies in one file, written at intervals.
 
 use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
-use crate::journal::LossLog;
+use crate::loss_log::LossLog;
 use crate::{
     Batches, DistillError, DistillSettings, Gradients, LossEntry, Losses, OptimizerState, Result, SampleSet,
     TeacherStudent, backward, clip,
@@ -72,14 +72,14 @@ pub struct Distilled {
 /// # Errors
 /// A setting that nothing can be trained with, work begun with other settings, a loss that is not finite.
 pub fn distill(
-    pair: &TeacherStudent,
+    models: &TeacherStudent,
     samples: &SampleSet,
     settings: &DistillSettings,
-    workshop: &CheckpointDir,
+    checkpoint_dir: &CheckpointDir,
     observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
 ) -> Result<TrainingOutcome> {
     settings.check()?;
-    let mut training = TrainingRun::begin(pair, samples, settings, workshop)?;
+    let mut training = TrainingRun::begin(models, samples, settings, checkpoint_dir)?;
     let (begun, from) = (Instant::now(), training.record.step);
     let earlier = training.record.seconds;
     while training.record.step < settings.steps {
@@ -90,7 +90,7 @@ pub fn distill(
         let left = begun.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - from) as u32;
         let flow = observe(&TrainingProgress { entry, steps: settings.steps, left });
         if flow.is_break()
-            || entry.step.is_multiple_of(workshop.checkpoint_every.max(1))
+            || entry.step.is_multiple_of(checkpoint_dir.checkpoint_every.max(1))
             || entry.step == settings.steps
         {
             training.save()?;
@@ -103,7 +103,7 @@ pub fn distill(
 }
 
 struct TrainingRun<'a> {
-    pair: &'a TeacherStudent,
+    models: &'a TeacherStudent,
     settings: &'a DistillSettings,
     batches: Batches<'a>,
     optimizer: OptimizerState,
@@ -116,17 +116,17 @@ struct TrainingRun<'a> {
 
 impl<'a> TrainingRun<'a> {
     fn begin(
-        pair: &'a TeacherStudent,
+        models: &'a TeacherStudent,
         samples: &'a SampleSet,
         settings: &'a DistillSettings,
-        workshop: &CheckpointDir,
+        checkpoint_dir: &CheckpointDir,
     ) -> Result<Self> {
-        let folder = &workshop.folder;
+        let folder = &checkpoint_dir.folder;
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
         let begun = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
-        let device = pair.device();
-        let state = match (path.exists(), workshop.start) {
+        let device = models.device();
+        let state = match (path.exists(), checkpoint_dir.start) {
             (true, ResumeMode::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
             (true, ResumeMode::Fresh) => {
                 let reason = "an earlier training stands here; give --resume to go on with it, or delete it".to_owned();
@@ -136,17 +136,17 @@ impl<'a> TrainingRun<'a> {
         };
         let (record, optimizer, average) = match state {
             Some(state) => {
-                pair.restore(&state.masters)?;
+                models.restore(&state.masters)?;
                 (state.record, state.optimizer, state.average)
             }
             None => {
-                let average = if settings.ema.is_some() { pair.snapshot()? } else { BTreeMap::new() };
+                let average = if settings.ema.is_some() { models.snapshot()? } else { BTreeMap::new() };
                 (StateMetadata::new(settings.seed), OptimizerState::default(), average)
             }
         };
-        let batches = Batches::new(samples, settings, pair, record.generator.clone());
+        let batches = Batches::new(samples, settings, models, record.generator.clone());
         let journal = LossLog::open(&folder.join("losses.jsonl"), record.step)?;
-        Ok(Self { pair, settings, batches, optimizer, average, record, begun, journal, path })
+        Ok(Self { models, settings, batches, optimizer, average, record, begun, journal, path })
     }
 
     fn step(&mut self) -> Result<LossEntry> {
@@ -159,7 +159,7 @@ impl<'a> TrainingRun<'a> {
             }
         }
         let rate = self.settings.learning_rate.at(self.record.step, self.settings.steps);
-        self.optimizer.step(self.settings.optimizer, rate, self.pair.masters(), &gradients)?;
+        self.optimizer.step(self.settings.optimizer, rate, self.models.masters(), &gradients)?;
         self.record.step = step;
         self.update_student()?;
         Ok(LossEntry { step, losses, norm, rate, seconds: 0.0 })
@@ -171,7 +171,7 @@ impl<'a> TrainingRun<'a> {
         let (mut losses, mut sum) = (Losses::default(), Gradients::new());
         for _ in 0..self.settings.accumulation {
             let (found, gradients) =
-                backward(self.pair, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
+                backward(self.models, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
             losses.denoising += found.denoising * share;
             losses.prediction += found.prediction * share;
             losses.attention += found.attention * share;
@@ -194,7 +194,7 @@ impl<'a> TrainingRun<'a> {
         let step = self.record.step as f64;
         let decay = decay.min((1.0 + step) / (10.0 + step));
         for (name, average) in &mut self.average {
-            if let Some(master) = self.pair.masters().get(name) {
+            if let Some(master) = self.models.masters().get(name) {
                 *average = ((&*average * decay)? + (master.as_tensor() * (1.0 - decay))?)?.detach();
             }
         }
@@ -203,7 +203,7 @@ impl<'a> TrainingRun<'a> {
 
     fn save(&mut self) -> Result<()> {
         self.record.generator = self.batches.generator().clone();
-        let masters = self.pair.masters().iter();
+        let masters = self.models.masters().iter();
         let state = TrainingState {
             record: self.record.clone(),
             begun: self.begun.clone(),
@@ -216,7 +216,7 @@ impl<'a> TrainingRun<'a> {
     }
 
     fn finish(self) -> Result<Distilled> {
-        let tensors = if self.average.is_empty() { self.pair.snapshot()? } else { self.average };
+        let tensors = if self.average.is_empty() { self.models.snapshot()? } else { self.average };
         let seconds = self.record.seconds;
         Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.journal.into_entries(), seconds })
     }

@@ -492,7 +492,7 @@ fn metadata_of_a_file_may_name_the_class() {
     let model = Model::new("sit", SMALL);
     let source: Fake = model.foreign("original");
     let metadata = BTreeMap::from([("config".to_owned(), model.config.to_string())]);
-    let beside = Sidecar { config: None, metadata: &metadata };
-    let identified = detect_source(&source, beside, &manifests(), &Hints::default()).unwrap();
+    let sidecar = Sidecar { config: None, metadata: &metadata };
+    let identified = detect_source(&source, sidecar, &manifests(), &Hints::default()).unwrap();
     assert_eq!((identified.family.as_str(), &identified.config), ("sit", &model.config));
 }

@@ -288,8 +288,8 @@ fn rope_axes_come_from_config_metadata_or_the_published_size_and_never_from_a_gu
     let source = TINY.diffusers();
     let detect = |metadata: &[(&str, &str)], hints: Hints| {
         let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let beside = clearform_layout::Sidecar { config: None, metadata: &metadata };
-        detect_source(&source, beside, &manifests(), &hints)
+        let sidecar = clearform_layout::Sidecar { config: None, metadata: &metadata };
+        detect_source(&source, sidecar, &manifests(), &hints)
     };
     let error = detect(&[], Hints::default()).unwrap_err().to_string();
     assert!(error.contains("axes_dims_rope") && error.contains("--config"), "{error}");

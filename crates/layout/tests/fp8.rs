@@ -95,25 +95,29 @@ fn check(what: &str, dtype: Dtype, companions: &[Companion], scales: &[f32]) {
         for (name, (dtype, shape, bytes)) in companions {
             source = source.with(name, (*dtype, shape, bytes.clone()));
         }
-        let unscaled = Dequantized::new(&source, &manifests()).unwrap();
+        let dequantized = Dequantized::new(&source, &manifests()).unwrap();
         let info = TensorInfo { name: "a.weight".to_owned(), dtype: Dtype::BF16, shape: vec![ROWS, COLUMNS] };
-        assert_eq!((unscaled.info("a.weight"), unscaled.tensors()), (Some(info.clone()), vec![info]), "{what}");
+        assert_eq!((dequantized.info("a.weight"), dequantized.tensors()), (Some(info.clone()), vec![info]), "{what}");
         let want = products(dtype, stored, scales);
-        let read = unscaled.read("a.weight").unwrap();
+        let read = dequantized.read("a.weight").unwrap();
         assert_eq!((read.dtype, &read.shape[..]), (Dtype::BF16, &[ROWS, COLUMNS][..]), "{what}");
         assert_same(what, &read.bytes, &want);
-        assert_eq!(unscaled.tensor("a.weight").unwrap().dtype(), DType::BF16);
+        assert_eq!(dequantized.tensor("a.weight").unwrap().dtype(), DType::BF16);
         for (start, end) in
             (0..=want.len()).step_by(3).flat_map(|start| (start..=want.len()).map(move |end| (start, end)))
         {
-            assert_eq!(unscaled.read_range("a.weight", start..end).unwrap(), read.bytes[start..end], "{start}..{end}");
+            assert_eq!(
+                dequantized.read_range("a.weight", start..end).unwrap(),
+                read.bytes[start..end],
+                "{start}..{end}"
+            );
         }
-        assert!(unscaled.read_range("a.weight", 0..want.len() + 2).is_err());
+        assert!(dequantized.read_range("a.weight", 0..want.len() + 2).is_err());
         #[allow(clippy::reversed_empty_ranges)]
-        let reversed = unscaled.read_range("a.weight", 3..2);
+        let reversed = dequantized.read_range("a.weight", 3..2);
         assert!(reversed.is_err());
         for (name, _) in companions {
-            assert!(unscaled.info(name).is_none() && unscaled.read(name).is_err(), "{what}: {name} is shown");
+            assert!(dequantized.info(name).is_none() && dequantized.read(name).is_err(), "{what}: {name} is shown");
         }
     }
 }
@@ -185,9 +189,9 @@ fn inspect(source: &Raw) -> std::result::Result<Inspection, String> {
     save(&path, source, &BTreeMap::new()).unwrap();
     std::fs::write(folder.path().join("config.json"), TINY.config().to_string()).unwrap();
     let hints = Hints { config: Some(TINY.config()), ..Hints::default() };
-    let unscaled = Dequantized::open(&path, &manifests()).map_err(|error| error.to_string())?;
-    let identified = detect(&unscaled, &manifests(), &hints).map_err(|error| error.to_string())?;
-    Ok(Inspection::new(&identified, &identified.canonical(&unscaled)))
+    let dequantized = Dequantized::open(&path, &manifests()).map_err(|error| error.to_string())?;
+    let identified = detect(&dequantized, &manifests(), &hints).map_err(|error| error.to_string())?;
+    Ok(Inspection::new(&identified, &identified.canonical(&dequantized)))
 }
 
 /// The tiny FLUX in comfy's names with fp8 matrices, each with `companions` of its module.

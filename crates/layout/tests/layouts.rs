@@ -54,13 +54,13 @@ proptest! {
 
 /// Every input was used, and every output has one input. Outputs hold the inputs' bytes, once for each copy.
 fn used_once(source: &Fake, canonical: &CanonicalSource<&Fake>) {
-    let fates = &canonical.load_report().outcomes;
-    assert!(fates.values().all(|fate| matches!(fate, TensorOutcome::Used { .. })));
-    assert!(fates.keys().eq(source.tensors.keys()));
+    let outcomes = &canonical.load_report().outcomes;
+    assert!(outcomes.values().all(|outcome| matches!(outcome, TensorOutcome::Used { .. })));
+    assert!(outcomes.keys().eq(source.tensors.keys()));
     let size = |info: Option<clearform_weights::TensorInfo>| info.unwrap().shape.iter().product::<usize>();
     let (mut outputs, mut copied) = (Vec::new(), 0);
-    for (name, fate) in fates {
-        let TensorOutcome::Used { names } = fate else { continue };
+    for (name, outcome) in outcomes {
+        let TensorOutcome::Used { names } = outcome else { continue };
         let copies = names.iter().filter(|output| size(canonical.info(output)) == size(source.info(name))).count();
         copied += copies.saturating_sub(1) * size(source.info(name));
         outputs.extend(names);

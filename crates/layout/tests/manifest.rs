@@ -70,8 +70,8 @@ fn old() -> Fake {
 }
 
 fn identify(source: &Fake) -> Identified {
-    let beside = Sidecar { config: None, metadata: &BTreeMap::new() };
-    detect_source(source, beside, &with(TOY).unwrap(), &Hints::default()).unwrap()
+    let sidecar = Sidecar { config: None, metadata: &BTreeMap::new() };
+    detect_source(source, sidecar, &with(TOY).unwrap(), &Hints::default()).unwrap()
 }
 
 #[test]
@@ -124,8 +124,8 @@ fn a_layout_and_a_variant_are_added_to_a_family() {
     let manifests = with(text).unwrap();
     let source = TINY.foreign("bfl").under("mine.");
     let config = TINY.config();
-    let beside = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
-    let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
+    let sidecar = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
+    let identified = detect_source(&source, sidecar, &manifests, &Hints::default()).unwrap();
     assert_eq!((identified.layout.as_str(), identified.variant.name.as_str()), ("mine", "house"));
     assert_eq!((identified.variant.defaults.guidance, identified.variant.defaults.steps), (1.5, 28));
     assert_eq!(identified.canonical(&source).complete().unwrap().tensors(), TINY.diffusers().tensors());
@@ -204,8 +204,8 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     assert_eq!(shapes, model);
     let mut source = Fake::default();
     model.iter().for_each(|(name, shape)| source.put(name, shape));
-    let beside = Sidecar { config: Some(&sizes), metadata: &BTreeMap::new() };
-    let identified = detect_source(&source, beside, &manifests, &Hints::default()).unwrap();
+    let sidecar = Sidecar { config: Some(&sizes), metadata: &BTreeMap::new() };
+    let identified = detect_source(&source, sidecar, &manifests, &Hints::default()).unwrap();
     let found = serde_json::json!({
         "_class_name": "KinModel", "depth": 3, "width": 4, "side": 8, "wide": [1], "kind": "broad", "scale": null,
         "eps": 0.5,
@@ -220,8 +220,8 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     assert_eq!(exported.tensors().len(), source.tensors.len());
     let mut old = Fake::like(&exported);
     old.put("table", &[72, 2]);
-    let beside = Sidecar { config: None, metadata: &BTreeMap::new() };
-    let identified = detect_source(&old, beside, &manifests, &Hints::default()).unwrap();
+    let sidecar = Sidecar { config: None, metadata: &BTreeMap::new() };
+    let identified = detect_source(&old, sidecar, &manifests, &Hints::default()).unwrap();
     // 72 / (2 * 4) is 9, its root 3, times 3 less 1 is 8; and this layout has an eps of its own.
     let mut found = found;
     found["eps"] = 0.125.into();

@@ -7,7 +7,7 @@ use clearform_layout::LoadReport;
 use common::{Flux, TINY, open};
 use std::time::{Duration, Instant};
 
-fn account(layout: &str, renamed: &[(&str, &str)]) -> LoadReport {
+fn load_report(layout: &str, renamed: &[(&str, &str)]) -> LoadReport {
     let mut source = TINY.foreign(layout);
     for (from, to) in renamed {
         let info = source.tensors.remove(*from).unwrap();
@@ -33,12 +33,12 @@ fn a_tensor_under_another_name_and_the_one_that_is_missing_point_to_each_other()
         ),
         ("diffusers", "transformer_blocks.0.attn.to_out.0.weight", "transformer_blocks.0.attn.to_out.weight", true),
     ] {
-        let account = account(layout, &[(right, wrong)]);
-        assert!(account.missing.iter().all(|missing| missing.in_file() == right), "{wrong}");
-        assert_eq!(account.suggestions.get(right).map(String::as_str), near.then_some(wrong), "{wrong}");
+        let load_report = load_report(layout, &[(right, wrong)]);
+        assert!(load_report.missing.iter().all(|missing| missing.in_file() == right), "{wrong}");
+        assert_eq!(load_report.suggestions.get(right).map(String::as_str), near.then_some(wrong), "{wrong}");
         if near {
-            assert_eq!(account.suggestions[wrong], right);
-            let complaints = account.complaints();
+            assert_eq!(load_report.suggestions[wrong], right);
+            let complaints = load_report.complaints();
             let unmatched = format!("tensor {wrong:?} is not understood: ");
             let found = complaints.iter().find(|one| one.starts_with(&unmatched)).unwrap();
             assert!(found.ends_with(&format!(" (near {right:?})")), "{found}");
@@ -68,11 +68,11 @@ fn a_hundred_thousand_unknown_names_are_answered_in_time() {
     }
     let start = Instant::now();
     let (_, canonical) = open(&source, &flux.config());
-    let account = canonical.load_report();
+    let load_report = canonical.load_report();
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
-    assert_eq!(account.unmatched().count(), 100_000);
+    assert_eq!(load_report.unmatched().count(), 100_000);
     assert_eq!(
-        account.suggestions["single_blocks.7.modulation.linear_000000.weight"],
+        load_report.suggestions["single_blocks.7.modulation.linear_000000.weight"],
         "single_blocks.7.modulation.lin.weight"
     );
 }

@@ -78,14 +78,19 @@ pub trait Family: Send + Sync {
     ///
     /// # Errors
     /// A subject that this family does not draw, or an encoder that cannot be had.
-    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions>;
+    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions>;
 
     /// Adds to `conditions` what depends on the picture and not on its subject.
     ///
     /// # Errors
     /// A bad config key.
-    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
-        let _ = (config, framing);
+    fn add_size_conditions(
+        &self,
+        config: &Value,
+        conditions: Conditions,
+        batch_spec: &BatchSpec,
+    ) -> Result<Conditions> {
+        let _ = (config, batch_spec);
         Ok(conditions)
     }
 

@@ -3,22 +3,22 @@
 //! The main types are [`Denoiser`], a transformer that is stepped block by block, and [`Family`], which builds one.
 //! This crate opens no file: weights come from a [`clearform_weights::TensorSource`], tokenizers from bytes.
 
+mod config_keys;
 mod denoiser;
 mod error;
 pub mod families;
 mod family;
-mod keys;
 mod layers;
-mod process;
+mod noise_process;
+mod prompt;
 mod random;
-mod scope;
-mod subject;
 pub mod text;
 pub mod vae;
+mod weight_builder;
 
 pub use denoiser::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, Rotary, StepIndex};
 pub use error::{ModelError, Result};
 pub use family::{BatchSpec, DistilledLayer, FAMILIES, Family, StepSpacing};
-pub use process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, without_variance};
+pub use noise_process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, without_variance};
+pub use prompt::{GuidanceKind, Prompt};
 pub use random::{InputChannels, InputSizes, random_input};
-pub use subject::{GuidanceKind, Prompt};

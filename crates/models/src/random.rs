@@ -55,12 +55,12 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
         image_ids,
         ..Conditions::default()
     };
-    let framing = BatchSpec { batch: 1, size, guidance: 3.5, device: device.clone() };
+    let batch_spec = BatchSpec { batch: 1, size, guidance: 3.5, device: device.clone() };
     Ok(DenoiserInput {
         latents,
         timestep: Tensor::new(&[half_way(family.noise_process())], device)?,
         step_index: StepIndex::default(),
-        conditions: family.add_size_conditions(config, conditions, &framing)?,
+        conditions: family.add_size_conditions(config, conditions, &batch_spec)?,
     })
 }
 

@@ -29,10 +29,10 @@ pub(crate) struct GemmShape {
 
 impl GemmShape {
     /// Whether [`product`] is faster than the tensor library's.
-    pub fn suit(self, format: DType, instructions: CpuFeatures) -> bool {
+    pub fn suit(self, format: DType, features: CpuFeatures) -> bool {
         match format {
-            DType::BF16 => self.rows <= FEW || instructions.have_vectors(),
-            DType::F32 => self.rows > FEW && instructions.are_narrow(),
+            DType::BF16 => self.rows <= FEW || features.have_vectors(),
+            DType::F32 => self.rows > FEW && features.are_narrow(),
             _ => false,
         }
     }
@@ -53,13 +53,13 @@ pub(crate) struct GemmOperands<'a, E> {
 pub(crate) fn product<E: Element<Work = f32>>(
     sides: GemmOperands<'_, E>,
     extents: GemmShape,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 ) -> Vec<E> {
     let GemmShape { rows, inputs, outputs } = extents;
     if rows == 0 || outputs == 0 || inputs == 0 {
         return biased(vec![E::zero(); rows * outputs], sides.bias, outputs);
     }
-    if rows <= FEW { of_few(sides, extents, instructions) } else { of_many(sides, extents, instructions) }
+    if rows <= FEW { of_few(sides, extents, features) } else { of_many(sides, extents, features) }
 }
 
 /// x w, summed in f32 and rounded once: the gradient of x, where x is that of the product.
@@ -70,41 +70,37 @@ pub(crate) fn product_by_columns<E: Element<Work = f32>>(
     x: &[E],
     weight: &[E],
     extents: GemmShape,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 ) -> Vec<E> {
     if extents.rows == 0 || extents.outputs == 0 || extents.inputs == 0 {
         return vec![E::zero(); extents.rows * extents.outputs];
     }
-    let packed = PackedWeight { extents, instructions };
-    if by_pairs::<E>(instructions) {
+    let packed = PackedWeight { extents, features };
+    if by_pairs::<E>(features) {
         packed.product(x, &packed.columns::<E, Bf16Pair>(weight), None)
     } else {
         packed.product(x, &packed.columns::<E, f32>(weight), None)
     }
 }
 
-fn of_many<E: Element<Work = f32>>(
-    sides: GemmOperands<'_, E>,
-    extents: GemmShape,
-    instructions: CpuFeatures,
-) -> Vec<E> {
-    let (GemmOperands { x, weight, bias }, packed) = (sides, PackedWeight { extents, instructions });
-    if by_pairs::<E>(instructions) {
+fn of_many<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, features: CpuFeatures) -> Vec<E> {
+    let (GemmOperands { x, weight, bias }, packed) = (sides, PackedWeight { extents, features });
+    if by_pairs::<E>(features) {
         packed.product(x, &packed.rows::<E, Bf16Pair>(weight), bias)
     } else {
         packed.product(x, &packed.rows::<E, f32>(weight), bias)
     }
 }
 
-fn by_pairs<E: Element>(instructions: CpuFeatures) -> bool {
-    E::DTYPE == DType::BF16 && instructions.multiply_pairs()
+fn by_pairs<E: Element>(features: CpuFeatures) -> bool {
+    E::DTYPE == DType::BF16 && features.multiply_pairs()
 }
 
 /// A product whose weight is brought into the order that it is read in: [block of 32 outputs][factor of inputs][output],
 /// 0 where a block is wider than what is left.
 struct PackedWeight {
     extents: GemmShape,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 }
 
 impl PackedWeight {
@@ -113,14 +109,14 @@ impl PackedWeight {
         let inputs = self.extents.inputs;
         self.blocks(|block, out| {
             let rows = &weight[block * ROW * inputs..];
-            self.instructions.run(PackWeightRows { rows: &rows[..rows.len().min(ROW * inputs)], inputs, out });
+            self.features.run(PackWeightRows { rows: &rows[..rows.len().min(ROW * inputs)], inputs, out });
         })
     }
 
     /// A weight that is given as (inputs, outputs).
     fn columns<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
         let outputs = self.extents.outputs;
-        self.blocks(|block, out| self.instructions.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
+        self.blocks(|block, out| self.features.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
     }
 
     fn blocks<F: Lane>(&self, fill: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
@@ -140,18 +136,13 @@ impl PackedWeight {
         let parts = out.par_chunks_mut(at_a_time * outputs).zip(x.par_chunks(at_a_time * inputs));
         parts.for_each(|(out, x)| {
             let mut factors = vec![F::default(); x.len() / inputs * steps];
-            self.instructions.run(WidenRows { rows: x, inputs, out: &mut factors });
+            self.features.run(WidenRows { rows: x, inputs, out: &mut factors });
             let mut sums = [0.0; ROWS * ROW];
             for (block, weight) in weight.chunks(steps * ROW).enumerate() {
                 let first = block * ROW;
                 begin(&mut sums, bias.map(|bias| &bias[first..outputs.min(first + ROW)]));
                 self.multiply(&mut sums, &factors, weight);
-                self.instructions.run(StoreTile {
-                    sums: &sums,
-                    out: &mut out[first..],
-                    outputs,
-                    lanes: outputs - first,
-                });
+                self.features.run(StoreTile { sums: &sums, out: &mut out[first..], outputs, lanes: outputs - first });
             }
         });
         out
@@ -165,14 +156,14 @@ impl PackedWeight {
             let inner = 0..depth.min(steps - first);
             let product =
                 MatrixProduct { rows: x.len() / steps, inner: &[inner], a, b: &weight[first * ROW..], b_step: ROW };
-            product.add_to(sums, ROW, self.instructions);
+            product.add_to(sums, ROW, self.features);
         }
     }
 
     /// Factors that are summed before the sums are stored: as many rows of the weight stay in the second cache, or in the
     /// first where panels are low and so read them more often.
     fn depth(&self) -> usize {
-        if self.instructions.are_narrow() { 192 } else { 2048 }
+        if self.features.are_narrow() { 192 } else { 2048 }
     }
 }
 
@@ -255,14 +246,14 @@ impl<E: Element> SimdKernel for StoreTile<'_, E> {
 }
 
 /// Output by output, so that threads share the weight and read it once.
-fn of_few<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, instructions: CpuFeatures) -> Vec<E> {
+fn of_few<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, features: CpuFeatures) -> Vec<E> {
     let (GemmOperands { x, weight, bias }, GemmShape { rows, inputs, outputs }) = (sides, extents);
     let x: Vec<f32> = x.iter().map(|number| number.load()).collect();
     let mut columns = vec![E::zero(); rows * outputs]; // (outputs, rows)
     let parts = columns.par_chunks_mut(OUTPUTS * rows).zip(weight.par_chunks(OUTPUTS * inputs)).enumerate();
     parts.for_each(|(part, (out, weight))| {
         let bias = bias.map(|bias| &bias[part * OUTPUTS..]);
-        instructions.run(DotProducts { out, x: &x, weight, bias, rows });
+        features.run(DotProducts { out, x: &x, weight, bias, rows });
     });
     if rows == 1 {
         return columns;
@@ -353,23 +344,23 @@ mod tests {
 
     fn cases() -> impl Iterator<Item = (GemmShape, CpuFeatures)> {
         let extents = CASES.into_iter().map(|(rows, inputs, outputs)| GemmShape { rows, inputs, outputs });
-        extents.flat_map(|extents| CpuFeatures::available().map(move |instructions| (extents, instructions)))
+        extents.flat_map(|extents| CpuFeatures::available().map(move |features| (extents, features)))
     }
 
     /// `step` is the relative distance of neighbouring numbers.
     fn sums_written_out_are_met<E: Element<Work = f32>>(step: f64) {
-        for (extents, instructions) in cases() {
+        for (extents, features) in cases() {
             let GemmShape { rows, inputs, outputs } = extents;
             let (x, weight, bias) = (numbers::<E>(rows * inputs, 1), numbers(outputs * inputs, 2), numbers(outputs, 3));
             let sides = GemmOperands { x: &x, weight: &weight, bias: Some(&bias) };
-            let got = product(sides, extents, instructions);
+            let got = product(sides, extents, features);
             assert_eq!(got.len(), rows * outputs);
             for (index, got) in got.iter().enumerate() {
                 let (x, weight) = (&x[index / outputs * inputs..], &weight[index % outputs * inputs..]);
                 let products = x.iter().zip(weight).take(inputs).map(|(a, b)| a.to_f64() * b.to_f64());
                 let want = bias[index % outputs].to_f64() + products.sum::<f64>();
                 let bound = want.abs() * step + 1e-6 * inputs as f64;
-                assert!((got.to_f64() - want).abs() <= bound, "{extents:?}, {instructions:?}: {got} for {want}");
+                assert!((got.to_f64() - want).abs() <= bound, "{extents:?}, {features:?}: {got} for {want}");
             }
         }
     }
@@ -381,18 +372,18 @@ mod tests {
     }
 
     fn a_weight_by_columns_gives_the_same<E: Element<Work = f32> + Debug>() {
-        for (extents, instructions) in cases() {
+        for (extents, features) in cases() {
             let GemmShape { rows, inputs, outputs } = extents;
             let (x, weight) = (numbers::<E>(rows * inputs, 1), numbers::<E>(outputs * inputs, 2));
             let transposed: Vec<E> =
                 (0..inputs).flat_map(|input| weight[input..].iter().step_by(inputs).copied()).collect();
-            let got = product_by_columns(&x, &transposed, extents, instructions);
+            let got = product_by_columns(&x, &transposed, extents, features);
             let want = match rows {
                 0 => Vec::new(),
                 _ if inputs == 0 => vec![E::zero(); rows * outputs],
-                _ => of_many(GemmOperands { x: &x, weight: &weight, bias: None }, extents, instructions),
+                _ => of_many(GemmOperands { x: &x, weight: &weight, bias: None }, extents, features),
             };
-            assert_eq!(got, want, "{extents:?}, {instructions:?}");
+            assert_eq!(got, want, "{extents:?}, {features:?}");
         }
     }
 

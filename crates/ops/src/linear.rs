@@ -157,13 +157,13 @@ type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
 
 /// x wᵀ + b by our own product, where it is the faster one.
 fn ours(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
-    let ((outputs, inputs), instructions) = (weight.1.shape().dims2()?, CpuFeatures::detect());
+    let ((outputs, inputs), features) = (weight.1.shape().dims2()?, CpuFeatures::detect());
     let extents = GemmShape { rows: row_count(x.1), inputs, outputs };
     let are_whole = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
     match x.0.dtype() {
-        format if !are_whole || !extents.suit(format, instructions) => Ok(None),
-        DType::BF16 => ours_of::<bf16>(x, weight, bias, extents, instructions).map(Some),
-        DType::F32 => ours_of::<f32>(x, weight, bias, extents, instructions).map(Some),
+        format if !are_whole || !extents.suit(format, features) => Ok(None),
+        DType::BF16 => ours_of::<bf16>(x, weight, bias, extents, features).map(Some),
+        DType::F32 => ours_of::<f32>(x, weight, bias, extents, features).map(Some),
         _ => Ok(None),
     }
 }
@@ -173,11 +173,11 @@ fn ours_of<E: Element<Work = f32>>(
     weight: StorageRef,
     bias: Option<StorageRef>,
     extents: GemmShape,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 ) -> Result<CpuStorage> {
     let (x, weight, bias) = (numbers::<E>(x)?, numbers::<E>(weight)?, bias.map(numbers::<E>).transpose()?);
     let sides = GemmOperands { x: &x, weight: &weight, bias: bias.as_deref() };
-    Ok(E::to_cpu_storage_owned(gemm::product(sides, extents, instructions)))
+    Ok(E::to_cpu_storage_owned(gemm::product(sides, extents, features)))
 }
 
 /// The numbers of a tensor, rounded where they are masters in a wider format.

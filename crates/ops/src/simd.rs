@@ -7,13 +7,13 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-mod factor;
-mod level;
+mod isa;
+mod lane;
 mod product;
 mod vector;
 
-pub use factor::{Bf16Pair, Lane, PairVector, side_by_side};
-pub use level::{CpuFeatures, Isa, SimdKernel, dispatch};
+pub use isa::{CpuFeatures, Isa, SimdKernel, dispatch};
+pub use lane::{Bf16Pair, Lane, PairVector, side_by_side};
 pub use product::{MatrixProduct, ROW, RowLanes, Strided, VECTORS, add_row, load_row, store_row};
 pub use vector::{LANES, Vector};
 
@@ -252,34 +252,34 @@ mod tests {
         }
     }
 
-    fn worst(task: impl Fn(&mut [f32])) -> f64 {
+    fn worst(kernel: impl Fn(&mut [f32])) -> f64 {
         let inputs: Vec<f32> = (0..400_000).map(|i| -87.2 + 4.38e-4 * i as f32).filter(|x| *x < 88.0).collect();
         assert_eq!(inputs.len() % LANES, 0);
         let mut outputs = inputs.clone();
-        task(&mut outputs);
+        kernel(&mut outputs);
         let error = |(x, y): (&f32, &f32)| (f64::from(*y) / f64::from(*x).exp() - 1.0).abs();
         inputs.iter().zip(&outputs).map(error).fold(0.0, f64::max)
     }
 
     #[test]
     fn exp_stays_within_two_units_of_the_last_place() {
-        for instructions in CpuFeatures::available() {
-            assert!(worst(|x| instructions.run(Exponentials(x))) < 2.4e-7, "{instructions:?}");
-            assert!(worst(|x| instructions.run(VectorExponentials(x))) < 2.4e-7, "{instructions:?}");
+        for features in CpuFeatures::available() {
+            assert!(worst(|x| features.run(Exponentials(x))) < 2.4e-7, "{features:?}");
+            assert!(worst(|x| features.run(VectorExponentials(x))) < 2.4e-7, "{features:?}");
         }
     }
 
     #[test]
     fn exp_keeps_its_ends() {
-        let alone: fn(CpuFeatures, &mut [f32]) = |instructions, x| instructions.run(Exponentials(x));
-        let together: fn(CpuFeatures, &mut [f32]) = |instructions, x| instructions.run(VectorExponentials(x));
-        for instructions in CpuFeatures::available() {
+        let alone: fn(CpuFeatures, &mut [f32]) = |features, x| features.run(Exponentials(x));
+        let together: fn(CpuFeatures, &mut [f32]) = |features, x| features.run(VectorExponentials(x));
+        for features in CpuFeatures::available() {
             for exponentials in [alone, together] {
                 let mut ends = [0.0; LANES];
                 ends[..6].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN, 1e30]);
-                exponentials(instructions, &mut ends);
-                assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0], "{instructions:?}");
-                assert!(ends[4].is_nan() && ends[5].is_finite(), "{instructions:?}: {ends:?}");
+                exponentials(features, &mut ends);
+                assert_eq!(ends[..4], [0.0, 0.0, 0.0, 1.0], "{features:?}");
+                assert!(ends[4].is_nan() && ends[5].is_finite(), "{features:?}: {ends:?}");
             }
         }
     }

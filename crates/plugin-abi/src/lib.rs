@@ -9,16 +9,16 @@
 //! its deleter once; where one is only lent, the comment says so. A function that can fail returns 0 or else has told
 //! [`ClearformHost::fail`] why.
 
-mod branch;
 #[cfg(feature = "candle")]
 mod candle;
+mod controlnet;
 pub mod dlpack;
 mod edits;
 mod host;
 pub mod sdk;
 pub mod tensor;
 
-pub use branch::{
+pub use controlnet::{
     CONTROL_LATENTS, CONTROL_PIXELS, ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformGiveResidual,
     ClearformStep,
 };

@@ -1,7 +1,7 @@
 //! [`check`]: loads a plugin and lets it open the examples that it declares, as a host would.
 
 use crate::adapter::Adapter;
-use crate::branch::{BaseModel, ControlNet, Controls, Residual};
+use crate::controlnet::{BaseModel, ControlNet, Controls, Residual};
 use crate::{ADAPTER_INTERFACE, BRANCH_INTERFACE, Example, ExampleBase, ExampleStep, Plugin, PluginError, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, DenoiserInput, StepIndex};
@@ -86,10 +86,10 @@ fn run_branch(plugin: &Plugin, example: &Example) -> Result<()> {
     let folder = ScratchDir::new()?;
     let config = serde_json::to_value(config).map_err(|error| failed(&error.to_string()))?;
     let base = BaseModel { family, config: &config, attention: "full" };
-    let branch = ControlNet::open(plugin, Arc::new(folder.file(example)?), base)?;
+    let controlnet = ControlNet::open(plugin, Arc::new(folder.file(example)?), base)?;
     let step = example.step.as_ref().ok_or_else(|| failed("it has no step"))?;
     let controls = Controls { control: &ones(&step.control)?, mode: None, guidance: None };
-    let residuals = branch.residuals(&input(step)?, controls)?;
+    let residuals = controlnet.residuals(&input(step)?, controls)?;
     let blocks: Vec<_> = residuals.iter().map(|residual| residual.blocks.clone()).collect();
     match blocks == step.residuals {
         true => residuals.iter().try_for_each(|residual| check_residual(residual, step)),

@@ -4,29 +4,29 @@
 //! source of tensors with them, and [`ControlNet`] with [`ControlledDenoiser`], a network beside a transformer and the two together.
 //! All `unsafe` of the boundary lies here. It knows no format of adapters: plugins do.
 
-mod adapted;
 mod adapter;
-mod branch;
-mod changes;
 mod check;
-mod controlled;
+mod controlled_denoiser;
+mod controlnet;
 mod description;
 mod error;
 mod file;
 mod library;
-mod shelf;
+mod patched_source;
+mod registry;
 mod strength;
 mod tensors;
+mod weight_edits;
 
 pub use clearform_plugin_abi::{ADAPTER_INTERFACE, BRANCH_INTERFACE};
 
-pub use adapted::{LowRankMode, PatchedSource};
 pub use adapter::{Adapter, Edit, EditKind};
-pub use branch::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
-pub use changes::{AdapterReport, ComponentParameters, ScaledAdapter, WeightEdits};
 pub use check::{ExampleResult, check};
-pub use controlled::{ControlNetInput, ControlledDenoiser};
+pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser};
+pub use controlnet::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
 pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim};
 pub use error::{PluginError, Result};
-pub use shelf::{Plugin, PluginChoice, PluginRegistry, plugin_at};
+pub use patched_source::{LowRankMode, PatchedSource};
+pub use registry::{Plugin, PluginChoice, PluginRegistry, plugin_at};
 pub use strength::Strength;
+pub use weight_edits::{AdapterReport, ComponentParameters, ScaledAdapter, WeightEdits};

@@ -8,10 +8,10 @@ mod component;
 mod error;
 mod model;
 mod record;
-mod stage;
+mod staging;
 
 pub use component::ComponentData;
 pub use error::{PortableModelError, Result};
 pub use model::{PortableModel, VerifyReport, recorded_plan};
 pub use record::{AdapterRecord, DistillationRecord, FileRecord, ModelRecord, SourceRecord};
-pub use stage::{CopyMode, Overwrite, StagingDir};
+pub use staging::{CopyMode, Overwrite, StagingDir};

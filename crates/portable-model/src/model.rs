@@ -3,7 +3,7 @@
 //!
 //! [verifying]: PortableModel::verify
 
-use crate::stage::paths_of;
+use crate::staging::paths_of;
 use crate::{ModelRecord, PortableModelError, Result};
 use clearform_attention::AttentionPlan;
 use clearform_weights::digest;
@@ -135,7 +135,7 @@ impl fmt::Display for VerifyReport {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::stage::{Overwrite, StagingDir};
+    use crate::staging::{Overwrite, StagingDir};
 
     fn model(folder: &Path) -> PathBuf {
         let target = folder.join("model");

@@ -43,7 +43,7 @@ impl Default for ControlNetSchedule {
 #[derive(Debug, Clone)]
 pub struct Adapters {
     weights: Vec<ScaledAdapter>,
-    branches: Vec<PendingControlNet>,
+    controlnets: Vec<PendingControlNet>,
     /// How low-rank edits meet the weights.
     pub low_rank: LowRankMode,
     /// Go on although tensors of an adapter do not meet the model.
@@ -65,7 +65,7 @@ pub struct EditedTransformer {
     /// The transformer.
     pub transformer: Transformer,
     /// The edits of it and of all other parts.
-    pub changes: Arc<WeightEdits>,
+    pub edits: Arc<WeightEdits>,
     /// What became of each adapter's tensors.
     pub reports: Vec<AdapterReport>,
 }
@@ -77,18 +77,18 @@ pub const EDITED_PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "text_enc
 #[derive(Debug, Clone)]
 pub struct ActiveControlNet {
     /// The branch.
-    pub branch: Arc<ControlNet>,
+    pub controlnet: Arc<ControlNet>,
     /// Factor of its residuals.
     pub scale: f64,
     /// When and how it acts.
-    pub acting: ControlNetSchedule,
+    pub schedule: ControlNetSchedule,
 }
 
 impl Default for Adapters {
     fn default() -> Self {
         Self {
             weights: Vec::new(),
-            branches: Vec::new(),
+            controlnets: Vec::new(),
             low_rank: LowRankMode::default(),
             allow_partial: false,
             branch_attention: "full".to_owned(),
@@ -101,14 +101,14 @@ impl Adapters {
     ///
     /// # Errors
     /// A file is damaged, no plugin opens it, or the plugin refuses it.
-    pub fn open(requests: &[AdapterRequest], shelf: &PluginRegistry) -> Result<Self> {
+    pub fn open(requests: &[AdapterRequest], registry: &PluginRegistry) -> Result<Self> {
         let mut adapters = Self::default();
         for request in requests {
             let file = Arc::new(Checkpoint::open(&request.path)?);
-            let plugin = shelf.choose(&file, &request.choice)?.clone();
+            let plugin = registry.choose(&file, &request.choice)?.clone();
             match plugin.description.interface.as_str() {
                 BRANCH_INTERFACE => {
-                    adapters.branches.push(PendingControlNet { plugin, file, request: request.clone() })
+                    adapters.controlnets.push(PendingControlNet { plugin, file, request: request.clone() })
                 }
                 _ => {
                     let adapter = Arc::new(Adapter::open(&plugin, file)?);
@@ -121,13 +121,13 @@ impl Adapters {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.weights.is_empty() && self.branches.is_empty()
+        self.weights.is_empty() && self.controlnets.is_empty()
     }
 
     /// Those that edit weights.
     #[must_use]
     pub fn only_weights(&self) -> Self {
-        Self { branches: Vec::new(), ..self.clone() }
+        Self { controlnets: Vec::new(), ..self.clone() }
     }
 
     /// The branches.
@@ -138,7 +138,7 @@ impl Adapters {
 
     /// How many branches there are.
     pub fn controlnet_count(&self) -> usize {
-        self.branches.len()
+        self.controlnets.len()
     }
 
     /// Puts the weight edits on `transformer`, and on the other parts of its pipeline if these are to run.
@@ -152,16 +152,16 @@ impl Adapters {
         manifests: &Manifests,
     ) -> Result<EditedTransformer> {
         if self.weights.is_empty() {
-            return Ok(EditedTransformer { transformer, changes: Arc::default(), reports: Vec::new() });
+            return Ok(EditedTransformer { transformer, edits: Arc::default(), reports: Vec::new() });
         }
-        let (changes, reports) = WeightEdits::place(&self.weights, &parts(&transformer, components)?);
+        let (edits, reports) = WeightEdits::place(&self.weights, &parts(&transformer, components)?);
         match reports.iter().find(|report| !report.is_whole()) {
             Some(report) if !self.allow_partial => return Err(RuntimeError::PartialAdapter(report.to_string())),
             _ => {}
         }
-        let changes = Arc::new(changes);
-        let transformer = transformer.adapted(changes.clone(), self.low_rank, manifests)?;
-        Ok(EditedTransformer { transformer, changes, reports })
+        let edits = Arc::new(edits);
+        let transformer = transformer.patched(edits.clone(), self.low_rank, manifests)?;
+        Ok(EditedTransformer { transformer, edits, reports })
     }
 
     /// Opens the branches for `transformer`.
@@ -172,7 +172,7 @@ impl Adapters {
         let identified = transformer.identified();
         let base =
             BaseModel { family: &identified.family, config: &identified.config, attention: &self.branch_attention };
-        self.branches.iter().map(|unopened| unopened.open(base)).collect()
+        self.controlnets.iter().map(|unopened| unopened.open(base)).collect()
     }
 }
 
@@ -189,13 +189,13 @@ fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<C
 
 impl PendingControlNet {
     fn open(&self, base: BaseModel) -> Result<ActiveControlNet> {
-        let branch = Arc::new(ControlNet::open(&self.plugin, self.file.clone(), base)?);
+        let controlnet = Arc::new(ControlNet::open(&self.plugin, self.file.clone(), base)?);
         let ControlNetSchedule { interval: [start, end], mode } = self.request.schedule;
         let bad = |reason: String| RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display()));
         if !(0.0 <= start && start <= end && end <= 1.0) {
             return Err(bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}")));
         }
-        match (branch.input().modes, mode) {
+        match (controlnet.input().modes, mode) {
             (0, None) => {}
             (0, Some(_)) => return Err(bad("it takes no mode; leave mode=N out".to_owned())),
             (modes, Some(mode)) if mode < modes => {}
@@ -207,6 +207,6 @@ impl PendingControlNet {
                 )));
             }
         }
-        Ok(ActiveControlNet { branch, scale: self.request.strength.whole, acting: self.request.schedule })
+        Ok(ActiveControlNet { controlnet, scale: self.request.strength.whole, schedule: self.request.schedule })
     }
 }

@@ -161,8 +161,8 @@ impl Components {
         let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
         let whole = part.and_then(|clearform_layout::OpenComponent { config, tensors }| {
             let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
-            let (name, account) = (inside.name.clone(), tensors.load_report().clone());
-            Ok(ComponentData { name, config, tensors: Box::new(tensors), load_report: account })
+            let (name, load_report) = (inside.name.clone(), tensors.load_report().clone());
+            Ok(ComponentData { name, config, tensors: Box::new(tensors), load_report: load_report })
         });
         whole.map_err(|error| {
             let reason = format!("{}, the tensors under {:?}: {error}", inside.name, inside.prefix);

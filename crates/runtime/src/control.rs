@@ -2,7 +2,7 @@
 //! latents.
 
 use crate::adapters::ActiveControlNet;
-use crate::beside::channel_axis;
+use crate::control_concat::channel_axis;
 use crate::pipeline::repeat;
 use crate::{Frame, ImageSize, Pipeline, Result, RuntimeError};
 use candle_core::{Device, Tensor};
@@ -16,16 +16,16 @@ impl Pipeline {
     ///
     /// # Errors
     /// As many pictures as branches, or one, were expected; or a branch takes what this model does not have.
-    pub fn controls(&self, pictures: &[RgbImage], frame: Frame) -> Result<Vec<ControlNetInput>> {
-        let (found, branches) = (pictures.len(), self.controlnets().len());
-        if found != branches && (found != 1 || branches == 0) {
+    pub fn controls(&self, pictures: &[RgbImage], batch_spec: Frame) -> Result<Vec<ControlNetInput>> {
+        let (found, controlnets) = (pictures.len(), self.controlnets().len());
+        if found != controlnets && (found != 1 || controlnets == 0) {
             return Err(RuntimeError::BadSetting(format!(
-                "control images: expected {branches}, one for each ControlNet (--control-image), found {found}"
+                "control images: expected {controlnets}, one for each ControlNet (--control-image), found {found}"
             )));
         }
         let picture = |index: usize| &pictures[index.min(found - 1)];
-        let one = |(index, branch): (usize, &ActiveControlNet)| {
-            self.control(branch, std::slice::from_ref(picture(index)), frame)
+        let one = |(index, controlnet): (usize, &ActiveControlNet)| {
+            self.control(controlnet, std::slice::from_ref(picture(index)), batch_spec)
         };
         self.controlnets().iter().enumerate().map(one).collect()
     }
@@ -36,11 +36,11 @@ impl Pipeline {
     /// As [`Self::controls`].
     pub fn control(
         &self,
-        acting: &ActiveControlNet,
+        schedule: &ActiveControlNet,
         pictures: &[RgbImage],
         Frame { size, batch, guidance }: Frame,
     ) -> Result<ControlNetInput> {
-        let input = acting.branch.input();
+        let input = schedule.controlnet.input();
         let pixels = pictures.iter().map(|picture| pixels(picture, size, input.range)).collect::<Result<Vec<_>>>()?;
         let pixels = Tensor::cat(&pixels, 0)?;
         let control = match input.kind {
@@ -52,18 +52,19 @@ impl Pipeline {
             return Err(RuntimeError::BadSetting(format!(
                 "{}: it takes {} channels of control, but this model's pictures give {channels}: it was made for another \
                  model",
-                acting.branch.path().display(),
+                schedule.controlnet.path().display(),
                 input.channels
             )));
         }
-        let mode = acting.acting.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
+        let mode =
+            schedule.schedule.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
         Ok(ControlNetInput {
-            branch: acting.branch.clone(),
+            controlnet: schedule.controlnet.clone(),
             control: repeat(&control, batch)?,
             mode,
             guidance: Some(Tensor::full(guidance as f32, batch, &Device::Cpu)?),
-            scale: acting.scale,
-            interval: acting.acting.interval,
+            scale: schedule.scale,
+            interval: schedule.schedule.interval,
         })
     }
 

@@ -6,12 +6,12 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
-mod beside;
-mod canvas;
 pub mod compare;
 mod components;
 mod control;
+mod control_concat;
 mod error;
+mod latent_spec;
 mod picture;
 mod pipeline;
 pub mod png;

@@ -2,8 +2,8 @@
 //! family does in its own way it asks the family.
 
 use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
-use crate::beside::ControlConcat;
-use crate::canvas::LatentSpec;
+use crate::control_concat::ControlConcat;
+use crate::latent_spec::LatentSpec;
 use crate::text::{PipelineTextEncoders, open_weights};
 use crate::{
     Components, Frame, ImageSize, ReadOptions, Result, RuntimeError, Transformer, check_pictures, to_pictures,
@@ -42,7 +42,7 @@ pub struct PipelineOptions {
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateRequest {
     /// What to draw.
-    pub subject: Prompt,
+    pub prompt: Prompt,
     /// What to stay away from. Families that embed the guidance scale need a `true_cfg_scale` above 1 for it; the others
     /// stay away from nothing in particular without it.
     pub negative: Option<Prompt>,
@@ -94,13 +94,13 @@ pub struct Pipeline {
     components: Components,
     transformer: Transformer,
     scheduler: Scheduler,
-    steering: GuidanceKind,
-    canvas: LatentSpec,
+    guidance_kind: GuidanceKind,
+    latent_spec: LatentSpec,
     plan: AttentionPlan,
     options: PipelineOptions,
-    changes: Arc<WeightEdits>,
+    edits: Arc<WeightEdits>,
     reports: Vec<AdapterReport>,
-    branches: Vec<ActiveControlNet>,
+    controlnets: Vec<ActiveControlNet>,
 }
 
 impl Pipeline {
@@ -118,12 +118,24 @@ impl Pipeline {
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.apply_to(transformer, Some(&components), &options.reading.manifests)?;
-        let EditedTransformer { transformer, changes, reports } = edited;
-        let branches = adapters.open_controlnets(&transformer)?;
+        let EditedTransformer { transformer, edits, reports } = edited;
+        let controlnets = adapters.open_controlnets(&transformer)?;
         let scheduler = scheduler(&components, &transformer)?;
-        let steering = transformer.family().guidance_kind(transformer.config())?.over_channels(options.guided_channels);
-        let canvas = LatentSpec::new(&components, &transformer)?;
-        Ok(Self { components, transformer, scheduler, steering, canvas, plan, options, changes, reports, branches })
+        let guidance_kind =
+            transformer.family().guidance_kind(transformer.config())?.over_channels(options.guided_channels);
+        let latent_spec = LatentSpec::new(&components, &transformer)?;
+        Ok(Self {
+            components,
+            transformer,
+            scheduler,
+            guidance_kind,
+            latent_spec,
+            plan,
+            options,
+            edits,
+            reports,
+            controlnets,
+        })
     }
 
     /// The parts and where they lie.
@@ -138,12 +150,12 @@ impl Pipeline {
 
     /// Whether the transformer itself looks at a control picture, beside any branches.
     pub fn takes_control(&self) -> bool {
-        self.canvas.takes_control()
+        self.latent_spec.takes_control()
     }
 
     /// How a guidance scale acts on this model.
     pub fn guidance_kind(&self) -> &GuidanceKind {
-        &self.steering
+        &self.guidance_kind
     }
 
     /// How samples of it are noised.
@@ -158,7 +170,7 @@ impl Pipeline {
 
     /// The branches that act beside the transformer.
     pub fn controlnets(&self) -> &[ActiveControlNet] {
-        &self.branches
+        &self.controlnets
     }
 
     /// Where everything runs.
@@ -173,7 +185,7 @@ impl Pipeline {
 
     /// Extents of the pictures that the model knows.
     pub fn native_size(&self) -> ImageSize {
-        self.canvas.native_size()
+        self.latent_spec.native_size()
     }
 
     /// Draws what is asked for, and checks that there are pictures.
@@ -181,7 +193,7 @@ impl Pipeline {
     /// # Errors
     /// A setting that cannot be used, weights that cannot be had, or pictures that must not be saved.
     pub fn generate(&self, request: &GenerateRequest, watch: &mut dyn FnMut(&PipelineStage)) -> Result<Vec<RgbImage>> {
-        let size = self.canvas.check_size(request.size.unwrap_or(self.native_size()))?;
+        let size = self.latent_spec.check_size(request.size.unwrap_or(self.native_size()))?;
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;
         watch(&PipelineStage::Encoding);
@@ -209,13 +221,13 @@ impl Pipeline {
     ///
     /// # Errors
     /// A part is missing or damaged, or the model does not draw such subjects.
-    pub fn encode(&self, subjects: &[Prompt]) -> Result<Conditions> {
-        if subjects.is_empty() {
+    pub fn encode(&self, prompts: &[Prompt]) -> Result<Conditions> {
+        if prompts.is_empty() {
             return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
         }
         let encoders =
-            PipelineTextEncoders { components: &self.components, changes: &self.changes, device: &self.options.device };
-        Ok(self.transformer.family().encode(self.transformer.config(), subjects, &encoders)?)
+            PipelineTextEncoders { components: &self.components, edits: &self.edits, device: &self.options.device };
+        Ok(self.transformer.family().encode(self.transformer.config(), prompts, &encoders)?)
     }
 
     /// Loads the transformer with another plan or number format than the options'.
@@ -232,14 +244,14 @@ impl Pipeline {
     /// # Errors
     /// Extents that the model cannot draw, or an empty batch.
     pub fn initial_latents(&self, seed: u64, batch: usize, size: ImageSize) -> Result<InitialLatents> {
-        let [channels, height, width] = self.canvas.latent_shape(size)?;
+        let [channels, height, width] = self.latent_spec.latent_shape(size)?;
         if batch == 0 {
             return Err(RuntimeError::BadSetting("batch: expected at least 1, found 0".to_owned()));
         }
         let noise = TorchGenerator::new(seed).randn((batch, channels, height, width))?;
         let noise = noise.to_device(&self.options.device)?.to_dtype(self.dtype())?;
         let (tensor, image_ids) = self.transformer.family().pack(&noise)?;
-        Ok(InitialLatents { tensor, image_ids, size, image_tokens: self.canvas.image_tokens(size)? })
+        Ok(InitialLatents { tensor, image_ids, size, image_tokens: self.latent_spec.image_tokens(size)? })
     }
 
     /// The noise levels for `latents`.
@@ -256,8 +268,8 @@ impl Pipeline {
     /// # Errors
     /// A batch that the subjects do not divide.
     pub fn conditions(&self, encoded: &Conditions, latents: &InitialLatents, guidance: f64) -> Result<Conditions> {
-        let frame = Frame { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
-        Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.add_size_conditions(encoded, frame)? })
+        let batch_spec = Frame { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
+        Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.add_size_conditions(encoded, batch_spec)? })
     }
 
     /// The same for pictures of which no latents are at hand: without the places of tokens.
@@ -271,9 +283,9 @@ impl Pipeline {
     ) -> Result<Conditions> {
         let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch)).transpose();
         let device = self.options.device.clone();
-        let framing = BatchSpec { batch, size: [size.height, size.width], guidance, device };
+        let batch_spec = BatchSpec { batch, size: [size.height, size.width], guidance, device };
         let conditions = encoded.map_samples(repeated)?;
-        Ok(self.transformer.family().add_size_conditions(self.transformer.config(), conditions, &framing)?)
+        Ok(self.transformer.family().add_size_conditions(self.transformer.config(), conditions, &batch_spec)?)
     }
 
     /// What each step is conditioned on: the subjects `encoded`, and `without`, from which classifier-free guidance leads
@@ -289,8 +301,8 @@ impl Pipeline {
         guidance: f64,
     ) -> Result<Guidance> {
         let positive = self.conditions(encoded, latents, guidance)?;
-        match (&self.steering, without) {
-            (GuidanceKind::ClassifierFree { channels, .. }, Some(without)) if self.steering.guides(guidance) => {
+        match (&self.guidance_kind, without) {
+            (GuidanceKind::ClassifierFree { channels, .. }, Some(without)) if self.guidance_kind.guides(guidance) => {
                 let negative = self.conditions(without, latents, guidance)?;
                 Ok(Guidance::classifier_free(positive, negative, guidance, *channels)?)
             }
@@ -303,13 +315,13 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_guided(&self, subjects: &[Prompt]) -> Result<(Conditions, Option<Conditions>)> {
-        let GuidanceKind::ClassifierFree { without, .. } = &self.steering else {
-            return Ok((self.encode(subjects)?, None));
+    pub fn encode_guided(&self, prompts: &[Prompt]) -> Result<(Conditions, Option<Conditions>)> {
+        let GuidanceKind::ClassifierFree { without, .. } = &self.guidance_kind else {
+            return Ok((self.encode(prompts)?, None));
         };
-        let all: Vec<Prompt> = subjects.iter().chain([without]).cloned().collect();
+        let all: Vec<Prompt> = prompts.iter().chain([without]).cloned().collect();
         let encoded = self.encode(&all)?;
-        let count = subjects.len();
+        let count = prompts.len();
         Ok((encoded.samples(0, count)?, Some(encoded.samples(count, 1)?)))
     }
 
@@ -322,7 +334,7 @@ impl Pipeline {
     /// # Errors
     /// Latents that are not of this size, or pictures with NaN.
     pub fn decode(&self, drawn: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
-        let [_, height, width] = self.canvas.latent_shape(size)?;
+        let [_, height, width] = self.latent_spec.latent_shape(size)?;
         let latents = self.transformer.family().unpack(drawn, height, width)?.to_dtype(DType::F32)?;
         let Some(vae) = self.load_vae()? else { return to_pictures(&latents) };
         let one = |index| vae.decode(&latents.narrow(0, index, 1)?);
@@ -332,21 +344,21 @@ impl Pipeline {
 
     /// The VAE; none where the model draws pixels.
     pub(crate) fn load_vae(&self) -> Result<Option<AutoencoderKl>> {
-        let Some(config) = self.canvas.vae() else { return Ok(None) };
-        let weights = open_weights(&self.components, "vae", &self.changes, &self.options.device)?;
+        let Some(config) = self.latent_spec.vae() else { return Ok(None) };
+        let weights = open_weights(&self.components, "vae", &self.edits, &self.options.device)?;
         Ok(Some(AutoencoderKl::build(config.clone(), weights.as_ref())?))
     }
 
     fn guidance(&self, request: &GenerateRequest, latents: &InitialLatents) -> Result<Guidance> {
-        let GenerateRequest { subject, negative, guidance, true_cfg_scale, .. } = request;
+        let GenerateRequest { prompt, negative, guidance, true_cfg_scale, .. } = request;
         self.check_guidance(*true_cfg_scale)?;
-        let own = match &self.steering {
+        let own = match &self.guidance_kind {
             GuidanceKind::ClassifierFree { without, .. } => Some(negative.as_ref().unwrap_or(without)),
             GuidanceKind::Embedded => negative.as_ref(),
         };
-        let encoded = self.encode(&std::iter::once(subject).chain(own).cloned().collect::<Vec<_>>())?;
+        let encoded = self.encode(&std::iter::once(prompt).chain(own).cloned().collect::<Vec<_>>())?;
         let (positive, negative) = (encoded.samples(0, 1)?, own.map(|_| encoded.samples(1, 1)).transpose()?);
-        if let (GuidanceKind::Embedded, Some(negative)) = (&self.steering, &negative) {
+        if let (GuidanceKind::Embedded, Some(negative)) = (&self.guidance_kind, &negative) {
             let ready = |encoded| self.conditions(encoded, latents, *guidance);
             return Ok(Guidance::new(ready(&positive)?, Some(ready(negative)?), *true_cfg_scale)?);
         }
@@ -355,7 +367,7 @@ impl Pipeline {
 
     /// Refuses settings that would do nothing.
     fn check_guidance(&self, true_cfg_scale: f64) -> Result<()> {
-        let reason = match &self.steering {
+        let reason = match &self.guidance_kind {
             GuidanceKind::Embedded if self.options.guided_channels.is_some() => {
                 "guided channels: this model is not drawn with classifier-free guidance over some channels; leave it out"
             }

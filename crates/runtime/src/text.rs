@@ -16,7 +16,7 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The text encoders of a model, as adapters edit them.
 pub(crate) struct PipelineTextEncoders<'a> {
     pub components: &'a Components,
-    pub changes: &'a WeightEdits,
+    pub edits: &'a WeightEdits,
     pub device: &'a Device,
 }
 
@@ -25,14 +25,14 @@ pub(crate) struct PipelineTextEncoders<'a> {
 pub(crate) fn open_weights<'a>(
     components: &Components,
     part: &str,
-    changes: &'a WeightEdits,
+    edits: &'a WeightEdits,
     device: &Device,
 ) -> Result<Box<dyn TensorSource + 'a>> {
-    let adapted = PatchedSource::new(components.weights(part)?, changes, part, LowRankMode::Fused);
+    let patched = PatchedSource::new(components.weights(part)?, edits, part, LowRankMode::Fused);
     Ok(match device {
-        Device::Cpu => Box::new(adapted),
+        Device::Cpu => Box::new(patched),
         // They compute in f32. Widened on the way, they do not stand twice in the memory of a GPU.
-        _ => Box::new(InMemoryTensors::load(&adapted, Some(DType::F32), device)?),
+        _ => Box::new(InMemoryTensors::load(&patched, Some(DType::F32), device)?),
     })
 }
 
@@ -103,7 +103,7 @@ impl PipelineTextEncoders<'_> {
     }
 
     fn weights(&self, part: &str) -> Result<Box<dyn TensorSource + '_>> {
-        open_weights(self.components, part, self.changes, self.device)
+        open_weights(self.components, part, self.edits, self.device)
     }
 
     /// Older libraries write vocab.json and merges.txt, newer ones tokenizer.json.

@@ -29,7 +29,7 @@ pub struct Transformer {
     family: &'static dyn Family,
     identified: Identified,
     canonical: CanonicalSource<Dequantized<Checkpoint>>,
-    changes: Arc<WeightEdits>,
+    edits: Arc<WeightEdits>,
     low_rank: LowRankMode,
 }
 
@@ -94,17 +94,17 @@ impl Transformer {
         })?;
         let canonical = identified.canonical(checkpoint);
         let canonical = if reading.allow_unmatched { canonical.sufficient()? } else { canonical.complete()? };
-        let (changes, low_rank) = (Arc::default(), LowRankMode::default());
-        Ok(Self { family, identified, canonical, changes, low_rank })
+        let (edits, low_rank) = (Arc::default(), LowRankMode::default());
+        Ok(Self { family, identified, canonical, edits, low_rank })
     }
 
     /// The same with the edits of adapters, which may widen its input.
     ///
     /// # Errors
     /// A tensor has extents that no model of the family has.
-    pub fn adapted(mut self, changes: Arc<WeightEdits>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
-        (self.changes, self.low_rank) = (changes, low_rank);
-        if self.changes.touch(TRANSFORMER) {
+    pub fn patched(mut self, edits: Arc<WeightEdits>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
+        (self.edits, self.low_rank) = (edits, low_rank);
+        if self.edits.touch(TRANSFORMER) {
             let resized = self.identified.resized(&self.source(), manifests)?;
             resized.canonical(self.source()).complete()?;
             // A model of the same sizes stays the variant that it was, or was said to be.
@@ -146,7 +146,7 @@ impl Transformer {
     }
 
     fn edited<S: TensorSource>(&self, source: S) -> PatchedSource<'_, S> {
-        PatchedSource::new(source, &self.changes, TRANSFORMER, self.low_rank)
+        PatchedSource::new(source, &self.edits, TRANSFORMER, self.low_rank)
     }
 
     /// The number format of its largest tensor, if `device` computes with it; f32 else. A CPU has no kernels for f16, whose

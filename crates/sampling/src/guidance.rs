@@ -67,13 +67,13 @@ impl Guidance {
         denoiser: &dyn Denoiser,
         latents: &Tensor,
         timestep: &Tensor,
-        moment: StepIndex,
+        step_index: StepIndex,
     ) -> Result<Tensor> {
         let evaluate = |conditions: &Conditions| {
             let input = DenoiserInput {
                 latents: latents.clone(),
                 timestep: timestep.clone(),
-                step_index: moment,
+                step_index: step_index,
                 conditions: conditions.clone(),
             };
             Ok(without_variance(&denoiser.forward(&input)?, latents)?)

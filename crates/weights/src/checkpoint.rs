@@ -5,7 +5,7 @@
 
 use crate::folder::{FolderContents, ShardIndex};
 use crate::header::{Header, HeaderEntry};
-use crate::place::FileRange;
+use crate::storage_view::FileRange;
 use crate::wrapped::unwrapped;
 use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, gguf, json, torch};
 use serde_json::Value;

@@ -4,7 +4,7 @@
 //! <https://github.com/huggingface/safetensors#format>, with equal names refused too.
 
 use crate::json::{self, BoundedShape, UniqueKeys};
-use crate::place::StorageView;
+use crate::storage_view::StorageView;
 use crate::{Dtype, Result, WeightsError, disguise, files};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};

@@ -6,7 +6,7 @@
 
 use super::forward::negative;
 use super::problem::{Problem, QueryTile};
-use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
+use super::scores::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
 use super::sums::{KeySums, row, total};
 use super::workspaces::Workspaces;
 use crate::tiles::LANES;
@@ -232,26 +232,26 @@ impl<E: Element, F: Lane<Sum = E::Work>> BackwardHead<'_, '_, E, F> {
     }
 
     fn differentiate(&self, scratch: &mut BackwardScratch<F>, chunk: &Chunk<'_>, statistics: &Statistics<E::Work>) {
-        let (count, instructions) = (chunk.rows * LANES, self.problem.instructions);
+        let (count, features) = (chunk.rows * LANES, self.problem.features);
         let (probabilities, scores) = (&mut scratch.probabilities[..count], &mut scratch.scores[..count]);
         // Rows without a key have no share, and so no slope if nothing infinite is multiplied with it.
         probabilities.fill(E::Work::MINUS_INFINITY);
         scores.fill(E::Work::ZERO);
-        score(probabilities, &self.keys, chunk, &scratch.query, instructions);
-        hide(probabilities, chunk, instructions);
-        score(scores, &self.values, chunk, &scratch.grad, instructions);
-        instructions.run(SoftmaxBackward { probabilities, scores, statistics, scale: self.problem.scale() });
+        score(probabilities, &self.keys, chunk, &scratch.query, features);
+        hide(probabilities, chunk, features);
+        score(scores, &self.values, chunk, &scratch.grad, features);
+        features.run(SoftmaxBackward { probabilities, scores, statistics, scale: self.problem.scale() });
     }
 
     fn collect(&self, scratch: &mut BackwardScratch<F>, sums: &mut KeySums<E::Work>, chunk: &Chunk<'_>) {
         let BackwardScratch { query_rows, grad_rows, query_grad, probabilities, scores, factors, .. } = scratch;
         let (probabilities, scores) = (&probabilities[..chunk.rows * LANES], &scores[..chunk.rows * LANES]);
         let columns = if F::WIDTH > 1 { &self.key_columns } else { &self.keys };
-        let instructions = self.problem.instructions;
-        gather(query_grad, columns, chunk, F::along_columns(scores, LANES, factors, instructions), instructions);
-        let scatter = Scatter { chunk, instructions };
-        scatter.add(sums, |sums| &mut sums.key, F::along_rows(scores, factors, instructions), query_rows);
-        scatter.add(sums, |sums| &mut sums.value, F::along_rows(probabilities, factors, instructions), grad_rows);
+        let features = self.problem.features;
+        gather(query_grad, columns, chunk, F::along_columns(scores, LANES, factors, features), features);
+        let scatter = Scatter { chunk, features };
+        scatter.add(sums, |sums| &mut sums.key, F::along_rows(scores, factors, features), query_rows);
+        scatter.add(sums, |sums| &mut sums.value, F::along_rows(probabilities, factors, features), grad_rows);
     }
 }
 
@@ -288,7 +288,7 @@ impl<T: Real> SimdKernel for SoftmaxBackward<'_, T> {
 
 struct Scatter<'a, 'p> {
     chunk: &'a Chunk<'p>,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 }
 
 impl Scatter<'_, '_> {
@@ -308,7 +308,7 @@ impl Scatter<'_, '_> {
             let first = sums.place(piece.keys.start) * width;
             for channel in (0..width).step_by(LANES) {
                 let product = MatrixProduct { rows: rows_of_a, inner, a, b: &rows[channel..], b_step: width };
-                product.add_to(&mut of(sums)[first + channel..], width, self.instructions);
+                product.add_to(&mut of(sums)[first + channel..], width, self.features);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The forward: online softmax, tile by tile. Its main function is [`forward`].
 
 use super::problem::{Problem, QueryTile};
-use super::step::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
+use super::scores::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
 use super::workspaces::Workspaces;
 use crate::tiles::LANES;
 use clearform_ops::simd::{
@@ -136,15 +136,15 @@ impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
 
     fn chunk(&mut self, chunk: &Chunk<'_>, online: &mut RunningMax<E::Work>) {
         let ForwardScratch { query, out, scores, weights, .. } = &mut *self.scratch;
-        let instructions = self.head.problem.instructions;
+        let features = self.head.problem.features;
         let scores = &mut scores[..chunk.rows * LANES];
         // Rows without a key are to have no share.
         scores.fill(E::Work::MINUS_INFINITY);
-        score(scores, self.head.keys, chunk, query, instructions);
-        hide(scores, chunk, instructions);
-        instructions.run(OnlineSoftmax { online, scores, out, scale: self.head.problem.scale() });
-        let weights = F::along_columns(scores, LANES, weights, instructions);
-        gather(out, self.head.values, chunk, weights, instructions);
+        score(scores, self.head.keys, chunk, query, features);
+        hide(scores, chunk, features);
+        features.run(OnlineSoftmax { online, scores, out, scale: self.head.problem.scale() });
+        let weights = F::along_columns(scores, LANES, weights, features);
+        gather(out, self.head.values, chunk, weights, features);
     }
 
     fn finish(&mut self, online: &RunningMax<E::Work>) {
@@ -153,7 +153,7 @@ impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
         }
         let ForwardHead { problem, head, .. } = self.head;
         let channels = head * problem.head_dim..(head + 1) * problem.head_dim;
-        problem.instructions.run(StoreOutput {
+        problem.features.run(StoreOutput {
             sums: &self.scratch.out,
             scales: self.scales,
             out: self.out,

@@ -70,9 +70,7 @@ impl CustomOp3 for AttentionOp {
         let out = match query {
             CpuStorage::F32(_) => self.forward::<f32, f32>(inputs)?,
             CpuStorage::F64(_) => self.forward::<f64, f64>(inputs)?,
-            CpuStorage::BF16(_) if self.problem.instructions.multiply_pairs() => {
-                self.forward::<bf16, Bf16Pair>(inputs)?
-            }
+            CpuStorage::BF16(_) if self.problem.features.multiply_pairs() => self.forward::<bf16, Bf16Pair>(inputs)?,
             CpuStorage::BF16(_) => self.forward::<bf16, f32>(inputs)?,
             _ => bail!("attention has no kernel for this number format"),
         };
@@ -84,9 +82,7 @@ impl CustomOp3 for AttentionOp {
         match query.dtype() {
             DType::F32 => self.backward::<f32, f32>(args, out, &grad),
             DType::F64 => self.backward::<f64, f64>(args, out, &grad),
-            DType::BF16 if self.problem.instructions.multiply_pairs() => {
-                self.backward::<bf16, Bf16Pair>(args, out, &grad)
-            }
+            DType::BF16 if self.problem.features.multiply_pairs() => self.backward::<bf16, Bf16Pair>(args, out, &grad),
             DType::BF16 => self.backward::<bf16, f32>(args, out, &grad),
             dtype => bail!("attention has no kernel for {dtype:?}"),
         }

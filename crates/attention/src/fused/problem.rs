@@ -23,7 +23,7 @@ pub(super) struct Problem {
     pub queries: usize,
     pub keys: usize,
     /// What its arithmetic is compiled for.
-    pub instructions: CpuFeatures,
+    pub features: CpuFeatures,
     /// Query tiles in sequence order; together they hold each query once.
     pub tiles: Vec<QueryTile>,
     /// Runs of text keys that count, batch by batch.
@@ -56,7 +56,7 @@ impl Problem {
         sequence: &JointSequence,
         geometry: &Geometry,
         radius: Option<Radius>,
-        instructions: CpuFeatures,
+        features: CpuFeatures,
     ) -> Result<Self> {
         let (batch, queries, heads, head_dim) = sequence.query.dims4()?;
         Ok(Self {
@@ -65,7 +65,7 @@ impl Problem {
             head_dim,
             queries,
             keys: sequence.key.dim(1)?,
-            instructions,
+            features,
             tiles: text_tiles(sequence.text).chain(image_tiles(sequence.text, geometry)).collect(),
             text_runs: text_runs(geometry.visible_text(batch, sequence.text)?, batch, sequence.text),
             text: sequence.text,

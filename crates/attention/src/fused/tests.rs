@@ -41,17 +41,17 @@ impl Inputs {
         numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
     }
 
-    fn problem<E: Element>(&self, instructions: CpuFeatures) -> (Problem, [Vec<E>; 3]) {
+    fn problem<E: Element>(&self, features: CpuFeatures) -> (Problem, [Vec<E>; 3]) {
         let sequence = JointSequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
         let values = |x: &Tensor| x.flatten_all().unwrap().to_dtype(E::DTYPE).unwrap().to_vec1::<E>().unwrap();
-        let problem = Problem::new(&sequence, &self.geometry, self.window.radius, instructions).unwrap();
+        let problem = Problem::new(&sequence, &self.geometry, self.window.radius, features).unwrap();
         (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))
     }
 
     /// Output and the gradients of query, key and value, where the gradient of the output is the values' own, by products
     /// of `F` over memory that holds `before`.
-    fn computed<E: Element, F: Lane<Sum = E::Work>>(&self, instructions: CpuFeatures, before: f64) -> [Vec<f64>; 4] {
-        let (problem, inputs) = self.problem::<E>(instructions);
+    fn computed<E: Element, F: Lane<Sum = E::Work>>(&self, features: CpuFeatures, before: f64) -> [Vec<f64>; 4] {
+        let (problem, inputs) = self.problem::<E>(features);
         let [query, key, value] = inputs.each_ref().map(Vec::as_slice);
         let filled = |like: &[E]| vec![E::from_f64(before); like.len()];
         let mut out = filled(query);
@@ -92,16 +92,16 @@ fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
         let inputs = Inputs::new(case);
         let exact = inputs.plain(DType::F64);
         let plain = distance(&inputs.plain(DType::BF16), &exact);
-        for instructions in CpuFeatures::available() {
-            let paired = inputs.computed::<bf16, Bf16Pair>(instructions, 0.0);
-            let single = inputs.computed::<bf16, f32>(instructions, 0.0);
+        for features in CpuFeatures::available() {
+            let paired = inputs.computed::<bf16, Bf16Pair>(features, 0.0);
+            let single = inputs.computed::<bf16, f32>(features, 0.0);
             for [out, ..] in [&paired, &single] {
                 let error = distance(out, &exact);
-                assert!(error <= 2.0 * plain + 1e-6, "{case:?}, {instructions:?}: {error:e}, plain {plain:e}");
+                assert!(error <= 2.0 * plain + 1e-6, "{case:?}, {features:?}: {error:e}, plain {plain:e}");
             }
             for (got, want) in paired[1..].iter().zip(&single[1..]) {
                 let error = distance(got, want);
-                assert!(error <= 1e-2, "{case:?}, {instructions:?}: gradients differ by {error:e}");
+                assert!(error <= 1e-2, "{case:?}, {features:?}: gradients differ by {error:e}");
             }
         }
     }

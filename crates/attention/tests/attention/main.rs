@@ -61,11 +61,11 @@ fn fused_forward_equals_the_reference_at_every_level() {
         let exact = result(&inputs.exact(), plain);
         let theirs = distance(&result(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
-        for instructions in CpuFeatures::available() {
-            let got = fused(&inputs.at(instructions), &inputs.tensors).unwrap();
+        for features in CpuFeatures::available() {
+            let got = fused(&inputs.at(features), &inputs.tensors).unwrap();
             assert_eq!(got.image.dtype(), dtype);
             let error = distance(&output(&got), &exact);
-            let name = format!("{} on {:?} + {}, {dtype:?}, {instructions:?}", case.plan, case.grids, case.text);
+            let name = format!("{} on {:?} + {}, {dtype:?}, {features:?}", case.plan, case.grids, case.text);
             assert!(error <= 2.0 * theirs + slack, "{name}: {error:e}, the plain operation {theirs:e}");
         }
         assert_eq!(result(&inputs, planned), result(&inputs, fused));
@@ -80,12 +80,12 @@ fn fused_gradients_are_as_good_as_those_of_the_reference_at_every_level() {
         let exact = gradients(&inputs.exact(), plain);
         let theirs = gradient_errors(&gradients(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
-        for instructions in CpuFeatures::available() {
-            let ours = gradient_errors(&gradients(&inputs.at(instructions), fused), &exact);
+        for features in CpuFeatures::available() {
+            let ours = gradient_errors(&gradients(&inputs.at(features), fused), &exact);
             for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
                 let name = format!("{} on {:?} + {}, tensor {index}", case.plan, case.grids, case.text);
                 let limit = 2.0 * theirs + slack;
-                assert!(*ours <= limit, "{name}, {dtype:?}, {instructions:?}: {ours:e}, the plain {theirs:e}");
+                assert!(*ours <= limit, "{name}, {dtype:?}, {features:?}: {ours:e}, the plain {theirs:e}");
             }
         }
     }

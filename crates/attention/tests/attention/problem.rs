@@ -20,7 +20,7 @@ pub struct Case {
     pub mask: Mask,
     /// Cells by which tokens are ordered.
     pub cell: (usize, usize),
-    pub instructions: CpuFeatures,
+    pub features: CpuFeatures,
 }
 
 /// Which text tokens count.
@@ -45,7 +45,7 @@ pub fn case(grids: &[(usize, usize)], text: usize, plan: &str) -> Case {
         plan: plan.to_owned(),
         mask: Mask::None,
         cell: (4, 4),
-        instructions: CpuFeatures::detect(),
+        features: CpuFeatures::detect(),
     }
 }
 
@@ -103,8 +103,8 @@ impl Inputs {
         self.clone().converted(DType::F64)
     }
 
-    pub fn at(&self, instructions: CpuFeatures) -> Self {
-        Self { case: Case { instructions, ..self.case.clone() }, ..self.clone() }
+    pub fn at(&self, features: CpuFeatures) -> Self {
+        Self { case: Case { features, ..self.case.clone() }, ..self.clone() }
     }
 
     fn converted(mut self, dtype: DType) -> Self {
@@ -143,7 +143,7 @@ fn qkv(tensors: &[Tensor]) -> Qkv {
 
 /// The kernel by the case's instructions.
 pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let attention = TiledAttention::new(inputs.window(tensors)).with_instructions(inputs.case.instructions);
+    let attention = TiledAttention::new(inputs.window(tensors)).with_instructions(inputs.case.features);
     attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
 }
 

@@ -37,13 +37,13 @@ fn problems() -> impl Strategy<Value = Case> {
     let shape = (1..=3usize, 1..=3usize, head_dim, prop_oneof![1 => Just(0), 4 => 0..=70usize], any::<bool>());
     let levels: Vec<CpuFeatures> = CpuFeatures::available().collect();
     let chosen = (prop::sample::select(levels), prop::sample::select(CELLS.to_vec()));
-    (grids(), shape, plans(), masks(), chosen).prop_map(|(grids, shape, plan, mask, (instructions, cell))| {
+    (grids(), shape, plans(), masks(), chosen).prop_map(|(grids, shape, plan, mask, (features, cell))| {
         let (batch, heads, head_dim, text, empty_stream) = shape;
         let tokens = text + grids.iter().map(|(height, width)| height * width).sum::<usize>();
         let most = (AFFORDABLE / (tokens * tokens * head_dim)).max(1);
         let batch = batch.min(most);
         let heads = heads.min(most / batch);
-        Case { batch, heads, head_dim, empty_stream, mask, cell, instructions, ..case(&grids, text, &plan) }
+        Case { batch, heads, head_dim, empty_stream, mask, cell, features, ..case(&grids, text, &plan) }
     })
 }
 

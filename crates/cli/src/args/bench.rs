@@ -9,7 +9,7 @@ use std::path::PathBuf;
 pub struct BenchArgs {
     /// What is timed.
     #[command(subcommand)]
-    pub subject: BenchCommand,
+    pub command: BenchCommand,
 }
 
 /// What is timed.
@@ -22,7 +22,8 @@ pub enum BenchCommand {
     /// One evaluation of a model at several sizes and attentions.
     Model(ModelBenchArgs),
     /// How much of what attention computes lies inside the disc; nothing is timed.
-    Share(TilesBenchArgs),
+    #[command(alias = "share")]
+    Tiles(TilesBenchArgs),
 }
 
 /// `clearform bench attention`.
@@ -105,7 +106,7 @@ pub struct ModelBenchArgs {
     pub evaluation: EvaluationArgs,
 }
 
-/// `clearform bench share`. Without options it gives the table of tiles that CLEAR's kernel is held against.
+/// `clearform bench tiles`. Without options it gives the table of tiles that CLEAR's kernel is held against.
 #[derive(Debug, Args)]
 pub struct TilesBenchArgs {
     /// Image tokens, HEIGHTxWIDTH; several with commas.

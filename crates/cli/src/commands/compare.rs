@@ -1,10 +1,10 @@
 //! `clearform compare`: teacher and student side by side on the same seeds.
 
 use crate::args::CompareArgs;
-use crate::opening::{open_original, open_plainly};
+use crate::evaluation::{EvaluationRun, attention_errors};
 use crate::output::{CommandOutcome, Output};
 use crate::report::Page;
-use crate::sitting::{EvaluationRun, attention_errors};
+use crate::sources::{open_original, open_plainly};
 use anyhow::Context as _;
 use clearform_models::Prompt;
 use clearform_runtime::compare::{contact_sheet, psnr, ssim};
@@ -20,18 +20,18 @@ pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome
     let (components, device) = (args.drawing.components.as_deref(), args.drawing.device);
     let teacher = open_original(&args.teacher, &args.student, components, device)?;
     let student = open_plainly(&args.student, components, device)?;
-    let sitting = EvaluationRun::new(&args.drawing, &teacher)?;
-    let bar = output.progress("drawing", 2 * sitting.subjects.len());
+    let evaluation = EvaluationRun::new(&args.drawing, &teacher)?;
+    let bar = output.progress("drawing", 2 * evaluation.prompts.len());
     let mut advance = |count: usize| bar.inc(count as u64);
     let original = teacher.load_transformer(teacher.plan(), None)?;
     let linear = student.load_transformer(student.plan(), None)?;
-    let wanted = sitting.draw(&teacher, original.as_ref(), &mut advance)?;
-    let got = sitting.draw(&student, linear.as_ref(), &mut advance)?;
+    let wanted = evaluation.draw(&teacher, original.as_ref(), &mut advance)?;
+    let got = evaluation.draw(&student, linear.as_ref(), &mut advance)?;
     bar.finish_and_clear();
-    let input = sitting.halfway(&teacher, &wanted, sitting.subjects.len().min(LAYER_PICTURES))?;
+    let input = evaluation.halfway(&teacher, &wanted, evaluation.prompts.len().min(LAYER_PICTURES))?;
     let layers = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
-    let pictures = (sitting.decode(&teacher, &wanted)?, sitting.decode(&student, &got)?);
-    let report = ComparisonReport::new(&sitting, &pictures.0, &pictures.1, layers)?;
+    let pictures = (evaluation.decode(&teacher, &wanted)?, evaluation.decode(&student, &got)?);
+    let report = ComparisonReport::new(&evaluation, &pictures.0, &pictures.1, layers)?;
     write(&args.output, &report, &[pictures.0, pictures.1])?;
     output.result(&report)?;
     Ok(CommandOutcome::Whole)
@@ -57,19 +57,19 @@ struct ImagePair {
 
 impl ComparisonReport {
     fn new(
-        sitting: &EvaluationRun,
+        evaluation: &EvaluationRun,
         wanted: &[RgbImage],
         got: &[RgbImage],
         attention_error: Vec<(String, f64)>,
     ) -> anyhow::Result<Self> {
-        let pair = |(subject, (wanted, got)): (&Prompt, (&RgbImage, &RgbImage))| -> anyhow::Result<ImagePair> {
-            Ok(ImagePair { prompt: subject.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
+        let pair = |(prompt, (wanted, got)): (&Prompt, (&RgbImage, &RgbImage))| -> anyhow::Result<ImagePair> {
+            Ok(ImagePair { prompt: prompt.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
         };
         let pictures =
-            sitting.subjects.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
+            evaluation.prompts.iter().zip(wanted.iter().zip(got)).map(pair).collect::<anyhow::Result<Vec<_>>>()?;
         let mean = |value: fn(&ImagePair) -> f64| pictures.iter().map(value).sum::<f64>() / pictures.len() as f64;
         let (psnr, ssim) = (mean(|pair| pair.psnr), mean(|pair| pair.ssim));
-        Ok(Self { steps: sitting.steps, seed: sitting.seed, psnr, ssim, pictures, attention_error })
+        Ok(Self { steps: evaluation.steps, seed: evaluation.seed, psnr, ssim, pictures, attention_error })
     }
 }
 

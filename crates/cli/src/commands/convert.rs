@@ -2,9 +2,9 @@
 
 use crate::adapters;
 use crate::args::{AdapterArg, ConvertArgs};
-use crate::opening::{identify, plainly, plan, reading, tell};
+use crate::distillation::{self, StudentSpec, TrainedStudent};
 use crate::output::{CommandOutcome, Output};
-use crate::school::{self, StudentSpec, TrainedStudent};
+use crate::sources::{identify, plainly, plan, reading, tell};
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{ConversionPlan, ConversionReport, PatchedAttention, SourceHashes};
 use clearform_distill::SampleSet;
@@ -34,7 +34,7 @@ pub struct ConvertedModel {
     /// What became of every tensor.
     pub report: ConversionReport,
     /// What training gave, where there was training.
-    pub lesson: Option<TrainedStudent>,
+    pub trained: Option<TrainedStudent>,
 }
 
 /// Converts; the model appears when it is whole.
@@ -43,7 +43,7 @@ pub fn convert(args: &ConvertArgs, attention: &AttentionPlan, output: &Output) -
     let opened = open(args, &adapters, output)?;
     let transformer = &opened.edited.transformer;
     if !args.no_distill && args.training.samples.is_none() {
-        school::needed(
+        distillation::needed(
             args.training.components.as_deref(),
             &opened.components.missing(transformer.identified().components()),
         )?;
@@ -53,10 +53,10 @@ pub fn convert(args: &ConvertArgs, attention: &AttentionPlan, output: &Output) -
         true => StagingDir::resume(&args.output, replace)?,
         false => StagingDir::begin(&args.output, replace)?,
     };
-    let lesson =
-        (!args.no_distill).then(|| lesson(args, attention, transformer, &stage, &adapters, output)).transpose()?;
-    let report = write(args, attention, &opened, stage, lesson.as_ref(), output)?;
-    Ok(ConvertedModel { report, lesson })
+    let trained =
+        (!args.no_distill).then(|| trained(args, attention, transformer, &stage, &adapters, output)).transpose()?;
+    let report = write(args, attention, &opened, stage, trained.as_ref(), output)?;
+    Ok(ConvertedModel { report, trained })
 }
 
 /// The plan that the arguments ask for.
@@ -94,7 +94,7 @@ fn open(args: &ConvertArgs, adapters: &Adapters, output: &Output) -> anyhow::Res
     Ok(OpenSource { edited, components })
 }
 
-fn lesson(
+fn trained(
     args: &ConvertArgs,
     attention: &AttentionPlan,
     transformer: &Transformer,
@@ -105,12 +105,12 @@ fn lesson(
     let samples = samples(args, stage, adapters, output)?;
     let start = transformer.source();
     let student = StudentSpec { plan: attention, start: &start, folder: &stage.work().join("training") };
-    school::train(transformer, student, &samples, &args.training, output)
+    distillation::train(transformer, student, &samples, &args.training, output)
 }
 
 fn samples(args: &ConvertArgs, stage: &StagingDir, adapters: &Adapters, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
-        return school::ready_samples(folder);
+        return distillation::ready_samples(folder);
     }
     let options = PipelineOptions {
         reading: reading(&args.reading)?,
@@ -118,7 +118,7 @@ fn samples(args: &ConvertArgs, stage: &StagingDir, adapters: &Adapters, output: 
         ..plainly(args.training.components.as_deref(), args.training.device)?
     };
     let pipeline = Pipeline::open(&args.source, options)?;
-    school::samples(&pipeline, &args.training, &stage.work().join("samples"), output)
+    distillation::samples(&pipeline, &args.training, &stage.work().join("samples"), output)
 }
 
 fn write(
@@ -126,7 +126,7 @@ fn write(
     attention: &AttentionPlan,
     opened: &OpenSource,
     mut stage: StagingDir,
-    lesson: Option<&TrainedStudent>,
+    trained: Option<&TrainedStudent>,
     output: &Output,
 ) -> anyhow::Result<ConversionReport> {
     let transformer = &opened.edited.transformer;
@@ -137,18 +137,18 @@ fn write(
         bar.set_length(all);
         bar.set_position(done);
     };
-    let report = match lesson {
-        Some(lesson) => {
-            let distilled = PatchedAttention::new(&source, &lesson.distilled.tensors);
+    let report = match trained {
+        Some(trained) => {
+            let distilled = PatchedAttention::new(&source, &trained.distilled.tensors);
             plan.apply(&distilled, transformer.load_report(), &mut stage, &mut watch)?
         }
         None => plan.apply(&source, transformer.load_report(), &mut stage, &mut watch)?,
     };
     bar.finish_and_clear();
-    bake_components(&opened.components, &opened.edited.changes, &mut stage)?;
+    bake_components(&opened.components, &opened.edited.edits, &mut stage)?;
     let mut record = plan.record(origins.wait()?)?;
     record.adapter = args.adapters.lora.iter().map(adapter_record).collect::<anyhow::Result<_>>()?;
-    record.distillation = lesson.map(|lesson| lesson.record.clone());
+    record.distillation = trained.map(|trained| trained.record.clone());
     stage.finish(record)?;
     Ok(report)
 }
@@ -164,10 +164,10 @@ fn conversion(args: &ConvertArgs, attention: &AttentionPlan, opened: &OpenSource
 }
 
 /// Writes the parts beside the transformer that adapters edit anew.
-fn bake_components(components: &Components, changes: &WeightEdits, stage: &mut StagingDir) -> anyhow::Result<()> {
-    for part in EDITED_PARTS.into_iter().filter(|part| changes.touch(part)) {
+fn bake_components(components: &Components, edits: &WeightEdits, stage: &mut StagingDir) -> anyhow::Result<()> {
+    for part in EDITED_PARTS.into_iter().filter(|part| edits.touch(part)) {
         let stored = components.weights(part)?;
-        stage.replace_tensors(part, &PatchedSource::new(stored, changes, part, LowRankMode::Fused))?;
+        stage.replace_tensors(part, &PatchedSource::new(stored, edits, part, LowRankMode::Fused))?;
     }
     Ok(())
 }
@@ -204,9 +204,9 @@ impl fmt::Display for WrittenModel {
         if !report.components.is_empty() {
             write!(f, "; with {}", report.components.join(", "))?;
         }
-        report.parts.iter().try_for_each(|(part, account)| {
-            write!(f, "\n{part}, from the same file: {} tensors used", account.used())?;
-            write!(f, ", {} skipped", account.skipped().count())
+        report.parts.iter().try_for_each(|(part, load_report)| {
+            write!(f, "\n{part}, from the same file: {} tensors used", load_report.used())?;
+            write!(f, ", {} skipped", load_report.skipped().count())
         })
     }
 }

@@ -1,8 +1,8 @@
 //! `clearform export`: a transformer in one file, under the names that other programs know.
 
 use crate::args::ExportArgs;
-use crate::opening::{open_as, reading, tell};
 use crate::output::{CommandOutcome, Output};
+use crate::sources::{open_as, reading, tell};
 use clearform_convert::PatchedAttention;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};

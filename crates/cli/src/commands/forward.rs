@@ -2,8 +2,8 @@
 
 use crate::adapters;
 use crate::args::ForwardArgs;
-use crate::opening::{device, open_as, plan, reading};
 use crate::output::{CommandOutcome, Output};
+use crate::sources::{device, open_as, plan, reading};
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -23,14 +23,14 @@ pub fn run(args: &ForwardArgs, output: &Output) -> anyhow::Result<CommandOutcome
     let adapters = adapters::open_all(&args.adapters)?;
     let transformer = open_as(&args.model, &reading)?;
     let EditedTransformer { transformer, reports, .. } = adapters.apply_to(transformer, None, &reading.manifests)?;
-    let branches = adapters.open_controlnets(&transformer)?;
-    adapters::tell(&reports, &branches, output);
+    let controlnets = adapters.open_controlnets(&transformer)?;
+    adapters::tell(&reports, &controlnets, output);
     let plan = match &args.running.attention {
         Some(text) => plan(text)?,
         None => clearform_portable_model::recorded_plan(&args.model)?.unwrap_or_else(AttentionPlan::full),
     };
     let mut inputs = inputs(args, dtype, &device)?;
-    let controls = controls(&branches, &mut inputs)?;
+    let controls = controls(&controlnets, &mut inputs)?;
     let input = transformer.family().input(inputs)?;
     let denoiser = transformer.build(&plan, Some(dtype), &device)?;
     let sample = ControlledDenoiser::new(denoiser.as_ref(), controls).forward(&input)?;
@@ -68,7 +68,7 @@ fn inputs(args: &ForwardArgs, dtype: DType, device: &Device) -> anyhow::Result<B
 /// Takes out of `inputs` what the branches are controlled by: each its own, or all the same. A mode that no branch takes
 /// is nothing to complain of, as in diffusers; any other input that is left over will be.
 fn controls(
-    branches: &[ActiveControlNet],
+    controlnets: &[ActiveControlNet],
     inputs: &mut BTreeMap<String, Tensor>,
 ) -> anyhow::Result<Vec<ControlNetInput>> {
     let mut used = BTreeSet::new();
@@ -80,16 +80,16 @@ fn controls(
         tensor
     };
     let mut controls = Vec::new();
-    for (index, acting) in branches.iter().enumerate() {
-        let path = acting.branch.path().display();
+    for (index, schedule) in controlnets.iter().enumerate() {
+        let path = schedule.controlnet.path().display();
         let missing = || format!("--inputs: {path} takes the input {CONTROL:?}, which is missing");
         controls.push(ControlNetInput {
-            branch: acting.branch.clone(),
+            controlnet: schedule.controlnet.clone(),
             control: of(CONTROL, index).with_context(missing)?,
             mode: of(MODE, index),
             guidance: None,
-            scale: acting.scale,
-            interval: acting.acting.interval,
+            scale: schedule.scale,
+            interval: schedule.schedule.interval,
         });
     }
     inputs.retain(|name, _| !used.contains(name));

@@ -2,8 +2,8 @@
 
 use crate::adapters;
 use crate::args::GenerateArgs;
-use crate::opening::{plainly, plan, reading};
 use crate::output::{CommandOutcome, Output};
+use crate::sources::{plainly, plan, reading};
 use anyhow::bail;
 use clearform_layout::SamplingDefaults;
 use clearform_models::Prompt;
@@ -61,7 +61,7 @@ fn request(args: &GenerateArgs, pipeline: &Pipeline) -> anyhow::Result<GenerateR
     let SamplingDefaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
     let size = ImageSize { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
     Ok(GenerateRequest {
-        subject: args.class.map(Prompt::Class).unwrap_or(Prompt::Text(args.prompt.clone().unwrap_or_default())),
+        prompt: args.class.map(Prompt::Class).unwrap_or(Prompt::Text(args.prompt.clone().unwrap_or_default())),
         negative: args.negative_prompt.clone().map(Prompt::Text),
         size: Some(size),
         steps: args.steps.unwrap_or(steps),
@@ -100,7 +100,7 @@ fn parameters(
 ) -> GenerationParameters {
     let model = args.model.file_name().unwrap_or(args.model.as_os_str());
     GenerationParameters {
-        prompt: request.subject.to_string(),
+        prompt: request.prompt.to_string(),
         negative_prompt: args.negative_prompt.clone().unwrap_or_default(),
         seed: request.seed,
         steps: request.steps,

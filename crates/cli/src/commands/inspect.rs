@@ -1,8 +1,8 @@
 //! `clearform inspect`: what a checkpoint is, from its headers alone.
 
 use crate::args::InspectArgs;
-use crate::opening::{identify, tell};
 use crate::output::{CommandOutcome, Output};
+use crate::sources::{identify, tell};
 use clearform_layout::Inspection;
 
 /// Faults that stderr names; the result has all.

@@ -2,8 +2,8 @@
 
 use crate::args::{PatchAction, PatchArgs, PatchModeArg, SourceArgs};
 use crate::commands::convert::WrittenModel;
-use crate::opening::{open_as, original_transformer, transformer};
 use crate::output::{CommandOutcome, Output};
+use crate::sources::{open_as, original_transformer, transformer};
 use clearform_attention::Radius;
 use clearform_convert::{AttentionPatch, ConversionPlan, ConversionReport, PatchMode, SourceHashes};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
@@ -67,7 +67,7 @@ fn write(application: &PatchApplication) -> anyhow::Result<ConversionReport> {
     let base = base.as_ref().map(Transformer::source);
     let base = base.as_ref().map(|base| base as &dyn TensorSource);
     let reading = SourceArgs { family: patch.family().map(str::to_owned), ..SourceArgs::default() };
-    let reading = crate::opening::reading(&reading)?;
+    let reading = crate::sources::reading(&reading)?;
     let transformer = open_as(to, &reading)?;
     let source = transformer.source();
     let patched = patch.onto(&source, mode, base)?;

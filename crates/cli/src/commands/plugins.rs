@@ -1,6 +1,6 @@
 //! `clearform plugins`: what adapters this installation can load, and whether a plugin keeps to the boundary.
 
-use crate::adapters::shelf;
+use crate::adapters::registry;
 use crate::args::{PluginsAction, PluginsArgs};
 use crate::output::{CommandOutcome, Output};
 use clearform_plugin_host::{ExampleResult, Plugin, check, plugin_at};
@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 pub fn run(args: &PluginsArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
         PluginsAction::List(search) => {
-            let shelf = shelf(search)?;
-            let plugins = shelf.plugins().iter().map(ListedPlugin::new).collect();
-            let broken: Vec<_> = shelf.broken().to_vec();
+            let registry = registry(search)?;
+            let plugins = registry.plugins().iter().map(ListedPlugin::new).collect();
+            let broken: Vec<_> = registry.broken().to_vec();
             let whole = broken.is_empty();
             output.result(&PluginListing { plugins, broken })?;
             Ok(CommandOutcome::whole_if(whole))

@@ -2,24 +2,24 @@
 
 use crate::adapters;
 use crate::args::TransferArgs as Args;
-use crate::opening::plainly;
+use crate::evaluation::EvaluationRun;
 use crate::output::{CommandOutcome, Output};
 use crate::report::Page;
-use crate::sitting::EvaluationRun;
+use crate::sources::plainly;
 use crate::transfer::{TransferStudy, with_merged_adapters};
 use anyhow::{Context as _, bail};
 use clearform_runtime::{Adapters, Pipeline, RgbImage};
 
 pub fn run(args: &Args, output: &Output) -> anyhow::Result<CommandOutcome> {
     let options = with_merged_adapters(plainly(args.drawing.components.as_deref(), args.drawing.device)?);
-    let sitting = EvaluationRun::new(&args.drawing, &Pipeline::open(&args.teacher, options.clone())?)?;
-    let controls = control_images(args, sitting.subjects.len())?;
+    let evaluation = EvaluationRun::new(&args.drawing, &Pipeline::open(&args.teacher, options.clone())?)?;
+    let controls = control_images(args, evaluation.prompts.len())?;
     let study = TransferStudy {
         teacher: &args.teacher,
         student: &args.student,
         fine_tune: args.fine_tune.as_deref(),
         adapters: conditions(args)?,
-        sitting,
+        evaluation,
         control: &|_| controls.clone(),
         options,
         folder: &args.output,
@@ -38,9 +38,9 @@ pub fn run(args: &Args, output: &Output) -> anyhow::Result<CommandOutcome> {
 /// The LoRAs, the ControlNets, and both together.
 fn conditions(args: &Args) -> anyhow::Result<Vec<(String, Adapters)>> {
     let all = adapters::open_all(&args.adapters)?;
-    let (weights, branches) = (all.only_weights(), all.only_controlnets());
-    let several = !weights.is_empty() && !branches.is_empty();
-    let named = [("LoRA", weights), ("ControlNet", branches)].map(|(name, adapters)| (name.to_owned(), adapters));
+    let (weights, controlnets) = (all.only_weights(), all.only_controlnets());
+    let several = !weights.is_empty() && !controlnets.is_empty();
+    let named = [("LoRA", weights), ("ControlNet", controlnets)].map(|(name, adapters)| (name.to_owned(), adapters));
     let both = several.then(|| ("LoRA and ControlNet".to_owned(), all));
     Ok(named.into_iter().filter(|(_, adapters)| !adapters.is_empty()).chain(both).collect())
 }

@@ -1,9 +1,9 @@
 //! The whole story on the embedded teacher: open, convert, distil, draw, compare, report.
 
-mod carried;
 mod edges;
 mod embedded;
 mod report;
-mod story;
+mod run;
+mod transfer;
 
-pub use story::{DemoSettings, run};
+pub use run::{DemoSettings, run};

@@ -1,6 +1,6 @@
 //! Backward block by block against one backward through everything, and what teacher and student hold.
 
-use crate::support::{batch, config, pair, steps, weights};
+use crate::support::{batch, config, models, steps, weights};
 use candle_core::{DType, Tensor, TensorId};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
@@ -31,9 +31,9 @@ fn square(a: &Tensor, b: &Tensor) -> Tensor {
 }
 
 /// The total loss with every layer watched, in one graph.
-fn plain_loss(pair: &TeacherStudent, batch: &Batch) -> Tensor {
-    let (taught, taught_attention) = run(pair.teacher(), batch);
-    let (own, own_attention) = run(pair.student(), batch);
+fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
+    let (taught, taught_attention) = run(models.teacher(), batch);
+    let (own, own_attention) = run(models.student(), batch);
     let flow = (square(&own, &batch.target) / own.elem_count() as f64).unwrap();
     let prediction = (square(&own, &taught) / own.elem_count() as f64).unwrap();
     let mut loss = (flow + (prediction * 0.5).unwrap()).unwrap();
@@ -48,25 +48,25 @@ fn plain_loss(pair: &TeacherStudent, batch: &Batch) -> Tensor {
 
 #[test]
 fn block_by_block_is_plain_backward() {
-    let (steps, pair) = (steps(), pair("clear:r=2,d=2", DType::F32));
-    let layers = Some(pair.student().layers().to_vec());
+    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
+    let layers = Some(models.student().layers().to_vec());
     let batch = batch(&steps, 1);
-    let plain = plain_loss(&pair, &batch);
+    let plain = plain_loss(&models, &batch);
     let loss = LossSettings { layers, ..LossSettings::default() };
-    let (losses, gradients) = backward(&pair, &batch, &loss, Activations::Recompute).unwrap();
+    let (losses, gradients) = backward(&models, &batch, &loss, Activations::Recompute).unwrap();
     let plain_total = f64::from(plain.to_scalar::<f32>().unwrap());
     assert!((losses.total - plain_total).abs() < 1e-5 * plain_total, "{} and {plain_total}", losses.total);
     let store = plain.backward().unwrap();
-    assert_eq!(gradients.len(), pair.masters().len());
-    for (name, master) in pair.masters() {
+    assert_eq!(gradients.len(), models.masters().len());
+    for (name, master) in models.masters() {
         assert_close(name, &gradients[name], &store.get(master).unwrap().detach(), 1e-5);
     }
 }
 
 #[test]
 fn keeping_activations_changes_no_bit() {
-    let (steps, pair) = (steps(), pair("clear:r=2,d=2", DType::F32));
-    let run = |activations| backward(&pair, &batch(&steps, 2), &LossSettings::default(), activations).unwrap();
+    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
+    let run = |activations| backward(&models, &batch(&steps, 2), &LossSettings::default(), activations).unwrap();
     let ((losses, gradients), (kept_losses, kept)) = (run(Activations::Recompute), run(Activations::Keep));
     assert_eq!(losses, kept_losses);
     assert_eq!(gradients.len(), kept.len());
@@ -78,11 +78,11 @@ fn keeping_activations_changes_no_bit() {
 
 #[test]
 fn a_student_with_full_attention_is_its_teacher() {
-    let pair = pair("full", DType::BF16);
+    let models = models("full", DType::BF16);
     let batch = batch(&steps(), 0);
-    let error = prediction_error(pair.teacher(), pair.student(), std::slice::from_ref(&batch.input)).unwrap();
+    let error = prediction_error(models.teacher(), models.student(), std::slice::from_ref(&batch.input)).unwrap();
     assert!(error < 1e-12, "{error}");
-    let linear = crate::support::pair("clear:r=2", DType::BF16);
+    let linear = crate::support::models("clear:r=2", DType::BF16);
     let error = prediction_error(linear.teacher(), linear.student(), &[batch.input]).unwrap();
     assert!((error - 0.108_92).abs() < 2e-4, "{error}");
 }
@@ -148,10 +148,10 @@ impl Family for Spy {
     fn encode(
         &self,
         config: &Value,
-        subjects: &[Prompt],
+        prompts: &[Prompt],
         encoders: &dyn TextEncoders,
     ) -> clearform_models::Result<Conditions> {
-        Flux.encode(config, subjects, encoders)
+        Flux.encode(config, prompts, encoders)
     }
 }
 
@@ -163,12 +163,12 @@ fn bytes(tensor: &Tensor) -> usize {
 fn teacher_and_student_hold_the_frozen_weights_once() {
     let (spy, weights) = (Spy::default(), weights(DType::BF16));
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let pair =
+    let models =
         TeacherStudent::build(PairSpec { family: &spy, config: &config(), plan: &plan }, &weights, &weights).unwrap();
     let model: usize = weights.iter().map(|(_, tensor)| bytes(tensor)).sum();
-    let masters: usize = pair.masters().values().map(|master| bytes(master)).sum();
+    let masters: usize = models.masters().values().map(|master| bytes(master)).sum();
     assert_eq!(spy.held.lock().unwrap().values().sum::<usize>(), model + masters);
     // 8 tensors in the double block, 6 in each single block, a spatial weight in each of the three.
-    assert_eq!(pair.masters().len(), 8 + 2 * 6 + 3);
-    assert!(pair.masters().values().all(|master| master.dtype() == DType::F32));
+    assert_eq!(models.masters().len(), 8 + 2 * 6 + 3);
+    assert!(models.masters().values().all(|master| master.dtype() == DType::F32));
 }

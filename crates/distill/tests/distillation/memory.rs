@@ -34,18 +34,19 @@ fn two_gigabytes_are_distilled_in_the_memory_of_the_formula() {
         "num_attention_heads": 24, "joint_attention_dim": 1024, "pooled_projection_dim": 1024,
         "guidance_embeds": false, "axes_dims_rope": [16, 56, 56], "patch_size": 1,
     });
-    let pair =
+    let models =
         TeacherStudent::build(PairSpec { family: &Flux, config: &config, plan: &plan }, &weights, &weights).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let samples = samples(&folder.path().join("samples"), &pair);
+    let samples = samples(&folder.path().join("samples"), &models);
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };
-    let workshop = CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, start: ResumeMode::Fresh };
-    let outcome = distill(&pair, &samples, &settings, &workshop, &mut |_| ControlFlow::Continue(())).unwrap();
+    let checkpoint_dir =
+        CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, start: ResumeMode::Fresh };
+    let outcome = distill(&models, &samples, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
     assert!(matches!(outcome, TrainingOutcome::Finished(_)));
 
     let sizes = weights.iter().map(|(_, tensor)| (tensor.elem_count() * 2, tensor.elem_count() * 4));
     let (model, largest) = sizes.fold((0, 0), |(sum, most), (bytes, single)| (sum + bytes, most.max(single)));
-    let masters: usize = pair.masters().values().map(|master| master.elem_count() * 4).sum();
+    let masters: usize = models.masters().values().map(|master| master.elem_count() * 4).sum();
     // Master, gradient and two moments; the largest weight in f32 while it is used; one block's activations.
     let formula = model + 4 * masters + largest + (EDGE * EDGE + TEXT) * WIDTH * 4 * ACTIVATIONS;
     let peak = peak();
@@ -92,7 +93,7 @@ fn enlarged(extent: usize) -> usize {
     }
 }
 
-fn samples(folder: &std::path::Path, pair: &TeacherStudent) -> SampleSet {
+fn samples(folder: &std::path::Path, models: &TeacherStudent) -> SampleSet {
     let prompts = vec![Prompt::Text("a".to_owned())];
     let settings = SampleSettings {
         prompts,
@@ -111,7 +112,7 @@ fn samples(folder: &std::path::Path, pair: &TeacherStudent) -> SampleSet {
     };
     set.encode(&mut encode).unwrap();
     let ids = (0..EDGE * EDGE).flat_map(|token| [0.0, (token / EDGE) as f32, (token % EDGE) as f32]);
-    let canvas = SamplingSpec {
+    let sampling_spec = SamplingSpec {
         shape: vec![EDGE * EDGE, 64],
         image_ids: Some(Tensor::from_iter(ids, &Device::Cpu).unwrap().reshape((EDGE * EDGE, 3)).unwrap()),
         text_ids: None,
@@ -119,7 +120,7 @@ fn samples(folder: &std::path::Path, pair: &TeacherStudent) -> SampleSet {
         dtype: DType::F32,
         device: Device::Cpu,
     };
-    set.draw(pair.teacher(), &canvas, &mut |_, _| ()).unwrap();
+    set.draw(models.teacher(), &sampling_spec, &mut |_, _| ()).unwrap();
     set
 }
 

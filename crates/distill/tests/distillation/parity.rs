@@ -1,6 +1,6 @@
 //! Three steps against tests/fixtures/distill/export.py.
 
-use crate::support::{batch, below, pair, steps};
+use crate::support::{batch, below, models, steps};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_distill::{Activations, LossSettings, Losses, Optimizer, OptimizerState, backward};
 use clearform_testkit::{assert_close, relative_error};
@@ -17,21 +17,21 @@ fn assert_losses(what: &str, losses: Losses, wanted: &Tensor) {
 
 #[test]
 fn losses_gradients_and_plain_steps_are_those_of_torch() {
-    let (steps, pair) = (steps(), pair("clear:r=2", DType::F32));
-    let start = pair.snapshot().unwrap();
+    let (steps, models) = (steps(), models("clear:r=2", DType::F32));
+    let start = models.snapshot().unwrap();
     let mut optimizer = OptimizerState::default();
     for step in 0..3 {
-        let (losses, gradients) = backward(&pair, &batch(&steps, step), &LOSS, Activations::Recompute).unwrap();
+        let (losses, gradients) = backward(&models, &batch(&steps, step), &LOSS, Activations::Recompute).unwrap();
         assert_losses(&format!("step {step}"), losses, &steps[&format!("{step}/losses")]);
         let wanted = below(&steps, &format!("{step}/gradient/"));
         assert_eq!(gradients.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>());
         for (name, wanted) in &wanted {
             assert_close(&format!("step {step}, gradient of {name}"), &gradients[name], wanted, 1e-4);
         }
-        optimizer.step(Optimizer::Sgd, 0.02, pair.masters(), &gradients).unwrap();
+        optimizer.step(Optimizer::Sgd, 0.02, models.masters(), &gradients).unwrap();
     }
     for (name, wanted) in below(&steps, "sgd/") {
-        let got = pair.masters()[&name].as_tensor();
+        let got = models.masters()[&name].as_tensor();
         assert_close(&name, got, &wanted, 1e-5);
         let moved = relative_error(&start[&name], &wanted).unwrap();
         assert!(moved > 1e-4, "{name} moved by {moved:.1e}: the test would hardly see a step");
@@ -40,8 +40,8 @@ fn losses_gradients_and_plain_steps_are_those_of_torch() {
 
 #[test]
 fn pooled_context_learns_as_in_torch() {
-    let (steps, pair) = (steps(), pair("clear:r=2,d=2", DType::F32));
-    let (losses, gradients) = backward(&pair, &batch(&steps, 0), &LOSS, Activations::Recompute).unwrap();
+    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
+    let (losses, gradients) = backward(&models, &batch(&steps, 0), &LOSS, Activations::Recompute).unwrap();
     assert_losses("pooled", losses, &steps["pooled/losses"]);
     let wanted = below(&steps, "pooled/gradient/");
     assert_eq!(wanted.len(), 4);
@@ -54,7 +54,7 @@ fn pooled_context_learns_as_in_torch() {
 fn adamw_and_its_state_are_those_of_torch() {
     let steps = steps();
     let wanted = below(&steps, "adamw/weight/");
-    let start = pair("clear:r=2", DType::F32).snapshot().unwrap();
+    let start = models("clear:r=2", DType::F32).snapshot().unwrap();
     let master = |name: &String| (name.clone(), Var::from_tensor(&start[name]).unwrap());
     let masters: BTreeMap<String, Var> = wanted.keys().map(master).collect();
     let adamw = Optimizer::AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };

@@ -30,7 +30,7 @@ pub fn weights(dtype: DType) -> InMemoryTensors {
     InMemoryTensors::load(&checkpoint, Some(dtype), &Device::Cpu).unwrap()
 }
 
-pub fn pair(plan: &str, dtype: DType) -> TeacherStudent {
+pub fn models(plan: &str, dtype: DType) -> TeacherStudent {
     let (weights, plan): (_, AttentionPlan) = (weights(dtype), plan.parse().unwrap());
     TeacherStudent::build(PairSpec { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
 }

@@ -1,6 +1,6 @@
 //! Samples and training, interrupted and not.
 
-use crate::support::{FLOW, HEIGHT, TEXT, WIDTH, image_ids, pair, text_ids};
+use crate::support::{FLOW, HEIGHT, TEXT, WIDTH, image_ids, models, text_ids};
 use candle_core::{DType, Device, Tensor};
 use clearform_distill::{
     Batches, CheckpointDir, ClassifierFree, DistillSettings, Distilled, LearningRate, LossSettings, ResumeMode,
@@ -30,7 +30,7 @@ fn encode(prompts: &[Prompt]) -> Result<Conditions, Infallible> {
     Ok(Conditions { text: Some(text), pooled: Some(pooled), ..Conditions::default() })
 }
 
-fn canvas() -> SamplingSpec {
+fn sampling_spec() -> SamplingSpec {
     SamplingSpec {
         shape: vec![HEIGHT * WIDTH, 8],
         image_ids: Some(image_ids()),
@@ -41,10 +41,10 @@ fn canvas() -> SamplingSpec {
     }
 }
 
-fn samples(folder: &Path, pair: &TeacherStudent) -> SampleSet {
+fn samples(folder: &Path, models: &TeacherStudent) -> SampleSet {
     let set = SampleSet::create(folder, sample_settings()).unwrap();
     set.encode(&mut encode).unwrap();
-    set.draw(pair.teacher(), &canvas(), &mut |_, _| ()).unwrap();
+    set.draw(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
     assert!(set.is_complete());
     set
 }
@@ -69,8 +69,8 @@ fn train(
     start: ResumeMode,
     observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
 ) -> TrainingOutcome {
-    let workshop = CheckpointDir { folder: folder.to_owned(), checkpoint_every: 2, start };
-    distill(&pair("clear:r=2,d=2", DType::F32), set, &settings(), &workshop, observe).unwrap()
+    let checkpoint_dir = CheckpointDir { folder: folder.to_owned(), checkpoint_every: 2, start };
+    distill(&models("clear:r=2,d=2", DType::F32), set, &settings(), &checkpoint_dir, observe).unwrap()
 }
 
 fn finished(outcome: TrainingOutcome) -> Distilled {
@@ -98,7 +98,7 @@ fn assert_equal(got: &Distilled, wanted: &Distilled) {
 fn resumed_training_ends_with_the_very_same_tensors() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let set = samples(&at("samples"), &pair("full", DType::F32));
+    let set = samples(&at("samples"), &models("full", DType::F32));
     let go_on = &mut |_: &TrainingProgress| ControlFlow::Continue(());
     let straight = finished(train(&at("straight"), &set, ResumeMode::Fresh, go_on));
     assert_eq!(straight.entries.len(), 6);
@@ -133,11 +133,11 @@ fn resumed_training_ends_with_the_very_same_tensors() {
 fn a_training_is_not_mixed_with_another() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let pair = pair("clear:r=2", DType::F32);
-    let set = samples(&at("samples"), &pair);
+    let models = models("clear:r=2", DType::F32);
+    let set = samples(&at("samples"), &models);
     let begin = |settings: &DistillSettings, start| {
-        let workshop = CheckpointDir { folder: at("work"), checkpoint_every: 1, start };
-        distill(&pair, &set, settings, &workshop, &mut |_| ControlFlow::Break(())).map(drop)
+        let checkpoint_dir = CheckpointDir { folder: at("work"), checkpoint_every: 1, start };
+        distill(&models, &set, settings, &checkpoint_dir, &mut |_| ControlFlow::Break(())).map(drop)
     };
     begin(&settings(), ResumeMode::Fresh).unwrap();
     assert!(begin(&settings(), ResumeMode::Fresh).unwrap_err().to_string().contains("--resume"));
@@ -152,14 +152,14 @@ fn a_training_is_not_mixed_with_another() {
 #[test]
 fn samples_are_made_again_as_they_were() {
     let folder = tempfile::tempdir().unwrap();
-    let pair = pair("full", DType::F32);
-    let set = samples(folder.path(), &pair);
+    let models = models("full", DType::F32);
+    let set = samples(folder.path(), &models);
     let path = folder.path().join("batch-00001.safetensors");
     let before = std::fs::read(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     assert!(!set.is_complete());
     let mut told = Vec::new();
-    set.draw(pair.teacher(), &canvas(), &mut |done, all| told.push((done, all))).unwrap();
+    set.draw(models.teacher(), &sampling_spec(), &mut |done, all| told.push((done, all))).unwrap();
     assert_eq!(told, [(4, 7), (7, 7)]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
 
@@ -176,20 +176,20 @@ fn samples_are_made_again_as_they_were() {
 #[test]
 fn guided_sets_teach_the_absence_of_a_subject() {
     let folder = tempfile::tempdir().unwrap();
-    let pair = pair("clear:r=2", DType::F32);
+    let models = models("clear:r=2", DType::F32);
     let nothing = Prompt::Text(String::new());
     let guidance = ClassifierFree { scale: 3.0, without: nothing.clone(), channels: None };
     let guided = SampleSettings { classifier_free: Some(guidance), ..sample_settings() };
     let set = SampleSet::create(folder.path(), guided).unwrap();
     set.encode(&mut encode).unwrap();
-    set.draw(pair.teacher(), &canvas(), &mut |_, _| ()).unwrap();
+    set.draw(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
     assert!(set.is_complete());
-    let plain = samples(&folder.path().join("plain"), &pair);
+    let plain = samples(&folder.path().join("plain"), &models);
     let latents = |set: &SampleSet| numbers(&set.read(&[0], &Device::Cpu).unwrap().latents);
     assert_ne!(latents(&set), latents(&plain));
 
     let settings = DistillSettings { batch: 100, ..settings() };
-    let drawn = Batches::new(&set, &settings, &pair, TorchGenerator::new(1)).draw().unwrap();
+    let drawn = Batches::new(&set, &settings, &models, TorchGenerator::new(1)).draw().unwrap();
     let without = numbers(&encode(&[nothing]).unwrap().pooled.unwrap());
     let pooled = numbers(&drawn.input.conditions.pooled.unwrap());
     let absent = pooled.chunks(16).filter(|row| *row == without).count();
@@ -203,16 +203,16 @@ fn numbers(tensor: &Tensor) -> Vec<f32> {
 #[test]
 fn the_student_comes_nearer_to_its_teacher() {
     let folder = tempfile::tempdir().unwrap();
-    let pair = pair("clear:r=2", DType::F32);
-    let set = samples(&folder.path().join("samples"), &pair);
+    let models = models("clear:r=2", DType::F32);
+    let set = samples(&folder.path().join("samples"), &models);
     let inputs = set.noised(FLOW, 77, 4, &Device::Cpu).unwrap();
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
-    let before = prediction_error(pair.teacher(), pair.student(), &inputs).unwrap();
+    let before = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
     let loss = LossSettings { denoising: 0.0, ..LossSettings::default() };
     let settings = DistillSettings { steps: 60, batch: 4, accumulation: 1, ema: None, loss, ..settings() };
-    let workshop =
+    let checkpoint_dir =
         CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 100, start: ResumeMode::Fresh };
-    distill(&pair, &set, &settings, &workshop, &mut |_| ControlFlow::Continue(())).unwrap();
-    let after = prediction_error(pair.teacher(), pair.student(), &inputs).unwrap();
+    distill(&models, &set, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
+    let after = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
     assert!(after < 0.6 * before, "{before} before, {after} after");
 }

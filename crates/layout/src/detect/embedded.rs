@@ -67,15 +67,16 @@ impl EmbeddedComponent {
             under = under.with_identity(name, like)?;
         }
         let manifests = Manifests::of_kind(self.manifest(), &self.known);
-        let unscaled = Dequantized::new(under, &manifests)?;
+        let dequantized = Dequantized::new(under, &manifests)?;
         let hints = Hints { family: Some(kind.clone()), ..Hints::default() };
         let metadata = BTreeMap::new();
-        let detect = |config| detect_unscaled(&unscaled, Sidecar { config, metadata: &metadata }, &manifests, &hints);
+        let detect =
+            |config| detect_unscaled(&dequantized, Sidecar { config, metadata: &metadata }, &manifests, &hints);
         let identified = match detect(None) {
             Err(LayoutError::Ambiguous { .. }) if config.is_some() => detect(config)?,
             found => found?,
         };
-        let mut tensors = identified.canonical(unscaled);
+        let mut tensors = identified.canonical(dequantized);
         let skipped: Vec<_> = tensors.source().source().hidden().map(str::to_owned).collect();
         skipped.into_iter().for_each(|name| tensors.skip(&name, &unused[&name]));
         Ok(OpenComponent { config: identified.config, tensors })

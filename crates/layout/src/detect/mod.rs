@@ -69,11 +69,11 @@ pub fn detect(checkpoint: &Dequantized<Checkpoint>, manifests: &Manifests, hints
 /// The same of any source.
 pub(crate) fn detect_unscaled<S: TensorSource>(
     source: &Dequantized<S>,
-    beside: Sidecar,
+    sidecar: Sidecar,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Identified> {
-    let mut identified = detect_source(source, beside, manifests, hints)?;
+    let mut identified = detect_source(source, sidecar, manifests, hints)?;
     identified.companions = source.companions().clone();
     identified.notes.extend(source.note());
     Ok(identified)
@@ -85,18 +85,18 @@ pub(crate) fn detect_unscaled<S: TensorSource>(
 /// As [`detect`].
 pub fn detect_source(
     source: &dyn TensorSource,
-    beside: Sidecar,
+    sidecar: Sidecar,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Identified> {
     let infos = source.tensors();
     let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
-    let config = hints.config.as_ref().or(beside.config);
-    let declared = DeclaredConfig { config, metadata: beside.metadata, layout: None, remedy: manifests.remedy };
+    let config = hints.config.as_ref().or(sidecar.config);
+    let declared = DeclaredConfig { config, metadata: sidecar.metadata, layout: None, remedy: manifests.remedy };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
-    let scope = MappingContext { family: &candidate.family, sizes: None };
+    let context = MappingContext { family: &candidate.family, sizes: None };
     let (inputs, _) = inside(infos, &candidate.prefix);
-    let mapping = Mapping::new(&candidate.layout().inward, &inputs, scope);
+    let mapping = Mapping::new(&candidate.layout().inward, &inputs, context);
     let shown = mapping.dropped.into_iter().chain(mapping.tensors);
     let shown = shown.map(|(name, tensor)| (name, tensor.info)).collect();
     let of_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
@@ -113,20 +113,20 @@ impl Identified {
     /// `source`, which it was detected in, under canonical names. Nothing is read yet.
     pub fn canonical<S: TensorSource>(&self, source: S) -> CanonicalSource<S> {
         let (inputs, outside) = inside(source.tensors(), &self.prefix);
-        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
-        let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, scope);
+        let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
+        let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, context);
         for name in outside {
             mapping
                 .outcomes
                 .insert(name, TensorOutcome::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
         }
-        let mut account = LoadReport { contradictions: self.contradictions.clone(), ..LoadReport::default() };
-        self.judge(&mut mapping, &mut account);
+        let mut load_report = LoadReport { contradictions: self.contradictions.clone(), ..LoadReport::default() };
+        self.judge(&mut mapping, &mut load_report);
         self.skip_components(&mut mapping.outcomes);
         self.report_scales(&mut mapping.outcomes);
-        account.outcomes = mapping.outcomes;
-        account.suggest_names(|| self.names());
-        MappedSource::new(source, mapping.tensors, account)
+        load_report.outcomes = mapping.outcomes;
+        load_report.suggest_names(|| self.names());
+        MappedSource::new(source, mapping.tensors, load_report)
     }
 
     /// `canonical` under the names of another layout, those of a portable model for instance.
@@ -140,12 +140,12 @@ impl Identified {
             name: layout.to_owned(),
             choices: layouts.iter().map(|layout| layout.name.clone()).collect(),
         })?;
-        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
+        let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let inputs: Vec<_> = canonical.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
-        let Mapping { tensors, outcomes: fates, .. } = Mapping::new(&layout.outward, &inputs, scope);
+        let Mapping { tensors, outcomes, .. } = Mapping::new(&layout.outward, &inputs, context);
         let prefix = layout.prefixes.first().map_or("", String::as_str);
         let tensors = tensors.into_values().map(|tensor| tensor.under(prefix)).collect();
-        Ok(MappedSource::new(canonical, tensors, LoadReport { outcomes: fates, ..LoadReport::default() }))
+        Ok(MappedSource::new(canonical, tensors, LoadReport { outcomes, ..LoadReport::default() }))
     }
 
     /// Names of the layouts that the family has.
@@ -175,10 +175,10 @@ impl Identified {
 
     /// The name of every tensor in the layout that was found.
     fn names(&self) -> BTreeSet<String> {
-        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
+        let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let layout = self.found_layout();
         let name =
-            |tensor: ExpectedTensor| layout.foreign_name(&tensor.name, &self.prefix, scope).unwrap_or(tensor.name);
+            |tensor: ExpectedTensor| layout.foreign_name(&tensor.name, &self.prefix, context).unwrap_or(tensor.name);
         self.expected().into_iter().map(name).collect()
     }
 
@@ -232,21 +232,21 @@ impl Identified {
     }
 
     /// Compares with what the sizes ask for; takes out what they do not.
-    fn judge(&self, mapping: &mut Mapping, account: &mut LoadReport) {
+    fn judge(&self, mapping: &mut Mapping, load_report: &mut LoadReport) {
         let expected: BTreeMap<String, ExpectedTensor> =
             self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let scope = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
+        let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         for tensor in expected.values().filter(|tensor| !tensor.optional && !mapping.tensors.contains_key(&tensor.name))
         {
-            let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix, scope);
-            account.missing.push(MissingTensor { name: tensor.name.clone(), foreign });
+            let foreign = self.found_layout().foreign_name(&tensor.name, &self.prefix, context);
+            load_report.missing.push(MissingTensor { name: tensor.name.clone(), foreign });
         }
         mapping.tensors.retain(|name, tensor| match expected.get(name) {
             Some(expected) => {
                 let found = tensor.info.shape.clone();
                 if !expected.fits(&found) {
                     let from = tensor.first_input().to_owned();
-                    account.misshapen.push(ShapeMismatch { expected: expected.clone(), found, from });
+                    load_report.misshapen.push(ShapeMismatch { expected: expected.clone(), found, from });
                 }
                 true
             }
@@ -259,24 +259,24 @@ impl Identified {
     }
 
     /// A scale is used where its weight is.
-    fn report_scales(&self, fates: &mut BTreeMap<String, TensorOutcome>) {
+    fn report_scales(&self, outcomes: &mut BTreeMap<String, TensorOutcome>) {
         for (name, companion) in &self.companions {
-            let fate = match companion {
+            let outcome = match companion {
                 ScaleTensor::Spare(reason) => TensorOutcome::Skipped { reason: (*reason).to_owned() },
-                ScaleTensor::ScaleOf(weight) => match fates.get(weight) {
-                    Some(fate) => fate.clone(),
+                ScaleTensor::ScaleOf(weight) => match outcomes.get(weight) {
+                    Some(outcome) => outcome.clone(),
                     None => TensorOutcome::Unmatched { reason: format!("its weight {weight:?} is missing") },
                 },
             };
             // A source that shows the tensor has not applied it.
-            fates.entry(name.clone()).or_insert(fate);
+            outcomes.entry(name.clone()).or_insert(outcome);
         }
     }
 
-    fn skip_components(&self, fates: &mut BTreeMap<String, TensorOutcome>) {
-        for (name, fate) in fates {
-            if let (TensorOutcome::Unmatched { .. }, Some(reason)) = (&fate, self.known.component(name)) {
-                *fate = TensorOutcome::Skipped { reason: reason.to_owned() };
+    fn skip_components(&self, outcomes: &mut BTreeMap<String, TensorOutcome>) {
+        for (name, outcome) in outcomes {
+            if let (TensorOutcome::Unmatched { .. }, Some(reason)) = (&outcome, self.known.component(name)) {
+                *outcome = TensorOutcome::Skipped { reason: reason.to_owned() };
             }
         }
     }

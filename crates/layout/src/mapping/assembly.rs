@@ -21,17 +21,17 @@ pub type ExportedSource<S> = MappedSource<S>;
 pub struct MappedSource<S> {
     source: S,
     tensors: BTreeMap<String, TensorAssembly>,
-    account: LoadReport,
+    load_report: LoadReport,
 }
 
 impl<S> MappedSource<S> {
-    pub(crate) fn new(source: S, tensors: BTreeMap<String, TensorAssembly>, account: LoadReport) -> Self {
-        Self { source, tensors, account }
+    pub(crate) fn new(source: S, tensors: BTreeMap<String, TensorAssembly>, load_report: LoadReport) -> Self {
+        Self { source, tensors, load_report }
     }
 
     /// What became of each input tensor, and what is missing.
     pub fn load_report(&self) -> &LoadReport {
-        &self.account
+        &self.load_report
     }
 
     /// The source that tensors are read from.
@@ -41,7 +41,7 @@ impl<S> MappedSource<S> {
 
     /// Says of an input that nothing here shows why it is not used.
     pub(crate) fn skip(&mut self, name: &str, reason: &str) {
-        self.account.outcomes.insert(name.to_owned(), TensorOutcome::Skipped { reason: reason.to_owned() });
+        self.load_report.outcomes.insert(name.to_owned(), TensorOutcome::Skipped { reason: reason.to_owned() });
     }
 
     /// Itself, if every tensor is there and well shaped, whatever else the source holds.
@@ -49,9 +49,9 @@ impl<S> MappedSource<S> {
     /// # Errors
     /// [`LayoutError::Incomplete`], which names what is missing or wrong.
     pub fn sufficient(self) -> Result<Self> {
-        match self.account.sufficient() {
+        match self.load_report.sufficient() {
             true => Ok(self),
-            false => Err(LayoutError::Incomplete(Box::new(self.account))),
+            false => Err(LayoutError::Incomplete(Box::new(self.load_report))),
         }
     }
 
@@ -60,9 +60,9 @@ impl<S> MappedSource<S> {
     /// # Errors
     /// [`LayoutError::Incomplete`], which names what is not.
     pub fn complete(self) -> Result<Self> {
-        match self.account.complete() {
+        match self.load_report.complete() {
             true => Ok(self),
-            false => Err(LayoutError::Incomplete(Box::new(self.account))),
+            false => Err(LayoutError::Incomplete(Box::new(self.load_report))),
         }
     }
 }

@@ -98,14 +98,14 @@ impl<S: TensorSource> Dequantized<S> {
         let mut infos = source.tensors();
         infos.retain(|info| manifests.known.component(&info.name).is_none());
         let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Fp8Weight::plain(info)?))).collect();
-        let mut unscaled = Self { source, weights, companions: BTreeMap::new() };
+        let mut dequantized = Self { source, weights, companions: BTreeMap::new() };
         for info in &infos {
             if let Some((module, role)) = role_of(&info.name) {
-                unscaled.place(info, module, role)?;
+                dequantized.place(info, module, role)?;
             }
         }
-        unscaled.hold_descriptions()?;
-        Ok(unscaled)
+        dequantized.hold_descriptions()?;
+        Ok(dequantized)
     }
 
     /// What it was made from.

@@ -83,7 +83,7 @@ impl LoadReport {
 
     /// Names that nobody knows, with reasons.
     pub fn unmatched(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.outcomes.iter().filter_map(|(name, fate)| match fate {
+        self.outcomes.iter().filter_map(|(name, outcome)| match outcome {
             TensorOutcome::Unmatched { reason } => Some((name.as_str(), reason.as_str())),
             _ => None,
         })
@@ -91,7 +91,7 @@ impl LoadReport {
 
     /// Names that are not for us, with reasons.
     pub fn skipped(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.outcomes.iter().filter_map(|(name, fate)| match fate {
+        self.outcomes.iter().filter_map(|(name, outcome)| match outcome {
             TensorOutcome::Skipped { reason } => Some((name.as_str(), reason.as_str())),
             _ => None,
         })
@@ -99,7 +99,7 @@ impl LoadReport {
 
     /// How many input tensors were used.
     pub fn used(&self) -> usize {
-        self.outcomes.values().filter(|fate| matches!(fate, TensorOutcome::Used { .. })).count()
+        self.outcomes.values().filter(|outcome| matches!(outcome, TensorOutcome::Used { .. })).count()
     }
 
     /// What is wrong, a line each.

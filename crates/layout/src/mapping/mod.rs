@@ -47,11 +47,11 @@ struct StepInputs<'a> {
 
 impl Mapping {
     /// Applies `steps` to `inputs`: (name as the rules know it, tensor under its own name).
-    pub fn new(steps: &[MappingStep], inputs: &[(String, TensorInfo)], scope: MappingContext) -> Self {
+    pub fn new(steps: &[MappingStep], inputs: &[(String, TensorInfo)], context: MappingContext) -> Self {
         let mut mapping = Self::default();
         let mut groups: BTreeMap<(usize, Captures), StepInputs> = BTreeMap::new();
         for (name, info) in inputs {
-            match find(steps, name, scope) {
+            match find(steps, name, context) {
                 Some((at, slot, captures)) => {
                     let step = &steps[at];
                     if matches!(step.how, MappingKind::Drop(_)) {
@@ -65,18 +65,18 @@ impl Mapping {
             }
         }
         for ((step, captures), group) in groups {
-            mapping.perform(&steps[step], captures, &group, scope);
+            mapping.perform(&steps[step], captures, &group, context);
         }
         mapping
     }
 
-    fn perform(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, scope: MappingContext) {
-        let fate = match step.apply(captures, group, scope) {
+    fn perform(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, context: MappingContext) {
+        let outcome = match step.apply(captures, group, context) {
             Ok(outputs) => self.put(outputs, &step.how),
             Err(reason) => TensorOutcome::Unmatched { reason },
         };
         for info in &group.inputs {
-            self.record(info, fate.clone());
+            self.record(info, outcome.clone());
         }
     }
 
@@ -94,9 +94,9 @@ impl Mapping {
         TensorOutcome::Used { names }
     }
 
-    fn record(&mut self, info: &TensorInfo, fate: TensorOutcome) {
+    fn record(&mut self, info: &TensorInfo, outcome: TensorOutcome) {
         if let Entry::Vacant(free) = self.outcomes.entry(info.name.clone()) {
-            free.insert(fate);
+            free.insert(outcome);
         }
     }
 }
@@ -109,20 +109,20 @@ impl StepInputs<'_> {
 
 impl MappingStep {
     /// Where `name` stands among the inputs, if the step is for its block; before sizes are known it is for every one.
-    fn slot(&self, name: &str, scope: MappingContext) -> Option<(usize, Captures)> {
+    fn slot(&self, name: &str, context: MappingContext) -> Option<(usize, Captures)> {
         let captured = |(slot, input): (usize, &Pattern)| Some((slot, input.captures(name)?));
         let (slot, captures) = self.inputs.iter().enumerate().find_map(captured)?;
-        let (Some(sizes), Some(number), false) = (scope.sizes, captures.number, self.blocks.are_all()) else {
+        let (Some(sizes), Some(number), false) = (context.sizes, captures.number, self.blocks.are_all()) else {
             return Some((slot, captures));
         };
-        self.blocks.hold(number, self.count(scope.family, sizes), sizes).then_some((slot, captures))
+        self.blocks.hold(number, self.count(context.family, sizes), sizes).then_some((slot, captures))
     }
 
     /// What the outputs have in their places where the inputs have `captures`, once sizes are known.
-    fn across(&self, captures: Captures, scope: MappingContext) -> Captures {
-        match (scope.sizes, captures.number) {
+    fn across(&self, captures: Captures, context: MappingContext) -> Captures {
+        match (context.sizes, captures.number) {
             (Some(sizes), Some(number)) if self.mirrored => {
-                let mirrored = self.count(scope.family, sizes).checked_sub(number + 1);
+                let mirrored = self.count(context.family, sizes).checked_sub(number + 1);
                 Captures { number: mirrored.or(captures.number), ..captures }
             }
             _ => captures,
@@ -139,16 +139,16 @@ impl MappingStep {
         &self,
         captures: Captures,
         group: &StepInputs,
-        scope: MappingContext,
+        context: MappingContext,
     ) -> Result<Vec<TensorAssembly>, String> {
-        let names = self.names(captures, scope);
+        let names = self.names(captures, context);
         match (&self.how, &self.inputs(captures, group)?[..], &names[..]) {
             (MappingKind::Same(edit, reshape), [input], [name]) => {
                 let output = match edit {
                     None => TensorAssembly::whole(input, name),
                     Some(Reorder::SwapHalves) => TensorAssembly::swapped(input, name)?,
                 };
-                reshape.apply(output, scope).map(|output| vec![output])
+                reshape.apply(output, context).map(|output| vec![output])
             }
             (MappingKind::Split(shares), [input], names) => TensorAssembly::split(input, names, shares),
             (MappingKind::Join(shares), inputs, [name]) => {
@@ -182,9 +182,10 @@ impl MappingStep {
     }
 
     /// Names of the outputs; a number that no input has runs over all blocks.
-    fn names(&self, captures: Captures, scope: MappingContext) -> Vec<String> {
-        let blocks = |output: &Pattern| scope.sizes.map_or(1, |sizes| scope.family.blocks_of(output.as_str(), sizes));
-        let captures = self.across(captures, scope);
+    fn names(&self, captures: Captures, context: MappingContext) -> Vec<String> {
+        let blocks =
+            |output: &Pattern| context.sizes.map_or(1, |sizes| context.family.blocks_of(output.as_str(), sizes));
+        let captures = self.across(captures, context);
         let mut names = Vec::new();
         for output in &self.outputs {
             match output.is_numbered() && captures.number.is_none() {
@@ -200,21 +201,21 @@ impl MappingStep {
 
 impl Layout {
     /// The name that the canonical tensor `name` is found under, where it is another.
-    pub fn foreign_name(&self, name: &str, prefix: &str, scope: MappingContext) -> Option<String> {
+    pub fn foreign_name(&self, name: &str, prefix: &str, context: MappingContext) -> Option<String> {
         let fill = |step: &MappingStep| {
-            let (_, captures) = step.slot(name, scope)?;
-            Some(format!("{prefix}{}", step.outputs.first()?.fill(step.across(captures, scope))))
+            let (_, captures) = step.slot(name, context)?;
+            Some(format!("{prefix}{}", step.outputs.first()?.fill(step.across(captures, context))))
         };
         self.outward.iter().find_map(fill).filter(|foreign| foreign != name)
     }
 }
 
 impl Reshape {
-    fn apply(&self, mut output: TensorAssembly, scope: MappingContext) -> Result<TensorAssembly, String> {
-        let Some(sizes) = scope.sizes else { return Ok(output) };
+    fn apply(&self, mut output: TensorAssembly, context: MappingContext) -> Result<TensorAssembly, String> {
+        let Some(sizes) = context.sizes else { return Ok(output) };
         let shape: Option<Vec<usize>> = match self {
             Self::Keep => return Ok(output),
-            Self::Canonical => scope.family.expected_shape(&output.info.name, sizes),
+            Self::Canonical => context.family.expected_shape(&output.info.name, sizes),
             Self::To(extents) => extents.iter().map(|extent| extent.value(sizes)).collect(),
         };
         let found = &output.info.shape;
@@ -228,9 +229,9 @@ impl Reshape {
     }
 }
 
-fn find(steps: &[MappingStep], name: &str, scope: MappingContext) -> Option<(usize, usize, Captures)> {
+fn find(steps: &[MappingStep], name: &str, context: MappingContext) -> Option<(usize, usize, Captures)> {
     let fitting =
-        |(at, step): (usize, &MappingStep)| step.slot(name, scope).map(|(slot, captures)| (at, slot, captures));
+        |(at, step): (usize, &MappingStep)| step.slot(name, context).map(|(slot, captures)| (at, slot, captures));
     steps.iter().enumerate().find_map(fitting)
 }
 

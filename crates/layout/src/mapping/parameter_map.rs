@@ -47,12 +47,12 @@ impl ParameterMap {
             Some(TensorInfo { name: expected.name, dtype: Dtype::U8, shape })
         });
         let canonical: Vec<_> = known.map(|info| (info.name.clone(), info)).collect();
-        let scope = MappingContext { family: manifest, sizes: Some(sizes) };
+        let context = MappingContext { family: manifest, sizes: Some(sizes) };
         for layout in &manifest.layouts {
             addresses.prefixes.extend(layout.prefixes.iter().map(|prefix| underscored(prefix)));
-            let foreign = Mapping::new(&layout.outward, &canonical, scope).tensors.into_values();
+            let foreign = Mapping::new(&layout.outward, &canonical, context).tensors.into_values();
             let foreign: Vec<_> = foreign.map(|tensor| (tensor.info.name.clone(), tensor.info)).collect();
-            let inward = Mapping::new(&layout.inward, &foreign, scope);
+            let inward = Mapping::new(&layout.inward, &foreign, context);
             for (name, info) in foreign {
                 let segments = segments(&name, &inward);
                 let parameter = LayoutParameter { name: name.clone(), shape: info.shape, segments };

@@ -111,11 +111,12 @@ impl Inspection {
     }
 
     fn faults(&self) -> Vec<(&str, String)> {
-        let account = self.load_report();
-        let missing = account.missing_in_file().into_keys().map(|name| format!("{name:?}{}", account.hint(name)));
+        let load_report = self.load_report();
+        let missing =
+            load_report.missing_in_file().into_keys().map(|name| format!("{name:?}{}", load_report.hint(name)));
         let unmatched = self.unmatched.iter().map(|one| {
             let reason = if one.reason == UNKNOWN { String::new() } else { format!(": {}", one.reason) };
-            format!("{:?}{}{reason}", one.name, account.hint(&one.name))
+            format!("{:?}{}{reason}", one.name, load_report.hint(&one.name))
         });
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         let misshapen = self.misshapen.iter().map(ToString::to_string);

@@ -88,12 +88,12 @@ pub struct Inspection {
 impl Inspection {
     /// Gathers what is known; reads no tensor.
     pub fn new<S: TensorSource>(identified: &Identified, canonical: &CanonicalSource<S>) -> Self {
-        let account = canonical.load_report();
+        let load_report = canonical.load_report();
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(TensorInfo::byte_count).sum();
         let (manifest, sizes) = (identified.manifest(), identified.sizes());
         Self {
-            complete: account.complete(),
+            complete: load_report.complete(),
             family: identified.family.clone(),
             variant: identified.variant.clone(),
             layout: identified.layout.clone(),
@@ -104,16 +104,16 @@ impl Inspection {
             dtypes: histogram(&tensors),
             stored: Vec::new(),
             parts: identified.components_in(canonical.source()).into_iter().map(|part| part.name).collect(),
-            used: account.used(),
+            used: load_report.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
             notes: identified.notes.clone(),
-            contradictions: account.contradictions.clone(),
-            missing: account.missing.clone(),
-            misshapen: account.misshapen.clone(),
-            unmatched: unused(account.unmatched()),
-            suggestions: account.suggestions.clone(),
-            skipped: unused(account.skipped()),
+            contradictions: load_report.contradictions.clone(),
+            missing: load_report.missing.clone(),
+            misshapen: load_report.misshapen.clone(),
+            unmatched: unused(load_report.unmatched()),
+            suggestions: load_report.suggestions.clone(),
+            skipped: unused(load_report.skipped()),
             trained_side_pixels: manifest.trained_side(sizes),
             largest_side_pixels: manifest.largest_side(sizes),
             estimates: CostEstimate::of(identified, bytes),
@@ -124,8 +124,8 @@ impl Inspection {
     pub fn of(identified: &Identified, checkpoint: &Dequantized<Checkpoint>) -> Self {
         let canonical = identified.canonical(checkpoint);
         let mut formats = BTreeMap::<String, StorageFormat>::new();
-        for (name, fate) in &canonical.load_report().outcomes {
-            let (TensorOutcome::Used { .. }, Some(stored)) = (fate, checkpoint.stored(name)) else { continue };
+        for (name, outcome) in &canonical.load_report().outcomes {
+            let (TensorOutcome::Used { .. }, Some(stored)) = (outcome, checkpoint.stored(name)) else { continue };
             let none = StorageFormat { format: stored.format.clone(), tensors: 0, bytes: 0 };
             let all = formats.entry(stored.format).or_insert(none);
             (all.tensors, all.bytes) = (all.tensors + 1, all.bytes + stored.bytes);
@@ -143,9 +143,9 @@ impl Inspection {
     /// What is wrong.
     pub fn load_report(&self) -> LoadReport {
         let unmatched = self.unmatched.iter().map(|one| (one.name.clone(), one.reason.clone()));
-        let fate = |(name, reason)| (name, TensorOutcome::Unmatched { reason });
+        let outcome = |(name, reason)| (name, TensorOutcome::Unmatched { reason });
         LoadReport {
-            outcomes: unmatched.map(fate).collect(),
+            outcomes: unmatched.map(outcome).collect(),
             missing: self.missing.clone(),
             misshapen: self.misshapen.clone(),
             contradictions: self.contradictions.clone(),

@@ -1,6 +1,6 @@
 //! [`QkvProjections`] to queries, keys and values, and the [`attention`] of a layer. They know not where image tokens lie.
 
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
@@ -18,14 +18,14 @@ pub(crate) struct QkvProjections {
 
 impl QkvProjections {
     /// Loads the layers `names` (queries, keys, values) and, where they are there, the norms `norms` of `scope`.
-    pub(crate) fn load(scope: &WeightBuilder, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
+    pub(crate) fn load(builder: &WeightBuilder, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
         let [query, key, value] = names;
-        let norm = |name: &str| scope.pp(name).tensor("weight");
-        let normed = scope.pp(norms[0]).has("weight");
+        let norm = |name: &str| builder.pp(name).tensor("weight");
+        let normed = builder.pp(norms[0]).has("weight");
         Ok(Self {
-            query: scope.linear(query)?,
-            key: scope.linear(key)?,
-            value: scope.linear(value)?,
+            query: builder.linear(query)?,
+            key: builder.linear(key)?,
+            value: builder.linear(value)?,
             norms: if normed { Some([norm(norms[0])?, norm(norms[1])?]) } else { None },
             heads,
         })

@@ -2,7 +2,7 @@
 //! attention.
 
 use crate::Result;
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{D, DType, Tensor};
 use clearform_ops::gelu;
 
@@ -23,8 +23,8 @@ pub(crate) struct FeedForward {
 
 impl Mlp {
     /// Loads the layers `names` of `scope`: "linear_1" and "linear_2" in diffusers, "mlp.0" and "mlp.2" elsewhere.
-    pub(crate) fn load(scope: &WeightBuilder, [first, second]: [&str; 2]) -> Result<Self> {
-        Ok(Self { first: scope.linear(first)?, second: scope.linear(second)? })
+    pub(crate) fn load(builder: &WeightBuilder, [first, second]: [&str; 2]) -> Result<Self> {
+        Ok(Self { first: builder.linear(first)?, second: builder.linear(second)? })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -33,8 +33,8 @@ impl Mlp {
 }
 
 impl FeedForward {
-    pub(crate) fn load(scope: &WeightBuilder) -> Result<Self> {
-        Ok(Self { up: scope.linear("net.0.proj")?, down: scope.linear("net.2")? })
+    pub(crate) fn load(builder: &WeightBuilder) -> Result<Self> {
+        Ok(Self { up: builder.linear("net.0.proj")?, down: builder.linear("net.2")? })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -1,6 +1,6 @@
 //! [`Patches`]: pictures or latents to tokens of p x p places, and [`unpatchify`], the way back.
 
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::Geometry;
@@ -22,8 +22,8 @@ pub(crate) struct Patches {
 
 impl Patches {
     /// Loads the layer "proj" of `scope`.
-    pub(crate) fn load(scope: &WeightBuilder, patch: usize) -> Result<Self> {
-        Ok(Self { projection: scope.linear("proj")?.flattened()?, patch })
+    pub(crate) fn load(builder: &WeightBuilder, patch: usize) -> Result<Self> {
+        Ok(Self { projection: builder.linear("proj")?.flattened()?, patch })
     }
 
     /// Tokens of `latents`, with `positions` added.

@@ -2,8 +2,8 @@
 //! one. It takes token ids, not text.
 
 use super::checked_ids;
-use crate::keys::{ConfigKeys, bad};
-use crate::scope::{Linear, WeightBuilder};
+use crate::config_keys::{ConfigKeys, bad};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{LayerNorm, Module as _, ops};
@@ -101,15 +101,15 @@ impl ClipText {
     pub fn build(config: ClipConfig, source: &dyn TensorSource) -> Result<Self> {
         let root = WeightBuilder::root(source).in_dtype(DType::F32);
         let prefixed = root.has("text_model.embeddings.token_embedding.weight");
-        let scope = if prefixed { root.pp("text_model") } else { root.clone() };
-        let (table, width) = (scope.pp("embeddings"), config.width);
-        let layer = |index| ClipLayer::load(&scope.pp(format!("encoder.layers.{index}")), &config);
+        let builder = if prefixed { root.pp("text_model") } else { root.clone() };
+        let (table, width) = (builder.pp("embeddings"), config.width);
+        let layer = |index| ClipLayer::load(&builder.pp(format!("encoder.layers.{index}")), &config);
         let projects = root.has("text_projection.weight");
         Ok(Self {
             tokens: table.shaped("token_embedding.weight", &[config.vocabulary, width])?,
             positions: table.shaped("position_embedding.weight", &[config.max_tokens, width])?,
             layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
-            final_norm: layer_norm(&scope.pp("final_layer_norm"), config.norm_eps)?,
+            final_norm: layer_norm(&builder.pp("final_layer_norm"), config.norm_eps)?,
             projection: if projects { Some(root.linear("text_projection")?) } else { None },
             config,
         })
@@ -164,9 +164,9 @@ struct ClipLayer {
 }
 
 impl ClipLayer {
-    fn load(scope: &WeightBuilder, config: &ClipConfig) -> Result<Self> {
-        let (own, mlp) = (scope.pp("self_attn"), scope.pp("mlp"));
-        let norm = |name: &str| layer_norm(&scope.pp(name), config.norm_eps);
+    fn load(builder: &WeightBuilder, config: &ClipConfig) -> Result<Self> {
+        let (own, mlp) = (builder.pp("self_attn"), builder.pp("mlp"));
+        let norm = |name: &str| layer_norm(&builder.pp(name), config.norm_eps);
         Ok(Self {
             norms: [norm("layer_norm1")?, norm("layer_norm2")?],
             projections: [own.linear("q_proj")?, own.linear("k_proj")?, own.linear("v_proj")?],
@@ -205,8 +205,8 @@ impl ClipLayer {
     }
 }
 
-fn layer_norm(scope: &WeightBuilder, eps: f64) -> Result<LayerNorm> {
-    Ok(LayerNorm::new(scope.tensor("weight")?, scope.tensor("bias")?, eps))
+fn layer_norm(builder: &WeightBuilder, eps: f64) -> Result<LayerNorm> {
+    Ok(LayerNorm::new(builder.tensor("weight")?, builder.tensor("bias")?, eps))
 }
 
 /// # Shapes

@@ -3,7 +3,7 @@
 
 use super::{checked_ids, f32_weights};
 use crate::Result;
-use crate::keys::{ConfigKeys, bad};
+use crate::config_keys::{ConfigKeys, bad};
 use candle_core::Tensor;
 use candle_nn::Activation;
 use candle_transformers::models::t5::{self, ActivationWithOptionalGating, T5EncoderModel};

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::layers::Convolution;
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{D, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 
@@ -31,28 +31,31 @@ pub(super) struct SpatialAttention {
 
 /// A square convolution of [inputs, outputs, edge].
 pub(super) fn conv(
-    scope: &WeightBuilder,
+    builder: &WeightBuilder,
     [inputs, outputs, edge]: [usize; 3],
     config: Conv2dConfig,
 ) -> Result<Convolution> {
-    let weight = scope.shaped("weight", &[outputs, inputs, edge, edge])?;
-    Ok(Convolution::new(weight, Some(scope.shaped("bias", &[outputs])?), config))
+    let weight = builder.shaped("weight", &[outputs, inputs, edge, edge])?;
+    Ok(Convolution::new(weight, Some(builder.shaped("bias", &[outputs])?), config))
 }
 
-pub(super) fn group_norm(scope: &WeightBuilder, channels: usize, groups: usize) -> Result<GroupNorm> {
-    let (weight, bias) = (scope.shaped("weight", &[channels])?, scope.shaped("bias", &[channels])?);
+pub(super) fn group_norm(builder: &WeightBuilder, channels: usize, groups: usize) -> Result<GroupNorm> {
+    let (weight, bias) = (builder.shaped("weight", &[channels])?, builder.shaped("bias", &[channels])?);
     Ok(GroupNorm::new(weight, bias, channels, groups, NORM_EPS)?)
 }
 
 impl Resnet {
-    pub(super) fn load(scope: &WeightBuilder, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
+    pub(super) fn load(builder: &WeightBuilder, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
         let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
-        let shortcut = || conv(&scope.pp("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
+        let shortcut = || conv(&builder.pp("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
         Ok(Self {
-            norms: [group_norm(&scope.pp("norm1"), inputs, groups)?, group_norm(&scope.pp("norm2"), outputs, groups)?],
+            norms: [
+                group_norm(&builder.pp("norm1"), inputs, groups)?,
+                group_norm(&builder.pp("norm2"), outputs, groups)?,
+            ],
             convs: [
-                conv(&scope.pp("conv1"), [inputs, outputs, 3], same)?,
-                conv(&scope.pp("conv2"), [outputs, outputs, 3], same)?,
+                conv(&builder.pp("conv1"), [inputs, outputs, 3], same)?,
+                conv(&builder.pp("conv2"), [outputs, outputs, 3], same)?,
             ],
             shortcut: (inputs != outputs).then(shortcut).transpose()?,
         })
@@ -71,13 +74,13 @@ impl Resnet {
 }
 
 impl SpatialAttention {
-    pub(super) fn load(scope: &WeightBuilder, channels: usize, groups: usize) -> Result<Self> {
+    pub(super) fn load(builder: &WeightBuilder, channels: usize, groups: usize) -> Result<Self> {
         Ok(Self {
-            norm: group_norm(&scope.pp("group_norm"), channels, groups)?,
-            query: layer(scope, ["to_q", "query"])?,
-            key: layer(scope, ["to_k", "key"])?,
-            value: layer(scope, ["to_v", "value"])?,
-            out: layer(scope, ["to_out.0", "proj_attn"])?,
+            norm: group_norm(&builder.pp("group_norm"), channels, groups)?,
+            query: layer(builder, ["to_q", "query"])?,
+            key: layer(builder, ["to_k", "key"])?,
+            value: layer(builder, ["to_v", "value"])?,
+            out: layer(builder, ["to_out.0", "proj_attn"])?,
         })
     }
 
@@ -99,9 +102,9 @@ impl SpatialAttention {
 
 /// The layer that stands under the first of `names` that is there: diffusers changed the names of a VAE's attention, and
 /// reads the older ones too.
-fn layer(scope: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
-    let older = !scope.pp(names[0]).has("weight") && scope.pp(names[1]).has("weight");
-    Ok(scope.linear(names[usize::from(older)])?.flattened()?)
+fn layer(builder: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
+    let older = !builder.pp(names[0]).has("weight") && builder.pp(names[1]).has("weight");
+    Ok(builder.linear(names[usize::from(older)])?.flattened()?)
 }
 
 #[cfg(test)]

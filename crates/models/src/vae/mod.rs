@@ -4,9 +4,9 @@
 mod layers;
 
 use crate::Result;
-use crate::keys::{ConfigKeys, bad};
+use crate::config_keys::{ConfigKeys, bad};
 use crate::layers::Convolution;
-use crate::scope::WeightBuilder;
+use crate::weight_builder::WeightBuilder;
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 use clearform_weights::TensorSource;
@@ -100,17 +100,17 @@ impl AutoencoderKl {
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: VaeConfig, source: &dyn TensorSource) -> Result<Self> {
-        let scope = WeightBuilder::root(source).in_dtype(DType::F32);
+        let builder = WeightBuilder::root(source).in_dtype(DType::F32);
         let latent = config.latent_channels;
         let one_by_one = |wanted: bool, name, channels| {
-            let load = || conv(&scope.pp(name), [channels, channels, 1], Conv2dConfig::default());
+            let load = || conv(&builder.pp(name), [channels, channels, 1], Conv2dConfig::default());
             wanted.then(load).transpose()
         };
         Ok(Self {
             quant: one_by_one(config.quant_convs[0], "quant_conv", 2 * latent)?,
             post_quant: one_by_one(config.quant_convs[1], "post_quant_conv", latent)?,
-            encoder: Encoder::load(&scope.pp("encoder"), &config)?,
-            decoder: Decoder::load(&scope.pp("decoder"), &config)?,
+            encoder: Encoder::load(&builder.pp("encoder"), &config)?,
+            decoder: Decoder::load(&builder.pp("decoder"), &config)?,
             config,
         })
     }
@@ -210,7 +210,7 @@ const SAME: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, gr
 const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME };
 
 impl Encoder {
-    fn load(scope: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
+    fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let (channels, last) = (&config.level_channels, config.level_channels.len() - 1);
         let level = |index: usize| {
             let shape = ResolutionLevelShape {
@@ -219,14 +219,14 @@ impl Encoder {
                 groups: config.groups,
                 resample: (index < last).then_some(("downsamplers.0.conv", HALVING)),
             };
-            ResolutionLevel::load(&scope.pp(format!("down_blocks.{index}")), &shape)
+            ResolutionLevel::load(&builder.pp(format!("down_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&scope.pp("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
+            conv_in: conv(&builder.pp("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
-            middle: MidBlock::load(&scope.pp("mid_block"), channels[last], config)?,
-            norm_out: group_norm(&scope.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&scope.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
+            middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
+            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
         })
     }
 
@@ -245,7 +245,7 @@ impl Encoder {
 }
 
 impl Decoder {
-    fn load(scope: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
+    fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
         let last = channels.len() - 1;
         let level = |index: usize| {
@@ -255,14 +255,14 @@ impl Decoder {
                 groups: config.groups,
                 resample: (index < last).then_some(("upsamplers.0.conv", SAME)),
             };
-            ResolutionLevel::load(&scope.pp(format!("up_blocks.{index}")), &shape)
+            ResolutionLevel::load(&builder.pp(format!("up_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&scope.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
-            middle: MidBlock::load(&scope.pp("mid_block"), channels[0], config)?,
+            conv_in: conv(&builder.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
+            middle: MidBlock::load(&builder.pp("mid_block"), channels[0], config)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
-            norm_out: group_norm(&scope.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&scope.pp("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
+            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
         })
     }
 
@@ -280,13 +280,13 @@ impl Decoder {
 }
 
 impl ResolutionLevel {
-    fn load(scope: &WeightBuilder, shape: &ResolutionLevelShape) -> Result<Self> {
+    fn load(builder: &WeightBuilder, shape: &ResolutionLevelShape) -> Result<Self> {
         let [inputs, outputs] = shape.channels;
         let resnet = |index: usize| {
             let channels = [if index == 0 { inputs } else { outputs }, outputs];
-            Resnet::load(&scope.pp(format!("resnets.{index}")), channels, shape.groups)
+            Resnet::load(&builder.pp(format!("resnets.{index}")), channels, shape.groups)
         };
-        let resample = shape.resample.map(|(name, config)| conv(&scope.pp(name), [outputs, outputs, 3], config));
+        let resample = shape.resample.map(|(name, config)| conv(&builder.pp(name), [outputs, outputs, 3], config));
         Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
     }
 
@@ -296,12 +296,12 @@ impl ResolutionLevel {
 }
 
 impl MidBlock {
-    fn load(scope: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
-        let attention = || SpatialAttention::load(&scope.pp("attentions.0"), channels, config.groups);
+    fn load(builder: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
+        let attention = || SpatialAttention::load(&builder.pp("attentions.0"), channels, config.groups);
         Ok(Self {
-            first: Resnet::load(&scope.pp("resnets.0"), [channels; 2], config.groups)?,
+            first: Resnet::load(&builder.pp("resnets.0"), [channels; 2], config.groups)?,
             attention: config.attention.then(attention).transpose()?,
-            second: Resnet::load(&scope.pp("resnets.1"), [channels; 2], config.groups)?,
+            second: Resnet::load(&builder.pp("resnets.1"), [channels; 2], config.groups)?,
         })
     }
 

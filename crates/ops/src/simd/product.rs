@@ -45,16 +45,16 @@ impl<F: Lane> MatrixProduct<'_, F> {
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn add_to(self, out: &mut [F::Sum], out_step: usize, instructions: CpuFeatures) {
-        instructions.run(Accumulate::<F, true> { product: self, out, out_step });
+    pub fn add_to(self, out: &mut [F::Sum], out_step: usize, features: CpuFeatures) {
+        features.run(Accumulate::<F, true> { product: self, out, out_step });
     }
 
     /// Writes rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
     /// A slice is too short for the extents.
-    pub fn write_to(self, out: &mut [F::Sum], out_step: usize, instructions: CpuFeatures) {
-        instructions.run(Accumulate::<F, false> { product: self, out, out_step });
+    pub fn write_to(self, out: &mut [F::Sum], out_step: usize, features: CpuFeatures) {
+        features.run(Accumulate::<F, false> { product: self, out, out_step });
     }
 
     /// Inner indices, where both sides hold as many as the extents say. Extents come from anybody, so sums of them may
@@ -205,25 +205,25 @@ mod tests {
     #[test]
     fn every_level_gives_the_sums_written_out() {
         let inner = [0..2, 3..3, 4..6];
-        for (rows, instructions) in
+        for (rows, features) in
             [1, 2, 3, 5, 12, 13, 31].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
             let (a, b) = (numbers(rows * STEPS, 1), numbers(4 * ROW, 2));
             let (wide, deep) = (numbers(rows * 2 * STEPS, 3), numbers(8 * ROW, 4));
             let (mut plain, mut paired) = (vec![1.0; rows * ROW], vec![1.0; rows * ROW]);
-            product(rows, &inner, &a, &b).add_to(&mut plain, ROW, instructions);
+            product(rows, &inner, &a, &b).add_to(&mut plain, ROW, features);
             let mut row_pairs = vec![Bf16Pair::default(); rows * STEPS];
             <Bf16Pair as Lane>::along(&wide, &mut row_pairs);
-            product(rows, &inner, &row_pairs, &pairs(&deep, ROW)).add_to(&mut paired, ROW, instructions);
+            product(rows, &inner, &row_pairs, &pairs(&deep, ROW)).add_to(&mut paired, ROW, features);
             for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
                 let kept = [0, 1, 4, 5];
                 let want: f32 = kept.iter().enumerate().map(|(i, k)| a[row * STEPS + k] * b[i * ROW + lane]).sum();
-                assert_eq!(plain[row * ROW + lane], 1.0 + want, "{instructions:?}, {rows} rows");
+                assert_eq!(plain[row * ROW + lane], 1.0 + want, "{features:?}, {rows} rows");
                 let one = |i: usize, k: usize, half: usize| {
                     wide[(row * STEPS + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
                 };
                 let want: f32 = kept.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
-                assert_eq!(paired[row * ROW + lane], 1.0 + want, "pairs, {instructions:?}, {rows} rows");
+                assert_eq!(paired[row * ROW + lane], 1.0 + want, "pairs, {features:?}, {rows} rows");
             }
         }
     }
@@ -233,8 +233,7 @@ mod tests {
     fn deep_products_give_the_sums_written_out() {
         const DEPTH: usize = 70;
         let runs = [0..DEPTH, 1..1, 3..21, 5..9, 30..62];
-        for (rows, instructions) in
-            [5, 16, 37, 64].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
+        for (rows, features) in [5, 16, 37, 64].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
             let inner: Vec<usize> = runs.iter().flat_map(Clone::clone).collect();
             let wide = numbers(rows * 2 * DEPTH, 5);
@@ -253,15 +252,15 @@ mod tests {
             for a in sides {
                 let (mut sums, mut alone) = (vec![1.0; rows * ROW], vec![f32::NAN; rows * ROW]);
                 let product = || MatrixProduct { rows, inner: &runs, a, b: &b, b_step: ROW };
-                product().add_to(&mut sums, ROW, instructions);
-                product().write_to(&mut alone, ROW, instructions);
+                product().add_to(&mut sums, ROW, features);
+                product().write_to(&mut alone, ROW, features);
                 for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
                     let one = |i: usize, k: usize, half: usize| {
                         wide[(row * DEPTH + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
                     };
                     let want: f32 = inner.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
                     let found = (sums[row * ROW + lane], alone[row * ROW + lane]);
-                    assert_eq!(found, (1.0 + want, want), "{instructions:?}, {rows} rows, {a:?}");
+                    assert_eq!(found, (1.0 + want, want), "{features:?}, {rows} rows, {a:?}");
                 }
             }
         }

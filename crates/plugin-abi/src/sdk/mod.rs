@@ -4,13 +4,13 @@
 //! What the tables ask for is done here once: null and size checks, errors as texts, panics as errors.
 
 mod adapter;
-mod branch;
+mod controlnet;
 mod file;
 mod instance;
 
 pub use crate::tensor::give;
 pub use adapter::{AdapterPlugin, EditOperation, GivenTensors, ParameterEdit};
-pub use branch::{BlockResidual, ControlNetPlugin, ControlSpec, StepInput, TargetModel};
+pub use controlnet::{BlockResidual, ControlNetPlugin, ControlSpec, StepInput, TargetModel};
 pub use file::{AdapterFile, FileTensor};
 
 /// Result of an author's function; the error is told to the person.

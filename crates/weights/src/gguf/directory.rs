@@ -6,7 +6,7 @@ use super::reader::GgufReader;
 use crate::Result;
 use crate::error::{Validated, printed};
 use crate::header::HeaderEntry;
-use crate::place::{FileRange, StorageView};
+use crate::storage_view::{FileRange, StorageView};
 use std::collections::BTreeMap;
 
 /// GGUF says 4; files of video models have 5.

@@ -3,7 +3,7 @@
 
 use crate::Dtype;
 use crate::error::Validated;
-use crate::place::Compression;
+use crate::storage_view::Compression;
 use candle_core::quantized::GgmlDType;
 
 /// How a tensor's values are kept.

@@ -7,7 +7,7 @@ use super::input::ByteReader;
 use super::{BIG_ENDIAN, LONGEST_PICKLE, Validated, printed};
 use crate::Result;
 use crate::checkpoint::TensorFile;
-use crate::place::{Compression, FileRange};
+use crate::storage_view::{Compression, FileRange};
 use std::collections::HashMap;
 
 const PICKLE: &str = "data.pkl";

@@ -10,7 +10,7 @@ use super::{LONGEST_PICKLE, Validated, printed};
 use crate::Result;
 use crate::checkpoint::TensorFile;
 use crate::header::Header;
-use crate::place::{Compression, FileRange};
+use crate::storage_view::{Compression, FileRange};
 use std::collections::HashMap;
 
 const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;

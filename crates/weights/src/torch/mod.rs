@@ -16,7 +16,7 @@ use crate::Result;
 use crate::checkpoint::TensorFile;
 use crate::error::{Validated, printed};
 use crate::header::Header;
-use crate::place::FileRange;
+use crate::storage_view::FileRange;
 use archive::Archive;
 use pickle::Pickle;
 use storage::TorchStorage;

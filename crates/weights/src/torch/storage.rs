@@ -4,7 +4,7 @@
 use super::Validated;
 use crate::Dtype;
 use crate::header::{HeaderEntry, byte_count};
-use crate::place::{FileRange, StorageView};
+use crate::storage_view::{FileRange, StorageView};
 
 /// A run of bytes that tensors share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

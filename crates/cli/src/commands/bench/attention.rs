@@ -2,8 +2,8 @@
 
 use super::{median_ms, parse_extents};
 use crate::args::AttentionBenchArgs;
-use crate::opening::device;
 use crate::output::Output;
+use crate::sources::device;
 use candle_core::{Device, Tensor, Var};
 use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, Radius, TileEfficiency, TokenGrid};
 use serde::Serialize;
@@ -35,19 +35,19 @@ struct AttentionCase {
 }
 
 impl AttentionCase {
-    fn new(subject: &AttentionBenchArgs, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
+    fn new(args: &AttentionBenchArgs, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
         let geometry = Geometry::new(vec![grid]);
-        let device = device(subject.device)?;
-        let random = |tokens| random_qkv(tokens, subject, &device);
+        let device = device(args.device)?;
+        let random = |tokens| random_qkv(tokens, args, &device);
         Ok(Self {
             attention: plan.build("bench", &|_| Ok(None))?,
             image: random(geometry.tokens())?,
-            text: if subject.text == 0 { None } else { Some(random(subject.text)?) },
+            text: if args.text == 0 { None } else { Some(random(args.text)?) },
             geometry,
-            backward: subject.backward,
-            heads: subject.heads,
-            head_dim: subject.head_dim,
-            text_tokens: subject.text,
+            backward: args.backward,
+            heads: args.heads,
+            head_dim: args.head_dim,
+            text_tokens: args.text,
             device,
         })
     }
@@ -73,16 +73,16 @@ impl AttentionCase {
     }
 
     /// Pairs of query and key that the pattern holds, and those that are computed, per head.
-    fn share(&self, plan: &AttentionPlan) -> TileEfficiency {
+    fn efficiency(&self, plan: &AttentionPlan) -> TileEfficiency {
         Execution::of(&self.image.query).share(&self.geometry, plan.default_policy(), self.text_tokens)
     }
 }
 
-fn random_qkv(tokens: usize, subject: &AttentionBenchArgs, device: &Device) -> anyhow::Result<Qkv> {
+fn random_qkv(tokens: usize, args: &AttentionBenchArgs, device: &Device) -> anyhow::Result<Qkv> {
     let one = || -> anyhow::Result<Tensor> {
-        let shape = (1, tokens, subject.heads, subject.head_dim);
-        let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(subject.dtype.computed())?;
-        Ok(if subject.backward { Var::from_tensor(&values)?.as_tensor().clone() } else { values })
+        let shape = (1, tokens, args.heads, args.head_dim);
+        let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(args.dtype.computed())?;
+        Ok(if args.backward { Var::from_tensor(&values)?.as_tensor().clone() } else { values })
     };
     Ok(Qkv { query: one()?, key: one()?, value: one()? })
 }
@@ -101,7 +101,7 @@ struct AttentionTiming {
 
 impl AttentionTiming {
     fn new(case: &AttentionCase, plan: &AttentionPlan, [median_ms, permutation_ms]: [f64; 2]) -> Self {
-        let share = case.share(plan);
+        let efficiency = case.efficiency(plan);
         // Two products of head_dim multiply-adds for each pair and head; five more such products in the backward pass.
         let passes = if case.backward { 7 } else { 2 };
         let per_pair = (2 * passes * case.head_dim * case.heads) as f64;
@@ -110,10 +110,10 @@ impl AttentionTiming {
             attention: plan.to_string(),
             median_ms,
             permutation_ms,
-            useful_pairs: share.inside,
-            visited_pairs: share.visited,
-            useful_gflops: gflops(share.inside),
-            visited_gflops: gflops(share.visited),
+            useful_pairs: efficiency.inside,
+            visited_pairs: efficiency.visited,
+            useful_gflops: gflops(efficiency.inside),
+            visited_gflops: gflops(efficiency.visited),
         }
     }
 }

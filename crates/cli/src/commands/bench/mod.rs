@@ -1,8 +1,8 @@
 //! `clearform bench`: how long things take here. A ratio beside a peer is what counts; see BENCHMARKS.md.
 
 mod attention;
-mod share;
 mod step;
+mod tiles;
 
 use crate::args::{BenchArgs, BenchCommand};
 use crate::output::{CommandOutcome, Output};
@@ -12,11 +12,11 @@ use clearform_attention::TokenGrid;
 use std::time::Instant;
 
 pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
-    match &args.subject {
-        BenchCommand::Attention(subject) => attention::run(subject, output)?,
-        BenchCommand::Step(subject) => step::run(subject, output)?,
-        BenchCommand::Model(subject) => step::run_model(subject, output)?,
-        BenchCommand::Share(subject) => share::run(subject, output)?,
+    match &args.command {
+        BenchCommand::Attention(args) => attention::run(args, output)?,
+        BenchCommand::Step(args) => step::run(args, output)?,
+        BenchCommand::Model(args) => step::run_model(args, output)?,
+        BenchCommand::Tiles(args) => tiles::run(args, output)?,
     }
     Ok(CommandOutcome::Whole)
 }

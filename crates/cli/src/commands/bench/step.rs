@@ -2,8 +2,8 @@
 
 use super::{median_ms, parse_extents};
 use crate::args::{EvaluationArgs, ModelBenchArgs, StepBenchArgs};
-use crate::opening::{device, open_as, plan, reading};
 use crate::output::Output;
+use crate::sources::{device, open_as, plan, reading};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
@@ -19,9 +19,9 @@ pub fn run(args: &StepBenchArgs, output: &Output) -> anyhow::Result<()> {
     let device = device(args.evaluation.device)?;
     let weights = random_weights(&config, args.evaluation.dtype.computed(), &device)?;
     let evaluation = &args.evaluation;
-    let subject = StepModel { family: &Flux, config: &config, weights: &weights, evaluation, device };
+    let model = StepModel { family: &Flux, config: &config, weights: &weights, evaluation, device };
     let grids = std::slice::from_ref(&args.grid);
-    output.result(&subject.rows(&plan(&args.attention)?, grids)?.remove(0))
+    output.result(&model.rows(&plan(&args.attention)?, grids)?.remove(0))
 }
 
 pub fn run_model(args: &ModelBenchArgs, output: &Output) -> anyhow::Result<()> {
@@ -29,9 +29,9 @@ pub fn run_model(args: &ModelBenchArgs, output: &Output) -> anyhow::Result<()> {
     let device = device(args.evaluation.device)?;
     let weights = InMemoryTensors::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
     let (family, config) = (transformer.family(), transformer.config());
-    let subject = StepModel { family, config, weights: &weights, evaluation: &args.evaluation, device };
+    let model = StepModel { family, config, weights: &weights, evaluation: &args.evaluation, device };
     let plans = args.attention.iter().map(|text| plan(text)).collect::<anyhow::Result<Vec<_>>>()?;
-    let rows = plans.iter().map(|plan| subject.rows(plan, &args.grid)).collect::<anyhow::Result<Vec<_>>>()?;
+    let rows = plans.iter().map(|plan| model.rows(plan, &args.grid)).collect::<anyhow::Result<Vec<_>>>()?;
     output.result(&StepTable { rows: rows.into_iter().flatten().collect() })
 }
 

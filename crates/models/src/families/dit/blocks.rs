@@ -2,7 +2,7 @@
 
 use super::config::DitConfig;
 use crate::layers::{FeedForward, Mlp, NORM_EPS, QkvProjections, attention, modulation, sinusoids};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan};
@@ -35,14 +35,14 @@ impl DitBlock {
         config: &DitConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = WeightBuilder::root(source).pp(name);
-        let own = scope.pp("attn1");
+        let builder = WeightBuilder::root(source).pp(name);
+        let own = builder.pp("attn1");
         Ok(Self {
-            embedder: TimeClassEmbedder::load(&scope.pp("norm1.emb"), config)?,
-            modulation: scope.linear("norm1.linear")?,
+            embedder: TimeClassEmbedder::load(&builder.pp("norm1.emb"), config)?,
+            modulation: builder.linear("norm1.linear")?,
             projections: QkvProjections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
             out: own.linear("to_out.0")?,
-            mlp: FeedForward::load(&scope.pp("ff"))?,
+            mlp: FeedForward::load(&builder.pp("ff"))?,
             attention: attention(plan, &format!("{name}.attn1"), source)?,
             mlp_eps: config.norm_eps,
         })
@@ -62,10 +62,10 @@ impl DitBlock {
 }
 
 impl TimeClassEmbedder {
-    fn load(scope: &WeightBuilder, config: &DitConfig) -> Result<Self> {
+    fn load(builder: &WeightBuilder, config: &DitConfig) -> Result<Self> {
         Ok(Self {
-            time: Mlp::load(&scope.pp("timestep_embedder"), ["linear_1", "linear_2"])?,
-            classes: scope.shaped("class_embedder.embedding_table.weight", &[config.classes + 1, config.width()])?,
+            time: Mlp::load(&builder.pp("timestep_embedder"), ["linear_1", "linear_2"])?,
+            classes: builder.shaped("class_embedder.embedding_table.weight", &[config.classes + 1, config.width()])?,
             frequency_shift: config.frequency_shift,
         })
     }

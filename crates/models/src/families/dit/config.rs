@@ -1,7 +1,7 @@
 //! [`DitConfig`]: the sizes of a DiT or SiT, from its config.json.
 
 use crate::Result;
-use crate::keys::ConfigKeys;
+use crate::config_keys::ConfigKeys;
 use crate::layers::sincos_positions;
 use candle_core::{Device, Tensor};
 use serde_json::Value;

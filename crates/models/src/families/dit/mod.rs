@@ -11,7 +11,7 @@ pub use config::DitConfig;
 pub use model::DitTransformer;
 
 use crate::layers::class_input;
-use crate::subject::classes;
+use crate::prompt::classes;
 use crate::text::TextEncoders;
 use crate::{
     Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
@@ -74,8 +74,8 @@ impl Family for Dit {
         Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
     }
 
-    fn encode(&self, config: &Value, subjects: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
-        let labels = classes(subjects, DitConfig::new(config)?.classes, &Device::Cpu)?;
+    fn encode(&self, config: &Value, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
+        let labels = classes(prompts, DitConfig::new(config)?.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
 }

@@ -3,7 +3,7 @@
 use super::blocks::DitBlock;
 use super::config::DitConfig;
 use crate::layers::{NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, to_latents};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries};
@@ -28,15 +28,15 @@ impl DitTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: DitConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
+        let builder = WeightBuilder::root(source);
         let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
+            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
-            modulation_out: scope.linear("proj_out_1")?,
-            proj_out: scope.linear("proj_out_2")?,
+            modulation_out: builder.linear("proj_out_1")?,
+            proj_out: builder.linear("proj_out_2")?,
             config,
         })
     }

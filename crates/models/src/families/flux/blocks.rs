@@ -2,7 +2,7 @@
 //! computed nor where the image tokens lie.
 
 use crate::layers::{FeedForward, NORM_EPS, modulation, split_heads};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attended, Attention, Qkv};
@@ -67,8 +67,8 @@ const TEXT: StreamNames = StreamNames {
 };
 
 impl DoubleBlock {
-    pub(super) fn load(scope: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
-        Ok(Self { image: Stream::load(scope, &IMAGE)?, text: Stream::load(scope, &TEXT)?, attention })
+    pub(super) fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
+        Ok(Self { image: Stream::load(builder, &IMAGE)?, text: Stream::load(builder, &TEXT)?, attention })
     }
 
     pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
@@ -88,12 +88,12 @@ impl DoubleBlock {
 }
 
 impl SingleBlock {
-    pub(super) fn load(scope: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
+    pub(super) fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
         Ok(Self {
-            modulation: scope.linear("norm.linear")?,
-            projections: RotatedQkv::load(&scope.pp("attn"), IMAGE.projections)?,
-            mlp: scope.linear("proj_mlp")?,
-            out: scope.linear("proj_out")?,
+            modulation: builder.linear("norm.linear")?,
+            projections: RotatedQkv::load(&builder.pp("attn"), IMAGE.projections)?,
+            mlp: builder.linear("proj_mlp")?,
+            out: builder.linear("proj_out")?,
             attention,
         })
     }
@@ -125,12 +125,12 @@ impl SingleBlock {
 }
 
 impl Stream {
-    fn load(scope: &WeightBuilder, names: &StreamNames) -> Result<Self> {
+    fn load(builder: &WeightBuilder, names: &StreamNames) -> Result<Self> {
         Ok(Self {
-            modulation: scope.linear(names.modulation)?,
-            projections: RotatedQkv::load(&scope.pp("attn"), names.projections)?,
-            out: scope.linear(names.out)?,
-            mlp: FeedForward::load(&scope.pp(names.mlp))?,
+            modulation: builder.linear(names.modulation)?,
+            projections: RotatedQkv::load(&builder.pp("attn"), names.projections)?,
+            out: builder.linear(names.out)?,
+            mlp: FeedForward::load(&builder.pp(names.mlp))?,
         })
     }
 
@@ -151,13 +151,13 @@ impl Stream {
 }
 
 impl RotatedQkv {
-    fn load(scope: &WeightBuilder, [query, key, value, query_norm, key_norm]: [&str; 5]) -> Result<Self> {
+    fn load(builder: &WeightBuilder, [query, key, value, query_norm, key_norm]: [&str; 5]) -> Result<Self> {
         Ok(Self {
-            query: scope.linear(query)?,
-            key: scope.linear(key)?,
-            value: scope.linear(value)?,
-            query_norm: scope.pp(query_norm).tensor("weight")?,
-            key_norm: scope.pp(key_norm).tensor("weight")?,
+            query: builder.linear(query)?,
+            key: builder.linear(key)?,
+            value: builder.linear(value)?,
+            query_norm: builder.pp(query_norm).tensor("weight")?,
+            key_norm: builder.pp(key_norm).tensor("weight")?,
         })
     }
 

@@ -1,7 +1,7 @@
 //! [`TimeGuidanceTextEmbedder`]: timestep, guidance and pooled text to the vector that modulates every block.
 
 use crate::layers::{Mlp, sinusoids};
-use crate::scope::WeightBuilder;
+use crate::weight_builder::WeightBuilder;
 use crate::{DenoiserInput, ModelError, Result};
 use candle_core::{DType, Tensor};
 
@@ -16,8 +16,8 @@ pub(super) struct TimeGuidanceTextEmbedder {
 }
 
 impl TimeGuidanceTextEmbedder {
-    pub(super) fn load(scope: &WeightBuilder, with_guidance: bool) -> Result<Self> {
-        let load = |name: &str| Mlp::load(&scope.pp(name), ["linear_1", "linear_2"]);
+    pub(super) fn load(builder: &WeightBuilder, with_guidance: bool) -> Result<Self> {
+        let load = |name: &str| Mlp::load(&builder.pp(name), ["linear_1", "linear_2"]);
         let guidance = with_guidance.then(|| load("guidance_embedder")).transpose()?;
         Ok(Self { time: load("timestep_embedder")?, guidance, pooled: load("text_embedder")? })
     }

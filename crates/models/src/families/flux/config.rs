@@ -1,7 +1,7 @@
 //! [`FluxConfig`]: the sizes of a FLUX transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::{ConfigKeys, bad};
+use crate::config_keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of a FLUX transformer. Keys that config.json lacks have the defaults of diffusers' class, which are those of

@@ -4,7 +4,7 @@
 use super::config::FluxConfig;
 use super::latents;
 use super::model::FluxTrunk;
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, DenoiserInput, HiddenState, ModelError, Result, Rotary};
 use candle_core::Tensor;
 use candle_nn::{Conv2d, Conv2dConfig, Module as _};
@@ -42,15 +42,15 @@ impl FluxControlNet {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
+        let builder = WeightBuilder::root(source);
         let outputs = |name: &str, count: usize| -> Result<Vec<Linear>> {
-            (0..count).map(|index| scope.pp(name).linear(&index.to_string())).collect()
+            (0..count).map(|index| builder.pp(name).linear(&index.to_string())).collect()
         };
         let modes = "controlnet_mode_embedder.weight";
         Ok(Self {
-            control_embedder: scope.linear("controlnet_x_embedder")?,
-            hint: HintBlock::load(&scope.pp("input_hint_block"))?,
-            modes: scope.has(modes).then(|| scope.tensor(modes)).transpose()?,
+            control_embedder: builder.linear("controlnet_x_embedder")?,
+            hint: HintBlock::load(&builder.pp("input_hint_block"))?,
+            modes: builder.has(modes).then(|| builder.tensor(modes)).transpose()?,
             double_outputs: outputs("controlnet_blocks", config.double_blocks)?,
             single_outputs: outputs("controlnet_single_blocks", config.single_blocks)?,
             trunk: FluxTrunk::build(config, source, plan)?,
@@ -152,18 +152,18 @@ fn with_first_twice(Rotary { image, text: (cos, sin) }: Rotary) -> Result<Rotary
 
 impl HintBlock {
     /// Every second convolution of the blocks halves the size.
-    fn load(scope: &WeightBuilder) -> Result<Option<Self>> {
-        if !scope.pp("conv_in").has("weight") {
+    fn load(builder: &WeightBuilder) -> Result<Option<Self>> {
+        if !builder.pp("conv_in").has("weight") {
             return Ok(None);
         }
         let conv = |name: &str, stride: usize| -> Result<Conv2d> {
-            let scope = scope.pp(name);
+            let builder = builder.pp(name);
             let config = Conv2dConfig { padding: 1, stride, ..Conv2dConfig::default() };
-            Ok(Conv2d::new(scope.tensor("weight")?, Some(scope.tensor("bias")?), config))
+            Ok(Conv2d::new(builder.tensor("weight")?, Some(builder.tensor("bias")?), config))
         };
         let mut layers = vec![conv("conv_in", 1)?];
         let mut index = 0;
-        while scope.pp(format!("blocks.{index}")).has("weight") {
+        while builder.pp(format!("blocks.{index}")).has("weight") {
             layers.push(conv(&format!("blocks.{index}"), 1 + index % 2)?);
             index += 1;
         }

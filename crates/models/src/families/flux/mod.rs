@@ -17,7 +17,7 @@ pub use controlnet::{FluxControlNet, FluxResiduals};
 pub use model::FluxTransformer;
 
 use crate::layers::ForwardArguments;
-use crate::subject::texts;
+use crate::prompt::texts;
 use crate::text::TextEncoders;
 use crate::{
     BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
@@ -89,8 +89,8 @@ impl Family for Flux {
     }
 
     /// Pooled CLIP and the sequence of T5, as FluxPipeline encodes them.
-    fn encode(&self, _: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let prompts = texts(subjects)?;
+    fn encode(&self, _: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let prompts = texts(prompts)?;
         let pooled = encoders.clip(1, &prompts)?.pooled;
         let tokens = encoders.tokenizer_length(2)?.unwrap_or(MAX_TEXT_TOKENS).min(MAX_TEXT_TOKENS);
         let text = encoders.t5(2, &prompts, tokens)?;
@@ -98,8 +98,13 @@ impl Family for Flux {
         Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
     }
 
-    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
-        let scale = || Tensor::new(vec![framing.guidance as f32; framing.batch], &framing.device);
+    fn add_size_conditions(
+        &self,
+        config: &Value,
+        conditions: Conditions,
+        batch_spec: &BatchSpec,
+    ) -> Result<Conditions> {
+        let scale = || Tensor::new(vec![batch_spec.guidance as f32; batch_spec.batch], &batch_spec.device);
         let guidance = FluxConfig::new(config)?.guidance.then(scale).transpose()?;
         Ok(Conditions { guidance, ..conditions })
     }

@@ -6,7 +6,7 @@ use super::conditioning::TimeGuidanceTextEmbedder;
 use super::config::FluxConfig;
 use super::positions::{grids, read_ids};
 use crate::layers::{NORM_EPS, attention, expect, modulation, rotary_tables};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result, Rotary};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries, Geometry};
@@ -39,8 +39,8 @@ impl FluxTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
-        let (norm_out, proj_out) = (scope.linear("norm_out.linear")?, scope.linear("proj_out")?);
+        let builder = WeightBuilder::root(source);
+        let (norm_out, proj_out) = (builder.linear("norm_out.linear")?, builder.linear("proj_out")?);
         Ok(Self { trunk: FluxTrunk::build(config, source, plan)?, norm_out, proj_out })
     }
 
@@ -72,19 +72,19 @@ impl Denoiser for FluxTransformer {
 
 impl FluxTrunk {
     pub(super) fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
+        let builder = WeightBuilder::root(source);
         let double = |index| {
             let name = format!("transformer_blocks.{index}");
-            DoubleBlock::load(&scope.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
+            DoubleBlock::load(&builder.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
         };
         let single = |index| {
             let name = format!("single_transformer_blocks.{index}");
-            SingleBlock::load(&scope.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
+            SingleBlock::load(&builder.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
         };
         Ok(Self {
-            image_embedder: scope.linear("x_embedder")?,
-            text_embedder: scope.linear("context_embedder")?,
-            conditioning: TimeGuidanceTextEmbedder::load(&scope.pp("time_text_embed"), config.guidance)?,
+            image_embedder: builder.linear("x_embedder")?,
+            text_embedder: builder.linear("context_embedder")?,
+            conditioning: TimeGuidanceTextEmbedder::load(&builder.pp("time_text_embed"), config.guidance)?,
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
             layers: layers(&config),

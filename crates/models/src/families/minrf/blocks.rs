@@ -3,7 +3,7 @@
 
 use super::config::MinrfConfig;
 use crate::layers::{attention, modulation, split_heads};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
@@ -43,16 +43,16 @@ impl MinrfBlock {
         config: &MinrfConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = WeightBuilder::root(source).pp(name);
-        let (own, mlp) = (scope.pp("attention"), scope.pp("feed_forward"));
+        let builder = WeightBuilder::root(source).pp(name);
+        let (own, mlp) = (builder.pp("attention"), builder.pp("feed_forward"));
         Ok(Self {
-            modulation: scope.linear("adaLN_modulation.1")?,
-            attention_norm: LayerNorm::load(&scope.pp("attention_norm"), config.norm_eps)?,
+            modulation: builder.linear("adaLN_modulation.1")?,
+            attention_norm: LayerNorm::load(&builder.pp("attention_norm"), config.norm_eps)?,
             projections: [own.linear("wq")?, own.linear("wk")?, own.linear("wv")?],
             query_norm: LayerNorm::load(&own.pp("q_norm"), QK_NORM_EPS)?,
             key_norm: LayerNorm::load(&own.pp("k_norm"), QK_NORM_EPS)?,
             out: own.linear("wo")?,
-            mlp_norm: LayerNorm::load(&scope.pp("ffn_norm"), config.norm_eps)?,
+            mlp_norm: LayerNorm::load(&builder.pp("ffn_norm"), config.norm_eps)?,
             mlp: [mlp.linear("w1")?, mlp.linear("w2")?, mlp.linear("w3")?],
             attention: attention(plan, &format!("{name}.attention"), source)?,
             heads: config.heads,
@@ -94,8 +94,8 @@ impl MinrfBlock {
 }
 
 impl LayerNorm {
-    fn load(scope: &WeightBuilder, eps: f64) -> Result<Self> {
-        Ok(Self { weight: scope.tensor("weight")?, bias: scope.tensor("bias")?, eps })
+    fn load(builder: &WeightBuilder, eps: f64) -> Result<Self> {
+        Ok(Self { weight: builder.tensor("weight")?, bias: builder.tensor("bias")?, eps })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! [`MinrfConfig`]: the sizes of a minRF transformer, named as the arguments of its class.
 
 use crate::Result;
-use crate::keys::{ConfigKeys, bad};
+use crate::config_keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of a minRF transformer. Keys that config.json lacks have the defaults of `DiT_Llama`.

@@ -12,7 +12,7 @@ pub use config::MinrfConfig;
 pub use model::MinrfTransformer;
 
 use crate::layers::class_input;
-use crate::subject::classes;
+use crate::prompt::classes;
 use crate::text::TextEncoders;
 use crate::{
     Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
@@ -66,8 +66,8 @@ impl Family for Minrf {
         Ok(Some(MinrfConfig::new(config)?.input_size))
     }
 
-    fn encode(&self, config: &Value, subjects: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
-        let labels = classes(subjects, MinrfConfig::new(config)?.classes, &Device::Cpu)?;
+    fn encode(&self, config: &Value, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
+        let labels = classes(prompts, MinrfConfig::new(config)?.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
 }

@@ -5,7 +5,7 @@ use super::config::MinrfConfig;
 use crate::layers::{
     Mlp, NORM_EPS, block_at, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoids, to_latents,
 };
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result, Rotary};
 use candle_core::Tensor;
 use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module as _};
@@ -41,18 +41,18 @@ impl MinrfTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: MinrfConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
+        let builder = WeightBuilder::root(source);
         let block = |index| MinrfBlock::load(source, &format!("layers.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("layers.{index}.attention")).collect(),
             geometries: Geometries::default(),
-            stem: ConvolutionStem::load(&scope.pp("init_conv_seq"))?,
-            embedder: scope.linear("x_embedder")?,
-            time: Mlp::load(&scope.pp("t_embedder.mlp"), ["0", "2"])?,
-            classes: scope.tensor("y_embedder.embedding_table.weight")?,
+            stem: ConvolutionStem::load(&builder.pp("init_conv_seq"))?,
+            embedder: builder.linear("x_embedder")?,
+            time: Mlp::load(&builder.pp("t_embedder.mlp"), ["0", "2"])?,
+            classes: builder.tensor("y_embedder.embedding_table.weight")?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
-            modulation_out: scope.linear("final_layer.adaLN_modulation.1")?,
-            proj_out: scope.linear("final_layer.linear")?,
+            modulation_out: builder.linear("final_layer.adaLN_modulation.1")?,
+            proj_out: builder.linear("final_layer.linear")?,
             config,
         })
     }
@@ -68,9 +68,9 @@ impl MinrfTransformer {
 }
 
 impl ConvolutionStem {
-    fn load(scope: &WeightBuilder) -> Result<Self> {
+    fn load(builder: &WeightBuilder) -> Result<Self> {
         let step = |conv: &str, norm: &str| -> Result<_> {
-            let (conv, norm) = (scope.pp(conv), scope.pp(norm));
+            let (conv, norm) = (builder.pp(conv), builder.pp(norm));
             Ok((conv.tensor("weight")?, conv.tensor("bias")?, norm.tensor("weight")?, norm.tensor("bias")?))
         };
         Ok(Self([step("0", "2")?, step("3", "5")?]))

@@ -4,7 +4,7 @@
 use super::config::PixartConfig;
 use super::cross::CrossAttention;
 use crate::layers::{FeedForward, QkvProjections, attention};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan};
@@ -31,14 +31,14 @@ impl PixartBlock {
         config: &PixartConfig,
         plan: &AttentionPlan,
     ) -> Result<Self> {
-        let scope = WeightBuilder::root(source).pp(name);
-        let own = scope.pp("attn1");
+        let builder = WeightBuilder::root(source).pp(name);
+        let own = builder.pp("attn1");
         Ok(Self {
-            table: scope.shaped("scale_shift_table", &[6, config.width()])?,
+            table: builder.shaped("scale_shift_table", &[6, config.width()])?,
             projections: QkvProjections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
             out: own.linear("to_out.0")?,
-            cross: CrossAttention::load(&scope.pp("attn2"), config.heads)?,
-            mlp: FeedForward::load(&scope.pp("ff"))?,
+            cross: CrossAttention::load(&builder.pp("attn2"), config.heads)?,
+            mlp: FeedForward::load(&builder.pp("ff"))?,
             attention: attention(plan, &format!("{name}.attn1"), source)?,
             eps: config.norm_eps,
         })

@@ -1,7 +1,7 @@
 //! [`PixartConfig`]: the sizes of a PixArt transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::ConfigKeys;
+use crate::config_keys::ConfigKeys;
 use serde_json::Value;
 
 /// Sizes of a PixArt transformer. Keys that config.json lacks have the defaults of diffusers' class.

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::layers::split_heads;
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{DType, Tensor};
 use candle_nn::ops::softmax;
 
@@ -19,8 +19,8 @@ pub(super) struct CrossAttention {
 }
 
 impl CrossAttention {
-    pub(super) fn load(scope: &WeightBuilder, heads: usize) -> Result<Self> {
-        let [query, key, value, out] = ["to_q", "to_k", "to_v", "to_out.0"].map(|name| scope.linear(name));
+    pub(super) fn load(builder: &WeightBuilder, heads: usize) -> Result<Self> {
+        let [query, key, value, out] = ["to_q", "to_k", "to_v", "to_out.0"].map(|name| builder.linear(name));
         Ok(Self { query: query?, key: key?, value: value?, out: out?, heads })
     }
 

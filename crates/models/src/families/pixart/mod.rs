@@ -13,7 +13,7 @@ pub use config::PixartConfig;
 pub use model::PixartTransformer;
 
 use crate::layers::ForwardArguments;
-use crate::subject::texts;
+use crate::prompt::texts;
 use crate::text::TextEncoders;
 use crate::{
     BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
@@ -83,21 +83,28 @@ impl Family for Pixart {
     }
 
     /// T5 behind a mask, of the prompt in small letters, as the pipelines encode it where they do not clean captions.
-    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts: Vec<String> =
-            texts(subjects)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
+            texts(prompts)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
         let alpha = PixartConfig::new(config)?.sized;
         let tokens = if alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
         let (text, mask) = encoders.t5_masked(1, &prompts, tokens)?;
         Ok(Conditions { text: Some(text), text_mask: Some(mask), ..Conditions::default() })
     }
 
-    fn add_size_conditions(&self, config: &Value, conditions: Conditions, framing: &BatchSpec) -> Result<Conditions> {
+    fn add_size_conditions(
+        &self,
+        config: &Value,
+        conditions: Conditions,
+        batch_spec: &BatchSpec,
+    ) -> Result<Conditions> {
         if !PixartConfig::new(config)?.sized {
             return Ok(conditions);
         }
-        let [height, width] = framing.size.map(|extent| extent as f32);
-        let rows = |row: &[f32]| Tensor::new(row.repeat(framing.batch), &framing.device)?.reshape((framing.batch, ()));
+        let [height, width] = batch_spec.size.map(|extent| extent as f32);
+        let rows = |row: &[f32]| {
+            Tensor::new(row.repeat(batch_spec.batch), &batch_spec.device)?.reshape((batch_spec.batch, ()))
+        };
         let (resolution, ratio) = (rows(&[height, width])?, rows(&[height / width])?);
         Ok(Conditions { resolution: Some(resolution), aspect_ratio: Some(ratio), ..conditions })
     }
@@ -115,8 +122,8 @@ mod tests {
 
     #[test]
     fn alpha_is_told_height_and_width_and_how_they_relate() {
-        let framing = BatchSpec { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
-        let framed = |config: Value| Pixart.add_size_conditions(&config, Conditions::default(), &framing).unwrap();
+        let batch_spec = BatchSpec { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
+        let framed = |config: Value| Pixart.add_size_conditions(&config, Conditions::default(), &batch_spec).unwrap();
         let alpha = framed(json!({"sample_size": 128}));
         assert_eq!(alpha.resolution.unwrap().to_vec2::<f32>().unwrap(), [[48.0, 64.0]; 2]);
         assert_eq!(alpha.aspect_ratio.unwrap().to_vec2::<f32>().unwrap(), [[0.75]; 2]);

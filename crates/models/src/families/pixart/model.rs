@@ -5,7 +5,7 @@ use super::config::PixartConfig;
 use crate::layers::{
     Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, sincos_positions, sinusoids, to_latents,
 };
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Geometries};
@@ -39,18 +39,18 @@ impl PixartTransformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
+        let builder = WeightBuilder::root(source);
         let block = |index| PixartBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
-        let caption = scope.pp("caption_projection");
+        let caption = builder.pp("caption_projection");
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
-            conditioning: TimeSizeEmbedder::load(&scope.pp("adaln_single"), config.sized)?,
+            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
+            conditioning: TimeSizeEmbedder::load(&builder.pp("adaln_single"), config.sized)?,
             caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
-            table: scope.shaped("scale_shift_table", &[2, config.width()])?,
-            proj_out: scope.linear("proj_out")?,
+            table: builder.shaped("scale_shift_table", &[2, config.width()])?,
+            proj_out: builder.linear("proj_out")?,
             config,
         })
     }
@@ -68,14 +68,14 @@ impl PixartTransformer {
 }
 
 impl TimeSizeEmbedder {
-    fn load(scope: &WeightBuilder, sized: bool) -> Result<Self> {
-        let embedders = scope.pp("emb");
+    fn load(builder: &WeightBuilder, sized: bool) -> Result<Self> {
+        let embedders = builder.pp("emb");
         let mlp = |name: &str| Mlp::load(&embedders.pp(name), ["linear_1", "linear_2"]);
         let sizes = || Ok::<_, ModelError>([mlp("resolution_embedder")?, mlp("aspect_ratio_embedder")?]);
         Ok(Self {
             time: mlp("timestep_embedder")?,
             sizes: if sized { Some(sizes()?) } else { None },
-            modulation: scope.linear("linear")?,
+            modulation: builder.linear("linear")?,
         })
     }
 

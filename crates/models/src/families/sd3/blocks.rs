@@ -1,7 +1,7 @@
 //! [`JointBlock`]: SD3's transformer block. It knows neither how attention is computed nor where the image tokens lie.
 
 use crate::layers::{FeedForward, NORM_EPS, QkvProjections, attention, modulation};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::{D, Tensor};
 use clearform_attention::{Attention, AttentionPlan, Geometry, Qkv};
@@ -46,10 +46,10 @@ const TEXT_NORMS: [&str; 2] = ["norm_added_q", "norm_added_k"];
 impl JointBlock {
     /// Loads the block `name` of `source`, with `heads` heads and the attention that `plan` has for it.
     pub(super) fn load(source: &dyn TensorSource, name: &str, heads: usize, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source).pp(name);
-        let joint = scope.pp("attn");
+        let builder = WeightBuilder::root(source).pp(name);
+        let joint = builder.pp("attn");
         let second = || -> Result<SelfAttention> {
-            let own = scope.pp("attn2");
+            let own = builder.pp("attn2");
             Ok(SelfAttention {
                 projections: QkvProjections::load(&own, IMAGE, IMAGE_NORMS, heads)?,
                 out: own.linear("to_out.0")?,
@@ -57,12 +57,12 @@ impl JointBlock {
             })
         };
         Ok(Self {
-            modulation: scope.linear("norm1.linear")?,
+            modulation: builder.linear("norm1.linear")?,
             projections: QkvProjections::load(&joint, IMAGE, IMAGE_NORMS, heads)?,
             out: joint.linear("to_out.0")?,
-            mlp: FeedForward::load(&scope.pp("ff"))?,
-            second: if scope.has("attn2.to_q.weight") { Some(second()?) } else { None },
-            text: TextStream::load(&scope, heads)?,
+            mlp: FeedForward::load(&builder.pp("ff"))?,
+            second: if builder.has("attn2.to_q.weight") { Some(second()?) } else { None },
+            text: TextStream::load(&builder, heads)?,
             attention: attention(plan, &format!("{name}.attn"), source)?,
         })
     }
@@ -107,11 +107,11 @@ impl SelfAttention {
 }
 
 impl TextStream {
-    fn load(scope: &WeightBuilder, heads: usize) -> Result<Self> {
-        let joint = scope.pp("attn");
-        let rest = || Ok::<_, ModelError>((joint.linear("to_add_out")?, FeedForward::load(&scope.pp("ff_context"))?));
+    fn load(builder: &WeightBuilder, heads: usize) -> Result<Self> {
+        let joint = builder.pp("attn");
+        let rest = || Ok::<_, ModelError>((joint.linear("to_add_out")?, FeedForward::load(&builder.pp("ff_context"))?));
         Ok(Self {
-            modulation: scope.linear("norm1_context.linear")?,
+            modulation: builder.linear("norm1_context.linear")?,
             projections: QkvProjections::load(&joint, TEXT, TEXT_NORMS, heads)?,
             rest: if joint.has("to_add_out.weight") { Some(rest()?) } else { None },
         })

@@ -1,7 +1,7 @@
 //! [`Sd3Config`]: the sizes of a Stable Diffusion 3 transformer, from its config.json.
 
 use crate::Result;
-use crate::keys::{ConfigKeys, bad};
+use crate::config_keys::{ConfigKeys, bad};
 use serde_json::Value;
 
 /// Sizes of an SD3 transformer. Keys that config.json lacks have the defaults of diffusers' class.

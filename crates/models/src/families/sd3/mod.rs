@@ -11,7 +11,7 @@ pub use config::Sd3Config;
 pub use model::Sd3Transformer;
 
 use crate::layers::ForwardArguments;
-use crate::subject::texts;
+use crate::prompt::texts;
 use crate::text::{ClipEncoded, TextEncoders};
 use crate::{
     Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, ModelError, NoiseProcess,
@@ -84,8 +84,8 @@ impl Family for Sd3 {
 
     /// Both CLIPs side by side, filled up to T5's channels, then T5's tokens, as StableDiffusion3Pipeline encodes them.
     /// Without T5 its tokens are zero.
-    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let (prompts, channels) = (texts(subjects)?, Sd3Config::new(config)?.text_channels);
+    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        let (prompts, channels) = (texts(prompts)?, Sd3Config::new(config)?.text_channels);
         let (one, other) = (encoders.clip(1, &prompts)?, encoders.clip(2, &prompts)?);
         let clip = Tensor::cat(&[&one.penultimate, &other.penultimate], D::Minus1)?;
         let missing = channels.saturating_sub(clip.dim(D::Minus1)?);

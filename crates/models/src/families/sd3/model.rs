@@ -3,7 +3,7 @@
 use super::blocks::JointBlock;
 use super::config::Sd3Config;
 use crate::layers::{Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, modulation, sinusoids, to_latents};
-use crate::scope::{Linear, WeightBuilder};
+use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{AttentionPlan, Geometries};
@@ -32,21 +32,21 @@ impl Sd3Transformer {
     /// # Errors
     /// A tensor that is missing.
     pub fn build(config: Sd3Config, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
-        let scope = WeightBuilder::root(source);
-        let (embedder, edge) = (scope.pp("time_text_embed"), config.positions);
+        let builder = WeightBuilder::root(source);
+        let (embedder, edge) = (builder.pp("time_text_embed"), config.positions);
         let mlp = |name: &str| Mlp::load(&embedder.pp(name), ["linear_1", "linear_2"]);
         let block = |index| JointBlock::load(source, &format!("transformer_blocks.{index}"), config.heads, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&scope.pp("pos_embed"), config.patch)?,
-            positions: scope.shaped("pos_embed.pos_embed", &[1, edge * edge, config.width()])?,
+            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
+            positions: builder.shaped("pos_embed.pos_embed", &[1, edge * edge, config.width()])?,
             time: mlp("timestep_embedder")?,
             pooled: mlp("text_embedder")?,
-            text_embedder: scope.linear("context_embedder")?,
+            text_embedder: builder.linear("context_embedder")?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
-            norm_out: scope.linear("norm_out.linear")?,
-            proj_out: scope.linear("proj_out")?,
+            norm_out: builder.linear("norm_out.linear")?,
+            proj_out: builder.linear("proj_out")?,
             config,
         })
     }

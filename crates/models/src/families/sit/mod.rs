@@ -72,8 +72,8 @@ impl Family for Sit {
         Dit.computed(config, layout)
     }
 
-    fn encode(&self, config: &Value, subjects: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        Dit.encode(config, subjects, encoders)
+    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        Dit.encode(config, prompts, encoders)
     }
 }
 

@@ -3,11 +3,11 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::vector::Array;
-use super::{PairVector, Vector, factor};
+use super::{PairVector, Vector, lane};
 
 /// Runs `task` with the best instructions of this processor.
-pub fn dispatch<T: SimdKernel>(task: T) -> T::Output {
-    CpuFeatures::detect().run(task)
+pub fn dispatch<T: SimdKernel>(kernel: T) -> T::Output {
+    CpuFeatures::detect().run(kernel)
 }
 
 /// A set of instructions. There is a value only for sets that this processor has, so code for a set runs nowhere else.
@@ -66,21 +66,21 @@ impl CpuFeatures {
     }
 
     /// Runs `task` with them.
-    pub fn run<T: SimdKernel>(self, task: T) -> T::Output {
+    pub fn run<T: SimdKernel>(self, kernel: T) -> T::Output {
         match self.0 {
-            IsaLevel::Portable => task.run::<Portable>(),
+            IsaLevel::Portable => kernel.run::<Portable>(),
             // SAFETY: `is_here` found the features that the callee is compiled for before there was a value.
             #[cfg(target_arch = "x86_64")]
-            IsaLevel::Avx2 => unsafe { with_avx2(task) },
+            IsaLevel::Avx2 => unsafe { with_avx2(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            IsaLevel::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16::<false, T>(task) },
+            IsaLevel::Avx512Bf16 if const { T::PAIRS } => unsafe { with_avx512_bf16::<false, T>(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            IsaLevel::Amx if const { T::PAIRS } => unsafe { with_avx512_bf16::<true, T>(task) },
+            IsaLevel::Amx if const { T::PAIRS } => unsafe { with_avx512_bf16::<true, T>(kernel) },
             // SAFETY: as above; whatever has BF16 was found to have these too.
             #[cfg(target_arch = "x86_64")]
-            IsaLevel::Avx512 | IsaLevel::Avx512Bf16 | IsaLevel::Amx => unsafe { with_avx512(task) },
+            IsaLevel::Avx512 | IsaLevel::Avx512Bf16 | IsaLevel::Amx => unsafe { with_avx512(kernel) },
         }
     }
 }
@@ -140,7 +140,7 @@ impl Isa for Portable {
     const FUSED: bool = cfg!(target_arch = "aarch64");
     const WIDE: bool = false;
     type F32 = Array<f32, Self>;
-    type Pairs = factor::PairArray<Self>;
+    type Pairs = lane::PairArray<Self>;
 }
 
 /// AVX2 with FMA.
@@ -154,7 +154,7 @@ impl Isa for Avx2 {
     const WIDE: bool = false;
     const NARROW: bool = true;
     type F32 = Array<f32, Self>;
-    type Pairs = factor::PairArray<Self>;
+    type Pairs = lane::PairArray<Self>;
 }
 
 /// AVX-512 F.
@@ -167,7 +167,7 @@ impl Isa for Avx512 {
     const FUSED: bool = true;
     const WIDE: bool = true;
     type F32 = super::vector::Zmm;
-    type Pairs = factor::WidenedPairs;
+    type Pairs = lane::WidenedPairs;
 }
 
 /// AVX-512 F with BF16, and with AMX where it has tiles.
@@ -181,23 +181,23 @@ impl<const TILES: bool> Isa for Avx512Bf16<TILES> {
     const WIDE: bool = true;
     const TILES: bool = TILES;
     type F32 = super::vector::Zmm;
-    type Pairs = factor::Bf16Pairs;
+    type Pairs = lane::Bf16Pairs;
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
-fn with_avx512_bf16<const TILES: bool, T: SimdKernel>(task: T) -> T::Output {
-    task.run::<Avx512Bf16<TILES>>()
+fn with_avx512_bf16<const TILES: bool, T: SimdKernel>(kernel: T) -> T::Output {
+    kernel.run::<Avx512Bf16<TILES>>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn with_avx512<T: SimdKernel>(task: T) -> T::Output {
-    task.run::<Avx512>()
+fn with_avx512<T: SimdKernel>(kernel: T) -> T::Output {
+    kernel.run::<Avx512>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn with_avx2<T: SimdKernel>(task: T) -> T::Output {
-    task.run::<Avx2>()
+fn with_avx2<T: SimdKernel>(kernel: T) -> T::Output {
+    kernel.run::<Avx2>()
 }

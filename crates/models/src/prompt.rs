@@ -54,21 +54,21 @@ impl std::fmt::Display for Prompt {
 }
 
 /// The prompts of a family that draws prompts.
-pub(crate) fn texts(subjects: &[Prompt]) -> Result<Vec<String>> {
-    let prompt = |subject: &Prompt| match subject {
+pub(crate) fn texts(prompts: &[Prompt]) -> Result<Vec<String>> {
+    let prompt = |prompt: &Prompt| match prompt {
         Prompt::Text(prompt) => Ok(prompt.clone()),
         Prompt::Class(_) => Err(ModelError::bad_input("class", "this model draws prompts; give one in its place")),
     };
-    subjects.iter().map(prompt).collect()
+    prompts.iter().map(prompt).collect()
 }
 
 /// The labels of a family that draws `classes` classes; the number after the last stands for none of them.
 ///
 /// # Shapes
 /// The result is (subjects).
-pub(crate) fn classes(subjects: &[Prompt], classes: usize, device: &Device) -> Result<Tensor> {
+pub(crate) fn classes(prompts: &[Prompt], classes: usize, device: &Device) -> Result<Tensor> {
     let last = classes.saturating_sub(1);
-    let label = |subject: &Prompt| match subject {
+    let label = |prompt: &Prompt| match prompt {
         Prompt::Class(class) if (*class as usize) <= classes => Ok(*class),
         Prompt::Class(class) => Err(ModelError::bad_input("class", format!("expected 0 to {last}, found {class}"))),
         Prompt::Text(prompt) => {
@@ -76,7 +76,7 @@ pub(crate) fn classes(subjects: &[Prompt], classes: usize, device: &Device) -> R
             Err(ModelError::bad_input("prompt", reason))
         }
     };
-    let labels = subjects.iter().map(label).collect::<Result<Vec<_>>>()?;
+    let labels = prompts.iter().map(label).collect::<Result<Vec<_>>>()?;
     Ok(Tensor::new(labels, device)?)
 }
 
@@ -101,8 +101,8 @@ mod tests {
     #[test]
     fn subjects_are_written_as_numbers_and_texts() {
         let text = r#"[7,"a cat"]"#;
-        let subjects: Vec<Prompt> = serde_json::from_str(text).unwrap();
-        assert_eq!(subjects, [Prompt::Class(7), Prompt::Text("a cat".to_owned())]);
-        assert_eq!(serde_json::to_string(&subjects).unwrap(), text);
+        let prompts: Vec<Prompt> = serde_json::from_str(text).unwrap();
+        assert_eq!(prompts, [Prompt::Class(7), Prompt::Text("a cat".to_owned())]);
+        assert_eq!(serde_json::to_string(&prompts).unwrap(), text);
     }
 }

@@ -1,4 +1,4 @@
-//! `clearform bench share`: how much of what attention computes lies inside the disc. Nothing is timed.
+//! `clearform bench tiles`: how much of what attention computes lies inside the disc. Nothing is timed.
 
 use super::parse_extents;
 use crate::args::TilesBenchArgs;
@@ -17,7 +17,7 @@ pub fn run(args: &TilesBenchArgs, output: &Output) -> anyhow::Result<()> {
         for tokens in &args.radius {
             let radius = Radius::new(*tokens)?;
             rows.extend(
-                tiles.iter().map(|(name, tiles)| TileRow::new(grid, radius, name, tiles.share(&geometry, radius))),
+                tiles.iter().map(|(name, tiles)| TileRow::new(grid, radius, name, tiles.efficiency(&geometry, radius))),
             );
         }
     }
@@ -49,7 +49,7 @@ impl TilePairing {
     }
 
     /// Of the image alone.
-    fn share(&self, geometry: &Geometry, radius: Radius) -> TileEfficiency {
+    fn efficiency(&self, geometry: &Geometry, radius: Radius) -> TileEfficiency {
         match self {
             Self::Of(queries, keys) => TileEfficiency::of_tiles(geometry.grids()[0], radius, *queries, *keys),
             Self::Kernel(execution) => execution.share(geometry, Policy::Clear { radius, pool: None }, 0),
@@ -64,18 +64,18 @@ struct TileRow {
     tiles: String,
     inside_pairs: u64,
     visited_pairs: u64,
-    share: f64,
+    efficiency: f64,
 }
 
 impl TileRow {
-    fn new(grid: &str, radius: Radius, tiles: &str, share: TileEfficiency) -> Self {
+    fn new(grid: &str, radius: Radius, tiles: &str, efficiency: TileEfficiency) -> Self {
         Self {
             grid: grid.to_owned(),
             radius: radius.tokens(),
             tiles: tiles.to_owned(),
-            inside_pairs: share.inside,
-            visited_pairs: share.visited,
-            share: share.ratio(),
+            inside_pairs: efficiency.inside,
+            visited_pairs: efficiency.visited,
+            efficiency: efficiency.ratio(),
         }
     }
 }
@@ -89,11 +89,11 @@ impl fmt::Display for TileTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:>9} {:>5}  {:<13} {:>14} {:>14}  share", "grid", "r", "tiles", "pairs inside", "visited")?;
         self.rows.iter().try_for_each(|row| {
-            let TileRow { grid, radius, tiles, inside_pairs, visited_pairs, share } = row;
+            let TileRow { grid, radius, tiles, inside_pairs, visited_pairs, efficiency } = row;
             writeln!(
                 f,
                 "{grid:>9} {radius:>5}  {tiles:<13} {inside_pairs:>14} {visited_pairs:>14}  {:>4.0}%",
-                100.0 * share
+                100.0 * efficiency
             )
         })
     }

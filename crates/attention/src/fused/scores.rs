@@ -23,14 +23,14 @@ pub(super) struct HeadView<'a, E> {
     heads: usize,
     head_dim: usize,
     index: usize,
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 }
 
 impl<'a, E: Element> HeadView<'a, E> {
     /// Head `index` of all batch entries together: entry · heads + head.
     pub fn new(values: &'a [E], problem: &Problem, tokens: usize, index: usize) -> Self {
-        let Problem { heads, head_dim, instructions, .. } = *problem;
-        Self { values, tokens, heads, head_dim, index, instructions }
+        let Problem { heads, head_dim, features, .. } = *problem;
+        Self { values, tokens, heads, head_dim, index, features }
     }
 
     /// The values of a token.
@@ -48,7 +48,7 @@ impl<'a, E: Element> HeadView<'a, E> {
         let steps = self.head_dim.div_ceil(F::WIDTH);
         out.resize(self.tokens * steps, F::default());
         out.par_chunks_mut(BLOCK * steps).enumerate().for_each(|(block, out)| {
-            self.instructions.run(PackRows { view: *self, first: block * BLOCK, out });
+            self.features.run(PackRows { view: *self, first: block * BLOCK, out });
         });
     }
 
@@ -59,7 +59,7 @@ impl<'a, E: Element> HeadView<'a, E> {
     pub fn columns<F: Lane<Sum = E::Work>>(&self, out: &mut Vec<F>) {
         out.resize(self.tokens.div_ceil(F::WIDTH) * self.head_dim, F::default());
         out.par_chunks_mut(BLOCK * self.head_dim).enumerate().for_each(|(block, out)| {
-            self.instructions.run(PackColumns { view: *self, first: block * BLOCK * F::WIDTH, out });
+            self.features.run(PackColumns { view: *self, first: block * BLOCK * F::WIDTH, out });
         });
     }
 }
@@ -107,7 +107,7 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackColumns<'_, E, F> {
 
 /// Writes the rows of `tile` side by side: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
 pub(super) fn load_lanes<E: Element, F: Lane<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
-    view.instructions.run(LoadLanes { out, view, tile });
+    view.features.run(LoadLanes { out, view, tile });
 }
 
 struct LoadLanes<'a, E, F> {
@@ -195,27 +195,21 @@ impl<'a> Chunk<'a> {
 
 /// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
 /// key stay as they are.
-pub(super) fn score<F: Lane>(
-    scores: &mut [F::Sum],
-    rows: &[F],
-    chunk: &Chunk<'_>,
-    lanes: &[F],
-    instructions: CpuFeatures,
-) {
+pub(super) fn score<F: Lane>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F], features: CpuFeatures) {
     let steps = lanes.len() / LANES;
     let channels = 0..steps;
     let inner = std::slice::from_ref(&channels);
     for piece in &chunk.pieces {
         let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
         let product = MatrixProduct { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
-        product.write_to(piece.scores(scores), LANES, instructions);
+        product.write_to(piece.scores(scores), LANES, features);
     }
 }
 
 /// Sets scores of queries that do not see a key to -∞.
-pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, instructions: CpuFeatures) {
+pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, features: CpuFeatures) {
     for piece in chunk.pieces.iter().filter(|piece| !piece.seen.is_empty()) {
-        instructions.run(MaskScores { scores: piece.scores(scores), seen: piece.seen });
+        features.run(MaskScores { scores: piece.scores(scores), seen: piece.seen });
     }
 }
 
@@ -225,12 +219,12 @@ pub(super) fn gather<F: Lane>(
     columns: &[F],
     chunk: &Chunk<'_>,
     weights: &[F],
-    instructions: CpuFeatures,
+    features: CpuFeatures,
 ) {
     let head_dim = out.len() / LANES;
     let a = Strided { values: columns, row_step: 1, inner_step: head_dim };
     let product = MatrixProduct { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES };
-    product.add_to(out, LANES, instructions);
+    product.add_to(out, LANES, features);
 }
 
 struct MaskScores<'a, T> {

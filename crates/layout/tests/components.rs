@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 fn fixture(name: &str) -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parts").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/component_shapes").join(name);
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
@@ -26,8 +26,8 @@ fn shape(value: &Value) -> Vec<usize> {
 
 fn recognise(kind: &str, source: &Fake, config: &Value) -> Result<Identified, LayoutError> {
     let hints = Hints { family: Some(kind.to_owned()), ..Hints::default() };
-    let beside = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
-    detect_source(source, beside, &Manifests::parts().unwrap(), &hints)
+    let sidecar = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
+    detect_source(source, sidecar, &Manifests::parts().unwrap(), &hints)
 }
 
 /// Every key of `expected` that `found` has is equal, and it has all of `keys`.

@@ -34,18 +34,18 @@ impl TeacherStudent {
     ///
     /// # Errors
     /// A tensor that is missing or misshapen, or a layer with nothing to train.
-    pub fn build(recipe: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
-        let built = recipe.family.build(recipe.config, teacher, &AttentionPlan::full())?;
+    pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
+        let built = spec.family.build(spec.config, teacher, &AttentionPlan::full())?;
         let mut masters = BTreeMap::new();
         for layer in built.layers() {
-            masters.extend(masters_of(layer, recipe, teacher, start)?);
+            masters.extend(masters_of(layer, spec, teacher, start)?);
         }
         let mut weights = teacher.clone();
         for (name, master) in &masters {
             weights.insert(name.clone(), master.as_tensor().clone());
         }
-        let student = recipe.family.build(recipe.config, &weights, recipe.plan)?;
-        Ok(Self { teacher: built, student, process: recipe.family.noise_process(), masters })
+        let student = spec.family.build(spec.config, &weights, spec.plan)?;
+        Ok(Self { teacher: built, student, process: spec.family.noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -99,12 +99,12 @@ impl TeacherStudent {
 /// The parameters of a block's attention layers; a block need not have the second one of its family.
 fn masters_of(
     layer: &str,
-    recipe: PairSpec,
+    spec: PairSpec,
     teacher: &InMemoryTensors,
     start: &dyn TensorSource,
 ) -> Result<Vec<(String, Var)>> {
     let mut masters = Vec::new();
-    for DistilledLayer { name, parameters } in recipe.family.distilled(layer) {
+    for DistilledLayer { name, parameters } in spec.family.distilled(layer) {
         let present = parameters.iter().filter(|parameter| teacher.info(parameter).is_some());
         let own = present.map(|parameter| {
             let frozen = teacher.tensor(parameter)?;
@@ -113,7 +113,7 @@ fn masters_of(
         let own = own.collect::<Result<Vec<_>>>()?;
         let device = own.first().map(|(_, master)| master.device().clone());
         masters.extend(own);
-        if let (Some(device), Some((name, initial))) = (device, recipe.plan.learned(&name)?) {
+        if let (Some(device), Some((name, initial))) = (device, spec.plan.learned(&name)?) {
             let found = if start.info(&name).is_some() { start.tensor(&name)? } else { initial };
             masters.push((name, master(&found.to_device(&device)?, &found.to_device(&device)?)?));
         }

@@ -123,8 +123,8 @@ impl PlacementCount {
     }
 
     /// A tensor that serves several edits is applied if it meets something in each.
-    fn report(mut self, applied: &ScaledAdapter) -> AdapterReport {
-        let (adapter, names) = (&applied.adapter, applied.adapter.tensor_names());
+    fn report(mut self, scaled: &ScaledAdapter) -> AdapterReport {
+        let (adapter, names) = (&scaled.adapter, scaled.adapter.tensor_names());
         for index in 0..names.len() {
             if !self.applied.contains(&index) && !self.skipped.contains_key(&index) {
                 self.unmatched.entry(index).or_insert_with(|| "the plugin does not know it".to_owned());
@@ -140,7 +140,7 @@ impl PlacementCount {
             modules: self.modules.len(),
             skipped: named(self.skipped).collect(),
             unmatched: named(self.unmatched).collect(),
-            idle: applied.strength.idle(&self.edited).into_iter().map(str::to_owned).collect(),
+            idle: scaled.strength.idle(&self.edited).into_iter().map(str::to_owned).collect(),
             notes: adapter.notes(),
         }
     }
@@ -155,9 +155,9 @@ enum Unplaced {
 impl WeightEdits {
     /// Places the edits of `applied`, one adapter after the other, on `parts`; and reports on each adapter.
     pub fn place(applied: &[ScaledAdapter], parts: &ComponentParameters) -> (Self, Vec<AdapterReport>) {
-        let mut changes = Self::default();
-        let reports = applied.iter().map(|applied| changes.place_one(applied, parts)).collect();
-        (changes, reports)
+        let mut edits = Self::default();
+        let reports = applied.iter().map(|scaled| edits.place_one(scaled, parts)).collect();
+        (edits, reports)
     }
 
     /// Edits of the part `name`, by canonical name.
@@ -170,29 +170,29 @@ impl WeightEdits {
         self.parts.contains_key(part)
     }
 
-    fn place_one(&mut self, applied: &ScaledAdapter, parts: &ComponentParameters) -> AdapterReport {
-        let adapter = &applied.adapter;
+    fn place_one(&mut self, scaled: &ScaledAdapter, parts: &ComponentParameters) -> AdapterReport {
+        let adapter = &scaled.adapter;
         let mut placed = PlacementCount::default();
         placed.skipped.extend(adapter.skipped().iter().cloned());
         for (index, edit) in adapter.edits().iter().enumerate() {
             let found = parts.find(edit).and_then(|(part, parameter)| {
-                self.add(applied, index, part, parameter).map_err(Unplaced::Unmatched)?;
+                self.add(scaled, index, part, parameter).map_err(Unplaced::Unmatched)?;
                 Ok((part, parameter))
             });
             placed.count(edit, found);
         }
-        placed.report(applied)
+        placed.report(scaled)
     }
 
     /// Adds edit `index` to every canonical tensor that rows of `parameter` lie in.
     fn add(
         &mut self,
-        applied: &ScaledAdapter,
+        scaled: &ScaledAdapter,
         index: usize,
         part: &str,
         parameter: &LayoutParameter,
     ) -> Result<(), String> {
-        let edit = &applied.adapter.edits()[index];
+        let edit = &scaled.adapter.edits()[index];
         let [begin, end] = rows_within(edit, parameter)?;
         let mut pieces: BTreeMap<&str, Vec<(Range<usize>, usize)>> = BTreeMap::new();
         for segment in &parameter.segments {
@@ -204,14 +204,9 @@ impl WeightEdits {
             }
         }
         for (canonical, pieces) in pieces {
-            let strength = applied.strength.of(part, &[canonical, &parameter.name]);
-            let change = PlacedEdit {
-                adapter: applied.adapter.clone(),
-                edit: index,
-                strength,
-                pieces,
-                columns: edit.extents[1],
-            };
+            let strength = scaled.strength.of(part, &[canonical, &parameter.name]);
+            let change =
+                PlacedEdit { adapter: scaled.adapter.clone(), edit: index, strength, pieces, columns: edit.extents[1] };
             self.parts.entry(part.to_owned()).or_default().entry(canonical.to_owned()).or_default().push(change);
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! [`LatentSpec`]: what a model draws on: latents of a VAE, or pixels; their channels, and the sizes that can be drawn. It loads
 //! no weights.
 
-use crate::beside::channel_axis;
+use crate::control_concat::channel_axis;
 use crate::{Components, ImageSize, Result, RuntimeError, Transformer};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::vae::VaeConfig;

@@ -1,9 +1,9 @@
 //! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
 
 use crate::args::{DeviceArg, TrainingArgs};
-use crate::opening::device;
+use crate::evaluation::prompts_or_classes;
 use crate::output::Output;
-use crate::sitting::prompts_or_classes;
+use crate::sources::device;
 use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -45,7 +45,7 @@ pub fn samples(
     let text_ids = encode(pipeline, &set)?;
     let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
     let bar = output.progress("samples", set.settings().count);
-    set.draw(teacher.as_ref(), &canvas(pipeline, set.settings(), text_ids)?, &mut |done, _| {
+    set.draw(teacher.as_ref(), &latent_spec(pipeline, set.settings(), text_ids)?, &mut |done, _| {
         bar.set_position(done as u64)
     })?;
     bar.finish_and_clear();
@@ -56,12 +56,12 @@ pub fn samples(
 fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>> {
     let mut ids = None;
     let [width, height] = set.settings().size;
-    set.encode(&mut |subjects| {
-        let encoded = pipeline.encode(subjects)?;
+    set.encode(&mut |prompts| {
+        let encoded = pipeline.encode(prompts)?;
         ids = Some(encoded.text_ids.clone());
         pipeline.add_size_conditions(
             &encoded,
-            Frame { size: ImageSize { height, width }, batch: subjects.len(), guidance: 0.0 },
+            Frame { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 },
         )
     })?;
     match ids {
@@ -91,7 +91,7 @@ pub fn train(
     let recipe = PairSpec { family: teacher.family(), config: teacher.config(), plan: student.plan };
     let pair = TeacherStudent::build(recipe, &weights, student.start)?;
     let start = if training.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
-    let workshop =
+    let checkpoint_dir =
         CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
     let bar = output.progress("distilling", training.steps);
     let mut watch = |progress: &TrainingProgress| {
@@ -99,7 +99,7 @@ pub fn train(
         bar.set_message(format!("loss {:.4}", progress.entry.losses.total));
         ControlFlow::Continue(())
     };
-    match distill(&pair, samples, &settings(training), &workshop, &mut watch)? {
+    match distill(&pair, samples, &settings(training), &checkpoint_dir, &mut watch)? {
         TrainingOutcome::Finished(distilled) => {
             bar.finish_and_clear();
             Ok(TrainedStudent { record: record(training, samples, &distilled), distilled })
@@ -136,7 +136,7 @@ fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Resu
     let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
     let scale = defaults.guidance;
     let classifier_free = match pipeline.guidance_kind().clone() {
-        steering if !steering.guides(scale) => None,
+        guidance_kind if !guidance_kind.guides(scale) => None,
         GuidanceKind::ClassifierFree { without, channels } => Some(ClassifierFree { scale, without, channels }),
         GuidanceKind::Embedded => None,
     };
@@ -157,7 +157,11 @@ fn size(pipeline: &Pipeline, training: &TrainingArgs) -> ImageSize {
 }
 
 /// Samples are drawn in f32 on a CPU, and on a GPU in what its attention kernels take.
-fn canvas(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> anyhow::Result<SamplingSpec> {
+fn latent_spec(
+    pipeline: &Pipeline,
+    settings: &SampleSettings,
+    text_ids: Option<Tensor>,
+) -> anyhow::Result<SamplingSpec> {
     let [width, height] = settings.size;
     let latents = pipeline.initial_latents(0, 1, ImageSize { height, width })?;
     let device = latents.tensor.device().clone();

@@ -113,9 +113,9 @@ impl ControlNet {
         let bad = |reason| PluginError::BadAdapter { adapter: file.path().to_owned(), reason };
         library.outcome(status).map_err(|reason| bad(file.explain(reason)))?;
         let none = ControlInput { kind: ControlKind::Latents, channels: 0, modes: 0, range: [0.0, 1.0] };
-        let mut branch = Self { library, table, instance, file, input: none };
-        branch.input = branch.read_input()?;
-        Ok(branch)
+        let mut controlnet = Self { library, table, instance, file, input: none };
+        controlnet.input = controlnet.read_input()?;
+        Ok(controlnet)
     }
 
     /// What it takes.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug, Clone)]
 pub struct ControlNetInput {
     /// The branch.
-    pub branch: Arc<ControlNet>,
+    pub controlnet: Arc<ControlNet>,
     /// What it is controlled by, as it asks for it.
     pub control: Tensor,
     /// Mode of each picture, (batch, 1).
@@ -55,8 +55,8 @@ impl<'a> ControlledDenoiser<'a> {
     }
 
     fn computed(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
-        let acting = self.controls.iter().filter(|control| control.acts_at(input.step_index));
-        let residuals = acting.map(|control| control.residuals(input)).collect::<Result<Vec<_>>>()?;
+        let schedule = self.controls.iter().filter(|control| control.acts_at(input.step_index));
+        let residuals = schedule.map(|control| control.residuals(input)).collect::<Result<Vec<_>>>()?;
         let residuals: Vec<Residual> = residuals.into_iter().flatten().collect();
         match residuals.iter().flat_map(|residual| &residual.blocks).find(|block| **block >= self.base.block_count()) {
             None => Ok(residuals),
@@ -83,7 +83,7 @@ impl ControlNetInput {
             let tensor = (tensor.to_device(input.latents.device())? * self.scale)?;
             Ok(Residual { tensor: tensor.to_dtype(input.latents.dtype())?, blocks })
         };
-        self.branch.residuals(input, controls)?.into_iter().map(scaled).collect()
+        self.controlnet.residuals(input, controls)?.into_iter().map(scaled).collect()
     }
 }
 

@@ -1,13 +1,13 @@
 //! The story itself, chapter by chapter, through the same doors as `convert`, `generate` and `compare`.
 
 use super::report::{DemoReport, StudentResult};
-use super::{carried, embedded};
+use super::{embedded, transfer};
 use crate::args::{ConvertArgs, DeviceArg, PluginSearchArgs, SourceArgs, TrainingArgs, WeightAdapterArgs};
 use crate::commands::convert;
-use crate::opening::plainly;
+use crate::distillation;
+use crate::evaluation::EvaluationRun;
 use crate::output::Output;
-use crate::school;
-use crate::sitting::EvaluationRun;
+use crate::sources::plainly;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, Radius};
@@ -56,7 +56,7 @@ pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoRepor
     let transfer = match settings.plans.last() {
         Some((radius, pool)) => {
             let student = settings.folder.join(model_name(*radius, *pool));
-            carried::run(&assets, &student, exam.sitting.clone(), &settings.plugins, output)?
+            transfer::run(&assets, &student, exam.evaluation.clone(), &settings.plugins, output)?
         }
         None => None,
     };
@@ -69,7 +69,7 @@ pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoRepor
         students,
         transfer,
         seconds: begun.elapsed().as_secs_f64(),
-        prompts: exam.sitting.prompts(),
+        prompts: exam.evaluation.prompts(),
         teacher: exam.pictures,
     })
 }
@@ -93,7 +93,7 @@ fn draw_samples(settings: &DemoSettings, teacher: &Pipeline, output: &Output) ->
     let told: Vec<String> = names().into_iter().enumerate().filter(|(i, _)| !is_held_out(*i)).map(|(_, n)| n).collect();
     std::fs::write(&prompts, told.join("\n"))?;
     let folder = settings.folder.join("samples");
-    let _: SampleSet = school::samples(teacher, &training(settings, Some(prompts)), &folder, output)?;
+    let _: SampleSet = distillation::samples(teacher, &training(settings, Some(prompts)), &folder, output)?;
     Ok((folder, begun.elapsed().as_secs_f64()))
 }
 
@@ -122,7 +122,7 @@ fn training(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
 struct HeldOutSet {
     pipeline: Pipeline,
     teacher: Box<dyn Denoiser>,
-    sitting: EvaluationRun,
+    evaluation: EvaluationRun,
     pictures: Vec<RgbImage>,
     questions: Vec<DenoiserInput>,
     references: Vec<RgbImage>,
@@ -132,8 +132,8 @@ impl HeldOutSet {
     fn new(base: &Path, output: &Output) -> anyhow::Result<Self> {
         let pipeline = open(base)?;
         let prompts = names().into_iter().enumerate().filter(|(index, _)| is_held_out(*index)).map(|(_, name)| name);
-        let sitting = EvaluationRun {
-            subjects: prompts.map(Prompt::Text).collect(),
+        let evaluation = EvaluationRun {
+            prompts: prompts.map(Prompt::Text).collect(),
             size: pipeline.native_size(),
             steps: PICTURE_STEPS,
             guidance: 0.0,
@@ -141,10 +141,10 @@ impl HeldOutSet {
             control_images: Vec::new(),
         };
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
-        let latents = draw(&pipeline, teacher.as_ref(), &sitting, output)?;
-        let pictures = sitting.decode(&pipeline, &latents)?;
-        let questions = halfway_inputs(&sitting, &pipeline, &latents)?;
-        Ok(Self { references: references()?, pipeline, teacher, sitting, pictures, questions })
+        let latents = draw(&pipeline, teacher.as_ref(), &evaluation, output)?;
+        let pictures = evaluation.decode(&pipeline, &latents)?;
+        let questions = halfway_inputs(&evaluation, &pipeline, &latents)?;
+        Ok(Self { references: references()?, pipeline, teacher, evaluation, pictures, questions })
     }
 
     /// Converts and distils one student and examines it before and after.
@@ -167,7 +167,7 @@ impl HeldOutSet {
         let seconds = begun.elapsed().as_secs_f64();
         let student = open(&model)?;
         let after = self.evaluate(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
-        let entries = converted.lesson.map(|lesson| lesson.distilled.entries).unwrap_or_default();
+        let entries = converted.trained.map(|trained| trained.distilled.entries).unwrap_or_default();
         Ok(StudentResult {
             attention: plan.to_string(),
             radius: radius.tokens(),
@@ -188,8 +188,8 @@ impl HeldOutSet {
 
     fn evaluate(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<HeldOutScores> {
         let error = prediction_error(self.teacher.as_ref(), student, &self.questions)?;
-        let latents = draw(&self.pipeline, student, &self.sitting, output)?;
-        let pictures = self.sitting.decode(&self.pipeline, &latents)?;
+        let latents = draw(&self.pipeline, student, &self.evaluation, output)?;
+        let pictures = self.evaluation.decode(&self.pipeline, &latents)?;
         let pairs = self.pictures.iter().zip(&pictures);
         let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
         // The mean of mean squared errors, as the PSNR of all pictures together.
@@ -217,23 +217,23 @@ struct HeldOutScores {
 fn draw(
     pipeline: &Pipeline,
     denoiser: &dyn Denoiser,
-    sitting: &EvaluationRun,
+    evaluation: &EvaluationRun,
     output: &Output,
 ) -> anyhow::Result<Tensor> {
-    let bar = output.progress("drawing", sitting.subjects.len());
-    let latents = sitting.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
+    let bar = output.progress("drawing", evaluation.prompts.len());
+    let latents = evaluation.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
     bar.finish_and_clear();
     Ok(latents)
 }
 
 /// The teacher's pictures noised to four levels, with fixed noise.
 fn halfway_inputs(
-    sitting: &EvaluationRun,
+    evaluation: &EvaluationRun,
     pipeline: &Pipeline,
     latents: &Tensor,
 ) -> anyhow::Result<Vec<DenoiserInput>> {
-    let count = sitting.subjects.len();
-    let halfway = sitting.halfway(pipeline, latents, count)?;
+    let count = evaluation.prompts.len();
+    let halfway = evaluation.halfway(pipeline, latents, count)?;
     let noise = ((&halfway.latents * 2.0)? - latents)?;
     let question = |level: f64| -> anyhow::Result<DenoiserInput> {
         let noised = ((latents * (1.0 - level))? + (&noise * level)?)?;

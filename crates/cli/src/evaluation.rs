@@ -17,7 +17,7 @@ const TOKENS_AT_ONCE: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct EvaluationRun {
     /// One picture each.
-    pub subjects: Vec<Prompt>,
+    pub prompts: Vec<Prompt>,
     /// Extents of every picture.
     pub size: ImageSize,
     /// Denoising steps.
@@ -59,16 +59,16 @@ pub fn prompts_or_classes(
 fn read_prompts(path: &Path, are_classes: bool) -> anyhow::Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let subject = |line: &str| match are_classes {
+    let prompt = |line: &str| match are_classes {
         true => line
             .parse()
             .map(Prompt::Class)
             .with_context(|| format!("{}: expected numbers of classes, one a line, found {line:?}", path.display())),
         false => Ok(Prompt::Text(line.to_owned())),
     };
-    let subjects = lines.map(subject).collect::<anyhow::Result<Vec<_>>>()?;
-    anyhow::ensure!(!subjects.is_empty(), "{}: expected prompts, one a line, found none", path.display());
-    Ok(subjects)
+    let prompts = lines.map(prompt).collect::<anyhow::Result<Vec<_>>>()?;
+    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one a line, found none", path.display());
+    Ok(prompts)
 }
 
 impl EvaluationRun {
@@ -76,7 +76,7 @@ impl EvaluationRun {
     pub fn new(drawing: &SamplingArgs, teacher: &Pipeline) -> anyhow::Result<Self> {
         let defaults = teacher.transformer().identified().variant.defaults;
         Ok(Self {
-            subjects: prompts_or_classes(teacher, drawing.prompts.as_deref(), &PROMPTS.join("\n"), PROMPTS.len())?,
+            prompts: prompts_or_classes(teacher, drawing.prompts.as_deref(), &PROMPTS.join("\n"), PROMPTS.len())?,
             size: drawing.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge }),
             steps: drawing.steps.unwrap_or(defaults.steps),
             guidance: defaults.guidance,
@@ -87,7 +87,7 @@ impl EvaluationRun {
 
     /// The subjects, to be read.
     pub fn prompts(&self) -> Vec<String> {
-        self.subjects.iter().map(Prompt::to_string).collect()
+        self.prompts.iter().map(Prompt::to_string).collect()
     }
 
     /// Draws every subject, and tells `advance` how many pictures were finished.
@@ -100,11 +100,11 @@ impl EvaluationRun {
         denoiser: &dyn Denoiser,
         advance: &mut dyn FnMut(usize),
     ) -> anyhow::Result<Tensor> {
-        let (encoded, without) = pipeline.encode_guided(&self.subjects)?;
+        let (encoded, without) = pipeline.encode_guided(&self.prompts)?;
         let mut drawn = Vec::new();
         let at_once = (TOKENS_AT_ONCE / self.noise(pipeline, 0, 1)?.image_tokens).max(1);
-        for start in (0..self.subjects.len()).step_by(at_once) {
-            let count = at_once.min(self.subjects.len() - start);
+        for start in (0..self.prompts.len()).step_by(at_once) {
+            let count = at_once.min(self.prompts.len() - start);
             let noise = self.noise(pipeline, start, count)?;
             let schedule = pipeline.schedule(self.steps, &noise)?;
             let guidance =
@@ -124,8 +124,8 @@ impl EvaluationRun {
 
     /// The first `count` pictures' latents, noised half way by noise of their own: one evaluation to compare models on.
     pub fn halfway(&self, pipeline: &Pipeline, latents: &Tensor, count: usize) -> anyhow::Result<DenoiserInput> {
-        let encoded = pipeline.encode(&self.subjects[..count])?;
-        let noise = self.noise(pipeline, self.subjects.len(), count)?;
+        let encoded = pipeline.encode(&self.prompts[..count])?;
+        let noise = self.noise(pipeline, self.prompts.len(), count)?;
         let conditions = pipeline.conditions(&encoded, &noise, self.guidance)?;
         let level = Tensor::full(0.5f32, count, noise.tensor.device())?;
         let drawn = latents.narrow(0, 0, count)?;
@@ -137,8 +137,8 @@ impl EvaluationRun {
     /// What the branches of `pipeline` are controlled by for pictures `start..start + count`.
     fn controls(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<ControlNetInput>> {
         let pictures = self.control_images.get(start..start + count).unwrap_or_default();
-        let frame = Frame { size: self.size, batch: count, guidance: self.guidance };
-        let one = |acting| pipeline.control(acting, pictures, frame);
+        let batch_spec = Frame { size: self.size, batch: count, guidance: self.guidance };
+        let one = |schedule| pipeline.control(schedule, pictures, batch_spec);
         Ok(pipeline.controlnets().iter().map(one).collect::<Result<_, _>>()?)
     }
 

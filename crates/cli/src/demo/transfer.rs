@@ -2,11 +2,11 @@
 //! on a student.
 
 use super::edges::mirrored_edges;
-use crate::adapters::{open_all, shelf};
+use crate::adapters::{open_all, registry};
 use crate::args::{AdapterArg, AdapterArgs, DeviceArg, PluginSearchArgs, WeightAdapterArgs};
-use crate::opening::plainly;
+use crate::evaluation::EvaluationRun;
 use crate::output::Output;
-use crate::sitting::EvaluationRun;
+use crate::sources::plainly;
 use crate::transfer::{TransferReport, TransferStudy, with_merged_adapters};
 use clearform_runtime::{Adapters, RgbImage};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ const PLUGINS: [&str; 2] = ["lora", "controlnet"];
 pub fn run(
     assets: &Path,
     student: &Path,
-    sitting: EvaluationRun,
+    evaluation: EvaluationRun,
     plugins: &PluginSearchArgs,
     output: &Output,
 ) -> anyhow::Result<Option<TransferReport>> {
@@ -40,7 +40,7 @@ pub fn run(
             named(&format!("ControlNet of {plan}"), open(false, &plan)?),
             named("LoRA and ControlNet", open(true, "full")?),
         ],
-        sitting,
+        evaluation,
         control: &|pictures: &[RgbImage]| pictures.iter().map(mirrored_edges).collect(),
         options: with_merged_adapters(plainly(None, DeviceArg::Cpu)?),
         folder: &assets.with_file_name("transfer"),
@@ -49,8 +49,8 @@ pub fn run(
 }
 
 fn plugins_found(plugins: &PluginSearchArgs) -> anyhow::Result<bool> {
-    let shelf = shelf(plugins)?;
-    let ids: Vec<&str> = shelf.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
+    let registry = registry(plugins)?;
+    let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     Ok(PLUGINS.iter().all(|id| ids.contains(id)))
 }
 

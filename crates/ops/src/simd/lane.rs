@@ -55,12 +55,12 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
         numbers: &'a [Self::Sum],
         width: usize,
         space: &'a mut Vec<Self>,
-        instructions: CpuFeatures,
+        features: CpuFeatures,
     ) -> &'a [Self];
 
     /// Rows of an even number of numbers as factors along the rows: `[row][column]` to `[row][column / WIDTH]`, with
     /// `space` as above.
-    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>, instructions: CpuFeatures) -> &'a [Self];
+    fn along_rows<'a>(numbers: &'a [Self::Sum], space: &'a mut Vec<Self>, features: CpuFeatures) -> &'a [Self];
 }
 
 impl<T: Real> Lane for T {
@@ -218,16 +218,16 @@ impl Lane for Bf16Pair {
         numbers: &'a [f32],
         width: usize,
         space: &'a mut Vec<Self>,
-        instructions: CpuFeatures,
+        features: CpuFeatures,
     ) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2 * width) * width, Self::default());
-        instructions.run(PairRows { numbers, width, out: space });
+        features.run(PairRows { numbers, width, out: space });
         space
     }
 
-    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>, instructions: CpuFeatures) -> &'a [Self] {
+    fn along_rows<'a>(numbers: &'a [f32], space: &'a mut Vec<Self>, features: CpuFeatures) -> &'a [Self] {
         space.resize(numbers.len().div_ceil(2), Self::default());
-        instructions.run(PairNeighbours { numbers, out: space });
+        features.run(PairNeighbours { numbers, out: space });
         space
     }
 }

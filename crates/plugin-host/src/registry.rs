@@ -44,15 +44,15 @@ impl PluginRegistry {
     /// # Errors
     /// A folder cannot be read, or lies inside a model: what comes with a model is never loaded.
     pub fn look(folders: &[PathBuf]) -> Result<Self> {
-        let mut shelf = Self::default();
+        let mut registry = Self::default();
         for folder in folders {
             outside_models(folder)?;
             for path in libraries(folder)? {
-                shelf.put(path)?;
+                registry.put(path)?;
             }
         }
-        shelf.plugins.sort_by(|a, b| a.description.id.cmp(&b.description.id));
-        Ok(shelf)
+        registry.plugins.sort_by(|a, b| a.description.id.cmp(&b.description.id));
+        Ok(registry)
     }
 
     /// Every plugin, sorted by id.
@@ -205,16 +205,16 @@ mod tests {
         write_plugin(folder.path(), "lora", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "net", BRANCH_INTERFACE, "*.net");
         std::fs::write(folder.path().join("libother.so"), "no plugin").unwrap();
-        let shelf = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
-        assert_eq!(shelf.plugins().len(), 2);
+        let registry = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
+        assert_eq!(registry.plugins().len(), 2);
         let adapter = adapter(folder.path(), "a.down");
         let choice = |interface, id: Option<&str>| PluginChoice { interface, id: id.map(str::to_owned) };
-        assert_eq!(shelf.choose(&adapter, &choice(None, None)).unwrap().description.id, "lora");
-        assert_eq!(shelf.choose(&adapter, &choice(None, Some("net"))).unwrap().description.id, "net");
+        assert_eq!(registry.choose(&adapter, &choice(None, None)).unwrap().description.id, "lora");
+        assert_eq!(registry.choose(&adapter, &choice(None, Some("net"))).unwrap().description.id, "net");
         assert!(
-            reason(shelf.choose(&adapter, &choice(Some(BRANCH_INTERFACE), None))).contains("give it with --adapter")
+            reason(registry.choose(&adapter, &choice(Some(BRANCH_INTERFACE), None))).contains("give it with --adapter")
         );
-        assert!(reason(shelf.choose(&adapter, &choice(None, Some("x")))).contains("the plugins are lora, net"));
+        assert!(reason(registry.choose(&adapter, &choice(None, Some("x")))).contains("the plugins are lora, net"));
         assert!(reason(PluginRegistry::off().choose(&adapter, &choice(None, None))).contains("--no-plugins"));
     }
 
@@ -223,11 +223,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         write_plugin(folder.path(), "one", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "two", ADAPTER_INTERFACE, "a.*");
-        let shelf = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
-        let error = reason(shelf.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default()));
+        let registry = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
+        let error = reason(registry.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default()));
         assert!(error.contains("one, two; choose one with ,plugin=ID"), "{error}");
         assert!(
-            reason(shelf.choose(&adapter(folder.path(), "b"), &PluginChoice::default()))
+            reason(registry.choose(&adapter(folder.path(), "b"), &PluginChoice::default()))
                 .contains("tensors such as [\"b\"]")
         );
     }

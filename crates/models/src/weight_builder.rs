@@ -58,9 +58,9 @@ impl<'a> WeightBuilder<'a> {
 
     /// The layer `name`: its weight, and its bias where it has one.
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
-        let scope = self.pp(name);
-        let bias = if scope.has("bias") { Some(scope.tensor("bias")?) } else { None };
-        let (weight, beside) = self.source.factored(&scope.full_name("weight"))?;
+        let builder = self.pp(name);
+        let bias = if builder.has("bias") { Some(builder.tensor("bias")?) } else { None };
+        let (weight, beside) = self.source.factored(&builder.full_name("weight"))?;
         Ok(Linear { weight: self.converted(weight)?, bias, beside })
     }
 
@@ -110,10 +110,10 @@ mod tests {
     fn a_wrong_shape_is_named_with_the_full_name() {
         let source =
             InMemoryTensors::from_iter([("a.b".to_owned(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap())]);
-        let scope = WeightBuilder::root(&source).in_dtype(DType::F32).pp("a");
-        assert_eq!(scope.shaped("b", &[2, 3]).unwrap().dtype(), DType::F32);
-        let error = scope.shaped("b", &[3, 3]).unwrap_err().to_string();
+        let builder = WeightBuilder::root(&source).in_dtype(DType::F32).pp("a");
+        assert_eq!(builder.shaped("b", &[2, 3]).unwrap().dtype(), DType::F32);
+        let error = builder.shaped("b", &[3, 3]).unwrap_err().to_string();
         assert!(error.contains("\"a.b\": expected shape [3, 3], found [2, 3]"), "{error}");
-        assert!(scope.tensor("c").unwrap_err().to_string().contains("\"a.c\" is missing"));
+        assert!(builder.tensor("c").unwrap_err().to_string().contains("\"a.c\" is missing"));
     }
 }

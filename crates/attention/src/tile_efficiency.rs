@@ -105,7 +105,7 @@ mod tests {
         TileShape::new(height, width).unwrap()
     }
 
-    fn share(grid: (usize, usize), radius: f64, query: (usize, usize), key: (usize, usize)) -> TileEfficiency {
+    fn efficiency(grid: (usize, usize), radius: f64, query: (usize, usize), key: (usize, usize)) -> TileEfficiency {
         let grid = TokenGrid::new(grid.0, grid.1).unwrap();
         TileEfficiency::of_tiles(grid, Radius::new(radius).unwrap(), tile(query), tile(key))
     }
@@ -125,9 +125,9 @@ mod tests {
         for (side, row_major, columns) in table {
             for ((query, key), percents) in [(row_major, row_major)].into_iter().chain(patches).zip(columns) {
                 for (radius, percent) in [8.0, 16.0, 32.0].into_iter().zip(percents) {
-                    let share = share((side, side), radius, query, key);
-                    let found = (100.0 * share.ratio()).round() as i32;
-                    assert_eq!(found, percent, "{side}, r = {radius}, {query:?} / {key:?}: {share}");
+                    let efficiency = efficiency((side, side), radius, query, key);
+                    let found = (100.0 * efficiency.ratio()).round() as i32;
+                    assert_eq!(found, percent, "{side}, r = {radius}, {query:?} / {key:?}: {efficiency}");
                 }
             }
         }
@@ -160,7 +160,7 @@ mod tests {
                 want.inside += count;
                 want.visited += if count > 0 { (query.0 * query.1 * key.0 * key.1) as u64 } else { 0 };
             }
-            assert_eq!(share(grid, radius, query, key), want, "{grid:?}, {radius}, {query:?} / {key:?}");
+            assert_eq!(efficiency(grid, radius, query, key), want, "{grid:?}, {radius}, {query:?} / {key:?}");
         }
     }
 }

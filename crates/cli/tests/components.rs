@@ -173,7 +173,8 @@ fn under(prefix: &str, part: &str, name: &str, tensor: Tensor) -> (String, Tenso
     if part != "vae" || name.contains("quant_conv") {
         return (format!("{prefix}{name}"), tensor);
     }
-    let cases: Value = serde_json::from_slice(&fs::read(repository("tests/fixtures/parts/vae.json")).unwrap()).unwrap();
+    let cases: Value =
+        serde_json::from_slice(&fs::read(repository("tests/fixtures/component_shapes/vae.json")).unwrap()).unwrap();
     let line = cases[1]["tensors"].as_array().unwrap().iter().find(|line| line[2] == name).unwrap();
     let rank = line[1].as_array().unwrap().len();
     let shape = [tensor.dims(), &vec![1; rank - tensor.rank()]].concat();
@@ -238,9 +239,9 @@ fn every_tensor_of_a_part_has_its_fate() {
         report["parts"].as_object().unwrap().values().map(|part| part["fates"].as_object().unwrap().len()).sum();
     let own = |name: &&String| FLUX.parts.iter().any(|(_, prefix)| name.starts_with(prefix));
     assert_eq!(told, both.tensors.keys().filter(own).count());
-    let skipped = |account: &Value| -> Vec<String> {
-        let fates = account["fates"].as_object().unwrap().iter();
-        fates.filter(|(_, fate)| !fate["skipped"]["reason"].is_null()).map(|(name, _)| name.clone()).collect()
+    let skipped = |load_report: &Value| -> Vec<String> {
+        let outcomes = load_report["fates"].as_object().unwrap().iter();
+        outcomes.filter(|(_, outcome)| !outcome["skipped"]["reason"].is_null()).map(|(name, _)| name.clone()).collect()
     };
     assert_eq!(skipped(&report["parts"]["vae"]), [""; 0]);
     assert_eq!(

@@ -2,7 +2,7 @@
 //! gives back the very bits that were there.
 
 use crate::adapter::{Edit, EditKind, EditValues};
-use crate::changes::{PlacedEdit, WeightEdits};
+use crate::weight_edits::{PlacedEdit, WeightEdits};
 use crate::{PluginError, Result};
 use candle_core::{D, DType, Tensor};
 use clearform_weights::{InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, WeightsError};
@@ -22,31 +22,31 @@ pub enum LowRankMode {
 /// A source with the edits of one part of a pipeline.
 pub struct PatchedSource<'a, S> {
     source: S,
-    changes: Option<&'a BTreeMap<String, Vec<PlacedEdit>>>,
+    edits: Option<&'a BTreeMap<String, Vec<PlacedEdit>>>,
     mode: LowRankMode,
 }
 
 impl<'a, S: TensorSource> PatchedSource<'a, S> {
     /// `source` as `changes` edit the part `name`.
-    pub fn new(source: S, changes: &'a WeightEdits, part: &str, mode: LowRankMode) -> Self {
-        Self { source, changes: changes.of(part), mode }
+    pub fn new(source: S, edits: &'a WeightEdits, part: &str, mode: LowRankMode) -> Self {
+        Self { source, edits: edits.of(part), mode }
     }
 
-    fn changes(&self, name: &str) -> &'a [PlacedEdit] {
-        self.changes.and_then(|changes| changes.get(name)).map_or(&[], Vec::as_slice)
+    fn edits(&self, name: &str) -> &'a [PlacedEdit] {
+        self.edits.and_then(|edits| edits.get(name)).map_or(&[], Vec::as_slice)
     }
 
     fn edited(&self, name: &str) -> Result<Tensor> {
         let stored = self.source.tensor(name)?;
         let mut tensor = stored.to_dtype(DType::F32)?;
-        for change in self.changes(name) {
+        for change in self.edits(name) {
             tensor = change.apply(&tensor)?;
         }
         Ok(tensor.to_dtype(stored.dtype())?)
     }
 
     fn describe(&self, mut info: TensorInfo) -> TensorInfo {
-        let columns = self.changes(&info.name).iter().map(|change| change.columns).max();
+        let columns = self.edits(&info.name).iter().map(|change| change.columns).max();
         if let ([_, own], Some(columns)) = (&mut info.shape[..], columns) {
             *own = columns.max(*own);
         }
@@ -64,37 +64,37 @@ impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
     }
 
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
-        match self.changes(name) {
+        match self.edits(name) {
             [] => self.source.read(name),
             _ => InMemoryTensors::from_iter([(name.to_owned(), self.tensor(name)?)]).read(name),
         }
     }
 
     fn read_range(&self, name: &str, range: Range<usize>) -> clearform_weights::Result<Vec<u8>> {
-        match self.changes(name) {
+        match self.edits(name) {
             [] => self.source.read_range(name, range),
             _ => InMemoryTensors::from_iter([(name.to_owned(), self.tensor(name)?)]).read_range(name, range),
         }
     }
 
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
-        match self.changes(name) {
+        match self.edits(name) {
             [] => self.source.tensor(name),
             _ => self.edited(name).map_err(|error| explain(name, error)),
         }
     }
 
     fn factored(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
-        let changes = self.changes(name);
-        if changes.is_empty() || self.mode == LowRankMode::Fused || !changes.iter().all(PlacedEdit::is_plain) {
+        let edits = self.edits(name);
+        if edits.is_empty() || self.mode == LowRankMode::Fused || !edits.iter().all(PlacedEdit::is_plain) {
             return Ok((self.tensor(name)?, Vec::new()));
         }
         let weight = self.source.tensor(name)?;
         let (rows, columns) = weight.dims2()?;
-        if changes.iter().any(|change| change.columns != columns) {
+        if edits.iter().any(|change| change.columns != columns) {
             return Ok((self.tensor(name)?, Vec::new()));
         }
-        let terms = changes.iter().map(|change| change.term(rows, &weight)).collect::<Result<Vec<_>>>();
+        let terms = edits.iter().map(|change| change.term(rows, &weight)).collect::<Result<Vec<_>>>();
         Ok((weight, terms.map_err(|error| explain(name, error))?))
     }
 }
