@@ -6,8 +6,8 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_models::Prompt;
-use clearform_runtime::{Adapters, GenerateRequest, ImageSize, Pipeline, PipelineOptions, ReadOptions};
+use clearform_models::{ImageSize, Prompt};
+use clearform_runtime::{Adapters, GenerateRequest, Pipeline, PipelineOptions, ReadOptions};
 use clearform_sampling::{Guidance, denoise};
 use clearform_weights::Checkpoint;
 use serde_json::Value;

@@ -6,8 +6,8 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_models::Prompt;
-use clearform_runtime::{Adapters, GenerateRequest, ImageSize, Pipeline, PipelineOptions, ReadOptions};
+use clearform_models::{ImageSize, Prompt};
+use clearform_runtime::{Adapters, GenerateRequest, Pipeline, PipelineOptions, ReadOptions};
 use clearform_sampling::denoise;
 use clearform_testkit::assemble_pipeline;
 use serde_json::Value;

@@ -12,9 +12,9 @@ use clearform_distill::{
     Precision, ResumeMode, SampleSet, SampleSettings, SamplingSpec, TeacherStudent, TrainingOutcome, TrainingProgress,
     distill,
 };
-use clearform_models::{Conditions, GuidanceKind};
+use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize};
 use clearform_portable_model::DistillationRecord;
-use clearform_runtime::{Frame, ImageSize, Pipeline, Transformer};
+use clearform_runtime::{Pipeline, Transformer};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -61,7 +61,7 @@ fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>
         ids = Some(encoded.text_ids.clone());
         pipeline.add_size_conditions(
             &encoded,
-            Frame { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 },
+            BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 },
         )
     })?;
     match ids {

@@ -4,9 +4,9 @@
 use crate::args::SamplingArgs;
 use anyhow::Context as _;
 use candle_core::{DType, Tensor};
-use clearform_models::{Denoiser, DenoiserInput, GuidanceKind, Noised, Prompt, StepIndex};
+use clearform_models::{BatchSpec, Denoiser, DenoiserInput, GuidanceKind, ImageSize, Noised, Prompt, StepIndex};
 use clearform_plugin_host::{ControlNetInput, ControlledDenoiser};
-use clearform_runtime::{Frame, ImageSize, InitialLatents, Pipeline, RgbImage};
+use clearform_runtime::{InitialLatents, Pipeline, RgbImage};
 use clearform_sampling::denoise;
 use std::path::Path;
 
@@ -137,7 +137,7 @@ impl EvaluationRun {
     /// What the branches of `pipeline` are controlled by for pictures `start..start + count`.
     fn controls(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<ControlNetInput>> {
         let pictures = self.control_images.get(start..start + count).unwrap_or_default();
-        let batch_spec = Frame { size: self.size, batch: count, guidance: self.guidance };
+        let batch_spec = BatchSpec { size: self.size, batch: count, guidance: self.guidance };
         let one = |schedule| pipeline.control(schedule, pictures, batch_spec);
         Ok(pipeline.controlnets().iter().map(one).collect::<Result<_, _>>()?)
     }

@@ -1,7 +1,9 @@
 //! [`Family`]: an architecture of diffusion transformer, and the list of those we have.
 
 use crate::text::TextEncoders;
-use crate::{Conditions, Denoiser, DenoiserInput, GuidanceKind, InputChannels, NoiseProcess, Prompt, Result};
+use crate::{
+    BatchSpec, Conditions, Denoiser, DenoiserInput, GuidanceKind, InputChannels, NoiseProcess, Prompt, Result,
+};
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::{InMemoryTensors, TensorSource};
@@ -88,9 +90,10 @@ pub trait Family: Send + Sync {
         &self,
         config: &Value,
         conditions: Conditions,
-        batch_spec: &BatchSpec,
+        batch_spec: BatchSpec,
+        device: &Device,
     ) -> Result<Conditions> {
-        let _ = (config, batch_spec);
+        let _ = (config, batch_spec, device);
         Ok(conditions)
     }
 
@@ -129,19 +132,6 @@ pub struct DistilledLayer {
     pub name: String,
     /// Names of the parameters.
     pub parameters: Vec<String>,
-}
-
-/// What is known of pictures before they are drawn.
-#[derive(Debug, Clone)]
-pub struct BatchSpec {
-    /// Pictures.
-    pub batch: usize,
-    /// Height and width in pixels.
-    pub size: [usize; 2],
-    /// Guidance scale.
-    pub guidance: f64,
-    /// Where they are drawn.
-    pub device: Device,
 }
 
 impl DistilledLayer {

@@ -1,6 +1,6 @@
 //! [`random_input`]: an evaluation of random numbers, for whoever times a transformer. It knows no family.
 
-use crate::{BatchSpec, Conditions, DenoiserInput, Family, NoiseProcess, Result, StepIndex};
+use crate::{BatchSpec, Conditions, DenoiserInput, Family, ImageSize, NoiseProcess, Result, StepIndex};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::TokenGrid;
 use serde_json::Value;
@@ -55,12 +55,13 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
         image_ids,
         ..Conditions::default()
     };
-    let batch_spec = BatchSpec { batch: 1, size, guidance: 3.5, device: device.clone() };
+    let [height, width] = size;
+    let batch_spec = BatchSpec { batch: 1, size: ImageSize { height, width }, guidance: 3.5 };
     Ok(DenoiserInput {
         latents,
         timestep: Tensor::new(&[half_way(family.noise_process())], device)?,
         step_index: StepIndex::default(),
-        conditions: family.add_size_conditions(config, conditions, &batch_spec)?,
+        conditions: family.add_size_conditions(config, conditions, batch_spec, device)?,
     })
 }
 

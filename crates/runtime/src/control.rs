@@ -4,8 +4,9 @@
 use crate::adapters::ActiveControlNet;
 use crate::control_concat::channel_axis;
 use crate::pipeline::repeat;
-use crate::{Frame, ImageSize, Pipeline, Result, RuntimeError};
+use crate::{Pipeline, Result, RuntimeError};
 use candle_core::{Device, Tensor};
+use clearform_models::{BatchSpec, ImageSize};
 use clearform_plugin_host::{ControlKind, ControlNetInput};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
@@ -16,7 +17,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// As many pictures as branches, or one, were expected; or a branch takes what this model does not have.
-    pub fn controls(&self, pictures: &[RgbImage], batch_spec: Frame) -> Result<Vec<ControlNetInput>> {
+    pub fn controls(&self, pictures: &[RgbImage], batch_spec: BatchSpec) -> Result<Vec<ControlNetInput>> {
         let (found, controlnets) = (pictures.len(), self.controlnets().len());
         if found != controlnets && (found != 1 || controlnets == 0) {
             return Err(RuntimeError::BadSetting(format!(
@@ -38,7 +39,7 @@ impl Pipeline {
         &self,
         schedule: &ActiveControlNet,
         pictures: &[RgbImage],
-        Frame { size, batch, guidance }: Frame,
+        BatchSpec { size, batch, guidance }: BatchSpec,
     ) -> Result<ControlNetInput> {
         let input = schedule.controlnet.input();
         let pixels = pictures.iter().map(|picture| pixels(picture, size, input.range)).collect::<Result<Vec<_>>>()?;

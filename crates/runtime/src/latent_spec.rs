@@ -2,8 +2,9 @@
 //! no weights.
 
 use crate::control_concat::channel_axis;
-use crate::{Components, ImageSize, Result, RuntimeError, Transformer};
+use crate::{Components, Result, RuntimeError, Transformer};
 use candle_core::{DType, Device, Tensor};
+use clearform_models::ImageSize;
 use clearform_models::vae::VaeConfig;
 use serde_json::Value;
 

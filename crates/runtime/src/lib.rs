@@ -22,6 +22,6 @@ pub use adapters::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedul
 pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
-pub use picture::{Frame, ImageSize, check_pictures, to_pictures};
+pub use picture::{check_pictures, to_pictures};
 pub use pipeline::{GenerateRequest, InitialLatents, Pipeline, PipelineOptions, PipelineStage};
 pub use transformer::{ReadOptions, Transformer};

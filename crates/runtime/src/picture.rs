@@ -1,28 +1,9 @@
-//! [`ImageSize`] and pictures: from the VAE's numbers to 8-bit RGB, and the check that there is a picture at all.
+//! Pictures: from the VAE's numbers to 8-bit RGB, and the check that there is a picture at all.
 
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Tensor};
+use clearform_models::ImageSize;
 use image::RgbImage;
-
-/// Extents in pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ImageSize {
-    /// Pixels down.
-    pub height: usize,
-    /// Pixels across.
-    pub width: usize,
-}
-
-/// What a batch of pictures has in common.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Frame {
-    /// Extents of each.
-    pub size: ImageSize,
-    /// How many there are.
-    pub batch: usize,
-    /// Embedded guidance scale.
-    pub guidance: f64,
-}
 
 /// Pictures of the VAE's output, as diffusers' `VaeImageProcessor` makes them: x / 2 + 0.5, clamped to 0..1, times
 /// 255, rounded half to even.

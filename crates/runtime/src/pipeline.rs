@@ -5,13 +5,11 @@ use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::control_concat::ControlConcat;
 use crate::latent_spec::LatentSpec;
 use crate::text::{PipelineTextEncoders, open_weights};
-use crate::{
-    Components, Frame, ImageSize, ReadOptions, Result, RuntimeError, Transformer, check_pictures, to_pictures,
-};
+use crate::{Components, ReadOptions, Result, RuntimeError, Transformer, check_pictures, to_pictures};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::AutoencoderKl;
-use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, NoiseProcess, Prompt};
+use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, ImageSize, NoiseProcess, Prompt};
 use clearform_plugin_host::{AdapterReport, ControlledDenoiser, WeightEdits};
 use clearform_portable_model::recorded_plan;
 use clearform_sampling::{Guidance, Schedule, Scheduler, StepProgress, TorchGenerator, denoise};
@@ -201,7 +199,7 @@ impl Pipeline {
         watch(&PipelineStage::Loading);
         let (own, others) = self.split_control_images(&request.control_images)?;
         let own = own.map(|picture| self.own_control(picture, size, request.batch)).transpose()?;
-        let controls = self.controls(others, Frame { size, batch: request.batch, guidance: request.guidance })?;
+        let controls = self.controls(others, BatchSpec { size, batch: request.batch, guidance: request.guidance })?;
         let transformer = self.load_transformer(&self.plan, self.options.dtype)?;
         let beside = ControlConcat { base: transformer.as_ref(), control: own };
         let denoiser = ControlledDenoiser::new(&beside, controls);
@@ -268,7 +266,7 @@ impl Pipeline {
     /// # Errors
     /// A batch that the subjects do not divide.
     pub fn conditions(&self, encoded: &Conditions, latents: &InitialLatents, guidance: f64) -> Result<Conditions> {
-        let batch_spec = Frame { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
+        let batch_spec = BatchSpec { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
         Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.add_size_conditions(encoded, batch_spec)? })
     }
 
@@ -276,16 +274,11 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Self::conditions`].
-    pub fn add_size_conditions(
-        &self,
-        encoded: &Conditions,
-        Frame { size, batch, guidance }: Frame,
-    ) -> Result<Conditions> {
-        let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch)).transpose();
-        let device = self.options.device.clone();
-        let batch_spec = BatchSpec { batch, size: [size.height, size.width], guidance, device };
+    pub fn add_size_conditions(&self, encoded: &Conditions, batch_spec: BatchSpec) -> Result<Conditions> {
+        let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch_spec.batch)).transpose();
         let conditions = encoded.map_samples(repeated)?;
-        Ok(self.transformer.family().add_size_conditions(self.transformer.config(), conditions, &batch_spec)?)
+        let (family, config) = (self.transformer.family(), self.transformer.config());
+        Ok(family.add_size_conditions(config, conditions, batch_spec, &self.options.device)?)
     }
 
     /// What each step is conditioned on: the subjects `encoded`, and `without`, from which classifier-free guidance leads

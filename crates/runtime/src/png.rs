@@ -1,7 +1,8 @@
 //! PNG files that carry what they were made with: [`GenerationParameters`] as text chunks beside the pixels.
 
-use crate::{ImageSize, Result, RuntimeError, check_pictures};
+use crate::{Result, RuntimeError, check_pictures};
 use ::png::{BitDepth, ColorType, Decoder, Encoder, EncodingError};
+use clearform_models::ImageSize;
 use image::RgbImage;
 use std::fmt::Display;
 use std::fs::File;

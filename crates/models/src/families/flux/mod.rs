@@ -23,7 +23,7 @@ use crate::{
     BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
     Prompt, Result, StepIndex,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
 use serde_json::Value;
@@ -102,9 +102,10 @@ impl Family for Flux {
         &self,
         config: &Value,
         conditions: Conditions,
-        batch_spec: &BatchSpec,
+        batch_spec: BatchSpec,
+        device: &Device,
     ) -> Result<Conditions> {
-        let scale = || Tensor::new(vec![batch_spec.guidance as f32; batch_spec.batch], &batch_spec.device);
+        let scale = || Tensor::new(vec![batch_spec.guidance as f32; batch_spec.batch], device);
         let guidance = FluxConfig::new(config)?.guidance.then(scale).transpose()?;
         Ok(Conditions { guidance, ..conditions })
     }

@@ -16,10 +16,10 @@ use crate::layers::ForwardArguments;
 use crate::prompt::texts;
 use crate::text::TextEncoders;
 use crate::{
-    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
-    Prompt, Result, StepIndex,
+    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, ImageSize, InputChannels,
+    NoiseProcess, Prompt, Result, StepIndex,
 };
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
 use serde_json::Value;
@@ -96,15 +96,15 @@ impl Family for Pixart {
         &self,
         config: &Value,
         conditions: Conditions,
-        batch_spec: &BatchSpec,
+        batch_spec: BatchSpec,
+        device: &Device,
     ) -> Result<Conditions> {
         if !PixartConfig::new(config)?.sized {
             return Ok(conditions);
         }
-        let [height, width] = batch_spec.size.map(|extent| extent as f32);
-        let rows = |row: &[f32]| {
-            Tensor::new(row.repeat(batch_spec.batch), &batch_spec.device)?.reshape((batch_spec.batch, ()))
-        };
+        let ImageSize { height, width } = batch_spec.size;
+        let (height, width) = (height as f32, width as f32);
+        let rows = |row: &[f32]| Tensor::new(row.repeat(batch_spec.batch), device)?.reshape((batch_spec.batch, ()));
         let (resolution, ratio) = (rows(&[height, width])?, rows(&[height / width])?);
         Ok(Conditions { resolution: Some(resolution), aspect_ratio: Some(ratio), ..conditions })
     }
@@ -117,17 +117,18 @@ const INPUTS: [&str; 6] =
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use candle_core::Device;
     use serde_json::json;
 
     #[test]
     fn alpha_is_told_height_and_width_and_how_they_relate() {
-        let batch_spec = BatchSpec { batch: 2, size: [48, 64], guidance: 4.5, device: Device::Cpu };
-        let framed = |config: Value| Pixart.add_size_conditions(&config, Conditions::default(), &batch_spec).unwrap();
-        let alpha = framed(json!({"sample_size": 128}));
+        let batch_spec = BatchSpec { batch: 2, size: ImageSize { height: 48, width: 64 }, guidance: 4.5 };
+        let with_size = |config: Value| {
+            Pixart.add_size_conditions(&config, Conditions::default(), batch_spec, &Device::Cpu).unwrap()
+        };
+        let alpha = with_size(json!({"sample_size": 128}));
         assert_eq!(alpha.resolution.unwrap().to_vec2::<f32>().unwrap(), [[48.0, 64.0]; 2]);
         assert_eq!(alpha.aspect_ratio.unwrap().to_vec2::<f32>().unwrap(), [[0.75]; 2]);
-        let sigma = framed(json!({"sample_size": 128, "use_additional_conditions": false}));
+        let sigma = with_size(json!({"sample_size": 128, "use_additional_conditions": false}));
         assert!(sigma.resolution.is_none() && sigma.aspect_ratio.is_none());
     }
 }
