@@ -73,7 +73,7 @@ pub enum Refusal {
         head_dim: usize,
     },
     /// Attention takes bf16 and f16.
-    Number {
+    Scalar {
         /// What was asked for.
         number: Scalar,
     },
@@ -100,7 +100,7 @@ impl fmt::Display for Refusal {
                     "no attention kernel for heads of {head_dim}: there are 64 and 128, which narrower ones fill with zeros"
                 )
             }
-            Self::Number { number } => write!(f, "no attention kernel in {}: there are bf16 and f16", number.name()),
+            Self::Scalar { number } => write!(f, "no attention kernel in {}: there are bf16 and f16", number.name()),
             Self::TooLarge { threads } => write!(f, "{threads} threads: a launch numbers 2^32"),
             Self::Width { width, longest } => {
                 write!(f, "rows of {width}: expected whole multiples of 16 bytes, at most {longest} numbers")

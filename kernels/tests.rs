@@ -139,7 +139,7 @@ fn launches_cover_the_problem() {
 
 #[test]
 fn what_no_kernel_takes_is_refused() {
-    assert_eq!(attention::KernelProblem::new(Scalar::F32, 1, 1, 64), Err(Refusal::Number { number: Scalar::F32 }));
+    assert_eq!(attention::KernelProblem::new(Scalar::F32, 1, 1, 64), Err(Refusal::Scalar { number: Scalar::F32 }));
     assert_eq!(attention::KernelProblem::new(Scalar::Bf16, 1, 1, 72), Err(Refusal::HeadDim { head_dim: 72 }));
     let width = |width, longest| Err(Refusal::Width { width, longest });
     assert_eq!(rms_norm_rope::launches(Scalar::F32, 1, 132), width(132, 128));

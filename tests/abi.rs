@@ -276,7 +276,7 @@ mod header {
         DLManagedTensorVersioned, DLPackVersion, DLTensor, FLAG_READ_ONLY, VERSION,
     };
     use clearform_plugin_abi::{
-        ABI_MAJOR, ADAPTER_INTERFACE, BRANCH_INTERFACE, CONTROL_LATENTS, CONTROL_PIXELS, ClearformAdapterTable,
+        ABI_MAJOR, ADAPTER_INTERFACE, CONTROL_LATENTS, CONTROL_PIXELS, CONTROLNET_INTERFACE, ClearformAdapterTable,
         ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformEdit, ClearformEditTensors, ClearformFile,
         ClearformGiveResidual, ClearformHost, ClearformPair, ClearformPlugin, ClearformStep, ClearformTensorInfo,
         ClearformText, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
@@ -317,7 +317,7 @@ mod header {
     const TEXTS: [(&str, &str); 5] = [
         ("CLEARFORM_ENTRY_SYMBOL", ENTRY_SYMBOL),
         ("CLEARFORM_ADAPTER_INTERFACE", ADAPTER_INTERFACE),
-        ("CLEARFORM_BRANCH_INTERFACE", BRANCH_INTERFACE),
+        ("CLEARFORM_BRANCH_INTERFACE", CONTROLNET_INTERFACE),
         ("CLEARFORM_DESCRIPTION_BEGIN", DESCRIPTION_BEGIN),
         ("CLEARFORM_DESCRIPTION_END", DESCRIPTION_END),
     ];

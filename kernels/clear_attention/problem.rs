@@ -21,7 +21,7 @@ impl KernelProblem {
     /// Heads or numbers that no kernel takes.
     pub fn new(number: Scalar, batch: usize, heads: usize, head_dim: usize) -> Result<Self, Refusal> {
         match (number, head_dim) {
-            (Scalar::F32, _) => Err(Refusal::Number { number }),
+            (Scalar::F32, _) => Err(Refusal::Scalar { number }),
             _ if HEAD_DIMS.contains(&head_dim) => Ok(Self { number, batch, heads, head_dim }),
             _ => Err(Refusal::HeadDim { head_dim }),
         }

@@ -173,7 +173,7 @@ fn a_fused_source_writes_what_it_computes_with() {
     let name = "transformer_blocks.0.attn.to_q.weight";
     let (written, computed) = (source.read(name).unwrap().to_tensor(name).unwrap(), source.tensor(name).unwrap());
     assert_close(&written, &computed, 0.0, name);
-    let (weight, terms) = source.factored(name).unwrap();
+    let (weight, terms) = source.low_rank_terms(name).unwrap();
     assert_eq!(terms.len(), 1);
     let product =
         (terms[0].up.to_dtype(DType::F32).unwrap().matmul(&terms[0].down.to_dtype(DType::F32).unwrap()).unwrap()

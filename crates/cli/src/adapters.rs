@@ -4,7 +4,7 @@ use crate::args::{AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, WeightAd
 use crate::output::Output;
 use anyhow::{Context as _, bail};
 use clearform_plugin_host::{
-    ADAPTER_INTERFACE, AdapterReport, BRANCH_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
+    ADAPTER_INTERFACE, AdapterReport, CONTROLNET_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
 };
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
 use std::path::PathBuf;
@@ -28,7 +28,7 @@ pub fn open_weights(args: &WeightAdapterArgs) -> anyhow::Result<Adapters> {
 /// Opens adapters of every kind.
 pub fn open_all(args: &AdapterArgs) -> anyhow::Result<Adapters> {
     let weights = args.weights.lora.iter().map(|arg| request(arg, Some(ADAPTER_INTERFACE)));
-    let nets = args.controlnet.iter().map(|arg| request(arg, Some(BRANCH_INTERFACE)));
+    let nets = args.controlnet.iter().map(|arg| request(arg, Some(CONTROLNET_INTERFACE)));
     let any = args.adapter.iter().map(|arg| request(arg, None));
     let mut adapters = open(weights.chain(nets).chain(any).collect::<anyhow::Result<_>>()?, &args.weights)?;
     adapters.branch_attention.clone_from(&args.controlnet_attention);
@@ -75,7 +75,7 @@ fn request(arg: &AdapterArg, interface: Option<&'static str>) -> anyhow::Result<
     for (key, value) in &arg.settings {
         let number = || value.parse::<f64>().ok().filter(|number| number.is_finite());
         let wrong = || format!("{}: {key}={value}: expected a number", arg.path.display());
-        match (key.as_str(), interface == Some(BRANCH_INTERFACE)) {
+        match (key.as_str(), interface == Some(CONTROLNET_INTERFACE)) {
             ("plugin", _) => request.choice.id = Some(value.clone()),
             ("start", true) => request.schedule.interval[0] = number().with_context(wrong)?,
             ("end", true) => request.schedule.interval[1] = number().with_context(wrong)?,

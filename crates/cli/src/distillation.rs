@@ -71,7 +71,7 @@ fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>
 }
 
 /// Samples made before, which must be whole.
-pub fn ready_samples(folder: &Path) -> anyhow::Result<SampleSet> {
+pub fn existing_samples(folder: &Path) -> anyhow::Result<SampleSet> {
     let set = SampleSet::open(folder)?;
     if !set.is_complete() {
         bail!("{}: the samples are not finished; run what made them again", folder.display());
@@ -205,7 +205,7 @@ fn record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -
 }
 
 /// The folder of components, or what to do without one.
-pub fn needed<'a>(components: Option<&'a Path>, missing: &[&str]) -> anyhow::Result<Option<&'a Path>> {
+pub fn require_components<'a>(components: Option<&'a Path>, missing: &[&str]) -> anyhow::Result<Option<&'a Path>> {
     if missing.is_empty() {
         return Ok(components);
     }

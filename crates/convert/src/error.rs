@@ -24,7 +24,7 @@ pub enum ConvertError {
     },
     /// A patch does not fit what it is applied to.
     #[error("patch: {0}")]
-    Misfit(String),
+    DoesNotFit(String),
     /// The portable model cannot be written.
     #[error(transparent)]
     Model(#[from] clearform_portable_model::PortableModelError),

@@ -56,7 +56,7 @@ impl AttentionPatch {
         }
         let names: Vec<String> = changed.tensors().into_iter().map(|info| info.name).collect();
         if names.is_empty() {
-            return Err(ConvertError::Misfit(
+            return Err(ConvertError::DoesNotFit(
                 "the model's attention is that of its base; there is nothing to extract".into(),
             ));
         }
@@ -102,7 +102,7 @@ impl AttentionPatch {
     /// # Errors
     /// [`ConvertError::Misfit`] if the target lacks a tensor of the patch or has it in another shape, if the base is
     /// missing, or if it is not the one that the patch was distilled from.
-    pub fn onto<'a>(
+    pub fn apply_to<'a>(
         &'a self,
         target: &'a dyn TensorSource,
         mode: PatchMode,
@@ -115,7 +115,7 @@ impl AttentionPatch {
             (PatchMode::Replace, _) => None,
             (PatchMode::Shift, Some(base)) => Some(self.check_base(base)?),
             (PatchMode::Shift, None) => {
-                return Err(ConvertError::Misfit("shift needs the teacher; give --base TEACHER".into()));
+                return Err(ConvertError::DoesNotFit("shift needs the teacher; give --base TEACHER".into()));
             }
         };
         Ok(PatchedAttention { target, patch: &self.tensors, base })
@@ -127,7 +127,7 @@ impl AttentionPatch {
         let names: Vec<String> = infos.into_iter().map(|info| info.name).collect();
         match &self.base {
             Some(recorded) if *recorded != fingerprint(base, &names)? => {
-                Err(ConvertError::Misfit("the base is not the teacher that this patch was distilled from".into()))
+                Err(ConvertError::DoesNotFit("the base is not the teacher that this patch was distilled from".into()))
             }
             _ => Ok(base),
         }
@@ -220,11 +220,11 @@ fn check_shape(info: &TensorInfo, other: &dyn TensorSource, what: &str) -> Resul
     let found = other.info(&info.name);
     match &found {
         Some(found) if found.shape == info.shape => Ok(()),
-        Some(found) => Err(ConvertError::Misfit(format!(
+        Some(found) => Err(ConvertError::DoesNotFit(format!(
             "tensor {:?} is {:?} in the patch and {:?} in {what}; they are of two kinds",
             info.name, info.shape, found.shape
         ))),
-        None => Err(ConvertError::Misfit(format!("tensor {:?} is missing in {what}", info.name))),
+        None => Err(ConvertError::DoesNotFit(format!("tensor {:?} is missing in {what}", info.name))),
     }
 }
 
@@ -303,9 +303,9 @@ mod tests {
         let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         assert_eq!(patch.plan().to_string(), "clear:r=3");
         let (fine_tune, teacher) = (model(2.5, DType::BF16), model(2.0, DType::F32));
-        let replaced = patch.onto(&fine_tune, PatchMode::Replace, None).unwrap();
+        let replaced = patch.apply_to(&fine_tune, PatchMode::Replace, None).unwrap();
         assert_eq!(value(&replaced, QUERY), 5.0);
-        let shifted = patch.onto(&fine_tune, PatchMode::Shift, Some(&teacher)).unwrap();
+        let shifted = patch.apply_to(&fine_tune, PatchMode::Shift, Some(&teacher)).unwrap();
         assert_eq!((value(&shifted, QUERY), value(&shifted, OTHER)), (5.5, 9.0));
         assert_eq!(shifted.tensor(QUERY).unwrap().dtype(), DType::BF16);
     }
@@ -315,7 +315,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         let (target, other) = (model(2.5, DType::F32), model(2.1, DType::F32));
-        let error = |base| patch.onto(&target, PatchMode::Shift, base).err().unwrap().to_string();
+        let error = |base| patch.apply_to(&target, PatchMode::Shift, base).err().unwrap().to_string();
         assert!(error(None).contains("--base"));
         assert!(error(Some(&other)).contains("not the teacher"));
     }
@@ -325,7 +325,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         let empty = InMemoryTensors::default();
-        assert!(patch.onto(&empty, PatchMode::Replace, None).err().unwrap().to_string().contains(QUERY));
+        assert!(patch.apply_to(&empty, PatchMode::Replace, None).err().unwrap().to_string().contains(QUERY));
         let same = model(2.0, DType::F32);
         let path = folder.path().join("none.safetensors");
         let error = AttentionPatch::extract(&same, &same, "flux", &AttentionPlan::full(), &path).unwrap_err();

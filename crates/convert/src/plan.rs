@@ -33,7 +33,7 @@ pub struct ConversionReport {
     /// Parts of the pipeline that were taken along.
     pub components: Vec<String>,
     /// The fate of each tensor of those that were written anew, by part.
-    pub parts: BTreeMap<String, LoadReport>,
+    pub component_reports: BTreeMap<String, LoadReport>,
     /// Numbers in the transformer.
     pub parameters: u64,
 }
@@ -100,7 +100,7 @@ impl ConversionPlan {
             load_report: load_report.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
             components,
-            parts: self.parts.iter().map(|part| (part.name.clone(), part.load_report.clone())).collect(),
+            component_reports: self.parts.iter().map(|part| (part.name.clone(), part.load_report.clone())).collect(),
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
     }

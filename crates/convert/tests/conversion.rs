@@ -128,7 +128,7 @@ fn a_patch_brings_a_student_to_its_teacher() {
     let patch = AttentionPatch::open(&path, None).unwrap();
     assert_eq!(patch.plan(), &attention);
     for mode in [PatchMode::Replace, PatchMode::Shift] {
-        let patched = patch.onto(&canonical, mode, Some(&canonical)).unwrap();
+        let patched = patch.apply_to(&canonical, mode, Some(&canonical)).unwrap();
         assert_eq!(patched.tensors(), student.tensors());
         for info in patched.tensors() {
             let (got, wanted) = (patched.tensor(&info.name).unwrap(), student.tensor(&info.name).unwrap());

@@ -27,7 +27,7 @@ fn shape(value: &Value) -> Vec<usize> {
 fn recognise(kind: &str, source: &Fake, config: &Value) -> Result<Identified, LayoutError> {
     let hints = Hints { family: Some(kind.to_owned()), ..Hints::default() };
     let sidecar = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
-    detect_source(source, sidecar, &Manifests::parts().unwrap(), &hints)
+    detect_source(source, sidecar, &Manifests::components().unwrap(), &hints)
 }
 
 /// Every key of `expected` that `found` has is equal, and it has all of `keys`.
@@ -111,7 +111,7 @@ fn every_lost_or_misshapen_tensor_of_a_vae_is_named() {
                     Ok(identified) => {
                         let canonical = identified.canonical(&damaged);
                         assert!(!canonical.load_report().complete(), "{name}");
-                        canonical.load_report().complaints().join("\n")
+                        canonical.load_report().problems().join("\n")
                     }
                     Err(error) => error.to_string(),
                 };
@@ -327,7 +327,7 @@ fn the_parts_of_sd3_are_projected_as_it_was_trained() {
     let mut without = file.clone();
     without.tensors.remove("text_encoders.clip_g.transformer.text_projection.weight");
     let part = inside[1].open(&without, None).unwrap();
-    assert_eq!(part.tensors.load_report().complaints(), ["tensor \"text_projection.weight\" is missing"]);
+    assert_eq!(part.tensors.load_report().problems(), ["tensor \"text_projection.weight\" is missing"]);
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn what_is_wrong_with_a_part_is_told_and_nothing_of_it_passed_over() {
         shape.into_iter().for_each(|shape| file.put(name, shape));
         let identified = detect(&file, Some(&config), &Hints::default()).unwrap();
         let part = identified.components_in(&file)[0].open(&file, None).unwrap();
-        let complaints = part.tensors.load_report().complaints().join("\n");
+        let complaints = part.tensors.load_report().problems().join("\n");
         assert!(complaints.contains(expected), "{complaints}");
         part.tensors.complete().unwrap_err();
     }

@@ -314,7 +314,7 @@ fn stored_positions_tell_the_sample_size() {
         assert_eq!(skipped.len(), if family == "pixart" { 2 } else { 1 });
         assert_eq!(canonical.tensors(), model.canonical().tensors());
         let complaints = detect(&source, Some(&model.config), &Hints::default()).unwrap();
-        let complaints = complaints.canonical(&source).load_report().complaints().join("\n");
+        let complaints = complaints.canonical(&source).load_report().problems().join("\n");
         assert_eq!(complaints, "\"sample_size\" is 16 by config.json, 64 by the shape of \"pos_embed\"");
         source.put("pos_embed", &[1, 1023, 1152]);
         let error = detect(&source, None, &hints).unwrap_err().to_string();
@@ -447,7 +447,7 @@ fn config_json_is_held_against_the_tensors() {
         let mut model = Model::new(family, SMALL);
         let source = model.canonical();
         model.config[key] = value;
-        let complaints = model.open(&source).1.load_report().complaints().join("\n");
+        let complaints = model.open(&source).1.load_report().problems().join("\n");
         assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
     }
 }

@@ -209,13 +209,13 @@ fn every_fault_is_named() {
         let mut source = TINY.foreign(layout);
         change(&mut source);
         let (identified, canonical) = open(&source, &TINY.config());
-        let complaints = canonical.load_report().complaints().join("\n");
+        let complaints = canonical.load_report().problems().join("\n");
         for expected in expected {
             assert!(complaints.contains(expected), "{layout}: {complaints:?} does not say {expected:?}");
         }
         let inspection = Inspection::new(&identified, &canonical);
         assert!(!inspection.complete() && inspection.to_string().ends_with("NOT complete"));
-        assert_eq!(inspection.complaints().join("\n"), complaints);
+        assert_eq!(inspection.problems().join("\n"), complaints);
         assert!(matches!(canonical.complete(), Err(LayoutError::Incomplete(_))));
     }
 }
@@ -258,7 +258,7 @@ fn config_json_is_held_against_the_tensors() {
         config[key] = value;
         let source = TINY.diffusers();
         let (_, canonical) = open(&source, &config);
-        let complaints = canonical.load_report().complaints().join("\n");
+        let complaints = canonical.load_report().problems().join("\n");
         assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
     }
 }

@@ -224,7 +224,7 @@ fn learned_pooling_of_clear_belongs_to_every_model_and_survives_export() {
     let model = Model::new("sd3", SMALL);
     let mut source = model.canonical();
     source.put("transformer_blocks.1.attn2.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
-    let complaints = model.open(&source).1.load_report().complaints().join("\n");
+    let complaints = model.open(&source).1.load_report().problems().join("\n");
     assert!(complaints.contains("\"transformer_blocks.1.attn2.processor.spatial_weight\" is not understood"));
 }
 
@@ -282,7 +282,7 @@ fn a_lost_tensor_is_named_in_every_layout() {
                 source.tensors.remove(name);
                 match detect(&source, Some(&model.config), &Hints::default()) {
                     Ok(identified) => {
-                        let complaints = identified.canonical(&source).load_report().complaints().join("\n");
+                        let complaints = identified.canonical(&source).load_report().problems().join("\n");
                         assert_eq!(identified.family, family, "{layout} {name}");
                         assert!(complaints.contains(&format!("tensor {name:?} is missing")), "{name}: {complaints}");
                     }

@@ -139,7 +139,7 @@ fn a_table_of_classes_that_is_not_there_is_asked_for() {
         assert!(error.contains(expected), "{error:?} does not say {expected:?}");
     }
     let identified = detect(&source, Some(&config), &Hints::default()).unwrap();
-    let complaints = identified.canonical(&source).load_report().complaints().join("\n");
+    let complaints = identified.canonical(&source).load_report().problems().join("\n");
     assert!(complaints.contains("tensor \"y_embedder.embedding_table.weight\" is missing"), "{complaints}");
 }
 
@@ -158,7 +158,7 @@ fn what_stands_beside_a_whole_model_is_not_passed_over() {
     ] {
         let source = with(family, layout, &[name]);
         let (_, canonical) = Model::new(family, SMALL).open(&source);
-        let complaints = canonical.load_report().complaints().join("\n");
+        let complaints = canonical.load_report().problems().join("\n");
         assert!(complaints.contains(&format!("{name:?}")), "{name}: {complaints}");
         assert!(canonical.complete().is_err(), "{name}");
     }

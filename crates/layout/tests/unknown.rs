@@ -38,7 +38,7 @@ fn a_tensor_under_another_name_and_the_one_that_is_missing_point_to_each_other()
         assert_eq!(load_report.suggestions.get(right).map(String::as_str), near.then_some(wrong), "{wrong}");
         if near {
             assert_eq!(load_report.suggestions[wrong], right);
-            let complaints = load_report.complaints();
+            let complaints = load_report.problems();
             let unmatched = format!("tensor {wrong:?} is not understood: ");
             let found = complaints.iter().find(|one| one.starts_with(&unmatched)).unwrap();
             assert!(found.ends_with(&format!(" (near {right:?})")), "{found}");

@@ -12,7 +12,7 @@ const DIFFUSION_STEPS: usize = 1000;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NoiseProcess {
     /// Rectified flow (Liu et al., arXiv 2209.03003): x_t = (1 - t) x0 + t noise. The model predicts noise - x0.
-    Flow {
+    FlowMatching {
         /// The model takes t times this: 1 for FLUX and minRF, 1000 for SD3.
         time_scale: f64,
     },
@@ -22,7 +22,7 @@ pub enum NoiseProcess {
     /// DDPM (Ho et al., arXiv 2006.11239, equation 4) with betas linear from 1e-4 to 0.02 over 1000 steps, as DiT and
     /// PixArt: x_t = sqrt(abar) x0 + sqrt(1 - abar) noise. The model takes the whole number of the step and predicts
     /// the noise.
-    Diffusion,
+    Ddpm,
 }
 
 /// Latents with noise in them, and what a perfect model makes of them. All in f32.
@@ -49,7 +49,7 @@ impl NoiseProcess {
         check_shapes(x0, noise, level)?;
         let (x0, noise, level) = (as_f32(x0)?, as_f32(noise)?, as_f32(level)?);
         match self {
-            Self::Flow { time_scale } => {
+            Self::FlowMatching { time_scale } => {
                 let timestep = level.affine(*time_scale, 0.0)?;
                 Ok(Noised { latents: between(&x0, &noise, &level)?, timestep, target: (noise - x0)? })
             }
@@ -57,13 +57,13 @@ impl NoiseProcess {
                 let timestep = level.affine(-1.0, 1.0)?;
                 Ok(Noised { latents: between(&x0, &noise, &level)?, timestep, target: (x0 - noise)? })
             }
-            Self::Diffusion => diffused(&x0, noise, &level),
+            Self::Ddpm => diffused(&x0, noise, &level),
         }
     }
 
     /// Whether latents and noise are mixed along a straight line.
     pub fn is_flow(&self) -> bool {
-        !matches!(self, Self::Diffusion)
+        !matches!(self, Self::Ddpm)
     }
 }
 
@@ -175,8 +175,8 @@ mod tests {
     #[test]
     fn flows_by_hand() {
         let (latents, target) = ([[1.5, -1.0], [2.0, 4.0]], [[2.0, 4.0], [-4.0, 8.0]]);
-        check(NoiseProcess::Flow { time_scale: 1.0 }, latents, [0.25, 0.5], target);
-        check(NoiseProcess::Flow { time_scale: 1000.0 }, latents, [250.0, 500.0], target);
+        check(NoiseProcess::FlowMatching { time_scale: 1.0 }, latents, [0.25, 0.5], target);
+        check(NoiseProcess::FlowMatching { time_scale: 1000.0 }, latents, [250.0, 500.0], target);
         check(NoiseProcess::ReversedFlow, latents, [0.75, 0.5], target.map(|row| row.map(|value| -value)));
     }
 
@@ -189,7 +189,7 @@ mod tests {
             ([0.0019, 0.5], [1.0, 500.0], ADDED_HALFWAY),
         ];
         for (levels, steps, want) in cases {
-            let noised = made(NoiseProcess::Diffusion, levels);
+            let noised = made(NoiseProcess::Ddpm, levels);
             assert_eq!(noised.timestep.to_vec1::<f32>().unwrap(), steps);
             assert_eq!(noised.target.to_vec2::<f32>().unwrap(), [[3.0, 2.0], [0.0, 8.0]]);
             let got = noised.latents.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
-        let flow = NoiseProcess::Flow { time_scale: 1.0 };
+        let flow = NoiseProcess::FlowMatching { time_scale: 1.0 };
         let (two, three) = (tensor(&[0.0, 1.0]), tensor(&[0.0, 0.5, 1.0]));
         let latents = pairs([[0.0; 2]; 2]);
         for (noise, level, name) in [(&two, &two, "noise"), (&latents, &three, "level"), (&latents, &latents, "level")]

@@ -68,8 +68,8 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
 /// The middle of the way, in the unit of the model.
 fn half_way(process: NoiseProcess) -> f32 {
     match process {
-        NoiseProcess::Flow { time_scale } => (0.5 * time_scale) as f32,
+        NoiseProcess::FlowMatching { time_scale } => (0.5 * time_scale) as f32,
         NoiseProcess::ReversedFlow => 0.5,
-        NoiseProcess::Diffusion => 500.0,
+        NoiseProcess::Ddpm => 500.0,
     }
 }

@@ -60,7 +60,7 @@ impl<'a> WeightBuilder<'a> {
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
         let builder = self.pp(name);
         let bias = if builder.has("bias") { Some(builder.tensor("bias")?) } else { None };
-        let (weight, beside) = self.source.factored(&builder.full_name("weight"))?;
+        let (weight, beside) = self.source.low_rank_terms(&builder.full_name("weight"))?;
         Ok(Linear { weight: self.converted(weight)?, bias, beside })
     }
 

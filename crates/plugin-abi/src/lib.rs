@@ -42,7 +42,7 @@ pub const ENTRY_SYMBOL: &str = "clearform_plugin_v1";
 pub const ADAPTER_INTERFACE: &str = "clearform.adapter/1";
 
 /// Interface of branches that compute residuals for each block: ControlNet and its kin. Its table is a [`ClearformBranchTable`].
-pub const BRANCH_INTERFACE: &str = "clearform.branch/1";
+pub const CONTROLNET_INTERFACE: &str = "clearform.branch/1";
 
 /// What stands in the file of a library before its description, which is TOML. The host finds it by this mark, without
 /// loading the library.

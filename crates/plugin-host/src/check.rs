@@ -2,7 +2,7 @@
 
 use crate::adapter::Adapter;
 use crate::controlnet::{BaseModel, ControlNet, Controls, Residual};
-use crate::{ADAPTER_INTERFACE, BRANCH_INTERFACE, Example, ExampleBase, ExampleStep, Plugin, PluginError, Result};
+use crate::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, Example, ExampleBase, ExampleStep, Plugin, PluginError, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, DenoiserInput, StepIndex};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
@@ -42,7 +42,7 @@ pub fn check(plugin: &Plugin) -> Result<ExampleResult> {
     let bad = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
     let run: fn(&Plugin, &Example) -> Result<()> = match plugin.description.interface.as_str() {
         ADAPTER_INTERFACE => run_adapter,
-        BRANCH_INTERFACE => run_branch,
+        CONTROLNET_INTERFACE => run_branch,
         other => return Err(bad(format!("the interface {other:?} is not known"))),
     };
     if plugin.description.examples.is_empty() {

@@ -9,7 +9,7 @@ use clearform_models::DenoiserInput;
 use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_plugin_abi::{
-    BRANCH_INTERFACE, CONTROL_LATENTS, CONTROL_PIXELS, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
+    CONTROL_LATENTS, CONTROL_PIXELS, CONTROLNET_INTERFACE, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
     ClearformStep as RawStep, ClearformText, FAILED, OK,
 };
 use clearform_weights::Checkpoint;
@@ -92,7 +92,7 @@ impl ControlNet {
     /// # Errors
     /// The plugin does not keep to the boundary, or refuses the file or the model.
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>, base: BaseModel) -> Result<Self> {
-        let library = Library::load(plugin, BRANCH_INTERFACE)?;
+        let library = Library::load(plugin, CONTROLNET_INTERFACE)?;
         // SAFETY: the library's interface is this one.
         let table: ClearformBranchTable = unsafe { library.table() }?;
         let open = library.function("open", table.open)?;

@@ -18,7 +18,7 @@ mod strength;
 mod tensors;
 mod weight_edits;
 
-pub use clearform_plugin_abi::{ADAPTER_INTERFACE, BRANCH_INTERFACE};
+pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE};
 
 pub use adapter::{Adapter, Edit, EditKind};
 pub use check::{ExampleResult, check};

@@ -84,7 +84,7 @@ impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
         }
     }
 
-    fn factored(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
+    fn low_rank_terms(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
         let edits = self.edits(name);
         if edits.is_empty() || self.mode == LowRankMode::Fused || !edits.iter().all(PlacedEdit::is_plain) {
             return Ok((self.tensor(name)?, Vec::new()));

@@ -175,7 +175,7 @@ fn outside_models(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use candle_core::{DType, Device, Tensor};
-    use clearform_plugin_abi::{ADAPTER_INTERFACE, BRANCH_INTERFACE, DESCRIPTION_BEGIN, DESCRIPTION_END};
+    use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, DESCRIPTION_BEGIN, DESCRIPTION_END};
     use clearform_weights::InMemoryTensors;
     use std::collections::BTreeMap;
 
@@ -203,7 +203,7 @@ mod tests {
     fn the_one_that_claims_a_file_is_chosen() {
         let folder = tempfile::tempdir().unwrap();
         write_plugin(folder.path(), "lora", ADAPTER_INTERFACE, "*.down");
-        write_plugin(folder.path(), "net", BRANCH_INTERFACE, "*.net");
+        write_plugin(folder.path(), "net", CONTROLNET_INTERFACE, "*.net");
         std::fs::write(folder.path().join("libother.so"), "no plugin").unwrap();
         let registry = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
         assert_eq!(registry.plugins().len(), 2);
@@ -212,7 +212,8 @@ mod tests {
         assert_eq!(registry.choose(&adapter, &choice(None, None)).unwrap().description.id, "lora");
         assert_eq!(registry.choose(&adapter, &choice(None, Some("net"))).unwrap().description.id, "net");
         assert!(
-            reason(registry.choose(&adapter, &choice(Some(BRANCH_INTERFACE), None))).contains("give it with --adapter")
+            reason(registry.choose(&adapter, &choice(Some(CONTROLNET_INTERFACE), None)))
+                .contains("give it with --adapter")
         );
         assert!(reason(registry.choose(&adapter, &choice(None, Some("x")))).contains("the plugins are lora, net"));
         assert!(reason(PluginRegistry::off().choose(&adapter, &choice(None, None))).contains("--no-plugins"));

@@ -24,7 +24,7 @@ pub enum PortableModelError {
     },
     /// A portable model is not what it should be.
     #[error("{path}: {reason}", path = path.display())]
-    BadModel {
+    Invalid {
         /// The file or folder.
         path: PathBuf,
         /// What was expected, what was found and what to do.

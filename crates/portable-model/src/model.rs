@@ -98,7 +98,7 @@ impl PortableModel {
     }
 
     fn bad(&self, reason: String) -> PortableModelError {
-        PortableModelError::BadModel { path: self.folder.join(ModelRecord::FILE), reason }
+        PortableModelError::Invalid { path: self.folder.join(ModelRecord::FILE), reason }
     }
 }
 

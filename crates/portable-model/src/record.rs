@@ -95,7 +95,7 @@ impl ModelRecord {
     /// # Errors
     /// A plan that cannot be written.
     pub fn new(family: &str, variant: &str, plan: &AttentionPlan) -> Result<Self> {
-        let attention = plan.to_toml().parse().map_err(|error: toml::de::Error| PortableModelError::BadModel {
+        let attention = plan.to_toml().parse().map_err(|error: toml::de::Error| PortableModelError::Invalid {
             path: Self::FILE.into(),
             reason: format!("the attention plan: {error}"),
         })?;
@@ -119,7 +119,7 @@ impl ModelRecord {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(Self::FILE);
         let text = std::fs::read_to_string(&path).map_err(at(&path))?;
-        let bad = |reason: String| PortableModelError::BadModel { path: path.clone(), reason };
+        let bad = |reason: String| PortableModelError::Invalid { path: path.clone(), reason };
         let table: toml::Table = text.parse().map_err(|error: toml::de::Error| bad(error.to_string()))?;
         let edition = table.get("edition").and_then(toml::Value::as_integer);
         if edition != Some(i64::from(EDITION)) {
@@ -138,7 +138,7 @@ impl ModelRecord {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(Self::FILE);
         let text = toml::to_string(self)
-            .map_err(|error| PortableModelError::BadModel { path: path.clone(), reason: error.to_string() })?;
+            .map_err(|error| PortableModelError::Invalid { path: path.clone(), reason: error.to_string() })?;
         Ok(clearform_weights::write_atomically(path, text.as_bytes())?)
     }
 

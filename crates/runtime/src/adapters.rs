@@ -4,7 +4,7 @@ use crate::transformer::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, Transformer};
 use clearform_layout::{Manifests, ParameterMap};
 use clearform_plugin_host::{
-    Adapter, AdapterReport, BRANCH_INTERFACE, BaseModel, ComponentParameters, ControlNet, LowRankMode, Plugin,
+    Adapter, AdapterReport, BaseModel, CONTROLNET_INTERFACE, ComponentParameters, ControlNet, LowRankMode, Plugin,
     PluginChoice, PluginRegistry, ScaledAdapter, Strength, WeightEdits,
 };
 use clearform_weights::{Checkpoint, TensorSource as _};
@@ -107,7 +107,7 @@ impl Adapters {
             let file = Arc::new(Checkpoint::open(&request.path)?);
             let plugin = registry.choose(&file, &request.choice)?.clone();
             match plugin.description.interface.as_str() {
-                BRANCH_INTERFACE => {
+                CONTROLNET_INTERFACE => {
                     adapters.controlnets.push(PendingControlNet { plugin, file, request: request.clone() })
                 }
                 _ => {

@@ -23,7 +23,7 @@ pub fn psnr(first: &RgbImage, second: &RgbImage) -> Result<f64> {
 pub fn ssim(first: &RgbImage, second: &RgbImage) -> Result<f64> {
     same_size(first, second)?;
     if (first.width().min(first.height()) as usize) < WINDOW {
-        return Err(RuntimeError::BadPicture(format!("SSIM needs at least {WINDOW} x {WINDOW} pixels")));
+        return Err(RuntimeError::BadImage(format!("SSIM needs at least {WINDOW} x {WINDOW} pixels")));
     }
     let (a, b) = (ImageChannel::luma(first), ImageChannel::luma(second));
     let (mean_a, mean_b) = (a.blurred(), b.blurred());
@@ -42,7 +42,7 @@ pub fn ssim(first: &RgbImage, second: &RgbImage) -> Result<f64> {
 /// # Errors
 /// [`RuntimeError::BadPicture`] for pictures of several sizes, or no reference.
 pub fn retrieve(pictures: &[RgbImage], references: &[RgbImage]) -> Result<Vec<usize>> {
-    let first = references.first().ok_or_else(|| RuntimeError::BadPicture("retrieval needs a reference".to_owned()))?;
+    let first = references.first().ok_or_else(|| RuntimeError::BadImage("retrieval needs a reference".to_owned()))?;
     pictures.iter().chain(references).try_for_each(|picture| same_size(first, picture))?;
     let pooled = references.iter().map(pool).collect::<Vec<_>>();
     Ok(pictures.iter().map(|picture| nearest(&pool(picture), &pooled)).collect())
@@ -161,7 +161,7 @@ fn same_size(first: &RgbImage, second: &RgbImage) -> Result<()> {
         return Ok(());
     }
     let reason = format!("{width} x {height} and {other_width} x {other_height} pixels cannot be compared");
-    Err(RuntimeError::BadPicture(reason))
+    Err(RuntimeError::BadImage(reason))
 }
 
 #[cfg(test)]

@@ -39,14 +39,14 @@ impl Components {
     ///
     /// # Errors
     /// Tensors of a part are missing, misshapen or not understood.
-    pub fn with_parts_of(mut self, transformer: &Transformer, reading: &ReadOptions) -> Result<Self> {
+    pub fn with_embedded(mut self, transformer: &Transformer, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
         self.file = Some(AllInOne {
             path: checkpoint.path().to_owned(),
             parts: transformer.identified().components_in(checkpoint),
             allow_unmatched: reading.allow_unmatched,
         });
-        self.in_file()?;
+        self.embedded()?;
         Ok(self)
     }
 
@@ -54,14 +54,14 @@ impl Components {
     ///
     /// # Errors
     /// One is not as it should be.
-    pub fn in_file(&self) -> Result<Vec<ComponentData>> {
+    pub fn embedded(&self) -> Result<Vec<ComponentData>> {
         let names = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
-        names.filter_map(|name| self.inside(name)).map(|(file, part)| self.open(file, part)).collect()
+        names.filter_map(|name| self.find_embedded(name)).map(|(file, part)| self.open(file, part)).collect()
     }
 
     /// Whether the part `name` is anywhere.
     pub fn has(&self, name: &str) -> bool {
-        self.inside(name).is_some() || self.folder(name).is_ok()
+        self.find_embedded(name).is_some() || self.folder(name).is_ok()
     }
 
     /// The config.json of part `name`.
@@ -69,7 +69,7 @@ impl Components {
     /// # Errors
     /// The part is missing or not as it should be.
     pub fn config(&self, name: &str) -> Result<Value> {
-        match self.inside(name) {
+        match self.find_embedded(name) {
             Some((file, part)) => Ok(self.open(file, part)?.config),
             None => self.json(name, CONFIG),
         }
@@ -80,7 +80,7 @@ impl Components {
     /// # Errors
     /// The part is missing or not as it should be.
     pub fn weights(&self, name: &str) -> Result<Box<dyn TensorSource>> {
-        if let Some((file, part)) = self.inside(name) {
+        if let Some((file, part)) = self.find_embedded(name) {
             return Ok(self.open(file, part)?.tensors);
         }
         let (folder, manifests) = (self.folder(name)?, Manifests::embedded()?);
@@ -95,7 +95,7 @@ impl Components {
     /// [`RuntimeError::MissingComponent`], which says how to give it.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
         let found = self.roots().map(|root| root.join(name)).find(|folder| folder.is_dir());
-        found.ok_or_else(|| self.missing_one(name))
+        found.ok_or_else(|| self.missing_component(name))
     }
 
     /// The transformer: its folder in the model's, or the model itself if that is a transformer alone.
@@ -114,7 +114,7 @@ impl Components {
     /// # Errors
     /// [`RuntimeError::MissingComponent`] for the first that is not.
     pub fn complete(&self, names: &[String]) -> Result<()> {
-        self.missing(names).first().map_or(Ok(()), |name| Err(self.missing_one(name)))
+        self.missing(names).first().map_or(Ok(()), |name| Err(self.missing_component(name)))
     }
 
     /// A small JSON file of part `name`.
@@ -151,13 +151,13 @@ impl Components {
     }
 
     /// The part `name` in the transformer's file, unless the model's own folder has it.
-    fn inside(&self, name: &str) -> Option<(&AllInOne, &EmbeddedComponent)> {
+    fn find_embedded(&self, name: &str) -> Option<(&AllInOne, &EmbeddedComponent)> {
         let file = self.file.as_ref().filter(|_| !self.model.join(name).is_dir())?;
         file.parts.iter().find(|part| part.name == name).map(|part| (file, part))
     }
 
     fn open(&self, file: &AllInOne, inside: &EmbeddedComponent) -> Result<ComponentData> {
-        let usual = self.usual_config(&inside.name)?;
+        let usual = self.published_config(&inside.name)?;
         let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
         let whole = part.and_then(|clearform_layout::OpenComponent { config, tensors }| {
             let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
@@ -171,7 +171,7 @@ impl Components {
     }
 
     /// A config.json that lies in a folder of the part's name, of the same model or of one like it.
-    fn usual_config(&self, name: &str) -> Result<Option<Value>> {
+    fn published_config(&self, name: &str) -> Result<Option<Value>> {
         let exists = self.folder(name).is_ok_and(|folder| folder.join(CONFIG).exists());
         exists.then(|| self.json(name, CONFIG)).transpose()
     }
@@ -180,7 +180,7 @@ impl Components {
         std::iter::once(self.model.as_path()).chain(self.extra.as_deref())
     }
 
-    fn missing_one(&self, name: &str) -> RuntimeError {
+    fn missing_component(&self, name: &str) -> RuntimeError {
         let looked = self.roots().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ");
         RuntimeError::MissingComponent { name: name.to_owned(), looked }
     }

@@ -38,7 +38,7 @@ pub enum RuntimeError {
     BadSetting(String),
     /// A picture that must not be saved, or a file that is not one of ours.
     #[error("picture: {0}")]
-    BadPicture(String),
+    BadImage(String),
     /// Tensors of an adapter met nothing in the model.
     #[error("{0}\n  --allow-partial goes on without them")]
     PartialAdapter(String),

@@ -11,8 +11,8 @@ mod components;
 mod control;
 mod control_concat;
 mod error;
+mod images;
 mod latent_spec;
-mod picture;
 mod pipeline;
 pub mod png;
 mod text;
@@ -22,6 +22,6 @@ pub use adapters::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedul
 pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
-pub use picture::{check_pictures, to_pictures};
+pub use images::{check_images, to_images};
 pub use pipeline::{GenerateRequest, InitialLatents, Pipeline, PipelineOptions, PipelineStage};
 pub use transformer::{ReadOptions, Transformer};

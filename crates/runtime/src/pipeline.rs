@@ -5,7 +5,7 @@ use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::control_concat::ControlConcat;
 use crate::latent_spec::LatentSpec;
 use crate::text::{PipelineTextEncoders, open_weights};
-use crate::{Components, ReadOptions, Result, RuntimeError, Transformer, check_pictures, to_pictures};
+use crate::{Components, ReadOptions, Result, RuntimeError, Transformer, check_images, to_images};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::AutoencoderKl;
@@ -112,7 +112,7 @@ impl Pipeline {
         let components = Components::new(model, options.components.as_deref());
         let reading = options.reading.clone().recorded(model)?;
         let transformer = Transformer::open(&components.transformer(), &reading)?;
-        let components = components.with_parts_of(&transformer, &reading)?;
+        let components = components.with_embedded(&transformer, &reading)?;
         components.complete(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.apply_to(transformer, Some(&components), &options.reading.manifests)?;
@@ -208,7 +208,7 @@ impl Pipeline {
         drop(transformer);
         watch(&PipelineStage::Decoding);
         let pictures = self.decode(&drawn, size)?;
-        check_pictures(&pictures)?;
+        check_images(&pictures)?;
         Ok(pictures)
     }
 
@@ -329,10 +329,10 @@ impl Pipeline {
     pub fn decode(&self, drawn: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
         let [_, height, width] = self.latent_spec.latent_shape(size)?;
         let latents = self.transformer.family().unpack(drawn, height, width)?.to_dtype(DType::F32)?;
-        let Some(vae) = self.load_vae()? else { return to_pictures(&latents) };
+        let Some(vae) = self.load_vae()? else { return to_images(&latents) };
         let one = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(one).collect::<clearform_models::Result<Vec<_>>>()?;
-        to_pictures(&Tensor::cat(&decoded, 0)?)
+        to_images(&Tensor::cat(&decoded, 0)?)
     }
 
     /// The VAE; none where the model draws pixels.

@@ -1,6 +1,6 @@
 //! PNG files that carry what they were made with: [`GenerationParameters`] as text chunks beside the pixels.
 
-use crate::{Result, RuntimeError, check_pictures};
+use crate::{Result, RuntimeError, check_images};
 use ::png::{BitDepth, ColorType, Decoder, Encoder, EncodingError};
 use clearform_models::ImageSize;
 use image::RgbImage;
@@ -44,7 +44,7 @@ pub struct GenerationParameters {
 /// # Errors
 /// [`RuntimeError::BadPicture`] for a picture of one colour, before anything is written; else what the system says.
 pub fn save(path: &Path, picture: &RgbImage, parameters: &GenerationParameters) -> Result<()> {
-    check_pictures(std::slice::from_ref(picture))?;
+    check_images(std::slice::from_ref(picture))?;
     Ok(clearform_weights::write_atomically(path, &encode(picture, Some(parameters))?)?)
 }
 
@@ -53,7 +53,7 @@ pub fn save(path: &Path, picture: &RgbImage, parameters: &GenerationParameters) 
 /// # Errors
 /// A picture without pixels.
 pub fn encode(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> Result<Vec<u8>> {
-    write(picture, parameters).map_err(|error| RuntimeError::BadPicture(error.to_string()))
+    write(picture, parameters).map_err(|error| RuntimeError::BadImage(error.to_string()))
 }
 
 /// The parameters that [`save`] wrote.
@@ -62,7 +62,7 @@ pub fn encode(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> 
 /// The file cannot be read, is no PNG, or is not one of ours.
 pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
     let file = File::open(path).map_err(|source| RuntimeError::Io { path: path.to_owned(), source })?;
-    let bad = |reason: &dyn Display| RuntimeError::BadPicture(format!("{}: {reason}", path.display()));
+    let bad = |reason: &dyn Display| RuntimeError::BadImage(format!("{}: {reason}", path.display()));
     let mut reader = Decoder::new(BufReader::new(file)).read_info().map_err(|error| bad(&error))?;
     reader.finish().map_err(|error| bad(&error))?;
     let info = reader.info();
@@ -176,7 +176,7 @@ mod tests {
     fn a_flat_picture_leaves_no_file() {
         let path = tempfile::tempdir().unwrap().path().join("out.png");
         let flat = RgbImage::new(3, 2);
-        assert!(matches!(save(&path, &flat, &parameters("")), Err(RuntimeError::BadPicture(_))));
+        assert!(matches!(save(&path, &flat, &parameters("")), Err(RuntimeError::BadImage(_))));
         assert!(!path.exists());
     }
 

@@ -64,7 +64,7 @@ impl Ddim {
         let end = timesteps.last().map_or(last, |&timestep| next(timestep));
         let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([ratio(end)]).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(NoiseProcess::Diffusion, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, rules)
     }
 
     /// Equation 12 with sigma 0: x' = alpha' x0 + sigma' noise, x0 clipped and the noise not.

@@ -94,7 +94,7 @@ impl DpmSolver {
         let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([last]).collect::<Vec<_>>();
         let rules = (0..steps).map(|index| self.step(&sigmas, index)).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(NoiseProcess::Diffusion, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, rules)
     }
 
     /// Unless it is spread from the noisy end, the training step after the last one is kept for the end.

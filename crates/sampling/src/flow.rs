@@ -83,7 +83,7 @@ impl FlowMatchEuler {
         sigmas.push(0.0);
         let rules = sigmas.windows(2).map(|pair| StepCoefficients::euler(pair[1] - pair[0])).collect();
         let timesteps = sigmas.iter().take(steps).map(|sigma| sigma * self.num_train_timesteps as f32).collect();
-        Schedule::new(NoiseProcess::Flow { time_scale: 1.0 }, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::FlowMatching { time_scale: 1.0 }, sigmas, timesteps, rules)
     }
 
     /// `set_timesteps(steps)`: evenly from the largest level of the training to the smallest, which a fixed shift has

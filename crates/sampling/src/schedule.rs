@@ -62,8 +62,10 @@ impl Schedule {
     pub fn for_process(self, process: NoiseProcess) -> Result<Self> {
         if self.process.is_flow() != process.is_flow() {
             let (model, needed) = match process {
-                NoiseProcess::Diffusion => ("diffusion", format!("{} or {}", class::DDIM, class::DPM_SOLVER)),
-                NoiseProcess::Flow { .. } | NoiseProcess::ReversedFlow => ("flow", class::FLOW_MATCH.to_owned()),
+                NoiseProcess::Ddpm => ("diffusion", format!("{} or {}", class::DDIM, class::DPM_SOLVER)),
+                NoiseProcess::FlowMatching { .. } | NoiseProcess::ReversedFlow => {
+                    ("flow", class::FLOW_MATCH.to_owned())
+                }
             };
             let reason = format!("scheduler: a {model} model needs {needed}, found another; use one of its own kind");
             return Err(SamplingError::BadSetting(reason));
@@ -94,14 +96,14 @@ impl Schedule {
         let batch = |value: f32| Ok(Tensor::new(vec![value; latents.dim(0)?], latents.device())?);
         let sigma = self.sigmas[index];
         match self.process {
-            NoiseProcess::Flow { time_scale: 1.0 } => {
+            NoiseProcess::FlowMatching { time_scale: 1.0 } => {
                 let scaled = batch(self.timesteps[index])?.to_dtype(latents.dtype())?;
                 let thousand = Tensor::new(1000.0_f32, latents.device())?.to_dtype(latents.dtype())?;
                 Ok(scaled.broadcast_div(&thousand)?)
             }
-            NoiseProcess::Flow { time_scale } => batch(sigma * time_scale as f32),
+            NoiseProcess::FlowMatching { time_scale } => batch(sigma * time_scale as f32),
             NoiseProcess::ReversedFlow => batch(1.0 - sigma),
-            NoiseProcess::Diffusion => batch(self.timesteps[index]),
+            NoiseProcess::Ddpm => batch(self.timesteps[index]),
         }
     }
 
@@ -202,8 +204,8 @@ mod tests {
 
     #[test]
     fn a_family_takes_its_own_times_and_predicts_in_its_own_sense() {
-        check(NoiseProcess::Flow { time_scale: 1.0 }, 0.75, 1.25);
-        check(NoiseProcess::Flow { time_scale: 1000.0 }, 750.0, 1.25);
+        check(NoiseProcess::FlowMatching { time_scale: 1.0 }, 0.75, 1.25);
+        check(NoiseProcess::FlowMatching { time_scale: 1000.0 }, 750.0, 1.25);
         check(NoiseProcess::ReversedFlow, 0.25, 2.75);
     }
 
@@ -214,10 +216,10 @@ mod tests {
         let latents = tensor(&[0.0]).to_dtype(DType::BF16).unwrap();
         let timestep = |process| schedule.clone().for_process(process).unwrap().timestep(2, &latents).unwrap();
         assert_eq!(
-            timestep(NoiseProcess::Flow { time_scale: 1000.0 }).to_vec1::<f32>().unwrap(),
+            timestep(NoiseProcess::FlowMatching { time_scale: 1000.0 }).to_vec1::<f32>().unwrap(),
             [1.0_f32 / 3.0 * 1000.0]
         );
-        let rounded = timestep(NoiseProcess::Flow { time_scale: 1.0 });
+        let rounded = timestep(NoiseProcess::FlowMatching { time_scale: 1.0 });
         assert_eq!(rounded.dtype(), DType::BF16);
         assert_eq!(rounded.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [0.333_984_38]);
     }
@@ -227,10 +229,14 @@ mod tests {
         let diffusion = Ddim::for_latents().schedule(4).unwrap();
         for (schedule, process, needed) in [
             (diffusion.clone(), NoiseProcess::ReversedFlow, "a flow model needs FlowMatchEulerDiscreteScheduler"),
-            (diffusion, NoiseProcess::Flow { time_scale: 1.0 }, "a flow model needs FlowMatchEulerDiscreteScheduler"),
+            (
+                diffusion,
+                NoiseProcess::FlowMatching { time_scale: 1.0 },
+                "a flow model needs FlowMatchEulerDiscreteScheduler",
+            ),
             (
                 flow(NoiseProcess::ReversedFlow),
-                NoiseProcess::Diffusion,
+                NoiseProcess::Ddpm,
                 "a diffusion model needs DDIMScheduler or DPMSolverMultistepScheduler",
             ),
         ] {

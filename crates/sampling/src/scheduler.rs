@@ -56,8 +56,10 @@ impl Scheduler {
     /// A scheduler for models that come with none: a flow without shift, or DDIM as facebook's DiT has it.
     pub fn default_for(process: NoiseProcess) -> Self {
         match process {
-            NoiseProcess::Flow { .. } | NoiseProcess::ReversedFlow => Self::FlowMatchEuler(FlowMatchEuler::default()),
-            NoiseProcess::Diffusion => Self::Ddim(Ddim::for_latents()),
+            NoiseProcess::FlowMatching { .. } | NoiseProcess::ReversedFlow => {
+                Self::FlowMatchEuler(FlowMatchEuler::default())
+            }
+            NoiseProcess::Ddpm => Self::Ddim(Ddim::for_latents()),
         }
     }
 

@@ -83,7 +83,7 @@ pub trait TensorSource {
     ///
     /// # Errors
     /// As [`Self::tensor`].
-    fn factored(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
+    fn low_rank_terms(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
         Ok((self.tensor(name)?, Vec::new()))
     }
 }
@@ -125,8 +125,8 @@ where
         (**self).tensor(name)
     }
 
-    fn factored(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
-        (**self).factored(name)
+    fn low_rank_terms(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
+        (**self).low_rank_terms(name)
     }
 }
 

@@ -17,7 +17,7 @@ use clearform_plugin_abi::sdk::{
     AdapterFile, BlockResidual, ControlNetPlugin, ControlSpec, Result, StepInput, TargetModel,
 };
 use clearform_plugin_abi::tensor::{BorrowedTensor, OwnedTensor};
-use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_branch};
+use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_controlnet};
 use injection::InjectionRule;
 use serde_json::{Value, json};
 use source::FileSource;
@@ -33,7 +33,7 @@ pub struct ControlNetFile {
     injection: InjectionRule,
 }
 
-export_branch!(ControlNetFile, "../plugin.toml");
+export_controlnet!(ControlNetFile, "../plugin.toml");
 
 impl ControlNetPlugin for ControlNetFile {
     fn open(file: AdapterFile, model: TargetModel) -> Result<Self> {

@@ -43,7 +43,7 @@ pub fn convert(args: &ConvertArgs, attention: &AttentionPlan, output: &Output) -
     let opened = open(args, &adapters, output)?;
     let transformer = &opened.edited.transformer;
     if !args.no_distill && args.training.samples.is_none() {
-        distillation::needed(
+        distillation::require_components(
             args.training.components.as_deref(),
             &opened.components.missing(transformer.identified().components()),
         )?;
@@ -88,7 +88,7 @@ fn open(args: &ConvertArgs, adapters: &Adapters, output: &Output) -> anyhow::Res
     let components = Components::new(&args.source, args.training.components.as_deref());
     let transformer = Transformer::open(&components.transformer(), &reading)?;
     tell(transformer.checkpoint(), output);
-    let components = components.with_parts_of(&transformer, &reading)?;
+    let components = components.with_embedded(&transformer, &reading)?;
     let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
     adapters::tell(&edited.reports, &[], output);
     Ok(OpenSource { edited, components })
@@ -110,7 +110,7 @@ fn trained(
 
 fn samples(args: &ConvertArgs, stage: &StagingDir, adapters: &Adapters, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
-        return distillation::ready_samples(folder);
+        return distillation::existing_samples(folder);
     }
     let options = PipelineOptions {
         reading: reading(&args.reading)?,
@@ -160,7 +160,7 @@ fn conversion(args: &ConvertArgs, attention: &AttentionPlan, opened: &OpenSource
     Ok(ConversionPlan::new(opened.edited.transformer.identified(), attention.clone())
         .with_dtype(args.dtype.map(crate::args::DtypeArg::computed))
         .with_components(folders, placing)
-        .with_parts(opened.components.in_file()?))
+        .with_parts(opened.components.embedded()?))
 }
 
 /// Writes the parts beside the transformer that adapters edit anew.
@@ -204,7 +204,7 @@ impl fmt::Display for WrittenModel {
         if !report.components.is_empty() {
             write!(f, "; with {}", report.components.join(", "))?;
         }
-        report.parts.iter().try_for_each(|(part, load_report)| {
+        report.component_reports.iter().try_for_each(|(part, load_report)| {
             write!(f, "\n{part}, from the same file: {} tensors used", load_report.used())?;
             write!(f, ", {} skipped", load_report.skipped().count())
         })

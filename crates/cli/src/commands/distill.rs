@@ -39,13 +39,13 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
 
 fn samples(args: &DistillArgs, teacher: &Transformer, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
-        return distillation::ready_samples(folder);
+        return distillation::existing_samples(folder);
     }
     let components = args.training.components.as_deref().unwrap_or(&args.model);
     let names = teacher.identified().components();
     let parts =
-        Components::new(&args.teacher, Some(components)).with_parts_of(teacher, &ReadOptions::default_options()?)?;
-    distillation::needed(Some(components), &parts.missing(names))?;
+        Components::new(&args.teacher, Some(components)).with_embedded(teacher, &ReadOptions::default_options()?)?;
+    distillation::require_components(Some(components), &parts.missing(names))?;
     distillation::samples(
         &open_original(&args.teacher, &args.model, Some(components), args.training.device)?,
         &args.training,

@@ -13,7 +13,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome
     tell(checkpoint.source(), output);
     let inspection = Inspection::of(&identified, &checkpoint);
     output.result(&inspection)?;
-    let complaints = inspection.complaints();
+    let complaints = inspection.problems();
     let more = complaints.len().saturating_sub(MOST_LINES);
     let rest = (more > 0).then(|| format!("and {more} more"));
     for complaint in complaints.into_iter().take(MOST_LINES).chain(rest) {

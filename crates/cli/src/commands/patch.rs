@@ -70,11 +70,11 @@ fn write(application: &PatchApplication) -> anyhow::Result<ConversionReport> {
     let reading = crate::sources::reading(&reading)?;
     let transformer = open_as(to, &reading)?;
     let source = transformer.source();
-    let patched = patch.onto(&source, mode, base)?;
-    let components = Components::new(to, None).with_parts_of(&transformer, &reading)?;
+    let patched = patch.apply_to(&source, mode, base)?;
+    let components = Components::new(to, None).with_embedded(&transformer, &reading)?;
     let plan = ConversionPlan::new(transformer.identified(), patch.plan().clone())
         .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), CopyMode::Copy)
-        .with_parts(components.in_file()?);
+        .with_parts(components.embedded()?);
     let origins = SourceHashes::of(transformer.checkpoint());
     let mut stage = StagingDir::begin(output, replace)?;
     let report = plan.apply(&patched, transformer.load_report(), &mut stage, &mut |_, _| ())?;

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// FLUX's.
-pub const FLOW: NoiseProcess = NoiseProcess::Flow { time_scale: 1.0 };
+pub const FLOW: NoiseProcess = NoiseProcess::FlowMatching { time_scale: 1.0 };
 pub const HEIGHT: usize = 4;
 pub const WIDTH: usize = 6;
 pub const TEXT: usize = 5;

@@ -66,7 +66,7 @@ impl EmbeddedComponent {
         if let Some([name, like]) = identity {
             under = under.with_identity(name, like)?;
         }
-        let manifests = Manifests::of_kind(self.manifest(), &self.known);
+        let manifests = Manifests::for_component(self.manifest(), &self.known);
         let dequantized = Dequantized::new(under, &manifests)?;
         let hints = Hints { family: Some(kind.clone()), ..Hints::default() };
         let metadata = BTreeMap::new();

@@ -95,14 +95,14 @@ pub fn detect_source(
     let declared = DeclaredConfig { config, metadata: sidecar.metadata, layout: None, remedy: manifests.remedy };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
     let context = MappingContext { family: &candidate.family, sizes: None };
-    let (inputs, _) = inside(infos, &candidate.prefix);
+    let (inputs, _) = split_by_prefix(infos, &candidate.prefix);
     let mapping = Mapping::new(&candidate.layout().inward, &inputs, context);
     let shown = mapping.dropped.into_iter().chain(mapping.tensors);
     let shown = shown.map(|(name, tensor)| (name, tensor.info)).collect();
     let of_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
     let settled = ResolvedConfig::new(&candidate.family.settings, &shown, of_layout);
     let mut settled = settled.map_err(|error| candidate.explain(error))?;
-    hold_class(&candidate.family, &mut settled, declared, hints);
+    check_class(&candidate.family, &mut settled, declared, hints);
     let variant = variant(&candidate.family, &mut settled, hints)?;
     candidate.evidence.append(&mut settled.evidence);
     candidate.notes.append(&mut settled.notes);
@@ -112,7 +112,7 @@ pub fn detect_source(
 impl Identified {
     /// `source`, which it was detected in, under canonical names. Nothing is read yet.
     pub fn canonical<S: TensorSource>(&self, source: S) -> CanonicalSource<S> {
-        let (inputs, outside) = inside(source.tensors(), &self.prefix);
+        let (inputs, outside) = split_by_prefix(source.tensors(), &self.prefix);
         let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, context);
         for name in outside {
@@ -121,7 +121,7 @@ impl Identified {
                 .insert(name, TensorOutcome::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
         }
         let mut load_report = LoadReport { contradictions: self.contradictions.clone(), ..LoadReport::default() };
-        self.judge(&mut mapping, &mut load_report);
+        self.check_shapes(&mut mapping, &mut load_report);
         self.skip_components(&mut mapping.outcomes);
         self.report_scales(&mut mapping.outcomes);
         load_report.outcomes = mapping.outcomes;
@@ -144,7 +144,7 @@ impl Identified {
         let inputs: Vec<_> = canonical.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
         let Mapping { tensors, outcomes, .. } = Mapping::new(&layout.outward, &inputs, context);
         let prefix = layout.prefixes.first().map_or("", String::as_str);
-        let tensors = tensors.into_values().map(|tensor| tensor.under(prefix)).collect();
+        let tensors = tensors.into_values().map(|tensor| tensor.with_prefix(prefix)).collect();
         Ok(MappedSource::new(canonical, tensors, LoadReport { outcomes, ..LoadReport::default() }))
     }
 
@@ -232,7 +232,7 @@ impl Identified {
     }
 
     /// Compares with what the sizes ask for; takes out what they do not.
-    fn judge(&self, mapping: &mut Mapping, load_report: &mut LoadReport) {
+    fn check_shapes(&self, mapping: &mut Mapping, load_report: &mut LoadReport) {
         let expected: BTreeMap<String, ExpectedTensor> =
             self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
@@ -319,7 +319,7 @@ impl Candidate {
 }
 
 /// Tensors under `prefix`, with the names that rules know, and the names of the others.
-fn inside(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, TensorInfo)>, Vec<String>) {
+fn split_by_prefix(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, TensorInfo)>, Vec<String>) {
     let mut inside = Vec::new();
     let mut outside = Vec::new();
     for info in infos {
@@ -343,7 +343,7 @@ fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&
 }
 
 /// Another class in config.json is a contradiction, unless the family was asked for.
-fn hold_class(family: &FamilyManifest, settled: &mut ResolvedConfig, declared: DeclaredConfig, hints: &Hints) {
+fn check_class(family: &FamilyManifest, settled: &mut ResolvedConfig, declared: DeclaredConfig, hints: &Hints) {
     let Some(class) = declared.config.and_then(|config| config.get("_class_name")) else { return };
     if class.as_str().is_some_and(|class| family.is_class(class)) {
         return;

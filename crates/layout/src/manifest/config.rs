@@ -65,18 +65,18 @@ impl ResolvedConfig {
     pub fn new(settings: &[Setting], tensors: &TensorsByName, declared: DeclaredConfig) -> Result<Self> {
         let mut settled = Self::default();
         for setting in settings {
-            settled.settle(setting, tensors, declared)?;
+            settled.resolve(setting, tensors, declared)?;
         }
         Ok(settled)
     }
 
-    fn settle(&mut self, setting: &Setting, tensors: &TensorsByName, declared: DeclaredConfig) -> Result<()> {
+    fn resolve(&mut self, setting: &Setting, tensors: &TensorsByName, declared: DeclaredConfig) -> Result<()> {
         let found = setting.find(tensors, &self.sizes);
         let value = match (declared.get(&setting.key), found) {
             (Some((declared, origin)), found) => {
                 setting.believable(&declared, found.as_ref().map(|(found, _)| found), origin)?;
                 if let Some((found, witness)) = found.filter(|(found, _)| !same(found, &declared)) {
-                    self.disagree(setting, (&declared, origin), (found, witness));
+                    self.report_conflict(setting, (&declared, origin), (found, witness));
                 }
                 declared
             }
@@ -84,7 +84,7 @@ impl ResolvedConfig {
                 self.evidence.push(format!("{} {found} from {witness}", setting.key));
                 found
             }
-            (None, None) => self.presume(setting, declared)?,
+            (None, None) => self.assume(setting, declared)?,
         };
         self.check_sum(setting, &value);
         if !setting.hidden {
@@ -95,7 +95,7 @@ impl ResolvedConfig {
     }
 
     /// What is taken for granted, and said to be.
-    fn presume(&mut self, setting: &Setting, declared: DeclaredConfig) -> Result<Value> {
+    fn assume(&mut self, setting: &Setting, declared: DeclaredConfig) -> Result<Value> {
         let key = &setting.key;
         if let Some(value) = declared.layout.and_then(|settings| settings.get(key)) {
             self.evidence.push(format!("{key} {value}, as in every file of this layout"));
@@ -110,7 +110,7 @@ impl ResolvedConfig {
     }
 
     /// Another number of blocks is not contradicted here: it shows in the names of missing or unmatched tensors.
-    fn disagree(&mut self, setting: &Setting, declared: (&Value, &str), found: (Value, String)) {
+    fn report_conflict(&mut self, setting: &Setting, declared: (&Value, &str), found: (Value, String)) {
         let contradiction = ConfigConflict {
             key: setting.key.clone(),
             declared: declared.0.clone(),

@@ -39,7 +39,7 @@ const EMBEDDED: &[(&str, &str)] = &[
 ];
 
 /// The manifests of parts of a pipeline in the program, alphabetically.
-const KINDS: &[(&str, &str)] = &[
+const COMPONENT_KINDS: &[(&str, &str)] = &[
     ("components/clip.toml", include_str!("../../../../manifests/components/clip.toml")),
     ("components/t5.toml", include_str!("../../../../manifests/components/t5.toml")),
     ("components/vae.toml", include_str!("../../../../manifests/components/vae.toml")),
@@ -86,19 +86,19 @@ impl Manifests {
     ///
     /// # Errors
     /// As [`Self::embedded`].
-    pub fn parts() -> Result<Self> {
+    pub fn components() -> Result<Self> {
         let embedded = Self::embedded()?;
         Ok(Self { families: embedded.kinds, kinds: Vec::new(), remedy: REMEDY_OF_PARTS, ..embedded })
     }
 
     /// The rules of one part alone.
-    pub(crate) fn of_kind(kind: FamilyManifest, known: &Arc<UnsupportedModels>) -> Self {
+    pub(crate) fn for_component(kind: FamilyManifest, known: &Arc<UnsupportedModels>) -> Self {
         Self { families: vec![Arc::new(kind)], known: known.clone(), remedy: REMEDY_OF_PARTS, kinds: Vec::new() }
     }
 
     fn without_families() -> Result<Self> {
         let mut kinds = Vec::new();
-        for (origin, text) in KINDS {
+        for (origin, text) in COMPONENT_KINDS {
             let bad = |reason| LayoutError::BadManifest { origin: (*origin).to_owned(), reason };
             let raw: RawFamily = parse(origin, text)?;
             check_edition(origin, raw.edition)?;
@@ -156,7 +156,7 @@ impl Manifests {
         Ok(known.expected(&settled.sizes))
     }
 
-    fn liked(&self, name: Option<&str>) -> std::result::Result<Option<&FamilyManifest>, String> {
+    fn base_family(&self, name: Option<&str>) -> std::result::Result<Option<&FamilyManifest>, String> {
         let Some(name) = name else { return Ok(None) };
         let family = self.families.iter().find(|family| family.name == name);
         family.map(|family| Some(&**family)).ok_or_else(|| format!("it is like the family {name:?}, which is unknown"))
@@ -172,7 +172,7 @@ impl Manifests {
             }
             Some(family) => Arc::make_mut(family).extend(raw, &self.kinds).map_err(bad),
             None => {
-                let like = self.liked(raw.like.as_deref()).map_err(bad)?;
+                let like = self.base_family(raw.like.as_deref()).map_err(bad)?;
                 self.families.push(Arc::new(FamilyManifest::new(raw, like, &self.kinds).map_err(bad)?));
                 Ok(())
             }

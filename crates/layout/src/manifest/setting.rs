@@ -105,7 +105,7 @@ impl Setting {
             return Some((self.presence(name, tensors), format!("the tensor {name:?}")));
         }
         let (number, witness) = self.number(tensors, sizes)?;
-        Some((self.reckon(number, sizes)?.into(), witness))
+        Some((self.derive(number, sizes)?.into(), witness))
     }
 
     fn presence(&self, name: &str, tensors: &TensorsByName) -> Value {
@@ -139,7 +139,7 @@ impl Setting {
         vote(votes).map(|(value, name)| (value, format!("the shape of {name:?}")))
     }
 
-    fn reckon(&self, number: usize, sizes: &ConfigValues) -> Option<usize> {
+    fn derive(&self, number: usize, sizes: &ConfigValues) -> Option<usize> {
         let factor = |extent: &Option<Extent>| extent.as_ref().map_or(Some(1), |extent| extent.value(sizes));
         let over = factor(&self.over).filter(|over| *over > 0 && number.is_multiple_of(*over))?;
         let quotient = number / over;
@@ -168,10 +168,10 @@ impl Setting {
             (published, _) => format!("of the published values {} alone", published.join(", ")),
         };
         let why = self.why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
-        Err(self.open(format!("{reason}{why}; {remedy}")))
+        Err(self.ambiguous(format!("{reason}{why}; {remedy}")))
     }
 
-    fn open(&self, reason: String) -> LayoutError {
+    fn ambiguous(&self, reason: String) -> LayoutError {
         LayoutError::Ambiguous { what: format!("{:?}", self.key), reason }
     }
 
@@ -198,7 +198,7 @@ impl Setting {
             None => Ok(()),
             Some(expected) => {
                 let declared: String = declared.to_string().chars().take(MOST_SHOWN).collect();
-                Err(self.open(format!("{origin} declares {declared}, expected {expected}; mend it")))
+                Err(self.ambiguous(format!("{origin} declares {declared}, expected {expected}; mend it")))
             }
         }
     }

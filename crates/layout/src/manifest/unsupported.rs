@@ -40,12 +40,12 @@ impl UnsupportedModels {
     /// others alone are looked at: a quantised text encoder does not make a quantised model.
     pub fn refuse(&self, names: &BTreeSet<&str>) -> Result<(), LayoutError> {
         let others: BTreeSet<&str> = names.iter().copied().filter(|name| self.component(name).is_none()).collect();
-        judge(&self.refused, if others.is_empty() { names } else { &others })
+        check_signatures(&self.refused, if others.is_empty() { names } else { &others })
     }
 
     /// A family or a component that is known but not supported.
     pub fn recognise(&self, names: &BTreeSet<&str>) -> Result<(), LayoutError> {
-        judge(&self.known, names)
+        check_signatures(&self.known, names)
     }
 
     /// Why the tensor `name` of an all-in-one file is not the model's.
@@ -56,7 +56,7 @@ impl UnsupportedModels {
     }
 }
 
-fn judge(signatures: &[Signature], names: &BTreeSet<&str>) -> Result<(), LayoutError> {
+fn check_signatures(signatures: &[Signature], names: &BTreeSet<&str>) -> Result<(), LayoutError> {
     match signatures.iter().find_map(|signature| signature.fits(names).map(|name| (signature, name))) {
         None => Ok(()),
         Some((signature, name)) => Err(LayoutError::Unsupported {

@@ -215,7 +215,7 @@ impl TensorAssembly {
     }
 
     /// Itself with `prefix` before its name, by that name.
-    pub fn under(mut self, prefix: &str) -> (String, Self) {
+    pub fn with_prefix(mut self, prefix: &str) -> (String, Self) {
         self.info.name.insert_str(0, prefix);
         (self.info.name.clone(), self)
     }

@@ -103,8 +103,8 @@ impl LoadReport {
     }
 
     /// What is wrong, a line each.
-    pub fn complaints(&self) -> Vec<String> {
-        let missing = self.missing_in_file().into_iter().map(|(name, gives)| self.lack(name, &gives));
+    pub fn problems(&self) -> Vec<String> {
+        let missing = self.missing_in_file().into_iter().map(|(name, gives)| self.describe_missing(name, &gives));
         let misshapen = self.misshapen.iter().map(ToString::to_string);
         let unmatched = self
             .unmatched()
@@ -139,7 +139,7 @@ impl LoadReport {
         })
     }
 
-    fn lack(&self, name: &str, gives: &[&str]) -> String {
+    fn describe_missing(&self, name: &str, gives: &[&str]) -> String {
         let shown: Vec<String> = gives.iter().take(MOST_GIVEN).map(|name| format!("{name:?}")).collect();
         let gives = match gives.len() - shown.len() {
             _ if gives.is_empty() => String::new(),
@@ -158,7 +158,7 @@ impl LoadReport {
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         const MOST: usize = 8;
-        let complaints = self.complaints();
+        let complaints = self.problems();
         let shown = complaints.len().min(MOST);
         f.write_str(&complaints[..shown].join("; "))?;
         match complaints.len() - shown {

@@ -57,7 +57,7 @@ impl Mapping {
                     if matches!(step.how, MappingKind::Drop(_)) {
                         mapping.dropped.insert(name.clone(), TensorAssembly::whole(info, name));
                     }
-                    let group = groups.entry((at, step.together(captures))).or_insert_with(|| StepInputs::of(step));
+                    let group = groups.entry((at, step.group_key(captures))).or_insert_with(|| StepInputs::of(step));
                     group.slots[slot].get_or_insert(info);
                     group.inputs.push(info);
                 }
@@ -65,14 +65,14 @@ impl Mapping {
             }
         }
         for ((step, captures), group) in groups {
-            mapping.perform(&steps[step], captures, &group, context);
+            mapping.apply_step(&steps[step], captures, &group, context);
         }
         mapping
     }
 
-    fn perform(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, context: MappingContext) {
+    fn apply_step(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, context: MappingContext) {
         let outcome = match step.apply(captures, group, context) {
-            Ok(outputs) => self.put(outputs, &step.how),
+            Ok(outputs) => self.add_outputs(outputs, &step.how),
             Err(reason) => TensorOutcome::Unmatched { reason },
         };
         for info in &group.inputs {
@@ -80,7 +80,7 @@ impl Mapping {
         }
     }
 
-    fn put(&mut self, outputs: Vec<TensorAssembly>, how: &MappingKind) -> TensorOutcome {
+    fn add_outputs(&mut self, outputs: Vec<TensorAssembly>, how: &MappingKind) -> TensorOutcome {
         if let MappingKind::Drop(reason) = how {
             return TensorOutcome::Skipped { reason: reason.clone() };
         }
@@ -119,7 +119,7 @@ impl MappingStep {
     }
 
     /// What the outputs have in their places where the inputs have `captures`, once sizes are known.
-    fn across(&self, captures: Captures, context: MappingContext) -> Captures {
+    fn output_captures(&self, captures: Captures, context: MappingContext) -> Captures {
         match (context.sizes, captures.number) {
             (Some(sizes), Some(number)) if self.mirrored => {
                 let mirrored = self.count(context.family, sizes).checked_sub(number + 1);
@@ -164,7 +164,7 @@ impl MappingStep {
     }
 
     /// What inputs of one application have in common: copies from all blocks go back to one tensor.
-    fn together(&self, captures: Captures) -> Captures {
+    fn group_key(&self, captures: Captures) -> Captures {
         match self.how {
             MappingKind::Pick if !self.outputs.iter().any(Pattern::is_numbered) => {
                 Captures { number: None, ..captures }
@@ -185,7 +185,7 @@ impl MappingStep {
     fn names(&self, captures: Captures, context: MappingContext) -> Vec<String> {
         let blocks =
             |output: &Pattern| context.sizes.map_or(1, |sizes| context.family.blocks_of(output.as_str(), sizes));
-        let captures = self.across(captures, context);
+        let captures = self.output_captures(captures, context);
         let mut names = Vec::new();
         for output in &self.outputs {
             match output.is_numbered() && captures.number.is_none() {
@@ -204,7 +204,7 @@ impl Layout {
     pub fn foreign_name(&self, name: &str, prefix: &str, context: MappingContext) -> Option<String> {
         let fill = |step: &MappingStep| {
             let (_, captures) = step.slot(name, context)?;
-            Some(format!("{prefix}{}", step.outputs.first()?.fill(step.across(captures, context))))
+            Some(format!("{prefix}{}", step.outputs.first()?.fill(step.output_captures(captures, context))))
         };
         self.outward.iter().find_map(fill).filter(|foreign| foreign != name)
     }

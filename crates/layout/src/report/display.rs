@@ -30,8 +30,8 @@ impl fmt::Display for Inspection {
 impl Inspection {
     fn lines(&self) -> Vec<(&str, String)> {
         let mut lines = vec![
-            ("family", self.drawn()),
-            ("layout", self.named()),
+            ("family", self.family_line()),
+            ("layout", self.layout_line()),
             ("depth", counts(&self.depth)),
             ("parameters", quantity(self.parameters)),
             (
@@ -39,35 +39,35 @@ impl Inspection {
                 format!("{} used, {} skipped, {} not understood", self.used, self.skipped.len(), self.unmatched.len()),
             ),
         ];
-        if !self.parts.is_empty() {
-            lines.push(("parts", self.parts.join(", ")));
+        if !self.components.is_empty() {
+            lines.push(("parts", self.components.join(", ")));
         }
         let reasons = self.skipped.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, one| {
             *counts.entry(one.reason.clone()).or_default() += 1;
             counts
         });
         lines.extend(reasons.iter().map(|(reason, count)| ("skipped", format!("{count}: {reason}"))));
-        lines.extend(self.numbers());
+        lines.extend(self.storage_lines());
         lines.extend(self.evidence.iter().map(|line| ("evidence", line.clone())));
         lines.extend(self.notes.iter().map(|line| ("note", line.clone())));
         lines
     }
 
-    fn drawn(&self) -> String {
+    fn family_line(&self) -> String {
         let (name, defaults) = (&self.variant.name, self.variant.defaults);
         let text =
             if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
         format!("{}, variant {name} ({} steps, guidance {}{text})", self.family, defaults.steps, defaults.guidance)
     }
 
-    fn named(&self) -> String {
+    fn layout_line(&self) -> String {
         let prefix =
             if self.prefix.is_empty() { String::new() } else { format!(", every name after {:?}", self.prefix) };
         format!("{}{prefix}", self.layout)
     }
 
     /// How the numbers are kept, and how they are computed with where that is not the same.
-    fn numbers(&self) -> Vec<(&'static str, String)> {
+    fn storage_lines(&self) -> Vec<(&'static str, String)> {
         let bytes = self.stored.iter().map(|stored| stored.bytes).sum();
         let line = |tensors: Vec<String>, bytes| format!("{}, {} in all", tensors.join(", "), size(bytes));
         let mut lines = Vec::new();

@@ -56,7 +56,7 @@ pub struct Inspection {
     /// How the file keeps the model's tensors, where it is known.
     pub stored: Vec<StorageFormat>,
     /// Parts of its pipeline that lie in the same file.
-    pub parts: Vec<String>,
+    pub components: Vec<String>,
     /// How many input tensors are used.
     pub used: usize,
     /// The diffusers config.json.
@@ -103,7 +103,7 @@ impl Inspection {
             bytes,
             dtypes: histogram(&tensors),
             stored: Vec::new(),
-            parts: identified.components_in(canonical.source()).into_iter().map(|part| part.name).collect(),
+            components: identified.components_in(canonical.source()).into_iter().map(|part| part.name).collect(),
             used: load_report.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -154,8 +154,8 @@ impl Inspection {
     }
 
     /// What is wrong, a line each.
-    pub fn complaints(&self) -> Vec<String> {
-        self.load_report().complaints()
+    pub fn problems(&self) -> Vec<String> {
+        self.load_report().problems()
     }
 }
 

@@ -1,5 +1,5 @@
 //! The author's side of the boundary in Rust: write a type with [`AdapterPlugin`] or [`ControlNetPlugin`], and one line of
-//! [`export_adapter!`](crate::export_adapter) or [`export_branch!`](crate::export_branch).
+//! [`export_adapter!`](crate::export_adapter) or [`export_controlnet!`](crate::export_controlnet).
 //!
 //! What the tables ask for is done here once: null and size checks, errors as texts, panics as errors.
 
@@ -37,9 +37,9 @@ macro_rules! export_adapter {
 
 /// Exports the [`ControlNetPlugin`](crate::sdk::Branch) `$type`, described by the TOML file `$path` beside the source file.
 #[macro_export]
-macro_rules! export_branch {
+macro_rules! export_controlnet {
     ($type:ty, $path:literal) => {
-        $crate::export_plugin!($crate::BRANCH_INTERFACE, $crate::ClearformBranchTable, $type, $path);
+        $crate::export_plugin!($crate::CONTROLNET_INTERFACE, $crate::ClearformBranchTable, $type, $path);
     };
 }
 

@@ -49,7 +49,7 @@ impl Family for Dit {
     }
 
     fn noise_process(&self) -> NoiseProcess {
-        NoiseProcess::Diffusion
+        NoiseProcess::Ddpm
     }
 
     fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {

@@ -73,7 +73,7 @@ impl Family for Flux {
     }
 
     fn noise_process(&self) -> NoiseProcess {
-        NoiseProcess::Flow { time_scale: 1.0 }
+        NoiseProcess::FlowMatching { time_scale: 1.0 }
     }
 
     fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {

@@ -50,7 +50,7 @@ impl Family for Minrf {
     }
 
     fn noise_process(&self) -> NoiseProcess {
-        NoiseProcess::Flow { time_scale: 1.0 }
+        NoiseProcess::FlowMatching { time_scale: 1.0 }
     }
 
     fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {

@@ -67,7 +67,7 @@ impl Family for Pixart {
     }
 
     fn noise_process(&self) -> NoiseProcess {
-        NoiseProcess::Diffusion
+        NoiseProcess::Ddpm
     }
 
     fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {

@@ -63,7 +63,7 @@ impl Family for Sd3 {
     }
 
     fn noise_process(&self) -> NoiseProcess {
-        NoiseProcess::Flow { time_scale: 1000.0 }
+        NoiseProcess::FlowMatching { time_scale: 1000.0 }
     }
 
     fn spacing(&self) -> StepSpacing {

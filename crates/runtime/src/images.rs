@@ -13,24 +13,24 @@ use image::RgbImage;
 ///
 /// # Errors
 /// [`RuntimeError::BadPicture`] for NaN and infinity.
-pub fn to_pictures(decoded: &Tensor) -> Result<Vec<RgbImage>> {
+pub fn to_images(decoded: &Tensor) -> Result<Vec<RgbImage>> {
     let (batch, channels, height, width) = decoded.dims4()?;
     let decoded = match channels {
         3 => decoded.clone(),
         1 => decoded.repeat((1, 3, 1, 1))?,
-        _ => return Err(RuntimeError::BadPicture(format!("expected 1 or 3 channels, found {channels}"))),
+        _ => return Err(RuntimeError::BadImage(format!("expected 1 or 3 channels, found {channels}"))),
     };
     let pixels = decoded.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_from(1)?; // (batch, height width 3)
-    (0..batch).map(|index| to_picture(&pixels.get(index)?.to_vec1()?, ImageSize { height, width }, index)).collect()
+    (0..batch).map(|index| to_image(&pixels.get(index)?.to_vec1()?, ImageSize { height, width }, index)).collect()
 }
 
 /// Refuses pictures that cannot be meant: of one colour all over.
 ///
 /// # Errors
 /// [`RuntimeError::BadPicture`] names the first such picture.
-pub fn check_pictures(pictures: &[RgbImage]) -> Result<()> {
+pub fn check_images(pictures: &[RgbImage]) -> Result<()> {
     match pictures.iter().position(is_flat) {
-        Some(index) => Err(RuntimeError::BadPicture(format!(
+        Some(index) => Err(RuntimeError::BadImage(format!(
             "number {} has one colour all over, so nothing was saved. Likely cause: wrong or damaged weights of the \
              transformer or the VAE; `verify` checks them",
             index + 1
@@ -39,9 +39,9 @@ pub fn check_pictures(pictures: &[RgbImage]) -> Result<()> {
     }
 }
 
-fn to_picture(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage> {
+fn to_image(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage> {
     if values.iter().any(|value| !value.is_finite()) {
-        return Err(RuntimeError::BadPicture(format!(
+        return Err(RuntimeError::BadImage(format!(
             "number {} holds values that are no numbers (NaN or infinity), so nothing was saved. Likely causes: damaged \
              weights, or a number format too narrow for this model; try --dtype f32",
             index + 1
@@ -49,7 +49,7 @@ fn to_picture(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage>
     }
     let bytes = values.iter().map(|value| to_byte(*value)).collect();
     RgbImage::from_raw(size.width as u32, size.height as u32, bytes)
-        .ok_or_else(|| RuntimeError::BadPicture(format!("{} values are no picture", values.len())))
+        .ok_or_else(|| RuntimeError::BadImage(format!("{} values are no picture", values.len())))
 }
 
 fn to_byte(value: f32) -> u8 {
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn channels_become_the_innermost() {
         let values = Tensor::arange(0_f32, 12.0, &Device::Cpu).unwrap().affine(0.125, -1.0).unwrap();
-        let picture = to_pictures(&values.reshape((1, 3, 2, 2)).unwrap()).unwrap().remove(0);
+        let picture = to_images(&values.reshape((1, 3, 2, 2)).unwrap()).unwrap().remove(0);
         assert_eq!(picture.get_pixel(1, 0).0, [16, 80, 143]);
         assert_eq!(picture.get_pixel(0, 1).0, [32, 96, 159]);
     }
@@ -87,11 +87,11 @@ mod tests {
     #[test]
     fn what_is_no_picture_is_refused() {
         let nan = Tensor::new(&[f32::NAN; 12], &Device::Cpu).unwrap().reshape((1, 3, 2, 2)).unwrap();
-        assert!(to_pictures(&nan).unwrap_err().to_string().contains("number 1 holds values"));
+        assert!(to_images(&nan).unwrap_err().to_string().contains("number 1 holds values"));
         let mut good = RgbImage::from_pixel(4, 4, image::Rgb([9, 9, 9]));
         let flat = good.clone();
         good.put_pixel(3, 3, image::Rgb([9, 9, 8]));
-        assert!(check_pictures(std::slice::from_ref(&good)).is_ok());
-        assert!(check_pictures(&[good, flat]).unwrap_err().to_string().contains("number 2 has one colour"));
+        assert!(check_images(std::slice::from_ref(&good)).is_ok());
+        assert!(check_images(&[good, flat]).unwrap_err().to_string().contains("number 2 has one colour"));
     }
 }
