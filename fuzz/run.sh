@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of files: fuzz/run.sh SECONDS [TARGET...]. Prints a line a target, and fails if anything was found:
-# a panic, an answer that takes 10 seconds, or 1 GB of memory. Needs Rust by rustup, and installs what else it needs.
-# No sanitizer: the readers are safe Rust, where a wrong index or number is a panic, and debug assertions and checks of
-# overflow are on.
+# Fuzzes the file readers: fuzz/run.sh SECONDS [TARGET...]. Prints one line per target and fails if anything was found:
+# a panic, 10 seconds for one input, or 1 GB of memory. Needs rustup and installs what else it needs.
+# No sanitizer: the readers are safe Rust, where a wrong index or value panics; debug assertions and overflow checks are on.
 set -euo pipefail
 cd "$(dirname "$0")"
 seconds=${1:?SECONDS [TARGET...]}
 shift
-[ $# -gt 0 ] || set -- adapter branch gguf index manifest record safetensors tokenizer torch
+[ $# -gt 0 ] || set -- adapter controlnet gguf index manifest record safetensors tokenizer torch
 
 cargo +nightly --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal
 cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked
@@ -23,12 +22,12 @@ TMPDIR=$(mktemp -d -p "$memory" clearform-fuzz.XXXXXX)
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 
-# Writes what target $1 begins with into the folder $2.
+# Writes the seeds of target $1 into the folder $2.
 seed() {
   local fixtures=../tests/fixtures weights=../crates/weights/fixtures file folder
   case $1 in
   adapter) set -- "$2" "$fixtures"/lora/*.safetensors ;;
-  branch) set -- "$2" "$fixtures"/controlnet/{pixels,xlabs,*/diffusion*}.safetensors ;;
+  controlnet) set -- "$2" "$fixtures"/controlnet/{pixels,xlabs,*/diffusion*}.safetensors ;;
   gguf) set -- "$2" {"$weights"/gguf,"$fixtures"/hostile}/*.gguf ;;
   index) set -- "$2" "$fixtures"/{*,*/*}/config.json ;;
   manifest) set -- "$2" ../manifests/*.toml ;;
@@ -49,7 +48,7 @@ seed() {
   done
 }
 
-# The last number that stands after $1 in the log.
+# The last number after $1 in the log.
 last() {
   grep -o "$1 *[0-9]*" "$log" | tail -1 | grep -o '[0-9]*$' || echo 0
 }

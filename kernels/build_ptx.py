@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compiles every kernel with NVRTC, without a GPU: PTX beside its source, and registers.json.
+"""Compiles every kernel to PTX with NVRTC, which needs no GPU.
 
     build_ptx.py LIBNVRTC            writes <kernel>/*.ptx and registers.json
-    build_ptx.py LIBNVRTC --check    writes nothing; fails where a committed file differs from what it would write
+    build_ptx.py LIBNVRTC --check    writes nothing; fails if a committed file differs from what would be written
 
-A source whose name ends with sm90a is compiled for compute capability 9.0, all others for 8.0 and newer. Either way it
-fails where an entry point spills, takes more registers than BOUNDS, or has its products wait for each other. LIBNVRTC is libnvrtc.so.12 of the
-wheel nvidia-cuda-nvrtc-cu12==12.4.127: its PTX is read by drivers from 550 on.
+Sources whose names end in sm90a are compiled for compute capability 9.0, all others for 8.0 and newer. Fails if an entry
+point spills registers, uses more of them than BOUNDS allows, or has wgmma instructions that the compiler serializes.
+LIBNVRTC is libnvrtc.so.12 of the wheel nvidia-cuda-nvrtc-cu12==12.4.127, whose PTX drivers from 550 on can read.
 """
 import ctypes
 import hashlib
@@ -17,8 +17,8 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = ["--std=c++17", "--use_fast_math", "--device-as-default-execution-space"]
-# Registers per thread with which one block of 384 threads, then 2, 4, 3, 4 and 8 blocks of 128 threads share a
-# multiprocessor. No entry may spill.
+# The most registers per thread, by entry point. They let one block of 384 threads fit on a multiprocessor, and 2, 4, 3, 4
+# and 8 blocks of 128 threads in the order of the lines that follow.
 BOUNDS = [
     (r"forward_sm90a_", 168),
     (r"(forward|query|key)_.*_128", 255),
@@ -29,7 +29,7 @@ BOUNDS = [
 ]
 
 
-# What stands before a source; before all others, rows.cuh.
+# The files that precede a source; prelude.cuh and rows.cuh for all others.
 ATTENTION = ["prelude.cuh", "clear_attention/common.cuh"]
 BEFORE = {
     "clear_attention/forward.cu": [*ATTENTION, "clear_attention/softmax.cuh"],
@@ -46,7 +46,7 @@ def sources(unit):
 
 
 def target(unit):
-    """Compute capability, as options spell it."""
+    """Compute capability as in NVRTC's options."""
     return "90a" if unit.stem.endswith("sm90a") else "80"
 
 
@@ -55,7 +55,7 @@ def text(unit):
 
 
 def compiled(nvrtc, unit, architecture, kind):
-    """The PTX or cubin of a source, and the compiler's log."""
+    """Returns a source's PTX or cubin, and the compiler's log."""
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text(unit).encode(), unit.name.encode(), 0, None, None)
     options = OPTIONS + [f"--gpu-architecture={architecture}"]
@@ -77,7 +77,7 @@ def fetched(nvrtc, program, kind):
 
 
 def usage(log):
-    """Entry point -> registers and spilled bytes, from ptxas' log."""
+    """Parses the log of ptxas: entry point -> registers and spilled bytes."""
     found, name = {}, None
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)'", line):
@@ -96,7 +96,7 @@ def bound(name):
 
 
 def outputs(nvrtc, units):
-    """What is committed: file -> text; and what ptxas said of each entry point."""
+    """Returns the text of each file to commit, and the register usage by source and entry point."""
     files, report = {}, {}
     for unit in units:
         ptx = compiled(nvrtc, unit, f"compute_{target(unit)}", "PTX")[0].decode().rstrip("\0")
@@ -108,7 +108,7 @@ def outputs(nvrtc, units):
 
 
 def over_bounds(units, report):
-    """Entry points that spill, take too many registers, or were not compiled."""
+    """Lists entry points that spill, use too many registers, or were not compiled."""
     broken = []
     for unit, entries in report.items():
         for name, used in entries.items():
@@ -130,7 +130,7 @@ def main():
         for path, content in files.items():
             path.write_text(content, encoding="utf-8")
     if broken:
-        sys.exit(f"over their bounds, not compiled, or stale: {broken}")
+        sys.exit(f"out of bounds, not compiled, or stale: {broken}")
     print(f"{sum(map(len, report.values()))} entry points compiled")
 
 

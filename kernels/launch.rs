@@ -1,8 +1,10 @@
-//! [`start`]: a launch on a device, through cudarc and on a stream that someone else owns; [`DeviceLists`] and
-//! [`DevicePairs`] are lists in its memory. The only file that knows a driver; it knows no tensor.
+//! [`start`]: launches on a device, through cudarc and on the caller's stream; [`DeviceLists`] and [`DevicePairs`]:
+//! lists in its memory. The only file that knows the driver.
 
-use crate::clear_attention::{Entry, Lists, Pair, Pairs, Problem, TensorMap, Visit, Work};
-use crate::{Launch, Number, Parameters};
+use crate::clear_attention::{
+    KernelProblem, ListEntry, TensorMap, TileVisit, VisitLists, WorkItem, WorkPair, WorkPairs,
+};
+use crate::{KernelParameters, Launch, Scalar};
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::sys::{
     CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
@@ -11,16 +13,16 @@ use cudarc::driver::sys::{
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg};
 use std::sync::Arc;
 
-/// Starts `launch`, whose entry point is `function`; it ends when the stream gets there.
+/// Starts `launch`, whose entry point is `function`, on `stream`, asynchronously.
 ///
 /// # Errors
-/// The driver refused.
+/// Errors of the driver.
 ///
 /// # Safety
-/// `function` is the launch's entry point, loaded from its kernel's PTX, and `parameters` are those of that entry point.
-/// Their addresses name memory of this device, as large as the kernel's source says, which lives until the stream has
-/// passed the launch and which nothing else uses meanwhile.
-pub unsafe fn start<P: Parameters>(
+/// `function` is the entry point of the launch, loaded from its kernel's PTX, and `parameters` are its parameters.
+/// Their addresses are memory of this device, as large as the kernel's source states, that lives until the launch has
+/// ended and that nothing else uses meanwhile.
+pub unsafe fn start<P: KernelParameters>(
     stream: &Arc<CudaStream>,
     function: &CudaFunction,
     launch: &Launch,
@@ -40,26 +42,26 @@ pub unsafe fn start<P: Parameters>(
     unsafe { builder.launch(config) }.map(drop)
 }
 
-/// Lists in memory of a device.
-pub struct ResidentLists {
+/// [`VisitLists`] in device memory.
+pub struct DeviceLists {
     /// [`VisitLists::work`].
-    pub work: CudaSlice<Work>,
-    /// [`VisitLists::joins`]; one that names no row where there are none.
-    pub joins: CudaSlice<Work>,
+    pub work: CudaSlice<WorkItem>,
+    /// [`VisitLists::joins`]; a single one without rows if there are none.
+    pub joins: CudaSlice<WorkItem>,
     /// [`VisitLists::entries`].
-    pub entries: CudaSlice<Entry>,
-    /// [`VisitLists::masks`]; one word where there are none.
+    pub entries: CudaSlice<ListEntry>,
+    /// [`VisitLists::masks`]; a single word if there are none.
     pub masks: CudaSlice<u32>,
 }
 
-impl ResidentLists {
-    /// Copies `lists`.
+impl DeviceLists {
+    /// Copies `lists` to the device.
     ///
     /// # Errors
-    /// The driver refused.
-    pub fn new(stream: &Arc<CudaStream>, lists: &Lists) -> Result<Self, DriverError> {
-        // The driver allocates no empty memory.
-        let none = [Work { first: 0, count: 0, begin: 0, end: 0, slot: -1 }];
+    /// Errors of the driver.
+    pub fn new(stream: &Arc<CudaStream>, lists: &VisitLists) -> Result<Self, DriverError> {
+        // The driver cannot allocate 0 bytes.
+        let none = [WorkItem { first: 0, count: 0, begin: 0, end: 0, slot: -1 }];
         let joins = if lists.joins.is_empty() { &none[..] } else { &lists.joins };
         let masks = if lists.masks.is_empty() { &[0][..] } else { &lists.masks };
         Ok(Self {
@@ -71,46 +73,46 @@ impl ResidentLists {
     }
 }
 
-/// Pairs in memory of a device.
-pub struct ResidentPairs {
+/// [`WorkPairs`] in device memory.
+pub struct DevicePairs {
     /// [`WorkPairs::pairs`].
-    pub pairs: CudaSlice<Pair>,
+    pub pairs: CudaSlice<WorkPair>,
     /// [`WorkPairs::visits`].
-    pub visits: CudaSlice<Visit>,
+    pub visits: CudaSlice<TileVisit>,
 }
 
-impl ResidentPairs {
-    /// Copies `pairs`.
+impl DevicePairs {
+    /// Copies `pairs` to the device.
     ///
     /// # Errors
-    /// The driver refused.
-    pub fn new(stream: &Arc<CudaStream>, pairs: &Pairs) -> Result<Self, DriverError> {
+    /// Errors of the driver.
+    pub fn new(stream: &Arc<CudaStream>, pairs: &WorkPairs) -> Result<Self, DriverError> {
         Ok(Self { pairs: stream.clone_htod(&pairs.pairs)?, visits: stream.clone_htod(&pairs.visits)? })
     }
 }
 
-/// How the device finds tiles in keys or values of `problem`, (batch, `tokens`, heads, head_dim): boxes of 64 tokens and 64
-/// numbers of one head, whose rows of 128 bytes have their chunks swizzled. What lies behind the last token is zeros.
+/// The tensor map of keys or values of `problem`, (batch, `tokens`, heads, head_dim), in boxes of 64 tokens and 64
+/// channels of one head. Rows of 128 bytes are swizzled; tokens past the end are read as zeros.
 ///
 /// # Errors
-/// The driver refused.
-pub fn tile_map(problem: &Problem, address: u64, tokens: usize) -> Result<TensorMap, DriverError> {
-    let format = match problem.number() {
-        Number::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+/// Errors of the driver.
+pub fn tile_map(problem: &KernelProblem, address: u64, tokens: usize) -> Result<TensorMap, DriverError> {
+    let dtype = match problem.scalar() {
+        Scalar::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    let extents = problem.extents(tokens).map(|extent| extent as u64);
-    let row = extents[0] * 2;
-    let strides = [row, row * extents[1], row * extents[1] * extents[2]];
+    let dims = problem.dims(tokens).map(|size| size as u64);
+    let row = dims[0] * 2;
+    let strides = [row, row * dims[1], row * dims[1] * dims[2]];
     let mut map = TensorMap([0; 16]);
-    // SAFETY: the map has 128 bytes and begins at a multiple of 64; the lists have as many numbers as the rank asks for.
+    // SAFETY: the map has 128 bytes and is aligned to 64; the arrays have as many elements as the rank requires.
     let status = unsafe {
         cuTensorMapEncodeTiled(
             (&raw mut map).cast(),
-            format,
-            extents.len() as u32,
+            dtype,
+            dims.len() as u32,
             address as *mut _,
-            extents.as_ptr(),
+            dims.as_ptr(),
             strides.as_ptr(),
             [64, 1, 64, 1].as_ptr(),
             [1; 4].as_ptr(),
@@ -126,12 +128,12 @@ pub fn tile_map(problem: &Problem, address: u64, tokens: usize) -> Result<Tensor
 struct Argument<P>(P);
 
 // SAFETY: `KernelParameters` promises the layout of the kernel's argument.
-unsafe impl<P: Parameters> DeviceRepr for Argument<P> {}
+unsafe impl<P: KernelParameters> DeviceRepr for Argument<P> {}
 // SAFETY: repr(C), five ints as in common.cuh.
-unsafe impl DeviceRepr for Work {}
+unsafe impl DeviceRepr for WorkItem {}
 // SAFETY: repr(C), three ints as in common.cuh.
-unsafe impl DeviceRepr for Entry {}
+unsafe impl DeviceRepr for ListEntry {}
 // SAFETY: repr(C), six ints as in pairs.cuh.
-unsafe impl DeviceRepr for Pair {}
+unsafe impl DeviceRepr for WorkPair {}
 // SAFETY: repr(C), three ints as in pairs.cuh.
-unsafe impl DeviceRepr for Visit {}
+unsafe impl DeviceRepr for TileVisit {}

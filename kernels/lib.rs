@@ -1,8 +1,8 @@
-//! The registry of CUDA kernels. A kernel is its source and the PTX that stands beside it; nothing here knows a model or
-//! a tensor, and `launch` alone, behind the feature `cuda`, knows a device.
+//! The registry of CUDA kernels: their sources, the PTX they compile to, and their launches. Nothing here knows a model
+//! or a tensor; only `launch`, behind the feature `cuda`, knows a device.
 //!
-//! The main types are [`CpuKernel`] and [`clear_attention::VisitLists`], which is what attention visits. README.md says how a
-//! kernel is added and how it is checked where there is no GPU.
+//! The main types are [`Kernel`] and [`clear_attention::VisitLists`], the tiles that attention visits. README.md
+//! describes how to add a kernel and how to check it without a GPU.
 
 pub mod add_bias;
 pub mod clear_attention;
@@ -17,16 +17,16 @@ pub mod rms_norm_rope;
 
 pub use plan::{KernelParameters, Launch, Refusal, Scalar, THREADS};
 
-/// One source: what it is called, what it computes, and what it compiled to.
+/// One source and the PTX it compiles to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernel {
-    /// Its file without the extension, under this crate.
+    /// Its file in this crate, without the extension.
     pub name: &'static str,
     /// One line for `clearform bench`: what it computes.
     pub summary: &'static str,
-    /// Texts that a compiler gets one after the other; none includes a header.
+    /// Source texts in the order in which they are compiled as one; none includes a header.
     pub sources: &'static [&'static str],
-    /// What NVRTC 12.4 made of them for the target, as `build_ptx.py` wrote it.
+    /// PTX for the target by NVRTC 12.4, as `build_ptx.py` writes it.
     pub ptx: &'static str,
     /// Devices it runs on.
     pub target: Target,
@@ -37,12 +37,12 @@ pub struct Kernel {
 pub enum Target {
     /// Compute capability 8.0 and newer.
     Sm80,
-    /// Compute capability 9.0, and no other.
+    /// Compute capability 9.0 only.
     Sm90a,
 }
 
 impl Target {
-    /// As PTX spells it.
+    /// Its name in PTX.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "sm_80",
@@ -50,7 +50,7 @@ impl Target {
         }
     }
 
-    /// Whether a device of this compute capability, major and minor, runs it.
+    /// Whether a device of this compute capability (major, minor) runs it.
     pub fn runs_on(self, capability: (i32, i32)) -> bool {
         match self {
             Self::Sm80 => capability >= (8, 0),
@@ -60,14 +60,14 @@ impl Target {
 }
 
 impl Kernel {
-    /// Names of the entry points, in the order of the source.
+    /// Names of the entry points in source order.
     pub fn entries(&self) -> impl Iterator<Item = &'static str> {
         let lines = self.sources.iter().flat_map(|source| source.lines());
         lines.filter_map(|line| line.strip_prefix("ENTRY(")?.split(',').next())
     }
 }
 
-/// Every kernel, alphabetically.
+/// Every kernel in alphabetical order.
 pub const KERNELS: &[Kernel] = &[
     add_bias::KERNEL,
     clear_attention::BACKWARD,

@@ -1,13 +1,13 @@
-//! [`Launch`]: which entry point runs over how many blocks, as a pure function of the problem; a refusal says why.
-//! Knows no driver.
+//! [`Launch`]: an entry point and its grid, computed from the size of a problem, or a [`Refusal`] with the reason.
 
 use crate::Kernel;
 use std::fmt;
 
-/// Threads that work on one row or tile; of a block, where a kernel says nothing else.
+/// Threads of a block, unless a kernel has others; in the kernels over tiles or long rows, one block computes one of
+/// them.
 pub const THREADS: u32 = 128;
 
-/// Types of numbers that the kernels take.
+/// Dtypes that the kernels support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scalar {
     /// bfloat16.
@@ -19,7 +19,7 @@ pub enum Scalar {
 }
 
 impl Scalar {
-    /// As entry points spell it.
+    /// Its name in entry points.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Bf16 => "bf16",
@@ -28,65 +28,65 @@ impl Scalar {
         }
     }
 
-    /// Numbers in 16 bytes.
-    pub const fn per_word(self) -> usize {
+    /// Elements in 16 bytes, which is one vector load.
+    pub const fn elements_per_word(self) -> usize {
         if matches!(self, Self::F32) { 4 } else { 8 }
     }
 }
 
-/// One launch; none where a count of blocks is 0.
+/// One launch. With a block count of 0 nothing is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
-    /// Which source.
+    /// The kernel.
     pub kernel: Kernel,
     /// Its entry point.
     pub entry: String,
     /// Blocks along x, y and z.
     pub blocks: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub threads: u32,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
 }
 
 impl Launch {
-    /// A launch of `threads` threads, without shared memory.
+    /// A launch of at least `threads` threads along x, without shared memory.
     pub(crate) fn flat(kernel: Kernel, entry: String, threads: usize) -> Result<Self, Refusal> {
         let blocks = u32::try_from(threads).map_err(|_| Refusal::TooLarge { threads })?.div_ceil(THREADS);
         Ok(Self { kernel, entry, blocks: [blocks, 1, 1], threads: THREADS, shared_bytes: 0 })
     }
 }
 
-/// Parameters of an entry point, laid out as its source has them.
+/// Parameters of an entry point, with the layout of its source.
 ///
 /// # Safety
-/// Only a `repr(C)` type of the same layout as the source's may be one.
+/// The type is `repr(C)` and has the layout of the source.
 pub unsafe trait KernelParameters: Copy {}
 
-/// Why no kernel takes a problem.
+/// Why no kernel supports a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// Attention takes heads of 64 and 128.
+    /// Attention supports heads of 64 and 128.
     HeadDim {
-        /// What was asked for.
+        /// The requested value.
         head_dim: usize,
     },
-    /// Attention takes bf16 and f16.
+    /// Attention supports bf16 and f16.
     Scalar {
-        /// What was asked for.
-        number: Scalar,
+        /// The requested value.
+        scalar: Scalar,
     },
-    /// More threads than a launch numbers.
+    /// More threads than a launch can index.
     TooLarge {
-        /// What was asked for.
+        /// The requested value.
         threads: usize,
     },
-    /// A row is not a whole number of 16 bytes, or longer than the kernel holds.
+    /// A row that is not a multiple of 16 bytes, or longer than the kernel supports.
     Width {
-        /// What was asked for.
+        /// The requested value.
         width: usize,
-        /// The longest.
+        /// The longest supported row.
         longest: usize,
     },
 }
@@ -97,13 +97,13 @@ impl fmt::Display for Refusal {
             Self::HeadDim { head_dim } => {
                 write!(
                     f,
-                    "no attention kernel for heads of {head_dim}: there are 64 and 128, which narrower ones fill with zeros"
+                    "no attention kernel for head_dim {head_dim}: expected 64 or 128, to which smaller heads are padded"
                 )
             }
-            Self::Scalar { number } => write!(f, "no attention kernel in {}: there are bf16 and f16", number.name()),
-            Self::TooLarge { threads } => write!(f, "{threads} threads: a launch numbers 2^32"),
+            Self::Scalar { scalar } => write!(f, "no attention kernel for {}: expected bf16 or f16", scalar.name()),
+            Self::TooLarge { threads } => write!(f, "{threads} threads: expected fewer than 2^32 in one launch"),
             Self::Width { width, longest } => {
-                write!(f, "rows of {width}: expected whole multiples of 16 bytes, at most {longest} numbers")
+                write!(f, "rows of {width} elements: expected a multiple of 16 bytes, at most {longest} elements")
             }
         }
     }
@@ -111,9 +111,9 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Refuses rows that are not whole multiples of 16 bytes or longer than `longest`.
-pub(crate) fn check_width(number: Scalar, width: usize, longest: usize) -> Result<(), Refusal> {
-    if width > 0 && width <= longest && width.is_multiple_of(number.per_word()) {
+/// Refuses rows that are not multiples of 16 bytes or are longer than `longest` elements.
+pub(crate) fn check_width(scalar: Scalar, width: usize, longest: usize) -> Result<(), Refusal> {
+    if width > 0 && width <= longest && width.is_multiple_of(scalar.elements_per_word()) {
         Ok(())
     } else {
         Err(Refusal::Width { width, longest })

@@ -1,5 +1,5 @@
 // What the kernels need of the device, with no header: types, inline PTX for sm_80, and nothing that knows a kernel.
-// emulation/prelude.h has the same names for a CPU.
+// checks/host_prelude.h declares the same names for the host compiler.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -11,13 +11,13 @@ fn report() -> Value {
     serde_json::from_str(REPORT).unwrap()
 }
 
-/// What ptxas said of a kernel's entry points.
+/// The register use of a kernel's entry points, as reported by ptxas.
 fn usage(kernel: &Kernel) -> Value {
     report()[format!("{}.cu", kernel.name)].clone()
 }
 
 #[test]
-fn kernels_stand_in_alphabetical_order() {
+fn kernels_are_in_alphabetical_order() {
     assert!(KERNELS.is_sorted_by_key(|kernel| kernel.name));
 }
 
@@ -32,7 +32,7 @@ fn committed_ptx_is_fresh() {
 }
 
 #[test]
-fn ptx_holds_the_entry_points_of_its_source() {
+fn ptx_has_the_entry_points_of_its_source() {
     for kernel in KERNELS {
         let found: Vec<&str> = kernel.ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")).collect();
         let count = kernel.entries().count();
@@ -45,22 +45,22 @@ fn ptx_holds_the_entry_points_of_its_source() {
 }
 
 #[test]
-fn nothing_is_spilled_and_registers_keep_their_bounds() {
+fn no_register_is_spilled_and_register_counts_are_within_bounds() {
     assert_eq!(report().as_object().unwrap().len(), KERNELS.len());
     for kernel in KERNELS {
         let usage = usage(kernel);
         assert_eq!(usage.as_object().unwrap().len(), kernel.entries().count());
         for entry in kernel.entries() {
-            let number = |name: &str| usage[entry][name].as_u64().unwrap();
-            assert_eq!([number("stack"), number("spill_stores"), number("spill_loads")], [0; 3], "{entry}");
-            assert!((1..=number("at_most")).contains(&number("registers")), "{entry}");
+            let usage_of = |name: &str| usage[entry][name].as_u64().unwrap();
+            assert_eq!([usage_of("stack"), usage_of("spill_stores"), usage_of("spill_loads")], [0; 3], "{entry}");
+            assert!((1..=usage_of("at_most")).contains(&usage_of("registers")), "{entry}");
         }
     }
 }
 
-/// The same numbers stand in emulation/attention.h and emulation/rows.h, where the compiler of the kernels checks them.
+/// The C++ checks in checks/visit_lists.h and checks/rows.h assert the same sizes.
 #[test]
-fn parameters_are_laid_out_as_the_sources_have_them() {
+fn parameters_have_the_layout_of_the_sources() {
     assert_eq!((size_of::<attention::WorkItem>(), size_of::<attention::ListEntry>()), (20, 12));
     assert_eq!(size_of::<attention::ListAddresses>(), 40);
     assert_eq!(
@@ -85,34 +85,34 @@ fn parameters_are_laid_out_as_the_sources_have_them() {
     assert_eq!((size_of::<rms_norm_rope::RmsNormRopeParameters>(), eps), (72, 68));
 }
 
-/// Every launch that this crate plans.
+/// A launch of every kernel that this crate plans.
 fn planned() -> Vec<Launch> {
-    let places: Vec<(i32, i32)> = (0..200).map(|token| (token / 20, token % 20)).collect();
+    let positions: Vec<(i32, i32)> = (0..200).map(|token| (token / 20, token % 20)).collect();
     let text = attention::TextPadding::Whole(10);
-    let sequence = attention::SequenceLayout { text, places: &places, pooled: 0, limit: Some(9) };
+    let sequence = attention::SequenceLayout { text, positions: &positions, pooled: 0, limit: Some(9) };
     let lists = attention::VisitLists::with_parts(&sequence, attention::ListRows::Queries, 2);
     let mut found = Vec::new();
-    for number in [Scalar::Bf16, Scalar::F16] {
+    for scalar in [Scalar::Bf16, Scalar::F16] {
         for head_dim in [64, 128] {
-            let problem = attention::KernelProblem::new(number, 2, 3, head_dim).unwrap();
+            let problem = attention::KernelProblem::new(scalar, 2, 3, head_dim).unwrap();
             let pairs = attention::WorkPairs::new(&lists);
             found.extend([problem.forward(&lists), problem.paired_forward(&pairs), problem.merge(&lists)]);
             found.push(problem.delta(210).unwrap());
             found.extend(problem.query_gradient(&lists).into_iter().chain(problem.key_gradient(&lists)));
         }
     }
-    for number in [Scalar::Bf16, Scalar::F16, Scalar::F32] {
-        found.extend(gelu::launches(number, 1024).unwrap());
-        found.extend(modulated_layer_norm::launches(number, 30, 3072).unwrap());
-        found.extend(rms_norm_rope::launches(number, 30, 128).unwrap());
-        found.extend([add_bias::launch(number, 30, 3072).unwrap(), gated_add::launch(number, 30, 3072).unwrap()]);
-        found.push(permute::launch(number, 30, 3072).unwrap());
+    for scalar in [Scalar::Bf16, Scalar::F16, Scalar::F32] {
+        found.extend(gelu::launches(scalar, 1024).unwrap());
+        found.extend(modulated_layer_norm::launches(scalar, 30, 3072).unwrap());
+        found.extend(rms_norm_rope::launches(scalar, 30, 128).unwrap());
+        found.extend([add_bias::launch(scalar, 30, 3072).unwrap(), gated_add::launch(scalar, 30, 3072).unwrap()]);
+        found.push(permute::launch(scalar, 30, 3072).unwrap());
     }
     found
 }
 
 #[test]
-fn each_entry_point_is_planned_and_each_plan_is_an_entry_point() {
+fn launches_and_entry_points_are_the_same() {
     let planned: BTreeSet<String> = planned().into_iter().map(|launch| launch.entry).collect();
     let declared: BTreeSet<String> = KERNELS.iter().flat_map(|kernel| kernel.entries()).map(str::to_owned).collect();
     assert_eq!(planned, declared);
@@ -124,11 +124,15 @@ fn launches_cover_the_problem() {
     let [norm, _] = modulated_layer_norm::launches(Scalar::Bf16, 30, 3072).unwrap();
     assert_eq!((norm.blocks, norm.shared_bytes), ([30, 1, 1], 64));
     let [rope, _] = rms_norm_rope::launches(Scalar::Bf16, 31, 40).unwrap();
-    assert_eq!(rope.blocks, [31 * 8 / 128 + 1, 1, 1], "8 threads hold 5 times 16 bytes");
+    assert_eq!(rope.blocks, [31 * 8 / 128 + 1, 1, 1], "8 threads hold 5 x 16 bytes");
     let problem = attention::KernelProblem::new(Scalar::F16, 2, 3, 128).unwrap();
-    let places: Vec<(i32, i32)> = (0..4096).map(|token| (token / 64, token % 64)).collect();
-    let sequence =
-        attention::SequenceLayout { text: attention::TextPadding::Whole(0), places: &places, pooled: 0, limit: None };
+    let positions: Vec<(i32, i32)> = (0..4096).map(|token| (token / 64, token % 64)).collect();
+    let sequence = attention::SequenceLayout {
+        text: attention::TextPadding::Whole(0),
+        positions: &positions,
+        pooled: 0,
+        limit: None,
+    };
     let pairs = attention::WorkPairs::new(&attention::VisitLists::new(&sequence, attention::ListRows::Queries));
     let few = problem.paired_forward(&pairs);
     assert_eq!((few.blocks, few.threads, few.shared_bytes), ([32, 3, 2], 384, 6 * (2 * 16384 + 16)));
@@ -138,8 +142,8 @@ fn launches_cover_the_problem() {
 }
 
 #[test]
-fn what_no_kernel_takes_is_refused() {
-    assert_eq!(attention::KernelProblem::new(Scalar::F32, 1, 1, 64), Err(Refusal::Scalar { number: Scalar::F32 }));
+fn unsupported_problems_are_refused() {
+    assert_eq!(attention::KernelProblem::new(Scalar::F32, 1, 1, 64), Err(Refusal::Scalar { scalar: Scalar::F32 }));
     assert_eq!(attention::KernelProblem::new(Scalar::Bf16, 1, 1, 72), Err(Refusal::HeadDim { head_dim: 72 }));
     let width = |width, longest| Err(Refusal::Width { width, longest });
     assert_eq!(rms_norm_rope::launches(Scalar::F32, 1, 132), width(132, 128));

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Loads and uses every plugin under valgrind, which must find no invalid access and no lost memory. Run after
-# `cargo test --workspace`, which builds what it needs. Threads that still run at the end may hold memory: that is not lost.
+# Loads and runs every plugin under valgrind, which must find no invalid access and no leak. Run it after
+# `cargo test --workspace`, which builds the binaries. Memory of threads that still run at the end does not count as leaked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export RAYON_NUM_THREADS=2
@@ -21,7 +21,7 @@ checked() {
     target/debug/clearform "$@" >"$work/output" 2>&1 || { cat "$work/output"; return 1; }
 }
 
-# A transformer in the folder that save_pretrained writes, from a fixture.
+# Makes a model folder like that of save_pretrained from a fixture.
 model() {
   mkdir "$work/$1"
   cp "$2/config.json" "$work/$1/"
@@ -39,4 +39,4 @@ done
 model base tests/fixtures/controlnet/base
 checked forward "$work/base" --inputs tests/fixtures/controlnet/input.safetensors -o "$work/out.safetensors" \
   --plugin-dir "$work/plugins" --controlnet tests/fixtures/controlnet/one-two --controlnet tests/fixtures/controlnet/two-two
-echo "nothing found"
+echo "no errors found"

@@ -1,4 +1,4 @@
-"""What the peers' scripts share: ours and theirs are timed in turn, in the same run, on as many threads."""
+"""Shared by the peer scripts: both sides are timed alternately, in the same run, with the same number of threads."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def parser(description):
-    """With the arguments that every script has."""
+    """The arguments that every script has."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("clearform")
     parser.add_argument("--head-dim", type=int, default=128)
@@ -22,12 +22,12 @@ def parser(description):
     parser.add_argument("--dtype", choices=DTYPES, default="f32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="ours and theirs; all cores without it")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for both sides; default: all cores")
     return parser
 
 
 def parse(parser):
-    """The arguments; from here on everyone has as many threads."""
+    """Parses the arguments and sets the number of threads for both sides."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ |= {name: str(args.threads) for name in ("RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS")}

@@ -5,7 +5,7 @@
 CLEARFORM is the binary. torch 2.13, numpy. On a GPU (--device cuda:0) also FlashAttention, in the package flash_attn where
 it is installed and else in PyTorch, and NATTEN where it is installed; its window is the square of 2 r - 1 tokens, without
 text, so it does a little more image work and no text work. Prints one JSON object: medians in milliseconds, how many
-times slower the peers are, GFLOP/s of ours on visited pairs, those of products, and the one as a share of the other.
+times slower the peers are, our GFLOP/s on visited pairs, that of a matmul, and the ratio of the two.
 """
 
 import json

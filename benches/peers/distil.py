@@ -4,13 +4,13 @@
 
 Versions: torch 2.13, diffusers 0.35.2 or 0.42.1, safetensors. BASE is a FLUX pipeline folder. SAMPLES and HELD_OUT are
 folders that clearform made (set.json, prompt-*.safetensors, ids.safetensors, batch-*.safetensors); HELD_OUT has names
-that no sample used. Choice of samples, noise levels and noise come from torch.Generator in the order in which
-clearform draws them, so both see the same numbers.
+that no sample used. Choice of samples, noise levels and noise come from torch.Generator in the same order as in
+clearform, so both see the same values.
 
-With `--student MODEL` nothing is trained: the student is a model that clearform distilled, marked in the same way.
+With `--student MODEL` nothing is trained: the model that clearform distilled is evaluated in the same way.
 
 Prints one JSON object: the mean squared error of the student's prediction against the teacher's on HELD_OUT, noised by
-fixed noise at fixed levels, and the PSNR of fully sampled pictures against the teacher's, before and after.
+fixed noise at fixed levels, and the PSNR of fully sampled images against the teacher's, before and after.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def prediction_error(distillation, held_out, batch):
 
 @torch.no_grad()
 def pictures(distillation, model, held_out, vae, scheduler, steps):
-    """Fully sampled pictures of the held-out names, each from its own seed, in 0..1."""
+    """Fully sampled images of the held-out names, each from its own seed, in 0..1."""
     height, width = 2 * distillation.clear.height, 2 * distillation.clear.width
     channels = held_out.latents.shape[-1] // 4
     one = lambda seed: torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(seed))

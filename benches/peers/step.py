@@ -2,7 +2,7 @@
 
     python step.py CLEARFORM --grid 64x64 --width 1536 --double 2 --single 4 --dtype f32
 
-CLEARFORM is the binary. torch 2.13 and, but for --alone, diffusers 0.35.2 or 0.42.1. Both have random weights of the
+CLEARFORM is the binary. torch 2.13 and, except with --alone, diffusers 0.35.2 or 0.42.1. Both have random weights of the
 same sizes. Prints one JSON object: medians in milliseconds, grid by grid, ours under each of --attention.
 """
 
@@ -32,7 +32,7 @@ def transformer(args):
                  attention_head_dim=args.head_dim, num_attention_heads=args.width // args.head_dim,
                  joint_attention_dim=4096, pooled_projection_dim=768,
                  axes_dims_rope=(args.head_dim - 2 * axis, axis, axis))
-    # Made where and as it is used: in f32 the largest would not fit beside its own copy.
+    # Created on its device and in its dtype: in f32 the largest would not fit together with a copy.
     torch.set_default_dtype(alternation.DTYPES[args.dtype])
     with torch.device(args.device):
         model = FluxTransformer2DModel(**sizes).eval().requires_grad_(False)

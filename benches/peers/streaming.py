@@ -3,7 +3,7 @@
     python streaming.py CLEARFORM --folder /some/disk
 
 CLEARFORM is the binary. Makes a FLUX transformer of random bytes in BFL's layout (4 double and 12 single blocks, 3072
-wide, bf16) in the folder, which needs 20 GB, and takes all away again. Needs no package. Prints one JSON object: medians
+wide, bf16) in the folder, which needs 20 GB, and removes everything afterwards. Needs no package. Prints one JSON object: medians
 in seconds, ratios, and the largest resident memory of convert and verify.
 """
 

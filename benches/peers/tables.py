@@ -1,12 +1,12 @@
-"""The tables of BENCHMARKS.md in which clearform stands beside its peers, in Markdown, row by row as they are measured.
+"""The tables of BENCHMARKS.md that compare clearform with its peers, in Markdown, row by row as they are measured.
 
     python tables.py CLEARFORM [--device cuda:0] [--only attention step scaling memory] [--threads N] [--rounds 5]
 
 CLEARFORM is the binary, on a GPU one that was built with --features cuda. torch 2.13, numpy, diffusers 0.42.1; on a GPU
 also flash_attn and natten where they are installed. On a CPU: `attention`, forward and with its backward; `step`, a whole
 transformer step, also without the peer at 48 x 48 tokens; `scaling`, steps of 64 x 64 and 128 x 128 tokens; `memory`. On a
-GPU: `attention` up to 8K, and `step` of FLUX's shape. All of a row is measured in turn, in one run, on as many threads.
---tiny takes sizes so small that everything runs within minutes; its figures mean nothing. Exits 1 where a row failed.
+GPU: `attention` up to 8K, and `step` of FLUX's shape. Both sides of a row are measured alternately, in one run, with the same number of threads.
+--tiny uses sizes so small that everything runs within minutes; its figures mean nothing. Exits 1 if a row failed.
 """
 
 import argparse

@@ -1,43 +1,43 @@
-//! [`opened`]: a file lent to a plugin as the host lends it. The plugin's code is part of the target, not a library that
-//! is loaded, so that the fuzzer sees its way through it.
+//! [`open_adapter`]: opens bytes as an adapter file, the way the host does for a plugin. The plugin's code is linked into the
+//! target, not loaded as a library, so that the fuzzer sees its coverage.
 
 use crate::SCRATCH;
-use clearform_plugin_abi::{ABI_MAJOR, Host, Text};
+use clearform_plugin_abi::{ABI_MAJOR, ClearformFile, ClearformHost, ClearformText, OK};
 use clearform_weights::{Checkpoint, Dtype};
-use file::LentFile;
+use file::PluginFile;
 use serde_json::{Map, Value, json};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-// The host keeps it to itself.
+// Private to the host.
 #[allow(dead_code)]
 #[path = "../../crates/plugin-host/src/file.rs"]
 mod file;
 
 /// Enough for any adapter of a tiny model.
 const MOST_VALUES: u64 = 1 << 20;
-/// 1.5 in f32, and some number in any other format.
+/// 1.5 in f32, and a finite value in every other dtype.
 const VALUES: [u8; 4] = [0, 0, 0xc0, 0x3f];
 
-/// Opens `bytes` as an adapter's file; `open` is the plugin's own function, and `used` gets its instance.
-pub fn opened(
+/// Opens `bytes` as an adapter file with the plugin's own function `open`, and passes the instance to `use_instance`.
+pub fn open_adapter(
     bytes: &[u8],
-    open: impl FnOnce(*const Host, *const clearform_plugin_abi::File, *mut *mut c_void) -> i32,
-    used: impl FnOnce(*mut c_void, usize),
+    open: impl FnOnce(*const ClearformHost, *const ClearformFile, *mut *mut c_void) -> i32,
+    use_instance: impl FnOnce(*mut c_void, usize),
 ) {
-    let Some(file) = framed(bytes) else { return };
+    let Some(file) = with_offsets(bytes) else { return };
     let Ok(checkpoint) = Checkpoint::open(SCRATCH.write("adapter.safetensors", &file)) else { return };
     let host = host();
-    let file = LentFile::new(Arc::new(checkpoint));
+    let file = PluginFile::new(Arc::new(checkpoint));
     let mut instance = std::ptr::null_mut();
-    if open(&raw const host, file.table(), &raw mut instance) == clearform_plugin_abi::OK {
-        used(instance, file.names().len());
+    if open(&raw const host, file.table(), &raw mut instance) == OK {
+        use_instance(instance, file.names().len());
     }
 }
 
-/// A safetensors file of the tensors that the header in `bytes` names, each with as many values as its shape asks for:
-/// offsets that are right are not what an adapter is about, and few changes would keep them so.
-fn framed(bytes: &[u8]) -> Option<Vec<u8>> {
+/// A safetensors file of the tensors in the header in `bytes`, with offsets that fit their shapes: random changes would
+/// hardly ever leave offsets valid, and they are not what this target tests.
+fn with_offsets(bytes: &[u8]) -> Option<Vec<u8>> {
     let (begin, end) = (bytes.iter().position(|&byte| byte == b'{')?, bytes.iter().rposition(|&byte| byte == b'}')?);
     let mut header: Map<String, Value> = serde_json::from_slice(bytes.get(begin..=end)?).ok()?;
     let mut offset = 0;
@@ -51,7 +51,7 @@ fn framed(bytes: &[u8]) -> Option<Vec<u8>> {
     Some((header.len() as u64).to_le_bytes().into_iter().chain(header.into_bytes()).chain(values).collect())
 }
 
-/// Bytes that a tensor takes.
+/// Bytes of a tensor.
 fn size(entry: &Value) -> Option<u64> {
     let dtype: Dtype = serde_json::from_value(entry.get("dtype")?.clone()).ok()?;
     let extents = entry.get("shape")?.as_array()?.iter().map(Value::as_u64);
@@ -59,11 +59,11 @@ fn size(entry: &Value) -> Option<u64> {
     Some(elements.checked_mul(dtype.bitsize() as u64)? / 8)
 }
 
-/// A host that hears nothing.
-fn host() -> Host {
-    Host {
+/// A host that ignores messages.
+fn host() -> ClearformHost {
+    ClearformHost {
         abi_major: ABI_MAJOR,
-        struct_size: size_of::<Host>() as u32,
+        struct_size: size_of::<ClearformHost>() as u32,
         context: std::ptr::null_mut(),
         threads: 1,
         reserved: 0,
@@ -75,6 +75,6 @@ fn host() -> Host {
     }
 }
 
-unsafe extern "C" fn log(_: *mut c_void, _: u32, _: Text) {}
+unsafe extern "C" fn log(_: *mut c_void, _: u32, _: ClearformText) {}
 
-unsafe extern "C" fn fail(_: *mut c_void, _: Text) {}
+unsafe extern "C" fn fail(_: *mut c_void, _: ClearformText) {}

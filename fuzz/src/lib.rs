@@ -1,33 +1,33 @@
-//! What the targets share: files to open ([`Scratch`]), reading whatever was opened, and the lending of a file to a
-//! plugin ([`lend`]). Nothing here judges an answer: an error is as good as a checkpoint, and only a panic, a hang or
-//! too much memory is wrong, which the fuzzer sees by itself.
+//! Shared by the targets: a folder of files to open ([`ScratchFolder`]), reading what was opened, and opening a file for a
+//! plugin ([`lend`]). Results are not judged: an error is as good as a checkpoint. Only a panic, a hang or too much memory is
+//! wrong, and the fuzzer detects those.
 
 pub mod lend;
 
-use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
+use clearform_weights::{Checkpoint, TensorSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-/// Tensors that claim more are read only at their ends.
+/// Larger tensors are read only at their ends.
 const MOST_READ: usize = 1 << 20;
 const PIECE: usize = 16;
 
-/// Of this process, in the folder for temporary files.
-pub static SCRATCH: LazyLock<Scratch> = LazyLock::new(Scratch::new);
+/// The scratch folder of this process.
+pub static SCRATCH: LazyLock<ScratchFolder> = LazyLock::new(ScratchFolder::new);
 
 /// A folder for the files that readers open.
-pub struct Scratch {
+pub struct ScratchFolder {
     folder: PathBuf,
 }
 
-impl Scratch {
+impl ScratchFolder {
     fn new() -> Self {
         let folder = std::env::temp_dir().join(format!("clearform-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for files");
         Self { folder }
     }
 
-    /// Writes a file and says where it is.
+    /// Writes a file and returns its path.
     pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.folder.join(name);
         std::fs::write(&path, bytes).expect("a file");
@@ -47,10 +47,10 @@ pub fn open(name: &str, bytes: &[u8]) {
     }
 }
 
-/// Reads the tensors of `source`, of large ones the ends.
+/// Reads the tensors of `source`; large ones only at their ends.
 pub fn read(source: &dyn TensorSource) {
     for info in source.tensors() {
-        let size = size(&info);
+        let size = info.byte_count() as usize;
         if size <= MOST_READ {
             let read = source.read(&info.name);
             assert!(read.is_ok_and(|tensor| tensor.bytes.len() == size) || size > 0, "{info:?}");
@@ -60,15 +60,11 @@ pub fn read(source: &dyn TensorSource) {
     }
 }
 
-fn size(info: &TensorInfo) -> usize {
-    info.shape.iter().product::<usize>() * info.dtype.bitsize() / 8
-}
-
-/// The two parts of an input, of which a line `---` stands between.
+/// The two halves of an input, separated by a line `---`.
 pub fn halves(bytes: &[u8]) -> [&[u8]; 2] {
-    const BETWEEN: &[u8] = b"\n---\n";
-    match bytes.windows(BETWEEN.len()).position(|window| window == BETWEEN) {
-        Some(at) => [&bytes[..at], &bytes[at + BETWEEN.len()..]],
+    const SEPARATOR: &[u8] = b"\n---\n";
+    match bytes.windows(SEPARATOR.len()).position(|window| window == SEPARATOR) {
+        Some(at) => [&bytes[..at], &bytes[at + SEPARATOR.len()..]],
         None => [bytes, b""],
     }
 }

@@ -1,23 +1,22 @@
-//! A LoRA's file through its plugin: the list of edits, and the tensors of each. Of a safetensors file only the header
-//! counts.
+//! A LoRA file through its plugin: the list of edits, and the tensors of each. Only the header of the file matters.
 #![no_main]
 
 use clearform_plugin_abi::tensor::OwnedTensor;
-use clearform_plugin_abi::{AdapterTable, Edit, EditTensors, OK};
-use clearform_fuzz::lend::opened;
-use clearform_lora::Lora;
+use clearform_fuzz::lend::open_adapter;
+use clearform_lora::LoraFile;
+use clearform_plugin_abi::{ClearformAdapterTable, ClearformEdit, ClearformEditTensors, OK};
 use libfuzzer_sys::fuzz_target;
 use std::ffi::c_void;
 
-static TABLE: AdapterTable = AdapterTable::of::<Lora>();
+static TABLE: ClearformAdapterTable = ClearformAdapterTable::of::<LoraFile>();
 
 fuzz_target!(|bytes: &[u8]| {
     let Some(open) = TABLE.open else { return };
-    // SAFETY: host, file and room for the instance stand during the call.
-    opened(bytes, |host, file, instance| unsafe { open(host, file, instance) }, used);
+    // SAFETY: host, file and the place for the instance live during the call.
+    open_adapter(bytes, |host, file, instance| unsafe { open(host, file, instance) }, use_instance);
 });
 
-fn used(instance: *mut c_void, tensors: usize) {
+fn use_instance(instance: *mut c_void, tensors: usize) {
     let (Some(count), Some(skipped), Some(close)) = (TABLE.edit_count, TABLE.skipped, TABLE.close) else { return };
     // SAFETY: the instance is open until the last of these calls.
     unsafe {
@@ -31,12 +30,13 @@ fn used(instance: *mut c_void, tensors: usize) {
 /// The instance is open.
 unsafe fn edit(instance: *mut c_void, index: usize) {
     let (Some(describe), Some(give)) = (TABLE.edit, TABLE.edit_tensors) else { return };
-    let (mut edit, mut given) = (Edit::EMPTY, EditTensors::EMPTY);
-    // SAFETY: the caller says that the instance is open; the structs are ours, and so are the tensors that were given.
+    let mut edit = ClearformEdit::EMPTY;
+    let mut given = ClearformEditTensors::EMPTY;
+    // SAFETY: the caller guarantees that the instance is open; the structs are ours, and so are the tensors returned.
     unsafe {
         assert_eq!(describe(instance, index, &raw mut edit), OK);
         let _ = give(instance, index, &raw mut given);
         let tensors = [given.down, given.up, given.value, given.magnitude];
-        tensors.into_iter().filter(|tensor| !tensor.is_null()).for_each(|tensor| drop(OwnedTensor::take(tensor)));
+        tensors.into_iter().filter(|tensor| !tensor.is_null()).for_each(|tensor| drop(OwnedTensor::from_raw(tensor)));
     }
 }

@@ -1,9 +1,9 @@
 //! A folder of two shards, the beginning of a minRF: the input is its index and, after a line `---`, its config.json.
-//! Opened, it is looked through as a model of every family.
+//! What opens is then inspected as a model of every family.
 #![no_main]
 
 use clearform_fuzz::{SCRATCH, halves, read};
-use clearform_layout::{Hints, Inspection, Manifests, Unscaled, detect};
+use clearform_layout::{Hints, Inspection, Manifests, Dequantized, detect};
 use libfuzzer_sys::fuzz_target;
 use std::sync::LazyLock;
 
@@ -46,7 +46,7 @@ fuzz_target!(|bytes: &[u8]| {
     let [index, config] = halves(bytes);
     SCRATCH.write("model.safetensors.index.json", index);
     SCRATCH.write("config.json", config);
-    let Ok(checkpoint) = Unscaled::open(SCRATCH.folder(), manifests) else { return };
+    let Ok(checkpoint) = Dequantized::open(SCRATCH.folder(), manifests) else { return };
     read(&checkpoint);
     for family in manifests.families() {
         let hints = Hints { family: Some(family), ..Hints::default() };

@@ -1,8 +1,8 @@
-//! A manifest: alone and beside those in the program; each family of it is then looked for in a small model.
+//! A manifest: alone, and together with the embedded ones; each of its families is then detected in a small model.
 #![no_main]
 
 use clearform_fuzz::SCRATCH;
-use clearform_layout::{Beside, Hints, Inspection, Manifests, detect_source};
+use clearform_layout::{Hints, Inspection, Manifests, Sidecar, detect_source};
 use clearform_weights::{Dtype, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -18,7 +18,7 @@ const CONFIG: &str = include_str!("../../tests/fixtures/dit/diffusers/config.jso
 struct Model(BTreeMap<String, TensorInfo>);
 
 impl Model {
-    /// A DiT in its canonical names.
+    /// A DiT with canonical names.
     fn new() -> Self {
         let mut config: Value = serde_json::from_str(CONFIG).expect("a config.json");
         config["width"] = 40.into();
@@ -49,15 +49,15 @@ impl TensorSource for Model {
 fuzz_target!(|bytes: &[u8]| {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let alone = Manifests::alone("manifest.toml", text);
-    let beside = EMBEDDED.clone().with_file(SCRATCH.write("manifest.toml", bytes));
-    [alone, beside].into_iter().flatten().for_each(|manifests| identify(&manifests));
+    let together = EMBEDDED.clone().with_file(SCRATCH.write("manifest.toml", bytes));
+    [alone, together].into_iter().flatten().for_each(|manifests| identify(&manifests));
 });
 
 fn identify(manifests: &Manifests) {
-    let beside = Beside { config: None, metadata: &BTreeMap::new() };
+    let sidecar = Sidecar { config: None, metadata: &BTreeMap::new() };
     for family in manifests.families() {
         let hints = Hints { family: Some(family.clone()), ..Hints::default() };
-        let Ok(identified) = detect_source(&*MODEL, beside, manifests, &hints) else { continue };
+        let Ok(identified) = detect_source(&*MODEL, sidecar, manifests, &hints) else { continue };
         let _ = Inspection::new(&identified, &identified.canonical(&*MODEL)).to_string();
         let Ok(canonical) = identified.canonical(&*MODEL).complete() else { continue };
         for layout in manifests.layouts(&family) {

@@ -1,4 +1,4 @@
-//! A safetensors file: as it is, and with the length of its header mended, which few changes keep right.
+//! A safetensors file: as it is, and with the length of its header corrected, which random changes rarely leave right.
 #![no_main]
 
 use clearform_fuzz::open;

@@ -1,4 +1,4 @@
-//! The files of tokenizers: the first byte says which, and what was opened encodes a prompt.
+//! Tokenizer files: the first byte selects the kind, and what opens encodes a prompt.
 #![no_main]
 
 use clearform_fuzz::halves;
@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 const PROMPT: &str = "A red fox, 3 of them: \u{1f98a}\u{e9}\u{3000}x<|endoftext|></s>";
 const LENGTH: usize = 16;
 
-// The reader catches panics of the library beneath it; whatever it does not catch still ends the run.
+// The reader catches panics of the tokenizers library; any other panic still ends the run.
 fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     let [first, second] = halves(bytes);

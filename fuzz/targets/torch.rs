@@ -1,5 +1,5 @@
-//! A file of torch.save: as it is; and its pickle, or all of it taken for one, in an archive whose lengths are right,
-//! which few changes keep so.
+//! A file of torch.save: as it is, and its pickle (or all of it taken as one) in an archive with correct lengths, which
+//! random changes rarely leave right.
 #![no_main]
 
 use clearform_fuzz::open;
@@ -13,7 +13,7 @@ fuzz_target!(|bytes: &[u8]| {
     open("file.pt", &archive(pickle(bytes)));
 });
 
-/// What stands from the first protocol mark to the next signature of zip.
+/// From the first protocol mark to the next zip signature.
 fn pickle(bytes: &[u8]) -> &[u8] {
     if !bytes.starts_with(b"PK") {
         return bytes;

@@ -1,4 +1,4 @@
-//! The kernel of this folder: x + bias. Knows no tensor.
+//! The CUDA kernel for x + bias.
 
 use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
@@ -12,7 +12,7 @@ pub const KERNEL: Kernel = Kernel {
     target: Target::Sm80,
 };
 
-/// Addresses and extents; `kernel.cu` says what they are.
+/// Parameters, as `kernel.cu` describes them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of kernel.cu")]
@@ -25,14 +25,14 @@ pub struct AddBiasParameters {
     pub row_words: u32,
 }
 
-// SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
+// SAFETY: repr(C) with the fields of kernel.cu; tests on both sides check the size.
 unsafe impl KernelParameters for AddBiasParameters {}
 
 /// `rows` rows of `width`.
 ///
 /// # Errors
-/// Rows that are not whole multiples of 16 bytes.
-pub fn launch(number: Scalar, rows: usize, width: usize) -> Result<Launch, Refusal> {
-    check_width(number, width, usize::MAX)?;
-    Launch::flat(KERNEL, format!("add_bias_{}", number.name()), rows * (width / number.per_word()))
+/// Rows that are not multiples of 16 bytes.
+pub fn launch(scalar: Scalar, rows: usize, width: usize) -> Result<Launch, Refusal> {
+    check_width(scalar, width, usize::MAX)?;
+    Launch::flat(KERNEL, format!("add_bias_{}", scalar.name()), rows * (width / scalar.elements_per_word()))
 }

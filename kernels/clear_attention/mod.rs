@@ -1,12 +1,14 @@
-//! Attention over tiles that meet: kernels and the lists they read. The main type is [`VisitLists`]. Knows no tensor.
+//! Attention over visited tiles: the kernels and the lists that they read. The main type is [`VisitLists`].
 
+mod layout;
 mod lists;
 mod masks;
 mod pairs;
 mod problem;
 mod tiles;
 
-pub use lists::{ListEntry, ListRows, PairEfficiency, SequenceLayout, TextPadding, VisitLists, WorkItem};
+pub use layout::{ListEntry, ListRows, SequenceLayout, TextPadding, WorkItem};
+pub use lists::{PairEfficiency, VisitLists};
 pub use masks::padding;
 pub use pairs::{TileVisit, WorkPair, WorkPairs};
 pub use problem::{
@@ -18,7 +20,7 @@ use crate::{Kernel, PRELUDE, SM90A, Target};
 const COMMON: &str = include_str!("common.cuh");
 const SOFTMAX: &str = include_str!("softmax.cuh");
 
-/// Outputs and the log-sum-exp of each query.
+/// The forward: outputs, and the log-sum-exp of each query.
 pub const FORWARD: Kernel = Kernel {
     name: "clear_attention/forward",
     summary: "windowed attention: outputs and log-sum-exp",
@@ -27,16 +29,16 @@ pub const FORWARD: Kernel = Kernel {
     target: Target::Sm80,
 };
 
-/// The same over [`WorkPairs`].
+/// The forward over [`WorkPairs`] on compute capability 9.0.
 pub const FORWARD_SM90A: Kernel = Kernel {
     name: "clear_attention/forward_sm90a",
-    summary: "the same for compute capability 9.0: tensor memory accelerator, warpgroup products",
+    summary: "the same for compute capability 9.0, with the tensor memory accelerator and wgmma",
     sources: &[PRELUDE, SM90A, COMMON, SOFTMAX, include_str!("pairs.cuh"), include_str!("forward_sm90a.cu")],
     ptx: include_str!("forward_sm90a.ptx"),
     target: Target::Sm90a,
 };
 
-/// Gradients of queries, keys and values.
+/// The backward: gradients of queries, keys and values.
 pub const BACKWARD: Kernel = Kernel {
     name: "clear_attention/backward",
     summary: "windowed attention: gradients of queries, keys and values",

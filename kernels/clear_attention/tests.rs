@@ -2,7 +2,7 @@ use super::{ListEntry, ListRows, SequenceLayout, TextPadding, TileVisit, VisitLi
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-/// Places of a grid by patches of 8 x 8.
+/// Positions of a grid in the order of 8 x 8 patches.
 fn patches(height: i32, width: i32) -> Vec<(i32, i32)> {
     let patch = |top: i32, left: i32| {
         (top..height.min(top + 8)).flat_map(move |row| (left..width.min(left + 8)).map(move |column| (row, column)))
@@ -15,20 +15,22 @@ fn raster(height: i32, width: i32) -> Vec<(i32, i32)> {
     (0..height).flat_map(|row| (0..width).map(move |column| (row, column))).collect()
 }
 
-/// Whether a query sees a key, by the definition of the pattern.
+/// Whether a query attends to a key, by the definition of the window.
 fn sees(sequence: &SequenceLayout<'_>, query: usize, key: usize) -> bool {
-    let (text, end) = (sequence.text.tokens(), sequence.text.tokens() + sequence.places.len());
+    let text = sequence.text.tokens();
+    let end = sequence.text.tokens() + sequence.positions.len();
     match (query < text, key < text, key < end, sequence.limit) {
         (true, _, inside, _) => inside,
         (_, true, ..) | (_, _, false, _) | (_, _, _, None) => true,
         (_, _, _, Some(limit)) => {
-            let ((ay, ax), (by, bx)) = (sequence.places[query - text], sequence.places[key - text]);
+            let (ay, ax) = sequence.positions[query - text];
+            let (by, bx) = sequence.positions[key - text];
             (ay - by).pow(2) + (ax - bx).pow(2) < limit
         }
     }
 }
 
-/// The bit of (row, column) of a mask, as the kernels find it: thread by thread in the order of the tensor cores.
+/// The bit of (row, column) of a mask, in the order of the tensor cores.
 fn bit(mask: &[u32], row: usize, column: usize) -> bool {
     let lane = row % 8 * 4 + column % 8 / 2;
     let thread = row / 16 * 32 + lane;
@@ -51,7 +53,7 @@ fn pairs(lists: &VisitLists, padded: &[u32], extents: (usize, usize)) -> Vec<u8>
             assert!(entry.mask != ListEntry::WHOLE || entry.count == 64, "a whole entry has 64 columns");
             for (row, column) in (0..work.count as usize).flat_map(|row| (0..64).map(move |column| (row, column))) {
                 if seen(lists, padded, entry, row, column) {
-                    assert!(column < entry.count as usize, "a mask reaches behind its columns");
+                    assert!(column < entry.count as usize, "a mask has bits past its columns");
                     found[(work.first as usize + row) * extents.1 + entry.first as usize + column] += 1;
                 }
             }
@@ -61,7 +63,7 @@ fn pairs(lists: &VisitLists, padded: &[u32], extents: (usize, usize)) -> Vec<u8>
 }
 
 fn check(sequence: &SequenceLayout<'_>) {
-    let queries = sequence.text.tokens() + sequence.places.len();
+    let queries = sequence.text.tokens() + sequence.positions.len();
     let keys = queries + sequence.pooled;
     let by_queries = pairs(&VisitLists::with_parts(sequence, ListRows::Queries, 2), &[], (queries, keys));
     let by_keys = pairs(&VisitLists::with_parts(sequence, ListRows::Keys, 3), &[], (keys, queries));
@@ -75,14 +77,14 @@ fn check(sequence: &SequenceLayout<'_>) {
 #[test]
 fn each_pair_inside_the_window_is_computed_once_and_no_other() {
     for (height, width) in [(5, 8), (13, 7), (1, 40), (16, 16), (3, 70), (17, 9)] {
-        let places = patches(height, width);
+        let positions = patches(height, width);
         for (text, pooled) in [(0, 0), (7, 6), (70, 0)] {
             for limit in [Some(3), Some(9), Some(64), Some(1 << 29), None] {
-                check(&SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit });
+                check(&SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled, limit });
             }
             check(&SequenceLayout {
                 text: TextPadding::Whole(text),
-                places: &raster(height, width),
+                positions: &raster(height, width),
                 pooled,
                 limit: Some(20),
             });
@@ -96,23 +98,23 @@ fn grids_that_tiles_do_not_divide_are_covered() {
     {
         let text = (height * 7 + width) as usize % 71;
         let limit = Some((height * width) % 130 + 1);
-        check(&SequenceLayout { text: TextPadding::Whole(text), places: &patches(height, width), pooled: 3, limit });
+        check(&SequenceLayout { text: TextPadding::Whole(text), positions: &patches(height, width), pooled: 3, limit });
     }
 }
 
 #[test]
-fn two_grids_stand_one_after_the_other() {
-    let places: Vec<_> = patches(9, 11).into_iter().chain(patches(6, 5)).collect();
-    check(&SequenceLayout { text: TextPadding::Whole(5), places: &places, pooled: 0, limit: Some(16) });
+fn two_grids_follow_each_other() {
+    let positions: Vec<_> = patches(9, 11).into_iter().chain(patches(6, 5)).collect();
+    check(&SequenceLayout { text: TextPadding::Whole(5), positions: &positions, pooled: 0, limit: Some(16) });
 }
 
 #[test]
-fn padded_text_is_hidden_from_all_and_sees_as_before() {
-    let places = patches(9, 13);
-    let sequence = SequenceLayout { text: TextPadding::Padded(70), places: &places, pooled: 0, limit: Some(10) };
+fn padded_text_is_hidden_as_keys_and_kept_as_queries() {
+    let positions = patches(9, 13);
+    let sequence = SequenceLayout { text: TextPadding::Padded(70), positions: &positions, pooled: 0, limit: Some(10) };
     let visible: Vec<bool> = (0..70).map(|token| token % 3 != 1 && token < 66).collect();
     let tables = [ListRows::Queries, ListRows::Keys].map(|rows| padding(std::slice::from_ref(&visible), rows));
-    let tokens = 70 + places.len();
+    let tokens = 70 + positions.len();
     let found = pairs(&VisitLists::new(&sequence, ListRows::Queries), &tables[0], (tokens, tokens));
     for (query, key) in (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))) {
         let counts = sees(&sequence, query, key) && visible.get(key).copied().unwrap_or(true);
@@ -122,69 +124,66 @@ fn padded_text_is_hidden_from_all_and_sees_as_before() {
     let mut rows = BTreeSet::new();
     for work in lists.work.iter().filter(|work| work.first < 70) {
         for entry in &lists.entries[work.begin as usize..work.end as usize] {
-            let shown = |key: &usize| seen(&lists, &tables[1], entry, *key - work.first as usize, 0);
-            rows.extend((work.first as usize..(work.first + work.count) as usize).filter(shown));
+            let is_seen = |key: &usize| seen(&lists, &tables[1], entry, *key - work.first as usize, 0);
+            rows.extend((work.first as usize..(work.first + work.count) as usize).filter(is_seen));
         }
     }
     assert_eq!(rows, (0..70).filter(|key| visible[*key]).collect());
 }
 
 #[test]
-fn parts_are_short_even_and_joined_in_order() {
-    let places = patches(64, 64);
-    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: Some(64) };
+fn splits_are_short_even_and_joined_in_order() {
+    let positions = patches(64, 64);
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), positions: &positions, pooled: 0, limit: Some(64) };
     for rows in [ListRows::Queries, ListRows::Keys] {
         let lists = VisitLists::with_parts(&sequence, rows, 20);
         let parts: Vec<&WorkItem> = lists.work.iter().take_while(|work| work.slot >= 0).collect();
         assert_eq!((parts.len(), lists.slots, lists.joins.len()), (32, 32, 8));
         assert!(lists.work[32..].iter().all(|work| work.slot < 0 && work.end - work.begin <= 20));
-        assert!(parts.iter().all(|part| part.end - part.begin == 18), "72 tiles in 4 parts");
+        assert!(parts.iter().all(|part| part.end - part.begin == 18), "72 tiles in 4 splits");
         assert!(parts.iter().enumerate().all(|(slot, part)| part.slot == slot as i32));
-        for (number, join) in lists.joins.iter().enumerate() {
-            assert_eq!(
-                (join.first, join.begin, join.end),
-                (number as i32 * 64, number as i32 * 4, number as i32 * 4 + 4)
-            );
+        for (index, join) in lists.joins.iter().enumerate() {
+            assert_eq!((join.first, join.begin, join.end), (index as i32 * 64, index as i32 * 4, index as i32 * 4 + 4));
         }
     }
 }
 
 #[test]
 fn only_rows_longer_than_those_of_the_image_are_split() {
-    let places = patches(128, 128);
+    let positions = patches(128, 128);
     let split = |text, limit, rows| {
         let lists = VisitLists::new(
-            &SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled: 0, limit },
+            &SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled: 0, limit },
             rows,
         );
         (lists.joins.len(), lists.slots)
     };
     for rows in [ListRows::Queries, ListRows::Keys] {
-        assert_eq!(split(512, Some(64), rows), (8, 40), "264 tiles in 5 parts");
+        assert_eq!(split(512, Some(64), rows), (8, 40), "264 tiles in 5 splits");
         assert_eq!(split(512, Some(1024), rows), (8, 32), "lists of the image have up to 85 entries");
         assert_eq!(split(512, None, rows), (0, 0));
         assert_eq!(split(0, Some(64), rows), (0, 0));
     }
 }
 
-/// What each half of each pair visits is what its work visits, and neither passes two visits of the other in a row.
+/// Each half of a pair visits what its work item visits, and neither skips two visits of the other in a row.
 #[test]
-fn pairs_visit_what_their_works_visit() {
+fn pairs_visit_what_their_work_items_visit() {
     for (height, width, text, pooled) in [(13, 7, 7, 0), (40, 24, 70, 6), (1, 140, 0, 0), (9, 40, 130, 3)] {
-        let places = patches(height, width);
+        let positions = patches(height, width);
         for (limit, longest) in [(Some(9), 2), (Some(100), 64), (None, 3)] {
-            let sequence = SequenceLayout { text: TextPadding::Padded(text), places: &places, pooled, limit };
+            let sequence = SequenceLayout { text: TextPadding::Padded(text), positions: &positions, pooled, limit };
             let lists = VisitLists::with_parts(&sequence, ListRows::Queries, longest);
             let WorkPairs { pairs, visits } = WorkPairs::new(&lists);
             let mut found = BTreeSet::new();
             for (pair, which) in pairs.iter().flat_map(|pair| [(pair, 0), (pair, 1)]) {
-                assert!(pair.begin < pair.end && pair.own.iter().max() == Some(&pair.end), "{pair:?}");
-                let own = &visits[pair.begin as usize..pair.own[which] as usize];
+                assert!(pair.begin < pair.end && pair.ends.iter().max() == Some(&pair.end), "{pair:?}");
+                let own = &visits[pair.begin as usize..pair.ends[which] as usize];
                 let seen: Vec<_> = own.iter().filter(|visit| visit.masks[which] != TileVisit::UNSEEN).collect();
                 let gaps = own.windows(2).filter(|two| two.iter().all(|visit| visit.masks[which] == TileVisit::UNSEEN));
                 assert_eq!(gaps.count(), 0, "{pair:?}");
                 let visited: BTreeSet<_> = seen.iter().map(|visit| (visit.first, visit.masks[which])).collect();
-                let Some(work) = usize::try_from(pair.works[which]).ok().map(|number| &lists.work[number]) else {
+                let Some(work) = usize::try_from(pair.works[which]).ok().map(|index| &lists.work[index]) else {
                     assert!(seen.is_empty());
                     continue;
                 };
@@ -198,9 +197,9 @@ fn pairs_visit_what_their_works_visit() {
 }
 
 #[test]
-fn neighbours_load_little_more_than_one_of_them() {
-    let places = patches(128, 128);
-    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: Some(256) };
+fn a_pair_loads_little_more_than_one_tile_does() {
+    let positions = patches(128, 128);
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), positions: &positions, pooled: 0, limit: Some(256) };
     let lists = VisitLists::new(&sequence, ListRows::Queries);
     let pairs = WorkPairs::new(&lists).pairs;
     let loaded: i32 = pairs.iter().map(|pair| pair.end - pair.begin).sum();
@@ -209,48 +208,50 @@ fn neighbours_load_little_more_than_one_of_them() {
 }
 
 #[test]
-fn rows_that_see_all_share_one_list() {
-    let places = patches(64, 64);
-    let sequence = SequenceLayout { text: TextPadding::Whole(512), places: &places, pooled: 0, limit: None };
+fn rows_that_attend_to_everything_share_one_list() {
+    let positions = patches(64, 64);
+    let sequence = SequenceLayout { text: TextPadding::Whole(512), positions: &positions, pooled: 0, limit: None };
     let lists = VisitLists::new(&sequence, ListRows::Queries);
     assert_eq!((lists.work.len(), lists.entries.len(), lists.masks.len()), (72, 72, 0));
 }
 
-/// clear-paper.md, columns 8x8/8x8: the share of visited work inside the disc, computed by others with another program.
+/// Percent of computed pairs inside the disc, tiles of 8 x 8, as published for CLEAR and computed by another program.
 #[test]
-fn shares_are_those_of_the_published_table() {
+fn efficiency_matches_the_published_table() {
     for (side, expected) in [(64, [36, 55, 75]), (128, [35, 52, 69]), (256, [34, 51, 67])] {
         for (radius, percent) in [8_i32, 16, 32].into_iter().zip(expected) {
-            let places = patches(side, side);
+            let positions = patches(side, side);
             let limit = Some(radius * radius);
-            let share = VisitLists::share_inside(&SequenceLayout {
+            let efficiency = VisitLists::efficiency(&SequenceLayout {
                 text: TextPadding::Whole(0),
-                places: &places,
+                positions: &positions,
                 pooled: 0,
                 limit,
             });
-            let found = (100.0 * share.inside as f64 / share.visited as f64).round() as i32;
-            assert_eq!(found, percent, "{side} x {side}, radius {radius}: {share}");
+            let found = (100.0 * efficiency.inside as f64 / efficiency.visited as f64).round() as i32;
+            assert_eq!(found, percent, "{side} x {side}, radius {radius}: {efficiency}");
         }
     }
 }
 
 #[test]
-fn masks_of_like_neighbours_are_stored_once() {
+fn masks_of_equal_neighbourhoods_are_stored_once() {
     let count = |side| {
-        let places = patches(side, side);
-        let sequence = SequenceLayout { text: TextPadding::Whole(0), places: &places, pooled: 0, limit: Some(256) };
+        let positions = patches(side, side);
+        let sequence =
+            SequenceLayout { text: TextPadding::Whole(0), positions: &positions, pooled: 0, limit: Some(256) };
         VisitLists::new(&sequence, ListRows::Queries).masks.len() / 128
     };
     assert_eq!((count(64), count(256)), (24, 24));
 }
 
-/// What emulation/check.cpp runs the kernels over: sequence and lists, both ways.
+/// The sequences and lists, by queries and by keys, over which checks/check.cpp runs the kernels.
 fn printed() -> String {
     let mut out = String::new();
     for (height, width, text, pooled, limit) in [(13, 7, 7, 0, 9), (16, 16, 70, 6, 64), (1, 140, 0, 0, 400)] {
-        let places = patches(height, width);
-        let sequence = SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit: Some(limit) };
+        let positions = patches(height, width);
+        let sequence =
+            SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled, limit: Some(limit) };
         writeln!(out, "{height} {width} {text} {pooled} {limit}").unwrap();
         for rows in [ListRows::Queries, ListRows::Keys] {
             write!(out, "{}", VisitLists::with_parts(&sequence, rows, 2)).unwrap();
@@ -260,13 +261,16 @@ fn printed() -> String {
 }
 
 #[test]
-fn lists_are_those_that_the_emulation_has_run() {
-    let known = include_str!("../emulation/lists.txt");
-    assert!(printed() == known, "cargo test -p clearform-kernels -- --ignored writes them; then run emulation/run.sh");
+fn committed_lists_are_fresh() {
+    let known = include_str!("../checks/lists.txt");
+    assert!(
+        printed() == known,
+        "cargo test -p clearform-kernels -- --ignored writes them; then run simulator/check.sh"
+    );
 }
 
 #[test]
-#[ignore = "writes emulation/lists.txt"]
-fn write_lists_for_the_emulation() {
-    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/emulation/lists.txt"), printed()).unwrap();
+#[ignore = "writes checks/lists.txt"]
+fn write_committed_lists() {
+    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/checks/lists.txt"), printed()).unwrap();
 }

@@ -1,9 +1,11 @@
-//! [`TokenTile`]: up to 64 tokens that stand one after the other and lie close together. Knows no list.
+//! [`TokenTile`]: up to 64 consecutive tokens that are close to each other.
 
-use super::lists::TOKENS;
 use std::ops::Range;
 
-/// A run of tokens and the rectangle that holds them, which is empty outside of the image.
+/// Tokens of a tile, as in the kernels.
+pub(super) const TILE_TOKENS: usize = 64;
+
+/// A run of tokens and its bounding rectangle, which is empty outside the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TokenTile {
     /// Positions in the sequence.
@@ -14,43 +16,48 @@ pub(super) struct TokenTile {
     pub columns: Range<i32>,
 }
 
-/// Tiles of tokens without a place.
-pub(super) fn chop(tokens: Range<usize>) -> Vec<TokenTile> {
-    let tile = |start: usize| TokenTile { tokens: start..tokens.end.min(start + TOKENS), rows: 0..0, columns: 0..0 };
-    tokens.clone().step_by(TOKENS).map(tile).collect()
+/// Tiles of text or pooled tokens, which have no position in the grid.
+pub(super) fn tiles_without_positions(tokens: Range<usize>) -> Vec<TokenTile> {
+    let tile =
+        |start: usize| TokenTile { tokens: start..tokens.end.min(start + TILE_TOKENS), rows: 0..0, columns: 0..0 };
+    tokens.clone().step_by(TILE_TOKENS).map(tile).collect()
 }
 
-/// Tiles of the image, in the order of its tokens: a tile ends where its rectangle would hold more than 64 places, so
-/// that the patches of any order that goes by patches stay whole.
-pub(super) fn image_tiles(places: &[(i32, i32)], first: usize) -> Vec<TokenTile> {
+/// Tiles of the image, in the order of its tokens. A tile ends where its rectangle would cover more than 64 positions,
+/// so that patches stay whole in any order by patches.
+pub(super) fn image_tiles(positions: &[(i32, i32)], first: usize) -> Vec<TokenTile> {
     let mut tiles: Vec<TokenTile> = Vec::new();
-    for (token, (row, column)) in places.iter().enumerate() {
+    for (token, (row, column)) in positions.iter().enumerate() {
         let alone =
             TokenTile { tokens: first + token..first + token + 1, rows: *row..row + 1, columns: *column..column + 1 };
         match tiles.last_mut().map(|last| (around(last, &alone), last)) {
-            Some((joined, last)) if joined.tokens.len() <= TOKENS && area(&joined) <= TOKENS => *last = joined,
+            Some((joined, last)) if joined.tokens.len() <= TILE_TOKENS && area(&joined) <= TILE_TOKENS => {
+                *last = joined
+            }
             _ => tiles.push(alone),
         }
     }
     tiles
 }
 
-/// Numbers of the tiles that may hold a token within the squared distance `limit` of one of tile `number`, ascending.
-pub(super) fn near(tiles: &[TokenTile], number: usize, limit: i32) -> impl Iterator<Item = usize> + '_ {
-    let own = &tiles[number];
-    let close = move |tile: &TokenTile| {
-        let (dy, dx) = (gap(&own.rows, &tile.rows), gap(&own.columns, &tile.columns));
+/// Ascending indices of the tiles that may hold a token within the squared distance `limit` of a token of tile `index`.
+pub(super) fn near(tiles: &[TokenTile], index: usize, limit: i32) -> impl Iterator<Item = usize> + '_ {
+    let center = &tiles[index];
+    let is_near = move |tile: &TokenTile| {
+        let dy = gap(&center.rows, &tile.rows);
+        let dx = gap(&center.columns, &tile.columns);
         dy * dy + dx * dx < i64::from(limit)
     };
-    tiles.iter().enumerate().filter(move |(_, tile)| close(tile)).map(|(number, _)| number)
+    tiles.iter().enumerate().filter(move |(_, tile)| is_near(tile)).map(|(index, _)| index)
 }
 
+/// The smallest tile that holds both.
 fn around(a: &TokenTile, b: &TokenTile) -> TokenTile {
-    let both = |a: &Range<i32>, b: &Range<i32>| a.start.min(b.start)..a.end.max(b.end);
+    let union = |a: &Range<i32>, b: &Range<i32>| a.start.min(b.start)..a.end.max(b.end);
     TokenTile {
         tokens: a.tokens.start..b.tokens.end,
-        rows: both(&a.rows, &b.rows),
-        columns: both(&a.columns, &b.columns),
+        rows: union(&a.rows, &b.rows),
+        columns: union(&a.columns, &b.columns),
     }
 }
 
@@ -58,6 +65,7 @@ fn area(tile: &TokenTile) -> usize {
     tile.rows.len() * tile.columns.len()
 }
 
+/// Distance of the nearest rows or columns.
 fn gap(a: &Range<i32>, b: &Range<i32>) -> i64 {
     i64::from(0.max(b.start - (a.end - 1)).max(a.start - (b.end - 1)))
 }

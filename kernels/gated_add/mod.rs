@@ -1,4 +1,4 @@
-//! The kernel of this folder: residual + gate · x. Knows no tensor.
+//! The CUDA kernel for residual + gate · x.
 
 use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
@@ -12,12 +12,12 @@ pub const KERNEL: Kernel = Kernel {
     target: Target::Sm80,
 };
 
-/// Addresses and extents; `kernel.cu` says what they are.
+/// Parameters, as `kernel.cu` describes them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of kernel.cu")]
 pub struct GatedAddParameters {
-    /// 0: nothing is added, which is the gradient of x.
+    /// 0 to add nothing, for the gradient of x.
     pub residual: u64,
     pub gate: u64,
     pub x: u64,
@@ -27,14 +27,14 @@ pub struct GatedAddParameters {
     pub row_words: u32,
 }
 
-// SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
+// SAFETY: repr(C) with the fields of kernel.cu; tests on both sides check the size.
 unsafe impl KernelParameters for GatedAddParameters {}
 
 /// `rows` rows of `width`.
 ///
 /// # Errors
-/// Rows that are not whole multiples of 16 bytes.
-pub fn launch(number: Scalar, rows: usize, width: usize) -> Result<Launch, Refusal> {
-    check_width(number, width, usize::MAX)?;
-    Launch::flat(KERNEL, format!("gated_add_{}", number.name()), rows * (width / number.per_word()))
+/// Rows that are not multiples of 16 bytes.
+pub fn launch(scalar: Scalar, rows: usize, width: usize) -> Result<Launch, Refusal> {
+    check_width(scalar, width, usize::MAX)?;
+    Launch::flat(KERNEL, format!("gated_add_{}", scalar.name()), rows * (width / scalar.elements_per_word()))
 }

@@ -1,4 +1,4 @@
-//! The kernel of this folder: GELU by its tanh approximation, and its gradient. Knows no tensor.
+//! The CUDA kernel for GELU in its tanh approximation, and its gradient.
 
 use crate::plan::{KernelParameters, Launch, Refusal, Scalar, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
@@ -6,13 +6,13 @@ use crate::{Kernel, PRELUDE, ROWS, Target};
 /// The kernel.
 pub const KERNEL: Kernel = Kernel {
     name: "gelu/kernel",
-    summary: "GELU by its tanh approximation, and its gradient",
+    summary: "GELU in its tanh approximation, and its gradient",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
     target: Target::Sm80,
 };
 
-/// Addresses and extent; `kernel.cu` says what they are.
+/// Parameters, as `kernel.cu` describes them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of kernel.cu")]
@@ -23,15 +23,16 @@ pub struct GeluParameters {
     pub words: u32,
 }
 
-// SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
+// SAFETY: repr(C) with the fields of kernel.cu; tests on both sides check the size.
 unsafe impl KernelParameters for GeluParameters {}
 
-/// GELU of `count` numbers, and its gradient.
+/// GELU of `count` elements, and its gradient.
 ///
 /// # Errors
-/// Not a whole number of 16 bytes.
-pub fn launches(number: Scalar, count: usize) -> Result<[Launch; 2], Refusal> {
-    check_width(number, count, usize::MAX)?;
-    let launch = |name: &str| Launch::flat(KERNEL, format!("{name}_{}", number.name()), count / number.per_word());
+/// Not a multiple of 16 bytes.
+pub fn launches(scalar: Scalar, count: usize) -> Result<[Launch; 2], Refusal> {
+    check_width(scalar, count, usize::MAX)?;
+    let launch =
+        |name: &str| Launch::flat(KERNEL, format!("{name}_{}", scalar.name()), count / scalar.elements_per_word());
     Ok([launch("gelu")?, launch("gelu_gradient")?])
 }

@@ -1,4 +1,4 @@
-//! The kernel of this folder: layer norm, then modulation, and the gradient of x. Knows no tensor.
+//! The CUDA kernel for layer norm, then modulation (adaLN), and the gradient of x.
 
 use crate::plan::{KernelParameters, Launch, Refusal, Scalar, THREADS, check_width};
 use crate::{Kernel, PRELUDE, ROWS, Target};
@@ -12,10 +12,10 @@ pub const KERNEL: Kernel = Kernel {
     target: Target::Sm80,
 };
 
-/// Numbers of the longest row.
+/// Elements of the longest supported row.
 pub const WIDEST: usize = 4096;
 
-/// Addresses and extents; `kernel.cu` says what they are.
+/// Parameters, as `kernel.cu` describes them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of kernel.cu")]
@@ -30,17 +30,17 @@ pub struct ModulatedLayerNormParameters {
     pub eps: f32,
 }
 
-// SAFETY: repr(C), field by field as in kernel.cu; a test and emulation/rows.h hold both to the same size.
+// SAFETY: repr(C) with the fields of kernel.cu; tests on both sides check the size.
 unsafe impl KernelParameters for ModulatedLayerNormParameters {}
 
 /// The norm of `rows` rows of `width`, and the gradient of x.
 ///
 /// # Errors
-/// Rows that are not whole multiples of 16 bytes, or longer than [`WIDEST`].
-pub fn launches(number: Scalar, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
-    check_width(number, width, WIDEST)?;
+/// Rows that are not multiples of 16 bytes, or longer than [`WIDEST`].
+pub fn launches(scalar: Scalar, rows: usize, width: usize) -> Result<[Launch; 2], Refusal> {
+    check_width(scalar, width, WIDEST)?;
     let launch = |name: &str| {
-        let flat = Launch::flat(KERNEL, format!("{name}_{}", number.name()), rows * THREADS as usize)?;
+        let flat = Launch::flat(KERNEL, format!("{name}_{}", scalar.name()), rows * THREADS as usize)?;
         Ok(Launch { shared_bytes: 64, ..flat })
     };
     Ok([launch("modulated_layer_norm")?, launch("modulated_layer_norm_gradient")?])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds clearform for CUDA on a machine without a GPU or a toolkit: target/simulated/debug/clearform, which runs on the
-# simulated device and, carried there, on a GPU. Its compiler comes from PyPI, 500 MB; the first build takes some minutes.
+# Builds clearform with CUDA on a machine without a GPU or a CUDA toolkit. The result, target/simulated/debug/clearform, runs
+# on the simulated device, and on a GPU if it is copied there. nvcc comes from PyPI (500 MB); the first build takes minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 toolkit=$PWD/target/simulated/toolkit
@@ -12,10 +12,10 @@ cuda=$toolkit/wheels/nvidia/cu13
 mkdir -p "$toolkit/bin" "$toolkit/lib64"
 cp kernels/simulator/nvcc.sh "$toolkit/bin/nvcc"
 ln -sfn "$cuda/include" "$toolkit/include"
-# Libraries to link with: NVIDIA's names, and functions that do nothing. At run time whatever bears these names takes their
-# place: the simulated device (run.sh), or a GPU's own.
+# Stub libraries to link against, with NVIDIA's names. At run time, the libraries of the simulated device (run.sh) or those of
+# a GPU's driver and toolkit take their place.
 kernels/simulator/run.sh true
-functions=$(nm --dynamic --defined-only target/debug/libsimulator.so | awk '{ print $3 }')
+functions=$(nm --dynamic --defined-only target/simulator-build/debug/libsimulator.so | awk '{ print $3 }')
 library() { # NAME VERSION FUNCTIONS
   grep -E "^$3" <<<"$functions" | sed 's/.*/void &(void) {}/' |
     gcc -shared -x c -Wno-builtin-declaration-mismatch -Wl,-soname,"lib$1.so.$2" -o "$toolkit/lib64/lib$1.so" -
@@ -28,5 +28,5 @@ for unused in cublasLt cudart nvrtc; do
 done
 export CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80
 export CARGO_TARGET_DIR=$PWD/target/simulated
-cargo clippy -p clearform-cli --features cuda -- -D warnings # the one place where that code is linted
+cargo clippy -p clearform-cli --features cuda -- -D warnings # the only place where code of this feature is linted
 cargo build -p clearform-cli --features cuda

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The checks that `check_on_gpu.sh` makes on a device, on a simulated one of compute capability 8.0 and one of 9.0: the
-# committed PTX against its plain reference.
+# Checks the committed PTX of every kernel against its reference, on a simulated device of compute capability 8.0 and on one
+# of 9.0: the same checks as those of check_on_gpu.sh. Needs g++ and Rust.
 set -euo pipefail
-cd "$(dirname "$0")/../emulation"
+cd "$(dirname "$0")/../checks"
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
-g++ -std=c++20 -O1 -march=native -DON_GPU -Wall -Wextra -Wno-unknown-pragmas check.cpp -o "$built/check" -ldl
+g++ -std=c++20 -O1 -march=native -Wall -Wextra -Wno-unknown-pragmas check.cpp -o "$built/check" -ldl
+export SIMULATOR_PEDANTIC=1
 for capability in 80 90; do
   for half in others narrow; do
     SIMULATOR_CAPABILITY=$capability ../simulator/run.sh "$built/check" "$half"

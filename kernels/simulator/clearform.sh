@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# clearform on the simulated device: whatever runs a model gets `--device cuda:0`.
+# clearform on the simulated device: adds `--device cuda:0` to the commands that run a model.
 built=$(cd "$(dirname "$0")/../../target" && pwd)
 case ${1-} in
 forward | generate | convert | distill | compare) set -- "$@" --device cuda:0 ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The compiler that the tensor library's build calls: PTX comes from NVIDIA's own, but what it would link for quantised
-# models, most of the work and nothing that clearform calls, are functions that abort.
+# The nvcc that candle's build calls. PTX is compiled by NVIDIA's compiler. The static library for quantized models, which
+# would take most of the build and which clearform never calls, gets functions that abort instead.
 set -euo pipefail
 if [[ " $* " != *" -c "* ]]; then
   exec "$(dirname "$0")/../wheels/nvidia/cu13/bin/nvcc" "$@"

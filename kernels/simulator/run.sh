@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Runs a program over the simulated device: `run.sh COMMAND ARGUMENT...`. SIMULATOR_REPORT=FILE leaves there how often each
-# kernel was launched and how much was copied.
+# Runs a program on the simulated device: `run.sh COMMAND ARGUMENT...`. With SIMULATOR_REPORT=FILE, the number of launches
+# of each kernel and of bytes copied is written there at exit; the other variables are documented in src/lib.rs.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../.." && pwd)
-cargo build --quiet --manifest-path "$root/Cargo.toml" -p clearform-simulator
-libraries=$root/target/simulator
+here=$(cd "$(dirname "$0")" && pwd)
+target=$here/../../target
+cargo build --quiet --manifest-path "$here/Cargo.toml" --target-dir "$target/simulator-build"
+libraries=$target/simulator
 mkdir -p "$libraries"
 for name in libcuda.so.1 libcublas.so.13 libcurand.so.10; do
-  ln -sf ../debug/libsimulator.so "$libraries/$name"
+  ln -sf ../simulator-build/debug/libsimulator.so "$libraries/$name"
 done
 LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} exec "$@"

@@ -1,5 +1,6 @@
-/* The plugin "c-constant", the smallest branch: the file's tensor `constant_residual`, (width), is added to every image
- * token after blocks 0 and 1. To build it: `cc -shared -fPIC -I crates/plugin-abi/include constant.c -o libconstant.so`. */
+/* The plugin "c-constant", the smallest plugin of clearform.branch/1: the file contains a tensor `constant_residual`,
+ * (width), which is added to every image token after blocks 0 and 1. To build it:
+ * `cc -shared -fPIC -I crates/plugin-abi/include constant.c -o libconstant.so`. */
 #include "clearform_plugin.h"
 
 #include <stdlib.h>
@@ -8,7 +9,7 @@
 CLEARFORM_DESCRIPTION("id = 'c-constant'\nversion = '0.1.0'\ninterface = '" CLEARFORM_BRANCH_INTERFACE "'\nabi = 1\n"
                       "summary = 'The same residual for every token'\n"
                       "[[claims]]\nany = ['constant_residual']\n"
-                      "[[example]]\nname = 'eight wide'\ntensors = { constant_residual = [8] }\n"
+                      "[[example]]\nname = 'width 8'\ntensors = { constant_residual = [8] }\n"
                       "base = { family = 'flux', config = {} }\n"
                       "step = { grid = [2, 3], channels = 16, text = [3, 6], pooled = 5, control = [1, 6, 16], "
                       "residuals = [[0, 1]] }\n");
@@ -17,10 +18,10 @@ static const char NAME[] = "constant_residual";
 
 typedef struct {
     const ClearformHost *host;
-    DLManagedTensorVersioned *constant; /* (width). Ours, until close. */
+    DLManagedTensorVersioned *constant; /* (width). Owned until close. */
 } Instance;
 
-/* A tensor with all that it needs in one allocation. */
+/* A tensor with its shape and values in one allocation. */
 typedef struct {
     DLManagedTensorVersioned managed;
     int64_t shape[3];
@@ -34,7 +35,7 @@ static int32_t fail(const ClearformHost *host, const char *reason) {
 
 static int32_t constant_open(const ClearformHost *host, const ClearformFile *file, const ClearformBase *base,
                              void **instance) {
-    (void)base; /* Any model will do; the host refuses residuals of another width than its own. */
+    (void)base; /* Any model will do; residuals of the wrong width fail when the host adds them. */
     size_t index = 0;
     while (index < file->tensor_count && (file->tensors[index].name.length != sizeof NAME - 1 ||
                                           memcmp(file->tensors[index].name.data, NAME, sizeof NAME - 1) != 0)) {
@@ -64,7 +65,7 @@ static int32_t constant_info(void *instance, ClearformBranchInfo *info) {
     info->control = CLEARFORM_CONTROL_LATENTS;
     info->channels = 16;
     info->modes = 0;
-    info->low = -1.0, info->high = 1.0; /* Black and white, as the VAE takes them. */
+    info->low = -1.0, info->high = 1.0; /* Pixel values for black and white, as the VAE expects. */
     return CLEARFORM_OK;
 }
 
@@ -93,9 +94,9 @@ static int32_t constant_residuals(void *instance, const ClearformStep *step, Cle
     };
     const unsigned char *from = (const unsigned char *)constant->data + constant->byte_offset;
     for (size_t at = 0; at < rows; at++) memcpy(residual->values + at * row, from, row);
-    /* From here on the residual is the host's, whatever it answers. */
+    /* From here on the host owns the residual, whatever it returns. */
     int32_t status = give(context, &residual->managed, BLOCKS, sizeof BLOCKS / sizeof BLOCKS[0]);
-    return status == CLEARFORM_OK ? CLEARFORM_OK : fail(self->host, "the host refused a residual");
+    return status == CLEARFORM_OK ? CLEARFORM_OK : fail(self->host, "the host rejected a residual");
 }
 
 static const ClearformBranchTable TABLE = {sizeof TABLE,  0,             constant_open,

@@ -1,4 +1,4 @@
-/* The plugin "c-scale", which is plugins/example in C: a tensor `PARAMETER.c_scale` holds one factor for each row of
+/* The plugin "c-scale", which is plugins/example in C: a tensor `PARAMETER.c_scale` contains one factor for each row of
  * the transformer's PARAMETER. To build it: `cc -shared -fPIC -I crates/plugin-abi/include scale.c -o libscale.so`. */
 #include "clearform_plugin.h"
 
@@ -15,9 +15,9 @@ enum { ENDING = sizeof ".c_scale" - 1 };
 
 typedef struct {
     const ClearformHost *host;
-    const ClearformFile *file; /* Stands until close, and with it the names that parameters are part of. */
-    size_t count;              /* Of edits. */
-    size_t sources[];          /* Each edit's tensor in the file. */
+    const ClearformFile *file; /* Valid until close, like the names that `parameter` points into. */
+    size_t count;              /* Number of edits. */
+    size_t sources[];          /* Index of each edit's tensor in the file. */
 } Instance;
 
 static int32_t fail(const ClearformHost *host, const char *reason) {
@@ -25,7 +25,7 @@ static int32_t fail(const ClearformHost *host, const char *reason) {
     return CLEARFORM_FAILED;
 }
 
-/* Finds the edits by names and shapes alone. Tensors of other names are in no edit, and the host will say so. */
+/* Lists the edits from names and shapes alone. Other tensors are in no edit, and the host reports them. */
 static int32_t scale_open(const ClearformHost *host, const ClearformFile *file, void **instance) {
     Instance *self = malloc(sizeof *self + file->tensor_count * sizeof self->sources[0]);
     if (self == NULL) return fail(host, "out of memory");
@@ -33,7 +33,7 @@ static int32_t scale_open(const ClearformHost *host, const ClearformFile *file, 
     for (size_t index = 0; index < file->tensor_count; index++) {
         ClearformText name = file->tensors[index].name;
         if (name.length <= ENDING || memcmp(name.data + name.length - ENDING, ".c_scale", ENDING) != 0) continue;
-        if (file->tensors[index].ndim != 1) return free(self), fail(host, "*.c_scale: expected one factor a row");
+        if (file->tensors[index].ndim != 1) return free(self), fail(host, "*.c_scale: expected one factor per row");
         self->sources[self->count++] = index;
     }
     *instance = self;
@@ -51,13 +51,13 @@ static int32_t scale_edit(void *instance, size_t index, ClearformEdit *edit) {
     edit->parameter = (ClearformText){tensor->name.data, tensor->name.length - ENDING};
     edit->first_row = CLEARFORM_WHOLE_PARAMETER;
     edit->rows = (uint64_t)tensor->shape[0];
-    edit->columns = 1; /* A factor goes over its whole row, however long. */
+    edit->columns = 1; /* A factor applies to its whole row, so this does not matter. */
     edit->scale = 1.0;
     edit->sources = &self->sources[index], edit->source_count = 1;
     return CLEARFORM_OK;
 }
 
-/* The file's own tensor, unread until now, is given on. Its deleter is the host's to call. */
+/* Reads the file's tensor, and passes it on to the host, which frees it. */
 static int32_t scale_edit_tensors(void *instance, size_t index, ClearformEditTensors *tensors) {
     const Instance *self = instance;
     int32_t status = self->file->read(self->file->context, self->sources[index], &tensors->value);
@@ -65,7 +65,7 @@ static int32_t scale_edit_tensors(void *instance, size_t index, ClearformEditTen
 }
 
 static ClearformText scale_skipped(void *instance, size_t index) {
-    return (void)instance, (void)index, (ClearformText){NULL, 0}; /* Nothing is left out on purpose. */
+    return (void)instance, (void)index, (ClearformText){NULL, 0}; /* Nothing is deliberately left out. */
 }
 
 static ClearformAdapterTable table = {sizeof table,     0,          scale_open,         scale_close,
@@ -78,21 +78,21 @@ const ClearformPlugin *clearform_plugin_v1(const ClearformHost *host) {
     return host->abi_major == CLEARFORM_ABI_MAJOR ? exported : NULL;
 }
 
-/* ---- Here the plugin ends. The rest is for clearform's tests: builds that tattle, or break a promise. ---- */
+/* ---- The plugin ends here. The rest is for clearform's tests: builds that write a trace, or violate the interface. */
 #define WHEN_LOADED __attribute__((constructor)) static void
 #define SPOIL(function, Written, written, harm)                                                                        \
     static int32_t spoilt(void *instance, size_t index, Written *written) {                                            \
         return scale_##function(instance, index, written) == CLEARFORM_OK ? (harm, CLEARFORM_OK) : CLEARFORM_FAILED;   \
     }                                                                                                                  \
     WHEN_LOADED spoil(void) { table.function = spoilt; }
-#ifdef TATTLE
-static void tattle(const char *line) { /* Appends it to the file TATTLE. */
-    FILE *file = fopen(TATTLE, "a");
+#ifdef TRACE
+static void trace(const char *line) { /* Appends it to the file TRACE. */
+    FILE *file = fopen(TRACE, "a");
     if (file != NULL) fputs(line, file), fclose(file);
 }
-WHEN_LOADED tattle_loaded(void) { tattle("loaded\n"); }
+WHEN_LOADED trace_loaded(void) { trace("loaded\n"); }
 #else
-#define tattle(line) ((void)0)
+#define trace(line) ((void)0)
 #endif
 #if defined WRONG_MAJOR
 WHEN_LOADED spoil(void) { plugin.abi_major = 99; }
@@ -122,8 +122,9 @@ SPOIL(edit, ClearformEdit, edit, edit->rows += 1)
 #elif defined WRONG_TENSORS
 SPOIL(edit_tensors, ClearformEditTensors, tensors, (tensors->up = tensors->value, tensors->value = NULL))
 #elif defined BAD_TENSOR
-static void (*give_back)(DLManagedTensorVersioned *);
-static void tell(DLManagedTensorVersioned *tensor) { tattle("freed\n"), give_back(tensor); }
+static void (*original_deleter)(DLManagedTensorVersioned *);
+static void traced_deleter(DLManagedTensorVersioned *tensor) { trace("freed\n"), original_deleter(tensor); }
 SPOIL(edit_tensors, ClearformEditTensors, tensors,
-      (tensors->value->version.major = 9, give_back = tensors->value->deleter, tensors->value->deleter = tell))
+      (tensors->value->version.major = 9, original_deleter = tensors->value->deleter,
+       tensors->value->deleter = traced_deleter))
 #endif

@@ -1,5 +1,5 @@
-//! AutoencoderKL, CLIP, T5 and their tokenizers against diffusers and transformers, in the files of both generations.
-//! fixtures/components/export.py says what the fixtures are.
+//! AutoencoderKL, CLIP, T5 and their tokenizers, compared with diffusers and transformers, in the file formats of
+//! transformers 4 and 5. fixtures/components/export.py describes the fixtures.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -17,7 +17,7 @@ fn vae_with_quant_convs() {
 }
 
 #[test]
-fn vae_as_flux_has_it() {
+fn vae_of_flux() {
     check_vae("vae-flux");
 }
 
@@ -26,17 +26,17 @@ fn vae_without_attention() {
     check_vae("vae-plain");
 }
 
-/// diffusers before 0.18 named a VAE's attention in another way, and reads those files still.
+/// diffusers before 0.18 used other names for a VAE's attention. It still reads such files.
 #[test]
-fn vae_with_the_older_names() {
+fn vae_with_older_names() {
     let folder = "components/generation5/vae-quant";
-    let older = |name: &str| {
-        let newer = [("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")];
-        newer.iter().fold(name.to_owned(), |name, (newer, older)| name.replace(newer, older))
+    let older_name = |name: &str| {
+        let names = [("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")];
+        names.iter().fold(name.to_owned(), |name, (newer, older)| name.replace(newer, older))
     };
     let source = weights(&format!("{folder}/diffusion_pytorch_model.safetensors"));
     let renamed: clearform_weights::InMemoryTensors =
-        source.iter().map(|(name, tensor)| (older(name), tensor.clone())).collect();
+        source.iter().map(|(name, tensor)| (older_name(name), tensor.clone())).collect();
     assert!(renamed.iter().any(|(name, _)| name.ends_with("attentions.0.query.weight")));
     let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
     let vae = AutoencoderKl::build(config, &renamed).unwrap();
@@ -76,7 +76,7 @@ fn check_clip(generation: &str) {
     assert_close(&encoded.hidden, &expected["hidden"], BOUND, "hidden");
     assert_close(&encoded.pooled, &expected["pooled"], BOUND, "pooled");
     let too_large = (&expected["ids"] + 10_000.0).unwrap();
-    assert!(clip.encode(&too_large).unwrap_err().to_string().contains("does the tokenizer belong to this encoder?"));
+    assert!(clip.encode(&too_large).unwrap_err().to_string().contains("use this encoder's tokenizer"));
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn check_t5(generation: &str) {
 }
 
 #[test]
-fn t5_finds_its_embedding_under_either_name() {
+fn t5_finds_its_embedding_under_both_names() {
     let folder = "components/generation4/text_encoder_2";
     let stored = weights(&format!("{folder}/model.safetensors"));
     let expected = tensors(&format!("{folder}/expected.safetensors"));
@@ -139,16 +139,16 @@ fn t5_tokens() {
     }
 }
 
-/// mini-flux has both forms of one tokenizer; the library that wrote it left out the space before a text's first word.
+/// mini-flux has the same tokenizer in both formats. The library that wrote it adds no space before the first word.
 #[test]
 fn t5_tokens_from_a_sentencepiece_model() {
     let file = |name: &str| bytes(&format!("../../assets/mini-flux/base/tokenizer_2/{name}"));
-    let of_json = T5Tokenizer::from_json(&file("tokenizer.json")).unwrap();
+    let from_json = T5Tokenizer::from_json(&file("tokenizer.json")).unwrap();
     let config = br#"{"add_prefix_space": false}"#;
-    let of_model = T5Tokenizer::from_sentencepiece(&file("spiece.model"), Some(config)).unwrap();
+    let from_model = T5Tokenizer::from_sentencepiece(&file("spiece.model"), Some(config)).unwrap();
     let tokens = json("components/generation4/tokens.json");
     for prompt in tokens["prompts"].as_array().unwrap().iter().map(|prompt| prompt.as_str().unwrap()) {
-        assert_eq!(of_model.encode(prompt, 64).unwrap(), of_json.encode(prompt, 64).unwrap(), "{prompt}");
+        assert_eq!(from_model.encode(prompt, 64).unwrap(), from_json.encode(prompt, 64).unwrap(), "{prompt}");
     }
 }
 
@@ -156,7 +156,8 @@ fn check_tokens(generation: &str, kind: &str, encode: impl Fn(&str, usize) -> Ve
     let tokens = json(&format!("components/{generation}/tokens.json"));
     let length = tokens[format!("{kind}_length")].as_u64().unwrap() as usize;
     let rows = |key: &str| tokens[key].as_array().unwrap().clone();
-    let (prompts, expected) = (rows("prompts"), rows(kind));
+    let prompts = rows("prompts");
+    let expected = rows(kind);
     assert_eq!((prompts.len(), expected.len()), (200, 200));
     for (prompt, ids) in prompts.iter().zip(&expected) {
         let got: Vec<Value> = encode(prompt.as_str().unwrap(), length).into_iter().map(Value::from).collect();

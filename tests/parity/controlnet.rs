@@ -1,5 +1,5 @@
-//! ControlNets through their plugin against diffusers' FluxControlNetModel and FluxTransformer2DModel: each residual, and
-//! the prediction with them, under full and CLEAR attention. fixtures/controlnet/export.py says what the fixtures are.
+//! ControlNets through their plugin, compared with diffusers' FluxControlNetModel and FluxTransformer2DModel: each
+//! residual and the predictions, with full and CLEAR attention. fixtures/controlnet/export.py describes the fixtures.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -15,36 +15,46 @@ use std::path::PathBuf;
 use support::{assert_close, fixture, json, registry, tensors};
 
 const BOUND: f64 = 2e-5;
-/// (double, single) blocks of each net.
-const NETS: [(&str, usize, usize); 4] = [("one-two", 1, 2), ("two-two", 2, 2), ("union", 2, 1), ("hint", 2, 0)];
-/// Double blocks of the base.
-const DOUBLE: usize = 3;
+/// ControlNets of the fixtures.
+const NETS: [&str; 4] = ["one-two", "two-two", "union", "hint"];
+
+/// Residuals of `net` in order: the name in the fixture, and the blocks of the base that it is added to. The base has 3
+/// double blocks (0 to 2) and 4 single blocks (3 to 6). "hint" is a net of XLabs, whose residuals take turns.
+fn residuals_of(net: &str) -> &'static [(&'static str, &'static [usize])] {
+    match net {
+        "one-two" => &[("double/0", &[0, 1, 2]), ("single/0", &[3, 4]), ("single/1", &[5, 6])],
+        "two-two" => &[("double/0", &[0, 1]), ("double/1", &[2]), ("single/0", &[3, 4]), ("single/1", &[5, 6])],
+        "union" => &[("double/0", &[0, 1]), ("double/1", &[2]), ("single/0", &[3, 4, 5, 6])],
+        "hint" => &[("double/0", &[0, 2]), ("double/1", &[1])],
+        other => panic!("there is no fixture {other}"),
+    }
+}
 
 #[test]
-fn residuals_are_those_of_diffusers() {
-    let (input, expected) = (input(), tensors("controlnet/expected.safetensors"));
-    for (net, double, single) in NETS {
+fn residuals_equal_those_of_diffusers() {
+    let input = input();
+    let expected = tensors("controlnet/expected.safetensors");
+    for net in NETS {
         for (name, plan) in [("full", "full"), ("r3", "clear:r=3")] {
             let controlnet = &open(&[(net, 1.0)], plan).unwrap()[0].controlnet;
-            let (control, mode) = (control(net), mode(net));
+            let control = control(net);
+            let mode = mode(net);
             let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None };
             let residuals = controlnet.residuals(&input, controls).unwrap();
-            assert_eq!(residuals.len(), double + single, "{net}");
-            for (index, residual) in residuals.iter().enumerate() {
-                let kind =
-                    if index < double { format!("double/{index}") } else { format!("single/{}", index - double) };
+            assert_eq!(residuals.len(), residuals_of(net).len(), "{net}");
+            for (residual, (kind, blocks)) in residuals.iter().zip(residuals_of(net)) {
                 let want = &expected[&format!("{net}/{name}/residual/{kind}")];
                 assert_close(&residual.tensor, want, BOUND, &format!("{net} {name} {kind}"));
-                assert!(residual.blocks.iter().all(|block| (index < double) == (*block < DOUBLE)), "{residual:?}");
+                assert_eq!(residual.blocks, *blocks, "{net} {name} {kind}");
             }
         }
     }
 }
 
 #[test]
-fn predictions_are_those_of_diffusers() {
+fn predictions_equal_those_of_diffusers() {
     let expected = tensors("controlnet/expected.safetensors");
-    for (net, ..) in NETS {
+    for net in NETS {
         for (name, base, controlnet) in
             [("full-full", "full", "full"), ("r3-full", "clear:r=3", "full"), ("r3-r3", "clear:r=3", "clear:r=3")]
         {
@@ -57,15 +67,16 @@ fn predictions_are_those_of_diffusers() {
 }
 
 #[test]
-fn a_file_in_the_names_of_xlabs_is_the_same_net() {
+fn a_file_with_the_names_of_xlabs_is_the_same_net() {
     let expected = tensors("controlnet/expected.safetensors");
     let sample = predict("full", &open(&[("xlabs.safetensors", 1.0)], "full").unwrap(), StepIndex::default());
     assert_close(&sample, &expected["hint/full-full/sample"], BOUND, "xlabs");
 }
 
-/// diffusers' own code for several nets cuts all of them to the shortest.
+/// diffusers' FluxMultiControlNetModel truncates all nets to the shortest one, so the fixture adds the residuals
+/// itself.
 #[test]
-fn nets_of_any_depth_add_up() {
+fn nets_of_different_depths_add_up() {
     let expected = tensors("controlnet/expected.safetensors");
     let controlnets = open(&[("one-two", 0.7), ("two-two", 0.5)], "full").unwrap();
     assert_close(
@@ -76,26 +87,26 @@ fn nets_of_any_depth_add_up() {
     );
 }
 
-/// Of 10 steps, those that lie wholly within the interval.
+/// In 10 steps, the net is active in those that are completely within the interval.
 #[test]
-fn a_net_acts_within_its_interval() {
+fn a_net_is_active_within_its_interval() {
     let expected = tensors("controlnet/expected.safetensors");
     let mut controlnets = open(&[("one-two", 1.0)], "full").unwrap();
     controlnets[0].schedule = ControlNetSchedule { interval: [0.2, 0.55], mode: None };
     for index in 0..10 {
-        let acts = (2..=4).contains(&index);
-        let want = if acts { "one-two/full-full/sample" } else { "none/full/sample" };
+        let is_active = (2..=4).contains(&index);
+        let want = if is_active { "one-two/full-full/sample" } else { "none/full/sample" };
         let sample = predict("full", &controlnets, StepIndex { index, steps: 10 });
         assert_close(&sample, &expected[want], BOUND, &format!("step {index}"));
     }
 }
 
 #[test]
-fn what_cannot_be_used_is_an_error_that_says_why() {
+fn invalid_inputs_are_errors_that_give_the_reason() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
     let error =
         Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
-    assert!(error.contains("a union of 4 modes: give ,mode=N, 0 to 3, found none"), "{error}");
+    assert!(error.contains("a union of 4 modes: pass ,mode=N, 0 to 3, found none"), "{error}");
     let controlnet = &open(&[("one-two", 1.0)], "full").unwrap()[0].controlnet;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
     let error = controlnet.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
@@ -110,36 +121,39 @@ fn what_cannot_be_used_is_an_error_that_says_why() {
     let wider = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let request = AdapterRequest { path: net("one-two"), ..AdapterRequest::default() };
     let error = Adapters::open(&[request], &registry()).unwrap().open_controlnets(&wider).unwrap_err().to_string();
-    assert!(error.contains("width: the ControlNet's is 8, the model's 48: it is for another model"), "{error}");
+    assert!(
+        error.contains("width: expected 48 as in the model, found 8: the ControlNet is for another model"),
+        "{error}"
+    );
 }
 
 fn predict(plan: &str, controlnets: &[ActiveControlNet], step_index: StepIndex) -> Tensor {
     let transformer = base();
     let plan: AttentionPlan = plan.parse().unwrap();
     let denoiser: Box<dyn Denoiser> = transformer.build(&plan, Some(DType::F32), &Device::Cpu).unwrap();
-    let names = controlnets.iter().map(|schedule| schedule.controlnet.path().file_name().unwrap().to_str().unwrap());
-    let controls = controlnets.iter().zip(names).map(|(schedule, net)| ControlNetInput {
-        controlnet: schedule.controlnet.clone(),
+    let names = controlnets.iter().map(|active| active.controlnet.path().file_name().unwrap().to_str().unwrap());
+    let controls = controlnets.iter().zip(names).map(|(active, net)| ControlNetInput {
+        controlnet: active.controlnet.clone(),
         control: control(net),
         mode: mode(net),
         guidance: None,
-        scale: schedule.scale,
-        interval: schedule.schedule.interval,
+        scale: active.scale,
+        interval: active.schedule.interval,
     });
     ControlledDenoiser::new(denoiser.as_ref(), controls.collect())
-        .forward(&DenoiserInput { step_index: step_index, ..input() })
+        .forward(&DenoiserInput { step_index, ..input() })
         .unwrap()
 }
 
 fn open(nets: &[(&str, f64)], attention: &str) -> Result<Vec<ActiveControlNet>, String> {
     let request = |(name, scale): &(&str, f64)| AdapterRequest {
         path: net(name),
-        strength: Strength { whole: *scale, blocks: Vec::new() },
+        strength: Strength { overall: *scale, blocks: Vec::new() },
         schedule: ControlNetSchedule { mode: (*name == "union").then_some(2), ..ControlNetSchedule::default() },
         ..AdapterRequest::default()
     };
     let mut adapters = Adapters::open(&nets.iter().map(request).collect::<Vec<_>>(), &registry()).unwrap();
-    adapters.branch_attention = attention.to_owned();
+    adapters.controlnet_attention = attention.to_owned();
     adapters.open_controlnets(&base()).map_err(|error| error.to_string())
 }
 
@@ -159,12 +173,12 @@ fn all_inputs() -> HashMap<String, Tensor> {
 
 fn input() -> DenoiserInput {
     let inputs: BTreeMap<_, _> = all_inputs().into_iter().filter(|(name, _)| !name.starts_with("controlnet")).collect();
-    base().family().input(inputs).unwrap()
+    base().family().parse_input(inputs).unwrap()
 }
 
 fn control(net: &str) -> Tensor {
-    let pixels = net == "hint" || net == "xlabs.safetensors";
-    match pixels {
+    let takes_pixels = net == "hint" || net == "xlabs.safetensors";
+    match takes_pixels {
         true => tensors("controlnet/pixels.safetensors")["controlnet_pixels"].to_dtype(DType::F32).unwrap(),
         false => all_inputs()["controlnet_cond"].clone(),
     }

@@ -1,5 +1,5 @@
-//! FLUX against diffusers' FluxTransformer2DModel: embed, every block, the attention within, the whole forward; with full
-//! and with CLEAR attention. fixtures/flux/export.py says what the fixtures are.
+//! FLUX, compared with diffusers' FluxTransformer2DModel: embeddings, every block and its attention, and the whole
+//! forward, with full and CLEAR attention. fixtures/flux/export.py describes the fixtures.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -25,7 +25,7 @@ fn head_dim_32_without_guidance() {
     check_model("head32");
 }
 
-/// What each model of the fixtures checks: both grids under every plan.
+/// Checks one model of the fixtures on both grids, with every plan.
 fn check_model(model: &str) {
     let cases = tensors(&format!("flux/{model}/cases.safetensors"));
     for (name, plan) in PLANS {
@@ -52,13 +52,13 @@ fn check_case(denoiser: &dyn Denoiser, cases: &HashMap<String, Tensor>, grid: &s
     assert_close(&denoiser.forward(&input).unwrap(), &cases[&sample], BOUND, &sample);
 }
 
-fn check_image(state: &HiddenState, cases: &HashMap<String, Tensor>, place: &str) {
+fn check_image(state: &HiddenState, cases: &HashMap<String, Tensor>, stage: &str) {
     let raster = state.context.geometry.to_raster(&state.image).unwrap();
-    let name = format!("{place}/image");
+    let name = format!("{stage}/image");
     assert_close(&raster, &cases[&name], BOUND, &name);
 }
 
-/// Only some cases record it.
+/// Only some cases contain the attention.
 fn check_attention(state: &HiddenState, cases: &HashMap<String, Tensor>, name: &str) {
     let Some(want) = cases.get(name) else { return };
     let attended = &state.attention.as_ref().unwrap().image;
@@ -67,32 +67,32 @@ fn check_attention(state: &HiddenState, cases: &HashMap<String, Tensor>, name: &
 }
 
 #[test]
-fn ids_of_any_integer_type_are_ids() {
+fn position_ids_may_be_integers() {
     let cases = tensors("flux/head32/cases.safetensors");
     let denoiser = build("head32", &AttentionPlan::full());
     let mut input = input(&cases, "5x8");
-    let integers = |ids: &Option<Tensor>| ids.as_ref().map(|ids| ids.to_dtype(DType::I64).unwrap());
-    input.conditions.image_ids = integers(&input.conditions.image_ids);
-    input.conditions.text_ids = integers(&input.conditions.text_ids);
+    let to_i64 = |ids: &Option<Tensor>| ids.as_ref().map(|ids| ids.to_dtype(DType::I64).unwrap());
+    input.conditions.image_ids = to_i64(&input.conditions.image_ids);
+    input.conditions.text_ids = to_i64(&input.conditions.text_ids);
     assert_close(&denoiser.forward(&input).unwrap(), &cases["5x8/full/sample"], BOUND, "integer ids");
 }
 
 #[test]
-fn misshapen_inputs_are_named() {
+fn inputs_of_the_wrong_shape_are_named() {
     let cases = tensors("flux/head24/cases.safetensors");
     let denoiser = build("head24", &AttentionPlan::full());
-    let short = |name: &str, tensor: &Tensor| (name.to_owned(), tensor.narrow(0, 0, 1).unwrap());
-    let wrong = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+    let shortened = |name: &str, tensor: &Tensor| (name.to_owned(), tensor.narrow(0, 0, 1).unwrap());
+    let error_after = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
         let mut named = arguments(&cases, "5x8");
         change(&mut named);
-        let error = denoiser.embed(&flux().input(named).unwrap()).map(|_| ()).unwrap_err();
+        let error = denoiser.embed(&flux().parse_input(named).unwrap()).map(|_| ()).unwrap_err();
         error.to_string()
     };
     for name in ["timestep", "guidance", "pooled_projections", "encoder_hidden_states", "img_ids", "txt_ids"] {
-        let error = wrong(&|named| named.extend([short(name, &named[name])]));
+        let error = error_after(&|named| named.extend([shortened(name, &named[name])]));
         assert!(error.contains(&format!("input {name:?}: expected")), "{error}");
     }
-    assert!(wrong(&|named| drop(named.remove("guidance"))).contains("\"guidance\": is missing"));
+    assert!(error_after(&|named| drop(named.remove("guidance"))).contains("\"guidance\": is missing"));
 }
 
 #[test]
@@ -104,13 +104,14 @@ fn a_missing_tensor_is_named() {
     assert!(built.map(|_| ()).unwrap_err().to_string().contains("single_transformer_blocks.0.attn.to_v.weight"));
 }
 
-/// Activations follow the latents, whatever the weights are stored in: bf16 keeps 8 bits.
+/// Activations have the dtype of the latents, whatever that of the weights. bf16 has 8 significant bits.
 #[test]
 fn bf16_is_near_f32() {
     let cases = tensors("flux/head24/cases.safetensors");
     let stored = weights("flux/head24/weights.safetensors");
-    let halved = stored.iter().map(|(name, tensor)| (name.to_owned(), tensor.to_dtype(DType::BF16).unwrap())).collect();
-    let denoiser = build_from("head24", &halved, &"clear:r=3".parse().unwrap());
+    let in_bf16 =
+        stored.iter().map(|(name, tensor)| (name.to_owned(), tensor.to_dtype(DType::BF16).unwrap())).collect();
+    let denoiser = build_from("head24", &in_bf16, &"clear:r=3".parse().unwrap());
     let mut input = input(&cases, "5x8");
     let want = &cases["5x8/r3/sample"];
     assert_close(&denoiser.forward(&input).unwrap(), want, 1e-2, "bf16 weights, f32 latents");
@@ -120,16 +121,16 @@ fn bf16_is_near_f32() {
     assert_close(&got, want, 5e-2, "bf16 weights, bf16 latents");
 }
 
-/// The change of a loss along a random direction in every distilled tensor, against the gradient: what backward gives
-/// for each tensor must be what a small step of that tensor alone does.
+/// The gradient of each distilled tensor, compared with the change of the loss after a small step of that tensor alone
+/// along its gradient.
 #[test]
-fn gradients_of_distilled_tensors_are_those_of_small_steps() {
+fn gradients_of_distilled_tensors_predict_small_steps() {
     let cases = tensors("flux/head24/cases.safetensors");
     let input = input(&cases, "5x8");
     let mut source = weights("flux/head24/weights.safetensors");
     let layers = build_from("head24", &source, &AttentionPlan::full()).layers().to_vec();
     let names: Vec<String> =
-        layers.iter().flat_map(|layer| flux().distilled(layer)).flat_map(|layer| layer.parameters).collect();
+        layers.iter().flat_map(|layer| flux().distilled_layers(layer)).flat_map(|layer| layer.parameters).collect();
     assert_eq!(names.len(), 8 + 8 + 6);
     let variables: Vec<Var> =
         names.iter().map(|name| Var::from_tensor(&source.tensor(name).unwrap()).unwrap()).collect();
@@ -144,16 +145,16 @@ fn gradients_of_distilled_tensors_are_those_of_small_steps() {
     let gradients = loss(&source).backward().unwrap();
     for (name, variable) in names.iter().zip(&variables) {
         let gradient = gradients.get(variable).unwrap_or_else(|| panic!("{name}: no gradient"));
-        // Along the gradient the change is largest beside the rounding of the loss.
+        // In this direction the change is largest, compared with the rounding of the loss.
         let norm = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
         let direction = (gradient / f64::from(norm)).unwrap();
-        let at = |step: f64| {
+        let loss_after = |step: f64| {
             let mut moved = source.clone();
             moved.insert(name, (variable.as_tensor() + (&direction * step).unwrap()).unwrap().detach());
             f64::from(loss(&moved).to_scalar::<f32>().unwrap())
         };
         let step = 0.02;
-        let slope = (at(step) - at(-step)) / (2.0 * step);
+        let slope = (loss_after(step) - loss_after(-step)) / (2.0 * step);
         let error = (slope / f64::from(norm) - 1.0).abs();
         assert!(error < 0.02, "{name}: slope {slope:.4}, gradient {norm:.4}");
     }
@@ -172,7 +173,7 @@ fn build_from(model: &str, source: &InMemoryTensors, plan: &AttentionPlan) -> Bo
 }
 
 fn input(cases: &HashMap<String, Tensor>, grid: &str) -> DenoiserInput {
-    flux().input(arguments(cases, grid)).unwrap()
+    flux().parse_input(arguments(cases, grid)).unwrap()
 }
 
 fn arguments(cases: &HashMap<String, Tensor>, grid: &str) -> BTreeMap<String, Tensor> {

@@ -1,5 +1,5 @@
-//! From prompt to PNG on assets/mini-flux against FluxPipeline, stage by stage. fixtures/pipeline/export.py says what
-//! the fixture holds.
+//! From prompt to image on assets/mini-flux, compared with FluxPipeline stage by stage. fixtures/pipeline/export.py
+//! describes the fixture.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -16,33 +16,33 @@ use std::path::PathBuf;
 use support::{assert_close, fixture, tensors};
 
 const FIXTURE: &str = "pipeline/expected.safetensors";
-/// Levels of 255 that a pixel may differ by.
+/// Largest difference of a pixel, of 255.
 const PIXEL_BOUND: u8 = 2;
 
 #[test]
-fn every_stage_is_that_of_flux_pipeline() {
+fn every_stage_equals_that_of_flux_pipeline() {
     let expected = tensors(FIXTURE);
-    for (number, picture) in pictures().iter().enumerate() {
-        check_stages(&pipeline(), &request(picture), &Expected { tensors: &expected, number });
+    for (number, image) in images().iter().enumerate() {
+        check_stages(&pipeline(), &request(image), &Expected { tensors: &expected, number });
     }
 }
 
 #[test]
-fn pictures_are_those_of_flux_pipeline() {
+fn images_equal_those_of_flux_pipeline() {
     let expected = tensors(FIXTURE);
-    for (number, picture) in pictures().iter().enumerate() {
-        let pictures = pipeline().generate(&request(picture), &mut |_| {}).unwrap();
+    for (number, image) in images().iter().enumerate() {
+        let generated = pipeline().generate(&request(image), &mut |_| {}).unwrap();
         let want = Expected { tensors: &expected, number }.get("image");
         let want = want.flatten_all().unwrap().to_vec1::<u8>().unwrap();
-        let got = pictures.iter().flat_map(|picture| picture.as_raw()).copied().collect::<Vec<_>>();
+        let got = generated.iter().flat_map(|image| image.as_raw()).copied().collect::<Vec<_>>();
         assert_eq!(got.len(), want.len());
         let largest = got.iter().zip(&want).map(|(got, want)| got.abs_diff(*want)).max().unwrap();
-        assert!(largest <= PIXEL_BOUND, "picture {number}: pixels differ by up to {largest} of 255");
+        assert!(largest <= PIXEL_BOUND, "image {number}: pixels differ by up to {largest} of 255");
     }
 }
 
 #[test]
-fn a_size_that_cannot_be_drawn_is_refused() {
+fn an_impossible_size_is_rejected() {
     let error = pipeline().initial_latents(0, 1, ImageSize { height: 128, width: 130 }).unwrap_err().to_string();
     assert!(error.contains("multiples of 8") && error.contains("--width 136 --height 128"), "{error}");
 }
@@ -92,23 +92,23 @@ fn pipeline() -> Pipeline {
     Pipeline::open(&model, options).unwrap()
 }
 
-/// The descriptions of the pictures, from the fixture's metadata.
-fn pictures() -> Vec<Value> {
+/// The settings of the images, from the fixture's metadata.
+fn images() -> Vec<Value> {
     let checkpoint = Checkpoint::open(fixture(FIXTURE)).unwrap();
     serde_json::from_str(&checkpoint.metadata()["pictures"]).unwrap()
 }
 
-fn request(picture: &Value) -> GenerateRequest {
-    let number = |key: &str| picture[key].as_u64().unwrap();
+fn request(image: &Value) -> GenerateRequest {
+    let integer = |key: &str| image[key].as_u64().unwrap();
     GenerateRequest {
-        prompt: Prompt::Text(picture["prompt"].as_str().unwrap().to_owned()),
+        prompt: Prompt::Text(image["prompt"].as_str().unwrap().to_owned()),
         negative: None,
-        size: Some(ImageSize { height: number("height") as usize, width: number("width") as usize }),
-        steps: number("steps") as usize,
-        guidance: picture["guidance"].as_f64().unwrap(),
+        size: Some(ImageSize { height: integer("height") as usize, width: integer("width") as usize }),
+        steps: integer("steps") as usize,
+        guidance: image["guidance"].as_f64().unwrap(),
         true_cfg_scale: 1.0,
-        seed: number("seed"),
-        batch: picture["batch"].as_u64().map_or(1, |batch| batch as usize),
+        seed: integer("seed"),
+        batch: image["batch"].as_u64().map_or(1, |batch| batch as usize),
         control_images: Vec::new(),
     }
 }

@@ -1,44 +1,44 @@
-//! What can go wrong before attention runs.
+//! [`AttentionError`].
 
-/// What can be wrong with a plan or a geometry.
+/// Errors in plans and geometries.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum AttentionError {
-    /// The text is not a plan.
+    /// A text that is not an attention plan.
     #[error("attention {text:?}: {reason}")]
     BadPlan {
-        /// What was given.
+        /// The text.
         text: String,
-        /// What was expected.
+        /// What is wrong with it, and what was expected.
         reason: String,
     },
-    /// No radius.
+    /// An invalid radius.
     #[error("radius {0}: expected a finite number above 0, in tokens, whose square is above 0 too")]
     BadRadius(f64),
-    /// No grid.
+    /// An invalid token grid.
     #[error("token grid of {height} x {width}: expected 1 to {limit} tokens each way")]
     BadGrid {
-        /// Rows asked for.
+        /// Requested rows.
         height: usize,
-        /// Columns asked for.
+        /// Requested columns.
         width: usize,
-        /// The most there may be.
+        /// The most tokens along a side.
         limit: usize,
     },
-    /// No tile, or none that this kernel takes.
+    /// An invalid tile, or one that the kernel does not support.
     #[error("tile of {height} x {width} tokens: expected {expected}")]
     BadTile {
-        /// Rows asked for.
+        /// Requested rows.
         height: usize,
-        /// Columns asked for.
+        /// Requested columns.
         width: usize,
-        /// What there may be.
+        /// What was expected.
         expected: &'static str,
     },
-    /// A file of plans cannot be read.
+    /// An attention plan that is not valid TOML.
     #[error("attention plan: {0}")]
     BadToml(String),
-    /// The tensor library refused.
+    /// An error of candle.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

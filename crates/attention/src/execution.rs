@@ -1,25 +1,24 @@
-//! [`Execution`]: what attention visits, on each kind of device, and the share of it that counts. It computes nothing
-//! but numbers of pairs.
+//! [`Execution`]: the implementation of attention on a device, and the pairs that it computes.
 
 use crate::tiles::LANES;
 use crate::{Geometry, Policy, Radius, TileEfficiency, TokenGrid};
 use candle_core::{DType, Tensor};
 use clearform_kernels::clear_attention::{ListRows, SequenceLayout, TextPadding, VisitLists};
 
-/// What computes an attention call.
+/// The implementation that computes a call of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Execution {
-    /// The fused kernel of the CPU.
+    /// The fused kernel for CPUs.
     Cpu,
-    /// The kernels of a GPU, whose tiles are 64 x 64.
+    /// The kernels for GPUs, with tiles of 64 x 64.
     Gpu,
-    /// The plain reference, which computes every pair.
+    /// The reference, which computes every pair.
     Plain,
 }
 
 impl Execution {
-    /// What computes attention of queries such as `query`, (batch, tokens, heads, head_dim).
-    pub fn of(query: &Tensor) -> Self {
+    /// The implementation for the device, dtype and head_dim of `query`, (batch, tokens, heads, head_dim).
+    pub fn for_query(query: &Tensor) -> Self {
         match (query.device().is_cpu(), query.dtype(), query.dims().last()) {
             (true, DType::F16 | DType::F32 | DType::F64 | DType::BF16, _) => Self::Cpu,
             (false, DType::BF16 | DType::F16, Some(1..=128)) => Self::Gpu,
@@ -27,16 +26,16 @@ impl Execution {
         }
     }
 
-    /// Pairs of one call, for each batch entry and head: those that see each other, and those that are computed. All of
-    /// the `text` tokens count.
-    pub fn share(self, geometry: &Geometry, policy: Policy, text: usize) -> TileEfficiency {
+    /// Pairs of one call, per batch entry and head: those inside the window, and those that are computed. `text` tokens
+    /// without padding.
+    pub fn efficiency(self, geometry: &Geometry, policy: Policy, text: usize) -> TileEfficiency {
         let (radius, pool) = match policy {
             Policy::Full => (None, None),
             Policy::Clear { radius, pool } => (Some(radius), pool),
         };
         let image = geometry.tokens();
-        let pooled = pool.map_or(0, |factor| cells(geometry, factor));
-        let near = radius.map_or(square(image), |radius| inside(geometry.grids(), radius));
+        let pooled = pool.map_or(0, |factor| pooled_cells(geometry, factor));
+        let near = radius.map_or(square(image), |radius| pairs_inside(geometry.grids(), radius));
         let others = text * (text + image) + image * (text + pooled);
         let visited = match self {
             Self::Cpu => visited_on_cpu(geometry, radius, text, pooled),
@@ -47,11 +46,11 @@ impl Execution {
     }
 }
 
-/// Tiles of queries fill their lanes, whether all hold a query or not.
+/// Tiles are computed for all 32 lanes, whether or not each holds a query.
 fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
     let image = geometry.order().tiles.len() * LANES;
     let near = match radius {
-        Some(radius) => geometry.share_inside(radius).visited,
+        Some(radius) => geometry.efficiency(radius).visited,
         None => (image * geometry.tokens()) as u64,
     };
     let others = text.next_multiple_of(LANES) * (text + geometry.tokens()) + image * (text + pooled);
@@ -59,34 +58,36 @@ fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pool
 }
 
 fn visited_on_gpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
-    let places = geometry.order().places();
+    let positions = geometry.order().positions();
     let limit = radius.map(Radius::limit);
     VisitLists::new(
-        &SequenceLayout { text: TextPadding::Whole(text), places: &places, pooled, limit },
+        &SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled, limit },
         ListRows::Queries,
     )
     .visited()
 }
 
-/// Pairs of image tokens within `radius`; those of different grids count by their rows and columns, as everywhere.
-fn inside(grids: &[TokenGrid], radius: Radius) -> u64 {
+/// Pairs of image tokens within `radius`, compared by row and column also across grids.
+fn pairs_inside(grids: &[TokenGrid], radius: Radius) -> u64 {
     let limit = i64::from(radius.limit());
     let pairs = |queries: &TokenGrid, keys: &TokenGrid| -> u64 {
         let columns = distances(queries.width, keys.width);
-        let near = |dy: i64| columns.iter().filter(move |(dx, _)| dy * dy + dx * dx < limit).map(|(_, count)| count);
-        distances(queries.height, keys.height).iter().map(|(dy, count)| count * near(*dy).sum::<u64>()).sum()
+        let columns_near =
+            |dy: i64| columns.iter().filter(move |(dx, _)| dy * dy + dx * dx < limit).map(|(_, count)| count);
+        distances(queries.height, keys.height).iter().map(|(dy, count)| count * columns_near(*dy).sum::<u64>()).sum()
     };
     grids.iter().map(|queries| grids.iter().map(|keys| pairs(queries, keys)).sum::<u64>()).sum()
 }
 
-/// How many pairs of one of the first `a` numbers and one of the first `b` lie how far apart.
+/// For each distance j - i the number of pairs of i below `a` and j below `b`.
 fn distances(a: usize, b: usize) -> Vec<(i64, u64)> {
-    let (a, b) = (a as i64, b as i64);
+    let a = a as i64;
+    let b = b as i64;
     (1 - a..b).map(|distance| (distance, (a.min(b - distance) - 0.max(-distance)) as u64)).collect()
 }
 
-/// Cells of pooled context.
-fn cells(geometry: &Geometry, factor: usize) -> usize {
+/// Number of cells of pooled context.
+fn pooled_cells(geometry: &Geometry, factor: usize) -> usize {
     geometry.grids().iter().map(|grid| grid.height.div_ceil(factor) * grid.width.div_ceil(factor)).sum()
 }
 
@@ -110,13 +111,13 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_counted_as_the_kernel_of_the_cpu_finds_them() {
+    fn pairs_are_counted_as_the_cpu_kernel_visits_them() {
         for grids in [vec![grid(9, 14)], vec![grid(1, 70)], vec![grid(5, 40), grid(8, 3)]] {
             let geometry = Geometry::new(grids.clone());
             for tokens in [0.5, 1.0, 3.0, 4.5, 60.0, 1e9] {
                 let policy = Policy::Clear { radius: radius(tokens), pool: None };
-                let share = Execution::Cpu.share(&geometry, policy, 0);
-                assert_eq!(share, geometry.share_inside(radius(tokens)), "{grids:?}, r = {tokens}");
+                let efficiency = Execution::Cpu.efficiency(&geometry, policy, 0);
+                assert_eq!(efficiency, geometry.efficiency(radius(tokens)), "{grids:?}, r = {tokens}");
             }
         }
     }
@@ -125,12 +126,12 @@ mod tests {
     fn whole_calls_count_text_and_pooled_context() {
         let geometry = Geometry::new(vec![grid(16, 16)]);
         let window = |pool| Policy::Clear { radius: radius(1.0), pool };
-        let inside = |policy, text| Execution::Cpu.share(&geometry, policy, text).inside;
-        assert_eq!(inside(window(None), 0), 256);
-        assert_eq!(inside(window(Some(4)), 0), 256 + 256 * 16);
-        assert_eq!(inside(window(None), 3), 256 + 3 * 259 + 256 * 3);
-        assert_eq!(inside(Policy::Full, 3), 259 * 259);
-        let visited = |execution: Execution, policy, text| execution.share(&geometry, policy, text).visited;
+        let pairs_inside = |policy, text| Execution::Cpu.efficiency(&geometry, policy, text).inside;
+        assert_eq!(pairs_inside(window(None), 0), 256);
+        assert_eq!(pairs_inside(window(Some(4)), 0), 256 + 256 * 16);
+        assert_eq!(pairs_inside(window(None), 3), 256 + 3 * 259 + 256 * 3);
+        assert_eq!(pairs_inside(Policy::Full, 3), 259 * 259);
+        let visited = |execution: Execution, policy, text| execution.efficiency(&geometry, policy, text).visited;
         assert_eq!(visited(Execution::Cpu, Policy::Full, 3), (32 + 256) * 259);
         assert_eq!(visited(Execution::Gpu, Policy::Full, 3), (64 + 256) * (64 + 256));
         assert_eq!(visited(Execution::Gpu, window(Some(4)), 3), 5 * 64 * 64 + 4 * (64 + 64 + 64) * 64);
@@ -138,20 +139,20 @@ mod tests {
     }
 
     #[test]
-    fn tiles_of_a_gpu_are_those_of_the_published_table() {
+    fn gpu_tiles_match_the_published_table() {
         let geometry = Geometry::new(vec![grid(64, 64)]);
         for tokens in [8.0, 16.0] {
             let policy = Policy::Clear { radius: radius(tokens), pool: None };
             let tile = TileShape::new(8, 8).unwrap();
             let patches = TileEfficiency::of_tiles(grid(64, 64), radius(tokens), tile, tile);
-            assert_eq!(Execution::Gpu.share(&geometry, policy, 0), patches);
+            assert_eq!(Execution::Gpu.efficiency(&geometry, policy, 0), patches);
         }
     }
 
     #[test]
-    fn the_cpu_runs_its_own_kernel() {
+    fn the_cpu_runs_the_fused_kernel() {
         let query = |dtype| Tensor::zeros((1, 4, 1, 8), dtype, &Device::Cpu).unwrap();
-        assert_eq!(Execution::of(&query(DType::F32)), Execution::Cpu);
-        assert_eq!(Execution::of(&query(DType::BF16)), Execution::Cpu);
+        assert_eq!(Execution::for_query(&query(DType::F32)), Execution::Cpu);
+        assert_eq!(Execution::for_query(&query(DType::BF16)), Execution::Cpu);
     }
 }

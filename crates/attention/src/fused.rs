@@ -1,9 +1,8 @@
-//! [`TiledAttention`]: attention of a [`Window`] as one fused operation on the CPU, with its backward.
+//! [`TiledAttention`]: attention of a [`Window`] as one fused operation, with its backward.
 //!
-//! Queries are taken 32 at a time, side by side in the lanes of a vector, and see runs of keys: whole ones without a
-//! mask, edge ones with it. Softmax is online (Milakov and Gimelshein, algorithm 3), backward recomputes probabilities
-//! from the maximum and sum of each query (FlashAttention-2, algorithm 2): memory grows with the tokens alone. Knows no
-//! policy.
+//! On the CPU a tile is 32 queries, one per lane. It visits runs of keys, with a mask only at the edge of the disc.
+//! Softmax is online (Milakov and Gimelshein, algorithm 3), and the backward recomputes probabilities from the maximum
+//! and sum of each query (FlashAttention-2, algorithm 2), so memory grows with the number of tokens, not its square.
 
 mod backward;
 #[cfg(feature = "cuda")]
@@ -24,12 +23,8 @@ use clearform_ops::simd::CpuFeatures;
 use operation::AttentionOp;
 use problem::Problem;
 
-#[cfg(feature = "cuda")]
-pub(crate) use cuda::Known as KnownLists;
-
-/// Attention of a window: a fused kernel where there is one for the device and the number format, and elsewhere the
-/// plain reference. [`AttentionPlan`](crate::AttentionPlan) builds it; by itself it serves whoever chooses the
-/// instructions.
+/// Attention of a window: a fused kernel where there is one for the device and dtype, otherwise the reference. It is
+/// usually built by an [`AttentionPlan`](crate::AttentionPlan).
 #[derive(Debug, Clone)]
 pub struct TiledAttention {
     window: Window,
@@ -37,21 +32,22 @@ pub struct TiledAttention {
 }
 
 impl TiledAttention {
-    /// Attention of `window` with the best instructions of this processor.
+    /// Attention of `window` with the best instruction set of this processor.
     pub fn new(window: Window) -> Self {
         Self { window, features: CpuFeatures::detect() }
     }
 
-    /// Computes with `instructions` where it computes on the CPU.
+    /// Uses another instruction set of this processor on the CPU.
     #[must_use]
-    pub fn with_instructions(self, features: CpuFeatures) -> Self {
+    pub fn with_features(self, features: CpuFeatures) -> Self {
         Self { features, ..self }
     }
 
-    fn over(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
-        let (device, dtype) = (sequence.query.device(), sequence.query.dtype());
+    fn attend_joint(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
+        let device = sequence.query.device();
+        let dtype = sequence.query.dtype();
         if device.is_cpu() && dtype == DType::F16 {
-            return self.over(&sequence.to_dtype(DType::F32)?, geometry)?.to_dtype(dtype);
+            return self.attend_joint(&sequence.to_dtype(DType::F32)?, geometry)?.to_dtype(dtype);
         }
         if device.is_cpu() && matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             let problem = Problem::new(sequence, geometry, self.window.radius, self.features)?;
@@ -61,27 +57,33 @@ impl TiledAttention {
         if device.is_cuda() {
             match cuda::attend(sequence, geometry, self.window.radius)? {
                 Ok(out) => return Ok(out),
-                Err(refusal) if sequence.image > PLAIN => bail!("{}", cuda::explained(refusal)),
+                Err(refusal) if sequence.image > REFERENCE_LIMIT => bail!("{}", cuda::explain(refusal)),
                 Err(_) => {}
             }
         }
-        reference::over(sequence, geometry, &self.window)
+        reference::attend_joint(sequence, geometry, &self.window)
     }
 }
 
 impl Attention for TiledAttention {
     fn attend(&self, image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<Attended> {
         let sequence = JointSequence::new(image, text, geometry, &self.window)?;
-        sequence.split(&self.over(&sequence, geometry)?, text.is_some())
+        sequence.split(&self.attend_joint(&sequence, geometry)?, text.is_some())
     }
 }
 
-/// Image tokens up to which the plain reference, which costs their square, stands in for a kernel on a GPU.
+/// Image tokens up to which the reference runs on a GPU where no kernel supports a problem. Its mask and scores grow
+/// with the square: 4096 tokens take 64 MiB in f32 for each of them, head and batch entry.
 #[cfg(feature = "cuda")]
-const PLAIN: usize = 4096;
+const REFERENCE_LIMIT: usize = 4096;
+
+/// Gradients of query, key and value, of those that are tracked.
+type QkvGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 fn apply(sequence: &JointSequence, operation: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
-    let (query, key, value) = (&sequence.query, &sequence.key, &sequence.value);
+    let query = &sequence.query;
+    let key = &sequence.key;
+    let value = &sequence.value;
     query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)
 }
 

@@ -1,48 +1,15 @@
-//! [`Geometry`]: where the image tokens lie, and the order they are held in. Knows no policy.
+//! [`Geometry`]: the positions of the image tokens, and the order in which they are stored.
 
 use crate::tiles::{CELL, SQUARE, TileOrder};
-use crate::{AttentionError, Radius, TileEfficiency, TileShape};
+use crate::{AttentionError, Radius, TileEfficiency, TileShape, TokenGrid};
 use candle_core::{DType, Result, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
-/// A rectangle of image tokens, made by [`TokenGrid::new`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct TokenGrid {
-    /// Rows of tokens.
-    pub height: usize,
-    /// Tokens per row.
-    pub width: usize,
-}
-
-impl TokenGrid {
-    /// The most tokens along a side: squared distances then fit 32 bits.
-    pub const LIMIT: usize = 1 << 14;
-
-    /// A grid of `height` rows of `width` tokens.
-    ///
-    /// # Errors
-    /// An extent of 0, or above [`Self::LIMIT`].
-    pub fn new(height: usize, width: usize) -> std::result::Result<Self, AttentionError> {
-        let fits = |extent| (1..=Self::LIMIT).contains(&extent);
-        if fits(height) && fits(width) {
-            Ok(Self { height, width })
-        } else {
-            Err(AttentionError::BadGrid { height, width, limit: Self::LIMIT })
-        }
-    }
-
-    /// Tokens in it.
-    pub fn tokens(self) -> usize {
-        self.height * self.width
-    }
-}
-
-/// Where the image tokens lie. Tokens are permuted to 2-D tiles once at embed and back once at head: the window of a
-/// tile then touches few tiles of keys, most of them whole.
+/// The positions of the image tokens. A model permutes tokens to the order of 2-D tiles once at its embedding and back
+/// once at its head, so that the window of a tile covers few tiles of keys, most of them entirely.
 ///
-/// Where there are several grids, rows and columns alone count: a token sees those of another grid around its own
-/// place there, as references that are aligned with the image need it.
+/// With several grids only rows and columns count: a token attends to the tokens of another grid around its own
+/// position, as reference images that are aligned with the image need.
 #[derive(Debug, Clone)]
 pub struct Geometry {
     grids: Vec<TokenGrid>,
@@ -50,25 +17,25 @@ pub struct Geometry {
     order: Arc<TileOrder>,
 }
 
-/// A mask, and what all layers want to know of it.
+/// A mask on its device, and its values on the host, which all layers need.
 #[derive(Debug, Clone)]
 struct TextMask {
     mask: Tensor,
-    /// Read when it is first asked for: reading waits for a device.
+    /// Read once, at first use, because reading waits for the device.
     rows: Arc<OnceLock<Vec<Vec<bool>>>>,
 }
 
 impl Geometry {
-    /// A geometry of one or more grids, one after the other in the sequence. Attention refuses one without a grid.
+    /// A geometry of one or more grids in sequence order. Attention over a geometry without a grid is an error.
     pub fn new(grids: Vec<TokenGrid>) -> Self {
         Self::ordered(grids, SQUARE)
     }
 
-    /// The same with tokens ordered by cells of another shape, which changes what is visited on the CPU and no result
-    /// but for rounding. Kernels of a GPU take any order, but visit least with that of [`Self::new`], 4 x 4.
+    /// The same with tokens ordered by cells of another shape. It changes which pairs are computed, but results only by
+    /// rounding. On a GPU the cells of [`Self::new`], 4 x 4, are the most efficient.
     ///
     /// # Errors
-    /// A shape of other than 16 tokens, which is what the kernel's lanes hold twice.
+    /// A shape of other than 16 tokens, two of which fill the 32 lanes of the CPU's kernel.
     pub fn in_cells(grids: Vec<TokenGrid>, cell: TileShape) -> std::result::Result<Self, AttentionError> {
         let TileShape { height, width } = cell;
         if height * width != CELL {
@@ -82,8 +49,8 @@ impl Geometry {
         Self { grids, text_mask: None, order }
     }
 
-    /// Hides padded text. `mask` is (batch, text tokens), 1 where a token counts and 0 where it is padding. It is read
-    /// once, at the first layer that attends.
+    /// Hides padded text. `mask` is (batch, text tokens), 1 for tokens and 0 for padding. It is read once, by the first
+    /// layer that attends.
     #[must_use]
     pub fn with_text_mask(mut self, mask: Tensor) -> Self {
         self.text_mask = Some(TextMask { mask, rows: Arc::default() });
@@ -100,14 +67,14 @@ impl Geometry {
         self.text_mask.as_ref().map(|text| &text.mask)
     }
 
-    /// Image tokens in all grids together.
+    /// Number of image tokens in all grids.
     pub fn tokens(&self) -> usize {
         self.grids.iter().map(|grid| grid.tokens()).sum()
     }
 
-    /// How much of what the kernel visits for `radius` lies inside the disc.
-    pub fn share_inside(&self, radius: Radius) -> TileEfficiency {
-        self.order.share_inside(radius)
+    /// The pairs that the CPU's kernel computes for `radius`, and those inside the disc.
+    pub fn efficiency(&self, radius: Radius) -> TileEfficiency {
+        self.order.efficiency(radius)
     }
 
     /// Permutes dimension 1 of `raster` from raster order to tile order; differentiable.
@@ -132,7 +99,10 @@ impl Geometry {
         self.permute(tiled, &self.order.tile_of, &self.order.raster_of)
     }
 
-    /// Which text tokens count, batch by batch, or none where all do.
+    /// For each batch entry, which text tokens are not padding; none without a mask.
+    ///
+    /// # Errors
+    /// A mask of another shape.
     pub(crate) fn visible_text(&self, batch: usize, text: usize) -> Result<Option<Vec<Vec<bool>>>> {
         let Some(TextMask { mask, rows }) = &self.text_mask else { return Ok(None) };
         if mask.dims() != [batch, text] && mask.dims() != [1, text] {
@@ -142,8 +112,8 @@ impl Geometry {
             Some(rows) => rows,
             None => {
                 let read = mask.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-                let counts = |row: &Vec<f32>| row.iter().map(|value| *value > 0.5).collect();
-                rows.get_or_init(|| read.iter().map(counts).collect())
+                let is_visible = |row: &Vec<f32>| row.iter().map(|value| *value > 0.5).collect();
+                rows.get_or_init(|| read.iter().map(is_visible).collect())
             }
         };
         Ok(Some(rows.iter().cycle().take(batch).cloned().collect()))
@@ -155,7 +125,7 @@ impl Geometry {
 
     fn permute(&self, x: &Tensor, from: &[u32], inverse: &[u32]) -> Result<Tensor> {
         if x.rank() < 2 || x.dim(1)? != from.len() {
-            bail!("{:?} image tokens: expected {} of {:?}", x.dims(), from.len(), self.grids);
+            bail!("expected {} image tokens in dimension 1 for {:?}, found {:?}", from.len(), self.grids, x.dims());
         }
         #[cfg(feature = "cuda")]
         if let Some(out) = clearform_ops::cuda::permute(x, from, inverse)? {

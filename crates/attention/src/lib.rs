@@ -1,16 +1,19 @@
-//! The attention seam.
+//! Attention over an image and a text stream, full or in CLEAR's local window.
 //!
-//! A model projects, normalises and rotates its queries, keys and values once; what is exchanged is only
-//! softmax(q kᵀ) v and its neighbourhood. [`AttentionPlan`] says which policy each layer has and builds one
-//! [`SpatialAttention`] per layer; [`Geometry`] says where the image tokens lie. [`mod@reference`] is the specification, plain
-//! tensor algebra over a full mask; what runs on the CPU is a fused kernel whose memory grows with the tokens, never
-//! with their square. Nothing here knows a model or a file.
+//! A model projects, normalizes and rotates queries, keys and values; this crate computes softmax(q kᵀ) v over the keys
+//! that each query attends to. [`AttentionPlan`] gives each layer a policy and builds its [`Attention`]; [`Geometry`]
+//! has the positions of the image tokens. [`mod@reference`] is the specification, plain tensor algebra over a full
+//! mask. On the CPU a fused kernel runs whose memory grows with the number of tokens, not its square. Nothing here
+//! knows a model or a file.
 
+#[cfg(feature = "cuda")]
+mod device_lists;
 mod error;
 mod execution;
 mod fused;
 mod geometries;
 mod geometry;
+mod grid;
 mod plan;
 mod policies;
 mod pool;
@@ -25,9 +28,10 @@ pub use error::AttentionError;
 pub use execution::Execution;
 pub use fused::TiledAttention;
 pub use geometries::Geometries;
-pub use geometry::{Geometry, TokenGrid};
+pub use geometry::Geometry;
+pub use grid::{TileShape, TokenGrid};
 pub use plan::AttentionPlan;
 pub use policies::{POLICIES, Policy, PolicyForm};
-pub use tile_efficiency::{TileEfficiency, TileShape};
+pub use tile_efficiency::TileEfficiency;
 pub use traits::{Attended, Attention, Qkv};
 pub use window::{Radius, Window};

@@ -1,4 +1,4 @@
-//! [`AttentionPlan`]: which policy each layer has, as a value that is written to and read from clearform.toml.
+//! [`AttentionPlan`]: the policy of each layer, as it is stored in clearform.toml.
 
 use crate::fused::TiledAttention;
 use crate::{Attention, AttentionError, Policy, Radius, Window, pool};
@@ -31,7 +31,7 @@ impl AttentionPlan {
         Self { default: policy, layers: BTreeMap::new() }
     }
 
-    /// The same plan, but for `layer`, named as in the model.
+    /// The same plan with another policy for `layer`, named as in the model.
     #[must_use]
     pub fn with_layer(mut self, layer: &str, policy: Policy) -> Self {
         self.layers.insert(layer.to_owned(), policy);
@@ -43,21 +43,21 @@ impl AttentionPlan {
         self.layers.get(layer).copied().unwrap_or(self.default)
     }
 
-    /// The policy of all layers that are not named.
+    /// The policy of all layers without one of their own.
     pub fn default_policy(&self) -> Policy {
         self.default
     }
 
-    /// The layers that are named, with their policies.
+    /// The layers with policies of their own.
     pub fn exceptions(&self) -> &BTreeMap<String, Policy> {
         &self.layers
     }
 
-    /// The learned tensor that `layer` adds to those of the teacher, by its full name and with its initial value in f32;
-    /// none where its policy has none.
+    /// The tensor that `layer` learns in addition to those of the teacher: its full name, and its initial value in f32.
+    /// None where the policy has none.
     ///
     /// # Errors
-    /// The tensor library refused.
+    /// Errors of candle.
     pub fn learned(&self, layer: &str) -> Result<Option<(String, Tensor)>> {
         match self.policy(layer) {
             Policy::Clear { pool: Some(factor), .. } => {
@@ -68,7 +68,7 @@ impl AttentionPlan {
     }
 
     /// Builds the attention of `layer`. `learned` looks up a learned tensor by its full name
-    /// (`LAYER.processor.spatial_weight`); one that is absent takes its initial value.
+    /// (`LAYER.processor.spatial_weight`); a missing one gets its initial value.
     ///
     /// # Errors
     /// A learned tensor of the wrong shape.
@@ -84,10 +84,10 @@ impl AttentionPlan {
         Ok(Box::new(TiledAttention::new(Window { radius, pool })))
     }
 
-    /// Reads `default = "clear:r=16"` and `[layers]` of names and policies.
+    /// Parses `default = "clear:r=16"` and a table `[layers]` of names and policies.
     ///
     /// # Errors
-    /// No TOML, an unknown key, or a policy that is none.
+    /// Invalid TOML, an unknown key, or an invalid policy.
     pub fn from_toml(text: &str) -> std::result::Result<Self, AttentionError> {
         let table: PlanTable = toml::from_str(text).map_err(|error| AttentionError::BadToml(error.to_string()))?;
         let parse = |(layer, policy): (String, String)| Ok((layer, policy.parse()?));
@@ -95,15 +95,15 @@ impl AttentionPlan {
         Ok(Self { default: table.default.parse()?, layers })
     }
 
-    /// Writes what [`Self::from_toml`] reads.
+    /// The inverse of [`Self::from_toml`].
     pub fn to_toml(&self) -> String {
         let layers = self.layers.iter().map(|(layer, policy)| (layer.clone(), policy.to_string())).collect();
-        // Two maps of strings are always TOML.
+        // Strings and a table of strings can always be written as TOML.
         toml::to_string(&PlanTable { default: self.default.to_string(), layers }).unwrap_or_default()
     }
 }
 
-/// The plan that `--attention` names in one word: the same policy for every layer.
+/// Parses the value of `--attention`: the same policy for every layer.
 impl FromStr for AttentionPlan {
     type Err = AttentionError;
 
@@ -112,7 +112,7 @@ impl FromStr for AttentionPlan {
     }
 }
 
-/// The inverse of [`FromStr`] where no layer is named; otherwise it says how many are.
+/// The inverse of [`FromStr`] if no layer has its own policy; otherwise the default and the number of layers that do.
 impl fmt::Display for AttentionPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.layers.len() {
@@ -140,7 +140,7 @@ fn checked(found: Option<Tensor>, initial: Tensor, name: &str) -> Result<Tensor>
         None => Ok(initial),
         Some(found) if found.dims() == initial.dims() => Ok(found),
         Some(found) => candle_core::bail!(
-            "tensor {name:?} is {:?}, but the attention plan asks for {:?}: give the plan it was distilled with",
+            "tensor {name:?} has shape {:?}, but the attention plan requires {:?}; pass the plan it was distilled with",
             found.dims(),
             initial.dims()
         ),

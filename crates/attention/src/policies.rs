@@ -1,7 +1,6 @@
-//! [`Policy`]: what a layer's image tokens see, and [`POLICIES`], the forms in which it is written.
+//! [`Policy`]: what the image tokens of a layer attend to, and [`POLICIES`], its text forms.
 //!
-//! A further policy is a file in policies/ with its form, a line in [`POLICIES`], and a variant where it says something
-//! new.
+//! A new policy is a file in policies/ with its form, a line in [`POLICIES`], and a variant of [`Policy`].
 
 mod clear;
 mod full;
@@ -10,52 +9,52 @@ use crate::{AttentionError, Radius};
 use std::fmt;
 use std::str::FromStr;
 
-/// What a layer's image tokens see of the image. Text is seen by all, and sees all.
+/// What the image tokens of a layer attend to in the image. Text attends to everything, and everything attends to text.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Policy {
     /// Every token.
     Full,
-    /// The disc of a radius and, if asked for, the whole image averaged over d × d cells.
+    /// A disc and, optionally, the whole image averaged over d × d cells.
     Clear {
         /// Radius of the disc.
         radius: Radius,
-        /// Edge d of a pooled cell.
+        /// Side d of a pooled cell.
         pool: Option<usize>,
     },
 }
 
-/// Settings of a policy as they are written, key by key.
+/// Settings of a policy as (key, value).
 type PolicySettings<'a> = &'a [(&'a str, &'a str)];
 
-/// How a policy is written: a name, or a name, a colon and its settings.
+/// The text form of a policy: a name, optionally with a colon and settings.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyForm {
-    /// What stands before the colon.
+    /// The part before the colon.
     pub name: &'static str,
     /// The whole form, for messages.
     pub usage: &'static str,
-    /// Reads the settings; gives the reason where they are none.
+    /// Parses the settings, or returns the reason why they are invalid.
     parse: fn(PolicySettings<'_>) -> Result<Policy, String>,
-    /// Writes a policy of this form; none for those of another.
+    /// Writes a policy of this form; none for other policies.
     write: fn(&Policy) -> Option<String>,
 }
 
-/// Every form, alphabetically.
+/// Every form in alphabetical order.
 pub const POLICIES: &[PolicyForm] = &[clear::FORM, full::FORM];
 
 impl FromStr for Policy {
     type Err = AttentionError;
 
     fn from_str(text: &str) -> Result<Self, AttentionError> {
-        let bad = |reason: String| AttentionError::BadPlan { text: text.to_owned(), reason };
+        let invalid = |reason: String| AttentionError::BadPlan { text: text.to_owned(), reason };
         let (name, settings) = text.trim().split_once(':').unwrap_or((text.trim(), ""));
         let Some(form) = POLICIES.iter().find(|form| form.name == name) else {
             let usages: Vec<&str> = POLICIES.iter().map(|form| form.usage).collect();
-            return Err(bad(format!("expected {}", usages.join(" or "))));
+            return Err(invalid(format!("expected {}", usages.join(" or "))));
         };
-        let explain = |reason: String| bad(format!("{reason}; expected {}", form.usage));
-        let settings = pairs(settings).map_err(explain)?;
-        (form.parse)(&settings).map_err(explain)
+        let with_usage = |reason: String| invalid(format!("{reason}; expected {}", form.usage));
+        let settings = split_settings(settings).map_err(with_usage)?;
+        (form.parse)(&settings).map_err(with_usage)
     }
 }
 
@@ -65,14 +64,15 @@ impl fmt::Display for Policy {
     }
 }
 
-/// "a=1,b=2" as pairs, each key once.
-fn pairs(settings: &str) -> Result<Vec<(&str, &str)>, String> {
+/// Splits "a=1,b=2" into pairs; each key may occur once.
+fn split_settings(settings: &str) -> Result<Vec<(&str, &str)>, String> {
     let mut pairs: Vec<(&str, &str)> = Vec::new();
     for setting in settings.split(',').filter(|_| !settings.trim().is_empty()) {
-        let (key, value) = setting.split_once('=').ok_or_else(|| format!("{setting:?} is no key=value"))?;
-        let (key, value) = (key.trim(), value.trim());
+        let (key, value) = setting.split_once('=').ok_or_else(|| format!("expected key=value, found {setting:?}"))?;
+        let key = key.trim();
+        let value = value.trim();
         if pairs.iter().any(|(other, _)| *other == key) {
-            return Err(format!("{key:?} is given twice"));
+            return Err(format!("{key:?} is set twice"));
         }
         pairs.push((key, value));
     }
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_reads_back() {
+    fn written_policies_parse_back() {
         let cases = [
             ("full", Policy::Full),
             ("clear:r=16", clear(16.0, None)),
@@ -104,21 +104,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_says_why() {
+    fn invalid_policies_are_refused_with_the_reason() {
         let cases = [
             ("", "expected clear:r=R[,d=D] or full"),
             ("CLEAR:r=4", "expected clear:r=R[,d=D] or full"),
-            ("full:r=4", "\"r\" is no setting of it; expected full"),
+            ("full:r=4", "unknown setting \"r\"; expected full"),
             ("clear", "r is missing; expected clear:r=R[,d=D]"),
-            ("clear:r", "\"r\" is no key=value"),
-            ("clear:r=x", "r=\"x\" is no number"),
+            ("clear:r", "expected key=value, found \"r\""),
+            ("clear:r=x", "r=\"x\" is not a number"),
             ("clear:r=0", "radius 0: expected a finite number above 0"),
             ("clear:r=inf", "radius inf: expected a finite number above 0"),
             ("clear:r=NaN", "radius NaN: expected a finite number above 0"),
-            ("clear:r=4,r=5", "\"r\" is given twice"),
-            ("clear:r=4,d=0", "d=\"0\" is no whole number from 2 to 256"),
-            ("clear:r=4,d=100000", "d=\"100000\" is no whole number from 2 to 256"),
-            ("clear:r=4,q=1", "\"q\" is no setting of it"),
+            ("clear:r=4,r=5", "\"r\" is set twice"),
+            ("clear:r=4,d=0", "d=\"0\" is not an integer from 2 to 256"),
+            ("clear:r=4,d=100000", "d=\"100000\" is not an integer from 2 to 256"),
+            ("clear:r=4,q=1", "unknown setting \"q\""),
         ];
         for (text, reason) in cases {
             let error = text.parse::<Policy>().unwrap_err().to_string();

@@ -1,9 +1,9 @@
-//! [`JointSequence`]: the streams of a layer as one run of keys, [text, image in tile order, pooled]. Knows no kernel.
+//! [`JointSequence`]: the streams of a layer concatenated as [text, image in tile order, pooled].
 
 use crate::{Attended, Geometry, Qkv, Window, pool};
 use candle_core::{DType, Result, Tensor, bail};
 
-/// Queries, keys and values of both streams.
+/// Queries, keys and values of both streams, with pooled context.
 ///
 /// # Shapes
 /// query (batch, text + image, heads, head_dim), key and value (batch, text + image + pooled, heads, head_dim).
@@ -16,10 +16,15 @@ pub(crate) struct JointSequence {
 }
 
 impl JointSequence {
+    /// Concatenates the streams, and pools context where the window has it.
+    ///
+    /// # Errors
+    /// Shapes that contradict each other or `geometry`.
     pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
         check(image, text, geometry)?;
         let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pool::pooled(x, weight, geometry)).transpose();
-        let (pooled_key, pooled_value) = (pooled(&image.key)?, pooled(&image.value)?);
+        let pooled_key = pooled(&image.key)?;
+        let pooled_value = pooled(&image.value)?;
         Ok(Self {
             query: joined(&[text.map(|text| &text.query), Some(&image.query)])?,
             key: joined(&[text.map(|text| &text.key), Some(&image.key), pooled_key.as_ref()])?,
@@ -29,13 +34,13 @@ impl JointSequence {
         })
     }
 
-    /// The same in another number format; differentiable.
+    /// The same in another dtype; differentiable.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let [query, key, value] = [&self.query, &self.key, &self.value].map(|x| x.to_dtype(dtype));
         Ok(Self { query: query?, key: key?, value: value?, ..*self })
     }
 
-    /// Parts what came out of all queries into the streams.
+    /// Splits the output of all queries into the streams.
     pub fn split(&self, out: &Tensor, has_text: bool) -> Result<Attended> {
         let text = if has_text { Some(out.narrow(1, 0, self.text)?) } else { None };
         Ok(Attended { image: out.narrow(1, self.text, self.image)?, text })
@@ -67,8 +72,8 @@ fn check(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<()> {
     let texts = text.map(tensors).into_iter().flatten().map(|x| (x, text_tokens));
     for (x, tokens) in images.into_iter().chain(texts) {
         if x.dims() != [batch, tokens, heads, head_dim] || x.dtype() != image.query.dtype() {
-            let want = (batch, tokens, heads, head_dim);
-            bail!("attention over {:?} {:?}: expected {want:?} {:?}", x.dims(), x.dtype(), image.query.dtype());
+            let expected = (batch, tokens, heads, head_dim);
+            bail!("attention over {:?} {:?}: expected {expected:?} {:?}", x.dims(), x.dtype(), image.query.dtype());
         }
     }
     Ok(())

@@ -1,58 +1,28 @@
-//! [`TileShape`] and [`TileEfficiency`]: how much of what a kernel visits by tiles lies inside the disc. Knows no order of tokens.
+//! [`TileEfficiency`]: how much of the work of a tiled kernel is inside the disc.
 
-use crate::{AttentionError, Radius, TokenGrid};
+use crate::{Radius, TileShape, TokenGrid};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// A rectangle of tokens that a kernel takes together, made by [`TileShape::new`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct TileShape {
-    /// Rows of tokens.
-    pub height: usize,
-    /// Tokens per row.
-    pub width: usize,
-}
-
-impl TileShape {
-    /// A tile of `height` rows of `width` tokens.
-    ///
-    /// # Errors
-    /// An extent of 0, or above [`TokenGrid::LIMIT`].
-    pub fn new(height: usize, width: usize) -> Result<Self, AttentionError> {
-        let fits = |extent| (1..=TokenGrid::LIMIT).contains(&extent);
-        if fits(height) && fits(width) {
-            Ok(Self { height, width })
-        } else {
-            Err(AttentionError::BadTile { height, width, expected: "1 to 16384 tokens each way" })
-        }
-    }
-
-    /// Tokens in it.
-    pub fn tokens(self) -> usize {
-        self.height * self.width
-    }
-}
-
-/// Pairs of a query and a key that lie inside the disc, among all that a kernel visits.
+/// Pairs of a query and a key inside the disc, among all that a kernel computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TileEfficiency {
     /// Pairs inside the disc.
     pub inside: u64,
-    /// Pairs that are computed, empty places of ragged tiles included.
+    /// Pairs that are computed, the empty positions of ragged tiles included.
     pub visited: u64,
 }
 
 impl TileEfficiency {
-    /// Of a kernel that takes queries and keys of one grid by tiles, and visits a tile of keys wherever one of its tokens
-    /// may lie inside the disc around a query of the tile. Tiles lie side by side from the grid's first token on.
+    /// The efficiency of a kernel that processes queries and keys of one grid by tiles. It visits a tile of keys if one
+    /// of its tokens may be inside the disc around a query of the tile. Tiles are aligned to the grid's first token.
     pub fn of_tiles(grid: TokenGrid, radius: Radius, query: TileShape, key: TileShape) -> Self {
         let token = TileShape { height: 1, width: 1 };
         let area = (query.tokens() * key.tokens()) as u64;
         Self { inside: near(grid, radius, token, token), visited: area * near(grid, radius, query, key) }
     }
 
-    /// `inside` over `visited`, 0 to 1; 1 where nothing is visited.
+    /// `inside` over `visited`, from 0 to 1; 1 where nothing is visited.
     pub fn ratio(self) -> f64 {
         if self.visited == 0 { 1.0 } else { self.inside as f64 / self.visited as f64 }
     }
@@ -65,7 +35,7 @@ impl fmt::Display for TileEfficiency {
     }
 }
 
-/// Pairs of a query tile and a key tile whose nearest tokens lie inside the disc.
+/// Number of pairs of a query tile and a key tile whose nearest tokens are inside the disc.
 fn near(grid: TokenGrid, radius: Radius, query: TileShape, key: TileShape) -> u64 {
     let limit = i64::from(radius.limit());
     let rows = gaps(grid.height, query.height, key.height, limit);
@@ -77,16 +47,16 @@ fn near(grid: TokenGrid, radius: Radius, query: TileShape, key: TileShape) -> u6
         .sum()
 }
 
-/// How many pairs of a query interval and a key interval, along one side of a grid, have their nearest tokens how far
-/// apart. Distances whose square is not below `limit` are left out.
-fn gaps(extent: usize, query: usize, key: usize, limit: i64) -> BTreeMap<i64, u64> {
+/// For each distance the number of pairs of a query interval and a key interval, along one side of a grid, whose
+/// nearest tokens are that far apart. Only distances whose square is below `limit`.
+fn gaps(side: usize, query: usize, key: usize, limit: i64) -> BTreeMap<i64, u64> {
     let mut gaps = BTreeMap::new();
     let reach = limit.isqrt() + 1;
-    let end = |start: i64, length: usize| (start + length as i64).min(extent as i64);
-    for query_start in (0..extent as i64).step_by(query) {
+    let end = |start: i64, length: usize| (start + length as i64).min(side as i64);
+    for query_start in (0..side as i64).step_by(query) {
         let query_end = end(query_start, query);
         let first = (query_start - reach - key as i64).max(0) / key as i64 * key as i64;
-        for key_start in (first..(query_end + reach).min(extent as i64)).step_by(key) {
+        for key_start in (first..(query_end + reach).min(side as i64)).step_by(key) {
             let gap = 0.max(key_start - (query_end - 1)).max(query_start - (end(key_start, key) - 1));
             if gap * gap < limit {
                 *gaps.entry(gap).or_insert(0) += 1;
@@ -110,11 +80,11 @@ mod tests {
         TileEfficiency::of_tiles(grid, Radius::new(radius).unwrap(), tile(query), tile(key))
     }
 
-    /// clear-paper.md: percent of visited work inside the disc for r = 8, 16 and 32, computed by others with another
-    /// program. Blocks of 128 tokens in row-major order are two rows of 64, or part of a row. One of the 60 is not what is
-    /// counted here, 25 percent of 512 x 512 by 16 x 8 and 8 x 8 at r = 8: the table has 26 for 25.46.
+    /// Percent of computed pairs inside the disc for r = 8, 16 and 32, as published for CLEAR and computed by another
+    /// program. Blocks of 128 tokens in row-major order are two rows of 64, or part of a row. One of the 60 values
+    /// differs: for 512 x 512 by 16 x 8 and 8 x 8 at r = 8 the table has 26, where 25.46 rounds to 25.
     #[test]
-    fn shares_are_those_of_the_published_table() {
+    fn efficiency_matches_the_published_table() {
         let patches = [((8, 8), (8, 8)), ((16, 8), (8, 8)), ((16, 8), (16, 8)), ((16, 16), (8, 8))];
         let table = [
             (64, (2, 64), [[16, 34, 63], [36, 55, 75], [28, 47, 69], [20, 47, 68], [22, 40, 64]]),
@@ -146,17 +116,18 @@ mod tests {
                     (0..grid.0).step_by(height).flat_map(move |y| (0..grid.1).step_by(width).map(move |x| (y, x)));
                 starts.map(move |(y, x)| (y..grid.0.min(y + height), x..grid.1.min(x + width))).collect::<Vec<_>>()
             };
-            let inside = |a: &(_, _), b: &(_, _)| {
+            let pairs_inside = |a: &(_, _), b: &(_, _)| {
                 let tokens = |(rows, columns): &(std::ops::Range<usize>, std::ops::Range<usize>)| {
                     rows.clone().flat_map(|y| columns.clone().map(move |x| (y as f64, x as f64))).collect::<Vec<_>>()
                 };
-                let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).powi(2) + (a.1 - b.1).powi(2) < radius * radius;
+                let is_near =
+                    |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).powi(2) + (a.1 - b.1).powi(2) < radius * radius;
                 let keys = tokens(b);
-                tokens(a).into_iter().map(|a| keys.iter().filter(|b| near(a, **b)).count() as u64).sum::<u64>()
+                tokens(a).into_iter().map(|a| keys.iter().filter(|b| is_near(a, **b)).count() as u64).sum::<u64>()
             };
             let mut want = TileEfficiency { inside: 0, visited: 0 };
             for (a, b) in tiles(query).iter().flat_map(|a| tiles(key).into_iter().map(move |b| (a, b))) {
-                let count = inside(a, &b);
+                let count = pairs_inside(a, &b);
                 want.inside += count;
                 want.visited += if count > 0 { (query.0 * query.1 * key.0 * key.1) as u64 } else { 0 };
             }

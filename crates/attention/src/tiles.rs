@@ -1,7 +1,7 @@
-//! [`TileOrder`]: image tokens in small patches, and what part of the keys a patch of queries has to visit.
+//! [`TileOrder`]: image tokens in the order of 2-D tiles, and the keys that each tile of queries visits.
 //!
-//! Keys are visited by cells of 16 tokens, longer where a grid is thinner; queries are taken by tiles of two cells.
-//! Cells stand in groups of 2 x 2, so that whole neighbourhoods are long runs of the sequence. Knows no tensor.
+//! A cell is a patch of 16 tokens, elongated where a grid is thin. Keys are visited by cells; a tile of queries is two
+//! neighbouring cells.
 
 use crate::{Radius, TileEfficiency, TileShape, TokenGrid};
 use rayon::prelude::*;
@@ -9,16 +9,18 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Queries that are computed side by side.
+/// Queries that are computed together, one per lane.
 pub(crate) const LANES: usize = clearform_ops::simd::ROW;
 
-/// Tokens of a cell, two of which fill the lanes: finer than a tile, so that less is visited in vain.
+/// Tokens of a cell. Two cells fill the lanes; keys are visited by single cells, because finer cells follow the disc
+/// more closely and fewer pairs are computed outside it.
 pub(crate) const CELL: usize = LANES / 2;
 
-/// The shape that least is visited in vain with, and that kernels of a GPU expect: 2 x 2 of them are one of their tiles.
+/// The default shape of a cell, for which the fewest pairs outside the disc are computed. 2 x 2 of them are a tile of
+/// the GPU kernels.
 pub(crate) const SQUARE: TileShape = TileShape { height: 4, width: 4 };
 
-/// A patch of tokens that stand one after the other.
+/// A patch of consecutive tokens.
 #[derive(Debug, Clone)]
 pub(crate) struct Tile {
     /// Positions in tile order.
@@ -27,28 +29,28 @@ pub(crate) struct Tile {
     columns: Range<i32>,
 }
 
-/// Keys that stand one after the other.
+/// A run of consecutive keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct KeyRange {
     /// Positions in tile order.
     pub tokens: Range<usize>,
-    /// Key by key, a bit for each query of the tile that sees it; empty where all see all.
-    pub seen: Vec<u32>,
+    /// For each key the queries of the tile that attend to it, one bit each; empty where all attend to all.
+    pub mask: Vec<u32>,
 }
 
-/// For each tile of queries the keys it visits.
+/// The keys that each tile of queries visits.
 pub(crate) type Visits = Vec<Vec<KeyRange>>;
 
-/// How far a tile's queries see a range of keys.
+/// How much of a cell the window of a tile covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cover {
-    /// Each query sees each key.
+    /// Each query attends to each key.
     Whole,
-    /// The distance decides.
+    /// The edge of the disc crosses the cell.
     Edge,
 }
 
-/// The cells of one grid, found by their row and column.
+/// The cells of one grid by row and column.
 #[derive(Debug)]
 struct CellMap {
     cell_height: usize,
@@ -60,32 +62,32 @@ struct CellMap {
 /// The order of image tokens by tiles.
 #[derive(Debug)]
 pub(crate) struct TileOrder {
-    /// For each position in tile order, the one in raster order.
+    /// For each position in tile order its position in raster order.
     pub raster_of: Vec<u32>,
-    /// For each position in raster order, the one in tile order.
+    /// For each position in raster order its position in tile order.
     pub tile_of: Vec<u32>,
     /// Row of each token, in tile order.
     pub rows: Vec<i32>,
     /// Column of each token, in tile order.
     pub columns: Vec<i32>,
-    /// The tiles of queries, in order.
+    /// The tiles of queries in order.
     pub tiles: Vec<Tile>,
     cells: Vec<Tile>,
     maps: Vec<CellMap>,
-    /// By the radius' limit. Every layer and step asks for the same few.
+    /// Visits by [`Radius::limit`]. All layers and steps need the same few, so none is ever removed.
     visits: Mutex<BTreeMap<i32, Arc<Visits>>>,
-    /// The same for the kernels of a GPU.
+    /// The lists of the GPU kernels.
     #[cfg(feature = "cuda")]
-    pub lists: crate::fused::KnownLists,
+    pub lists: crate::device_lists::DeviceListCache,
 }
 
 impl TileOrder {
     /// Row and column of each token.
-    pub fn places(&self) -> Vec<(i32, i32)> {
+    pub fn positions(&self) -> Vec<(i32, i32)> {
         self.rows.iter().copied().zip(self.columns.iter().copied()).collect()
     }
 
-    /// The order of `grids`, one after the other, by cells of the shape `cell`, which holds [`CELL`] tokens.
+    /// The order of `grids`, which follow each other, by cells of the shape `cell` of [`CELL`] tokens.
     pub(crate) fn new(grids: &[TokenGrid], cell: TileShape) -> Self {
         let tokens = grids.iter().map(|grid| grid.tokens()).sum();
         let mut order = Self {
@@ -109,18 +111,20 @@ impl TileOrder {
         order
     }
 
-    /// What the queries of each tile have to visit, in order: runs of whole cells and runs of edge cells. Computed once.
+    /// The keys that each tile visits for `radius`, in order: runs of whole cells and runs of edge cells. Computed
+    /// once.
     pub(crate) fn visits(&self, radius: Radius) -> Arc<Visits> {
-        let known = || self.visits.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(visits) = known().get(&radius.limit()) {
+        let lock = || self.visits.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(visits) = lock().get(&radius.limit()) {
             return visits.clone();
         }
-        // Away from the lock: a thread that waits for its part of the work may take up other work, which may ask for
-        // visits too. Two may compute the same; whoever is first is kept.
+        // Computed without the lock: while a thread of the pool waits, it may start other work that needs visits too,
+        // and would deadlock. Two threads may compute the same visits; the first are kept.
         let visits: Visits = self.tiles.par_iter().map(|tile| self.ranges(tile, radius)).collect();
-        known().entry(radius.limit()).or_insert_with(|| Arc::new(visits)).clone()
+        lock().entry(radius.limit()).or_insert_with(|| Arc::new(visits)).clone()
     }
 
+    /// The runs of keys that `tile` visits.
     fn ranges(&self, tile: &Tile, radius: Radius) -> Vec<KeyRange> {
         let limit = radius.limit();
         let mut found: Vec<(u32, Cover)> = Vec::new();
@@ -136,37 +140,40 @@ impl TileOrder {
         }
         found.sort_unstable_by_key(|(index, _)| *index);
         let runs = self.join(&found);
-        let range = |(tokens, cover): (Range<usize>, Cover)| {
-            let seen = if cover == Cover::Edge { self.seen(tile, tokens.clone(), limit) } else { Vec::new() };
-            KeyRange { tokens, seen }
+        let key_range = |(tokens, cover): (Range<usize>, Cover)| {
+            let mask = if cover == Cover::Edge { self.mask(tile, tokens.clone(), limit) } else { Vec::new() };
+            KeyRange { tokens, mask }
         };
-        runs.into_iter().map(range).collect()
+        runs.into_iter().map(key_range).collect()
     }
 
-    /// For each key, which queries of `tile` lie inside the disc around it.
-    fn seen(&self, tile: &Tile, keys: Range<usize>, limit: i32) -> Vec<u32> {
-        let inside = |query: usize, key: usize| {
-            let (dy, dx) = (self.rows[query] - self.rows[key], self.columns[query] - self.columns[key]);
+    /// For each key the queries of `tile` inside the disc around it, one bit each.
+    fn mask(&self, tile: &Tile, keys: Range<usize>, limit: i32) -> Vec<u32> {
+        let is_inside = |query: usize, key: usize| {
+            let dy = self.rows[query] - self.rows[key];
+            let dx = self.columns[query] - self.columns[key];
             dx * dx + dy * dy < limit
         };
-        let bits = |key| tile.tokens.clone().rev().fold(0, |bits, query| bits << 1 | u32::from(inside(query, key)));
+        let bits = |key| tile.tokens.clone().rev().fold(0, |bits, query| bits << 1 | u32::from(is_inside(query, key)));
         keys.map(bits).collect()
     }
 
-    pub(crate) fn share_inside(&self, radius: Radius) -> TileEfficiency {
-        let mut share = TileEfficiency { inside: 0, visited: 0 };
+    /// Pairs that are computed for `radius`, and those inside the disc.
+    pub(crate) fn efficiency(&self, radius: Radius) -> TileEfficiency {
+        let mut efficiency = TileEfficiency { inside: 0, visited: 0 };
         for (tile, ranges) in self.tiles.iter().zip(self.visits(radius).iter()) {
             for range in ranges {
-                share.visited += (LANES * range.tokens.len()) as u64;
-                share.inside += match range.seen.as_slice() {
+                efficiency.visited += (LANES * range.tokens.len()) as u64;
+                efficiency.inside += match range.mask.as_slice() {
                     [] => (tile.tokens.len() * range.tokens.len()) as u64,
-                    seen => seen.iter().map(|bits| u64::from(bits.count_ones())).sum(),
+                    mask => mask.iter().map(|bits| u64::from(bits.count_ones())).sum(),
                 };
             }
         }
-        share
+        efficiency
     }
 
+    /// Joins consecutive cells with the same cover.
     fn join(&self, found: &[(u32, Cover)]) -> Vec<(Range<usize>, Cover)> {
         let mut runs: Vec<(Range<usize>, Cover)> = Vec::new();
         for (index, cover) in found {
@@ -180,10 +187,13 @@ impl TileOrder {
     }
 
     fn add_grid(&mut self, grid: TokenGrid, cell: TileShape) {
-        let (cell_height, cell_width) = cell_extents(grid, cell);
-        let (rows, columns) = (grid.height.div_ceil(cell_height), grid.width.div_ceil(cell_width));
+        let (cell_height, cell_width) = cell_size(grid, cell);
+        let rows = grid.height.div_ceil(cell_height);
+        let columns = grid.width.div_ceil(cell_width);
         let mut map = CellMap { cell_height, cell_width, columns, index: vec![0; rows * columns] };
         let first = self.raster_of.len();
+        // In groups of 2 x 2 cells, so that neighbourhoods of whole cells are long runs of the sequence; each pair of
+        // cells in a group is a tile of queries.
         for pair in groups(rows, columns).iter().flat_map(|group| group.chunks(2)) {
             let start = self.cells.len();
             for (row, column) in pair {
@@ -206,24 +216,24 @@ impl TileOrder {
                 self.columns.push(column as i32);
             }
         }
-        let signed = |range: Range<usize>| range.start as i32..range.end as i32;
+        let to_signed = |range: Range<usize>| range.start as i32..range.end as i32;
         let tokens = start..self.raster_of.len();
-        self.cells.push(Tile { tokens, rows: signed(rows), columns: signed(columns) });
+        self.cells.push(Tile { tokens, rows: to_signed(rows), columns: to_signed(columns) });
     }
 }
 
-/// The smallest patch that holds both.
+/// The smallest patch that contains both.
 fn around(a: &Tile, b: &Tile) -> Tile {
-    let both = |a: &Range<i32>, b: &Range<i32>| a.start.min(b.start)..a.end.max(b.end);
-    Tile { tokens: a.tokens.start..b.tokens.end, rows: both(&a.rows, &b.rows), columns: both(&a.columns, &b.columns) }
+    let union = |a: &Range<i32>, b: &Range<i32>| a.start.min(b.start)..a.end.max(b.end);
+    Tile { tokens: a.tokens.start..b.tokens.end, rows: union(&a.rows, &b.rows), columns: union(&a.columns, &b.columns) }
 }
 
 impl CellMap {
     /// The cells within `reach` rows and columns of `tile`.
     fn near(&self, tile: &Tile, reach: i32) -> impl Iterator<Item = u32> + '_ {
-        let bounds = |range: &Range<i32>, extent: usize, count: usize| {
-            let first = (range.start - reach).max(0) as usize / extent;
-            first.min(count)..count.min((range.end + reach) as usize / extent + 1)
+        let bounds = |range: &Range<i32>, size: usize, count: usize| {
+            let first = (range.start - reach).max(0) as usize / size;
+            first.min(count)..count.min((range.end + reach) as usize / size + 1)
         };
         let rows = bounds(&tile.rows, self.cell_height, self.index.len() / self.columns);
         let columns = bounds(&tile.columns, self.cell_width, self.columns);
@@ -231,8 +241,8 @@ impl CellMap {
     }
 }
 
-/// Those of `cell`, or as near to as many tokens as a thin grid allows.
-fn cell_extents(grid: TokenGrid, cell: TileShape) -> (usize, usize) {
+/// Height and width of `cell`, or of a cell of up to as many tokens where the grid is thinner.
+fn cell_size(grid: TokenGrid, cell: TileShape) -> (usize, usize) {
     let width = grid.width.min(CELL / grid.height.min(cell.height));
     (grid.height.min(CELL / width), width)
 }
@@ -246,14 +256,18 @@ fn groups(rows: usize, columns: usize) -> Vec<Vec<(usize, usize)>> {
     (0..rows).step_by(2).flat_map(|row| (0..columns).step_by(2).map(move |column| group(row, column))).collect()
 }
 
+/// Squared distance of the nearest tokens of two patches.
 fn nearest(a: &Tile, b: &Tile) -> i32 {
     let gap = |a: &Range<i32>, b: &Range<i32>| 0.max(b.start - (a.end - 1)).max(a.start - (b.end - 1));
-    let (dy, dx) = (gap(&a.rows, &b.rows), gap(&a.columns, &b.columns));
+    let dy = gap(&a.rows, &b.rows);
+    let dx = gap(&a.columns, &b.columns);
     dy * dy + dx * dx
 }
 
+/// Squared distance of the farthest tokens of two patches.
 fn farthest(a: &Tile, b: &Tile) -> i32 {
     let span = |a: &Range<i32>, b: &Range<i32>| (b.end - 1 - a.start).max(a.end - 1 - b.start);
-    let (dy, dx) = (span(&a.rows, &b.rows), span(&a.columns, &b.columns));
+    let dy = span(&a.rows, &b.rows);
+    let dx = span(&a.columns, &b.columns);
     dy * dy + dx * dx
 }

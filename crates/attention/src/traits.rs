@@ -1,12 +1,12 @@
-//! [`SpatialAttention`]: what one layer does between its projections.
+//! [`Attention`]: what a layer computes between its projections.
 
 use crate::Geometry;
 use candle_core::{Result, Tensor};
 
-/// Queries, keys and values of one stream, after normalisation and rotation.
+/// Queries, keys and values of one stream, after normalization and rotation.
 ///
 /// # Shapes
-/// Each (batch, tokens, heads, head_dim), contiguous. Image tokens stand in the geometry's tile order.
+/// Each (batch, tokens, heads, head_dim), contiguous. Image tokens are in the geometry's tile order.
 #[derive(Debug, Clone)]
 pub struct Qkv {
     /// Queries.
@@ -17,7 +17,7 @@ pub struct Qkv {
     pub value: Tensor,
 }
 
-/// What attention gives back, stream by stream.
+/// The output of attention for each stream.
 ///
 /// # Shapes
 /// Each (batch, tokens, heads, head_dim).
@@ -25,14 +25,14 @@ pub struct Qkv {
 pub struct Attended {
     /// The image stream, in tile order.
     pub image: Tensor,
-    /// The text stream, where the layer has one.
+    /// The text stream, if the layer has one.
     pub text: Option<Tensor>,
 }
 
-/// Attention of one layer: softmax(q kᵀ / √head_dim) v over the keys its policy lets each query see.
+/// Attention of one layer: softmax(q kᵀ / √head_dim) v over the keys that its policy lets each query attend to.
 pub trait Attention: Send + Sync {
-    /// Attends; differentiable in every tensor of `image` and `text`. Image and text stay apart, so families of either
-    /// order share it and any text length works.
+    /// Attends; differentiable in every tensor of `image` and `text`. The streams are separate arguments, so that the
+    /// order in which a model concatenates them does not matter.
     ///
     /// # Errors
     /// Shapes that contradict each other or `geometry`.

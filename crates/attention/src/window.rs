@@ -1,18 +1,19 @@
-//! [`Window`]: what a layer's image tokens see of the image. Knows no tile and no kernel.
+//! [`Window`] and [`Radius`]: the part of the image that image tokens attend to.
 
 use crate::AttentionError;
 use candle_core::Tensor;
 use std::fmt;
 
-/// Radius of the CLEAR window in tokens: a token sees those at dx² + dy² < r², strictly (CLEAR, section 3.2).
+/// Radius of the CLEAR window in tokens: a token attends to those at dx² + dy² < r² (CLEAR, section 3.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Radius(f64);
 
 impl Radius {
-    /// A radius in tokens; it need not be whole.
+    /// A radius in tokens, which may be fractional.
     ///
     /// # Errors
-    /// One that is not finite or not above 0, or so small that its square is rounded to 0: a token sees itself.
+    /// A radius that is not finite or not above 0, or so small that its square rounds to 0: a token must attend to
+    /// itself.
     pub fn new(tokens: f64) -> Result<Self, AttentionError> {
         let sees_itself = tokens > 0.0 && tokens * tokens > 0.0;
         if tokens.is_finite() && sees_itself { Ok(Self(tokens)) } else { Err(AttentionError::BadRadius(tokens)) }
@@ -23,7 +24,7 @@ impl Radius {
         self.0
     }
 
-    /// The least whole number that is not below r²: squared distances are whole, so d² < r² exactly if d² < this.
+    /// r² rounded up: squared distances are integers, so d² < r² exactly if d² < ⌈r²⌉.
     pub(crate) fn limit(self) -> i32 {
         (self.0 * self.0).ceil() as i32
     }
@@ -35,11 +36,12 @@ impl fmt::Display for Radius {
     }
 }
 
-/// What an image token sees of the image besides the text, with a layer's learned tensor.
+/// The keys of the image that an image token attends to besides the text, with the learned tensor of a layer.
 #[derive(Debug, Clone, Default)]
 pub struct Window {
-    /// The disc, or the whole image.
+    /// The radius of the disc; none for the whole image.
     pub radius: Option<Radius>,
-    /// Weights of a pooled cell, (1, 1, 1, d, 1, d, 1), if image tokens see the image averaged over d × d cells too.
+    /// Weights of a pooled cell, (1, 1, 1, d, 1, d, 1), if image tokens also attend to the image averaged over d × d
+    /// cells.
     pub pool: Option<Tensor>,
 }

@@ -1,4 +1,5 @@
-//! What attention allocates, by a counting allocator: nothing tile by tile, and no more than tokens ask for.
+//! What attention allocates, measured by a counting allocator: nothing per tile, and no more memory than its tokens
+//! need.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
 use candle_core::{DType, Device, Tensor};
@@ -6,14 +7,14 @@ use clearform_attention::{Attention, AttentionPlan, Geometry, Qkv, TokenGrid};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// The system's allocator, which counts what it is asked for.
+/// The system allocator with counters.
 struct Counting;
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: everything is left to the system's allocator.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         CALLS.fetch_add(1, Relaxed);
@@ -47,8 +48,8 @@ impl Call {
     fn new(side: usize) -> Self {
         let plan: AttentionPlan = "clear:r=4".parse().unwrap();
         let random = |tokens: usize| {
-            let one = || Tensor::randn(0f32, 1.0, (1, tokens, HEADS, HEAD_DIM), &Device::Cpu).unwrap();
-            Qkv { query: one(), key: one(), value: one() }
+            let noise = || Tensor::randn(0f32, 1.0, (1, tokens, HEADS, HEAD_DIM), &Device::Cpu).unwrap();
+            Qkv { query: noise(), key: noise(), value: noise() }
         };
         Self {
             attention: plan.build("layer", &|_: &str| Ok(None)).unwrap(),
@@ -62,26 +63,27 @@ impl Call {
         self.attention.attend(&self.image, Some(&self.text), &self.geometry).unwrap().image
     }
 
-    /// Allocations and the most bytes held at once in a call after the first, which makes the lists.
+    /// Number of allocations and peak bytes of a call, after a first one that makes the lists.
     fn counted(&self) -> [usize; 2] {
         self.attend();
-        let (calls, held) = (CALLS.load(Relaxed), HELD.load(Relaxed));
+        let calls = CALLS.load(Relaxed);
+        let held = HELD.load(Relaxed);
         PEAK.store(held, Relaxed);
         assert_eq!(self.attend().dtype(), DType::F32);
         [CALLS.load(Relaxed) - calls, PEAK.load(Relaxed) - held]
     }
 }
 
-/// One test, since the counts are of the whole process.
+/// One test only, because the counters are those of the whole process.
 #[test]
-fn a_layer_allocates_nothing_by_tiles_and_holds_no_more_than_its_tokens() {
-    // Each thread has working memory of its own.
+fn a_layer_allocates_nothing_per_tile_and_no_more_than_its_tokens_need() {
+    // Each thread has its own working memory.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     let [[small_calls, _], [calls, bytes]] = [16, 96].map(|side| pool.install(|| Call::new(side).counted()));
-    // 36 times the tiles; a few more, where queues of threads grow.
+    // 36 times the tiles. A few more allocations happen where task queues of threads grow.
     assert!(calls < small_calls + 60, "{calls} allocations, {small_calls} with a 36th of the tiles");
-    let numbers = (96 * 96 + TEXT) * HEAD_DIM * 4;
-    // Queries, keys, values and the output of all heads, keys and values of one head once more, and scales and lists.
-    let most = numbers * (4 * HEADS + 2) + numbers;
+    let head_bytes = (96 * 96 + TEXT) * HEAD_DIM * 4;
+    // Queries, keys, values and the output of all heads, packed keys and values of one head, scales and lists.
+    let most = head_bytes * (4 * HEADS + 2) + head_bytes;
     assert!(bytes < most, "{bytes} bytes held at once, expected up to {most}");
 }

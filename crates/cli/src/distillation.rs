@@ -1,10 +1,10 @@
-//! From arguments to samples, and from samples to a trained student: what `convert`, `distill` and `demo` share.
+//! Generates samples with the teacher and trains a student on them, for `convert`, `distill` and `demo`.
 
 use crate::args::{DeviceArg, TrainingArgs};
 use crate::evaluation::prompts_or_classes;
 use crate::output::Output;
-use crate::sources::device;
-use anyhow::{Context as _, bail};
+use crate::sources::open_device;
+use anyhow::bail;
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
@@ -19,15 +19,19 @@ use clearform_weights::{InMemoryTensors, TensorSource};
 use std::ops::ControlFlow;
 use std::path::Path;
 
-/// Samples that are drawn at once where pictures are small; larger ones are drawn one by one.
-const SAMPLES_AT_ONCE: usize = 16;
-const SMALL: usize = 256;
+/// Samples per batch for images of up to [`SMALL_IMAGE_TOKENS`]. A batch of them still fits where one large image does;
+/// larger images are generated one by one.
+const SAMPLE_BATCH: usize = 16;
+const SMALL_IMAGE_TOKENS: usize = 256;
 
-/// What a teacher draws of itself when nobody says what.
-const PROMPTS: &str = include_str!("prompts.txt");
+/// Prompts for samples where the user gives none.
+const DEFAULT_PROMPTS: &str = include_str!("prompts.txt");
 
-/// The samples in `folder`: made, finished, or simply there.
-pub fn samples(
+/// The samples in `folder`; those that are missing there are generated.
+///
+/// # Errors
+/// If the folder holds samples of other settings, or the transformer needs a control image.
+pub fn prepare_samples(
     pipeline: &Pipeline,
     training: &TrainingArgs,
     folder: &Path,
@@ -38,48 +42,50 @@ pub fn samples(
         return Ok(set);
     }
     if pipeline.takes_control() {
-        bail!(
-            "the transformer draws from a control picture too, and samples are drawn from prompts alone: give --samples"
-        );
+        bail!("the transformer needs a control image, but samples are generated from prompts alone; pass --samples");
     }
-    let text_ids = encode(pipeline, &set)?;
+    let text_ids = encode_prompts(pipeline, &set)?;
     let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
     let bar = output.progress("samples", set.settings().count);
-    set.draw(teacher.as_ref(), &latent_spec(pipeline, set.settings(), text_ids)?, &mut |done, _| {
-        bar.set_position(done as u64)
-    })?;
+    let spec = sampling_spec(pipeline, set.settings(), text_ids)?;
+    set.generate(teacher.as_ref(), &spec, &mut |done, _| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     Ok(set)
 }
 
-/// Encodes the subjects of `set`, and gives the places of text tokens, where the model asks for them.
-fn encode(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>> {
-    let mut ids = None;
+/// Encodes the prompts of `set` into its folder. Returns the position ids of the text tokens, if the model takes them.
+fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>> {
+    let mut text_ids = None;
     let [width, height] = set.settings().size;
     set.encode(&mut |prompts| {
         let encoded = pipeline.encode(prompts)?;
-        ids = Some(encoded.text_ids.clone());
-        pipeline.add_size_conditions(
-            &encoded,
-            BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 },
-        )
+        text_ids = Some(encoded.text_ids.clone());
+        let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
+        pipeline.add_size_conditions(&encoded, batch_spec)
     })?;
-    match ids {
-        Some(ids) => Ok(ids),
+    match text_ids {
+        Some(text_ids) => Ok(text_ids),
+        // All prompts were encoded by an earlier run.
         None => Ok(pipeline.encode(&set.settings().prompts[..1])?.text_ids),
     }
 }
 
-/// Samples made before, which must be whole.
-pub fn existing_samples(folder: &Path) -> anyhow::Result<SampleSet> {
+/// Opens samples from an earlier run.
+///
+/// # Errors
+/// If some of them are missing.
+pub fn open_samples(folder: &Path) -> anyhow::Result<SampleSet> {
     let set = SampleSet::open(folder)?;
     if !set.is_complete() {
-        bail!("{}: the samples are not finished; run what made them again", folder.display());
+        bail!("{}: the samples are incomplete; rerun the command that generated them", folder.display());
     }
     Ok(set)
 }
 
-/// Trains a student of `plan` that starts from `start`, and keeps its state in `folder`.
+/// Trains `student` on `samples` against `teacher`.
+///
+/// # Errors
+/// If the device, the weights or the samples cannot be read, or training fails.
 pub fn train(
     teacher: &Transformer,
     student: StudentSpec,
@@ -87,63 +93,68 @@ pub fn train(
     training: &TrainingArgs,
     output: &Output,
 ) -> anyhow::Result<TrainedStudent> {
-    let weights = InMemoryTensors::load(&teacher.source(), None, &device(training.device)?)?;
-    let recipe = PairSpec { family: teacher.family(), config: teacher.config(), plan: student.plan };
-    let pair = TeacherStudent::build(recipe, &weights, student.start)?;
+    let weights = InMemoryTensors::load(&teacher.source(), None, &open_device(student.device)?)?;
+    let spec = PairSpec { family: teacher.family(), config: teacher.config(), plan: student.plan };
+    let pair = TeacherStudent::build(spec, &weights, student.start)?;
     let start = if training.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_dir =
         CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
+    let settings = distill_settings(training, student.device);
     let bar = output.progress("distilling", training.steps);
     let mut watch = |progress: &TrainingProgress| {
         bar.set_position(progress.entry.step as u64);
         bar.set_message(format!("loss {:.4}", progress.entry.losses.total));
         ControlFlow::Continue(())
     };
-    match distill(&pair, samples, &settings(training), &checkpoint_dir, &mut watch)? {
+    match distill(&pair, samples, &settings, &checkpoint_dir, &mut watch)? {
         TrainingOutcome::Finished(distilled) => {
             bar.finish_and_clear();
-            Ok(TrainedStudent { record: record(training, samples, &distilled), distilled })
+            Ok(TrainedStudent { record: distillation_record(training, samples, &distilled), distilled })
         }
-        TrainingOutcome::Stopped { step } => bail!("distillation stopped at step {step}; go on with --resume"),
+        TrainingOutcome::Stopped { step } => bail!("distillation stopped at step {step}; pass --resume to continue"),
     }
 }
 
-/// A student that is to be trained.
+/// A student to train.
 #[derive(Clone, Copy)]
 pub struct StudentSpec<'a> {
     /// Its attention.
     pub plan: &'a AttentionPlan,
-    /// Where its trained parameters start: the teacher, or an earlier student.
+    /// Initial values of its trained parameters: the teacher, or an earlier student.
     pub start: &'a dyn TensorSource,
-    /// Where the state of training lies.
+    /// Folder of the training checkpoints.
     pub folder: &'a Path,
+    /// Where it is trained.
+    pub device: DeviceArg,
 }
 
-/// What training gave.
+/// A student after training.
 #[derive(Debug)]
 pub struct TrainedStudent {
     /// The trained parameters and every step's losses.
     pub distilled: Distilled,
-    /// What the model's record says of it.
+    /// The entry about the training in the model's record.
     pub record: DistillationRecord,
 }
 
 fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
-    let prompts = prompts_or_classes(pipeline, training.prompts.as_deref(), PROMPTS, training.sample_count)?;
-    let size = size(pipeline, training);
+    let prompts = prompts_or_classes(pipeline, training.prompts.as_deref(), DEFAULT_PROMPTS, training.sample_count)?;
+    let size = sample_size(pipeline, training);
     let latents = pipeline.initial_latents(0, 1, size)?;
     let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
     let scale = defaults.guidance;
     let classifier_free = match pipeline.guidance_kind().clone() {
         guidance_kind if !guidance_kind.guides(scale) => None,
-        GuidanceKind::ClassifierFree { without, channels } => Some(ClassifierFree { scale, without, channels }),
+        GuidanceKind::ClassifierFree { unconditional, channels } => {
+            Some(ClassifierFree { scale, unconditional, channels })
+        }
         GuidanceKind::Embedded => None,
     };
     Ok(SampleSettings {
         prompts,
         count: training.sample_count,
-        batch: if latents.image_tokens <= SMALL { SAMPLES_AT_ONCE } else { 1 },
+        batch: if latents.image_tokens <= SMALL_IMAGE_TOKENS { SAMPLE_BATCH } else { 1 },
         size: [size.width, size.height],
         steps: training.sample_steps.unwrap_or(defaults.steps),
         guidance: embeds_guidance.then_some(defaults.guidance),
@@ -152,12 +163,12 @@ fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Resu
     })
 }
 
-fn size(pipeline: &Pipeline, training: &TrainingArgs) -> ImageSize {
+fn sample_size(pipeline: &Pipeline, training: &TrainingArgs) -> ImageSize {
     training.sample_size.map_or(pipeline.native_size(), |edge| ImageSize { height: edge, width: edge })
 }
 
-/// Samples are drawn in f32 on a CPU, and on a GPU in what its attention kernels take.
-fn latent_spec(
+/// Samples are generated in f32 on a CPU, and in bf16 on a GPU, whose attention kernels take 16-bit values.
+fn sampling_spec(
     pipeline: &Pipeline,
     settings: &SampleSettings,
     text_ids: Option<Tensor>,
@@ -175,7 +186,8 @@ fn latent_spec(
     })
 }
 
-fn settings(training: &TrainingArgs) -> DistillSettings {
+fn distill_settings(training: &TrainingArgs, device: DeviceArg) -> DistillSettings {
+    // Short runs warm up for a ninth of their steps, so that most steps train at the full rate.
     let learning_rate = LearningRate { peak: training.lr, warmup: (training.steps / 9).min(20), ..Default::default() };
     DistillSettings {
         steps: training.steps,
@@ -184,14 +196,15 @@ fn settings(training: &TrainingArgs) -> DistillSettings {
         learning_rate,
         loss: LossSettings { every: training.attention_every, ..Default::default() },
         seed: training.seed,
-        precision: if training.device == DeviceArg::Cpu { Precision::F32 } else { Precision::Bf16 },
+        precision: if device == DeviceArg::Cpu { Precision::F32 } else { Precision::Bf16 },
         activations: if training.keep_activations { Activations::Keep } else { Activations::Recompute },
         ..Default::default()
     }
 }
 
-fn record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {
+fn distillation_record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {
     let losses: Vec<f64> = distilled.entries.iter().map(|entry| entry.losses.total).collect();
+    // The last tenth of the steps: the loss of a single batch is noisy.
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
         steps: training.steps,
@@ -204,12 +217,16 @@ fn record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -
     }
 }
 
-/// The folder of components, or what to do without one.
-pub fn require_components<'a>(components: Option<&'a Path>, missing: &[&str]) -> anyhow::Result<Option<&'a Path>> {
-    if missing.is_empty() {
-        return Ok(components);
-    }
-    Err(anyhow::anyhow!("{} are not there", missing.join(", "))).context(
-        "distilling makes samples, which needs the whole pipeline: give --components, --samples or --no-distill",
-    )
+/// Checks that samples can be generated: that no component of the pipeline is missing.
+///
+/// # Errors
+/// If `missing` is not empty; the message names the ways out.
+pub fn require_components(missing: &[&str]) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        missing.is_empty(),
+        "missing components: {}; distillation generates samples and needs the whole pipeline: pass --components, --samples \
+         or --no-distill",
+        missing.join(", ")
+    );
+    Ok(())
 }

@@ -1,43 +1,45 @@
-//! The `clearform` command: arguments in, messages, progress and exit codes out. All that it does is done by the
-//! libraries below it; this crate alone prints.
+//! The `clearform` command: parses arguments, prints results, messages and progress, and sets the exit code. The libraries
+//! do the work; no other crate prints.
 #![allow(clippy::print_stdout)]
 
 mod adapters;
 mod args;
 mod commands;
+mod conversion;
 mod demo;
 mod distillation;
 mod evaluation;
 mod output;
+mod patching;
 mod report;
 mod sources;
 mod transfer;
 
 use args::{Cli, Command};
 use clap::Parser as _;
-use output::{CommandOutcome, Output};
+use output::{CommandOutcome, Format, Output};
 use std::process::ExitCode;
 
-/// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong use (clap's own).
+/// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap).
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(CommandOutcome::Whole) => ExitCode::SUCCESS,
+        Ok(CommandOutcome::Complete) => ExitCode::SUCCESS,
         Ok(CommandOutcome::Partial) => ExitCode::FAILURE,
         Err(error) => {
-            output::complain(format_args!("error: {}", explanation(&error)));
+            output::print_message(format_args!("error: {}", error_message(&error)));
             ExitCode::FAILURE
         }
     }
 }
 
-/// An error and its causes, but for those that the one before has told already.
-fn explanation(error: &anyhow::Error) -> String {
+/// An error and its causes, without causes that the text before already ends with.
+fn error_message(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
         match text.as_str() {
             "" => text = cause,
-            told if told.ends_with(&cause) => {}
+            before if before.ends_with(&cause) => {}
             _ => text = format!("{text}: {cause}"),
         }
     }
@@ -48,7 +50,7 @@ fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
     if let Some(threads) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
-    let output = Output::new(cli.json);
+    let output = Output::new(if cli.json { Format::Json } else { Format::Text });
     match &cli.command {
         Command::Inspect(args) => commands::inspect::run(args, &output),
         Command::Convert(args) => commands::convert::run(args, &output),

@@ -1,4 +1,4 @@
-//! [`Output`]: where results, messages and progress go. Results go to stdout, all else to stderr.
+//! [`Output`]: results go to stdout; messages and progress go to stderr.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -9,57 +9,68 @@ use std::io::{ErrorKind, Write as _};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommandOutcome {
     /// Everything was done.
-    Whole,
+    Complete,
     /// Done, with something missing, unmatched or unchecked.
     Partial,
 }
 
 impl CommandOutcome {
-    /// [`Self::RowRange`] if `whole` holds.
-    pub fn whole_if(whole: bool) -> Self {
-        if whole { Self::Whole } else { Self::Partial }
+    /// [`Self::Complete`] if `complete` holds, otherwise [`Self::Partial`].
+    pub fn complete_if(complete: bool) -> Self {
+        if complete { Self::Complete } else { Self::Partial }
     }
 }
 
-/// A message on stderr. Whatever stands in it, the terminal is not steered by it.
-pub fn complain(message: impl Display) {
-    eprintln!("{}", escaped(&message.to_string(), in_text));
+/// Prints a message on stderr, with control characters escaped.
+pub fn print_message(message: impl Display) {
+    eprintln!("{}", escaped(&message.to_string(), text_escape));
+}
+
+/// What a result is printed as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Text for a person.
+    Text,
+    /// One JSON object, and nothing else on stdout.
+    Json,
 }
 
 /// Where a command writes.
 #[derive(Debug)]
 pub struct Output {
-    json: bool,
+    format: Format,
 }
 
 impl Output {
-    /// With `json`, stdout holds one JSON object and nothing else.
-    pub fn new(json: bool) -> Self {
-        Self { json }
+    /// Prints results in `format`.
+    pub fn new(format: Format) -> Self {
+        Self { format }
     }
 
-    /// The command's result: as text, or as JSON where that was asked for.
+    /// Prints the command's result on stdout.
+    ///
+    /// # Errors
+    /// If stdout cannot be written, except when its reader has closed it, as `head` does.
     pub fn result(&self, result: &(impl Serialize + Display)) -> anyhow::Result<()> {
-        let text = match self.json {
-            true => escaped(&serde_json::to_string_pretty(result)?, in_json),
-            false => escaped(&result.to_string(), in_text),
+        let text = match self.format {
+            Format::Json => escaped(&serde_json::to_string_pretty(result)?, json_escape),
+            Format::Text => escaped(&result.to_string(), text_escape),
         };
         match writeln!(std::io::stdout(), "{text}") {
-            // Whoever reads has seen enough, as `head` does.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
             written => Ok(written?),
         }
     }
 
-    /// A message to the person, on stderr.
+    /// Prints a message for the user on stderr.
     pub fn note(&self, message: impl Display) {
-        complain(message);
+        print_message(message);
     }
 
-    /// A progress bar on stderr; invisible when stderr is not a terminal.
-    pub fn progress(&self, what: &'static str, length: usize) -> ProgressBar {
+    /// A progress bar on stderr; hidden when stderr is not a terminal.
+    pub fn progress(&self, label: &'static str, length: usize) -> ProgressBar {
         let style = ProgressStyle::with_template("{prefix:>12} {bar:32} {pos}/{len} {eta:>5} {msg}");
-        let bar = ProgressBar::new(length as u64).with_prefix(what);
+        let bar = ProgressBar::new(length as u64).with_prefix(label);
         match style {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
@@ -67,15 +78,15 @@ impl Output {
     }
 }
 
-/// `text` with `escape` of every character that steers a terminal or the order in which text is read. Names of files and
-/// texts in them are others' words; most messages quote them, and this is for those that do not.
+/// `text` with `escape` applied to every character that controls a terminal or changes the order in which text is displayed.
+/// File names and the text in files are untrusted; most messages quote them, and this covers those that do not.
 fn escaped(text: &str, escape: fn(char) -> String) -> String {
-    text.chars().map(|one| if steers(one) { escape(one) } else { one.to_string() }).collect()
+    text.chars().map(|letter| if is_control(letter) { escape(letter) } else { letter.to_string() }).collect()
 }
 
-/// Control characters but the end of a line, and what Unicode has for directions, for lines and to be invisible; not the
+/// Control characters except the line feed, and Unicode's direction marks, line separators and invisible characters; not the
 /// joiners, which scripts and emoji need.
-fn steers(character: char) -> bool {
+fn is_control(character: char) -> bool {
     match character {
         '\n' | '\u{200c}' | '\u{200d}' => false,
         '\u{61c}' | '\u{180e}' | '\u{feff}' => true,
@@ -85,11 +96,11 @@ fn steers(character: char) -> bool {
     }
 }
 
-fn in_text(character: char) -> String {
+fn text_escape(character: char) -> String {
     character.escape_default().to_string()
 }
 
-fn in_json(character: char) -> String {
+fn json_escape(character: char) -> String {
     character.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect()
 }
 
@@ -99,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_is_printed_steers_a_terminal() {
+    fn control_characters_are_escaped() {
         for (text, expected) in [
             (
                 "a \u{e9} \u{6587}\n\u{1f468}\u{200d}\u{1f469} \"b\"\\",
@@ -109,14 +120,14 @@ mod tests {
             ("\u{9b}1m\u{7f}\0", "\\u{9b}1m\\u{7f}\\u{0}"),
             ("\u{202e}gpj\u{2066}\u{feff}\u{e0041}", "\\u{202e}gpj\\u{2066}\\u{feff}\\u{e0041}"),
         ] {
-            assert_eq!(escaped(text, in_text), expected);
+            assert_eq!(escaped(text, text_escape), expected);
         }
     }
 
     #[test]
-    fn escaped_json_is_the_same_json() {
+    fn escaped_json_parses_to_the_same_value() {
         let value = serde_json::json!({"\u{202e}\u{7f}": "\u{1b}[2J\u{9b}\u{e0041}"});
-        let text = escaped(&value.to_string(), in_json);
+        let text = escaped(&value.to_string(), json_escape);
         assert_eq!(text, r#"{"\u202e\u007f":"\u001b[2J\u009b\udb40\udc41"}"#);
         assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }

@@ -1,4 +1,4 @@
-//! How the arguments of a command become an opened, identified checkpoint and the settings it runs with.
+//! Opens what the arguments name: checkpoints, pipelines, attention plans and devices.
 
 use crate::args::{DeviceArg, DtypeArg, SourceArgs};
 use crate::output::Output;
@@ -6,13 +6,13 @@ use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
-use clearform_runtime::{Adapters, Components, Pipeline, PipelineOptions, Transformer};
+use clearform_runtime::{Adapters, Components, Pipeline, PipelineOptions, ReadOptions, Transformer};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
 
-/// The built-in manifests and that of `--manifest`, and what the person said of the source.
-pub fn reading(args: &SourceArgs) -> anyhow::Result<clearform_runtime::ReadOptions> {
+/// The built-in manifests with that of `--manifest`, and the hints that the arguments give.
+pub fn read_options(args: &SourceArgs) -> anyhow::Result<ReadOptions> {
     let embedded = Manifests::embedded()?;
     let manifests = match &args.manifest {
         Some(path) => embedded.with_file(path)?,
@@ -20,72 +20,72 @@ pub fn reading(args: &SourceArgs) -> anyhow::Result<clearform_runtime::ReadOptio
     };
     let config = args.config.as_deref().map(read_json).transpose()?;
     let hints = Hints { family: args.family.clone(), variant: args.variant.clone(), config };
-    Ok(clearform_runtime::ReadOptions { manifests, hints, allow_unmatched: args.allow_unmatched })
+    Ok(ReadOptions { manifests, hints, allow_unmatched: args.allow_unmatched })
 }
 
-/// How a pipeline is opened where nothing particular is asked for.
-pub fn plainly(components: Option<&Path>, place: DeviceArg) -> anyhow::Result<PipelineOptions> {
+/// Options to open a pipeline with its own attention plan and dtype, and without adapters.
+pub fn default_options(components: Option<&Path>, device: DeviceArg) -> anyhow::Result<PipelineOptions> {
     Ok(PipelineOptions {
-        reading: clearform_runtime::ReadOptions::default_options()?,
+        reading: ReadOptions::default_options()?,
         components: components.map(Path::to_owned),
         plan: None,
         dtype: None,
-        device: device(place)?,
+        device: open_device(device)?,
         guided_channels: None,
         adapters: Adapters::default(),
     })
 }
 
-/// Opens `model` where nothing particular is asked for.
-pub fn open_plainly(model: &Path, components: Option<&Path>, place: DeviceArg) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::open(model, plainly(components, place)?)?)
+/// Opens `model` with [`default_options`].
+pub fn open_pipeline(model: &Path, components: Option<&Path>, device: DeviceArg) -> anyhow::Result<Pipeline> {
+    Ok(Pipeline::open(model, default_options(components, device)?)?)
 }
 
-/// Opens the transformer of `model` where nothing particular is asked for.
-pub fn transformer(model: &Path) -> anyhow::Result<Transformer> {
-    open_as(model, &clearform_runtime::ReadOptions::default_options()?.recorded(model)?)
-}
-
-/// Opens the transformer of `original`, from which the portable model `model` was made.
-pub fn original_transformer(original: &Path, model: &Path) -> anyhow::Result<Transformer> {
-    open_as(original, &clearform_runtime::ReadOptions::default_options()?.of_original(original, model)?)
-}
-
-/// Opens `original`, from which the portable model `model` was made.
-pub fn open_original(
+/// Opens `original`, from which the portable model `model` was made, with [`default_options`].
+pub fn open_original_pipeline(
     original: &Path,
     model: &Path,
     components: Option<&Path>,
-    place: DeviceArg,
+    device: DeviceArg,
 ) -> anyhow::Result<Pipeline> {
-    let reading = clearform_runtime::ReadOptions::default_options()?.of_original(original, model)?;
-    Ok(Pipeline::open(original, PipelineOptions { reading, ..plainly(components, place)? })?)
+    let reading = ReadOptions::default_options()?.of_original(original, model)?;
+    Ok(Pipeline::open(original, PipelineOptions { reading, ..default_options(components, device)? })?)
 }
 
-/// Opens the transformer of `model` as `reading` says.
-pub fn open_as(model: &Path, reading: &clearform_runtime::ReadOptions) -> anyhow::Result<Transformer> {
-    let path = Components::new(model, None).transformer();
-    Transformer::open(&path, reading).with_context(|| format!("{}", model.display()))
+/// Opens the transformer of `model`, read as its record states.
+pub fn open_transformer(model: &Path) -> anyhow::Result<Transformer> {
+    open_transformer_with(model, &ReadOptions::default_options()?.recorded(model)?)
 }
 
-/// Opens the transformer of `source` and says what it is.
-pub fn identify(source: &Path, reading: &SourceArgs) -> anyhow::Result<(Dequantized<Checkpoint>, Identified)> {
-    let path = Components::new(source, None).transformer();
-    let reading = self::reading(reading)?;
-    let checkpoint = Dequantized::open(&path, &reading.manifests)?;
+/// Opens the transformer of `original`, from which the portable model `model` was made.
+pub fn open_original_transformer(original: &Path, model: &Path) -> anyhow::Result<Transformer> {
+    open_transformer_with(original, &ReadOptions::default_options()?.of_original(original, model)?)
+}
+
+/// Opens the transformer of `model` with `options`.
+pub fn open_transformer_with(model: &Path, options: &ReadOptions) -> anyhow::Result<Transformer> {
+    let path = Components::new(model, None).transformer_path();
+    Transformer::open(&path, options).with_context(|| format!("{}", model.display()))
+}
+
+/// Opens the transformer of `source` and detects its family, variant and layout.
+pub fn identify(source: &Path, args: &SourceArgs) -> anyhow::Result<(Dequantized<Checkpoint>, Identified)> {
+    let path = Components::new(source, None).transformer_path();
+    let options = read_options(args)?;
+    let checkpoint = Dequantized::open(&path, &options.manifests)?;
     let identified =
-        detect(&checkpoint, &reading.manifests, &reading.hints).with_context(|| format!("{}", path.display()))?;
+        detect(&checkpoint, &options.manifests, &options.hints).with_context(|| format!("{}", path.display()))?;
     Ok((checkpoint, identified))
 }
 
-/// Tells which of a file's states were taken and what else it holds.
-pub fn tell(checkpoint: &Checkpoint, output: &Output) {
+/// Prints what was noted while the checkpoint was opened, such as which of its state dicts was read.
+pub fn print_notes(checkpoint: &Checkpoint, output: &Output) {
     let path = checkpoint.path().display();
     checkpoint.notes().iter().for_each(|note| output.note(format_args!("{path}: {note}")));
 }
 
-/// The plan of `--attention`: one policy in a word, or a TOML file with a plan per layer.
-pub fn plan(text: &str) -> anyhow::Result<AttentionPlan> {
+/// The plan of `--attention`: one policy for all layers, or a TOML file with a plan per layer.
+pub fn parse_plan(text: &str) -> anyhow::Result<AttentionPlan> {
     let path = Path::new(text);
     if path.extension().is_some_and(|extension| extension == "toml") {
         let content = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
@@ -94,27 +94,30 @@ pub fn plan(text: &str) -> anyhow::Result<AttentionPlan> {
     Ok(text.parse()?)
 }
 
-/// The device of `--device`.
-pub fn device(place: DeviceArg) -> anyhow::Result<Device> {
-    match place {
+/// Opens the device of `--device`.
+///
+/// # Errors
+/// If a GPU is asked for and the build has no CUDA, or the GPU does not exist.
+pub fn open_device(device: DeviceArg) -> anyhow::Result<Device> {
+    match device {
         DeviceArg::Cpu => Ok(Device::Cpu),
-        DeviceArg::Cuda(number) => gpu(number).with_context(|| format!("--device cuda:{number}")),
+        DeviceArg::Cuda(index) => open_gpu(index).with_context(|| format!("--device cuda:{index}")),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn gpu(number: usize) -> anyhow::Result<Device> {
-    Ok(clearform_ops::cuda::device(number)?)
+fn open_gpu(index: usize) -> anyhow::Result<Device> {
+    Ok(clearform_ops::cuda::device(index)?)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpu(_: usize) -> anyhow::Result<Device> {
-    anyhow::bail!("this build runs on the CPU alone; build it with --features cuda")
+fn open_gpu(_: usize) -> anyhow::Result<Device> {
+    anyhow::bail!("this build has no CUDA support; rebuild with --features cuda")
 }
 
 impl DtypeArg {
-    /// The tensor library's name for it.
-    pub fn computed(self) -> DType {
+    /// The same dtype in candle.
+    pub fn as_dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,

@@ -1,15 +1,15 @@
-//! [`TransferStudy`]: what carries over from a model to its linear form: both drawn from the same noise, with nothing, with the
-//! weights of a fine-tune, and under adapters that were made for the original.
+//! [`TransferStudy`]: what carries over from a model to its linear form. Both generate images from the same noise: alone, with
+//! the weights of a fine-tune, and with adapters that were trained for the original.
 
-use crate::commands::patch;
 use crate::evaluation::EvaluationRun;
 use crate::output::Output;
+use crate::patching::{self, PatchApplication};
 use crate::report::Page;
 use anyhow::Context as _;
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
-use clearform_convert::PatchMode;
-use clearform_portable_model::recorded_plan;
+use clearform_convert::{AttentionPatch, PatchMode};
+use clearform_portable_model::{Overwrite, recorded_plan};
 use clearform_runtime::compare::{contact_sheet, psnr, retrieve, ssim};
 use clearform_runtime::{Adapters, Pipeline, PipelineOptions, RgbImage, png};
 use serde::Serialize;
@@ -24,26 +24,26 @@ pub struct TransferStudy<'a> {
     pub student: &'a Path,
     /// A fine-tune of the original, if there is one.
     pub fine_tune: Option<&'a Path>,
-    /// What acts on both, one after another and all together; named for the report.
+    /// Sets of adapters that are applied to both, one after the other, with their names in the report.
     pub adapters: Vec<(String, Adapters)>,
-    /// What is drawn.
+    /// What both generate.
     pub evaluation: EvaluationRun,
-    /// What controls ControlNets, made of the original's own pictures.
-    pub control: &'a dyn Fn(&[RgbImage]) -> Vec<RgbImage>,
+    /// Control images, given the original's images without adapters.
+    pub control_images: &'a dyn Fn(&[RgbImage]) -> Vec<RgbImage>,
     /// How both are opened.
     pub options: PipelineOptions,
-    /// Where patched models go, and the report.
+    /// Where the patched models and the report are written.
     pub folder: &'a Path,
 }
 
-/// What was found.
+/// The result of a [`TransferStudy`].
 #[derive(Debug, Serialize)]
 pub struct TransferReport {
-    /// Attention of the linear form.
+    /// Attention plan of the linear form.
     pub attention: String,
-    /// One entry a condition; the first is that of no adapter.
+    /// One entry per condition; the first is without adapters.
     pub conditions: Vec<TransferCondition>,
-    /// What was drawn.
+    /// The prompts of the images.
     #[serde(skip)]
     pub prompts: Vec<String>,
 }
@@ -51,34 +51,38 @@ pub struct TransferReport {
 /// Original and linear form under one condition.
 #[derive(Debug, Serialize)]
 pub struct TransferCondition {
-    /// What acted on both.
+    /// What was applied to both.
     pub name: String,
-    /// PSNR of the linear form's pictures against the original's, in dB, of the mean squared error of all.
+    /// PSNR of the linear form's images against the original's, in dB, from the mean squared error over all of them.
     pub psnr: f64,
     /// Their mean SSIM.
     pub ssim: f64,
-    /// Share of the linear form's pictures that, of all the original's, are nearest to their own.
-    pub right: f64,
-    /// Mean SSIM of the original's pictures with the condition and without: how much it does.
+    /// Share of the linear form's images whose nearest among the original's images is that of the same prompt.
+    #[serde(rename = "right")]
+    pub retrieval: f64,
+    /// Mean SSIM between the original's images with and without the condition: the lower, the stronger its effect.
     pub effect: f64,
-    /// The original's pictures, and the linear form's.
+    /// The original's images, and the linear form's.
     #[serde(skip)]
-    pub pictures: [Vec<RgbImage>; 2],
-    /// What both were controlled by, if they were.
+    pub images: [Vec<RgbImage>; 2],
+    /// The control images; empty without a ControlNet.
     #[serde(skip)]
-    pub controls: Vec<RgbImage>,
+    pub control_images: Vec<RgbImage>,
 }
 
-/// One of the two, under a condition.
+/// A model as it generates images under one condition.
 struct ModelForm<'a> {
     model: &'a Path,
     adapters: &'a Adapters,
-    /// None is what the model records.
+    /// The plan that the model records if there is none.
     plan: Option<AttentionPlan>,
 }
 
 impl TransferStudy<'_> {
-    /// Draws under every condition.
+    /// Generates images under every condition and compares them.
+    ///
+    /// # Errors
+    /// If a model or adapter cannot be opened, or the fine-tune cannot be patched.
     pub fn run(mut self, output: &Output) -> anyhow::Result<TransferReport> {
         let none = Adapters::default();
         let models = [self.teacher, self.student];
@@ -87,25 +91,25 @@ impl TransferStudy<'_> {
             let fine_tune = self.fine_tune.unwrap_or(self.teacher);
             conditions.push(self.compare(&name, [fine_tune, &model], &none, output)?);
         }
-        let controls = (self.control)(&conditions[0].pictures[0]);
+        let control_images = (self.control_images)(&conditions[0].images[0]);
         for (name, adapters) in std::mem::take(&mut self.adapters) {
             self.evaluation.control_images =
-                if adapters.controlnet_count() > 0 { controls.clone() } else { Vec::new() };
+                if adapters.controlnet_count() > 0 { control_images.clone() } else { Vec::new() };
             conditions.push(self.compare(&name, models, &adapters, output)?);
         }
         let (first, rest) = conditions.split_at_mut(1);
         for condition in rest {
-            condition.effect = mean(&first[0].pictures[0], &condition.pictures[0], ssim)?;
+            condition.effect = mean(&first[0].images[0], &condition.images[0], ssim)?;
         }
-        Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.evaluation.prompts() })
+        Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.evaluation.prompt_texts() })
     }
 
-    /// What the linear form records.
+    /// The plan that the linear form records.
     fn plan(&self) -> anyhow::Result<AttentionPlan> {
         Ok(recorded_plan(self.student)?.unwrap_or_else(AttentionPlan::full))
     }
 
-    /// Draws with an original and a linear form under one condition.
+    /// Generates images with an original and a linear form under one condition.
     fn compare(
         &self,
         name: &str,
@@ -114,58 +118,63 @@ impl TransferStudy<'_> {
         output: &Output,
     ) -> anyhow::Result<TransferCondition> {
         output.note(format_args!("transfer: {name}"));
-        let original = self.draw(&ModelForm { model: teacher, adapters, plan: Some(AttentionPlan::full()) }, output)?;
-        let linear = self.draw(&ModelForm { model: student, adapters, plan: None }, output)?;
+        let full = Some(AttentionPlan::full());
+        let original = self.generate(&ModelForm { model: teacher, adapters, plan: full }, output)?;
+        let linear = self.generate(&ModelForm { model: student, adapters, plan: None }, output)?;
         let nearest = retrieve(&linear, &original)?;
-        let right = nearest.iter().enumerate().filter(|(own, nearest)| own == *nearest).count();
+        let retrieved = nearest.iter().enumerate().filter(|(index, nearest)| index == *nearest).count();
         Ok(TransferCondition {
             name: name.to_owned(),
             psnr: -10.0 * mean(&original, &linear, |a, b| Ok(10f64.powf(-psnr(a, b)? / 10.0)))?.log10(),
             ssim: mean(&original, &linear, ssim)?,
-            right: right as f64 / linear.len() as f64,
+            retrieval: retrieved as f64 / linear.len() as f64,
             effect: 1.0,
-            pictures: [original, linear],
-            controls: self.evaluation.control_images.clone(),
+            images: [original, linear],
+            control_images: self.evaluation.control_images.clone(),
         })
     }
 
-    fn open(&self, side: &ModelForm) -> anyhow::Result<Pipeline> {
+    fn open(&self, form: &ModelForm) -> anyhow::Result<Pipeline> {
         let options = PipelineOptions {
-            plan: side.plan.clone(),
-            adapters: side.adapters.clone(),
+            plan: form.plan.clone(),
+            adapters: form.adapters.clone(),
             components: Some(self.options.components.clone().unwrap_or_else(|| self.teacher.to_owned())),
             ..self.options.clone()
         };
-        Pipeline::open(side.model, options).with_context(|| format!("{}", side.model.display()))
+        Pipeline::open(form.model, options).with_context(|| format!("{}", form.model.display()))
     }
 
-    fn draw(&self, side: &ModelForm, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
-        let pipeline = self.open(side)?;
-        let bar = output.progress("drawing", self.evaluation.prompts.len());
+    fn generate(&self, form: &ModelForm, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
+        let pipeline = self.open(form)?;
+        let bar = output.progress("generating", self.evaluation.prompts.len());
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
-        let latents = self.evaluation.draw(&pipeline, transformer.as_ref(), &mut |count| bar.inc(count as u64))?;
+        let mut advance = |count: usize| bar.inc(count as u64);
+        let latents = self.evaluation.generate_latents(&pipeline, transformer.as_ref(), &mut advance)?;
         bar.finish_and_clear();
         self.evaluation.decode(&pipeline, &latents)
     }
 
-    /// The fine-tune with the distilled attention, put in and added, as models of their own.
+    /// Writes the fine-tune with the distilled attention, in both modes. Returns the names and folders of the models.
     fn fine_tuned(&self) -> anyhow::Result<Vec<(String, PathBuf)>> {
         let Some(fine_tune) = self.fine_tune else { return Ok(Vec::new()) };
         std::fs::create_dir_all(self.folder).with_context(|| format!("{}", self.folder.display()))?;
         let file = self.folder.join("attention.safetensors");
-        patch::extract_to(self.student, self.teacher, &file)?;
-        let one = |(name, mode): (&str, PatchMode)| -> anyhow::Result<(String, PathBuf)> {
-            let model = self.folder.join(format!("fine-tune-{name}"));
+        patching::extract(self.student, self.teacher, &file)?;
+        let patch = AttentionPatch::open(&file, None)?;
+        let apply = |(name, mode): (&str, PatchMode)| -> anyhow::Result<(String, PathBuf)> {
+            let output = self.folder.join(format!("fine-tune-{name}"));
             let base = (mode == PatchMode::Shift).then_some(self.teacher);
-            patch::apply_to(&file, fine_tune, &model, mode, base)?;
-            Ok((format!("fine-tune, {name}"), model))
+            let overwrite = Overwrite::PortableModel;
+            PatchApplication { patch: &patch, checkpoint: fine_tune, output: &output, mode, base, overwrite }
+                .write()?;
+            Ok((format!("fine-tune, {name}"), output))
         };
-        [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)].into_iter().map(one).collect()
+        [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)].into_iter().map(apply).collect()
     }
 }
 
-/// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
-pub fn with_merged_adapters(options: PipelineOptions) -> PipelineOptions {
+/// `options` with f32: differences then come from the attention alone, not from bf16 rounding.
+pub fn in_f32(options: PipelineOptions) -> PipelineOptions {
     PipelineOptions { dtype: Some(DType::F32), ..options }
 }
 
@@ -179,31 +188,24 @@ fn mean(
 }
 
 const HEADINGS: [&str; 5] = ["with", "PSNR", "SSIM", "nearest to its own", "original with and without, SSIM"];
-/// Pictures of a row on the page.
-const SHOWN: usize = 8;
+/// Images per row of a contact sheet: as many as are legible at the page's width.
+const SHEET_COLUMNS: usize = 8;
 
 impl TransferReport {
-    /// Adds a chapter to `page`, and writes its contact sheets into `folder`.
+    /// Adds a section to `page`, and writes its contact sheets to `folder`.
     pub fn write(&self, page: &mut Page, folder: &Path) -> anyhow::Result<()> {
         page.heading("What carries over");
         page.paragraph(&format!(
-            "The original and its linear form ({}), drawn from the same noise: as they are, with the weights of a \
-             fine-tune, and under adapters that were made for the original and never saw the linear form. PSNR and SSIM \
-             compare the two; the last column says how much the adapter changes the original's own pictures.",
+            "Images of the original and its linear form ({}) from the same noise: of the models alone, with the weights of a \
+             fine-tune, and with adapters that were trained for the original and never saw the linear form. PSNR and SSIM \
+             compare the two models; the last column shows how much the adapter changes the original's images.",
             self.attention
         ));
         page.table(&HEADINGS, &self.rows());
         for condition in &self.conditions {
-            let rows = std::iter::once(&condition.controls).chain(&condition.pictures).filter(|row| !row.is_empty());
-            let rows: Vec<Vec<&RgbImage>> = rows.map(|row| row.iter().take(SHOWN).collect()).collect();
-            let sheet = png::encode(&contact_sheet(&rows), None)?;
-            let plain = |one: char| if one.is_ascii_alphanumeric() { one } else { '-' };
-            let name = format!("transfer-{}.png", condition.name.chars().map(plain).collect::<String>());
-            clearform_weights::write_atomically(folder.join(name), &sheet)?;
-            let prompts = self.prompts.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-            let shown = if condition.controls.is_empty() { "" } else { "What controls it; " };
-            let caption = format!("With {}. {shown}the original; its linear form. {prompts}.", condition.name);
-            page.picture(&sheet, &caption);
+            let sheet = condition.sheet()?;
+            clearform_weights::write_atomically(folder.join(condition.file_name()), &sheet)?;
+            page.image(&sheet, &condition.caption(&self.prompts));
         }
         Ok(())
     }
@@ -214,7 +216,7 @@ impl TransferReport {
                 condition.name.clone(),
                 format!("{:.1} dB", condition.psnr),
                 format!("{:.3}", condition.ssim),
-                format!("{:.0}%", 100.0 * condition.right),
+                format!("{:.0}%", 100.0 * condition.retrieval),
                 format!("{:.3}", condition.effect),
             ]
         };
@@ -222,10 +224,30 @@ impl TransferReport {
     }
 }
 
+impl TransferCondition {
+    /// A PNG with rows of control images (if there are any), the original's images and the linear form's.
+    fn sheet(&self) -> anyhow::Result<Vec<u8>> {
+        let rows = std::iter::once(&self.control_images).chain(&self.images).filter(|row| !row.is_empty());
+        let rows: Vec<Vec<&RgbImage>> = rows.map(|row| row.iter().take(SHEET_COLUMNS).collect()).collect();
+        Ok(png::encode(&contact_sheet(&rows), None)?)
+    }
+
+    fn file_name(&self) -> String {
+        let safe = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '-' };
+        format!("transfer-{}.png", self.name.chars().map(safe).collect::<String>())
+    }
+
+    fn caption(&self, prompts: &[String]) -> String {
+        let prompts = prompts.iter().take(SHEET_COLUMNS).cloned().collect::<Vec<_>>().join(", ");
+        let controls = if self.control_images.is_empty() { "" } else { "the control images, " };
+        format!("With {}. From top: {controls}the original, its linear form. {prompts}.", self.name)
+    }
+}
+
 impl fmt::Display for TransferReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [with, psnr, ssim, right, effect] = HEADINGS;
-        writeln!(f, "{with:<28} {psnr:>9} {ssim:>7} {right:>18}   {effect}")?;
+        let [with, psnr, ssim, retrieval, effect] = HEADINGS;
+        writeln!(f, "{with:<28} {psnr:>9} {ssim:>7} {retrieval:>18}   {effect}")?;
         for row in self.rows() {
             writeln!(f, "{:<28} {:>9} {:>7} {:>18}   {}", row[0], row[1], row[2], row[3], row[4])?;
         }

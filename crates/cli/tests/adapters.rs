@@ -1,15 +1,15 @@
-//! Adapters on the command line: what they do, what is said of them, and that no plugin is loaded unasked.
+//! Adapters on the command line: their effect, their reports, and that no plugin is loaded without need.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use clearform_testkit::{assert_close, fixture};
-use common::{Tiny, clearform, complaint, json, repository, run, text};
+use clearform_testkit::{assert_close, fixture, relative_error};
+use common::{Tiny, clearform, json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// The plugins that cargo built for these tests lie beside them.
+/// The folder of these tests, where cargo builds the plugins.
 fn plugins() -> String {
     text(std::env::current_exe().unwrap().parent().unwrap()).to_owned()
 }
@@ -22,14 +22,14 @@ fn expected_lora(name: &str) -> Tensor {
     fixture(repository("tests/fixtures/lora/expected.safetensors"))[&format!("{name}/sample")].clone()
 }
 
-/// Runs `forward` on the inputs of a fixture with further arguments; gives the sample and what was said.
+/// Runs `forward` on the inputs of a fixture with further arguments; returns the sample and stderr.
 fn forward(model: &Path, inputs: &HashMap<String, Tensor>, more: &[&str]) -> (Tensor, String) {
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(inputs, &input).unwrap();
     let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--plugin-dir", &plugins()];
-    let said = complaint(0, &[&arguments, more].concat());
-    (fixture(&output)["sample"].clone(), said)
+    let message = stderr_of(0, &[&arguments, more].concat());
+    (fixture(&output)["sample"].clone(), message)
 }
 
 fn lora_inputs() -> HashMap<String, Tensor> {
@@ -37,11 +37,11 @@ fn lora_inputs() -> HashMap<String, Tensor> {
 }
 
 #[test]
-fn a_lora_is_applied_and_accounted_for() {
+fn a_lora_is_applied_and_reported() {
     let tiny = Tiny::new();
-    let (sample, said) = forward(tiny.path(), &lora_inputs(), &["--lora", &lora("kohya")]);
+    let (sample, message) = forward(tiny.path(), &lora_inputs(), &["--lora", &lora("kohya")]);
     assert_close("kohya", &sample, &expected_lora("kohya"), 2e-5);
-    assert!(said.contains("kohya.safetensors: applied 99 of 99 tensors to 33 modules"), "{said}");
+    assert!(message.contains("kohya.safetensors: applied 99 of 99 tensors to 33 modules"), "{message}");
     let half = format!("{}:0.5", lora("kohya"));
     let fused = ["--lora", &half, "--lora-apply-mode", "immediately"];
     assert_close("half", &forward(tiny.path(), &lora_inputs(), &fused).0, &expected_lora("kohya@0.5"), 2e-5);
@@ -51,23 +51,34 @@ fn a_lora_is_applied_and_accounted_for() {
 }
 
 #[test]
-fn what_meets_nothing_exits_1() {
+fn unmatched_adapter_tensors_exit_1() {
     let (tiny, broken) = (Tiny::new(), lora("broken"));
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     let plugins = plugins();
     let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--lora", &broken];
-    let said = complaint(1, &[&arguments[..], &["--plugin-dir", &plugins]].concat());
-    assert!(said.contains("totally.unknown") && said.contains("--allow-partial"), "{said}");
+    let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins]].concat());
+    assert!(message.contains("totally.unknown") && message.contains("--allow-partial"), "{message}");
     assert!(!output.exists());
     run(0, &[&arguments[..], &["--plugin-dir", &plugins, "--allow-partial"]].concat());
-    let off = complaint(1, &[&arguments[..], &["--no-plugins"]].concat());
-    assert!(off.contains("plugins are turned off (--no-plugins)"), "{off}");
+    // Of the file, the modules of two layers match.
+    let matching = ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear2"];
+    let tensors =
+        fixture(&broken).into_iter().filter(|(name, _)| matching.iter().any(|module| name.starts_with(module)));
+    let tensors: HashMap<_, _> = tensors.collect();
+    assert_eq!(tensors.len(), 6);
+    let rest = folder.path().join("rest.safetensors");
+    candle_core::safetensors::save(&tensors, &rest).unwrap();
+    let wanted = forward(tiny.path(), &lora_inputs(), &["--lora", text(&rest)]).0;
+    assert_close("the matching modules", &fixture(&output)["sample"], &wanted, 0.0);
+    assert!(relative_error(&wanted, &forward(tiny.path(), &lora_inputs(), &[]).0).unwrap() > 1e-2);
+    let off = stderr_of(1, &[&arguments[..], &["--no-plugins"]].concat());
+    assert!(off.contains("plugins are disabled (--no-plugins)"), "{off}");
 }
 
 #[test]
-fn any_adapter_finds_its_plugin() {
+fn adapters_of_any_kind_find_their_plugin() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let path = folder.path().join("scale.safetensors");
     let twice = Tensor::full(2f32, 16, &Device::Cpu).unwrap();
@@ -75,58 +86,61 @@ fn any_adapter_finds_its_plugin() {
     let tensors = scales.map(|name| (format!("{name}.channel_scale"), twice.clone()));
     candle_core::safetensors::save(&HashMap::from(tensors), &path).unwrap();
     let plain = forward(tiny.path(), &lora_inputs(), &[]).0;
-    let (sample, said) = forward(tiny.path(), &lora_inputs(), &["--adapter", text(&path)]);
+    let (sample, message) = forward(tiny.path(), &lora_inputs(), &["--adapter", text(&path)]);
     assert_close("twice", &sample, &(plain * 2.0).unwrap(), 1e-6);
-    assert!(said.contains("applied 2 of 2 tensors to 2 modules"), "{said}");
+    assert!(message.contains("applied 2 of 2 tensors to 2 modules"), "{message}");
 }
 
 #[test]
-fn a_controlnet_acts_through_forward() {
+fn controlnets_agree_with_diffusers() {
     let fixtures = repository("tests/fixtures/controlnet");
     let model = tempfile::tempdir().unwrap();
     std::fs::copy(fixtures.join("base/config.json"), model.path().join("config.json")).unwrap();
     let weights = model.path().join("diffusion_pytorch_model.safetensors");
     std::fs::copy(fixtures.join("base/weights.safetensors"), weights).unwrap();
     let inputs: HashMap<_, _> = fixture(fixtures.join("input.safetensors")).into_iter().collect();
-    let net = |name: &str| text(&fixtures.join(name)).to_owned();
+    let controlnet = |name: &str| text(&fixtures.join(name)).to_owned();
     let expected = fixture(fixtures.join("expected.safetensors"));
     let check = |more: &[&str], name: &str| {
         assert_close(name, &forward(model.path(), &inputs, more).0, &expected[&format!("{name}/sample")], 2e-5);
     };
-    let weaker = format!("{}:0.6", net("one-two"));
+    let weaker = format!("{}:0.6", controlnet("one-two"));
     check(&["--controlnet", &weaker], "one-two@0.6/full-full");
-    let linear = ["--controlnet", &net("two-two"), "--attention", "clear:r=3", "--controlnet-attention", "clear:r=3"];
+    let linear =
+        ["--controlnet", &controlnet("two-two"), "--attention", "clear:r=3", "--controlnet-attention", "clear:r=3"];
     check(&linear, "two-two/r3-r3");
-    let union = format!("{},mode=2", net("union"));
+    let union = format!("{},mode=2", controlnet("union"));
     check(&["--controlnet", &union], "union/full-full");
-    let two = [format!("{}:0.7", net("one-two")), format!("{}:0.5", net("two-two"))];
+    let two = [format!("{}:0.7", controlnet("one-two")), format!("{}:0.5", controlnet("two-two"))];
     check(&["--controlnet", &two[0], "--controlnet", &two[1]], "multi/full-full");
 }
 
-/// A baked LoRA is the model's own: the same numbers without it, and its name in the record.
+/// A merged LoRA is part of the model: the same sample without it, and its name in the record.
 #[test]
-fn convert_bakes_a_lora() {
+fn convert_merges_a_lora() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let (model, plugins) = (folder.path().join("model"), plugins());
     let components = repository("tests/fixtures/components/generation4");
     let adapter = lora("kohya_te");
     let convert = ["convert", text(tiny.path()), "-o", text(&model), "--attention", "full", "--no-distill"];
     let more = ["--lora", &adapter, "--plugin-dir", &plugins, "--components", text(&components)];
-    let said = complaint(0, &[&convert[..], &more].concat());
-    assert!(said.contains("applied 57 of 57 tensors to 19 modules"), "{said}");
+    let message = stderr_of(0, &[&convert[..], &more].concat());
+    assert!(message.contains("applied 57 of 57 tensors to 19 modules"), "{message}");
     run(0, &["verify", text(&model)]);
     let sample = forward(&model, &lora_inputs(), &[]).0;
-    assert_close("baked", &sample, &expected_lora("kohya_te"), 2e-5);
+    assert_close("merged", &sample, &expected_lora("kohya_te"), 2e-5);
     let record = std::fs::read_to_string(model.join("clearform.toml")).unwrap();
     assert!(record.contains("[[adapter]]") && record.contains("kohya_te.safetensors"), "{record}");
     let name = "text_model.encoder.layers.0.self_attn.q_proj.weight";
-    let (baked, stored) = (encoder(&model)[name].clone(), encoder(&components)[name].clone());
-    let of = |name: &str| fixture(&adapter)[name].to_dtype(DType::F32).unwrap();
+    let merged = encoder(&model)[name].clone();
+    let stored = encoder(&components)[name].clone();
+    let factor = |name: &str| fixture(&adapter)[name].to_dtype(DType::F32).unwrap();
     let module = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj";
-    let (down, up) = (of(&format!("{module}.lora_down.weight")), of(&format!("{module}.lora_up.weight")));
-    let scale = f64::from(of(&format!("{module}.alpha")).to_scalar::<f32>().unwrap()) / down.dims()[0] as f64;
-    let whole = (stored.to_dtype(DType::F32).unwrap() + (up.matmul(&down).unwrap() * scale).unwrap()).unwrap();
-    assert_close("text encoder", &baked.to_dtype(DType::F32).unwrap(), &whole, 1e-6);
+    let down = factor(&format!("{module}.lora_down.weight"));
+    let up = factor(&format!("{module}.lora_up.weight"));
+    let scale = f64::from(factor(&format!("{module}.alpha")).to_scalar::<f32>().unwrap()) / down.dims()[0] as f64;
+    let wanted = (stored.to_dtype(DType::F32).unwrap() + (up.matmul(&down).unwrap() * scale).unwrap()).unwrap();
+    assert_close("text encoder", &merged.to_dtype(DType::F32).unwrap(), &wanted, 1e-6);
 }
 
 fn encoder(model: &Path) -> std::collections::BTreeMap<String, Tensor> {
@@ -137,7 +151,8 @@ fn encoder(model: &Path) -> std::collections::BTreeMap<String, Tensor> {
 fn plugins_are_listed_and_checked() {
     let plugins = plugins();
     let listing = json(0, &["plugins", "list", "--plugin-dir", &plugins]);
-    let ids: Vec<&str> = listing["plugins"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect();
+    let ids: Vec<&str> =
+        listing["plugins"].as_array().unwrap().iter().map(|plugin| plugin["id"].as_str().unwrap()).collect();
     for id in ["controlnet", "example", "lora"] {
         assert!(ids.contains(&id), "{ids:?}");
         let library = format!("{}clearform_{id}.{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_EXTENSION);
@@ -147,23 +162,23 @@ fn plugins_are_listed_and_checked() {
     assert_eq!(String::from_utf8_lossy(&off.stdout).trim(), "no plugins");
 }
 
-/// Files that no trainer writes: each is an error in words, and nothing is written.
+/// Files that no trainer writes: each is refused with a message, and nothing is written.
 #[test]
-fn damaged_adapters_are_errors_in_words() {
+fn damaged_adapters_are_refused_with_a_message() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let path = |name: &str| folder.path().join(name);
     let (input, output, adapter) = (path("in.safetensors"), path("out.safetensors"), path("adapter.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     type Case<'a> = (&'a [(&'a str, &'a [usize])], &'a str);
     let cases: [Case; 12] = [
-        (&[("proj_out.lora_A.weight", &[2, 48])], "has no partner: the file is not whole"),
-        (&[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])], "told of 16 x 48"),
-        (&[("proj_out.lora_A.weight", &[0, 48]), ("proj_out.lora_B.weight", &[16, 0])], "have no rank"),
+        (&[("proj_out.lora_A.weight", &[2, 48])], "the factor that belongs to it is missing from the file"),
+        (&[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])], "expected tensors for a weight of 16 x 48"),
+        (&[("proj_out.lora_A.weight", &[0, 48]), ("proj_out.lora_B.weight", &[16, 0])], "have rank 0"),
         (&[("proj_out.lora_A.weight", &[48]), ("proj_out.lora_B.weight", &[16])], "16 x 1"),
         (&[("proj_out.lora_A.weight", &[]), ("proj_out.lora_B.weight", &[])], "1 x 1"),
         (
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 2]), ("proj_out.alpha", &[2])],
-            "expected one finite number",
+            "expected one finite value",
         ),
         (&[("proj_out.lora_A.weight", &[2, 90]), ("proj_out.lora_B.weight", &[16, 2])], "has a wrong shape"),
         (
@@ -183,7 +198,7 @@ fn damaged_adapters_are_errors_in_words() {
         (&[("proj_out.lokr_w1", &[0, 4]), ("proj_out.lokr_w2", &[4, 12])], "0 x 48"),
         (
             &[("proj_out.lora_A.weight", &[2, 48]), ("transformer.proj_out.lora_A.weight", &[2, 48])],
-            "say the same of one module",
+            "are the same tensor of one module",
         ),
     ];
     for (tensors, expected) in cases {
@@ -193,88 +208,88 @@ fn damaged_adapters_are_errors_in_words() {
         candle_core::safetensors::save(&made.collect::<HashMap<_, _>>(), &adapter).unwrap();
         let plugins = plugins();
         let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
-        let said = complaint(1, &[&arguments[..], &["--plugin-dir", &plugins, "--lora", text(&adapter)]].concat());
-        assert!(said.contains(expected), "{tensors:?}: {said}");
-        assert!(!said.contains("panicked") && !output.exists(), "{tensors:?}: {said}");
+        let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins, "--lora", text(&adapter)]].concat());
+        assert!(message.contains(expected), "{tensors:?}: {message}");
+        assert!(!message.contains("panicked") && !output.exists(), "{tensors:?}: {message}");
     }
 }
 
-/// A plugin that writes to a file when it is loaded says how often that was.
+/// A plugin that writes to a file when it is loaded shows how often that was.
 #[test]
-fn no_plugin_is_loaded_unless_its_adapter_is_asked_for() {
+fn plugins_are_loaded_only_for_their_adapters() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let path = |name: &str| folder.path().join(name);
-    let (own, tattle, adapter) = (path("plugins"), path("tattle"), path("scale.safetensors"));
-    std::fs::create_dir(&own).unwrap();
-    compile_tattling_plugin(&own, &tattle);
+    let (folder, log, adapter) = (path("plugins"), path("log"), path("scale.safetensors"));
+    std::fs::create_dir(&folder).unwrap();
+    compile_logging_plugin(&folder, &log);
     let factors = Tensor::full(2f32, 16, &Device::Cpu).unwrap();
     candle_core::safetensors::save(&HashMap::from([("proj_out.weight.c_scale", factors)]), &adapter).unwrap();
-    let more = |more: &[&str]| forward(tiny.path(), &lora_inputs(), &[&["--plugin-dir", text(&own)], more].concat());
+    let more = |more: &[&str]| forward(tiny.path(), &lora_inputs(), &[&["--plugin-dir", text(&folder)], more].concat());
 
-    run(0, &["plugins", "list", "--plugin-dir", text(&own)]);
+    run(0, &["plugins", "list", "--plugin-dir", text(&folder)]);
     run(1, &["inspect", text(&adapter)]);
     more(&[]);
     more(&["--lora", &lora("kohya")]);
     let (input, output) = (path("in.safetensors"), path("out.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     let refused = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
-    let off = ["--plugin-dir", text(&own), "--no-plugins", "--adapter", text(&adapter)];
-    assert!(complaint(1, &[&refused[..], &off].concat()).contains("--no-plugins"));
-    assert!(!tattle.exists());
-    let (_, said) = more(&["--adapter", text(&adapter)]);
-    assert!(said.contains("applied 1 of 1 tensors"), "{said}");
-    assert_eq!(std::fs::read_to_string(&tattle).unwrap(), "loaded\n");
+    let off = ["--plugin-dir", text(&folder), "--no-plugins", "--adapter", text(&adapter)];
+    assert!(stderr_of(1, &[&refused[..], &off].concat()).contains("--no-plugins"));
+    assert!(!log.exists());
+    let (_, message) = more(&["--adapter", text(&adapter)]);
+    assert!(message.contains("applied 1 of 1 tensors"), "{message}");
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "loaded\n");
 }
 
-fn compile_tattling_plugin(folder: &Path, tattle: &Path) {
+fn compile_logging_plugin(folder: &Path, log: &Path) {
     let library = folder.join(format!("libscale.{}", std::env::consts::DLL_EXTENSION));
-    let define = format!("-DTATTLE=\"{}\"", text(tattle));
+    let define = format!("-DTRACE=\"{}\"", text(log));
     let (include, source) = (repository("crates/plugin-abi/include"), repository("tests/abi/scale.c"));
     let arguments = ["-shared", "-fPIC", "-I", text(&include), &define, text(&source), "-o", text(&library)];
     assert!(std::process::Command::new("cc").args(arguments).status().unwrap().success());
 }
 
-/// The teacher with the LoRA and the ControlNet that diffusers and peft trained for it.
+/// The teacher with a LoRA trained by peft and a ControlNet trained by diffusers.
 #[test]
-fn generate_draws_with_adapters() {
+fn generate_applies_adapters() {
     let (assets, folder) = (repository("assets/mini-flux"), tempfile::tempdir().unwrap());
-    let (base, lora, net) = (assets.join("base"), assets.join("lora"), assets.join("controlnet"));
+    let (base, lora, controlnet) = (assets.join("base"), assets.join("lora"), assets.join("controlnet"));
     let plugins = plugins();
-    let draw = |name: &str, more: &[&str]| {
+    let generate = |name: &str, more: &[&str]| {
         let output = folder.path().join(name);
         let arguments = ["generate", text(&base), "hedgehog", "--steps", "4", "-o", text(&output), "--seed", "3"];
         run(0, &[&arguments[..], &["--plugin-dir", &plugins], more].concat());
         image::open(&output).unwrap().to_rgb8()
     };
-    let plain = draw("plain.png", &[]);
-    let styled = draw("styled.png", &["--lora", text(&lora)]);
-    // Chalk on a dark board.
+    let plain = generate("plain.png", &[]);
+    let styled = generate("styled.png", &["--lora", text(&lora)]);
+    // The LoRA's style is chalk on a dark board.
     assert!(brightness(&plain) > brightness(&styled) + 60.0, "{} {}", brightness(&plain), brightness(&styled));
     let edges =
         image::RgbImage::from_fn(128, 128, |x, y| image::Rgb([if (x / 4 + y / 4) % 8 == 0 { 255 } else { 0 }; 3]));
-    let picture = folder.path().join("edges.png");
-    edges.save(&picture).unwrap();
-    let controlled = draw("controlled.png", &["--controlnet", text(&net), "--control-image", text(&picture)]);
-    let late = format!("{}:start=0.99", text(&net));
-    let untouched = draw("late.png", &["--controlnet", &late, "--control-image", text(&picture)]);
+    let image = folder.path().join("edges.png");
+    edges.save(&image).unwrap();
+    let controlled = generate("controlled.png", &["--controlnet", text(&controlnet), "--control-image", text(&image)]);
+    let late = format!("{}:start=0.99", text(&controlnet));
+    let untouched = generate("late.png", &["--controlnet", &late, "--control-image", text(&image)]);
     assert_ne!(plain, controlled);
     assert_eq!(plain, untouched);
-    let missing = ["generate", text(&base), "hedgehog", "--plugin-dir", &plugins, "--controlnet", text(&net)];
-    assert!(complaint(1, &missing).contains("--control-image"));
+    let missing = ["generate", text(&base), "hedgehog", "--plugin-dir", &plugins, "--controlnet", text(&controlnet)];
+    assert!(stderr_of(1, &missing).contains("--control-image"));
 }
 
-/// A LoRA that widens the input makes a model that draws from a control picture; where its new columns are zero, the
-/// picture changes nothing.
+/// A LoRA that widens the input makes the model take a control image; if its new columns are zero, the image has no effect.
 #[test]
-fn generate_draws_with_a_control_lora() {
+fn generate_applies_a_control_lora() {
     let (base, folder) = (repository("assets/mini-flux/base"), tempfile::tempdir().unwrap());
     let plugins = plugins();
     let path = |name: &str| folder.path().join(name);
     let write = |name: &str, new: f64| {
-        let (own, up) = (Tensor::full(0.02f32, (2, 16), &Device::Cpu), Tensor::full(0.05f32, (192, 2), &Device::Cpu));
+        let latents = Tensor::full(0.02f32, (2, 16), &Device::Cpu).unwrap();
+        let up = Tensor::full(0.05f32, (192, 2), &Device::Cpu).unwrap();
         let new = (Tensor::ones((2, 16), DType::F32, &Device::Cpu).unwrap() * new).unwrap();
-        let down = Tensor::cat(&[&own.unwrap(), &new], 1).unwrap();
-        let tensors = HashMap::from([("img_in.lora_A.weight", down), ("img_in.lora_B.weight", up.unwrap())]);
+        let down = Tensor::cat(&[&latents, &new], 1).unwrap();
+        let tensors = HashMap::from([("img_in.lora_A.weight", down), ("img_in.lora_B.weight", up)]);
         candle_core::safetensors::save(&tensors, path(name)).unwrap();
     };
     write("blind", 0.0);
@@ -282,28 +297,28 @@ fn generate_draws_with_a_control_lora() {
     for (name, shade) in [("black.png", 0), ("white.png", 255)] {
         image::RgbImage::from_pixel(64, 64, image::Rgb([shade; 3])).save(path(name)).unwrap();
     }
-    let draw = |lora: &str, more: &[&str]| {
+    let generate = |lora: &str, more: &[&str]| {
         let (output, lora) = (path("out.png"), path(lora));
         let arguments =
             ["generate", text(&base), "hedgehog", "--steps", "2", "-o", text(&output), "--lora", text(&lora)];
-        let output_of = clearform(&[&arguments[..], &["--plugin-dir", &plugins], more].concat()).output().unwrap();
-        let said = String::from_utf8_lossy(&output_of.stderr).into_owned();
-        output_of.status.success().then(|| image::open(&output).unwrap().to_rgb8()).ok_or(said)
+        let done = clearform(&[&arguments[..], &["--plugin-dir", &plugins], more].concat()).output().unwrap();
+        let message = String::from_utf8_lossy(&done.stderr).into_owned();
+        done.status.success().then(|| image::open(&output).unwrap().to_rgb8()).ok_or(message)
     };
     let (black, white) = (text(&path("black.png")).to_owned(), text(&path("white.png")).to_owned());
-    let shown = |lora: &str, picture: &str| draw(lora, &["--control-image", picture]).unwrap();
-    assert_eq!(shown("blind", &black), shown("blind", &white));
-    assert_ne!(shown("seeing", &black), shown("seeing", &white));
-    let said = draw("seeing", &[]).unwrap_err();
-    assert!(said.contains("the transformer draws from one (--control-image)"), "{said}");
+    let controlled = |lora: &str, image: &str| generate(lora, &["--control-image", image]).unwrap();
+    assert_eq!(controlled("blind", &black), controlled("blind", &white));
+    assert_ne!(controlled("seeing", &black), controlled("seeing", &white));
+    let message = generate("seeing", &[]).unwrap_err();
+    assert!(message.contains("the transformer takes one, found none; pass --control-image FILE"), "{message}");
 }
 
-fn brightness(picture: &image::RgbImage) -> f64 {
-    picture.as_raw().iter().map(|byte| f64::from(*byte)).sum::<f64>() / picture.as_raw().len() as f64
+fn brightness(image: &image::RgbImage) -> f64 {
+    image.as_raw().iter().map(|byte| f64::from(*byte)).sum::<f64>() / image.as_raw().len() as f64
 }
 
-/// The distilled attention of a base goes onto a sibling without a guidance embedding, from a file as CLEAR publishes them:
-/// no metadata, the plan in its name.
+/// The distilled attention of a base is applied to a variant without a guidance embedding, from a file as CLEAR publishes
+/// them: no metadata, the plan in the file name.
 #[test]
 fn a_published_patch_fits_a_sibling_variant() {
     let (mut sibling, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
@@ -313,9 +328,10 @@ fn a_published_patch_fits_a_sibling_variant() {
     let config = config.replace("\"guidance_embeds\": true", "\"guidance_embeds\": false");
     std::fs::write(sibling.path().join("config.json"), config).unwrap();
 
-    let trained = [".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out."];
-    let moved = Tiny::new().tensors.into_iter().filter(|(name, _)| trained.iter().any(|part| name.contains(part)));
-    let mut patch: HashMap<String, Tensor> = moved.map(|(name, tensor)| (name, (tensor * 1.5).unwrap())).collect();
+    let distilled = [".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out."];
+    let attention =
+        Tiny::new().tensors.into_iter().filter(|(name, _)| distilled.iter().any(|layer| name.contains(layer)));
+    let mut patch: HashMap<String, Tensor> = attention.map(|(name, tensor)| (name, (tensor * 1.5).unwrap())).collect();
     for layer in ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0"] {
         let pool = Tensor::full(0.25f32, &[1, 1, 1, 2, 1, 2, 1], &Device::Cpu).unwrap();
         patch.insert(format!("{layer}.attn.processor.spatial_weight"), pool);
@@ -331,5 +347,11 @@ fn a_published_patch_fits_a_sibling_variant() {
     }
     let mut inputs = lora_inputs();
     inputs.remove("guidance");
-    assert!(forward(&model, &inputs, &[]).0.elem_count() > 0);
+    let patched = forward(&model, &inputs, &[]).0;
+    // The same tensors in the sibling itself; pooling that averages is what a model without pooling tensors gets.
+    let attention = patch.into_iter().filter(|(name, _)| !name.ends_with("spatial_weight"));
+    sibling.tensors.extend(attention);
+    sibling.save();
+    let plan = ["--attention", "clear:r=3,d=2"];
+    assert_close("patched", &patched, &forward(sibling.path(), &inputs, &plan).0, 0.0);
 }

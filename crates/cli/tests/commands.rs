@@ -1,24 +1,24 @@
-//! The contract of the command line: what is printed, which files appear, how it exits.
+//! The contract of the command line: output, files and exit codes.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
-use common::{Tiny, complaint, expected, forward, json, run, text};
+use common::{Tiny, expected, forward, json, run, stderr_of, text};
 use serde_json::Value;
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
 
 #[test]
-fn wrong_use_exits_2() {
+fn wrong_usage_exits_2() {
     run(2, &["convert"]);
     run(2, &["generate", "model", "prompt", "--no-such-flag"]);
     run(0, &["--help"]);
 }
 
 #[test]
-fn inspect_names_what_it_found() {
+fn inspect_reports_the_family_and_its_size() {
     let tiny = Tiny::new();
     let found = json(0, &["inspect", text(tiny.path())]);
     assert_eq!(found["family"], "flux");
@@ -30,21 +30,21 @@ fn inspect_names_what_it_found() {
 }
 
 #[test]
-fn inspect_names_each_tensor_that_is_wrong() {
+fn inspect_names_each_wrong_tensor() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-    let complain = |change: &dyn Fn(&mut Tiny)| {
+    let inspect_changed = |change: &dyn Fn(&mut Tiny)| {
         let mut tiny = Tiny::new();
         change(&mut tiny);
         tiny.save();
-        complaint(1, &["inspect", text(tiny.path())])
+        stderr_of(1, &["inspect", text(tiny.path())])
     };
-    let missing = complain(&|tiny| drop(tiny.tensors.remove(QUERY)));
+    let missing = inspect_changed(&|tiny| drop(tiny.tensors.remove(QUERY)));
     assert!(missing.contains(QUERY) && missing.contains("missing"), "{missing}");
-    let extra = complain(&|tiny| drop(tiny.tensors.insert("stray.weight".into(), zeros(&[3]))));
+    let extra = inspect_changed(&|tiny| drop(tiny.tensors.insert("stray.weight".into(), zeros(&[3]))));
     assert!(extra.contains("stray.weight") && extra.contains("not understood"), "{extra}");
-    let misshapen = complain(&|tiny| drop(tiny.tensors.insert(QUERY.into(), zeros(&[48, 47]))));
+    let misshapen = inspect_changed(&|tiny| drop(tiny.tensors.insert(QUERY.into(), zeros(&[48, 47]))));
     assert!(misshapen.contains(QUERY) && misshapen.contains("[48, 47]"), "{misshapen}");
-    let wrong = complain(&|tiny| {
+    let wrong = inspect_changed(&|tiny| {
         let tensor = tiny.tensors.remove(QUERY).unwrap();
         tiny.tensors.insert("transformer_blocks.0.attn.to_query.weight".into(), tensor);
     });
@@ -52,18 +52,18 @@ fn inspect_names_each_tensor_that_is_wrong() {
 }
 
 #[test]
-fn what_is_no_model_is_named() {
+fn files_that_are_no_models_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n").unwrap();
-    let said = complaint(1, &["inspect", text(&path)]);
-    assert!(said.contains("model.safetensors") && said.contains("git-lfs"), "{said}");
-    let nowhere = complaint(1, &["inspect", text(&folder.path().join("nowhere"))]);
+    let message = stderr_of(1, &["inspect", text(&path)]);
+    assert!(message.contains("model.safetensors") && message.contains("git-lfs"), "{message}");
+    let nowhere = stderr_of(1, &["inspect", text(&folder.path().join("nowhere"))]);
     assert!(nowhere.contains("nowhere"), "{nowhere}");
 }
 
 #[test]
-fn forward_gives_what_diffusers_gives() {
+fn forward_agrees_with_diffusers() {
     let tiny = Tiny::new();
     assert_close("full", &forward(tiny.path(), &[]), &expected("full"), 2e-5);
     assert_close("r = 3", &forward(tiny.path(), &["--attention", "clear:r=3"]), &expected("r3"), 2e-5);
@@ -71,7 +71,7 @@ fn forward_gives_what_diffusers_gives() {
 }
 
 #[test]
-fn a_converted_model_runs_its_own_plan_and_verifies() {
+fn a_converted_model_runs_its_recorded_plan_and_verifies() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let model = folder.path().join("model");
     let convert = ["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill"];
@@ -82,20 +82,20 @@ fn a_converted_model_runs_its_own_plan_and_verifies() {
     assert_close("full", &forward(&model, &["--attention", "full"]), &expected("full"), 2e-5);
     run(0, &["verify", text(&model)]);
     run(0, &["inspect", text(&model)]);
-    let again = complaint(1, &convert);
-    assert!(again.contains("--overwrite"), "{again}");
+    let again = stderr_of(1, &convert);
+    assert!(again.contains("already exists; pass --overwrite"), "{again}");
     std::fs::write(model.join("README.md"), "changed").unwrap();
     let report = json(1, &["verify", text(&model)]);
     assert_eq!(report["changed"][0], "README.md");
 }
 
 #[test]
-fn distilling_needs_components_and_says_so() {
+fn distilling_without_components_names_the_remedies() {
     let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let model = folder.path().join("model");
-    let said = complaint(1, &["convert", text(tiny.path()), "-o", text(&model)]);
+    let message = stderr_of(1, &["convert", text(tiny.path()), "-o", text(&model)]);
     for remedy in ["--components", "--samples", "--no-distill"] {
-        assert!(said.contains(remedy), "{said}");
+        assert!(message.contains(remedy), "{message}");
     }
     assert!(!model.exists() && !folder.path().join("model.work").exists());
 }
@@ -121,7 +121,11 @@ fn a_patch_carries_attention_to_a_fine_tune() {
         let arguments =
             ["patch", "apply", text(&patch), "--to", text(fine_tune.path()), "-o", text(&output), "--mode", mode];
         run(0, &[&arguments[..], more].concat());
-        fixture(output.join("transformer/diffusion_pytorch_model.safetensors"))[QUERY].clone()
+        let written = fixture(output.join("transformer/diffusion_pytorch_model.safetensors"));
+        assert!(written.keys().eq(fine_tune.tensors.keys()), "{mode}");
+        let others = written.iter().filter(|(name, _)| *name != QUERY);
+        others.for_each(|(name, tensor)| assert_close(name, tensor, &fine_tune.tensors[name], 0.0));
+        written[QUERY].clone()
     };
     assert_close("replace", &apply("replace", &[]), &student.tensors[QUERY], 1e-7);
     let shifted = apply("shift", &["--base", text(base.path())]);
@@ -136,19 +140,35 @@ fn attention_can_be_timed() {
     };
     let pairs = |timing: &Value, kind: &str| timing[format!("{kind}_pairs")].as_u64().unwrap();
     let timing = attention(&["--radius", "4"]);
-    assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
+    // Image tokens attend to the disc and the text, text tokens to everything.
+    assert_eq!(pairs(&timing, "useful"), pairs_inside(16, 4.0) + 256 * 8 + 8 * 264);
     assert!(pairs(&timing, "useful") < pairs(&timing, "visited"));
-    // Text is 8 of 32 lanes.
+    // The 8 text tokens are padded to 32 lanes.
     assert!(pairs(&timing, "visited") <= (32 + 256) * 264);
+    let median_ms = timing["median_ms"].as_f64().unwrap();
+    for kind in ["useful", "visited"] {
+        // Two products of 32 channels in each of 4 heads.
+        let operations = (pairs(&timing, kind) * 2 * 2 * 32 * 4) as f64;
+        let rate = timing[format!("{kind}_gflops")].as_f64().unwrap();
+        assert!(median_ms > 0.0 && (rate * median_ms * 1e6 / operations - 1.0).abs() < 1e-9, "{timing}");
+    }
     let pooled = attention(&["--attention", "clear:r=4,d=4", "--backward"]);
     for kind in ["useful", "visited"] {
         assert_eq!(pairs(&pooled, kind), pairs(&timing, kind) + 256 * 16);
     }
 }
 
+/// Ordered pairs of tokens of a square grid that are at most `radius` apart.
+fn pairs_inside(edge: i64, radius: f64) -> u64 {
+    let tokens = || (0..edge * edge).map(|index| (index / edge, index % edge));
+    let is_inside =
+        |(a, b): ((i64, i64), (i64, i64))| ((a.0 - b.0).pow(2) + (a.1 - b.1).pow(2)) as f64 <= radius * radius;
+    tokens().flat_map(|a| tokens().map(move |b| (a, b))).filter(|pair| is_inside(*pair)).count() as u64
+}
+
 /// A matrix of tokens by tokens would take 17 GB.
 #[test]
-fn memory_of_attention_grows_with_the_tokens() {
+fn attention_needs_memory_linear_in_the_tokens() {
     let limited = "ulimit -d 1000000 && exec \"$@\"";
     for backward in [&[][..], &["--backward"]] {
         let mut shell = std::process::Command::new("sh");
@@ -163,20 +183,21 @@ fn memory_of_attention_grows_with_the_tokens() {
 }
 
 #[test]
-fn the_share_of_work_inside_the_disc_can_be_checked() {
-    let table = json(0, &["bench", "share", "--grid", "64x64", "--tiles", "8x8/8x8,2x64/2x64,cpu,gpu"]);
+fn tile_efficiency_agrees_with_the_paper() {
+    let table = json(0, &["bench", "tiles", "--grid", "64x64", "--tiles", "8x8/8x8,2x64/2x64,cpu,gpu"]);
     let rows = table["rows"].as_array().unwrap();
     let percents = |tiles: &str| -> Vec<f64> {
         let found = rows.iter().filter(|row| row["tiles"] == tiles);
-        found.map(|row| (100.0 * row["share"].as_f64().unwrap()).round()).collect()
+        found.map(|row| (100.0 * row["efficiency"].as_f64().unwrap()).round()).collect()
     };
-    // clear-paper.md, at r = 8, 16 and 32.
+    // arXiv 2412.16112, at r = 8, 16 and 32.
     assert_eq!(percents("8x8/8x8"), [36.0, 55.0, 75.0]);
     assert_eq!(percents("2x64/2x64"), [16.0, 34.0, 63.0]);
     assert_eq!(percents("gpu"), percents("8x8/8x8"));
     assert!(percents("cpu").iter().zip(percents("gpu")).all(|(cpu, gpu)| *cpu > gpu));
-    let said = complaint(1, &["bench", "share", "--tiles", "8x8"]);
-    assert!(said.contains("expected HxW/HxW"), "{said}");
+    // The name of earlier versions.
+    let message = stderr_of(1, &["bench", "share", "--tiles", "8x8"]);
+    assert!(message.contains("expected HxW/HxW"), "{message}");
 }
 
 #[test]
@@ -186,12 +207,18 @@ fn a_step_and_a_model_can_be_timed() {
     assert!(timing["median_ms"].as_f64().unwrap() > 0.0);
     assert_eq!((timing["grid"].as_str(), timing["attention"].as_str()), (Some("4x5"), Some("clear:r=16")));
     for head_dim in ["0", "48", "128"] {
-        let said = complaint(1, &[&step[..], &[head_dim]].concat());
-        assert!(said.contains("--width 64: expected heads of"), "{said}");
+        let message = stderr_of(1, &[&step[..], &[head_dim]].concat());
+        assert!(
+            message.contains(&format!("--width 64: expected a positive multiple of --head-dim {head_dim}")),
+            "{message}"
+        );
     }
     let tiny = Tiny::new();
     let model = ["bench", "model", text(tiny.path()), "--grid", "4x4,6x6", "--text", "3", "--repeat", "1"];
     let table = json(0, &model);
-    let plans: Vec<_> = table["rows"].as_array().unwrap().iter().map(|row| row["attention"].as_str()).collect();
-    assert_eq!(plans, [Some("full"), Some("full"), Some("clear:r=16"), Some("clear:r=16")]);
+    let rows = table["rows"].as_array().unwrap();
+    let cases: Vec<_> =
+        rows.iter().map(|row| [&row["attention"], &row["grid"]].map(|cell| cell.as_str().unwrap())).collect();
+    assert_eq!(cases, [["full", "4x4"], ["full", "6x6"], ["clear:r=16", "4x4"], ["clear:r=16", "6x6"]]);
+    assert!(rows.iter().all(|row| row["median_ms"].as_f64().unwrap() > 0.0), "{table}");
 }

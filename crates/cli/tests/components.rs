@@ -1,4 +1,4 @@
-//! All-in-one files: the VAE and the text encoders that lie beside a transformer are what they would be in folders.
+//! All-in-one files: a VAE and text encoders in the transformer's file work as they do in folders.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assemble_pipeline, fixture, seeded};
 use clearform_weights::{InMemoryTensors, save};
-use common::{complaint, json, repository, run, text};
+use common::{json, repository, run, stderr_of, text};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -14,17 +14,17 @@ use std::path::{Path, PathBuf};
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// A pipeline of a family, and where files for ComfyUI have its parts.
+/// A pipeline of a family, and the prefixes of its components in files for ComfyUI.
 struct Case {
     family: &'static str,
     layout: &'static str,
-    parts: &'static [(&'static str, &'static str)],
+    components: &'static [(&'static str, &'static str)],
 }
 
 const FLUX: Case = Case {
     family: "flux",
     layout: "comfy",
-    parts: &[
+    components: &[
         ("text_encoder", "text_encoders.clip_l.transformer."),
         ("text_encoder_2", "text_encoders.t5xxl.transformer."),
         ("vae", "vae."),
@@ -33,7 +33,7 @@ const FLUX: Case = Case {
 const SD3: Case = Case {
     family: "sd3",
     layout: "comfy",
-    parts: &[
+    components: &[
         ("text_encoder", "text_encoders.clip_l.transformer."),
         ("text_encoder_2", "text_encoders.clip_g.transformer."),
         ("text_encoder_3", "text_encoders.t5xxl.transformer."),
@@ -43,16 +43,17 @@ const SD3: Case = Case {
 const PIXART: Case = Case {
     family: "pixart",
     layout: "original",
-    parts: &[("text_encoder", "text_encoders.t5xxl.transformer."), ("vae", "first_stage_model.")],
+    components: &[("text_encoder", "text_encoders.t5xxl.transformer."), ("vae", "first_stage_model.")],
 };
-/// A pipeline in folders, and the same with everything but tokenizers and scheduler in one file.
-struct Both {
+
+/// A pipeline in folders, and the same with everything except tokenizers and scheduler in one file.
+struct BothForms {
     folder: tempfile::TempDir,
     case: &'static Case,
     tensors: Tensors,
 }
 
-impl Both {
+impl BothForms {
     fn new(case: &'static Case) -> Self {
         let both = Self { folder: tempfile::tempdir().unwrap(), case, tensors: Tensors::new() };
         match case.family {
@@ -70,89 +71,95 @@ impl Both {
         self.folder.path().join(name)
     }
 
-    fn part(&self, part: &str) -> PathBuf {
-        let file = if part.starts_with("text") { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-        self.path("folders").join(part).join(file)
+    /// The weights of a component in the folders.
+    fn weights(&self, component: &str) -> PathBuf {
+        let file =
+            if component.starts_with("text") { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+        self.path("folders").join(component).join(file)
     }
 
-    /// Gives a text encoder of CLIP another projection.
-    fn project(&self, part: &str, projection: Tensor) {
-        let config = self.path("folders").join(part).join("config.json");
+    /// Replaces the projection of a CLIP text encoder.
+    fn project(&self, component: &str, projection: Tensor) {
+        let config = self.path("folders").join(component).join("config.json");
         let mut sizes: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
         sizes["projection_dim"] = projection.dim(0).unwrap().into();
         fs::write(config, sizes.to_string()).unwrap();
-        let mut tensors: HashMap<String, Tensor> = fixture(self.part(part)).into_iter().collect();
+        let mut tensors: HashMap<String, Tensor> = fixture(self.weights(component)).into_iter().collect();
         tensors.insert("text_projection.weight".to_owned(), projection);
-        candle_core::safetensors::save(&tensors, self.part(part)).unwrap();
+        candle_core::safetensors::save(&tensors, self.weights(component)).unwrap();
     }
 
+    /// Writes the single file, and the folder `others` with what it lacks.
     fn in_one_file(mut self) -> Self {
-        let (transformer, exported) = (self.path("folders/transformer"), self.path("exported.safetensors"));
+        let transformer = self.path("folders/transformer");
+        let exported = self.path("exported.safetensors");
         run(0, &["export", text(&transformer), "--to", self.case.layout, "-o", text(&exported)]);
         self.tensors = fixture(exported).into_iter().collect();
-        for (part, prefix) in self.case.parts {
-            let own = fixture(self.part(part)).into_iter();
-            self.tensors.extend(own.map(|(name, tensor)| under(prefix, part, &name, tensor)));
+        for (component, prefix) in self.case.components {
+            let tensors = fixture(self.weights(component)).into_iter();
+            self.tensors.extend(tensors.map(|(name, tensor)| as_in_comfyui(prefix, component, &name, tensor)));
         }
-        self.put_what_comfy_adds();
+        self.add_unused_tensors();
         self.save();
         let others = self.path("others");
         copy(&self.path("folders"), &others);
         fs::remove_dir_all(others.join("transformer")).unwrap();
-        for (part, _) in self.case.parts {
-            fs::remove_file(others.join(part).join(self.part(part).file_name().unwrap())).unwrap();
+        for (component, _) in self.case.components {
+            fs::remove_file(others.join(component).join(self.weights(component).file_name().unwrap())).unwrap();
         }
         self
     }
 
-    fn put_what_comfy_adds(&mut self) {
-        for (part, prefix) in self.case.parts.iter().filter(|(part, _)| *part != "vae") {
+    /// Adds the tensors that ComfyUI's files have and diffusers' text encoders do not use.
+    fn add_unused_tensors(&mut self) {
+        for (component, prefix) in self.case.components.iter().filter(|(component, _)| *component != "vae") {
             let logit_scale = format!("{}logit_scale", prefix.strip_suffix("transformer.").unwrap());
-            let one = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
-            self.tensors.insert(logit_scale, one(&[]));
+            let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+            self.tensors.insert(logit_scale, ones(&[]));
             if let Some(table) = self.tensors.get(&format!("{prefix}shared.weight")).cloned() {
                 self.tensors.insert(format!("{prefix}encoder.embed_tokens.weight"), table);
             } else {
-                self.tensors.insert(format!("{prefix}text_model.embeddings.position_ids"), one(&[1, 16]));
+                self.tensors.insert(format!("{prefix}text_model.embeddings.position_ids"), ones(&[1, 16]));
             }
-            if *part == "text_encoder" && prefix.contains("clip_l") {
-                self.tensors.insert(format!("{prefix}text_projection.weight"), one(&[6, 6]));
+            if *component == "text_encoder" && prefix.contains("clip_l") {
+                self.tensors.insert(format!("{prefix}text_projection.weight"), ones(&[6, 6]));
             }
         }
     }
 
-    /// Writes the file from the tensors as they are now.
+    /// Writes the current tensors to the single file.
     fn save(&self) {
         let tensors: InMemoryTensors = self.tensors.clone().into_iter().collect();
         save(self.path("one.safetensors"), &tensors, &BTreeMap::new()).unwrap();
     }
 
-    /// Runs a command on the file; what the command needs beside it lies in folders.
+    /// Runs a command on the single file, with the folder `others` as --components. Returns stderr.
     fn on_file(&self, code: i32, command: &[&str], further: &[&str]) -> String {
-        let (file, others, config) =
-            (self.path("one.safetensors"), self.path("others"), self.path("folders/transformer/config.json"));
-        let beside = ["--components", text(&others), "--config", text(&config)];
-        complaint(code, &[&command[..1], &[text(&file)], &command[1..], &beside, further].concat())
+        let file = self.path("one.safetensors");
+        let others = self.path("others");
+        let config = self.path("folders/transformer/config.json");
+        let reading = ["--components", text(&others), "--config", text(&config)];
+        stderr_of(code, &[&command[..1], &[text(&file)], &command[1..], &reading, further].concat())
     }
 
-    fn draw_file(&self) -> Vec<u8> {
-        let picture = self.path("file.png");
-        self.on_file(0, &["generate", "a red apple"], &[&DRAWING[..], &["-o", text(&picture)]].concat());
-        pixels(&picture)
+    fn generate_from_file(&self) -> Vec<u8> {
+        let image = self.path("file.png");
+        self.on_file(0, &["generate", "a red apple"], &[&SAMPLING[..], &["-o", text(&image)]].concat());
+        pixels(&image)
     }
 
-    fn draw(&self, model: &Path) -> Vec<u8> {
-        let picture = self.path("folder.png");
-        run(0, &[&["generate", text(model), "a red apple", "-o", text(&picture)], &DRAWING[..]].concat());
-        pixels(&picture)
+    fn generate(&self, model: &Path) -> Vec<u8> {
+        let image = self.path("folder.png");
+        run(0, &[&["generate", text(model), "a red apple", "-o", text(&image)], &SAMPLING[..]].concat());
+        pixels(&image)
     }
 }
 
-const DRAWING: [&str; 6] = ["--steps", "2", "--seed", "3", "--attention", "full"];
+const SAMPLING: [&str; 6] = ["--steps", "2", "--seed", "3", "--attention", "full"];
 
 fn pixels(path: &Path) -> Vec<u8> {
     let pixels = image::open(path).unwrap().to_rgb8().into_raw();
-    assert!(pixels.iter().any(|value| *value != pixels[0]), "the picture is blank");
+    assert!(pixels.iter().any(|value| *value != pixels[0]), "the image is blank");
     pixels
 }
 
@@ -168,9 +175,9 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// A part's tensor as files for ComfyUI have it. What the authors of the VAE call it, diffusers' converter tells.
-fn under(prefix: &str, part: &str, name: &str, tensor: Tensor) -> (String, Tensor) {
-    if part != "vae" || name.contains("quant_conv") {
+/// A component's tensor as in files for ComfyUI. The VAE's names there are in the table of diffusers' converter.
+fn as_in_comfyui(prefix: &str, component: &str, name: &str, tensor: Tensor) -> (String, Tensor) {
+    if component != "vae" || name.contains("quant_conv") {
         return (format!("{prefix}{name}"), tensor);
     }
     let cases: Value =
@@ -181,80 +188,79 @@ fn under(prefix: &str, part: &str, name: &str, tensor: Tensor) -> (String, Tenso
     (format!("{prefix}{}", line[0].as_str().unwrap()), tensor.reshape(shape).unwrap())
 }
 
-fn equal(got: &Tensor, wanted: &Tensor) -> bool {
+fn same_bits(got: &Tensor, wanted: &Tensor) -> bool {
     let bits = |tensor: &Tensor| tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     (got.dims(), got.dtype(), bits(got)) == (wanted.dims(), wanted.dtype(), bits(wanted))
 }
 
 fn check(case: &'static Case) {
-    let both = Both::new(case);
+    let both = BothForms::new(case);
     let config = both.path("folders/transformer/config.json");
     let file = both.path("one.safetensors");
     let found = json(0, &["inspect", text(&file), "--config", text(&config)]);
-    let names: Vec<&str> = case.parts.iter().map(|(part, _)| *part).collect();
-    assert_eq!(found["parts"], serde_json::json!(names));
-    assert_eq!(both.draw_file(), both.draw(&both.path("folders")), "{}", case.family);
+    let names: Vec<&str> = case.components.iter().map(|(component, _)| *component).collect();
+    assert_eq!(found["components"], serde_json::json!(names));
+    assert_eq!(both.generate_from_file(), both.generate(&both.path("folders")), "{}", case.family);
 
     let model = both.path("model");
     both.on_file(0, &["convert"], &["--no-distill", "-o", text(&model)]);
     run(0, &["verify", text(&model)]);
-    for (part, _) in case.parts {
-        let name = both.part(part).file_name().unwrap().to_owned();
-        let (got, wanted) = (fixture(model.join(part).join(&name)), fixture(both.part(part)));
-        assert!(got.keys().eq(wanted.keys()), "{part}");
-        assert!(got.iter().all(|(name, tensor)| equal(tensor, &wanted[name])), "{part}");
+    for (component, _) in case.components {
+        let name = both.weights(component).file_name().unwrap().to_owned();
+        let got = fixture(model.join(component).join(&name));
+        let wanted = fixture(both.weights(component));
+        assert!(got.keys().eq(wanted.keys()), "{component}");
+        assert!(got.iter().all(|(name, tensor)| same_bits(tensor, &wanted[name])), "{component}");
         let config = |folder: &str| -> Value {
-            serde_json::from_slice(&fs::read(both.path(folder).join(part).join("config.json")).unwrap()).unwrap()
+            serde_json::from_slice(&fs::read(both.path(folder).join(component).join("config.json")).unwrap()).unwrap()
         };
-        let (got, wanted) = (config("model"), config("folders"));
+        let got = config("model");
+        let wanted = config("folders");
         let keys = wanted.as_object().unwrap().iter().filter(|(key, _)| got.get(*key).is_some());
-        keys.for_each(|(key, value)| assert_eq!(&got[key], value, "{part}: {key}"));
+        keys.for_each(|(key, value)| assert_eq!(&got[key], value, "{component}: {key}"));
     }
-    assert_eq!(both.draw(&model), both.draw(&both.path("folders")));
+    assert_eq!(both.generate(&model), both.generate(&both.path("folders")));
 }
 
 #[test]
-fn flux_in_one_file_is_flux() {
+fn flux_in_one_file_is_the_same_model() {
     check(&FLUX);
 }
 
 #[test]
-fn sd3_in_one_file_is_sd3() {
+fn sd3_in_one_file_is_the_same_model() {
     check(&SD3);
 }
 
 #[test]
-fn pixart_in_one_file_is_pixart() {
+fn pixart_in_one_file_is_the_same_model() {
     check(&PIXART);
 }
 
 #[test]
-fn every_tensor_of_a_part_has_its_fate() {
-    let both = Both::new(&FLUX);
+fn every_tensor_of_a_component_is_reported() {
+    let both = BothForms::new(&FLUX);
     let (file, model, others) = (both.path("one.safetensors"), both.path("model"), both.path("others"));
     let config = both.path("folders/transformer/config.json");
     let convert = ["convert", text(&file), "-o", text(&model), "--no-distill", "--components", text(&others)];
     let report = json(0, &[&convert[..], &["--config", text(&config)]].concat());
-    let told: usize =
-        report["parts"].as_object().unwrap().values().map(|part| part["fates"].as_object().unwrap().len()).sum();
-    let own = |name: &&String| FLUX.parts.iter().any(|(_, prefix)| name.starts_with(prefix));
-    assert_eq!(told, both.tensors.keys().filter(own).count());
+    let reports = report["component_reports"].as_object().unwrap();
+    let reported: usize = reports.values().map(|report| report["outcomes"].as_object().unwrap().len()).sum();
+    let of_component = |name: &&String| FLUX.components.iter().any(|(_, prefix)| name.starts_with(prefix));
+    assert_eq!(reported, both.tensors.keys().filter(of_component).count());
     let skipped = |load_report: &Value| -> Vec<String> {
-        let outcomes = load_report["fates"].as_object().unwrap().iter();
+        let outcomes = load_report["outcomes"].as_object().unwrap().iter();
         outcomes.filter(|(_, outcome)| !outcome["skipped"]["reason"].is_null()).map(|(name, _)| name.clone()).collect()
     };
-    assert_eq!(skipped(&report["parts"]["vae"]), [""; 0]);
-    assert_eq!(
-        skipped(&report["parts"]["text_encoder"]),
-        ["text_model.embeddings.position_ids", "text_projection.weight"]
-    );
-    assert_eq!(skipped(&report["parts"]["text_encoder_2"]), ["encoder.embed_tokens.weight"]);
-    let of_transformer = skipped(&report["account"]);
-    assert_eq!(of_transformer.len(), told + 2);
+    assert_eq!(skipped(&reports["vae"]), [""; 0]);
+    assert_eq!(skipped(&reports["text_encoder"]), ["text_model.embeddings.position_ids", "text_projection.weight"]);
+    assert_eq!(skipped(&reports["text_encoder_2"]), ["encoder.embed_tokens.weight"]);
+    let of_transformer = skipped(&report["load_report"]);
+    assert_eq!(of_transformer.len(), reported + 2);
     assert_eq!(of_transformer.iter().filter(|name| name.ends_with("logit_scale")).count(), 2);
 }
 
-/// (stored in fp8, its scale), and what they stand for.
+/// A tensor stored in fp8 with scale 0.25, and the values it stands for in bf16.
 fn scaled(tensor: &Tensor) -> (Tensor, Tensor) {
     let stored = (tensor.to_dtype(DType::F32).unwrap() * 4.0).unwrap().to_dtype(DType::F8E4M3).unwrap();
     let product = (stored.to_dtype(DType::F32).unwrap() * 0.25).unwrap().to_dtype(DType::BF16).unwrap();
@@ -262,11 +268,11 @@ fn scaled(tensor: &Tensor) -> (Tensor, Tensor) {
 }
 
 #[test]
-fn text_encoders_in_scaled_fp8_are_multiplied_out_wherever_they_lie() {
-    let mut both = Both::new(&FLUX);
-    let prefix = FLUX.parts[1].1;
+fn text_encoders_in_scaled_fp8_are_dequantized_in_files_and_folders() {
+    let mut both = BothForms::new(&FLUX);
+    let prefix = FLUX.components[1].1;
     let (mut folder, mut products) = (InMemoryTensors::default(), HashMap::new());
-    for (name, tensor) in fixture(both.part("text_encoder_2")) {
+    for (name, tensor) in fixture(both.weights("text_encoder_2")) {
         let Some(module) =
             name.strip_suffix("weight").filter(|_| name.contains("SelfAttention.q") || name.contains("wi_"))
         else {
@@ -286,29 +292,29 @@ fn text_encoders_in_scaled_fp8_are_multiplied_out_wherever_they_lie() {
     both.tensors.insert(format!("{prefix}scaled_fp8"), marker.clone());
     folder.insert("scaled_fp8", marker);
     both.save();
-    let path = both.part("text_encoder_2");
-    let plain = both.draw(&both.path("folders"));
+    let path = both.weights("text_encoder_2");
+    let plain = both.generate(&both.path("folders"));
     candle_core::safetensors::save(&products, &path).unwrap();
-    let wanted = both.draw(&both.path("folders"));
+    let wanted = both.generate(&both.path("folders"));
     assert_ne!(plain, wanted, "fp8 changes nothing");
-    assert_eq!(both.draw_file(), wanted);
+    assert_eq!(both.generate_from_file(), wanted);
     save(&path, &folder, &BTreeMap::new()).unwrap();
-    assert_eq!(both.draw(&both.path("folders")), wanted);
+    assert_eq!(both.generate(&both.path("folders")), wanted);
     let model = both.path("model");
     both.on_file(0, &["convert"], &["--no-distill", "-o", text(&model)]);
     let written = fixture(model.join("text_encoder_2/model.safetensors"));
     assert!(written.keys().eq(products.keys().collect::<std::collections::BTreeSet<_>>()));
-    assert!(written.iter().all(|(name, tensor)| equal(tensor, &products[name])));
+    assert!(written.iter().all(|(name, tensor)| same_bits(tensor, &products[name])));
 
     folder.insert("encoder.block.0.layer.0.SelfAttention.k.weight_scale_inv", Tensor::new(1f32, &Device::Cpu).unwrap());
     save(&path, &folder, &BTreeMap::new()).unwrap();
-    let said =
-        complaint(1, &["generate", text(&both.path("folders")), "a red apple", "-o", text(&both.path("no.png"))]);
-    assert!(said.contains("text_encoder_2") && said.contains("scaled by blocks"), "{said}");
+    let message =
+        stderr_of(1, &["generate", text(&both.path("folders")), "a red apple", "-o", text(&both.path("no.png"))]);
+    assert!(message.contains("text_encoder_2") && message.contains("scaled by blocks"), "{message}");
 }
 
 #[test]
-fn what_is_wrong_with_a_part_is_refused_by_name() {
+fn wrong_tensors_of_a_component_are_refused_by_name() {
     for (name, replaced, expected) in [
         ("vae.decoder.up.2.block.0.conv1.weight", None, "tensor \"decoder.up.2.block.0.conv1.weight\" is missing"),
         ("vae.encoder.conv_in.bias", Some(Tensor::zeros(5, DType::BF16, &Device::Cpu).unwrap()), "wrong shape"),
@@ -318,19 +324,24 @@ fn what_is_wrong_with_a_part_is_refused_by_name() {
             "tensor \"encoder.strange\" is not understood",
         ),
     ] {
-        let mut both = Both::new(&FLUX);
+        let mut both = BothForms::new(&FLUX);
         match replaced {
             None => drop(both.tensors.remove(name).unwrap()),
             Some(tensor) => drop(both.tensors.insert(name.to_owned(), tensor)),
         }
         both.save();
-        let (model, picture) = (both.path("model"), both.path("no.png"));
-        let part = if name.starts_with("vae") { "vae, the tensors under" } else { "text_encoder_2, the tensors under" };
-        for said in [
+        let model = both.path("model");
+        let image = both.path("no.png");
+        let component =
+            if name.starts_with("vae") { "vae, the tensors under" } else { "text_encoder_2, the tensors under" };
+        for message in [
             both.on_file(1, &["convert"], &["--no-distill", "-o", text(&model)]),
-            both.on_file(1, &["generate", "a red apple"], &["-o", text(&picture)]),
+            both.on_file(1, &["generate", "a red apple"], &["-o", text(&image)]),
         ] {
-            assert!(said.contains(expected) && said.contains(part) && said.contains("one.safetensors"), "{said}");
+            assert!(
+                message.contains(expected) && message.contains(component) && message.contains("one.safetensors"),
+                "{message}"
+            );
         }
         assert!(!model.exists() && !both.path("model.work").exists());
         if name.contains("strange") {
@@ -340,20 +351,20 @@ fn what_is_wrong_with_a_part_is_refused_by_name() {
 }
 
 #[test]
-fn what_no_file_holds_is_asked_for() {
-    let both = Both::new(&FLUX);
+fn missing_components_are_asked_for() {
+    let both = BothForms::new(&FLUX);
     let (file, config) = (both.path("one.safetensors"), both.path("folders/transformer/config.json"));
     let ask = |components: &[&str]| {
         let command = ["generate", text(&file), "a red apple", "--config", text(&config), "-o", "no.png"];
-        complaint(1, &[&command[..], components].concat())
+        stderr_of(1, &[&command[..], components].concat())
     };
-    let said = ask(&[]);
+    let message = ask(&[]);
     assert!(
-        said.contains("num_attention_heads") && said.contains("config.json") && said.contains("--components"),
-        "{said}"
+        message.contains("num_attention_heads") && message.contains("config.json") && message.contains("--components"),
+        "{message}"
     );
     let others = both.path("others");
     fs::remove_dir_all(others.join("tokenizer_2")).unwrap();
-    let said = ask(&["--components", text(&others)]);
-    assert!(said.contains("tokenizer_2 is missing") && said.contains("one.safetensors and"), "{said}");
+    let message = ask(&["--components", text(&others)]);
+    assert!(message.contains("tokenizer_2 is missing") && message.contains("one.safetensors and"), "{message}");
 }

@@ -1,5 +1,5 @@
-//! One FLUX model in every container of 16-bit numbers: each runs and converts as the model it holds. The quantised ones
-//! are in gguf.rs and fp8.rs, and all-in-one files with their parts in parts.rs.
+//! One FLUX model in every container of 16-bit values: each runs and converts as the model it contains. gguf.rs and fp8.rs test
+//! quantised files, components.rs all-in-one files.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 type Tensors = HashMap<String, Tensor>;
 
-/// The tiny model in bf16, in the folder that diffusers writes.
+/// The tiny model in bf16, as a diffusers folder.
 fn original() -> Tiny {
     let mut tiny = Tiny::new();
     tiny.tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
@@ -27,27 +27,27 @@ fn exported(tiny: &Tiny, layout: &str, folder: &Path) -> PathBuf {
     path
 }
 
-/// The model with what torch's wrappers put into the names.
+/// The model with the prefixes that torch.compile, DDP and FSDP add to tensor names.
 fn wrapped(model: &Path, folder: &Path) -> PathBuf {
-    let inside = |name: &str| name.replacen("blocks.0.", "blocks.0._fsdp_wrapped_module.", 1);
-    let wrapped = |(name, tensor): (String, Tensor)| (format!("module._orig_mod.{}", inside(&name)), tensor);
+    let with_fsdp = |name: &str| name.replacen("blocks.0.", "blocks.0._fsdp_wrapped_module.", 1);
+    let wrapped = |(name, tensor): (String, Tensor)| (format!("module._orig_mod.{}", with_fsdp(&name)), tensor);
     let path = folder.join("wrapped.safetensors");
     let tensors: Tensors = fixture(model).into_iter().map(wrapped).collect();
     candle_core::safetensors::save(&tensors, &path).unwrap();
     path
 }
 
-/// The model as `torch.save({"model": ..., "step": 7}, path)` writes it: an archive of a pickle and a record per tensor.
+/// The model as written by `torch.save({"model": ..., "step": 7}, path)`: a zip archive of a pickle and a record per tensor.
 fn torch(model: &Path, folder: &Path) -> PathBuf {
     let tensors: Tensors = fixture(model).into_iter().collect();
     let (mut items, mut records) = (Vec::new(), Vec::new());
     for (key, (name, tensor)) in tensors.iter().enumerate() {
-        items.push([word(name), pickled(tensor, &key.to_string())].concat());
+        items.push([pickled_text(name), pickled(tensor, &key.to_string())].concat());
         let bytes = InMemoryTensors::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes;
         records.push((format!("flux/data/{key}"), bytes));
     }
-    let state =
-        [word("model"), b"}(".to_vec(), items.concat(), b"u".to_vec(), word("step"), b"K\x07".to_vec()].concat();
+    let model = [pickled_text("model"), b"}(".to_vec(), items.concat(), b"u".to_vec()].concat();
+    let state = [model, pickled_text("step"), b"K\x07".to_vec()].concat();
     let pickle = [b"\x80\x02}(", &state[..], b"u."].concat();
     records.push(("flux/data.pkl".to_owned(), pickle));
     let path = folder.join("flux.pt");
@@ -55,26 +55,30 @@ fn torch(model: &Path, folder: &Path) -> PathBuf {
     path
 }
 
-fn word(text: &str) -> Vec<u8> {
+/// A string in pickle: BINUNICODE.
+fn pickled_text(text: &str) -> Vec<u8> {
     [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
-fn numbers(list: &[usize]) -> Vec<u8> {
-    let number = |&one: &usize| [&b"J"[..], &(one as i32).to_le_bytes()].concat();
-    [b"(", list.iter().flat_map(number).collect::<Vec<_>>().as_slice(), b"t"].concat()
+/// A tuple of integers in pickle: MARK, BININT and TUPLE.
+fn pickled_tuple(values: &[usize]) -> Vec<u8> {
+    let integer = |&value: &usize| [&b"J"[..], &(value as i32).to_le_bytes()].concat();
+    [b"(", values.iter().flat_map(integer).collect::<Vec<_>>().as_slice(), b"t"].concat()
 }
 
-/// What `torch._utils._rebuild_tensor_v2` is called with.
+/// A tensor in pickle: a call of `torch._utils._rebuild_tensor_v2`.
 fn pickled(tensor: &Tensor, key: &str) -> Vec<u8> {
-    let count = numbers(&[tensor.elem_count()]);
+    let count = pickled_tuple(&[tensor.elem_count()]);
     let count = &count[1..count.len() - 1];
     let class = b"ctorch\nBFloat16Storage\n";
-    let storage = [b"(", &word("storage")[..], class, &word(key), &word("cpu"), count, b"tQ"].concat();
+    let storage =
+        [b"(", &pickled_text("storage")[..], class, &pickled_text(key), &pickled_text("cpu"), count, b"tQ"].concat();
     let rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n(";
-    [&rebuild[..], &storage, b"K\0", &numbers(tensor.dims()), &numbers(tensor.stride()), b"\x89NtR"].concat()
+    [&rebuild[..], &storage, b"K\0", &pickled_tuple(tensor.dims()), &pickled_tuple(tensor.stride()), b"\x89NtR"]
+        .concat()
 }
 
-/// A zip archive of stored records.
+/// A zip archive of uncompressed records.
 fn archive(records: &[(String, Vec<u8>)]) -> Vec<u8> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
     for (name, bytes) in records {
@@ -88,8 +92,7 @@ fn archive(records: &[(String, Vec<u8>)]) -> Vec<u8> {
     [&file[..], &directory, b"PK\x05\x06\0\0\0\0\0\0\0\0", &end, &[0; 2]].concat()
 }
 
-/// Rounding to bf16 is the container's own, so against the same numbers there is no error, and against diffusers' f16 ones
-/// that of the rounding.
+/// The container rounds to bf16: no error against the same values, and a rounding error against the f16 values of diffusers.
 fn check(file: &Path, layout: &str, tiny: &Tiny) {
     let folder = tempfile::tempdir().unwrap();
     let config = repository("tests/fixtures/flux/head24/config.json");
@@ -109,7 +112,7 @@ fn check(file: &Path, layout: &str, tiny: &Tiny) {
 }
 
 #[test]
-fn every_container_runs_and_converts_as_the_model_it_holds() {
+fn every_container_runs_and_converts_as_the_model_it_contains() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), original());
     check(tiny.path(), "diffusers", &tiny);
     let bfl = exported(&tiny, "bfl", folder.path());

@@ -1,14 +1,14 @@
-//! Where the disk refuses, the command says so in words and leaves nothing behind.
+//! If the disk is full or read-only, the command reports it and leaves nothing behind.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
-use common::{Tiny, complaint, repository, text};
+use common::{Tiny, repository, stderr_of, text};
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Runs the command where no file may grow beyond 100 blocks of 512 or 1024 bytes.
+/// Runs the command with a limit on file sizes: 100 blocks of 512 or 1024 bytes.
 fn on_full_disk(arguments: &[&str]) -> Output {
     let script = "trap '' XFSZ; ulimit -f 100; exec \"$@\"";
     let command = ["-c", script, "sh", env!("CARGO_BIN_EXE_clearform")];
@@ -44,7 +44,7 @@ fn a_full_disk_leaves_nothing_behind() {
 }
 
 #[test]
-fn what_stands_outlives_a_full_disk() {
+fn an_existing_model_survives_a_full_disk() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let (model, output) = (text(tiny.path()), folder.path().join("out"));
     common::run(0, &["convert", model, "--no-distill", "-o", text(&output)]);
@@ -55,12 +55,12 @@ fn what_stands_outlives_a_full_disk() {
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_named() {
+fn a_folder_that_cannot_be_written_is_named() {
     let tiny = Tiny::new();
-    let place = "/sys/clearform";
+    let folder = "/sys/clearform";
     for arguments in [["convert", "--no-distill"], ["export", "--to=bfl"]] {
-        let stderr = complaint(1, &[arguments[0], text(tiny.path()), arguments[1], "-o", place]);
-        assert!(stderr.contains(place), "{stderr}");
+        let stderr = stderr_of(1, &[arguments[0], text(tiny.path()), arguments[1], "-o", folder]);
+        assert!(stderr.contains(folder), "{stderr}");
         assert!(["denied", "permitted", "Read-only"].iter().any(|reason| stderr.contains(reason)), "{stderr}");
     }
 }

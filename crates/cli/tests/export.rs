@@ -1,4 +1,4 @@
-//! `clearform export`: a model under other names and back holds the same bits.
+//! `clearform export`: a model exported to another layout and back has the same bits.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use candle_core::Tensor;
 use clearform_testkit::{assemble_pipeline, seeded_file};
 use clearform_weights::{Checkpoint, RawTensor, TensorSource};
-use common::{Tiny, complaint, json, repository, run, text};
+use common::{Tiny, json, repository, run, stderr_of, text};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -15,7 +15,7 @@ fn tensors(path: &Path) -> BTreeMap<String, RawTensor> {
     file.tensors().into_iter().map(|info| (info.name.clone(), file.read(&info.name).unwrap())).collect()
 }
 
-/// Exports `model` to `layout`, whose files have a tensor `witness`, and back by two ways.
+/// Exports `model` to `layout`, whose files have a tensor `witness`, and back with `export` and with `convert`.
 fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &str), reading: &[&str]) {
     let path = |name: &str| folder.join(format!("{layout}-{name}"));
     let (file, back, converted) = (path("file.safetensors"), path("back.safetensors"), path("model"));
@@ -31,15 +31,15 @@ fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &st
     let original = tensors(&model.join("transformer"));
     assert_eq!(done["used"].as_u64().unwrap(), original.len() as u64);
     run(0, &[&["export", text(&file), "--to", "diffusers", "-o", text(&back)], reading].concat());
-    assert!(tensors(&back) == original, "{layout}: not the same after two exports");
+    assert!(tensors(&back) == original, "{layout}: differs after two exports");
     run(0, &[&["convert", text(&file), "--no-distill", "-o", text(&converted)], reading].concat());
-    assert!(tensors(&converted.join("transformer")) == original, "{layout}: not the same after convert");
+    assert!(tensors(&converted.join("transformer")) == original, "{layout}: differs after convert");
     run(0, &["export", text(&converted), "--to", layout, "-o", text(&path("again.safetensors"))]);
     assert!(std::fs::read(path("again.safetensors")).unwrap() == std::fs::read(&file).unwrap(), "{layout}: again");
 }
 
 #[test]
-fn flux_goes_to_every_layout_and_back() {
+fn flux_round_trips_through_every_layout() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let model = folder.path().join("pipeline");
     std::fs::create_dir(&model).unwrap();
@@ -56,7 +56,7 @@ fn flux_goes_to_every_layout_and_back() {
 }
 
 #[test]
-fn sd3_goes_to_every_layout_and_back() {
+fn sd3_round_trips_through_every_layout() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("pipeline");
     assemble_pipeline(&repository(""), "sd3", &model);
@@ -69,9 +69,9 @@ fn sd3_goes_to_every_layout_and_back() {
     }
 }
 
-/// From facebook's names to diffusers', where each block has its copy of the embedders, and back.
+/// From Facebook's names to diffusers', where every block has its own copy of the embedders, and back.
 #[test]
-fn dit_goes_to_its_authors_names_and_back() {
+fn dit_round_trips_through_its_authors_layout() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let stored = seeded_file(repository("tests/fixtures/dit/original/shapes.json"), "");
@@ -85,8 +85,9 @@ fn dit_goes_to_its_authors_names_and_back() {
     let reading = ["--family", "dit", "--config", text(&config)];
     check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"), &reading);
     let (mut original, mut exported) = (tensors(&file), tensors(&path("original-file.safetensors")));
-    // Positions are computed: no model of diffusers' has them, and facebook's code wants them.
-    let (stored, computed) = (original.remove("pos_embed").unwrap(), exported.remove("pos_embed").unwrap());
+    // The positions are computed on export: diffusers does not store them, and Facebook's code needs them.
+    let stored = original.remove("pos_embed").unwrap();
+    let computed = exported.remove("pos_embed").unwrap();
     assert!(exported == original);
     assert_eq!((stored.dtype, &stored.shape), (computed.dtype, &computed.shape));
     let computed = computed.to_tensor("pos_embed").unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
@@ -95,41 +96,41 @@ fn dit_goes_to_its_authors_names_and_back() {
     assert_eq!(computed[0], first);
     assert_eq!((computed[1][0], computed[1][width / 2]), (1f32.sin(), 0.0));
 
-    // What diffusers trained apart has no place in the authors' form.
+    // The authors' layout has one embedder for all blocks; separately trained copies do not fit in.
     assemble_pipeline(&repository(""), "dit", &path("apart"));
-    let said = complaint(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none"))]);
-    assert!(said.contains("timestep_embedder") && said.contains("one place for both"), "{said}");
-    let parts = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".part");
-    let left = std::fs::read_dir(folder.path()).unwrap().filter(|entry| parts(&entry.as_ref().unwrap().file_name()));
-    assert!(!path("none").exists() && left.count() == 0);
+    let message = stderr_of(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none"))]);
+    assert!(message.contains("timestep_embedder") && message.contains("one place for both"), "{message}");
+    let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let unfinished = names.filter(|name| name.to_string_lossy().ends_with(".part"));
+    assert!(!path("none").exists() && unfinished.count() == 0);
 }
 
 #[test]
-fn what_stands_is_kept_and_a_wrong_layout_is_answered_with_the_choices() {
+fn existing_files_are_kept_and_wrong_layouts_are_answered_with_the_choices() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let file = folder.path().join("file.safetensors");
     std::fs::write(&file, "kept").unwrap();
     let arguments = ["export", text(tiny.path()), "--to", "bfl", "-o", text(&file)];
-    assert!(complaint(1, &arguments).contains("--overwrite"));
+    assert!(stderr_of(1, &arguments).contains("already exists; pass --overwrite"));
     assert_eq!(std::fs::read(&file).unwrap(), b"kept");
     run(0, &[&arguments[..], &["--overwrite"]].concat());
     assert!(tensors(&file).contains_key("img_in.weight"));
-    let said = complaint(1, &["export", text(tiny.path()), "--to", "bfl", "-o", text(folder.path()), "--overwrite"]);
-    assert!(said.contains("is a folder"), "{said}");
+    let message = stderr_of(1, &["export", text(tiny.path()), "--to", "bfl", "-o", text(folder.path()), "--overwrite"]);
+    assert!(message.contains("is a folder"), "{message}");
     let other = folder.path().join("other.safetensors");
-    let said = complaint(1, &["export", text(tiny.path()), "--to", "kohya", "-o", text(&other)]);
-    assert!(said.contains("\"kohya\"") && said.contains("bfl") && said.contains("comfy"), "{said}");
+    let message = stderr_of(1, &["export", text(tiny.path()), "--to", "kohya", "-o", text(&other)]);
+    assert!(message.contains("\"kohya\"") && message.contains("bfl") && message.contains("comfy"), "{message}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
-/// The plan is not in the file, and whoever takes it is told so.
+/// The file contains the tensors of pooled attention, but not the plan; a note says so.
 #[test]
-fn a_portable_model_is_exported_with_what_its_attention_learned() {
+fn a_portable_model_is_exported_with_its_pooling_tensors() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let (model, file) = (folder.path().join("model"), folder.path().join("file.safetensors"));
     run(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--pool", "2", "--no-distill"]);
-    let said = complaint(0, &["export", text(&model), "--to", "original", "-o", text(&file)]);
-    assert!(said.contains("clear:r=3,d=2") && said.contains("--attention"), "{said}");
+    let message = stderr_of(0, &["export", text(&model), "--to", "original", "-o", text(&file)]);
+    assert!(message.contains("clear:r=3,d=2") && message.contains("--attention"), "{message}");
     let config = repository("tests/fixtures/flux/head24/config.json");
     let back = folder.path().join("back.safetensors");
     run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back), "--config", text(&config)]);

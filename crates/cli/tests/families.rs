@@ -1,38 +1,90 @@
-//! The families that are not FLUX on the command line: converted, distilled, verified and drawn, each from what people
-//! have of it.
+//! The families other than FLUX on the command line: converted, distilled, verified, compared and used to generate images.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
+use clearform_runtime::RgbImage;
 use clearform_testkit::{assemble_pipeline, assert_close, fixture, relative_error, seeded_file};
-use common::{complaint, json, repository, run, text};
+use common::{json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Distils what `arguments` name into `model`.
+/// Distils the source that `arguments` name to `model`.
 fn distil(arguments: &[&str], model: &Path) {
     let training = ["--radius", "2", "--steps", "6", "--sample-count", "6", "--sample-steps", "3", "--batch", "3"];
     let further = ["--lr", "3e-3", "-o", text(model)];
     run(0, &[&["convert"], arguments, &training[..], &further[..]].concat());
     let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
     let loss = |key: &str| record["distillation"][key].as_float().unwrap();
+    println!("LOSSES {arguments:?} {} {}", loss("first_loss"), loss("last_loss"));
     assert!(loss("first_loss") > 0.0 && loss("last_loss") > 0.0 && loss("first_loss") != loss("last_loss"));
     run(0, &["verify", text(model)]);
 }
 
-/// Draws a picture, and one more with full attention, which must differ.
-fn draw(model: &Path, arguments: &[&str]) -> PathBuf {
-    let (windowed, full) = (model.with_extension("png"), model.with_extension("full.png"));
-    let common = [&["generate", text(model), "--steps", "3", "--seed", "4"], arguments].concat();
-    run(0, &[&common[..], &["-o", text(&windowed)]].concat());
-    run(0, &[&common[..], &["-o", text(&full), "--attention", "full"]].concat());
-    let pixels = |path: &Path| image::open(path).unwrap().to_rgb8();
-    assert!(pixels(&windowed) != pixels(&full), "the window changes nothing");
-    windowed
+/// Generates an image.
+fn generate(model: &Path, arguments: &[&str]) -> RgbImage {
+    let path = model.with_extension("png");
+    run(0, &[&["generate", text(model), "-o", text(&path)], arguments].concat());
+    image::open(&path).unwrap().to_rgb8()
 }
 
-/// A checkpoint of a fixture's names in one file.
+/// Generates an image with the model's attention and one with full attention, and checks that they differ.
+fn check_window(model: &Path, arguments: &[&str]) {
+    let common = [&["--steps", "3", "--seed", "4"], arguments].concat();
+    let full = [&common[..], &["--attention", "full"]].concat();
+    assert!(generate(model, &common) != generate(model, &full), "the window changes nothing");
+}
+
+/// PSNR in dB.
+fn psnr(got: &RgbImage, wanted: &RgbImage) -> f64 {
+    assert_eq!(got.dimensions(), wanted.dimensions());
+    let squares = got.as_raw().iter().zip(wanted.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2));
+    -10.0 * (squares.sum::<f64>() / got.as_raw().len() as f64 / 255f64.powi(2)).log10()
+}
+
+/// Runs `compare` and checks its figures against its contact sheet, and the sheet against `generate`.
+fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
+    /// Pixels between the images of a sheet.
+    const GAP: u32 = 4;
+    let report = model.with_extension("report");
+    let found = json(0, &["compare", text(original), text(model), "-o", text(&report), "--steps", "2"]);
+    let written = std::fs::read(report.join("report.json")).unwrap();
+    assert_eq!(found, serde_json::from_slice::<serde_json::Value>(&written).unwrap());
+    let pairs = found["pictures"].as_array().unwrap();
+    assert_eq!(pairs.len(), 4);
+    let page = std::fs::read_to_string(report.join("report.html")).unwrap();
+    assert!(pairs.iter().all(|pair| page.contains(pair["prompt"].as_str().unwrap())));
+
+    let sheet = image::open(report.join("sheet.png")).unwrap().to_rgb8();
+    let (width, height) = ((sheet.width() - GAP) / 4 - GAP, (sheet.height() - GAP) / 2 - GAP);
+    let tile = |column: usize, row: u32| {
+        let left = GAP + column as u32 * (width + GAP);
+        image::imageops::crop_imm(&sheet, left, GAP + row * (height + GAP), width, height).to_image()
+    };
+    let measured: Vec<f64> = (0..4).map(|column| psnr(&tile(column, 0), &tile(column, 1))).collect();
+    for (pair, measured) in pairs.iter().zip(&measured) {
+        assert!((pair["psnr"].as_f64().unwrap() - measured).abs() < 1e-6, "{measured} dB: {pair}");
+        assert!((0.0..1.0).contains(&pair["ssim"].as_f64().unwrap()), "{pair}");
+    }
+    assert!((found["psnr"].as_f64().unwrap() - measured.iter().sum::<f64>() / 4.0).abs() < 1e-6);
+    println!("PSNR {original:?} {measured:?} {}", found["attention_error"]);
+    // The seed of the second prompt is 1. `compare` runs a batch, whose sums round differently.
+    let second = [prompt, &["--steps", "2", "--seed", "1"]].concat();
+    for (row, model) in [original, model].into_iter().enumerate() {
+        let wanted = generate(model, &second);
+        let got = tile(1, row as u32);
+        let largest = got.iter().zip(wanted.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(largest <= 1, "{} differs by {largest} of 255", model.display());
+    }
+    let errors = found["attention_error"].as_array().unwrap();
+    assert_eq!(errors.len(), 2);
+    for error in errors.iter().map(|error| error[1].as_f64().unwrap()) {
+        assert!(error > 1e-3 && error < 1.0, "{errors:?}");
+    }
+}
+
+/// Writes a single-file checkpoint with a fixture's tensor names.
 fn checkpoint(family: &str, folder: &Path) -> PathBuf {
     let shapes = repository(&format!("tests/fixtures/{family}/original/shapes.json"));
     let tensors: HashMap<String, Tensor> = seeded_file(shapes, "").into_iter().collect();
@@ -41,8 +93,8 @@ fn checkpoint(family: &str, folder: &Path) -> PathBuf {
     path
 }
 
-/// Everything that is done with a model, once, from a diffusers folder on.
-fn whole_pipeline(name: &str, arguments: &[&str]) {
+/// Takes a diffusers folder through every command. `second_prompt` is that which `compare` uses second.
+fn check_family(name: &str, arguments: &[&str], second_prompt: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (original, model) = (path("original"), path("linear"));
@@ -50,45 +102,45 @@ fn whole_pipeline(name: &str, arguments: &[&str]) {
     distil(&[text(&original)], &model);
     let found = json(0, &["inspect", text(&model)]);
     assert_eq!((&found["family"], &found["layout"]), (&name.into(), &"diffusers".into()));
-    draw(&model, arguments);
-    let picture = path("bf16.png");
-    let few = ["generate", text(&model), "--steps", "2", "--dtype", "bf16", "-o", text(&picture)];
-    run(0, &[&few[..], arguments].concat());
-    assert!(image::open(&picture).unwrap().to_rgb8().pixels().any(|pixel| pixel[0] != pixel[1]));
-    let compared = json(0, &["compare", text(&original), text(&model), "-o", text(&path("report")), "--steps", "2"]);
-    assert!(compared["attention_error"].as_array().unwrap().len() == 2 && compared["psnr"].as_f64().unwrap() > 0.0);
+    check_window(&model, arguments);
+    let few = [&["--steps", "2"], arguments].concat();
+    let in_bf16 = generate(&model, &[&few[..], &["--dtype", "bf16"]].concat());
+    let rounding = psnr(&in_bf16, &generate(&model, &[&few[..], &["--dtype", "f32"]].concat()));
+    println!("BF16 {name} {rounding}");
+    assert!(rounding > 30.0, "bf16: {rounding} dB");
+    check_comparison(&original, &model, second_prompt);
 
     let (patch, patched) = (path("patch.safetensors"), path("patched"));
     run(0, &["patch", "extract", text(&model), "--base", text(&original), "-o", text(&patch)]);
     run(0, &["patch", "apply", text(&patch), "--to", text(&original), "-o", text(&patched)]);
     let weights = |model: &Path| std::fs::read(model.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
-    assert!(weights(&patched) == weights(&model), "the patch does not hold what was distilled");
+    assert!(weights(&patched) == weights(&model), "the patch does not contain what was distilled");
 
     let pooled = path("pooled");
     let plan = ["--radius", "2", "--pool", "2", "--no-distill"];
     run(0, &[&["convert", text(&original), "-o", text(&pooled)], &plan[..]].concat());
-    draw(&pooled, arguments);
+    check_window(&pooled, arguments);
 }
 
-/// A layer, with its outputs and inputs.
+/// A layer's name, outputs and inputs.
 type Layer = (&'static str, [usize; 2]);
 
-/// Rank 2, in the form of peft, on `layers`.
-fn lora(layers: &[Layer], path: &Path) {
-    let pair = |(name, [outputs, inputs]): &Layer| {
+/// Writes a LoRA of rank 2 for `layers`, with peft's tensor names.
+fn write_lora(layers: &[Layer], path: &Path) {
+    let factors = |(name, [outputs, inputs]): &Layer| {
         let factor = |part: &str, shape: &[usize]| {
             let name = format!("transformer.{name}.{part}.weight");
             (name.clone(), clearform_testkit::seeded(&name, shape, "lora/"))
         };
         [factor("lora_A", &[2, *inputs]), factor("lora_B", &[*outputs, 2])]
     };
-    let tensors: HashMap<String, Tensor> = layers.iter().flat_map(pair).collect();
+    let tensors: HashMap<String, Tensor> = layers.iter().flat_map(factors).collect();
     candle_core::safetensors::save(&tensors, path).unwrap();
 }
 
-/// Beside the weights and baked into them, a LoRA does the same, whatever the family.
+/// A LoRA has the same effect at run time and merged into the weights, in every family.
 #[test]
-fn loras_meet_every_family() {
+fn loras_apply_to_every_family() {
     let cases: [(&str, &[Layer]); 3] = [
         ("dit", &[("transformer_blocks.0.attn1.to_q", [32, 32]), ("transformer_blocks.1.ff.net.2", [32, 128])]),
         ("pixart", &[("transformer_blocks.0.attn2.to_k", [24, 24]), ("adaln_single.linear", [144, 24])]),
@@ -99,88 +151,92 @@ fn loras_meet_every_family() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         assemble_pipeline(&repository(""), family, &path("original"));
-        lora(layers, &path("lora.safetensors"));
+        write_lora(layers, &path("lora.safetensors"));
         let prompt = if family == "dit" { &["--class", "3"][..] } else { &["a red apple"] };
-        let draw = |model: &str, picture: &str, more: &[&str]| {
-            let (model, picture) = (path(model), path(picture));
-            let base = ["generate", text(&model), "--steps", "2", "--attention", "full", "-o", text(&picture)];
+        let generate = |model: &str, more: &[&str]| {
+            let model = path(model);
+            let image = path("image.png");
+            let base = ["generate", text(&model), "--steps", "2", "--attention", "full", "-o", text(&image)];
             let plugins = ["--plugin-dir", text(&plugins)];
-            let said = complaint(0, &[&base[..], prompt, more, &plugins].concat());
-            (image::open(&picture).unwrap().to_rgb8(), said)
+            let message = stderr_of(0, &[&base[..], prompt, more, &plugins].concat());
+            (image::open(&image).unwrap().to_rgb8(), message)
         };
         let file = path("lora.safetensors");
-        let plain = draw("original", "plain.png", &[]).0;
-        let (beside, said) = draw("original", "beside.png", &["--lora", text(&file)]);
-        assert!(said.contains("applied 4 of 4 tensors to 2 modules"), "{family}: {said}");
-        assert_ne!(plain, beside, "{family}: the LoRA does nothing");
-        let (original, baked) = (path("original"), path("baked"));
-        let convert = ["convert", text(&original), "-o", text(&baked), "--no-distill", "--lora", text(&file)];
+        let plain = generate("original", &[]).0;
+        let (at_runtime, message) = generate("original", &["--lora", text(&file)]);
+        assert!(message.contains("applied 4 of 4 tensors to 2 modules"), "{family}: {message}");
+        assert_ne!(plain, at_runtime, "{family}: the LoRA has no effect");
+        let original = path("original");
+        let merged = path("merged");
+        let convert = ["convert", text(&original), "-o", text(&merged), "--no-distill", "--lora", text(&file)];
         run(0, &[&convert[..], &["--plugin-dir", text(&plugins)]].concat());
-        let baked = draw("baked", "baked.png", &[]).0;
-        let largest = baked.iter().zip(beside.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-        assert!(largest <= 2, "{family}: baked and beside differ by {largest} of 255");
+        let merged = generate("merged", &[]).0;
+        let largest = merged.iter().zip(at_runtime.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(largest <= 2, "{family}: merged and at run time differ by {largest} of 255");
     }
 }
 
 #[test]
-fn sd3_is_distilled_and_drawn() {
-    whole_pipeline("sd3", &["a red apple", "--negative-prompt", "blurry", "--width", "48", "--height", "56"]);
+fn sd3_runs_through_every_command() {
+    let arguments = ["a red apple", "--negative-prompt", "blurry", "--width", "48", "--height", "56"];
+    check_family("sd3", &arguments, &["a cat"]);
 }
 
 #[test]
-fn pixart_is_distilled_and_drawn() {
-    whole_pipeline("pixart", &["a red apple", "--width", "48", "--height", "56"]);
+fn pixart_runs_through_every_command() {
+    check_family("pixart", &["a red apple", "--width", "48", "--height", "56"], &["a cat"]);
 }
 
 #[test]
-fn dit_is_distilled_and_drawn() {
-    whole_pipeline("dit", &["--class", "7"]);
+fn dit_runs_through_every_command() {
+    // Four of 1000 classes, evenly spread.
+    check_family("dit", &["--class", "7"], &["--class", "250"]);
 }
 
 #[test]
-fn a_class_model_says_what_it_draws() {
+fn class_models_refuse_prompts_and_wrong_classes() {
     let folder = tempfile::tempdir().unwrap();
     assemble_pipeline(&repository(""), "dit", folder.path());
-    let said = complaint(1, &["generate", text(folder.path()), "a cat"]);
-    assert!(said.contains("draws classes") && said.contains("--class 0 to 999"), "{said}");
-    let said = complaint(1, &["generate", text(folder.path()), "--class", "1001"]);
-    assert!(said.contains("expected 0 to 999, found 1001"), "{said}");
+    let message = stderr_of(1, &["generate", text(folder.path()), "a cat"]);
+    assert!(message.contains("this model is class-conditional") && message.contains("--class 0 to 999"), "{message}");
+    let message = stderr_of(1, &["generate", text(folder.path()), "--class", "1001"]);
+    assert!(message.contains("expected 0 to 999, found 1001"), "{message}");
     run(2, &["generate", text(folder.path())]);
     run(2, &["generate", text(folder.path()), "a cat", "--class", "3"]);
 }
 
 #[test]
-fn dit_and_sit_are_never_guessed() {
+fn dit_and_sit_are_never_guessed_apart() {
     let folder = tempfile::tempdir().unwrap();
     let (file, config) = (checkpoint("sit", folder.path()), folder.path().join("config.json"));
-    let said = complaint(1, &["inspect", text(&file)]);
-    assert!(said.contains("dit") && said.contains("sit") && said.contains("--family"), "{said}");
+    let message = stderr_of(1, &["inspect", text(&file)]);
+    assert!(message.contains("dit") && message.contains("sit") && message.contains("--family"), "{message}");
     std::fs::write(&config, r#"{"attention_head_dim": 12}"#).unwrap();
     let reading = ["--family", "sit", "--config", text(&config)];
     assert_eq!(json(0, &[&["inspect", text(&file)], &reading[..]].concat())["family"], "sit");
 
-    // Its VAE is DiT's.
-    let (components, model) = (folder.path().join("dit"), folder.path().join("linear"));
+    // SiT uses DiT's VAE.
+    let components = folder.path().join("dit");
+    let model = folder.path().join("linear");
     assemble_pipeline(&repository(""), "dit", &components);
     distil(&[&[text(&file)], &reading[..], &["--components", text(&components)]].concat(), &model);
     assert_eq!(json(0, &["inspect", text(&model)])["family"], "sit");
-    draw(&model, &["--class", "3"]);
+    check_window(&model, &["--class", "3"]);
 }
 
 #[test]
-fn minrf_draws_digits_from_one_file() {
+fn minrf_generates_digits_from_one_file() {
     let folder = tempfile::tempdir().unwrap();
-    let (file, digit) = (checkpoint("minrf", folder.path()), folder.path().join("digit.png"));
-    run(0, &["generate", text(&file), "--class", "3", "--steps", "4", "-o", text(&digit)]);
-    let picture = image::open(&digit).unwrap().to_rgb8();
-    assert_eq!(picture.dimensions(), (32, 32));
-    assert!(picture.pixels().all(|pixel| pixel[0] == pixel[1] && pixel[1] == pixel[2]));
+    let file = checkpoint("minrf", folder.path());
+    let image = generate(&file, &["--class", "3", "--steps", "4"]);
+    assert_eq!(image.dimensions(), (32, 32));
+    assert!(image.pixels().all(|pixel| pixel[0] == pixel[1] && pixel[1] == pixel[2]));
     let model = folder.path().join("linear");
     distil(&[text(&file), "--sample-size", "16"], &model);
-    draw(&model, &["--class", "3", "--width", "16", "--height", "16"]);
+    check_window(&model, &["--class", "3", "--width", "16", "--height", "16"]);
 }
 
-/// Of FLUX, tests/commands.rs times a model.
+/// FLUX is timed in commands.rs.
 #[test]
 fn a_model_of_every_family_can_be_timed() {
     let folder = tempfile::tempdir().unwrap();
@@ -188,7 +244,10 @@ fn a_model_of_every_family_can_be_timed() {
         let common = ["bench", "model", text(model), "--grid", "3x4", "--attention", "full", "clear:r=2"];
         let table = json(0, &[&common[..], &["--text", "5", "--repeat", "1"], further].concat());
         let rows = table["rows"].as_array().unwrap();
-        assert!(rows.len() == 2 && rows.iter().all(|row| row["median_ms"].as_f64().unwrap() > 0.0), "{table}");
+        let cases: Vec<_> =
+            rows.iter().map(|row| [&row["grid"], &row["attention"]].map(|cell| cell.as_str().unwrap())).collect();
+        assert_eq!(cases, [["3x4", "full"], ["3x4", "clear:r=2"]]);
+        assert!(rows.iter().all(|row| row["median_ms"].as_f64().unwrap() > 0.0), "{table}");
     };
     for family in ["dit", "pixart", "sd3"] {
         let model = folder.path().join(family);
@@ -202,12 +261,13 @@ fn a_model_of_every_family_can_be_timed() {
     timed(&checkpoint("sit", folder.path()), &["--family", "sit", "--config", text(&config)]);
 }
 
-/// z <- z - v / N from 1 to 0, with v_u + w (v_c - v_u), by the program's own `forward`.
+/// Compares `generate` with minRF's sampler, z <- z - v / N from t = 1 to 0 with v = v_u + w (v_c - v_u), on top of `forward`.
 #[test]
-fn minrf_is_drawn_as_its_sampler_goes() {
+fn minrf_images_are_those_of_its_sampler() {
     let folder = tempfile::tempdir().unwrap();
     let file = checkpoint("minrf", folder.path());
-    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    let input = folder.path().join("in.safetensors");
+    let output = folder.path().join("out.safetensors");
     let velocity = |z: &Tensor, t: f32, class: i64| -> Tensor {
         let labels = Tensor::new(&[class], &Device::Cpu).unwrap();
         let time = Tensor::new(&[t], &Device::Cpu).unwrap();
@@ -220,24 +280,23 @@ fn minrf_is_drawn_as_its_sampler_goes() {
     let mut z = clearform_sampling::TorchGenerator::new(8).randn((1, 1, 16, 16)).unwrap();
     for step in (1..=3).rev() {
         let t = step as f32 / 3.0;
-        let (conditional, unconditional) = (velocity(&z, t, 3), velocity(&z, t, 10));
+        let conditional = velocity(&z, t, 3);
+        let unconditional = velocity(&z, t, 10);
         let guided = (&unconditional + ((conditional - &unconditional).unwrap() * 2.5).unwrap()).unwrap();
         z = (z - (guided / 3.0).unwrap()).unwrap();
     }
-    let picture = folder.path().join("digit.png");
     let size = ["--width", "16", "--height", "16"];
-    let drawing = ["--class", "3", "--steps", "3", "--guidance", "2.5", "--seed", "8", "-o", text(&picture)];
-    run(0, &[&["generate", text(&file)], &size[..], &drawing[..]].concat());
-    let drawn = image::open(&picture).unwrap().to_rgb8();
+    let sampling = ["--class", "3", "--steps", "3", "--guidance", "2.5", "--seed", "8"];
+    let image = generate(&file, &[&size[..], &sampling[..]].concat());
     let wanted = ((z.flatten_all().unwrap() * 0.5).unwrap() + 0.5).unwrap().clamp(0f32, 1f32).unwrap();
     let wanted: Vec<f32> = (wanted * 255.0).unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap();
-    let largest = drawn.pixels().zip(&wanted).map(|(pixel, wanted)| (f32::from(pixel[0]) - wanted).abs());
+    let largest = image.pixels().zip(&wanted).map(|(pixel, wanted)| (f32::from(pixel[0]) - wanted).abs());
     assert!(largest.fold(0.0, f32::max) <= 1.0);
 }
 
-/// The file of facebook's code and the folder that it becomes give the same.
+/// A file for Facebook's code, converted, agrees with diffusers.
 #[test]
-fn a_converted_original_predicts_what_it_did() {
+fn a_converted_original_agrees_with_diffusers() {
     let folder = tempfile::tempdir().unwrap();
     let (file, config) = (checkpoint("dit", folder.path()), folder.path().join("config.json"));
     std::fs::write(&config, r#"{"attention_head_dim": 16}"#).unwrap();

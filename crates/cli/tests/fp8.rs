@@ -1,4 +1,4 @@
-//! FLUX in fp8, plain and scaled, through the commands: what comes out is what the stored numbers times their scales give.
+//! FLUX in fp8, plain and scaled, through the commands: results are those of the stored values times their scales.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -6,14 +6,15 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::fixture;
 use clearform_weights::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
-use common::{Tiny, complaint, json, repository, run, text};
+use common::{Tiny, json, repository, run, stderr_of, text};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+/// Tensors of any dtype as raw bytes; candle has no F8_E5M2.
 #[derive(Clone, Default)]
-struct Raw(BTreeMap<String, RawTensor>);
+struct RawTensors(BTreeMap<String, RawTensor>);
 
-impl TensorSource for Raw {
+impl TensorSource for RawTensors {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.0.keys().filter_map(|name| self.info(name)).collect()
     }
@@ -28,7 +29,7 @@ impl TensorSource for Raw {
     }
 }
 
-impl Raw {
+impl RawTensors {
     fn put(&mut self, name: String, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) {
         self.0.insert(name, RawTensor { dtype, shape: shape.to_vec(), bytes });
     }
@@ -39,61 +40,63 @@ impl Raw {
     }
 }
 
-/// A way in which files hold fp8.
+/// A convention for storing fp8.
 struct Form {
     layout: &'static str,
     dtype: Dtype,
-    /// The ending of the scale's name, and whether there is one for each row.
-    scale: Option<(&'static str, Rows)>,
-    /// Whether descriptions and markers stand beside.
-    beside: &'static [&'static str],
+    /// The suffix of the scale's name, and what one scale covers.
+    scale: Option<(&'static str, Granularity)>,
+    /// Suffixes of further tensors per matrix: descriptions and input scales.
+    extra: &'static [&'static str],
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Rows {
-    Together,
-    Apart,
+enum Granularity {
+    Matrix,
+    Row,
 }
 
-/// (the stored bytes, the scales, their product in bf16) of a matrix.
+/// Quantises a matrix to (the stored bytes, the scales, their product in bf16).
 fn quantise(weight: &Tensor, form: &Form) -> (Vec<u8>, Tensor, Tensor) {
     let (rows, _) = weight.dims2().unwrap();
     let largest = match form.scale {
-        Some((_, Rows::Apart)) => weight.abs().unwrap().max_keepdim(1).unwrap(),
+        Some((_, Granularity::Row)) => weight.abs().unwrap().max_keepdim(1).unwrap(),
         _ => weight.abs().unwrap().max_all().unwrap().reshape((1, 1)).unwrap(),
     };
-    // Scales of 20 bits make the products exact in f32, so that they are rounded but once.
+    // Scales with 20-bit mantissas make the products exact in f32, so that they are rounded only once, to bf16.
     let scale =
         |largest: f32| if form.scale.is_none() { 1.0 } else { f32::from_bits((largest / 400.0).to_bits() & !0xf) };
     let scales: Vec<f32> = largest.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(scale).collect();
     let scales = Tensor::from_vec(scales, largest.shape(), &Device::Cpu).unwrap();
-    let (bytes, numbers) = narrowed(&weight.broadcast_div(&scales).unwrap(), form.dtype);
-    let product = numbers.broadcast_mul(&scales).unwrap().to_dtype(DType::BF16).unwrap();
+    let (bytes, values) = to_fp8(&weight.broadcast_div(&scales).unwrap(), form.dtype);
+    let product = values.broadcast_mul(&scales).unwrap().to_dtype(DType::BF16).unwrap();
     let shape = if scales.elem_count() == 1 { vec![] } else { vec![rows, 1] };
     (bytes, scales.reshape(shape).unwrap(), product)
 }
 
-/// The bytes of numbers in fp8, and what they stand for in f32, both by the tensor library.
-fn narrowed(numbers: &Tensor, dtype: Dtype) -> (Vec<u8>, Tensor) {
+/// Rounds to fp8 with candle: the bytes, and their values in f32.
+fn to_fp8(values: &Tensor, dtype: Dtype) -> (Vec<u8>, Tensor) {
     if dtype == Dtype::F8_E4M3 {
-        let stored = numbers.to_dtype(DType::F8E4M3).unwrap();
+        let stored = values.to_dtype(DType::F8E4M3).unwrap();
         let bytes = InMemoryTensors::from_iter([("w".to_owned(), stored.clone())]).read("w").unwrap().bytes;
         return (bytes, stored.to_dtype(DType::F32).unwrap());
     }
-    let halves = numbers.to_dtype(DType::F16).unwrap();
+    // The upper byte of an f16 is an F8_E5M2.
+    let halves = values.to_dtype(DType::F16).unwrap();
     let halves = InMemoryTensors::from_iter([("w".to_owned(), halves)]).read("w").unwrap().bytes;
     let bytes: Vec<u8> = halves.chunks(2).map(|half| half[1]).collect();
     let halves: Vec<u8> = bytes.iter().flat_map(|byte| [0, *byte]).collect();
-    let stored = Tensor::from_raw_buffer(&halves, DType::F16, numbers.dims(), &Device::Cpu).unwrap();
+    let stored = Tensor::from_raw_buffer(&halves, DType::F16, values.dims(), &Device::Cpu).unwrap();
     (bytes, stored.to_dtype(DType::F32).unwrap())
 }
 
-/// The tiny FLUX with its matrices in `form`, and the same with their products in their place. Gives how many they are.
+/// Writes the tiny FLUX with its matrices in `form`, and again with the matrices' values in bf16. Returns both paths and the
+/// number of matrices.
 fn files(form: &Form, folder: &Path) -> (PathBuf, PathBuf, usize) {
     let tiny = Tiny::new();
     let plain = folder.join("plain.safetensors");
     run(0, &["export", text(tiny.path()), "--to", form.layout, "-o", text(&plain)]);
-    let (mut scaled, mut products, mut count) = (Raw::default(), InMemoryTensors::default(), 0);
+    let (mut scaled, mut products, mut count) = (RawTensors::default(), InMemoryTensors::default(), 0);
     for (name, tensor) in fixture(&plain) {
         let Some(module) = name.strip_suffix("weight").filter(|_| tensor.rank() == 2) else {
             scaled.put_tensor(&name, tensor.clone());
@@ -103,12 +106,12 @@ fn files(form: &Form, folder: &Path) -> (PathBuf, PathBuf, usize) {
         count += 1;
         let (bytes, scales, product) = quantise(&tensor, form);
         scaled.put(name.clone(), form.dtype, tensor.dims(), bytes);
-        if let Some((ending, _)) = form.scale {
-            scaled.put_tensor(&format!("{module}{ending}"), scales);
+        if let Some((suffix, _)) = form.scale {
+            scaled.put_tensor(&format!("{module}{suffix}"), scales);
         }
-        for ending in form.beside {
-            let name = format!("{module}{ending}");
-            match *ending {
+        for suffix in form.extra {
+            let name = format!("{module}{suffix}");
+            match *suffix {
                 "comfy_quant" => scaled.put(name, Dtype::U8, &[27], br#"{"format": "float8_e4m3fn"}"#.to_vec()),
                 _ => scaled.put(name, Dtype::F32, &[], 0.25f32.to_le_bytes().to_vec()),
             }
@@ -116,7 +119,7 @@ fn files(form: &Form, folder: &Path) -> (PathBuf, PathBuf, usize) {
         products.insert(name, product);
     }
     let (source, reference) = (folder.join("fp8.safetensors"), folder.join("products.safetensors"));
-    if form.scale.is_some_and(|(ending, _)| ending == "scale_weight") {
+    if form.scale.is_some_and(|(suffix, _)| suffix == "scale_weight") {
         scaled.put("model.diffusion_model.scaled_fp8".to_owned(), form.dtype, &[0], Vec::new());
     }
     save(&source, &scaled, &BTreeMap::new()).unwrap();
@@ -152,7 +155,7 @@ fn check(form: &Form) {
     assert!(found["notes"].as_array().unwrap().contains(&note.into()), "{}", found["notes"]);
 
     let wanted = sample(&reference, &reading, folder.path());
-    assert!(wanted.iter().all(|number| number.is_finite()) && wanted.iter().any(|number| *number != 0.0));
+    assert!(wanted.iter().all(|value| value.is_finite()) && wanted.iter().any(|value| *value != 0.0));
     assert_eq!(sample(&source, &reading, folder.path()), wanted);
     let convert = |from: &Path, to: &Path| {
         run(0, &[&["convert", text(from), "-o", text(to), "--radius", "3", "--no-distill"], &reading[..]].concat());
@@ -163,36 +166,36 @@ fn check(form: &Form) {
 }
 
 #[test]
-fn plain_fp8_is_what_its_bytes_say() {
+fn plain_fp8_is_read_exactly() {
     for (layout, dtype) in [("comfy", Dtype::F8_E4M3), ("bfl", Dtype::F8_E5M2), ("diffusers", Dtype::F8_E4M3)] {
-        check(&Form { layout, dtype, scale: None, beside: &[] });
+        check(&Form { layout, dtype, scale: None, extra: &[] });
     }
 }
 
 #[test]
-fn scaled_fp8_of_comfy_is_multiplied_out() {
-    let scale = Some(("scale_weight", Rows::Together));
+fn scaled_fp8_of_comfyui_is_dequantized() {
+    let scale = Some(("scale_weight", Granularity::Matrix));
     for dtype in [Dtype::F8_E4M3, Dtype::F8_E5M2] {
-        check(&Form { layout: "comfy", dtype, scale, beside: &["scale_input"] });
+        check(&Form { layout: "comfy", dtype, scale, extra: &["scale_input"] });
     }
 }
 
 #[test]
-fn newer_scales_are_multiplied_out() {
+fn newer_scale_names_are_dequantized() {
     let dtype = Dtype::F8_E4M3;
-    let rows = Some(("weight_scale", Rows::Apart));
-    check(&Form { layout: "bfl", dtype, scale: rows, beside: &["comfy_quant", "input_scale"] });
-    check(&Form { layout: "diffusers", dtype, scale: rows, beside: &[] });
-    let one = Some(("weight_scale", Rows::Together));
-    check(&Form { layout: "comfy", dtype, scale: one, beside: &["comfy_quant"] });
+    let rows = Some(("weight_scale", Granularity::Row));
+    check(&Form { layout: "bfl", dtype, scale: rows, extra: &["comfy_quant", "input_scale"] });
+    check(&Form { layout: "diffusers", dtype, scale: rows, extra: &[] });
+    let matrix = Some(("weight_scale", Granularity::Matrix));
+    check(&Form { layout: "comfy", dtype, scale: matrix, extra: &["comfy_quant"] });
 }
 
 #[test]
-fn other_formats_are_refused_by_name() {
+fn other_quantisations_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
-    let form = Form { layout: "comfy", dtype: Dtype::F8_E4M3, scale: None, beside: &[] };
+    let form = Form { layout: "comfy", dtype: Dtype::F8_E4M3, scale: None, extra: &[] };
     let (source, _, _) = files(&form, folder.path());
-    let mut tensors = Raw::default();
+    let mut tensors = RawTensors::default();
     let file = clearform_weights::Checkpoint::open(&source).unwrap();
     file.tensors().iter().for_each(|info| drop(tensors.0.insert(info.name.clone(), file.read(&info.name).unwrap())));
     let description = br#"{"format": "int8_tensorwise"}"#;
@@ -212,8 +215,8 @@ fn other_formats_are_refused_by_name() {
         for command in
             [vec!["inspect", text(&source)], vec!["convert", text(&source), "--no-distill", "-o", text(&model)]]
         {
-            let said = complaint(1, &command);
-            assert!(said.contains(expected) && said.contains("give the bf16"), "{name}: {said}");
+            let message = stderr_of(1, &command);
+            assert!(message.contains(expected) && message.contains("give the bf16"), "{name}: {message}");
         }
         assert!(!model.exists());
     }

@@ -1,4 +1,4 @@
-//! GGUF files as programs of the community write them, in the names of the first release: inspected, run and converted.
+//! GGUF files as community tools write them, in Black Forest Labs' tensor names: inspected, run and converted.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,16 +7,19 @@ use candle_core::{DType, Device, Tensor};
 use clearform_layout::{Dequantized, Hints, Manifests, detect};
 use clearform_testkit::assert_close;
 use clearform_weights::{InMemoryTensors, TensorSource};
-use common::{Tiny, complaint, expected, forward, json, repository, run, text};
+use common::{Tiny, expected, forward, json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::Path;
 
 const ALIGNMENT: usize = 32;
+/// Values per Q8_0 block.
 const BLOCK: usize = 32;
+/// Ids of metadata types.
 const INT32: u32 = 5;
 const TEXT: u32 = 8;
 const LIST: u32 = 9;
 
+/// Tensor types, with their ids in the file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Format {
     F32 = 0,
@@ -24,7 +27,7 @@ enum Format {
     Q8 = 8,
 }
 
-/// A tensor as it stands in the file, and as it should be read.
+/// A tensor as written to the file, and the values it should be read as.
 struct Written {
     format: Format,
     shape: Vec<usize>,
@@ -33,8 +36,8 @@ struct Written {
 }
 
 impl Written {
-    /// Vectors stay in F32, as the converters have it.
-    fn of(tensor: &Tensor, format: Format) -> Self {
+    /// Vectors stay in F32, as in the files of the usual converters.
+    fn new(tensor: &Tensor, format: Format) -> Self {
         let format = if tensor.rank() < 2 { Format::F32 } else { format };
         let (bytes, rounded) = match format {
             Format::F32 => (bytes(tensor), tensor.clone()),
@@ -51,36 +54,36 @@ impl Written {
         Self { format, shape: tensor.dims().to_vec(), bytes, rounded }
     }
 
-    /// Whether its rows are whole blocks; otherwise it is one row, and its shape stands in the metadata.
+    /// Whether its rows are whole blocks; otherwise it is written as one row, and its shape goes into the metadata.
     fn fits(&self) -> bool {
         self.format != Format::Q8 || self.shape.last().unwrap().is_multiple_of(BLOCK)
     }
 
-    /// Extents, innermost first.
-    fn extents(&self) -> Vec<u64> {
+    /// Dimensions, innermost first.
+    fn dimensions(&self) -> Vec<u64> {
         match self.fits() {
-            true => self.shape.iter().rev().map(|&extent| extent as u64).collect(),
+            true => self.shape.iter().rev().map(|&size| size as u64).collect(),
             false => vec![self.shape.iter().product::<usize>() as u64],
         }
     }
 }
 
-/// The values as they stand in a file.
+/// The values as stored in a file.
 fn bytes(tensor: &Tensor) -> Vec<u8> {
     InMemoryTensors::from_iter([("x".to_owned(), tensor.clone())]).read("x").unwrap().bytes
 }
 
-/// A block of Q8_0 whose factor is a power of two, and what it stands for.
+/// A block of Q8_0 whose scale is a power of two, and the values it stands for.
 fn quantise(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
     let largest = values.iter().fold(1e-3f32, |largest, value| largest.max(value.abs()));
-    let factor = (largest / 127.0).log2().ceil().exp2();
-    let whole: Vec<i8> = values.iter().map(|value| (value / factor).round() as i8).collect();
-    let half = Tensor::new(factor, &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
-    let block = bytes(&half).into_iter().chain(whole.iter().map(|&value| value as u8)).collect();
-    (block, whole.iter().map(|&value| f32::from(value) * factor).collect())
+    let scale = (largest / 127.0).log2().ceil().exp2();
+    let quants: Vec<i8> = values.iter().map(|value| (value / scale).round() as i8).collect();
+    let half = Tensor::new(scale, &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
+    let block = bytes(&half).into_iter().chain(quants.iter().map(|&value| value as u8)).collect();
+    (block, quants.iter().map(|&value| f32::from(value) * scale).collect())
 }
 
-/// The tensors of `tiny` in the names of the first release.
+/// The tensors of `tiny` in Black Forest Labs' names.
 fn bfl(tiny: &Tiny) -> HashMap<String, Tensor> {
     let manifests = Manifests::embedded().unwrap();
     let checkpoint = Dequantized::open(tiny.path(), &manifests).unwrap();
@@ -90,30 +93,31 @@ fn bfl(tiny: &Tiny) -> HashMap<String, Tensor> {
     foreign.tensors().into_iter().map(|info| (info.name.clone(), foreign.tensor(&info.name).unwrap())).collect()
 }
 
-fn words(text: &str) -> Vec<u8> {
+/// A string with its length before it.
+fn string(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
 fn pair(key: &str, kind: u32, value: Vec<u8>) -> Vec<u8> {
-    [words(key), kind.to_le_bytes().to_vec(), value].concat()
+    [string(key), kind.to_le_bytes().to_vec(), value].concat()
 }
 
 fn shape_pair(name: &str, shape: &[usize]) -> Vec<u8> {
     let head = [&INT32.to_le_bytes()[..], &(shape.len() as u64).to_le_bytes()].concat();
-    let extents = shape.iter().flat_map(|&extent| (extent as u32).to_le_bytes()).collect();
-    pair(&format!("comfy.gguf.orig_shape.{name}"), LIST, [head, extents].concat())
+    let sizes = shape.iter().flat_map(|&size| (size as u32).to_le_bytes()).collect();
+    pair(&format!("comfy.gguf.orig_shape.{name}"), LIST, [head, sizes].concat())
 }
 
 fn write(path: &Path, tensors: &HashMap<String, Written>) {
-    let mut pairs = vec![pair("general.architecture", TEXT, words("flux"))];
+    let mut pairs = vec![pair("general.architecture", TEXT, string("flux"))];
     let (mut directory, mut values) = (Vec::new(), Vec::new());
     for (name, tensor) in tensors {
         if !tensor.fits() {
             pairs.push(shape_pair(name, &tensor.shape));
         }
-        let extents = tensor.extents();
-        directory.extend([&words(name)[..], &(extents.len() as u32).to_le_bytes()].concat());
-        directory.extend(extents.iter().flat_map(|extent| extent.to_le_bytes()));
+        let dimensions = tensor.dimensions();
+        directory.extend([&string(name)[..], &(dimensions.len() as u32).to_le_bytes()].concat());
+        directory.extend(dimensions.iter().flat_map(|size| size.to_le_bytes()));
         directory.extend([&(tensor.format as u32).to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat());
         values.extend(&tensor.bytes);
         values.resize(values.len().next_multiple_of(ALIGNMENT), 0);
@@ -124,7 +128,7 @@ fn write(path: &Path, tensors: &HashMap<String, Written>) {
     std::fs::write(path, [file, values].concat()).unwrap();
 }
 
-/// For each: what it rounds the sample by at most, and what is told of it. F16 rounds nothing: the fixture is of F16.
+/// For each format: a bound on the sample's rounding error, and a note. F16 is exact, since the fixture is F16.
 #[test]
 fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
     let tiny = Tiny::new();
@@ -140,7 +144,7 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         let path = |name: &str| folder.path().join(name);
         let (file, plain, model) = (path("flux.gguf"), path("plain.safetensors"), path("model"));
         let written: HashMap<_, _> =
-            bfl(&tiny).iter().map(|(name, tensor)| (name.clone(), Written::of(tensor, format))).collect();
+            bfl(&tiny).iter().map(|(name, tensor)| (name.clone(), Written::new(tensor, format))).collect();
         write(&file, &written);
         let kept_bytes = written.values().map(|tensor| tensor.bytes.len() as u64).sum::<u64>();
         let rounded: HashMap<_, _> = written.into_iter().map(|(name, tensor)| (name, tensor.rounded)).collect();
@@ -155,15 +159,16 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
             Format::Q8 => ["Q8_0", "F32"],
         };
         assert_eq!([0, 1].map(|at| found["stored"][at]["format"].as_str().unwrap_or_default()), stored);
-        let kept: u64 = found["stored"].as_array().unwrap().iter().map(|one| one["bytes"].as_u64().unwrap()).sum();
+        let kept: u64 =
+            found["stored"].as_array().unwrap().iter().map(|format| format["bytes"].as_u64().unwrap()).sum();
         assert_eq!(kept, kept_bytes, "{format:?}");
 
         let full = forward(&file, &config);
         assert_close("full", &full, &forward(&plain, &config), 0.0);
         assert_close("full, by diffusers", &full, &expected("full"), rounding);
         let convert = ["convert", text(&file), "-o", text(&model), "--radius", "3", "--no-distill"];
-        let said = complaint(0, &[&convert[..], &config].concat());
-        assert!(note.is_none_or(|note| said.contains(note)), "{format:?}: {said}");
+        let message = stderr_of(0, &[&convert[..], &config].concat());
+        assert!(note.is_none_or(|note| message.contains(note)), "{format:?}: {message}");
         let linear = forward(&plain, &[&["--attention", "clear:r=3"], &config[..]].concat());
         assert_close("converted", &forward(&model, &[]), &linear, 0.0);
         run(0, &["verify", text(&model)]);

@@ -1,5 +1,5 @@
-//! The files of tests/fixtures/hostile, each given to the command: refused with the message it must get, soon, in little
-//! memory, and without a character that steers a terminal.
+//! The command refuses each file of tests/fixtures/hostile with the message in messages.toml, within a time and memory limit,
+//! and prints no control characters.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -15,11 +15,11 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 const FILES: &str = "tests/fixtures/hostile";
-/// Memory that the command may have, by the shell's own limit, in KiB.
+/// Memory limit of the command, set by the shell, in KiB.
 const MEMORY: &str = "1048576";
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// What messages.toml tells of a file.
+/// An entry of messages.toml: a file, the arguments, and the text that stderr must contain.
 #[derive(Debug, Deserialize)]
 struct Case {
     path: PathBuf,
@@ -32,43 +32,43 @@ struct Cases {
     file: Vec<Case>,
 }
 
-/// What files are given beside: a small model with inputs, and a pipeline.
-struct Beside {
+/// A folder with a small model and its inputs, for commands that need more than the hostile file.
+struct Workspace {
     folder: tempfile::TempDir,
 }
 
-impl Beside {
+impl Workspace {
     fn new() -> Self {
-        let beside = Self { folder: tempfile::tempdir().unwrap() };
+        let workspace = Self { folder: tempfile::tempdir().unwrap() };
         let original = repository("tests/fixtures/controlnet");
-        std::fs::create_dir(beside.path("model")).unwrap();
-        std::fs::copy(original.join("base/config.json"), beside.path("model/config.json")).unwrap();
-        let weights = beside.path("model/diffusion_pytorch_model.safetensors");
+        std::fs::create_dir(workspace.path("model")).unwrap();
+        std::fs::copy(original.join("base/config.json"), workspace.path("model/config.json")).unwrap();
+        let weights = workspace.path("model/diffusion_pytorch_model.safetensors");
         std::fs::copy(original.join("base/weights.safetensors"), weights).unwrap();
         let inputs = fixture(original.join("input.safetensors")).into_iter();
         let inputs: HashMap<_, _> = inputs.filter(|(name, _)| !name.starts_with("controlnet")).collect();
-        candle_core::safetensors::save(&inputs, beside.path("inputs.safetensors")).unwrap();
-        beside
+        candle_core::safetensors::save(&inputs, workspace.path("inputs.safetensors")).unwrap();
+        workspace
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// The pipeline of assets/ with `file` in the place of its second tokenizer.
+    /// The pipeline of assets/ with `file` as its second tokenizer.
     fn pipeline_with(&self, file: &Path) -> PathBuf {
         let pipeline = self.path("pipelines").join(file.file_stem().unwrap());
         std::fs::create_dir_all(pipeline.join("tokenizer_2")).unwrap();
-        let parts = repository("assets/mini-flux/base").read_dir().unwrap().map(|part| part.unwrap().path());
-        for part in parts.filter(|part| !part.ends_with("tokenizer_2")) {
-            symlink(part.canonicalize().unwrap(), pipeline.join(part.file_name().unwrap())).unwrap();
+        let entries = repository("assets/mini-flux/base").read_dir().unwrap().map(|entry| entry.unwrap().path());
+        for entry in entries.filter(|entry| !entry.ends_with("tokenizer_2")) {
+            symlink(entry.canonicalize().unwrap(), pipeline.join(entry.file_name().unwrap())).unwrap();
         }
         std::fs::copy(file, pipeline.join("tokenizer_2/tokenizer.json")).unwrap();
         pipeline
     }
 
-    /// What a word of a command stands for.
-    fn word(&self, word: &str, file: &Path) -> PathBuf {
+    /// The argument that a word of a command stands for.
+    fn argument(&self, word: &str, file: &Path) -> PathBuf {
         match word {
             "FILE" => file.to_owned(),
             "INPUTS" => self.path("inputs.safetensors"),
@@ -77,16 +77,16 @@ impl Beside {
             "PIPELINE" => repository("assets/mini-flux/base"),
             "PIPELINE-WITH-TOKENIZER" => self.pipeline_with(file),
             "PLUGINS" => std::env::current_exe().unwrap().parent().unwrap().to_owned(),
-            plain => PathBuf::from(plain),
+            other => PathBuf::from(other),
         }
     }
 
-    /// Gives `file` to the command, with a limit on its memory.
-    fn give(&self, command: &str, file: &Path) -> Output {
+    /// Runs the command on `file`, with the memory limit.
+    fn run(&self, command: &str, file: &Path) -> Output {
         let limited = format!("ulimit -d {MEMORY} && exec \"$@\"");
         let mut shell = Command::new("sh");
         shell.args(["-c", &limited, "sh", env!("CARGO_BIN_EXE_clearform")]);
-        shell.args(command.split(' ').map(|word| self.word(word, file))).output().unwrap()
+        shell.args(command.split(' ').map(|word| self.argument(word, file))).output().unwrap()
     }
 }
 
@@ -95,48 +95,50 @@ fn cases() -> Vec<Case> {
     toml::from_str::<Cases>(&table).unwrap().file
 }
 
-/// A character that steers a terminal or turns text around.
-fn steers(character: char) -> bool {
+/// A character that controls a terminal or reverses text.
+fn is_control(character: char) -> bool {
     character.is_control() && character != '\n' || ('\u{202a}'..='\u{202e}').contains(&character)
 }
 
 #[test]
 fn every_hostile_file_is_refused_with_its_message() {
-    let (cases, beside) = (cases(), Beside::new());
-    assert!(cases.len() >= 40);
+    let cases = cases();
+    let workspace = Workspace::new();
+    assert!(cases.len() >= 80);
     for Case { path, command, says } in cases {
         let start = Instant::now();
-        let Output { status, stdout, stderr } = beside.give(&command, &repository(FILES).join(&path));
-        let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+        let Output { status, stdout, stderr } = workspace.run(&command, &repository(FILES).join(&path));
+        let stdout = String::from_utf8(stdout).unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
         let path = path.display();
         assert!(start.elapsed() < LONGEST, "{path} took {:?}", start.elapsed());
         assert_eq!(status.code(), Some(1), "{path}\n{stdout}\n{stderr}");
-        assert!(stderr.contains(&says), "{path}: {stderr:?} does not say {says:?}");
-        assert!(!stdout.contains(steers) && !stderr.contains(steers), "{path}: {stdout:?} {stderr:?}");
+        assert!(stderr.contains(&says), "{path}: {stderr:?} does not contain {says:?}");
+        assert!(!stdout.contains(is_control) && !stderr.contains(is_control), "{path}: {stdout:?} {stderr:?}");
     }
-    assert!(!beside.path("output").exists());
+    assert!(!workspace.path("output").exists());
     assert!(!Path::new("/tmp/clearform-was-here").exists(), "a pickle ran a command");
 }
 
-/// A file is found by names that others chose, too.
+/// File names are untrusted too.
 #[test]
-fn the_names_of_files_do_not_steer_a_terminal() {
+fn control_characters_in_file_names_are_escaped() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("\u{1b}[2J\u{202e}model\u{7}.safetensors");
     std::fs::write(&file, "<html>").unwrap();
-    let output = Beside::new().give("inspect FILE", &file);
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains(r"\u{1b}[2J\u{202e}model\u{7}.safetensors: this is an HTML"), "{said:?}");
-    assert!(!said.contains(steers), "{said:?}");
+    let output = Workspace::new().run("inspect FILE", &file);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains(r"\u{1b}[2J\u{202e}model\u{7}.safetensors: this is an HTML"), "{message:?}");
+    assert!(!message.contains(is_control), "{message:?}");
 }
 
-/// What is answered as JSON is the same JSON, escaped.
+/// Escaping keeps the JSON value.
 #[test]
-fn json_does_not_steer_a_terminal() {
+fn control_characters_in_json_are_escaped() {
     let folder = repository(FILES).join("steering-config");
-    let output = Beside::new().give("inspect FILE --json", &folder);
+    let output = Workspace::new().run("inspect FILE --json", &folder);
     let text = String::from_utf8(output.stdout).unwrap();
     let found: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(found["contradictions"][0]["declared"], "\u{1b}[2J\u{202e}\nerror: all is well");
-    assert!(!text.contains(steers), "{text:?}");
+    assert!(!text.contains(is_control), "{text:?}");
 }

@@ -1,5 +1,5 @@
-//! docs/inspect.md holds what the command prints: every example there is run on files that claim the tensors of published
-//! models, in their sizes, and hold nothing.
+//! docs/inspect.md shows what the command prints: every example is run on sparse files with the tensor names and shapes of
+//! published models.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -15,10 +15,10 @@ use std::path::Path;
 const PAGE: &str = "docs/inspect.md";
 const EXAMPLE: &str = "```console\n$ clearform ";
 const END: &str = "```\n";
-/// Set to write the page's examples anew.
+/// If set, the test rewrites the page's examples.
 const UPDATE: &str = "UPDATE_DOCS";
 
-/// Names and shapes.
+/// Tensors without values.
 #[derive(Debug, Clone, Default)]
 struct Shapes(BTreeMap<String, TensorInfo>);
 
@@ -41,7 +41,7 @@ impl Shapes {
         self.0.insert(name.to_owned(), TensorInfo { name: name.to_owned(), dtype, shape: shape.to_vec() });
     }
 
-    /// The tensors of a model in a layout; `hidden` are the sizes that `config` does not have.
+    /// The tensors of a model in a layout; `hidden` has the sizes that `config` does not state.
     fn of(family: &str, config: &Value, hidden: &Value, layout: &str, dtype: Dtype) -> Self {
         let manifests = Manifests::embedded().unwrap();
         let mut sizes = config.clone();
@@ -50,8 +50,8 @@ impl Shapes {
         for tensor in manifests.expected(family, &sizes).unwrap().iter().filter(|tensor| !tensor.optional) {
             canonical.put(&tensor.name, dtype, &tensor.shape.iter().copied().collect::<Option<Vec<_>>>().unwrap());
         }
-        let beside = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
-        let identified = detect_source(&canonical, beside, &manifests, &Hints::default()).unwrap();
+        let sidecar = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
+        let identified = detect_source(&canonical, sidecar, &manifests, &Hints::default()).unwrap();
         let foreign = identified.foreign(layout, &canonical).unwrap();
         Self(foreign.tensors().into_iter().map(|info| (info.name.clone(), info)).collect())
     }
@@ -61,7 +61,7 @@ impl Shapes {
         self.put(to, info.dtype, &info.shape);
     }
 
-    /// The matrices in fp8, each with a scale, as ComfyUI keeps them.
+    /// The matrices in fp8, each with a scale, as ComfyUI stores them.
     fn scaled(mut self, prefix: &str) -> Self {
         self.put(&format!("{prefix}scaled_fp8"), Dtype::F8_E4M3, &[0]);
         for info in self.tensors().iter().filter(|info| info.shape.len() == 2) {
@@ -71,14 +71,14 @@ impl Shapes {
         self
     }
 
-    /// A safetensors file whose values are a hole.
+    /// Writes a sparse safetensors file: a header, and a hole for the values.
     fn write(&self, path: &Path) {
         let (mut header, mut end) = (Map::new(), 0);
         for (name, TensorInfo { dtype, shape, .. }) in &self.0 {
             let begin = end;
             end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            let place = json!({"dtype": format!("{dtype:?}"), "shape": shape, "data_offsets": [begin, end]});
-            header.insert(name.clone(), place);
+            let entry = json!({"dtype": format!("{dtype:?}"), "shape": shape, "data_offsets": [begin, end]});
+            header.insert(name.clone(), entry);
         }
         let header = Value::Object(header).to_string();
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -107,7 +107,7 @@ fn sd35_medium() -> Shapes {
     Shapes::of("sd3", &config, &json!({"width": 1536}), "original", Dtype::BF16)
 }
 
-/// Writes the folder of diffusers.
+/// Writes a diffusers folder.
 fn pixart_sigma(folder: &Path) {
     let config = json!({
         "_class_name": "PixArtTransformer2DModel", "num_attention_heads": 16, "attention_head_dim": 72,
@@ -120,7 +120,7 @@ fn pixart_sigma(folder: &Path) {
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
 
-/// In facebook's names, with the positions that its files hold.
+/// In Facebook's names, with the positions that its files contain.
 fn dit_xl_2(size: usize) -> Shapes {
     let config = json!({
         "_class_name": "DiTTransformer2DModel", "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
@@ -144,7 +144,7 @@ fn minrf() -> Shapes {
     Shapes::of("minrf", &config, &hidden, "original", Dtype::F32)
 }
 
-/// The files that the page speaks of.
+/// Writes the files of the page's examples.
 fn files(folder: &Path) {
     flux("bfl").write(&folder.join("flux1-dev.safetensors"));
     flux("comfy").scaled("model.diffusion_model.").write(&folder.join("flux1-dev-fp8-scaled.safetensors"));
@@ -160,23 +160,23 @@ fn files(folder: &Path) {
     minrf().write(&folder.join("mnist.safetensors"));
 }
 
-/// What a command prints in `folder`, and what it complains of.
+/// Runs a command in `folder`; returns stdout and stderr.
 fn printed(command: &str, folder: &Path) -> String {
     let arguments: Vec<&str> = command.split(' ').collect();
     let output = clearform(&arguments).current_dir(folder).output().unwrap();
     String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
 }
 
-/// The page with its examples as they are printed now.
-fn renewed(page: &str, folder: &Path) -> String {
-    let mut parts = page.split(EXAMPLE);
-    let mut renewed = parts.next().unwrap().to_owned();
-    for part in parts {
-        let (command, rest) = part.split_once('\n').unwrap();
+/// The page with the current output of its examples.
+fn updated(page: &str, folder: &Path) -> String {
+    let mut sections = page.split(EXAMPLE);
+    let mut updated = sections.next().unwrap().to_owned();
+    for section in sections {
+        let (command, rest) = section.split_once('\n').unwrap();
         let (_, after) = rest.split_once(END).unwrap();
-        renewed += &format!("{EXAMPLE}{command}\n{}{END}{after}", printed(command, folder));
+        updated += &format!("{EXAMPLE}{command}\n{}{END}{after}", printed(command, folder));
     }
-    renewed
+    updated
 }
 
 #[test]
@@ -184,25 +184,25 @@ fn the_page_shows_what_is_printed() {
     let folder = tempfile::tempdir().unwrap();
     files(folder.path());
     let page = std::fs::read_to_string(repository(PAGE)).unwrap();
-    let wanted = renewed(&page, folder.path());
+    let wanted = updated(&page, folder.path());
     if std::env::var_os(UPDATE).is_some() {
         std::fs::write(repository(PAGE), &wanted).unwrap();
         return;
     }
     assert_eq!(page.matches(EXAMPLE).count(), 8);
     let differing = page.lines().zip(wanted.lines()).find(|(page, wanted)| page != wanted);
-    assert!(page == wanted, "{PAGE} is stale (set {UPDATE} to write it anew): {differing:?}");
+    assert!(page == wanted, "{PAGE} is stale (set {UPDATE} to update it): {differing:?}");
     let wide = |line: &&str| {
         line.chars().count() > 100 && !["error: ", "unmatched "].iter().any(|word| line.starts_with(word))
     };
     assert_eq!(
-        wanted.split(EXAMPLE).skip(1).filter_map(|part| part.split(END).next()).flat_map(str::lines).find(wide),
+        wanted.split(EXAMPLE).skip(1).filter_map(|section| section.split(END).next()).flat_map(str::lines).find(wide),
         None
     );
 }
 
 #[test]
-fn json_has_what_is_printed() {
+fn json_contains_what_is_printed() {
     let folder = tempfile::tempdir().unwrap();
     files(folder.path());
     let found = |name: &str, code| common::json(code, &["inspect", text(&folder.path().join(name))]);
@@ -220,14 +220,15 @@ fn json_has_what_is_printed() {
     assert!((ratio - at_8k["clear"][1]["full_over_clear"].as_f64().unwrap()).abs() < 1e-9 && ratio > 10.0);
 
     let broken = found("broken.safetensors", 1);
-    let (right, wrong) = ("double_blocks.3.img_attn.qkv.weight", "double_blocks.3.img_attn.to_qkv.weight");
-    assert_eq!(broken["near"], json!({right: wrong, wrong: right}));
+    let right = "double_blocks.3.img_attn.qkv.weight";
+    let wrong = "double_blocks.3.img_attn.to_qkv.weight";
+    assert_eq!(broken["suggestions"], json!({right: wrong, wrong: right}));
     assert_eq!((broken["missing"].as_array().unwrap().len(), broken["unmatched"].as_array().unwrap().len()), (4, 2));
 }
 
-/// The manifests say it for every variant, the models for every guidance scale.
+/// The manifests state the evaluations per step for every variant; the models decide by guidance scale.
 #[test]
-fn evaluations_of_a_step_are_those_that_the_models_make() {
+fn evaluations_per_step_agree_with_the_models() {
     let folder = tempfile::tempdir().unwrap();
     files(folder.path());
     let variants: [(&str, &[&str]); 6] = [

@@ -1,4 +1,4 @@
-//! Killing the command at any moment loses nothing: it goes on to the very bits of an undisturbed run.
+//! A conversion that is killed at any moment can be resumed, and then gives the same bits as an undisturbed run.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-/// Small enough for a test, and long enough to be killed ten times.
+/// Small enough for a test, long enough to be killed ten times.
 fn arguments<'a>(base: &'a str, model: &'a str) -> Vec<&'a str> {
     let short = "--sample-count 4 --sample-steps 2 --sample-size 64 --steps 6 --batch 2 --checkpoint-every 1";
     let convert = ["convert", base, "-o", model, "--radius", "3", "--attention-every", "2", "--threads", "2"];
@@ -20,10 +20,11 @@ fn tensors(model: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn a_killed_conversion_goes_on_bit_for_bit() {
+fn a_killed_conversion_resumes_bit_for_bit() {
     let base = repository("assets/mini-flux/base");
     let folder = tempfile::tempdir().unwrap();
-    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let whole = folder.path().join("whole");
+    let killed = folder.path().join("killed");
     let begun = Instant::now();
     run(0, &arguments(text(&base), text(&whole)));
     let length = begun.elapsed();
@@ -31,7 +32,7 @@ fn a_killed_conversion_goes_on_bit_for_bit() {
         let mut resume = arguments(text(&base), text(&killed));
         resume.push("--resume");
         let mut child = clearform(&resume).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(step_index(length, kill));
+        std::thread::sleep(kill_time(length, kill));
         child.kill().unwrap();
         child.wait().unwrap();
         if killed.exists() {
@@ -45,7 +46,7 @@ fn a_killed_conversion_goes_on_bit_for_bit() {
     assert!(!folder.path().join("killed.work").exists());
 }
 
-/// Moments all over a run, in an order that jumps about.
-fn step_index(length: Duration, kill: u32) -> Duration {
+/// Times spread over a run, early and late ones in turn.
+fn kill_time(length: Duration, kill: u32) -> Duration {
     length * (kill * 7 % 10 + 1) / 12
 }

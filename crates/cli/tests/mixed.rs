@@ -1,4 +1,4 @@
-//! Files whose tensors are of several number formats: each is used as the number that it stands for.
+//! Files whose tensors have different dtypes: every tensor is used with its exact values.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,13 +8,13 @@ use clearform_testkit::fixture;
 use common::{Tiny, forward, json, run, text};
 use std::collections::BTreeSet;
 
-const FORMATS: [DType; 3] = [DType::BF16, DType::F32, DType::F16];
+const DTYPES: [DType; 3] = [DType::BF16, DType::F32, DType::F16];
 
-/// The tiny FLUX with formats in turn, and the same widened to f32 afterwards.
+/// The tiny FLUX with dtypes in turn, and the same values widened to f32.
 fn tinies() -> [Tiny; 2] {
     let (mut mixed, mut wide) = (Tiny::new(), Tiny::new());
-    for (number, (name, tensor)) in mixed.tensors.iter_mut().enumerate() {
-        *tensor = tensor.to_dtype(FORMATS[number % 3]).unwrap();
+    for (index, (name, tensor)) in mixed.tensors.iter_mut().enumerate() {
+        *tensor = tensor.to_dtype(DTYPES[index % 3]).unwrap();
         wide.tensors.insert(name.clone(), tensor.to_dtype(DType::F32).unwrap());
     }
     [&mixed, &wide].iter().for_each(|tiny| tiny.save());
@@ -22,7 +22,7 @@ fn tinies() -> [Tiny; 2] {
 }
 
 #[test]
-fn a_mixed_model_computes_what_its_numbers_say() {
+fn a_mixed_model_computes_as_its_f32_copy() {
     let [mixed, wide] = tinies();
     let found = json(0, &["inspect", text(mixed.path())]);
     assert_eq!(found["dtypes"].as_object().unwrap().keys().collect::<Vec<_>>(), ["BF16", "F16", "F32"]);
@@ -31,13 +31,13 @@ fn a_mixed_model_computes_what_its_numbers_say() {
     };
     for plan in ["full", "clear:r=2"] {
         let wanted = bits(&wide, plan);
-        assert!(wanted.iter().any(|number| *number != 0.0));
+        assert!(wanted.iter().any(|value| *value != 0.0));
         assert_eq!(bits(&mixed, plan), wanted, "{plan}");
     }
 }
 
 #[test]
-fn a_mixed_model_keeps_its_formats_unless_another_is_asked_for() {
+fn a_mixed_model_keeps_its_dtypes_unless_another_is_asked_for() {
     let [mixed, _] = tinies();
     let folder = tempfile::tempdir().unwrap();
     let convert = |name: &str, further: &[&str]| {
@@ -53,7 +53,7 @@ fn a_mixed_model_keeps_its_formats_unless_another_is_asked_for() {
         };
         assert_eq!(bits(&tensor), bits(wanted), "{name}");
     }
-    let formats: BTreeSet<_> =
+    let dtypes: BTreeSet<_> =
         convert("bf16", &["--dtype", "bf16"]).values().map(|tensor| format!("{:?}", tensor.dtype())).collect();
-    assert_eq!(formats, BTreeSet::from(["BF16".to_owned()]));
+    assert_eq!(dtypes, BTreeSet::from(["BF16".to_owned()]));
 }

@@ -1,4 +1,4 @@
-//! What can go wrong between a checkpoint and a portable model.
+//! Errors of conversion and of attention patches.
 
 use std::path::PathBuf;
 
@@ -6,15 +6,15 @@ use std::path::PathBuf;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
-    /// The operating system refused.
+    /// A file or folder cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A patch is not what it should be.
+    /// A file cannot be used as a patch.
     #[error("{path}: {reason}", path = path.display())]
     BadPatch {
         /// The file.
@@ -22,10 +22,10 @@ pub enum ConvertError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
-    /// A patch does not fit what it is applied to.
+    /// A patch does not fit the model or the base that it is used with.
     #[error("patch: {0}")]
     DoesNotFit(String),
-    /// The portable model cannot be written.
+    /// The portable model cannot be read or written.
     #[error(transparent)]
     Model(#[from] clearform_portable_model::PortableModelError),
     /// The attention plan cannot be read.
@@ -34,7 +34,7 @@ pub enum ConvertError {
     /// Tensors cannot be read or written.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The tensor library refused.
+    /// candle rejects a computation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

@@ -1,7 +1,7 @@
-//! [`AttentionPatch`]: the distilled attention of a model as one file, and putting it into another model.
+//! [`AttentionPatch`]: the distilled attention of a model as one file, and applying it to another model.
 //!
-//! A patch holds tensors under canonical names. CLEAR's own published files are patches too; they have no metadata, so
-//! their radius and pooling come from their names.
+//! A patch contains tensors under canonical names. The files that CLEAR's authors publish are patches too. They have no
+//! metadata, so radius and pooling come from their names.
 
 use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
@@ -11,17 +11,17 @@ use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// How a patch meets a model.
+/// How a patch is applied to a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PatchMode {
-    /// The patch's tensors take the place of the model's, as CLEAR does it.
+    /// The patch's tensors replace the model's, as in CLEAR.
     Replace,
-    /// The model's tensors move by what distillation changed: W + (W_student - W_teacher). Keeps what a fine-tune
-    /// learned.
+    /// The model's tensors move by what distillation changed, W + (W_student - W_teacher), which keeps what a fine-tuned
+    /// model has learned.
     Shift,
 }
 
-/// A patch that is open.
+/// An open patch.
 #[derive(Debug)]
 pub struct AttentionPatch {
     tensors: Checkpoint,
@@ -29,6 +29,7 @@ pub struct AttentionPatch {
     base: Option<String>,
 }
 
+// Keys and values of the metadata of the safetensors file.
 const KIND: &str = "clearform.kind";
 const PATCH: &str = "attention-patch";
 const PLAN: &str = "clearform.attention";
@@ -36,10 +37,11 @@ const FAMILY: &str = "clearform.family";
 const BASE: &str = "clearform.base_sha256";
 
 impl AttentionPatch {
-    /// Writes the attention tensors of `model` that differ from `base`, both under canonical names.
+    /// Writes the attention tensors of `model` that differ from `base`, both under canonical names, to `path`. Returns how
+    /// many there are.
     ///
     /// # Errors
-    /// [`ConvertError::Misfit`] if nothing differs or the models are of two kinds.
+    /// [`ConvertError::DoesNotFit`] if nothing differs or the models have different architectures.
     pub fn extract(
         model: &dyn TensorSource,
         base: &dyn TensorSource,
@@ -57,23 +59,23 @@ impl AttentionPatch {
         let names: Vec<String> = changed.tensors().into_iter().map(|info| info.name).collect();
         if names.is_empty() {
             return Err(ConvertError::DoesNotFit(
-                "the model's attention is that of its base; there is nothing to extract".into(),
+                "the model's attention is identical to that of its base; there is nothing to extract".into(),
             ));
         }
         save(path, &changed, &metadata(family, plan, fingerprint(base, &names)?))?;
         Ok(names.len())
     }
 
-    /// Opens a patch. `radius` is needed where neither metadata nor the file's name tell it.
+    /// Opens a patch. `radius` is required if neither the metadata nor the file's name contains it.
     ///
     /// # Errors
-    /// A file that is no patch, or a radius that cannot be told.
+    /// The file is not a patch, or the radius is unknown.
     pub fn open(path: &Path, radius: Option<Radius>) -> Result<Self> {
         let tensors = Checkpoint::open(path)?;
         let bad = |reason: String| ConvertError::BadPatch { path: path.to_owned(), reason };
         if let Some(foreign) = tensors.tensors().iter().find(|info| !is_attention(&info.name)) {
             return Err(bad(format!(
-                "expected attention layers alone, found tensor {:?}; this is no patch",
+                "expected attention layers alone, found tensor {:?}; this is not a patch",
                 foreign.name
             )));
         }
@@ -81,27 +83,27 @@ impl AttentionPatch {
             (Some(text), None) => AttentionPlan::from_toml(text)?,
             (_, Some(radius)) => AttentionPlan::clear(radius, pool_of(&tensors)),
             (None, None) => plan_of_name(path)
-                .ok_or_else(|| bad("has no metadata and its name tells no radius; give --radius R".to_owned()))?,
+                .ok_or_else(|| bad("has no metadata, and its name contains no radius; pass --radius R".to_owned()))?,
         };
         let base = tensors.metadata().get(BASE).cloned();
         Ok(Self { tensors, plan, base })
     }
 
-    /// The attention plan that it was distilled for.
+    /// The attention plan that the patch was distilled for.
     pub fn plan(&self) -> &AttentionPlan {
         &self.plan
     }
 
-    /// The family of the model that it was taken from; CLEAR's own files do not tell.
+    /// The family of the model that the patch was extracted from; `None` for the files of CLEAR's authors.
     pub fn family(&self) -> Option<&str> {
         self.tensors.metadata().get(FAMILY).map(String::as_str)
     }
 
-    /// `target` with the patch put in. `Shift` needs `base`, the teacher of the patch.
+    /// `target` with the patch applied. [`PatchMode::Shift`] requires `base`, the teacher of the patch.
     ///
     /// # Errors
-    /// [`ConvertError::Misfit`] if the target lacks a tensor of the patch or has it in another shape, if the base is
-    /// missing, or if it is not the one that the patch was distilled from.
+    /// [`ConvertError::DoesNotFit`] if the target lacks a tensor of the patch or has it in another shape, if the base is
+    /// missing, or if it is not the teacher that the patch was distilled from.
     pub fn apply_to<'a>(
         &'a self,
         target: &'a dyn TensorSource,
@@ -115,7 +117,7 @@ impl AttentionPatch {
             (PatchMode::Replace, _) => None,
             (PatchMode::Shift, Some(base)) => Some(self.check_base(base)?),
             (PatchMode::Shift, None) => {
-                return Err(ConvertError::DoesNotFit("shift needs the teacher; give --base TEACHER".into()));
+                return Err(ConvertError::DoesNotFit("shift needs the teacher; pass --base TEACHER".into()));
             }
         };
         Ok(PatchedAttention { target, patch: &self.tensors, base })
@@ -134,7 +136,7 @@ impl AttentionPatch {
     }
 }
 
-/// A model with a patch put in, tensor by tensor as it is read.
+/// A model with a patch applied. Each tensor is computed when it is read.
 pub struct PatchedAttention<'a> {
     target: &'a dyn TensorSource,
     patch: &'a dyn TensorSource,
@@ -142,7 +144,8 @@ pub struct PatchedAttention<'a> {
 }
 
 impl<'a> PatchedAttention<'a> {
-    /// `target` with every tensor of `changed` in the place of its own, in the number formats of `target`.
+    /// `target` with its tensors replaced by those of `changed`, in the dtypes of `target`. Tensors of `changed` that
+    /// `target` does not have are added.
     pub fn new(target: &'a dyn TensorSource, changed: &'a dyn TensorSource) -> Self {
         Self { target, patch: changed, base: None }
     }
@@ -184,7 +187,7 @@ impl PatchedAttention<'_> {
     }
 }
 
-/// The projections that CLEAR distils in any family, and what its policies learn.
+/// Whether `name` is one of the projections that CLEAR distils, in any family, or a pooling weight.
 fn is_attention(name: &str) -> bool {
     let Some((layer, parameter)) = PROJECTIONS.iter().find_map(|projection| name.split_once(projection)) else {
         return is_learned(name);
@@ -192,10 +195,11 @@ fn is_attention(name: &str) -> bool {
     LAYERS.iter().any(|suffix| layer.ends_with(suffix)) && !parameter.is_empty()
 }
 
+// Canonical names are those of diffusers, but for families that diffusers does not have (`.attention`, `.wq`).
 const LAYERS: [&str; 4] = [".attn", ".attn1", ".attn2", ".attention"];
 const PROJECTIONS: [&str; 8] = [".to_q.", ".to_k.", ".to_v.", ".to_out.", ".wq.", ".wk.", ".wv.", ".wo."];
 
-/// Tensors without a counterpart in the teacher.
+/// Whether `name` is a pooling weight, which the teacher does not have.
 fn is_learned(name: &str) -> bool {
     name.ends_with(".processor.spatial_weight")
 }
@@ -204,7 +208,8 @@ fn attention_names(source: &dyn TensorSource) -> BTreeSet<String> {
     source.tensors().into_iter().map(|info| info.name).filter(|name| is_attention(name)).collect()
 }
 
-/// Compared in f32, so that a model stored in another number format than its base differs only where training changed it.
+/// The base is rounded to the dtype of `tensor` first, so that a model stored in another dtype than its base differs only
+/// where training changed it.
 fn is_changed(name: &str, tensor: &Tensor, base: &dyn TensorSource) -> Result<bool> {
     if is_learned(name) {
         return Ok(true);
@@ -221,15 +226,15 @@ fn check_shape(info: &TensorInfo, other: &dyn TensorSource, what: &str) -> Resul
     match &found {
         Some(found) if found.shape == info.shape => Ok(()),
         Some(found) => Err(ConvertError::DoesNotFit(format!(
-            "tensor {:?} is {:?} in the patch and {:?} in {what}; they are of two kinds",
+            "tensor {:?} is {:?} in the patch and {:?} in {what}; they have different architectures",
             info.name, info.shape, found.shape
         ))),
         None => Err(ConvertError::DoesNotFit(format!("tensor {:?} is missing in {what}", info.name))),
     }
 }
 
-/// Hash of those tensors of the base that a patch replaces, under their canonical names and as stored, so that the same
-/// base is known again in any layout.
+/// Hash of the tensors of the base that a patch replaces, with their canonical names and stored bytes, so that the same
+/// base is recognised in any layout.
 fn fingerprint(base: &dyn TensorSource, names: &[String]) -> Result<String> {
     let mut hash = Sha256::new();
     for name in names.iter().filter(|name| !is_learned(name)) {
@@ -253,13 +258,13 @@ fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String
     metadata
 }
 
-/// Edge of the pooled cells, by the shape of a learned weight (1, 1, 1, d, 1, d, 1).
+/// The pooling factor d, from the shape (1, 1, 1, d, 1, d, 1) of a pooling weight.
 fn pool_of(tensors: &Checkpoint) -> Option<usize> {
     let learned = tensors.tensors().into_iter().find(|info| is_learned(&info.name))?;
     learned.shape.get(3).copied()
 }
 
-/// The plan that a name such as `clear_local_16_down_4` tells.
+/// The plan in a name such as `clear_local_16_down_4.safetensors`, as CLEAR's authors name their files.
 fn plan_of_name(path: &Path) -> Option<AttentionPlan> {
     let stem = path.file_stem()?.to_str()?;
     let rest = stem.split_once("clear_local_")?.1;
@@ -298,11 +303,12 @@ mod tests {
     }
 
     #[test]
-    fn replace_puts_in_and_shift_moves() {
+    fn replace_takes_the_student_and_shift_adds_its_change() {
         let folder = tempfile::tempdir().unwrap();
         let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
         assert_eq!(patch.plan().to_string(), "clear:r=3");
-        let (fine_tune, teacher) = (model(2.5, DType::BF16), model(2.0, DType::F32));
+        let fine_tune = model(2.5, DType::BF16);
+        let teacher = model(2.0, DType::F32);
         let replaced = patch.apply_to(&fine_tune, PatchMode::Replace, None).unwrap();
         assert_eq!(value(&replaced, QUERY), 5.0);
         let shifted = patch.apply_to(&fine_tune, PatchMode::Shift, Some(&teacher)).unwrap();
@@ -311,12 +317,13 @@ mod tests {
     }
 
     #[test]
-    fn shift_wants_the_very_teacher() {
+    fn shift_needs_the_same_teacher() {
         let folder = tempfile::tempdir().unwrap();
         let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
-        let (target, other) = (model(2.5, DType::F32), model(2.1, DType::F32));
+        let target = model(2.5, DType::F32);
+        let other = model(2.1, DType::F32);
         let error = |base| patch.apply_to(&target, PatchMode::Shift, base).err().unwrap().to_string();
-        assert!(error(None).contains("--base"));
+        assert!(error(None).contains("pass --base TEACHER"));
         assert!(error(Some(&other)).contains("not the teacher"));
     }
 
@@ -333,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn published_files_tell_their_plan_by_name() {
+    fn names_of_published_files_contain_the_plan() {
         for (name, plan) in
             [("clear_local_16.safetensors", "clear:r=16"), ("clear_local_8_down_4.safetensors", "clear:r=8,d=4")]
         {

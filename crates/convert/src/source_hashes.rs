@@ -1,4 +1,4 @@
-//! [`SourceHashes`]: hashes of the files that a model is made from, reckoned while the model is written.
+//! [`SourceHashes`]: the hashes of the files that a model is made from, computed while the model is written.
 
 use crate::Result;
 use clearform_portable_model::SourceRecord;
@@ -6,18 +6,18 @@ use clearform_weights::{Checkpoint, digest};
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
-/// The hashes of a checkpoint's files, on their way.
+/// The hashes of a checkpoint's files, computed on a thread of their own.
 #[derive(Debug)]
 pub struct SourceHashes(JoinHandle<Result<Vec<SourceRecord>>>);
 
 impl SourceHashes {
-    /// Begins to read the files of `checkpoint`.
-    pub fn of(checkpoint: &Checkpoint) -> Self {
+    /// Starts to hash the files of `checkpoint`.
+    pub fn start(checkpoint: &Checkpoint) -> Self {
         let paths: Vec<PathBuf> = checkpoint.files().iter().map(|file| file.path.clone()).collect();
-        Self(thread::spawn(move || paths.into_iter().map(origin).collect()))
+        Self(thread::spawn(move || paths.into_iter().map(source_record).collect()))
     }
 
-    /// Waits for them.
+    /// Waits for the hashes.
     ///
     /// # Errors
     /// A file cannot be read.
@@ -26,7 +26,7 @@ impl SourceHashes {
     }
 }
 
-fn origin(path: PathBuf) -> Result<SourceRecord> {
+fn source_record(path: PathBuf) -> Result<SourceRecord> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(SourceRecord { name, sha256: digest(&path)?.sha256 })
 }

@@ -1,8 +1,8 @@
 //! [`backward`]: losses and gradients of one batch, block by block.
 //!
-//! Forward keeps what enters each block and nothing inside it. Backward runs each block again, from the last to the
-//! first, with the gradient of what came out of it: memory holds the activations of one block, whatever the depth.
-//! Where memory is plenty, [`Activations::Keep`] keeps the inside too and saves the second run.
+//! This is `torch.utils.checkpoint` around every block. Forward keeps only the input of each block. Backward runs each block
+//! again, from the last to the first, with the gradient of its output, so memory holds the activations of one block
+//! whatever the depth. With enough memory [`Activations::Keep`] keeps the activations and saves the second run.
 
 use crate::{Activations, Batch, LossSettings, Result, TeacherStudent};
 use candle_core::backprop::GradStore;
@@ -15,23 +15,26 @@ use std::collections::BTreeMap;
 /// Gradients of the trained parameters by name, f32.
 pub type Gradients = BTreeMap<String, Tensor>;
 
-/// The terms of the loss, each before its weight, and their weighted sum.
+/// The terms of the loss, each before its weight, and their weighted sum (CLEAR, equation 6).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Losses {
-    /// Against what a perfect model predicts.
+    /// Mean squared error of the student's prediction against the target that a perfect model predicts. Logs of earlier
+    /// versions call it `flow`.
+    #[serde(alias = "flow")]
     pub denoising: f64,
-    /// Against the teacher's prediction.
+    /// Mean squared error against the teacher's prediction.
     pub prediction: f64,
-    /// Against the teacher's attention outputs, the mean over the watched layers.
+    /// Mean squared error against the teacher's attention outputs, averaged over the watched layers.
     pub attention: f64,
-    /// What is minimised.
+    /// The weighted sum, which is minimised.
     pub total: f64,
 }
 
-/// Losses of `batch` and the gradients of their total. `activations` changes memory and time, not a bit of the result.
+/// Losses of `batch` and the gradients of their total. `activations` changes memory and time but not the result, which is
+/// equal bit for bit.
 ///
 /// # Errors
-/// The models or the tensor library refused.
+/// A watched layer that the model does not have, or a computation that a model or candle rejects.
 pub fn backward(
     models: &TeacherStudent,
     batch: &Batch,
@@ -40,20 +43,26 @@ pub fn backward(
 ) -> Result<(Losses, Gradients)> {
     let watched = settings.watched(models.student().layers())?;
     let targets = TeacherTargets::compute(models.teacher(), &batch.input, &watched)?;
-    let (mut visits, last) = forward(models.student(), &batch.input, activations)?;
-    let (losses, gradients) = (Losses::default(), BTreeMap::new());
-    let mut pass = BackwardPass { models, settings, targets, watched: watched.len(), losses, gradients };
-    let mut cotangent = pass.head(last, &batch.target)?;
-    while let Some(visit) = visits.pop() {
-        cotangent = pass.block(visits.len(), visit, &cotangent)?;
+    let (mut saved, last) = forward(models.student(), &batch.input, activations)?;
+    let mut pass = BackwardPass {
+        models,
+        settings,
+        targets,
+        watched: watched.len(),
+        losses: Losses::default(),
+        gradients: BTreeMap::new(),
+    };
+    let mut gradient = pass.head(last, &batch.target)?;
+    while let Some(activation) = saved.pop() {
+        gradient = pass.block(saved.len(), activation, &gradient)?;
     }
     Ok((pass.losses, pass.gradients))
 }
 
-/// Mean squared difference of the predictions of two models on fixed inputs.
+/// Mean squared difference between the predictions of two models on fixed inputs, summed in f64; 0 for no inputs.
 ///
 /// # Errors
-/// A model refused, or no inputs.
+/// A model rejects an input.
 pub fn prediction_error(teacher: &dyn Denoiser, student: &dyn Denoiser, inputs: &[DenoiserInput]) -> Result<f64> {
     let mut sum = 0.0;
     let mut count = 0;
@@ -65,7 +74,7 @@ pub fn prediction_error(teacher: &dyn Denoiser, student: &dyn Denoiser, inputs: 
     Ok(sum / count.max(1) as f64)
 }
 
-/// What the teacher says of a batch.
+/// What the student should reproduce on a batch: the teacher's prediction, and its attention outputs by layer index.
 struct TeacherTargets {
     prediction: Tensor,
     attention: BTreeMap<usize, Attended>,
@@ -87,36 +96,36 @@ impl TeacherTargets {
 
 /// What is kept of a block from forward to backward.
 enum SavedActivation {
-    /// What entered; the block will run again.
-    Entry(HiddenState),
-    /// What entered and what came out, with the graph between.
-    Whole(BlockInput, HiddenState),
+    /// The input; backward runs the block again.
+    Input(HiddenState),
+    /// Input and output, with the graph between them.
+    Graph(BlockInput, HiddenState),
 }
 
-/// A visit of each block, and what leaves the last, cut from the graph.
+/// Runs the student: what is saved of each block, and the output of the last block, detached from the graph.
 fn forward(
     student: &dyn Denoiser,
     input: &DenoiserInput,
     activations: Activations,
 ) -> Result<(Vec<SavedActivation>, HiddenState)> {
     let mut state = detached(student.embed(input)?);
-    let mut visits = Vec::with_capacity(student.block_count());
+    let mut saved = Vec::with_capacity(student.block_count());
     for index in 0..student.block_count() {
         let output = match activations {
             Activations::Recompute => {
-                visits.push(SavedActivation::Entry(state.clone()));
+                saved.push(SavedActivation::Input(state.clone()));
                 student.block(index, state)?
             }
             Activations::Keep => {
-                let (inlet, entry) = BlockInput::before(index, state)?;
+                let (variables, entry) = BlockInput::of_block(index, state)?;
                 let output = student.block(index, entry)?;
-                visits.push(SavedActivation::Whole(inlet, output.clone()));
+                saved.push(SavedActivation::Graph(variables, output.clone()));
                 output
             }
         };
         state = detached(output);
     }
-    Ok((visits, state))
+    Ok((saved, state))
 }
 
 fn detached(state: HiddenState) -> HiddenState {
@@ -124,15 +133,16 @@ fn detached(state: HiddenState) -> HiddenState {
     HiddenState { image: state.image.detach(), text, attention: None, context: state.context }
 }
 
-/// Gradients of the loss in what leaves a block; none where the loss does not depend on it.
+/// Gradients of the loss with respect to a block's output; `None` where the loss does not depend on it.
 struct OutputGradient {
     image: Option<Tensor>,
     text: Option<Tensor>,
 }
 
 impl OutputGradient {
-    /// A scalar whose gradient in `output` is this one.
-    fn product(&self, output: &HiddenState) -> Result<Tensor> {
+    /// The inner product with `output`: a scalar whose gradient with respect to `output` is this one, since candle's
+    /// `backward` starts from a scalar.
+    fn inner_product(&self, output: &HiddenState) -> Result<Tensor> {
         let mut sum = Tensor::zeros((), DType::F32, output.image.device())?;
         for (value, gradient) in [(Some(&output.image), &self.image), (output.text.as_ref(), &self.text)] {
             if let (Some(value), Some(gradient)) = (value, gradient) {
@@ -143,7 +153,7 @@ impl OutputGradient {
     }
 }
 
-/// What enters a block, as variables whose gradients can be asked for.
+/// The input of a block as variables, so that candle computes their gradients.
 #[derive(Default)]
 struct BlockInput {
     image: Option<Var>,
@@ -151,12 +161,12 @@ struct BlockInput {
 }
 
 impl BlockInput {
-    /// The inlet of block `index`; nothing trained stands before the first.
-    fn before(index: usize, entry: HiddenState) -> Result<(Self, HiddenState)> {
-        if index == 0 { Ok((Self::default(), entry)) } else { Self::open(entry) }
+    /// The input of block `index`. Nothing before block 0 is trained, so its input needs no gradient.
+    fn of_block(index: usize, entry: HiddenState) -> Result<(Self, HiddenState)> {
+        if index == 0 { Ok((Self::default(), entry)) } else { Self::variables(entry) }
     }
 
-    fn open(entry: HiddenState) -> Result<(Self, HiddenState)> {
+    fn variables(entry: HiddenState) -> Result<(Self, HiddenState)> {
         let image = Var::from_tensor(&entry.image)?;
         let text = entry.text.as_ref().map(Var::from_tensor).transpose()?;
         let as_tensor = |var: &Var| var.as_tensor().clone();
@@ -165,13 +175,13 @@ impl BlockInput {
     }
 
     fn gradients(&self, store: &GradStore) -> OutputGradient {
-        // What the store gives may hold the graph it came from.
+        // Detached, since a gradient from the store may hold on to the graph.
         let take = |var: &Option<Var>| store.get(var.as_ref()?).map(Tensor::detach);
         OutputGradient { image: take(&self.image), text: take(&self.text) }
     }
 }
 
-/// A pass from head to embedding.
+/// Backward from the head to the first block.
 struct BackwardPass<'a> {
     models: &'a TeacherStudent,
     settings: &'a LossSettings,
@@ -183,28 +193,33 @@ struct BackwardPass<'a> {
 
 impl BackwardPass<'_> {
     fn head(&mut self, last: HiddenState, target: &Tensor) -> Result<OutputGradient> {
-        let (inlet, state) = BlockInput::open(last)?;
+        let (variables, state) = BlockInput::variables(last)?;
         let prediction = self.models.student().head(&state)?.to_dtype(DType::F32)?;
-        let flow = mean_square(&without_variance(&prediction, target)?, target)?;
-        let taught = mean_square(&prediction, &self.targets.prediction)?;
-        self.losses.denoising = scalar(&flow)?;
-        self.losses.prediction = scalar(&taught)?;
-        let loss = ((flow * self.settings.denoising)? + (taught * self.settings.prediction)?)?;
+        let denoising = mean_square(&without_variance(&prediction, target)?, target)?;
+        let distance = mean_square(&prediction, &self.targets.prediction)?;
+        self.losses.denoising = scalar(&denoising)?;
+        self.losses.prediction = scalar(&distance)?;
+        let loss = ((denoising * self.settings.denoising)? + (distance * self.settings.prediction)?)?;
         self.losses.total = scalar(&loss)?;
-        Ok(inlet.gradients(&loss.backward()?))
+        Ok(variables.gradients(&loss.backward()?))
     }
 
-    fn block(&mut self, index: usize, visit: SavedActivation, cotangent: &OutputGradient) -> Result<OutputGradient> {
-        let (inlet, output) = match visit {
-            SavedActivation::Whole(inlet, output) => (inlet, output),
-            SavedActivation::Entry(entry) => {
-                let (inlet, entry) = BlockInput::before(index, entry)?;
-                (inlet, self.models.student().block(index, entry)?)
+    fn block(
+        &mut self,
+        index: usize,
+        activation: SavedActivation,
+        gradient: &OutputGradient,
+    ) -> Result<OutputGradient> {
+        let (variables, output) = match activation {
+            SavedActivation::Graph(variables, output) => (variables, output),
+            SavedActivation::Input(entry) => {
+                let (variables, entry) = BlockInput::of_block(index, entry)?;
+                (variables, self.models.student().block(index, entry)?)
             }
         };
-        let mut loss = cotangent.product(&output)?;
-        if let (Some(taught), Some(own)) = (self.targets.attention.remove(&index), &output.attention) {
-            let term = (attention_distance(own, &taught)? / self.watched as f64)?;
+        let mut loss = gradient.inner_product(&output)?;
+        if let (Some(target), Some(attended)) = (self.targets.attention.remove(&index), &output.attention) {
+            let term = (attention_distance(attended, &target)? / self.watched as f64)?;
             self.losses.attention += scalar(&term)?;
             let weighted = (term * self.settings.attention)?;
             self.losses.total += scalar(&weighted)?;
@@ -212,7 +227,7 @@ impl BackwardPass<'_> {
         }
         let store = loss.backward()?;
         self.collect(&store);
-        Ok(inlet.gradients(&store))
+        Ok(variables.gradients(&store))
     }
 
     fn collect(&mut self, store: &GradStore) {
@@ -224,13 +239,13 @@ impl BackwardPass<'_> {
     }
 }
 
-/// One mean over text and image rows together.
-fn attention_distance(own: &Attended, taught: &Attended) -> Result<Tensor> {
-    let mut sum = square_sum(&own.image, &taught.image)?;
-    let mut count = own.image.elem_count();
-    if let (Some(own), Some(taught)) = (&own.text, &taught.text) {
-        sum = (sum + square_sum(own, taught)?)?;
-        count += own.elem_count();
+/// Mean squared error over text and image rows together.
+fn attention_distance(attended: &Attended, target: &Attended) -> Result<Tensor> {
+    let mut sum = square_sum(&attended.image, &target.image)?;
+    let mut count = attended.image.elem_count();
+    if let (Some(text), Some(target)) = (&attended.text, &target.text) {
+        sum = (sum + square_sum(text, target)?)?;
+        count += text.elem_count();
     }
     Ok((sum / count as f64)?)
 }
@@ -239,7 +254,8 @@ fn square_sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     sum_of_rows(&(a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.sqr()?)
 }
 
-/// Row by row first: a GPU adds what goes into one number on one of its many processors.
+/// Row by row first: candle reduces to a single value in one thread block, so summing everything at once would leave most
+/// of a GPU idle.
 fn sum_of_rows(x: &Tensor) -> candle_core::Result<Tensor> {
     x.sum(D::Minus1)?.to_dtype(DType::F32)?.sum_all()
 }

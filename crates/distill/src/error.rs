@@ -6,15 +6,15 @@ use std::path::PathBuf;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum DistillError {
-    /// The operating system refused.
+    /// A file or folder cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file of a sample set or a checkpoint is not what it should be.
+    /// A file of a sample set or a training state cannot be used.
     #[error("{path}: {reason}", path = path.display())]
     BadFile {
         /// The file.
@@ -22,29 +22,32 @@ pub enum DistillError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
-    /// A setting that nothing can be trained with.
+    /// A setting has a value that training cannot use.
     #[error("setting {key}: {reason}")]
     BadSetting {
-        /// The setting.
+        /// Its key.
         key: &'static str,
         /// What was expected and found.
         reason: String,
     },
-    /// Work that was begun with other settings cannot be taken up with these.
-    #[error("{path} was begun with other settings ({differing}); give those again, or start afresh", path = path.display())]
+    /// A sample set or a training state exists, but was created with other settings.
+    #[error(
+        "{path} was created with other settings ({differing}); pass the same settings again, or delete it to start over",
+        path = path.display()
+    )]
     OtherSettings {
-        /// The file that records them.
+        /// The file that records the settings.
         path: PathBuf,
-        /// The settings that differ, then and now.
+        /// The settings that differ, with the recorded and the new value.
         differing: String,
     },
-    /// Teacher, student and settings do not fit each other.
+    /// Teacher, student and training state do not belong together.
     #[error("{0}")]
     Mismatch(String),
     /// A loss or a gradient is NaN or infinite.
     #[error(
         "step {step}: the {what} is not finite. Likely cause: a learning rate that is too high, or a damaged teacher; \
-         start afresh with a lower --lr"
+         start over with a lower --lr"
     )]
     NotFinite {
         /// The step, counted from 1.
@@ -52,24 +55,24 @@ pub enum DistillError {
         /// Loss or gradient.
         what: &'static str,
     },
-    /// The prompts could not be encoded.
+    /// Prompts cannot be encoded.
     #[error("prompt {prompt:?}: {source}")]
     Prompt {
-        /// The prompt.
+        /// The first of the prompts that were encoded together.
         prompt: String,
-        /// Why.
+        /// The encoder's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The model refused.
+    /// A model rejects its input or its weights.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),
-    /// Sampling failed.
+    /// Sampling fails.
     #[error(transparent)]
     Sampling(#[from] clearform_sampling::SamplingError),
-    /// Tensors could not be had or written.
+    /// Tensors cannot be read or written.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The tensor library refused.
+    /// candle rejects a computation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

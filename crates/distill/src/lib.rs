@@ -1,12 +1,22 @@
-//! Distillation of a linear student against its teacher (CLEAR, section 3.3).
+//! Distillation of a student with linear attention from its teacher (CLEAR, arXiv 2412.16112, section 3.3).
 //!
-//! The main entry is [`distill`]. A [`TeacherStudent`] is teacher and student over shared frozen weights; a [`SampleSet`] is what
-//! the teacher drew for itself, on disk; [`DistillSettings`] say how it is trained. Backward goes block by block, so that
-//! memory does not grow with depth times activations. This crate knows no family and reads no checkpoint.
+//! For a reader who knows diffusers: this is the training script. Teacher and student are the same transformer; the
+//! teacher runs full attention, the student the attention of a plan. Only the student's attention projections (`to_q`,
+//! `to_k`, `to_v`, `to_out`) are trained. No data set is needed: the teacher generates the training samples.
+//!
+//! 1. [`SampleSet`] is a folder of encoded prompts and of the latents that the teacher generated for them.
+//! 2. [`TeacherStudent`] holds both models over one copy of the frozen weights.
+//! 3. [`distill`] trains the student as [`DistillSettings`] say and keeps a checkpoint in a [`CheckpointDir`], from which
+//!    it can resume bit for bit.
+//!
+//! candle has no activation checkpointing, so [`backward`] does it here: it runs block by block, and memory holds the
+//! activations of one block whatever the depth. This crate works through the traits of `clearform_models`; it knows no
+//! architecture and reads no model files.
 
 mod backward;
 mod batches;
 mod checkpoint;
+mod differences;
 mod error;
 mod loss_log;
 mod optimizer;

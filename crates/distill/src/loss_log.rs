@@ -1,4 +1,4 @@
-//! [`LossLog`]: the losses of every step as JSON lines, cut back to the checkpoint on resume.
+//! [`LossLog`]: `losses.jsonl`, the losses of every step as JSON lines. On resume it is cut back to the checkpoint.
 
 use crate::{DistillError, Losses, Result};
 use serde::{Deserialize, Serialize};
@@ -6,19 +6,19 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// One step, as one line.
+/// One step, which is one line of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LossEntry {
     /// Steps done, from 1 on.
     pub step: usize,
-    /// Losses, the mean over the step's batches.
+    /// Losses, averaged over the step's batches.
     #[serde(flatten)]
     pub losses: Losses,
-    /// Norm of all gradients together, before clipping.
+    /// Common norm of all gradients, before clipping.
     pub norm: f64,
     /// Learning rate.
     pub rate: f64,
-    /// Seconds of training so far, all sittings together.
+    /// Seconds of training so far, over all runs.
     pub seconds: f64,
 }
 
@@ -30,11 +30,11 @@ pub(crate) struct LossLog {
 }
 
 impl LossLog {
-    /// Opens the journal and forgets what came after `step`: those steps will be done again.
+    /// Opens the log and removes the entries after `step`, since those steps are going to be repeated.
     pub(crate) fn open(path: &Path, step: usize) -> Result<Self> {
         let io = |source| DistillError::Io { path: path.to_owned(), source };
         let text = if path.exists() { std::fs::read_to_string(path).map_err(io)? } else { String::new() };
-        // A line that was being written when the program was killed is no entry.
+        // A line that was cut off when the program was killed does not parse and is dropped.
         let lines = text.lines().filter_map(|line| Some((line, serde_json::from_str::<LossEntry>(line).ok()?)));
         let (lines, entries): (Vec<&str>, Vec<LossEntry>) = lines.filter(|(_, entry)| entry.step <= step).unzip();
         let kept: String = lines.iter().flat_map(|line| [line, "\n"]).collect();
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forgets_what_came_after_the_checkpoint() {
+    fn entries_after_the_checkpoint_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("losses.jsonl");
         let entry = |step| LossEntry {
@@ -72,12 +72,32 @@ mod tests {
             rate: 0.5,
             seconds: 2.0,
         };
-        let mut journal = LossLog::open(&path, 0).unwrap();
-        (1..=4).for_each(|step| journal.add(entry(step)).unwrap());
-        std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + "{\"step\":5,\"fl").unwrap();
-        let mut journal = LossLog::open(&path, 2).unwrap();
-        journal.add(entry(3)).unwrap();
-        assert_eq!(journal.into_entries(), [entry(1), entry(2), entry(3)]);
+        let mut log = LossLog::open(&path, 0).unwrap();
+        (1..=4).for_each(|step| log.add(entry(step)).unwrap());
+        std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + "{\"step\":5,\"den").unwrap();
+        let mut log = LossLog::open(&path, 2).unwrap();
+        log.add(entry(3)).unwrap();
+        assert_eq!(log.into_entries(), [entry(1), entry(2), entry(3)]);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);
+    }
+
+    /// Lines as versions before the key `denoising` wrote them.
+    #[test]
+    fn a_log_of_an_earlier_version_is_continued() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("losses.jsonl");
+        let old = "{\"step\":1,\"flow\":0.75,\"prediction\":0.5,\"attention\":0.25,\"total\":1.125,\"norm\":2.0,\"rate\":0.001,\"seconds\":3.5}\n\
+                   {\"step\":2,\"flow\":0.5,\"prediction\":0.25,\"attention\":0.125,\"total\":0.6875,\"norm\":1.0,\"rate\":0.002,\"seconds\":7.0}\n";
+        std::fs::write(&path, old).unwrap();
+        let losses = Losses { denoising: 0.75, prediction: 0.5, attention: 0.25, total: 1.125 };
+        let first = LossEntry { step: 1, losses, norm: 2.0, rate: 0.001, seconds: 3.5 };
+        let losses = Losses { denoising: 0.5, prediction: 0.25, attention: 0.125, total: 0.6875 };
+        let second = LossEntry { step: 2, losses, norm: 1.0, rate: 0.002, seconds: 7.0 };
+        let mut log = LossLog::open(&path, 2).unwrap();
+        let third = LossEntry { step: 3, ..second };
+        log.add(third).unwrap();
+        assert_eq!(log.into_entries(), [first, second, third]);
+        // Old and new lines side by side are read again.
+        assert_eq!(LossLog::open(&path, 3).unwrap().into_entries(), [first, second, third]);
     }
 }

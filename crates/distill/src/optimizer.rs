@@ -1,5 +1,5 @@
-//! [`OptimizerState`]: AdamW and plain gradient descent over f32 masters, with all state in the open so that it can be
-//! saved; and [`clip`].
+//! [`OptimizerState`]: AdamW and plain gradient descent over f32 masters, and [`clip`]. candle's own optimizers keep their
+//! moments private; these are public, so that a checkpoint can save them.
 
 use crate::{Gradients, Optimizer, Result};
 use candle_core::{D, DType, Tensor, Var};
@@ -10,17 +10,17 @@ use std::collections::BTreeMap;
 pub struct OptimizerState {
     /// Steps done.
     pub steps: usize,
-    /// Means of the gradients.
+    /// First moments: running means of the gradients.
     pub first: BTreeMap<String, Tensor>,
-    /// Means of their squares.
+    /// Second moments: running means of their squares.
     pub second: BTreeMap<String, Tensor>,
 }
 
 impl OptimizerState {
-    /// Steps every master that has a gradient.
+    /// One step with learning rate `rate` for every master that has a gradient.
     ///
     /// # Errors
-    /// A gradient of another shape than its master.
+    /// A gradient has another shape than its master.
     pub fn step(
         &mut self,
         optimizer: Optimizer,
@@ -43,7 +43,7 @@ impl OptimizerState {
         Ok(())
     }
 
-    /// Adam's step (Kingma and Ba, arXiv 1412.6980, algorithm 1), in the order of torch's operations:
+    /// The step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), in the order of operations of torch:
     /// rate / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε).
     fn adam(&mut self, optimizer: Optimizer, rate: f64, name: &str, gradient: &Tensor) -> Result<Tensor> {
         let Optimizer::AdamW { beta1, beta2, epsilon, .. } = optimizer else { return Ok(gradient.zeros_like()?) };
@@ -58,22 +58,24 @@ impl OptimizerState {
     }
 }
 
+/// beta · before + (1 − beta) · value; `before` is 0 at the first step.
 fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Result<Tensor> {
-    let share = (value * (1.0 - beta))?;
+    let added = (value * (1.0 - beta))?;
     let moment = match before {
-        Some(before) => ((before * beta)? + share)?,
-        None => share,
+        Some(before) => ((before * beta)? + added)?,
+        None => added,
     };
     Ok(moment.detach())
 }
 
-/// Scales all gradients so that their norm together is at most `bound`, as `torch.nn.utils.clip_grad_norm_`; gives the
-/// norm before.
+/// Scales all gradients so that their common norm is at most `bound`, as `torch.nn.utils.clip_grad_norm_` does; returns
+/// the norm before scaling.
 ///
 /// # Errors
-/// The tensor library refused.
+/// candle rejects a computation.
 pub fn clip(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
-    // Row by row, and read once: a GPU adds what goes into one number on one of its many processors.
+    // Row by row, because candle reduces to a single value in one thread block; and one read of the result at the end,
+    // because each read waits for the GPU.
     let squares = |gradient: &Tensor| gradient.sqr()?.unsqueeze(0)?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();
     let squares = gradients.values().map(squares).collect::<candle_core::Result<Vec<_>>>()?;
     let norm = match squares[..] {

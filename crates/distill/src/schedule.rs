@@ -1,20 +1,20 @@
-//! The learning rate of each step.
+//! The learning rate of each step: linear warmup, then constant or cosine decay.
 
 use crate::{Decay, LearningRate};
 use std::f64::consts::PI;
 
 impl LearningRate {
-    /// The rate of step `step`, counted from 0, of `steps`.
+    /// The rate at step `step` of `steps`, counted from 0.
     pub fn at(&self, step: usize, steps: usize) -> f64 {
-        let rise = if step < self.warmup { (step + 1) as f64 / self.warmup as f64 } else { 1.0 };
-        let fall = match self.decay {
+        let warmup = if step < self.warmup { (step + 1) as f64 / self.warmup as f64 } else { 1.0 };
+        let decay = match self.decay {
             Decay::Constant => 1.0,
             Decay::Cosine { floor } => {
                 let wave = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
                 floor + (1.0 - floor) * wave
             }
         };
-        self.peak * rise * fall
+        self.peak * warmup * decay
     }
 }
 

@@ -1,9 +1,9 @@
-//! [`DistillSettings`]: how a student is trained, as a value that is recorded with what it made.
+//! [`DistillSettings`]: how a student is trained. The settings are recorded in the training state.
 
 use crate::{DistillError, Result};
 use serde::{Deserialize, Serialize};
 
-/// How a student is trained. A checkpoint can only be resumed with the settings it was begun with.
+/// How a student is trained. A training can only be resumed with the settings it was started with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistillSettings {
@@ -13,70 +13,72 @@ pub struct DistillSettings {
     pub batch: usize,
     /// Backward passes whose mean gradient makes one step; 1.
     pub accumulation: usize,
-    /// Which optimizer; AdamW.
+    /// The optimizer; AdamW.
     pub optimizer: Optimizer,
-    /// How far it steps.
+    /// Learning rate and its schedule.
     pub learning_rate: LearningRate,
-    /// Largest norm of all gradients together; 1. None leaves them.
+    /// Largest common norm of all gradients; 1. `None` does not clip.
     pub clip: Option<f64>,
-    /// Decay of a moving average of the weights, which is then what comes out; none by default.
+    /// Decay of a moving average of the weights, which then becomes the result; no average by default.
     pub ema: Option<f64>,
-    /// Where noise levels come from; uniform, as CLEAR.
+    /// Distribution of noise levels; uniform, as in CLEAR.
     pub timesteps: Timesteps,
-    /// What is minimised.
+    /// The loss.
     pub loss: LossSettings,
-    /// Number format of activations; f32. Trained parameters and losses are f32 in any case.
+    /// Dtype of activations; f32. Trained parameters and losses are always f32.
     pub precision: Precision,
-    /// What happens to activations between forward and backward; they are computed again.
+    /// Whether backward recomputes activations or keeps them; recompute.
     pub activations: Activations,
-    /// Seed of sample choice, noise levels and noise; 0.
+    /// Seed of the choice of samples, of noise levels and of noise; 0.
     pub seed: u64,
 }
 
-/// L = flow · mean((v − target)²) + prediction · mean((v − v_teacher)²) + attention · mean over the watched
-/// layers of mean((a − a_teacher)²) (CLEAR, equation 6), with a the output of attention before its projection, and the
-/// target what a perfect model predicts, noise − x₀ for a flow.
+/// L = denoising · mean((v − target)²) + prediction · mean((v − v_teacher)²) + attention · mean over the watched
+/// layers of mean((a − a_teacher)²) (CLEAR, equation 6). Here a is the output of attention before its output projection,
+/// and the target is what a perfect model predicts: noise − x₀ for flow matching, the noise for DDPM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSettings {
-    /// Weight of flow matching; 1.
+    /// Weight of the denoising loss; 1. Training states of earlier versions call it `flow`.
+    #[serde(alias = "flow")]
     pub denoising: f64,
     /// Weight of the teacher's prediction; 0.5.
     pub prediction: f64,
     /// Weight of the teacher's attention outputs; 0.5.
     pub attention: f64,
-    /// Every how many-th layer is watched, from the first on; 4. Where there are single-stream layers, of those.
+    /// Every how many layers one is watched, starting with the first; 4. In models with single-stream layers only these
+    /// are counted.
     pub every: usize,
-    /// The watched layers by name, in place of `every`.
+    /// The watched layers by name; overrides `every`.
     pub layers: Option<Vec<String>>,
 }
 
-/// Distribution of the noise level t in 0..1.
+/// Distribution of the noise level t between 0 (data) and 1 (noise).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Timesteps {
-    /// Every level alike.
+    /// Uniform.
     Uniform,
-    /// The logistic function of a normal number (Stable Diffusion 3, section 3.1).
+    /// The logistic function of a normally distributed value (Stable Diffusion 3, arXiv 2403.03206, section 3.1).
     LogitNormal {
-        /// Mean of the normal number; above 0 means more noise.
+        /// Mean of that value; above 0 means more noise.
         mean: f64,
         /// Its standard deviation.
         deviation: f64,
     },
 }
 
-/// What happens to a block's activations between forward and backward. The result is the same to the bit.
+/// What happens to a block's activations between forward and backward. The result is the same bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activations {
-    /// They are computed again: memory holds those of one block.
+    /// They are recomputed: memory holds those of one block.
     Recompute,
-    /// They are kept, which saves running each block twice: memory grows with the depth.
+    /// They are kept, so each block runs once: memory grows with the depth.
     Keep,
 }
 
-/// Number format of activations.
+/// Dtype of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -86,44 +88,44 @@ pub enum Precision {
     Bf16,
 }
 
-/// How far each step goes.
+/// Learning rate and its schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LearningRate {
-    /// The highest; 6e-4.
+    /// The highest rate; 6e-4.
     pub peak: f64,
-    /// Steps over which it rises to the peak; 20.
+    /// Steps of linear warmup; 20.
     pub warmup: usize,
-    /// What it does besides.
+    /// How the rate falls; half a cosine to 0.02 of the peak.
     pub decay: Decay,
 }
 
-/// Fall of the learning rate over all steps.
+/// Decay of the learning rate over all steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
-    /// It does not fall.
+    /// No decay.
     Constant,
     /// Half a cosine wave from the peak down to `floor` times the peak.
     Cosine {
-        /// Share of the peak that is left at the end.
+        /// Fraction of the peak at the end.
         floor: f64,
     },
 }
 
-/// Rule by which gradients become steps.
+/// How gradients become steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Optimizer {
     /// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), as `torch.optim.AdamW`.
     AdamW {
-        /// Decay of the mean of gradients.
+        /// Decay of the first moment.
         beta1: f64,
-        /// Decay of the mean of their squares.
+        /// Decay of the second moment.
         beta2: f64,
-        /// Added to the root of the latter.
+        /// Added to the root of the second moment.
         epsilon: f64,
-        /// Weight decay, times the learning rate.
+        /// Weight decay; each step applies it times the learning rate.
         weight_decay: f64,
     },
     /// Plain gradient descent.
@@ -161,7 +163,8 @@ impl Default for LearningRate {
     }
 }
 
-/// The defaults of the prototype that CLEAR's distillation was tried with: no weight decay, a short memory.
+/// Those of the prototype of this distillation: no weight decay, and a shorter memory than torch's beta2 of 0.999, which
+/// averages over about as many steps as the default training has.
 impl Default for Optimizer {
     fn default() -> Self {
         Self::AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 }
@@ -169,10 +172,10 @@ impl Default for Optimizer {
 }
 
 impl DistillSettings {
-    /// Refuses what nothing can be trained with.
+    /// Checks every setting's range.
     ///
     /// # Errors
-    /// [`DistillError::BadSetting`], which names the setting.
+    /// [`DistillError::BadSetting`] names the first setting that is out of range.
     pub fn check(&self) -> Result<()> {
         let positive = |key, count: usize| ensure(key, count > 0, || format!("expected at least 1, found {count}"));
         positive("steps", self.steps)?;
@@ -191,11 +194,11 @@ impl DistillSettings {
 }
 
 impl LossSettings {
-    /// Indices in `layers` (all of the model, in order) of those whose attention outputs are compared: the named ones,
-    /// or every so many-th single-stream layer, or of all layers where no layer is single-stream.
+    /// Indices into `layers` (all layers of the model, in order) of the watched ones, whose attention outputs are compared:
+    /// the named layers, else one of every [`Self::every`] single-stream layers, or of all layers if none is single-stream.
     ///
     /// # Errors
-    /// A named layer that the model does not have.
+    /// The model does not have a named layer.
     pub(crate) fn watched(&self, layers: &[String]) -> Result<Vec<usize>> {
         if self.attention == 0.0 {
             return Ok(Vec::new());
@@ -232,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kth_single_layer_is_watched() {
+    fn every_nth_single_stream_layer_is_watched() {
         let watched = |loss: LossSettings| loss.watched(&layers()).unwrap();
         assert_eq!(watched(LossSettings::default()), [2, 6]);
         assert_eq!(watched(LossSettings { every: 2, ..Default::default() }), [2, 4, 6]);
@@ -243,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_trained_with_is_refused() {
+    fn values_out_of_range_are_refused() {
         assert!(DistillSettings::default().check().is_ok());
         for (key, settings) in [
             ("steps", DistillSettings { steps: 0, ..Default::default() }),
@@ -251,7 +254,8 @@ mod tests {
             ("clip", DistillSettings { clip: Some(f64::NAN), ..Default::default() }),
             ("ema", DistillSettings { ema: Some(1.0), ..Default::default() }),
         ] {
-            assert!(settings.check().unwrap_err().to_string().contains(key), "{key}");
+            let error = settings.check().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("setting {key}: expected")), "{error}");
         }
     }
 
@@ -263,5 +267,14 @@ mod tests {
         assert_eq!(serde_json::from_str::<DistillSettings>(&json).unwrap(), settings);
         assert_eq!(serde_json::from_str::<DistillSettings>("{}").unwrap(), DistillSettings::default());
         assert!(serde_json::from_str::<DistillSettings>("{\"step\": 3}").is_err());
+    }
+
+    #[test]
+    fn the_old_name_of_the_denoising_loss_is_read() {
+        let read = |json| serde_json::from_str::<LossSettings>(json);
+        let expected = LossSettings { denoising: 0.25, ..LossSettings::default() };
+        assert_eq!(read("{\"flow\": 0.25}").unwrap(), expected);
+        assert_eq!(read("{\"denoising\": 0.25}").unwrap(), expected);
+        assert!(read("{\"flow\": 0.25, \"denoising\": 0.5}").unwrap_err().to_string().contains("duplicate"));
     }
 }

@@ -1,4 +1,4 @@
-//! [`TeacherStudent`]: teacher and student over the same frozen weights. Only what is trained exists twice.
+//! [`TeacherStudent`]: teacher and student over the same frozen weights. Only the trained parameters exist twice.
 
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -28,17 +28,17 @@ pub struct TeacherStudent {
 }
 
 impl TeacherStudent {
-    /// Builds both from the teacher's weights. The student's trained parameters start as `start` has them, which is the
-    /// teacher itself or an earlier student, and are f32 whatever the frozen weights are; learned tensors of the plan
-    /// that `start` lacks take their initial values.
+    /// Builds both from the teacher's weights. The student's trained parameters are initialised from `start`: the teacher,
+    /// or an earlier student. They are f32 whatever the dtype of the frozen weights. Pooling weights that `start` does not
+    /// have get the initial values of the plan.
     ///
     /// # Errors
-    /// A tensor that is missing or misshapen, or a layer with nothing to train.
+    /// A tensor is missing or has another shape, or a layer has nothing to train.
     pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
         let built = spec.family.build(spec.config, teacher, &AttentionPlan::full())?;
         let mut masters = BTreeMap::new();
         for layer in built.layers() {
-            masters.extend(masters_of(layer, spec, teacher, start)?);
+            masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
         let mut weights = teacher.clone();
         for (name, master) in &masters {
@@ -53,7 +53,7 @@ impl TeacherStudent {
         self.teacher.as_ref()
     }
 
-    /// The model that learns. It computes with the masters as they are at that moment.
+    /// The model that learns. It computes with the current values of the masters.
     pub fn student(&self) -> &dyn Denoiser {
         self.student.as_ref()
     }
@@ -63,12 +63,12 @@ impl TeacherStudent {
         self.process
     }
 
-    /// Where both compute.
+    /// The device that both run on.
     pub fn device(&self) -> Device {
         self.masters.values().next().map_or(Device::Cpu, |master| master.device().clone())
     }
 
-    /// The trained parameters by name, f32.
+    /// The trained parameters by name: f32 master copies, as in mixed-precision training.
     pub fn masters(&self) -> &BTreeMap<String, Var> {
         &self.masters
     }
@@ -76,7 +76,7 @@ impl TeacherStudent {
     /// A copy of the trained parameters as they are now.
     ///
     /// # Errors
-    /// The tensor library refused.
+    /// candle fails to copy a tensor.
     pub fn snapshot(&self) -> Result<BTreeMap<String, Tensor>> {
         self.masters.iter().map(|(name, master)| Ok((name.clone(), master.as_tensor().copy()?.detach()))).collect()
     }
@@ -84,11 +84,13 @@ impl TeacherStudent {
     /// Sets the trained parameters.
     ///
     /// # Errors
-    /// A name that is missing, or another shape.
+    /// A name is missing, or a tensor has another shape.
     pub fn restore(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         for (name, master) in &self.masters {
             let tensor = tensors.get(name).ok_or_else(|| {
-                DistillError::Mismatch(format!("trained tensor {name:?} is missing: these are of another model"))
+                DistillError::Mismatch(format!(
+                    "trained tensor {name:?} is missing: the training state belongs to another model"
+                ))
             })?;
             master.set(&tensor.to_dtype(DType::F32)?.to_device(master.device())?.copy()?)?;
         }
@@ -96,26 +98,20 @@ impl TeacherStudent {
     }
 }
 
-/// The parameters of a block's attention layers; a block need not have the second one of its family.
-fn masters_of(
+/// The masters of a block's attention layers. Families may list a second attention layer that a block does not have.
+fn layer_masters(
     layer: &str,
     spec: PairSpec,
     teacher: &InMemoryTensors,
     start: &dyn TensorSource,
 ) -> Result<Vec<(String, Var)>> {
     let mut masters = Vec::new();
-    for DistilledLayer { name, parameters } in spec.family.distilled(layer) {
-        let present = parameters.iter().filter(|parameter| teacher.info(parameter).is_some());
-        let own = present.map(|parameter| {
-            let frozen = teacher.tensor(parameter)?;
-            Ok((parameter.clone(), master(&start.tensor(parameter)?, &frozen)?))
-        });
-        let own = own.collect::<Result<Vec<_>>>()?;
-        let device = own.first().map(|(_, master)| master.device().clone());
-        masters.extend(own);
-        if let (Some(device), Some((name, initial))) = (device, spec.plan.learned(&name)?) {
-            let found = if start.info(&name).is_some() { start.tensor(&name)? } else { initial };
-            masters.push((name, master(&found.to_device(&device)?, &found.to_device(&device)?)?));
+    for distilled in spec.family.distilled_layers(layer) {
+        let projections = projection_masters(&distilled, teacher, start)?;
+        let device = projections.first().map(|(_, master)| master.device().clone());
+        masters.extend(projections);
+        if let Some(device) = device {
+            masters.extend(pooling_master(&distilled.name, spec.plan, start, &device)?);
         }
     }
     match masters.is_empty() {
@@ -124,9 +120,45 @@ fn masters_of(
     }
 }
 
+fn projection_masters(
+    layer: &DistilledLayer,
+    teacher: &InMemoryTensors,
+    start: &dyn TensorSource,
+) -> Result<Vec<(String, Var)>> {
+    let present = layer.parameters.iter().filter(|parameter| teacher.info(parameter).is_some());
+    let masters = present.map(|parameter| {
+        let frozen = teacher.tensor(parameter)?;
+        Ok((parameter.clone(), master(&start.tensor(parameter)?, &frozen)?))
+    });
+    masters.collect()
+}
+
+/// The pooling weight that the plan adds to `layer`, if it adds one.
+///
+/// Training may continue from an earlier student. Its projections were trained together with its pooling weights, so these
+/// are taken from it too; beside trained projections the plan's initial value (plain averaging) would undo part of what
+/// was learned. A teacher has no pooling weights, and there the initial value is right.
+fn pooling_master(
+    layer: &str,
+    plan: &AttentionPlan,
+    start: &dyn TensorSource,
+    device: &Device,
+) -> Result<Option<(String, Var)>> {
+    let Some((name, initial)) = plan.learned(layer)? else { return Ok(None) };
+    let value = if start.info(&name).is_some() { start.tensor(&name)? } else { initial };
+    let value = value.to_device(device)?;
+    let master = master(&value, &value)?;
+    Ok(Some((name, master)))
+}
+
+/// An f32 variable with the values of `start`, on the device and in the shape of `frozen`.
 fn master(start: &Tensor, frozen: &Tensor) -> Result<Var> {
     if start.dims() != frozen.dims() {
-        let reason = format!("a student's {:?} cannot start from {:?}", frozen.dims(), start.dims());
+        let reason = format!(
+            "expected a tensor of shape {:?} as the student's initial value, found {:?}",
+            frozen.dims(),
+            start.dims()
+        );
         return Err(DistillError::Mismatch(reason));
     }
     let start = start.detach().to_device(frozen.device())?.to_dtype(DType::F32)?;

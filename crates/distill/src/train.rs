@@ -1,4 +1,4 @@
-//! [`distill`]: the training loop. What it needs to go on after a kill lies in one file, written at intervals.
+//! [`distill`]: the training loop. Everything that it needs to resume is in one file, which is written at intervals.
 
 use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
 use crate::loss_log::LossLog;
@@ -10,17 +10,17 @@ use candle_core::Tensor;
 use clearform_weights::InMemoryTensors;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where training keeps its files: `training.safetensors` and `losses.jsonl`.
 #[derive(Debug, Clone)]
 pub struct CheckpointDir {
-    /// The folder; it is made if it is not there.
+    /// The folder; it is created if it does not exist.
     pub folder: PathBuf,
-    /// Steps between checkpoints; one is written at the end in any case.
+    /// Steps between checkpoints. One is always written at the end.
     pub checkpoint_every: usize,
-    /// What to do with what is there.
+    /// What to do with a checkpoint that exists.
     pub start: ResumeMode,
 }
 
@@ -29,27 +29,27 @@ pub struct CheckpointDir {
 pub enum ResumeMode {
     /// There must be none.
     Fresh,
-    /// Continue from it bit for bit; where there is none, begin.
+    /// Continue from it, bit for bit as without the interruption; start from the beginning if there is none.
     Resume,
 }
 
-/// A step that is done.
+/// Passed to the observer after each step.
 #[derive(Debug, Clone, Copy)]
 pub struct TrainingProgress {
-    /// The step, as the journal has it.
+    /// The step's entry in the loss log.
     pub entry: LossEntry,
     /// Steps in all.
     pub steps: usize,
-    /// Time left, from the mean of this sitting's steps.
+    /// Time left, estimated from the mean time of the steps of this run.
     pub left: Duration,
 }
 
-/// What came of it.
+/// How a run of [`distill`] ended.
 #[derive(Debug)]
 pub enum TrainingOutcome {
     /// All steps are done.
     Finished(Distilled),
-    /// The observer stopped it; the checkpoint holds this many steps.
+    /// The observer stopped it, and a checkpoint was written.
     Stopped {
         /// Steps done.
         step: usize,
@@ -61,16 +61,17 @@ pub enum TrainingOutcome {
 pub struct Distilled {
     /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters.
     pub tensors: InMemoryTensors,
-    /// Every step.
+    /// The loss log of all steps.
     pub entries: Vec<LossEntry>,
-    /// Seconds of training, all sittings together.
+    /// Seconds of training, over all runs.
     pub seconds: f64,
 }
 
-/// Trains the student of `pair` on `samples`. After each step `observe` is told, and may stop it.
+/// Trains the student of `models` on `samples`. `observe` is called after each step and may stop the training.
 ///
 /// # Errors
-/// A setting that nothing can be trained with, work begun with other settings, a loss that is not finite.
+/// A setting is out of range, the folder contains a training that must not be resumed or has other settings, or a loss is
+/// not finite.
 pub fn distill(
     models: &TeacherStudent,
     samples: &SampleSet,
@@ -80,22 +81,21 @@ pub fn distill(
 ) -> Result<TrainingOutcome> {
     settings.check()?;
     let mut training = TrainingRun::begin(models, samples, settings, checkpoint_dir)?;
-    let (begun, from) = (Instant::now(), training.record.step);
-    let earlier = training.record.seconds;
-    while training.record.step < settings.steps {
+    let start = Instant::now();
+    let first = training.metadata.step;
+    let earlier = training.metadata.seconds;
+    while training.metadata.step < settings.steps {
         let mut entry = training.step()?;
-        entry.seconds = earlier + begun.elapsed().as_secs_f64();
-        training.record.seconds = entry.seconds;
-        training.journal.add(entry)?;
-        let left = begun.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - from) as u32;
-        let flow = observe(&TrainingProgress { entry, steps: settings.steps, left });
-        if flow.is_break()
-            || entry.step.is_multiple_of(checkpoint_dir.checkpoint_every.max(1))
-            || entry.step == settings.steps
-        {
+        entry.seconds = earlier + start.elapsed().as_secs_f64();
+        training.metadata.seconds = entry.seconds;
+        training.loss_log.add(entry)?;
+        let left = start.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - first) as u32;
+        let control = observe(&TrainingProgress { entry, steps: settings.steps, left });
+        let is_last = entry.step == settings.steps;
+        if control.is_break() || is_last || entry.step.is_multiple_of(checkpoint_dir.checkpoint_every.max(1)) {
             training.save()?;
         }
-        if flow.is_break() && entry.step < settings.steps {
+        if control.is_break() && !is_last {
             return Ok(TrainingOutcome::Stopped { step: entry.step });
         }
     }
@@ -108,9 +108,9 @@ struct TrainingRun<'a> {
     batches: Batches<'a>,
     optimizer: OptimizerState,
     average: BTreeMap<String, Tensor>,
-    record: StateMetadata,
-    begun: ResumeRequirements,
-    journal: LossLog,
+    metadata: StateMetadata,
+    requirements: ResumeRequirements,
+    loss_log: LossLog,
     path: PathBuf,
 }
 
@@ -124,51 +124,43 @@ impl<'a> TrainingRun<'a> {
         let folder = &checkpoint_dir.folder;
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
-        let begun = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
-        let device = models.device();
+        let requirements = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
         let state = match (path.exists(), checkpoint_dir.start) {
-            (true, ResumeMode::Resume) => Some(TrainingState::load(&path, begun.clone(), &device)?),
+            (true, ResumeMode::Resume) => resumed_state(&path, models, requirements)?,
             (true, ResumeMode::Fresh) => {
-                let reason = "an earlier training stands here; give --resume to go on with it, or delete it".to_owned();
+                let reason = "an earlier training exists; pass --resume to continue it, or delete it".to_owned();
                 return Err(DistillError::BadFile { path, reason });
             }
-            (false, _) => None,
+            (false, _) => first_state(models, requirements)?,
         };
-        let (record, optimizer, average) = match state {
-            Some(state) => {
-                models.restore(&state.masters)?;
-                (state.record, state.optimizer, state.average)
-            }
-            None => {
-                let average = if settings.ema.is_some() { models.snapshot()? } else { BTreeMap::new() };
-                (StateMetadata::new(settings.seed), OptimizerState::default(), average)
-            }
-        };
-        let batches = Batches::new(samples, settings, models, record.generator.clone());
-        let journal = LossLog::open(&folder.join("losses.jsonl"), record.step)?;
-        Ok(Self { models, settings, batches, optimizer, average, record, begun, journal, path })
+        let TrainingState { metadata, requirements, average, optimizer, .. } = state;
+        let batches = Batches::new(samples, settings, models, metadata.generator.clone());
+        let loss_log = LossLog::open(&folder.join("losses.jsonl"), metadata.step)?;
+        Ok(Self { models, settings, batches, optimizer, average, metadata, requirements, loss_log, path })
     }
 
     fn step(&mut self) -> Result<LossEntry> {
         let (losses, mut gradients) = self.accumulate()?;
-        let step = self.record.step + 1;
+        let step = self.metadata.step + 1;
         let norm = clip(&mut gradients, self.settings.clip)?;
         for (what, value) in [("loss", losses.total), ("gradient", norm)] {
             if !value.is_finite() {
                 return Err(DistillError::NotFinite { step, what });
             }
         }
-        let rate = self.settings.learning_rate.at(self.record.step, self.settings.steps);
+        let rate = self.settings.learning_rate.at(self.metadata.step, self.settings.steps);
         self.optimizer.step(self.settings.optimizer, rate, self.models.masters(), &gradients)?;
-        self.record.step = step;
-        self.update_student()?;
+        self.metadata.step = step;
+        self.update_average()?;
+        // The caller measures the time, since it knows when the run began.
         Ok(LossEntry { step, losses, norm, rate, seconds: 0.0 })
     }
 
-    /// Mean losses and gradients of the batches that make one step.
+    /// Losses and gradients, averaged over the batches that make one step.
     fn accumulate(&mut self) -> Result<(Losses, Gradients)> {
         let share = 1.0 / self.settings.accumulation as f64;
-        let (mut losses, mut sum) = (Losses::default(), Gradients::new());
+        let mut losses = Losses::default();
+        let mut sum = Gradients::new();
         for _ in 0..self.settings.accumulation {
             let (found, gradients) =
                 backward(self.models, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
@@ -188,10 +180,11 @@ impl<'a> TrainingRun<'a> {
         Ok((losses, sum))
     }
 
-    /// Moves the average towards the masters, faster in the first steps.
-    fn update_student(&mut self) -> Result<()> {
+    /// Moves the average towards the masters. In the first steps the decay is smaller, as in diffusers' `EMAModel`, so that
+    /// the initial weights do not dominate the average of a short training.
+    fn update_average(&mut self) -> Result<()> {
         let Some(decay) = self.settings.ema else { return Ok(()) };
-        let step = self.record.step as f64;
+        let step = self.metadata.step as f64;
         let decay = decay.min((1.0 + step) / (10.0 + step));
         for (name, average) in &mut self.average {
             if let Some(master) = self.models.masters().get(name) {
@@ -202,12 +195,12 @@ impl<'a> TrainingRun<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
-        self.record.generator = self.batches.generator().clone();
+        self.metadata.generator = self.batches.generator().clone();
         let masters = self.models.masters().iter();
         let state = TrainingState {
-            record: self.record.clone(),
-            begun: self.begun.clone(),
-            // Not copies: nothing steps while they are written.
+            metadata: self.metadata.clone(),
+            requirements: self.requirements.clone(),
+            // Not copied: no step changes them while they are written.
             masters: masters.map(|(name, master)| (name.clone(), master.as_detached_tensor())).collect(),
             average: self.average.clone(),
             optimizer: self.optimizer.clone(),
@@ -217,7 +210,27 @@ impl<'a> TrainingRun<'a> {
 
     fn finish(self) -> Result<Distilled> {
         let tensors = if self.average.is_empty() { self.models.snapshot()? } else { self.average };
-        let seconds = self.record.seconds;
-        Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.journal.into_entries(), seconds })
+        let seconds = self.metadata.seconds;
+        Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.loss_log.into_entries(), seconds })
     }
+}
+
+/// The state in the file at `path`, with the masters of `models` set to it.
+fn resumed_state(path: &Path, models: &TeacherStudent, requirements: ResumeRequirements) -> Result<TrainingState> {
+    let state = TrainingState::load(path, requirements, &models.device())?;
+    models.restore(&state.masters)?;
+    Ok(state)
+}
+
+/// The state before the first step. It has no masters, since those of `models` are the initial ones.
+fn first_state(models: &TeacherStudent, requirements: ResumeRequirements) -> Result<TrainingState> {
+    let settings = &requirements.settings;
+    let average = if settings.ema.is_some() { models.snapshot()? } else { BTreeMap::new() };
+    Ok(TrainingState {
+        metadata: StateMetadata::new(settings.seed),
+        masters: BTreeMap::new(),
+        average,
+        optimizer: OptimizerState::default(),
+        requirements,
+    })
 }

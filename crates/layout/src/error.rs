@@ -1,4 +1,4 @@
-//! Why a checkpoint cannot be taken, said so that a person can mend it.
+//! [`LayoutError`]: why a checkpoint or manifest is refused, and how to fix it.
 
 use crate::mapping::load_report::LoadReport;
 use clearform_weights::WeightsError;
@@ -7,7 +7,7 @@ use clearform_weights::WeightsError;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// A manifest is not what it should be.
+    /// A manifest is invalid.
     #[error("manifest {origin}: {reason}")]
     BadManifest {
         /// Its file.
@@ -15,41 +15,41 @@ pub enum LayoutError {
         /// What is wrong.
         reason: String,
     },
-    /// The checkpoint is recognised, and is not one of the families supported.
+    /// The checkpoint is recognised, but it is not a model of a supported family.
     #[error("this is {name}: not a supported model ({evidence}); {remedy}")]
     Unsupported {
         /// What it is.
         name: String,
-        /// By what it was recognised.
+        /// The tensor it was recognised by.
         evidence: String,
         /// What to do.
         remedy: String,
     },
     /// No family fits.
-    #[error("no supported model fits these tensors; nearest: {}", if near.is_empty() { "none".to_owned() } else { near.join("; ") })]
+    #[error("no supported model fits these tensors; nearest: {}", if nearest.is_empty() { "none".to_owned() } else { nearest.join("; ") })]
     Unknown {
-        /// What came near, the nearest first.
-        near: Vec<String>,
+        /// The families and layouts that fit best, best first, and what each lacks.
+        nearest: Vec<String>,
     },
-    /// Several families fit, or a setting that changes arithmetic cannot be told.
-    #[error("{what} cannot be told from the tensors: {reason}")]
+    /// Several families fit, or a setting that changes the result cannot be determined.
+    #[error("{what} cannot be determined from the tensors: {reason}")]
     Ambiguous {
-        /// What is open.
+        /// What cannot be determined.
         what: String,
         /// The choices, and how to choose.
         reason: String,
     },
-    /// A name that was asked for is not in the manifests.
-    #[error("{kind} {name:?} is not known; choose one of {choices:?}")]
+    /// No manifest has the requested name.
+    #[error("unknown {kind} {name:?}; choose one of {choices:?}")]
     NoSuch {
         /// Family, variant or layout.
         kind: &'static str,
-        /// The name asked for.
+        /// The requested name.
         name: String,
-        /// The names there are.
+        /// The names that exist.
         choices: Vec<String>,
     },
-    /// Tensors are missing, misshapen or not understood.
+    /// Tensors are missing, have the wrong shape or are not understood.
     #[error("the model is not complete: {0}")]
     Incomplete(Box<LoadReport>),
     /// Reading the checkpoint failed.

@@ -354,7 +354,7 @@ fn what_is_wrong_with_a_part_is_told_and_nothing_of_it_passed_over() {
     for (name, shape, expected) in [
         ("vae.decoder.mid.attn_1.k.bias", None, "tensor \"decoder.mid.attn_1.k.bias\" is missing"),
         ("vae.decoder.up.1.block.0.nin_shortcut.weight", None, "up_blocks.2.resnets.0.conv_shortcut.weight"),
-        ("vae.encoder.conv_in.bias", Some(&[5][..]), "wrong shape"),
+        ("vae.encoder.conv_in.bias", Some(&[5][..]), "has the wrong shape"),
         ("vae.encoder.strange.weight", Some(&[5]), "\"encoder.strange.weight\" is not understood"),
     ] {
         let mut file = whole.clone();

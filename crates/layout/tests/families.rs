@@ -252,8 +252,8 @@ fn what_changes_arithmetic_is_asked_for() {
     let (sd3, pixart, dit, minrf) = ("sd3", "pixart", "dit", "minrf");
     let dims = |heads, head_dim| Dims { heads, head_dim, norms: false, dual: false, ..SMALL };
     for (model, told, key, why) in [
-        (Model::new(sd3, dims(2, 32)), &[][..], "attention_head_dim", "64 holds for {\"width\":[1536,2432]} alone"),
-        (Model::new(pixart, dims(3, 8)), &["sample_size"], "attention_head_dim", "72 holds for {\"width\":1152}"),
+        (Model::new(sd3, dims(2, 32)), &[][..], "attention_head_dim", "64 for {\"width\":[1536,2432]} only"),
+        (Model::new(pixart, dims(3, 8)), &["sample_size"], "attention_head_dim", "72 for {\"width\":1152}"),
         (Model::new(pixart, dims(16, 72)), &[], "sample_size", "positions are computed from it and not stored"),
         (Model::new(dit, dims(16, 72)), &["_class_name"], "sample_size", "positions are computed from it"),
         (
@@ -263,13 +263,13 @@ fn what_changes_arithmetic_is_asked_for() {
             "no tensor shows the heads",
         ),
         (Model::new(minrf, dims(8, 32)), &[], "n_heads", "no tensor shows the heads"),
-        (Model::new(minrf, dims(32, 8)), &[], "n_heads", "4 holds for {\"dim\":64}, 16 holds for {\"dim\":512}"),
+        (Model::new(minrf, dims(32, 8)), &[], "n_heads", "4 for {\"dim\":64}, 16 for {\"dim\":512}"),
     ] {
         let source = model.canonical();
         let error = detect(&source, Some(&only(&model.config, told)), &Hints::default()).unwrap_err();
         assert!(matches!(error, LayoutError::Ambiguous { .. }), "{error:?}");
         let message = error.to_string();
-        for expected in [&format!("{key:?} cannot be told"), why, "give the model's config.json with --config"] {
+        for expected in [&format!("{key:?} cannot be determined"), why, "pass the model's config.json with --config"] {
             assert!(message.contains(expected), "{message:?} does not say {expected:?}");
         }
         model.open(&source).1.complete().unwrap();
@@ -292,7 +292,7 @@ fn published_heads_are_taken_and_reported() {
         let told = only(&model.config, &["_class_name", "sample_size"]);
         let identified = detect(&source, Some(&told), &Hints::default()).unwrap();
         assert_eq!(identified.config[key], heads, "{family}");
-        assert!(identified.notes.iter().any(|note| note.contains("is that of the published models")));
+        assert!(identified.notes.iter().any(|note| note.contains("is assumed, as in the published models")));
     }
 }
 
@@ -315,10 +315,10 @@ fn stored_positions_tell_the_sample_size() {
         assert_eq!(canonical.tensors(), model.canonical().tensors());
         let complaints = detect(&source, Some(&model.config), &Hints::default()).unwrap();
         let complaints = complaints.canonical(&source).load_report().problems().join("\n");
-        assert_eq!(complaints, "\"sample_size\" is 16 by config.json, 64 by the shape of \"pos_embed\"");
+        assert_eq!(complaints, "\"sample_size\" is 16 in config.json, 64 from the shape of \"pos_embed\"");
         source.put("pos_embed", &[1, 1023, 1152]);
         let error = detect(&source, None, &hints).unwrap_err().to_string();
-        assert!(error.contains("\"sample_size\" cannot be told") && error.contains("no whole number"), "{error}");
+        assert!(error.contains("\"sample_size\" cannot be determined") && error.contains("do not give a whole number"), "{error}");
     }
 }
 
@@ -416,31 +416,31 @@ fn config_json_is_held_against_the_tensors() {
             "sd3",
             "qk_norm",
             json!("layer_norm"),
-            "\"qk_norm\" is \"layer_norm\" by config.json, \"rms_norm\" by the tensor",
+            "\"qk_norm\" is \"layer_norm\" in config.json, \"rms_norm\" by the tensor",
         ),
         (
             "sd3",
             "dual_attention_layers",
             json!([0]),
-            "\"dual_attention_layers\" is [0] by config.json, [0,2] by the numbers",
+            "\"dual_attention_layers\" is [0] in config.json, [0,2] from the numbers",
         ),
-        ("sd3", "dual_attention_layers", json!("x"), "\"dual_attention_layers\" is \"x\" by config.json, [0,2]"),
-        ("sd3", "pos_embed_max_size", json!(6), "\"pos_embed_max_size\" is 6 by config.json, 5 by the shape of"),
-        ("sd3", "out_channels", json!(4), "\"out_channels\" is 4 by config.json, 5 by the shape of \"proj_out"),
-        ("pixart", "use_additional_conditions", json!(false), "is false by config.json, true by the tensor"),
+        ("sd3", "dual_attention_layers", json!("x"), "\"dual_attention_layers\" is \"x\" in config.json, [0,2]"),
+        ("sd3", "pos_embed_max_size", json!(6), "\"pos_embed_max_size\" is 6 in config.json, 5 from the shape of"),
+        ("sd3", "out_channels", json!(4), "\"out_channels\" is 4 in config.json, 5 from the shape of \"proj_out"),
+        ("pixart", "use_additional_conditions", json!(false), "is false in config.json, true from the tensor"),
         (
             "pixart",
             "num_attention_heads",
             json!(4),
-            "\"num_attention_heads\" is 4 by config.json, 3 by width / attention",
+            "\"num_attention_heads\" is 4 in config.json, 3 from width / attention",
         ),
         ("pixart", "_class_name", json!("SiTTransformer2DModel"), "\"_class_name\" is \"SiTTransformer2DModel\""),
-        ("dit", "num_embeds_ada_norm", json!(11), "\"num_embeds_ada_norm\" is 11 by config.json, 10 by the shape of"),
+        ("dit", "num_embeds_ada_norm", json!(11), "\"num_embeds_ada_norm\" is 11 in config.json, 10 from the shape of"),
         (
             "minrf",
             "patch_size",
             json!(4),
-            "\"patch_size\" is 4 by config.json, 2 by the shape of \"x_embedder.weight\"",
+            "\"patch_size\" is 4 in config.json, 2 from the shape of \"x_embedder.weight\"",
         ),
         ("minrf", "n_layers", json!(4), "tensor \"layers.3.attention.wq.weight\" is missing"),
     ] {
@@ -484,7 +484,7 @@ fn a_list_of_more_blocks_than_any_model_has_is_not_believed() {
     let source = model.canonical();
     model.config["dual_attention_layers"] = vec![0; 10_001].into();
     let error = detect(&source, Some(&model.config), &Hints::default()).unwrap_err().to_string();
-    assert!(error.ends_with("0, expected at most 10000 numbers; mend it") && error.len() < 250, "{error}");
+    assert!(error.ends_with("0, expected at most 10000 numbers; fix it") && error.len() < 250, "{error}");
 }
 
 #[test]

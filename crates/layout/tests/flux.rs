@@ -168,17 +168,17 @@ fn every_fault_is_named() {
         (
             "diffusers",
             |fake| fake.put("transformer_blocks.0.ff.net.2.weight", &[16, 63]),
-            &["tensor \"transformer_blocks.0.ff.net.2.weight\" has a wrong shape", "expected [16, 64], found [16, 63]"],
+            &["tensor \"transformer_blocks.0.ff.net.2.weight\" has the wrong shape", "expected [16, 64], found [16, 63]"],
         ),
         (
             "diffusers",
             |fake| fake.put("x_embedder.weight", &[16, 65]),
-            &["\"x_embedder.weight\" has a wrong shape", "\"in_channels\" is 64 by config.json, 65 by the shape of"],
+            &["\"x_embedder.weight\" has the wrong shape", "\"in_channels\" is 64 in config.json, 65 from the shape of"],
         ),
         (
             "diffusers",
             |fake| fake.put("x_embedder.bias", &[15]),
-            &["tensor \"x_embedder.bias\" has a wrong shape: \"x_embedder.bias\" expected [16], found [15]"],
+            &["tensor \"x_embedder.bias\" has the wrong shape: \"x_embedder.bias\" expected [16], found [15]"],
         ),
         ("diffusers", |fake| fake.put("surprise.weight", &[1]), &["tensor \"surprise.weight\" is not understood"]),
         (
@@ -190,7 +190,7 @@ fn every_fault_is_named() {
             "bfl",
             |fake| drop(fake.tensors.remove("double_blocks.1.img_attn.qkv.weight")),
             &[
-                "\"double_blocks.1.img_attn.qkv.weight\" is missing (it gives \"transformer_blocks.1.attn.to_k.weight\", ",
+                "\"double_blocks.1.img_attn.qkv.weight\" is missing (needed for \"transformer_blocks.1.attn.to_k.weight\", ",
                 "\"transformer_blocks.1.attn.to_v.weight\"",
             ],
         ),
@@ -202,7 +202,7 @@ fn every_fault_is_named() {
         (
             "comfy",
             |fake| fake.put("model.diffusion_model.final_layer.linear.weight", &[64, 17]),
-            &["\"model.diffusion_model.final_layer.linear.weight\" has a wrong shape", "found [64, 17]"],
+            &["\"model.diffusion_model.final_layer.linear.weight\" has the wrong shape", "found [64, 17]"],
         ),
     ];
     for (layout, change, expected) in cases {
@@ -237,7 +237,7 @@ fn a_size_that_nothing_tells_is_asked_for_with_the_missing_tensor_named() {
     let mut source = TINY.foreign("bfl");
     source.tensors.remove("img_in.weight");
     let error = detect(&source, None, &Hints::default()).unwrap_err().to_string();
-    for expected in ["\"in_channels\" cannot be told", "missing [\"img_in.weight\"]", "--config"] {
+    for expected in ["\"in_channels\" cannot be determined", "missing [\"img_in.weight\"]", "--config"] {
         assert!(error.contains(expected), "{error:?} does not say {expected:?}");
     }
 }
@@ -245,11 +245,11 @@ fn a_size_that_nothing_tells_is_asked_for_with_the_missing_tensor_named() {
 #[test]
 fn config_json_is_held_against_the_tensors() {
     for (key, value, expected) in [
-        ("attention_head_dim", json!(16), "\"attention_head_dim\" is 16 by config.json, 8 by the shape of"),
-        ("num_attention_heads", json!(3), "\"num_attention_heads\" is 3 by config.json, 2 by width"),
-        ("in_channels", json!("64"), "\"in_channels\" is \"64\" by config.json, 64 by the shape of"),
-        ("guidance_embeds", json!(false), "\"guidance_embeds\" is false by config.json, true by the tensor"),
-        ("axes_dims_rope", json!([2, 2, 2]), "\"axes_dims_rope\" is [2,2,2] by declaration, 8 by attention_head_dim"),
+        ("attention_head_dim", json!(16), "\"attention_head_dim\" is 16 in config.json, 8 from the shape of"),
+        ("num_attention_heads", json!(3), "\"num_attention_heads\" is 3 in config.json, 2 from width"),
+        ("in_channels", json!("64"), "\"in_channels\" is \"64\" in config.json, 64 from the shape of"),
+        ("guidance_embeds", json!(false), "\"guidance_embeds\" is false in config.json, true from the tensor"),
+        ("axes_dims_rope", json!([2, 2, 2]), "\"axes_dims_rope\" is [2,2,2] in the configuration, 8 from attention_head_dim"),
         ("_class_name", json!("SD3Transformer2DModel"), "\"_class_name\" is \"SD3Transformer2DModel\" by config.json"),
         ("num_layers", json!(3), "tensor \"transformer_blocks.2.norm1.linear.weight\" is missing"),
         ("num_layers", json!(1), "tensor \"transformer_blocks.1.norm1.linear.weight\" is not understood"),

@@ -243,6 +243,6 @@ fn a_scale_that_is_not_applied_is_never_passed_over() {
     ] {
         let source = flux(&[]).with(name, (dtype, &[1], vec![0; dtype.bitsize() / 8]));
         let message = inspect(&source).unwrap_err();
-        assert!(message.contains(expected) && message.contains("give the bf16"), "{name}: {message}");
+        assert!(message.contains(expected) && message.contains("use the bf16"), "{name}: {message}");
     }
 }

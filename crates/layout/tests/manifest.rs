@@ -240,7 +240,7 @@ fn broken_manifests_are_explained() {
         ("edition = 2\nfamily = \"x\"\nclass = \"X\"", "upgrade"),
         ("edition = 1\nfamily = \"x\"", "needs a class"),
         ("edition = 1\nfamily = \"flux\"\nsurprise = 1", "surprise"),
-        ("edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nlike = \"b\"\nprefixes = []", "unknown one"),
+        ("edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nlike = \"b\"\nprefixes = []", "is like \"b\", which is unknown"),
         (
             "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nprefixes = [\"\"]\nrules = [{ foreign = \"a\" }]",
             "exactly one of canonical, split, copy and drop",
@@ -262,7 +262,7 @@ fn broken_manifests_are_explained() {
         ("edition = 1\nfamily = \"x\"\nclass = \"X\"\nlike = \"y\"", "like the family \"y\", which is unknown"),
         (
             "edition = 1\nfamily = \"x\"\nclass = \"X\"\nlike = \"dit\"\ntensors = [{ name = \"a\", shape = [] }]",
-            "has that one's tensors and no others",
+            "has the same tensors",
         ),
         ("edition = 1\nfamily = \"flux\"\nlike = \"dit\"", "already a family"),
     ] {

@@ -88,15 +88,15 @@ fn what_is_no_model_of_ours_is_said_to_be_what_it_is() {
             ]),
             "U-Net",
         ),
-        (with("dit", "diffusers", &["adaln_single.linear.weight"]), "it has \"adaln_single.linear.weight\", which is"),
+        (with("dit", "diffusers", &["adaln_single.linear.weight"]), "it has \"adaln_single.linear.weight\", which belongs"),
         (
             with("dit", "original", &["blocks.0.cross_attn.q_linear.weight"]),
-            "it has \"blocks.0.cross_attn.q_linear.weight\", which is another model's",
+            "it has \"blocks.0.cross_attn.q_linear.weight\", which belongs to another model",
         ),
-        (with("sit", "original", &["blocks.0.mlp.w12.weight"]), "it has \"blocks.0.mlp.w12.weight\", which is"),
-        (with("sd3", "original", &["double_blocks.0.img_attn.qkv.weight"]), "which is another model's"),
-        (with("sd3", "diffusers", &["single_transformer_blocks.0.attn.to_q.weight"]), "which is another model's"),
-        (with("minrf", "original", &["noise_refiner.0.attention.qkv.weight"]), "which is another model's"),
+        (with("sit", "original", &["blocks.0.mlp.w12.weight"]), "it has \"blocks.0.mlp.w12.weight\", which belongs"),
+        (with("sd3", "original", &["double_blocks.0.img_attn.qkv.weight"]), "which belongs to another model"),
+        (with("sd3", "diffusers", &["single_transformer_blocks.0.attn.to_q.weight"]), "which belongs to another model"),
+        (with("minrf", "original", &["noise_refiner.0.attention.qkv.weight"]), "which belongs to another model"),
     ] {
         let error = detect(&source, None, &Hints::default()).unwrap_err();
         let message = error.to_string();
@@ -134,7 +134,7 @@ fn a_table_of_classes_that_is_not_there_is_asked_for() {
     let source = without("dit", "original", "embedding_table");
     let error = detect(&source, Some(&without_classes), &Hints::default()).unwrap_err().to_string();
     for expected in
-        ["\"num_embeds_ada_norm\" cannot be told", "missing [\"y_embedder.embedding_table.weight\"]", "--config"]
+        ["\"num_embeds_ada_norm\" cannot be determined", "missing [\"y_embedder.embedding_table.weight\"]", "--config"]
     {
         assert!(error.contains(expected), "{error:?} does not say {expected:?}");
     }

@@ -41,9 +41,9 @@ fn a_tensor_under_another_name_and_the_one_that_is_missing_point_to_each_other()
             let complaints = load_report.problems();
             let unmatched = format!("tensor {wrong:?} is not understood: ");
             let found = complaints.iter().find(|one| one.starts_with(&unmatched)).unwrap();
-            assert!(found.ends_with(&format!(" (near {right:?})")), "{found}");
+            assert!(found.ends_with(&format!(" (similar: {right:?})")), "{found}");
             assert!(complaints[0].starts_with(&format!("tensor {right:?} is missing")), "{}", complaints[0]);
-            assert!(complaints[0].ends_with(&format!(" (near {wrong:?})")), "{}", complaints[0]);
+            assert!(complaints[0].ends_with(&format!(" (similar: {wrong:?})")), "{}", complaints[0]);
         }
     }
 }

@@ -63,7 +63,7 @@ fn a_quantised_flux_is_not_taken_for_a_plain_one() {
         let mut source = TINY.foreign("bfl");
         source.put(marker, &[1]);
         let message = message(&source);
-        assert!(message.contains(expected) && message.contains("give the bf16"), "{marker}: {message}");
+        assert!(message.contains(expected) && message.contains("use the bf16"), "{marker}: {message}");
     }
 }
 

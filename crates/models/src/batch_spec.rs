@@ -9,13 +9,13 @@ pub struct ImageSize {
     pub width: usize,
 }
 
-/// What the images of a batch have in common, and what a transformer may be told of them.
+/// Size and number of the images of a batch, and the guidance scale. Some transformers take these as inputs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BatchSpec {
     /// Size of each image.
     pub size: ImageSize,
     /// Number of images.
     pub batch: usize,
-    /// Guidance scale, for transformers that take it as an input.
+    /// Guidance scale, for transformers that embed it (FLUX.1-dev).
     pub guidance: f64,
 }

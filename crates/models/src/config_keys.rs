@@ -1,12 +1,12 @@
-//! [`ConfigKeys`]: a config.json read key by key, with errors that name the key. It does not know which keys a model has.
+//! [`ConfigKeys`]: reads a config.json key by key, with errors that name the key.
 
 use crate::{ModelError, Result};
 use serde_json::Value;
 
-/// Sizes beyond this are no model's; refusing them keeps a mistyped config from asking for all of memory.
+/// No model has larger sizes. Refusing them keeps a mistyped config from allocating all memory.
 const LARGEST: u64 = 1 << 24;
 
-/// The keys of one config.json. A key that is absent or null takes the default of the class that wrote the file.
+/// The keys of a config.json. For a key that is absent or null, methods return the default of the class that wrote it.
 #[derive(Clone, Copy)]
 pub(crate) struct ConfigKeys<'a>(&'a Value);
 
@@ -14,7 +14,7 @@ impl<'a> ConfigKeys<'a> {
     pub(crate) fn new(config: &'a Value) -> Result<Self> {
         match config {
             Value::Object(_) => Ok(Self(config)),
-            _ => Err(bad("", "config.json should hold an object")),
+            _ => Err(bad("", "expected a JSON object in config.json")),
         }
     }
 
@@ -49,12 +49,12 @@ impl<'a> ConfigKeys<'a> {
 
     pub(crate) fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
         match self.get(key) {
-            Some(value) => value.as_str().ok_or_else(|| bad(key, format!("expected a text, found {value}"))),
+            Some(value) => value.as_str().ok_or_else(|| bad(key, format!("expected a string, found {value}"))),
             None => Ok(default),
         }
     }
 
-    /// Fails unless these are heads that attention can compute.
+    /// Fails for head counts and dimensions that the attention kernels do not support.
     pub(crate) fn expect_heads(&self, heads: usize, head_dim: usize) -> Result<()> {
         match (heads, head_dim) {
             (0, _) => Err(bad("num_attention_heads", "expected at least 1, found 0")),
@@ -63,19 +63,19 @@ impl<'a> ConfigKeys<'a> {
         }
     }
 
-    /// Fails unless tokens can be `patch` latent places wide.
-    pub(crate) fn expect_patch(&self, patch: usize) -> Result<()> {
-        match patch {
+    /// Fails unless `patch_size` is 1 to 64.
+    pub(crate) fn expect_patch_size(&self, patch_size: usize) -> Result<()> {
+        match patch_size {
             1..=64 => Ok(()),
-            _ => Err(bad("patch_size", format!("expected 1 to 64, found {patch}"))),
+            _ => Err(bad("patch_size", format!("expected 1 to 64, found {patch_size}"))),
         }
     }
 
-    /// Fails unless every item of the list `key`, where there is one, is `only`.
-    pub(crate) fn expect_all(&self, key: &str, only: &str) -> Result<()> {
+    /// Fails if the list `key` contains anything but `supported`. An absent list passes.
+    pub(crate) fn expect_all(&self, key: &str, supported: &str) -> Result<()> {
         let items = self.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-        match items.iter().find(|item| item.as_str() != Some(only)) {
-            Some(other) => Err(bad(key, format!("{other} is not supported, only {only:?}"))),
+        match items.iter().find(|item| item.as_str() != Some(supported)) {
+            Some(other) => Err(bad(key, format!("{other} is not supported, only {supported:?}"))),
             None => Ok(()),
         }
     }
@@ -85,7 +85,7 @@ impl<'a> ConfigKeys<'a> {
     }
 }
 
-/// An error that names `key`.
+/// [`ModelError::BadConfig`] for `key`.
 pub(crate) fn bad(key: &str, reason: impl Into<String>) -> ModelError {
     ModelError::BadConfig { key: key.to_owned(), reason: reason.into() }
 }
@@ -94,7 +94,7 @@ fn as_count(key: &str, value: &Value) -> Result<usize> {
     let number = value.as_u64().ok_or_else(|| bad(key, format!("expected a whole number, found {value}")))?;
     match number {
         0..=LARGEST => Ok(number as usize),
-        _ => Err(bad(key, format!("{number} is larger than any model's; is the file damaged?"))),
+        _ => Err(bad(key, format!("expected at most {LARGEST}, found {number}; the file may be damaged"))),
     }
 }
 
@@ -118,13 +118,14 @@ mod tests {
         let cases = [
             (json!({"heads": "three"}), "config key \"heads\": expected a whole number, found \"three\""),
             (json!({"heads": -1}), "config key \"heads\": expected a whole number, found -1"),
-            (json!({"heads": 1e9 as u64}), "larger than any model's"),
+            (json!({"heads": 1e9 as u64}), "expected at most 16777216, found 1000000000"),
             (json!({}), "config key \"heads\": is missing"),
         ];
         for (config, expected) in cases {
             let error = ConfigKeys::new(&config).unwrap().count("heads", None).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        assert!(ConfigKeys::new(&json!([])).is_err());
+        let error = ConfigKeys::new(&json!([])).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("expected a JSON object"), "{error}");
     }
 }

@@ -1,40 +1,40 @@
-//! [`Denoiser`]: a diffusion transformer that is stepped block by block.
+//! [`Denoiser`]: a diffusion transformer that runs block by block, and its inputs.
 //!
-//! The step by blocks is the seam for all that must stand between blocks: residuals of a ControlNet, backward with
-//! recomputation, activations for the attention loss.
+//! Callers can act between blocks: add the residuals of a ControlNet, recompute a block in backward (gradient
+//! checkpointing), or read activations for the attention loss.
 
 use crate::Result;
 use candle_core::Tensor;
 use clearform_attention::{Attended, Geometry};
 use std::sync::Arc;
 
-/// What stays the same over all steps of one picture.
+/// Inputs that are the same at every denoising step. A family uses those that its class has.
 #[derive(Debug, Clone, Default)]
 pub struct Conditions {
-    /// Text features, (batch, text tokens, channels).
+    /// `encoder_hidden_states`, (batch, text tokens, channels).
     pub text: Option<Tensor>,
-    /// 1 where a text token counts, (batch, text tokens).
+    /// `encoder_attention_mask`, (batch, text tokens): 1 for tokens to attend to, 0 for padding.
     pub text_mask: Option<Tensor>,
-    /// Pooled text features, (batch, channels).
+    /// `pooled_projections`, (batch, channels).
     pub pooled: Option<Tensor>,
-    /// Embedded guidance scale, (batch).
+    /// Guidance scale that the transformer embeds (FLUX.1-dev), (batch).
     pub guidance: Option<Tensor>,
-    /// Class labels, (batch).
+    /// `class_labels`, (batch).
     pub classes: Option<Tensor>,
-    /// Grid, row and column of each image token in raster order, (image tokens, 3).
+    /// `img_ids`: grid, row and column of each image token in raster order, (image tokens, 3).
     pub image_ids: Option<Tensor>,
-    /// The same for text, (text tokens, 3); all zero for FLUX.
+    /// `txt_ids`: the same for text, (text tokens, 3); all zero for FLUX.
     pub text_ids: Option<Tensor>,
-    /// Height and width of the picture in pixels, (batch, 2).
+    /// Height and width of the image in pixels (PixArt-alpha), (batch, 2).
     pub resolution: Option<Tensor>,
-    /// Height through width of the picture, (batch, 1).
+    /// Height divided by width (PixArt-alpha), (batch, 1).
     pub aspect_ratio: Option<Tensor>,
 }
 
 impl Conditions {
-    /// What has a row for each sample, by name.
+    /// The tensors that have one row per sample, with their names.
     pub fn per_sample(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let rows = [
+        let named = [
             ("text", &self.text),
             ("text_mask", &self.text_mask),
             ("pooled", &self.pooled),
@@ -43,13 +43,13 @@ impl Conditions {
             ("resolution", &self.resolution),
             ("aspect_ratio", &self.aspect_ratio),
         ];
-        rows.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)))
+        named.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)))
     }
 
-    /// The same with `map` of everything that has a row for each sample, which is told its name.
+    /// Applies `map` to each tensor that has one row per sample, passing its name. Image and text ids are kept.
     ///
     /// # Errors
-    /// What `map` says.
+    /// Errors of `map`.
     pub fn map_samples<E>(
         &self,
         mut map: impl FnMut(&'static str, &Option<Tensor>) -> std::result::Result<Option<Tensor>, E>,
@@ -67,94 +67,95 @@ impl Conditions {
         })
     }
 
-    /// Samples `start..start + count` of them.
+    /// The conditions of samples `start..start + count`.
     ///
     /// # Errors
-    /// There are not as many.
+    /// The batch has fewer samples.
     pub fn samples(&self, start: usize, count: usize) -> Result<Self> {
-        self.map_samples(|_, rows| Ok(rows.as_ref().map(|rows| rows.narrow(0, start, count)).transpose()?))
+        self.map_samples(|_, tensor| Ok(tensor.as_ref().map(|tensor| tensor.narrow(0, start, count)).transpose()?))
     }
 }
 
-/// Which step of how many. The model itself does not ask for it; what acts for a part of the way alone does.
+/// Index of the denoising step. Models ignore it; a ControlNet that acts during part of the steps reads it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepIndex {
-    /// From 0.
+    /// Counted from 0.
     pub index: usize,
-    /// Steps in all.
+    /// Number of steps.
     pub steps: usize,
 }
 
 impl Default for StepIndex {
-    /// The only one.
+    /// The first of one step.
     fn default() -> Self {
         Self { index: 0, steps: 1 }
     }
 }
 
-/// One evaluation's input, as the forward of the family's diffusers class takes it.
+/// Arguments of one forward, as the family's diffusers class takes them.
 #[derive(Debug, Clone)]
 pub struct DenoiserInput {
-    /// Noisy latents: packed (batch, image tokens, channels) or (batch, channels, height, width), as the family's class.
+    /// Noisy latents (`hidden_states`): (batch, channels, height, width), or for FLUX packed (batch, image tokens,
+    /// channels).
     pub latents: Tensor,
-    /// Timestep in the unit of the family's class, (batch).
+    /// Timestep in the range of the family's class, (batch): 0 to 1 for FLUX, 0 to 1000 for SD3.
     pub timestep: Tensor,
-    /// Which of a picture's evaluations it is.
+    /// Index of the denoising step.
     pub step_index: StepIndex,
-    /// Everything else.
+    /// All other arguments.
     pub conditions: Conditions,
 }
 
-/// Cosines and sines of rotary positions, each (tokens, head_dim / 2) in f32; image in tile order.
+/// Rotary position embeddings (RoFormer, arXiv 2104.09864): cosines and sines, each (tokens, head_dim / 2) in f32.
 #[derive(Debug, Clone)]
 pub struct Rotary {
-    /// (cos, sin) of the image tokens.
+    /// (cos, sin) of the image tokens, in tile order.
     pub image: (Tensor, Tensor),
     /// (cos, sin) of the text tokens.
     pub text: (Tensor, Tensor),
 }
 
-/// Text that image tokens look at and that no block changes.
+/// Text for cross-attention (PixArt). Blocks read it and do not change it.
 #[derive(Debug)]
 pub struct CrossText {
-    /// (batch, text tokens, width).
+    /// Projected text tokens, (batch, text tokens, width).
     pub tokens: Tensor,
-    /// 1 where a text token counts, (batch, text tokens).
+    /// 1 for tokens to attend to, 0 for padding, (batch, text tokens).
     pub mask: Option<Tensor>,
 }
 
-/// What every block reads and none changes.
+/// What all blocks read and none changes.
 #[derive(Debug)]
 pub struct BlockContext {
-    /// Timestep, guidance, class and pooled text, embedded, (batch, ..); the family says how it is divided.
+    /// The embedded timestep, guidance, class and pooled text, (batch, ..). The shape depends on the family.
     pub conditioning: Tensor,
-    /// Text that is no stream of its own, where the family has cross-attention.
+    /// Text for cross-attention, in families that have it.
     pub text: Option<CrossText>,
-    /// Rotary positions, where the family has them.
+    /// Rotary position embeddings, in families that have them.
     pub rotary: Option<Rotary>,
-    /// Where the image tokens lie.
+    /// Grid and tile order of the image tokens.
     pub geometry: Geometry,
 }
 
-/// What travels from block to block.
+/// The state between two blocks.
 #[derive(Debug, Clone)]
 pub struct HiddenState {
     /// Image stream, (batch, image tokens, width), in the geometry's tile order.
     pub image: Tensor,
-    /// Text stream, (batch, text tokens, width).
+    /// Text stream, (batch, text tokens, width), in families with joint attention.
     pub text: Option<Tensor>,
-    /// What the last block's attention gave, before its output projection; none before the first block.
+    /// Output of the last block's attention before the output projection; `None` before the first block.
     pub attention: Option<Attended>,
-    /// What every block reads.
+    /// What all blocks read.
     pub context: Arc<BlockContext>,
 }
 
-/// A diffusion transformer.
+/// A diffusion transformer that predicts noise, velocity or x0 from noisy latents.
 pub trait Denoiser: Send + Sync {
     /// Names of the attention layers, one per block, in order ("transformer_blocks.0.attn").
     fn layers(&self) -> &[String];
 
-    /// Embeds latents, text and conditions, and permutes image tokens to tile order.
+    /// Embeds latents, timestep and conditions, and permutes image tokens to tile order.
     ///
     /// # Errors
     /// A missing or misshapen input.
@@ -163,24 +164,25 @@ pub trait Denoiser: Send + Sync {
     /// Runs block `index`.
     ///
     /// # Errors
-    /// The tensor library refused.
+    /// There is no such block, or a tensor operation failed.
     fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState>;
 
-    /// The prediction from the last state, shaped as the latents were, in raster order.
+    /// The prediction from the state after the last block, in raster order and shaped like the latents. DiT and PixArt
+    /// predict twice as many channels; the second half is the variance.
     ///
     /// # Errors
-    /// The tensor library refused.
+    /// A tensor operation failed.
     fn head(&self, state: &HiddenState) -> Result<Tensor>;
 
-    /// How many blocks there are.
+    /// Number of blocks.
     fn block_count(&self) -> usize {
         self.layers().len()
     }
 
-    /// Embed, blocks, head.
+    /// The whole forward: [`Self::embed`], every [`Self::block`], [`Self::head`].
     ///
     /// # Errors
-    /// As its parts.
+    /// Errors of these.
     fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
         let mut state = self.embed(input)?;
         for index in 0..self.block_count() {

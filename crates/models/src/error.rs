@@ -1,10 +1,10 @@
-//! What can go wrong when a model is built or run.
+//! [`ModelError`]: errors of building and running models.
 
 /// Errors of this crate.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// The configuration is not one of this family.
+    /// A value in config.json that this crate does not support, or that contradicts another.
     #[error("config key {key:?}: {reason}")]
     BadConfig {
         /// The key of config.json.
@@ -15,21 +15,21 @@ pub enum ModelError {
     /// An input tensor is missing or misshapen.
     #[error("input {name:?}: {reason}")]
     BadInput {
-        /// The input, as the family's diffusers class names it.
+        /// The argument's name in the family's diffusers class.
         name: String,
         /// What was expected and found.
         reason: String,
     },
-    /// A tokenizer file cannot be used.
+    /// A tokenizer file cannot be used, or a prompt cannot be tokenized.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// A text encoder cannot be had.
+    /// A text encoder is not available.
     #[error(transparent)]
     Encoder(Box<dyn std::error::Error + Send + Sync>),
-    /// A weight cannot be had.
+    /// A weight is missing or cannot be read.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The tensor library refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

@@ -1,7 +1,18 @@
-//! Diffusion transformers, VAEs and text encoders, as computations alone.
+//! Diffusion transformers, VAEs and text encoders: `diffusers.models` and the text encoders of transformers, on candle.
 //!
-//! The main types are [`Denoiser`], a transformer that is stepped block by block, and [`Family`], which builds one.
-//! This crate opens no file: weights come from a [`clearform_weights::TensorSource`], tokenizers from bytes.
+//! | diffusers or transformers | here |
+//! |---|---|
+//! | `FluxTransformer2DModel`, `SD3Transformer2DModel`, ... | a [`Denoiser`], built by a [`Family`] |
+//! | arguments of the transformer's `forward` | [`DenoiserInput`] and its [`Conditions`] |
+//! | `encode_prompt` of a pipeline | [`Family::encode`], which calls [`text::TextEncoders`] |
+//! | `AutoencoderKL` | [`vae::AutoencoderKl`] |
+//! | `scheduler.add_noise` | [`NoiseProcess::add_noise`] |
+//!
+//! A [`Denoiser`] runs block by block ([`Denoiser::embed`], [`Denoiser::block`], [`Denoiser::head`]), so that callers
+//! can act between blocks. A new architecture is a folder in [`families`] and a line in [`FAMILIES`].
+//!
+//! This crate opens no file: weights come from a [`clearform_weights::TensorSource`], tokenizers from bytes. Schedulers
+//! and the denoising loop are in `clearform-sampling`.
 
 mod batch_spec;
 mod config_keys;
@@ -20,7 +31,8 @@ mod weight_builder;
 pub use batch_spec::{BatchSpec, ImageSize};
 pub use denoiser::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, Rotary, StepIndex};
 pub use error::{ModelError, Result};
-pub use family::{DistilledLayer, FAMILIES, Family, StepSpacing};
+pub use families::FAMILIES;
+pub use family::{DistilledLayer, Family, InputChannels, StepSpacing};
 pub use noise_process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, without_variance};
 pub use prompt::{GuidanceKind, Prompt};
-pub use random::{InputChannels, InputSizes, random_input};
+pub use random::{InputSizes, random_input};

@@ -1,50 +1,35 @@
-//! [`random_input`]: an evaluation of random numbers, for whoever times a transformer. It knows no family.
+//! [`random_input`]: random arguments for one forward, for benchmarks.
 
 use crate::{BatchSpec, Conditions, DenoiserInput, Family, ImageSize, NoiseProcess, Result, StepIndex};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::TokenGrid;
 use serde_json::Value;
 
-/// Channels of the tensors that a transformer takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InputChannels {
-    /// Of the latents, before they are packed.
-    pub latents: usize,
-    /// Of a text token; a model without text draws classes.
-    pub text: Option<usize>,
-    /// Of the pooled text.
-    pub pooled: Option<usize>,
-}
-
-impl InputChannels {
-    /// Those of a model that draws classes on latents of `latents` channels.
-    pub(crate) fn of_class_model(latents: usize) -> Self {
-        Self { latents, text: None, pooled: None }
-    }
-}
-
-/// Extents of a random input, and how it is held.
+/// Sizes, dtype and device of a random input.
 #[derive(Debug, Clone)]
 pub struct InputSizes {
-    /// Image tokens.
+    /// Grid of image tokens.
     pub grid: TokenGrid,
-    /// Text tokens, where the family has text.
+    /// Number of text tokens, in families with text.
     pub text: usize,
-    /// Number format of latents and text.
+    /// Dtype of latents and text.
     pub dtype: DType,
-    /// Where it lies.
+    /// Device of all tensors.
     pub device: Device,
 }
 
-/// One sample of random latents and text, or of the first class, half way between noise and picture.
+/// Arguments for a batch of one: random latents with random text or class 0, at the middle timestep.
 ///
 /// # Errors
-/// A bad config key, or the device refuses.
+/// A bad config key, or not enough memory on the device.
 pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> Result<DenoiserInput> {
-    let (channels, patch) = (family.channels(config)?, family.patch(config)?);
-    let (grid, text, device) = (sizes.grid, sizes.text, &sizes.device);
+    let channels = family.input_channels(config)?;
+    let patch_size = family.patch_size(config)?;
+    let grid = sizes.grid;
+    let text = sizes.text;
+    let device = &sizes.device;
     let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(sizes.dtype);
-    let size = [grid.height * patch, grid.width * patch];
+    let size = [grid.height * patch_size, grid.width * patch_size];
     let (latents, image_ids) = family.pack(&random(&[1, channels.latents, size[0], size[1]])?)?;
     let class = || Tensor::zeros(1, DType::U32, device);
     let conditions = Conditions {
@@ -59,14 +44,14 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
     let batch_spec = BatchSpec { batch: 1, size: ImageSize { height, width }, guidance: 3.5 };
     Ok(DenoiserInput {
         latents,
-        timestep: Tensor::new(&[half_way(family.noise_process())], device)?,
+        timestep: Tensor::new(&[middle_timestep(family.noise_process())], device)?,
         step_index: StepIndex::default(),
         conditions: family.add_size_conditions(config, conditions, batch_spec, device)?,
     })
 }
 
-/// The middle of the way, in the unit of the model.
-fn half_way(process: NoiseProcess) -> f32 {
+/// The timestep halfway between image and noise, in the model's range.
+fn middle_timestep(process: NoiseProcess) -> f32 {
     match process {
         NoiseProcess::FlowMatching { time_scale } => (0.5 * time_scale) as f32,
         NoiseProcess::ReversedFlow => 0.5,

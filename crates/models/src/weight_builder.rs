@@ -1,11 +1,10 @@
-//! [`WeightBuilder`]: a tensor source seen from one module of a model, and [`Linear`], the layer all of them have. They know
-//! no architecture.
+//! [`WeightBuilder`]: reads the weights of a module, as candle's `VarBuilder` does; and [`Linear`].
 
 use crate::Result;
 use candle_core::{DType, Tensor};
 use clearform_weights::{LowRank, TensorSource, WeightsError};
 
-/// A source seen from the module `prefix`: names are relative to it.
+/// A tensor source and a prefix: names are relative to the prefix.
 #[derive(Clone)]
 pub(crate) struct WeightBuilder<'a> {
     source: &'a dyn TensorSource,
@@ -13,26 +12,26 @@ pub(crate) struct WeightBuilder<'a> {
     dtype: Option<DType>,
 }
 
-/// x wᵀ + b, and what an adapter adds beside it.
+/// x wᵀ + b (PyTorch's `nn.Linear`), plus the low-rank terms of adapters that are not merged.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
-    beside: Vec<LowRank>,
+    low_rank: Vec<LowRank>,
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// All of `source`, in the number formats it has.
+    /// All of `source`. Tensors keep their dtype.
     pub(crate) fn root(source: &'a dyn TensorSource) -> Self {
         Self { source, prefix: String::new(), dtype: None }
     }
 
-    /// The same, with every tensor converted to `dtype`.
+    /// Converts every tensor to `dtype`.
     pub(crate) fn in_dtype(self, dtype: DType) -> Self {
         Self { dtype: Some(dtype), ..self }
     }
 
-    /// The submodule `name`.
+    /// The submodule `name` ("push prefix", as in candle).
     pub(crate) fn pp(&self, name: impl std::fmt::Display) -> Self {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
@@ -45,7 +44,7 @@ impl<'a> WeightBuilder<'a> {
         self.converted(self.source.tensor(&self.full_name(name))?)
     }
 
-    /// As [`Self::tensor`], and its extents are `shape`.
+    /// As [`Self::tensor`]; fails unless its shape is `shape`.
     pub(crate) fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.tensor(name)?;
         if tensor.dims() == shape {
@@ -56,15 +55,16 @@ impl<'a> WeightBuilder<'a> {
         Err(WeightsError::BadTensor { name: self.full_name(name), reason }.into())
     }
 
-    /// The layer `name`: its weight, and its bias where it has one.
+    /// The linear layer `name`, with its bias if it has one.
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
         let builder = self.pp(name);
         let bias = if builder.has("bias") { Some(builder.tensor("bias")?) } else { None };
-        let (weight, beside) = self.source.low_rank_terms(&builder.full_name("weight"))?;
-        Ok(Linear { weight: self.converted(weight)?, bias, beside })
+        let (weight, low_rank) = self.source.low_rank_terms(&builder.full_name("weight"))?;
+        Ok(Linear { weight: self.converted(weight)?, bias, low_rank })
     }
 
-    /// Converting makes a new tensor, and a trained one must stay the very variable that the optimizer steps.
+    /// Does not touch tensors that have the dtype already: a conversion makes a new tensor, and a trained one must stay
+    /// the variable that the optimizer updates.
     fn converted(&self, tensor: Tensor) -> Result<Tensor> {
         match self.dtype {
             Some(dtype) if dtype != tensor.dtype() => Ok(tensor.to_dtype(dtype)?),
@@ -78,20 +78,23 @@ impl<'a> WeightBuilder<'a> {
 }
 
 impl Linear {
-    /// The same layer of a convolution's weight: its inputs are all extents but the first.
+    /// Turns the weight of a convolution whose stride equals its kernel size into that of a linear layer over patches.
+    ///
+    /// # Shapes
+    /// weight (outputs, channels, height, width) -> (outputs, channels · height · width).
     pub(crate) fn flattened(self) -> candle_core::Result<Self> {
         let flat = |LowRank { down, up, scale }: LowRank| -> candle_core::Result<LowRank> {
             Ok(LowRank { down: down.flatten_from(1)?, up: up.flatten_from(1)?, scale })
         };
-        let beside = self.beside.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
-        Ok(Self { weight: self.weight.flatten_from(1)?, bias: self.bias, beside })
+        let low_rank = self.low_rank.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
+        Ok(Self { weight: self.weight.flatten_from(1)?, bias: self.bias, low_rank })
     }
 
     /// # Shapes
     /// x (.., inputs) -> (.., outputs).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut y = clearform_ops::linear(x, &self.weight, self.bias.as_ref())?;
-        for LowRank { down, up, scale } in &self.beside {
+        for LowRank { down, up, scale } in &self.low_rank {
             let inner = (clearform_ops::linear(x, down, None)? * *scale)?; // (.., rank)
             y = (y + clearform_ops::linear(&inner, up, None)?)?;
         }

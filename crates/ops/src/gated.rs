@@ -1,4 +1,4 @@
-//! [`gated_add`] in one pass. Knows nothing of where it stands in a block.
+//! [`gated_add`]: a gated residual connection in one pass.
 
 use crate::kernel::{self, CpuKernel, column_sums, for_rows};
 use crate::reference;
@@ -6,7 +6,7 @@ use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// residual + gate · x.
+/// residual + gate · x: the gated residual connection of adaLN-Zero (DiT, section 3.2).
 ///
 /// # Shapes
 /// residual and x (batch, tokens, width), gate (batch, width) -> as x.
@@ -47,7 +47,9 @@ impl CpuKernel for GatedAddOp {
     }
 
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let (residual, gate, x) = (args[0], args[1], args[2]);
+        let residual = args[0];
+        let gate = args[1];
+        let x = args[2];
         Ok(vec![
             residual.track_op().then(|| grad.clone()),
             kernel::gradient(gate, GateGradient(*self), &[grad, x])?,
@@ -89,7 +91,7 @@ impl CpuKernel for GateGradient {
     }
 }
 
-/// out += gate · x, from row `first` on.
+/// out += gate · x, where `out` begins at row `first` of x.
 struct GatedAddRows<'a, E> {
     shape: GatedAddOp,
     first: usize,

@@ -1,4 +1,4 @@
-//! [`gelu`] in one pass. Knows nothing of where it stands in a block.
+//! [`gelu`] in one pass over its input.
 
 use crate::kernel::{self, CpuKernel, GRAIN};
 use crate::reference;
@@ -6,13 +6,14 @@ use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-/// GELU by its tanh approximation, x / (1 + e^-2u) with u = √(2/π) (x + 0.044715 x³): ½ (1 + tanh u) is that quotient.
+/// GELU in its tanh approximation (`torch.nn.functional.gelu(approximate="tanh")`), computed as x / (1 + e^-2u) with
+/// u = √(2/π) (x + 0.044715 x³), because ½ (1 + tanh u) = 1 / (1 + e^-2u).
 ///
 /// # Shapes
 /// Any.
 ///
 /// # Errors
-/// The tensor library refused.
+/// Errors of candle.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(out) = crate::cuda::gelu(x)? {
@@ -81,18 +82,21 @@ impl<E: Element> SimdKernel for GeluBackward<'_, E> {
         for (grad, x) in self.grad.iter_mut().zip(self.x) {
             let x = x.load();
             let gate = gate::<L, E::Work>(x);
-            let steepness = E::Work::of(2.0 * SLOPE) * (x * x).times_plus::<L>(E::Work::of(3.0 * CUBIC), E::Work::ONE);
+            let steepness =
+                E::Work::cast(2.0 * SLOPE) * (x * x).times_plus::<L>(E::Work::cast(3.0 * CUBIC), E::Work::ONE);
             let slope = (x * steepness).times_plus::<L>(gate * (E::Work::ONE - gate), gate);
             *grad = E::store(grad.load() * slope);
         }
     }
 }
 
+/// √(2/π).
 const SLOPE: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044715;
 
+/// ½ (1 + tanh u).
 #[inline(always)]
 fn gate<L: Isa, T: Real>(x: T) -> T {
-    let double = x * T::of(-2.0 * SLOPE) * (x * x).times_plus::<L>(T::of(CUBIC), T::ONE);
+    let double = x * T::cast(-2.0 * SLOPE) * (x * x).times_plus::<L>(T::cast(CUBIC), T::ONE);
     T::ONE / (T::ONE + double.exponential::<L>())
 }

@@ -1,25 +1,30 @@
-//! [`product`]: x wᵀ + b and x w of our own, for numbers that the tensor library would widen first and for instructions
-//! that it makes less of. Knows no tensor.
+//! [`product`] and [`matmul`]: x wᵀ + b and x w on the CPU, where candle is slower: it widens bf16 first, and its
+//! product in f32 makes less of AVX2.
+//!
+//! BENCHMARKS.md has its speed with these block sizes on Zen 4 and Zen 5 (AVX-512 BF16), Emerald Rapids (AMX) and Zen 3
+//! (AVX2).
 
 use crate::simd::{
-    Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, Real, SimdKernel, Strided, side_by_side,
+    Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, Real, SimdKernel, Strided, pack_transposed,
 };
 use candle_core::DType;
 use rayon::prelude::*;
 
-/// Rows of x that one thread takes at a time, at most.
-const ROWS: usize = 96;
+/// Rows of x per task, at most: with 32 outputs the accumulators are 12 KiB, which stay in the L1 cache. A multiple of
+/// the heights of all panels: 12 rows (AVX-512), 16 (AMX) and 3 (AVX2).
+const BLOCK_ROWS: usize = 96;
 
-/// Rows that the product computes together, at most.
-const PANEL: usize = 12;
+/// Rows of the highest panel that computes in registers.
+const PANEL_ROWS: usize = 12;
 
-/// Rows of x up to which the weight is read as it stands: packing it would cost more than the product.
-const FEW: usize = 8;
+/// Up to so many rows of x the weight is read as it is: packing it, which reads and writes all of it, would cost more
+/// than the product.
+const FEW_ROWS: usize = 8;
 
-/// Outputs that one thread takes at a time where rows are few.
-const OUTPUTS: usize = 32;
+/// Outputs per task where rows are few.
+const BLOCK_OUTPUTS: usize = 32;
 
-/// Extents of a product.
+/// Dimensions of a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GemmShape {
     pub rows: usize,
@@ -28,17 +33,18 @@ pub(crate) struct GemmShape {
 }
 
 impl GemmShape {
-    /// Whether [`product`] is faster than the tensor library's.
-    pub fn suit(self, format: DType, features: CpuFeatures) -> bool {
-        match format {
-            DType::BF16 => self.rows <= FEW || features.have_vectors(),
-            DType::F32 => self.rows > FEW && features.are_narrow(),
+    /// Whether [`product`] is faster than candle's product: in bf16 with any vectors or few rows, and in f32 with AVX2,
+    /// where it saves a tenth of a step of FLUX (measured on Zen 3).
+    pub fn is_faster_than_candle(self, dtype: DType, features: CpuFeatures) -> bool {
+        match dtype {
+            DType::BF16 => self.rows <= FEW_ROWS || features.has_simd(),
+            DType::F32 => self.rows > FEW_ROWS && features.is_avx2_only(),
             _ => false,
         }
     }
 }
 
-/// The numbers of a product.
+/// The operands of a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GemmOperands<'a, E> {
     pub x: &'a [E],
@@ -46,81 +52,84 @@ pub(crate) struct GemmOperands<'a, E> {
     pub bias: Option<&'a [E]>,
 }
 
-/// x wᵀ + b, summed in f32 and rounded once.
+/// x wᵀ + b, accumulated in f32 and rounded once.
 ///
 /// # Shapes
 /// x (rows, inputs), weight (outputs, inputs), bias (outputs) -> (rows, outputs).
 pub(crate) fn product<E: Element<Work = f32>>(
-    sides: GemmOperands<'_, E>,
-    extents: GemmShape,
+    operands: GemmOperands<'_, E>,
+    shape: GemmShape,
     features: CpuFeatures,
 ) -> Vec<E> {
-    let GemmShape { rows, inputs, outputs } = extents;
+    let GemmShape { rows, inputs, outputs } = shape;
     if rows == 0 || outputs == 0 || inputs == 0 {
-        return biased(vec![E::zero(); rows * outputs], sides.bias, outputs);
+        return only_bias(vec![E::zero(); rows * outputs], operands.bias, outputs);
     }
-    if rows <= FEW { of_few(sides, extents, features) } else { of_many(sides, extents, features) }
+    if rows <= FEW_ROWS { small_product(operands, shape, features) } else { packed_product(operands, shape, features) }
 }
 
-/// x w, summed in f32 and rounded once: the gradient of x, where x is that of the product.
+/// x w, accumulated in f32 and rounded once. With the gradient of [`product`]'s output as x this is the gradient of its
+/// x.
 ///
 /// # Shapes
 /// x (rows, inputs), weight (inputs, outputs) -> (rows, outputs).
-pub(crate) fn product_by_columns<E: Element<Work = f32>>(
-    x: &[E],
-    weight: &[E],
-    extents: GemmShape,
+pub(crate) fn matmul<E: Element<Work = f32>>(x: &[E], weight: &[E], shape: GemmShape, features: CpuFeatures) -> Vec<E> {
+    if shape.rows == 0 || shape.outputs == 0 || shape.inputs == 0 {
+        return vec![E::zero(); shape.rows * shape.outputs];
+    }
+    let packed = PackedWeight { shape, features };
+    if packs_pairs::<E>(features) {
+        packed.product(x, &packed.pack_columns::<E, Bf16Pair>(weight), None)
+    } else {
+        packed.product(x, &packed.pack_columns::<E, f32>(weight), None)
+    }
+}
+
+/// [`product`] of many rows, over a packed weight.
+fn packed_product<E: Element<Work = f32>>(
+    operands: GemmOperands<'_, E>,
+    shape: GemmShape,
     features: CpuFeatures,
 ) -> Vec<E> {
-    if extents.rows == 0 || extents.outputs == 0 || extents.inputs == 0 {
-        return vec![E::zero(); extents.rows * extents.outputs];
-    }
-    let packed = PackedWeight { extents, features };
-    if by_pairs::<E>(features) {
-        packed.product(x, &packed.columns::<E, Bf16Pair>(weight), None)
+    let GemmOperands { x, weight, bias } = operands;
+    let packed = PackedWeight { shape, features };
+    if packs_pairs::<E>(features) {
+        packed.product(x, &packed.pack_rows::<E, Bf16Pair>(weight), bias)
     } else {
-        packed.product(x, &packed.columns::<E, f32>(weight), None)
+        packed.product(x, &packed.pack_rows::<E, f32>(weight), bias)
     }
 }
 
-fn of_many<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, features: CpuFeatures) -> Vec<E> {
-    let (GemmOperands { x, weight, bias }, packed) = (sides, PackedWeight { extents, features });
-    if by_pairs::<E>(features) {
-        packed.product(x, &packed.rows::<E, Bf16Pair>(weight), bias)
-    } else {
-        packed.product(x, &packed.rows::<E, f32>(weight), bias)
-    }
+/// Whether elements are packed as pairs of bf16.
+fn packs_pairs<E: Element>(features: CpuFeatures) -> bool {
+    E::DTYPE == DType::BF16 && features.has_bf16_dot()
 }
 
-fn by_pairs<E: Element>(features: CpuFeatures) -> bool {
-    E::DTYPE == DType::BF16 && features.multiply_pairs()
-}
-
-/// A product whose weight is brought into the order that it is read in: [block of 32 outputs][factor of inputs][output],
-/// 0 where a block is wider than what is left.
+/// A product over a weight that is packed in the order in which it is read: `[block of 32 outputs][input /
+/// WIDTH][output]`, padded with zeros to whole blocks.
 struct PackedWeight {
-    extents: GemmShape,
+    shape: GemmShape,
     features: CpuFeatures,
 }
 
 impl PackedWeight {
-    /// A weight that is given as (outputs, inputs).
-    fn rows<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
-        let inputs = self.extents.inputs;
-        self.blocks(|block, out| {
+    /// Packs a weight of (outputs, inputs).
+    fn pack_rows<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+        let inputs = self.shape.inputs;
+        self.pack_blocks(|block, out| {
             let rows = &weight[block * ROW * inputs..];
             self.features.run(PackWeightRows { rows: &rows[..rows.len().min(ROW * inputs)], inputs, out });
         })
     }
 
-    /// A weight that is given as (inputs, outputs).
-    fn columns<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
-        let outputs = self.extents.outputs;
-        self.blocks(|block, out| self.features.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
+    /// Packs a weight of (inputs, outputs).
+    fn pack_columns<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+        let outputs = self.shape.outputs;
+        self.pack_blocks(|block, out| self.features.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
     }
 
-    fn blocks<F: Lane>(&self, fill: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
-        let GemmShape { inputs, outputs, .. } = self.extents;
+    fn pack_blocks<F: Lane>(&self, fill: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
+        let GemmShape { inputs, outputs, .. } = self.shape;
         let block = inputs.div_ceil(F::WIDTH) * ROW;
         let mut packed = vec![F::default(); outputs.div_ceil(ROW) * block];
         packed.par_chunks_mut(block).enumerate().for_each(|(index, packed)| fill(index, packed));
@@ -128,29 +137,30 @@ impl PackedWeight {
     }
 
     fn product<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, x: &[E], weight: &[F], bias: Option<&[E]>) -> Vec<E> {
-        let GemmShape { rows, inputs, outputs } = self.extents;
+        let GemmShape { rows, inputs, outputs } = self.shape;
         let steps = inputs.div_ceil(F::WIDTH);
         let mut out = vec![E::zero(); rows * outputs];
-        // Fewer where threads would have none otherwise; each sum is the same however rows are shared out.
-        let at_a_time = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(PANEL).min(ROWS);
-        let parts = out.par_chunks_mut(at_a_time * outputs).zip(x.par_chunks(at_a_time * inputs));
+        // Smaller blocks where some threads would have none otherwise. Sums do not depend on how rows are divided.
+        let block_rows = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(PANEL_ROWS).min(BLOCK_ROWS);
+        let parts = out.par_chunks_mut(block_rows * outputs).zip(x.par_chunks(block_rows * inputs));
         parts.for_each(|(out, x)| {
-            let mut factors = vec![F::default(); x.len() / inputs * steps];
-            self.features.run(WidenRows { rows: x, inputs, out: &mut factors });
-            let mut sums = [0.0; ROWS * ROW];
+            let mut packed_x = vec![F::default(); x.len() / inputs * steps];
+            self.features.run(PackInputRows { rows: x, inputs, out: &mut packed_x });
+            let mut sums = [0.0; BLOCK_ROWS * ROW];
             for (block, weight) in weight.chunks(steps * ROW).enumerate() {
                 let first = block * ROW;
-                begin(&mut sums, bias.map(|bias| &bias[first..outputs.min(first + ROW)]));
-                self.multiply(&mut sums, &factors, weight);
+                start_at_bias(&mut sums, bias.map(|bias| &bias[first..outputs.min(first + ROW)]));
+                self.multiply(&mut sums, &packed_x, weight);
                 self.features.run(StoreTile { sums: &sums, out: &mut out[first..], outputs, lanes: outputs - first });
             }
         });
         out
     }
 
-    /// sums[row][lane] += Σ x(row, factor) · weight[factor][lane].
+    /// `sums[row][lane] += Σ x(row, inner) · weight[inner][lane]`.
     fn multiply<F: Lane<Sum = f32>>(&self, sums: &mut [f32], x: &[F], weight: &[F]) {
-        let (steps, depth) = (weight.len() / ROW, self.depth());
+        let steps = weight.len() / ROW;
+        let depth = self.depth();
         for first in (0..steps).step_by(depth) {
             let a = Strided { values: &x[first..], row_step: steps, inner_step: 1 };
             let inner = 0..depth.min(steps - first);
@@ -160,33 +170,34 @@ impl PackedWeight {
         }
     }
 
-    /// Factors that are summed before the sums are stored: as many rows of the weight stay in the second cache, or in the
-    /// first where panels are low and so read them more often.
+    /// Inner indices that are accumulated before the sums are stored, whose rows of the weight stay in a cache. 2048
+    /// rows of 128 bytes are 256 KiB, a quarter of the L2 cache of Zen 4. Panels of three rows read them four times as
+    /// often as those of twelve, so with AVX2 192 rows, 24 KiB, stay in the 32 KiB of L1 of Zen 3.
     fn depth(&self) -> usize {
-        if self.features.are_narrow() { 192 } else { 2048 }
+        if self.features.is_avx2_only() { 192 } else { 2048 }
     }
 }
 
-/// Rows of numbers as rows of factors.
-struct WidenRows<'a, E, F> {
+/// Packs rows of x.
+struct PackInputRows<'a, E, F> {
     rows: &'a [E],
     inputs: usize,
     out: &'a mut [F],
 }
 
-impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for WidenRows<'_, E, F> {
+impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackInputRows<'_, E, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Isa>(self) {
         let steps = self.inputs.div_ceil(F::WIDTH);
         for (row, out) in self.rows.chunks_exact(self.inputs).zip(self.out.chunks_exact_mut(steps)) {
-            F::along(row, out);
+            F::pack_row(row, out);
         }
     }
 }
 
-/// Up to 32 rows of a weight, (outputs, inputs).
+/// Packs up to 32 rows of a weight of (outputs, inputs).
 struct PackWeightRows<'a, E, F> {
     rows: &'a [E],
     inputs: usize,
@@ -198,11 +209,11 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackWeightRows<'_, E, F>
 
     #[inline(always)]
     fn run<L: Isa>(self) {
-        side_by_side(self.rows.chunks_exact(self.inputs), self.out);
+        pack_transposed(self.rows.chunks_exact(self.inputs), self.out);
     }
 }
 
-/// Up to 32 columns, from `first` on, of a weight, (inputs, outputs).
+/// Packs up to 32 columns, from `first` on, of a weight of (inputs, outputs).
 struct PackWeightColumns<'a, E, F> {
     weight: &'a [E],
     outputs: usize,
@@ -220,12 +231,12 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackWeightColumns<'_, E,
         let last = rows.remainder();
         for (rows, out) in rows.chain((!last.is_empty()).then_some(last)).zip(self.out.chunks_exact_mut(ROW)) {
             let second = rows.get(self.outputs..2 * self.outputs).map(|second| &second[lanes.clone()]);
-            F::across(&rows[lanes.clone()], second, out);
+            F::pack_two_rows(&rows[lanes.clone()], second, out);
         }
     }
 }
 
-/// Sums of 32 lanes to the first `lanes` numbers of rows, `outputs` apart.
+/// Rounds the first `lanes` of 32 accumulators of each row and stores them, rows being `outputs` apart.
 struct StoreTile<'a, E: Element> {
     sums: &'a [E::Work],
     out: &'a mut [E],
@@ -245,14 +256,19 @@ impl<E: Element> SimdKernel for StoreTile<'_, E> {
     }
 }
 
-/// Output by output, so that threads share the weight and read it once.
-fn of_few<E: Element<Work = f32>>(sides: GemmOperands<'_, E>, extents: GemmShape, features: CpuFeatures) -> Vec<E> {
-    let (GemmOperands { x, weight, bias }, GemmShape { rows, inputs, outputs }) = (sides, extents);
-    let x: Vec<f32> = x.iter().map(|number| number.load()).collect();
+/// [`product`] of few rows, output by output, so that threads divide the weight and each element is read once.
+fn small_product<E: Element<Work = f32>>(
+    operands: GemmOperands<'_, E>,
+    shape: GemmShape,
+    features: CpuFeatures,
+) -> Vec<E> {
+    let GemmOperands { x, weight, bias } = operands;
+    let GemmShape { rows, inputs, outputs } = shape;
+    let x: Vec<f32> = x.iter().map(|value| value.load()).collect();
     let mut columns = vec![E::zero(); rows * outputs]; // (outputs, rows)
-    let parts = columns.par_chunks_mut(OUTPUTS * rows).zip(weight.par_chunks(OUTPUTS * inputs)).enumerate();
+    let parts = columns.par_chunks_mut(BLOCK_OUTPUTS * rows).zip(weight.par_chunks(BLOCK_OUTPUTS * inputs)).enumerate();
     parts.for_each(|(part, (out, weight))| {
-        let bias = bias.map(|bias| &bias[part * OUTPUTS..]);
+        let bias = bias.map(|bias| &bias[part * BLOCK_OUTPUTS..]);
         features.run(DotProducts { out, x: &x, weight, bias, rows });
     });
     if rows == 1 {
@@ -286,16 +302,17 @@ impl<E: Element<Work = f32>> SimdKernel for DotProducts<'_, E> {
     }
 }
 
-/// Sums side by side: as many as multiply-adds are under way at once.
-const SUMS: usize = 64;
+/// Accumulators of a dot product: four registers of AVX-512 or eight of AVX2, enough independent sums to cover the
+/// latency of multiply-adds, of which two begin per cycle and take four.
+const DOT_LANES: usize = 64;
 
 #[inline(always)]
 fn dot<E: Element<Work = f32>, L: Isa>(x: &[f32], weight: &[E]) -> f32 {
-    let (x_parts, x_rest) = x.as_chunks::<SUMS>();
-    let (weight_parts, weight_rest) = weight.as_chunks::<SUMS>();
-    let mut sums = [0.0; SUMS];
+    let (x_parts, x_rest) = x.as_chunks::<DOT_LANES>();
+    let (weight_parts, weight_rest) = weight.as_chunks::<DOT_LANES>();
+    let mut sums = [0.0; DOT_LANES];
     for (x, weight) in x_parts.iter().zip(weight_parts) {
-        for sum in 0..SUMS {
+        for sum in 0..DOT_LANES {
             sums[sum] = x[sum].times_plus::<L>(weight[sum].load(), sums[sum]);
         }
     }
@@ -303,15 +320,16 @@ fn dot<E: Element<Work = f32>, L: Isa>(x: &[f32], weight: &[E]) -> f32 {
     sums.into_iter().fold(rest, |total, sum| total + sum)
 }
 
-fn biased<E: Element>(mut out: Vec<E>, bias: Option<&[E]>, outputs: usize) -> Vec<E> {
+/// The product over no inputs.
+fn only_bias<E: Element>(mut out: Vec<E>, bias: Option<&[E]>, outputs: usize) -> Vec<E> {
     if let Some(bias) = bias.filter(|_| outputs > 0) {
         out.chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(bias));
     }
     out
 }
 
-/// Every row of sums to the bias, or to 0.
-fn begin<E: Element<Work = f32>>(sums: &mut [f32], bias: Option<&[E]>) {
+/// Sets every row of sums to the bias, or to 0.
+fn start_at_bias<E: Element<Work = f32>>(sums: &mut [f32], bias: Option<&[E]>) {
     sums.fill(0.0);
     let Some(bias) = bias else { return };
     for row in sums.chunks_exact_mut(ROW) {
@@ -325,7 +343,7 @@ mod tests {
     use half::bf16;
     use std::fmt::Debug;
 
-    fn numbers<E: Element<Work = f32>>(count: usize, seed: usize) -> Vec<E> {
+    fn values<E: Element<Work = f32>>(count: usize, seed: usize) -> Vec<E> {
         (0..count).map(|i| E::store(((i * 7919 + seed) as f64 * 0.618).sin() as f32)).collect()
     }
 
@@ -343,66 +361,69 @@ mod tests {
     ];
 
     fn cases() -> impl Iterator<Item = (GemmShape, CpuFeatures)> {
-        let extents = CASES.into_iter().map(|(rows, inputs, outputs)| GemmShape { rows, inputs, outputs });
-        extents.flat_map(|extents| CpuFeatures::available().map(move |features| (extents, features)))
+        let shape = CASES.into_iter().map(|(rows, inputs, outputs)| GemmShape { rows, inputs, outputs });
+        shape.flat_map(|shape| CpuFeatures::available().map(move |features| (shape, features)))
     }
 
-    /// `step` is the relative distance of neighbouring numbers.
-    fn sums_written_out_are_met<E: Element<Work = f32>>(step: f64) {
-        for (extents, features) in cases() {
-            let GemmShape { rows, inputs, outputs } = extents;
-            let (x, weight, bias) = (numbers::<E>(rows * inputs, 1), numbers(outputs * inputs, 2), numbers(outputs, 3));
-            let sides = GemmOperands { x: &x, weight: &weight, bias: Some(&bias) };
-            let got = product(sides, extents, features);
+    /// `step` is the relative distance between neighbouring values of the dtype.
+    fn check_sums<E: Element<Work = f32>>(step: f64) {
+        for (shape, features) in cases() {
+            let GemmShape { rows, inputs, outputs } = shape;
+            let x = values::<E>(rows * inputs, 1);
+            let weight = values(outputs * inputs, 2);
+            let bias = values(outputs, 3);
+            let operands = GemmOperands { x: &x, weight: &weight, bias: Some(&bias) };
+            let got = product(operands, shape, features);
             assert_eq!(got.len(), rows * outputs);
             for (index, got) in got.iter().enumerate() {
-                let (x, weight) = (&x[index / outputs * inputs..], &weight[index % outputs * inputs..]);
+                let x = &x[index / outputs * inputs..];
+                let weight = &weight[index % outputs * inputs..];
                 let products = x.iter().zip(weight).take(inputs).map(|(a, b)| a.to_f64() * b.to_f64());
                 let want = bias[index % outputs].to_f64() + products.sum::<f64>();
                 let bound = want.abs() * step + 1e-6 * inputs as f64;
-                assert!((got.to_f64() - want).abs() <= bound, "{extents:?}, {features:?}: {got} for {want}");
+                assert!((got.to_f64() - want).abs() <= bound, "{shape:?}, {features:?}: {got} for {want}");
             }
         }
     }
 
     #[test]
-    fn sums_written_out_are_met_at_every_level() {
-        sums_written_out_are_met::<bf16>(1.0 / 250.0);
-        sums_written_out_are_met::<f32>(1e-6);
+    fn every_instruction_set_gives_the_sums_written_out() {
+        check_sums::<bf16>(1.0 / 250.0);
+        check_sums::<f32>(1e-6);
     }
 
-    fn a_weight_by_columns_gives_the_same<E: Element<Work = f32> + Debug>() {
-        for (extents, features) in cases() {
-            let GemmShape { rows, inputs, outputs } = extents;
-            let (x, weight) = (numbers::<E>(rows * inputs, 1), numbers::<E>(outputs * inputs, 2));
+    fn check_matmul<E: Element<Work = f32> + Debug>() {
+        for (shape, features) in cases() {
+            let GemmShape { rows, inputs, outputs } = shape;
+            let x = values::<E>(rows * inputs, 1);
+            let weight = values::<E>(outputs * inputs, 2);
             let transposed: Vec<E> =
                 (0..inputs).flat_map(|input| weight[input..].iter().step_by(inputs).copied()).collect();
-            let got = product_by_columns(&x, &transposed, extents, features);
+            let got = matmul(&x, &transposed, shape, features);
             let want = match rows {
                 0 => Vec::new(),
                 _ if inputs == 0 => vec![E::zero(); rows * outputs],
-                _ => of_many(GemmOperands { x: &x, weight: &weight, bias: None }, extents, features),
+                _ => packed_product(GemmOperands { x: &x, weight: &weight, bias: None }, shape, features),
             };
-            assert_eq!(got, want, "{extents:?}, {features:?}");
+            assert_eq!(got, want, "{shape:?}, {features:?}");
         }
     }
 
     #[test]
-    fn a_weight_by_columns_gives_what_its_transpose_gives() {
-        a_weight_by_columns_gives_the_same::<bf16>();
-        a_weight_by_columns_gives_the_same::<f32>();
+    fn matmul_is_the_product_with_the_transpose() {
+        check_matmul::<bf16>();
+        check_matmul::<f32>();
     }
 
     #[test]
     fn one_thread_and_three_give_the_same_bits() {
-        let extents = GemmShape { rows: 100, inputs: 66, outputs: 40 };
-        let (x, weight) = (numbers::<bf16>(100 * 66, 1), numbers::<bf16>(40 * 66, 2));
-        let on = |threads: usize| {
+        let shape = GemmShape { rows: 100, inputs: 66, outputs: 40 };
+        let x = values::<bf16>(100 * 66, 1);
+        let weight = values::<bf16>(40 * 66, 2);
+        let product_on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
-                product(GemmOperands { x: &x, weight: &weight, bias: None }, extents, CpuFeatures::detect())
-            })
+            pool.install(|| product(GemmOperands { x: &x, weight: &weight, bias: None }, shape, CpuFeatures::detect()))
         };
-        assert_eq!(on(1), on(3));
+        assert_eq!(product_on(1), product_on(3));
     }
 }

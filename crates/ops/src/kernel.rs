@@ -1,12 +1,14 @@
-//! [`CpuKernel`]: arithmetic on contiguous inputs, made into a candle operation. Knows no particular operation.
+//! [`CpuKernel`]: arithmetic on contiguous inputs as a differentiable candle operation.
 
 use crate::simd::Element;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Elements that one thread takes at a time. Fixed, so that sums do not depend on the number of threads.
+/// Elements per task. Fixed, so that sums do not depend on the number of threads; 16384 f32 are 64 KiB, enough work to
+/// outweigh the cost of a task.
 pub(crate) const GRAIN: usize = 1 << 14;
 
-/// Arithmetic on contiguous inputs of one number format, on the CPU.
+/// Arithmetic on contiguous inputs of one dtype, on the CPU.
 pub(crate) trait CpuKernel: Send + Sync + 'static {
     /// The operation's name in error messages.
     const NAME: &'static str;
@@ -14,34 +16,34 @@ pub(crate) trait CpuKernel: Send + Sync + 'static {
     /// The output, row-major.
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>>;
 
-    /// Shape of the output; that of the first input unless said otherwise.
+    /// Shape of the output; by default that of the first input.
     fn shape(&self, first: &Shape) -> Shape {
         first.clone()
     }
 
-    /// A gradient for each argument that is tracked, none for the others.
+    /// Gradients of the tracked arguments, none for the others.
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let _ = (args, grad);
-        bail!("{} is a gradient itself and has none", Self::NAME)
+        bail!("{} has no second derivative", Self::NAME)
     }
 }
 
-/// Whether kernels run on `x`; elsewhere the plain reference does.
+/// Whether there is a kernel for the device and dtype of `x`; otherwise the reference runs.
 pub(crate) fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64 | DType::BF16)
 }
 
-/// Runs a kernel on one to three tensors of one number format, differentiably.
+/// Runs a kernel on one to three tensors of one dtype; differentiable.
 pub(crate) fn apply<K: CpuKernel>(kernel: K, args: &[&Tensor]) -> Result<Tensor> {
     match args {
         [a] => a.contiguous()?.apply_op1(FusedOp(kernel)),
         [a, b] => a.contiguous()?.apply_op2(&b.contiguous()?, FusedOp(kernel)),
         [a, b, c] => a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, FusedOp(kernel)),
-        _ => bail!("{} takes one to three tensors, not {}", K::NAME, args.len()),
+        _ => bail!("{}: expected one to three tensors, found {}", K::NAME, args.len()),
     }
 }
 
-/// Computes a gradient by a kernel if `arg` is tracked: what is frozen costs nothing.
+/// Computes a gradient if `arg` is tracked; frozen arguments cost nothing.
 pub(crate) fn gradient<K: CpuKernel>(arg: &Tensor, kernel: K, inputs: &[&Tensor]) -> Result<Option<Tensor>> {
     if !arg.track_op() {
         return Ok(None);
@@ -59,7 +61,7 @@ impl<K: CpuKernel> FusedOp<K> {
             CpuStorage::F32(_) => self.run_as::<f32>(inputs)?,
             CpuStorage::F64(_) => self.run_as::<f64>(inputs)?,
             CpuStorage::BF16(_) => self.run_as::<half::bf16>(inputs)?,
-            _ => bail!("{} has no kernel for this number format", K::NAME),
+            _ => bail!("{} has no kernel for {:?}", K::NAME, inputs[0].0.dtype()),
         };
         Ok((storage, shape))
     }
@@ -75,7 +77,7 @@ impl<K: CpuKernel> FusedOp<K> {
 pub(crate) fn contiguous<'a, E: Element>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [E]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&E::cpu_storage_as_slice(storage)?[start..end]),
-        None => bail!("a kernel was given a tensor that is not contiguous: {layout:?}"),
+        None => bail!("expected a contiguous tensor, found {layout:?}"),
     }
 }
 
@@ -133,15 +135,18 @@ impl<K: CpuKernel> CustomOp3 for FusedOp<K> {
     }
 }
 
-/// Calls `fill` in parallel with the index of a first row and the output from that row on, some whole rows long.
+/// Calls `fill` in parallel with the index of a row and a block of whole rows of `out` that begins there.
 pub(crate) fn for_rows<E: Element>(out: &mut [E], width: usize, fill: impl Fn(usize, &mut [E]) + Sync) {
     use rayon::prelude::*;
     let rows = (GRAIN / width.max(1)).max(1);
     out.par_chunks_mut((rows * width).max(1)).enumerate().for_each(|(chunk, out)| fill(chunk * rows, out));
 }
 
-/// Sums rows of `width` in groups of `rows`: `add` adds a range of rows to the sums. Partial sums are over fixed ranges
-/// and added in order, so that the result does not depend on threads.
+/// Sums each of `groups` groups of `rows` rows, where `add` adds a range of rows to the sums. Partial sums cover fixed
+/// ranges and are added in order, so that the result does not depend on the number of threads.
+///
+/// # Shapes
+/// -> (groups, width).
 pub(crate) fn column_sums<E: Element>(
     groups: usize,
     rows: usize,

@@ -1,8 +1,8 @@
 //! Differentiable operations of a diffusion transformer.
 //!
-//! Each is one pass over the rows in f32, f64 or bf16, with a backward that computes only the gradients somebody asked
-//! for. [`mod@reference`] holds the same operations in plain tensor algebra: their specification, and what runs where no
-//! kernel of ours exists. [`simd`] compiles one piece of arithmetic for several instruction sets. Nothing here knows a
+//! Each is one pass over the rows in f32, f64 or bf16, with a backward that computes only the gradients that are
+//! needed. [`mod@reference`] has the same operations in plain tensor algebra: they are the specification, and the
+//! fallback where there is no kernel. [`simd`] compiles arithmetic for several instruction sets. Nothing here knows a
 //! model.
 
 #[cfg(feature = "cuda")]

@@ -1,4 +1,4 @@
-//! [`linear`]: a product with a weight that may be frozen. Its rows may be any tokens.
+//! [`linear`]: a linear layer whose weight may be frozen.
 
 use crate::gemm::{self, GemmOperands, GemmShape};
 use crate::kernel::{contiguous, for_rows};
@@ -13,8 +13,8 @@ use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// x wᵀ + b. A weight of another number format is converted at use, and its gradient comes in the weight's own. Only
-/// what is tracked gets a gradient: a frozen weight costs none.
+/// x wᵀ + b (`torch.nn.functional.linear`). A weight of another dtype than x is converted at use, and its gradient has
+/// the dtype of the weight. Only tracked arguments get a gradient, so a frozen weight costs none.
 ///
 /// # Shapes
 /// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
@@ -24,13 +24,13 @@ use std::borrow::Cow;
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     if x.dim(D::Minus1)? != inputs {
-        bail!("linear: x {:?} does not fit weight {:?}", x.dims(), weight.dims());
+        bail!("linear: x {:?} does not match weight {:?}", x.dims(), weight.dims());
     }
     if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
-        bail!("linear: bias {:?} does not fit weight {:?}", bias.dims(), weight.dims());
+        bail!("linear: bias {:?} does not match weight {:?}", bias.dims(), weight.dims());
     }
     if x.elem_count() == 0 || outputs == 0 {
-        // Kernels take no empty side; the plain operation does.
+        // The kernels do not accept empty operands; the reference does.
         return reference::linear(x, weight, bias);
     }
     let x = x.contiguous()?;
@@ -51,8 +51,8 @@ impl CustomOp2 for LinearOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        match ours((x, lx), (w, lw), None)? {
-            Some(out) => Ok((out, shape(lx, lw)?)),
+        match by_gemm((x, lx), (w, lw), None)? {
+            Some(out) => Ok((out, output_shape(lx, lw)?)),
             None => product((x, lx), (w, lw)),
         }
     }
@@ -84,8 +84,8 @@ impl CustomOp3 for LinearOp {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if let Some(out) = ours((x, lx), (w, lw), Some((b, lb)))? {
-            return Ok((out, shape(lx, lw)?));
+        if let Some(out) = by_gemm((x, lx), (w, lw), Some((b, lb)))? {
+            return Ok((out, output_shape(lx, lw)?));
         }
         let (mut out, shape) = product((x, lx), (w, lw))?;
         match (&mut out, b.to_dtype(lb, x.dtype())?) {
@@ -131,7 +131,7 @@ impl CustomOp3 for LinearOp {
     }
 }
 
-/// x wᵀ on any device, without a view of either leaving it.
+/// x wᵀ by candle, on any device.
 fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result<(S, Shape)> {
     let (outputs, inputs) = weight.1.shape().dims2()?;
     let rows = row_count(x.1);
@@ -143,10 +143,11 @@ fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result
         let converted = weight.0.to_dtype(weight.1, x.0.dtype())?;
         x.0.matmul(&converted, size, &flat, &Layout::contiguous((outputs, inputs)).transpose(0, 1)?)?
     };
-    Ok((out, shape(x.1, weight.1)?))
+    Ok((out, output_shape(x.1, weight.1)?))
 }
 
-fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
+/// Shape of x wᵀ.
+fn output_shape(x: &Layout, weight: &Layout) -> Result<Shape> {
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(weight.shape().dims2()?.0);
@@ -155,46 +156,50 @@ fn shape(x: &Layout, weight: &Layout) -> Result<Shape> {
 
 type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
 
-/// x wᵀ + b by our own product, where it is the faster one.
-fn ours(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
-    let ((outputs, inputs), features) = (weight.1.shape().dims2()?, CpuFeatures::detect());
-    let extents = GemmShape { rows: row_count(x.1), inputs, outputs };
-    let are_whole = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
+/// x wᵀ + b by [`gemm`], or none where candle is faster.
+fn by_gemm(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
+    let (outputs, inputs) = weight.1.shape().dims2()?;
+    let features = CpuFeatures::detect();
+    let shape = GemmShape { rows: row_count(x.1), inputs, outputs };
+    let are_contiguous = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
     match x.0.dtype() {
-        format if !are_whole || !extents.suit(format, features) => Ok(None),
-        DType::BF16 => ours_of::<bf16>(x, weight, bias, extents, features).map(Some),
-        DType::F32 => ours_of::<f32>(x, weight, bias, extents, features).map(Some),
+        dtype if !are_contiguous || !shape.is_faster_than_candle(dtype, features) => Ok(None),
+        DType::BF16 => by_gemm_of::<bf16>(x, weight, bias, shape, features).map(Some),
+        DType::F32 => by_gemm_of::<f32>(x, weight, bias, shape, features).map(Some),
         _ => Ok(None),
     }
 }
 
-fn ours_of<E: Element<Work = f32>>(
+/// The same in the dtype of x, with weight and bias converted to it.
+fn by_gemm_of<E: Element<Work = f32>>(
     x: StorageRef,
     weight: StorageRef,
     bias: Option<StorageRef>,
-    extents: GemmShape,
+    shape: GemmShape,
     features: CpuFeatures,
 ) -> Result<CpuStorage> {
-    let (x, weight, bias) = (numbers::<E>(x)?, numbers::<E>(weight)?, bias.map(numbers::<E>).transpose()?);
-    let sides = GemmOperands { x: &x, weight: &weight, bias: bias.as_deref() };
-    Ok(E::to_cpu_storage_owned(gemm::product(sides, extents, features)))
+    let x = elements::<E>(x)?;
+    let weight = elements::<E>(weight)?;
+    let bias = bias.map(elements::<E>).transpose()?;
+    let operands = GemmOperands { x: &x, weight: &weight, bias: bias.as_deref() };
+    Ok(E::to_cpu_storage_owned(gemm::product(operands, shape, features)))
 }
 
-/// The numbers of a tensor, rounded where they are masters in a wider format.
-fn numbers<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Result<Cow<'a, [E]>> {
+/// The elements of a tensor, rounded where they are master weights of a wider dtype.
+fn elements<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Result<Cow<'a, [E]>> {
     if storage.dtype() == E::DTYPE {
         return contiguous(storage, layout).map(Cow::Borrowed);
     }
     match storage {
         CpuStorage::F32(_) => {
             let masters = contiguous::<f32>(storage, layout)?;
-            Ok(masters.par_iter().map(|number| E::store(*number)).collect())
+            Ok(masters.par_iter().map(|value| E::store(*value)).collect())
         }
         _ => E::cpu_storage_data(storage.to_dtype(layout, E::DTYPE)?).map(Cow::Owned),
     }
 }
 
-/// Rows of x, which counts them even where they are empty.
+/// Rows of x, counted from its shape because they may be empty.
 fn row_count(x: &Layout) -> usize {
     x.dims().iter().rev().skip(1).product()
 }
@@ -232,23 +237,28 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
     if !x.track_op() {
         return Ok(None);
     }
-    let (grad, weight) = (rows(grad)?.detach(), weight.detach().to_dtype(grad.dtype())?.contiguous()?);
-    let ((rows, inputs), outputs) = (grad.dims2()?, weight.dim(1)?);
-    let extents = GemmShape { rows, inputs, outputs };
-    let is_ours = grad.device().is_cpu() && extents.suit(grad.dtype(), CpuFeatures::detect());
-    let gradient = if is_ours { grad.apply_op2_no_bwd(&weight, &LinearInputGradient)? } else { grad.matmul(&weight)? };
+    let grad = rows(grad)?.detach();
+    let weight = weight.detach().to_dtype(grad.dtype())?.contiguous()?;
+    let (rows, inputs) = grad.dims2()?;
+    let outputs = weight.dim(1)?;
+    let shape = GemmShape { rows, inputs, outputs };
+    let uses_gemm = grad.device().is_cpu() && shape.is_faster_than_candle(grad.dtype(), CpuFeatures::detect());
+    let gradient =
+        if uses_gemm { grad.apply_op2_no_bwd(&weight, &LinearInputGradient)? } else { grad.matmul(&weight)? };
     gradient.reshape(x.shape()).map(Some)
 }
 
-/// grad w by our own product.
+/// grad w by [`gemm`].
 struct LinearInputGradient;
 
 impl LinearInputGradient {
     fn run<E: Element<Work = f32>>(grad: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
-        let (rows, (inputs, outputs)) = (row_count(grad.1), weight.1.shape().dims2()?);
-        let (grad, weight) = (contiguous::<E>(grad.0, grad.1)?, contiguous::<E>(weight.0, weight.1)?);
-        let extents = GemmShape { rows, inputs, outputs };
-        let out = gemm::product_by_columns(grad, weight, extents, CpuFeatures::detect());
+        let rows = row_count(grad.1);
+        let (inputs, outputs) = weight.1.shape().dims2()?;
+        let grad = contiguous::<E>(grad.0, grad.1)?;
+        let weight = contiguous::<E>(weight.0, weight.1)?;
+        let shape = GemmShape { rows, inputs, outputs };
+        let out = gemm::matmul(grad, weight, shape, CpuFeatures::detect());
         Ok((E::to_cpu_storage_owned(out), (rows, outputs).into()))
     }
 }
@@ -262,7 +272,7 @@ impl CustomOp2 for LinearInputGradient {
         match grad {
             CpuStorage::BF16(_) => Self::run::<bf16>((grad, lg), (w, lw)),
             CpuStorage::F32(_) => Self::run::<f32>((grad, lg), (w, lw)),
-            _ => bail!("{} is of f32 or bf16 numbers", self.name()),
+            _ => bail!("{}: expected f32 or bf16", self.name()),
         }
     }
 }
@@ -271,16 +281,18 @@ fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<
     if !weight.track_op() {
         return Ok(None);
     }
-    // The product is formed in the wider format: gradients of f32 masters are not rounded to bf16 on the way.
+    // In the wider dtype: gradients of f32 master weights must not be rounded to bf16 on the way.
     let dtype = wider(weight.dtype(), grad.dtype());
-    let (x, grad) = (rows(&x.detach())?, rows(grad)?);
+    let x = rows(&x.detach())?;
+    let grad = rows(grad)?;
     #[cfg(feature = "cuda")]
     if dtype == DType::F32
         && let Some(product) = crate::cuda::transposed_product(&grad, &x)?
     {
         return product.to_dtype(weight.dtype()).map(Some);
     }
-    let (x, grad) = (x.to_dtype(dtype)?, grad.to_dtype(dtype)?);
+    let x = x.to_dtype(dtype)?;
+    let grad = grad.to_dtype(dtype)?;
     grad.t()?.matmul(&x)?.to_dtype(weight.dtype()).map(Some)
 }
 

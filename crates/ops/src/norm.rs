@@ -1,5 +1,4 @@
-//! Norms over the last dimension in one pass: [`modulated_layer_norm`], [`rms_norm`], [`rms_norm_rope`]. They know
-//! nothing of where they stand in a block.
+//! Norms over the last dimension in one pass: [`modulated_layer_norm`], [`rms_norm`], [`rms_norm_rope`].
 
 mod layer;
 mod rms;
@@ -9,7 +8,7 @@ pub use rms::{rms_norm, rms_norm_rope};
 
 use crate::simd::Real;
 
-/// Lanes of a sum: fixed, so that a sum vectorises and is the same at every level.
+/// Accumulators of a sum: fixed, so that sums vectorize and are the same with every instruction set.
 const LANES: usize = 16;
 
 /// Σ f(a, b, c) over three rows.

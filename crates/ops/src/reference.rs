@@ -1,5 +1,5 @@
-//! The operations in plain tensor algebra: the specification of the fused ones, and what tests compare with.
-//! All accept f64, and every one is differentiable by candle itself.
+//! The operations in plain tensor algebra: the specification of the fused ones, which tests compare with them. All
+//! accept f64 and are differentiated by candle itself.
 
 use candle_core::{D, Result, Tensor};
 
@@ -30,11 +30,13 @@ pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
-    let (shift, scale) = (shift.to_dtype(x.dtype())?, scale.to_dtype(x.dtype())?);
+    let shift = shift.to_dtype(x.dtype())?;
+    let scale = scale.to_dtype(x.dtype())?;
     normed.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?.broadcast_add(&shift.unsqueeze(1)?)
 }
 
-/// Root-mean-square norm over the last dimension, then rotation of interleaved pairs (RoFormer, eq. 34).
+/// Root-mean-square norm over the last dimension, then rotary position embedding on interleaved pairs (RoFormer, eq.
+/// 34).
 ///
 /// # Shapes
 /// x (batch, tokens, heads, head_dim), weight (head_dim), cos and sin (tokens, head_dim / 2) -> as x.
@@ -58,7 +60,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (batch, tokens, heads, head_dim) = x.dims4()?;
     let pairs = x.reshape((batch, tokens, heads, head_dim / 2, 2))?;
-    let (even, odd) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
+    let even = pairs.narrow(4, 0, 1)?.squeeze(4)?;
+    let odd = pairs.narrow(4, 1, 1)?.squeeze(4)?;
     let cos = cos.to_dtype(x.dtype())?.reshape((1, tokens, 1, head_dim / 2))?;
     let sin = sin.to_dtype(x.dtype())?.reshape((1, tokens, 1, head_dim / 2))?;
     let rotated_even = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
@@ -74,7 +77,7 @@ pub fn gated_add(residual: &Tensor, gate: &Tensor, x: &Tensor) -> Result<Tensor>
     residual + x.broadcast_mul(&gate.to_dtype(x.dtype())?.unsqueeze(1)?)?
 }
 
-/// GELU by its tanh approximation.
+/// GELU in its tanh approximation.
 ///
 /// # Shapes
 /// Any.

@@ -1,29 +1,38 @@
-//! [`CpuFeatures`]: one piece of generic arithmetic, compiled for several instruction sets and chosen at run time.
+//! Generic arithmetic that is compiled for several instruction sets and chosen at run time.
 //!
-//! A [`SimdKernel`] is written once over [`Real`] numbers in loops that vectorise by themselves; [`CpuFeatures::run`] runs the
-//! copy that was compiled for them, and [`dispatch`] that for the best this processor has. It knows no tensor.
+//! A [`SimdKernel`] is written once over [`Real`] values, in loops that the compiler vectorizes. [`CpuFeatures::run`]
+//! runs the copy that was compiled for these features, [`dispatch`] the best one for this processor.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod array;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod features;
 mod isa;
 mod lane;
+mod matrix;
+mod pair;
 mod product;
 mod vector;
 
-pub use isa::{CpuFeatures, Isa, SimdKernel, dispatch};
-pub use lane::{Bf16Pair, Lane, PairVector, side_by_side};
-pub use product::{MatrixProduct, ROW, RowLanes, Strided, VECTORS, add_row, load_row, store_row};
+pub use features::{CpuFeatures, dispatch};
+pub use isa::{Isa, SimdKernel};
+pub use lane::{Lane, pack_transposed};
+pub use matrix::{MatrixProduct, ROW, Strided, VECTORS};
+pub use pair::{Bf16Pair, PairVector};
+pub use product::{RowLanes, add_row, load_row, store_row};
 pub use vector::{LANES, Vector};
 
-use vector::Array;
+use array::Array;
 
 use candle_core::WithDType;
 use half::bf16;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
-/// A number that is computed with: f32 or f64.
+/// The type that arithmetic is done in: f32 or f64.
 pub trait Real:
     WithDType
     + Element<Work = Self>
@@ -36,33 +45,34 @@ pub trait Real:
     + AddAssign
     + MulAssign
 {
-    /// 16 of them.
+    /// 16 lanes.
     type Vector<L: Isa>: Vector<Self>;
 
     /// 0.
     const ZERO: Self;
     /// 1.
     const ONE: Self;
-    /// Below every finite score, and finite, so that differences of it are no NaN.
+    /// A finite stand-in for -∞ as the initial maximum of scores: below every score, and its difference from itself is
+    /// 0 where that of -∞ would be NaN.
     const LOWEST: Self;
     /// -∞.
     const MINUS_INFINITY: Self;
 
     /// The nearest to `value`.
-    fn of(value: f64) -> Self;
+    fn cast(value: f64) -> Self;
 
-    /// self · a + b, in one instruction where the level has one.
+    /// self · a + b, fused where the instruction set has fused multiply-add.
     fn times_plus<L: Isa>(self, a: Self, b: Self) -> Self;
 
     /// √self.
     fn root(self) -> Self;
 
-    /// e to the self. In f32 within 2 units of the last place, exactly 0 below -87.3, and at most e⁸⁸.
+    /// eˣ. In f32 within 2 units in the last place, exactly 0 below -87.3, and at most e⁸⁸.
     fn exponential<L: Isa>(self) -> Self;
 
-    /// [`Lane::own_panels`] of numbers.
+    /// [`Lane::isa_panels`] for lanes of one value.
     #[inline(always)]
-    fn own_panels<L: Isa, const ADD: bool>(
+    fn isa_panels<L: Isa, const ADD: bool>(
         product: &MatrixProduct<'_, Self>,
         out: &mut [Self],
         out_step: usize,
@@ -81,7 +91,7 @@ impl Real for f32 {
     const MINUS_INFINITY: Self = f32::NEG_INFINITY;
 
     #[inline(always)]
-    fn of(value: f64) -> Self {
+    fn cast(value: f64) -> Self {
         value as f32
     }
 
@@ -102,12 +112,12 @@ impl Real for f32 {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn own_panels<L: Isa, const ADD: bool>(
+    fn isa_panels<L: Isa, const ADD: bool>(
         product: &MatrixProduct<'_, Self>,
         out: &mut [Self],
         out_step: usize,
     ) -> usize {
-        // SAFETY: the level has AVX2.
+        // SAFETY: the instruction set has AVX2 and FMA.
         if L::NARROW { unsafe { avx2::panels::<ADD>(product, out, out_step) } } else { 0 }
     }
 }
@@ -121,7 +131,7 @@ impl Real for f64 {
     const MINUS_INFINITY: Self = f64::NEG_INFINITY;
 
     #[inline(always)]
-    fn of(value: f64) -> Self {
+    fn cast(value: f64) -> Self {
         value
     }
 
@@ -141,14 +151,15 @@ impl Real for f64 {
     }
 }
 
+// eˣ is a normal f32 between these bounds: below -87.33 it would be subnormal, from 88.73 on infinite.
 const LOWEST_EXPONENT: f32 = -87.3;
 const HIGHEST_EXPONENT: f32 = 88.0;
 
-/// eˣ = 2ⁿ eʳ with n the whole number nearest to x / ln 2 and |r| ≤ ln 2 / 2, eʳ by a polynomial of degree 7 (Cephes,
-/// expf). The comparisons are turned so that NaN passes through.
+/// eˣ = 2ⁿ eʳ with n the integer nearest to x / ln 2 and |r| ≤ ln 2 / 2; eʳ is a polynomial of degree 7 (Cephes, expf).
+/// The comparisons are written so that NaN passes through.
 #[inline(always)]
 fn exp_f32<L: Isa>(x: f32) -> f32 {
-    // 1.5 · 2²³: adding it rounds to whole numbers and leaves them in the low bits.
+    // 1.5 · 2²³: adding it rounds to the nearest integer, which the low bits of the sum then hold.
     const ROUND: f32 = 12_582_912.0;
     let low = if x < LOWEST_EXPONENT { LOWEST_EXPONENT } else { x };
     let clamped = if low > HIGHEST_EXPONENT { HIGHEST_EXPONENT } else { low };
@@ -168,12 +179,12 @@ fn exp_f32<L: Isa>(x: f32) -> f32 {
     if x < LOWEST_EXPONENT { 0.0 } else { value }
 }
 
-/// A number as it is stored, and the number it is computed with.
+/// The type that values are stored in, and the one they are computed in.
 pub trait Element: WithDType {
-    /// f32 for bf16, otherwise itself.
+    /// f32 for bf16, otherwise the type itself.
     type Work: Real;
 
-    /// Widens.
+    /// Widens to the working type.
     fn load(self) -> Self::Work;
 
     /// Rounds to nearest.
@@ -252,6 +263,7 @@ mod tests {
         }
     }
 
+    /// The largest relative error.
     fn worst(kernel: impl Fn(&mut [f32])) -> f64 {
         let inputs: Vec<f32> = (0..400_000).map(|i| -87.2 + 4.38e-4 * i as f32).filter(|x| *x < 88.0).collect();
         assert_eq!(inputs.len() % LANES, 0);
@@ -262,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn exp_stays_within_two_units_of_the_last_place() {
+    fn exp_is_within_two_units_in_the_last_place() {
         for features in CpuFeatures::available() {
             assert!(worst(|x| features.run(Exponentials(x))) < 2.4e-7, "{features:?}");
             assert!(worst(|x| features.run(VectorExponentials(x))) < 2.4e-7, "{features:?}");
@@ -270,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn exp_keeps_its_ends() {
+    fn exp_is_right_at_the_ends_of_its_range() {
         let alone: fn(CpuFeatures, &mut [f32]) = |features, x| features.run(Exponentials(x));
         let together: fn(CpuFeatures, &mut [f32]) = |features, x| features.run(VectorExponentials(x));
         for features in CpuFeatures::available() {
@@ -284,9 +296,8 @@ mod tests {
         }
     }
 
-    /// As many as a processor can have, the best last and nothing twice.
     #[test]
-    fn the_best_instructions_are_the_last_that_are_available() {
+    fn the_best_instruction_set_is_the_last_one_available() {
         let available: Vec<CpuFeatures> = CpuFeatures::available().collect();
         assert_eq!(available.last(), Some(&CpuFeatures::detect()));
         assert!(available.windows(2).all(|pair| pair[0] != pair[1]));

@@ -1,4 +1,4 @@
-//! Every operation against its plain reference, its gradients against finite differences, and frozen arguments.
+//! Every operation compared with its reference, its gradients with finite differences, and frozen arguments.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -6,10 +6,10 @@ use clearform_ops::{self as ops, reference};
 
 type Operation = fn(&[Tensor]) -> Result<Tensor>;
 
-/// An operation with the shapes of its arguments; of the last `constants` no gradient is expected.
+/// An operation with the shapes of its arguments. The last `constants` arguments get no gradient.
 struct Case {
     name: &'static str,
-    ours: Operation,
+    fused: Operation,
     plain: Operation,
     shapes: &'static [&'static [usize]],
     constants: usize,
@@ -18,49 +18,49 @@ struct Case {
 const CASES: &[Case] = &[
     Case {
         name: "linear",
-        ours: |a| ops::linear(&a[0], &a[1], None),
+        fused: |a| ops::linear(&a[0], &a[1], None),
         plain: |a| reference::linear(&a[0], &a[1], None),
         shapes: &[&[2, 3, 5], &[7, 5]],
         constants: 0,
     },
     Case {
         name: "linear with bias",
-        ours: |a| ops::linear(&a[0], &a[1], Some(&a[2])),
+        fused: |a| ops::linear(&a[0], &a[1], Some(&a[2])),
         plain: |a| reference::linear(&a[0], &a[1], Some(&a[2])),
         shapes: &[&[2, 19, 17], &[7, 17], &[7]],
         constants: 0,
     },
     Case {
         name: "modulated_layer_norm",
-        ours: |a| ops::modulated_layer_norm(&a[0], &a[1], &a[2], 1e-6),
+        fused: |a| ops::modulated_layer_norm(&a[0], &a[1], &a[2], 1e-6),
         plain: |a| reference::modulated_layer_norm(&a[0], &a[1], &a[2], 1e-6),
         shapes: &[&[2, 5, 37], &[2, 37], &[2, 37]],
         constants: 0,
     },
     Case {
         name: "rms_norm",
-        ours: |a| ops::rms_norm(&a[0], &a[1], 1e-6),
+        fused: |a| ops::rms_norm(&a[0], &a[1], 1e-6),
         plain: |a| reference::rms_norm(&a[0], &a[1], 1e-6),
         shapes: &[&[2, 3, 2, 21], &[21]],
         constants: 0,
     },
     Case {
         name: "rms_norm_rope",
-        ours: |a| ops::rms_norm_rope(&a[0], &a[1], &a[2], &a[3], 1e-6),
+        fused: |a| ops::rms_norm_rope(&a[0], &a[1], &a[2], &a[3], 1e-6),
         plain: |a| reference::rms_norm_rope(&a[0], &a[1], &a[2], &a[3], 1e-6),
         shapes: &[&[2, 5, 3, 24], &[24], &[5, 12], &[5, 12]],
         constants: 2,
     },
     Case {
         name: "gated_add",
-        ours: |a| ops::gated_add(&a[0], &a[1], &a[2]),
+        fused: |a| ops::gated_add(&a[0], &a[1], &a[2]),
         plain: |a| reference::gated_add(&a[0], &a[1], &a[2]),
         shapes: &[&[2, 5, 19], &[2, 19], &[2, 5, 19]],
         constants: 0,
     },
     Case {
         name: "gelu",
-        ours: |a| ops::gelu(&a[0]),
+        fused: |a| ops::gelu(&a[0]),
         plain: |a| reference::gelu(&a[0]),
         shapes: &[&[3, 5, 7]],
         constants: 0,
@@ -79,13 +79,13 @@ fn arguments(case: &Case, dtype: DType) -> Vec<Tensor> {
     case.shapes.iter().enumerate().map(make).collect()
 }
 
-fn numbers(x: &Tensor) -> Vec<f64> {
+fn elements(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
     assert_eq!(got.dims(), want.dims());
-    distance(&numbers(got), &numbers(want))
+    distance(&elements(got), &elements(want))
 }
 
 fn distance(got: &[f64], want: &[f64]) -> f64 {
@@ -95,11 +95,11 @@ fn distance(got: &[f64], want: &[f64]) -> f64 {
 }
 
 #[test]
-fn forward_equals_the_reference() {
+fn forward_matches_the_reference() {
     for case in CASES {
         let exact = (case.plain)(&arguments(case, DType::F64)).unwrap();
         for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 1e-6), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
-            let got = (case.ours)(&arguments(case, dtype)).unwrap();
+            let got = (case.fused)(&arguments(case, dtype)).unwrap();
             assert_eq!(got.dtype(), dtype, "{}", case.name);
             let error = relative_error(&got, &exact);
             assert!(error <= bound, "{} in {dtype:?}: {error:e}", case.name);
@@ -108,13 +108,13 @@ fn forward_equals_the_reference() {
 }
 
 #[test]
-fn views_that_are_not_contiguous_give_the_same() {
+fn strided_views_give_the_same() {
     for case in CASES {
         let args = arguments(case, DType::F64);
         let strided =
             |x: &Tensor| Tensor::cat(&[x, x], x.rank() - 1).unwrap().narrow(x.rank() - 1, 0, x.dims()[x.rank() - 1]);
         let views: Vec<Tensor> = args.iter().map(|x| strided(x).unwrap()).collect();
-        let error = relative_error(&(case.ours)(&views).unwrap(), &(case.plain)(&args).unwrap());
+        let error = relative_error(&(case.fused)(&views).unwrap(), &(case.plain)(&args).unwrap());
         assert!(error <= 1e-12, "{}: {error:e}", case.name);
     }
 }
@@ -128,39 +128,39 @@ fn loss(operation: Operation, args: &[Tensor]) -> Tensor {
 
 fn finite_differences(case: &Case, args: &[Tensor], index: usize) -> Vec<f64> {
     const STEP: f64 = 1e-5;
-    let values = numbers(&args[index]);
+    let values = elements(&args[index]);
     let moved = |element: usize, by: f64| {
         let mut values = values.clone();
         values[element] += by;
         let mut args = args.to_vec();
         args[index] = Tensor::from_vec(values, args[index].shape(), &Device::Cpu).unwrap();
-        numbers(&loss(case.ours, &args))[0]
+        elements(&loss(case.fused, &args))[0]
     };
     (0..values.len()).map(|i| (moved(i, STEP) - moved(i, -STEP)) / (2.0 * STEP)).collect()
 }
 
 #[test]
-fn gradients_equal_finite_differences() {
+fn gradients_match_finite_differences() {
     for case in CASES {
         let args = arguments(case, DType::F64);
         for index in 0..args.len() - case.constants {
             let var = Var::from_tensor(&args[index]).unwrap();
             let mut tracked = args.clone();
             tracked[index] = var.as_tensor().clone();
-            let gradients = loss(case.ours, &tracked).backward().unwrap();
+            let gradients = loss(case.fused, &tracked).backward().unwrap();
             let got = gradients.get(&var).unwrap_or_else(|| panic!("{}: argument {index} got no gradient", case.name));
-            let error = distance(&numbers(got), &finite_differences(case, &args, index));
+            let error = distance(&elements(got), &finite_differences(case, &args, index));
             assert!(error <= 1e-6, "{} by argument {index}: {error:e}", case.name);
         }
     }
 }
 
 #[test]
-fn gradients_in_shorter_numbers_are_near_those_in_f64() {
+fn gradients_in_narrow_dtypes_are_near_those_in_f64() {
     let gradients = |case: &Case, dtype: DType| {
         let vars: Vec<Var> = arguments(case, dtype).iter().map(|x| Var::from_tensor(x).unwrap()).collect();
         let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-        let store = loss(case.ours, &args).backward().unwrap();
+        let store = loss(case.fused, &args).backward().unwrap();
         let count = vars.len() - case.constants;
         vars[..count].iter().map(|var| store.get(var).unwrap().clone()).collect::<Vec<_>>()
     };
@@ -177,14 +177,14 @@ fn gradients_in_shorter_numbers_are_near_those_in_f64() {
 }
 
 #[test]
-fn what_is_frozen_gets_no_gradient() {
+fn frozen_arguments_get_no_gradient() {
     for case in CASES.iter().filter(|case| case.shapes.len() - case.constants > 1) {
         let args = arguments(case, DType::F32);
         for index in 0..args.len() - case.constants {
             let var = Var::from_tensor(&args[index]).unwrap();
             let mut tracked = args.clone();
             tracked[index] = var.as_tensor().clone();
-            let gradients = loss(case.ours, &tracked).backward().unwrap();
+            let gradients = loss(case.fused, &tracked).backward().unwrap();
             for (other, arg) in args.iter().enumerate().filter(|(other, _)| *other != index) {
                 assert!(gradients.get(arg).is_none(), "{}: frozen argument {other} got a gradient", case.name);
             }
@@ -203,10 +203,10 @@ fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
     let want = x.to_dtype(DType::F32).unwrap().sum_keepdim(0).unwrap().broadcast_as((3, 6)).unwrap();
     assert_eq!(gradients.get(&weight).unwrap().dtype(), DType::F32);
     assert!(relative_error(gradients.get(&weight).unwrap(), &want) < 1e-6);
-    assert_eq!(numbers(gradients.get(&bias).unwrap()), [4.0; 3]);
+    assert_eq!(elements(gradients.get(&bias).unwrap()), [4.0; 3]);
 }
 
-/// What a model keeps in another number format than its activations is converted where it is used.
+/// Weights of another dtype than the activations are converted where they are used.
 #[test]
 fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
     for rows in [4, 20] {
@@ -215,23 +215,24 @@ fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
         let [weight_in_bf16, bias_in_bf16] = [&weight, &bias].map(|x| x.to_dtype(DType::BF16).unwrap());
         let got = ops::linear(&x, &weight, Some(&bias)).unwrap();
         let want = ops::linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
-        assert_eq!(numbers(&got), numbers(&want), "{rows} rows");
+        assert_eq!(elements(&got), elements(&want), "{rows} rows");
     }
 }
 
 #[test]
-fn what_is_beside_x_may_have_another_number_format() {
-    let is_beside = |case: &Case, index: usize| index > 0 && !(case.name == "gated_add" && index == 2);
+fn other_arguments_than_x_may_have_another_dtype() {
+    let is_converted = |case: &Case, index: usize| index > 0 && !(case.name == "gated_add" && index == 2);
     for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let args = arguments(case, dtype);
-            let widened = args.iter().enumerate().map(|(index, x)| match is_beside(case, index) {
+            let widened = args.iter().enumerate().map(|(index, x)| match is_converted(case, index) {
                 true => x.to_dtype(DType::F64),
                 false => Ok(x.clone()),
             });
             let widened: Vec<Tensor> = widened.collect::<Result<_>>().unwrap();
-            for operation in [case.ours, case.plain] {
-                let (got, want) = (operation(&widened).unwrap(), operation(&args).unwrap());
+            for operation in [case.fused, case.plain] {
+                let got = operation(&widened).unwrap();
+                let want = operation(&args).unwrap();
                 assert_eq!(got.dtype(), dtype, "{}", case.name);
                 let error = relative_error(&got, &want);
                 assert!(
@@ -245,14 +246,14 @@ fn what_is_beside_x_may_have_another_number_format() {
 }
 
 #[test]
-fn a_product_over_nothing_is_the_bias() {
+fn a_product_over_no_inputs_is_the_bias() {
     for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
         let empty = |shape: &[usize]| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
         let bias = noise(&[2], 1).to_dtype(dtype).unwrap();
         let want = bias.broadcast_as((3, 2)).unwrap().contiguous().unwrap();
         for (bias, want) in [(Some(&bias), want), (None, empty(&[3, 2]))] {
             let got = ops::linear(&empty(&[3, 0]), &empty(&[2, 0]), bias).unwrap();
-            assert_eq!((got.dims(), numbers(&got)), (&[3, 2][..], numbers(&want)), "{dtype:?}");
+            assert_eq!((got.dims(), elements(&got)), (&[3, 2][..], elements(&want)), "{dtype:?}");
         }
         assert_eq!(ops::linear(&empty(&[2, 0, 4]), &empty(&[5, 4]), None).unwrap().dims(), [2, 0, 5]);
         assert_eq!(ops::linear(&empty(&[2, 4]), &empty(&[0, 4]), Some(&empty(&[0]))).unwrap().dims(), [2, 0]);
@@ -264,10 +265,10 @@ fn a_product_over_nothing_is_the_bias() {
     }
 }
 
-/// So many rows and channels that products are by pairs where the processor has them, which is held to what the plain
-/// operation's gradients are in bf16.
+/// Enough rows and channels for products of bf16 pairs where the processor has them. The bound is twice the error of
+/// the reference in bf16.
 #[test]
-fn gradients_of_large_products_in_bf16_are_as_good_as_the_plain_ones() {
+fn gradients_of_large_products_in_bf16_are_as_accurate_as_the_reference() {
     let gradients = |dtype: DType, linear: Operation| {
         let rounded =
             |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::BF16).unwrap().to_dtype(dtype).unwrap();
@@ -275,22 +276,23 @@ fn gradients_of_large_products_in_bf16_are_as_good_as_the_plain_ones() {
         let store = loss(linear, &[vars[0].as_tensor().clone(), vars[1].as_tensor().clone()]).backward().unwrap();
         vars.map(|var| store.get(&var).unwrap().clone())
     };
-    let (ours, plain): (Operation, Operation) =
-        (|a| ops::linear(&a[0], &a[1], None), |a| reference::linear(&a[0], &a[1], None));
+    let fused: Operation = |a| ops::linear(&a[0], &a[1], None);
+    let plain: Operation = |a| reference::linear(&a[0], &a[1], None);
     let exact = gradients(DType::F64, plain);
-    let pairs = gradients(DType::BF16, ours).into_iter().zip(gradients(DType::BF16, plain)).zip(&exact);
-    for ((ours, plain), exact) in pairs {
-        let (ours, plain) = (relative_error(&ours, exact), relative_error(&plain, exact));
-        assert!(ours <= 2.0 * plain + 1e-6, "{ours:e}, the plain operation {plain:e}");
+    let pairs = gradients(DType::BF16, fused).into_iter().zip(gradients(DType::BF16, plain)).zip(&exact);
+    for ((fused, plain), exact) in pairs {
+        let fused = relative_error(&fused, exact);
+        let plain = relative_error(&plain, exact);
+        assert!(fused <= 2.0 * plain + 1e-6, "{fused:e}, reference {plain:e}");
     }
 }
 
 #[test]
-fn shapes_that_contradict_each_other_are_errors() {
+fn contradicting_shapes_are_errors() {
     for case in CASES.iter().filter(|case| case.shapes.len() > 1) {
         let mut args = arguments(case, DType::F32);
         args[1] = noise(&[1, 1], 0).to_dtype(DType::F32).unwrap();
-        assert!((case.ours)(&args).is_err(), "{}", case.name);
+        assert!((case.fused)(&args).is_err(), "{}", case.name);
     }
 }
 

@@ -1,41 +1,41 @@
-//! Tensors of candle across the boundary, both ways; for the host, and for plugins that compute with candle.
+//! Conversions between candle tensors and DLPack tensors, for the host and for plugins that compute with candle.
 
-use crate::tensor::{BorrowedTensor, ElementType, OwnedTensor, give};
+use crate::tensor::{BorrowedTensor, ElementType, OwnedTensor};
 use candle_core::{DType, Device, Error, Result, Tensor};
 use safetensors::View as _;
 use std::str::FromStr as _;
 
 impl ElementType {
-    /// candle's name for it.
+    /// The candle dtype.
     ///
     /// # Errors
-    /// candle has none.
+    /// candle has no such dtype.
     pub fn to_candle(self) -> Result<DType> {
         DType::from_str(self.name()).map_err(Error::wrap)
     }
 }
 
 impl BorrowedTensor<'_> {
-    /// A copy of it, on the CPU.
+    /// Copies the tensor into a candle tensor on the CPU.
     ///
     /// # Errors
-    /// candle refused.
+    /// candle has no such dtype, or cannot build the tensor.
     pub fn to_candle(&self) -> Result<Tensor> {
         Tensor::from_raw_buffer(self.bytes(), self.element().to_candle()?, &self.shape(), &Device::Cpu)
     }
 }
 
 impl OwnedTensor {
-    /// A copy of `tensor`, which may lie on any device, to lend or to give away.
+    /// Copies `tensor`, which may be on any device.
     ///
     /// # Errors
-    /// A number format that cannot cross, or candle refused.
-    pub fn of_candle(tensor: &Tensor) -> Result<Self> {
-        let element = ElementType::named(tensor.dtype().as_str());
-        let element = element.ok_or_else(|| Error::Msg(format!("{:?} cannot cross to a plugin", tensor.dtype())))?;
+    /// The dtype is not supported by the plugin interface, or candle cannot copy the tensor.
+    pub fn from_candle(tensor: &Tensor) -> Result<Self> {
+        let dtype = tensor.dtype();
+        let unsupported = || Error::Msg(format!("dtype {dtype:?} is not supported by the plugin interface"));
+        let element = ElementType::from_name(dtype.as_str()).ok_or_else(unsupported)?;
         let bytes = tensor.to_device(&Device::Cpu)?.contiguous()?.data().into_owned();
-        // SAFETY: it is made just now, and nobody else has it.
-        unsafe { Self::take(give(bytes, element, tensor.dims())) }.map_err(Error::Msg)
+        Ok(Self::new(bytes, element, tensor.dims()))
     }
 }
 
@@ -44,12 +44,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tensors_come_back_as_they_went() -> Result<()> {
+    fn candle_tensors_survive_a_round_trip() -> Result<()> {
         for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I64, DType::U32, DType::U8] {
             let tensor = Tensor::arange(0f32, 6.0, &Device::Cpu)?.reshape((2, 3))?.to_dtype(dtype)?.t()?;
-            let back = OwnedTensor::of_candle(&tensor)?.view().to_candle()?;
-            let values = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1::<f32>();
-            assert_eq!((back.dims(), back.dtype(), values(&back)?), (tensor.dims(), dtype, values(&tensor)?));
+            let copy = OwnedTensor::from_candle(&tensor)?.view().to_candle()?;
+            assert_eq!((copy.dims(), copy.dtype()), ([3, 2].as_slice(), dtype));
+            let values = copy.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(values, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0], "{dtype:?}");
         }
         Ok(())
     }

@@ -1,54 +1,54 @@
-//! The interface `clearform.branch/1`: a network beside the model that gives residuals for its blocks at each step.
+//! Interface `clearform.branch/1`: a network beside the model computes residuals for its blocks at each step.
 
 use crate::dlpack::DLManagedTensorVersioned;
-use crate::{ClearformFile, ClearformHost, ClearformText};
+use crate::host::{ClearformFile, ClearformHost, ClearformText};
 use std::ffi::c_void;
 
-/// The control is latents, packed as the model takes its own: (batch, image tokens, channels).
+/// The control is latents, packed like the model's own: (batch, image tokens, channels).
 pub const CONTROL_LATENTS: u32 = 1;
-/// The control is a picture, (batch, 3, height, width).
+/// The control is an image, (batch, 3, height, width).
 pub const CONTROL_PIXELS: u32 = 2;
 
-/// The model that a branch hangs on. Lent for the call of `open`.
+/// The model that the ControlNet runs beside. Borrowed for the call of `open`, with its texts.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ClearformBase {
-    /// Bytes of this struct.
+    /// Size of this struct in bytes.
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
-    /// Its family ("flux").
+    /// Family, such as "flux".
     pub family: ClearformText,
-    /// Its diffusers config.json, complete.
+    /// The model's complete diffusers config.json.
     pub config: ClearformText,
-    /// The attention that the branch shall have: `full`, or `clear:r=R`.
+    /// Attention for the ControlNet to use: `full`, or `clear:r=R`.
     pub attention: ClearformText,
 }
 
-/// What a branch takes. The host makes it empty and writes `struct_size`; the plugin fills in the rest.
+/// The input that a ControlNet expects. The host zeroes it and sets `struct_size`; the plugin fills in the rest.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ClearformBranchInfo {
-    /// Bytes of this struct.
+    /// Size of this struct in bytes. Set by the host.
     pub struct_size: u32,
     /// [`CONTROL_LATENTS`] or [`CONTROL_PIXELS`].
     pub control: u32,
     /// Channels of the control.
     pub channels: u32,
-    /// Modes that it knows (union ControlNets); 0 if it takes none.
+    /// Number of modes of a union ControlNet; 0 if it has none.
     pub modes: u32,
-    /// The pixel value that black becomes, before the VAE if the control is latents.
+    /// Pixel value for black; the input of the VAE if the control is latents.
     pub low: f64,
-    /// The pixel value that white becomes.
+    /// Pixel value for white.
     pub high: f64,
 }
 
-/// One evaluation's input, named and shaped as the forward of the family's diffusers class has it, on the CPU. All of it
-/// is lent for the call: deleters are not to be called. What is not there is null.
+/// The input of one evaluation, on the CPU, with the shapes of the forward method of the family's diffusers class. It
+/// is borrowed for the call: do not call the deleters. Tensors that the model does not use are null.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ClearformStep {
-    /// Bytes of this struct.
+    /// Size of this struct in bytes.
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
@@ -56,25 +56,25 @@ pub struct ClearformStep {
     pub latents: *const DLManagedTensorVersioned,
     /// (batch).
     pub timestep: *const DLManagedTensorVersioned,
-    /// Text features, (batch, text tokens, channels).
+    /// Text embeddings, (batch, text tokens, channels).
     pub text: *const DLManagedTensorVersioned,
-    /// Pooled text features, (batch, channels).
+    /// Pooled text embeddings, (batch, channels).
     pub pooled: *const DLManagedTensorVersioned,
-    /// Guidance scale, (batch), also for models that embed none.
+    /// Guidance scale, (batch), also if the model embeds none.
     pub guidance: *const DLManagedTensorVersioned,
-    /// Places of the image tokens, (image tokens, 3).
+    /// Positions of the image tokens, (image tokens, 3).
     pub image_ids: *const DLManagedTensorVersioned,
-    /// Places of the text tokens, (text tokens, 3).
+    /// Positions of the text tokens, (text tokens, 3).
     pub text_ids: *const DLManagedTensorVersioned,
-    /// The control, as [`ClearformBranchInfo`] asks for it.
+    /// The control, as [`ClearformBranchInfo`] describes it.
     pub control: *const DLManagedTensorVersioned,
-    /// Mode of each picture, (batch, 1), 64-bit integers.
+    /// Mode of each image, (batch, 1), 64-bit integers.
     pub mode: *const DLManagedTensorVersioned,
 }
 
-/// Takes a residual, (batch, image tokens, width) in raster order, which belongs to the host from then on, and the
-/// numbers of the model's blocks after which it is to be added: lent for the call. Called within `residuals`, by one thread
-/// at a time.
+/// Passes a residual, (batch, image tokens, width) in raster order, to the host, with the indexes of the model's blocks
+/// whose outputs it is added to. The host owns the residual from then on, whatever it returns; `blocks` is borrowed for
+/// the call. Called only within `residuals`, by one thread at a time.
 pub type ClearformGiveResidual = unsafe extern "C" fn(
     context: *mut c_void,
     residual: *mut DLManagedTensorVersioned,
@@ -82,16 +82,18 @@ pub type ClearformGiveResidual = unsafe extern "C" fn(
     block_count: usize,
 ) -> i32;
 
-/// The table of `clearform.branch/1`. Every function must be there. An instance is used from any thread, perhaps from
-/// several at once; `close` comes alone and last.
+/// The function table of `clearform.branch/1`. No function may be null. The host may use an instance from any thread,
+/// and from several at once; `close` is the last call and runs alone.
 #[repr(C)]
 #[derive(Debug)]
 pub struct ClearformBranchTable {
-    /// Bytes of this struct.
+    /// Size of this struct in bytes.
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
-    /// Opens a file that the plugin's claims fit, for the model `base`. `host` and `file` are lent until `close`. Writes an instance of the plugin's own.
+    /// Opens a file that matches the plugin's claims, for the model `base`. `host` and `file` are borrowed until
+    /// `close`, `base` for the call. Stores a new instance in `instance` if it succeeds; the plugin frees it in
+    /// `close`.
     pub open: Option<
         unsafe extern "C" fn(
             host: *const ClearformHost,
@@ -100,11 +102,12 @@ pub struct ClearformBranchTable {
             instance: *mut *mut c_void,
         ) -> i32,
     >,
-    /// Frees an instance. Tensors that the host has of it stay valid.
+    /// Frees an instance. Tensors that the host received from it stay valid.
     pub close: Option<unsafe extern "C" fn(instance: *mut c_void)>,
-    /// Says what it takes.
+    /// Describes the expected control. `info` is borrowed for the call.
     pub info: Option<unsafe extern "C" fn(instance: *mut c_void, info: *mut ClearformBranchInfo) -> i32>,
-    /// Computes one evaluation's residuals and calls `give` with `context` for each. The host scales them.
+    /// Computes the residuals of one evaluation and calls `give` with `context` for each. The host scales them. `step`
+    /// is borrowed for the call.
     pub residuals: Option<
         unsafe extern "C" fn(
             instance: *mut c_void,

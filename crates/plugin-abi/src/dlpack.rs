@@ -1,96 +1,97 @@
-//! Tensors at the boundary: the structs of DLPack 1 (dlpack.h, Apache-2.0), field for field.
+//! The structs and constants of DLPack 1 (dlpack.h, Apache-2.0), under their own names.
 //!
-//! The main type is [`DLManagedTensorVersioned`], `DLManagedTensorVersioned` there. Nothing here reads or frees memory: who
-//! receives a managed tensor calls its deleter once, from any thread, when done with it.
+//! [`DLManagedTensorVersioned`] is a tensor with the function that frees it. Nothing here reads or frees memory; for
+//! safe access see [`tensor`](crate::tensor).
 
 use std::ffi::c_void;
 
-/// The version of DLPack that these structs follow.
+/// The DLPack version that these structs follow.
 pub const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 0 };
 
-/// `kDLCPU`: plain memory of the process.
+/// `kDLCPU`: host memory.
 pub const DEVICE_CPU: i32 = 1;
 /// `kDLCUDA`: memory of a CUDA device.
 pub const DEVICE_CUDA: i32 = 2;
 
-/// `kDLInt`: signed integers.
+/// `kDLInt`: signed integer.
 pub const CODE_INT: u8 = 0;
-/// `kDLUInt`: unsigned integers.
+/// `kDLUInt`: unsigned integer.
 pub const CODE_UINT: u8 = 1;
-/// `kDLFloat`: IEEE floating point; 16 bits are f16.
+/// `kDLFloat`: IEEE floating point; f16 with 16 bits.
 pub const CODE_FLOAT: u8 = 2;
-/// `kDLBfloat`: with 16 bits, bfloat16.
+/// `kDLBfloat`: bfloat16, with 16 bits.
 pub const CODE_BFLOAT: u8 = 4;
 
-/// `DLPACK_FLAG_BITMASK_READ_ONLY`: the receiver must not write.
+/// `DLPACK_FLAG_BITMASK_READ_ONLY`: the receiver must not write to the tensor.
 pub const FLAG_READ_ONLY: u64 = 1;
 
-/// `DLPackVersion`. With another major only `deleter` of a [`DLManagedTensorVersioned`] may be used.
+/// Version of a tensor's layout. If the major version is unknown, nothing but the deleter of a
+/// [`DLManagedTensorVersioned`] may be used.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DLPackVersion {
-    /// Changes when the layout changes.
+    /// Changes with the layout.
     pub major: u32,
     /// Changes when constants are added.
     pub minor: u32,
 }
 
-/// `DLDevice`.
+/// A device.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DLDevice {
     /// [`DEVICE_CPU`] or [`DEVICE_CUDA`].
     pub device_type: i32,
-    /// Number of the device; 0 on the CPU.
+    /// Index of the device; 0 on the CPU.
     pub device_id: i32,
 }
 
-/// `DLDataType`.
+/// Type of a tensor's elements.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DLDataType {
     /// [`CODE_FLOAT`] and so on.
     pub code: u8,
-    /// Bits of one number.
+    /// Bits of one value.
     pub bits: u8,
-    /// Numbers in one element; 1 unless vectorised.
+    /// Values in one element; 1 unless vectorised.
     pub lanes: u16,
 }
 
-/// `DLTensor`. All pointers belong to the [`DLManagedTensorVersioned`] around it.
+/// A tensor. Its pointers belong to the [`DLManagedTensorVersioned`] that contains it.
 #[repr(C)]
 #[derive(Debug)]
 pub struct DLTensor {
-    /// First byte of the allocation; null only if the tensor is empty.
+    /// First byte of the allocation; may be null if the tensor is empty.
     pub data: *mut c_void,
-    /// Where `data` lies.
+    /// Device of `data`.
     pub device: DLDevice,
     /// Length of `shape` and `strides`.
     pub ndim: i32,
-    /// Number format.
+    /// Type of the elements.
     pub dtype: DLDataType,
-    /// Extents, outermost first.
+    /// Size of each dimension, outermost first.
     pub shape: *mut i64,
-    /// Elements, not bytes, from one index to the next; null for row-major.
+    /// In elements, not bytes; null for row-major.
     pub strides: *mut i64,
     /// Bytes from `data` to the first element.
     pub byte_offset: u64,
 }
 
-/// `DLManagedTensorVersioned`: a tensor with the way to give it back.
+/// A tensor with the function that frees it.
 #[repr(C)]
 #[derive(Debug)]
 pub struct DLManagedTensorVersioned {
-    /// Of the struct that follows.
+    /// Version of this struct's layout.
     pub version: DLPackVersion,
-    /// For the one who made it alone.
+    /// Private to the creator of the tensor.
     pub manager_ctx: *mut c_void,
-    /// Frees the tensor and this struct. Called once by who received it; null if there is nothing to free.
+    /// Frees the tensor and this struct. The receiver calls it once, from any thread; null if there is nothing to free.
     pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
     /// Bits such as [`FLAG_READ_ONLY`].
     pub flags: u64,
-    /// The tensor.
-    pub tensor: DLTensor,
+    /// The tensor itself.
+    pub dl_tensor: DLTensor,
 }
 
 #[cfg(test)]
@@ -99,26 +100,22 @@ mod tests {
     use dlpark::ffi;
     use std::mem::{offset_of, size_of};
 
-    /// Sizes of two structs, and offsets of their fields, pairwise.
-    macro_rules! same_layout {
-        ($ours:ty, $theirs:ty, { $($field:ident: $name:ident),* }) => {
-            assert_eq!(size_of::<$ours>(), size_of::<$theirs>(), stringify!($ours));
-            $(assert_eq!(offset_of!($ours, $field), offset_of!($theirs, $name), stringify!($field));)*
+    /// Compares the sizes of the two structs of a name, and the offsets of their fields.
+    macro_rules! assert_same_layout {
+        ($name:ident { $($field:ident),* }) => {
+            assert_eq!(size_of::<$name>(), size_of::<ffi::$name>(), stringify!($name));
+            $(assert_eq!(offset_of!($name, $field), offset_of!(ffi::$name, $field), stringify!($field));)*
         };
     }
 
-    /// As the crate dlpark has it, which is generated from dlpack.h.
+    /// The reference is the crate dlpark, which is generated from dlpack.h.
     #[test]
-    fn layout_is_that_of_dlpack() {
-        same_layout!(DLPackVersion, ffi::DLPackVersion, { major: major, minor: minor });
-        same_layout!(DLDevice, ffi::DLDevice, { device_type: device_type, device_id: device_id });
-        same_layout!(DLDataType, ffi::DLDataType, { code: code, bits: bits, lanes: lanes });
-        same_layout!(DLTensor, ffi::DLTensor, {
-            data: data, device: device, ndim: ndim, dtype: dtype, shape: shape, strides: strides, byte_offset: byte_offset
-        });
-        same_layout!(DLManagedTensorVersioned, ffi::DLManagedTensorVersioned, {
-            version: version, manager_ctx: manager_ctx, deleter: deleter, flags: flags, tensor: dl_tensor
-        });
+    fn layouts_equal_those_of_dlpack_h() {
+        assert_same_layout!(DLPackVersion { major, minor });
+        assert_same_layout!(DLDevice { device_type, device_id });
+        assert_same_layout!(DLDataType { code, bits, lanes });
+        assert_same_layout!(DLTensor { data, device, ndim, dtype, shape, strides, byte_offset });
+        assert_same_layout!(DLManagedTensorVersioned { version, manager_ctx, deleter, flags, dl_tensor });
         assert_eq!(VERSION.major, ffi::DLPACK_MAJOR_VERSION);
     }
 }

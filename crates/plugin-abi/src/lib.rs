@@ -1,13 +1,26 @@
-//! What crosses the boundary between clearform and a plugin, all `repr(C)`, and the author's side of it in Rust.
+//! The C interface between clearform and its plugins, as Rust types, and an SDK for writing plugins in Rust.
 //!
-//! The main types are [`ClearformPlugin`], what a plugin exports, [`ClearformHost`], what it is lent, and the tables of the two interfaces,
-//! [`ClearformAdapterTable`] and [`ClearformBranchTable`]. `include/clearform_plugin.h` says the same in C, and a test holds the two
-//! together. [`sdk`] turns a Rust type into such tables.
+//! A plugin is a shared library that teaches clearform a kind of adapter: LoRA files, ControlNets, or a format of your
+//! own. It exports one function, [`ENTRY_SYMBOL`], which returns a [`ClearformPlugin`]. That struct names an interface
+//! and points to its function table:
 //!
-//! Four rules hold everywhere. A table or struct begins with its size, grows only at its end, and is read and written
-//! only as far as that size says. No Rust type, bool or enum crosses. A tensor is owned by whoever received it, who calls
-//! its deleter once; where one is only lent, the comment says so. A function that can fail returns 0 or else has told
-//! [`ClearformHost::fail`] why.
+//! - [`ClearformAdapterTable`] (`clearform.adapter/1`): the plugin turns a file into edits of weights;
+//! - [`ClearformBranchTable`] (`clearform.branch/1`): the plugin runs a ControlNet, or a similar network beside the
+//!   model, and returns residuals for the model's blocks. "Branch" is the interface's stable word for such a network;
+//!   elsewhere it is called a ControlNet.
+//!
+//! To write a plugin in Rust, start at [`sdk`]: implement [`sdk::AdapterPlugin`] or [`sdk::ControlNetPlugin`] and
+//! export it with one macro. For other languages there is `include/clearform_plugin.h`; the Rust types here bear the
+//! names of its structs, and `tests/abi.rs` compares sizes, offsets and constants of the two.
+//!
+//! Four rules apply everywhere:
+//!
+//! 1. A table or struct with a size field grows only at its end. It is read and written only up to that size.
+//! 2. Only C types cross the interface: no Rust enum, `bool` or panic does.
+//! 3. The receiver of a tensor owns it and calls its deleter exactly once. Where a tensor or text is only borrowed,
+//!    the comment says so and for how long.
+//! 4. A function that can fail returns [`OK`]. Otherwise it first passes the reason to [`ClearformHost::fail`], and
+//!    returns [`FAILED`].
 
 #[cfg(feature = "candle")]
 mod candle;
@@ -31,28 +44,29 @@ pub use host::{
     LOG_INFO, LOG_WARNING,
 };
 
-/// Major version of the boundary. A plugin of another major is refused, whatever else fits.
+/// Major version of the C interface. The host rejects plugins built for another one.
 pub const ABI_MAJOR: u32 = 1;
 
-/// Name of the one function that a plugin exports: `const ClearformPlugin *(const ClearformHost *)`. It may be
-/// called more than once, each time with a host of its own; what it returns lives as long as the process.
+/// Name of the function that every plugin exports: `const ClearformPlugin *(const ClearformHost *)`. It may be called
+/// several times with different hosts; what it returns is valid as long as the process.
 pub const ENTRY_SYMBOL: &str = "clearform_plugin_v1";
 
-/// Interface of weight edits: LoRA and its kin. Its table is an [`ClearformAdapterTable`].
+/// Interface of adapters that edit weights, such as LoRA. Its table is a [`ClearformAdapterTable`].
 pub const ADAPTER_INTERFACE: &str = "clearform.adapter/1";
 
-/// Interface of branches that compute residuals for each block: ControlNet and its kin. Its table is a [`ClearformBranchTable`].
+/// Interface of ControlNets and similar networks, which compute residuals for the model's blocks. Its table is a
+/// [`ClearformBranchTable`].
 pub const CONTROLNET_INTERFACE: &str = "clearform.branch/1";
 
-/// What stands in the file of a library before its description, which is TOML. The host finds it by this mark, without
-/// loading the library.
+/// Marker before the description (TOML) in a library's file. The host searches the file for it, and so reads the
+/// description without loading the library.
 pub const DESCRIPTION_BEGIN: &str = "<<clearform-plugin-description/1>>";
 
-/// What stands after the description.
+/// Marker after the description.
 pub const DESCRIPTION_END: &str = "<<end-of-clearform-plugin-description>>";
 
-/// Status: done.
+/// Status: success.
 pub const OK: i32 = 0;
 
-/// Status: not done; [`ClearformHost::fail`] was told why.
+/// Status: failure; the reason was passed to [`ClearformHost::fail`].
 pub const FAILED: i32 = 1;

@@ -1,16 +1,14 @@
-//! [`OwnedTensor`] and [`BorrowedTensor`]: DLPack tensors on the CPU with safe access, for both sides of the boundary;
-//! and [`give`], which makes one. They compute nothing.
+//! Safe access to DLPack tensors on the CPU, for the host and for plugins: [`OwnedTensor`] and [`BorrowedTensor`].
 
 use crate::dlpack::{
     CODE_BFLOAT, CODE_FLOAT, CODE_INT, CODE_UINT, DEVICE_CPU, DLDataType, DLDevice, DLManagedTensorVersioned, DLTensor,
     VERSION,
 };
 use std::any::Any;
-use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-/// Number formats that cross.
+/// Types of elements that the plugin interface supports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ElementType {
     /// IEEE half precision.
@@ -21,15 +19,15 @@ pub enum ElementType {
     F32,
     /// IEEE double precision.
     F64,
-    /// Bytes.
+    /// Unsigned 8-bit integer.
     U8,
-    /// Unsigned 32-bit integers.
+    /// Unsigned 32-bit integer.
     U32,
-    /// Signed 64-bit integers.
+    /// Signed 64-bit integer.
     I64,
 }
 
-/// Each with its name, and with code and bits in DLPack; in the order of the enum.
+/// Each type with its name, and its code and bits in DLPack; in the order of the enum.
 const ELEMENTS: [(ElementType, &str, u8, u8); 7] = [
     (ElementType::F16, "f16", CODE_FLOAT, 16),
     (ElementType::Bf16, "bf16", CODE_BFLOAT, 16),
@@ -41,79 +39,100 @@ const ELEMENTS: [(ElementType, &str, u8, u8); 7] = [
 ];
 
 impl ElementType {
-    /// The format that DLPack describes so, if it is one of these.
-    pub fn of(dtype: DLDataType) -> Option<Self> {
+    /// The type that DLPack describes as `dtype`, if it is supported.
+    pub fn from_dlpack(dtype: DLDataType) -> Option<Self> {
         let found = ELEMENTS.iter().find(|(.., code, bits)| (*code, *bits, 1) == (dtype.code, dtype.bits, dtype.lanes));
         found.map(|(element, ..)| *element)
     }
 
-    /// How DLPack describes it.
-    pub fn dtype(self) -> DLDataType {
+    /// The type in DLPack's terms.
+    pub fn to_dlpack(self) -> DLDataType {
         let (.., code, bits) = ELEMENTS[self as usize];
         DLDataType { code, bits, lanes: 1 }
     }
 
-    /// Bytes of one number.
+    /// Bytes of one element.
     pub fn size(self) -> usize {
         ELEMENTS[self as usize].3 as usize / 8
     }
 
-    /// Its name, as candle has it.
+    /// Name of the type, the same as candle's.
     pub fn name(self) -> &'static str {
         ELEMENTS[self as usize].1
     }
 
-    /// The format of that name, if it is one of these.
-    pub fn named(name: &str) -> Option<Self> {
-        ELEMENTS.iter().find(|(_, own, ..)| *own == name).map(|(element, ..)| *element)
+    /// The type called `name`, if it is supported.
+    pub fn from_name(name: &str) -> Option<Self> {
+        ELEMENTS.iter().find(|(_, known, ..)| *known == name).map(|(element, ..)| *element)
     }
 }
 
-/// A tensor that belongs to whoever holds this; dropping it calls the deleter.
+/// A tensor that this value owns: dropping it calls the deleter.
 #[derive(Debug)]
 pub struct OwnedTensor(BorrowedTensor<'static>);
 
-/// A tensor that another owns.
+/// A checked tensor that is owned elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub struct BorrowedTensor<'a> {
     tensor: NonNull<DLManagedTensorVersioned>,
     element: ElementType,
     bytes: usize,
-    life: PhantomData<&'a DLManagedTensorVersioned>,
+    lifetime: PhantomData<&'a DLManagedTensorVersioned>,
 }
 
 impl OwnedTensor {
-    /// Takes over `tensor`.
+    /// A row-major tensor whose values are the bytes of `owner`, which is dropped with the tensor.
+    ///
+    /// # Panics
+    /// If the length of `owner` does not match `shape`.
+    pub fn new<O: AsRef<[u8]> + Send + 'static>(owner: O, element: ElementType, shape: &[usize]) -> Self {
+        let owner = Box::new(owner);
+        let values: &[u8] = (*owner).as_ref();
+        let bytes = values.len();
+        assert!(bytes == shape.iter().product::<usize>() * element.size(), "{bytes} bytes for {shape:?}");
+        let managed = managed_tensor(values, element, shape.len());
+        let shape = shape.iter().map(|size| *size as i64).collect();
+        let allocation = Box::into_raw(Box::new(TensorAllocation { managed, shape, _owner: owner }));
+        // SAFETY: the allocation was just made, and does not move until the deleter drops it.
+        let tensor = unsafe {
+            (*allocation).managed.dl_tensor.shape = (*allocation).shape.as_mut_ptr();
+            (*allocation).managed.manager_ctx = allocation.cast();
+            NonNull::new_unchecked(&raw mut (*allocation).managed)
+        };
+        Self(BorrowedTensor { tensor, element, bytes, lifetime: PhantomData })
+    }
+
+    /// Takes ownership of `tensor`.
     ///
     /// # Safety
-    /// Null, or a managed tensor that nobody else frees, whose memory is as it says.
+    /// `tensor` is null, or a managed tensor that nothing else frees and that describes its memory correctly.
     ///
     /// # Errors
-    /// What is wrong with it, which is freed then: null, another version or device, a format that does not cross, or
-    /// values that are not row-major.
-    pub unsafe fn take(tensor: *mut DLManagedTensorVersioned) -> Result<Self, String> {
-        // SAFETY: the caller says so.
-        match unsafe { BorrowedTensor::new(tensor) } {
+    /// What is wrong with the tensor, which is then freed: a null pointer, another DLPack version or device, an
+    /// unsupported dtype, or values that are not row-major.
+    pub unsafe fn from_raw(tensor: *mut DLManagedTensorVersioned) -> Result<Self, String> {
+        // SAFETY: guaranteed by the caller.
+        match unsafe { BorrowedTensor::from_raw(tensor) } {
             Ok(borrowed) => Ok(Self(borrowed)),
             Err(reason) => {
-                // SAFETY: as above; it is freed here and nowhere else.
+                // SAFETY: guaranteed by the caller; it is freed here and nowhere else.
                 unsafe { free(tensor) };
                 Err(reason)
             }
         }
     }
 
-    /// What it holds.
+    /// Borrows the tensor.
     pub fn view(&self) -> BorrowedTensor<'_> {
         self.0
     }
 
-    /// Lends it as a table has it.
+    /// Pointer to the tensor, valid as long as `self` is.
     pub fn as_ptr(&self) -> *const DLManagedTensorVersioned {
         self.0.tensor.as_ptr()
     }
 
-    /// Gives it away with the duty to call the deleter.
+    /// Releases ownership: the receiver of the pointer must call the deleter.
     pub fn into_raw(self) -> *mut DLManagedTensorVersioned {
         let tensor = self.0.tensor.as_ptr();
         std::mem::forget(self);
@@ -123,105 +142,108 @@ impl OwnedTensor {
 
 impl Drop for OwnedTensor {
     fn drop(&mut self) {
-        // SAFETY: it was taken over by `take`, and is given away by `into_raw` alone, which forgets it.
+        // SAFETY: this value owns the tensor; only `into_raw` releases it, and forgets the value.
         unsafe { free(self.0.tensor.as_ptr()) }
     }
 }
 
-// SAFETY: DLPack lets the deleter be called from any thread, and nothing writes through a tensor here.
+// SAFETY: DLPack allows the deleter to be called from any thread, and nothing writes through a tensor here.
 unsafe impl Send for OwnedTensor {}
 // SAFETY: as above.
 unsafe impl Sync for OwnedTensor {}
 
 impl<'a> BorrowedTensor<'a> {
-    /// Looks at `tensor`.
+    /// Checks and borrows `tensor`.
     ///
     /// # Safety
-    /// Null, or a managed tensor that stands for `'a`, whose memory is as it says.
+    /// `tensor` is null, or a managed tensor that stays valid for `'a` and describes its memory correctly.
     ///
     /// # Errors
-    /// As [`OwnedTensor::take`]; nothing is freed.
-    pub unsafe fn new(tensor: *const DLManagedTensorVersioned) -> Result<Self, String> {
-        let found = NonNull::new(tensor.cast_mut()).ok_or("a tensor is null")?;
-        // SAFETY: it is not null, and the caller says that it stands. Only the version is read before it is known.
+    /// As for [`OwnedTensor::from_raw`]; nothing is freed.
+    pub unsafe fn from_raw(tensor: *const DLManagedTensorVersioned) -> Result<Self, String> {
+        let pointer = NonNull::new(tensor.cast_mut()).ok_or("the pointer is null")?;
+        // SAFETY: it is not null, and valid by the caller's guarantee. Nothing but the version is read before that is
+        // known.
         let version = unsafe { (*tensor).version };
         if version.major != VERSION.major {
-            return Err(format!("a tensor of DLPack {}, expected {}", version.major, VERSION.major));
+            return Err(format!("DLPack version {}, expected {}", version.major, VERSION.major));
         }
-        // SAFETY: as above, and the version is ours.
-        let tensor = unsafe { &(*tensor).tensor };
-        let element =
-            ElementType::of(tensor.dtype).ok_or_else(|| format!("number format {:?} cannot cross", tensor.dtype))?;
-        // SAFETY: the caller says that shape and strides are as the tensor says.
-        let bytes = unsafe { extent(tensor) }?.checked_mul(element.size()).ok_or("a tensor is larger than memory")?;
+        // SAFETY: as above, and the layout is that of this version.
+        let tensor = unsafe { &(*tensor).dl_tensor };
+        let element = ElementType::from_dlpack(tensor.dtype);
+        let element = element.ok_or_else(|| format!("dtype {:?} is not supported", tensor.dtype))?;
+        // SAFETY: the caller guarantees shape and strides.
+        let elements = unsafe { element_count(tensor) }?;
+        let bytes = elements.checked_mul(element.size()).ok_or("the tensor is larger than the address space")?;
         if tensor.device.device_type != DEVICE_CPU {
-            return Err(format!("a tensor on device {:?}, expected the CPU", tensor.device));
+            return Err(format!("the tensor is on {:?}, expected the CPU", tensor.device));
         }
         if tensor.data.is_null() && bytes > 0 {
-            return Err("a tensor without data".to_owned());
+            return Err("the data pointer is null".to_owned());
         }
-        Ok(Self { tensor: found, element, bytes, life: PhantomData })
+        Ok(Self { tensor: pointer, element, bytes, lifetime: PhantomData })
     }
 
-    /// Number format.
+    /// Type of the elements.
     pub fn element(&self) -> ElementType {
         self.element
     }
 
-    /// Extents, outermost first.
+    /// Size of each dimension, outermost first.
     pub fn shape(&self) -> Vec<usize> {
-        // SAFETY: `new` checked the struct, whose shape has ndim extents, none negative.
+        // SAFETY: the struct is checked: the shape has ndim sizes, none of them negative.
         unsafe {
-            let tensor = &self.tensor.as_ref().tensor;
+            let tensor = &self.tensor.as_ref().dl_tensor;
             (0..tensor.ndim as usize).map(|axis| *tensor.shape.add(axis) as usize).collect()
         }
     }
 
-    /// Values, row-major.
+    /// The values, row-major.
     pub fn bytes(&self) -> &'a [u8] {
         if self.bytes == 0 {
             return &[];
         }
-        // SAFETY: `new` checked the struct, and its maker says that the memory is there.
+        // SAFETY: the struct is checked, and its creator guarantees the memory.
         unsafe {
-            let tensor = &self.tensor.as_ref().tensor;
+            let tensor = &self.tensor.as_ref().dl_tensor;
             let first = tensor.data.cast::<u8>().add(tensor.byte_offset as usize);
             std::slice::from_raw_parts(first, self.bytes)
         }
     }
 }
 
-/// How many elements there are, if they are row-major.
+/// Number of elements; an error if they are not row-major.
 ///
 /// # Safety
-/// Shape and strides have ndim numbers, or strides are null.
-unsafe fn extent(tensor: &DLTensor) -> Result<usize, String> {
-    let axes = usize::try_from(tensor.ndim).map_err(|_| "a tensor with fewer than no axes")?;
+/// Shape and strides have ndim values; strides may be null.
+unsafe fn element_count(tensor: &DLTensor) -> Result<usize, String> {
+    let axes = usize::try_from(tensor.ndim).map_err(|_| format!("the tensor has {} dimensions", tensor.ndim))?;
     if axes > 0 && tensor.shape.is_null() {
-        return Err("a tensor without a shape".to_owned());
+        return Err("the shape pointer is null".to_owned());
     }
     let mut elements = 1usize;
     for axis in (0..axes).rev() {
-        // SAFETY: the caller says so.
-        let (extent, stride) = unsafe {
-            (*tensor.shape.add(axis), if tensor.strides.is_null() { None } else { Some(*tensor.strides.add(axis)) })
-        };
-        let extent = usize::try_from(extent).map_err(|_| "a tensor with a negative extent")?;
-        if extent > 1 && stride.is_some_and(|stride| usize::try_from(stride) != Ok(elements)) {
-            return Err("a tensor that is not row-major".to_owned());
+        // SAFETY: guaranteed by the caller.
+        let size = unsafe { *tensor.shape.add(axis) };
+        // SAFETY: guaranteed by the caller.
+        let stride = (!tensor.strides.is_null()).then(|| unsafe { *tensor.strides.add(axis) });
+        let size = usize::try_from(size).map_err(|_| format!("dimension {axis} has the size {size}"))?;
+        // The stride of a dimension of size 1 is never used, so it may have any value.
+        if size > 1 && stride.is_some_and(|stride| usize::try_from(stride) != Ok(elements)) {
+            return Err("the tensor is not row-major".to_owned());
         }
-        elements = elements.checked_mul(extent).ok_or("a tensor is larger than memory")?;
+        elements = elements.checked_mul(size).ok_or("the tensor is larger than the address space")?;
     }
     Ok(elements)
 }
 
 /// # Safety
-/// Null, or a managed tensor that is freed here alone.
+/// `tensor` is null, or a managed tensor that nothing else frees.
 unsafe fn free(tensor: *mut DLManagedTensorVersioned) {
     if tensor.is_null() {
         return;
     }
-    // SAFETY: the caller says so; deleter stands at the same place in every version, and no more is looked at.
+    // SAFETY: guaranteed by the caller; the deleter is at the same offset in every version, and nothing else is read.
     unsafe {
         if let Some(deleter) = (*tensor).deleter {
             deleter(tensor);
@@ -229,55 +251,35 @@ unsafe fn free(tensor: *mut DLManagedTensorVersioned) {
     }
 }
 
-/// What a given tensor keeps until its deleter is called.
-struct Keeper {
+/// Everything that a tensor made here owns until its deleter is called.
+struct TensorAllocation {
     managed: DLManagedTensorVersioned,
     shape: Vec<i64>,
     _owner: Box<dyn Any + Send>,
 }
 
-/// Makes a managed tensor over memory that `owner` keeps, row-major. Whoever receives it calls its deleter.
-///
-/// # Panics
-/// If `owner` keeps fewer bytes than `shape` asks for.
-pub fn give<O: AsRef<[u8]> + Send + 'static>(
-    owner: O,
-    element: ElementType,
-    shape: &[usize],
-) -> *mut DLManagedTensorVersioned {
-    let owner = Box::new(owner);
-    let bytes: &[u8] = (*owner).as_ref();
-    assert!(bytes.len() == shape.iter().product::<usize>() * element.size(), "{} bytes for {shape:?}", bytes.len());
-    let data = bytes.as_ptr().cast_mut().cast::<c_void>();
-    let tensor = DLTensor {
-        data,
-        device: DLDevice { device_type: DEVICE_CPU, device_id: 0 },
-        ndim: shape.len() as i32,
-        dtype: element.dtype(),
-        shape: std::ptr::null_mut(),
-        strides: std::ptr::null_mut(),
-        byte_offset: 0,
-    };
-    let managed = DLManagedTensorVersioned {
+/// The structs of a tensor over `values`, without the pointers into the allocation that will contain them.
+fn managed_tensor(values: &[u8], element: ElementType, axes: usize) -> DLManagedTensorVersioned {
+    DLManagedTensorVersioned {
         version: VERSION,
         manager_ctx: std::ptr::null_mut(),
-        deleter: Some(drop_keeper),
+        deleter: Some(drop_allocation),
         flags: 0,
-        tensor,
-    };
-    let shape = shape.iter().map(|extent| *extent as i64).collect();
-    let keeper = Box::into_raw(Box::new(Keeper { managed, shape, _owner: owner }));
-    // SAFETY: the keeper was made just now. Both pointers lead into it, and it does not move until it is dropped.
-    unsafe {
-        (*keeper).managed.tensor.shape = (*keeper).shape.as_mut_ptr();
-        (*keeper).managed.manager_ctx = keeper.cast();
-        &raw mut (*keeper).managed
+        dl_tensor: DLTensor {
+            data: values.as_ptr().cast_mut().cast(),
+            device: DLDevice { device_type: DEVICE_CPU, device_id: 0 },
+            ndim: axes as i32,
+            dtype: element.to_dlpack(),
+            shape: std::ptr::null_mut(),
+            strides: std::ptr::null_mut(),
+            byte_offset: 0,
+        },
     }
 }
 
-unsafe extern "C" fn drop_keeper(tensor: *mut DLManagedTensorVersioned) {
-    // SAFETY: `give` alone uses this deleter, and wrote there what it had boxed; it is called once.
-    unsafe { drop(Box::from_raw((*tensor).manager_ctx.cast::<Keeper>())) }
+unsafe extern "C" fn drop_allocation(tensor: *mut DLManagedTensorVersioned) {
+    // SAFETY: only `OwnedTensor::new` uses this deleter, with a box as its context; it is called once.
+    unsafe { drop(Box::from_raw((*tensor).manager_ctx.cast::<TensorAllocation>())) }
 }
 
 #[cfg(test)]
@@ -286,12 +288,12 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
-    fn what_is_given_comes_back_and_is_freed_once() {
+    fn a_tensor_is_read_back_and_freed_once() {
         let memory: Arc<[u8]> = Arc::from([1.0f32, 2.0, 3.0].map(f32::to_le_bytes).concat());
-        let given = give(memory.clone(), ElementType::F32, &[3, 1]);
+        let raw = OwnedTensor::new(memory.clone(), ElementType::F32, &[3, 1]).into_raw();
         assert_eq!(Arc::strong_count(&memory), 2);
-        // SAFETY: it was given just now, to us.
-        let owned = unsafe { OwnedTensor::take(given) }.expect("a good tensor");
+        // SAFETY: nothing else owns it.
+        let owned = unsafe { OwnedTensor::from_raw(raw) }.expect("a valid tensor");
         assert_eq!((owned.view().shape(), owned.view().element()), (vec![3, 1], ElementType::F32));
         assert_eq!(owned.view().bytes(), &*memory);
         drop(owned);
@@ -299,48 +301,51 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_as_it_should_be_is_refused_and_freed() {
+    fn invalid_tensors_are_rejected_and_freed() {
         type Spoil = fn(&mut DLManagedTensorVersioned);
-        let cases: [(Spoil, &str); 5] = [
-            (|tensor| tensor.version.major = 2, "DLPack 2"),
-            (|tensor| tensor.tensor.device.device_type = 2, "expected the CPU"),
-            (|tensor| tensor.tensor.dtype.bits = 4, "cannot cross"),
-            (|tensor| tensor.tensor.data = std::ptr::null_mut(), "without data"),
-            (|tensor| tensor.tensor.ndim = -1, "fewer than no axes"),
+        let cases: [(Spoil, &str); 6] = [
+            (|tensor| tensor.version.major = 2, "DLPack version 2, expected 1"),
+            (|tensor| tensor.dl_tensor.device.device_type = 2, "expected the CPU"),
+            (|tensor| tensor.dl_tensor.dtype.bits = 4, "bits: 4, lanes: 1 } is not supported"),
+            (|tensor| tensor.dl_tensor.data = std::ptr::null_mut(), "the data pointer is null"),
+            (|tensor| tensor.dl_tensor.shape = std::ptr::null_mut(), "the shape pointer is null"),
+            (|tensor| tensor.dl_tensor.ndim = -1, "the tensor has -1 dimensions"),
         ];
         for (spoil, expected) in cases {
             let memory: Arc<[u8]> = Arc::from([0u8; 8]);
-            let given = give(memory.clone(), ElementType::F32, &[2]);
-            // SAFETY: it was given just now, to us.
+            let raw = OwnedTensor::new(memory.clone(), ElementType::F32, &[2]).into_raw();
+            // SAFETY: nothing else owns it.
             let error = unsafe {
-                spoil(&mut *given);
-                OwnedTensor::take(given)
+                spoil(&mut *raw);
+                OwnedTensor::from_raw(raw)
             };
-            assert!(error.expect_err("a bad tensor").contains(expected), "{expected}");
+            let error = error.expect_err("an invalid tensor");
+            assert!(error.contains(expected), "{error}");
             assert_eq!(Arc::strong_count(&memory), 1, "{expected}");
         }
         // SAFETY: null is allowed.
-        assert!(unsafe { OwnedTensor::take(std::ptr::null_mut()) }.is_err());
+        let error = unsafe { OwnedTensor::from_raw(std::ptr::null_mut()) }.expect_err("null");
+        assert_eq!(error, "the pointer is null");
     }
 
     #[test]
-    fn rows_with_gaps_are_refused() {
+    fn rows_with_gaps_are_rejected() {
         let mut strides = [3i64, 1];
-        let given = give([0u8; 16], ElementType::F32, &[2, 2]);
-        // SAFETY: it was given just now; the strides stand until it is freed.
+        let raw = OwnedTensor::new([0u8; 16], ElementType::F32, &[2, 2]).into_raw();
+        // SAFETY: nothing else owns it; the strides live until it is freed.
         let error = unsafe {
-            (*given).tensor.strides = strides.as_mut_ptr();
-            OwnedTensor::take(given)
+            (*raw).dl_tensor.strides = strides.as_mut_ptr();
+            OwnedTensor::from_raw(raw)
         };
-        assert!(error.expect_err("a gap").contains("row-major"));
+        assert_eq!(error.expect_err("a gap"), "the tensor is not row-major");
     }
 
     #[test]
-    fn elements_are_in_the_order_of_their_table() {
+    fn the_table_of_elements_has_the_order_of_the_enum() {
         for (index, (element, ..)) in ELEMENTS.iter().enumerate() {
             assert_eq!(*element as usize, index);
-            assert_eq!(ElementType::of(element.dtype()), Some(*element));
-            assert_eq!(ElementType::named(element.name()), Some(*element));
+            assert_eq!(ElementType::from_dlpack(element.to_dlpack()), Some(*element));
+            assert_eq!(ElementType::from_name(element.name()), Some(*element));
         }
     }
 }

@@ -1,68 +1,70 @@
-//! [`ControlledDenoiser`]: a transformer with branches beside it, whose residuals are added between its blocks.
+//! [`ControlledDenoiser`]: a transformer with ControlNets, whose residuals are added between its blocks.
 
 use crate::{ControlNet, Controls, PluginError, Residual, Result};
 use candle_core::{Tensor, TensorId};
 use clearform_models::{Denoiser, DenoiserInput, HiddenState, ModelError, StepIndex};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A branch with what controls it.
+/// A ControlNet with its control.
 #[derive(Debug, Clone)]
 pub struct ControlNetInput {
-    /// The branch.
+    /// The ControlNet.
     pub controlnet: Arc<ControlNet>,
-    /// What it is controlled by, as it asks for it.
+    /// The control, as [`ControlNet::input`] describes it.
     pub control: Tensor,
-    /// Mode of each picture, (batch, 1).
+    /// Mode of each image, (batch, 1).
     pub mode: Option<Tensor>,
-    /// Guidance scale, (batch), where the model embeds none.
+    /// Guidance scale, (batch), if the model embeds none.
     pub guidance: Option<Tensor>,
-    /// Factor of its residuals (diffusers' controlnet_conditioning_scale).
+    /// Factor for the residuals (`controlnet_conditioning_scale` in diffusers).
     pub scale: f64,
-    /// The part of the way on which it acts, within 0 to 1 (control_guidance_start and control_guidance_end).
+    /// The range of the sampling process in which the ControlNet is active, within 0 to 1 (`control_guidance_start` and
+    /// `control_guidance_end` in diffusers).
     pub interval: [f64; 2],
 }
 
-/// A transformer with branches. Residuals are those of the branches one by one, added up: nets of any depth may act
-/// together.
+/// A transformer with ControlNets. The residuals of several ControlNets are added up block by block, so that nets of
+/// different depths can be combined.
 pub struct ControlledDenoiser<'a> {
     base: &'a dyn Denoiser,
     controls: Vec<ControlNetInput>,
-    /// Of two evaluations of the same latents at the same time, as classifier-free guidance makes them, the second has
-    /// the first's residuals, as in diffusers' pipelines.
-    last: Mutex<Option<(EvaluationKey, Arc<Vec<Residual>>)>>,
+    /// Classifier-free guidance evaluates the same latents twice. The second evaluation reuses the residuals of the
+    /// first, as in diffusers' pipelines.
+    cached_residuals: Mutex<Option<(EvaluationKey, Arc<Vec<Residual>>)>>,
 }
 
-/// Which latents at which time.
+/// Identifies an evaluation: the tensors of its latents and timestep.
 type EvaluationKey = [TensorId; 2];
 
 impl<'a> ControlledDenoiser<'a> {
-    /// `base` with `controls`; without any it computes the same as `base`.
+    /// `base` with `controls`. Without any it computes the same as `base`.
     pub fn new(base: &'a dyn Denoiser, controls: Vec<ControlNetInput>) -> Self {
-        Self { base, controls, last: Mutex::default() }
+        Self { base, controls, cached_residuals: Mutex::default() }
     }
 
     fn residuals(&self, input: &DenoiserInput) -> Result<Arc<Vec<Residual>>> {
-        let evaluated: EvaluationKey = [input.latents.id(), input.timestep.id()];
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*last {
-            Some((known, residuals)) if *known == evaluated => Ok(residuals.clone()),
+        let key: EvaluationKey = [input.latents.id(), input.timestep.id()];
+        let mut cached = self.cached_residuals.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*cached {
+            Some((known, residuals)) if *known == key => Ok(residuals.clone()),
             _ => {
-                let residuals = Arc::new(self.computed(input)?);
-                *last = Some((evaluated, residuals.clone()));
+                let residuals = Arc::new(self.compute_residuals(input)?);
+                *cached = Some((key, residuals.clone()));
                 Ok(residuals)
             }
         }
     }
 
-    fn computed(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
-        let schedule = self.controls.iter().filter(|control| control.acts_at(input.step_index));
-        let residuals = schedule.map(|control| control.residuals(input)).collect::<Result<Vec<_>>>()?;
-        let residuals: Vec<Residual> = residuals.into_iter().flatten().collect();
-        match residuals.iter().flat_map(|residual| &residual.blocks).find(|block| **block >= self.base.block_count()) {
+    fn compute_residuals(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
+        let block_count = self.base.block_count();
+        let mut residuals = Vec::new();
+        for control in self.controls.iter().filter(|control| control.is_active_at(input.step_index)) {
+            residuals.extend(control.residuals(input)?);
+        }
+        match residuals.iter().flat_map(|residual| &residual.blocks).find(|block| **block >= block_count) {
             None => Ok(residuals),
             Some(block) => {
-                let count = self.base.block_count();
-                let reason = format!("a residual is for block {block}, but the model has {count}");
+                let reason = format!("a residual is for block {block}, but the model has {block_count} blocks");
                 Err(candle_core::Error::Msg(reason).into())
             }
         }
@@ -70,10 +72,10 @@ impl<'a> ControlledDenoiser<'a> {
 }
 
 impl ControlNetInput {
-    /// diffusers' rule: the step must lie wholly within the interval.
-    fn acts_at(&self, StepIndex { index, steps }: StepIndex) -> bool {
-        let part = |index: usize| index as f64 / steps.max(1) as f64;
-        part(index) >= self.interval[0] && part(index + 1) <= self.interval[1]
+    /// Whether the whole step is within the interval, which is the rule of diffusers.
+    fn is_active_at(&self, StepIndex { index, steps }: StepIndex) -> bool {
+        let progress = |index: usize| index as f64 / steps.max(1) as f64;
+        progress(index) >= self.interval[0] && progress(index + 1) <= self.interval[1]
     }
 
     fn residuals(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
@@ -105,14 +107,14 @@ impl Denoiser for ControlledDenoiser<'_> {
     }
 
     fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
-        let residuals = self.residuals(input).map_err(explain)?;
+        let residuals = self.residuals(input).map_err(model_error)?;
         let mut state = self.base.embed(input)?;
-        let tiled = |residual: &Residual| state.context.geometry.to_tiles(&residual.tensor);
-        let tiled = residuals.iter().map(tiled).collect::<candle_core::Result<Vec<_>>>()?;
+        let to_tiles = |residual: &Residual| state.context.geometry.to_tiles(&residual.tensor);
+        let tiled = residuals.iter().map(to_tiles).collect::<candle_core::Result<Vec<_>>>()?;
         for index in 0..self.base.block_count() {
             state = self.base.block(index, state)?;
-            let here = residuals.iter().zip(&tiled).filter(|(residual, _)| residual.blocks.contains(&index));
-            for (_, tensor) in here {
+            let added = residuals.iter().zip(&tiled).filter(|(residual, _)| residual.blocks.contains(&index));
+            for (_, tensor) in added {
                 state.image = (&state.image + tensor)?;
             }
         }
@@ -120,7 +122,7 @@ impl Denoiser for ControlledDenoiser<'_> {
     }
 }
 
-fn explain(error: PluginError) -> ModelError {
+fn model_error(error: PluginError) -> ModelError {
     match error {
         PluginError::Tensor(error) => ModelError::Tensor(error),
         other => ModelError::BadInput { name: "controlnet_cond".to_owned(), reason: other.to_string() },

@@ -1,6 +1,7 @@
-//! [`ControlNet`]: a network beside the model, opened by a plugin of `clearform.branch/1`, that gives residuals for blocks.
+//! [`ControlNet`]: a ControlNet file opened by a plugin of `clearform.branch/1`. It computes residuals for the model's
+//! blocks.
 
-use crate::file::LentFile;
+use crate::file::PluginFile;
 use crate::library::Library;
 use crate::tensors::receive;
 use crate::{Plugin, PluginError, Result};
@@ -10,7 +11,7 @@ use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_plugin_abi::{
     CONTROL_LATENTS, CONTROL_PIXELS, CONTROLNET_INTERFACE, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
-    ClearformStep as RawStep, ClearformText, FAILED, OK,
+    ClearformStep, ClearformText, FAILED, OK,
 };
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -18,70 +19,70 @@ use std::ffi::c_void;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The model that a branch hangs on.
+/// The model that a ControlNet runs beside.
 #[derive(Debug, Clone, Copy)]
 pub struct BaseModel<'a> {
-    /// Its family.
+    /// Family, such as "flux".
     pub family: &'a str,
-    /// Its diffusers config.json.
+    /// The model's diffusers config.json.
     pub config: &'a Value,
-    /// The attention that the branch shall have: `full`, or `clear:r=R`.
+    /// Attention for the ControlNet to use: `full`, or `clear:r=R`.
     pub attention: &'a str,
 }
 
-/// What a branch is controlled by.
+/// Kind of control.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControlKind {
-    /// Latents, packed as the model takes its own: (batch, image tokens, channels).
+    /// Latents, packed like the model's own: (batch, image tokens, channels).
     Latents,
-    /// A picture, (batch, 3, height, width).
+    /// An image, (batch, 3, height, width).
     Pixels,
 }
 
-/// What a branch takes.
+/// The control that a ControlNet expects.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ControlInput {
-    /// Latents or a picture.
+    /// Latents or an image.
     pub kind: ControlKind,
-    /// Channels of it.
+    /// Channels of the control.
     pub channels: usize,
-    /// Modes that it knows; 0 if it takes none.
+    /// Number of modes of a union ControlNet; 0 if it has none.
     pub modes: usize,
-    /// The pixel values that black and white become, before the VAE if it takes latents.
+    /// Pixel values for black and white; the input of the VAE if the control is latents.
     pub range: [f64; 2],
 }
 
-/// What a branch is given at one evaluation, beside the model's own input.
+/// The input of a ControlNet at one evaluation, in addition to the model's own.
 #[derive(Debug, Clone, Copy)]
 pub struct Controls<'a> {
-    /// As [`ControlInput`] asks for it.
+    /// The control, as [`ControlInput`] describes it.
     pub control: &'a Tensor,
-    /// Mode of each picture, (batch, 1).
+    /// Mode of each image, (batch, 1).
     pub mode: Option<&'a Tensor>,
-    /// Guidance scale where the model's own input has none, (batch).
+    /// Guidance scale, (batch), if the model's own input has none.
     pub guidance: Option<&'a Tensor>,
 }
 
-/// A tensor and the blocks of the model after which it is added to the image stream.
+/// A residual, and the blocks of the model whose image stream it is added to.
 #[derive(Debug, Clone)]
 pub struct Residual {
     /// (batch, image tokens, width), raster order, on the CPU.
     pub tensor: Tensor,
-    /// From 0, in the order in which the model runs them.
+    /// Indexes of blocks, from 0, in the order in which the model runs them.
     pub blocks: Vec<usize>,
 }
 
-/// An open branch.
+/// A ControlNet file that a plugin has opened.
 pub struct ControlNet {
     library: Library,
     table: ClearformBranchTable,
     instance: *mut c_void,
-    /// Lent to the instance, which is closed first.
-    file: LentFile,
+    /// Borrowed by the instance, which `drop` closes before this is dropped.
+    file: PluginFile,
     input: ControlInput,
 }
 
-// SAFETY: the table's comments let any thread call an instance.
+// SAFETY: the interface allows an instance to be used from any thread.
 unsafe impl Send for ControlNet {}
 // SAFETY: as above.
 unsafe impl Sync for ControlNet {}
@@ -90,93 +91,106 @@ impl ControlNet {
     /// Loads `plugin` and lets it open `file` for the model `base`.
     ///
     /// # Errors
-    /// The plugin does not keep to the boundary, or refuses the file or the model.
+    /// The plugin violates the plugin interface, or rejects the file or the model.
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>, base: BaseModel) -> Result<Self> {
         let library = Library::load(plugin, CONTROLNET_INTERFACE)?;
-        // SAFETY: the library's interface is this one.
+        // SAFETY: this is the table of the library's interface.
         let table: ClearformBranchTable = unsafe { library.table() }?;
         let open = library.function("open", table.open)?;
         library.function("close", table.close)?;
         library.function("residuals", table.residuals)?;
-        let file = LentFile::new(file);
+        let file = PluginFile::new(file);
         let config = base.config.to_string();
-        let lent = ClearformBase {
-            struct_size: size_of::<ClearformBase>() as u32,
-            reserved: 0,
-            family: ClearformText::new(base.family),
-            config: ClearformText::new(&config),
-            attention: ClearformText::new(base.attention),
-        };
+        let base = base.to_c(&config);
         let mut instance = std::ptr::null_mut();
-        // SAFETY: the host stands, the file does until close, and the base during the call.
-        let status = unsafe { open(library.host(), file.table(), &raw const lent, &raw mut instance) };
-        let bad = |reason| PluginError::BadAdapter { adapter: file.path().to_owned(), reason };
-        library.outcome(status).map_err(|reason| bad(file.explain(reason)))?;
-        let none = ControlInput { kind: ControlKind::Latents, channels: 0, modes: 0, range: [0.0, 1.0] };
-        let mut controlnet = Self { library, table, instance, file, input: none };
+        // SAFETY: host and file outlive the instance, and the base the call.
+        let status = unsafe { open(library.host(), file.table(), &raw const base, &raw mut instance) };
+        library.check_status(status).map_err(|reason| {
+            let reason = file.explain(reason);
+            PluginError::BadAdapter { adapter: file.path().to_owned(), reason }
+        })?;
+        let unknown = ControlInput { kind: ControlKind::Latents, channels: 0, modes: 0, range: [0.0, 1.0] };
+        let mut controlnet = Self { library, table, instance, file, input: unknown };
         controlnet.input = controlnet.read_input()?;
         Ok(controlnet)
     }
 
-    /// What it takes.
+    /// The control that it expects.
     pub fn input(&self) -> ControlInput {
         self.input
     }
 
-    /// Its file or folder.
+    /// The ControlNet's file or folder.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// What the plugin has to say since the last time.
+    /// The plugin's messages to the user since the last call.
     pub fn notes(&self) -> Vec<String> {
         self.library.notes()
     }
 
-    /// One evaluation's residuals, unscaled.
+    /// The residuals of one evaluation, unscaled.
     ///
     /// # Errors
-    /// The plugin cannot use the input, or does not keep to the boundary.
+    /// The plugin cannot use the input, or violates the plugin interface.
     pub fn residuals(&self, input: &DenoiserInput, controls: Controls) -> Result<Vec<Residual>> {
-        let function = self.library.function("residuals", self.table.residuals)?;
-        let lent = LentStep::new(input, controls)?;
-        let step = lent.step();
-        let mut given = ReceivedResiduals::default();
-        // SAFETY: the instance is open; the step's tensors stand in `lent`, and `given` does until the call is over.
-        let status = unsafe { function(self.instance, &raw const step, Some(take), (&raw mut given).cast()) };
-        let outcome = self.library.outcome(status);
-        if let Some(refused) = given.refused {
-            return Err(self.bad(refused.to_string()));
+        let residuals = self.library.function("residuals", self.table.residuals)?;
+        let tensors = StepTensors::new(input, controls)?;
+        let step = tensors.step();
+        let mut received = ReceivedResiduals::default();
+        // SAFETY: the instance is open; the step's tensors and `received` outlive the call.
+        let status =
+            unsafe { residuals(self.instance, &raw const step, Some(receive_residual), (&raw mut received).cast()) };
+        let outcome = self.library.check_status(status);
+        if let Some(error) = received.error {
+            return Err(self.error(error.to_string()));
         }
-        outcome.map_err(|reason| self.bad(reason))?;
-        Ok(given.residuals)
+        outcome.map_err(|reason| self.error(reason))?;
+        Ok(received.residuals)
     }
 
     fn read_input(&self) -> Result<ControlInput> {
-        let function = self.library.function("info", self.table.info)?;
+        let describe = self.library.function("info", self.table.info)?;
         let struct_size = size_of::<ClearformBranchInfo>() as u32;
         let mut info = ClearformBranchInfo { struct_size, control: 0, channels: 0, modes: 0, low: 0.0, high: 1.0 };
         // SAFETY: the instance is open, and the struct is ours.
-        let status = unsafe { function(self.instance, &raw mut info) };
-        self.library.outcome(status).map_err(|reason| self.bad(reason))?;
+        let status = unsafe { describe(self.instance, &raw mut info) };
+        self.library.check_status(status).map_err(|reason| self.error(reason))?;
         let kind = match info.control {
             CONTROL_LATENTS => ControlKind::Latents,
             CONTROL_PIXELS => ControlKind::Pixels,
-            other => return Err(self.library.bad(format!("its control {other} is neither latents nor pixels"))),
+            other => {
+                let reason = format!("expected a control of kind 1 (latents) or 2 (pixels), found {other}");
+                return Err(self.library.error(reason));
+            }
         };
-        let (channels, modes) = (info.channels as usize, info.modes as usize);
-        Ok(ControlInput { kind, channels, modes, range: [info.low, info.high] })
+        let range = [info.low, info.high];
+        Ok(ControlInput { kind, channels: info.channels as usize, modes: info.modes as usize, range })
     }
 
-    fn bad(&self, reason: String) -> PluginError {
+    fn error(&self, reason: String) -> PluginError {
         PluginError::BadAdapter { adapter: self.path().to_owned(), reason: self.file.explain(reason) }
+    }
+}
+
+impl BaseModel<'_> {
+    /// The C struct, which borrows from `self` and from the text of its config.
+    fn to_c(self, config: &str) -> ClearformBase {
+        ClearformBase {
+            struct_size: size_of::<ClearformBase>() as u32,
+            reserved: 0,
+            family: ClearformText::new(self.family),
+            config: ClearformText::new(config),
+            attention: ClearformText::new(self.attention),
+        }
     }
 }
 
 impl Drop for ControlNet {
     fn drop(&mut self) {
         if let Some(close) = self.table.close {
-            // SAFETY: the instance is open, and nobody has it after this.
+            // SAFETY: the instance is open, and not used after this.
             unsafe { close(self.instance) }
         }
     }
@@ -184,69 +198,99 @@ impl Drop for ControlNet {
 
 impl std::fmt::Debug for ControlNet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Branch").field("path", &self.path()).field("input", &self.input).finish_non_exhaustive()
+        f.debug_struct("ControlNet").field("path", &self.path()).field("input", &self.input).finish_non_exhaustive()
     }
 }
 
-/// What a plugin gave during one call.
+/// The residuals that a plugin passes during one call.
 #[derive(Default)]
 struct ReceivedResiduals {
     residuals: Vec<Residual>,
-    refused: Option<PluginError>,
+    error: Option<PluginError>,
 }
 
-unsafe extern "C" fn take(
+/// The host's `give`: receives one residual.
+unsafe extern "C" fn receive_residual(
     context: *mut c_void,
     residual: *mut DLManagedTensorVersioned,
     blocks: *const u32,
     block_count: usize,
 ) -> i32 {
-    // SAFETY: the context is the `ReceivedResiduals` of the call that this is within, and the tensor is ours.
-    let (given, tensor) = unsafe { (&mut *context.cast::<ReceivedResiduals>(), receive(residual)) };
-    let tensor = tensor.unwrap_or_else(|| Err(candle_core::Error::Msg("the plugin gave no tensor".to_owned()).into()));
-    let count = if blocks.is_null() { 0 } else { block_count };
-    // SAFETY: the plugin lends that many numbers for the call.
-    let blocks = if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(blocks, count) } };
-    let blocks = blocks.iter().map(|block| *block as usize).collect();
-    match tensor {
+    // SAFETY: the context is the `ReceivedResiduals` of the current call.
+    let received = unsafe { &mut *context.cast::<ReceivedResiduals>() };
+    // SAFETY: the host owns the tensor.
+    let tensor = unsafe { receive(residual) };
+    let missing = || Err(candle_core::Error::Msg("the plugin returned a null pointer as residual".to_owned()).into());
+    // SAFETY: the indexes are valid during the call.
+    let blocks = unsafe { block_indexes(blocks, block_count) };
+    match tensor.unwrap_or_else(missing) {
         Ok(tensor) => {
-            given.residuals.push(Residual { tensor, blocks });
+            received.residuals.push(Residual { tensor, blocks });
             OK
         }
         Err(error) => {
-            given.refused = Some(error);
+            received.error = Some(error);
             FAILED
         }
     }
 }
 
-/// The tensors of a step, as long as they are lent.
-struct LentStep([Option<OwnedTensor>; 9]);
+/// # Safety
+/// `blocks` is null, or valid for `count` indexes.
+unsafe fn block_indexes(blocks: *const u32, count: usize) -> Vec<usize> {
+    if blocks.is_null() || count == 0 {
+        return Vec::new();
+    }
+    // SAFETY: guaranteed by the caller.
+    let blocks = unsafe { std::slice::from_raw_parts(blocks, count) };
+    blocks.iter().map(|block| *block as usize).collect()
+}
 
-impl LentStep {
+/// Owns the tensors that a [`ClearformStep`] points to.
+struct StepTensors {
+    latents: OwnedTensor,
+    timestep: OwnedTensor,
+    text: Option<OwnedTensor>,
+    pooled: Option<OwnedTensor>,
+    guidance: Option<OwnedTensor>,
+    image_ids: Option<OwnedTensor>,
+    text_ids: Option<OwnedTensor>,
+    control: OwnedTensor,
+    mode: Option<OwnedTensor>,
+}
+
+impl StepTensors {
     fn new(input: &DenoiserInput, controls: Controls) -> Result<Self> {
         let conditions = &input.conditions;
-        let lend = OwnedTensor::of_candle;
-        let optional = |tensor: Option<&Tensor>| tensor.map(lend).transpose();
-        Ok(Self([
-            Some(lend(&input.latents)?),
-            Some(lend(&input.timestep)?),
-            optional(conditions.text.as_ref())?,
-            optional(conditions.pooled.as_ref())?,
-            optional(conditions.guidance.as_ref().or(controls.guidance))?,
-            optional(conditions.image_ids.as_ref())?,
-            optional(conditions.text_ids.as_ref())?,
-            Some(lend(controls.control)?),
-            optional(controls.mode)?,
-        ]))
+        let optional = |tensor: Option<&Tensor>| tensor.map(OwnedTensor::from_candle).transpose();
+        Ok(Self {
+            latents: OwnedTensor::from_candle(&input.latents)?,
+            timestep: OwnedTensor::from_candle(&input.timestep)?,
+            text: optional(conditions.text.as_ref())?,
+            pooled: optional(conditions.pooled.as_ref())?,
+            guidance: optional(conditions.guidance.as_ref().or(controls.guidance))?,
+            image_ids: optional(conditions.image_ids.as_ref())?,
+            text_ids: optional(conditions.text_ids.as_ref())?,
+            control: OwnedTensor::from_candle(controls.control)?,
+            mode: optional(controls.mode)?,
+        })
     }
 
-    fn step(&self) -> RawStep {
-        let raw = |tensor: &Option<OwnedTensor>| tensor.as_ref().map_or(std::ptr::null(), OwnedTensor::as_ptr);
-        let [latents, timestep, text, pooled, guidance, image_ids, text_ids, control, mode] =
-            self.0.each_ref().map(raw);
-        let struct_size = size_of::<RawStep>() as u32;
-        let reserved = 0;
-        RawStep { struct_size, reserved, latents, timestep, text, pooled, guidance, image_ids, text_ids, control, mode }
+    /// The C struct, valid as long as `self` is.
+    fn step(&self) -> ClearformStep {
+        let pointer = |tensor: &Option<OwnedTensor>| tensor.as_ref().map_or(std::ptr::null(), OwnedTensor::as_ptr);
+        ClearformStep {
+            struct_size: size_of::<ClearformStep>() as u32,
+            reserved: 0,
+            latents: self.latents.as_ptr(),
+            timestep: self.timestep.as_ptr(),
+            text: pointer(&self.text),
+            pooled: pointer(&self.pooled),
+            guidance: pointer(&self.guidance),
+            image_ids: pointer(&self.image_ids),
+            text_ids: pointer(&self.text_ids),
+            control: self.control.as_ptr(),
+            mode: pointer(&self.mode),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! [`Description`]: what a library says of itself, read from its file. Nothing is loaded for it.
+//! [`Description`]: what a plugin states about itself, read from the library's file without loading it.
 
 use clearform_layout::glob;
 use clearform_plugin_abi::{DESCRIPTION_BEGIN, DESCRIPTION_END};
@@ -6,65 +6,65 @@ use memchr::memmem::find;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Descriptions are short; a longer one is no description.
-const LONGEST: usize = 1 << 16;
+/// Descriptions are short: an end marker further away belongs to something else.
+const MAX_LENGTH: usize = 1 << 16;
 
-/// A plugin's description, as TOML embedded in its library.
+/// A plugin's description: TOML, embedded in its library.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
-    /// Name that `--adapter FILE,plugin=ID` takes.
+    /// The ID in `--adapter FILE,plugin=ID`.
     pub id: String,
-    /// Its own version.
+    /// Version of the plugin.
     pub version: String,
-    /// Interface with its revision.
+    /// Interface with its revision, such as `clearform.adapter/1`.
     pub interface: String,
-    /// Major version of the boundary.
+    /// Major version of the plugin interface.
     pub abi: u32,
-    /// What it is for, in a line.
+    /// Purpose of the plugin, in one line.
     pub summary: String,
-    /// What it opens: a file that any of these fits.
+    /// The plugin opens a file that matches any of these.
     pub claims: Vec<FileClaim>,
-    /// Small files that it must open, for `plugins check`.
+    /// Small files that it must open, for `clearform plugins check`.
     #[serde(default, rename = "example")]
     pub examples: Vec<Example>,
 }
 
-/// Patterns of tensor names and of metadata; `*` stands for any text.
+/// Patterns for tensor names and metadata; `*` matches any text. All conditions must hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FileClaim {
-    /// One of these is there.
+    /// At least one of these names exists.
     pub any: Vec<String>,
-    /// All of these are.
+    /// All of these names exist.
     pub all: Vec<String>,
-    /// None of these is.
+    /// None of these names exists.
     pub none: Vec<String>,
-    /// These keys have values that fit.
+    /// These keys have values that match.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// A file in small, and what the plugin must make of it.
+/// A small file, and what the plugin must make of it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Example {
-    /// What it shows.
+    /// What the example shows.
     pub name: String,
-    /// Extents of each tensor.
+    /// Shape of each tensor.
     pub tensors: BTreeMap<String, Vec<usize>>,
-    /// What the file holds beside them.
+    /// Metadata of the file.
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
-    /// An adapter's edits, in order: `component.parameter`.
+    /// Expected edits of an adapter, in order: `component.parameter`.
     #[serde(default)]
     pub edits: Vec<String>,
-    /// A branch's base: its family, and its config.json as a table.
+    /// The model that a ControlNet runs beside.
     pub base: Option<ExampleBase>,
-    /// One evaluation of a branch.
+    /// One evaluation of a ControlNet.
     pub step: Option<ExampleStep>,
 }
 
-/// One evaluation of a branch, by the extents of its inputs.
+/// One evaluation of a ControlNet: the sizes of its inputs, and the expected residuals.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExampleStep {
@@ -76,48 +76,53 @@ pub struct ExampleStep {
     pub text: [usize; 2],
     /// Channels of the pooled text.
     pub pooled: usize,
-    /// Extents of the control.
+    /// Shape of the control.
     pub control: Vec<usize>,
-    /// The blocks of each residual, in order.
+    /// Expected blocks of each residual, in order.
     pub residuals: Vec<Vec<usize>>,
 }
 
-/// The model that an example's branch hangs on.
+/// The model that an example's ControlNet runs beside.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExampleBase {
-    /// Its family.
+    /// Family, such as "flux".
     pub family: String,
-    /// Its config.json.
+    /// The model's config.json.
     pub config: toml::Table,
 }
 
 impl Description {
-    /// The description in the bytes of a library's file, if there is one; an error if there is one that cannot be read.
+    /// The description in the bytes of a library's file; `None` if there is none.
+    ///
+    /// # Errors
+    /// The inner result: the description is not valid.
     pub fn find(library: &[u8]) -> Option<Result<Self, String>> {
         let begin = find(library, DESCRIPTION_BEGIN.as_bytes())? + DESCRIPTION_BEGIN.len();
-        let rest = &library[begin..library.len().min(begin + LONGEST)];
+        let rest = &library[begin..library.len().min(begin + MAX_LENGTH)];
         let end = find(rest, DESCRIPTION_END.as_bytes())?;
-        let text = std::str::from_utf8(&rest[..end]).map_err(|_| "its description is no UTF-8".to_owned());
+        let text = std::str::from_utf8(&rest[..end]).map_err(|_| "its description is not UTF-8".to_owned());
         Some(text.and_then(|text| toml::from_str(text).map_err(|error| format!("its description: {error}"))))
     }
 
-    /// Whether a file of these tensor `names` and this `metadata` is one of its own.
+    /// Whether the plugin claims a file with these tensor `names` and this `metadata`.
     pub fn claims(&self, names: &BTreeSet<&str>, metadata: &BTreeMap<String, String>) -> bool {
-        self.claims.iter().any(|claim| claim.fits(names, metadata))
+        self.claims.iter().any(|claim| claim.matches(names, metadata))
     }
 }
 
 impl FileClaim {
-    fn fits(&self, names: &BTreeSet<&str>, metadata: &BTreeMap<String, String>) -> bool {
-        let there = |pattern: &String| names.iter().any(|name| glob(pattern, name));
-        let told = |(key, pattern): (&String, &String)| metadata.get(key).is_some_and(|value| glob(pattern, value));
-        let says_something = !(self.any.is_empty() && self.all.is_empty() && self.metadata.is_empty());
-        says_something
-            && (self.any.is_empty() || self.any.iter().any(there))
-            && self.all.iter().all(there)
-            && !self.none.iter().any(there)
-            && self.metadata.iter().all(told)
+    fn matches(&self, names: &BTreeSet<&str>, metadata: &BTreeMap<String, String>) -> bool {
+        let exists = |pattern: &String| names.iter().any(|name| glob(pattern, name));
+        let has_value =
+            |(key, pattern): (&String, &String)| metadata.get(key).is_some_and(|value| glob(pattern, value));
+        // Without this, an empty claim or one of `none` alone would match almost every file.
+        let is_specific = !(self.any.is_empty() && self.all.is_empty() && self.metadata.is_empty());
+        is_specific
+            && (self.any.is_empty() || self.any.iter().any(exists))
+            && self.all.iter().all(exists)
+            && !self.none.iter().any(exists)
+            && self.metadata.iter().all(has_value)
     }
 }
 
@@ -159,6 +164,6 @@ mod tests {
         assert!(!description.claims(&["b"].into(), &none));
         let metadata = [("kind".to_owned(), "scaling".to_owned())].into();
         assert!(description.claims(&["b"].into(), &metadata));
-        assert!(!FileClaim::default().fits(&["b"].into(), &none));
+        assert!(!FileClaim::default().matches(&["b"].into(), &none));
     }
 }

@@ -1,20 +1,20 @@
-//! What can go wrong with plugins and with what they open.
+//! [`PluginError`]: errors of plugins and of the adapters that they open.
 
 use std::path::PathBuf;
 
-/// Errors of this crate. Names that come from files are printed escaped.
+/// Errors of this crate. Names that come from files are escaped.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
-    /// The operating system refused.
+    /// The operating system reported an error.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A library that is no plugin of ours, or does not keep to the boundary.
+    /// The library is not a plugin, or violates the plugin interface.
     #[error("plugin {path}: {reason}", path = path.display())]
     BadPlugin {
         /// The library.
@@ -27,10 +27,10 @@ pub enum PluginError {
     NoPlugin {
         /// The adapter.
         adapter: PathBuf,
-        /// Which plugins there are, and what to do.
+        /// Which plugins are available, and what to do.
         reason: String,
     },
-    /// The plugin refused the adapter, or the model does not take it.
+    /// The plugin rejects the adapter, or the adapter does not fit the model.
     #[error("{adapter}: {reason}", adapter = adapter.display())]
     BadAdapter {
         /// The adapter.
@@ -38,10 +38,10 @@ pub enum PluginError {
         /// What was expected and found, and what to do.
         reason: String,
     },
-    /// A tensor cannot be had.
+    /// A tensor cannot be read.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The tensor library refused.
+    /// candle reported an error.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

@@ -1,134 +1,146 @@
-//! [`LentFile`]: an adapter's checkpoint as a plugin sees it. Tensors are read when the plugin asks for them.
+//! [`PluginFile`]: an adapter's checkpoint as the C struct that a plugin receives. Tensors are read on request.
 
 use candle_core::DType;
 use clearform_plugin_abi::dlpack::{DLDataType, DLManagedTensorVersioned};
-use clearform_plugin_abi::tensor::{ElementType, give};
+use clearform_plugin_abi::tensor::{ElementType, OwnedTensor};
 use clearform_plugin_abi::{ClearformFile, ClearformPair, ClearformTensorInfo, ClearformText, FAILED, OK};
-use clearform_weights::{Checkpoint, Dtype, TensorSource, WeightsError};
+use clearform_weights::{Checkpoint, Dtype, TensorInfo, TensorSource, WeightsError};
 use std::ffi::c_void;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A checkpoint, lent.
-pub(crate) struct LentFile {
-    /// Leads into `kept`; both stay where they are however this is moved.
+/// A checkpoint with its C struct.
+pub(crate) struct PluginFile {
+    /// Points into `contents`. Both are on the heap, so moving this value does not move them.
     table: Box<ClearformFile>,
-    kept: Arc<FileTable>,
+    contents: Arc<FileContents>,
 }
 
-/// What the table's pointers lead to.
-struct FileTable {
+/// What the pointers of the C struct point to.
+struct FileContents {
     checkpoint: Arc<Checkpoint>,
     names: Vec<String>,
-    /// Extents of each tensor.
+    /// `infos` points to them.
     _shapes: Vec<Vec<i64>>,
     infos: Vec<ClearformTensorInfo>,
     pairs: Vec<ClearformPair>,
     config: String,
     /// Why the last read failed.
-    failure: Mutex<Option<String>>,
+    read_error: Mutex<Option<String>>,
 }
 
-impl LentFile {
-    /// Lends `checkpoint`.
+impl PluginFile {
+    /// Prepares `checkpoint` for a plugin.
     pub fn new(checkpoint: Arc<Checkpoint>) -> Self {
-        let kept = Arc::new(FileTable::new(checkpoint));
+        let contents = Arc::new(FileContents::new(checkpoint));
         let table = ClearformFile {
             struct_size: size_of::<ClearformFile>() as u32,
             reserved: 0,
-            context: Arc::as_ptr(&kept).cast_mut().cast(),
-            tensors: kept.infos.as_ptr(),
-            tensor_count: kept.infos.len(),
-            metadata: kept.pairs.as_ptr(),
-            metadata_count: kept.pairs.len(),
-            config: ClearformText::new(&kept.config),
+            context: Arc::as_ptr(&contents).cast_mut().cast(),
+            tensors: contents.infos.as_ptr(),
+            tensor_count: contents.infos.len(),
+            metadata: contents.pairs.as_ptr(),
+            metadata_count: contents.pairs.len(),
+            config: ClearformText::new(&contents.config),
             read: Some(read),
         };
-        Self { table: Box::new(table), kept }
+        Self { table: Box::new(table), contents }
     }
 
-    /// What the plugin gets.
+    /// The C struct, valid as long as `self` is.
     pub fn table(&self) -> *const ClearformFile {
         &raw const *self.table
     }
 
-    /// Names of its tensors, sorted.
+    /// Names of the tensors, sorted.
     pub fn names(&self) -> &[String] {
-        &self.kept.names
+        &self.contents.names
     }
 
-    /// Where it lies.
+    /// Path of the file or folder.
     pub fn path(&self) -> &Path {
-        self.kept.checkpoint.path()
+        self.contents.checkpoint.path()
     }
 
-    /// `reason`, with why reading failed, if it did.
+    /// Appends the cause of the last failed read to `reason`, if there was one.
     pub fn explain(&self, reason: String) -> String {
-        match self.kept.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(failure) => format!("{reason}: {failure}"),
+        match self.contents.read_error().take() {
+            Some(cause) => format!("{reason}: {cause}"),
             None => reason,
         }
     }
 }
 
-// SAFETY: the pointers of both lead to what `FileTable` itself keeps, which is never written but for the lock.
-unsafe impl Send for LentFile {}
+// SAFETY: the pointers of both structs point into `FileContents`, where nothing but the mutex is ever written.
+unsafe impl Send for PluginFile {}
 // SAFETY: as above.
-unsafe impl Sync for LentFile {}
+unsafe impl Sync for PluginFile {}
 // SAFETY: as above.
-unsafe impl Send for FileTable {}
+unsafe impl Send for FileContents {}
 // SAFETY: as above.
-unsafe impl Sync for FileTable {}
+unsafe impl Sync for FileContents {}
 
-impl FileTable {
+impl FileContents {
     fn new(checkpoint: Arc<Checkpoint>) -> Self {
         let tensors = checkpoint.tensors();
         let names: Vec<String> = tensors.iter().map(|info| info.name.clone()).collect();
-        let extents = |shape: &Vec<usize>| shape.iter().map(|extent| *extent as i64).collect();
-        let shapes: Vec<Vec<i64>> = tensors.iter().map(|info| extents(&info.shape)).collect();
-        let describe = |((name, shape), dtype): ((&String, &Vec<i64>), Dtype)| ClearformTensorInfo {
-            name: ClearformText::new(name),
-            shape: shape.as_ptr(),
-            ndim: shape.len() as i32,
-            dtype: element(dtype).map_or(DLDataType { code: 0, bits: 0, lanes: 0 }, ElementType::dtype),
-        };
-        let infos = names.iter().zip(&shapes).zip(tensors.iter().map(|info| info.dtype)).map(describe).collect();
-        let pair = |(key, value): (&String, &String)| ClearformPair {
-            key: ClearformText::new(key),
-            value: ClearformText::new(value),
-        };
-        let pairs = checkpoint.metadata().iter().map(pair).collect();
+        let shapes: Vec<Vec<i64>> = tensors.iter().map(c_shape).collect();
+        let infos = tensors.iter().zip(&names).zip(&shapes);
+        let infos = infos.map(|((info, name), shape)| tensor_info(name, shape, info.dtype)).collect();
+        let pairs = checkpoint.metadata().iter();
+        let pairs = pairs
+            .map(|(key, value)| ClearformPair { key: ClearformText::new(key), value: ClearformText::new(value) })
+            .collect();
         let config = checkpoint.config().map_or_else(String::new, ToString::to_string);
-        Self { names, _shapes: shapes, infos, pairs, config, failure: Mutex::default(), checkpoint }
+        Self { names, _shapes: shapes, infos, pairs, config, read_error: Mutex::default(), checkpoint }
     }
 
-    fn read(&self, index: usize) -> std::result::Result<*mut DLManagedTensorVersioned, WeightsError> {
-        let name = self.names.get(index).ok_or_else(|| WeightsError::Missing { name: format!("number {index}") })?;
+    fn read(&self, index: usize) -> std::result::Result<OwnedTensor, WeightsError> {
+        let missing = || WeightsError::Missing { name: format!("index {index}") };
+        let name = self.names.get(index).ok_or_else(missing)?;
         let raw = self.checkpoint.read(name)?;
-        let element = element(raw.dtype).ok_or_else(|| WeightsError::BadTensor {
+        let element = element_type(raw.dtype).ok_or_else(|| WeightsError::BadTensor {
             name: name.clone(),
-            reason: format!("number format {:?} cannot be given to a plugin", raw.dtype),
+            reason: format!("dtype {:?} is not supported by the plugin interface", raw.dtype),
         })?;
-        Ok(give(raw.bytes, element, &raw.shape))
+        Ok(OwnedTensor::new(raw.bytes, element, &raw.shape))
+    }
+
+    fn read_error(&self) -> MutexGuard<'_, Option<String>> {
+        self.read_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn element(dtype: Dtype) -> Option<ElementType> {
-    ElementType::named(DType::try_from(dtype).ok()?.as_str())
+fn c_shape(info: &TensorInfo) -> Vec<i64> {
+    info.shape.iter().map(|size| *size as i64).collect()
+}
+
+fn tensor_info(name: &str, shape: &[i64], dtype: Dtype) -> ClearformTensorInfo {
+    const UNSUPPORTED: DLDataType = DLDataType { code: 0, bits: 0, lanes: 0 };
+    ClearformTensorInfo {
+        name: ClearformText::new(name),
+        shape: shape.as_ptr(),
+        ndim: shape.len() as i32,
+        dtype: element_type(dtype).map_or(UNSUPPORTED, ElementType::to_dlpack),
+    }
+}
+
+fn element_type(dtype: Dtype) -> Option<ElementType> {
+    ElementType::from_name(DType::try_from(dtype).ok()?.as_str())
 }
 
 unsafe extern "C" fn read(context: *mut c_void, index: usize, tensor: *mut *mut DLManagedTensorVersioned) -> i32 {
-    // SAFETY: the context is the `FileTable` of a file that is lent until the plugin's `close`, and is never written.
-    let kept = unsafe { &*context.cast::<FileTable>().cast_const() };
-    match kept.read(index) {
-        Ok(given) => {
-            *kept.failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            // SAFETY: the plugin says where it wants the tensor.
-            unsafe { *tensor = given };
+    // SAFETY: the context is the `FileContents` of a file that outlives the instance; it is only read.
+    let contents = unsafe { &*context.cast::<FileContents>().cast_const() };
+    match contents.read(index) {
+        Ok(owned) => {
+            *contents.read_error() = None;
+            // SAFETY: the plugin passes a valid pointer for the tensor, which it then owns.
+            unsafe { *tensor = owned.into_raw() };
             OK
         }
         Err(error) => {
-            *kept.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            *contents.read_error() = Some(error.to_string());
             FAILED
         }
     }

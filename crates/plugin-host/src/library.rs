@@ -1,26 +1,29 @@
-//! [`Library`]: a plugin that is loaded, and the functions that the host lends it. It knows no interface's content.
+//! [`Library`]: a loaded plugin, with the functions that the host provides to it. Independent of the interfaces.
 
 use crate::{Plugin, PluginError, Result};
-use clearform_plugin_abi::{ABI_MAJOR, ClearformHost, ClearformText, ENTRY_SYMBOL, LOG_ERROR, LOG_WARNING, OK};
+use clearform_plugin_abi::{
+    ABI_MAJOR, ClearformHost, ClearformPlugin, ClearformText, ENTRY_SYMBOL, LOG_ERROR, LOG_WARNING, OK,
+};
 use std::alloc::Layout;
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-type EntryPoint = unsafe extern "C" fn(*const ClearformHost) -> *const clearform_plugin_abi::ClearformPlugin;
+type EntryPoint = unsafe extern "C" fn(*const ClearformHost) -> *const ClearformPlugin;
 
-/// A loaded plugin. It is never unloaded: threads of its own, or tensors that it gave, may outlive every user.
+/// A loaded plugin. It is never unloaded, because its threads and the tensors that it returned may outlive every
+/// instance.
 #[derive(Debug)]
 pub(crate) struct Library {
     path: PathBuf,
-    exported: &'static clearform_plugin_abi::ClearformPlugin,
-    host: Box<LentHost>,
+    exported: &'static ClearformPlugin,
+    host: Box<HostContext>,
 }
 
-/// The host as a plugin sees it, with what the plugin says to it.
-struct LentHost {
+/// The C struct of the host's functions, with the messages that the plugin sends through them.
+struct HostContext {
     table: ClearformHost,
-    said: Mutex<PluginMessages>,
+    messages: Mutex<PluginMessages>,
 }
 
 #[derive(Debug, Default)]
@@ -30,124 +33,153 @@ struct PluginMessages {
 }
 
 impl Library {
-    /// Loads `plugin`, and holds what it exports against its description and this version of the boundary.
+    /// Loads `plugin`, and checks what it exports against its description and this version of the interface.
     ///
     /// # Errors
-    /// It cannot be loaded, was built for another version, is of another interface, or is not what it says.
+    /// The library cannot be loaded, was built for another version, has another interface, or contradicts its
+    /// description.
     pub fn load(plugin: &Plugin, interface: &str) -> Result<Self> {
-        let bad = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
-        check_major(plugin.description.abi).map_err(bad)?;
+        let bad_plugin = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
+        check_major(plugin.description.abi).map_err(bad_plugin)?;
         if plugin.description.interface != interface {
             let found = &plugin.description.interface;
-            return Err(bad(format!("it offers the interface {found:?}, expected {interface:?}")));
+            return Err(bad_plugin(format!("expected the interface {interface:?}, found {found:?}")));
         }
-        // A path without a folder would be looked for where the system keeps its libraries.
-        let path =
-            plugin.path.canonicalize().map_err(|source| PluginError::Io { path: plugin.path.clone(), source })?;
-        // SAFETY: the person asked for an adapter that this plugin opens, and put it where plugins are looked for. Its
-        // constructors run now.
-        let loaded = unsafe { load(&path) }.map_err(|error| bad(error.to_string()))?;
+        // The system would search its own folders for a path without a folder.
+        let path = plugin.path.canonicalize();
+        let path = path.map_err(|source| PluginError::Io { path: plugin.path.clone(), source })?;
+        // SAFETY: loading runs the library's constructors. The user put the library where plugins are found, and passed
+        // an adapter that it opens.
+        let loaded = unsafe { load(&path) }.map_err(|error| bad_plugin(error.to_string()))?;
         let loaded = std::mem::ManuallyDrop::new(loaded);
         // SAFETY: the symbol is a function of this type in every plugin of this major version.
         let entry = unsafe { loaded.get::<EntryPoint>(ENTRY_SYMBOL) }.map(|symbol| *symbol);
-        let entry = entry.map_err(|_| bad(format!("it exports no {ENTRY_SYMBOL}, so it is no plugin")))?;
-        let host = lend();
-        // SAFETY: the host stands until this is dropped; what the entry returns is null, or stands as long as the process.
-        let exported = unsafe { check(entry(&raw const host.table), interface) }.map_err(bad)?;
+        let entry = entry.map_err(|_| bad_plugin(format!("it is not a plugin: it does not export {ENTRY_SYMBOL}")))?;
+        let host = HostContext::new();
+        // SAFETY: the host lives as long as `Self`; the entry point returns null, or a struct that is never freed.
+        let exported = unsafe { check(entry(&raw const host.table), interface) }.map_err(bad_plugin)?;
         Ok(Self { path: plugin.path.clone(), exported, host })
     }
 
-    /// The table of its interface, as far as `T` goes.
+    /// The function table of its interface, as far as `T` extends.
     ///
     /// # Safety
     /// `T` is the `repr(C)` table of the plugin's interface, which begins with its size.
     ///
     /// # Errors
-    /// There is none, or it is shorter.
+    /// The table is null or too short.
     pub unsafe fn table<T>(&self) -> Result<T> {
         let table = self.exported.table;
         if table.is_null() {
-            return Err(self.bad("its table is null"));
+            return Err(self.error("its table is null"));
         }
         // SAFETY: every table begins with its size.
         let size = unsafe { *table.cast::<u32>() } as usize;
         if size < size_of::<T>() {
-            return Err(self.bad(format!("its table has {size} bytes, expected at least {}", size_of::<T>())));
+            return Err(self.error(format!("its table has {size} bytes, expected at least {}", size_of::<T>())));
         }
-        // SAFETY: the caller says that it is a T, and it is long enough.
+        // SAFETY: the caller guarantees the type, and the table is long enough.
         Ok(unsafe { table.cast::<T>().read() })
     }
 
-    /// A function of its table, which must be there.
+    /// A function of its table.
     ///
     /// # Errors
-    /// It is null.
+    /// The function is null.
     pub fn function<F>(&self, name: &str, function: Option<F>) -> Result<F> {
-        function.ok_or_else(|| self.bad(format!("its function {name:?} is null")))
+        function.ok_or_else(|| self.error(format!("its function {name:?} is null")))
     }
 
-    /// The host, as the plugin sees it.
+    /// The host's functions, as the plugin receives them.
     pub fn host(&self) -> *const ClearformHost {
         &raw const self.host.table
     }
 
     /// An error about the library itself.
-    pub fn bad(&self, reason: impl Into<String>) -> PluginError {
+    pub fn error(&self, reason: impl Into<String>) -> PluginError {
         PluginError::BadPlugin { path: self.path.clone(), reason: reason.into() }
     }
 
-    /// What the plugin said of the call that returned `status`, if that is no success. A call without a status may have
-    /// said something too.
-    pub fn outcome(&self, status: i32) -> std::result::Result<(), String> {
-        let said = self.host.said().failure.take();
-        match (status, said) {
+    /// Turns the status of a call into a result, with the message that the plugin passed to `fail`. After a call
+    /// without a status, pass [`OK`]: a message alone also is an error.
+    pub fn check_status(&self, status: i32) -> std::result::Result<(), String> {
+        let failure = self.host.messages().failure.take();
+        match (status, failure) {
             (OK, None) => Ok(()),
-            (_, said) => {
-                Err(said.unwrap_or_else(|| format!("the plugin failed with status {status} and did not say why")))
-            }
+            (_, Some(reason)) => Err(reason),
+            (_, None) => Err(format!("the plugin failed with status {status} and gave no reason")),
         }
     }
 
-    /// Messages for the person since the last time.
+    /// The plugin's messages to the user since the last call.
     pub fn notes(&self) -> Vec<String> {
-        std::mem::take(&mut self.host.said().notes)
+        std::mem::take(&mut self.host.messages().notes)
     }
 }
 
-impl std::fmt::Debug for LentHost {
+impl std::fmt::Debug for HostContext {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lent").field("said", &self.said).finish_non_exhaustive()
+        f.debug_struct("HostContext").field("messages", &self.messages).finish_non_exhaustive()
     }
 }
 
-// SAFETY: the table is written once, before a plugin sees it; its context leads to this struct, whose mutable part is
-// behind a lock.
-unsafe impl Sync for LentHost {}
+// SAFETY: the table is written once, before a plugin receives it. Its context points to this struct, where only the
+// mutex is ever written.
+unsafe impl Sync for HostContext {}
 // SAFETY: as above.
-unsafe impl Send for LentHost {}
+unsafe impl Send for HostContext {}
 
-impl LentHost {
-    fn said(&self) -> MutexGuard<'_, PluginMessages> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+impl HostContext {
+    /// A host whose context pointer points to itself.
+    fn new() -> Box<Self> {
+        let table = ClearformHost {
+            abi_major: ABI_MAJOR,
+            struct_size: size_of::<ClearformHost>() as u32,
+            context: std::ptr::null_mut(),
+            threads: rayon::current_num_threads() as u32,
+            reserved: 0,
+            allocate: Some(allocate),
+            release: Some(release),
+            log: Some(log),
+            progress: Some(progress),
+            fail: Some(fail),
+        };
+        let host = Box::into_raw(Box::new(Self { table, messages: Mutex::default() }));
+        // SAFETY: it was just made, and moving the box does not move it.
+        unsafe {
+            (*host).table.context = host.cast();
+            Box::from_raw(host)
+        }
+    }
+
+    /// # Safety
+    /// `context` is the context of a host that lives at least as long as the result.
+    unsafe fn from_context<'a>(context: *mut c_void) -> &'a Self {
+        // SAFETY: guaranteed by the caller.
+        unsafe { &*context.cast::<Self>() }
+    }
+
+    fn messages(&self) -> MutexGuard<'_, PluginMessages> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Loads a library with every symbol that it needs, so that one which is missing is an error now and no crash later.
+/// Loads a library and resolves all its symbols at once: a missing one is an error now, and not a crash later.
 ///
 /// # Safety
-/// The library's constructors may run.
+/// The library's constructors run.
 #[cfg(unix)]
 unsafe fn load(path: &Path) -> std::result::Result<libloading::Library, libloading::Error> {
     use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller.
     unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map(Into::into)
 }
 
 /// # Safety
-/// The library's constructors may run.
+/// The library's constructors run.
 #[cfg(not(unix))]
 unsafe fn load(path: &Path) -> std::result::Result<libloading::Library, libloading::Error> {
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller.
     unsafe { libloading::Library::new(path) }
 }
 
@@ -155,69 +187,39 @@ fn check_major(found: u32) -> std::result::Result<(), String> {
     match found {
         ABI_MAJOR => Ok(()),
         _ => Err(format!(
-            "it was built for version {found} of the boundary, expected {ABI_MAJOR}: get the plugin's release \
-                          for this version of clearform, or build it again"
+            "it was built for version {found} of the plugin interface, expected {ABI_MAJOR}: get the plugin's release \
+             for this version of clearform, or rebuild it"
         )),
     }
 }
 
 /// # Safety
-/// `exported` is null, or begins with two u32 and is as long as the second says, for as long as the process lives.
+/// `exported` is null, or begins with two u32 and is valid for as many bytes as the second states, as long as the
+/// process lives.
 unsafe fn check(
-    exported: *const clearform_plugin_abi::ClearformPlugin,
+    exported: *const ClearformPlugin,
     interface: &str,
-) -> std::result::Result<&'static clearform_plugin_abi::ClearformPlugin, String> {
+) -> std::result::Result<&'static ClearformPlugin, String> {
+    const EXPECTED_SIZE: usize = size_of::<ClearformPlugin>();
     if exported.is_null() {
-        return Err(format!("{ENTRY_SYMBOL} returned null: it does not run with this version of clearform"));
+        return Err(format!("{ENTRY_SYMBOL} returned null: it does not support this version of clearform"));
     }
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller.
     let (major, size) = unsafe { ((*exported).abi_major, (*exported).struct_size as usize) };
     check_major(major)?;
-    if size < size_of::<clearform_plugin_abi::ClearformPlugin>() {
-        return Err(format!(
-            "its struct has {size} bytes, expected at least {}",
-            size_of::<clearform_plugin_abi::ClearformPlugin>()
-        ));
+    if size < EXPECTED_SIZE {
+        return Err(format!("its struct has {size} bytes, expected at least {EXPECTED_SIZE}"));
     }
     // SAFETY: it is long enough.
     let exported = unsafe { &*exported };
-    // SAFETY: the text is the plugin's, and stands.
+    // SAFETY: the text is valid as long as the plugin.
     match unsafe { exported.interface.as_str() } {
         Some(found) if found == interface => Ok(exported),
-        found => Err(format!("it offers the interface {found:?}, but its description says {interface:?}")),
+        found => Err(format!("it exports the interface {found:?}, but its description states {interface:?}")),
     }
 }
 
-/// A host to lend, with a context that leads back to it.
-fn lend() -> Box<LentHost> {
-    let table = ClearformHost {
-        abi_major: ABI_MAJOR,
-        struct_size: size_of::<ClearformHost>() as u32,
-        context: std::ptr::null_mut(),
-        threads: rayon::current_num_threads() as u32,
-        reserved: 0,
-        allocate: Some(allocate),
-        release: Some(release),
-        log: Some(log),
-        progress: Some(progress),
-        fail: Some(fail),
-    };
-    let lent = Box::into_raw(Box::new(LentHost { table, said: Mutex::default() }));
-    // SAFETY: it was made just now, and its address stays when the box is moved.
-    unsafe {
-        (*lent).table.context = lent.cast();
-        Box::from_raw(lent)
-    }
-}
-
-/// # Safety
-/// `context` is that of a lent host, for as long as the guard is held.
-unsafe fn said<'a>(context: *mut c_void) -> MutexGuard<'a, PluginMessages> {
-    // SAFETY: the caller says so.
-    unsafe { &*context.cast::<LentHost>() }.said()
-}
-
-// What follows is called by plugins, which keep to the comments of the table. Nothing in it can panic.
+// Plugins call the functions below, and follow the comments of `ClearformHost`. None of them can panic.
 
 unsafe extern "C" fn allocate(_: *mut c_void, size: usize, alignment: usize) -> *mut c_void {
     match Layout::from_size_align(size, alignment) {
@@ -229,36 +231,40 @@ unsafe extern "C" fn allocate(_: *mut c_void, size: usize, alignment: usize) -> 
 
 unsafe extern "C" fn release(_: *mut c_void, memory: *mut c_void, size: usize, alignment: usize) {
     if let (false, Ok(layout)) = (memory.is_null(), Layout::from_size_align(size, alignment)) {
-        // SAFETY: the plugin says that it came from `allocate` with this size and alignment.
+        // SAFETY: the plugin guarantees that it came from `allocate` with this size and alignment.
         unsafe { std::alloc::dealloc(memory.cast(), layout) }
     }
 }
 
 unsafe extern "C" fn log(context: *mut c_void, level: u32, message: ClearformText) {
-    // SAFETY: the context is ours, and the text is lent for the call.
-    unsafe {
-        let kind = match level {
-            LOG_ERROR => "error: ",
-            LOG_WARNING => "warning: ",
-            _ => "",
-        };
-        said(context).notes.push(format!("{kind}{}", printable(message)));
-    }
+    let prefix = match level {
+        LOG_ERROR => "error: ",
+        LOG_WARNING => "warning: ",
+        _ => "",
+    };
+    // SAFETY: the context is ours, and the text is valid during the call.
+    let (host, message) = unsafe { (HostContext::from_context(context), escaped(message)) };
+    host.messages().notes.push(format!("{prefix}{message}"));
 }
 
 unsafe extern "C" fn progress(_: *mut c_void, _done: f64) {}
 
 unsafe extern "C" fn fail(context: *mut c_void, message: ClearformText) {
     // SAFETY: as in `log`.
-    unsafe { said(context).failure = Some(printable(message)) }
+    let (host, message) = unsafe { (HostContext::from_context(context), escaped(message)) };
+    host.messages().failure = Some(message);
 }
 
-/// A plugin's text, with control characters escaped.
+/// A plugin's text with its control characters escaped, so that it cannot steer the terminal.
 ///
 /// # Safety
 /// The text is valid.
-unsafe fn printable(text: ClearformText) -> String {
-    // SAFETY: the caller says so.
-    let text = unsafe { text.as_str() }.unwrap_or("(a text that is no UTF-8)");
-    text.chars().flat_map(|one| if one.is_control() { one.escape_default().collect() } else { vec![one] }).collect()
+unsafe fn escaped(text: ClearformText) -> String {
+    // SAFETY: guaranteed by the caller.
+    let text = unsafe { text.as_str() }.unwrap_or("(text that is not UTF-8)");
+    let escape = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(escape).collect()
 }

@@ -1,25 +1,26 @@
-//! [`PatchedSource`]: a source of tensors as adapters edit it. The source itself is never changed, so taking an adapter away
-//! gives back the very bits that were there.
+//! [`PatchedSource`]: a tensor source with the edits of adapters applied as tensors are read. The underlying source
+//! never changes, so without the adapter the model has exactly the same bits as before.
 
-use crate::adapter::{Edit, EditKind, EditValues};
-use crate::weight_edits::{PlacedEdit, WeightEdits};
+use crate::edit::{Edit, EditKind, EditValues};
+use crate::weight_edits::{EditedRows, PlacedEdit, WeightEdits};
 use crate::{PluginError, Result};
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use clearform_weights::{InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// How low-rank edits meet a weight.
+/// How low-rank edits are applied to a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LowRankMode {
-    /// Beside it, for whoever can add their products: costs little, and loses nothing to a weight's number format.
+    /// The factors stay separate, and their product with the input is added at run time. This costs little, and nothing
+    /// is rounded to the weight's dtype.
     #[default]
-    Beside,
-    /// Added to it.
+    Separate,
+    /// The product of the factors is added to the weight.
     Fused,
 }
 
-/// A source with the edits of one part of a pipeline.
+/// A source with the edits of one component of a pipeline.
 pub struct PatchedSource<'a, S> {
     source: S,
     edits: Option<&'a BTreeMap<String, Vec<PlacedEdit>>>,
@@ -27,9 +28,9 @@ pub struct PatchedSource<'a, S> {
 }
 
 impl<'a, S: TensorSource> PatchedSource<'a, S> {
-    /// `source` as `changes` edit the part `name`.
-    pub fn new(source: S, edits: &'a WeightEdits, part: &str, mode: LowRankMode) -> Self {
-        Self { source, edits: edits.of(part), mode }
+    /// Applies the edits of `component` to `source`.
+    pub fn new(source: S, edits: &'a WeightEdits, component: &str, mode: LowRankMode) -> Self {
+        Self { source, edits: edits.component(component), mode }
     }
 
     fn edits(&self, name: &str) -> &'a [PlacedEdit] {
@@ -39,16 +40,16 @@ impl<'a, S: TensorSource> PatchedSource<'a, S> {
     fn edited(&self, name: &str) -> Result<Tensor> {
         let stored = self.source.tensor(name)?;
         let mut tensor = stored.to_dtype(DType::F32)?;
-        for change in self.edits(name) {
-            tensor = change.apply(&tensor)?;
+        for edit in self.edits(name) {
+            tensor = edit.apply(&tensor)?;
         }
         Ok(tensor.to_dtype(stored.dtype())?)
     }
 
     fn describe(&self, mut info: TensorInfo) -> TensorInfo {
-        let columns = self.edits(&info.name).iter().map(|change| change.columns).max();
-        if let ([_, own], Some(columns)) = (&mut info.shape[..], columns) {
-            *own = columns.max(*own);
+        let columns = self.edits(&info.name).iter().map(|edit| edit.columns).max();
+        if let ([_, stored], Some(columns)) = (&mut info.shape[..], columns) {
+            *stored = columns.max(*stored);
         }
         info
     }
@@ -80,26 +81,26 @@ impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
         match self.edits(name) {
             [] => self.source.tensor(name),
-            _ => self.edited(name).map_err(|error| explain(name, error)),
+            _ => self.edited(name).map_err(|error| weights_error(name, error)),
         }
     }
 
     fn low_rank_terms(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
         let edits = self.edits(name);
-        if edits.is_empty() || self.mode == LowRankMode::Fused || !edits.iter().all(PlacedEdit::is_plain) {
+        if edits.is_empty() || self.mode == LowRankMode::Fused || !edits.iter().all(PlacedEdit::is_low_rank_term) {
             return Ok((self.tensor(name)?, Vec::new()));
         }
         let weight = self.source.tensor(name)?;
         let (rows, columns) = weight.dims2()?;
-        if edits.iter().any(|change| change.columns != columns) {
+        if edits.iter().any(|edit| edit.columns != columns) {
             return Ok((self.tensor(name)?, Vec::new()));
         }
-        let terms = edits.iter().map(|change| change.term(rows, &weight)).collect::<Result<Vec<_>>>();
-        Ok((weight, terms.map_err(|error| explain(name, error))?))
+        let terms = edits.iter().map(|edit| edit.low_rank_term(rows, &weight)).collect::<Result<Vec<_>>>();
+        Ok((weight, terms.map_err(|error| weights_error(name, error))?))
     }
 }
 
-fn explain(name: &str, error: PluginError) -> WeightsError {
+fn weights_error(name: &str, error: PluginError) -> WeightsError {
     match error {
         PluginError::Weights(error) => error,
         PluginError::Tensor(error) => WeightsError::Tensor(error),
@@ -112,97 +113,105 @@ impl PlacedEdit {
         &self.adapter.edits()[self.edit]
     }
 
-    /// Whether it is low-rank, as far as can be told without its tensors.
-    fn is_plain(&self) -> bool {
+    /// Whether the edit only adds a low-rank term.
+    fn is_low_rank_term(&self) -> bool {
         self.edit().kind == EditKind::LowRank && !self.edit().decomposed
     }
 
-    /// The whole edit as a term beside a weight of `rows`, in its number format and place.
-    fn term(&self, rows: usize, weight: &Tensor) -> Result<LowRank> {
+    /// The edit as a term for a weight with `rows` rows, in the weight's dtype and on its device.
+    fn low_rank_term(&self, rows: usize, weight: &Tensor) -> Result<LowRank> {
         let (EditValues::LowRank { down, up }, _) = self.adapter.values(self.edit)? else {
-            return Err(self.adapter.bad(self.edit(), "it is low-rank, but has no factors"));
+            return Err(self.adapter.edit_error(self.edit(), "it is low-rank, but has no factors"));
         };
-        let up = spread(&matrix(&up)?, &self.pieces, rows)?;
-        let like = |factor: Tensor| factor.to_dtype(weight.dtype())?.to_device(weight.device());
-        Ok(LowRank { down: like(matrix(&down)?)?, up: like(up)?, scale: self.strength * self.edit().scale })
+        let up = scatter_rows(&matrix(&up)?, &self.rows, rows)?;
+        let like_weight = |factor: Tensor| factor.to_dtype(weight.dtype())?.to_device(weight.device());
+        let scale = self.strength * self.edit().scale;
+        Ok(LowRank { down: like_weight(matrix(&down)?)?, up: like_weight(up)?, scale })
     }
 
     /// The edited tensor, in f32.
     fn apply(&self, tensor: &Tensor) -> Result<Tensor> {
-        let (values, magnitude) = self.adapter.values(self.edit)?;
-        let in_f32 = |tensor: &Tensor, device| matrix(tensor)?.to_dtype(DType::F32)?.to_device(device);
-        let values = match values {
-            EditValues::LowRank { down, up } => {
-                EditValues::LowRank { down: in_f32(&down, tensor.device())?, up: in_f32(&up, tensor.device())? }
-            }
-            EditValues::Value(value) => EditValues::Value(in_f32(&value, tensor.device())?),
-        };
-        let magnitude =
-            magnitude.map(|magnitude| magnitude.to_dtype(DType::F32)?.to_device(tensor.device())).transpose()?;
+        let (values, magnitude) = self.values_in_f32(tensor.device())?;
         let widened = widen(tensor, self.columns)?;
         let weight = widened.reshape((widened.dims().first().copied().unwrap_or(1), ()))?;
-        let edited = over_rows(&weight, &self.pieces, |rows, from| {
+        let edited = map_rows(&weight, &self.rows, |rows, from| {
             let edited = self.edit_rows(&rows, &values, from)?;
             let edited = match &magnitude {
-                Some(magnitude) => self.decomposed(&edited, magnitude, from)?,
+                Some(magnitude) => self.set_norms(&edited, magnitude, from)?,
                 None => edited,
             };
-            // At full strength a replacement is the very value that was given.
+            // At full strength the difference is not formed, so that a replacement keeps its exact values.
             if self.strength == 1.0 { Ok(edited) } else { Ok((&rows + ((edited - &rows)? * self.strength)?)?) }
         })?;
         Ok(edited.reshape(widened.shape())?)
     }
 
-    /// Rows of a weight, edited at full strength. Another adapter may have widened them.
+    /// The edit's tensors as matrices, and its magnitude; in f32 on `device`.
+    fn values_in_f32(&self, device: &Device) -> Result<(EditValues, Option<Tensor>)> {
+        let (values, magnitude) = self.adapter.values(self.edit)?;
+        let in_f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.to_device(device);
+        let values = match values {
+            EditValues::LowRank { down, up } => {
+                EditValues::LowRank { down: in_f32(&matrix(&down)?)?, up: in_f32(&matrix(&up)?)? }
+            }
+            EditValues::Value(value) => EditValues::Value(in_f32(&matrix(&value)?)?),
+        };
+        Ok((values, magnitude.as_ref().map(in_f32).transpose()?))
+    }
+
+    /// Some rows of a weight, edited at full strength. They may be wider than the edit, if another adapter widened
+    /// them.
     ///
     /// # Shapes
-    /// weight (rows, columns), of which the edit's tensors have the rows `from` -> as weight.
+    /// weight (rows, columns), for the rows `from` of the edit's tensors -> as weight.
     fn edit_rows(&self, weight: &Tensor, values: &EditValues, from: &Range<usize>) -> Result<Tensor> {
-        let Edit { kind, scale, extents, .. } = self.edit();
-        let of_rows = |tensor: &Tensor| tensor.reshape((extents[0], ()))?.narrow(0, from.start, from.len());
-        let plus = |delta: Tensor| -> Result<Tensor> { Ok((weight + widen(&(delta * *scale)?, weight.dim(1)?)?)?) };
+        let Edit { kind, scale, shape, .. } = self.edit();
+        let select_rows = |tensor: &Tensor| tensor.reshape((shape[0], ()))?.narrow(0, from.start, from.len());
+        let add = |delta: Tensor| -> Result<Tensor> { Ok((weight + widen(&(delta * *scale)?, weight.dim(1)?)?)?) };
         match (values, kind) {
-            (EditValues::LowRank { down, up }, _) => plus(of_rows(up)?.contiguous()?.matmul(down)?),
-            (EditValues::Value(value), EditKind::Scale) => Ok(weight.broadcast_mul(&of_rows(value)?)?),
-            (EditValues::Value(value), EditKind::Replace) => Ok(of_rows(value)?),
-            (EditValues::Value(value), _) => plus(of_rows(value)?),
+            (EditValues::LowRank { down, up }, _) => add(select_rows(up)?.contiguous()?.matmul(down)?),
+            (EditValues::Value(value), EditKind::Scale) => Ok(weight.broadcast_mul(&select_rows(value)?)?),
+            (EditValues::Value(value), EditKind::Replace) => Ok(select_rows(value)?),
+            (EditValues::Value(value), _) => add(select_rows(value)?),
         }
     }
 
-    /// The rows of `moved` with the norms of `magnitude` in place of their own (DoRA, arXiv 2402.09353, eq. 5); or its
-    /// columns, where the magnitude has one for each of them.
-    fn decomposed(&self, moved: &Tensor, magnitude: &Tensor, from: &Range<usize>) -> Result<Tensor> {
-        let [rows, columns] = self.edit().extents;
+    /// Rescales the rows of `weight` to the norms in `magnitude` (DoRA, arXiv 2402.09353, eq. 5); or its columns, if
+    /// there is one norm for each column.
+    fn set_norms(&self, weight: &Tensor, magnitude: &Tensor, from: &Range<usize>) -> Result<Tensor> {
+        let [rows, columns] = self.edit().shape;
         let by_row = magnitude.elem_count() == rows && !(magnitude.dims().len() == 2 && magnitude.dims()[0] == 1);
         if by_row {
             let wanted = magnitude.reshape((rows, 1))?.narrow(0, from.start, from.len())?;
-            let norms = moved.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-            return Ok(moved.broadcast_mul(&(wanted / norms)?)?);
+            let norms = weight.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+            return Ok(weight.broadcast_mul(&(wanted / norms)?)?);
         }
+        // The norm of a column needs all its rows, so they must be together in one tensor.
         if magnitude.elem_count() != columns || from.len() != rows {
             let found = magnitude.dims();
             let reason =
-                format!("its magnitude {found:?} fits neither {rows} rows nor {columns} columns that lie together");
-            return Err(self.adapter.bad(self.edit(), &reason));
+                format!("expected a magnitude for {rows} rows, or {columns} columns of one tensor, found {found:?}");
+            return Err(self.adapter.edit_error(self.edit(), &reason));
         }
-        let norms = moved.sqr()?.sum_keepdim(0)?.sqrt()?;
-        Ok(moved.broadcast_mul(&(magnitude.reshape((1, columns))? / norms)?)?)
+        let norms = weight.sqr()?.sum_keepdim(0)?.sqrt()?;
+        Ok(weight.broadcast_mul(&(magnitude.reshape((1, columns))? / norms)?)?)
     }
 }
 
-/// `weight` with `edit` done to the rows of each piece.
+/// `weight` with `edit` applied to the given rows.
 ///
 /// # Shapes
 /// (rows, columns) -> the same.
-fn over_rows(
+fn map_rows(
     weight: &Tensor,
-    pieces: &[(Range<usize>, usize)],
+    rows: &[EditedRows],
     edit: impl Fn(Tensor, &Range<usize>) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let mut pieces: Vec<&(Range<usize>, usize)> = pieces.iter().collect();
-    pieces.sort_by_key(|(_, to)| *to);
-    let (mut parts, mut done) = (Vec::new(), 0);
-    for (from, to) in pieces {
+    let mut sorted: Vec<&EditedRows> = rows.iter().collect();
+    sorted.sort_by_key(|rows| rows.to);
+    let mut parts = Vec::new();
+    let mut done = 0;
+    for EditedRows { from, to } in sorted {
         if *to > done {
             parts.push(weight.narrow(0, done, to - done)?);
         }
@@ -216,32 +225,32 @@ fn over_rows(
 }
 
 /// # Shapes
-/// (rows, ..) -> (rows, all others together).
+/// (rows, ..) -> (rows, product of the other dimensions).
 fn matrix(tensor: &Tensor) -> candle_core::Result<Tensor> {
     tensor.reshape((tensor.dims().first().copied().unwrap_or(1), ()))
 }
 
-/// Zeros beside the columns of a matrix, so that there are `columns`.
+/// Pads a matrix with zeros on the right to `columns` columns.
 fn widen(tensor: &Tensor, columns: usize) -> Result<Tensor> {
     match tensor.dims() {
-        [_, own] if *own < columns => Ok(tensor.pad_with_zeros(1, 0, columns - own)?),
+        [_, found] if *found < columns => Ok(tensor.pad_with_zeros(1, 0, columns - found)?),
         _ => Ok(tensor.clone()),
     }
 }
 
-/// The rows of `tensor` where `pieces` say, and zeros elsewhere.
+/// The rows of `tensor` at their places in a matrix of `count` rows that is zero elsewhere.
 ///
 /// # Shapes
-/// (edited rows, n) -> (rows, n).
-fn spread(tensor: &Tensor, pieces: &[(Range<usize>, usize)], rows: usize) -> Result<Tensor> {
-    if let [(from, 0)] = pieces
-        && from.len() == rows
+/// (edited rows, n) -> (count, n).
+fn scatter_rows(tensor: &Tensor, rows: &[EditedRows], count: usize) -> Result<Tensor> {
+    if let [EditedRows { from, to: 0 }] = rows
+        && from.len() == count
     {
-        return Ok(tensor.narrow(0, from.start, rows)?.contiguous()?);
+        return Ok(tensor.narrow(0, from.start, count)?.contiguous()?);
     }
-    let mut spread = Tensor::zeros((rows, tensor.dim(1)?), tensor.dtype(), tensor.device())?;
-    for (from, to) in pieces {
-        spread = spread.slice_scatter0(&tensor.narrow(0, from.start, from.len())?.contiguous()?, *to)?;
+    let mut scattered = Tensor::zeros((count, tensor.dim(1)?), tensor.dtype(), tensor.device())?;
+    for EditedRows { from, to } in rows {
+        scattered = scattered.slice_scatter0(&tensor.narrow(0, from.start, from.len())?.contiguous()?, *to)?;
     }
-    Ok(spread)
+    Ok(scattered)
 }

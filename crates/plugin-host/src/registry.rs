@@ -1,4 +1,4 @@
-//! [`PluginRegistry`]: the plugins at hand, and the choice of the one that opens an adapter. It loads none.
+//! [`PluginRegistry`]: the available plugins, and the choice of the one that opens an adapter. Nothing is loaded here.
 
 use crate::{Description, PluginError, Result};
 use clearform_weights::{Checkpoint, TensorSource};
@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 /// A library with a description.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plugin {
-    /// Where it lies.
+    /// Path of the library.
     pub path: PathBuf,
-    /// What it says of itself.
+    /// Its description.
     pub description: Description,
 }
 
@@ -19,48 +19,48 @@ pub struct Plugin {
 #[derive(Debug, Clone, Default)]
 pub struct PluginRegistry {
     plugins: Vec<Plugin>,
-    /// Libraries that have a description, but a broken one.
+    /// Libraries whose description is not valid, with reasons.
     broken: Vec<(PathBuf, String)>,
-    off: bool,
+    disabled: bool,
 }
 
-/// Which plugin shall open an adapter.
+/// Restricts which plugin may open an adapter.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PluginChoice {
-    /// One of this interface.
+    /// Only plugins of this interface.
     pub interface: Option<&'static str>,
-    /// The one of this id.
+    /// Only the plugin with this id, whatever it claims.
     pub id: Option<String>,
 }
 
 impl PluginRegistry {
-    /// The shelf of one who wants no plugins.
-    pub fn off() -> Self {
-        Self { off: true, ..Self::default() }
+    /// A registry without plugins, for `--no-plugins`.
+    pub fn disabled() -> Self {
+        Self { disabled: true, ..Self::default() }
     }
 
-    /// The plugins in `folders`, of two with the same id the first.
+    /// Finds the plugins in `folders`. Of several with the same id, the first is used.
     ///
     /// # Errors
-    /// A folder cannot be read, or lies inside a model: what comes with a model is never loaded.
-    pub fn look(folders: &[PathBuf]) -> Result<Self> {
+    /// A folder cannot be read, or is inside a model: code that comes with a model is never loaded.
+    pub fn scan(folders: &[PathBuf]) -> Result<Self> {
         let mut registry = Self::default();
         for folder in folders {
-            outside_models(folder)?;
+            check_outside_models(folder)?;
             for path in libraries(folder)? {
-                registry.put(path)?;
+                registry.add(path)?;
             }
         }
         registry.plugins.sort_by(|a, b| a.description.id.cmp(&b.description.id));
         Ok(registry)
     }
 
-    /// Every plugin, sorted by id.
+    /// All plugins, sorted by id.
     pub fn plugins(&self) -> &[Plugin] {
         &self.plugins
     }
 
-    /// Libraries whose description cannot be read, with reasons.
+    /// Libraries whose description is not valid, with reasons.
     pub fn broken(&self) -> &[(PathBuf, String)] {
         &self.broken
     }
@@ -68,55 +68,50 @@ impl PluginRegistry {
     /// The plugin that opens `adapter`.
     ///
     /// # Errors
-    /// None does, or several do: the error lists them.
+    /// No plugin opens it, or several do: the error lists them.
     pub fn choose(&self, adapter: &Checkpoint, choice: &PluginChoice) -> Result<&Plugin> {
-        let refuse = |reason: String| Err(PluginError::NoPlugin { adapter: adapter.path().to_owned(), reason });
-        if self.off {
-            return refuse("plugins are turned off (--no-plugins), and this needs one".to_owned());
+        let no_plugin = |reason: String| PluginError::NoPlugin { adapter: adapter.path().to_owned(), reason };
+        if self.disabled {
+            return Err(no_plugin("plugins are disabled (--no-plugins), but this adapter needs one".to_owned()));
         }
         let infos = adapter.tensors();
         let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
-        let fits = |plugin: &&Plugin| match &choice.id {
+        let opens = |plugin: &&Plugin| match &choice.id {
             Some(id) => plugin.description.id == *id,
             None => plugin.description.claims(&names, adapter.metadata()),
         };
-        let right = |plugin: &&Plugin| choice.interface.is_none_or(|wanted| plugin.description.interface == wanted);
-        let fitting: Vec<&Plugin> = self.plugins.iter().filter(fits).collect();
-        match fitting.iter().copied().filter(right).collect::<Vec<_>>()[..] {
-            [one] => Ok(one),
-            [] => refuse(self.nothing_fits(&fitting, choice, &names)),
-            ref several => {
-                let ids: Vec<&str> = several.iter().map(|plugin| plugin.description.id.as_str()).collect();
-                refuse(format!("several plugins open it: {}; choose one with ,plugin=ID", ids.join(", ")))
-            }
+        let candidates: Vec<&Plugin> = self.plugins.iter().filter(opens).collect();
+        let fitting: Vec<&Plugin> = candidates.iter().copied().filter(|plugin| choice.allows(plugin)).collect();
+        match fitting[..] {
+            [plugin] => Ok(plugin),
+            [] => Err(no_plugin(self.why_none_fits(&candidates, choice, &names))),
+            _ => Err(no_plugin(format!("several plugins claim it: {}; choose one with ,plugin=ID", ids(&fitting)))),
         }
     }
 
-    fn nothing_fits(&self, other_interface: &[&Plugin], choice: &PluginChoice, names: &BTreeSet<&str>) -> String {
-        if let [plugin, ..] = other_interface {
+    /// Why no plugin fits. `candidates` would open the file, but have another interface.
+    fn why_none_fits(&self, candidates: &[&Plugin], choice: &PluginChoice, names: &BTreeSet<&str>) -> String {
+        if let [plugin, ..] = candidates {
             let Description { id, interface, .. } = &plugin.description;
-            return format!(
-                "the plugin {id:?} opens it, but is of the interface {interface:?}: give it with --adapter"
-            );
+            return format!("the plugin {id:?} opens it, but has the interface {interface:?}: pass it with --adapter");
         }
-        let known: Vec<&str> = self.plugins.iter().map(|plugin| plugin.description.id.as_str()).collect();
-        let known = if known.is_empty() {
-            "no plugin is there: `cargo build --release` puts them beside the program, --plugin-dir names another folder"
-                .to_owned()
-        } else {
-            format!("the plugins are {}", known.join(", "))
+        let available = match self.plugins.is_empty() {
+            true => "there are no plugins: `cargo build --release` puts them next to the program, --plugin-dir adds \
+                     another folder"
+                .to_owned(),
+            false => format!("available plugins: {}", ids(&self.plugins.iter().collect::<Vec<_>>())),
         };
         match &choice.id {
-            Some(id) => format!("there is no plugin {id:?}; {known}"),
+            Some(id) => format!("there is no plugin {id:?}; {available}"),
             None => {
                 let first: Vec<&&str> = names.iter().take(3).collect();
-                format!("no plugin knows a file with tensors such as {first:?}; {known}")
+                format!("no plugin claims a file with tensors such as {first:?}; {available}")
             }
         }
     }
 
-    fn put(&mut self, path: PathBuf) -> Result<()> {
-        outside_models(&path)?;
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        check_outside_models(&path)?;
         let bytes = std::fs::read(&path).map_err(|source| PluginError::Io { path: path.clone(), source })?;
         match Description::find(&bytes) {
             None => {}
@@ -128,46 +123,60 @@ impl PluginRegistry {
     }
 }
 
-/// The library at `path`, which may lie anywhere but inside a model.
-///
-/// # Errors
-/// It is no plugin, or lies inside a model.
-pub fn plugin_at(path: &Path) -> Result<Plugin> {
-    let bad = |reason: String| PluginError::BadPlugin { path: path.to_owned(), reason };
-    outside_models(path)?;
-    let bytes = std::fs::read(path).map_err(|source| PluginError::Io { path: path.to_owned(), source })?;
-    let description =
-        Description::find(&bytes).ok_or_else(|| bad("it has no description, so it is no plugin".to_owned()))?;
-    Ok(Plugin { path: path.to_owned(), description: description.map_err(bad)? })
+impl PluginChoice {
+    fn allows(&self, plugin: &Plugin) -> bool {
+        self.interface.is_none_or(|interface| plugin.description.interface == interface)
+    }
 }
 
-/// Shared libraries in `folder` itself, sorted.
+fn ids(plugins: &[&Plugin]) -> String {
+    let ids: Vec<&str> = plugins.iter().map(|plugin| plugin.description.id.as_str()).collect();
+    ids.join(", ")
+}
+
+/// The plugin in the library at `path`, which may be anywhere but inside a model.
+///
+/// # Errors
+/// The library is not a plugin, or is inside a model.
+pub fn plugin_at(path: &Path) -> Result<Plugin> {
+    let bad_plugin = |reason: String| PluginError::BadPlugin { path: path.to_owned(), reason };
+    check_outside_models(path)?;
+    let bytes = std::fs::read(path).map_err(|source| PluginError::Io { path: path.to_owned(), source })?;
+    let found = Description::find(&bytes);
+    let description = found.ok_or_else(|| bad_plugin("it is not a plugin: it contains no description".to_owned()))?;
+    Ok(Plugin { path: path.to_owned(), description: description.map_err(bad_plugin)? })
+}
+
+/// Shared libraries directly in `folder`, sorted.
 fn libraries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let io = |source| PluginError::Io { path: folder.to_owned(), source };
-    let entries = std::fs::read_dir(folder).map_err(io)?.collect::<std::io::Result<Vec<_>>>().map_err(io)?;
+    let io_error = |source| PluginError::Io { path: folder.to_owned(), source };
+    let entries = std::fs::read_dir(folder).map_err(io_error)?;
+    let entries = entries.collect::<std::io::Result<Vec<_>>>().map_err(io_error)?;
     let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
-    let ending = OsStr::new(std::env::consts::DLL_EXTENSION);
-    paths.retain(|path| path.extension() == Some(ending) && path.is_file());
+    let extension = OsStr::new(std::env::consts::DLL_EXTENSION);
+    paths.retain(|path| path.extension() == Some(extension) && path.is_file());
     paths.sort();
     Ok(paths)
 }
 
-/// What comes with a model is never loaded, by whatever name or link it is reached.
-fn outside_models(path: &Path) -> Result<()> {
+/// Rejects paths inside a model folder, whatever links lead there: a downloaded model must not bring code along.
+fn check_outside_models(path: &Path) -> Result<()> {
     let real = path.canonicalize().map_err(|source| PluginError::Io { path: path.to_owned(), source })?;
-    let is_model =
-        |folder: &&Path| ["clearform.toml", "model_index.json"].iter().any(|file| folder.join(file).is_file());
-    match real.ancestors().find(is_model) {
+    match real.ancestors().find(|folder| is_model(folder)) {
         None => Ok(()),
         Some(model) => {
             let reason = format!(
-                "it lies inside the model {}, and nothing that comes with a model is loaded. If you trust it, copy it to a \
-                 folder of its own",
+                "it is inside the model {}, and code that comes with a model is never loaded. If you trust it, copy it \
+                 to a folder of its own",
                 model.display()
             );
             Err(PluginError::BadPlugin { path: path.to_owned(), reason })
         }
     }
+}
+
+fn is_model(folder: &Path) -> bool {
+    ["clearform.toml", "model_index.json"].iter().any(|file| folder.join(file).is_file())
 }
 
 #[cfg(test)]
@@ -181,7 +190,8 @@ mod tests {
 
     fn write_plugin(folder: &Path, id: &str, interface: &str, claim: &str) {
         let text = format!(
-            "id = {id:?}\nversion = \"1\"\ninterface = {interface:?}\nabi = 1\nsummary = \"\"\n[[claims]]\nany = [{claim:?}]\n"
+            "id = {id:?}\nversion = \"1\"\ninterface = {interface:?}\nabi = 1\nsummary = \"\"\n\
+             [[claims]]\nany = [{claim:?}]\n"
         );
         let name = format!("lib{id}.{}", std::env::consts::DLL_EXTENSION);
         std::fs::write(folder.join(name), format!("{DESCRIPTION_BEGIN}{text}{DESCRIPTION_END}")).unwrap();
@@ -195,62 +205,59 @@ mod tests {
         Checkpoint::open(&path).unwrap()
     }
 
-    fn reason(result: Result<&Plugin>) -> String {
-        result.unwrap_err().to_string()
+    fn choice(interface: Option<&'static str>, id: Option<&str>) -> PluginChoice {
+        PluginChoice { interface, id: id.map(str::to_owned) }
     }
 
     #[test]
-    fn the_one_that_claims_a_file_is_chosen() {
+    fn the_plugin_that_claims_a_file_is_chosen() {
         let folder = tempfile::tempdir().unwrap();
         write_plugin(folder.path(), "lora", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "net", CONTROLNET_INTERFACE, "*.net");
-        std::fs::write(folder.path().join("libother.so"), "no plugin").unwrap();
-        let registry = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
+        std::fs::write(folder.path().join("libother.so"), "not a plugin").unwrap();
+        let registry = PluginRegistry::scan(&[folder.path().to_owned()]).unwrap();
         assert_eq!(registry.plugins().len(), 2);
         let adapter = adapter(folder.path(), "a.down");
-        let choice = |interface, id: Option<&str>| PluginChoice { interface, id: id.map(str::to_owned) };
-        assert_eq!(registry.choose(&adapter, &choice(None, None)).unwrap().description.id, "lora");
-        assert_eq!(registry.choose(&adapter, &choice(None, Some("net"))).unwrap().description.id, "net");
-        assert!(
-            reason(registry.choose(&adapter, &choice(Some(CONTROLNET_INTERFACE), None)))
-                .contains("give it with --adapter")
-        );
-        assert!(reason(registry.choose(&adapter, &choice(None, Some("x")))).contains("the plugins are lora, net"));
-        assert!(reason(PluginRegistry::off().choose(&adapter, &choice(None, None))).contains("--no-plugins"));
+        let chosen =
+            |choice: PluginChoice| registry.choose(&adapter, &choice).map(|plugin| plugin.description.id.clone());
+        assert_eq!(chosen(choice(None, None)).unwrap(), "lora");
+        assert_eq!(chosen(choice(None, Some("net"))).unwrap(), "net");
+        let error = |choice: PluginChoice| chosen(choice).unwrap_err().to_string();
+        assert!(error(choice(Some(CONTROLNET_INTERFACE), None)).contains("pass it with --adapter"));
+        assert!(error(choice(None, Some("x"))).contains("there is no plugin \"x\"; available plugins: lora, net"));
+        let disabled = PluginRegistry::disabled().choose(&adapter, &choice(None, None)).unwrap_err();
+        assert!(disabled.to_string().contains("--no-plugins"));
     }
 
     #[test]
-    fn two_claimants_are_an_error_that_lists_them() {
+    fn a_file_that_two_plugins_claim_is_an_error_that_lists_them() {
         let folder = tempfile::tempdir().unwrap();
         write_plugin(folder.path(), "one", ADAPTER_INTERFACE, "*.down");
         write_plugin(folder.path(), "two", ADAPTER_INTERFACE, "a.*");
-        let registry = PluginRegistry::look(&[folder.path().to_owned()]).unwrap();
-        let error = reason(registry.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default()));
-        assert!(error.contains("one, two; choose one with ,plugin=ID"), "{error}");
-        assert!(
-            reason(registry.choose(&adapter(folder.path(), "b"), &PluginChoice::default()))
-                .contains("tensors such as [\"b\"]")
-        );
+        let registry = PluginRegistry::scan(&[folder.path().to_owned()]).unwrap();
+        let error = |tensor: &str| {
+            registry.choose(&adapter(folder.path(), tensor), &PluginChoice::default()).unwrap_err().to_string()
+        };
+        let several = error("a.down");
+        assert!(several.contains("one, two; choose one with ,plugin=ID"), "{several}");
+        assert!(error("b").contains("tensors such as [\"b\"]"));
     }
 
     #[test]
-    fn a_folder_inside_a_model_is_refused() {
+    fn plugins_inside_a_model_are_rejected() {
         let model = tempfile::tempdir().unwrap();
         std::fs::write(model.path().join("model_index.json"), "{}").unwrap();
         let inside = model.path().join("transformer");
         std::fs::create_dir(&inside).unwrap();
         write_plugin(&inside, "lora", ADAPTER_INTERFACE, "*");
-        assert!(
-            PluginRegistry::look(std::slice::from_ref(&inside)).unwrap_err().to_string().contains("inside the model")
-        );
+        let scan_error = |folder: &Path| PluginRegistry::scan(&[folder.to_owned()]).unwrap_err().to_string();
+        assert!(scan_error(&inside).contains("inside the model"));
         let path = inside.join(format!("liblora.{}", std::env::consts::DLL_EXTENSION));
         assert!(plugin_at(&path).unwrap_err().to_string().contains("inside the model"));
         let outside = tempfile::tempdir().unwrap();
         let link = outside.path().join(path.file_name().unwrap());
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(plugin_at(&link).unwrap_err().to_string().contains("inside the model"));
-        assert!(
-            PluginRegistry::look(&[outside.path().to_owned()]).unwrap_err().to_string().contains("inside the model")
-        );
+        assert!(scan_error(outside.path()).contains("inside the model"));
     }
 }

@@ -1,20 +1,20 @@
-//! What plugins give, as tensors of the tensor library.
+//! Tensors that plugins return, as candle tensors.
 
 use crate::Result;
 use candle_core::{Error, Tensor};
 use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 
-/// A copy of a tensor that a plugin gave away, which is freed; none for null.
+/// Copies a tensor that a plugin returned, and frees it. `None` for null.
 ///
 /// # Safety
-/// Null, or a managed tensor that is ours.
+/// `tensor` is null, or a managed tensor that the host owns.
 pub(crate) unsafe fn receive(tensor: *mut DLManagedTensorVersioned) -> Option<Result<Tensor>> {
     if tensor.is_null() {
         return None;
     }
-    // SAFETY: the caller says so.
-    let taken = unsafe { OwnedTensor::take(tensor) };
-    let taken = taken.map_err(|reason| Error::Msg(format!("the plugin gave {reason}")));
-    Some(taken.and_then(|owned| owned.view().to_candle()).map_err(Into::into))
+    // SAFETY: guaranteed by the caller.
+    let owned = unsafe { OwnedTensor::from_raw(tensor) };
+    let owned = owned.map_err(|reason| Error::Msg(format!("the plugin returned an invalid tensor: {reason}")));
+    Some(owned.and_then(|owned| owned.view().to_candle()).map_err(Into::into))
 }

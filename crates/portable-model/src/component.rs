@@ -1,4 +1,4 @@
-//! [`ComponentData`]: a part of a pipeline beside its transformer that is written anew, where others are copied as files.
+//! [`ComponentData`]: a VAE or text encoder that is written from tensors; other components are copied as files.
 
 use crate::{Result, StagingDir};
 use clearform_layout::LoadReport;
@@ -7,31 +7,32 @@ use serde_json::Value;
 
 /// A VAE or a text encoder.
 pub struct ComponentData {
-    /// Name of its folder.
+    /// Name of its folder in the pipeline.
     pub name: String,
     /// Its config.json.
     pub config: Value,
-    /// Its tensors, under the names of its class.
+    /// Its tensors, under the names of its class in diffusers or transformers.
     pub tensors: Box<dyn TensorSource>,
-    /// What became of those of its file.
+    /// What became of each tensor of the file that it was read from.
     pub load_report: LoadReport,
 }
 
 impl ComponentData {
-    /// Bytes of its tensors.
+    /// Bytes of all tensors.
     pub fn byte_count(&self) -> u64 {
         self.tensors.tensors().iter().map(TensorInfo::byte_count).sum()
     }
 
-    /// Writes it into the pipeline of `stage`, under the file names of its library.
+    /// Writes the component into the pipeline in `stage`, with the file names of transformers for text encoders and of
+    /// diffusers for the rest.
     ///
     /// # Errors
-    /// A tensor cannot be read, or the system refused.
+    /// A tensor cannot be read, or a file cannot be written.
     pub fn write(&self, stage: &mut StagingDir) -> Result<()> {
-        let of_transformers = self.name.starts_with("text_encoder");
-        let file = if of_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-        let (name, tensors) = (&self.name, &self.tensors);
+        let Self { name, config, tensors, .. } = self;
+        let is_transformers = name.starts_with("text_encoder");
+        let file = if is_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
         stage.write_tensors(&format!("{name}/{file}"), &tensors.tensors(), |info| tensors.read(&info.name))?;
-        stage.write(&format!("{name}/config.json"), &serde_json::to_vec_pretty(&self.config).unwrap_or_default())
+        stage.write(&format!("{name}/config.json"), &serde_json::to_vec_pretty(config).unwrap_or_default())
     }
 }

@@ -1,4 +1,4 @@
-//! What can go wrong with a portable model on disk.
+//! Errors of portable models.
 
 use std::path::{Path, PathBuf};
 
@@ -6,23 +6,23 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum PortableModelError {
-    /// The operating system refused.
+    /// A file or folder cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A folder stands where one is to be made, or work of an earlier run does.
+    /// The target exists, or an earlier run has left work for it.
     #[error("{path}: {reason}", path = path.display())]
     AlreadyExists {
         /// The folder.
         path: PathBuf,
-        /// What it is and what to do.
+        /// What was found and what to do.
         reason: String,
     },
-    /// A portable model is not what it should be.
+    /// A folder is not a valid portable model.
     #[error("{path}: {reason}", path = path.display())]
     Invalid {
         /// The file or folder.
@@ -30,14 +30,14 @@ pub enum PortableModelError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
-    /// There is too little room on the disk.
-    #[error("{path}: {needed} bytes are needed, {free} are free; give another place or make room", path = path.display())]
+    /// The disk has too little free space.
+    #[error("{path}: {needed} bytes are needed, {free} are free; make room or choose another folder", path = path.display())]
     DiskFull {
-        /// Where it was to be written.
+        /// The folder that was going to be written.
         path: PathBuf,
-        /// Bytes that are needed.
+        /// Bytes needed.
         needed: u64,
-        /// Bytes that are free.
+        /// Bytes free.
         free: u64,
     },
     /// The attention plan cannot be read.
@@ -46,7 +46,7 @@ pub enum PortableModelError {
     /// Tensors cannot be read or written.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The tensor library refused.
+    /// candle rejects a computation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
@@ -54,7 +54,7 @@ pub enum PortableModelError {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, PortableModelError>;
 
-/// Puts the path to what the system says.
+/// Adds the path to a system error.
 pub(crate) fn at(path: &Path) -> impl FnOnce(std::io::Error) -> PortableModelError + '_ {
     move |source| PortableModelError::Io { path: path.to_owned(), source }
 }

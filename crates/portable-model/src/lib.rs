@@ -1,8 +1,14 @@
-//! The portable model: a folder in diffusers' form with a clearform.toml beside it.
+//! The portable model: a folder as diffusers' `save_pretrained` writes it, with a `clearform.toml` beside the components.
 //!
-//! The main types are [`PortableModel`], such a folder that is open, [`ModelRecord`], what its clearform.toml says, and
-//! [`StagingDir`], a model being put together: it appears under its name only when it is whole. This crate moves files and
-//! tensors; it converts nothing and runs nothing.
+//! For a reader who knows diffusers: the folder is an ordinary pipeline, which `from_pretrained` opens too. What diffusers
+//! has no place for is in `clearform.toml`: the attention plan, the source files, the settings of the distillation, and
+//! the size and hash of every file.
+//!
+//! - [`PortableModel`] opens and verifies such a folder, [`ModelRecord`] is its `clearform.toml`.
+//! - [`StagingDir`] assembles a new one in a folder beside the target, which appears under its name only when it is
+//!   complete. [`ComponentData`] is a VAE or text encoder that is written from tensors.
+//!
+//! This crate moves files and tensors. It converts nothing and runs nothing.
 
 mod component;
 mod error;

@@ -1,5 +1,5 @@
-//! [`PortableModel`]: a folder in diffusers' form with a clearform.toml beside. Opening it checks sizes; [verifying]
-//! it checks hashes.
+//! [`PortableModel`]: a pipeline folder with a clearform.toml. Opening it checks the sizes of its files; [verifying] it
+//! checks their hashes.
 //!
 //! [verifying]: PortableModel::verify
 
@@ -10,17 +10,17 @@ use clearform_weights::digest;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-/// A portable model that is open.
+/// An open portable model.
 #[derive(Debug)]
 pub struct PortableModel {
     folder: PathBuf,
     record: ModelRecord,
 }
 
-/// The plan that is recorded for the model at `path`; none where it is no portable model. A portable model is opened for
-/// it, which holds its files' sizes against the record.
+/// The attention plan that is recorded for the model at `path`; `None` if it is not a portable model. Opening it checks
+/// the sizes of its files.
 ///
 /// # Errors
 /// As [`PortableModel::open`].
@@ -32,23 +32,23 @@ pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
 }
 
 impl PortableModel {
-    /// Whether `path` is one.
+    /// Whether `path` is a portable model.
     pub fn recognise(path: &Path) -> bool {
         path.join(ModelRecord::FILE).is_file()
     }
 
-    /// Opens the model in `folder` and holds every file's size against the record.
+    /// Opens the model in `folder` and compares the size of every file with the record.
     ///
     /// # Errors
-    /// No portable model, an edition that is unknown, or a file that is missing or of another size.
+    /// `folder` is not a portable model or has an unknown edition, or a file is missing or has another size.
     pub fn open(folder: &Path) -> Result<Self> {
         let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
         for file in &model.record.file {
-            let found = std::fs::metadata(model.inside(&file.path)?).map(|metadata| metadata.len()).ok();
+            let found = std::fs::metadata(model.path_of(&file.path)?).map(|metadata| metadata.len()).ok();
             if found != Some(file.size) {
-                let found = found.map_or("nothing".to_owned(), |size| format!("{size} bytes"));
-                return Err(model.bad(format!(
-                    "{:?}: expected {} bytes, found {found}; copy the model again, or make it again",
+                let found = found.map_or("no file".to_owned(), |size| format!("{size} bytes"));
+                return Err(model.invalid(format!(
+                    "{:?}: expected {} bytes, found {found}; copy or convert the model again",
                     file.path, file.size
                 )));
             }
@@ -56,25 +56,25 @@ impl PortableModel {
         Ok(model)
     }
 
-    /// What clearform.toml says.
+    /// Its clearform.toml.
     pub fn record(&self) -> &ModelRecord {
         &self.record
     }
 
-    /// Where it lies.
+    /// Its folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Reads every file in `folder` and holds it against the record.
+    /// Reads every file in `folder` and compares it with the record. Files that differ are in the report.
     ///
     /// # Errors
-    /// No portable model, or the system refused; what is wrong with files is in the report.
+    /// `folder` is not a portable model, or a file cannot be read.
     pub fn verify(folder: &Path) -> Result<VerifyReport> {
         let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
         let mut report = VerifyReport::default();
         for file in &model.record.file {
-            let path = model.inside(&file.path)?;
+            let path = model.path_of(&file.path)?;
             match std::fs::metadata(&path) {
                 Err(_) => report.missing.push(file.path.clone()),
                 Ok(metadata) if metadata.len() != file.size => report.changed.push(file.path.clone()),
@@ -87,17 +87,16 @@ impl PortableModel {
         Ok(report)
     }
 
-    /// A recorded path; records come from others, so a path may not lead out of the model.
-    fn inside(&self, path: &str) -> Result<PathBuf> {
-        let plain = Path::new(path).components().all(|part| matches!(part, std::path::Component::Normal(_)));
-        if plain {
-            Ok(self.folder.join(path))
-        } else {
-            Err(self.bad(format!("recorded file {path:?} lies outside the model")))
+    /// The path of a recorded file. A record is not trusted: its paths must not lead out of the model.
+    fn path_of(&self, file: &str) -> Result<PathBuf> {
+        let is_inside = Path::new(file).components().all(|component| matches!(component, Component::Normal(_)));
+        match is_inside {
+            true => Ok(self.folder.join(file)),
+            false => Err(self.invalid(format!("recorded file {file:?} is outside the model"))),
         }
     }
 
-    fn bad(&self, reason: String) -> PortableModelError {
+    fn invalid(&self, reason: String) -> PortableModelError {
         PortableModelError::Invalid { path: self.folder.join(ModelRecord::FILE), reason }
     }
 }
@@ -105,18 +104,18 @@ impl PortableModel {
 /// How a model's files compare with its record.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct VerifyReport {
-    /// Files that are as recorded.
+    /// Number of files that match the record.
     pub unchanged: usize,
-    /// Files of another size or hash.
+    /// Files with another size or hash.
     pub changed: Vec<String>,
-    /// Files that are not there.
+    /// Files that are recorded but do not exist.
     pub missing: Vec<String>,
-    /// Files that are not recorded.
+    /// Files that exist but are not recorded.
     pub extra: Vec<String>,
 }
 
 impl VerifyReport {
-    /// Whether everything is as recorded.
+    /// Whether every file matches the record and there are no others.
     pub fn holds(&self) -> bool {
         self.changed.is_empty() && self.missing.is_empty() && self.extra.is_empty()
     }
@@ -127,7 +126,7 @@ impl fmt::Display for VerifyReport {
         for (what, paths) in [("changed", &self.changed), ("missing", &self.missing), ("extra", &self.extra)] {
             paths.iter().try_for_each(|path| writeln!(f, "{what:<10} {path:?}"))?;
         }
-        write!(f, "{} files are as recorded", self.unchanged)
+        write!(f, "{} files match the record", self.unchanged)
     }
 }
 
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_as_it_was_recorded() {
+    fn a_finished_model_matches_its_record() {
         let folder = tempfile::tempdir().unwrap();
         let model = model(folder.path());
         assert!(!folder.path().join("model.work").exists());
@@ -174,17 +173,18 @@ mod tests {
     }
 
     #[test]
-    fn a_record_cannot_lead_outside() {
+    fn a_recorded_path_outside_the_model_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let model = model(folder.path());
         let path = model.join(ModelRecord::FILE);
         let text = std::fs::read_to_string(&path).unwrap().replace("vae/config.json", "../secret");
         std::fs::write(&path, text).unwrap();
-        assert!(PortableModel::open(&model).unwrap_err().to_string().contains("outside"));
+        let error = PortableModel::open(&model).unwrap_err().to_string();
+        assert!(error.contains("recorded file \"../secret\" is outside the model"), "{error}");
     }
 
     #[test]
-    fn what_stands_is_not_replaced_by_accident() {
+    fn an_existing_model_is_not_replaced_by_accident() {
         let folder = tempfile::tempdir().unwrap();
         let model = model(folder.path());
         assert!(StagingDir::begin(&model, Overwrite::Never).unwrap_err().to_string().contains("--overwrite"));
@@ -194,11 +194,7 @@ mod tests {
         assert!(model.join("README.md").exists());
         stage.finish(ModelRecord::new("flux", "dev", &AttentionPlan::full()).unwrap()).unwrap();
         assert!(model.join("new").exists() && !model.join("README.md").exists());
-        assert!(
-            StagingDir::begin(folder.path(), Overwrite::PortableModel)
-                .unwrap_err()
-                .to_string()
-                .contains("no portable model")
-        );
+        let error = StagingDir::begin(folder.path(), Overwrite::PortableModel).unwrap_err().to_string();
+        assert!(error.contains("is not a portable model"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! [`ModelRecord`]: what clearform.toml says of a portable model. Pure data; it opens nothing but its own file.
+//! [`ModelRecord`]: the contents of clearform.toml.
 
 use crate::error::at;
 use crate::{PortableModelError, Result};
@@ -6,7 +6,7 @@ use clearform_attention::AttentionPlan;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// The only edition there is. A model of another one asks for an upgrade.
+/// Edition of the format; this is the only one so far. A model with another edition needs another version of clearform.
 const EDITION: u32 = 1;
 
 /// What a portable model is and where it came from.
@@ -16,22 +16,22 @@ pub struct ModelRecord {
     edition: u32,
     /// Family of the transformer.
     pub family: String,
-    /// Variant, which sets sampling defaults.
+    /// Variant of the family, which determines the sampling defaults.
     pub variant: String,
-    /// The clearform that wrote it.
+    /// Version of the clearform that wrote the model.
     pub version: String,
     /// The attention plan, as [`AttentionPlan::to_toml`] writes it.
     attention: toml::Table,
-    /// Files it was made from.
+    /// The files that the model was made from.
     #[serde(default)]
     pub source: Vec<SourceRecord>,
-    /// Adapters that were baked into it, in order.
+    /// Adapters that were merged into the weights, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapter: Vec<AdapterRecord>,
-    /// How it was distilled, if it was.
+    /// How the model was distilled; `None` if it was not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distillation: Option<DistillationRecord>,
-    /// Every file of the model but clearform.toml itself.
+    /// Every file of the model except clearform.toml itself.
     #[serde(default)]
     pub file: Vec<FileRecord>,
 }
@@ -41,18 +41,18 @@ pub struct ModelRecord {
 pub struct SourceRecord {
     /// Its name, without folders.
     pub name: String,
-    /// Its hash.
+    /// SHA-256 of its bytes, hexadecimal.
     pub sha256: String,
 }
 
-/// An adapter that was baked into a model.
+/// An adapter that was merged into a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AdapterRecord {
     /// Its file's name, without folders.
     pub name: String,
-    /// Its hash.
+    /// SHA-256 of its bytes, hexadecimal.
     pub sha256: String,
-    /// How strongly it was applied.
+    /// The factor it was applied with.
     pub strength: f64,
 }
 
@@ -61,9 +61,9 @@ pub struct AdapterRecord {
 pub struct FileRecord {
     /// Path within the model, with `/` between folders.
     pub path: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Hash of the bytes.
+    /// SHA-256 of its bytes, hexadecimal.
     pub sha256: String,
 }
 
@@ -72,11 +72,11 @@ pub struct FileRecord {
 pub struct DistillationRecord {
     /// Optimizer steps.
     pub steps: usize,
-    /// Samples a step.
+    /// Samples per step.
     pub batch: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Samples it was distilled on.
+    /// Number of training samples.
     pub samples: usize,
     /// Seed of noise and timesteps.
     pub seed: u64,
@@ -90,10 +90,10 @@ impl ModelRecord {
     /// Name of the file.
     pub const FILE: &str = "clearform.toml";
 
-    /// The record of a model that is yet to get its files.
+    /// The record of a model without its files, which [`StagingDir::finish`](crate::StagingDir::finish) adds.
     ///
     /// # Errors
-    /// A plan that cannot be written.
+    /// The plan cannot be written as TOML.
     pub fn new(family: &str, variant: &str, plan: &AttentionPlan) -> Result<Self> {
         let attention = plan.to_toml().parse().map_err(|error: toml::de::Error| PortableModelError::Invalid {
             path: Self::FILE.into(),
@@ -115,26 +115,27 @@ impl ModelRecord {
     /// Reads the record of the model in `folder`.
     ///
     /// # Errors
-    /// No such file, another edition, or a file that is not a record.
+    /// The file is missing, has another edition, or is not a record.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(Self::FILE);
         let text = std::fs::read_to_string(&path).map_err(at(&path))?;
-        let bad = |reason: String| PortableModelError::Invalid { path: path.clone(), reason };
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| bad(error.to_string()))?;
+        let invalid = |reason: String| PortableModelError::Invalid { path: path.clone(), reason };
+        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| invalid(error.to_string()))?;
+        // Before the rest is parsed: fields of a newer edition would only give "unknown field".
         let edition = table.get("edition").and_then(toml::Value::as_integer);
         if edition != Some(i64::from(EDITION)) {
             let found = edition.map_or("none".to_owned(), |edition| edition.to_string());
-            return Err(bad(format!(
-                "this clearform reads edition {EDITION}, the model has edition {found}; a newer clearform will read it"
+            return Err(invalid(format!(
+                "this clearform reads edition {EDITION}, the model has edition {found}; upgrade clearform to read it"
             )));
         }
-        table.try_into().map_err(|error: toml::de::Error| bad(error.to_string()))
+        table.try_into().map_err(|error: toml::de::Error| invalid(error.to_string()))
     }
 
     /// Writes the record into `folder`.
     ///
     /// # Errors
-    /// The system refused.
+    /// The file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(Self::FILE);
         let text = toml::to_string(self)
@@ -145,7 +146,7 @@ impl ModelRecord {
     /// The attention plan.
     ///
     /// # Errors
-    /// A plan that is none.
+    /// The record's table is not a valid plan.
     pub fn plan(&self) -> Result<AttentionPlan> {
         Ok(AttentionPlan::from_toml(&self.attention.to_string())?)
     }
@@ -155,6 +156,42 @@ impl ModelRecord {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    /// A record as earlier versions wrote it.
+    const OLD: &str = r#"edition = 1
+family = "flux"
+variant = "dev"
+version = "0.1.0"
+
+[attention]
+default = "clear:r=4.5,d=2"
+
+[attention.layers]
+"transformer_blocks.0.attn" = "full"
+
+[[source]]
+name = 'a "b".safetensors'
+sha256 = "00"
+
+[[adapter]]
+name = "style.safetensors"
+sha256 = "22"
+strength = 0.75
+
+[distillation]
+steps = 3
+batch = 8
+learning_rate = 0.0006
+samples = 16
+seed = 1
+first_loss = 2.0
+last_loss = 0.5
+
+[[file]]
+path = "transformer/config.json"
+size = 3
+sha256 = "11"
+"#;
 
     fn record() -> ModelRecord {
         let plan: AttentionPlan = "clear:r=4.5,d=2".parse().unwrap();
@@ -174,7 +211,25 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_record_of_an_earlier_version_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(ModelRecord::FILE), OLD).unwrap();
+        let read = ModelRecord::read(folder.path()).unwrap();
+        let mut wanted = record();
+        wanted.version = "0.1.0".to_owned();
+        wanted.attention = read.attention.clone();
+        wanted.adapter.push(AdapterRecord { name: "style.safetensors".into(), sha256: "22".into(), strength: 0.75 });
+        assert_eq!(read, wanted);
+        let plan = read.plan().unwrap();
+        assert_eq!(plan.policy("transformer_blocks.0.attn").to_string(), "full");
+        assert_eq!(plan.policy("transformer_blocks.1.attn").to_string(), "clear:r=4.5,d=2");
+        // The format is unchanged.
+        read.write(folder.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(folder.path().join(ModelRecord::FILE)).unwrap(), OLD);
+    }
+
+    #[test]
+    fn a_written_record_reads_back() {
         let folder = tempfile::tempdir().unwrap();
         record().write(folder.path()).unwrap();
         let read = ModelRecord::read(folder.path()).unwrap();
@@ -183,10 +238,10 @@ mod tests {
     }
 
     #[test]
-    fn another_edition_asks_for_an_upgrade() {
+    fn another_edition_needs_an_upgrade() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(ModelRecord::FILE), "edition = 2\n").unwrap();
         let error = ModelRecord::read(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("edition 2") && error.contains("newer clearform"), "{error}");
+        assert!(error.contains("the model has edition 2; upgrade clearform to read it"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! [`StagingDir`]: a folder in which a model is put together, beside the place where it will stand. The model appears under
-//! its name by one rename, when it is whole; a run that is killed leaves the old model or none.
+//! [`StagingDir`]: a folder beside the target in which a model is assembled. A complete model gets its name by a single
+//! rename, so a run that is killed leaves the old model or none.
 
 use crate::error::at;
 use crate::{FileRecord, ModelRecord, PortableModelError, Result};
@@ -9,20 +9,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
 
-/// Name of the folder of the model's files within that of the work.
+/// Name of the folder of the model's files within the work folder.
 const STAGE: &str = "stage";
 
-/// How files come from elsewhere.
+/// How files are taken from other folders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CopyMode {
-    /// As copies of their own.
+    /// As copies.
     Copy,
-    /// As further names of the same bytes, where the file system allows it.
+    /// As hard links where the file system allows it, else as copies.
     Link,
 }
 
-/// A model being put together. Dropped unfinished, it takes its files with it; what else the work left stays, for those
-/// who go on with it.
+/// A model being assembled. Dropped before [`finish`](Self::finish) it deletes the model's files; everything else in the
+/// work folder stays for a resumed run.
 #[derive(Debug)]
 pub struct StagingDir {
     target: PathBuf,
@@ -32,27 +32,28 @@ pub struct StagingDir {
 }
 
 impl StagingDir {
-    /// Begins work on `target` in `target.work/`; `replace` allows `target` to be a portable model that stands.
+    /// Starts work on `target` in the folder `target.work/`.
     ///
     /// # Errors
-    /// [`PortableModelError::AlreadyExists`] if `target` stands or work of an earlier run does.
-    pub fn begin(target: &Path, replace: Overwrite) -> Result<Self> {
-        let work = work_on(target, replace)?;
+    /// [`PortableModelError::AlreadyExists`] if `target` exists and `overwrite` does not allow to replace it, or if the work
+    /// of an earlier run exists.
+    pub fn begin(target: &Path, overwrite: Overwrite) -> Result<Self> {
+        let work = work_folder(target, overwrite)?;
         if work.exists() {
-            return Err(in_the_way(
+            return Err(already_exists(
                 &work,
-                "holds the work of an earlier run; go on with --resume, or delete it to begin anew",
+                "contains the work of an earlier run; pass --resume to continue it, or delete it to start over",
             ));
         }
         Self::in_folder(target, work)
     }
 
-    /// Goes on with earlier work on `target`, or begins if there is none.
+    /// Continues earlier work on `target`, or starts if there is none.
     ///
     /// # Errors
-    /// As [`Self::begin`], but for the earlier work.
-    pub fn resume(target: &Path, replace: Overwrite) -> Result<Self> {
-        let work = work_on(target, replace)?;
+    /// [`PortableModelError::AlreadyExists`] if `target` exists and `overwrite` does not allow to replace it.
+    pub fn resume(target: &Path, overwrite: Overwrite) -> Result<Self> {
+        let work = work_folder(target, overwrite)?;
         // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
         let left = work.join(STAGE);
         if left.exists() {
@@ -61,53 +62,55 @@ impl StagingDir {
         Self::in_folder(target, work)
     }
 
-    /// What is dropped from here on is this run's own.
+    /// The value exists before the folder does, so that dropping it deletes only what this run has created.
     fn in_folder(target: &Path, work: PathBuf) -> Result<Self> {
         let stage = Self { target: target.to_owned(), work, digests: BTreeMap::new() };
         fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
         Ok(stage)
     }
 
-    /// Where the model's files go.
+    /// The folder of the model's files.
     pub fn folder(&self) -> PathBuf {
         self.work.join(STAGE)
     }
 
-    /// Where everything else of the work goes: samples, training state.
+    /// The work folder, which also holds what does not become part of the model: samples, training state.
     pub fn work(&self) -> &Path {
         &self.work
     }
 
-    /// Puts the files of `source`, a folder or a file, at `path` within the model. Symbolic links are followed.
+    /// Copies `source`, a folder or a file, to `path` within the model. Symbolic links are followed.
     ///
     /// # Errors
-    /// The system refused.
-    pub fn copy_files(&self, source: &Path, path: &str, placing: CopyMode) -> Result<()> {
+    /// A file cannot be read or written.
+    pub fn copy_files(&self, source: &Path, path: &str, mode: CopyMode) -> Result<()> {
         for entry in WalkDir::new(source).follow_links(true).sort_by_file_name() {
             let entry = entry.map_err(|error| at(source)(error.into()))?;
             if entry.file_type().is_file() {
-                let inside = entry.path().strip_prefix(source).unwrap_or(entry.path());
-                let to = self.folder().join(path);
-                put(entry.path(), &if inside == Path::new("") { to } else { to.join(inside) }, placing)?;
+                let relative = entry.path().strip_prefix(source).unwrap_or(entry.path());
+                let target = self.folder().join(path);
+                let is_file = relative == Path::new("");
+                copy_file(entry.path(), &if is_file { target } else { target.join(relative) }, mode)?;
             }
         }
         Ok(())
     }
 
-    /// Writes `tensors`, which `read` gives one after another, to the file at `path` within the model.
+    /// Writes `tensors`, which `read` returns in order and one at a time, to the file at `path` within the model.
     ///
     /// # Errors
-    /// What `read` says, or the system refused.
+    /// `read` fails, or the file cannot be written.
     pub fn write_tensors(
         &mut self,
         path: &str,
         tensors: &[TensorInfo],
         read: impl FnMut(&TensorInfo) -> clearform_weights::Result<RawTensor>,
     ) -> Result<()> {
-        let whole = self.folder().join(path);
-        create_parent(&whole)?;
+        let file = self.folder().join(path);
+        create_parent(&file)?;
+        // transformers refuses safetensors files without this key.
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let digest = clearform_weights::write(&whole, tensors, &metadata, read)?;
+        let digest = clearform_weights::write(&file, tensors, &metadata, read)?;
         self.digests.insert(path.to_owned(), digest);
         Ok(())
     }
@@ -115,38 +118,35 @@ impl StagingDir {
     /// Writes a small file at `path` within the model.
     ///
     /// # Errors
-    /// The system refused.
+    /// The file cannot be written.
     pub fn write(&self, path: &str, bytes: &[u8]) -> Result<()> {
-        let whole = self.folder().join(path);
-        create_parent(&whole)?;
-        Ok(clearform_weights::write_atomically(&whole, bytes)?)
+        let file = self.folder().join(path);
+        create_parent(&file)?;
+        Ok(clearform_weights::write_atomically(&file, bytes)?)
     }
 
-    /// Writes `source` in the place of the tensors of part `name`, whose files may be links to another model's.
+    /// Replaces the tensors of component `name` by those of `source`. The old files are removed and not overwritten, since
+    /// they may be hard links to the files of another model.
     ///
     /// # Errors
-    /// The part is not here, a tensor cannot be read, or the system refused.
+    /// The component does not exist, a tensor cannot be read, or a file cannot be written.
     pub fn replace_tensors(&mut self, name: &str, source: &dyn TensorSource) -> Result<()> {
         let folder = self.folder().join(name);
         let entries =
             fs::read_dir(&folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(at(&folder))?;
-        let is_tensors = |path: &PathBuf| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            [".safetensors", ".safetensors.index.json", ".bin"].iter().any(|ending| name.ends_with(ending))
-        };
-        let old: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).filter(is_tensors).collect();
+        let old: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).filter(|path| is_weight_file(path)).collect();
         for path in &old {
             fs::remove_file(path).map_err(at(path))?;
         }
-        let of_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
-        let file = if of_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
+        let is_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
+        let file = if is_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
         self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| Ok(source.read(&info.name)?))
     }
 
-    /// Bytes that are free where the stage lies.
+    /// Checks that `needed` bytes are free on the disk of the work folder.
     ///
     /// # Errors
-    /// [`PortableModelError::DiskFull`] if they are fewer than `needed`.
+    /// [`PortableModelError::DiskFull`] if they are not.
     pub fn check_room(&self, needed: u64) -> Result<()> {
         let status = rustix::fs::statvfs(&self.work).map_err(|error| at(&self.work)(error.into()))?;
         let free = status.f_bavail.saturating_mul(status.f_frsize);
@@ -156,10 +156,10 @@ impl StagingDir {
         Ok(())
     }
 
-    /// Records every file, brings all to the disk, and gives the model its name.
+    /// Adds every file to `record`, writes it, flushes everything to disk, and renames the folder to the target.
     ///
     /// # Errors
-    /// The system refused; the old model, if any, then stands as it stood.
+    /// A file cannot be read, written or renamed. An old model then remains as it was.
     pub fn finish(self, mut record: ModelRecord) -> Result<()> {
         let folder = self.folder();
         record.file = paths_of(&folder)?.into_iter().map(|path| self.record_file(path)).collect::<Result<_>>()?;
@@ -187,18 +187,18 @@ impl StagingDir {
 
 impl Drop for StagingDir {
     fn drop(&mut self) {
-        // Nothing is left to tell an error to; what stays behind, the next run names.
+        // `drop` cannot return an error; the next run reports what remains.
         let _ = fs::remove_dir_all(self.folder());
         let _ = fs::remove_dir(&self.work);
     }
 }
 
-/// Whether a model that stands may be replaced.
+/// Whether a target that exists may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overwrite {
-    /// Nothing may stand there.
+    /// The target must not exist.
     Never,
-    /// A portable model may, and is replaced when the new one is whole.
+    /// A portable model is replaced once the new one is complete. Anything else is never replaced.
     PortableModel,
 }
 
@@ -209,55 +209,63 @@ impl Overwrite {
     }
 }
 
-/// The folder of the work on `target`.
-fn work_on(target: &Path, replace: Overwrite) -> Result<PathBuf> {
-    check_target(target, replace)?;
+/// The work folder of `target`, if the target may be written.
+fn work_folder(target: &Path, overwrite: Overwrite) -> Result<PathBuf> {
+    check_target(target, overwrite)?;
     let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
     name.push(".work");
     Ok(target.with_file_name(name))
 }
 
-fn check_target(target: &Path, replace: Overwrite) -> Result<()> {
+fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
     if !target.exists() {
         return Ok(());
     }
-    let ours = target.join(ModelRecord::FILE).is_file();
-    match (replace, ours) {
+    let is_portable_model = target.join(ModelRecord::FILE).is_file();
+    match (overwrite, is_portable_model) {
         (Overwrite::PortableModel, true) => Ok(()),
         (Overwrite::Never, true) => {
-            Err(in_the_way(target, "stands already; give --overwrite to replace it, or another name"))
+            Err(already_exists(target, "already exists; pass --overwrite to replace it, or choose another name"))
         }
-        (_, false) => {
-            Err(in_the_way(target, "stands and is no portable model, so it is not touched; give another name"))
-        }
+        (_, false) => Err(already_exists(
+            target,
+            "already exists and is not a portable model, so --overwrite does not replace it; choose another name",
+        )),
     }
 }
 
-fn in_the_way(path: &Path, reason: &str) -> PortableModelError {
+fn already_exists(path: &Path, reason: &str) -> PortableModelError {
     PortableModelError::AlreadyExists { path: path.to_owned(), reason: reason.to_owned() }
 }
 
-fn put(from: &Path, to: &Path, placing: CopyMode) -> Result<()> {
+/// Whether `path` is a file of tensors, or the index of files that are.
+fn is_weight_file(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    [".safetensors", ".safetensors.index.json", ".bin"].iter().any(|ending| name.ends_with(ending))
+}
+
+fn copy_file(from: &Path, to: &Path, mode: CopyMode) -> Result<()> {
     create_parent(to)?;
     if to.exists() {
         fs::remove_file(to).map_err(at(to))?;
     }
+    // A hard link to a symbolic link would break with it.
     let real = fs::canonicalize(from).map_err(at(from))?;
-    if placing == CopyMode::Link && fs::hard_link(&real, to).is_ok() {
+    if mode == CopyMode::Link && fs::hard_link(&real, to).is_ok() {
         return Ok(());
     }
     fs::copy(&real, to).map_err(at(from))?;
     fs::File::open(to).and_then(|file| file.sync_all()).map_err(at(to))
 }
 
-/// Paths of every file below `folder` but the record, with `/` between folders, sorted.
+/// Paths of all files below `folder` except the record, with `/` between folders, sorted.
 pub(crate) fn paths_of(folder: &Path) -> Result<Vec<String>> {
     let mut paths = Vec::new();
     for entry in WalkDir::new(folder).sort_by_file_name() {
         let entry = entry.map_err(|error| at(folder)(error.into()))?;
-        let inside = entry.path().strip_prefix(folder).unwrap_or(entry.path());
-        let parts: Vec<_> = inside.iter().map(|part| part.to_string_lossy()).collect();
-        let path = parts.join("/");
+        let relative = entry.path().strip_prefix(folder).unwrap_or(entry.path());
+        let names: Vec<_> = relative.iter().map(|name| name.to_string_lossy()).collect();
+        let path = names.join("/");
         if !entry.file_type().is_dir() && path != ModelRecord::FILE {
             paths.push(path);
         }
@@ -272,9 +280,102 @@ fn create_parent(path: &Path) -> Result<()> {
 fn sync_folders(folder: &Path) -> Result<()> {
     for entry in WalkDir::new(folder).into_iter().filter_map(|entry| entry.ok()) {
         if entry.file_type().is_dir() {
-            // Systems that cannot sync a folder say so, and nothing more can be done.
+            // Some file systems cannot sync a folder; then nothing more can be done.
             let _ = fs::File::open(entry.path()).and_then(|folder| folder.sync_all());
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{ComponentData, PortableModel};
+    use candle_core::{Device, Tensor};
+    use clearform_attention::AttentionPlan;
+    use clearform_layout::LoadReport;
+    use clearform_weights::{Checkpoint, InMemoryTensors};
+
+    fn tensors(value: f32) -> InMemoryTensors {
+        let tensor = Tensor::full(value, (2, 3), &Device::Cpu).unwrap();
+        [("conv.weight".to_owned(), tensor)].into_iter().collect()
+    }
+
+    fn value(path: &Path) -> Vec<f32> {
+        let tensor = Checkpoint::open(path).unwrap().tensor("conv.weight").unwrap();
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn record() -> ModelRecord {
+        ModelRecord::new("flux", "dev", &AttentionPlan::full()).unwrap()
+    }
+
+    #[test]
+    fn components_are_written_as_their_libraries_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let mut stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
+        for (name, number) in [("vae", 1.0), ("text_encoder_2", 2.0)] {
+            let config = serde_json::json!({ "size": number });
+            let tensors = Box::new(tensors(number));
+            let component =
+                ComponentData { name: name.to_owned(), config, tensors, load_report: LoadReport::default() };
+            assert_eq!(component.byte_count(), 24);
+            component.write(&mut stage).unwrap();
+        }
+        stage.finish(record()).unwrap();
+        assert_eq!(value(&target.join("vae/diffusion_pytorch_model.safetensors")), [1.0; 6]);
+        assert_eq!(value(&target.join("text_encoder_2/model.safetensors")), [2.0; 6]);
+        let config: serde_json::Value =
+            serde_json::from_slice(&fs::read(target.join("text_encoder_2/config.json")).unwrap()).unwrap();
+        assert_eq!(config["size"], 2.0);
+        // Hashes that were computed while writing are those of the files.
+        let report = PortableModel::verify(&target).unwrap();
+        assert!(report.holds() && report.unchanged == 4, "{report}");
+    }
+
+    #[test]
+    fn replaced_tensors_leave_the_linked_original_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("vae");
+        fs::create_dir(&source).unwrap();
+        let original = source.join("diffusion_pytorch_model.safetensors");
+        clearform_weights::save(&original, &tensors(1.0), &BTreeMap::new()).unwrap();
+        fs::write(source.join("config.json"), "{}").unwrap();
+        let target = folder.path().join("model");
+        let mut stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
+        stage.copy_files(&source, "vae", CopyMode::Link).unwrap();
+        stage.replace_tensors("vae", &tensors(3.0)).unwrap();
+        stage.finish(record()).unwrap();
+        assert_eq!(value(&target.join("vae/diffusion_pytorch_model.safetensors")), [3.0; 6]);
+        assert_eq!(value(&original), [1.0; 6]);
+        assert!(target.join("vae/config.json").is_file());
+    }
+
+    #[test]
+    fn a_resumed_run_keeps_the_work_and_drops_half_written_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
+        let work = stage.work().to_owned();
+        fs::write(work.join("losses.jsonl"), "{}").unwrap();
+        stage.write("transformer/half.json", b"{").unwrap();
+        // A killed run does not drop.
+        std::mem::forget(stage);
+        let stage = StagingDir::resume(&target, Overwrite::Never).unwrap();
+        assert!(!stage.folder().join("transformer").exists());
+        assert!(work.join("losses.jsonl").exists());
+        drop(stage);
+        assert!(work.join("losses.jsonl").exists() && !work.join(STAGE).exists() && !target.exists());
+    }
+
+    #[test]
+    fn a_full_disk_is_reported_before_writing() {
+        let folder = tempfile::tempdir().unwrap();
+        let stage = StagingDir::begin(&folder.path().join("model"), Overwrite::Never).unwrap();
+        assert!(stage.check_room(1).is_ok());
+        let error = stage.check_room(u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("18446744073709551615 bytes are needed") && error.contains("make room"), "{error}");
+    }
 }

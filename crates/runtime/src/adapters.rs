@@ -1,4 +1,4 @@
-//! [`Adapters`]: the adapters that somebody asked for, opened by plugins and ready to meet a model.
+//! [`Adapters`]: LoRA files and ControlNets, opened by plugins and ready to be applied to a model.
 
 use crate::transformer::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, Transformer};
@@ -11,25 +11,25 @@ use clearform_weights::{Checkpoint, TensorSource as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// An adapter that somebody asked for.
+/// An adapter that is to be used.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct AdapterRequest {
     /// Its file or folder.
     pub path: PathBuf,
-    /// How strongly it acts.
+    /// The factor of its effect.
     pub strength: Strength,
     /// Which plugin opens it.
     pub choice: PluginChoice,
-    /// When and how a branch acts.
+    /// When and in which mode a ControlNet acts.
     pub schedule: ControlNetSchedule,
 }
 
-/// When and how a branch acts.
+/// When and in which mode a ControlNet acts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ControlNetSchedule {
-    /// The part of the way, within 0 to 1.
+    /// Start and end as fractions of all steps: diffusers' `control_guidance_start` and `control_guidance_end`.
     pub interval: [f64; 2],
-    /// The mode of a union ControlNet.
+    /// The mode of a union ControlNet: diffusers' `control_mode`.
     pub mode: Option<usize>,
 }
 
@@ -39,20 +39,20 @@ impl Default for ControlNetSchedule {
     }
 }
 
-/// Adapters whose files are open.
+/// Adapters with open files.
 #[derive(Debug, Clone)]
 pub struct Adapters {
     weights: Vec<ScaledAdapter>,
     controlnets: Vec<PendingControlNet>,
-    /// How low-rank edits meet the weights.
+    /// Whether low-rank edits are merged into the weights or added to the outputs of layers.
     pub low_rank: LowRankMode,
-    /// Go on although tensors of an adapter do not meet the model.
+    /// Continue although tensors of an adapter have no counterpart in the model.
     pub allow_partial: bool,
-    /// The attention of branches, as `--attention` takes it.
-    pub branch_attention: String,
+    /// The attention of ControlNets, as the value of `--attention`.
+    pub controlnet_attention: String,
 }
 
-/// A branch's file, which is opened when its model is known.
+/// The file of a ControlNet, which its plugin opens once the model is known.
 #[derive(Debug, Clone)]
 struct PendingControlNet {
     plugin: Plugin,
@@ -60,27 +60,27 @@ struct PendingControlNet {
     request: AdapterRequest,
 }
 
-/// A transformer with its edits.
+/// A transformer with the edits of adapters.
 pub struct EditedTransformer {
     /// The transformer.
     pub transformer: Transformer,
-    /// The edits of it and of all other parts.
+    /// The edits of all components.
     pub edits: Arc<WeightEdits>,
     /// What became of each adapter's tensors.
     pub reports: Vec<AdapterReport>,
 }
 
-/// Parts beside the transformer that adapters may edit.
-pub const EDITED_PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"];
+/// Components beside the transformer that adapters may edit.
+pub const EDITABLE_COMPONENTS: [&str; 4] = ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"];
 
-/// An open branch, with how it acts.
+/// An open ControlNet with its settings.
 #[derive(Debug, Clone)]
 pub struct ActiveControlNet {
-    /// The branch.
+    /// The ControlNet.
     pub controlnet: Arc<ControlNet>,
-    /// Factor of its residuals.
+    /// Factor of its residuals: diffusers' `controlnet_conditioning_scale`.
     pub scale: f64,
-    /// When and how it acts.
+    /// When and in which mode it acts.
     pub schedule: ControlNetSchedule,
 }
 
@@ -91,16 +91,16 @@ impl Default for Adapters {
             controlnets: Vec::new(),
             low_rank: LowRankMode::default(),
             allow_partial: false,
-            branch_attention: "full".to_owned(),
+            controlnet_attention: "full".to_owned(),
         }
     }
 }
 
 impl Adapters {
-    /// Opens the files of `requests`, and loads the plugins that they need and no others.
+    /// Opens the files of `requests`. Only the plugins that they need are loaded.
     ///
     /// # Errors
-    /// A file is damaged, no plugin opens it, or the plugin refuses it.
+    /// A file is damaged, no plugin opens it, or the plugin rejects it.
     pub fn open(requests: &[AdapterRequest], registry: &PluginRegistry) -> Result<Self> {
         let mut adapters = Self::default();
         for request in requests {
@@ -124,27 +124,28 @@ impl Adapters {
         self.weights.is_empty() && self.controlnets.is_empty()
     }
 
-    /// Those that edit weights.
+    /// Without the ControlNets.
     #[must_use]
     pub fn only_weights(&self) -> Self {
         Self { controlnets: Vec::new(), ..self.clone() }
     }
 
-    /// The branches.
+    /// Without the adapters that edit weights.
     #[must_use]
     pub fn only_controlnets(&self) -> Self {
         Self { weights: Vec::new(), ..self.clone() }
     }
 
-    /// How many branches there are.
+    /// Number of ControlNets.
     pub fn controlnet_count(&self) -> usize {
         self.controlnets.len()
     }
 
-    /// Puts the weight edits on `transformer`, and on the other parts of its pipeline if these are to run.
+    /// Applies the weight edits to `transformer`, and to the other components of its pipeline if `components` are given.
     ///
     /// # Errors
-    /// Tensors of an adapter meet nothing, and that was not allowed; or they widen what must not be wider.
+    /// Tensors of an adapter have no counterpart and [`Self::allow_partial`] is not set, or an edit changes a shape that is
+    /// fixed.
     pub fn apply_to(
         &self,
         transformer: Transformer,
@@ -154,8 +155,8 @@ impl Adapters {
         if self.weights.is_empty() {
             return Ok(EditedTransformer { transformer, edits: Arc::default(), reports: Vec::new() });
         }
-        let (edits, reports) = WeightEdits::place(&self.weights, &parts(&transformer, components)?);
-        match reports.iter().find(|report| !report.is_whole()) {
+        let (edits, reports) = WeightEdits::place(&self.weights, &editable_parameters(&transformer, components)?);
+        match reports.iter().find(|report| !report.is_complete()) {
             Some(report) if !self.allow_partial => return Err(RuntimeError::PartialAdapter(report.to_string())),
             _ => {}
         }
@@ -164,26 +165,26 @@ impl Adapters {
         Ok(EditedTransformer { transformer, edits, reports })
     }
 
-    /// Opens the branches for `transformer`.
+    /// Opens the ControlNets for `transformer`.
     ///
     /// # Errors
-    /// The plugin refuses the file, or it is for another model or acts in no mode.
+    /// The plugin rejects a file, the file belongs to another model, or interval or mode are invalid.
     pub fn open_controlnets(&self, transformer: &Transformer) -> Result<Vec<ActiveControlNet>> {
         let identified = transformer.identified();
         let base =
-            BaseModel { family: &identified.family, config: &identified.config, attention: &self.branch_attention };
-        self.controlnets.iter().map(|unopened| unopened.open(base)).collect()
+            BaseModel { family: &identified.family, config: &identified.config, attention: &self.controlnet_attention };
+        self.controlnets.iter().map(|pending| pending.open(base)).collect()
     }
 }
 
-/// What adapters may edit.
-fn parts(transformer: &Transformer, components: Option<&Components>) -> Result<ComponentParameters> {
-    let parts = ComponentParameters::default().with(TRANSFORMER, transformer.identified().parameter_map());
-    let Some(components) = components else { return Ok(parts.and_no_other("the transformer runs alone")) };
-    EDITED_PARTS.into_iter().filter(|name| components.has(name)).try_fold(parts, |parts, name| {
+/// The parameters that adapters may edit, by component.
+fn editable_parameters(transformer: &Transformer, components: Option<&Components>) -> Result<ComponentParameters> {
+    let parameters = ComponentParameters::default().with(TRANSFORMER, transformer.identified().parameter_map());
+    let Some(components) = components else { return Ok(parameters.skip_others("the transformer runs alone")) };
+    EDITABLE_COMPONENTS.into_iter().filter(|name| components.has(name)).try_fold(parameters, |parameters, name| {
         // Some libraries write CLIP's names with this prefix, and some without.
-        let addresses = ParameterMap::of_tensors(&components.weights(name)?.tensors(), "text_model.");
-        Ok(parts.with(name, addresses))
+        let map = ParameterMap::of_tensors(&components.weights(name)?.tensors(), "text_model.");
+        Ok(parameters.with(name, map))
     })
 }
 
@@ -191,22 +192,19 @@ impl PendingControlNet {
     fn open(&self, base: BaseModel) -> Result<ActiveControlNet> {
         let controlnet = Arc::new(ControlNet::open(&self.plugin, self.file.clone(), base)?);
         let ControlNetSchedule { interval: [start, end], mode } = self.request.schedule;
-        let bad = |reason: String| RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display()));
+        let bad = |reason: String| Err(RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display())));
         if !(0.0 <= start && start <= end && end <= 1.0) {
-            return Err(bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}")));
+            return bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}"));
         }
         match (controlnet.input().modes, mode) {
             (0, None) => {}
-            (0, Some(_)) => return Err(bad("it takes no mode; leave mode=N out".to_owned())),
+            (0, Some(_)) => return bad("it has no modes; remove ,mode=N".to_owned()),
             (modes, Some(mode)) if mode < modes => {}
             (modes, found) => {
                 let found = found.map_or("none".to_owned(), |mode| mode.to_string());
-                return Err(bad(format!(
-                    "it is a union of {modes} modes: give ,mode=N, 0 to {}, found {found}",
-                    modes - 1
-                )));
+                return bad(format!("a union of {modes} modes: pass ,mode=N, 0 to {}, found {found}", modes - 1));
             }
         }
-        Ok(ActiveControlNet { controlnet, scale: self.request.strength.whole, schedule: self.request.schedule })
+        Ok(ActiveControlNet { controlnet, scale: self.request.strength.overall, schedule: self.request.schedule })
     }
 }

@@ -1,13 +1,13 @@
-//! How alike pictures are: PSNR, SSIM and retrieval, and contact sheets to look at them side by side.
+//! How similar images are (PSNR, SSIM, retrieval), and contact sheets that show them side by side.
 
 use crate::{Result, RuntimeError};
 use image::{Rgb, RgbImage};
 
 /// Peak signal-to-noise ratio over all channels, in dB: 10 log10(255² / mean squared error). Infinite for equal
-/// pictures.
+/// images.
 ///
 /// # Errors
-/// [`RuntimeError::BadPicture`] for pictures of two sizes.
+/// [`RuntimeError::BadImage`] for images of different sizes.
 pub fn psnr(first: &RgbImage, second: &RgbImage) -> Result<f64> {
     same_size(first, second)?;
     let squares = first.iter().zip(second.iter()).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
@@ -16,63 +16,72 @@ pub fn psnr(first: &RgbImage, second: &RgbImage) -> Result<f64> {
 }
 
 /// Structural similarity (Wang, Bovik, Sheikh and Simoncelli, IEEE TIP 13(4), 2004) of the luma (ITU-R BT.601): mean
-/// over every place where the 11 x 11 Gaussian window of sigma 1.5 fits whole, K1 = 0.01, K2 = 0.03, range 255.
+/// over all positions of an 11 x 11 Gaussian window with sigma 1.5 that lie within the image, K1 = 0.01, K2 = 0.03,
+/// range 255.
 ///
 /// # Errors
-/// [`RuntimeError::BadPicture`] for pictures of two sizes, or smaller than the window.
+/// [`RuntimeError::BadImage`] for images of different sizes, or smaller than the window.
 pub fn ssim(first: &RgbImage, second: &RgbImage) -> Result<f64> {
     same_size(first, second)?;
     if (first.width().min(first.height()) as usize) < WINDOW {
         return Err(RuntimeError::BadImage(format!("SSIM needs at least {WINDOW} x {WINDOW} pixels")));
     }
-    let (a, b) = (ImageChannel::luma(first), ImageChannel::luma(second));
-    let (mean_a, mean_b) = (a.blurred(), b.blurred());
-    let (aa, bb, ab) = (a.times(&a).blurred(), b.times(&b).blurred(), a.times(&b).blurred());
+    let a = ImageChannel::luma(first);
+    let b = ImageChannel::luma(second);
+    let mean_a = a.blurred();
+    let mean_b = b.blurred();
+    let mean_aa = a.times(&a).blurred();
+    let mean_bb = b.times(&b).blurred();
+    let mean_ab = a.times(&b).blurred();
     let similarity = |i: usize| {
-        let (x, y) = (mean_a.values[i], mean_b.values[i]);
-        let (xx, yy, xy) = (aa.values[i] - x * x, bb.values[i] - y * y, ab.values[i] - x * y);
-        ((2.0 * x * y + C1) * (2.0 * xy + C2)) / ((x * x + y * y + C1) * (xx + yy + C2))
+        let x = mean_a.values[i];
+        let y = mean_b.values[i];
+        let variance_x = mean_aa.values[i] - x * x;
+        let variance_y = mean_bb.values[i] - y * y;
+        let covariance = mean_ab.values[i] - x * y;
+        ((2.0 * x * y + C1) * (2.0 * covariance + C2)) / ((x * x + y * y + C1) * (variance_x + variance_y + C2))
     };
     let count = mean_a.values.len();
     Ok((0..count).map(similarity).sum::<f64>() / count as f64)
 }
 
-/// For each picture the number of the reference nearest to it: least mean squared error after 4 x 4 average pooling.
+/// For each image the index of the most similar reference: least mean squared error after 4 x 4 average pooling.
 ///
 /// # Errors
-/// [`RuntimeError::BadPicture`] for pictures of several sizes, or no reference.
-pub fn retrieve(pictures: &[RgbImage], references: &[RgbImage]) -> Result<Vec<usize>> {
+/// [`RuntimeError::BadImage`] for images of different sizes, or without a reference.
+pub fn retrieve(images: &[RgbImage], references: &[RgbImage]) -> Result<Vec<usize>> {
     let first = references.first().ok_or_else(|| RuntimeError::BadImage("retrieval needs a reference".to_owned()))?;
-    pictures.iter().chain(references).try_for_each(|picture| same_size(first, picture))?;
+    images.iter().chain(references).try_for_each(|image| same_size(first, image))?;
     let pooled = references.iter().map(pool).collect::<Vec<_>>();
-    Ok(pictures.iter().map(|picture| nearest(&pool(picture), &pooled)).collect())
+    Ok(images.iter().map(|image| nearest(&pool(image), &pooled)).collect())
 }
 
-/// Rows of pictures on white, with a gap around each; a row's cells are as large as its largest picture.
+/// Rows of images on white, with a gap around each. The cells of a row are as large as its largest image.
 pub fn contact_sheet(rows: &[Vec<&RgbImage>]) -> RgbImage {
-    let extents = rows.iter().map(|row| row_extents(row)).collect::<Vec<_>>();
-    let width = extents.iter().map(|extent| extent.0).max().unwrap_or(0);
-    let height = extents.iter().map(|extent| extent.1).sum::<u32>();
+    let sizes = rows.iter().map(|row| row_size(row)).collect::<Vec<_>>();
+    let width = sizes.iter().map(|size| size.0).max().unwrap_or(0);
+    let height = sizes.iter().map(|size| size.1).sum::<u32>();
     let mut sheet = RgbImage::from_pixel(width + GAP, height + GAP, Rgb([255; 3]));
     let mut top = GAP;
-    for (row, extent) in rows.iter().zip(&extents) {
+    for (row, size) in rows.iter().zip(&sizes) {
         let cell = cell_width(row) + GAP;
-        for (column, picture) in row.iter().enumerate() {
+        for (column, image) in row.iter().enumerate() {
             let left = i64::from(GAP + column as u32 * cell);
-            image::imageops::replace(&mut sheet, *picture, left, i64::from(top));
+            image::imageops::replace(&mut sheet, *image, left, i64::from(top));
         }
-        top += extent.1;
+        top += size.1;
     }
     sheet
 }
 
+// As in the SSIM paper.
 const WINDOW: usize = 11;
 const SIGMA: f64 = 1.5;
 const C1: f64 = (0.01 * 255.0) * (0.01 * 255.0);
 const C2: f64 = (0.03 * 255.0) * (0.03 * 255.0);
-/// Pixels between pictures of a sheet.
+/// Pixels between the images of a sheet.
 const GAP: u32 = 4;
-/// Edge of the cells that retrieval averages.
+/// Edge of the cells that retrieval averages, so that it compares what an image shows and not its fine noise.
 const CELL: u32 = 4;
 
 /// One channel in f64.
@@ -82,12 +91,12 @@ struct ImageChannel {
 }
 
 impl ImageChannel {
-    fn luma(picture: &RgbImage) -> Self {
+    fn luma(image: &RgbImage) -> Self {
         let luma = |pixel: &Rgb<u8>| {
             let [red, green, blue] = pixel.0.map(f64::from);
             0.299 * red + 0.587 * green + 0.114 * blue
         };
-        Self { values: picture.pixels().map(luma).collect(), width: picture.width() as usize }
+        Self { values: image.pixels().map(luma).collect(), width: image.width() as usize }
     }
 
     fn times(&self, other: &Self) -> Self {
@@ -95,7 +104,8 @@ impl ImageChannel {
         Self { values, width: self.width }
     }
 
-    /// The Gaussian window's mean wherever it fits whole: along rows, transposed, and so again.
+    /// Means under the Gaussian window at every position within the image. The window is separable: along rows first, then
+    /// along columns.
     fn blurred(&self) -> Self {
         self.blurred_rows().transposed().blurred_rows().transposed()
     }
@@ -124,39 +134,41 @@ fn gaussian() -> [f64; WINDOW] {
 }
 
 /// Means of whole cells, row by row, channel after channel.
-fn pool(picture: &RgbImage) -> Vec<f64> {
-    let (columns, rows) = (picture.width() / CELL, picture.height() / CELL);
+fn pool(image: &RgbImage) -> Vec<f64> {
+    let columns = image.width() / CELL;
+    let rows = image.height() / CELL;
     let cells = (0..rows).flat_map(|row| (0..columns).map(move |column| (column, row)));
-    cells.flat_map(|(column, row)| cell_mean(picture, column * CELL, row * CELL)).collect()
+    cells.flat_map(|(column, row)| cell_mean(image, column * CELL, row * CELL)).collect()
 }
 
-fn cell_mean(picture: &RgbImage, left: u32, top: u32) -> [f64; 3] {
+fn cell_mean(image: &RgbImage, left: u32, top: u32) -> [f64; 3] {
     let mut sums = [0.0; 3];
     for (x, y) in (0..CELL * CELL).map(|index| (left + index % CELL, top + index / CELL)) {
-        let pixel = picture.get_pixel(x, y).0;
+        let pixel = image.get_pixel(x, y).0;
         sums.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += f64::from(value));
     }
     sums.map(|sum| sum / f64::from(CELL * CELL))
 }
 
-fn nearest(picture: &[f64], references: &[Vec<f64>]) -> usize {
-    let error = |reference: &[f64]| picture.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+fn nearest(image: &[f64], references: &[Vec<f64>]) -> usize {
+    let error = |reference: &[f64]| image.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
     let errors = references.iter().map(|reference| error(reference)).enumerate();
     errors.min_by(|(_, a), (_, b)| a.total_cmp(b)).map_or(0, |(index, _)| index)
 }
 
 fn cell_width(row: &[&RgbImage]) -> u32 {
-    row.iter().map(|picture| picture.width()).max().unwrap_or(0)
+    row.iter().map(|image| image.width()).max().unwrap_or(0)
 }
 
-/// Width and height of a row, one gap included in each cell.
-fn row_extents(row: &[&RgbImage]) -> (u32, u32) {
-    let height = row.iter().map(|picture| picture.height()).max().unwrap_or(0);
+/// Width and height of a row, with one gap in each cell.
+fn row_size(row: &[&RgbImage]) -> (u32, u32) {
+    let height = row.iter().map(|image| image.height()).max().unwrap_or(0);
     (row.len() as u32 * (cell_width(row) + GAP), height + GAP)
 }
 
 fn same_size(first: &RgbImage, second: &RgbImage) -> Result<()> {
-    let ((width, height), (other_width, other_height)) = (first.dimensions(), second.dimensions());
+    let (width, height) = first.dimensions();
+    let (other_width, other_height) = second.dimensions();
     if (width, height) == (other_width, other_height) {
         return Ok(());
     }
@@ -168,14 +180,14 @@ fn same_size(first: &RgbImage, second: &RgbImage) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// Values that numpy makes as well: (x * a + y * b + channel * c) % 256.
+    /// Values that numpy computes the same way: (x * a + y * b + channel * c) % 256.
     fn pattern([a, b, c]: [u32; 3], width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| {
             Rgb([0, 1, 2].map(|channel| ((x * a + y * b + channel * c) % 256) as u8))
         })
     }
 
-    fn near(got: f64, want: f64) {
+    fn assert_near(got: f64, want: f64) {
         assert!((got - want).abs() < 1e-9, "{got} instead of {want}");
     }
 
@@ -183,7 +195,7 @@ mod tests {
     fn psnr_by_hand() {
         let dark = RgbImage::from_pixel(4, 4, Rgb([0; 3]));
         let light = RgbImage::from_pixel(4, 4, Rgb([10; 3]));
-        near(psnr(&dark, &light).unwrap(), 28.130_803_608_679_106);
+        assert_near(psnr(&dark, &light).unwrap(), 28.130_803_608_679_106);
         assert_eq!(psnr(&dark, &dark).unwrap(), f64::INFINITY);
         assert!(psnr(&dark, &RgbImage::new(4, 5)).is_err());
     }
@@ -191,19 +203,20 @@ mod tests {
     /// Of two constants c and d only the luminance term is left: (2cd + C1) / (c² + d² + C1).
     #[test]
     fn ssim_of_constants_by_hand() {
-        let (first, second) = (RgbImage::from_pixel(11, 12, Rgb([100; 3])), RgbImage::from_pixel(11, 12, Rgb([50; 3])));
-        near(ssim(&first, &second).unwrap(), (10_000.0 + C1) / (12_500.0 + C1));
-        near(ssim(&first, &first).unwrap(), 1.0);
+        let first = RgbImage::from_pixel(11, 12, Rgb([100; 3]));
+        let second = RgbImage::from_pixel(11, 12, Rgb([50; 3]));
+        assert_near(ssim(&first, &second).unwrap(), (10_000.0 + C1) / (12_500.0 + C1));
+        assert_near(ssim(&first, &first).unwrap(), 1.0);
         assert!(ssim(&RgbImage::new(10, 11), &RgbImage::new(10, 11)).is_err());
     }
 
-    /// Made by fixtures/ssim.py, which sums over every window as the paper writes it.
+    /// From fixtures/ssim.py, which sums over every window as the paper writes it.
     #[test]
     fn ssim_of_patterns_is_that_of_numpy() {
         let cases =
             [([7, 3, 50], [6, 3, 70], SSIM[0]), ([2, 5, 11], [5, 2, 90], SSIM[1]), ([1, 1, 0], [1, 2, 0], SSIM[2])];
         for (first, second, want) in cases {
-            near(ssim(&pattern(first, 19, 14), &pattern(second, 19, 14)).unwrap(), want);
+            assert_near(ssim(&pattern(first, 19, 14), &pattern(second, 19, 14)).unwrap(), want);
         }
     }
 
@@ -212,19 +225,20 @@ mod tests {
     #[test]
     fn the_nearest_is_found_through_fine_noise() {
         let references = [[3, 1, 40], [1, 9, 7], [5, 5, 5]].map(|seed| pattern(seed, 16, 16));
-        let mut pictures = [references[2].clone(), references[0].clone()];
-        for (x, y, pixel) in pictures.iter_mut().flat_map(|picture| picture.enumerate_pixels_mut()) {
+        let mut images = [references[2].clone(), references[0].clone()];
+        for (x, y, pixel) in images.iter_mut().flat_map(|image| image.enumerate_pixels_mut()) {
             let change = if (x + y) % 2 == 0 { 20 } else { -20 };
             pixel.0 = pixel.0.map(|value| (i32::from(value) + change).clamp(0, 255) as u8);
         }
-        assert_eq!(retrieve(&pictures, &references).unwrap(), [2, 0]);
-        assert!(retrieve(&pictures, &[]).is_err());
-        assert!(retrieve(&pictures, &[RgbImage::new(8, 8)]).is_err());
+        assert_eq!(retrieve(&images, &references).unwrap(), [2, 0]);
+        assert!(retrieve(&images, &[]).is_err());
+        assert!(retrieve(&images, &[RgbImage::new(8, 8)]).is_err());
     }
 
     #[test]
-    fn a_sheet_has_each_picture_in_its_place() {
-        let (red, blue) = (RgbImage::from_pixel(3, 2, Rgb([255, 0, 0])), RgbImage::from_pixel(3, 2, Rgb([0, 0, 255])));
+    fn a_sheet_has_each_image_in_its_place() {
+        let red = RgbImage::from_pixel(3, 2, Rgb([255, 0, 0]));
+        let blue = RgbImage::from_pixel(3, 2, Rgb([0, 0, 255]));
         let sheet = contact_sheet(&[vec![&red, &blue], vec![&blue]]);
         assert_eq!(sheet.dimensions(), (18, 16));
         let at = |x, y| sheet.get_pixel(x, y).0;

@@ -1,177 +1,172 @@
-//! [`Components`]: where the parts of a pipeline lie, in folders or in the transformer's own file. Whoever asks for a
-//! part's config or weights does not learn which.
+//! [`Components`]: finds the components of a pipeline, in folders or in the transformer's single-file checkpoint, and reads
+//! their configs and weights the same way from both.
 
+use crate::files::{read, read_json, read_text, transformer_path};
 use crate::{ReadOptions, Result, RuntimeError, Transformer};
-use clearform_layout::{Dequantized, EmbeddedComponent, LayoutError, Manifests};
+use clearform_layout::{Dequantized, EmbeddedComponent, LayoutError, Manifests, OpenComponent};
 use clearform_portable_model::ComponentData;
 use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// The places that parts are looked for in: the model's own folder first, then the transformer's file, then the folder of
-/// `--components`.
+/// The folders and files that are searched for components, in this order: the model's folder, the transformer's
+/// single-file checkpoint, the folder of `--components`.
 #[derive(Debug, Clone)]
 pub struct Components {
     model: PathBuf,
     extra: Option<PathBuf>,
-    file: Option<AllInOne>,
+    file: Option<SingleFile>,
 }
 
-/// A file that holds parts of a pipeline beside its transformer.
+/// A checkpoint that contains other components beside its transformer.
 #[derive(Debug, Clone)]
-struct AllInOne {
+struct SingleFile {
     path: PathBuf,
-    parts: Vec<EmbeddedComponent>,
+    components: Vec<EmbeddedComponent>,
     allow_unmatched: bool,
 }
 
 const CONFIG: &str = "config.json";
 
 impl Components {
-    /// Looks in `model` and, for what it lacks, in `extra`. Either may be a folder with a `model_index.json`, or any
-    /// folder with parts in it; `model` may also be a transformer alone, folder or file.
+    /// Searches `model` and then `extra`. Either may be a pipeline folder or any folder that contains components; `model`
+    /// may also be a transformer alone, a folder or a file.
     pub fn new(model: &Path, extra: Option<&Path>) -> Self {
         Self { model: model.to_owned(), extra: extra.map(Path::to_owned), file: None }
     }
 
-    /// The same, with the parts that lie in the file of the transformer, which is read as `reading` says. Each is held
-    /// against the rules of its kind.
+    /// Adds the components in the file of `transformer`, which is read as `reading` says. The tensors of each are checked
+    /// against the rules of its class.
     ///
     /// # Errors
-    /// Tensors of a part are missing, misshapen or not understood.
+    /// Tensors of a component are missing, have a wrong shape or are unknown.
     pub fn with_embedded(mut self, transformer: &Transformer, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
-        self.file = Some(AllInOne {
+        self.file = Some(SingleFile {
             path: checkpoint.path().to_owned(),
-            parts: transformer.identified().components_in(checkpoint),
+            components: transformer.identified().components_in(checkpoint),
             allow_unmatched: reading.allow_unmatched,
         });
-        self.embedded()?;
+        self.open_embedded()?;
         Ok(self)
     }
 
-    /// The parts that are taken from the transformer's file.
+    /// The components that are taken from the transformer's file.
     ///
     /// # Errors
-    /// One is not as it should be.
-    pub fn embedded(&self) -> Result<Vec<ComponentData>> {
-        let names = self.file.iter().flat_map(|file| &file.parts).map(|part| part.name.as_str());
-        names.filter_map(|name| self.find_embedded(name)).map(|(file, part)| self.open(file, part)).collect()
+    /// Tensors of a component are missing, have a wrong shape or are unknown.
+    pub fn open_embedded(&self) -> Result<Vec<ComponentData>> {
+        let names = self.file.iter().flat_map(|file| &file.components).map(|component| component.name.as_str());
+        let found = names.filter_map(|name| self.find_embedded(name));
+        found.map(|(file, component)| self.open(file, component)).collect()
     }
 
-    /// Whether the part `name` is anywhere.
+    /// Whether component `name` exists.
     pub fn has(&self, name: &str) -> bool {
         self.find_embedded(name).is_some() || self.folder(name).is_ok()
     }
 
-    /// The config.json of part `name`.
+    /// The config.json of component `name`.
     ///
     /// # Errors
-    /// The part is missing or not as it should be.
+    /// The component is missing or damaged.
     pub fn config(&self, name: &str) -> Result<Value> {
         match self.find_embedded(name) {
-            Some((file, part)) => Ok(self.open(file, part)?.config),
+            Some((file, component)) => Ok(self.open(file, component)?.config),
             None => self.json(name, CONFIG),
         }
     }
 
-    /// The tensors of part `name` under the names that its class has, fp8 weights times their scales.
+    /// The tensors of component `name`, under the names of its class; fp8 weights are dequantized.
     ///
     /// # Errors
-    /// The part is missing or not as it should be.
+    /// The component is missing or damaged.
     pub fn weights(&self, name: &str) -> Result<Box<dyn TensorSource>> {
-        if let Some((file, part)) = self.find_embedded(name) {
-            return Ok(self.open(file, part)?.tensors);
+        if let Some((file, component)) = self.find_embedded(name) {
+            return Ok(self.open(file, component)?.tensors);
         }
-        let (folder, manifests) = (self.folder(name)?, Manifests::embedded()?);
+        let folder = self.folder(name)?;
+        let manifests = Manifests::embedded()?;
         let weights = Dequantized::open(&folder, &manifests)?;
-        manifests.accept(&weights).map_err(|error| bad(&folder, &error))?;
+        manifests.accept(&weights).map_err(|error| bad_component(&folder, &error))?;
         Ok(Box::new(weights))
     }
 
-    /// The folder of part `name`.
+    /// The folder of component `name`.
     ///
     /// # Errors
-    /// [`RuntimeError::MissingComponent`], which says how to give it.
+    /// [`RuntimeError::MissingComponent`], whose message names the option that adds a folder.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
         let found = self.roots().map(|root| root.join(name)).find(|folder| folder.is_dir());
         found.ok_or_else(|| self.missing_component(name))
     }
 
-    /// The transformer: its folder in the model's, or the model itself if that is a transformer alone.
-    pub fn transformer(&self) -> PathBuf {
-        let folder = self.model.join("transformer");
-        if folder.is_dir() { folder } else { self.model.clone() }
+    /// The transformer: its folder in the pipeline, or the model itself if that is a transformer alone.
+    pub fn transformer_path(&self) -> PathBuf {
+        transformer_path(&self.model)
     }
 
-    /// Those of `names` that are nowhere.
+    /// The components in `names` that do not exist.
     pub fn missing<'a>(&self, names: &'a [String]) -> Vec<&'a str> {
         names.iter().map(String::as_str).filter(|name| !self.has(name)).collect()
     }
 
-    /// All parts called `names` are there.
+    /// Checks that all components in `names` exist.
     ///
     /// # Errors
-    /// [`RuntimeError::MissingComponent`] for the first that is not.
-    pub fn complete(&self, names: &[String]) -> Result<()> {
+    /// [`RuntimeError::MissingComponent`] for the first that does not.
+    pub fn require(&self, names: &[String]) -> Result<()> {
         self.missing(names).first().map_or(Ok(()), |name| Err(self.missing_component(name)))
     }
 
-    /// A small JSON file of part `name`.
+    /// A JSON file in the folder of component `name`.
     ///
     /// # Errors
-    /// The part or the file is missing, or the file is no JSON.
+    /// The component or the file is missing, or the file is not JSON.
     pub fn json(&self, name: &str, file: &str) -> Result<Value> {
-        let path = self.folder(name)?.join(file);
-        serde_json::from_slice(&read(&path)?).map_err(|error| RuntimeError::BadComponent {
-            reason: format!("expected JSON: {error}. Copy the file again from where the model came from"),
-            path,
-        })
+        read_json(&self.folder(name)?.join(file))
     }
 
-    /// A small text file of part `name`.
+    /// A text file in the folder of component `name`.
     ///
     /// # Errors
-    /// The part or the file is missing, or the file is no text.
+    /// The component or the file is missing, or the file is not UTF-8.
     pub fn text(&self, name: &str, file: &str) -> Result<String> {
-        let path = self.folder(name)?.join(file);
-        String::from_utf8(read(&path)?).map_err(|error| RuntimeError::BadComponent {
-            reason: format!("expected text: {error}. Copy the file again from where the model came from"),
-            path,
-        })
+        read_text(&self.folder(name)?.join(file))
     }
 
-    /// The bytes of a file of part `name`; none if there is no such file.
+    /// The bytes of a file in the folder of component `name`; `None` if the file does not exist.
     ///
     /// # Errors
-    /// The part is missing, or the system refuses.
+    /// The component is missing, or the file cannot be read.
     pub fn bytes(&self, name: &str, file: &str) -> Result<Option<Vec<u8>>> {
         let path = self.folder(name)?.join(file);
         path.exists().then(|| read(&path)).transpose()
     }
 
-    /// The part `name` in the transformer's file, unless the model's own folder has it.
-    fn find_embedded(&self, name: &str) -> Option<(&AllInOne, &EmbeddedComponent)> {
+    /// Component `name` in the transformer's file, unless the model's own folder contains it.
+    fn find_embedded(&self, name: &str) -> Option<(&SingleFile, &EmbeddedComponent)> {
         let file = self.file.as_ref().filter(|_| !self.model.join(name).is_dir())?;
-        file.parts.iter().find(|part| part.name == name).map(|part| (file, part))
+        file.components.iter().find(|component| component.name == name).map(|component| (file, component))
     }
 
-    fn open(&self, file: &AllInOne, inside: &EmbeddedComponent) -> Result<ComponentData> {
-        let usual = self.published_config(&inside.name)?;
-        let part = inside.open(Checkpoint::open(&file.path)?, usual.as_ref());
-        let whole = part.and_then(|clearform_layout::OpenComponent { config, tensors }| {
+    fn open(&self, file: &SingleFile, embedded: &EmbeddedComponent) -> Result<ComponentData> {
+        let config = self.config_beside_file(&embedded.name)?;
+        let opened = embedded.open(Checkpoint::open(&file.path)?, config.as_ref());
+        let checked = opened.and_then(|OpenComponent { config, tensors }| {
             let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
-            let (name, load_report) = (inside.name.clone(), tensors.load_report().clone());
-            Ok(ComponentData { name, config, tensors: Box::new(tensors), load_report: load_report })
+            let load_report = tensors.load_report().clone();
+            Ok(ComponentData { name: embedded.name.clone(), config, tensors: Box::new(tensors), load_report })
         });
-        whole.map_err(|error| {
-            let reason = format!("{}, the tensors under {:?}: {error}", inside.name, inside.prefix);
+        checked.map_err(|error| {
+            let reason = format!("{}, the tensors under {:?}: {error}", embedded.name, embedded.prefix);
             RuntimeError::BadComponent { path: file.path.clone(), reason }
         })
     }
 
-    /// A config.json that lies in a folder of the part's name, of the same model or of one like it.
-    fn published_config(&self, name: &str) -> Result<Option<Value>> {
+    /// The config.json of an embedded component, if a folder with its name exists. It may have settings that the tensors do
+    /// not show.
+    fn config_beside_file(&self, name: &str) -> Result<Option<Value>> {
         let exists = self.folder(name).is_ok_and(|folder| folder.join(CONFIG).exists());
         exists.then(|| self.json(name, CONFIG)).transpose()
     }
@@ -181,26 +176,13 @@ impl Components {
     }
 
     fn missing_component(&self, name: &str) -> RuntimeError {
-        let looked = self.roots().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ");
-        RuntimeError::MissingComponent { name: name.to_owned(), looked }
+        let searched = self.roots().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ");
+        RuntimeError::MissingComponent { name: name.to_owned(), searched }
     }
 }
 
-fn bad(path: &Path, error: &LayoutError) -> RuntimeError {
+fn bad_component(path: &Path, error: &LayoutError) -> RuntimeError {
     RuntimeError::BadComponent { path: path.to_owned(), reason: error.to_string() }
-}
-
-/// Files of vocabularies and configs are a few MB; what claims to be more is not one of them.
-const LARGEST: u64 = 256 << 20;
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let io = |source| RuntimeError::Io { path: path.to_owned(), source };
-    let size = std::fs::metadata(path).map_err(io)?.len();
-    if size > LARGEST {
-        let reason = format!("expected a small file, found {size} bytes");
-        return Err(RuntimeError::BadComponent { path: path.to_owned(), reason });
-    }
-    std::fs::read(path).map_err(io)
 }
 
 #[cfg(test)]
@@ -209,8 +191,9 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn parts_come_from_the_model_first_and_then_from_elsewhere() {
-        let (model, extra) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fn the_model_takes_precedence_over_the_extra_folder() {
+        let model = tempfile::tempdir().unwrap();
+        let extra = tempfile::tempdir().unwrap();
         fs::create_dir(model.path().join("vae")).unwrap();
         let names = ["scheduler", "tokenizer", "vae"].map(str::to_owned);
         for name in &names {
@@ -218,10 +201,10 @@ mod tests {
         }
         let alone = Components::new(model.path(), None);
         assert_eq!(alone.missing(&names), ["scheduler", "tokenizer"]);
-        let error = alone.complete(&names).unwrap_err().to_string();
-        assert!(error.starts_with("scheduler is missing") && error.contains("--components DIR"), "{error}");
+        let error = alone.require(&names).unwrap_err().to_string();
+        assert!(error.starts_with("scheduler is missing") && error.contains("pass --components DIR"), "{error}");
         let both = Components::new(model.path(), Some(extra.path()));
-        assert!(both.complete(&names).is_ok());
+        assert!(both.require(&names).is_ok());
         assert_eq!(both.folder("vae").unwrap(), model.path().join("vae"));
         assert_eq!(both.folder("tokenizer").unwrap(), extra.path().join("tokenizer"));
     }
@@ -229,13 +212,14 @@ mod tests {
     #[test]
     fn a_transformer_alone_is_a_model() {
         let model = tempfile::tempdir().unwrap();
-        assert_eq!(Components::new(model.path(), None).transformer(), model.path());
+        let components = Components::new(model.path(), None);
+        assert_eq!(components.transformer_path(), model.path());
         fs::create_dir(model.path().join("transformer")).unwrap();
-        assert_eq!(Components::new(model.path(), None).transformer(), model.path().join("transformer"));
+        assert_eq!(components.transformer_path(), model.path().join("transformer"));
     }
 
     #[test]
-    fn json_that_is_none_is_named() {
+    fn a_file_that_is_not_json_is_named() {
         let model = tempfile::tempdir().unwrap();
         fs::create_dir(model.path().join("vae")).unwrap();
         fs::write(model.path().join("vae/config.json"), "<html>").unwrap();

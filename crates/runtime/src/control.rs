@@ -1,119 +1,160 @@
-//! From a picture to what a branch is controlled by: resized, with the values it asks for, and through the VAE if it takes
-//! latents.
+//! Control images: resized, scaled to the range that a ControlNet takes, and encoded with the VAE if it takes latents.
 
 use crate::adapters::ActiveControlNet;
 use crate::control_concat::channel_axis;
 use crate::pipeline::repeat;
 use crate::{Pipeline, Result, RuntimeError};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clearform_models::{BatchSpec, ImageSize};
 use clearform_plugin_host::{ControlKind, ControlNetInput};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
 
 impl Pipeline {
-    /// What the branches are controlled by, for a batch of pictures: `pictures` in the order of the branches, or one for
-    /// all of them.
+    /// The inputs of all ControlNets for a batch of images. `images` are in the order of the ControlNets; a single image
+    /// serves all of them.
     ///
     /// # Errors
-    /// As many pictures as branches, or one, were expected; or a branch takes what this model does not have.
-    pub fn controls(&self, pictures: &[RgbImage], batch_spec: BatchSpec) -> Result<Vec<ControlNetInput>> {
-        let (found, controlnets) = (pictures.len(), self.controlnets().len());
-        if found != controlnets && (found != 1 || controlnets == 0) {
+    /// The number of images is neither 1 nor that of ControlNets, or a ControlNet belongs to another model.
+    pub fn controlnet_inputs(&self, images: &[RgbImage], batch_spec: BatchSpec) -> Result<Vec<ControlNetInput>> {
+        let found = images.len();
+        let expected = self.controlnets().len();
+        if found != expected && (found != 1 || expected == 0) {
             return Err(RuntimeError::BadSetting(format!(
-                "control images: expected {controlnets}, one for each ControlNet (--control-image), found {found}"
+                "control images: expected {expected}, one for each ControlNet (--control-image), found {found}"
             )));
         }
-        let picture = |index: usize| &pictures[index.min(found - 1)];
-        let one = |(index, controlnet): (usize, &ActiveControlNet)| {
-            self.control(controlnet, std::slice::from_ref(picture(index)), batch_spec)
+        let input_of = |(index, active): (usize, &ActiveControlNet)| {
+            let image = &images[index.min(found - 1)];
+            self.controlnet_input(active, std::slice::from_ref(image), batch_spec)
         };
-        self.controlnets().iter().enumerate().map(one).collect()
+        self.controlnets().iter().enumerate().map(input_of).collect()
     }
 
-    /// What `schedule` is controlled by, for a batch that `pictures` share evenly.
+    /// The input of one ControlNet for a batch of images; each of `images` is repeated for its part of the batch.
     ///
     /// # Errors
-    /// As [`Self::controls`].
-    pub fn control(
+    /// The batch is not a multiple of the number of images, or the ControlNet belongs to another model.
+    pub fn controlnet_input(
         &self,
-        schedule: &ActiveControlNet,
-        pictures: &[RgbImage],
+        active: &ActiveControlNet,
+        images: &[RgbImage],
         BatchSpec { size, batch, guidance }: BatchSpec,
     ) -> Result<ControlNetInput> {
-        let input = schedule.controlnet.input();
-        let pixels = pictures.iter().map(|picture| pixels(picture, size, input.range)).collect::<Result<Vec<_>>>()?;
-        let pixels = Tensor::cat(&pixels, 0)?;
-        let control = match input.kind {
-            ControlKind::Pixels => pixels,
-            ControlKind::Latents => self.packed(&pixels)?,
-        };
-        let channels = control.dim(channel_axis(&control))?;
-        if channels != input.channels {
-            return Err(RuntimeError::BadSetting(format!(
-                "{}: it takes {} channels of control, but this model's pictures give {channels}: it was made for another \
-                 model",
-                schedule.controlnet.path().display(),
-                input.channels
-            )));
-        }
-        let mode =
-            schedule.schedule.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
+        let control = self.control_values(active, images, size)?;
+        let mode = active.schedule.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
         Ok(ControlNetInput {
-            controlnet: schedule.controlnet.clone(),
+            controlnet: active.controlnet.clone(),
             control: repeat(&control, batch)?,
             mode,
             guidance: Some(Tensor::full(guidance as f32, batch, &Device::Cpu)?),
-            scale: schedule.scale,
-            interval: schedule.schedule.interval,
+            scale: active.scale,
+            interval: active.schedule.interval,
         })
     }
 
-    /// The picture that the transformer itself looks at, if it does, and those for the branches.
+    /// Pixels or latents of `images`, as the ControlNet takes them, (images, ...).
+    fn control_values(&self, active: &ActiveControlNet, images: &[RgbImage], size: ImageSize) -> Result<Tensor> {
+        let input = active.controlnet.input();
+        let pixels = images.iter().map(|image| pixels(image, size, input.range)).collect::<Result<Vec<_>>>()?;
+        let pixels = Tensor::cat(&pixels, 0)?;
+        let control = match input.kind {
+            ControlKind::Pixels => pixels,
+            ControlKind::Latents => self.encode_image(&pixels)?,
+        };
+        let channels = control.dim(channel_axis(&control))?;
+        if channels == input.channels {
+            return Ok(control);
+        }
+        Err(RuntimeError::BadSetting(format!(
+            "{}: expected a control image of {} channels, found {channels}: the ControlNet belongs to another model",
+            active.controlnet.path().display(),
+            input.channels
+        )))
+    }
+
+    /// The control image of the transformer itself, if it takes one, and the images of the ControlNets.
     pub(crate) fn split_control_images<'a>(
         &self,
-        pictures: &'a [RgbImage],
+        images: &'a [RgbImage],
     ) -> Result<(Option<&'a RgbImage>, &'a [RgbImage])> {
-        match (self.takes_control(), pictures.split_first()) {
-            (false, _) => Ok((None, pictures)),
-            (true, Some((own, others))) => Ok((Some(own), others)),
+        match (self.takes_control(), images.split_first()) {
+            (false, _) => Ok((None, images)),
+            (true, Some((first, others))) => Ok((Some(first), others)),
             (true, None) => {
-                let reason = "control images: the transformer draws from one (--control-image), but found none";
+                let reason = "control images: the transformer takes one, found none; pass --control-image FILE";
                 Err(RuntimeError::BadSetting(reason.to_owned()))
             }
         }
     }
 
-    /// Packed latents of the picture that the transformer itself looks at, as FluxControlPipeline encodes it.
-    pub(crate) fn own_control(&self, picture: &RgbImage, size: ImageSize, batch: usize) -> Result<Tensor> {
-        repeat(&self.packed(&pixels(picture, size, OWN_RANGE)?)?, batch)
+    /// Packed latents of the transformer's own control image, as in diffusers' `FluxControlPipeline`, once for each image of
+    /// the batch.
+    pub(crate) fn control_latents(&self, image: &RgbImage, size: ImageSize, batch: usize) -> Result<Tensor> {
+        repeat(&self.encode_image(&pixels(image, size, VAE_RANGE)?)?, batch)
     }
 
+    /// The means of the VAE's latents, packed if the transformer takes them so.
+    ///
     /// # Shapes
-    /// (batch, 3, height, width) -> (batch, image tokens, channels), the latents' means.
-    fn packed(&self, pixels: &Tensor) -> Result<Tensor> {
+    /// (batch, 3, height, width) -> (batch, image tokens, channels) or (batch, channels, height, width).
+    fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
         let vae = self.load_vae()?.ok_or_else(|| {
-            RuntimeError::BadSetting("control images: this model draws pixels, and has no latents of them".to_owned())
+            RuntimeError::BadSetting("control images: this model has no VAE to encode them with".to_owned())
         })?;
         let latents = vae.encode(&pixels.to_device(self.device())?)?;
         Ok(self.transformer().family().pack(&latents)?.0)
     }
 }
 
-/// What black and white become for the VAE.
-const OWN_RANGE: [f64; 2] = [-1.0, 1.0];
+/// The values of black and white in the VAE's input.
+const VAE_RANGE: [f64; 2] = [-1.0, 1.0];
 
-/// A picture at `size`, with black and white at the ends of `range`.
+/// An image resized to `size`, with black and white at the ends of the range. Lanczos is the filter of diffusers'
+/// `VaeImageProcessor`.
 ///
 /// # Shapes
 /// The result is (1, 3, height, width), f32.
-fn pixels(picture: &RgbImage, size: ImageSize, [low, high]: [f64; 2]) -> Result<Tensor> {
-    let (width, height) = (size.width as u32, size.height as u32);
-    let fitting = match picture.dimensions() == (width, height) {
-        true => picture.clone(),
-        false => resize(picture, width, height, FilterType::Lanczos3),
+fn pixels(image: &RgbImage, size: ImageSize, [low, high]: [f64; 2]) -> Result<Tensor> {
+    let width = size.width as u32;
+    let height = size.height as u32;
+    let resized = match image.dimensions() == (width, height) {
+        true => image.clone(),
+        false => resize(image, width, height, FilterType::Lanczos3),
     };
-    let bytes = Tensor::from_vec(fitting.into_raw(), (1, size.height, size.width, 3), &Device::Cpu)?;
-    let values = bytes.to_dtype(candle_core::DType::F32)?.affine((high - low) / 255.0, low)?;
+    let bytes = Tensor::from_vec(resized.into_raw(), (1, size.height, size.width, 3), &Device::Cpu)?;
+    let values = bytes.to_dtype(DType::F32)?.affine((high - low) / 255.0, low)?;
     Ok(values.permute((0, 3, 1, 2))?.contiguous()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+
+    #[test]
+    fn bytes_fill_the_range_channel_by_channel() {
+        let image = RgbImage::from_fn(2, 1, |x, _| Rgb(if x == 0 { [0, 51, 102] } else { [255, 204, 153] }));
+        let size = ImageSize { height: 1, width: 2 };
+        for (range, wanted) in
+            [([0.0, 1.0], [0.0, 1.0, 0.2, 0.8, 0.4, 0.6]), (VAE_RANGE, [-1.0, 1.0, -0.6, 0.6, -0.2, 0.2])]
+        {
+            let values = pixels(&image, size, range).unwrap();
+            assert_eq!(values.dims(), [1, 3, 1, 2]);
+            let values = values.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().zip(wanted).all(|(got, wanted)| (got - wanted).abs() < 1e-6), "{values:?}");
+        }
+    }
+
+    /// An even surface stays what it is at any size.
+    #[test]
+    fn other_sizes_are_resized() {
+        let image = RgbImage::from_pixel(5, 3, Rgb([51, 102, 255]));
+        let values = pixels(&image, ImageSize { height: 4, width: 6 }, [0.0, 1.0]).unwrap();
+        assert_eq!(values.dims(), [1, 3, 4, 6]);
+        let channels = values.flatten_from(2).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        for (channel, wanted) in channels.iter().zip([0.2, 0.4, 1.0]) {
+            assert!(channel.iter().all(|value| (value - wanted).abs() < 1e-6), "{channel:?}");
+        }
+    }
 }

@@ -1,18 +1,17 @@
-//! [`ControlConcat`]: a transformer that looks at a control through more channels of its own tokens, as FLUX's canny and depth
-//! models do.
+//! [`ControlConcat`]: a transformer that takes a control image as further channels of its tokens, as FLUX.1's Canny and
+//! Depth models do (diffusers' `FluxControlPipeline`).
 
 use candle_core::Tensor;
 use clearform_models::{Denoiser, DenoiserInput, HiddenState};
 
-/// A transformer whose tokens hold a control's latents beside their own.
+/// A transformer with the control's latents concatenated to its own.
 pub(crate) struct ControlConcat<'a> {
     pub base: &'a dyn Denoiser,
-    /// As the transformer takes its latents; none for a transformer that looks at none.
+    /// The control's latents in the form that the transformer takes; `None` for a transformer without control.
     pub control: Option<Tensor>,
 }
 
-/// Where the channels of latents stand: last where they are packed, (batch, image tokens, channels), and else first,
-/// (batch, channels, height, width).
+/// The dimension of channels: 2 in packed latents (batch, image tokens, channels), 1 in (batch, channels, height, width).
 pub(crate) fn channel_axis(latents: &Tensor) -> usize {
     if latents.rank() == 3 { 2 } else { 1 }
 }

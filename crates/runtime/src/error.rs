@@ -1,4 +1,4 @@
-//! What can go wrong between a model folder and a picture.
+//! Errors of pipelines.
 
 use std::path::PathBuf;
 
@@ -6,26 +6,26 @@ use std::path::PathBuf;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// The operating system refused.
+    /// A file or folder cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A part of the pipeline is nowhere.
+    /// A component of the pipeline is missing.
     #[error(
-        "{name} is missing, looked for it in {looked}. Give a diffusers folder that has it with --components DIR, that of \
-         any model of the same family"
+        "{name} is missing; searched {searched}. To take it from another model of the same family, pass --components DIR \
+         with the diffusers folder of that model"
     )]
     MissingComponent {
-        /// Its folder's name in a diffusers pipeline.
+        /// The name of its folder in a diffusers pipeline.
         name: String,
-        /// The folders that were looked through.
-        looked: String,
+        /// The folders that were searched.
+        searched: String,
     },
-    /// A part of the pipeline is there, but cannot be used.
+    /// A component of the pipeline exists, but cannot be used.
     #[error("{path}: {reason}", path = path.display())]
     BadComponent {
         /// The file or folder.
@@ -33,34 +33,34 @@ pub enum RuntimeError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
-    /// A setting that no picture can be made with.
+    /// A setting that the model cannot use.
     #[error("{0}")]
     BadSetting(String),
-    /// A picture that must not be saved, or a file that is not one of ours.
-    #[error("picture: {0}")]
+    /// An image that must not be saved or cannot be compared, or a file without parameters of clearform.
+    #[error("image: {0}")]
     BadImage(String),
-    /// Tensors of an adapter met nothing in the model.
-    #[error("{0}\n  --allow-partial goes on without them")]
+    /// Tensors of an adapter have no counterpart in the model.
+    #[error("{0}\n  pass --allow-partial to continue without them")]
     PartialAdapter(String),
     /// A plugin, or what it opens, cannot be used.
     #[error(transparent)]
     Plugin(#[from] clearform_plugin_host::PluginError),
-    /// Weights cannot be had.
+    /// Tensors cannot be read or written.
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
-    /// The checkpoint is no model that is known, or is not whole.
+    /// The checkpoint is of no known family, or is incomplete.
     #[error(transparent)]
     Layout(#[from] clearform_layout::LayoutError),
-    /// The portable model is not whole, or its record cannot be read.
+    /// The portable model is incomplete, or its record cannot be read.
     #[error(transparent)]
     PortableModel(#[from] clearform_portable_model::PortableModelError),
-    /// A model refused.
+    /// A model rejects its input or its weights.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),
-    /// Noise, schedule or denoising refused.
+    /// The scheduler or the denoising loop fails.
     #[error(transparent)]
     Sampling(#[from] clearform_sampling::SamplingError),
-    /// The tensor library refused.
+    /// candle rejects a computation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

@@ -1,5 +1,5 @@
-//! [`LatentSpec`]: what a model draws on: latents of a VAE, or pixels; their channels, and the sizes that can be drawn. It loads
-//! no weights.
+//! [`LatentSpec`]: what a model denoises, latents of a VAE or pixels: their channels, and the image sizes it can generate.
+//! It loads no weights.
 
 use crate::control_concat::channel_axis;
 use crate::{Components, Result, RuntimeError, Transformer};
@@ -8,99 +8,101 @@ use clearform_models::ImageSize;
 use clearform_models::vae::VaeConfig;
 use serde_json::Value;
 
-/// More pixels along an edge than anyone can have meant.
+/// Most pixels along an edge: far more than any model generates, and few enough that no product of sizes overflows.
 const LARGEST: usize = 1 << 15;
-/// Latent places along the edge of a picture where nothing tells: 1024 pixels for most.
-const USUAL_EDGE: usize = 128;
+/// Latent pixels along the edge of an image if neither transformer nor VAE states it: diffusers' `default_sample_size`, which
+/// is 1024 pixels with the usual VAE.
+const DEFAULT_EDGE: usize = 128;
 
-/// What a model draws on.
+/// What a model denoises.
 pub(crate) struct LatentSpec {
     vae: Option<VaeConfig>,
     channels: usize,
-    patch: usize,
-    own_size: ImageSize,
+    patch_size: usize,
+    native_size: ImageSize,
     takes_control: bool,
 }
 
 impl LatentSpec {
-    /// Reads the small files of `components`, and holds the VAE against the transformer.
+    /// Reads the configs of `components`, and checks that the VAE fits the transformer.
     pub fn new(components: &Components, transformer: &Transformer) -> Result<Self> {
-        let (family, config) = (transformer.family(), transformer.config());
-        let has_vae = transformer.identified().components().iter().any(|part| part == "vae");
+        let family = transformer.family();
+        let config = transformer.config();
+        let has_vae = transformer.identified().components().iter().any(|component| component == "vae");
         let vae_config = if has_vae { components.config("vae")? } else { Value::Null };
         let vae = if has_vae { Some(VaeConfig::new(&vae_config)?) } else { None };
-        let takes = config["in_channels"].as_u64().unwrap_or(0) as usize;
-        let (channels, downscale) = vae.as_ref().map_or((takes, 1), |vae| (vae.latent_channels, vae.downscale()));
-        let patch = family.patch(config)?;
+        let in_channels = config["in_channels"].as_u64().unwrap_or(0) as usize;
+        let (channels, downscale) = vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels, vae.downscale()));
+        let patch_size = family.patch_size(config)?;
         let edge = family.sample_size(config)?.map(|edge| edge * downscale);
-        let of_vae = || vae_config["sample_size"].as_u64().map(|edge| edge as usize);
-        let edge = edge.or_else(of_vae).unwrap_or(USUAL_EDGE * downscale);
-        let takes_control = Self::takes_control_in(takes, packed_channels(transformer, channels, patch)?)?;
-        Ok(Self { vae, channels, patch, own_size: ImageSize { height: edge, width: edge }, takes_control })
+        let vae_edge = || vae_config["sample_size"].as_u64().map(|edge| edge as usize);
+        let edge = edge.or_else(vae_edge).unwrap_or(DEFAULT_EDGE * downscale);
+        let takes_control = has_control_channels(in_channels, packed_channels(transformer, channels, patch_size)?)?;
+        Ok(Self { vae, channels, patch_size, native_size: ImageSize { height: edge, width: edge }, takes_control })
     }
 
-    /// The VAE's sizes; none where the model draws pixels.
+    /// The VAE's config; `None` if the model generates pixels.
     pub fn vae(&self) -> Option<&VaeConfig> {
         self.vae.as_ref()
     }
 
-    /// Extents of the pictures that the model knows.
+    /// The image size that the model was trained on.
     pub fn native_size(&self) -> ImageSize {
-        self.own_size
+        self.native_size
     }
 
-    /// Whether the transformer takes a control's latents beside its own.
+    /// Whether the transformer takes the latents of a control image beside its own.
     pub fn takes_control(&self) -> bool {
         self.takes_control
     }
 
-    /// Channels, height and width of the latents of a picture.
+    /// Channels, height and width of the latents of an image.
     pub fn latent_shape(&self, size: ImageSize) -> Result<[usize; 3]> {
         let ImageSize { height, width } = self.check_size(size)?;
         Ok([self.channels, height / self.downscale(), width / self.downscale()])
     }
 
-    /// Image tokens of a picture.
+    /// Number of tokens of an image.
     pub fn image_tokens(&self, size: ImageSize) -> Result<usize> {
         let [_, height, width] = self.latent_shape(size)?;
-        Ok((height / self.patch) * (width / self.patch))
+        Ok((height / self.patch_size) * (width / self.patch_size))
     }
 
-    /// Whole tokens across and down are needed.
+    /// `size`, if it is a whole number of tokens in both directions.
     pub fn check_size(&self, size: ImageSize) -> Result<ImageSize> {
-        let multiple = self.patch * self.downscale();
-        let fits = |extent: usize| (1..=LARGEST).contains(&extent) && extent.is_multiple_of(multiple);
+        let multiple = self.patch_size * self.downscale();
+        let fits = |edge: usize| (1..=LARGEST).contains(&edge) && edge.is_multiple_of(multiple);
         if fits(size.height) && fits(size.width) {
             return Ok(size);
         }
-        let near = |extent: usize| extent.clamp(multiple, LARGEST / multiple * multiple).next_multiple_of(multiple);
+        let nearest = |edge: usize| edge.clamp(multiple, LARGEST / multiple * multiple).next_multiple_of(multiple);
         let ImageSize { height, width } = size;
         Err(RuntimeError::BadSetting(format!(
             "size: expected multiples of {multiple} up to {LARGEST}, found width {width} and height {height}; try --width {} --height {}",
-            near(width),
-            near(height)
+            nearest(width),
+            nearest(height)
         )))
     }
 
     fn downscale(&self) -> usize {
         self.vae.as_ref().map_or(1, VaeConfig::downscale)
     }
-
-    /// Canny and depth models, also those that a LoRA makes, take as many channels of a control beside their own; models
-    /// that take masks are not run here.
-    fn takes_control_in(takes: usize, packed: usize) -> Result<bool> {
-        if takes == packed || takes == 2 * packed {
-            return Ok(takes == 2 * packed);
-        }
-        Err(RuntimeError::BadSetting(format!(
-            "the transformer takes {takes} channels, but this VAE's latents have {packed} as it takes them. Either the VAE \
-             is another model's (give the right one with --components DIR), or the transformer draws from a mask too \
-             (fill), which is not supported"
-        )))
-    }
 }
 
-/// Channels of latents as the transformer takes them.
+/// Whether a transformer with `in_channels` takes a control image, where its own latents have `packed` channels. FLUX.1's
+/// Canny and Depth models, and their LoRAs, take twice the channels; inpainting models (Fill) take other numbers.
+fn has_control_channels(in_channels: usize, packed: usize) -> Result<bool> {
+    if in_channels == packed || in_channels == 2 * packed {
+        return Ok(in_channels == 2 * packed);
+    }
+    Err(RuntimeError::BadSetting(format!(
+        "the transformer takes {in_channels} channels, but the latents of this VAE have {packed}. Either the VAE belongs to \
+         another model (pass the right one with --components DIR), or the transformer also takes a mask (inpainting), \
+         which is not supported"
+    )))
+}
+
+/// Channels of latents in the form that the transformer takes.
 fn packed_channels(transformer: &Transformer, channels: usize, patch: usize) -> Result<usize> {
     let latents = Tensor::zeros((1, channels, patch, patch), DType::F32, &Device::Cpu)?;
     let (packed, _) = transformer.family().pack(&latents)?;

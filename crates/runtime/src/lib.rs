@@ -1,8 +1,17 @@
-//! From a model folder to pictures: components, the stages of a pipeline, PNG files and their comparison.
+//! From a model folder and a prompt to images: diffusers' `DiffusionPipeline` for the transformers of this workspace.
 //!
-//! The main type is [`Pipeline`], which loads text encoders, transformer and VAE one after another and releases each
-//! before the next. This crate knows where files lie; what they compute is in `clearform_models`, how a picture is
-//! stepped in `clearform_sampling`.
+//! For a reader who knows diffusers:
+//!
+//! - [`Pipeline`] is `DiffusionPipeline`. [`Pipeline::open`] reads configs only; [`Pipeline::generate`] loads text encoders,
+//!   transformer and VAE in sequence and releases each before the next, as `enable_sequential_cpu_offload` would. Its
+//!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
+//! - [`Components`] finds the components of a pipeline in folders or in a single-file checkpoint.
+//! - [`Transformer`] is an identified checkpoint that is not loaded yet.
+//! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
+//! - [`png`] writes images with their parameters, [`compare`] measures how similar images are.
+//!
+//! This crate knows where files are. What they compute is in `clearform_models`, the denoising loop in
+//! `clearform_sampling`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
@@ -11,6 +20,7 @@ mod components;
 mod control;
 mod control_concat;
 mod error;
+mod files;
 mod images;
 mod latent_spec;
 mod pipeline;
@@ -18,7 +28,9 @@ pub mod png;
 mod text;
 mod transformer;
 
-pub use adapters::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITED_PARTS, EditedTransformer};
+pub use adapters::{
+    ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,
+};
 pub use components::Components;
 pub use error::{Result, RuntimeError};
 pub use image::RgbImage;

@@ -1,5 +1,5 @@
-//! [`Pipeline`]: from subjects to pictures as diffusers' pipelines go, in stages that can also be used one by one. What a
-//! family does in its own way it asks the family.
+//! [`Pipeline`]: from prompts to images as in diffusers' pipelines, in stages that can also be called one by one. What
+//! differs between architectures is up to the family.
 
 use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::control_concat::ControlConcat;
@@ -20,48 +20,48 @@ use std::sync::Arc;
 /// How a model is opened and run.
 #[derive(Debug, Clone)]
 pub struct PipelineOptions {
-    /// How the transformer's tensors are read.
+    /// How the transformer's checkpoint is read.
     pub reading: ReadOptions,
-    /// A folder with the parts that the model lacks.
+    /// A folder with the components that the model lacks.
     pub components: Option<PathBuf>,
-    /// What each attention layer sees; as a portable model records it without it, and full where nothing is recorded.
+    /// The attention of each layer. `None` is what a portable model records, and full attention for other models.
     pub plan: Option<AttentionPlan>,
-    /// Number format of the transformer and the latents; the stored one without it.
+    /// Dtype of the transformer and the latents. `None` is that of [`Transformer::dtype`].
     pub dtype: Option<DType>,
-    /// Where everything runs.
+    /// The device that everything runs on.
     pub device: Device,
-    /// Channels that classifier-free guidance acts on, from the first; as the family's own code has it without it.
+    /// How many channels classifier-free guidance acts on, counted from the first. `None` is the family's default.
     pub guided_channels: Option<usize>,
-    /// What acts on the model.
+    /// LoRAs and ControlNets.
     pub adapters: Adapters,
 }
 
-/// What to draw, and how.
+/// The arguments of [`Pipeline::generate`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateRequest {
-    /// What to draw.
+    /// Prompt or class.
     pub prompt: Prompt,
-    /// What to stay away from. Families that embed the guidance scale need a `true_cfg_scale` above 1 for it; the others
-    /// stay away from nothing in particular without it.
+    /// Negative prompt. In families with an embedded guidance scale it only acts with a `true_cfg_scale` above 1; the
+    /// others use their unconditional prompt if it is `None`.
     pub negative: Option<Prompt>,
-    /// Extents; the model's own without it.
+    /// Width and height; `None` is the model's native size.
     pub size: Option<ImageSize>,
     /// Denoising steps.
     pub steps: usize,
-    /// Guidance scale: embedded where the model takes it, classifier-free in the other families.
+    /// Guidance scale: embedded in families that take it as an input, classifier-free in the others.
     pub guidance: f64,
-    /// Classifier-free guidance scale of families that embed the other.
+    /// Classifier-free guidance scale in families with an embedded one, as in diffusers' FluxPipeline; 1 is off.
     pub true_cfg_scale: f64,
     /// Seed of the noise of the whole batch.
     pub seed: u64,
-    /// Pictures to draw.
+    /// Number of images.
     pub batch: usize,
-    /// What the transformer itself is controlled by, if it is, and then the branches in their order; for several branches
-    /// one picture serves all.
+    /// Control images: first that of the transformer itself if it takes one, then those of the ControlNets in their order.
+    /// A single image serves all ControlNets.
     pub control_images: Vec<RgbImage>,
 }
 
-/// What [`Pipeline::generate`] is doing.
+/// The stage that [`Pipeline::generate`] is in.
 #[derive(Debug)]
 pub enum PipelineStage<'a> {
     /// Loading text encoders and encoding prompts.
@@ -74,20 +74,20 @@ pub enum PipelineStage<'a> {
     Decoding,
 }
 
-/// Noise, as the transformer takes it.
+/// Noise in the form that the transformer takes.
 #[derive(Debug, Clone)]
 pub struct InitialLatents {
-    /// Latents, packed where the transformer takes them so.
+    /// (batch, image tokens, channels) for transformers with packed latents, else (batch, channels, height, width).
     pub tensor: Tensor,
-    /// Where each token lies, (image tokens, 3), where the transformer asks.
+    /// Position of each token, (image tokens, 3), for transformers that take it.
     pub image_ids: Option<Tensor>,
-    /// Extents of the pictures.
+    /// Size of the images.
     pub size: ImageSize,
-    /// Image tokens of each.
+    /// Tokens of each image.
     pub image_tokens: usize,
 }
 
-/// A model folder that is open. Parts are loaded when their stage begins and released when it ends.
+/// An open model folder. Components are loaded when their stage begins and released when it ends.
 pub struct Pipeline {
     components: Components,
     transformer: Transformer,
@@ -102,25 +102,25 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Opens `model` and reads its small files; no weights yet.
+    /// Opens `model` and reads its configs, but no weights.
     ///
     /// # Errors
-    /// A part is missing, which the error says how to give, or is not what it should be.
+    /// A component is missing (the message names the option that adds it) or damaged, or an adapter does not fit.
     pub fn open(model: &Path, options: PipelineOptions) -> Result<Self> {
         let recorded = recorded_plan(model)?;
         let plan = options.plan.clone().or(recorded).unwrap_or_else(AttentionPlan::full);
         let components = Components::new(model, options.components.as_deref());
         let reading = options.reading.clone().recorded(model)?;
-        let transformer = Transformer::open(&components.transformer(), &reading)?;
+        let transformer = Transformer::open(&components.transformer_path(), &reading)?;
         let components = components.with_embedded(&transformer, &reading)?;
-        components.complete(transformer.identified().components())?;
+        components.require(transformer.identified().components())?;
         let adapters = &options.adapters;
         let edited = adapters.apply_to(transformer, Some(&components), &options.reading.manifests)?;
         let EditedTransformer { transformer, edits, reports } = edited;
         let controlnets = adapters.open_controlnets(&transformer)?;
         let scheduler = scheduler(&components, &transformer)?;
         let guidance_kind =
-            transformer.family().guidance_kind(transformer.config())?.over_channels(options.guided_channels);
+            transformer.family().guidance_kind(transformer.config())?.with_channels(options.guided_channels);
         let latent_spec = LatentSpec::new(&components, &transformer)?;
         Ok(Self {
             components,
@@ -136,17 +136,17 @@ impl Pipeline {
         })
     }
 
-    /// The parts and where they lie.
+    /// The components of the model.
     pub fn components(&self) -> &Components {
         &self.components
     }
 
-    /// The transformer, not loaded.
+    /// The transformer, which is not loaded.
     pub fn transformer(&self) -> &Transformer {
         &self.transformer
     }
 
-    /// Whether the transformer itself looks at a control picture, beside any branches.
+    /// Whether the transformer itself takes a control image, apart from any ControlNets.
     pub fn takes_control(&self) -> bool {
         self.latent_spec.takes_control()
     }
@@ -156,7 +156,7 @@ impl Pipeline {
         &self.guidance_kind
     }
 
-    /// How samples of it are noised.
+    /// The noise process that the model was trained for.
     pub fn noise_process(&self) -> NoiseProcess {
         self.transformer.family().noise_process()
     }
@@ -166,59 +166,65 @@ impl Pipeline {
         &self.reports
     }
 
-    /// The branches that act beside the transformer.
+    /// The ControlNets that act on the transformer.
     pub fn controlnets(&self) -> &[ActiveControlNet] {
         &self.controlnets
     }
 
-    /// Where everything runs.
+    /// The device that everything runs on.
     pub(crate) fn device(&self) -> &Device {
         &self.options.device
     }
 
-    /// What each attention layer sees when [`Self::generate`] draws.
+    /// The attention that [`Self::generate`] uses.
     pub fn plan(&self) -> &AttentionPlan {
         &self.plan
     }
 
-    /// Extents of the pictures that the model knows.
+    /// The image size that the model was trained on.
     pub fn native_size(&self) -> ImageSize {
         self.latent_spec.native_size()
     }
 
-    /// Draws what is asked for, and checks that there are pictures.
+    /// Generates images and checks that they are not empty. `progress` is called at the beginning of each stage and after
+    /// each denoising step.
     ///
     /// # Errors
-    /// A setting that cannot be used, weights that cannot be had, or pictures that must not be saved.
-    pub fn generate(&self, request: &GenerateRequest, watch: &mut dyn FnMut(&PipelineStage)) -> Result<Vec<RgbImage>> {
+    /// A setting that the model cannot use, weights that cannot be read, or images with NaN or of a single colour.
+    pub fn generate(
+        &self,
+        request: &GenerateRequest,
+        progress: &mut dyn FnMut(&PipelineStage),
+    ) -> Result<Vec<RgbImage>> {
         let size = self.latent_spec.check_size(request.size.unwrap_or(self.native_size()))?;
+        let batch_spec = BatchSpec { size, batch: request.batch, guidance: request.guidance };
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;
-        watch(&PipelineStage::Encoding);
+        progress(&PipelineStage::Encoding);
         let guidance = self.guidance(request, &latents)?;
-        watch(&PipelineStage::Loading);
-        let (own, others) = self.split_control_images(&request.control_images)?;
-        let own = own.map(|picture| self.own_control(picture, size, request.batch)).transpose()?;
-        let controls = self.controls(others, BatchSpec { size, batch: request.batch, guidance: request.guidance })?;
+        progress(&PipelineStage::Loading);
+        let (first, others) = self.split_control_images(&request.control_images)?;
+        let control = first.map(|image| self.control_latents(image, size, request.batch)).transpose()?;
+        let controlnet_inputs = self.controlnet_inputs(others, batch_spec)?;
         let transformer = self.load_transformer(&self.plan, self.options.dtype)?;
-        let beside = ControlConcat { base: transformer.as_ref(), control: own };
-        let denoiser = ControlledDenoiser::new(&beside, controls);
-        let mut step = |progress: &StepProgress| watch(&PipelineStage::Step(progress));
-        let drawn = denoise(&denoiser, &latents.tensor, &schedule, &guidance, &mut step)?;
+        let with_control = ControlConcat { base: transformer.as_ref(), control };
+        let denoiser = ControlledDenoiser::new(&with_control, controlnet_inputs);
+        let mut on_step = |step: &StepProgress| progress(&PipelineStage::Step(step));
+        let denoised = denoise(&denoiser, &latents.tensor, &schedule, &guidance, &mut on_step)?;
         drop(transformer);
-        watch(&PipelineStage::Decoding);
-        let pictures = self.decode(&drawn, size)?;
-        check_images(&pictures)?;
-        Ok(pictures)
+        progress(&PipelineStage::Decoding);
+        let images = self.decode(&denoised, size)?;
+        check_images(&images)?;
+        Ok(images)
     }
 
-    /// Encodes `subjects` in f32, loading what is needed for it one after another.
+    /// Encodes `prompts` in f32. Text encoders are loaded in sequence, each released before the next.
     ///
     /// # Shapes
-    /// A row for each subject.
+    /// The conditions have a row for each prompt.
     ///
     /// # Errors
-    /// A part is missing or damaged, or the model does not draw such subjects.
+    /// A text encoder is missing or damaged, or the model does not take such prompts (text or classes).
     pub fn encode(&self, prompts: &[Prompt]) -> Result<Conditions> {
         if prompts.is_empty() {
             return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
@@ -228,19 +234,19 @@ impl Pipeline {
         Ok(self.transformer.family().encode(self.transformer.config(), prompts, &encoders)?)
     }
 
-    /// Loads the transformer with another plan or number format than the options'.
+    /// Loads the transformer with `plan` and `dtype` instead of those of the options.
     ///
     /// # Errors
-    /// A tensor is missing or misshapen.
+    /// A tensor is missing or has a wrong shape.
     pub fn load_transformer(&self, plan: &AttentionPlan, dtype: Option<DType>) -> Result<Box<dyn Denoiser>> {
         self.transformer.build(plan, dtype, &self.options.device)
     }
 
-    /// The noise that diffusers draws for `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` of the whole
-    /// batch, packed afterwards.
+    /// The noise that diffusers generates with `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` for the
+    /// whole batch, which is then packed.
     ///
     /// # Errors
-    /// Extents that the model cannot draw, or an empty batch.
+    /// The model cannot generate this size, or the batch is empty.
     pub fn initial_latents(&self, seed: u64, batch: usize, size: ImageSize) -> Result<InitialLatents> {
         let [channels, height, width] = self.latent_spec.latent_shape(size)?;
         if batch == 0 {
@@ -252,90 +258,92 @@ impl Pipeline {
         Ok(InitialLatents { tensor, image_ids, size, image_tokens: self.latent_spec.image_tokens(size)? })
     }
 
-    /// The noise levels for `latents`.
+    /// The noise levels of `steps` steps for `latents`.
     ///
     /// # Errors
-    /// No step at all, or a scheduler of another kind than the model needs.
+    /// `steps` is 0, or the scheduler does not fit the model's noise process.
     pub fn schedule(&self, steps: usize, latents: &InitialLatents) -> Result<Schedule> {
         Ok(self.scheduler.schedule(steps, latents.image_tokens)?.for_process(self.noise_process())?)
     }
 
-    /// Makes encoded subjects ready for `latents`: each repeated for its share of the batch, with what the model is told
-    /// of the picture itself.
+    /// The conditions of `latents`: encoded prompts, each repeated for its part of the batch, with token positions, sizes and
+    /// guidance scale for models that take them.
     ///
     /// # Errors
-    /// A batch that the subjects do not divide.
+    /// The batch is not a multiple of the number of prompts.
     pub fn conditions(&self, encoded: &Conditions, latents: &InitialLatents, guidance: f64) -> Result<Conditions> {
         let batch_spec = BatchSpec { size: latents.size, batch: latents.tensor.dim(0)?, guidance };
         Ok(Conditions { image_ids: latents.image_ids.clone(), ..self.add_size_conditions(encoded, batch_spec)? })
     }
 
-    /// The same for pictures of which no latents are at hand: without the places of tokens.
+    /// As [`Self::conditions`], without token positions, which come from latents.
     ///
     /// # Errors
     /// As [`Self::conditions`].
     pub fn add_size_conditions(&self, encoded: &Conditions, batch_spec: BatchSpec) -> Result<Conditions> {
         let repeated = |_, rows: &Option<Tensor>| rows.as_ref().map(|rows| repeat(rows, batch_spec.batch)).transpose();
         let conditions = encoded.map_samples(repeated)?;
-        let (family, config) = (self.transformer.family(), self.transformer.config());
+        let config = self.transformer.config();
+        let family = self.transformer.family();
         Ok(family.add_size_conditions(config, conditions, batch_spec, &self.options.device)?)
     }
 
-    /// What each step is conditioned on: the subjects `encoded`, and `without`, from which classifier-free guidance leads
-    /// away, where the model is steered so.
+    /// The guidance of every step: the prompts `encoded`, and for models with classifier-free guidance also the
+    /// `unconditional` ones.
     ///
     /// # Errors
     /// As [`Self::conditions`].
     pub fn guidance_for(
         &self,
         encoded: &Conditions,
-        without: Option<&Conditions>,
+        unconditional: Option<&Conditions>,
         latents: &InitialLatents,
         guidance: f64,
     ) -> Result<Guidance> {
         let positive = self.conditions(encoded, latents, guidance)?;
-        match (&self.guidance_kind, without) {
-            (GuidanceKind::ClassifierFree { channels, .. }, Some(without)) if self.guidance_kind.guides(guidance) => {
-                let negative = self.conditions(without, latents, guidance)?;
+        match (&self.guidance_kind, unconditional) {
+            (GuidanceKind::ClassifierFree { channels, .. }, Some(unconditional))
+                if self.guidance_kind.guides(guidance) =>
+            {
+                let negative = self.conditions(unconditional, latents, guidance)?;
                 Ok(Guidance::classifier_free(positive, negative, guidance, *channels)?)
             }
             _ => Ok(Guidance::Embedded(positive)),
         }
     }
 
-    /// Encodes `subjects`, and with them what classifier-free guidance leads away from where nobody says what, if the
-    /// model is steered so.
+    /// Encodes `prompts`, and for models with classifier-free guidance also the family's unconditional prompt.
     ///
     /// # Errors
     /// As [`Self::encode`].
     pub fn encode_guided(&self, prompts: &[Prompt]) -> Result<(Conditions, Option<Conditions>)> {
-        let GuidanceKind::ClassifierFree { without, .. } = &self.guidance_kind else {
+        let GuidanceKind::ClassifierFree { unconditional, .. } = &self.guidance_kind else {
             return Ok((self.encode(prompts)?, None));
         };
-        let all: Vec<Prompt> = prompts.iter().chain([without]).cloned().collect();
+        let all: Vec<Prompt> = prompts.iter().chain([unconditional]).cloned().collect();
         let encoded = self.encode(&all)?;
         let count = prompts.len();
         Ok((encoded.samples(0, count)?, Some(encoded.samples(count, 1)?)))
     }
 
-    /// Loads the VAE, where there is one, and decodes latents, one picture at a time: a picture's activations are the
-    /// largest thing in memory here.
+    /// Loads the VAE, if the model has one, and decodes latents. One image at a time, since the VAE's activations are what
+    /// takes most memory here.
     ///
     /// # Shapes
-    /// drawn as [`InitialLatents::tensor`].
+    /// latents as [`InitialLatents::tensor`].
     ///
     /// # Errors
-    /// Latents that are not of this size, or pictures with NaN.
-    pub fn decode(&self, drawn: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
+    /// The latents are not of this size, or an image contains NaN.
+    pub fn decode(&self, latents: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
         let [_, height, width] = self.latent_spec.latent_shape(size)?;
-        let latents = self.transformer.family().unpack(drawn, height, width)?.to_dtype(DType::F32)?;
+        let latents = self.transformer.family().unpack(latents, height, width)?.to_dtype(DType::F32)?;
         let Some(vae) = self.load_vae()? else { return to_images(&latents) };
-        let one = |index| vae.decode(&latents.narrow(0, index, 1)?);
-        let decoded = (0..latents.dim(0)?).map(one).collect::<clearform_models::Result<Vec<_>>>()?;
+        let decode_image = |index| vae.decode(&latents.narrow(0, index, 1)?);
+        let decoded = (0..latents.dim(0)?).map(decode_image).collect::<clearform_models::Result<Vec<_>>>()?;
         to_images(&Tensor::cat(&decoded, 0)?)
     }
 
-    /// The VAE; none where the model draws pixels.
+    /// The VAE; `None` if the model generates pixels.
     pub(crate) fn load_vae(&self) -> Result<Option<AutoencoderKl>> {
         let Some(config) = self.latent_spec.vae() else { return Ok(None) };
         let weights = open_weights(&self.components, "vae", &self.edits, &self.options.device)?;
@@ -345,41 +353,44 @@ impl Pipeline {
     fn guidance(&self, request: &GenerateRequest, latents: &InitialLatents) -> Result<Guidance> {
         let GenerateRequest { prompt, negative, guidance, true_cfg_scale, .. } = request;
         self.check_guidance(*true_cfg_scale)?;
-        let own = match &self.guidance_kind {
-            GuidanceKind::ClassifierFree { without, .. } => Some(negative.as_ref().unwrap_or(without)),
+        let negative = match &self.guidance_kind {
+            GuidanceKind::ClassifierFree { unconditional, .. } => Some(negative.as_ref().unwrap_or(unconditional)),
             GuidanceKind::Embedded => negative.as_ref(),
         };
-        let encoded = self.encode(&std::iter::once(prompt).chain(own).cloned().collect::<Vec<_>>())?;
-        let (positive, negative) = (encoded.samples(0, 1)?, own.map(|_| encoded.samples(1, 1)).transpose()?);
+        let encoded = self.encode(&std::iter::once(prompt).chain(negative).cloned().collect::<Vec<_>>())?;
+        let positive = encoded.samples(0, 1)?;
+        let negative = negative.map(|_| encoded.samples(1, 1)).transpose()?;
         if let (GuidanceKind::Embedded, Some(negative)) = (&self.guidance_kind, &negative) {
-            let ready = |encoded| self.conditions(encoded, latents, *guidance);
-            return Ok(Guidance::new(ready(&positive)?, Some(ready(negative)?), *true_cfg_scale)?);
+            let positive = self.conditions(&positive, latents, *guidance)?;
+            let negative = self.conditions(negative, latents, *guidance)?;
+            return Ok(Guidance::new(positive, Some(negative), *true_cfg_scale)?);
         }
         self.guidance_for(&positive, negative.as_ref(), latents, *guidance)
     }
 
-    /// Refuses settings that would do nothing.
+    /// Refuses settings that would have no effect.
     fn check_guidance(&self, true_cfg_scale: f64) -> Result<()> {
         let reason = match &self.guidance_kind {
             GuidanceKind::Embedded if self.options.guided_channels.is_some() => {
-                "guided channels: this model is not drawn with classifier-free guidance over some channels; leave it out"
+                "guided channels: this model does not use classifier-free guidance by channels; remove the setting"
             }
             GuidanceKind::ClassifierFree { .. } if true_cfg_scale != 1.0 => {
-                "true_cfg_scale: this model has one guidance scale, which is classifier-free; give it as guidance"
+                "true_cfg_scale: the guidance scale of this model is classifier-free already; set guidance instead"
             }
             _ => return Ok(()),
         };
         Err(RuntimeError::BadSetting(reason.to_owned()))
     }
 
-    /// What was taken for granted when the model was opened, and what of its files was not read.
+    /// Notes for the user: assumptions made when the model was opened, files that were ignored, and optional text encoders
+    /// that are missing.
     pub fn notes(&self) -> Vec<String> {
         let identified = self.transformer.identified();
         let missing = self.components.missing(identified.optional_components());
-        let missing = missing.into_iter().filter(|part| part.starts_with("text_encoder"));
-        let absent = |part: &str| format!("{part} is not there; it is drawn without it (--components DIR gives one)");
-        let taken = identified.notes.iter().chain(self.transformer.checkpoint().notes());
-        taken.cloned().chain(missing.map(absent)).collect()
+        let missing = missing.into_iter().filter(|component| component.starts_with("text_encoder"));
+        let without = |component: &str| format!("{component} is missing and not used; pass --components DIR to add it");
+        let notes = identified.notes.iter().chain(self.transformer.checkpoint().notes());
+        notes.cloned().chain(missing.map(without)).collect()
     }
 
     fn dtype(&self) -> DType {
@@ -387,11 +398,14 @@ impl Pipeline {
     }
 }
 
-/// That of the model where there is one, and else what its family was published with.
+/// The model's scheduler if it has one, else the one its family was published with.
 fn scheduler(components: &Components, transformer: &Transformer) -> Result<Scheduler> {
     let identified = transformer.identified();
-    let has_one =
-        identified.components().iter().chain(identified.optional_components()).any(|part| part == "scheduler");
+    let has_one = identified
+        .components()
+        .iter()
+        .chain(identified.optional_components())
+        .any(|component| component == "scheduler");
     if !has_one || components.folder("scheduler").is_err() {
         return Ok(Scheduler::default_for(transformer.family().noise_process()));
     }
@@ -399,11 +413,13 @@ fn scheduler(components: &Components, transformer: &Transformer) -> Result<Sched
     Ok(scheduler.spaced(transformer.family().spacing()))
 }
 
-/// Each row as often as it takes to fill `batch`, equal rows together.
+/// The rows of `tensor`, each repeated so that there are `batch`, as torch's `repeat_interleave` does.
 pub(crate) fn repeat(tensor: &Tensor, batch: usize) -> Result<Tensor> {
     let rows = tensor.dim(0)?;
     if !batch.is_multiple_of(rows) {
-        return Err(RuntimeError::BadSetting(format!("{rows} prompts cannot share a batch of {batch} evenly")));
+        return Err(RuntimeError::BadSetting(format!(
+            "batch: expected a multiple of {rows}, the number of prompts or control images, found {batch}"
+        )));
     }
     let indices = (0..batch).map(|index| (index * rows / batch) as u32).collect::<Vec<_>>();
     Ok(tensor.index_select(&Tensor::new(indices, tensor.device())?, 0)?)

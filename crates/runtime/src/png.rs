@@ -10,12 +10,12 @@ use std::io::BufReader;
 use std::path::Path;
 use std::str::FromStr;
 
-/// What a picture was made with: enough to make it again.
+/// The parameters of an image, enough to generate it again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationParameters {
-    /// What was to be drawn.
+    /// Prompt or class.
     pub prompt: String,
-    /// What was to be stayed away from; empty for nothing.
+    /// Negative prompt; empty if there was none.
     pub negative_prompt: String,
     /// Seed of the noise of the whole batch.
     pub seed: u64,
@@ -25,41 +25,41 @@ pub struct GenerationParameters {
     pub guidance: f64,
     /// Classifier-free guidance scale.
     pub true_cfg_scale: f64,
-    /// Extents.
+    /// Width and height.
     pub size: ImageSize,
     /// The model's name.
     pub model: String,
-    /// The attention plan it ran with.
+    /// The attention plan that the transformer ran with.
     pub attention: String,
-    /// What acted on the model, as the command line takes it; empty for nothing.
+    /// Adapters, as command-line options; empty if there were none.
     pub adapters: String,
-    /// Which of the batch this is, from 1.
+    /// Position in the batch, from 1.
     pub number: usize,
-    /// Pictures in the batch.
+    /// Number of images in the batch.
     pub batch: usize,
 }
 
-/// Writes `picture` with its parameters, whole or not at all.
+/// Writes `image` with its parameters, whole or not at all.
 ///
 /// # Errors
-/// [`RuntimeError::BadPicture`] for a picture of one colour, before anything is written; else what the system says.
-pub fn save(path: &Path, picture: &RgbImage, parameters: &GenerationParameters) -> Result<()> {
-    check_images(std::slice::from_ref(picture))?;
-    Ok(clearform_weights::write_atomically(path, &encode(picture, Some(parameters))?)?)
+/// [`RuntimeError::BadImage`] for an image of a single colour, before anything is written; the file cannot be written.
+pub fn save(path: &Path, image: &RgbImage, parameters: &GenerationParameters) -> Result<()> {
+    check_images(std::slice::from_ref(image))?;
+    Ok(clearform_weights::write_atomically(path, &encode(image, Some(parameters))?)?)
 }
 
 /// The bytes of a PNG file.
 ///
 /// # Errors
-/// A picture without pixels.
-pub fn encode(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> Result<Vec<u8>> {
-    write(picture, parameters).map_err(|error| RuntimeError::BadImage(error.to_string()))
+/// The image has no pixels.
+pub fn encode(image: &RgbImage, parameters: Option<&GenerationParameters>) -> Result<Vec<u8>> {
+    write(image, parameters).map_err(|error| RuntimeError::BadImage(error.to_string()))
 }
 
-/// The parameters that [`save`] wrote.
+/// The parameters in a file that [`save`] wrote.
 ///
 /// # Errors
-/// The file cannot be read, is no PNG, or is not one of ours.
+/// The file cannot be read, is not a PNG, or has no parameters of clearform.
 pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
     let file = File::open(path).map_err(|source| RuntimeError::Io { path: path.to_owned(), source })?;
     let bad = |reason: &dyn Display| RuntimeError::BadImage(format!("{}: {reason}", path.display()));
@@ -69,16 +69,16 @@ pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
     let latin = info.uncompressed_latin1_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.text.clone()));
     let unicode = info.utf8_text.iter().filter_map(|chunk| Some((chunk.keyword.clone(), chunk.get_text().ok()?)));
     GenerationParameters::from_texts(&latin.chain(unicode).collect::<Vec<_>>())
-        .ok_or_else(|| bad(&"has no parameters of clearform in it"))
+        .ok_or_else(|| bad(&"has no parameters of clearform"))
 }
 
-fn write(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> std::result::Result<Vec<u8>, EncodingError> {
+fn write(image: &RgbImage, parameters: Option<&GenerationParameters>) -> std::result::Result<Vec<u8>, EncodingError> {
     let mut bytes = Vec::new();
-    let mut encoder = Encoder::new(&mut bytes, picture.width(), picture.height());
+    let mut encoder = Encoder::new(&mut bytes, image.width(), image.height());
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);
     for (keyword, text) in parameters.map(GenerationParameters::texts).unwrap_or_default() {
-        // tEXt holds Latin-1 alone.
+        // A tEXt chunk is limited to Latin-1; iTXt is UTF-8.
         if text.chars().all(|character| u32::from(character) < 256) {
             encoder.add_text_chunk(keyword, text)?;
         } else {
@@ -86,14 +86,15 @@ fn write(picture: &RgbImage, parameters: Option<&GenerationParameters>) -> std::
         }
     }
     let mut writer = encoder.write_header()?;
-    writer.write_image_data(picture.as_raw())?;
+    writer.write_image_data(image.as_raw())?;
     writer.finish()?;
     Ok(bytes)
 }
 
 impl GenerationParameters {
+    /// Keywords and texts of the chunks.
     fn texts(&self) -> Vec<(String, String)> {
-        let pairs = [
+        let texts = [
             ("Software", format!("clearform {}", env!("CARGO_PKG_VERSION"))),
             ("prompt", self.prompt.clone()),
             ("negative_prompt", self.negative_prompt.clone()),
@@ -107,13 +108,13 @@ impl GenerationParameters {
             ("adapters", self.adapters.clone()),
             ("picture", format!("{}/{}", self.number, self.batch)),
         ];
-        pairs.into_iter().map(|(keyword, text)| (keyword.to_owned(), text)).collect()
+        texts.into_iter().map(|(keyword, text)| (keyword.to_owned(), text)).collect()
     }
 
     fn from_texts(texts: &[(String, String)]) -> Option<Self> {
         let text = |wanted: &str| Some(texts.iter().find(|(keyword, _)| keyword == wanted)?.1.as_str());
-        let (width, height) = pair(text("size")?, 'x')?;
-        let (number, batch) = pair(text("picture")?, '/')?;
+        let (width, height) = parse_two(text("size")?, 'x')?;
+        let (number, batch) = parse_two(text("picture")?, '/')?;
         Some(Self {
             prompt: text("prompt")?.to_owned(),
             negative_prompt: text("negative_prompt")?.to_owned(),
@@ -131,8 +132,9 @@ impl GenerationParameters {
     }
 }
 
-fn pair<T: FromStr>(text: &str, between: char) -> Option<(T, T)> {
-    let (first, second) = text.split_once(between)?;
+/// Two values with `separator` between them, as in "640x480".
+fn parse_two<T: FromStr>(text: &str, separator: char) -> Option<(T, T)> {
+    let (first, second) = text.split_once(separator)?;
     Some((first.parse().ok()?, second.parse().ok()?))
 }
 
@@ -157,23 +159,23 @@ mod tests {
         }
     }
 
-    fn picture() -> RgbImage {
+    fn small_image() -> RgbImage {
         RgbImage::from_raw(3, 2, (0..18).collect()).unwrap()
     }
 
     #[test]
-    fn parameters_and_pixels_come_back() {
+    fn parameters_and_pixels_read_back() {
         let folder = tempfile::tempdir().unwrap();
         for prompt in ["a fox, sitting", "Füchse \u{2014} 狐 🦊\nsecond line", ""] {
             let path = folder.path().join("out.png");
-            save(&path, &picture(), &parameters(prompt)).unwrap();
+            save(&path, &small_image(), &parameters(prompt)).unwrap();
             assert_eq!(read_parameters(&path).unwrap(), parameters(prompt));
-            assert_eq!(image::open(&path).unwrap().into_rgb8(), picture());
+            assert_eq!(image::open(&path).unwrap().into_rgb8(), small_image());
         }
     }
 
     #[test]
-    fn a_flat_picture_leaves_no_file() {
+    fn an_image_of_a_single_colour_is_not_saved() {
         let path = tempfile::tempdir().unwrap().path().join("out.png");
         let flat = RgbImage::new(3, 2);
         assert!(matches!(save(&path, &flat, &parameters("")), Err(RuntimeError::BadImage(_))));
@@ -185,7 +187,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("other.png");
         for (bytes, expected) in
-            [(encode(&picture(), None).unwrap(), "has no parameters"), (b"GIF89a".to_vec(), "other.png")]
+            [(encode(&small_image(), None).unwrap(), "has no parameters"), (b"GIF89a".to_vec(), "other.png")]
         {
             std::fs::write(&path, bytes).unwrap();
             assert!(read_parameters(&path).unwrap_err().to_string().contains(expected));

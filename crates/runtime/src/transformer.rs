@@ -1,7 +1,8 @@
-//! [`Transformer`]: a transformer that is recognised and open, but not yet built. It knows nothing of the other parts
-//! of a pipeline.
+//! [`Transformer`]: an identified and open checkpoint of a transformer that is not loaded yet. It knows nothing of the
+//! other components of a pipeline.
 
-use crate::{Components, Result, RuntimeError};
+use crate::files::{read_json, transformer_path};
+use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
@@ -13,18 +14,18 @@ use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 
-/// How a checkpoint's tensors are to be read.
+/// How a checkpoint is read.
 #[derive(Debug, Clone)]
 pub struct ReadOptions {
     /// The rules of families and layouts.
     pub manifests: Manifests,
-    /// What the user says of the checkpoint.
+    /// What the user states about the checkpoint.
     pub hints: Hints,
-    /// Go on although tensors of the checkpoint have no counterpart.
+    /// Accept tensors that have no counterpart in the model.
     pub allow_unmatched: bool,
 }
 
-/// A transformer on disk, under its canonical names.
+/// A transformer on disk, with its tensors under canonical names.
 pub struct Transformer {
     family: &'static dyn Family,
     identified: Identified,
@@ -33,22 +34,23 @@ pub struct Transformer {
     low_rank: LowRankMode,
 }
 
-/// The part of a pipeline that this is, as adapters call it.
+/// The name of this component in a pipeline, which adapters use.
 pub(crate) const TRANSFORMER: &str = "transformer";
 
 impl ReadOptions {
-    /// The program's own rules, and no hints.
+    /// The built-in rules, and no hints.
     ///
     /// # Errors
-    /// The program was built with a broken manifest.
+    /// A built-in manifest is broken.
     pub fn default_options() -> Result<Self> {
         Ok(Self { manifests: Manifests::embedded()?, hints: Hints::default(), allow_unmatched: false })
     }
 
-    /// The same, with what the model at `path` records of itself where nothing else was said, if it is a portable one.
+    /// Adds the family and variant that a portable model at `path` records, where the hints do not state others. Does
+    /// nothing for other models.
     ///
     /// # Errors
-    /// Its record cannot be read, or its files are not as recorded.
+    /// The record cannot be read, or a file does not have the recorded size.
     pub fn recorded(mut self, path: &Path) -> Result<Self> {
         if PortableModel::recognise(path) {
             let model = PortableModel::open(path)?;
@@ -58,29 +60,28 @@ impl ReadOptions {
         Ok(self)
     }
 
-    /// For the original of the portable model `model`, which is of the same family, variant and sizes. The original tells
-    /// them itself where it can.
+    /// Options for `original`, which the portable model `model` was converted from and whose family, variant and sizes it
+    /// shares. They are taken from the record of `model` if `original` has no config.json of its own.
     ///
     /// # Errors
-    /// As [`Self::recorded`].
+    /// As [`Self::recorded`], or the config.json of `model` cannot be read.
     pub fn of_original(self, original: &Path, model: &Path) -> Result<Self> {
-        let components = Components::new(original, None);
-        if components.transformer().join("config.json").exists() || !PortableModel::recognise(model) {
+        if transformer_path(original).join("config.json").exists() || !PortableModel::recognise(model) {
             return self.recorded(original);
         }
         let mut reading = self.recorded(model)?;
-        let config = Components::new(model, None).json("transformer", "config.json")?;
+        let config = read_json(&model.join(TRANSFORMER).join("config.json"))?;
         reading.hints.config.get_or_insert(config);
         Ok(reading)
     }
 }
 
 impl Transformer {
-    /// Opens the transformer at `path`, a folder or a file in any layout, and holds it against what its sizes ask
-    /// for. No weights are read.
+    /// Opens the transformer at `path`, a folder or a file in any layout, and checks that it has exactly the tensors of a
+    /// model of its family and sizes. No weights are read.
     ///
     /// # Errors
-    /// The files are damaged, are of no supported family, or tensors are missing, misshapen or not understood.
+    /// A file is damaged, the family is not supported, or tensors are missing, have a wrong shape or are unknown.
     pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
         let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
@@ -94,20 +95,20 @@ impl Transformer {
         })?;
         let canonical = identified.canonical(checkpoint);
         let canonical = if reading.allow_unmatched { canonical.sufficient()? } else { canonical.complete()? };
-        let (edits, low_rank) = (Arc::default(), LowRankMode::default());
-        Ok(Self { family, identified, canonical, edits, low_rank })
+        Ok(Self { family, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
     }
 
-    /// The same with the edits of adapters, which may widen its input.
+    /// Adds the edits of adapters, which may add input channels.
     ///
     /// # Errors
-    /// A tensor has extents that no model of the family has.
+    /// An edited tensor has a shape that no model of the family has.
     pub fn patched(mut self, edits: Arc<WeightEdits>, low_rank: LowRankMode, manifests: &Manifests) -> Result<Self> {
-        (self.edits, self.low_rank) = (edits, low_rank);
-        if self.edits.touch(TRANSFORMER) {
+        self.edits = edits;
+        self.low_rank = low_rank;
+        if self.edits.affects(TRANSFORMER) {
             let resized = self.identified.resized(&self.source(), manifests)?;
             resized.canonical(self.source()).complete()?;
-            // A model of the same sizes stays the variant that it was, or was said to be.
+            // With unchanged sizes the identification stays, since the user may have stated the variant.
             if resized.config != self.identified.config {
                 self.identified = resized;
             }
@@ -120,27 +121,27 @@ impl Transformer {
         self.family
     }
 
-    /// What it was found to be, with the defaults of its variant.
+    /// What the checkpoint was identified as, with the defaults of its variant.
     pub fn identified(&self) -> &Identified {
         &self.identified
     }
 
-    /// Its sizes, as the config.json of its diffusers class.
+    /// The config.json of its diffusers class.
     pub fn config(&self) -> &Value {
         &self.identified.config
     }
 
-    /// The files it lies in.
+    /// Its files.
     pub fn checkpoint(&self) -> &Checkpoint {
         self.canonical.source().source()
     }
 
-    /// What became of each tensor in those files.
+    /// What became of each tensor in these files.
     pub fn load_report(&self) -> &LoadReport {
         self.canonical.load_report()
     }
 
-    /// Its tensors, in canonical names, as adapters edit them.
+    /// Its tensors under canonical names, with the edits of adapters applied.
     pub fn source(&self) -> impl TensorSource + '_ {
         self.edited(&self.canonical)
     }
@@ -149,8 +150,8 @@ impl Transformer {
         PatchedSource::new(source, &self.edits, TRANSFORMER, self.low_rank)
     }
 
-    /// The number format of its largest tensor, if `device` computes with it; f32 else. A CPU has no kernels for f16, whose
-    /// range some norms leave.
+    /// The dtype of its largest tensor if `device` computes in it, else f32. CPUs do not compute in f16: there are no kernels
+    /// for it, and some norms exceed its range.
     pub fn dtype(&self, device: &Device) -> DType {
         let tensors = self.canonical.tensors();
         let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
@@ -159,15 +160,15 @@ impl Transformer {
         stored.filter(computes).unwrap_or(DType::F32)
     }
 
-    /// Reads the weights and builds the model. Without a `dtype` they keep their stored number formats.
+    /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes.
     ///
     /// # Errors
-    /// The system refuses, or the plan does not fit the model.
+    /// A file cannot be read, or the plan does not fit the model.
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
         if dtype.is_none() && device.is_cpu() {
             return Ok(self.family.build(self.config(), &self.source(), plan)?);
         }
-        let resident = InMemoryTensors::load(&self.canonical, dtype, device)?;
-        Ok(self.family.build(self.config(), &self.edited(&resident), plan)?)
+        let in_memory = InMemoryTensors::load(&self.canonical, dtype, device)?;
+        Ok(self.family.build(self.config(), &self.edited(&in_memory), plan)?)
     }
 }

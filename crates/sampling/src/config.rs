@@ -1,33 +1,32 @@
-//! How scheduler_config.json is read: what is known, and what is refused by name. It knows no schedule.
+//! [`AcceptedKeys`]: reads scheduler_config.json, and refuses options that are not supported by name.
 
 use crate::{Result, SamplingError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Names of the classes that are read.
+/// Names of the supported classes.
 pub(crate) mod class {
     pub(crate) const DDIM: &str = "DDIMScheduler";
     pub(crate) const DPM_SOLVER: &str = "DPMSolverMultistepScheduler";
     pub(crate) const FLOW_MATCH: &str = "FlowMatchEulerDiscreteScheduler";
 }
 
-/// What a class of scheduler accepts.
+/// What is supported of a scheduler class's config.
 pub(crate) struct AcceptedKeys {
     /// The diffusers class.
     pub class: &'static str,
-    /// Options that must not be set.
+    /// Options that must be absent, null or false.
     pub unsupported: &'static [&'static str],
-    /// Options that are one of a few words.
-    pub words: &'static [(&'static str, &'static [&'static str])],
+    /// Options that must be one of a list of strings.
+    pub choices: &'static [(&'static str, &'static [&'static str])],
 }
 
 impl AcceptedKeys {
-    /// Reads `config`, with T's defaults for what it lacks. Keys that this class does not have are ignored, as diffusers
-    /// does.
+    /// Reads `config`. Absent keys have T's defaults. As in diffusers, keys that the class does not have are ignored.
     pub(crate) fn read<T: DeserializeOwned>(&self, config: &Value) -> Result<T> {
         self.refuse_other_class(config)?;
         self.unsupported.iter().try_for_each(|key| refuse_if_set(config, key))?;
-        self.words.iter().try_for_each(|(key, words)| refuse_other_word(config, key, words))?;
+        self.choices.iter().try_for_each(|(key, choices)| expect_choice(config, key, choices))?;
         serde_json::from_value(config.clone()).map_err(|error| bad("(whole file)", error.to_string()))
     }
 
@@ -43,14 +42,15 @@ impl AcceptedKeys {
     }
 }
 
-/// Parses the text of scheduler_config.json. Python writes minus infinity, the default of DPMSolverMultistepScheduler's
-/// `lambda_min_clipped`, as no JSON allows it; it is read as null.
+/// Parses the text of scheduler_config.json. Python writes the default of `lambda_min_clipped` as -Infinity, which is
+/// not JSON; it is read as null.
 pub(crate) fn parse(text: &str) -> Result<Value> {
     serde_json::from_str(text)
         .or_else(|_| serde_json::from_str(&text.replace(": -Infinity", ": null")))
         .map_err(|error| bad("(whole file)", format!("expected JSON: {error}")))
 }
 
+/// [`SamplingError::BadScheduler`] for `key`.
 pub(crate) fn bad(key: &'static str, reason: impl Into<String>) -> SamplingError {
     SamplingError::BadScheduler { key, reason: reason.into() }
 }
@@ -59,15 +59,15 @@ fn refuse_if_set(config: &Value, key: &'static str) -> Result<()> {
     match config.get(key) {
         None | Some(Value::Null | Value::Bool(false)) => Ok(()),
         Some(found) => {
-            Err(bad(key, format!("expected false, found {found}: this option is not supported; set it to false")))
+            Err(bad(key, format!("expected false, found {found}; this option is not supported, set it to false")))
         }
     }
 }
 
-fn refuse_other_word(config: &Value, key: &'static str, words: &[&str]) -> Result<()> {
+fn expect_choice(config: &Value, key: &'static str, choices: &[&str]) -> Result<()> {
     match config.get(key) {
         None => Ok(()),
-        Some(Value::String(found)) if words.contains(&found.as_str()) => Ok(()),
-        Some(found) => Err(bad(key, format!("expected one of {words:?}, found {found}"))),
+        Some(Value::String(found)) if choices.contains(&found.as_str()) => Ok(()),
+        Some(found) => Err(bad(key, format!("expected one of {choices:?}, found {found}"))),
     }
 }

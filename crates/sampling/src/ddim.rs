@@ -1,15 +1,14 @@
-//! [`Ddim`]: the steps of denoising diffusion implicit models (Song et al., arXiv 2010.02502) without added noise, as
-//! diffusers' `DDIMScheduler` makes them. It knows no model.
+//! [`Ddim`]: diffusers' `DDIMScheduler` with eta = 0 (Song et al., arXiv 2010.02502).
 
 use crate::config::{AcceptedKeys, bad, class};
-use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, ratio};
+use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, sigma};
 use crate::schedule::{DataPrediction, StepCoefficients};
 use crate::{Result, Schedule};
 use clearform_models::NoiseProcess;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// scheduler_config.json, with the defaults of the diffusers class.
+/// diffusers' `DDIMScheduler` without added noise. Absent keys of its config have the defaults of the class.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Ddim {
@@ -24,15 +23,15 @@ pub struct Ddim {
 const ACCEPTED: AcceptedKeys = AcceptedKeys {
     class: class::DDIM,
     unsupported: &["rescale_betas_zero_snr", "thresholding", "trained_betas"],
-    words: &[BETA_SCHEDULES, PREDICTIONS, SPACINGS],
+    choices: &[BETA_SCHEDULES, PREDICTIONS, SPACINGS],
 };
 
 impl Ddim {
-    /// Reads scheduler_config.json. Keys of diffusers that are not for this class of schedule are ignored, as there.
+    /// Reads scheduler_config.json. As in diffusers, keys that the class does not have are ignored.
     ///
     /// # Errors
-    /// [`crate::SamplingError::BadScheduler`] for another scheduler class, an option that is not supported and set, or
-    /// a value of the wrong kind.
+    /// [`crate::SamplingError::BadScheduler`] for another scheduler class, an option that is not supported, or a value
+    /// of the wrong type.
     pub fn from_config(config: &Value) -> Result<Self> {
         let ddim: Self = ACCEPTED.read(config)?;
         ddim.diffusion.check()?;
@@ -42,41 +41,43 @@ impl Ddim {
         Ok(ddim)
     }
 
-    /// As facebook's DiT is published: the estimates of latents are not clipped.
+    /// The config of facebook/DiT-XL-2-256: x0 is not clipped, as it is latents and not pixels in -1..1.
     pub fn for_latents() -> Self {
         Self { clip_sample: false, ..Self::default() }
     }
 
-    /// The noise levels for `steps` steps.
+    /// `set_timesteps(steps)`, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`crate::SamplingError::BadSetting`] for no step at all, or more than were trained.
+    /// [`crate::SamplingError::BadSetting`] for 0 steps, or more than the training timesteps.
     pub fn schedule(&self, steps: usize) -> Result<Schedule> {
         let abar = self.diffusion.alphas_cumprod();
         let timesteps = self.diffusion.timesteps(self.timestep_spacing, steps, 0)?;
         let stride = self.diffusion.num_train_timesteps / steps;
         let last = if self.set_alpha_to_one { 1.0 } else { abar[0] };
-        // What a step goes to is a stride below, whatever the next step stands on: so diffusers has it.
-        let next = |timestep: usize| timestep.checked_sub(stride).map_or(last, |below| abar[below]);
-        let one =
-            |&timestep: &usize| self.step(NoiseLevel::of_signal(abar[timestep]), NoiseLevel::of_signal(next(timestep)));
-        let rules = timesteps.iter().map(one).collect();
-        let end = timesteps.last().map_or(last, |&timestep| next(timestep));
-        let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([ratio(end)]).collect();
+        // As in diffusers, a step ends one stride below its timestep, even if the next step starts elsewhere.
+        let next_abar = |timestep: usize| timestep.checked_sub(stride).map_or(last, |below| abar[below]);
+        let coefficients = |&timestep: &usize| {
+            self.step(NoiseLevel::from_abar(abar[timestep]), NoiseLevel::from_abar(next_abar(timestep)))
+        };
+        let steps = timesteps.iter().map(coefficients).collect();
+        let end = timesteps.last().map_or(last, |&timestep| next_abar(timestep));
+        let sigmas = timesteps.iter().map(|&timestep| sigma(abar[timestep])).chain([sigma(end)]).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, steps)
     }
 
-    /// Equation 12 with sigma 0: x' = alpha' x0 + sigma' noise, x0 clipped and the noise not.
+    /// Equation 12 with eta = 0: x' = alpha' x0 + sigma' noise. x0 is clipped if the config says so; the noise is not
+    /// recomputed from it.
     fn step(&self, now: NoiseLevel, next: NoiseLevel) -> StepCoefficients {
         let prediction = self.diffusion.prediction_type;
         let limit = self.clip_sample.then_some(self.clip_sample_range);
-        let (of_latents, of_prediction) = prediction.noise(now);
+        let (latents_weight, prediction_weight) = prediction.noise(now);
         StepCoefficients {
             estimate: Some(DataPrediction { limit, ..prediction.data(now) }),
-            latents: next.sigma * of_latents,
+            latents: next.sigma * latents_weight,
             data: next.alpha,
-            prediction: next.sigma * of_prediction,
+            prediction: next.sigma * prediction_weight,
             previous: 0.0,
         }
     }
@@ -101,7 +102,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
+    fn unsupported_options_are_refused_by_name() {
         for (key, value) in [
             ("thresholding", json!(true)),
             ("trained_betas", json!([0.1, 0.2])),
@@ -117,16 +118,17 @@ mod tests {
             let found = Ddim::from_config(&json!({key: value})).unwrap_err();
             assert!(matches!(found, SamplingError::BadScheduler { key: named, .. } if named == key), "{key}: {found}");
         }
-        assert!(Ddim::from_config(&json!({"clip_sample": "no"})).is_err());
+        let error = Ddim::from_config(&json!({"clip_sample": "no"})).unwrap_err().to_string();
+        assert!(error.contains("invalid type"), "{error}");
     }
 
     #[test]
-    fn steps_that_were_not_trained_are_refused() {
+    fn more_steps_than_training_timesteps_are_refused() {
         let offset = Ddim::from_config(&json!({"steps_offset": 60})).unwrap();
         for (ddim, steps, part) in [
             (Ddim::default(), 0, "expected 1 to 1000, found 0"),
             (Ddim::default(), 1001, "expected 1 to 1000, found 1001"),
-            (offset, 20, "timestep 1010 lies outside of 0..1000"),
+            (offset, 20, "timestep 1010 is outside 0..1000"),
         ] {
             let found = ddim.schedule(steps).unwrap_err().to_string();
             assert!(found.contains(part), "{found}");

@@ -1,15 +1,16 @@
-//! [`DpmSolver`]: the steps of DPM-Solver++ (Lu et al., arXiv 2211.01095), first order and second order multistep, as
-//! diffusers' `DPMSolverMultistepScheduler` makes them. It knows no model.
+//! [`DpmSolver`]: diffusers' `DPMSolverMultistepScheduler` with algorithm "dpmsolver++", first and second order
+//! (DPM-Solver++, Lu et al., arXiv 2211.01095).
 
 use crate::config::{AcceptedKeys, bad, class};
-use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, ratio};
+use crate::diffusion::{BETA_SCHEDULES, DiffusionConfig, NoiseLevel, PREDICTIONS, SPACINGS, Spacing, sigma};
 use crate::schedule::StepCoefficients;
 use crate::{Result, Schedule};
 use clearform_models::NoiseProcess;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// scheduler_config.json, with the defaults of the diffusers class.
+/// diffusers' `DPMSolverMultistepScheduler` with algorithm "dpmsolver++". Absent keys of its config have the defaults
+/// of the class.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct DpmSolver {
@@ -37,7 +38,7 @@ enum FinalSigma {
     SigmaMin,
 }
 
-/// From so many steps on, `lower_order_final` has no effect.
+/// As in diffusers, `lower_order_final` only acts below this number of steps.
 const MANY_STEPS: usize = 15;
 
 const ACCEPTED: AcceptedKeys = AcceptedKeys {
@@ -54,7 +55,7 @@ const ACCEPTED: AcceptedKeys = AcceptedKeys {
         "use_karras_sigmas",
         "use_lu_lambdas",
     ],
-    words: &[
+    choices: &[
         ("algorithm_type", &["dpmsolver++"]),
         BETA_SCHEDULES,
         ("final_sigmas_type", &["zero", "sigma_min"]),
@@ -65,12 +66,13 @@ const ACCEPTED: AcceptedKeys = AcceptedKeys {
 };
 
 impl DpmSolver {
-    /// Reads scheduler_config.json. Keys of diffusers that are not for this class of schedule are ignored, as there; so
-    /// is `variance_type`: a learned variance is left out wherever a prediction has one.
+    /// Reads scheduler_config.json. As in diffusers, keys that the class does not have are ignored. So is
+    /// `variance_type`: [`Guidance::predict`](crate::Guidance::predict) drops a learned variance wherever a prediction
+    /// has one.
     ///
     /// # Errors
-    /// [`crate::SamplingError::BadScheduler`] for another scheduler class, an option that is not supported and set, or
-    /// a value of the wrong kind.
+    /// [`crate::SamplingError::BadScheduler`] for another scheduler class, an option that is not supported, or a value
+    /// of the wrong type.
     pub fn from_config(config: &Value) -> Result<Self> {
         let solver: Self = ACCEPTED.read(config)?;
         solver.diffusion.check()?;
@@ -80,47 +82,49 @@ impl DpmSolver {
         }
     }
 
-    /// The noise levels for `steps` steps.
+    /// `set_timesteps(steps)`, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`crate::SamplingError::BadSetting`] for no step at all, or more than the training's steps allow.
+    /// [`crate::SamplingError::BadSetting`] for 0 steps, or more than the training timesteps allow.
     pub fn schedule(&self, steps: usize) -> Result<Schedule> {
         let abar = self.diffusion.alphas_cumprod();
         let timesteps = self.diffusion.timesteps(self.timestep_spacing, steps, self.spare())?;
         let last = match self.final_sigmas_type {
             FinalSigma::Zero => 0.0,
-            FinalSigma::SigmaMin => ratio(abar[0]),
+            FinalSigma::SigmaMin => sigma(abar[0]),
         };
-        let sigmas = timesteps.iter().map(|&timestep| ratio(abar[timestep])).chain([last]).collect::<Vec<_>>();
-        let rules = (0..steps).map(|index| self.step(&sigmas, index)).collect();
+        let sigmas = timesteps.iter().map(|&timestep| sigma(abar[timestep])).chain([last]).collect::<Vec<_>>();
+        let coefficients = (0..steps).map(|index| self.step(&sigmas, index)).collect();
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f32).collect();
-        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::Ddpm, sigmas, timesteps, coefficients)
     }
 
-    /// Unless it is spread from the noisy end, the training step after the last one is kept for the end.
+    /// diffusers spaces one more timestep and omits the last, except with "trailing".
     fn spare(&self) -> usize {
         usize::from(self.timestep_spacing != Spacing::Trailing)
     }
 
-    /// Algorithm 2 of the paper (2M); of first order it is DDIM. `slope` weighs the change of x0 since the step before.
+    /// Algorithm 2 of the paper, DPM-Solver++(2M); first order is DDIM. `slope` is the weight of the change of x0 since
+    /// the previous step.
     fn step(&self, sigmas: &[f32], index: usize) -> StepCoefficients {
-        let (now, next) = (NoiseLevel::of_ratio(sigmas[index]), NoiseLevel::of_ratio(sigmas[index + 1]));
+        let now = NoiseLevel::from_sigma(sigmas[index]);
+        let next = NoiseLevel::from_sigma(sigmas[index + 1]);
         let h = next.lambda() - now.lambda();
-        let reach = -next.alpha * (-h).exp_m1();
+        let data = -next.alpha * (-h).exp_m1();
         let slope = match (self.second_order(index, sigmas.len() - 1), self.solver_type) {
             (false, _) => 0.0,
             (true, solver) => {
                 let weight = match solver {
-                    Solver::Midpoint => 0.5 * reach,
+                    Solver::Midpoint => 0.5 * data,
                     Solver::Heun => next.alpha * ((-h).exp_m1() / h + 1.0),
                 };
-                weight * h / (now.lambda() - NoiseLevel::of_ratio(sigmas[index - 1]).lambda())
+                weight * h / (now.lambda() - NoiseLevel::from_sigma(sigmas[index - 1]).lambda())
             }
         };
         StepCoefficients {
             estimate: Some(self.diffusion.prediction_type.data(now)),
             latents: next.sigma / now.sigma,
-            data: reach + slope,
+            data: data + slope,
             prediction: 0.0,
             previous: -slope,
         }
@@ -154,7 +158,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
+    fn unsupported_options_are_refused_by_name() {
         for (key, value) in [
             ("use_karras_sigmas", json!(true)),
             ("use_lu_lambdas", json!(true)),
@@ -174,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_that_were_not_trained_are_refused() {
+    fn more_steps_than_training_timesteps_are_refused() {
         let heun = DpmSolver::from_config(&json!({"solver_type": "heun", "num_train_timesteps": 3}));
         for (solver, steps, part) in [
             (DpmSolver::default(), 0, "expected 1 to 999, found 0"),

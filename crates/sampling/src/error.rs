@@ -1,38 +1,38 @@
-//! What can go wrong between noise and latents.
+//! [`SamplingError`]: errors of schedulers, guidance and the denoising loop.
 
 /// Errors of this crate.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum SamplingError {
-    /// scheduler_config.json asks for what is not supported, or makes no sense.
+    /// scheduler_config.json has an option that is not supported, or an invalid value.
     #[error("scheduler_config.json, key {key:?}: {reason}")]
     BadScheduler {
         /// The key.
         key: &'static str,
-        /// What was expected, what was found and what to do.
+        /// What was expected and found, and the remedy.
         reason: String,
     },
-    /// A setting that no schedule or guidance can be made of.
+    /// A setting from which no schedule or guidance can be made.
     #[error("{0}")]
     BadSetting(String),
-    /// A saved random state that no generator has.
+    /// A saved generator state that is invalid.
     #[error("saved random state: {0}")]
     BadState(String),
-    /// The model's prediction holds NaN or infinity.
+    /// The model's prediction contains NaN or infinity.
     #[error(
-        "step {step} of {steps}: the model's prediction is not finite. Likely causes: damaged weights, or a number \
-         format too narrow for this model; check the file with `verify`, or try --dtype f32"
+        "step {step} of {steps}: the model's prediction contains NaN or infinity. Likely causes: damaged weights, or a \
+         dtype too narrow for this model; check the file with `verify`, or try --dtype f32"
     )]
     NotFinite {
         /// The step, counted from 1.
         step: usize,
-        /// How many there are.
+        /// Number of steps.
         steps: usize,
     },
-    /// The model refused.
+    /// The model failed.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),
-    /// The tensor library refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

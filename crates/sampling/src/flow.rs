@@ -1,5 +1,5 @@
-//! [`FlowMatchEuler`]: the noise levels of a rectified flow as diffusers' `FlowMatchEulerDiscreteScheduler` computes
-//! them when `FluxPipeline` or `StableDiffusion3Pipeline` drives it. It knows no model.
+//! [`FlowMatchEuler`]: diffusers' `FlowMatchEulerDiscreteScheduler`, as `FluxPipeline` and `StableDiffusion3Pipeline`
+//! use it (Esser et al., arXiv 2403.03206, section 5.3.2 for the shift).
 
 use crate::config::{AcceptedKeys, bad, class};
 use crate::schedule::{StepCoefficients, linspace};
@@ -8,7 +8,7 @@ use clearform_models::{NoiseProcess, StepSpacing};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// scheduler_config.json, with the defaults of the diffusers class.
+/// diffusers' `FlowMatchEulerDiscreteScheduler`. Absent keys of its config have the defaults of the class.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct FlowMatchEuler {
@@ -41,29 +41,29 @@ const ACCEPTED: AcceptedKeys = AcceptedKeys {
         "use_exponential_sigmas",
         "use_karras_sigmas",
     ],
-    words: &[("time_shift_type", &["exponential", "linear"])],
+    choices: &[("time_shift_type", &["exponential", "linear"])],
 };
 
 impl FlowMatchEuler {
-    /// Reads scheduler_config.json. Keys of diffusers that are not for this class of schedule are ignored, as there.
+    /// Reads scheduler_config.json. As in diffusers, keys that the class does not have are ignored.
     ///
     /// # Errors
-    /// [`SamplingError::BadScheduler`] for another scheduler class, an option that is not supported and set, or a
-    /// value of the wrong kind.
+    /// [`SamplingError::BadScheduler`] for another scheduler class, an option that is not supported, or a value of the
+    /// wrong type.
     pub fn from_config(config: &Value) -> Result<Self> {
         ACCEPTED.read::<Self>(config)?.check()
     }
 
-    /// The same with its steps laid out in another way before they are shifted.
+    /// Sets how sigmas are spaced before they are shifted.
     #[must_use]
     pub fn spaced(self, spacing: StepSpacing) -> Self {
         Self { spacing, ..self }
     }
 
-    /// The noise levels for `steps` steps over a picture of `image_tokens` tokens.
+    /// `set_timesteps` for `steps` steps over an image of `image_tokens` tokens, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`SamplingError::BadSetting`] for no step at all.
+    /// [`SamplingError::BadSetting`] for 0 steps.
     pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
         if steps == 0 {
             return Err(SamplingError::BadSetting("steps: expected at least 1, found 0".to_owned()));
@@ -81,46 +81,50 @@ impl FlowMatchEuler {
             stretch(&mut sigmas, terminal);
         }
         sigmas.push(0.0);
-        let rules = sigmas.windows(2).map(|pair| StepCoefficients::euler(pair[1] - pair[0])).collect();
+        let coefficients = sigmas.windows(2).map(|pair| StepCoefficients::euler(pair[1] - pair[0])).collect();
         let timesteps = sigmas.iter().take(steps).map(|sigma| sigma * self.num_train_timesteps as f32).collect();
-        Schedule::new(NoiseProcess::FlowMatching { time_scale: 1.0 }, sigmas, timesteps, rules)
+        Schedule::new(NoiseProcess::FlowMatching { time_scale: 1.0 }, sigmas, timesteps, coefficients)
     }
 
-    /// `set_timesteps(steps)`: evenly from the largest level of the training to the smallest, which a fixed shift has
-    /// moved already.
+    /// The sigmas of `set_timesteps(steps)` before shifting: evenly from the largest training sigma to the smallest. As
+    /// in diffusers, a static shift is already contained in these two, and is applied again afterwards.
     fn trained(&self, steps: usize) -> Vec<f64> {
         let count = f64::from(self.num_train_timesteps);
-        let level = |sigma: f32| f64::from(if self.use_dynamic_shifting { sigma } else { self.shifted(sigma, 0) });
-        let (largest, smallest) = (level(1.0), level(1.0 / self.num_train_timesteps as f32));
+        let training_sigma =
+            |sigma: f32| f64::from(if self.use_dynamic_shifting { sigma } else { self.shifted(sigma, 0) });
+        let largest = training_sigma(1.0);
+        let smallest = training_sigma(1.0 / self.num_train_timesteps as f32);
         linspace(largest * count, smallest * count, steps).into_iter().map(|timestep| timestep / count).collect()
     }
 
-    /// `calculate_shift` of FluxPipeline: mu, linear in the number of image tokens.
+    /// `calculate_shift` of FluxPipeline: mu is linear in the number of image tokens.
     fn mu(&self, image_tokens: usize) -> f64 {
         let span = self.max_image_seq_len as f64 - self.base_image_seq_len as f64;
         let slope = (self.max_shift - self.base_shift) / span;
         image_tokens as f64 * slope + (self.base_shift - slope * self.base_image_seq_len as f64)
     }
 
-    /// Each operation in f32, in diffusers' order; scalars are made in f64 and rounded once, as numpy does.
+    /// The shifted sigma. Operations are in f32 in diffusers' order; scalars are computed in f64 and rounded once, as
+    /// in numpy.
     fn shifted(&self, sigma: f32, image_tokens: usize) -> f32 {
         if !self.use_dynamic_shifting {
             return self.shift as f32 * sigma / (1.0 + (self.shift - 1.0) as f32 * sigma);
         }
-        let weight = self.weight(image_tokens) as f32;
-        weight / (weight + (1.0 / sigma - 1.0))
+        let shift = self.dynamic_shift(image_tokens) as f32;
+        shift / (shift + (1.0 / sigma - 1.0))
     }
 
-    /// The same where diffusers has the levels in f64.
+    /// The same for sigmas that diffusers has in f64.
     fn shifted_in_f64(&self, sigma: f64, image_tokens: usize) -> f64 {
         if !self.use_dynamic_shifting {
             return self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma);
         }
-        let weight = self.weight(image_tokens);
-        weight / (weight + (1.0 / sigma - 1.0))
+        let shift = self.dynamic_shift(image_tokens);
+        shift / (shift + (1.0 / sigma - 1.0))
     }
 
-    fn weight(&self, image_tokens: usize) -> f64 {
+    /// The shift factor that the image size implies: exp(mu), or mu (`time_shift`).
+    fn dynamic_shift(&self, image_tokens: usize) -> f64 {
         let mu = self.mu(image_tokens);
         match self.time_shift_type {
             TimeShift::Exponential => mu.exp(),
@@ -133,10 +137,13 @@ impl FlowMatchEuler {
             return Err(bad("num_train_timesteps", "expected at least 1, found 0"));
         }
         if self.use_dynamic_shifting && self.max_image_seq_len == self.base_image_seq_len {
-            return Err(bad("max_image_seq_len", "expected another number than base_image_seq_len"));
+            return Err(bad(
+                "max_image_seq_len",
+                format!("expected a number other than base_image_seq_len = {}", self.base_image_seq_len),
+            ));
         }
         if self.shift_terminal.is_some_and(|terminal| !(0.0..1.0).contains(&terminal)) {
-            return Err(bad("shift_terminal", "expected a number from 0 to below 1"));
+            return Err(bad("shift_terminal", "expected a number of at least 0 and below 1"));
         }
         Ok(self)
     }
@@ -159,7 +166,7 @@ impl Default for FlowMatchEuler {
     }
 }
 
-/// diffusers' `stretch_shift_to_terminal`: the last level becomes `terminal`.
+/// diffusers' `stretch_shift_to_terminal`: stretches the sigmas so that the last one is `terminal`.
 fn stretch(sigmas: &mut [f32], terminal: f64) {
     let Some(&last) = sigmas.last() else { return };
     let scale = (1.0 - last) / (1.0 - terminal) as f32;
@@ -182,8 +189,9 @@ mod tests {
         value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
     }
 
-    fn made(case: &Value) -> Schedule {
-        let (steps, tokens) = (case["steps"].as_u64().unwrap(), case["tokens"].as_u64().unwrap());
+    fn schedule_of(case: &Value) -> Schedule {
+        let steps = case["steps"].as_u64().unwrap();
+        let tokens = case["tokens"].as_u64().unwrap();
         FlowMatchEuler::from_config(&case["config"]).unwrap().schedule(steps as usize, tokens as usize).unwrap()
     }
 
@@ -195,9 +203,9 @@ mod tests {
     }
 
     #[test]
-    fn sigmas_and_timesteps_are_those_of_diffusers() {
+    fn sigmas_and_timesteps_match_diffusers() {
         for case in cases() {
-            let schedule = made(&case);
+            let schedule = schedule_of(&case);
             let latents = Tensor::zeros((1, 2), DType::F32, &Device::Cpu).unwrap();
             let timesteps = (0..schedule.steps())
                 .map(|index| schedule.timestep(index, &latents).unwrap().to_vec1::<f32>().unwrap()[0])
@@ -208,9 +216,9 @@ mod tests {
     }
 
     #[test]
-    fn euler_steps_are_those_of_diffusers() {
+    fn euler_steps_match_diffusers() {
         for case in cases() {
-            let schedule = made(&case);
+            let schedule = schedule_of(&case);
             let mut latents =
                 Tensor::new(&[-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0], &Device::Cpu).unwrap();
             for index in 0..schedule.steps() {
@@ -222,20 +230,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        for config in [
-            json!({"use_karras_sigmas": true}),
-            json!({"invert_sigmas": true}),
-            json!({"stochastic_sampling": true}),
-            json!({"_class_name": "DDIMScheduler"}),
-            json!({"time_shift_type": "cubic"}),
-            json!({"shift_terminal": 1.5}),
-            json!({"shift": "three"}),
-            json!({"use_dynamic_shifting": true, "base_image_seq_len": 4096}),
+    fn unsupported_options_are_refused_by_name() {
+        for (key, config) in [
+            ("use_karras_sigmas", json!({"use_karras_sigmas": true})),
+            ("invert_sigmas", json!({"invert_sigmas": true})),
+            ("stochastic_sampling", json!({"stochastic_sampling": true})),
+            ("_class_name", json!({"_class_name": "DDIMScheduler"})),
+            ("time_shift_type", json!({"time_shift_type": "cubic"})),
+            ("shift_terminal", json!({"shift_terminal": 1.5})),
+            ("(whole file)", json!({"shift": "three"})),
+            ("max_image_seq_len", json!({"use_dynamic_shifting": true, "base_image_seq_len": 4096})),
         ] {
             let found = FlowMatchEuler::from_config(&config).unwrap_err();
-            assert!(matches!(found, SamplingError::BadScheduler { .. }), "{config}: {found}");
+            assert!(
+                matches!(found, SamplingError::BadScheduler { key: named, .. } if named == key),
+                "{config}: {found}"
+            );
         }
-        assert!(FlowMatchEuler::default().schedule(0, 256).is_err());
+        let error = FlowMatchEuler::default().schedule(0, 256).unwrap_err().to_string();
+        assert!(error.contains("expected at least 1, found 0"), "{error}");
     }
 }

@@ -1,29 +1,30 @@
-//! [`Guidance`]: what a picture is conditioned on, and how strongly. It knows no schedule.
+//! [`Guidance`]: the conditions of an image, and classifier-free guidance.
 
 use crate::{Result, SamplingError};
 use candle_core::Tensor;
 use clearform_models::{Conditions, Denoiser, DenoiserInput, StepIndex, without_variance};
 
-/// How the conditions steer the prediction.
+/// How conditions and guidance scale determine the prediction.
 #[derive(Debug, Clone)]
 pub enum Guidance {
-    /// One evaluation a step. A scale, if the model embeds one, lies in [`Conditions::guidance`].
+    /// One forward per step. A scale that the model embeds is in [`Conditions::guidance`].
     Embedded(Conditions),
-    /// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): two evaluations a step.
+    /// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): two forwards per step.
     ClassifierFree {
-        /// What the picture shall be.
+        /// Conditions of the prompt.
         positive: Conditions,
-        /// What it shall not be.
+        /// Conditions of the negative or unconditional prompt.
         negative: Conditions,
-        /// How far to go from the negative prediction through the positive one; 1 is the positive one.
+        /// Guidance scale: the prediction is negative + scale · (positive - negative).
         scale: f64,
-        /// How many channels (dimension 1) are guided; the others are the positive prediction's. None guides all.
+        /// Number of guided channels (dimension 1), counted from the first. The others are those of the positive
+        /// prediction. `None` guides all.
         channels: Option<usize>,
     },
 }
 
 impl Guidance {
-    /// Classifier-free guidance as FluxPipeline does it: only with a scale above 1.
+    /// Classifier-free guidance as in diffusers' pipelines: only with a negative prompt and a scale above 1.
     ///
     /// # Errors
     /// [`SamplingError::BadSetting`] for a scale that is not finite.
@@ -35,8 +36,8 @@ impl Guidance {
         })
     }
 
-    /// Classifier-free guidance at any scale; only at 1, where the positive prediction comes out, with one evaluation.
-    /// facebook's DiT and SiT guide the first three of four `channels`, diffusers guides all.
+    /// Classifier-free guidance at any scale. A scale of 1 is the positive prediction and needs one forward only.
+    /// `channels`: the original code of DiT and SiT guides the first three of four, diffusers guides all.
     ///
     /// # Errors
     /// [`SamplingError::BadSetting`] for a scale that is not finite.
@@ -54,14 +55,13 @@ impl Guidance {
         })
     }
 
-    /// The guided prediction. Of a model that predicts more channels than latents have, as DiT and PixArt do, which
-    /// learned the variance too, only as many of the first as latents have.
+    /// The guided prediction. A learned variance (DiT, PixArt) is dropped: see [`without_variance`].
     ///
     /// # Shapes
-    /// latents as the model takes them, timestep (batch); the result as latents.
+    /// latents as the model takes them, timestep (batch) -> as latents.
     ///
     /// # Errors
-    /// The model refused; more guided channels than there are.
+    /// The model fails, or there are fewer channels than guided ones.
     pub fn predict(
         &self,
         denoiser: &dyn Denoiser,
@@ -73,7 +73,7 @@ impl Guidance {
             let input = DenoiserInput {
                 latents: latents.clone(),
                 timestep: timestep.clone(),
-                step_index: step_index,
+                step_index,
                 conditions: conditions.clone(),
             };
             Ok(without_variance(&denoiser.forward(&input)?, latents)?)
@@ -81,11 +81,12 @@ impl Guidance {
         match self {
             Self::Embedded(conditions) => evaluate(conditions),
             Self::ClassifierFree { positive, negative, scale, channels: None } => {
-                guided(&evaluate(positive)?, &evaluate(negative)?, *scale)
+                extrapolate(&evaluate(positive)?, &evaluate(negative)?, *scale)
             }
             Self::ClassifierFree { positive, negative, scale, channels: Some(channels) } => {
-                let (wanted, unwanted) = (evaluate(positive)?, evaluate(negative)?);
-                guided_first(*channels, &wanted, &unwanted, *scale)
+                let positive = evaluate(positive)?;
+                let negative = evaluate(negative)?;
+                extrapolate_channels(*channels, &positive, &negative, *scale)
             }
         }
     }
@@ -98,15 +99,17 @@ fn check(scale: f64) -> Result<()> {
     Err(SamplingError::BadSetting(format!("guidance: expected a finite number, found {scale}")))
 }
 
-fn guided(wanted: &Tensor, unwanted: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok((unwanted + ((wanted - unwanted)? * scale)?)?)
+/// negative + scale (positive - negative).
+fn extrapolate(positive: &Tensor, negative: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok((negative + ((positive - negative)? * scale)?)?)
 }
 
-fn guided_first(channels: usize, wanted: &Tensor, unwanted: &Tensor, scale: f64) -> Result<Tensor> {
-    let all = wanted.dims().get(1).copied().unwrap_or(0);
+/// As [`extrapolate`] in the first `channels` channels, and `positive` in the others.
+fn extrapolate_channels(channels: usize, positive: &Tensor, negative: &Tensor, scale: f64) -> Result<Tensor> {
+    let all = positive.dims().get(1).copied().unwrap_or(0);
     if channels == 0 || channels > all {
         return Err(SamplingError::BadSetting(format!("guided channels: expected 1 to {all}, found {channels}")));
     }
-    let first = guided(&wanted.narrow(1, 0, channels)?, &unwanted.narrow(1, 0, channels)?, scale)?;
-    Ok(Tensor::cat(&[first, wanted.narrow(1, channels, all - channels)?], 1)?)
+    let first = extrapolate(&positive.narrow(1, 0, channels)?, &negative.narrow(1, 0, channels)?, scale)?;
+    Ok(Tensor::cat(&[first, positive.narrow(1, channels, all - channels)?], 1)?)
 }

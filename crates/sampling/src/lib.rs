@@ -1,8 +1,16 @@
-//! From noise to latents: initial noise, schedules, guidance and the denoising loop.
+//! Schedulers, initial noise, guidance and the denoising loop: `diffusers.schedulers` and a pipeline's `__call__`.
 //!
-//! The main entry is [`denoise`]; [`TorchGenerator`] gives the noise, [`Scheduler`] the [`Schedule`], [`Guidance`] what
-//! each step is conditioned on. This crate opens no file and knows no family: it steps a
-//! [`clearform_models::Denoiser`].
+//! | diffusers or PyTorch | here |
+//! |---|---|
+//! | `torch.Generator("cpu").manual_seed(seed)`, `torch.randn` | [`TorchGenerator`] |
+//! | a scheduler's class and config | [`Scheduler`]: [`FlowMatchEuler`], [`Ddim`] or [`DpmSolver`] |
+//! | `set_timesteps` | [`Scheduler::schedule`], which returns a [`Schedule`] |
+//! | `scheduler.step` | [`Schedule::step`], with a [`History`] for multistep solvers |
+//! | `prompt_embeds`, `negative_prompt_embeds` and `guidance_scale` | [`Guidance`] |
+//! | the loop over timesteps | [`denoise`] |
+//!
+//! Results are compared with diffusers in this crate's tests. This crate opens no file: schedulers are read from JSON
+//! values, and any [`clearform_models::Denoiser`] can be sampled.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod config;

@@ -1,10 +1,9 @@
-//! [`Mersenne`]: the 32-bit Mersenne Twister (Matsumoto and Nishimura, ACM TOMACS 8(1), 1998), seeded as torch seeds
-//! it. It knows nothing of distributions.
+//! [`Mersenne`]: the 32-bit Mersenne Twister (Matsumoto and Nishimura, ACM TOMACS 8(1), 1998), seeded as in torch.
 
 const WORDS: usize = 624;
 const SHIFT: usize = 397;
 
-/// mt19937: 624 words, and how many of them were handed out since the last twist.
+/// The state of mt19937: 624 words, and how many were used since the last twist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mersenne {
     words: Vec<u32>,
@@ -12,7 +11,7 @@ pub(crate) struct Mersenne {
 }
 
 impl Mersenne {
-    /// The state that `seed` spreads to; the generator twists before its first number.
+    /// The initial state for `seed`. The first call of [`Self::next`] twists it.
     pub(crate) fn new(seed: u32) -> Self {
         let mut words = vec![seed];
         for index in 1..WORDS as u32 {
@@ -22,12 +21,12 @@ impl Mersenne {
         Self { words, used: WORDS }
     }
 
-    /// A state that was saved; none if it is not one.
+    /// A saved state, or `None` if it is invalid.
     pub(crate) fn restore(words: Vec<u32>, used: usize) -> Option<Self> {
         (words.len() == WORDS && used <= WORDS).then_some(Self { words, used })
     }
 
-    /// What [`Self::restore`] takes.
+    /// The arguments of [`Self::restore`].
     pub(crate) fn into_parts(self) -> (Vec<u32>, usize) {
         (self.words, self.used)
     }
@@ -61,9 +60,9 @@ impl Mersenne {
 mod tests {
     use super::*;
 
-    /// The reference implementation's published check: the 10000th number of seed 5489.
+    /// The reference implementation's published check: the 10000th value of seed 5489.
     #[test]
-    fn the_published_number() {
+    fn the_published_value() {
         let mut generator = Mersenne::new(5489);
         let last = (0..10_000).map(|_| generator.next()).last();
         assert_eq!(last, Some(4_123_659_995));

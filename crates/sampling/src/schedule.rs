@@ -1,46 +1,56 @@
-//! [`Schedule`]: the steps of one picture. It knows no model, and not which scheduler laid it out.
+//! [`Schedule`]: noise levels, timesteps and step coefficients of one image, whichever scheduler computed them.
 
 use crate::config::class;
 use crate::{Result, SamplingError};
 use candle_core::{DType, Tensor};
 use clearform_models::NoiseProcess;
 
-/// Noise levels, one per step and the last, and what each step does.
+/// A diffusers scheduler after `set_timesteps`: noise levels, timesteps, and the coefficients of each step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
     process: NoiseProcess,
     sigmas: Vec<f32>,
-    /// In units of the training's steps, one per step.
+    /// Training timesteps, one per step.
     timesteps: Vec<f32>,
     steps: Vec<StepCoefficients>,
 }
 
-/// What a step needs of those before it. A picture begins with the default one.
+/// What a multistep solver keeps of previous steps. Start each image with the default value.
 #[derive(Debug, Clone, Default)]
 pub struct History {
+    /// The previous step's estimate of x0.
     data: Option<Tensor>,
 }
 
-/// x' = latents x + data m + prediction p + previous m_before, where m estimates x0.
+/// One step: x' = latents · x + data · m + prediction · p + previous · m_before, for latents x, prediction p, and the
+/// estimates m and m_before of x0 in this and the previous step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct StepCoefficients {
+    /// How x0 is estimated, if the step needs it.
     pub estimate: Option<DataPrediction>,
+    /// Weight of the latents.
     pub latents: f64,
+    /// Weight of this step's estimate.
     pub data: f64,
+    /// Weight of the prediction.
     pub prediction: f64,
+    /// Weight of the previous step's estimate.
     pub previous: f64,
 }
 
-/// m = latents x + prediction p, held between -limit and limit.
+/// The estimate of x0: m = latents · x + prediction · p, clipped to -limit..limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct DataPrediction {
+    /// Weight of the latents.
     pub latents: f64,
+    /// Weight of the prediction.
     pub prediction: f64,
+    /// `clip_sample_range`, if x0 is clipped.
     pub limit: Option<f64>,
 }
 
 impl Schedule {
-    /// One of `sigmas` more than of the others.
+    /// `sigmas` has one more element than `timesteps` and `steps`.
     pub(crate) fn new(
         process: NoiseProcess,
         sigmas: Vec<f32>,
@@ -48,17 +58,17 @@ impl Schedule {
         steps: Vec<StepCoefficients>,
     ) -> Result<Self> {
         if !steps.iter().all(StepCoefficients::is_finite) {
-            let reason = format!("steps: {} are too many, two of them stand on one timestep; use fewer", steps.len());
+            let reason = format!("steps: {} are too many, two have the same timestep; use fewer", steps.len());
             return Err(SamplingError::BadSetting(reason));
         }
         Ok(Self { process, sigmas, timesteps, steps })
     }
 
-    /// The same steps for a model of `process`, which says the unit of its times and what it predicts. Without it, a
-    /// flow is FLUX's.
+    /// Adapts the schedule to a model of `process`: the range of its timesteps, and the sign of its velocity. By
+    /// default a flow is that of FLUX.
     ///
     /// # Errors
-    /// [`SamplingError::BadSetting`] for a flow's steps and a diffusion model, or the reverse.
+    /// [`SamplingError::BadSetting`] for a flow's schedule and a DDPM model, or the reverse.
     pub fn for_process(self, process: NoiseProcess) -> Result<Self> {
         if self.process.is_flow() != process.is_flow() {
             let (model, needed) = match process {
@@ -67,31 +77,35 @@ impl Schedule {
                     ("flow", class::FLOW_MATCH.to_owned())
                 }
             };
-            let reason = format!("scheduler: a {model} model needs {needed}, found another; use one of its own kind");
+            let reason = format!(
+                "scheduler: a {model} model needs {needed}, found one of the other kind; replace scheduler_config.json"
+            );
             return Err(SamplingError::BadSetting(reason));
         }
         Ok(Self { process, ..self })
     }
 
-    /// How many steps there are.
+    /// Number of steps.
     pub fn steps(&self) -> usize {
         self.steps.len()
     }
 
-    /// The noise levels, one more than steps. Of a flow: the noise's share, the first 1 (or near it), the last 0. Of a
-    /// diffusion: noise over signal, sqrt(1 - abar) / sqrt(abar), the last 0 unless the scheduler ends above.
+    /// Noise levels, one more than steps. For a flow: the fraction of noise, from about 1 to 0. For DDPM: noise over
+    /// signal, sqrt((1 - abar) / abar), down to 0 unless the scheduler's config ends higher.
     pub fn sigmas(&self) -> &[f32] {
         &self.sigmas
     }
 
-    /// The timestep of step `index` as the model takes it, one per sample of `latents`. Where a flow's scale is 1, as
-    /// FluxPipeline hands it over, in the latents' format: sigma * 1000, rounded to it, / 1000. Else in f32.
+    /// The timestep of step `index` in the model's range, one per sample of `latents`.
+    ///
+    /// It is f32, except for a flow with a time scale of 1. There it has the dtype of the latents, and is sigma · 1000
+    /// rounded to that dtype, divided by 1000, as in FluxPipeline.
     ///
     /// # Shapes
-    /// latents (batch, ...) to (batch).
+    /// latents (batch, ...) -> (batch).
     ///
     /// # Errors
-    /// The tensor library refused.
+    /// A tensor operation failed.
     pub fn timestep(&self, index: usize, latents: &Tensor) -> Result<Tensor> {
         let batch = |value: f32| Ok(Tensor::new(vec![value; latents.dim(0)?], latents.device())?);
         let sigma = self.sigmas[index];
@@ -107,18 +121,19 @@ impl Schedule {
         }
     }
 
-    /// Step `index` by what the model predicted, computed in f32, in the latents' format. A flow's is Euler's:
-    /// x + (sigma' - sigma) v. Steps go in their order, with one `history`.
+    /// `scheduler.step`: the latents after step `index`, computed in f32 and returned in the dtype of `latents`. For a
+    /// flow this is Euler's step x + (sigma' - sigma) v. Call it in the order of the steps, with the same `history`.
     ///
     /// # Shapes
-    /// latents and prediction alike; so is the result.
+    /// latents and prediction (batch, ...) -> as latents.
     ///
     /// # Errors
-    /// Shapes that differ; a history that lacks the step before.
+    /// Shapes that differ, or a `history` without the previous step.
     pub fn step(&self, index: usize, latents: &Tensor, prediction: &Tensor, history: &mut History) -> Result<Tensor> {
         let step = &self.steps[index];
-        let (x, p) = (latents.to_dtype(DType::F32)?, prediction.to_dtype(DType::F32)?);
-        let estimate = step.estimate.map(|data| data.of(&x, &p)).transpose()?;
+        let x = latents.to_dtype(DType::F32)?;
+        let p = prediction.to_dtype(DType::F32)?;
+        let estimate = step.estimate.map(|estimate| estimate.evaluate(&x, &p)).transpose()?;
         let sign = if self.process == NoiseProcess::ReversedFlow { -1.0 } else { 1.0 };
         let terms = [
             (step.latents, Some(&x)),
@@ -133,9 +148,9 @@ impl Schedule {
 }
 
 impl StepCoefficients {
-    /// Euler's: x + change v.
-    pub(crate) fn euler(change: f32) -> Self {
-        Self { estimate: None, latents: 1.0, data: 0.0, prediction: f64::from(change), previous: 0.0 }
+    /// Euler's step x + dt v.
+    pub(crate) fn euler(dt: f32) -> Self {
+        Self { estimate: None, latents: 1.0, data: 0.0, prediction: f64::from(dt), previous: 0.0 }
     }
 
     fn is_finite(&self) -> bool {
@@ -146,7 +161,7 @@ impl StepCoefficients {
 }
 
 impl DataPrediction {
-    fn of(&self, latents: &Tensor, prediction: &Tensor) -> Result<Tensor> {
+    fn evaluate(&self, latents: &Tensor, prediction: &Tensor) -> Result<Tensor> {
         let data = weighted_sum(&[(self.latents, Some(latents)), (self.prediction, Some(prediction))])?;
         Ok(match self.limit {
             Some(limit) => data.clamp(-limit, limit)?,
@@ -155,20 +170,20 @@ impl DataPrediction {
     }
 }
 
-/// `numpy.linspace(first, last, points)`: first + i * gap, the last put in exactly.
+/// `numpy.linspace(first, last, points)`: first + i · step, with the last value exact.
 pub(crate) fn linspace(first: f64, last: f64, points: usize) -> Vec<f64> {
-    let gap = (last - first) / (points.max(2) - 1) as f64;
-    let value = |index| if index > 0 && index + 1 == points { last } else { index as f64 * gap + first };
+    let step = (last - first) / (points.max(2) - 1) as f64;
+    let value = |index| if index > 0 && index + 1 == points { last } else { index as f64 * step + first };
     (0..points).map(value).collect()
 }
 
-/// Terms of weight 0 are left out, so that they may be missing; a weight of 1 leaves its tensor as it is.
+/// The sum of weight · tensor. A tensor may be missing if its weight is 0. A weight of 1 does not multiply.
 fn weighted_sum(terms: &[(f64, Option<&Tensor>)]) -> Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     for (weight, tensor) in terms.iter().filter(|(weight, _)| *weight != 0.0) {
         let Some(tensor) = tensor else {
             return Err(SamplingError::BadSetting(
-                "history: a step needs that of the step before; begin at 0".to_owned(),
+                "history: a multistep solver needs the previous step; start at step 0".to_owned(),
             ));
         };
         let term = if *weight == 1.0 { (*tensor).clone() } else { (*tensor * *weight)? };
@@ -177,7 +192,7 @@ fn weighted_sum(terms: &[(f64, Option<&Tensor>)]) -> Result<Tensor> {
             None => term,
         });
     }
-    sum.ok_or_else(|| SamplingError::BadSetting("a step that keeps nothing of the latents".to_owned()))
+    sum.ok_or_else(|| SamplingError::BadSetting("a step in which all weights are 0".to_owned()))
 }
 
 #[cfg(test)]
@@ -196,22 +211,23 @@ mod tests {
 
     /// Sigmas 1, 0.75, 0.5, 0.25, 0; the model predicts 3 at latents 2.
     fn check(process: NoiseProcess, timestep: f32, after: f32) {
-        let (schedule, latents) = (flow(process), tensor(&[2.0, 2.0]));
+        let schedule = flow(process);
+        let latents = tensor(&[2.0, 2.0]);
         assert_eq!(schedule.timestep(1, &latents).unwrap().to_vec1::<f32>().unwrap(), [timestep; 2], "{process:?}");
         let moved = schedule.step(1, &latents, &tensor(&[3.0, 3.0]), &mut History::default()).unwrap();
         assert_eq!(moved.to_vec1::<f32>().unwrap(), [after; 2], "{process:?}");
     }
 
     #[test]
-    fn a_family_takes_its_own_times_and_predicts_in_its_own_sense() {
+    fn timestep_range_and_sign_depend_on_the_process() {
         check(NoiseProcess::FlowMatching { time_scale: 1.0 }, 0.75, 1.25);
         check(NoiseProcess::FlowMatching { time_scale: 1000.0 }, 750.0, 1.25);
         check(NoiseProcess::ReversedFlow, 0.25, 2.75);
     }
 
-    /// 1 / 3 in bf16 lies 0.04 % off; 333.3 in bf16 is 334.
+    /// 333.3 is 334 in bf16; 334 / 1000 is then 0.33398438.
     #[test]
-    fn only_the_times_of_flux_are_rounded_to_the_format_of_the_latents() {
+    fn only_flux_timesteps_are_rounded_to_the_dtype_of_the_latents() {
         let schedule = FlowMatchEuler::default().schedule(3, 0).unwrap();
         let latents = tensor(&[0.0]).to_dtype(DType::BF16).unwrap();
         let timestep = |process| schedule.clone().for_process(process).unwrap().timestep(2, &latents).unwrap();
@@ -248,7 +264,8 @@ mod tests {
     #[test]
     fn a_step_without_its_history_is_refused() {
         let schedule = DpmSolver::default().schedule(4).unwrap();
-        let (latents, mut history) = (tensor(&[1.0]), History::default());
+        let latents = tensor(&[1.0]);
+        let mut history = History::default();
         assert!(schedule.step(1, &latents, &latents, &mut history).unwrap_err().to_string().contains("history"));
         schedule.step(0, &latents, &latents, &mut history).unwrap();
         schedule.step(1, &latents, &latents, &mut history).unwrap();

@@ -1,4 +1,4 @@
-//! [`Scheduler`]: how a model's steps are laid out, as its scheduler_config.json says. It knows no model.
+//! [`Scheduler`]: the scheduler that a pipeline's scheduler_config.json describes.
 
 use crate::config::{bad, class, parse};
 use crate::{Ddim, DpmSolver, FlowMatchEuler, Result, Schedule};
@@ -8,28 +8,28 @@ use serde_json::Value;
 /// One of diffusers' schedulers.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Scheduler {
-    /// FlowMatchEulerDiscreteScheduler.
+    /// `FlowMatchEulerDiscreteScheduler`.
     FlowMatchEuler(FlowMatchEuler),
-    /// DDIMScheduler.
+    /// `DDIMScheduler`.
     Ddim(Ddim),
-    /// DPMSolverMultistepScheduler.
+    /// `DPMSolverMultistepScheduler`.
     DpmSolver(DpmSolver),
 }
 
 impl Scheduler {
-    /// Reads the text of scheduler_config.json, with the -Infinity that Python writes into it.
+    /// Reads the text of scheduler_config.json. The -Infinity that Python writes is accepted.
     ///
     /// # Errors
-    /// As [`Self::from_config`]; text that is no JSON.
+    /// As [`Self::from_config`], and for text that is not JSON.
     pub fn parse(text: &str) -> Result<Self> {
         Self::from_config(&parse(text)?)
     }
 
-    /// Reads scheduler_config.json, whose `_class_name` tells which one it is.
+    /// Reads scheduler_config.json. `_class_name` selects the scheduler.
     ///
     /// # Errors
-    /// [`SamplingError::BadScheduler`](crate::SamplingError::BadScheduler) for another class, and for what the class
-    /// refuses.
+    /// [`SamplingError::BadScheduler`](crate::SamplingError::BadScheduler) for another class, or an option that is not
+    /// supported.
     pub fn from_config(config: &Value) -> Result<Self> {
         match config.get("_class_name").and_then(Value::as_str) {
             Some(class::FLOW_MATCH) => Ok(Self::FlowMatchEuler(FlowMatchEuler::from_config(config)?)),
@@ -38,22 +38,24 @@ impl Scheduler {
             found => {
                 let classes = [class::FLOW_MATCH, class::DDIM, class::DPM_SOLVER].join(", ");
                 let found = found.map_or("none".to_owned(), |found| format!("{found:?}"));
-                let reason = format!("expected one of {classes}, found {found}; use a scheduler_config.json of these");
+                let reason =
+                    format!("expected one of {classes}, found {found}; use a scheduler_config.json of one of these");
                 Err(bad("_class_name", reason))
             }
         }
     }
 
-    /// The same with a flow's steps laid out as its family's pipeline has them; a diffusion's scheduler says that itself.
+    /// Sets how a flow's sigmas are spaced. Other schedulers have this in their config (`timestep_spacing`) and are
+    /// unchanged.
     #[must_use]
     pub fn spaced(self, spacing: StepSpacing) -> Self {
         match self {
             Self::FlowMatchEuler(flow) => Self::FlowMatchEuler(flow.spaced(spacing)),
-            diffusion => diffusion,
+            other => other,
         }
     }
 
-    /// A scheduler for models that come with none: a flow without shift, or DDIM as facebook's DiT has it.
+    /// The scheduler for models without a scheduler_config.json: a flow without shift, or [`Ddim::for_latents`].
     pub fn default_for(process: NoiseProcess) -> Self {
         match process {
             NoiseProcess::FlowMatching { .. } | NoiseProcess::ReversedFlow => {
@@ -63,10 +65,11 @@ impl Scheduler {
         }
     }
 
-    /// The noise levels for `steps` steps over a picture of `image_tokens` tokens, which a flow may be shifted by.
+    /// `set_timesteps(steps)` for an image of `image_tokens` tokens, on which the shift of a flow may depend.
     ///
     /// # Errors
-    /// [`SamplingError::BadSetting`](crate::SamplingError::BadSetting) for no step at all, or more than were trained.
+    /// [`SamplingError::BadSetting`](crate::SamplingError::BadSetting) for 0 steps, or more than the training
+    /// timesteps.
     pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
         match self {
             Self::FlowMatchEuler(flow) => flow.schedule(steps, image_tokens),
@@ -88,7 +91,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_class_name_tells_the_scheduler() {
+    fn the_class_name_selects_the_scheduler() {
         let named = |class: &str| Scheduler::from_config(&json!({"_class_name": class}));
         assert_eq!(named("FlowMatchEulerDiscreteScheduler").unwrap(), Scheduler::default());
         assert_eq!(named("DDIMScheduler").unwrap(), Scheduler::Ddim(Ddim::default()));
@@ -100,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_infinity_that_python_writes_is_read() {
+    fn minus_infinity_from_python_is_accepted() {
         let text =
             r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity, "flow_shift": 1.0}"#;
         assert_eq!(Scheduler::parse(text).unwrap(), Scheduler::DpmSolver(DpmSolver::default()));

@@ -1,5 +1,4 @@
-//! Whole walks down each scheduler's steps, against what diffusers 0.42.1 makes of the same predictions
-//! (fixtures/export.py).
+//! Whole trajectories of each scheduler, compared with diffusers 0.42.1 for the same predictions (fixtures/export.py).
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
@@ -17,8 +16,8 @@ fn floats(value: &Value) -> Vec<f32> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
 }
 
-fn predicted(latents: &Tensor, index: usize) -> Tensor {
-    let pattern = (0..7).map(|place| (((7 * place + 3 * index) % 11) as f32 - 5.0) / 4.0).collect::<Vec<_>>();
+fn prediction(latents: &Tensor, index: usize) -> Tensor {
+    let pattern = (0..7).map(|element| (((7 * element + 3 * index) % 11) as f32 - 5.0) / 4.0).collect::<Vec<_>>();
     ((latents * 0.5).unwrap() + Tensor::new(pattern, &Device::Cpu).unwrap()).unwrap()
 }
 
@@ -30,17 +29,18 @@ fn check(got: &[f32], want: &[f32], what: &str) {
     }
 }
 
-fn walk(case: &Value) {
+fn check_trajectory(case: &Value) {
     let what = format!("{} steps of {}", case["steps"], case["config"]);
     let steps = case["steps"].as_u64().unwrap() as usize;
     let scheduler = Scheduler::from_config(&case["config"]).unwrap().spaced(StepSpacing::Trained);
     let schedule = scheduler.schedule(steps, 1024).unwrap();
     assert_eq!(schedule.steps(), steps, "{what}");
     let from = [-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0];
-    let (mut latents, mut history) = (Tensor::new(&from, &Device::Cpu).unwrap(), History::default());
+    let mut latents = Tensor::new(&from, &Device::Cpu).unwrap();
+    let mut history = History::default();
     let mut compared = 0;
     for index in 0..steps {
-        let prediction = predicted(&latents, index);
+        let prediction = prediction(&latents, index);
         latents = schedule.step(index, &latents, &prediction, &mut history).unwrap();
         if let Some(want) = case["after"].get(index.to_string()) {
             check(&latents.to_vec1().unwrap(), &floats(want), &format!("{what}, after step {index}"));
@@ -51,22 +51,22 @@ fn walk(case: &Value) {
 }
 
 #[test]
-fn every_walk_is_that_of_diffusers() {
+fn trajectories_match_diffusers() {
     for case in fixture()["trajectories"].as_array().unwrap() {
-        walk(case);
+        check_trajectory(case);
     }
 }
 
 #[test]
-fn times_and_levels_are_those_of_diffusers() {
+fn timesteps_and_sigmas_match_diffusers() {
     for case in fixture()["trajectories"].as_array().unwrap() {
         let what = case["config"].to_string();
         let steps = case["steps"].as_u64().unwrap() as usize;
         let scheduler = Scheduler::from_config(&case["config"]).unwrap().spaced(StepSpacing::Trained);
         let schedule = scheduler.schedule(steps, 1024).unwrap();
         let latents = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
-        let thousand = if matches!(scheduler, Scheduler::FlowMatchEuler(_)) { 1000.0 } else { 1.0 };
-        let timestep = |index| schedule.timestep(index, &latents).unwrap().to_vec1::<f32>().unwrap()[0] * thousand;
+        let scale = if matches!(scheduler, Scheduler::FlowMatchEuler(_)) { 1000.0 } else { 1.0 };
+        let timestep = |index| schedule.timestep(index, &latents).unwrap().to_vec1::<f32>().unwrap()[0] * scale;
         check(&(0..steps).map(timestep).collect::<Vec<_>>(), &floats(&case["timesteps"]), &what);
         if let Some(sigmas) = case.get("sigmas") {
             check(schedule.sigmas(), &floats(sigmas), &what);
@@ -75,13 +75,18 @@ fn times_and_levels_are_those_of_diffusers() {
     }
 }
 
-/// The signal is 4.0358e-5 at step 999 and 0.9999 at step 0, from diffusers' alphas_cumprod.
+/// abar is 4.0358e-5 at timestep 999 and 0.9999 at timestep 0, from diffusers' `alphas_cumprod`.
 #[test]
-fn levels_of_ddim_are_noise_over_signal() {
+fn sigmas_of_ddim_are_noise_over_signal() {
     for (set_alpha_to_one, last) in [(true, 0.0), (false, 0.010_000_5)] {
-        let config = json!({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "set_alpha_to_one": set_alpha_to_one});
+        let config = json!({
+            "_class_name": "DDIMScheduler",
+            "timestep_spacing": "linspace",
+            "set_alpha_to_one": set_alpha_to_one,
+        });
         let schedule = Scheduler::from_config(&config).unwrap().schedule(2, 0).unwrap();
         let want = [157.407_26_f32, 0.010_000_5, last];
+        assert_eq!(schedule.sigmas().len(), want.len());
         for (got, want) in schedule.sigmas().iter().zip(want) {
             assert!((got - want).abs() <= 3e-6 * want.max(1.0), "{got} instead of {want}");
         }
@@ -89,15 +94,15 @@ fn levels_of_ddim_are_noise_over_signal() {
 }
 
 #[test]
-fn any_number_of_steps_stands_where_diffusers_puts_it() {
+fn timesteps_match_diffusers_for_every_number_of_steps() {
     for case in fixture()["spacings"].as_array().unwrap() {
         let config = json!({"_class_name": case["class"], "timestep_spacing": case["spacing"]});
         let scheduler = Scheduler::from_config(&config).unwrap();
         let latents = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
         for (index, want) in case["sums"].as_array().unwrap().iter().enumerate() {
             let schedule = scheduler.schedule(index + 1, 0).unwrap();
-            let timestep = |place| schedule.timestep(place, &latents).unwrap().to_vec1::<f32>().unwrap()[0];
-            let sum = (0..=index).map(|place| (place + 1) as u64 * timestep(place) as u64).sum::<u64>();
+            let timestep = |step| schedule.timestep(step, &latents).unwrap().to_vec1::<f32>().unwrap()[0];
+            let sum = (0..=index).map(|step| (step + 1) as u64 * timestep(step) as u64).sum::<u64>();
             assert_eq!(sum, want.as_u64().unwrap(), "{} steps of {config}", index + 1);
         }
     }

@@ -1,7 +1,6 @@
-//! For tests alone: the tolerance rule, the fixture reader, and weights that need no file.
+//! Test helpers: [`assert_close`], fixtures, seeded weights ([`seeded`]) and model folders ([`assemble_pipeline`]).
 //!
-//! The main items are [`assert_close`] and [`seeded`]. Relative error means ||got - want|| / ||want|| over the whole tensor, summed in
-//! f64 whatever the tensors' own format.
+//! Relative error means ||got - want|| / ||want|| over the whole tensor, summed in f64 whatever their dtype.
 
 mod pipelines;
 
@@ -22,28 +21,29 @@ pub fn fixture(path: impl AsRef<Path>) -> BTreeMap<String, Tensor> {
     tensors.into_iter().collect()
 }
 
-/// The tensor `name` with the values that tests/fixtures/seeded.py gives it, f32: value i is splitmix64 at place i of the
-/// stream that FNV-1a of the salted name opens, as 24 bits in -1..1, scaled by what the tensor is.
+/// A weight in f32 that depends only on `name`, `shape` and `salt`, as in tests/fixtures/seeded.py: value i is the i-th
+/// output of splitmix64 seeded with FNV-1a of salt and name, as 24 bits in -1..1, scaled by the fan-in of the layer.
+/// Norm weights are about 1, biases about 0.
 ///
 /// # Panics
-/// The tensor library refused.
+/// A tensor operation fails.
 pub fn seeded(name: &str, shape: &[usize], salt: &str) -> Tensor {
     let key = fnv(&format!("{salt}{name}"));
-    let inputs: usize = shape.iter().skip(1).product();
-    let scale = (3.0 / inputs as f64).sqrt() as f32;
-    let value = |place: usize| match shape.len() {
-        0 | 1 if name.ends_with(".weight") => 1.0 + 0.3 * uniform(key, place),
-        0 | 1 => 0.2 * uniform(key, place),
-        _ => uniform(key, place) * scale,
+    let fan_in: usize = shape.iter().skip(1).product();
+    let scale = (3.0 / fan_in as f64).sqrt() as f32;
+    let value = |index: usize| match shape.len() {
+        0 | 1 if name.ends_with(".weight") => 1.0 + 0.3 * uniform(key, index),
+        0 | 1 => 0.2 * uniform(key, index),
+        _ => uniform(key, index) * scale,
     };
     let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Every tensor of a shapes.json, `{name: shape}`, with its [`seeded`] values.
+/// The [`seeded`] tensors of a shapes.json, `{name: shape}`.
 ///
 /// # Panics
-/// The file is not one of the fixtures'.
+/// The file cannot be read or parsed.
 pub fn seeded_file(shapes: impl AsRef<Path>, salt: &str) -> BTreeMap<String, Tensor> {
     let path = shapes.as_ref();
     let text = std::fs::read(path).unwrap_or_else(|error| panic!("fixture {}: {error}", path.display()));
@@ -53,13 +53,14 @@ pub fn seeded_file(shapes: impl AsRef<Path>, salt: &str) -> BTreeMap<String, Ten
     shapes.into_iter().map(tensor).collect()
 }
 
+/// FNV-1a.
 fn fnv(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |key, byte| (key ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// 24 bits in -1..1.
-fn uniform(key: u64, place: usize) -> f32 {
-    let mut z = key.wrapping_add((place as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+/// Output `index` of splitmix64 seeded with `key`, as 24 bits in -1..1.
+fn uniform(key: u64, index: usize) -> f32 {
+    let mut z = key.wrapping_add((index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^= z >> 31;
@@ -69,7 +70,7 @@ fn uniform(key: u64, place: usize) -> f32 {
 /// Panics unless `got` has the shape of `want` and a relative error of at most `bound`.
 ///
 /// # Panics
-/// If it has not; `what` names it.
+/// If it has not. The message starts with `what`.
 #[track_caller]
 pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
     match relative_error(got, want) {
@@ -79,30 +80,31 @@ pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
     }
 }
 
-/// Relative error of `got`; of an all-zero `want`, the norm of `got`. A NaN on either side gives infinity.
+/// Relative error of `got`, or the norm of `got` if `want` is zero. A NaN in either tensor gives infinity.
 ///
 /// # Shapes
-/// Both the same, any.
+/// Any shape, the same for both.
 ///
 /// # Errors
-/// Other shapes, or a number format that cannot be converted to f64.
+/// Different shapes, or a dtype that cannot be converted to f64.
 pub fn relative_error(got: &Tensor, want: &Tensor) -> Result<f64> {
     if got.dims() != want.dims() {
         candle_core::bail!("shape {:?}, expected {:?}", got.dims(), want.dims());
     }
-    let (got, want) = (numbers(got)?, numbers(want)?);
+    let got = values(got)?;
+    let want = values(want)?;
     let difference = norm(got.iter().zip(&want).map(|(got, want)| got - want));
     let scale = norm(want.iter().copied());
     let error = if scale > 0.0 { difference / scale } else { difference };
     Ok(if error.is_nan() { f64::INFINITY } else { error })
 }
 
-fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-fn norm(numbers: impl Iterator<Item = f64>) -> f64 {
-    numbers.map(|number| number * number).sum::<f64>().sqrt()
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|value| value * value).sum::<f64>().sqrt()
 }
 
 #[cfg(test)]
@@ -110,18 +112,19 @@ fn norm(numbers: impl Iterator<Item = f64>) -> f64 {
 mod tests {
     use super::*;
 
-    fn tensor(numbers: &[f32]) -> Tensor {
-        Tensor::new(numbers, &Device::Cpu).unwrap()
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::new(values, &Device::Cpu).unwrap()
     }
 
-    /// The values that tests/fixtures/seeded.py gives.
+    /// Values of tests/fixtures/seeded.py.
     #[test]
-    fn seeded_values_are_those_of_the_script() {
+    fn seeded_values_match_the_script() {
         let values = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(values(seeded("a.weight", &[3], "")), [1.102_319_1, 0.837_501_65, 1.242_000_3]);
         assert_eq!(values(seeded("b.bias", &[2], "")), [0.090_577_58, 0.183_861_05]);
         let matrix = values(seeded("c.weight", &[2, 3], "s/"));
         assert_eq!(matrix[..3], [-0.031_685_352, -0.367_734_2, 0.579_422_95]);
+        assert_eq!(matrix.len(), 6);
     }
 
     #[test]
@@ -135,12 +138,13 @@ mod tests {
         ] {
             assert_eq!(relative_error(&tensor(got), &tensor(want)).unwrap(), error, "{got:?} {want:?}");
         }
-        assert!(relative_error(&tensor(&[1.0]), &tensor(&[1.0, 2.0])).is_err());
+        let error = relative_error(&tensor(&[1.0]), &tensor(&[1.0, 2.0])).unwrap_err().to_string();
+        assert!(error.contains("shape [1], expected [2]"), "{error}");
     }
 
     #[test]
     #[should_panic(expected = "block 3: relative error 2.000e-1, allowed 1.0e-1")]
-    fn refuses_what_is_not_close() {
+    fn tensors_that_are_not_close_panic() {
         assert_close("block 3", &tensor(&[3.0, 5.0]), &tensor(&[3.0, 4.0]), 0.1);
     }
 }

@@ -1,4 +1,4 @@
-//! [`assemble_pipeline`]: whole model folders out of small files.
+//! [`assemble_pipeline`]: whole model folders in diffusers' layout, from the small files of the fixtures.
 
 use crate::seeded;
 use candle_core::Tensor;
@@ -9,35 +9,37 @@ use std::path::Path;
 type Shapes = BTreeMap<String, BTreeMap<String, Vec<usize>>>;
 
 const CONFIGS: [&str; 2] = ["config.json", "scheduler_config.json"];
-/// Which of mini-flux's tokenizers a pipeline has, and under which names.
+/// For each pipeline: the folders of mini-flux's tokenizers, and their names in the pipeline.
 const TOKENIZERS: &[(&str, &[(&str, &str)])] = &[
     ("pixart", &[("tokenizer_2", "tokenizer")]),
     ("sd3", &[("tokenizer", "tokenizer"), ("tokenizer", "tokenizer_2"), ("tokenizer_2", "tokenizer_3")]),
 ];
 
-/// Puts the pipeline `name` of tests/fixtures/pipelines together in the folder `target`, as diffusers would have it:
-/// configs from the fixture, seeded weights, and tokenizers of assets/mini-flux. `repository` is where both lie.
+/// Writes the pipeline `name` of tests/fixtures/pipelines to the folder `target` in diffusers' layout: configs from the
+/// fixture, seeded weights, and tokenizers of assets/mini-flux. `repository` is the root of the repository.
 ///
 /// # Panics
-/// The files are not those of the repository, or the system refuses.
+/// A fixture is missing, or a file cannot be written.
 pub fn assemble_pipeline(repository: &Path, name: &str, target: &Path) {
     let fixture = repository.join("tests/fixtures/pipelines").join(name);
     copy(&fixture.join("model_index.json"), &target.join("model_index.json"));
-    let parts: Value = read(&fixture.join("model_index.json"));
-    for part in parts.as_object().into_iter().flat_map(|parts| parts.keys()) {
-        for config in CONFIGS.iter().filter(|config| fixture.join(part).join(config).exists()) {
-            copy(&fixture.join(part).join(config), &target.join(part).join(config));
+    let index: Value = read(&fixture.join("model_index.json"));
+    for component in index.as_object().into_iter().flat_map(|components| components.keys()) {
+        for config in CONFIGS.iter().filter(|config| fixture.join(component).join(config).exists()) {
+            copy(&fixture.join(component).join(config), &target.join(component).join(config));
         }
     }
     let shapes: Shapes = read(&fixture.join("shapes.json"));
-    for (part, shapes) in shapes {
-        let tensor = |(name, shape): (String, Vec<usize>)| (name.clone(), seeded(&name, &shape, &format!("{part}/")));
+    for (component, shapes) in shapes {
+        let salt = format!("{component}/");
+        let tensor = |(name, shape): (String, Vec<usize>)| (name.clone(), seeded(&name, &shape, &salt));
         let weights: HashMap<String, Tensor> = shapes.into_iter().map(tensor).collect();
-        let file = if part.starts_with("text") { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-        let path = target.join(&part).join(file);
+        let file =
+            if component.starts_with("text") { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+        let path = target.join(&component).join(file);
         candle_core::safetensors::save(&weights, &path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
-    for (from, to) in TOKENIZERS.iter().filter(|(of, _)| *of == name).flat_map(|(_, names)| *names) {
+    for (from, to) in TOKENIZERS.iter().filter(|(pipeline, _)| *pipeline == name).flat_map(|(_, names)| *names) {
         copy_folder(&repository.join("assets/mini-flux/base").join(from), &target.join(to));
     }
 }

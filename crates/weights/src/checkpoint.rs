@@ -1,122 +1,114 @@
-//! [`Checkpoint`]: a file or folder of tensors that is open and checked, but not read.
+//! [`Checkpoint`]: a file or folder of tensors whose headers have been read and checked, but not its values.
 //!
-//! Tensors are read one at a time by positioned reads, so memory holds what the caller keeps and no more; threads may
-//! share a checkpoint. It knows nothing of models.
+//! Tensors are read one at a time by position, so memory holds only what the caller keeps, and threads may share a
+//! checkpoint.
 
 use crate::folder::{FolderContents, ShardIndex};
 use crate::header::{Header, HeaderEntry};
-use crate::storage_view::FileRange;
 use crate::wrapped::unwrapped;
-use crate::{RawTensor, Result, TensorInfo, TensorSource, WeightsError, files, gguf, json, torch};
+use crate::{RawTensor, Result, TensorFile, TensorInfo, TensorSource, WeightsError, gguf, json, torch};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// A directory of tensors on disk.
+/// How the names begin that diffusers and transformers give their files.
+const LIBRARY_NAMES: [&str; 4] = ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"];
+
+/// The tensors of a file or folder, by name.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<TensorFile>,
+    /// Each tensor with the index of its file in `files`.
     tensors: BTreeMap<String, (usize, HeaderEntry)>,
     metadata: BTreeMap<String, String>,
     config: Option<Value>,
     notes: Vec<String>,
 }
 
-/// How a tensor is kept on disk.
+/// How a tensor is stored on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredTensor {
-    /// Its number format as the file calls it; a quantised one is not that of [`ClearformTensorInfo`].
+    /// Its format as the file names it; of a quantised tensor another than the dtype of [`TensorInfo`].
     pub format: String,
-    /// Bytes that its values take, as the file keeps them.
+    /// Bytes of its values as stored.
     pub bytes: u64,
 }
 
-/// One file of a checkpoint.
-#[derive(Debug)]
-pub struct TensorFile {
-    /// Where it is, symbolic links not resolved.
-    pub path: PathBuf,
-    /// Its size in bytes.
-    pub size: u64,
-    file: File,
-}
-
 impl Checkpoint {
-    /// Opens a safetensors file, a file of `torch.save`, a GGUF file, an index of shards, or a folder that holds one
-    /// model as diffusers or transformers save it. Contents tell which a file is, not its name. Headers are read and
-    /// checked; tensors are not, and the pickle of a torch file is interpreted as data and never run. Tensors that GGUF
-    /// keeps quantised are given as F32. `config.json` is taken from beside files of the libraries' own names: beside
-    /// others it would belong to something else.
+    /// Opens a safetensors, `torch.save` or GGUF file, an index of shards, or a folder that holds one model as diffusers
+    /// or transformers save it. The format follows from the contents, not from the name. Headers are read and checked,
+    /// tensors are not; the pickle of a torch file is parsed as data and never run. GGUF's quantised tensors are read as
+    /// F32. A `config.json` in the same folder is read only if the files have the libraries' standard names: next to
+    /// other files it may belong to another model.
     ///
     /// # Errors
-    /// [`WeightsError::Io`] if a file cannot be read, [`WeightsError::BadFile`] if it is not what it should be.
+    /// [`WeightsError::Io`] if a file cannot be read, [`WeightsError::BadFile`] if it is damaged or of another format.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let listing = listing(path)?;
-        let config = config_beside(path, &listing)?;
+        let contents = list_files(path)?;
+        let config = read_config(path, &contents)?;
         let mut checkpoint = Self {
             path: path.to_owned(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
             metadata: BTreeMap::new(),
             config,
-            notes: listing.notes,
+            notes: contents.notes,
         };
-        for file in listing.files {
-            checkpoint.add(file)?;
+        for file in contents.files {
+            checkpoint.add_file(file)?;
         }
-        if let Some(index) = &listing.index {
-            checkpoint.agree(index)?;
+        if let Some(index) = &contents.index {
+            checkpoint.check_index(index)?;
         }
         checkpoint.unwrap_names()?;
         Ok(checkpoint)
     }
 
-    /// The path it was opened by.
+    /// The path it was opened from.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its files.
+    /// Its files, in the order of the shards.
     pub fn files(&self) -> &[TensorFile] {
         &self.files
     }
 
-    /// Free text beside the tensors, of all files together; of two equal keys the first file's.
+    /// The metadata of all files together; where two files have the same key, the first file's value.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// The `config.json` beside the tensors.
+    /// The `config.json` that belongs to the tensors.
     pub fn config(&self) -> Option<&Value> {
         self.config.as_ref()
     }
 
-    /// How the file keeps a tensor.
+    /// How the tensor `name` is stored.
     pub fn stored(&self, name: &str) -> Option<StoredTensor> {
         let (_, entry) = self.tensors.get(name)?;
-        Some(match entry.place.blocks() {
+        Some(match entry.view.blocks() {
             Some((format, bytes)) => StoredTensor { format: gguf::name_of(format).to_owned(), bytes },
-            None => StoredTensor { format: format!("{:?}", entry.dtype), bytes: entry.place.size() },
+            None => StoredTensor { format: format!("{:?}", entry.dtype), bytes: entry.view.size() },
         })
     }
 
-    /// What a person should know of these tensors: which of a training's states they are, what else the files hold, and
-    /// which quantised formats were read as another.
+    /// What the user should know: which state dict of a training file was chosen, what else the files hold, and which
+    /// quantised formats are read as F32.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
+    fn add_file(&mut self, path: PathBuf) -> Result<()> {
         let file = TensorFile::open(path)?;
-        let header = file.header()?;
+        let header = read_header(&file)?;
         for (name, entry) in header.tensors {
             if let Some((first, _)) = self.tensors.get(&name) {
                 let first = &self.files[*first].path;
-                return Err(bad(&file.path, format!("tensor {name:?} is also in {}", first.display())));
+                return Err(file.bad(format!("tensor {name:?} is also in {}", first.display())));
             }
             self.tensors.insert(name, (self.files.len(), entry));
         }
@@ -128,8 +120,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The index and the shards must tell the same.
-    fn agree(&self, index: &ShardIndex) -> Result<()> {
+    /// The index and the shards must list the same tensors.
+    fn check_index(&self, index: &ShardIndex) -> Result<()> {
         for (name, shard) in &index.weight_map {
             if self.shard_of(name) != Some(shard) {
                 let found = self.shard_of(name).map_or("in none".to_owned(), |found| format!("in {found:?}"));
@@ -145,19 +137,20 @@ impl Checkpoint {
         }
     }
 
-    /// Takes off names what says nothing of the model.
+    /// Removes what PyTorch's module wrappers add to names.
     fn unwrap_names(&mut self) -> Result<()> {
         let wrapped: Vec<String> = self.tensors.keys().filter(|name| unwrapped(name) != **name).cloned().collect();
         for name in &wrapped {
-            let (bare, place) = (unwrapped(name), self.tensors.remove(name));
+            let bare = unwrapped(name);
+            let tensor = self.tensors.remove(name);
             if self.tensors.contains_key(&*bare) {
-                let reason = format!("tensor {bare:?} is here twice, once as {name:?}: keep the one that is meant");
+                let reason = format!("tensor {bare:?} appears twice, once as {name:?}: keep the one you want");
                 return Err(bad(&self.path, reason));
             }
-            self.tensors.extend(place.map(|place| (bare.into_owned(), place)));
+            self.tensors.extend(tensor.map(|tensor| (bare.into_owned(), tensor)));
         }
         if !wrapped.is_empty() {
-            self.notes.push(format!("{} names lost what torch's wrappers had put into them", wrapped.len()));
+            self.notes.push(format!("removed the module wrappers of PyTorch from {} tensor names", wrapped.len()));
         }
         Ok(())
     }
@@ -184,68 +177,34 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str) -> Result<RawTensor> {
         let (file, entry) = self.find(name)?;
-        let bytes = file.values(entry, 0..entry.place.size())?;
+        let bytes = file.read_view(&entry.view, 0..entry.view.size())?;
         Ok(RawTensor { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
     fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let (file, entry) = self.find(name)?;
-        if range.start > range.end || range.end as u64 > entry.place.size() {
-            let reason = format!("bytes {range:?} asked of {}", entry.place.size());
+        if range.start > range.end || range.end as u64 > entry.view.size() {
+            let reason = format!("bytes {range:?} requested of {}", entry.view.size());
             return Err(WeightsError::BadTensor { name: name.to_owned(), reason });
         }
-        file.values(entry, range.start as u64..range.end as u64)
+        file.read_view(&entry.view, range.start as u64..range.end as u64)
     }
 }
 
-impl TensorFile {
-    fn open(path: PathBuf) -> Result<Self> {
-        let opened = std::fs::metadata(&path).and_then(|about| match about.is_file() {
-            true => Ok((about.len(), File::open(&path)?)),
-            false => Err(std::io::Error::other("not a regular file")),
-        });
-        match opened {
-            Ok((size, file)) => Ok(Self { path, size, file }),
-            Err(source) => Err(WeightsError::Io { path, source }),
-        }
-    }
-
-    fn header(&self) -> Result<Header> {
-        let beginning = self.read(0..self.size.min(16))?;
-        match beginning.as_slice() {
-            beginning if gguf::recognises(beginning) => gguf::read(self),
-            beginning if torch::recognises(beginning) => torch::read(self),
-            _ => Header::read(&self.path, &self.file, self.size),
-        }
-    }
-
-    fn values(&self, entry: &HeaderEntry, range: Range<u64>) -> Result<Vec<u8>> {
-        self.wrap(entry.place.read(&self.file, range))
-    }
-
-    /// Reads bytes that the file has.
-    pub(crate) fn read(&self, bytes: Range<u64>) -> Result<Vec<u8>> {
-        self.wrap(files::read_at(&self.file, bytes.start, (bytes.end - bytes.start) as usize))
-    }
-
-    /// The error that says what is wrong with this file.
-    pub(crate) fn bad(&self, reason: String) -> WeightsError {
-        bad(&self.path, reason)
-    }
-
-    /// Reads all of `record`, unpacked.
-    pub(crate) fn read_record(&self, record: &FileRange) -> Result<Vec<u8>> {
-        self.wrap(record.read(&self.file, 0..record.size))
-    }
-
-    fn wrap(&self, read: std::io::Result<Vec<u8>>) -> Result<Vec<u8>> {
-        read.map_err(|source| WeightsError::Io { path: self.path.clone(), source })
+/// Reads the header of `file`. GGUF and torch files have a magic number; safetensors files have none, so a file of
+/// neither is taken for one, and its header is checked.
+fn read_header(file: &TensorFile) -> Result<Header> {
+    let beginning = file.read(0..file.size.min(16))?;
+    match beginning.as_slice() {
+        beginning if gguf::recognises(beginning) => gguf::read(file),
+        beginning if torch::recognises(beginning) => torch::read(file),
+        _ => Header::read(file),
     }
 }
 
-fn listing(path: &Path) -> Result<FolderContents> {
-    let about = std::fs::metadata(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })?;
-    if about.is_dir() {
+fn list_files(path: &Path) -> Result<FolderContents> {
+    let metadata = std::fs::metadata(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })?;
+    if metadata.is_dir() {
         FolderContents::of_folder(path)
     } else if path.to_string_lossy().ends_with(".index.json") {
         FolderContents::of_index(path.to_owned())
@@ -254,17 +213,20 @@ fn listing(path: &Path) -> Result<FolderContents> {
     }
 }
 
-fn config_beside(path: &Path, listing: &FolderContents) -> Result<Option<Value>> {
-    let ours = |file: &PathBuf| {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"].iter().any(|ours| name.starts_with(ours))
-    };
+fn read_config(path: &Path, contents: &FolderContents) -> Result<Option<Value>> {
     let folder = if path.is_dir() { Some(path) } else { path.parent() };
     let config = folder.map(|folder| folder.join("config.json")).filter(|config| config.exists());
     match config {
-        Some(config) if path.is_dir() || listing.files.iter().all(ours) => json::read_json(&config).map(Some),
+        Some(config) if path.is_dir() || contents.files.iter().all(|file| has_library_name(file)) => {
+            json::read_json(&config).map(Some)
+        }
         _ => Ok(None),
     }
+}
+
+fn has_library_name(file: &Path) -> bool {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    LIBRARY_NAMES.iter().any(|beginning| name.starts_with(beginning))
 }
 
 fn describe(name: &str, entry: &HeaderEntry) -> TensorInfo {

@@ -1,22 +1,23 @@
-//! What can be wrong with a file of tensors, said so that a person can mend it.
+//! [`WeightsError`]: what can be wrong with a tensor file, and how to fix it.
 
 use std::path::PathBuf;
 
+/// Characters of a name that a message prints.
 const LONGEST_PRINTED: usize = 60;
 
 /// Errors of this crate. Names that come from files are printed escaped.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
-    /// The operating system refused.
+    /// The operating system reported an error.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The file is not what its name promises.
+    /// A file is damaged or of another format.
     #[error("{path}: {reason}", path = path.display())]
     BadFile {
         /// The file.
@@ -24,13 +25,13 @@ pub enum WeightsError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
-    /// A tensor was asked for that the source does not have.
+    /// The source has no tensor of this name.
     #[error("tensor {name:?} is missing")]
     Missing {
-        /// The name that was asked for.
+        /// The requested name.
         name: String,
     },
-    /// A tensor has a number format that cannot be computed with.
+    /// A tensor has the wrong shape or dtype, or a dtype that candle cannot compute with.
     #[error("tensor {name:?}: {reason}")]
     BadTensor {
         /// The tensor.
@@ -38,7 +39,7 @@ pub enum WeightsError {
         /// What was expected and found.
         reason: String,
     },
-    /// The tensor library refused.
+    /// An error of candle.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
@@ -46,10 +47,10 @@ pub enum WeightsError {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, WeightsError>;
 
-/// What holds, or the reason why not.
+/// A checked value, or why it is refused. The caller adds the file to the message.
 pub(crate) type Validated<T> = std::result::Result<T, String>;
 
-/// A name as a message shows it: escaped, and no longer than a person reads.
+/// A name as messages show it: escaped and cut to a readable length.
 pub(crate) fn printed(name: &str) -> String {
     match name.char_indices().nth(LONGEST_PRINTED) {
         Some((end, _)) => format!("{:?}...", &name[..end]),

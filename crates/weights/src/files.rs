@@ -1,4 +1,4 @@
-//! Files as such: positioned reads, hashes, and writing so that a file is whole or absent. It knows no tensors.
+//! File operations: positioned reads, hashes, and atomic writes. It knows no tensors.
 
 use crate::stream::{Digest, RunningDigest};
 use crate::{Result, WeightsError};
@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use tempfile::NamedTempFile;
 
+/// Bytes hashed at a time.
 const HASH_CHUNK: usize = 1 << 20;
 
 /// Size and hash of the file at `path`.
@@ -18,60 +19,60 @@ pub fn digest(path: impl AsRef<Path>) -> Result<Digest> {
     hash(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })
 }
 
-/// Writes a file beside `path`, brings it to the disk and renames it: `path` holds the old bytes or the new ones.
+/// Replaces the file at `path`: writes a temporary file in the same folder, syncs it and renames it. `path` holds either
+/// the old bytes or the new ones.
 ///
 /// # Errors
-/// [`WeightsError::Io`] if any of it fails; `path` is then as it was.
+/// [`WeightsError::Io`] if any of it fails; `path` is then unchanged.
 pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
     let write = || {
-        let mut file = beside(path)?;
+        let mut file = temporary_file_for(path)?;
         file.write_all(bytes)?;
-        settle(file, path)
+        persist(file, path)
     };
     write().map_err(|source| WeightsError::Io { path: path.to_owned(), source })
 }
 
-/// An unfinished file in the folder of `path`; it disappears unless it is [settled](settle).
-pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
+/// A temporary file in the folder of `path`, so that [`persist`] can rename it there. Dropping it deletes it.
+pub(crate) fn temporary_file_for(path: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".clearform-").suffix(".part");
+    // Temporary files are private by default; this one becomes the user's, with the permissions that the umask leaves.
     #[cfg(unix)]
-    let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-    #[cfg(unix)]
-    builder.permissions(everyone);
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     builder.tempfile_in(folder_of(path))
 }
 
-/// Takes `size` bytes of the disk for an unfinished file, so that one that cannot be finished is not begun. Systems and
-/// disks that cannot take any beforehand are found out in writing.
+/// Reserves `size` bytes on the disk, so that a full disk is reported before hours of work and not after. Where a file
+/// system cannot reserve space, writing reports it.
 #[cfg(target_os = "linux")]
 pub(crate) fn reserve(file: &File, size: u64) -> io::Result<()> {
     use rustix::io::Errno;
     let taken = rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size);
     if let Err(error @ (Errno::NOSPC | Errno::FBIG | Errno::DQUOT)) = taken {
-        let reason = format!("{size} bytes are needed: {error}; give another place or make room");
+        let reason = format!("{size} bytes are needed: {error}; free some space or write to another disk");
         return Err(io::Error::new(io::ErrorKind::StorageFull, reason));
     }
     Ok(())
 }
 
-/// Here no bytes can be taken beforehand.
+/// Does nothing: only Linux reserves space here.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn reserve(_: &File, _: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Brings an unfinished file to the disk and gives it its name.
-pub(crate) fn settle(file: NamedTempFile, path: &Path) -> io::Result<()> {
+/// Syncs a temporary file to the disk and renames it to `path`.
+pub(crate) fn persist(file: NamedTempFile, path: &Path) -> io::Result<()> {
     file.as_file().sync_all()?;
     file.persist(path)?;
-    // The name is only safe once its folder is; systems that cannot sync a folder say so, and nothing more can be done.
+    // The rename survives a crash only once the folder is synced. Not every system can do that, so errors are ignored.
     let _ = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     Ok(())
 }
 
-/// Reads `length` bytes from `offset`, leaving the file's cursor alone, so that threads may share the file.
+/// Reads `length` bytes from `offset` without moving the file's cursor, so threads may share the file.
 #[cfg(unix)]
 pub(crate) fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; length];
@@ -115,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hashes_and_replaces_whole_files() {
+    fn files_are_hashed_and_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         write_atomically(&path, b"first").unwrap();

@@ -1,6 +1,6 @@
-//! [`FolderContents`]: which files of a folder hold its tensors, by the names that diffusers and transformers give them.
+//! [`FolderContents`]: which files of a folder hold the tensors, by the names that diffusers and transformers use.
 //!
-//! It opens the index alone, no tensor file.
+//! Only the index is opened, no tensor file.
 
 use crate::json::{UniqueKeys, read_json};
 use crate::{Result, WeightsError};
@@ -8,22 +8,24 @@ use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Each shard stays open while the checkpoint does; systems allow about a thousand open files.
+/// Every shard stays open as long as the checkpoint; systems allow about a thousand open files.
 const MOST_SHARDS: usize = 512;
+/// Entries of a folder that are looked at.
 const MOST_NAMES: usize = 100_000;
-/// Ways to keep tensors, the best first.
-const FORMS: [FileFormat; 3] = [
+/// File formats in the order they are looked for: safetensors needs no parsing of pickles and has not lost precision,
+/// so it comes first.
+const FORMATS: [FileFormat; 3] = [
     FileFormat { stems: ["diffusion_pytorch_model", "model"], endings: &[".safetensors"] },
     FileFormat { stems: ["diffusion_pytorch_model", "pytorch_model"], endings: &[".bin", ".ckpt", ".pt", ".pth"] },
     FileFormat { stems: ["diffusion_pytorch_model", "model"], endings: &[".gguf"] },
 ];
 
-/// A way to keep tensors.
+/// A file format by its names.
 #[derive(Debug)]
 struct FileFormat {
-    /// The libraries' names.
+    /// File names of diffusers and transformers, without their ending.
     stems: [&'static str; 2],
-    /// Endings of its files, the libraries' own first.
+    /// Endings of the format, the one that the libraries use first.
     endings: &'static [&'static str],
 }
 
@@ -32,11 +34,11 @@ struct FileFormat {
 pub(crate) struct FolderContents {
     pub files: Vec<PathBuf>,
     pub index: Option<ShardIndex>,
-    /// What else the folder holds, for a person to know.
+    /// Other tensor files in the folder that are not read.
     pub notes: Vec<String>,
 }
 
-/// Which shard holds which tensor, as the index says.
+/// Which shard holds which tensor, according to the index.
 #[derive(Debug)]
 pub(crate) struct ShardIndex {
     pub path: PathBuf,
@@ -52,30 +54,31 @@ impl FolderContents {
     /// Finds the tensor files of `folder`.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let names = names_in(folder)?;
-        for form in &FORMS {
-            for stem in form.stems {
-                if let Some(listing) = of_stem(folder, &names, stem, form.endings[0])? {
-                    return Ok(listing.among(&names));
+        for format in &FORMATS {
+            for stem in format.stems {
+                if let Some(contents) = find_stem(folder, &names, stem, format.endings[0])? {
+                    return Ok(contents.with_note_on_others(&names));
                 }
             }
-            if let Some(listing) = of_only(folder, &names, form.endings)? {
-                return Ok(listing.among(&names));
+            if let Some(contents) = find_only_file(folder, &names, format.endings)? {
+                return Ok(contents.with_note_on_others(&names));
             }
         }
         Err(bad(folder, nothing_found(&names)))
     }
 
-    /// The same, with a note of what the libraries would call the same model in other files: a variant, say.
-    fn among(mut self, names: &BTreeSet<String>) -> Self {
+    /// Adds a note that names other files with standard names, such as another variant of the same model.
+    fn with_note_on_others(mut self, names: &BTreeSet<String>) -> Self {
         let read: Vec<_> = self.files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
-        let others: Vec<_> = names.iter().filter(|name| is_usual(name) && !read.contains(&name.as_str())).collect();
+        let is_other = |name: &&String| has_standard_name(name) && !read.contains(&name.as_str());
+        let others: Vec<_> = names.iter().filter(is_other).collect();
         if let (Some(read), false) = (read.first(), others.is_empty()) {
-            self.notes = vec![format!("{read:?} is read, and not {others:?} beside it")];
+            self.notes = vec![format!("reading {read:?}, not {others:?} in the same folder")];
         }
         self
     }
 
-    /// One file.
+    /// One file, whatever its name.
     pub fn of_file(path: PathBuf) -> Self {
         Self { files: vec![path], index: None, notes: Vec::new() }
     }
@@ -93,32 +96,40 @@ impl FolderContents {
     }
 }
 
-/// Whether a file of this name holds tensors as one of the libraries saves them.
-fn is_usual(name: &str) -> bool {
-    let fits = |form: &FileFormat| {
-        let stem = form.stems.iter().find_map(|stem| name.strip_prefix(stem));
-        stem.is_some_and(|rest| rest.starts_with(['.', '-'])) && form.endings.iter().any(|end| name.ends_with(end))
+/// Whether diffusers or transformers would save tensors under this name.
+fn has_standard_name(name: &str) -> bool {
+    let is_of = |format: &FileFormat| {
+        format.stems.iter().any(|stem| has_stem(name, stem)) && format.endings.iter().any(|end| name.ends_with(end))
     };
-    FORMS.iter().any(fits)
+    FORMATS.iter().any(is_of)
 }
 
-fn of_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
-    let (index, single) = (format!("{stem}{ending}.index.json"), format!("{stem}{ending}"));
+/// Whether `name` is `stem` with a variant, shard number or ending after it.
+fn has_stem(name: &str, stem: &str) -> bool {
+    name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-']))
+}
+
+fn find_stem(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
+    let index = format!("{stem}{ending}.index.json");
+    let single = format!("{stem}{ending}");
     match (names.contains(&index), names.contains(&single)) {
-        (true, true) => Err(bad(folder, format!("both {index:?} and {single:?} are here: remove the one not meant"))),
+        (true, true) => Err(bad(
+            folder,
+            format!("{index:?} and {single:?} are both in this folder: remove the one you do not want"),
+        )),
         (true, false) => FolderContents::of_index(folder.join(index)).map(Some),
         (false, true) => Ok(Some(FolderContents::of_file(folder.join(single)))),
-        (false, false) => of_variant(folder, names, stem, ending),
+        (false, false) => find_variant(folder, names, stem, ending),
     }
 }
 
-/// Files such as `model.fp16.safetensors`, or shards whose index is missing.
-fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
-    let begins = |name: &str| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-']));
-    let with = |end: &str| names.iter().filter(|name| begins(name) && name.ends_with(end)).collect::<Vec<_>>();
+/// Finds files such as `model.fp16.safetensors`, or shards whose index is missing.
+fn find_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str) -> Result<Option<FolderContents>> {
+    let with_ending =
+        |end: &str| names.iter().filter(|name| has_stem(name, stem) && name.ends_with(end)).collect::<Vec<_>>();
     let infix = format!("{ending}.index.");
-    let indices: Vec<_> = with(".json").into_iter().filter(|name| name.contains(&infix)).collect();
-    let files = with(ending);
+    let indices: Vec<_> = with_ending(".json").into_iter().filter(|name| name.contains(&infix)).collect();
+    let files = with_ending(ending);
     let numbers: Vec<_> = files.iter().map(|name| shard_number(name, ending)).collect();
     match (&indices[..], &files[..]) {
         ([index], _) => FolderContents::of_index(folder.join(index)).map(Some),
@@ -130,22 +141,22 @@ fn of_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &str)
             let files = files.iter().map(|name| folder.join(name)).collect();
             Ok(Some(FolderContents { files, index: None, notes: Vec::new() }))
         }
-        _ => Err(bad(folder, format!("{files:?} are not one whole model: shards or their index are missing"))),
+        _ => Err(bad(folder, format!("{files:?} are not one complete model: shards or the index are missing"))),
     }
 }
 
-/// The one file with one of `endings`.
-fn of_only(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> Result<Option<FolderContents>> {
-    let ends = |name: &&str| endings.iter().any(|ending| name.ends_with(ending));
-    let tensors: Vec<&str> = names.iter().map(String::as_str).filter(ends).collect();
-    match tensors[..] {
+/// The only file with one of `endings`.
+fn find_only_file(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> Result<Option<FolderContents>> {
+    let has_ending = |name: &&str| endings.iter().any(|ending| name.ends_with(ending));
+    let files: Vec<&str> = names.iter().map(String::as_str).filter(has_ending).collect();
+    match files[..] {
         [] => Ok(None),
         [only] => Ok(Some(FolderContents::of_file(folder.join(only)))),
-        _ => Err(bad(folder, format!("several tensor files, none of the usual name: give one of {tensors:?}"))),
+        _ => Err(bad(folder, format!("several tensor files, none with a standard name: pass one of {files:?}"))),
     }
 }
 
-/// (number, count) of a name that ends in `-00002-of-00003` and `ending`.
+/// (number, count) of a name that ends with `-00002-of-00003` and `ending`.
 fn shard_number(name: &str, ending: &str) -> Option<(usize, usize)> {
     let (rest, count) = name.strip_suffix(ending)?.rsplit_once("-of-")?;
     let (_, number) = rest.rsplit_once('-')?;
@@ -157,11 +168,11 @@ fn all_shards(numbers: &[Option<(usize, usize)>]) -> bool {
     numbers.len() <= MOST_SHARDS && numbers.iter().copied().eq(expected)
 }
 
-/// An index may come from anyone: its names must not lead out of the folder.
+/// The path of a shard. An index may come from anywhere: its names must not lead out of the folder.
 fn shard_path(index: &Path, folder: &Path, shard: &str) -> Result<PathBuf> {
-    let ends = FORMS.iter().any(|form| shard.ends_with(form.endings[0]));
-    let plain = ends && !shard.contains(['/', '\\', '\0', ':']) && !shard.starts_with('.');
-    if plain { Ok(folder.join(shard)) } else { Err(bad(index, format!("shard {shard:?} is not a plain file name"))) }
+    let has_ending = FORMATS.iter().any(|format| shard.ends_with(format.endings[0]));
+    let is_plain = has_ending && !shard.contains(['/', '\\', '\0', ':']) && !shard.starts_with('.');
+    if is_plain { Ok(folder.join(shard)) } else { Err(bad(index, format!("shard {shard:?} is not a plain file name"))) }
 }
 
 fn names_in(folder: &Path) -> Result<BTreeSet<String>> {
@@ -175,9 +186,9 @@ fn names_in(folder: &Path) -> Result<BTreeSet<String>> {
 
 fn nothing_found(names: &BTreeSet<String>) -> String {
     if names.contains("transformer") {
-        return "no tensor file here: this is a pipeline folder, whose model is in \"transformer\"".to_owned();
+        return "no tensor file in this folder: it is a pipeline folder; the model is in \"transformer\"".to_owned();
     }
-    "no .safetensors file in this folder, nor one of torch.save or a .gguf file".to_owned()
+    "no .safetensors, torch.save or .gguf file in this folder".to_owned()
 }
 
 fn bad(path: &Path, reason: String) -> WeightsError {

@@ -1,19 +1,19 @@
-//! [`Fp8`]: the 8-bit floating-point formats, in which files keep weights and nothing computes. It knows no scales but
-//! those it is given.
+//! [`Fp8`]: the 8-bit floating-point dtypes. Files store weights in them; they are converted to bf16 before anything is
+//! computed.
 
 use safetensors::Dtype;
 
-/// A number format of 8 bits, sign first, as PyTorch stores it.
+/// An fp8 dtype. The highest bit is the sign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fp8 {
     /// 4 bits of exponent, 3 of mantissa, no infinities: `torch.float8_e4m3fn`.
     E4M3,
-    /// 5 bits of exponent, 2 of mantissa, a half of [`DtypeArg::F16`]: `torch.float8_e5m2`.
+    /// 5 bits of exponent, 2 of mantissa, the upper byte of an f16: `torch.float8_e5m2`.
     E5M2,
 }
 
 impl Fp8 {
-    /// The format that `dtype` is, where it is one of these.
+    /// `dtype` as one of these, if it is one.
     pub fn of(dtype: Dtype) -> Option<Self> {
         match dtype {
             Dtype::F8_E4M3 => Some(Self::E4M3),
@@ -22,13 +22,14 @@ impl Fp8 {
         }
     }
 
-    /// The number that `byte` stands for.
+    /// The value of `byte`.
     pub fn value(self, byte: u8) -> f32 {
         let (bits, bias) = match self {
             Self::E4M3 => (3, 7),
             Self::E5M2 => (2, 15),
         };
-        let (exponent, mantissa) = (i32::from(byte & 0x7f) >> bits, f32::from(byte & ((1 << bits) - 1)));
+        let exponent = i32::from(byte & 0x7f) >> bits;
+        let mantissa = f32::from(byte & ((1 << bits) - 1));
         let magnitude = match (self, byte & 0x7f) {
             (Self::E4M3, 0x7f) | (Self::E5M2, 0x7d..) => f32::NAN,
             (Self::E5M2, 0x7c) => f32::INFINITY,
@@ -38,8 +39,8 @@ impl Fp8 {
         if byte & 0x80 == 0 { magnitude } else { -magnitude }
     }
 
-    /// `bytes` as little-endian bf16, each times `scale`: the exact product, rounded once to the nearest and, of two, to
-    /// the even one. With a scale of 1 nothing is rounded.
+    /// `bytes` times `scale` as little-endian bf16: the exact product, rounded once, to nearest with ties to even. A scale
+    /// of 1 needs no rounding.
     pub fn to_bf16(self, bytes: &[u8], scale: f32) -> Vec<u8> {
         let product = |byte| round_to_bf16(f64::from(self.value(byte)) * f64::from(scale)).to_le_bytes();
         let table: Vec<[u8; 2]> = (0..=u8::MAX).map(product).collect();
@@ -51,15 +52,16 @@ fn power_of_two(exponent: i32) -> f32 {
     f32::from_bits(((exponent + 127) as u32) << 23)
 }
 
-/// By way of an f32 whose last bit is set wherever it is not exact, so that no second rounding meets a false tie.
+/// Rounds once from f64 to bf16. Rounding to f32 first could land on a tie that the exact value is not; setting the last
+/// bit of an inexact f32 ("round to odd") keeps it off the tie.
 fn round_to_bf16(number: f64) -> u16 {
-    let near = number as f32;
-    if near.is_nan() {
-        return (near.to_bits() >> 16) as u16 | 0x40;
+    let nearest = number as f32;
+    if nearest.is_nan() {
+        return (nearest.to_bits() >> 16) as u16 | 0x40;
     }
-    let exact = f64::from(near) == number;
-    let beyond = f64::from(near).abs() > number.abs();
-    let bits = if exact { near.to_bits() } else { (near.to_bits() - u32::from(beyond)) | 1 };
+    let is_exact = f64::from(nearest) == number;
+    let rounded_up = f64::from(nearest).abs() > number.abs();
+    let bits = if is_exact { nearest.to_bits() } else { (nearest.to_bits() - u32::from(rounded_up)) | 1 };
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
@@ -69,9 +71,9 @@ mod tests {
     use super::*;
     use candle_core::{DType, Device, Tensor};
 
-    /// The tensor library's own numbers: E4M3 as such, E5M2 as the upper half of an f16.
+    /// Checked against candle: E4M3 directly, E5M2 as the upper byte of an f16.
     #[test]
-    fn every_byte_stands_for_its_number() {
+    fn every_byte_has_the_value_that_candle_gives_it() {
         let all: Vec<u8> = (0..=255).collect();
         let halves: Vec<u8> = all.iter().flat_map(|byte| [0, *byte]).collect();
         for (format, dtype, bytes) in [(Fp8::E4M3, DType::F8E4M3, &all), (Fp8::E5M2, DType::F16, &halves)] {
@@ -86,22 +88,23 @@ mod tests {
         assert_eq!((Fp8::E5M2.value(0x7b), Fp8::E5M2.value(0xfc)), (57344.0, f32::NEG_INFINITY));
     }
 
-    /// Of the two bf16 numbers around the exact product, the nearer one, the even one of two equally near.
+    /// The result is the bf16 nearest to the exact product, the even one of two equally near.
     #[test]
     fn a_product_is_rounded_once() {
-        let number = |bits: u16| f64::from(f32::from_bits(u32::from(bits) << 16));
-        // The third makes 17 of its products ties but for a bit that an f32 loses.
+        let value = |bits: u16| f64::from(f32::from_bits(u32::from(bits) << 16));
+        // With the third scale, 17 products are ties except for a bit that an f32 loses.
         for scale in [1.0f32, 0.003_173_828, 1.003_906_4, -7.5, 1e-38, 3e38, f32::from_bits(0x3f80_8001)] {
             for format in [Fp8::E4M3, Fp8::E5M2] {
                 for byte in (0..=255u8).filter(|byte| format.value(*byte).is_finite()) {
                     let exact = f64::from(format.value(byte)) * f64::from(scale);
                     let bytes = format.to_bf16(&[byte], scale);
                     let got = u16::from_le_bytes([bytes[0], bytes[1]]);
-                    if !number(got).is_finite() {
-                        assert!(exact.abs() >= number(0x7f7f) + (number(0x7f7f) - number(0x7f7e)) / 2.0);
+                    if !value(got).is_finite() {
+                        assert!(exact.abs() >= value(0x7f7f) + (value(0x7f7f) - value(0x7f7e)) / 2.0);
+                        assert_eq!(value(got).is_sign_negative(), exact < 0.0);
                         continue;
                     }
-                    let distance = |bits: u16| (number(bits) - exact).abs();
+                    let distance = |bits: u16| (value(bits) - exact).abs();
                     for other in
                         [got.wrapping_sub(1), got.wrapping_add(1)].into_iter().filter(|bits| bits & 0x7fff < 0x7f80)
                     {
@@ -111,6 +114,6 @@ mod tests {
                 }
             }
         }
-        assert!(number(u16::from_le_bytes(Fp8::E4M3.to_bf16(&[0xff], 2.0).try_into().unwrap())).is_nan());
+        assert!(value(u16::from_le_bytes(Fp8::E4M3.to_bf16(&[0xff], 2.0).try_into().unwrap())).is_nan());
     }
 }

@@ -1,78 +1,78 @@
-//! [`Header`]: the directory at the head of a safetensors file, read and judged against the file's size.
+//! [`Header`]: the header of a safetensors file, parsed and checked against the file's size.
 //!
-//! Nothing is allocated on the word of the file alone. It reads no tensor. The rules are those of
-//! <https://github.com/huggingface/safetensors#format>, with equal names refused too.
+//! No tensor is read, and no length in the file is trusted before it is checked. The rules are those of
+//! <https://github.com/huggingface/safetensors#format>; in addition, repeated names are refused.
 
+use crate::error::Validated;
 use crate::json::{self, BoundedShape, UniqueKeys};
 use crate::storage_view::StorageView;
-use crate::{Dtype, Result, WeightsError, disguise, files};
+use crate::{Dtype, Result, TensorFile, disguise};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::path::Path;
 
+/// The file begins with the header's length in so many bytes.
 const LENGTH_BYTES: u64 = 8;
+/// The limit of the safetensors library.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes of the beginning that [`disguise`] looks at.
+const BEGINNING: u64 = 64;
 const METADATA: &str = "__metadata__";
 
-/// Where a tensor lies in its file and what it is.
+/// A tensor's dtype and shape, and where its values are in the file.
 #[derive(Debug, Clone)]
 pub(crate) struct HeaderEntry {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    pub place: StorageView,
+    pub view: StorageView,
 }
 
-/// A file's directory.
+/// What a file says of its tensors, in whatever format.
 #[derive(Debug, Default)]
 pub(crate) struct Header {
     pub metadata: BTreeMap<String, String>,
     pub tensors: BTreeMap<String, HeaderEntry>,
-    /// What was chosen of the file and what was left out, for a person.
+    /// What was chosen from the file and what was left out.
     pub notes: Vec<String>,
 }
 
 impl Header {
-    /// Reads and checks the header of `file`, which has `size` bytes; `path` is for messages.
-    pub fn read(path: &Path, file: &File, size: u64) -> Result<Self> {
-        let bad = |reason| WeightsError::BadFile { path: path.to_owned(), reason };
-        let io = |source| WeightsError::Io { path: path.to_owned(), source };
-        let beginning = files::read_at(file, 0, size.min(64) as usize).map_err(io)?;
-        let length = header_length(&beginning, size).map_err(bad)?;
-        let text = files::read_at(file, LENGTH_BYTES, length as usize).map_err(io)?;
+    /// Reads and checks the header of the safetensors file `file`.
+    pub fn read(file: &TensorFile) -> Result<Self> {
+        let bad = |reason| file.bad(reason);
+        let beginning = file.read(0..file.size.min(BEGINNING))?;
+        let length = header_length(&beginning, file.size).map_err(bad)?;
+        let text = file.read(LENGTH_BYTES..LENGTH_BYTES + length)?;
         let raw: RawHeader = serde_json::from_slice(&text)
             .map_err(|error| bad(format!("the header is not what safetensors allows: {error}")))?;
-        raw.judge(LENGTH_BYTES + length, size).map_err(bad)
+        raw.validate(LENGTH_BYTES + length, file.size).map_err(bad)
     }
 }
 
-/// Bytes that `shape` of `dtype` takes, if they can be counted and are whole.
+/// Bytes of a tensor of `shape` and `dtype`; `None` if their number overflows or is not whole.
 pub(crate) fn byte_count(dtype: Dtype, shape: &[usize]) -> Option<u64> {
     let elements = shape.iter().try_fold(1u64, |product, &extent| product.checked_mul(extent as u64))?;
     let bits = elements.checked_mul(dtype.bitsize() as u64)?;
     (bits % 8 == 0).then_some(bits / 8)
 }
 
-fn header_length(beginning: &[u8], size: u64) -> std::result::Result<u64, String> {
-    let recognised = || disguise::recognise(beginning);
-    let Some(claim) = beginning.first_chunk::<8>() else {
-        let plain = || format!("the file has {size} bytes, too few for a header: download it again");
-        return Err(recognised().unwrap_or_else(plain));
+/// The length of the header, or what the file is instead of a safetensors file.
+fn header_length(beginning: &[u8], size: u64) -> Validated<u64> {
+    check_length(beginning, size).map_err(|reason| disguise::recognise(beginning).unwrap_or(reason))
+}
+
+fn check_length(beginning: &[u8], size: u64) -> Validated<u64> {
+    let Some(length) = beginning.first_chunk::<8>() else {
+        return Err(format!("the file has {size} bytes, too few for a header: download it again"));
     };
-    let length = u64::from_le_bytes(*claim);
+    let length = u64::from_le_bytes(*length);
     if length > LONGEST_HEADER {
-        let plain = || {
-            format!(
-                "neither of safetensors nor of torch.save: it claims a header of {length} bytes (allowed {LONGEST_HEADER})"
-            )
-        };
-        return Err(recognised().unwrap_or_else(plain));
+        let claim = format!("it claims a header of {length} bytes, at most {LONGEST_HEADER} are allowed");
+        return Err(format!("not a safetensors or torch.save file: {claim}"));
     }
     if length > size - LENGTH_BYTES {
-        let plain = || format!("the header of {length} bytes goes past the file's end at {size}: it is cut short");
-        return Err(recognised().unwrap_or_else(plain));
+        return Err(format!("the header of {length} bytes goes past the file's end at {size}: it is cut short"));
     }
     Ok(length)
 }
@@ -91,15 +91,15 @@ struct RawHeader {
 }
 
 impl RawHeader {
-    /// The tensors must tile the bytes from `start` to `size` without gap or overlap.
-    fn judge(self, start: u64, size: u64) -> std::result::Result<Header, String> {
+    /// The tensors must cover the bytes from `start` to `size` without gap or overlap.
+    fn validate(self, start: u64, size: u64) -> Validated<Header> {
         let mut order: Vec<(&String, &RawEntry)> = self.tensors.0.iter().collect();
         order.sort_by_key(|(_, entry)| entry.data_offsets);
         let mut end = 0;
         for (name, entry) in order {
-            end = follow(name, entry, end)?;
+            end = check_follows(name, entry, end)?;
         }
-        judge_end(end, size - start)?;
+        check_end(end, size - start)?;
         let tensors = self.tensors.0.into_iter().map(|(name, raw)| (name, raw.placed(start))).collect();
         Ok(Header { metadata: self.metadata.unwrap_or_default().0, tensors, notes: Vec::new() })
     }
@@ -108,11 +108,12 @@ impl RawHeader {
 impl RawEntry {
     fn placed(self, start: u64) -> HeaderEntry {
         let (begin, end) = self.data_offsets;
-        HeaderEntry { dtype: self.dtype, shape: self.shape.0, place: StorageView::whole(start + begin..start + end) }
+        HeaderEntry { dtype: self.dtype, shape: self.shape.0, view: StorageView::whole(start + begin..start + end) }
     }
 }
 
-fn follow(name: &str, entry: &RawEntry, previous_end: u64) -> std::result::Result<u64, String> {
+/// The end of a tensor that must begin at `previous_end` and have the size of its shape.
+fn check_follows(name: &str, entry: &RawEntry, previous_end: u64) -> Validated<u64> {
     let (begin, end) = entry.data_offsets;
     if begin != previous_end {
         let what = if begin < previous_end { "overlaps the tensor before it" } else { "leaves a hole before it" };
@@ -127,7 +128,7 @@ fn follow(name: &str, entry: &RawEntry, previous_end: u64) -> std::result::Resul
     }
 }
 
-fn judge_end(end: u64, present: u64) -> std::result::Result<(), String> {
+fn check_end(end: u64, present: u64) -> Validated<()> {
     if end > present {
         let short = end - present;
         return Err(format!("cut short by {short} bytes (tensors take {end}, found {present}): download it again"));

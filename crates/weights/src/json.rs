@@ -1,7 +1,7 @@
-//! [`UniqueKeys`]: a JSON object that refuses a key given twice, and the reading of small JSON files.
+//! [`UniqueKeys`]: a JSON object that refuses repeated keys, and [`read_json`] for small JSON files.
 //!
-//! JSON readers keep the last of two equal keys without a word. In a header this hides a tensor, so it is an error
-//! here. It knows nothing of tensors.
+//! JSON parsers silently keep the last of two equal keys. In a safetensors header that would hide a tensor, so it is an
+//! error here.
 
 use crate::{Result, WeightsError, disguise};
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -11,18 +11,20 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
 
-/// No diffusion model comes near it, and this many names are judged within seconds.
+/// Far more tensors than any diffusion model has; this many are checked within seconds.
 const MOST_KEYS: usize = 50_000;
+/// Names of tensors have some dozens of bytes.
 const LONGEST_KEY: usize = 4096;
-const MOST_EXTENTS: usize = 32;
+/// Tensors of models have at most 7 dimensions.
+const MOST_DIMENSIONS: usize = 32;
 const LARGEST_FILE: u64 = 100_000_000;
 
 /// Reads a JSON file of at most 100 MB.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let io = |source| WeightsError::Io { path: path.to_owned(), source };
-    let about = std::fs::metadata(path).map_err(io)?;
-    if !about.is_file() || about.len() > LARGEST_FILE {
-        let reason = format!("expected a JSON file of at most {LARGEST_FILE} bytes, found {} bytes", about.len());
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() || metadata.len() > LARGEST_FILE {
+        let reason = format!("expected a JSON file of at most {LARGEST_FILE} bytes, found {} bytes", metadata.len());
         return Err(WeightsError::BadFile { path: path.to_owned(), reason });
     }
     let bytes = std::fs::read(path).map_err(io)?;
@@ -33,7 +35,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     })
 }
 
-/// Refuses a key that no message could print.
+/// Refuses keys longer than any real name.
 pub(crate) fn check_length<E: Error>(key: &str) -> std::result::Result<(), E> {
     match key.len() {
         0..=LONGEST_KEY => Ok(()),
@@ -41,7 +43,7 @@ pub(crate) fn check_length<E: Error>(key: &str) -> std::result::Result<(), E> {
     }
 }
 
-/// A JSON object whose keys differ.
+/// A JSON object without repeated keys.
 #[derive(Debug)]
 pub(crate) struct UniqueKeys<T>(pub BTreeMap<String, T>);
 
@@ -52,7 +54,7 @@ impl<T> Default for UniqueKeys<T> {
 }
 
 impl<T> UniqueKeys<T> {
-    /// Puts `value` in, unless the key is there, or too long, or there are too many.
+    /// Inserts `value`; an error if the key is repeated or too long, or if there are too many keys.
     pub fn put<E: Error>(&mut self, key: String, value: T) -> std::result::Result<(), E> {
         check_length(&key)?;
         if self.0.len() >= MOST_KEYS {
@@ -92,7 +94,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueKeysVisitor<T> {
     }
 }
 
-/// The extents of a tensor; a list of millions of them is refused while it is read.
+/// A tensor's shape. A list of millions of dimensions is refused while it is parsed.
 #[derive(Debug)]
 pub(crate) struct BoundedShape(pub Vec<usize>);
 
@@ -108,17 +110,17 @@ impl<'de> Visitor<'de> for BoundedShapeVisitor {
     type Value = BoundedShape;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a list of extents")
+        f.write_str("a list of dimensions")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<BoundedShape, A::Error> {
-        let mut extents = Vec::new();
-        while let Some(extent) = sequence.next_element()? {
-            if extents.len() == MOST_EXTENTS {
-                return Err(A::Error::custom(format!("more than {MOST_EXTENTS} extents")));
+        let mut shape = Vec::new();
+        while let Some(dimension) = sequence.next_element()? {
+            if shape.len() == MOST_DIMENSIONS {
+                return Err(A::Error::custom(format!("more than {MOST_DIMENSIONS} dimensions")));
             }
-            extents.push(extent);
+            shape.push(dimension);
         }
-        Ok(BoundedShape(extents))
+        Ok(BoundedShape(shape))
     }
 }

@@ -1,8 +1,11 @@
 //! Tensors on disk: open, check, stream, hash and write them.
 //!
-//! The main types are [`Checkpoint`], the directory of a file or folder that was opened but not read, and
-//! [`TensorSource`], the seam through which everything above pulls weights. This crate knows no model: names are
-//! opaque to it.
+//! [`Checkpoint`] is a file or folder whose headers have been read and checked; [`TensorSource`] is the trait through
+//! which the rest of the workspace reads weights. Files may be safetensors, `torch.save` (zip or legacy) or GGUF. The
+//! crate knows no models: tensor names are opaque to it.
+//!
+//! Modules depend on each other in one direction: files and headers, then the formats (`gguf`, `torch`), then
+//! [`Checkpoint`], which picks the format.
 
 mod checkpoint;
 mod disguise;
@@ -16,14 +19,16 @@ mod json;
 mod source;
 mod storage_view;
 mod stream;
+mod tensor_file;
 mod torch;
 mod wrapped;
 mod writer;
 
-pub use checkpoint::{Checkpoint, StoredTensor, TensorFile};
+pub use checkpoint::{Checkpoint, StoredTensor};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
 pub use source::{Dtype, InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource};
 pub use stream::Digest;
+pub use tensor_file::TensorFile;
 pub use writer::{save, write};

@@ -1,4 +1,4 @@
-//! [`TensorSource`]: the seam through which models, layouts and writers pull tensors, wherever they lie.
+//! [`TensorSource`]: the trait through which models, layouts and writers read tensors, from a file or from memory.
 
 use crate::{Result, WeightsError};
 use candle_core::{DType, Device, Tensor};
@@ -7,21 +7,21 @@ use std::ops::{Deref, Range};
 
 pub use safetensors::Dtype;
 
-/// A tensor's name, number format and shape; not its values.
+/// A tensor's name, dtype and shape, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Name, in whatever layout the source has.
+    /// Its name in the layout of the source.
     pub name: String,
-    /// Number format as stored.
+    /// Its dtype.
     pub dtype: Dtype,
-    /// Extents, outermost first; empty for a scalar.
+    /// Its shape, outermost dimension first; empty for a scalar.
     pub shape: Vec<usize>,
 }
 
 impl TensorInfo {
-    /// How many values it has.
+    /// Number of its elements.
     pub fn element_count(&self) -> u64 {
-        self.shape.iter().map(|&extent| extent as u64).product()
+        self.shape.iter().map(|&dimension| dimension as u64).product()
     }
 
     /// Bytes of its values.
@@ -30,12 +30,12 @@ impl TensorInfo {
     }
 }
 
-/// A tensor's values as stored: little-endian, row-major.
+/// A tensor's values as bytes: little-endian, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawTensor {
-    /// Number format of `bytes`.
+    /// The dtype of `bytes`.
     pub dtype: Dtype,
-    /// Extents, outermost first.
+    /// The shape, outermost dimension first.
     pub shape: Vec<usize>,
     /// The values.
     pub bytes: Vec<u8>,
@@ -43,26 +43,26 @@ pub struct RawTensor {
 
 /// Where tensors come from: a checkpoint, a renamed view of one, or memory.
 pub trait TensorSource {
-    /// Every tensor, sorted by name.
+    /// All tensors, sorted by name.
     fn tensors(&self) -> Vec<TensorInfo>;
 
-    /// One tensor's description.
+    /// The dtype and shape of the tensor `name`.
     fn info(&self, name: &str) -> Option<TensorInfo>;
 
-    /// Reads one tensor's bytes.
+    /// Reads the values of the tensor `name`.
     ///
     /// # Errors
     /// [`WeightsError::Missing`] for an unknown name, [`WeightsError::Io`] if reading fails.
     fn read(&self, name: &str) -> Result<RawTensor>;
 
-    /// Reads some of one tensor's bytes, counted from its first.
+    /// Reads the bytes `range` of the tensor `name`.
     ///
     /// # Errors
-    /// As [`Self::read`]; also [`WeightsError::BadTensor`] for a range that the tensor does not have.
+    /// As [`Self::read`]; also [`WeightsError::BadTensor`] for a range outside the tensor.
     fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let mut bytes = self.read(name)?.bytes;
         if range.start > range.end || range.end > bytes.len() {
-            let reason = format!("bytes {range:?} asked of {}", bytes.len());
+            let reason = format!("bytes {range:?} requested of {}", bytes.len());
             return Err(WeightsError::BadTensor { name: name.to_owned(), reason });
         }
         bytes.truncate(range.end);
@@ -70,16 +70,16 @@ pub trait TensorSource {
         Ok(bytes)
     }
 
-    /// One tensor to compute with, on the CPU, in its stored number format. Sources in memory share their storage.
+    /// The tensor `name` on the CPU, in the dtype of [`Self::info`]. Sources in memory share their storage.
     ///
     /// # Errors
-    /// As [`Self::read`]; also [`WeightsError::BadTensor`] for a number format the tensor library does not have.
+    /// As [`Self::read`]; also [`WeightsError::BadTensor`] for a dtype that candle does not have.
     fn tensor(&self, name: &str) -> Result<Tensor> {
         self.read(name)?.to_tensor(name)
     }
 
-    /// The same tensor as a weight and low-rank terms beside it, which together are [`Self::tensor`]: for whoever
-    /// multiplies by it and can add the terms' products. Most sources have no terms.
+    /// The same tensor as a base weight and low-rank terms, which add up to [`Self::tensor`]. A caller that multiplies by
+    /// the weight can add the products of the terms instead of forming their sum. Most sources have no terms.
     ///
     /// # Errors
     /// As [`Self::tensor`].
@@ -88,18 +88,18 @@ pub trait TensorSource {
     }
 }
 
-/// A term of a weight, scale · up · down, that is never multiplied out.
+/// A low-rank term of a weight, scale · up · down, kept as its factors.
 #[derive(Debug, Clone)]
 pub struct LowRank {
     /// (rank, inputs).
     pub down: Tensor,
     /// (outputs, rank).
     pub up: Tensor,
-    /// Its factor.
+    /// What the product is multiplied by.
     pub scale: f64,
 }
 
-/// What borrows or shares a source is one too.
+/// References and shared pointers to a source are sources.
 impl<P> TensorSource for P
 where
     P: Deref,
@@ -131,28 +131,28 @@ where
 }
 
 impl RawTensor {
-    /// Copies the values into a tensor on the CPU; `name` is for the error alone.
+    /// Copies the values into a tensor on the CPU; `name` is only used in the error.
     ///
     /// # Errors
-    /// [`WeightsError::BadTensor`] for a number format the tensor library does not have.
+    /// [`WeightsError::BadTensor`] for a dtype that candle does not have.
     pub fn to_tensor(&self, name: &str) -> Result<Tensor> {
         let dtype = DType::try_from(self.dtype).map_err(|_| WeightsError::BadTensor {
             name: name.to_owned(),
-            reason: format!("number format {:?} cannot be computed with", self.dtype),
+            reason: format!("dtype {:?} cannot be computed with", self.dtype),
         })?;
         Ok(Tensor::from_raw_buffer(&self.bytes, dtype, &self.shape, &Device::Cpu)?)
     }
 }
 
-/// Tensors held in memory. Cloning it, or building two models from it, shares every storage: this is how teacher and
-/// student hold their frozen weights once.
+/// Tensors held in memory. Clones, and models built from it, share the storages, so a teacher and a student hold their
+/// frozen weights only once.
 #[derive(Debug, Clone, Default)]
 pub struct InMemoryTensors {
     tensors: BTreeMap<String, Tensor>,
 }
 
 impl InMemoryTensors {
-    /// Reads all of `source`, one tensor at a time, to `device`; `dtype` of `None` keeps the stored number formats.
+    /// Reads all of `source`, one tensor at a time, to `device`, converted to `dtype` if one is given.
     ///
     /// # Errors
     /// The first tensor that cannot be read or converted.
@@ -166,7 +166,7 @@ impl InMemoryTensors {
         Ok(Self { tensors })
     }
 
-    /// Puts `tensor` in, replacing one of the same name.
+    /// Inserts `tensor`, replacing one of the same name.
     pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
         self.tensors.insert(name.into(), tensor);
     }

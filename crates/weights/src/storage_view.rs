@@ -1,5 +1,5 @@
-//! [`StorageView`]: where a tensor's values lie in its file, and their reading. It knows no names, and of number formats only
-//! the blocks that values are packed in.
+//! [`StorageView`]: where a tensor's values are in its file, and how they are read: compressed, strided as PyTorch's views
+//! are, or packed in GGUF's quantised blocks. It knows no names.
 
 use crate::files;
 use candle_core::Device;
@@ -11,22 +11,23 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 
-/// Bytes of an unpacked value.
+/// Bytes of a dequantised value.
 const F32_BYTES: u64 = 4;
-/// Blocks unpacked at once: their copies take some megabytes.
+/// Blocks dequantised at once. candle copies the packed and the unpacked bytes; for 4096 blocks of 256 values that is
+/// about 5 MB, whatever the size of the tensor.
 const MOST_BLOCKS: usize = 4096;
 
-/// A run of bytes that a file holds.
+/// A record: a range of bytes in a file, which may be compressed.
 #[derive(Debug, Clone)]
 pub(crate) struct FileRange {
-    /// Where it lies, counted from the beginning of the file.
+    /// Its bytes in the file.
     pub bytes: Range<u64>,
     /// Its length once unpacked.
     pub size: u64,
-    pub packing: Compression,
+    pub compression: Compression,
 }
 
-/// How a record's bytes are kept.
+/// How a record is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     Plain,
@@ -35,23 +36,23 @@ pub(crate) enum Compression {
     Blocks(GgmlDType),
 }
 
-/// The values of one tensor: runs of bytes at regular distances in a record.
+/// The values of one tensor: contiguous runs of bytes at regular strides in a record.
 #[derive(Debug, Clone)]
 pub(crate) struct StorageView {
     record: FileRange,
-    /// The first value, counted in the unpacked record.
+    /// Offset of the first value in the unpacked record.
     start: u64,
-    /// Extents and strides in bytes of the axes along which runs repeat, outermost first; none if all is one run.
+    /// (size, stride in bytes) of the axes along which runs repeat, outermost first; empty if the tensor is contiguous.
     axes: Vec<(u64, u64)>,
-    /// Length of a run.
+    /// Length of a contiguous run in bytes.
     run: u64,
 }
 
 impl StorageView {
-    /// All of `bytes`, one after another.
+    /// All of `bytes`, uncompressed and contiguous.
     pub fn whole(bytes: Range<u64>) -> Self {
         let size = bytes.end - bytes.start;
-        Self::of(FileRange { bytes, size, packing: Compression::Plain })
+        Self::of(FileRange { bytes, size, compression: Compression::Plain })
     }
 
     /// All of `record`, unpacked.
@@ -60,34 +61,34 @@ impl StorageView {
         Self { record, start: 0, axes: Vec::new(), run }
     }
 
-    /// Values of `width` bytes from `start` on, along `axes` of extents and strides in bytes. The record must hold them
-    /// all and their size must be countable.
+    /// Values of `width` bytes from the offset `start` on, along `axes` of (size, stride in bytes). All values must lie
+    /// within the record, and their size must fit a `u64`.
     pub fn strided(record: FileRange, start: u64, mut axes: Vec<(u64, u64)>, width: u64) -> Self {
-        if axes.iter().any(|&(extent, _)| extent == 0) {
+        if axes.iter().any(|&(size, _)| size == 0) {
             return Self { record, start: 0, axes: Vec::new(), run: 0 };
         }
-        axes.retain(|&(extent, _)| extent != 1);
+        axes.retain(|&(size, _)| size != 1);
         let mut run = width;
-        while let Some((extent, _)) = axes.pop_if(|&mut (_, stride)| stride == run) {
-            run *= extent;
+        while let Some((size, _)) = axes.pop_if(|&mut (_, stride)| stride == run) {
+            run *= size;
         }
         Self { record, start, axes, run }
     }
 
-    /// Bytes that the values take.
+    /// Bytes of the unpacked values.
     pub fn size(&self) -> u64 {
-        self.axes.iter().map(|(extent, _)| extent).product::<u64>() * self.run
+        self.axes.iter().map(|(size, _)| size).product::<u64>() * self.run
     }
 
-    /// The format and the bytes of the blocks that the values are packed in, where they are.
+    /// The type and the stored bytes of the quantised blocks; `None` if the values are not quantised.
     pub fn blocks(&self) -> Option<(GgmlDType, u64)> {
-        match self.record.packing {
+        match self.record.compression {
             Compression::Blocks(format) => Some((format, self.record.bytes.end - self.record.bytes.start)),
             Compression::Plain | Compression::Deflated => None,
         }
     }
 
-    /// Reads the bytes `range` of the values in row-major order.
+    /// Reads the bytes `range` of the unpacked values, in row-major order.
     pub fn read(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
         match self.axes[..] {
             [] => self.record.read(file, self.start + range.start..self.start + range.end),
@@ -96,11 +97,13 @@ impl StorageView {
         }
     }
 
-    /// Reads what the rows of `range` span at once: values apart from one another would cost a read each.
+    /// Reads everything between the first and the last row of `range` at once and picks the values from it: reading each
+    /// run by itself could take millions of reads. `rows` is (bytes of a row, stride between rows, axes within a row).
     fn gather(&self, file: &File, range: Range<u64>, rows: (u64, u64, &[(u64, u64)])) -> io::Result<Vec<u8>> {
         let (row, stride, inner) = rows;
-        let (first, end) = (range.start / row, range.end.div_ceil(row));
-        let reach = inner.iter().map(|(extent, stride)| (extent - 1) * stride).sum::<u64>() + self.run;
+        let first = range.start / row;
+        let end = range.end.div_ceil(row);
+        let reach = inner.iter().map(|(size, stride)| (size - 1) * stride).sum::<u64>() + self.run;
         let start = self.start + first * stride;
         let span = self.record.read(file, start..start + (end - 1 - first) * stride + reach)?;
         let mut values = Vec::with_capacity(((end - first) * row) as usize);
@@ -115,8 +118,8 @@ impl StorageView {
     fn collect(&self, span: &[u8], at: u64, axes: &[(u64, u64)], values: &mut Vec<u8>) {
         match axes {
             [] => values.extend_from_slice(&span[at as usize..(at + self.run) as usize]),
-            [(extent, stride), inner @ ..] => {
-                (0..*extent).for_each(|index| self.collect(span, at + index * stride, inner, values));
+            [(size, stride), inner @ ..] => {
+                (0..*size).for_each(|index| self.collect(span, at + index * stride, inner, values));
             }
         }
     }
@@ -126,7 +129,7 @@ impl FileRange {
     /// Reads the bytes `range` of the unpacked record.
     pub fn read(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
         let length = range.end - range.start;
-        match self.packing {
+        match self.compression {
             Compression::Plain => files::read_at(file, self.bytes.start + range.start, length as usize),
             Compression::Deflated => self.unpack(file, range),
             Compression::Blocks(format) => self.dequantise(file, range, format),
@@ -148,13 +151,15 @@ impl FileRange {
     }
 
     fn dequantise(&self, file: &File, range: Range<u64>, format: GgmlDType) -> io::Result<Vec<u8>> {
-        let (block, packed) = (format.block_size() as u64 * F32_BYTES, format.type_size() as u64);
-        let (first, end) = (range.start / block, range.end.div_ceil(block));
+        let block = format.block_size() as u64 * F32_BYTES;
+        let packed = format.type_size() as u64;
+        let first = range.start / block;
+        let end = range.end.div_ceil(block);
         let mut values = Vec::with_capacity(((end - first) * block) as usize);
         for start in (first..end).step_by(MOST_BLOCKS) {
             let count = (end - start).min(MOST_BLOCKS as u64);
             let blocks = files::read_at(file, self.bytes.start + start * packed, (count * packed) as usize)?;
-            values.extend(unblock(blocks, format).map_err(io::Error::other)?);
+            values.extend(dequantise_blocks(blocks, format).map_err(io::Error::other)?);
         }
         values.truncate((range.end - first * block) as usize);
         values.drain(..(range.start - first * block) as usize);
@@ -162,16 +167,15 @@ impl FileRange {
     }
 }
 
-/// The F32 values that whole blocks stand for. Blocks need the alignment of 16 bits, which every allocation of their
-/// size has.
-fn unblock(blocks: Vec<u8>, format: GgmlDType) -> candle_core::Result<Vec<u8>> {
+/// The F32 values of whole blocks. candle needs the blocks aligned to 16 bits, as every allocation of their size is.
+fn dequantise_blocks(blocks: Vec<u8>, format: GgmlDType) -> candle_core::Result<Vec<u8>> {
     let values = blocks.len() / format.type_size() * format.block_size();
     let storage = QStorage::from_data(Cow::Owned(blocks), &Device::Cpu, format)?;
     let values = QTensor::new(storage, values)?.dequantize(&Device::Cpu)?;
     Ok(values.data().into_owned())
 }
 
-/// Reads a part of a file from its beginning to its end.
+/// A range of a file as a stream.
 struct RangeReader<'f> {
     file: &'f File,
     left: Range<u64>,
@@ -193,7 +197,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn values_come_in_row_major_order_from_any_strides() {
+    fn values_are_read_in_row_major_order_for_any_strides() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&(0..24).collect::<Vec<u8>>()).unwrap();
         type Axes<'a> = &'a [(u64, u64)];
@@ -203,17 +207,17 @@ mod tests {
             ("transposed pairs", 2, &[(2, 2), (3, 4)], 2, &[2, 3, 6, 7, 10, 11, 4, 5, 8, 9, 12, 13]),
             ("columns", 1, &[(3, 6), (2, 1)], 1, &[1, 2, 7, 8, 13, 14]),
             ("expanded", 3, &[(3, 0), (2, 1)], 1, &[3, 4, 3, 4, 3, 4]),
-            ("extents of 1", 4, &[(1, 999), (2, 4), (1, 7)], 4, &[4, 5, 6, 7, 8, 9, 10, 11]),
+            ("dimensions of 1", 4, &[(1, 999), (2, 4), (1, 7)], 4, &[4, 5, 6, 7, 8, 9, 10, 11]),
             ("no axes", 5, &[], 2, &[5, 6]),
             ("nothing", 99, &[(u64::MAX, 1), (0, 1)], 4, &[]),
         ];
         for (name, start, axes, width, expected) in cases {
-            let record = FileRange { bytes: 0..24, size: 24, packing: Compression::Plain };
-            let place = StorageView::strided(record, start, axes.to_vec(), width);
-            assert_eq!(place.size(), expected.len() as u64, "{name}");
+            let record = FileRange { bytes: 0..24, size: 24, compression: Compression::Plain };
+            let view = StorageView::strided(record, start, axes.to_vec(), width);
+            assert_eq!(view.size(), expected.len() as u64, "{name}");
             for from in 0..=expected.len() {
                 for to in from..=expected.len() {
-                    let read = place.read(&file, from as u64..to as u64).unwrap();
+                    let read = view.read(&file, from as u64..to as u64).unwrap();
                     assert_eq!(read, expected[from..to], "{name} {from}..{to}");
                 }
             }

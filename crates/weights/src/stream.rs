@@ -1,4 +1,5 @@
-//! [`HashingWriter`]: bytes on their way into a file, hashed as they go. Whoever gives them may read the next ones meanwhile.
+//! [`HashingWriter`]: writes a file and hashes it at the same time, each on its own thread, while the caller prepares the
+//! next bytes.
 
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -23,8 +24,8 @@ pub(crate) struct HashingWriter {
     hashing: WriterThread<Digest>,
 }
 
-/// A thread that takes bytes one lot at a time: who sends the next waits until it has done with the last, so that no
-/// more than two lots are in memory.
+/// A thread that consumes chunks of bytes. The channel has no buffer: sending waits until the thread takes the chunk, so
+/// at most two chunks are in memory.
 #[derive(Debug)]
 struct WriterThread<T> {
     bytes: SyncSender<Arc<Vec<u8>>>,
@@ -32,26 +33,26 @@ struct WriterThread<T> {
 }
 
 impl HashingWriter {
-    /// Begins at the file's cursor.
+    /// Writes to `file` from its cursor on.
     pub fn into_file(mut file: File) -> Self {
         Self {
-            writing: WriterThread::begin(move |lots| lots.iter().try_for_each(|bytes| file.write_all(&bytes))),
-            hashing: WriterThread::begin(|lots| {
+            writing: WriterThread::spawn(move |chunks| chunks.iter().try_for_each(|bytes| file.write_all(&bytes))),
+            hashing: WriterThread::spawn(|chunks| {
                 let mut hash = RunningDigest::default();
-                lots.iter().for_each(|bytes| hash.update(&bytes));
+                chunks.iter().for_each(|bytes| hash.update(&bytes));
                 hash.finish()
             }),
         }
     }
 
-    /// Sends bytes on their way. An error of writing shows at [`Self::finish`]; [`Self::broken`] tells of it before.
+    /// Writes and hashes `bytes`. [`Self::finish`] returns an error of writing; [`Self::broken`] detects it earlier.
     pub fn send(&self, bytes: Vec<u8>) {
         let bytes = Arc::new(bytes);
         self.writing.send(&bytes);
         self.hashing.send(&bytes);
     }
 
-    /// Whether writing failed, so that further bytes are in vain.
+    /// Whether writing has failed, so that sending more is useless.
     pub fn broken(&self) -> bool {
         self.writing.thread.is_finished()
     }
@@ -64,12 +65,12 @@ impl HashingWriter {
 }
 
 impl<T: Send + 'static> WriterThread<T> {
-    fn begin(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> Self {
-        let (bytes, lots) = sync_channel(0);
-        Self { bytes, thread: thread::spawn(move || work(lots)) }
+    fn spawn(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> Self {
+        let (bytes, chunks) = sync_channel(0);
+        Self { bytes, thread: thread::spawn(move || work(chunks)) }
     }
 
-    /// A thread that ended has no use for more; why it ended, it tells at the end.
+    /// Sending to a thread that has ended is not an error here: [`Self::finish`] returns why it ended.
     fn send(&self, bytes: &Arc<Vec<u8>>) {
         let _ = self.bytes.send(bytes.clone());
     }
@@ -80,7 +81,7 @@ impl<T: Send + 'static> WriterThread<T> {
     }
 }
 
-/// A [`Digest`] in the making.
+/// An unfinished [`Digest`].
 #[derive(Default)]
 pub(crate) struct RunningDigest {
     size: u64,
@@ -88,13 +89,13 @@ pub(crate) struct RunningDigest {
 }
 
 impl RunningDigest {
-    /// Takes further bytes in.
+    /// Adds `bytes`.
     pub fn update(&mut self, bytes: &[u8]) {
         self.size += bytes.len() as u64;
         self.hash.update(bytes);
     }
 
-    /// What all of them come to.
+    /// Size and hash of all bytes added.
     pub fn finish(self) -> Digest {
         let sha256 = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Digest { size: self.size, sha256 }
@@ -122,7 +123,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_told() {
+    fn a_full_disk_is_reported() {
         let stream = HashingWriter::into_file(File::options().write(true).open("/dev/full").unwrap());
         while !stream.broken() {
             stream.send(vec![0; 9]);

@@ -1,21 +1,22 @@
-//! [`unwrapped`]: names without what PyTorch's wrappers of modules put into them, which say how a model was run and not
-//! what it is.
+//! [`unwrapped`]: tensor names without what PyTorch's module wrappers add to them (torch.compile, FSDP, activation
+//! checkpointing, DataParallel).
 
 use std::borrow::Cow;
 
-/// Of `torch.compile`, of fully sharded training, of activation checkpointing; they stand anywhere in a name.
+/// Added by `torch.compile`, FSDP and activation checkpointing, which may wrap any module: anywhere in a name.
 const ANYWHERE: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
-/// Of `DataParallel` and its kin, which wrap a model as a whole.
-const AHEAD: &str = "module.";
+/// Added by `DataParallel` and `DistributedDataParallel`, which wrap the whole model: only at the beginning, as "module"
+/// further inside may be the model's own.
+const AT_THE_BEGINNING: &str = "module.";
 
-/// `name` as the model itself has it.
+/// `name` as the unwrapped model has it.
 pub(crate) fn unwrapped(name: &str) -> Cow<'_, str> {
-    let name = name.strip_prefix(AHEAD).unwrap_or(name);
+    let name = name.strip_prefix(AT_THE_BEGINNING).unwrap_or(name);
     if !ANYWHERE.iter().any(|wrapper| name.contains(wrapper)) {
         return Cow::Borrowed(name);
     }
-    let bare = name.split('.').filter(|part| !ANYWHERE.contains(part)).collect::<Vec<_>>().join(".");
-    Cow::Owned(bare.strip_prefix(AHEAD).map(str::to_owned).unwrap_or(bare))
+    let bare = name.split('.').filter(|segment| !ANYWHERE.contains(segment)).collect::<Vec<_>>().join(".");
+    Cow::Owned(bare.strip_prefix(AT_THE_BEGINNING).map(str::to_owned).unwrap_or(bare))
 }
 
 #[cfg(test)]
@@ -23,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wrappers_are_taken_off() {
+    fn wrappers_are_removed() {
         for (name, bare) in [
             ("img_in.weight", "img_in.weight"),
             ("_orig_mod.img_in.weight", "img_in.weight"),

@@ -1,7 +1,7 @@
-//! [`write`]: a safetensors file, tensor by tensor, so that memory holds few of them. Reading, hashing and writing go on
-//! at the same time.
+//! [`write`]: writes a safetensors file one tensor at a time, so that memory holds at most a few of them. Reading,
+//! hashing and writing overlap.
 //!
-//! The file appears under its name only when whole.
+//! The file gets its name only when it is complete.
 
 use crate::header::byte_count;
 use crate::stream::{Digest, HashingWriter};
@@ -12,23 +12,24 @@ use std::io;
 use std::path::Path;
 use tempfile::NamedTempFile;
 
-/// Data begin at a multiple of this, as the safetensors library has it.
+/// The values begin at a multiple of this, as in files of the safetensors library.
 const ALIGNMENT: usize = 8;
 
-/// Writes all of `source` to `path`.
+/// Writes all tensors of `source` to `path`.
 ///
 /// # Errors
-/// The first tensor that cannot be read or written; `path` is then as it was.
+/// The first tensor that cannot be read or written; `path` is then unchanged.
 pub fn save(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeMap<String, String>) -> Result<()> {
     write(path, &source.tensors(), metadata, |info| source.read(&info.name)).map(drop)
 }
 
-/// Writes `tensors` to `path`, asking `read` for one after another. Data are laid out by falling width of their number
-/// format, then by name, which keeps every tensor aligned, and are asked for in this order.
+/// Writes `tensors` to `path` and returns the file's digest. Tensors are stored by decreasing width of their dtype, then
+/// by name, which keeps each aligned; `read` is called for one after another in this order.
 ///
 /// # Errors
-/// What `read` says; [`WeightsError::BadTensor`] for equal names, for a size that is no whole number of bytes and for
-/// another number format or shape than announced; [`WeightsError::Io`] if the system refuses. `path` is then as it was.
+/// Errors of `read`; [`WeightsError::BadTensor`] for repeated names, for a size that is not a whole number of bytes and
+/// where `read` returns another dtype or shape than declared; [`WeightsError::Io`] if writing fails. `path` is then
+/// unchanged.
 pub fn write<E: From<WeightsError>>(
     path: impl AsRef<Path>,
     tensors: &[TensorInfo],
@@ -36,32 +37,33 @@ pub fn write<E: From<WeightsError>>(
     mut read: impl FnMut(&TensorInfo) -> std::result::Result<RawTensor, E>,
 ) -> std::result::Result<Digest, E> {
     let path = path.as_ref();
-    let refused = |source| WeightsError::Io { path: path.to_owned(), source };
-    let slots = place(tensors)?;
+    let io = |source| WeightsError::Io { path: path.to_owned(), source };
+    let slots = lay_out(tensors)?;
     let header = header(&slots, metadata);
     let size = header.len() as u64 + slots.iter().map(|slot| slot.size).sum::<u64>();
-    let (file, stream) = begin(path, size).map_err(refused)?;
+    let (file, stream) = begin(path, size).map_err(io)?;
     stream.send(header);
     for slot in &slots {
         if stream.broken() {
             break;
         }
         let tensor = read(&slot.info)?;
-        slot.accept(&tensor)?;
+        slot.check(&tensor)?;
         stream.send(tensor.bytes);
     }
-    let digest = stream.finish().map_err(refused)?;
-    files::settle(file, path).map_err(refused)?;
+    let digest = stream.finish().map_err(io)?;
+    files::persist(file, path).map_err(io)?;
     Ok(digest)
 }
 
 fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, HashingWriter)> {
-    let file = files::beside(path)?;
+    let file = files::temporary_file_for(path)?;
     files::reserve(file.as_file(), size)?;
     let stream = HashingWriter::into_file(file.as_file().try_clone()?);
     Ok((file, stream))
 }
 
+/// A tensor's range among the values of the file.
 #[derive(Debug)]
 struct Slot {
     info: TensorInfo,
@@ -70,18 +72,19 @@ struct Slot {
 }
 
 impl Slot {
-    fn accept(&self, tensor: &RawTensor) -> Result<()> {
+    fn check(&self, tensor: &RawTensor) -> Result<()> {
         let TensorInfo { name, dtype, shape } = &self.info;
         if (&tensor.dtype, &tensor.shape) == (dtype, shape) && tensor.bytes.len() as u64 == self.size {
             return Ok(());
         }
-        let (found, extents, bytes) = (tensor.dtype, &tensor.shape, tensor.bytes.len());
-        let reason = format!("announced as {dtype:?} {shape:?}, given {found:?} {extents:?} in {bytes} bytes");
+        let found = format!("{:?} {:?} in {} bytes", tensor.dtype, tensor.shape, tensor.bytes.len());
+        let reason = format!("expected {dtype:?} {shape:?}, found {found}");
         Err(WeightsError::BadTensor { name: name.clone(), reason })
     }
 }
 
-fn place(tensors: &[TensorInfo]) -> Result<Vec<Slot>> {
+/// Gives every tensor its range, in the order they are written.
+fn lay_out(tensors: &[TensorInfo]) -> Result<Vec<Slot>> {
     let mut infos: Vec<&TensorInfo> = tensors.iter().collect();
     infos.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
     let refuse = |info: &TensorInfo, reason: &str| {
@@ -92,9 +95,9 @@ fn place(tensors: &[TensorInfo]) -> Result<Vec<Slot>> {
     for info in infos {
         let offset = slots.last().map_or(0, |last| last.offset + last.size);
         match byte_count(info.dtype, &info.shape) {
-            _ if !names.insert(&info.name) => return refuse(info, "announced twice"),
+            _ if !names.insert(&info.name) => return refuse(info, "the name is given twice"),
             Some(size) => slots.push(Slot { info: info.clone(), offset, size }),
-            None => return refuse(info, "its size is no whole number of bytes"),
+            None => return refuse(info, "its size is not a whole number of bytes"),
         }
     }
     Ok(slots)

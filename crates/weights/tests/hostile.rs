@@ -1,4 +1,4 @@
-//! Files that are broken or hostile: each must be answered by an error that says what is wrong, never by a panic.
+//! Damaged and malicious safetensors files and folders: each gives an error that names what is wrong, never a panic.
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{Checkpoint, WeightsError};
@@ -32,34 +32,47 @@ fn committed(name: &str) -> PathBuf {
 #[test]
 fn broken_single_files_are_named() {
     let entry = |body: &str, data| file(&format!(r#"{{"a":{body}}}"#), data);
-    let two = |first: &str, second: &str| format!(r#"{{"a":{{"dtype":"U8",{first}}},"b":{{"dtype":"U8",{second}}}}}"#);
-    let overlap = two(r#""shape":[4],"data_offsets":[0,4]"#, r#""shape":[4],"data_offsets":[2,6]"#);
-    let hole = two(r#""shape":[4],"data_offsets":[0,4]"#, r#""shape":[4],"data_offsets":[6,10]"#);
+    let two_tensors =
+        |first: &str, second: &str| format!(r#"{{"a":{{"dtype":"U8",{first}}},"b":{{"dtype":"U8",{second}}}}}"#);
+    let overlap = two_tensors(r#""shape":[4],"data_offsets":[0,4]"#, r#""shape":[4],"data_offsets":[2,6]"#);
+    let hole = two_tensors(r#""shape":[4],"data_offsets":[0,4]"#, r#""shape":[4],"data_offsets":[6,10]"#);
     let deep = "[".repeat(20_000);
     let ones = "1,".repeat(5_000_000);
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
         ("empty", vec![], "0 bytes, too few for a header"),
         ("seven bytes", vec![0; 7], "7 bytes, too few"),
-        ("header of no bytes", vec![0; 8], "not what safetensors allows"),
+        ("empty header", vec![0; 8], "not what safetensors allows: EOF"),
         ("header too long", u64::MAX.to_le_bytes().to_vec(), "claims a header of 18446744073709551615 bytes"),
         ("header past the end", [&1000u64.to_le_bytes()[..], b"{}"].concat(), "goes past the file's end at 10"),
         ("cut short", file(WHOLE, 5), "cut short by 3 bytes"),
         ("trailing bytes", file(WHOLE, 11), "3 bytes follow the last tensor"),
-        ("no JSON", file("hello", 0), "not what safetensors allows"),
+        ("no JSON", file("hello", 0), "not what safetensors allows: expected value"),
         ("a list", file("[]", 0), "an object of tensors"),
         ("bad UTF-8", [&4u64.to_le_bytes()[..], b"{\"\xff\""].concat(), "not what safetensors allows"),
         ("padded with NUL", file(&format!("{WHOLE}\0\0"), 8), "trailing characters"),
         ("overlap", file(&overlap, 6), "tensor \"b\" overlaps"),
         ("hole", file(&hole, 10), "tensor \"b\" leaves a hole"),
         ("wrong size", entry(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#, 8), "takes 12 bytes, found 0..8"),
-        ("backwards", entry(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,-8]}"#, 8), "tensor \"a\""),
+        (
+            "backwards",
+            entry(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,-8]}"#, 8),
+            "tensor \"a\": invalid value: integer `-8`",
+        ),
         (
             "shape overflow",
             entry(r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}"#, 8),
             "cannot be counted",
         ),
-        ("negative extent", entry(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}"#, 8), "tensor \"a\""),
-        ("unknown dtype", entry(r#"{"dtype":"Q9","shape":[2],"data_offsets":[0,8]}"#, 8), "Q9"),
+        (
+            "negative dimension",
+            entry(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}"#, 8),
+            "tensor \"a\": invalid value: integer `-1`",
+        ),
+        (
+            "unknown dtype",
+            entry(r#"{"dtype":"Q9","shape":[2],"data_offsets":[0,8]}"#, 8),
+            "tensor \"a\": unknown variant `Q9`",
+        ),
         ("odd nibbles", entry(r#"{"dtype":"F4","shape":[3],"data_offsets":[0,1]}"#, 1), "cannot be counted"),
         ("metadata not text", file(r#"{"__metadata__":{"a":1}}"#, 0), "expected a string"),
         ("twice", file(&format!("{},{}", &WHOLE[..WHOLE.len() - 1], &WHOLE[1..]), 8), "\"a\" is given twice"),
@@ -68,15 +81,15 @@ fn broken_single_files_are_named() {
         ("escape in a name", file(r#"{"\u001b[2J":{"dtype":"Q9"}}"#, 0), r#""\u{1b}[2J""#),
         ("deep", file(&format!(r#"{{"a":{deep}"#), 0), "not what safetensors allows"),
         ("deep extra key", entry(&format!(r#"{{"x":{deep}"#), 0), "tensor \"a\""),
-        ("many extents", entry(&format!(r#"{{"dtype":"U8","shape":[{ones}1]"#), 1), "more than 32 extents"),
+        ("many dimensions", entry(&format!(r#"{{"dtype":"U8","shape":[{ones}1]"#), 1), "more than 32 dimensions"),
         ("long name", file(&format!(r#"{{"{}":1}}"#, "n".repeat(5000)), 0), "a key of 5000 bytes"),
         ("git-lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n".to_vec(), "git lfs pull"),
         ("short git-lfs", b"version https://git-lfs".to_vec(), "git lfs pull"),
-        ("HTML", b"<!DOCTYPE html><html><body>Sign in</body></html>".to_vec(), "HTML"),
-        ("HTML after space", b"\n\n <html><body>404</body></html>".to_vec(), "HTML"),
-        ("GGUF", b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0".to_vec(), "GGUF"),
-        ("PyTorch zip", b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0\0\0".to_vec(), "PyTorch"),
-        ("JSON", br#"{"metadata": {}, "weight_map": {}}"#.to_vec(), "JSON text"),
+        ("HTML", b"<!DOCTYPE html><html><body>Sign in</body></html>".to_vec(), "this is an HTML or XML page"),
+        ("HTML after space", b"\n\n <html><body>404</body></html>".to_vec(), "this is an HTML or XML page"),
+        ("GGUF", b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0".to_vec(), "the head of the GGUF file: 8 bytes claimed, only 0"),
+        ("PyTorch zip", b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0\0\0".to_vec(), "a zip file, as PyTorch writes, without"),
+        ("JSON", br#"{"metadata": {}, "weight_map": {}}"#.to_vec(), "this is JSON text, not tensors"),
     ];
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes, expected) in cases {
@@ -114,11 +127,11 @@ fn broken_folders_are_named() {
     let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
     type Files<'a> = Vec<(&'a str, Vec<u8>)>;
     let cases: Vec<(&str, Files, &str)> = vec![
-        ("nothing", vec![], "no .safetensors file"),
+        ("nothing", vec![], "no .safetensors, torch.save or .gguf file in this folder"),
         ("PyTorch cut short", vec![("pytorch_model.bin", vec![1])], "1 bytes, too few"),
-        ("several", vec![("x.safetensors", tensor("a")), ("y.safetensors", tensor("b"))], "give one of"),
-        ("shard missing", vec![(INDEX, index(r#""a":"gone.safetensors""#))], "gone.safetensors"),
-        ("index missing, one shard", vec![(first, tensor("a"))], "not one whole model"),
+        ("several", vec![("x.safetensors", tensor("a")), ("y.safetensors", tensor("b"))], "none with a standard name: pass one of"),
+        ("shard missing", vec![(INDEX, index(r#""a":"gone.safetensors""#))], "gone.safetensors: No such file"),
+        ("index missing, one shard", vec![(first, tensor("a"))], "not one complete model"),
         ("path in index", vec![(INDEX, index(r#""a":"../x.safetensors""#))], "\"../x.safetensors\" is not a plain"),
         ("absolute", vec![(INDEX, index(r#""a":"/etc/x.safetensors""#))], "not a plain file name"),
         ("backslash", vec![(INDEX, index(r#""a":"..\\x.safetensors""#))], "not a plain file name"),
@@ -153,7 +166,7 @@ fn broken_folders_are_named() {
         (
             "index and file",
             vec![(INDEX, index(r#""a":"model.safetensors""#)), ("model.safetensors", tensor("a"))],
-            "remove the one not meant",
+            "remove the one you do not want",
         ),
     ];
     for (name, files, expected) in cases {
@@ -167,11 +180,16 @@ fn broken_folders_are_named() {
 }
 
 #[test]
-fn a_folder_of_a_pipeline_and_a_path_that_is_not_there_are_explained() {
+fn a_pipeline_folder_and_a_missing_path_are_explained() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("transformer")).unwrap();
-    assert!(message(folder.path()).contains("pipeline folder"));
-    assert!(message(&folder.path().join("gone")).contains("gone"));
+    assert!(message(folder.path()).contains("pipeline folder; the model is in \"transformer\""));
+    match Checkpoint::open(folder.path().join("gone")) {
+        Err(WeightsError::Io { path, source }) => {
+            assert_eq!((path, source.kind()), (folder.path().join("gone"), std::io::ErrorKind::NotFound));
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[cfg(unix)]
@@ -181,13 +199,13 @@ fn devices_and_loops_of_links_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("loop.safetensors");
     std::os::unix::fs::symlink(&path, &path).unwrap();
-    message(&path);
+    assert!(message(&path).contains("symbolic links"));
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever one byte is changed to, and wherever the file is cut, the answer is a checkpoint or an error.
+    /// Changing any byte and cutting the file anywhere gives a readable checkpoint or an error.
     #[test]
     fn no_change_of_a_good_file_panics(at in 0usize..70, byte: u8, length in 0usize..71) {
         let mut bytes = file(WHOLE, 8);

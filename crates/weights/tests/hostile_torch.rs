@@ -1,4 +1,5 @@
-//! Files of torch.save that are broken or hostile: each is refused in words, soon and in little memory, and runs nothing.
+//! Damaged and malicious files of torch.save: each is refused quickly, in little memory and with a clear message, and no
+//! code runs.
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{Checkpoint, TensorSource, WeightsError};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 const END: &[u8] = b".";
 
 /// One record of an archive.
-struct Record {
+struct ZipRecord {
     name: String,
     method: u16,
     packed: Vec<u8>,
@@ -18,19 +19,19 @@ struct Record {
     size: u64,
 }
 
-fn stored(name: &str, bytes: &[u8]) -> Record {
-    Record { name: format!("a/{name}"), method: 0, packed: bytes.to_vec(), size: bytes.len() as u64 }
+fn stored(name: &str, bytes: &[u8]) -> ZipRecord {
+    ZipRecord { name: format!("a/{name}"), method: 0, packed: bytes.to_vec(), size: bytes.len() as u64 }
 }
 
-fn deflated(name: &str, bytes: &[u8]) -> Record {
+fn deflated(name: &str, bytes: &[u8]) -> ZipRecord {
     let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
     encoder.write_all(bytes).unwrap();
-    Record { method: 8, packed: encoder.finish().unwrap(), ..stored(name, bytes) }
+    ZipRecord { method: 8, packed: encoder.finish().unwrap(), ..stored(name, bytes) }
 }
 
-fn zip(records: &[Record]) -> Vec<u8> {
+fn zip(records: &[ZipRecord]) -> Vec<u8> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
-    for Record { name, method, packed, size } in records {
+    for ZipRecord { name, method, packed, size } in records {
         let at = file.len() as u32;
         let sizes = [packed.len() as u32, *size as u32].map(u32::to_le_bytes).concat();
         let length = (name.len() as u16).to_le_bytes();
@@ -60,10 +61,10 @@ fn number(number: u64) -> Vec<u8> {
 }
 
 fn numbers(list: &[u64]) -> Vec<u8> {
-    [b"(", list.iter().flat_map(|&one| number(one)).collect::<Vec<_>>().as_slice(), b"t"].concat()
+    [b"(", list.iter().flat_map(|&value| number(value)).collect::<Vec<_>>().as_slice(), b"t"].concat()
 }
 
-/// A storage as its class, key and count of elements say.
+/// The persistent id of a storage.
 fn storage(class: &str, key: &str, count: u64) -> Vec<u8> {
     let class = format!("ctorch\n{class}\n");
     [b"(", &text("storage")[..], class.as_bytes(), &text(key), &text("cpu"), &number(count), b"tQ"].concat()
@@ -74,8 +75,8 @@ fn tensor(storage: &[u8], offset: u64, shape: &[u64], strides: &[u64]) -> Vec<u8
     [&rebuild[..], storage, &number(offset), &numbers(shape), &numbers(strides), b"\x89NtR"].concat()
 }
 
-/// The tensor that the storage of [`archive`] holds.
-fn good() -> Vec<u8> {
+/// A tensor of the storage in [`archive`].
+fn valid_tensor() -> Vec<u8> {
     tensor(&storage("FloatStorage", "0", 6), 0, &[2, 3], &[3, 1])
 }
 
@@ -85,7 +86,7 @@ fn dict(pairs: &[(&str, Vec<u8>)]) -> Vec<u8> {
 }
 
 /// A pickle of a dict with `value` in it.
-fn of(value: &[u8]) -> Vec<u8> {
+fn of_value(value: &[u8]) -> Vec<u8> {
     [b"\x80\x02", &dict(&[("w", value.to_vec())])[..], END].concat()
 }
 
@@ -99,7 +100,7 @@ fn write(folder: &Path, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// Each must be refused within seconds by a message that says what is expected of it and holds no control characters.
+/// Each case (name, file, expected message) must be refused within seconds, without control characters in the message.
 fn check(cases: &[(&str, Vec<u8>, &str)]) {
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes, expected) in cases {
@@ -118,15 +119,15 @@ fn check(cases: &[(&str, Vec<u8>, &str)]) {
 }
 
 #[test]
-fn the_file_that_the_others_are_made_of_is_good() {
+fn the_file_that_the_cases_are_made_from_is_valid() {
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(write(folder.path(), &archive(of(&good())))).unwrap();
+    let checkpoint = Checkpoint::open(write(folder.path(), &archive(of_value(&valid_tensor())))).unwrap();
     assert_eq!(checkpoint.info("w").unwrap().shape, [2, 3]);
     assert_eq!(checkpoint.read("w").unwrap().bytes, [7; 24]);
 }
 
 #[test]
-fn code_is_refused_by_name_and_not_run() {
+fn files_that_name_code_are_refused_and_it_does_not_run() {
     let folder = tempfile::tempdir().unwrap();
     let witness = folder.path().join("witness");
     let touch = text(&format!("touch {}", witness.display()));
@@ -134,33 +135,33 @@ fn code_is_refused_by_name_and_not_run() {
     let call = |global: &str, argument: &[u8]| [global.as_bytes(), b"(", argument, b"tR"].concat();
     let new = |global: &str, argument: &[u8]| [global.as_bytes(), b"(", argument, b"t\x81"].concat();
     let on_stack = [&text("os")[..], &text("system"), b"\x93(", &touch, b"tR"].concat();
-    let beside = of_dict(&[("a", good()), ("b", call("cos\nsystem\n", &touch))]);
+    let beside = of_dict(&[("a", valid_tensor()), ("b", call("cos\nsystem\n", &touch))]);
     let cases = [
-        ("system", archive(of(&call("cos\nsystem\n", &touch))), "\"os.system\", which is not plain data"),
-        ("posix", archive(of(&call("cposix\nsystem\n", &touch))), "\"posix.system\""),
-        ("eval", archive(of(&call("cbuiltins\neval\n", &create))), "\"builtins.eval\""),
-        ("exec of Python 2", archive(of(&call("c__builtin__\nexec\n", &create))), "\"__builtin__.exec\""),
-        ("getattr", archive(of(&call("cbuiltins\ngetattr\n", &create))), "\"builtins.getattr\""),
-        ("a class of subprocess", archive(of(&new("csubprocess\nPopen\n", &touch))), "\"subprocess.Popen\""),
-        ("named on the stack", archive(of(&on_stack)), "\"os.system\""),
+        ("system", archive(of_value(&call("cos\nsystem\n", &touch))), "\"os.system\", which is not plain data"),
+        ("posix", archive(of_value(&call("cposix\nsystem\n", &touch))), "\"posix.system\""),
+        ("eval", archive(of_value(&call("cbuiltins\neval\n", &create))), "\"builtins.eval\""),
+        ("exec of Python 2", archive(of_value(&call("c__builtin__\nexec\n", &create))), "\"__builtin__.exec\""),
+        ("getattr", archive(of_value(&call("cbuiltins\ngetattr\n", &create))), "\"builtins.getattr\""),
+        ("a class of subprocess", archive(of_value(&new("csubprocess\nPopen\n", &touch))), "\"subprocess.Popen\""),
+        ("named on the stack", archive(of_value(&on_stack)), "\"os.system\""),
         ("beside tensors", archive(&beside), "\"os.system\""),
         (
             "a whole model",
-            archive(of(&new("cmodels\nDiT\n", &touch))),
+            archive(of_value(&new("cmodels\nDiT\n", &touch))),
             "\"models.DiT\", which is not plain data (a model",
         ),
-        ("pickled by hand", archive(of(&call("ctorch.storage\n_load_from_bytes\n", &touch))), "_load_from_bytes\""),
-        ("control characters", archive(of(b"c\x1b[2J\nx\n")), r#""\u{1b}[2J.x""#),
-        ("no zip", of(&call("cos\nsystem\n", &touch)), "\"os.system\""),
-        ("an old instance", archive(of(b"(ios\nsystem\n")), "instruction 0x69"),
-        ("an extension", archive(of(b"\x82\x01")), "instruction 0x82"),
-        ("a dict is called", archive(of(b"c__builtin__\ndict\n)R")), "Type is called"),
+        ("pickled by hand", archive(of_value(&call("ctorch.storage\n_load_from_bytes\n", &touch))), "_load_from_bytes\""),
+        ("control characters", archive(of_value(b"c\x1b[2J\nx\n")), r#""\u{1b}[2J.x""#),
+        ("no zip", of_value(&call("cos\nsystem\n", &touch)), "\"os.system\""),
+        ("an old instance", archive(of_value(b"(ios\nsystem\n")), "instruction 0x69"),
+        ("an extension", archive(of_value(b"\x82\x01")), "instruction 0x82"),
+        ("a dict is called", archive(of_value(b"c__builtin__\ndict\n)R")), "Type is called"),
         (
             "a tensor is called",
-            archive(of(&[&good()[..], b")R"].concat())),
+            archive(of_value(&[&valid_tensor()[..], b")R"].concat())),
             "expected a type or function, found a tensor",
         ),
-        ("remedy", archive(of(&call("cos\nsystem\n", &touch))), "safetensors.torch.save_file"),
+        ("remedy", archive(of_value(&call("cos\nsystem\n", &touch))), "safetensors.torch.save_file"),
     ];
     check(&cases);
     assert!(!witness.exists());
@@ -174,56 +175,56 @@ fn bombs_are_refused() {
     let tuples = [b"N", &b"\x85".repeat(1_000_000)[..]].concat();
     let long_text = |length: u32| [b"X", &length.to_le_bytes()[..], b"x"].concat();
     let longest_text = [b"\x8d", &HUGE.to_le_bytes()[..], b"x"].concat();
-    let long_name = of_dict(&[(&"n".repeat(5000), good())]);
+    let long_name = of_dict(&[(&"n".repeat(5000), valid_tensor())]);
     let zeros = vec![0; 64 << 20];
-    let lie = Record { size: 3_000_000_000, ..deflated("data.pkl", &of(&good())) };
+    let lie = ZipRecord { size: 3_000_000_000, ..deflated("data.pkl", &of_value(&valid_tensor())) };
     let many = (0..50_001).map(|index| format!("t{index}")).collect::<Vec<_>>();
     let many: Vec<u8> = many.iter().flat_map(|name| [&text(name)[..], b"h\0s"].concat()).collect();
-    let many = [b"\x80\x02", &good()[..], b"q\x000}", &many, END].concat();
+    let many = [b"\x80\x02", &valid_tensor()[..], b"q\x000}", &many, END].concat();
     let deflated_storage = |claim: u64, bytes: &[u8]| {
         let tensor = tensor(&float(claim), 0, &[2], &[1]);
-        zip(&[stored("data.pkl", &of(&tensor)), deflated("data/0", bytes)])
+        zip(&[stored("data.pkl", &of_value(&tensor)), deflated("data/0", bytes)])
     };
     let cases = [
-        ("deep lists", archive(of(&nested)), "nested more than 500 deep"),
-        ("deep tuples", archive(of(&tuples)), "nested more than 500 deep"),
+        ("deep lists", archive(of_value(&nested)), "nested more than 500 deep"),
+        ("deep tuples", archive(of_value(&tuples)), "nested more than 500 deep"),
         ("marks", archive([b"\x80\x02", &b"(".repeat(1_000_000)[..]].concat()), "more than 100000 marks"),
         ("stack", archive([b"\x80\x02", &b"N".repeat(1_000_000)[..]].concat()), "more than 100000 values on the stack"),
         ("values", archive([b"\x80\x02", &b"N0".repeat(3_000_000)[..]].concat()), "more than 2097152 values"),
-        ("huge text", archive(of(&long_text(u32::MAX))), "4294967295 bytes claimed where"),
-        ("huge text of 8 bytes", archive(of(&longest_text)), "4611686018427387904 bytes claimed where"),
-        ("huge bytes", archive(of(b"\x8e\xff\xff\xff\xff\xff\xff\xff\xff")), "18446744073709551615 bytes claimed"),
-        ("huge number", archive(of(b"\x8b\xff\xff\xff\x7f")), "2147483647 bytes claimed"),
-        ("huge frame", archive(of(b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f")), "bytes claimed where"),
+        ("huge text", archive(of_value(&long_text(u32::MAX))), "4294967295 bytes claimed, only"),
+        ("huge text of 8 bytes", archive(of_value(&longest_text)), "4611686018427387904 bytes claimed, only"),
+        ("huge bytes", archive(of_value(b"\x8e\xff\xff\xff\xff\xff\xff\xff\xff")), "18446744073709551615 bytes claimed"),
+        ("huge number", archive(of_value(b"\x8b\xff\xff\xff\x7f")), "2147483647 bytes claimed"),
+        ("huge frame", archive(of_value(b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f")), "bytes claimed, only"),
         ("long name", archive(&long_name), "a name of 5000 bytes"),
         ("many tensors", archive(&many), "50001 tensors, more than the 50000"),
-        ("far offset", archive(of(&tensor(&float(6), HUGE, &[1], &[1]))), "goes past the 24 bytes"),
-        ("far stride", archive(of(&tensor(&float(6), 0, &[2], &[HUGE]))), "goes past the 24 bytes"),
-        ("huge extent", archive(of(&tensor(&float(6), 0, &[HUGE], &[0]))), "goes past the 24 bytes"),
-        ("huge product", archive(of(&tensor(&float(6), 0, &[1 << 32, 1 << 32], &[0, 0]))), "goes past the 24 bytes"),
-        ("expanded", archive(of(&tensor(&float(6), 0, &[1 << 40], &[0]))), "refused as a bomb"),
+        ("far offset", archive(of_value(&tensor(&float(6), HUGE, &[1], &[1]))), "goes past the 24 bytes"),
+        ("far stride", archive(of_value(&tensor(&float(6), 0, &[2], &[HUGE]))), "goes past the 24 bytes"),
+        ("huge dimension", archive(of_value(&tensor(&float(6), 0, &[HUGE], &[0]))), "goes past the 24 bytes"),
+        ("huge product", archive(of_value(&tensor(&float(6), 0, &[1 << 32, 1 << 32], &[0, 0]))), "goes past the 24 bytes"),
+        ("expanded", archive(of_value(&tensor(&float(6), 0, &[1 << 40], &[0]))), "refused as a zip bomb"),
         (
             "huge storage",
-            archive(of(&tensor(&float(HUGE), 0, &[1], &[1]))),
+            archive(of_value(&tensor(&float(HUGE), 0, &[1], &[1]))),
             "a storage of 4611686018427387904 elements",
         ),
-        ("storage too small", archive(of(&tensor(&float(7), 6, &[1], &[1]))), "should have 28 bytes, found 24"),
+        ("storage too small", archive(of_value(&tensor(&float(7), 6, &[1], &[1]))), "should have 28 bytes, found 24"),
         ("deflated more than claimed", deflated_storage(6, &zeros), "should have 24 bytes, found 67108864"),
         ("deflated pickle", zip(&[deflated("data.pkl", &zeros)]), "a pickle of 67108864 bytes, more than"),
         ("deflation too good", zip(&[lie]), "cannot unpack to the 3000000000 it claims"),
     ];
     check(&cases);
     let kept: Vec<u8> = (0..2_100_000u32).flat_map(|key| [&b"r"[..], &key.to_le_bytes()].concat()).collect();
-    check(&[("memo", archive([b"\x80\x02N", &kept[..]].concat()), "more than 2097152 things kept")]);
+    check(&[("long memo", archive([b"\x80\x02N", &kept[..]].concat()), "more than 2097152 memo entries")]);
 }
 
-/// What is shared can be passed a million times for three bytes each.
+/// A value in the memo can be passed a million times for three bytes each.
 #[test]
-fn long_arguments_are_not_multiplied() {
+fn long_arguments_are_not_copied_for_each_call() {
     let repeated = |setup: &[u8], step: &[u8], count: usize| {
         archive([b"\x80\x02", setup, &step.repeat(count)[..], b"N."].concat())
     };
-    let tensor = good();
+    let tensor = valid_tensor();
     let (maker, arguments) = tensor.split_at(tensor.iter().position(|&byte| byte == b'(').unwrap());
     let arguments = &arguments[..arguments.len() - 1];
     let tensors = [maker, b"q\x000", arguments, b"q\x010"].concat();
@@ -238,7 +239,7 @@ fn long_arguments_are_not_multiplied() {
     let call = b"h\0h\x01R0";
     let cases = [
         ("tensors", repeated(&tensors, call, 1_000_000), "more than 200000 tensors"),
-        ("sets", repeated(&of_class(b"c__builtin__\nset\n"), call, 1_000_000), "found nothing"),
+        ("sets", repeated(&of_class(b"c__builtin__\nset\n"), call, 1_000_000), "found None"),
         ("dicts", repeated(&dicts, call, 1_000_000), "more than 8388608 items"),
         ("shapes", repeated(&shape, call, 1_000_000), "90000 axes, more than the 32"),
         ("keys", repeated(&key, b"(h\0h\x01h\x02NK\x01tQ0", 1_000_000), "whose key has 1048576 bytes"),
@@ -246,15 +247,15 @@ fn long_arguments_are_not_multiplied() {
     check(&cases);
 }
 
-/// A list of two of the list before, forty times over, is a million million things to whoever copies them.
+/// Forty lists, each of the one before twice, would have 2^40 items if they were copied.
 #[test]
-fn sharing_costs_nothing() {
+fn shared_values_are_not_copied() {
     let mut bomb = b"]q\x010".to_vec();
     (1..40).for_each(|level| bomb.extend([b"](h", &[level][..], b"h", &[level], b"eq", &[level + 1], b"0"].concat()));
     bomb.extend(b"h\x28");
     let itself = b"}q\x64X\x05\0\0\0modelh\x64s".to_vec();
     let folder = tempfile::tempdir().unwrap();
-    let beside = of_dict(&[("w", good()), ("bomb", bomb.clone()), ("itself", itself.clone())]);
+    let beside = of_dict(&[("w", valid_tensor()), ("bomb", bomb.clone()), ("itself", itself.clone())]);
     let checkpoint = Checkpoint::open(write(folder.path(), &archive(beside))).unwrap();
     assert_eq!(checkpoint.notes(), ["left out: \"bomb\" (a list of 2), \"itself\" (a dict of 1)"]);
     check(&[
@@ -274,49 +275,49 @@ fn broken_pickles_are_named() {
     let negated =
         [b"ctorch._utils\n_rebuild_tensor_v2\n(", &float[..], b"K\0)))N}(", &text("neg"), b"\x88utR"].concat();
     let other_storage = [&b"(N"[..], b"tQ"].concat();
-    let twice = of_dict(&[("a", good()), ("a", good())]);
-    let two = of_dict(&[("a", good()), ("b", tensor(&storage("HalfStorage", "0", 6), 0, &[1], &[1]))]);
+    let twice = of_dict(&[("a", valid_tensor()), ("a", valid_tensor())]);
+    let two = of_dict(&[("a", valid_tensor()), ("b", tensor(&storage("HalfStorage", "0", 6), 0, &[1], &[1]))]);
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
         ("empty", archive(b""), "the pickle is cut short"),
-        ("only its end", archive(b"."), "a value is taken from an empty stack"),
+        ("only its end", archive(b"."), "a value is popped from an empty stack"),
         ("protocol 9", archive(b"\x80\x09N."), "pickle protocol 9, expected 2 to 5"),
         ("no mark", archive(b"\x80\x02t."), "no mark is set"),
         ("below a mark", archive(b"\x80\x02N(0."), "empty stack"),
-        ("odd pairs", archive(b"\x80\x02}(NNNu."), "3 keys and values are put into a dict"),
-        ("pairs of a list", archive(b"\x80\x02](NNu."), "are put into a list"),
-        ("nothing remembered", archive(b"\x80\x02h\x05."), "nothing is remembered under 5"),
+        ("odd pairs", archive(b"\x80\x02}(NNNu."), "3 keys and values are added to a dict"),
+        ("pairs of a list", archive(b"\x80\x02](NNu."), "are added to a list"),
+        ("nothing remembered", archive(b"\x80\x02h\x05."), "the memo has no entry 5"),
         ("a line without end", archive(b"\x80\x02ctorch"), "a line without an end"),
         ("a text", archive([b"\x80\x02", &text("hello")[..], END].concat()), "found text"),
-        ("a tensor alone", archive([b"\x80\x02", &good()[..], END].concat()), "found a tensor"),
-        ("no tensors", archive(of(b"K\x01")), "no state dict in it, expected tensors by name, found \"w\" (a number)"),
+        ("a tensor alone", archive([b"\x80\x02", &valid_tensor()[..], END].concat()), "found a tensor"),
+        ("no tensors", archive(of_value(b"K\x01")), "no state dict in it, expected tensors by name, found \"w\" (a number)"),
         (
             "tensor without name",
-            archive([b"\x80\x02}(K\x01", &good()[..], b"u."].concat()),
-            "a tensor is under a number",
+            archive([b"\x80\x02}(K\x01", &valid_tensor()[..], b"u."].concat()),
+            "the key of a tensor is a number, expected a name",
         ),
         ("a name twice", archive(&twice), "key \"a\" is given twice"),
-        ("no arguments", archive(of(&called(b")"))), "0 arguments where more than 0"),
-        ("few arguments", archive(of(&called(&[&float[..], b"\x85"].concat()))), "1 arguments where more than 1"),
-        ("no tuple", archive(of(&called(b"N"))), "expected a tuple, found nothing"),
-        ("no storage", archive(of(&called(b"(NK\0))\x89Nt"))), "expected a storage, found nothing"),
-        ("negated", archive(of(&negated)), "negated or conjugated"),
-        ("another persistent value", archive(of(&other_storage)), "expected text, found nothing"),
-        ("storage of no class", archive(of(&storage("Size", "0", 6))), "a class that is none of torch's"),
-        ("quantised", archive(of(&storage("QInt8Storage", "0", 6))), "torch.QInt8Storage is a number format"),
+        ("no arguments", archive(of_value(&called(b")"))), "0 arguments where more than 0"),
+        ("few arguments", archive(of_value(&called(&[&float[..], b"\x85"].concat()))), "1 arguments where more than 1"),
+        ("no tuple", archive(of_value(&called(b"N"))), "expected a tuple, found None"),
+        ("no storage", archive(of_value(&called(b"(NK\0))\x89Nt"))), "expected a storage, found None"),
+        ("negated", archive(of_value(&negated)), "negated or conjugated"),
+        ("another persistent value", archive(of_value(&other_storage)), "expected text, found None"),
+        ("storage of no class", archive(of_value(&storage("Size", "0", 6))), "whose class is not one of torch's"),
+        ("quantised", archive(of_value(&storage("QInt8Storage", "0", 6))), "torch.QInt8Storage is not a supported dtype"),
         (
             "negative count",
-            archive(of(b"ctorch._utils\n_rebuild_tensor_v2\n(NJ\xff\xff\xff\xff))\x89NtR")),
+            archive(of_value(b"ctorch._utils\n_rebuild_tensor_v2\n(NJ\xff\xff\xff\xff))\x89NtR")),
             "a storage",
         ),
         ("one key for two", archive(&two), "storage \"0\" is claimed as"),
-        ("strides missing", archive(of(&tensor(&float, 0, &[1, 1], &[1]))), "2 extents and 1 strides"),
-        ("many extents", archive(of(&tensor(&float, 0, &[1; 33], &[1; 33]))), "33 axes"),
+        ("missing stride", archive(of_value(&tensor(&float, 0, &[1, 1], &[1]))), "2 dimensions and 1 strides"),
+        ("many dimensions", archive(of_value(&tensor(&float, 0, &[1; 33], &[1; 33]))), "33 axes"),
         (
             "storage missing",
-            archive(of(&tensor(&storage("FloatStorage", "../0", 6), 0, &[1], &[1]))),
+            archive(of_value(&tensor(&storage("FloatStorage", "../0", 6), 0, &[1], &[1]))),
             "\"a/data/../0\" is missing",
         ),
-        ("numpy", archive(of(b"cnumpy.core.multiarray\n_reconstruct\n)R")), "\"w\" is a numpy array, expected tensors"),
+        ("numpy", archive(of_value(b"cnumpy.core.multiarray\n_reconstruct\n)R")), "\"w\" is a numpy array, expected tensors"),
         ("another pickle", b"\x80\x02N.".to_vec(), "a Python pickle that torch.save did not write"),
     ];
     check(&cases);
@@ -324,8 +325,8 @@ fn broken_pickles_are_named() {
 
 #[test]
 fn broken_archives_are_named() {
-    let whole = archive(of(&good()));
-    let pickle = || stored("data.pkl", &of(&good()));
+    let whole = archive(of_value(&valid_tensor()));
+    let pickle = || stored("data.pkl", &of_value(&valid_tensor()));
     let data = || stored("data/0", &[7; 24]);
     let order = |order: &[u8]| zip(&[pickle(), data(), stored("byteorder", order)]);
     let changed = |needle: &[u8], at: usize, bytes: &[u8]| {
@@ -341,9 +342,9 @@ fn broken_archives_are_named() {
         ("big-endian", order(b"big"), "of another byte order (big-endian)"),
         ("an unknown order", order(&[b'x'; 100]), "of another byte order"),
         ("no pickle", zip(&[data()]), "torch.save did not write"),
-        ("no folder", zip(&[Record { name: "data.pkl".to_owned(), ..pickle() }]), "torch.save did not write"),
-        ("two pickles", zip(&[pickle(), Record { name: "b/data.pkl".to_owned(), ..pickle() }]), "2 pickles in one"),
-        ("a record twice", zip(&[pickle(), data(), data()]), "\"a/data/0\" is there twice"),
+        ("no folder", zip(&[ZipRecord { name: "data.pkl".to_owned(), ..pickle() }]), "torch.save did not write"),
+        ("two pickles", zip(&[pickle(), ZipRecord { name: "b/data.pkl".to_owned(), ..pickle() }]), "2 pickles in one"),
+        ("a record twice", zip(&[pickle(), data(), data()]), "\"a/data/0\" is given twice"),
         ("TorchScript", program, "a TorchScript program"),
         ("encrypted", changed(b"PK\x01\x02", 8, &[1]), "it is encrypted"),
         ("packed by bzip2", changed(b"PK\x01\x02", 10, &[12]), "compression method 12"),
@@ -357,12 +358,12 @@ fn broken_archives_are_named() {
     check(&cases);
 }
 
-/// What a record unpacks to shows when it is read.
+/// What a record unpacks to is only known when it is read.
 #[test]
 fn deflated_records_that_lie_are_refused_when_read() {
-    let pickle = of(&tensor(&storage("FloatStorage", "0", 6), 0, &[6], &[1]));
+    let pickle = of_value(&tensor(&storage("FloatStorage", "0", 6), 0, &[6], &[1]));
     for (length, expected) in [(25, "unpacks to more than the 24 bytes"), (23, "unpacks to less than the 24 bytes")] {
-        let lie = Record { size: 24, ..deflated("data/0", &vec![7; length]) };
+        let lie = ZipRecord { size: 24, ..deflated("data/0", &vec![7; length]) };
         let folder = tempfile::tempdir().unwrap();
         let path = write(folder.path(), &zip(&[deflated("data.pkl", &pickle), lie]));
         let message = Checkpoint::open(path).unwrap().read("w").unwrap_err().to_string();
@@ -370,35 +371,35 @@ fn deflated_records_that_lie_are_refused_when_read() {
     }
 }
 
-/// The pickles of the old form, and what follows them.
+/// The pickles of the legacy format, and what follows them.
 fn legacy(object: &[u8], keys: &[u8], storages: &[u8]) -> Vec<u8> {
     let magic = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.";
     [magic, object, b"\x80\x02", keys, END, storages].concat()
 }
 
 #[test]
-fn broken_files_of_the_old_form_are_named() {
+fn broken_legacy_files_are_named() {
     let keys = [b"]", &text("0")[..], b"a"].concat();
     let data = |count: u64| [&count.to_le_bytes()[..], &[7; 24]].concat();
     let other = [b"]", &text("1")[..], b"a"].concat();
-    let version = legacy(&of(&good()), &keys, &data(6));
+    let version = legacy(&of_value(&valid_tensor()), &keys, &data(6));
     let version = [&version[..18], b"\xea\x03", &version[20..]].concat();
     let twice = [b"](", &text("0")[..], &text("0"), b"e"].concat();
-    let big_endian = legacy(&of(&good()), &keys, &data(6));
+    let big_endian = legacy(&of_value(&valid_tensor()), &keys, &data(6));
     let big_endian = [&big_endian[..23], &dict(&[("little_endian", b"\x89".to_vec())]), &big_endian[24..]].concat();
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(write(folder.path(), &legacy(&of(&good()), &keys, &data(6)))).unwrap();
+    let checkpoint = Checkpoint::open(write(folder.path(), &legacy(&of_value(&valid_tensor()), &keys, &data(6)))).unwrap();
     assert_eq!(checkpoint.read("w").unwrap().bytes, [7; 24]);
     let cases = [
-        ("cut short", legacy(&of(&good()), &keys, &data(6)[..20]), "goes past the file's end"),
-        ("without counts", legacy(&of(&good()), &keys, &[]), "goes past the file's end"),
-        ("huge count", legacy(&of(&good()), &keys, &data(1 << 62)), "goes past the file's end"),
-        ("small count", legacy(&of(&good()), &keys, &data(5)), "should have 24 bytes, found 20"),
-        ("no keys", legacy(&of(&good()), b"]", &data(6)), "storage \"0\" is missing"),
-        ("another key", legacy(&of(&good()), &other, &data(6)), "storage \"1\" is in no tensor"),
-        ("keys of no list", legacy(&of(&good()), b"N", &data(6)), "expected the keys of the storages, found nothing"),
-        ("code", legacy(&of(b"cos\nsystem\n"), &keys, &data(6)), "\"os.system\""),
-        ("a key twice", legacy(&of(&good()), &twice, &[data(6), data(6)].concat()), "storage \"0\" is there twice"),
+        ("cut short", legacy(&of_value(&valid_tensor()), &keys, &data(6)[..20]), "goes past the file's end"),
+        ("without counts", legacy(&of_value(&valid_tensor()), &keys, &[]), "goes past the file's end"),
+        ("huge count", legacy(&of_value(&valid_tensor()), &keys, &data(1 << 62)), "goes past the file's end"),
+        ("small count", legacy(&of_value(&valid_tensor()), &keys, &data(5)), "should have 24 bytes, found 20"),
+        ("no keys", legacy(&of_value(&valid_tensor()), b"]", &data(6)), "storage \"0\" is missing"),
+        ("another key", legacy(&of_value(&valid_tensor()), &other, &data(6)), "storage \"1\" is in no tensor"),
+        ("keys of no list", legacy(&of_value(&valid_tensor()), b"N", &data(6)), "expected the keys of the storages, found None"),
+        ("code", legacy(&of_value(b"cos\nsystem\n"), &keys, &data(6)), "\"os.system\""),
+        ("a key twice", legacy(&of_value(&valid_tensor()), &twice, &[data(6), data(6)].concat()), "storage \"0\" is given twice"),
         ("big-endian", big_endian, "of another byte order (big-endian)"),
         ("another version", version, "another version than 1001"),
         ("nothing after the magic", legacy(b"", b"", b"")[..15].to_vec(), "the pickle is cut short"),
@@ -406,7 +407,7 @@ fn broken_files_of_the_old_form_are_named() {
     check(&cases);
 }
 
-/// Whatever is opened can be read, or says why not.
+/// Every tensor of a checkpoint that opens can be read or gives an error.
 fn survive(bytes: &[u8]) {
     let folder = tempfile::tempdir().unwrap();
     if let Ok(checkpoint) = Checkpoint::open(write(folder.path(), bytes)) {
@@ -436,7 +437,7 @@ proptest! {
         survive(&archive([b"\x80\x02", &pickle[..], END].concat()));
     }
 
-    /// Instructions in any order do more than bytes in any order.
+    /// Random instructions get further than random bytes.
     #[test]
     fn no_program_panics(steps in proptest::collection::vec(0usize..30, 0..60)) {
         let steps: Vec<u8> = steps.into_iter().flat_map(instruction).collect();
@@ -475,7 +476,7 @@ fn instruction(index: usize) -> Vec<u8> {
     ];
     match index {
         26 => text("w"),
-        27 => good(),
+        27 => valid_tensor(),
         28 => b"ccollections\nOrderedDict\n".to_vec(),
         29 => storage("FloatStorage", "0", 6),
         index => plain[index].to_vec(),

@@ -1,4 +1,5 @@
-//! What is written is what is read, by us and by the safetensors library; folders open as the libraries save them.
+//! Written files are read back the same, by this crate and by the safetensors library; folders open as diffusers and
+//! transformers save them.
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{
@@ -56,7 +57,8 @@ fn written_tensors_come_back_and_the_library_reads_them() {
         );
         let middle = expected.bytes.len() / 3..expected.bytes.len() / 2;
         assert_eq!(checkpoint.read_range(name, middle.clone()).unwrap(), expected.bytes[middle], "{name}");
-        assert!(checkpoint.read_range(name, 0..expected.bytes.len() + 1).is_err());
+        let too_long = checkpoint.read_range(name, 0..expected.bytes.len() + 1);
+        assert!(matches!(too_long, Err(WeightsError::BadTensor { .. })), "{name}");
     }
     assert_eq!(checkpoint.metadata()["format"], "pt");
     assert_eq!(checkpoint.files()[0].size, bytes.len() as u64);
@@ -84,13 +86,13 @@ fn saving_a_source_keeps_every_bit() {
     let (first, second) = (folder.path().join("1.safetensors"), folder.path().join("2.safetensors"));
     write(&first, &samples()[..5]);
     let source = Checkpoint::open(&first).unwrap();
-    let resident = InMemoryTensors::load(&source, None, &candle_core::Device::Cpu).unwrap();
-    save(&second, &resident, source.metadata()).unwrap();
+    let in_memory = InMemoryTensors::load(&source, None, &candle_core::Device::Cpu).unwrap();
+    save(&second, &in_memory, source.metadata()).unwrap();
     assert_eq!(std::fs::read(first).unwrap(), std::fs::read(second).unwrap());
 }
 
 #[test]
-fn an_unfinished_or_wrong_file_leaves_the_old_one() {
+fn a_failed_write_leaves_the_old_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     write(&path, &samples());
@@ -103,16 +105,17 @@ fn an_unfinished_or_wrong_file_leaves_the_old_one() {
         };
         clearform_weights::write(&path, infos, &BTreeMap::new(), read).unwrap_err()
     };
-    let (a, b) = (info("a", &raw), info("b", &raw));
-    assert!(matches!(refused(&[a.clone(), b.clone()], None), WeightsError::Missing { .. }));
-    let wide = Some(tensor(Dtype::F32, &[3], 0));
-    assert!(matches!(refused(&[a.clone(), b], wide), WeightsError::BadTensor { .. }));
-    assert!(matches!(refused(&[a.clone(), a], None), WeightsError::BadTensor { .. }));
+    let a = info("a", &raw);
+    let b = info("b", &raw);
+    assert!(matches!(refused(&[a.clone(), b.clone()], None), WeightsError::Missing { name } if name == "b"));
+    let wide = refused(&[a.clone(), b], Some(tensor(Dtype::F32, &[3], 0))).to_string();
+    assert_eq!(wide, "tensor \"b\": expected F32 [2], found F32 [3] in 12 bytes");
+    assert_eq!(refused(&[a.clone(), a], None).to_string(), "tensor \"a\": the name is given twice");
     assert_eq!(std::fs::read(&path).unwrap(), before);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
-/// (what it is, its files, whether config.json belongs to them)
+/// (what the folder is, its files, name of the index)
 #[test]
 fn folders_open_as_the_libraries_save_them() {
     let index = br#"{"metadata":{"total_size":8},"weight_map":{"a":"s-1.safetensors","b":"s-2.safetensors"}}"#;
@@ -142,9 +145,9 @@ fn folders_open_as_the_libraries_save_them() {
     }
 }
 
-/// (files that stand side by side, the one that is read, those that the note tells of)
+/// (files of a folder, the one that is read, the others that the note names)
 #[test]
-fn plain_files_come_before_variants_and_safetensors_before_others() {
+fn plain_files_come_before_variants_and_safetensors_before_other_formats() {
     let cases: [(&[&str], &str, Option<&str>); 5] = [
         (&["model.fp16.safetensors", "model.safetensors"], "model.safetensors", Some("[\"model.fp16.safetensors\"]")),
         (
@@ -164,12 +167,12 @@ fn plain_files_come_before_variants_and_safetensors_before_others() {
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let names: Vec<String> = checkpoint.tensors().into_iter().map(|info| info.name).collect();
         assert_eq!(names, [expected]);
-        let told = note.map(|others| format!("{expected:?} is read, and not {others} beside it"));
+        let told = note.map(|others| format!("reading {expected:?}, not {others} in the same folder"));
         assert_eq!(checkpoint.notes(), told.as_slice());
     }
 }
 
-/// A variant in shards, beside the plain ones or alone.
+/// A variant in shards, alone and in the same folder as plain shards.
 #[test]
 fn variants_in_shards_have_their_own_index() {
     let folder = tempfile::tempdir().unwrap();
@@ -196,16 +199,16 @@ fn variants_in_shards_have_their_own_index() {
 }
 
 #[test]
-fn a_lone_file_takes_the_config_only_by_a_library_name() {
+fn a_single_file_uses_the_config_only_if_it_has_a_standard_name() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), b"{}").unwrap();
-    for (name, has) in [("flux1-dev.safetensors", false), ("diffusion_pytorch_model.safetensors", true)] {
+    for (name, has_config) in [("flux1-dev.safetensors", false), ("diffusion_pytorch_model.safetensors", true)] {
         write(&folder.path().join(name), &samples());
-        assert_eq!(Checkpoint::open(folder.path().join(name)).unwrap().config().is_some(), has, "{name}");
+        assert_eq!(Checkpoint::open(folder.path().join(name)).unwrap().config().is_some(), has_config, "{name}");
     }
 }
 
-/// A Hugging Face cache keeps contents under their hash and links to them.
+/// A Hugging Face cache stores files under their hash and links to them.
 #[cfg(unix)]
 #[test]
 fn symbolic_links_are_followed() {
@@ -240,17 +243,17 @@ fn threads_share_a_checkpoint() {
 }
 
 #[test]
-fn two_names_that_are_one_without_wrappers_are_refused() {
+fn names_that_are_equal_without_wrappers_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     let raw = tensor(Dtype::F32, &[2], 0);
     write(&path, &[("module.a", raw.clone()), ("b", raw.clone())]);
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert_eq!(checkpoint.read("a").unwrap(), raw);
-    assert_eq!(checkpoint.notes(), ["1 names lost what torch's wrappers had put into them"]);
+    assert_eq!(checkpoint.notes(), ["removed the module wrappers of PyTorch from 1 tensor names"]);
     for other in ["a", "_orig_mod.a"] {
         write(&path, &[("module.a", raw.clone()), (other, raw.clone())]);
         let error = Checkpoint::open(&path).unwrap_err().to_string();
-        assert!(error.contains("tensor \"a\" is here twice, once as \"module.a\""), "{error}");
+        assert!(error.contains("tensor \"a\" appears twice, once as \"module.a\""), "{error}");
     }
 }

@@ -1,29 +1,25 @@
-//! What instructions compute, by name and number format. f16 and bf16 are computed in wider formats and rounded once;
-//! approximations (`ex2.approx`, `rcp.approx`) are the exact results, and only `ex2` flushes what is below the least normal.
+//! What arithmetic instructions compute, by name and number format. f16 and bf16 are computed in a wider format and rounded
+//! once. Approximate instructions (`ex2.approx`, `rcp.approx`) give the exact result; `ex2.ftz` flushes subnormal ones.
 
-use crate::convert::{add_to_zero, multiply_add_down};
-use crate::instruction::Lanes;
+use crate::convert::{add_toward_zero, multiply_add_down};
+use crate::instruction::{AtomicFn, BinaryFn, Lanes, TernaryFn, UnaryFn};
 use half::{bf16, f16};
 use std::array::from_fn;
 
-pub(crate) type One = fn(&Lanes) -> Lanes;
-pub(crate) type Two = fn(&Lanes, &Lanes) -> Lanes;
-pub(crate) type Three = fn(&Lanes, &Lanes, &Lanes) -> Lanes;
-
-/// A number format as the low bits of a lane.
-trait Number: Copy {
-    fn of(bits: u64) -> Self;
-    fn bits(self) -> u64;
+/// A number format, stored in the low bits of a lane.
+trait Scalar: Copy {
+    fn from_lane(bits: u64) -> Self;
+    fn to_lane(self) -> u64;
 }
 
-macro_rules! numbers {
-    ($($type:ty, $of:expr, $bits:expr;)*) => { $(impl Number for $type {
-        fn of(bits: u64) -> Self { $of(bits) }
-        fn bits(self) -> u64 { $bits(self) }
+macro_rules! impl_scalar {
+    ($($type:ty, $from:expr, $to:expr;)*) => { $(impl Scalar for $type {
+        fn from_lane(bits: u64) -> Self { $from(bits) }
+        fn to_lane(self) -> u64 { $to(self) }
     })* };
 }
 
-numbers! {
+impl_scalar! {
     u8, |x| x as u8, u64::from;
     u16, |x| x as u16, u64::from;
     i16, |x| x as i16, |x| u64::from(x as u16);
@@ -38,151 +34,180 @@ numbers! {
     bool, |x| x != 0, u64::from;
 }
 
-// A closure of numbers as a function of lanes. Nested functions, so that each is compiled into a loop of its own.
-macro_rules! one {
+// Each macro turns a closure over scalars into a function over lanes: a nested function, so that the compiler makes a
+// vectorised loop of every one.
+macro_rules! unary_fn {
     ($type:ty, $out:ty, $compute:expr) => {{
-        fn all(a: &Lanes) -> Lanes {
+        fn lanes(a: &Lanes) -> Lanes {
             let compute: fn($type) -> $out = $compute;
-            from_fn(|i| compute(<$type>::of(a[i])).bits())
+            from_fn(|i| compute(<$type>::from_lane(a[i])).to_lane())
         }
-        all as One
+        lanes as UnaryFn
     }};
 }
-macro_rules! two {
+macro_rules! binary_fn {
     ($type:ty, $out:ty, $compute:expr) => {{
-        fn all(a: &Lanes, b: &Lanes) -> Lanes {
+        fn lanes(a: &Lanes, b: &Lanes) -> Lanes {
             let compute: fn($type, $type) -> $out = $compute;
-            from_fn(|i| compute(<$type>::of(a[i]), <$type>::of(b[i])).bits())
+            from_fn(|i| compute(<$type>::from_lane(a[i]), <$type>::from_lane(b[i])).to_lane())
         }
-        all as Two
+        lanes as BinaryFn
     }};
 }
-macro_rules! three {
+macro_rules! ternary_fn {
     ($type:ty, $out:ty, $compute:expr) => {{
-        fn all(a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
+        fn lanes(a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
             let compute: fn($type, $type, $type) -> $out = $compute;
-            from_fn(|i| compute(<$type>::of(a[i]), <$type>::of(b[i]), <$type>::of(c[i])).bits())
+            from_fn(|i| compute(<$type>::from_lane(a[i]), <$type>::from_lane(b[i]), <$type>::from_lane(c[i])).to_lane())
         }
-        all as Three
+        lanes as TernaryFn
     }};
 }
-// The same for a set of formats.
-macro_rules! of_type {
-    ($name:expr, $macro:ident, $compute:expr, $($text:pat => $type:ty),+) => {
-        match $name { $($text => Some($macro!($type, $type, $compute)),)+ _ => None }
+
+// The same closure for several formats, chosen by name.
+macro_rules! for_formats {
+    ($format:expr, $macro:ident, $compute:expr, $($name:pat => $type:ty),+) => {
+        match $format { $($name => Some($macro!($type, $type, $compute)),)+ _ => None }
     };
 }
-macro_rules! integers {
-    ($name:expr, $macro:ident, $compute:expr) => {
-        of_type!($name, $macro, $compute, "u16" => u16, "s16" => i16, "u32" => u32, "s32" => i32, "u64" => u64, "s64" => i64)
+macro_rules! for_integers {
+    ($format:expr, $macro:ident, $compute:expr) => {
+        for_formats!($format, $macro, $compute, "u16" => u16, "s16" => i16, "u32" => u32, "s32" => i32, "u64" => u64, "s64" => i64)
     };
 }
-macro_rules! bits {
-    ($name:expr, $macro:ident, $compute:expr) => {
-        of_type!($name, $macro, $compute, "pred" => bool, "b16" => u16, "b32" => u32, "b64" => u64)
+macro_rules! for_bits {
+    ($format:expr, $macro:ident, $compute:expr) => {
+        for_formats!($format, $macro, $compute, "pred" => bool, "b16" => u16, "b32" => u32, "b64" => u64)
+    };
+}
+macro_rules! for_floats {
+    ($format:expr, $macro:ident, $compute:expr) => {
+        for_formats!($format, $macro, $compute, "f32" => f32, "f64" => f64, "f16" => f16, "bf16" => bf16)
     };
 }
 
-macro_rules! reals {
-    ($name:expr, $macro:ident, $compute:expr) => {
-        of_type!($name, $macro, $compute, "f32" => f32, "f64" => f64, "f16" => f16, "bf16" => bf16)
-    };
-}
-
-/// An operation with one operand, by its name without formats and modifiers, and its format.
-pub(crate) fn one(name: &str, modifiers: &[&str], format: &str) -> Option<One> {
+/// An instruction with one operand: `name` without its modifiers, and the number format.
+pub(crate) fn unary(name: &str, modifiers: &[&str], format: &str) -> Option<UnaryFn> {
     match (name, format) {
         ("mov" | "cvta", _) => Some(|a| *a),
-        ("not", "pred") => Some(one!(bool, bool, |a| !a)),
-        ("not", _) => of_type!(format, one, |a| !a, "b16" => u16, "b32" => u32, "b64" => u64),
+        ("not", "pred") => Some(unary_fn!(bool, bool, |a| !a)),
+        ("not", _) => for_formats!(format, unary_fn, |a| !a, "b16" => u16, "b32" => u32, "b64" => u64),
         ("neg", "s16" | "s32" | "s64") => {
-            of_type!(format, one, |a| a.wrapping_neg(), "s16" => i16, "s32" => i32, "s64" => i64)
+            for_formats!(format, unary_fn, |a| a.wrapping_neg(), "s16" => i16, "s32" => i32, "s64" => i64)
         }
-        ("neg", _) => of_type!(format, one, |a| -a, "f32" => f32, "f64" => f64, "f16" => f16, "bf16" => bf16),
-        ("abs", "s32" | "s64") => of_type!(format, one, |a| a.wrapping_abs(), "s32" => i32, "s64" => i64),
-        ("abs", "f32") => Some(one!(f32, f32, f32::abs)),
-        ("abs", "f64") => Some(one!(f64, f64, f64::abs)),
-        ("abs", "f16" | "bf16") => Some(one!(u16, u16, |a| a & 0x7fff)),
-        ("popc", "b32") => Some(one!(u32, u32, u32::count_ones)),
-        ("clz", "b32") => Some(one!(u32, u32, u32::leading_zeros)),
-        ("clz", "b64") => Some(one!(u64, u32, u64::leading_zeros)),
-        ("brev", "b32") => Some(one!(u32, u32, u32::reverse_bits)),
-        ("rcp", _) => of_type!(format, one, |a| 1.0 / a, "f32" => f32, "f64" => f64),
-        ("sqrt", "f32") => Some(one!(f32, f32, f32::sqrt)),
-        ("sqrt", "f64") => Some(one!(f64, f64, f64::sqrt)),
-        ("rsqrt", "f32") => Some(one!(f32, f32, |a| (1.0 / f64::from(a).sqrt()) as f32)),
+        ("neg", _) => for_formats!(format, unary_fn, |a| -a, "f32" => f32, "f64" => f64, "f16" => f16, "bf16" => bf16),
+        ("abs", "s32" | "s64") => for_formats!(format, unary_fn, |a| a.wrapping_abs(), "s32" => i32, "s64" => i64),
+        ("abs", "f32") => Some(unary_fn!(f32, f32, f32::abs)),
+        ("abs", "f64") => Some(unary_fn!(f64, f64, f64::abs)),
+        ("abs", "f16" | "bf16") => Some(unary_fn!(u16, u16, |a| a & 0x7fff)),
+        ("popc", "b32") => Some(unary_fn!(u32, u32, u32::count_ones)),
+        ("clz", "b32") => Some(unary_fn!(u32, u32, u32::leading_zeros)),
+        ("clz", "b64") => Some(unary_fn!(u64, u32, u64::leading_zeros)),
+        ("brev", "b32") => Some(unary_fn!(u32, u32, u32::reverse_bits)),
+        ("rcp", _) => for_formats!(format, unary_fn, |a| 1.0 / a, "f32" => f32, "f64" => f64),
+        ("sqrt", "f32") => Some(unary_fn!(f32, f32, f32::sqrt)),
+        ("sqrt", "f64") => Some(unary_fn!(f64, f64, f64::sqrt)),
+        ("rsqrt", "f32") => Some(unary_fn!(f32, f32, |a| (1.0 / f64::from(a).sqrt()) as f32)),
         ("ex2", "f32") if modifiers.contains(&"ftz") => {
-            Some(one!(f32, f32, |a| if a < -126.0 { 0.0 } else { a.exp2() }))
+            Some(unary_fn!(f32, f32, |a| if a < -126.0 { 0.0 } else { a.exp2() }))
         }
-        ("ex2", "f32") => Some(one!(f32, f32, f32::exp2)),
-        ("lg2", "f32") => Some(one!(f32, f32, f32::log2)),
-        ("sin", "f32") => Some(one!(f32, f32, f32::sin)),
-        ("cos", "f32") => Some(one!(f32, f32, f32::cos)),
-        ("tanh", "f32") => Some(one!(f32, f32, f32::tanh)),
+        ("ex2", "f32") => Some(unary_fn!(f32, f32, f32::exp2)),
+        ("lg2", "f32") => Some(unary_fn!(f32, f32, f32::log2)),
+        ("sin", "f32") => Some(unary_fn!(f32, f32, f32::sin)),
+        ("cos", "f32") => Some(unary_fn!(f32, f32, f32::cos)),
+        ("tanh", "f32") => Some(unary_fn!(f32, f32, f32::tanh)),
         _ => None,
     }
 }
 
-/// With two.
-pub(crate) fn two(name: &str, modifiers: &[&str], format: &str) -> Option<Two> {
-    let whole = !matches!(format, "f16" | "bf16" | "f32" | "f64");
+/// An instruction with two operands.
+pub(crate) fn binary(name: &str, modifiers: &[&str], format: &str) -> Option<BinaryFn> {
+    let integer = !matches!(format, "f16" | "bf16" | "f32" | "f64");
     match name {
-        "add" if modifiers.contains(&"rz") => (format == "f32").then(|| two!(f32, f32, add_to_zero)),
-        "add" if whole => integers!(format, two, |a, b| a.wrapping_add(b)),
-        "add" => reals!(format, two, |a, b| a + b),
-        "sub" if whole => integers!(format, two, |a, b| a.wrapping_sub(b)),
-        "sub" => reals!(format, two, |a, b| a - b),
-        "mul" if modifiers.contains(&"wide") => match format {
-            "u16" => Some(two!(u16, u32, |a, b| u32::from(a) * u32::from(b))),
-            "s16" => Some(two!(i16, i32, |a, b| i32::from(a) * i32::from(b))),
-            "u32" => Some(two!(u32, u64, |a, b| u64::from(a) * u64::from(b))),
-            "s32" => Some(two!(i32, i64, |a, b| i64::from(a) * i64::from(b))),
-            _ => None,
-        },
-        "mul" if modifiers.contains(&"hi") => match format {
-            "u32" => Some(two!(u32, u32, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32)),
-            "s32" => Some(two!(i32, i32, |a, b| ((i64::from(a) * i64::from(b)) >> 32) as i32)),
-            "u64" => Some(two!(u64, u64, |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64)),
-            "s64" => Some(two!(i64, i64, |a, b| ((i128::from(a) * i128::from(b)) >> 64) as i64)),
-            _ => None,
-        },
-        "mul" if whole => integers!(format, two, |a, b| a.wrapping_mul(b)),
-        "mul" => reals!(format, two, |a, b| a * b),
-        // A division by zero gives all ones, as on the device.
-        "div" if whole => integers!(format, two, |a, b| if b == 0 { !0 } else { a.wrapping_div(b) }),
-        "div" => reals!(format, two, |a, b| a / b),
-        "rem" => integers!(format, two, |a, b| if b == 0 { a } else { a.wrapping_rem(b) }),
-        "min" if whole => integers!(format, two, |a, b| a.min(b)),
-        "max" if whole => integers!(format, two, |a, b| a.max(b)),
-        "min" if modifiers.contains(&"NaN") => reals!(format, two, |a, b| if a < b || a.is_nan() { a } else { b }),
-        "max" if modifiers.contains(&"NaN") => reals!(format, two, |a, b| if a > b || a.is_nan() { a } else { b }),
-        "min" => reals!(format, two, |a, b| a.min(b)),
-        "max" => reals!(format, two, |a, b| a.max(b)),
-        "and" => bits!(format, two, |a, b| a & b),
-        "or" => bits!(format, two, |a, b| a | b),
-        "xor" => bits!(format, two, |a, b| a ^ b),
-        "shl" => match format {
-            "b16" => Some(two!(u64, u16, |a, b| (a as u16).checked_shl(b as u32).unwrap_or(0))),
-            "b32" => Some(two!(u64, u32, |a, b| (a as u32).checked_shl(b as u32).unwrap_or(0))),
-            "b64" => Some(two!(u64, u64, |a, b| a.checked_shl(b as u32).unwrap_or(0))),
-            _ => None,
-        },
-        "shr" => match format {
-            "b16" | "u16" => Some(two!(u64, u16, |a, b| (a as u16).checked_shr(b as u32).unwrap_or(0))),
-            "b32" | "u32" => Some(two!(u64, u32, |a, b| (a as u32).checked_shr(b as u32).unwrap_or(0))),
-            "b64" | "u64" => Some(two!(u64, u64, |a, b| a.checked_shr(b as u32).unwrap_or(0))),
-            "s16" => Some(two!(u64, i16, |a, b| a as i16 >> (b as u32).min(15))),
-            "s32" => Some(two!(u64, i32, |a, b| a as i32 >> (b as u32).min(31))),
-            "s64" => Some(two!(u64, i64, |a, b| a as i64 >> (b as u32).min(63))),
-            _ => None,
-        },
-        "copysign" => of_type!(format, two, |a, b| b.copysign(a), "f32" => f32, "f64" => f64),
+        "add" if modifiers.contains(&"rz") => (format == "f32").then(|| binary_fn!(f32, f32, add_toward_zero)),
+        "add" if integer => for_integers!(format, binary_fn, |a, b| a.wrapping_add(b)),
+        "add" => for_floats!(format, binary_fn, |a, b| a + b),
+        "sub" if integer => for_integers!(format, binary_fn, |a, b| a.wrapping_sub(b)),
+        "sub" => for_floats!(format, binary_fn, |a, b| a - b),
+        "mul" if modifiers.contains(&"wide") => wide_product(format),
+        "mul" if modifiers.contains(&"hi") => high_product(format),
+        "mul" if integer => for_integers!(format, binary_fn, |a, b| a.wrapping_mul(b)),
+        "mul" => for_floats!(format, binary_fn, |a, b| a * b),
+        // An integer division by zero gives all ones, as on the device.
+        "div" if integer => for_integers!(format, binary_fn, |a, b| if b == 0 { !0 } else { a.wrapping_div(b) }),
+        "div" => for_floats!(format, binary_fn, |a, b| a / b),
+        "rem" => for_integers!(format, binary_fn, |a, b| if b == 0 { a } else { a.wrapping_rem(b) }),
+        "min" | "max" => minimum_or_maximum(name, modifiers.contains(&"NaN"), format),
+        "and" => for_bits!(format, binary_fn, |a, b| a & b),
+        "or" => for_bits!(format, binary_fn, |a, b| a | b),
+        "xor" => for_bits!(format, binary_fn, |a, b| a ^ b),
+        "shl" => shift_left(format),
+        "shr" => shift_right(format),
+        "copysign" => for_formats!(format, binary_fn, |a, b| b.copysign(a), "f32" => f32, "f64" => f64),
         _ => None,
     }
 }
 
-/// With three.
-pub(crate) fn three(name: &str, modifiers: &[&str], format: &str) -> Option<Three> {
+/// `mul.wide`: the product in twice the width.
+fn wide_product(format: &str) -> Option<BinaryFn> {
+    match format {
+        "u16" => Some(binary_fn!(u16, u32, |a, b| u32::from(a) * u32::from(b))),
+        "s16" => Some(binary_fn!(i16, i32, |a, b| i32::from(a) * i32::from(b))),
+        "u32" => Some(binary_fn!(u32, u64, |a, b| u64::from(a) * u64::from(b))),
+        "s32" => Some(binary_fn!(i32, i64, |a, b| i64::from(a) * i64::from(b))),
+        _ => None,
+    }
+}
+
+/// `mul.hi`: the upper half of the product.
+fn high_product(format: &str) -> Option<BinaryFn> {
+    match format {
+        "u32" => Some(binary_fn!(u32, u32, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32)),
+        "s32" => Some(binary_fn!(i32, i32, |a, b| ((i64::from(a) * i64::from(b)) >> 32) as i32)),
+        "u64" => Some(binary_fn!(u64, u64, |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64)),
+        "s64" => Some(binary_fn!(i64, i64, |a, b| ((i128::from(a) * i128::from(b)) >> 64) as i64)),
+        _ => None,
+    }
+}
+
+/// `min` and `max`; of a number and NaN they give the number, unless `keeps_nan`.
+fn minimum_or_maximum(name: &str, keeps_nan: bool, format: &str) -> Option<BinaryFn> {
+    let integer = !matches!(format, "f16" | "bf16" | "f32" | "f64");
+    match name {
+        "min" if integer => for_integers!(format, binary_fn, |a, b| a.min(b)),
+        "max" if integer => for_integers!(format, binary_fn, |a, b| a.max(b)),
+        "min" if keeps_nan => for_floats!(format, binary_fn, |a, b| if a < b || a.is_nan() { a } else { b }),
+        "max" if keeps_nan => for_floats!(format, binary_fn, |a, b| if a > b || a.is_nan() { a } else { b }),
+        "min" => for_floats!(format, binary_fn, |a, b| a.min(b)),
+        _ => for_floats!(format, binary_fn, |a, b| a.max(b)),
+    }
+}
+
+/// `shl`; the amount is always 32 bits wide, and one beyond the width gives 0.
+fn shift_left(format: &str) -> Option<BinaryFn> {
+    match format {
+        "b16" => Some(binary_fn!(u64, u16, |a, b| (a as u16).checked_shl(b as u32).unwrap_or(0))),
+        "b32" => Some(binary_fn!(u64, u32, |a, b| (a as u32).checked_shl(b as u32).unwrap_or(0))),
+        "b64" => Some(binary_fn!(u64, u64, |a, b| a.checked_shl(b as u32).unwrap_or(0))),
+        _ => None,
+    }
+}
+
+/// `shr`; a signed value fills with its sign.
+fn shift_right(format: &str) -> Option<BinaryFn> {
+    match format {
+        "b16" | "u16" => Some(binary_fn!(u64, u16, |a, b| (a as u16).checked_shr(b as u32).unwrap_or(0))),
+        "b32" | "u32" => Some(binary_fn!(u64, u32, |a, b| (a as u32).checked_shr(b as u32).unwrap_or(0))),
+        "b64" | "u64" => Some(binary_fn!(u64, u64, |a, b| a.checked_shr(b as u32).unwrap_or(0))),
+        "s16" => Some(binary_fn!(u64, i16, |a, b| a as i16 >> (b as u32).min(15))),
+        "s32" => Some(binary_fn!(u64, i32, |a, b| a as i32 >> (b as u32).min(31))),
+        "s64" => Some(binary_fn!(u64, i64, |a, b| a as i64 >> (b as u32).min(63))),
+        _ => None,
+    }
+}
+
+/// An instruction with three operands.
+pub(crate) fn ternary(name: &str, modifiers: &[&str], format: &str) -> Option<TernaryFn> {
     match (name, format) {
         ("mad", "u32") if modifiers.contains(&"wide") => {
             Some(|a, b, c| from_fn(|i| (a[i] as u32 as u64 * (b[i] as u32 as u64)).wrapping_add(c[i])))
@@ -191,42 +216,46 @@ pub(crate) fn three(name: &str, modifiers: &[&str], format: &str) -> Option<Thre
             Some(|a, b, c| from_fn(|i| ((i64::from(a[i] as i32) * i64::from(b[i] as i32)) as u64).wrapping_add(c[i])))
         }
         ("mad", _) if modifiers.contains(&"lo") => {
-            integers!(format, three, |a, b, c| a.wrapping_mul(b).wrapping_add(c))
+            for_integers!(format, ternary_fn, |a, b, c| a.wrapping_mul(b).wrapping_add(c))
         }
-        ("fma", "f32") if modifiers.contains(&"rm") => Some(three!(f32, f32, multiply_add_down)),
-        ("fma" | "mad", "f32") => Some(three!(f32, f32, |a, b, c| (f64::from(a) * f64::from(b) + f64::from(c)) as f32)),
-        ("fma", "f64") => Some(three!(f64, f64, f64::mul_add)),
-        ("fma", "f16") => Some(three!(f16, f16, |a, b, c| f16::from_f64(a.to_f64() * b.to_f64() + c.to_f64()))),
-        ("fma", "bf16") => Some(three!(bf16, bf16, |a, b, c| bf16::from_f64(a.to_f64() * b.to_f64() + c.to_f64()))),
+        ("fma", "f32") if modifiers.contains(&"rm") => Some(ternary_fn!(f32, f32, multiply_add_down)),
+        ("fma" | "mad", "f32") => {
+            Some(ternary_fn!(f32, f32, |a, b, c| (f64::from(a) * f64::from(b) + f64::from(c)) as f32))
+        }
+        ("fma", "f64") => Some(ternary_fn!(f64, f64, f64::mul_add)),
+        ("fma", "f16") => Some(ternary_fn!(f16, f16, |a, b, c| f16::from_f64(a.to_f64() * b.to_f64() + c.to_f64()))),
+        ("fma", "bf16") => {
+            Some(ternary_fn!(bf16, bf16, |a, b, c| bf16::from_f64(a.to_f64() * b.to_f64() + c.to_f64())))
+        }
         ("selp", _) => Some(|a, b, c| from_fn(|i| if c[i] != 0 { a[i] } else { b[i] })),
         _ => None,
     }
 }
 
-/// Whether a comparison holds, 0 or 1.
-// Numbers that cannot be compared make the long forms differ from the short ones.
+/// A comparison, which gives 0 or 1.
+// The longhand forms differ from the short ones for NaN.
 #[allow(clippy::double_comparisons, clippy::nonminimal_bool, clippy::neg_cmp_op_on_partial_ord)]
-pub(crate) fn compare(relation: &str, format: &str) -> Option<Two> {
+pub(crate) fn compare(relation: &str, format: &str) -> Option<BinaryFn> {
     macro_rules! compared {
         ($compute:expr) => {
             match format {
-                "u16" | "b16" => Some(two!(u16, bool, $compute)),
-                "s16" => Some(two!(i16, bool, $compute)),
-                "u32" | "b32" => Some(two!(u32, bool, $compute)),
-                "s32" => Some(two!(i32, bool, $compute)),
-                "u64" | "b64" => Some(two!(u64, bool, $compute)),
-                "s64" => Some(two!(i64, bool, $compute)),
-                "f16" => Some(two!(f16, bool, $compute)),
-                "bf16" => Some(two!(bf16, bool, $compute)),
-                "f32" => Some(two!(f32, bool, $compute)),
-                "f64" => Some(two!(f64, bool, $compute)),
+                "u16" | "b16" => Some(binary_fn!(u16, bool, $compute)),
+                "s16" => Some(binary_fn!(i16, bool, $compute)),
+                "u32" | "b32" => Some(binary_fn!(u32, bool, $compute)),
+                "s32" => Some(binary_fn!(i32, bool, $compute)),
+                "u64" | "b64" => Some(binary_fn!(u64, bool, $compute)),
+                "s64" => Some(binary_fn!(i64, bool, $compute)),
+                "f16" => Some(binary_fn!(f16, bool, $compute)),
+                "bf16" => Some(binary_fn!(bf16, bool, $compute)),
+                "f32" => Some(binary_fn!(f32, bool, $compute)),
+                "f64" => Some(binary_fn!(f64, bool, $compute)),
                 _ => None,
             }
         };
     }
     match relation {
         "eq" => compared!(|a, b| a == b),
-        // Ordered: false where one is no number.
+        // An ordered comparison: false if either is NaN.
         "ne" => compared!(|a, b| a < b || a > b),
         "lt" | "lo" => compared!(|a, b| a < b),
         "le" | "ls" => compared!(|a, b| a <= b),
@@ -244,14 +273,14 @@ pub(crate) fn compare(relation: &str, format: &str) -> Option<Two> {
     }
 }
 
-/// What an atomic operation leaves: of the old value and one operand, or two.
-pub(crate) fn atomic(name: &str, format: &str) -> Option<fn(u64, u64, u64) -> u64> {
+/// The update of an atomic instruction.
+pub(crate) fn atomic(name: &str, format: &str) -> Option<AtomicFn> {
     Some(match (name, format) {
         ("add", "u32" | "s32") => |old, a, _| u64::from((old as u32).wrapping_add(a as u32)),
         ("add", "u64") => |old, a, _| old.wrapping_add(a),
-        ("add", "f32") => |old, a, _| (f32::of(old) + f32::of(a)).bits(),
-        ("add", "f64") => |old, a, _| (f64::of(old) + f64::of(a)).bits(),
-        ("add", "f16") => |old, a, _| (f16::of(old) + f16::of(a)).bits(),
+        ("add", "f32") => |old, a, _| (f32::from_lane(old) + f32::from_lane(a)).to_lane(),
+        ("add", "f64") => |old, a, _| (f64::from_lane(old) + f64::from_lane(a)).to_lane(),
+        ("add", "f16") => |old, a, _| (f16::from_lane(old) + f16::from_lane(a)).to_lane(),
         ("cas", _) => |old, a, b| if old == a { b } else { old },
         ("exch", _) => |_, a, _| a,
         ("max", "u32") => |old, a, _| old.max(a),
@@ -259,9 +288,10 @@ pub(crate) fn atomic(name: &str, format: &str) -> Option<fn(u64, u64, u64) -> u6
     })
 }
 
-/// `bfi.b32`: the low `length` bits of a, put into b at `at`. Four operands make it a case of its own.
+/// `bfi`: puts the low `length` bits of `a` into `b` at bit `at`.
 pub(crate) fn insert_bits(a: u64, b: u64, at: u64, length: u64, width: u64) -> u64 {
-    let (at, length) = (at & 0xff, (length & 0xff).min(width));
+    let at = at & 0xff;
+    let length = (length & 0xff).min(width);
     if at >= width {
         return b;
     }

@@ -1,20 +1,20 @@
-//! `cvt`: from one number format to another.
+//! `cvt`: conversion between number formats.
 
 use half::{bf16, f16};
 
-/// From what, to what and how.
+/// A conversion.
 #[derive(Clone, Copy, Debug)]
 pub struct Convert {
-    from: Format,
-    to: Format,
+    from: NumberFormat,
+    to: NumberFormat,
     rounding: Rounding,
-    /// To a whole number, whatever the format.
-    whole: bool,
+    /// Whether to round to an integer first, even if the result is a float.
+    to_integer: bool,
     saturate: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Format {
+enum NumberFormat {
     Signed(u32),
     Unsigned(u32),
     F16,
@@ -32,20 +32,21 @@ enum Rounding {
 }
 
 impl Convert {
-    /// Of the words behind `cvt.`, of which the last two are formats.
-    pub fn parse(words: &[&str]) -> Option<Self> {
-        let [modifiers @ .., to, from] = words else { return None };
-        let (from, to) = (Format::parse(from)?, Format::parse(to)?);
-        let mut convert = Self { from, to, rounding: Rounding::Nearest, whole: to.is_integer(), saturate: false };
-        for word in modifiers {
-            match *word {
+    /// Parses the modifiers of `cvt`, of which the last two are the formats.
+    pub fn parse(modifiers: &[&str]) -> Option<Self> {
+        let [options @ .., to, from] = modifiers else { return None };
+        let from = NumberFormat::parse(from)?;
+        let to = NumberFormat::parse(to)?;
+        let mut convert = Self { from, to, rounding: Rounding::Nearest, to_integer: to.is_integer(), saturate: false };
+        for option in options {
+            match *option {
                 "rn" => {}
                 "rz" => convert.rounding = Rounding::Zero,
                 "rm" => convert.rounding = Rounding::Down,
                 "rp" => convert.rounding = Rounding::Up,
                 "rni" | "rzi" | "rmi" | "rpi" => {
-                    convert.whole = true;
-                    convert.rounding = match *word {
+                    convert.to_integer = true;
+                    convert.rounding = match *option {
                         "rni" => Rounding::Nearest,
                         "rzi" => Rounding::Zero,
                         "rmi" => Rounding::Down,
@@ -60,20 +61,20 @@ impl Convert {
         Some(convert)
     }
 
-    /// Converts the bits of one number.
+    /// Converts one value.
     pub fn apply(&self, bits: u64) -> u64 {
-        match (self.from.integer(bits), self.to.is_integer()) {
+        match (self.from.integer_value(bits), self.to.is_integer()) {
             (Some(value), true) if !self.saturate => self.to.truncated(value),
             (Some(value), true) => self.to.clamped(value),
-            (Some(value), false) if self.rounding == Rounding::Nearest => self.to.nearest(value),
+            (Some(value), false) if self.rounding == Rounding::Nearest => self.to.encode_integer(value),
             (Some(value), false) => self.to.rounded(value as f64, self.rounding),
             (None, integer) => {
-                let value = self.from.real(bits);
-                let value = if self.whole { self.rounding.whole(value) } else { value };
+                let value = self.from.float_value(bits);
+                let value = if self.to_integer { self.rounding.round_to_integer(value) } else { value };
                 match self.saturate && !integer {
                     true if value.is_nan() => 0,
                     true => self.to.rounded(value.clamp(0.0, 1.0), self.rounding),
-                    // What is no number becomes 0, and what is too large the nearest there is.
+                    // NaN becomes 0; other values are clamped to the range.
                     false if integer => self.to.clamped(value as i128),
                     false => self.to.rounded(value, self.rounding),
                 }
@@ -82,7 +83,7 @@ impl Convert {
     }
 }
 
-impl Format {
+impl NumberFormat {
     fn parse(text: &str) -> Option<Self> {
         Some(match text {
             "f16" => Self::F16,
@@ -101,7 +102,7 @@ impl Format {
         matches!(self, Self::Signed(_) | Self::Unsigned(_))
     }
 
-    fn integer(self, bits: u64) -> Option<i128> {
+    fn integer_value(self, bits: u64) -> Option<i128> {
         match self {
             Self::Signed(width) => Some(i128::from((bits << (64 - width)).cast_signed() >> (64 - width))),
             Self::Unsigned(width) => Some(i128::from(bits << (64 - width) >> (64 - width))),
@@ -109,7 +110,7 @@ impl Format {
         }
     }
 
-    fn real(self, bits: u64) -> f64 {
+    fn float_value(self, bits: u64) -> f64 {
         match self {
             Self::F16 => f16::from_bits(bits as u16).to_f64(),
             Self::Bf16 => bf16::from_bits(bits as u16).to_f64(),
@@ -134,8 +135,8 @@ impl Format {
         self.truncated(value.clamp(least, most))
     }
 
-    /// The float nearest to a whole number.
-    fn nearest(self, value: i128) -> u64 {
+    /// The float nearest to an integer.
+    fn encode_integer(self, value: i128) -> u64 {
         match self {
             Self::F32 => u64::from((value as f32).to_bits()),
             _ => self.rounded(value as f64, Rounding::Nearest),
@@ -146,14 +147,14 @@ impl Format {
         match self {
             Self::F16 => u64::from(f16::from_f64(value).to_bits()),
             Self::Bf16 => u64::from(bf16::from_f64(value).to_bits()),
-            Self::F32 => u64::from(rounding.single(value).to_bits()),
+            Self::F32 => u64::from(rounding.to_f32(value).to_bits()),
             _ => value.to_bits(),
         }
     }
 }
 
 impl Rounding {
-    fn whole(self, value: f64) -> f64 {
+    fn round_to_integer(self, value: f64) -> f64 {
         match self {
             Self::Nearest => value.round_ties_even(),
             Self::Zero => value.trunc(),
@@ -162,7 +163,7 @@ impl Rounding {
         }
     }
 
-    fn single(self, value: f64) -> f32 {
+    fn to_f32(self, value: f64) -> f32 {
         let near = value as f32;
         let (down, up) = match self {
             Self::Nearest => (false, false),
@@ -180,10 +181,10 @@ impl Rounding {
 
 /// `a b + c` in f32, rounded down; computed with 53 bits, which hold the product exactly.
 pub fn multiply_add_down(a: f32, b: f32, c: f32) -> f32 {
-    Rounding::Down.single(f64::from(a) * f64::from(b) + f64::from(c))
+    Rounding::Down.to_f32(f64::from(a) * f64::from(b) + f64::from(c))
 }
 
-/// `a + b`, rounded towards zero.
-pub fn add_to_zero(a: f32, b: f32) -> f32 {
-    Rounding::Zero.single(f64::from(a) + f64::from(b))
+/// `a + b`, rounded toward zero.
+pub fn add_toward_zero(a: f32, b: f32) -> f32 {
+    Rounding::Zero.to_f32(f64::from(a) + f64::from(b))
 }

@@ -1,16 +1,16 @@
-//! Which device is simulated: one of compute capability 8.0, or what `SIMULATOR_CAPABILITY` says.
+//! The simulated device: compute capability 8.0, or 9.0 with `SIMULATOR_CAPABILITY=90`.
 
 use crate::report;
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
-/// What devices differ in.
+/// A device.
 pub struct Device {
-    /// Compute capability, 80 or 90.
+    /// Compute capability, major · 10 + minor.
     pub capability: u32,
-    /// As the driver names it.
+    /// The name that the driver reports.
     pub name: &'static CStr,
-    /// Most shared memory of a block.
+    /// The most shared memory of a block.
     pub shared_bytes: usize,
 }
 
@@ -24,24 +24,25 @@ static CHOSEN: OnceLock<&'static Device> = OnceLock::new();
 /// The device of this process.
 pub fn device() -> &'static Device {
     CHOSEN.get_or_init(|| {
-        let Ok(asked) = std::env::var("SIMULATOR_CAPABILITY") else { return &DEVICES[0] };
-        DEVICES.iter().find(|one| one.capability.to_string() == asked).unwrap_or_else(|| {
-            report::problem(&format!("no device of capability {asked} is simulated; this is one of 80"));
+        let Ok(requested) = std::env::var("SIMULATOR_CAPABILITY") else { return &DEVICES[0] };
+        DEVICES.iter().find(|device| device.capability.to_string() == requested).unwrap_or_else(|| {
+            report::problem(&format!("SIMULATOR_CAPABILITY={requested} is neither 80 nor 90; simulating 80"));
             &DEVICES[0]
         })
     })
 }
 
-/// Chooses it, whatever the environment says; whether it is that one now.
+/// Chooses the device whatever the environment says; false if another one has been chosen before.
 pub fn choose(capability: u32) -> bool {
-    DEVICES.iter().find(|one| one.capability == capability).is_some_and(|one| {
-        let chosen = CHOSEN.get_or_init(|| one);
+    DEVICES.iter().find(|device| device.capability == capability).is_some_and(|device| {
+        let chosen = CHOSEN.get_or_init(|| device);
         chosen.capability == capability
     })
 }
 
 impl Device {
-    /// Whether code for `sm_80` or `sm_90a` runs on it: none that is newer, and with a letter none of another capability.
+    /// Whether code for a target such as `sm_80` or `sm_90a` runs here. Plain targets run on newer devices, those with a
+    /// letter only on their own.
     pub fn runs(&self, target: &str) -> bool {
         let named = target.trim_start_matches("sm_");
         let number = named.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());

@@ -1,136 +1,191 @@
-//! What an instruction is once its text is understood.
+//! Decoded instructions, as plain data. `decode` makes them from PTX text, `warp` executes them.
 
-use crate::products::Product;
+use crate::convert::Convert;
 
 /// One value for each lane of a warp, in the low bits.
-pub type Lanes = [u64; WARP];
-/// How many threads work in step.
-pub const WARP: usize = 32;
+pub type Lanes = [u64; WARP_SIZE];
+/// Threads of a warp.
+pub const WARP_SIZE: usize = 32;
 
-/// An instruction, for the lanes for which its guard holds.
+/// Computes each lane's result from one operand.
+pub type UnaryFn = fn(&Lanes) -> Lanes;
+/// Computes each lane's result from two operands.
+pub type BinaryFn = fn(&Lanes, &Lanes) -> Lanes;
+/// Computes each lane's result from three operands.
+pub type TernaryFn = fn(&Lanes, &Lanes, &Lanes) -> Lanes;
+/// Computes the new value of a memory word from the old one and up to two operands.
+pub type AtomicFn = fn(u64, u64, u64) -> u64;
+/// Converts the 16 bits of an f16 or bf16.
+pub type HalfToF32 = fn(u16) -> f32;
+
+/// An instruction of a program.
 pub struct Instruction {
-    /// A register, and what it must be.
+    /// A predicate register and the value it must have; lanes where it has the other one skip the instruction.
     pub guard: Option<(u32, bool)>,
     /// What it does.
     pub operation: Operation,
-    /// Its results.
+    /// Registers that receive the results.
     pub to: Vec<u32>,
-    /// What it works on.
+    /// Operands.
     pub from: Vec<Operand>,
-    /// As written, for messages.
+    /// The PTX text, for error messages.
     pub text: String,
 }
 
-/// Where a value comes from.
+/// Where an operand's value comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum Operand {
     /// A register.
     Register(u32),
-    /// The same for all.
+    /// An immediate, the same in all lanes.
     Constant(u64),
-    /// Where in its grid a thread stands.
-    Special(Special),
+    /// A special register.
+    Special(SpecialRegister),
 }
 
-/// Special registers. The number is the axis.
+/// Special registers; the number is the axis, 0 to 2.
 #[derive(Clone, Copy, Debug)]
-pub enum Special {
+pub enum SpecialRegister {
     /// `%tid`
-    Thread(usize),
+    Tid(usize),
     /// `%ntid`
-    Threads(usize),
+    Ntid(usize),
     /// `%ctaid`
-    Block(usize),
+    Ctaid(usize),
     /// `%nctaid`
-    Blocks(usize),
+    Nctaid(usize),
     /// `%laneid`
-    Lane,
+    LaneId,
 }
 
 /// State spaces of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Space {
-    /// The arguments of the launch.
+    /// Kernel arguments.
     Parameter,
-    /// Of the block.
+    /// Shared memory of the block.
     Shared,
-    /// Of the thread.
+    /// Local memory of the thread.
     Local,
-    /// Whatever the address says.
+    /// Global memory, or whichever space the address says.
     Generic,
 }
 
-/// What instructions do. Those on memory have an address and what is added to it as their first two operands.
+/// The shape and layout of a `wgmma` product, (64 x 16) · (16 x `columns`).
+#[derive(Clone, Copy, Debug)]
+pub struct WgmmaShape {
+    /// Columns of the right matrix.
+    pub columns: usize,
+    /// Reads an element.
+    pub element: HalfToF32,
+    /// Whether the left matrix is transposed in shared memory; none if it is in registers.
+    pub left_transposed: Option<bool>,
+    /// Whether the right matrix is transposed in shared memory.
+    pub right_transposed: bool,
+    /// Whether the product is subtracted.
+    pub negated: bool,
+}
+
+/// What an instruction does. The first two operands of a memory access are an address and the offset added to it.
 #[derive(Clone, Copy, Debug)]
 pub enum Operation {
-    /// On each lane alone, from one value to one.
-    One(fn(&Lanes) -> Lanes),
-    /// From two.
-    Two(fn(&Lanes, &Lanes) -> Lanes),
-    /// From three.
-    Three(fn(&Lanes, &Lanes, &Lanes) -> Lanes),
-    /// On both halves of a register, `fma.rn.bf16x2` for one.
-    Halves(fn(&Lanes, &Lanes, &Lanes) -> Lanes),
-    /// A comparison whose result is joined with a third operand, if there is one; the second result is its opposite.
-    Compare(fn(&Lanes, &Lanes) -> Lanes, Option<fn(&Lanes, &Lanes) -> Lanes>),
-    /// A comparison that gives this where it holds.
-    Set(fn(&Lanes, &Lanes) -> Lanes, u64),
-    /// Between number formats.
-    Convert(crate::convert::Convert),
-    /// Several values of so many bits to one, or one to several.
+    /// Lane-wise, one operand.
+    Unary(UnaryFn),
+    /// Lane-wise, two operands.
+    Binary(BinaryFn),
+    /// Lane-wise, three operands.
+    Ternary(TernaryFn),
+    /// Applied to the low and high half of 32-bit registers, as in `fma.rn.bf16x2`.
+    PerHalf(TernaryFn),
+    /// A comparison, combined with a third operand if there is a function for that. A second result is its negation.
+    Compare(BinaryFn, Option<BinaryFn>),
+    /// A comparison that gives this value where it holds, else 0.
+    Set(BinaryFn, u64),
+    /// Conversion between number formats.
+    Convert(Convert),
+    /// Joins values of this many bits into one.
     Pack(u32),
-    /// See [`Operation::Pack`].
+    /// Splits a value into several of this many bits.
     Unpack(u32),
-    /// Bits of one value put into another, in registers of so many.
-    Insert(u64),
-    /// So many bytes for each result, the sign extended.
-    Load(Space, u32, bool),
-    /// So many bytes of each operand from the third on.
-    Store(Space, u32),
-    /// The value at the address becomes a function of it and the operands; it is itself the result.
-    Atomic(Space, u32, fn(u64, u64, u64) -> u64),
-    /// To where lanes that reach it go on.
+    /// `bfi`, in registers of this many bits.
+    BitInsert(u64),
+    /// Loads `bytes` for each result.
+    Load {
+        /// State space of the address.
+        space: Space,
+        /// Size of one value.
+        bytes: u32,
+        /// Whether to extend the sign.
+        signed: bool,
+    },
+    /// Stores each operand from the third on.
+    Store {
+        /// State space of the address.
+        space: Space,
+        /// Size of one value.
+        bytes: u32,
+    },
+    /// An atomic read-modify-write; the result is the old value.
+    Atomic {
+        /// State space of the address.
+        space: Space,
+        /// Size of the value.
+        bytes: u32,
+        /// Gives the new value.
+        update: AtomicFn,
+    },
+    /// Jumps to the instruction of this index.
     Branch(usize),
-    /// Lanes that reach it end.
+    /// Ends the active lanes.
     Exit,
-    /// At a barrier of threads, by its number and for how many threads; waits there, or only arrives.
-    Barrier(bool),
-    /// Lanes named by the operand meet.
-    Meet,
-    /// The lowest lane of those named by the operand: its number, and for whom it holds.
+    /// `bar.sync`, or `bar.arrive` if it does not wait. Operands: number of the barrier and, optionally, of threads.
+    Barrier {
+        /// Whether the warp waits there.
+        waits: bool,
+    },
+    /// `bar.warp.sync`, for the lanes in the operand's mask.
+    WarpSync,
+    /// `elect.sync`: one lane of the operand's mask.
     Elect,
-    /// A word of shared memory becomes a barrier for so many arrivals.
-    MakeBarrier(Space),
-    /// It is none any more.
-    DropBarrier(Space),
-    /// So many arrivals at it, and so many bytes more that are to come.
-    Arrive(Space),
-    /// Whether its phase of this parity is over.
+    /// `mbarrier.init`
+    InitBarrier(Space),
+    /// `mbarrier.inval`
+    InvalidateBarrier(Space),
+    /// `mbarrier.arrive` and `mbarrier.expect_tx`. Operands: arrivals, expected bytes.
+    ArriveBarrier(Space),
+    /// `mbarrier.try_wait.parity` and `test_wait.parity`
     TestBarrier(Space),
-    /// A box of a tensor to shared memory, as late as may be: to where, by which map, with which barrier, from where.
-    CopyBox,
-    /// Registers written so far may be used by products.
-    FenceProducts,
-    /// A product of a warpgroup begins.
-    BeginProduct(Product),
-    /// Products begun so far are a group.
-    CommitProducts,
-    /// Until so few groups are under way.
-    AwaitProducts(usize),
-    /// Another lane's value: from which one, of a lane, the operand and the clamp.
+    /// `cp.async.bulk.tensor` to shared memory. Operands: destination, tensor map, mbarrier, coordinates.
+    BulkCopy,
+    /// `wgmma.fence`
+    WgmmaFence,
+    /// `wgmma.mma_async`
+    Wgmma(WgmmaShape),
+    /// `wgmma.commit_group`
+    WgmmaCommit,
+    /// `wgmma.wait_group`, until this many groups are pending
+    WgmmaWait(usize),
+    /// `shfl.sync`. The function gives the source lane from a lane's number and the operands `b` and `c` of the manual.
     Shuffle(fn(u32, u32, u32) -> u32),
-    /// So many bytes to shared memory, as late as may be; fewer are taken where a fifth operand says so, zeros then.
+    /// `cp.async` of this many bytes. A fifth operand says how many of them to read; the rest becomes zeros.
     CopyAsync(u32),
-    /// Copies begun so far are a group.
-    Commit,
-    /// Until so few groups are under way.
-    Wait(usize),
-    /// So many matrices of 8 x 8, transposed or not.
-    LoadMatrices(usize, bool),
-    /// A product of 16 x 16 and 16 x 8, of what the function makes numbers.
-    MultiplyAdd(fn(u16) -> f32),
-    /// Not to be reached: the program's own trap, a call, or what is not simulated.
+    /// `cp.async.commit_group`
+    CopyCommit,
+    /// `cp.async.wait_group`, until this many groups are pending
+    CopyWait(usize),
+    /// `cp.async.wait_all`, which includes copies that are in no group
+    CopyWaitAll,
+    /// `ldmatrix` of this many 8 x 8 matrices, transposed or not
+    LoadMatrices {
+        /// Number of matrices.
+        count: usize,
+        /// Whether each is transposed.
+        transposed: bool,
+    },
+    /// `mma.m16n8k16` with f32 sums
+    Mma(HalfToF32),
+    /// Ends the launch with this message: the program's own trap, or an instruction that is not simulated.
     Trap(&'static str),
-    /// Nothing.
-    Nothing,
+    /// Does nothing.
+    Nop,
 }

@@ -1,45 +1,75 @@
-//! [`launch`]: all blocks of a grid, as many at a time as there are cores.
+//! [`launch`]: runs the blocks of a grid, one on each CPU core at a time.
 
 use crate::barriers::Barriers;
-use crate::instruction::WARP;
+use crate::instruction::WARP_SIZE;
 use crate::memory::allocations;
 use crate::program::Program;
-use crate::warp::{Block, Stop, Warp};
+use crate::schedule::Schedule;
+use crate::warp::{Block, Warp, WarpStatus};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The shape of a launch.
+#[derive(Clone, Copy)]
+pub struct Grid {
+    /// Blocks along each axis.
+    pub blocks: [u32; 3],
+    /// Threads of a block along each axis.
+    pub threads: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl Grid {
+    fn warps(&self) -> usize {
+        self.threads.iter().product::<u32>().div_ceil(WARP_SIZE as u32) as usize
+    }
+
+    fn block_count(&self) -> u64 {
+        self.blocks.iter().map(|count| u64::from(*count)).product()
+    }
+
+    fn block_index(&self, number: u64) -> [u32; 3] {
+        let [x, y, _] = self.blocks.map(u64::from);
+        [number % x, number / x % y, number / (x * y)].map(|index| index as u32)
+    }
+}
 
 /// Runs a grid to its end.
 ///
 /// # Errors
-/// What went wrong first, with the block.
-pub fn launch(
-    program: &Program,
-    parameters: &[u8],
-    blocks: [u32; 3],
-    threads: [u32; 3],
-    shared_bytes: usize,
-) -> Result<(), String> {
-    let (next, problem) = (AtomicU64::new(0), Mutex::new(None));
-    let (allocations, atomics) = (allocations(), Mutex::new(()));
-    let count: u64 = blocks.iter().map(|one| u64::from(*one)).product();
+/// The first fault, with its block.
+pub fn launch(program: &Program, parameters: &[u8], grid: Grid, schedule: Schedule) -> Result<(), String> {
+    let next = AtomicU64::new(0);
+    let fault = Mutex::new(None);
+    let allocations = allocations();
+    let atomics = Mutex::new(());
+    let count = grid.block_count();
     let work = || {
-        let warps = threads.iter().product::<u32>().div_ceil(WARP as u32) as usize;
-        let mut warps: Vec<Warp> = (0..warps).map(|number| Warp::new(program, number)).collect();
-        let shared = vec![0; program.shared_bytes.next_multiple_of(16) + shared_bytes];
-        let (index, atomics, barriers) = ([0; 3], &atomics, Barriers::default());
-        let mut block =
-            Block { program, parameters, allocations: &allocations, atomics, shared, barriers, threads, blocks, index };
+        let mut warps: Vec<Warp> = (0..grid.warps()).map(|number| Warp::new(program, number)).collect();
+        let shared = vec![0; program.shared_bytes.next_multiple_of(16) + grid.shared_bytes];
+        let mut block = Block {
+            program,
+            parameters,
+            allocations: &allocations,
+            atomics: &atomics,
+            shared,
+            barriers: Barriers::default(),
+            threads: grid.threads,
+            blocks: grid.blocks,
+            index: [0; 3],
+            schedule,
+        };
         loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            if at >= count {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
                 return;
             }
-            let [x, y, _] = blocks.map(u64::from);
-            block.index = [at % x, at / x % y, at / (x * y)].map(|one| one as u32);
-            if let Err(found) = run(&mut block, &mut warps) {
+            block.index = grid.block_index(number);
+            if let Err(text) = run_block(&mut block, &mut warps) {
                 next.store(count, Ordering::Relaxed);
-                if let Ok(mut problem) = problem.lock() {
-                    problem.get_or_insert(format!("block {:?}: {found}", block.index));
+                if let Ok(mut fault) = fault.lock() {
+                    fault.get_or_insert(format!("block {:?}: {text}", block.index));
                 }
             }
         }
@@ -51,39 +81,42 @@ pub fn launch(
         }
         work();
     });
-    problem.into_inner().ok().flatten().map_or(Ok(()), Err)
+    fault.into_inner().ok().flatten().map_or(Ok(()), Err)
 }
 
-/// Warps run until they wait; every other block has its last warp first, for orders that must not matter.
-fn run(block: &mut Block, warps: &mut [Warp]) -> Result<(), String> {
-    block.shared.fill(0xff); // no numbers, in every format
-    block.barriers = Barriers::new(warps.len());
+/// Runs each warp until it has to wait, in turn, until all have ended.
+fn run_block(block: &mut Block, warps: &mut [Warp]) -> Result<(), String> {
+    block.shared.fill(0xff); // NaN in every format
+    block.barriers = Barriers::new(warps.len(), block.schedule.pedantic);
     warps.iter_mut().for_each(|warp| warp.begin(block));
+    let last_warp_first = block.index[0].is_multiple_of(2) == block.schedule.reversed;
     loop {
-        let (mut waiting, before) = (false, block.barriers.changes);
+        let events = block.barriers.events;
+        let mut waiting = false;
         for at in 0..warps.len() {
-            let at = if block.index[0].is_multiple_of(2) { at } else { warps.len() - 1 - at };
-            waiting |= !warps[at].ended() && warps[at].run(block)? == Stop::Wait;
+            let at = if last_warp_first { warps.len() - 1 - at } else { at };
+            waiting |= !warps[at].has_ended() && warps[at].run(block)? == WarpStatus::Waiting;
         }
         if !waiting {
-            return end(block, warps);
+            return check_end(block, warps);
         }
-        if block.barriers.changes == before {
-            let waiting = warps.iter().filter(|warp| !warp.ended()).map(|warp| warp.place_of(block));
-            let waiting = waiting.collect::<Vec<_>>().join("; ");
-            return Err(format!("all warps wait for each other: {waiting}{}", block.barriers));
+        if block.barriers.events == events {
+            let running = warps.iter().filter(|warp| !warp.has_ended());
+            let positions: Vec<String> = running.map(|warp| warp.position(block)).collect();
+            return Err(format!("deadlock: {}{}", positions.join("; "), block.barriers));
         }
     }
 }
 
-/// Whether nothing is left under way, and the four warps of each warpgroup multiplied together.
-fn end(block: &Block, warps: &[Warp]) -> Result<(), String> {
+/// Checks that nothing is pending, and that the four warps of each warpgroup issued the same `wgmma`s.
+fn check_end(block: &Block, warps: &[Warp]) -> Result<(), String> {
     for group in warps.chunks(4) {
-        let products = group.iter().map(|warp| warp.products.begun);
-        let (least, most) = (products.clone().min(), products.max());
-        if least != most || group.len() < 4 && most != Some(0) {
-            return Err(format!("warps of a warpgroup began {least:?} and {most:?} products of {}", group.len()));
+        let issued = group.iter().map(|warp| warp.wgmma.issued);
+        let fewest = issued.clone().min().unwrap_or(0);
+        let most = issued.max().unwrap_or(0);
+        if fewest != most || group.len() < 4 && most != 0 {
+            return Err(format!("the {} warps of a warpgroup issued {fewest} to {most} wgmmas", group.len()));
         }
     }
-    block.barriers.end()
+    block.barriers.check_end()
 }

@@ -1,25 +1,25 @@
-//! Memory of the device: what was allocated, and nothing beside it.
+//! Device memory. An access must lie within a single allocation.
 
 use crate::instruction::Space;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Generic addresses of a block's shared memory begin here.
+/// Where shared memory begins in the generic address space.
 pub const SHARED: u64 = 1 << 56;
-/// And those of a thread's own.
+/// Where local memory begins in the generic address space.
 pub const LOCAL: u64 = 2 << 56;
-/// And those of a launch's arguments.
+/// Where kernel arguments begin in the generic address space.
 pub const PARAMETER: u64 = 3 << 56;
 
-/// What is allocated, by address.
+/// Size of each allocation, by address.
 pub type Allocations = BTreeMap<u64, usize>;
 
 static ALLOCATIONS: RwLock<Allocations> = RwLock::new(BTreeMap::new());
 
 const ALIGN: usize = 256;
 
-/// Takes memory, which begins as no numbers, in every format; 0 if there is none.
+/// Allocates memory, filled with NaN of every format; 0 if there is not enough.
 pub fn allocate(bytes: usize) -> u64 {
     let Ok(layout) = Layout::from_size_align(bytes.max(1), ALIGN) else { return 0 };
     // SAFETY: the layout is not empty.
@@ -27,38 +27,38 @@ pub fn allocate(bytes: usize) -> u64 {
     if !memory.is_null() {
         // SAFETY: just allocated, of that size.
         unsafe { memory.write_bytes(0xff, bytes) };
-        writing().insert(memory as u64, bytes);
+        allocations_mut().insert(memory as u64, bytes);
     }
     memory as u64
 }
 
-/// Gives memory back; says whether it was taken.
+/// Frees memory; false if there is no such allocation.
 pub fn free(address: u64) -> bool {
-    let Some(bytes) = writing().remove(&address) else { return false };
+    let Some(bytes) = allocations_mut().remove(&address) else { return false };
     let Ok(layout) = Layout::from_size_align(bytes.max(1), ALIGN) else { return false };
-    // SAFETY: allocated by `allocate` with this layout, and freed once: it stood in the table.
+    // SAFETY: allocated by `allocate` with this layout, and freed once: it was still in the table.
     unsafe { dealloc(address as *mut u8, layout) };
     true
 }
 
-/// What is allocated now.
+/// The current allocations, locked for reading.
 pub fn allocations() -> RwLockReadGuard<'static, Allocations> {
     ALLOCATIONS.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether all these bytes are allocated, and as one.
+/// Whether these bytes all lie within one allocation.
 pub fn holds(address: u64, bytes: usize) -> bool {
     bytes == 0 || find(&allocations(), address, bytes as u64).is_some()
 }
 
-/// The allocation with all of these bytes: where it begins and ends.
+/// Begin and end of the allocation that contains all these bytes.
 pub fn find(allocations: &Allocations, address: u64, bytes: u64) -> Option<(u64, u64)> {
     let (begin, size) = allocations.range(..=address).next_back()?;
     let end = begin + *size as u64;
     (address.checked_add(bytes)? <= end).then_some((*begin, end))
 }
 
-/// The space of an address, and where in it.
+/// Resolves a generic address to its state space and the offset in it.
 pub fn resolve(space: Space, address: u64) -> (Space, u64) {
     match space {
         Space::Generic if address >= PARAMETER => (Space::Parameter, address - PARAMETER),
@@ -69,12 +69,12 @@ pub fn resolve(space: Space, address: u64) -> (Space, u64) {
     }
 }
 
-/// Which bytes of a window these are, if it has them all.
+/// The byte range of an access to a window of this size, if it lies within.
 pub fn within(window: usize, offset: u64, bytes: u64) -> Option<std::ops::Range<usize>> {
     let end = offset.checked_add(bytes)?;
     (end <= window as u64).then_some(offset as usize..end as usize)
 }
 
-fn writing() -> RwLockWriteGuard<'static, Allocations> {
+fn allocations_mut() -> RwLockWriteGuard<'static, Allocations> {
     ALLOCATIONS.write().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
-//! What a device would do wrong in silence ends a launch with an error, and nothing else does.
+//! Faults that a device does not report end a launch with an error, and correct code does not.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
 
-use common::{LAUNCH_FAILED, Launch};
+use common::{LAUNCH_FAILED, TestLaunch};
 use simulator::driver::{cuMemFree_v2, cuMemcpyHtoD_v2, cuModuleLoadData};
 use std::ptr::{null, null_mut};
 
@@ -11,12 +11,12 @@ const NO_BINARY_FOR_GPU: i32 = 209;
 const ILLEGAL_ADDRESS: i32 = 700;
 
 fn run(threads: u32, words: &[u32], body: &str) -> Result<Vec<u32>, i32> {
-    Launch { target: "sm_80", threads, shared_bytes: 64, maps: &|_| vec![], words, body }.run()
+    TestLaunch { target: "sm_80", threads, shared_bytes: 64, maps: &|_| vec![], words, body }.run()
 }
 
 #[test]
-fn threads_that_part_meet_again() {
-    // Odd threads go round once more for each bit of their number; all add their lanes' sum at the end.
+fn diverged_lanes_reconverge() {
+    // Odd threads loop once for each bit of their number; at the end, neighbouring lanes add their counts.
     let body = "mov.u32 %r2, 0; and.b32 %r3, %r1, 1; setp.eq.s32 %p1, %r3, 0; @%p1 bra MEET; mov.u32 %r4, %r1;
         AGAIN: add.s32 %r2, %r2, 1; shr.u32 %r4, %r4, 1; setp.ne.s32 %p2, %r4, 0; @%p2 bra AGAIN; bra.uni MEET;
         MEET: shfl.sync.bfly.b32 %r5|%p3, %r2, 1, 31, -1; add.s32 %r2, %r2, %r5; st.global.u32 [%rd1], %r2;";
@@ -25,8 +25,8 @@ fn threads_that_part_meet_again() {
 }
 
 #[test]
-fn out_of_line_code_meets_the_rest_at_a_shuffle() {
-    // The even lanes' code stands behind the end, so the others reach the shuffle first and wait.
+fn lanes_in_out_of_line_code_reach_the_shuffle_of_the_others() {
+    // The code of the even lanes is behind the end, so the others reach the shuffle first and have to wait.
     let body = "and.b32 %r3, %r1, 1; mov.u32 %r2, 7; setp.eq.s32 %p1, %r3, 0; @%p1 bra ASIDE;
         MEET: shfl.sync.bfly.b32 %r5|%p3, %r2, 1, 31, -1; st.global.u32 [%rd1], %r5; ret;
         ASIDE: mov.u32 %r2, 8; bra.uni MEET;";
@@ -64,23 +64,23 @@ fn numbers_convert_and_round() {
 }
 
 #[test]
-fn what_a_device_would_do_in_silence_is_an_error() {
+fn faults_that_a_device_does_not_report_are_errors() {
     for (body, what) in [
-        ("st.global.u32 [%rd1+4], %r1;", "behind the last word"),
+        ("st.global.u32 [%rd1+4], %r1;", "beyond the last word"),
         ("st.global.u32 [%rd1+-4], %r1;", "before the first"),
         ("ld.global.u32 %r2, [%rd1+2];", "misaligned"),
-        ("mov.u32 %r2, dynamic; st.shared.u32 [%r2+64], %r1;", "behind shared memory"),
+        ("mov.u32 %r2, dynamic; st.shared.u32 [%r2+64], %r1;", "beyond shared memory"),
         (
             "setp.eq.s32 %p1, %r1, 0; @%p1 bra END; bar.sync 0; END: shfl.sync.bfly.b32 %r2|%p2, %r1, 1, 31, -1;",
-            "apart for ever",
+            "diverged forever",
         ),
-        ("shfl.sync.idx.b32 %r2|%p2, %r1, 20, 31, -1;", "a lane that is not there"),
+        ("shfl.sync.idx.b32 %r2|%p2, %r1, 20, 31, -1;", "a lane that does not exist"),
         ("trap;", "a trap"),
         ("tex.1d.v4.f32.s32 {%f1, %f2, %f3, %f4}, [%rd1, {%r1}];", "not simulated"),
     ] {
         assert_eq!(run(4, &[0; 4], body), Err(LAUNCH_FAILED), "{what}");
     }
-    // SAFETY: no memory is touched: none is allocated there.
+    // SAFETY: nothing is allocated at this address, so no memory is touched.
     unsafe {
         assert_eq!(cuMemFree_v2(256), ILLEGAL_ADDRESS);
         assert_eq!(cuMemcpyHtoD_v2(256, null(), 1), ILLEGAL_ADDRESS);

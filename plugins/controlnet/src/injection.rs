@@ -1,32 +1,32 @@
-//! [`InjectionRule`]: after which of the model's blocks each residual is added, as diffusers' `FluxTransformer2DModel` does it.
+//! [`InjectionRule`]: which of the model's blocks each residual is added to, as in diffusers' `FluxTransformer2DModel`.
 
 use candle_core::Tensor;
 use clearform_models::families::flux::{FluxConfig, FluxControlNet, FluxResiduals};
 
-/// The rule of one net on one model.
+/// The rule for one ControlNet and one model.
 pub struct InjectionRule {
     double_blocks: usize,
     single_blocks: usize,
     rule: BlockRule,
 }
 
-/// How few residuals serve many double-stream blocks.
+/// How the residuals are distributed if there are fewer of them than blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum BlockRule {
-    /// Each serves as many blocks in a row: block i has residual i / ceil(blocks / residuals).
+    /// Each residual is added to several consecutive blocks: block i gets residual i / ceil(blocks / residuals).
     Spread,
-    /// They take turns: block i has residual i mod residuals. So do XLabs' nets, which look at pixels.
+    /// The residuals repeat: block i gets residual i mod residuals. XLabs' ControlNets, which take pixels, do this.
     Repeat,
 }
 
 impl InjectionRule {
-    /// The rule of `net` on a model of the sizes `base`.
+    /// The rule for `net` beside a model with the config `base`.
     pub fn new(net: &FluxControlNet, base: &FluxConfig) -> Self {
         let rule = if net.takes_pixels() { BlockRule::Repeat } else { BlockRule::Spread };
         Self { double_blocks: base.double_blocks, single_blocks: base.single_blocks, rule }
     }
 
-    /// Each residual with the numbers of its blocks; single-stream blocks come after double-stream ones.
+    /// Each residual with the indexes of its blocks. Single-stream blocks follow the double-stream blocks.
     pub fn place(&self, FluxResiduals { double, single }: FluxResiduals) -> Vec<(Tensor, Vec<u32>)> {
         let blocks = self.rule.blocks(double.len(), self.double_blocks, 0);
         let single_blocks = BlockRule::Spread.blocks(single.len(), self.single_blocks, self.double_blocks);
@@ -35,18 +35,18 @@ impl InjectionRule {
 }
 
 impl BlockRule {
-    /// For each of `residuals`, which of `blocks` it is for, counted from `first`.
+    /// The blocks of each residual, given the numbers of residuals and blocks; indexes begin at `first`.
     fn blocks(self, residuals: usize, blocks: usize, first: usize) -> Vec<Vec<u32>> {
-        let mut placed = vec![Vec::new(); residuals];
+        let mut blocks_of = vec![Vec::new(); residuals];
         if residuals == 0 {
-            return placed;
+            return blocks_of;
         }
         let interval = blocks.div_ceil(residuals).max(1);
         for block in 0..blocks {
             let residual = if self == Self::Spread { block / interval } else { block % residuals };
-            placed[residual].push((first + block) as u32);
+            blocks_of[residual].push((first + block) as u32);
         }
-        placed
+        blocks_of
     }
 }
 
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_residuals_are_spread_over_rows_of_blocks() {
+    fn few_residuals_are_spread_over_consecutive_blocks() {
         let counts: Vec<usize> = BlockRule::Spread.blocks(5, 19, 0).iter().map(Vec::len).collect();
         assert_eq!(counts, [4, 4, 4, 4, 3]);
         assert_eq!(BlockRule::Spread.blocks(2, 5, 3), [vec![3, 4, 5], vec![6, 7]]);
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn or_take_turns() {
+    fn few_residuals_repeat() {
         assert_eq!(BlockRule::Repeat.blocks(2, 5, 0), [vec![0, 2, 4], vec![1, 3]]);
     }
 }

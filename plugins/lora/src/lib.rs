@@ -1,25 +1,28 @@
-//! The plugin `lora`: weight edits of low rank and their kin, in the formats that trainers write.
+//! The plugin `lora`: LoRA and related weight edits, in the file formats of all common trainers.
 //!
-//! Read in order: `names`, what each tensor's name says; `modules`, the tensors of one module together, and the edits
-//! that they are; `settings`, what peft writes beside the tensors; `products`, the two forms that must be multiplied
-//! out. Which parameters a model has it does not know: the host finds them.
+//! Reading order: `names` splits a tensor's name into component, module and role; `modules` groups the tensors of each
+//! module and turns them into edits; `recipes` computes the tensors of an edit; `products` multiplies out LoHa and
+//! LoKr; `settings` reads what peft stores in the metadata. The plugin does not know which parameters a model has: the
+//! host maps the names.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod modules;
 mod names;
 mod products;
+mod recipes;
 mod settings;
 
 use clearform_plugin_abi::export_adapter;
-use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, GivenTensors, ParameterEdit, Result};
-use modules::{EditRecipe, LoraModules};
+use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditTensors, ParameterEdit, Result};
+use modules::FileEdits;
+use recipes::EditRecipe;
 use std::collections::BTreeMap;
 
 /// An open LoRA file.
 pub struct LoraFile {
     file: AdapterFile,
     edits: Vec<ParameterEdit>,
-    /// How to make the tensors of each edit.
+    /// How to compute the tensors of each edit.
     recipes: Vec<EditRecipe>,
     skipped: BTreeMap<usize, &'static str>,
 }
@@ -28,7 +31,7 @@ export_adapter!(LoraFile, "../plugin.toml");
 
 impl AdapterPlugin for LoraFile {
     fn open(file: AdapterFile) -> Result<Self> {
-        let LoraModules { edits, recipes, skipped } = LoraModules::read(&file)?;
+        let FileEdits { edits, recipes, skipped } = FileEdits::read(&file)?;
         Ok(Self { file, edits, recipes, skipped })
     }
 
@@ -36,7 +39,7 @@ impl AdapterPlugin for LoraFile {
         &self.edits
     }
 
-    fn tensors(&self, index: usize) -> Result<GivenTensors> {
+    fn tensors(&self, index: usize) -> Result<EditTensors> {
         self.recipes[index].tensors(&self.file)
     }
 

@@ -1,15 +1,15 @@
-//! [`TensorName`]: what the name of a tensor says: the part of the pipeline, the module in it, and the tensor's role there.
+//! [`TensorName`]: a tensor's name split into the component of the pipeline, the module, and the tensor's role there.
 
-/// What a tensor is to its module.
+/// The role of a tensor in its module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TensorRole {
-    /// The first factor, lora_A.
+    /// First factor (lora_A).
     Down,
-    /// The second factor, lora_B.
+    /// Second factor (lora_B).
     Up,
-    /// A term of the bias, scaled as the factors are.
+    /// Change of the bias, scaled like the factors.
     UpBias,
-    /// A number whose ratio to the rank is the scale.
+    /// Alpha; the scale is alpha / rank.
     Alpha,
     /// Norms of the edited weight (DoRA).
     Magnitude,
@@ -18,27 +18,27 @@ pub enum TensorRole {
     HadaW1B,
     HadaW2A,
     HadaW2B,
-    /// Factors of a Kronecker product (LoKr), whole or of low rank themselves.
+    /// Factors of a Kronecker product (LoKr), each of them whole or itself a product of two.
     LokrW1,
     LokrW1A,
     LokrW1B,
     LokrW2,
     LokrW2A,
     LokrW2B,
-    /// A difference of the weight, or of the bias.
+    /// Change of the weight, or of the bias.
     Diff,
     DiffBias,
-    /// The weight itself.
+    /// New value of the weight.
     SetWeight,
-    /// A parameter under its own name, in place of the model's.
+    /// New value of a parameter, stored under the parameter's own name.
     Parameter,
-    /// The extents that a widened weight shall have, which its factors tell too.
+    /// Shape of a widened weight, which also follows from its factors.
     Shape,
-    /// The middle factor of a convolution in Tucker's form.
+    /// Middle factor of a Tucker-decomposed convolution.
     Tucker,
 }
 
-/// Endings of names, with the role they tell. The first that fits counts.
+/// Endings of names, with their roles. The first match counts.
 const ENDINGS: &[(&str, TensorRole)] = &[
     (".lora_down.weight", TensorRole::Down),
     (".lora_up.weight", TensorRole::Up),
@@ -79,9 +79,9 @@ const ENDINGS: &[(&str, TensorRole)] = &[
     (".reshape_weight", TensorRole::Shape),
 ];
 
-/// Beginnings of names, with the part of the pipeline that they tell. The first that fits counts; a name with none is of
-/// the transformer. T5 is the second encoder in one family and the third in another.
-const BEGINNINGS: &[(&str, &str)] = &[
+/// Prefixes of names, with their components. The first match counts; without a prefix, a name belongs to the
+/// transformer. T5 is the second text encoder in one family and the third in another, so its component is a pattern.
+const PREFIXES: &[(&str, &str)] = &[
     ("lora_unet_", "transformer"),
     ("lora_transformer_", "transformer"),
     ("lycoris_", "transformer"),
@@ -101,8 +101,8 @@ const BEGINNINGS: &[(&str, &str)] = &[
     ("unet.", "transformer"),
 ];
 
-/// XLabs' names of FLUX's projections: the processor's part, the module that it stands for in double and in single
-/// blocks. 1 is the image's and 2 the text's; a single block's qkv are the first rows of its linear1.
+/// XLabs' names for FLUX's projections, with the modules that they edit. In double blocks, 1 is the image stream and 2
+/// the text stream. In single blocks, q, k and v are the first rows of linear1.
 const XLABS: &[(&str, &str)] = &[
     (".processor.qkv_lora1", ".img_attn.qkv"),
     (".processor.qkv_lora2", ".txt_attn.qkv"),
@@ -112,27 +112,27 @@ const XLABS: &[(&str, &str)] = &[
     (".processor.proj_lora", ".linear2"),
 ];
 
-/// A tensor's name, taken apart.
+/// The parts of a tensor's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorName {
-    /// The part of the pipeline.
+    /// Component of the pipeline.
     pub component: &'static str,
-    /// The module, or the parameter of [`TensorRole::Parameter`].
+    /// Module, or the parameter for [`TensorRole::Parameter`].
     pub module: String,
-    /// What the tensor is to it.
+    /// Role of the tensor in the module.
     pub role: TensorRole,
-    /// Whether the tensor has the first rows of the module alone.
+    /// Whether the tensor covers only the first rows of the module.
     pub first_rows: bool,
 }
 
 impl TensorName {
-    /// Takes `name` apart; none if it is of no format here.
-    pub fn read(name: &str) -> Option<Self> {
-        let (component, rest) = part(name);
+    /// Splits `name`; `None` if it is in no known format.
+    pub fn parse(name: &str) -> Option<Self> {
+        let (component, rest) = component(name);
         if let Some(xlabs) = xlabs(component, rest) {
             return Some(xlabs);
         }
-        let rest = without_adapter(rest);
+        let rest = without_adapter_name(rest);
         let ending = ENDINGS.iter().find(|(ending, _)| rest.len() > ending.len() && rest.ends_with(ending));
         let (module, role) = match ending {
             Some((ending, role)) => (&rest[..rest.len() - ending.len()], *role),
@@ -143,23 +143,24 @@ impl TensorName {
     }
 }
 
-/// The part of the pipeline, and the rest of the name.
-fn part(name: &str) -> (&'static str, &str) {
-    let found = BEGINNINGS.iter().find_map(|(beginning, part)| Some((*part, name.strip_prefix(beginning)?)));
+/// The component of the pipeline, and the rest of the name.
+fn component(name: &str) -> (&'static str, &str) {
+    let found = PREFIXES.iter().find_map(|(prefix, component)| Some((*component, name.strip_prefix(prefix)?)));
     found.unwrap_or(("transformer", name))
 }
 
+/// A name in XLabs' format.
 fn xlabs(component: &'static str, name: &str) -> Option<TensorName> {
     let (stem, role) = match name.strip_suffix(".down.weight") {
         Some(stem) => (stem, TensorRole::Down),
         None => (name.strip_suffix(".up.weight")?, TensorRole::Up),
     };
-    let (block, module) = XLABS.iter().find_map(|(theirs, module)| Some((stem.strip_suffix(theirs)?, *module)))?;
+    let (block, module) = XLABS.iter().find_map(|(ending, module)| Some((stem.strip_suffix(ending)?, *module)))?;
     Some(TensorName { component, module: format!("{block}{module}"), role, first_rows: module == ".linear1" })
 }
 
-/// peft writes the adapter's own name after the factor's: lora_A.default.weight.
-fn without_adapter(name: &str) -> String {
+/// Removes the adapter's name, which peft writes after that of the factor: lora_A.default.weight.
+fn without_adapter_name(name: &str) -> String {
     for factor in [".lora_A.", ".lora_B.", ".lora_magnitude_vector."] {
         if let Some((module, rest)) = name.split_once(factor)
             && let Some((_, last)) = rest.rsplit_once('.')
@@ -170,10 +171,10 @@ fn without_adapter(name: &str) -> String {
     name.to_owned()
 }
 
-/// Whether it is a parameter under its own name, as BFL's control LoRAs have norms.
+/// Whether `name` is that of a parameter itself, like the norms in BFL's control LoRAs.
 fn is_parameter(name: &str) -> bool {
-    let adapts = ["lora", "lokr", "hada", "oft_", "glora"].iter().any(|part| name.contains(part));
-    !adapts && [".weight", ".bias", ".scale"].iter().any(|ending| name.ends_with(ending))
+    let has_adapter_name = ["lora", "lokr", "hada", "oft_", "glora"].iter().any(|part| name.contains(part));
+    !has_adapter_name && [".weight", ".bias", ".scale"].iter().any(|ending| name.ends_with(ending))
 }
 
 #[cfg(test)]
@@ -181,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_format_is_taken_apart() {
+    fn names_of_every_format_are_split() {
         let cases = [
             (
                 "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
@@ -229,16 +230,16 @@ mod tests {
         ];
         for (name, component, module, role) in cases {
             let expected = TensorName { component, module: module.to_owned(), role, first_rows: false };
-            assert_eq!(TensorName::read(name), Some(expected), "{name}");
+            assert_eq!(TensorName::parse(name), Some(expected), "{name}");
         }
-        let single = TensorName::read("diffusion_model.single_blocks.4.processor.qkv_lora.up.weight").unwrap();
+        let single = TensorName::parse("diffusion_model.single_blocks.4.processor.qkv_lora.up.weight").unwrap();
         assert_eq!((single.module.as_str(), single.first_rows), ("single_blocks.4.linear1", true));
     }
 
     #[test]
-    fn other_names_are_nothing() {
+    fn unknown_names_are_rejected() {
         for name in ["totally.unknown", "a.oft_blocks.weight", "lora_down", ".alpha", "a.glora.weight"] {
-            assert_eq!(TensorName::read(name), None, "{name}");
+            assert_eq!(TensorName::parse(name), None, "{name}");
         }
     }
 }

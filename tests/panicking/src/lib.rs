@@ -2,9 +2,9 @@
 //! called `*.panic_open`, `*.panic_tensors` or `*.panic_skipped`.
 
 use clearform_plugin_abi::export_adapter;
-use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditOperation, GivenTensors, ParameterEdit, Result};
+use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditOperation, EditTensors, ParameterEdit, Result};
 
-/// Panics where the names of a file's tensors say so.
+/// Panics in the functions that the names of the file's tensors select.
 pub struct Panicking {
     names: Vec<String>,
     edits: Vec<ParameterEdit>,
@@ -18,8 +18,10 @@ impl AdapterPlugin for Panicking {
         if names.iter().any(|name| name.ends_with(".panic_open")) {
             panic!("in open");
         }
-        let edit = |(index, name): (usize, &String)| Some(scale(name.strip_suffix(".panic_tensors")?, index));
-        let edits = names.iter().enumerate().filter_map(edit).collect();
+        let mut edits = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            edits.extend(name.strip_suffix(".panic_tensors").map(|parameter| scaling_edit(parameter, index)));
+        }
         Ok(Self { names, edits })
     }
 
@@ -27,7 +29,7 @@ impl AdapterPlugin for Panicking {
         &self.edits
     }
 
-    fn tensors(&self, _index: usize) -> Result<GivenTensors> {
+    fn tensors(&self, _index: usize) -> Result<EditTensors> {
         panic!("in tensors")
     }
 
@@ -39,14 +41,14 @@ impl AdapterPlugin for Panicking {
     }
 }
 
-fn scale(parameter: &str, source: usize) -> ParameterEdit {
+fn scaling_edit(parameter: &str, source: usize) -> ParameterEdit {
     ParameterEdit {
-        kind: EditOperation::Scale,
+        operation: EditOperation::Scale,
         decomposed: false,
         component: "transformer".to_owned(),
         parameter: parameter.to_owned(),
         first_row: None,
-        extents: [1, 1],
+        shape: [1, 1],
         sources: vec![source],
     }
 }

@@ -1,132 +1,102 @@
-//! [`AttentionOp`]: attention of a window on a GPU, with its backward, by the kernels of `kernels/clear_attention`. It has
-//! not run on a GPU yet. Knows no policy.
+//! [`attend`]: attention of a window on a GPU, with its backward, by the kernels of `kernels/clear_attention`. It has
+//! not run on a real GPU yet.
 
-use crate::sequence::Sequence;
+use super::QkvGradients;
+use crate::device_lists::{CachedLists, ListKey};
+use crate::sequence::JointSequence;
 use crate::{Geometry, Radius};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits};
-use candle_core::cuda_backend::{CudaDType, DeviceId, WrapErr as _};
+use candle_core::cuda_backend::{CudaDType, WrapErr as _};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
 use clearform_kernels::clear_attention::{
-    self as kernels, BackwardParameters, ForwardParameters, ListAddresses, Lists, PairedForwardParameters, Pairs, Rows,
-    Text, padding,
+    self as kernels, BackwardParameters, ForwardParameters, ListAddresses, ListRows, PairedForwardParameters,
+    VisitLists, padding,
 };
-use clearform_kernels::launch::{ResidentLists, ResidentPairs, tile_map};
-use clearform_kernels::{Number, Refusal};
-use clearform_ops::cuda::{contiguous, number, start};
+use clearform_kernels::launch::{DeviceLists, tile_map};
+use clearform_kernels::{Refusal, Scalar};
+use clearform_ops::cuda::{contiguous, scalar, start};
 use half::{bf16, f16};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
-/// Tokens of a text tile.
+/// Tokens of a text tile, as in the kernels.
 const TILE: usize = 64;
 
-/// Attention over `sequence`, or why no kernel takes it. Heads of another width than the kernels' are given zeros, which
-/// change no product.
+/// Attention over `sequence`, or the reason why no kernel supports it. Other head dimensions than the kernels' are
+/// padded with zeros, which change no product.
 pub(super) fn attend(
-    sequence: &Sequence,
+    sequence: &JointSequence,
     geometry: &Geometry,
     radius: Option<Radius>,
 ) -> Result<std::result::Result<Tensor, Refusal>> {
     let head_dim = sequence.query.dim(3)?;
-    let Some(wider) = kernels::HEAD_DIMS.into_iter().find(|one| *one >= head_dim) else {
+    let Some(wider) = kernels::HEAD_DIMS.into_iter().find(|supported| *supported >= head_dim) else {
         return Ok(Err(Refusal::HeadDim { head_dim }));
     };
-    let [query, key, value] = all([&sequence.query, &sequence.key, &sequence.value].map(|x| {
+    let [query, key, value] = collect_array([&sequence.query, &sequence.key, &sequence.value].map(|x| {
         let x = if wider > head_dim { &x.pad_with_zeros(3, 0, wider - head_dim)? } else { x };
         x.contiguous()
     }))?;
-    let padded = Sequence { query, key, value, ..*sequence };
-    let operation = match Softmax::new(&padded, head_dim, geometry, radius)? {
+    let padded = JointSequence { query, key, value, ..*sequence };
+    let operation = match CudaAttentionOp::new(&padded, head_dim, geometry, radius)? {
         Ok(operation) => operation,
         Err(refusal) => return Ok(Err(refusal)),
     };
     padded.query.apply_op3(&padded.key, &padded.value, operation)?.narrow(3, 0, head_dim).map(Ok)
 }
 
-/// Attention of one call over (query, key, value). It keeps the log-sum-exp of each query for its backward.
-struct Softmax {
-    problem: kernels::Problem,
+/// Attention of one call over (query, key, value). It keeps the log-sum-exp of each query for the backward.
+struct CudaAttentionOp {
+    problem: kernels::KernelProblem,
     batch: usize,
     heads: usize,
     head_dim: usize,
-    /// Of the heads before they were given zeros.
+    /// 1 / √head_dim, of the head dimension before padding.
     scale: f32,
     queries: usize,
     keys: usize,
     text: usize,
-    /// Text tokens that count, batch by batch, where not all do.
+    /// Per batch entry, the text tokens that are not padding; none without a mask.
     visible: Option<Vec<Vec<bool>>>,
     geometry: Geometry,
-    key: Key,
-    by_query: Arc<Listed>,
+    key: ListKey,
+    by_query: Arc<CachedLists>,
     lse: OnceLock<CudaSlice<f32>>,
 }
 
-/// A type of numbers that the kernels take.
-trait Stored: CudaDType + DeviceRepr + ValidAsZeroBits {}
+/// An element type that the kernels support.
+trait KernelElement: CudaDType + DeviceRepr + ValidAsZeroBits {}
 
-impl Stored for bf16 {}
-impl Stored for f16 {}
+impl KernelElement for bf16 {}
+impl KernelElement for f16 {}
 
-/// Lists, and where they lie on the device.
-pub(crate) struct Listed {
-    lists: Lists,
-    resident: ResidentLists,
-    /// Where the device computes two tiles of queries at a time.
-    paired: Option<(Pairs, ResidentPairs)>,
-}
-
-/// What lists depend on, apart from the geometry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
-    device: DeviceId,
-    limit: Option<i32>,
-    text: usize,
-    is_padded: bool,
-    pooled: usize,
-    by_query: bool,
-}
-
-/// The lists of one geometry that were asked for. Every layer and step asks for the same few.
-#[derive(Default)]
-pub(crate) struct Known(Mutex<HashMap<Key, Arc<Listed>>>);
-
-impl std::fmt::Debug for Known {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("lists on devices")
-    }
-}
-
-type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
-
-/// A refusal with what would help: another number format, where that is what was refused.
-pub(super) fn explained(refusal: Refusal) -> String {
-    let hint = if matches!(refusal, Refusal::Number { .. }) { "; give --dtype bf16" } else { "" };
+/// The message of a refusal, with the remedy where there is one.
+pub(super) fn explain(refusal: Refusal) -> String {
+    let hint = if matches!(refusal, Refusal::Scalar { .. }) { "; pass --dtype bf16" } else { "" };
     format!("{refusal}{hint}")
 }
 
-impl Softmax {
-    /// The operation for `sequence`, whose heads stand for some of `true_dim`, or why no kernel takes it.
+impl CudaAttentionOp {
+    /// The operation for `sequence`, whose heads were padded from `true_dim`, or the reason why no kernel supports it.
     fn new(
-        sequence: &Sequence,
+        sequence: &JointSequence,
         true_dim: usize,
         geometry: &Geometry,
         radius: Option<Radius>,
     ) -> Result<std::result::Result<Self, Refusal>> {
         let (batch, queries, heads, head_dim) = sequence.query.dims4()?;
-        let number = number(sequence.query.dtype()).unwrap_or(Number::F32);
-        let problem = match kernels::Problem::new(number, batch, heads, head_dim) {
+        let scalar = scalar(sequence.query.dtype()).unwrap_or(Scalar::F32);
+        let problem = match kernels::KernelProblem::new(scalar, batch, heads, head_dim) {
             Ok(problem) => problem,
             Err(refusal) => return Ok(Err(refusal)),
         };
         let device = sequence.query.device().as_cuda_device()?;
         let keys = sequence.key.dim(1)?;
         let visible = geometry.visible_text(batch, sequence.text)?;
-        let key = Key {
+        let key = ListKey {
             device: device.id(),
             limit: radius.map(|radius| radius.limit()),
             text: sequence.text,
@@ -134,36 +104,34 @@ impl Softmax {
             pooled: keys - queries,
             by_query: true,
         };
-        let (text, geometry, by_query) = (sequence.text, geometry.clone(), listed(geometry, device, key)?);
-        let (lse, scale) = (OnceLock::new(), 1.0 / (true_dim as f32).sqrt());
         Ok(Ok(Self {
             problem,
             batch,
             heads,
             head_dim,
-            scale,
+            scale: 1.0 / (true_dim as f32).sqrt(),
             queries,
             keys,
-            text,
+            text: sequence.text,
             visible,
-            geometry,
+            geometry: geometry.clone(),
             key,
-            by_query,
-            lse,
+            by_query: lists(geometry, device, key)?,
+            lse: OnceLock::new(),
         }))
     }
 
-    fn forward<T: Stored>(&self, inputs: [(&CudaStorage, &Layout); 3]) -> Result<CudaStorage> {
+    fn forward<T: KernelElement>(&self, inputs: [(&CudaStorage, &Layout); 3]) -> Result<CudaStorage> {
         let device = inputs[0].0.device().clone();
         let stream = device.cuda_stream();
-        let [query, key, value] = all(inputs.map(|(storage, layout)| contiguous::<T>(storage, layout)))?;
-        let Listed { lists, resident, .. } = &*self.by_query;
-        // SAFETY: the kernels write every number of it.
+        let [query, key, value] = collect_array(inputs.map(|(storage, layout)| contiguous::<T>(storage, layout)))?;
+        let CachedLists { lists, on_device, .. } = &*self.by_query;
+        // SAFETY: the kernels write every element.
         let out = unsafe { device.alloc::<T>(self.query_count()) }?;
         // SAFETY: as above.
         let lse = unsafe { device.alloc::<f32>(self.rows()) }?;
         let (parts, part_lse) = self.parts(&device, lists)?;
-        let padding = self.padding(&device, Rows::Queries)?;
+        let padding = self.padding(&device, ListRows::Queries)?;
         let parameters = ForwardParameters {
             query: query.device_ptr(&stream).0,
             key: key.device_ptr(&stream).0,
@@ -172,32 +140,32 @@ impl Softmax {
             lse: lse.device_ptr(&stream).0,
             parts: parts.device_ptr(&stream).0,
             part_lse: part_lse.device_ptr(&stream).0,
-            lists: self.addresses(&device, resident, padding.as_ref()),
+            lists: self.addresses(&device, on_device, padding.as_ref()),
             queries: self.queries as i32,
             keys: self.keys as i32,
             slots: lists.slots as i32,
             scale: std::f32::consts::LOG2_E * self.scale,
         };
         self.start_forward(&device, parameters)?;
-        // The same operation on the same tensors gives the same numbers, so whoever set them first is right.
+        // The same operation on the same tensors gives the same values, so the first to be set are right.
         let _ = self.lse.set(lse);
         Ok(CudaStorage::wrap_cuda_slice(out, device))
     }
 
     fn start_forward(&self, device: &CudaDevice, parameters: ForwardParameters) -> Result<()> {
         let stream = device.cuda_stream();
-        let Listed { lists, resident, paired } = &*self.by_query;
-        let joins = ListAddresses { work: resident.joins.device_ptr(&stream).0, ..parameters.lists };
-        // SAFETY: all memory is of this device, is as large as the sources say, and is freed on this very stream.
+        let CachedLists { lists, on_device, paired } = &*self.by_query;
+        let joins = ListAddresses { work: on_device.joins.device_ptr(&stream).0, ..parameters.lists };
+        // SAFETY: all memory belongs to this device, is as large as the sources state, and is freed on this stream.
         unsafe {
             match paired {
-                Some((pairs, resident)) => {
+                Some((pairs, on_device)) => {
                     let parameters = PairedForwardParameters {
                         key: tile_map(&self.problem, parameters.key, self.keys).w()?,
                         value: tile_map(&self.problem, parameters.value, self.keys).w()?,
                         forward: parameters,
-                        pairs: resident.pairs.device_ptr(&stream).0,
-                        visits: resident.visits.device_ptr(&stream).0,
+                        pairs: on_device.pairs.device_ptr(&stream).0,
+                        visits: on_device.visits.device_ptr(&stream).0,
                         count: pairs.pairs.len() as i32,
                     };
                     start(device, &self.problem.paired_forward(pairs), parameters)?;
@@ -208,18 +176,18 @@ impl Softmax {
         }
     }
 
-    fn backward<T: Stored>(&self, args: [&Tensor; 3], out: &Tensor, grad: &Tensor) -> Result<Gradients> {
+    fn backward<T: KernelElement>(&self, args: [&Tensor; 3], out: &Tensor, grad: &Tensor) -> Result<QkvGradients> {
         let device = args[0].device().as_cuda_device()?.clone();
         let stream = device.cuda_stream();
         let guards = [args[0], args[1], args[2], out, grad].map(|tensor| tensor.storage_and_layout());
         let mut inputs = [0; 5];
         for (address, (storage, layout)) in inputs.iter_mut().zip(&guards) {
-            let Storage::Cuda(storage) = &**storage else { bail!("attention's backward away from the GPU") };
+            let Storage::Cuda(storage) = &**storage else { bail!("attention backward: expected tensors on the GPU") };
             *address = contiguous::<T>(storage, layout)?.device_ptr(&stream).0;
         }
-        // Keys that nobody sees have no work, and their gradient is 0.
+        // Keys that no query attends to have no work item, and their gradient is 0.
         let query = device.alloc_zeros::<T>(self.query_count())?;
-        let [key, value] = all([(); 2].map(|()| device.alloc_zeros::<T>(self.key_count())))?;
+        let [key, value] = collect_array([(); 2].map(|()| device.alloc_zeros::<T>(self.key_count())))?;
         self.differentiate(&device, inputs, [&query, &key, &value].map(|grad| grad.device_ptr(&stream).0))?;
         let tensor = |arg: &Tensor, slice: CudaSlice<T>| {
             let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
@@ -228,94 +196,107 @@ impl Softmax {
         Ok((tensor(args[0], query), tensor(args[1], key), tensor(args[2], value)))
     }
 
-    /// From the addresses of query, key, value, out and its gradient to those of the gradients of query, key and value.
+    /// Computes the gradients of query, key and value from query, key, value, out and its gradient, given by their
+    /// addresses.
     fn differentiate(&self, device: &CudaDevice, inputs: [u64; 5], gradients: [u64; 3]) -> Result<()> {
-        let Some(lse) = self.lse.get() else { bail!("attention's backward before its forward") };
+        let Some(lse) = self.lse.get() else { bail!("attention backward ran before the forward") };
         let stream = device.cuda_stream();
-        // SAFETY: the kernel writes every number of it.
+        // SAFETY: the kernel writes every element.
         let delta = unsafe { device.alloc::<f32>(self.rows()) }?;
-        let keyed = listed(&self.geometry, device, Key { by_query: false, ..self.key })?;
-        let parts = [&self.by_query, &keyed, &keyed].map(|listed| self.parts(device, &listed.lists));
-        let [(query_parts, _), (key_parts, _), (value_parts, _)] = all(parts)?;
-        let [queries_hidden, keys_hidden] = all([Rows::Queries, Rows::Keys].map(|rows| self.padding(device, rows)))?;
+        let key_lists = lists(&self.geometry, device, ListKey { by_query: false, ..self.key })?;
+        let parts = [&self.by_query, &key_lists, &key_lists].map(|cached| self.parts(device, &cached.lists));
+        let [(query_parts, _), (key_parts, _), (value_parts, _)] = collect_array(parts)?;
+        let query_padding = self.padding(device, ListRows::Queries)?;
+        let key_padding = self.padding(device, ListRows::Keys)?;
         let by_query = BackwardParameters {
-            query: inputs[0],
-            key: inputs[1],
-            value: inputs[2],
-            out: inputs[3],
-            grad: inputs[4],
             lse: lse.device_ptr(&stream).0,
             delta: delta.device_ptr(&stream).0,
-            query_grad: gradients[0],
-            key_grad: gradients[1],
-            value_grad: gradients[2],
             parts: query_parts.device_ptr(&stream).0,
             value_parts: value_parts.device_ptr(&stream).0,
-            lists: self.addresses(device, &self.by_query.resident, queries_hidden.as_ref()),
+            lists: self.addresses(device, &self.by_query.on_device, query_padding.as_ref()),
+            slots: self.by_query.lists.slots as i32,
+            ..self.backward_parameters(inputs, gradients)
+        };
+        let by_key = BackwardParameters {
+            parts: key_parts.device_ptr(&stream).0,
+            lists: self.addresses(device, &key_lists.on_device, key_padding.as_ref()),
+            slots: key_lists.lists.slots as i32,
+            ..by_query
+        };
+        self.start_backward(device, by_query, (by_key, &key_lists))
+    }
+
+    /// The parameters of the backward that do not depend on its temporary memory and lists.
+    fn backward_parameters(&self, inputs: [u64; 5], gradients: [u64; 3]) -> BackwardParameters {
+        let [query, key, value, out, grad] = inputs;
+        let [query_grad, key_grad, value_grad] = gradients;
+        BackwardParameters {
+            query,
+            key,
+            value,
+            out,
+            grad,
+            lse: 0,
+            delta: 0,
+            query_grad,
+            key_grad,
+            value_grad,
+            parts: 0,
+            value_parts: 0,
+            lists: ListAddresses { work: 0, entries: 0, masks: 0, padding: 0, text_tiles: 0 },
             batch: self.batch as i32,
             heads: self.heads as i32,
             queries: self.queries as i32,
             keys: self.keys as i32,
-            slots: self.by_query.lists.slots as i32,
+            slots: 0,
             scale: self.scale,
-        };
-        let by_key = BackwardParameters {
-            parts: key_parts.device_ptr(&stream).0,
-            lists: self.addresses(device, &keyed.resident, keys_hidden.as_ref()),
-            slots: keyed.lists.slots as i32,
-            ..by_query
-        };
-        self.start_backward(device, by_query, (by_key, &keyed))
+        }
     }
 
     fn start_backward(
         &self,
         device: &CudaDevice,
         by_query: BackwardParameters,
-        (by_key, keyed): (BackwardParameters, &Listed),
+        (by_key, key_lists): (BackwardParameters, &CachedLists),
     ) -> Result<()> {
         let delta = self.problem.delta(self.queries).map_err(candle_core::Error::wrap)?;
         let [query, sum_queries] = self.problem.query_gradient(&self.by_query.lists);
-        let [key, sum_keys] = self.problem.key_gradient(&keyed.lists);
-        let joined = |parameters: BackwardParameters, listed: &Listed| {
-            let work = listed.resident.joins.device_ptr(&device.cuda_stream()).0;
+        let [key, sum_keys] = self.problem.key_gradient(&key_lists.lists);
+        let joined = |parameters: BackwardParameters, cached: &CachedLists| {
+            let work = cached.on_device.joins.device_ptr(&device.cuda_stream()).0;
             BackwardParameters { lists: ListAddresses { work, ..parameters.lists }, ..parameters }
         };
-        // SAFETY: all memory is of this device, is as large as backward.cu says, and is freed on this very stream.
+        // SAFETY: all memory belongs to this device, is as large as backward.cu states, and is freed on this stream.
         unsafe {
             start(device, &delta, by_query)?;
             start(device, &query, by_query)?;
             start(device, &sum_queries, joined(by_query, &self.by_query))?;
             start(device, &key, by_key)?;
-            start(device, &sum_keys, joined(by_key, keyed))
+            start(device, &sum_keys, joined(by_key, key_lists))
         }
     }
 
-    fn addresses(
-        &self,
-        device: &CudaDevice,
-        resident: &ResidentLists,
-        padding: Option<&CudaSlice<u32>>,
-    ) -> ListAddresses {
+    fn addresses(&self, device: &CudaDevice, lists: &DeviceLists, padding: Option<&CudaSlice<u32>>) -> ListAddresses {
         let stream = device.cuda_stream();
         ListAddresses {
-            work: resident.work.device_ptr(&stream).0,
-            entries: resident.entries.device_ptr(&stream).0,
-            masks: resident.masks.device_ptr(&stream).0,
+            work: lists.work.device_ptr(&stream).0,
+            entries: lists.entries.device_ptr(&stream).0,
+            masks: lists.masks.device_ptr(&stream).0,
             padding: padding.map_or(0, |padding| padding.device_ptr(&stream).0),
             text_tiles: self.text.div_ceil(TILE) as i32,
         }
     }
 
-    fn padding(&self, device: &CudaDevice, rows: Rows) -> Result<Option<CudaSlice<u32>>> {
+    fn padding(&self, device: &CudaDevice, rows: ListRows) -> Result<Option<CudaSlice<u32>>> {
         let copy = |visible: &Vec<Vec<bool>>| device.clone_htod(&padding(visible, rows));
         self.visible.as_ref().filter(|_| self.text > 0).map(copy).transpose()
     }
 
-    /// Memory for parts of long lists, and for their log-sum-exp. The driver allocates no empty memory.
-    fn parts(&self, device: &CudaDevice, lists: &Lists) -> Result<(CudaSlice<f32>, CudaSlice<f32>)> {
-        let count = self.problem.part_numbers(lists).max(self.head_dim);
-        // SAFETY: what is read of it was written by the launch before.
+    /// Memory for partial results of split lists and for their log-sum-exp; never empty, because the driver cannot
+    /// allocate 0 bytes.
+    fn parts(&self, device: &CudaDevice, lists: &VisitLists) -> Result<(CudaSlice<f32>, CudaSlice<f32>)> {
+        let count = self.problem.partial_elements(lists).max(self.head_dim);
+        // SAFETY: kernels read only what the launch before has written.
         Ok(unsafe { (device.alloc(count)?, device.alloc(count / self.head_dim)?) })
     }
 
@@ -332,41 +313,19 @@ impl Softmax {
     }
 }
 
-fn all<T, const N: usize>(results: [Result<T>; N]) -> Result<[T; N]> {
+/// The values, or the first error.
+fn collect_array<T, const N: usize>(results: [Result<T>; N]) -> Result<[T; N]> {
     let all: Vec<T> = results.into_iter().collect::<Result<_>>()?;
-    all.try_into().map_err(|_| candle_core::Error::msg("as many came out as went in"))
+    all.try_into().map_err(|_| candle_core::Error::msg("an array changed its length"))
 }
 
-fn listed(geometry: &Geometry, device: &CudaDevice, key: Key) -> Result<Arc<Listed>> {
+/// The lists of a geometry for `key`, from its cache.
+fn lists(geometry: &Geometry, device: &CudaDevice, key: ListKey) -> Result<Arc<CachedLists>> {
     let order = geometry.order();
-    let mut known = order.lists.0.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(listed) = known.get(&key) {
-        return Ok(listed.clone());
-    }
-    let places = order.places();
-    let sequence = kernels::Sequence {
-        text: if key.is_padded { Text::Padded(key.text) } else { Text::Whole(key.text) },
-        places: &places,
-        pooled: key.pooled,
-        limit: key.limit,
-    };
-    let lists = Lists::new(&sequence, if key.by_query { Rows::Queries } else { Rows::Keys });
-    let stream = device.cuda_stream();
-    let resident = ResidentLists::new(&stream, &lists).w()?;
-    let capability = stream.context().compute_capability().w()?;
-    let paired = if key.by_query && kernels::FORWARD_SM90A.target.runs_on(capability) {
-        let pairs = Pairs::new(&lists);
-        let resident = ResidentPairs::new(&stream, &pairs).w()?;
-        Some((pairs, resident))
-    } else {
-        None
-    };
-    let listed = Arc::new(Listed { lists, resident, paired });
-    known.insert(key, listed.clone());
-    Ok(listed)
+    order.lists.get(device, key, || order.positions())
 }
 
-impl CustomOp3 for Softmax {
+impl CustomOp3 for CudaAttentionOp {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -380,7 +339,7 @@ impl CustomOp3 for Softmax {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        bail!("attention for a GPU was given tensors of the CPU")
+        bail!("attention: expected tensors on a GPU, found them on the CPU")
     }
 
     fn cuda_fwd(
@@ -400,8 +359,9 @@ impl CustomOp3 for Softmax {
         Ok((out, query_layout.shape().clone()))
     }
 
-    fn bwd(&self, query: &Tensor, key: &Tensor, value: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Gradients> {
-        let (args, grad) = ([query, key, value], grad.contiguous()?);
+    fn bwd(&self, query: &Tensor, key: &Tensor, value: &Tensor, out: &Tensor, grad: &Tensor) -> Result<QkvGradients> {
+        let args = [query, key, value];
+        let grad = grad.contiguous()?;
         match query.dtype() {
             DType::BF16 => self.backward::<bf16>(args, out, &grad),
             _ => self.backward::<f16>(args, out, &grad),

@@ -1,7 +1,7 @@
-//! The forward: online softmax, tile by tile. Its main function is [`forward`].
+//! [`forward`]: attention with an online softmax, tile by tile.
 
 use super::problem::{Problem, QueryTile};
-use super::scores::{Chunk, HeadView, chunk_rows, for_chunks, gather, hide, load_lanes, score};
+use super::scores::{Chunk, HeadView, add_weighted, chunk_rows, for_chunks, load_lanes, mask_scores, score};
 use super::workspaces::Workspaces;
 use crate::tiles::LANES;
 use clearform_ops::simd::{
@@ -10,7 +10,7 @@ use clearform_ops::simd::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// softmax(q kᵀ / √head_dim) v by products of `F`, and each query's scale: the maximum of its scores, and
+/// softmax(q kᵀ / √head_dim) v with products in lanes of `F`, and for each query the maximum of its scores and
 /// 1 / Σ exp(score - maximum).
 ///
 /// # Shapes
@@ -25,7 +25,7 @@ pub(super) fn forward<E: Element, F: Lane<Sum = E::Work>>(
     (out, scales)
 }
 
-/// The same, over whatever stands in `out` and `scales`.
+/// The same, into outputs whose old contents are ignored.
 pub(super) fn forward_into<E: Element, F: Lane<Sum = E::Work>>(
     problem: &Problem,
     [query, key, value]: [&[E]; 3],
@@ -35,7 +35,7 @@ pub(super) fn forward_into<E: Element, F: Lane<Sum = E::Work>>(
     let workspaces = &Workspaces::new();
     let outputs = out.par_chunks_mut(problem.queries * problem.width());
     let outputs = outputs.zip(scales.par_chunks_mut(problem.heads * problem.queries)).enumerate();
-    outputs.with_min_len(problem.entries_in_turn()).for_each_init(
+    outputs.with_min_len(problem.entries_per_job()).for_each_init(
         || (Vec::new(), Vec::new()),
         |(keys, values), (entry, (out, scales))| {
             for (head, scales) in scales.chunks_exact_mut(problem.queries).enumerate() {
@@ -50,7 +50,7 @@ pub(super) fn forward_into<E: Element, F: Lane<Sum = E::Work>>(
     );
 }
 
-/// `'p` is the problem's life, which working memory that outlives a head refers to.
+/// One head. `'p` is the lifetime of the problem, which workspaces borrow for longer than a head.
 struct ForwardHead<'a, 'p, E: Element, F: Lane> {
     problem: &'p Problem,
     entry: usize,
@@ -62,10 +62,10 @@ struct ForwardHead<'a, 'p, E: Element, F: Lane> {
 }
 
 impl<'p, E: Element, F: Lane<Sum = E::Work>> ForwardHead<'_, 'p, E, F> {
-    /// Fills its channels of `out`, (queries, heads, head_dim), and its scales, for the queries of `tiles`.
+    /// Writes its channels of `out`, (queries, heads, head_dim), and its scales, for the queries of `tiles`.
     fn run(&self, tiles: &'p [QueryTile], out: &mut [E], scales: &mut [[E::Work; 2]]) {
-        if tiles.len() <= self.problem.tiles_in_turn() {
-            return self.run_in_turn(tiles, out, scales);
+        if tiles.len() <= self.problem.tiles_per_job() {
+            return self.run_job(tiles, out, scales);
         }
         let (first, second) = tiles.split_at(tiles.len() / 2);
         let queries = second[0].queries.start - first[0].queries.start;
@@ -74,7 +74,7 @@ impl<'p, E: Element, F: Lane<Sum = E::Work>> ForwardHead<'_, 'p, E, F> {
         rayon::join(|| self.run(first, first_out, first_scales), || self.run(second, second_out, second_scales));
     }
 
-    fn run_in_turn(&self, tiles: &'p [QueryTile], mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
+    fn run_job(&self, tiles: &'p [QueryTile], mut out: &mut [E], mut scales: &mut [[E::Work; 2]]) {
         let mut scratch = self.workspaces.take(|| ForwardScratch::new(self.problem.head_dim));
         for tile in tiles {
             let (tile_out, rest) = out.split_at_mut(tile.queries.len() * self.problem.width());
@@ -107,12 +107,13 @@ impl<F: Lane> ForwardScratch<'_, F> {
     }
 }
 
-/// Maximum and sum so far, query by query.
+/// Maximum and sum of each query so far.
 struct RunningMax<T> {
     max: [T; LANES],
     sum: [T; LANES],
 }
 
+/// One tile of queries and its output.
 struct OutputTile<'a, 'p, E: Element, F: Lane<Sum = E::Work>> {
     head: &'a ForwardHead<'a, 'p, E, F>,
     tile: &'p QueryTile,
@@ -126,6 +127,8 @@ impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
         let problem = self.head.problem;
         load_lanes(&mut self.scratch.query, self.head.query, self.tile);
         self.scratch.out.fill(E::Work::ZERO);
+        // LOWEST rather than -∞: as long as a query has no visible key, its maximum must stay finite, or max - max is
+        // NaN.
         let mut online = RunningMax { max: [E::Work::LOWEST; LANES], sum: [E::Work::ZERO; LANES] };
         let mut chunk = std::mem::take(&mut self.scratch.chunk);
         let visits = problem.visits(self.head.entry, self.tile);
@@ -138,13 +141,13 @@ impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
         let ForwardScratch { query, out, scores, weights, .. } = &mut *self.scratch;
         let features = self.head.problem.features;
         let scores = &mut scores[..chunk.rows * LANES];
-        // Rows without a key are to have no share.
+        // Rows without a key must get weight 0.
         scores.fill(E::Work::MINUS_INFINITY);
         score(scores, self.head.keys, chunk, query, features);
-        hide(scores, chunk, features);
+        mask_scores(scores, chunk, features);
         features.run(OnlineSoftmax { online, scores, out, scale: self.head.problem.scale() });
-        let weights = F::along_columns(scores, LANES, weights, features);
-        gather(out, self.head.values, chunk, weights, features);
+        let weights = F::pack_across_rows(scores, LANES, weights, features);
+        add_weighted(out, self.head.values, chunk, weights, features);
     }
 
     fn finish(&mut self, online: &RunningMax<E::Work>) {
@@ -163,7 +166,7 @@ impl<E: Element, F: Lane<Sum = E::Work>> OutputTile<'_, '_, E, F> {
     }
 }
 
-/// Turns sums, `[channel][lane]`, into `channels` of rows of the output.
+/// Scales accumulators, `[channel][lane]`, and stores them as `channels` of the output rows.
 struct StoreOutput<'a, E: Element> {
     sums: &'a [E::Work],
     scales: &'a [[E::Work; 2]],
@@ -184,15 +187,15 @@ impl<E: Element> SimdKernel for StoreOutput<'_, E> {
             }
             let first = self.channels.start + block * LANES;
             let rows = self.out.chunks_exact_mut(self.width).zip(self.scales).zip(&square);
-            for ((out, [_, factor]), row) in rows {
+            for ((out, [_, inverse_sum]), row) in rows {
                 let out = &mut out[first..self.channels.end.min(first + LANES)];
-                out.iter_mut().zip(row).for_each(|(out, sum)| *out = E::store(*sum * *factor));
+                out.iter_mut().zip(row).for_each(|(out, sum)| *out = E::store(*sum * *inverse_sum));
             }
         }
     }
 }
 
-/// Turns products q k into probabilities up to a factor, and brings what was summed so far to the new maximum.
+/// Turns products q k into exp(score - maximum), and rescales the sums so far to the new maximum.
 struct OnlineSoftmax<'a, T> {
     online: &'a mut RunningMax<T>,
     scores: &'a mut [T],
@@ -206,22 +209,22 @@ impl<T: Real> SimdKernel for OnlineSoftmax<'_, T> {
     #[inline(always)]
     fn run<L: Isa>(self) {
         let RunningMax { max: old, sum } = &mut *self.online;
-        let scale = T::Vector::<L>::splat(T::of(self.scale));
-        let max = largest::<T, L>(load_row::<T, L>(old), self.scores, scale);
-        let (factors, grew) = factors::<T, L>(load_row::<T, L>(old), max);
+        let scale = T::Vector::<L>::splat(T::cast(self.scale));
+        let max = maximum::<T, L>(load_row::<T, L>(old), self.scores, scale);
+        let (corrections, grew) = corrections::<T, L>(load_row::<T, L>(old), max);
         if grew {
-            rescale::<T, L>(sum, factors);
+            rescale::<T, L>(sum, corrections);
             for out in self.out.chunks_exact_mut(LANES) {
-                rescale::<T, L>(out, factors);
+                rescale::<T, L>(out, corrections);
             }
         }
-        // A chunk is summed by itself: fewer roundings than adding every key to all that came before.
+        // Each chunk has a sum of its own: adding every key to the sum so far would round more often.
         let mut sums = [T::Vector::<L>::splat(T::ZERO); VECTORS];
-        let negative = negative::<T, L>(max);
+        let negated = negated::<T, L>(max);
         for scores in self.scores.chunks_exact_mut(LANES) {
             let mut row = load_row::<T, L>(scores);
             for vector in 0..VECTORS {
-                row[vector] = row[vector].times_plus(scale, negative[vector]).exponential();
+                row[vector] = row[vector].times_plus(scale, negated[vector]).exponential();
                 sums[vector] = row[vector].plus(sums[vector]);
             }
             store_row::<T, L>(row, scores);
@@ -231,9 +234,9 @@ impl<T: Real> SimdKernel for OnlineSoftmax<'_, T> {
     }
 }
 
-/// The largest of `max` and of the scores, which are `products` times `scale`.
+/// The maximum of `max` and the scores, which are `products` times `scale`.
 #[inline(always)]
-fn largest<T: Real, L: Isa>(max: RowLanes<T, L>, products: &[T], scale: T::Vector<L>) -> RowLanes<T, L> {
+fn maximum<T: Real, L: Isa>(max: RowLanes<T, L>, products: &[T], scale: T::Vector<L>) -> RowLanes<T, L> {
     let mut top = [T::Vector::<L>::splat(T::MINUS_INFINITY); VECTORS];
     for products in products.chunks_exact(LANES) {
         let row = load_row::<T, L>(products);
@@ -247,30 +250,33 @@ fn largest<T: Real, L: Isa>(max: RowLanes<T, L>, products: &[T], scale: T::Vecto
     top
 }
 
+/// -row.
 #[inline(always)]
-pub(super) fn negative<T: Real, L: Isa>(mut row: RowLanes<T, L>) -> RowLanes<T, L> {
+pub(super) fn negated<T: Real, L: Isa>(mut row: RowLanes<T, L>) -> RowLanes<T, L> {
     for vector in &mut row {
         *vector = T::Vector::<L>::splat(T::ZERO).minus(*vector);
     }
     row
 }
 
-/// What sums over the old maximum are worth over the new one, and whether any maximum grew.
+/// exp(old maximum - new maximum), by which the sums so far are rescaled, and whether any maximum grew.
 #[inline(always)]
-fn factors<T: Real, L: Isa>(old: RowLanes<T, L>, max: RowLanes<T, L>) -> (RowLanes<T, L>, bool) {
-    let (mut factors, mut grew) = (max, false);
+fn corrections<T: Real, L: Isa>(old: RowLanes<T, L>, max: RowLanes<T, L>) -> (RowLanes<T, L>, bool) {
+    let mut corrections = max;
+    let mut grew = false;
     for vector in 0..VECTORS {
         grew |= max[vector].differs(old[vector]);
-        factors[vector] = old[vector].minus(max[vector]).exponential();
+        corrections[vector] = old[vector].minus(max[vector]).exponential();
     }
-    (factors, grew)
+    (corrections, grew)
 }
 
+/// lanes · corrections.
 #[inline(always)]
-fn rescale<T: Real, L: Isa>(lanes: &mut [T], factors: RowLanes<T, L>) {
+fn rescale<T: Real, L: Isa>(lanes: &mut [T], corrections: RowLanes<T, L>) {
     let mut row = load_row::<T, L>(lanes);
     for vector in 0..VECTORS {
-        row[vector] = row[vector].times(factors[vector]);
+        row[vector] = row[vector].times(corrections[vector]);
     }
     store_row::<T, L>(row, lanes);
 }

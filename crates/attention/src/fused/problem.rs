@@ -1,4 +1,4 @@
-//! [`KernelProblem`]: extents of one call, its query tiles, and the runs of keys that each has to visit.
+//! [`Problem`]: dimensions of one call, its query tiles, and the runs of keys that each visits.
 
 use crate::sequence::JointSequence;
 use crate::tiles::{KeyRange, LANES, Visits};
@@ -8,10 +8,11 @@ use clearform_ops::simd::CpuFeatures;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Keys from which on threads work on one batch entry together.
+/// From so many keys on all threads work on one head at a time. 1024 keys and values of 128 f32 are 1 MiB, which
+/// threads then share in the cache instead of each evicting those of others.
 const SHARED: usize = 1024;
 
-/// Query tiles that a thread takes at a time: few, because those of text visit far more than those of the image.
+/// Query tiles per job: few, because tiles of text visit far more keys than those of the image.
 const TILES: usize = 4;
 
 /// One call of the kernel.
@@ -22,15 +23,15 @@ pub(super) struct Problem {
     pub head_dim: usize,
     pub queries: usize,
     pub keys: usize,
-    /// What its arithmetic is compiled for.
+    /// The instruction set to use.
     pub features: CpuFeatures,
-    /// Query tiles in sequence order; together they hold each query once.
+    /// Query tiles in sequence order, which contain each query once.
     pub tiles: Vec<QueryTile>,
-    /// Runs of text keys that count, batch by batch.
+    /// Per batch entry, runs of text keys that are not padding.
     text_runs: Vec<Vec<Range<usize>>>,
     text: usize,
     image: usize,
-    /// What each tile of the image visits of the image; none where all visit all.
+    /// The image keys that each tile of the image visits; none where all tiles visit all keys.
     visits: Option<Arc<Visits>>,
 }
 
@@ -38,20 +39,24 @@ pub(super) struct Problem {
 #[derive(Debug)]
 pub(super) struct QueryTile {
     pub queries: Range<usize>,
-    /// Number of the tile in the image; text has none.
+    /// Index of the tile in the image; none for text.
     image: Option<usize>,
 }
 
-/// Keys that a query tile visits.
+/// A run of keys that a query tile visits.
 #[derive(Debug, Clone)]
 pub(super) struct KeyVisit<'a> {
     /// Positions in the sequence.
     pub tokens: Range<usize>,
-    /// Key by key, a bit for each query that sees it; empty where all see all.
-    pub seen: &'a [u32],
+    /// For each key the queries that attend to it, one bit each; empty where all attend to all.
+    pub mask: &'a [u32],
 }
 
 impl Problem {
+    /// The problem of one call.
+    ///
+    /// # Errors
+    /// A text mask of the wrong shape.
     pub fn new(
         sequence: &JointSequence,
         geometry: &Geometry,
@@ -74,75 +79,77 @@ impl Problem {
         })
     }
 
-    /// Everything that `tile` visits in one batch entry: text, image, and, from the image, pooled context.
+    /// The keys that `tile` visits in one batch entry: text, image and, for image queries, pooled context.
     pub fn visits<'a>(&'a self, entry: usize, tile: &'a QueryTile) -> impl Iterator<Item = KeyVisit<'a>> {
-        let (first, end) = (self.text, self.text + self.image);
+        let first = self.text;
+        let end = self.text + self.image;
         let window = self.visits.as_deref().zip(tile.image).map(|(visits, image)| &visits[image]);
         let near = window
             .into_iter()
             .flatten()
-            .map(move |KeyRange { tokens, seen }| KeyVisit { tokens: first + tokens.start..first + tokens.end, seen });
-        let image = window.is_none().then(|| whole(first..end));
-        let pooled = (tile.image.is_some() && end < self.keys).then(|| whole(end..self.keys));
-        self.text_runs[entry].iter().cloned().map(whole).chain(image).chain(near).chain(pooled)
+            .map(move |KeyRange { tokens, mask }| KeyVisit { tokens: first + tokens.start..first + tokens.end, mask });
+        let image = window.is_none().then(|| unmasked(first..end));
+        let pooled = (tile.image.is_some() && end < self.keys).then(|| unmasked(end..self.keys));
+        self.text_runs[entry].iter().cloned().map(unmasked).chain(image).chain(near).chain(pooled)
     }
 
-    /// Batch entries that must be left to one job: all where one alone keeps every thread busy, so that threads share a
-    /// head's keys and values in the cache.
-    pub fn entries_in_turn(&self) -> usize {
+    /// Batch entries per job: all where one keeps every thread busy, so that threads share the keys and values of a
+    /// head in the cache.
+    pub fn entries_per_job(&self) -> usize {
         if self.keys >= SHARED { self.batch } else { 1 }
     }
 
-    /// Query tiles that one job takes: all where batch entries keep the threads busy.
-    pub fn tiles_in_turn(&self) -> usize {
+    /// Query tiles per job: all where batch entries keep the threads busy.
+    pub fn tiles_per_job(&self) -> usize {
         if self.keys < SHARED && self.batch > 1 { self.tiles.len() } else { TILES }
     }
 
-    /// Where in the sequence the image tokens lie that the queries of `tiles` visit.
+    /// The range of the sequence that contains all image keys that `tiles` visit.
     pub fn image_keys(&self, tiles: &[QueryTile]) -> Range<usize> {
-        let whole = self.text..self.text + self.image;
+        let all = self.text..self.text + self.image;
         let images: Option<Vec<usize>> = tiles.iter().map(|tile| tile.image).collect();
-        let Some((visits, images)) = self.visits.as_deref().zip(images) else { return whole };
-        let place = |token: usize| self.text + token;
+        let Some((visits, images)) = self.visits.as_deref().zip(images) else { return all };
+        let position = |token: usize| self.text + token;
         let visited = images.into_iter().flat_map(|image| &visits[image]).map(|range| &range.tokens);
-        visited.fold(whole.end..whole.start, |hull, visited| {
-            hull.start.min(place(visited.start))..hull.end.max(place(visited.end))
+        visited.fold(all.end..all.start, |hull, visited| {
+            hull.start.min(position(visited.start))..hull.end.max(position(visited.end))
         })
     }
 
-    /// Text tokens, which stand before those of the image.
+    /// Text tokens, which come before the image.
     pub fn text(&self) -> usize {
         self.text
     }
 
-    /// Where in the sequence the image ends and pooled context begins.
+    /// The position where the image ends and pooled context begins.
     pub fn image_end(&self) -> usize {
         self.text + self.image
     }
 
-    /// Numbers of a token.
+    /// Elements of a token.
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// What products of queries and keys are multiplied with.
+    /// The scale of scores, 1 / √head_dim.
     pub fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
-    /// Values of the queries, of one batch entry and head.
+    /// Elements of the queries of one batch entry and head.
     pub fn query_count(&self) -> usize {
         self.queries * self.head_dim
     }
 
-    /// Values of the keys, of one batch entry and head.
+    /// Elements of the keys of one batch entry and head.
     pub fn key_count(&self) -> usize {
         self.keys * self.head_dim
     }
 }
 
-fn whole<'a>(tokens: Range<usize>) -> KeyVisit<'a> {
-    KeyVisit { tokens, seen: &[] }
+/// A visit without a mask.
+fn unmasked<'a>(tokens: Range<usize>) -> KeyVisit<'a> {
+    KeyVisit { tokens, mask: &[] }
 }
 
 fn text_tiles(text: usize) -> impl Iterator<Item = QueryTile> {
@@ -165,7 +172,7 @@ fn text_runs(visible: Option<Vec<Vec<bool>>>, batch: usize, text: usize) -> Vec<
     }
 }
 
-/// Runs of true.
+/// Runs of visible tokens.
 fn runs(visible: &[bool]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (token, _) in visible.iter().enumerate().filter(|(_, visible)| **visible) {

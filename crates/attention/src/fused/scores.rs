@@ -1,16 +1,18 @@
-//! What forward and backward share: one head's keys and values, 32 queries as lanes, and their scores over a chunk of
-//! keys.
+//! What the forward and the backward share: one head's packed keys and values, 32 queries in lanes, and their scores
+//! over a chunk of keys.
 
 use super::problem::{KeyVisit, Problem, QueryTile};
 use crate::tiles::LANES;
 use clearform_ops::simd::{
-    self, CpuFeatures, Element, Isa, Lane, MatrixProduct, Real, SimdKernel, Strided, Vector, load_row, side_by_side,
+    self, CpuFeatures, Element, Isa, Lane, MatrixProduct, Real, SimdKernel, Strided, Vector, load_row, pack_transposed,
     store_row,
 };
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows of scores of a chunk: its keys' rows of 128 values and the scores stay in the nearer caches.
+/// Keys of a chunk. 48 keys of 128 f32 (24 KiB) and their scores of 32 queries (6 KiB) stay in an L1 cache of 32 KiB,
+/// as Zen 3 and Zen 4 have; in pairs of bf16, 96 keys are as large. 48 is also a multiple of the panel heights 12
+/// (AVX-512), 3 (AVX2) and 16 (AMX).
 pub(super) const fn chunk_rows<F: Lane>() -> usize {
     48 * F::WIDTH
 }
@@ -27,20 +29,21 @@ pub(super) struct HeadView<'a, E> {
 }
 
 impl<'a, E: Element> HeadView<'a, E> {
-    /// Head `index` of all batch entries together: entry · heads + head.
+    /// The head `index` = entry · heads + head.
     pub fn new(values: &'a [E], problem: &Problem, tokens: usize, index: usize) -> Self {
         let Problem { heads, head_dim, features, .. } = *problem;
         Self { values, tokens, heads, head_dim, index, features }
     }
 
-    /// The values of a token.
+    /// The elements of a token.
     #[inline(always)]
     pub fn row(&self, token: usize) -> &'a [E] {
-        let (entry, head) = (self.index / self.heads, self.index % self.heads);
+        let entry = self.index / self.heads;
+        let head = self.index % self.heads;
         &self.values[((entry * self.tokens + token) * self.heads + head) * self.head_dim..][..self.head_dim]
     }
 
-    /// All tokens as rows of factors along the channels.
+    /// Packs all tokens along the channels.
     ///
     /// # Shapes
     /// (tokens, head_dim / WIDTH).
@@ -52,7 +55,7 @@ impl<'a, E: Element> HeadView<'a, E> {
         });
     }
 
-    /// All tokens as factors along the tokens.
+    /// Packs all tokens along the tokens.
     ///
     /// # Shapes
     /// (tokens / WIDTH, head_dim).
@@ -64,7 +67,7 @@ impl<'a, E: Element> HeadView<'a, E> {
     }
 }
 
-/// Rows that one thread packs at a time.
+/// Rows per task when packing: few tasks, each of them 512 KiB of 128 f32 per row.
 const BLOCK: usize = 1024;
 
 struct PackRows<'a, E, F> {
@@ -80,7 +83,7 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackRows<'_, E, F> {
     fn run<L: Isa>(self) {
         let steps = self.view.head_dim.div_ceil(F::WIDTH);
         for (row, out) in self.out.chunks_exact_mut(steps).enumerate() {
-            F::along(self.view.row(self.first + row), out);
+            F::pack_row(self.view.row(self.first + row), out);
         }
     }
 }
@@ -100,12 +103,12 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackColumns<'_, E, F> {
         for (row, out) in self.out.chunks_exact_mut(view.head_dim).enumerate() {
             let token = self.first + row * F::WIDTH;
             let second = (token + 1 < view.tokens).then(|| view.row(token + 1));
-            F::across(view.row(token), second, out);
+            F::pack_two_rows(view.row(token), second, out);
         }
     }
 }
 
-/// Writes the rows of `tile` side by side: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
+/// Packs the rows of `tile` into lanes: `out[channel / WIDTH][lane]`. Lanes without a query are 0.
 pub(super) fn load_lanes<E: Element, F: Lane<Sum = E::Work>>(out: &mut [F], view: HeadView<'_, E>, tile: &QueryTile) {
     view.features.run(LoadLanes { out, view, tile });
 }
@@ -121,18 +124,18 @@ impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for LoadLanes<'_, E, F> {
 
     #[inline(always)]
     fn run<L: Isa>(self) {
-        side_by_side(self.tile.queries.clone().map(|token| self.view.row(token)), self.out);
+        pack_transposed(self.tile.queries.clone().map(|token| self.view.row(token)), self.out);
     }
 }
 
-/// Keys that are scored together: runs of the sequence, one after the other.
+/// Keys that are scored together: runs of the sequence.
 #[derive(Default)]
 pub(super) struct Chunk<'a> {
-    pub pieces: Vec<KeyRun<'a>>,
-    /// Rows of scores. A piece begins and ends at whole factors, so there may be rows without a key between them.
+    pub runs: Vec<KeyRun<'a>>,
+    /// Rows of scores. A run is padded to whole lanes at both ends, so there may be rows without a key between runs.
     pub rows: usize,
-    /// The factors along the tokens that hold the keys.
-    factors: Vec<Range<usize>>,
+    /// The ranges of packed tokens that contain the keys.
+    packed: Vec<Range<usize>>,
 }
 
 /// A run of keys in a chunk.
@@ -140,18 +143,18 @@ pub(super) struct KeyRun<'a> {
     pub keys: Range<usize>,
     /// First row of its scores.
     pub row: usize,
-    seen: &'a [u32],
+    mask: &'a [u32],
 }
 
 impl KeyRun<'_> {
-    /// Its part of scores.
+    /// Its rows of `scores`.
     pub fn scores<'s, T>(&self, scores: &'s mut [T]) -> &'s mut [T] {
         &mut scores[self.row * LANES..][..self.keys.len() * LANES]
     }
 }
 
-/// Brings `visits` to `work`, chunk by chunk, each of them in `chunk`. Text, whole and edge cells may stand in one: what
-/// differs between them, the mask, is looked at piece by piece, and chunks stay long enough to keep their scores near.
+/// Calls `work` for chunks of the keys of `visits`. A chunk may mix text, whole cells and edge cells: only their masks
+/// differ, which are applied run by run, and full chunks make products efficient.
 pub(super) fn for_chunks<'a, F: Lane>(
     chunk: &mut Chunk<'a>,
     visits: impl Iterator<Item = KeyVisit<'a>>,
@@ -173,48 +176,49 @@ pub(super) fn for_chunks<'a, F: Lane>(
 }
 
 impl<'a> Chunk<'a> {
-    /// Takes as many keys of `visit` as there is room for.
+    /// Moves as many keys of `visit` as fit to the chunk.
     fn take<F: Lane>(&mut self, visit: &mut KeyVisit<'a>) {
-        let KeyVisit { tokens, seen } = visit;
+        let KeyVisit { tokens, mask } = visit;
         let lead = tokens.start % F::WIDTH;
         let keys = tokens.start..tokens.end.min(tokens.start + chunk_rows::<F>() - self.rows - lead);
-        let (taken, rest) = seen.split_at(seen.len().min(keys.len()));
-        (tokens.start, *seen) = (keys.end, rest);
-        self.factors.push(keys.start / F::WIDTH..keys.end.div_ceil(F::WIDTH));
+        let (taken, rest) = mask.split_at(mask.len().min(keys.len()));
+        tokens.start = keys.end;
+        *mask = rest;
+        self.packed.push(keys.start / F::WIDTH..keys.end.div_ceil(F::WIDTH));
         let row = self.rows + lead;
         self.rows = (row + keys.len()).next_multiple_of(F::WIDTH);
-        self.pieces.push(KeyRun { keys, row, seen: taken });
+        self.runs.push(KeyRun { keys, row, mask: taken });
     }
 
     fn clear(&mut self) {
-        self.pieces.clear();
-        self.factors.clear();
+        self.runs.clear();
+        self.packed.clear();
         self.rows = 0;
     }
 }
 
-/// scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane], for [`HeadView::rows`] of one head. Rows without a
-/// key stay as they are.
+/// `scores[key][lane] = Σ rows(key, channel) · lanes[channel][lane]`, for [`HeadView::rows`] of one head. Rows without a
+/// key are not written.
 pub(super) fn score<F: Lane>(scores: &mut [F::Sum], rows: &[F], chunk: &Chunk<'_>, lanes: &[F], features: CpuFeatures) {
     let steps = lanes.len() / LANES;
     let channels = 0..steps;
     let inner = std::slice::from_ref(&channels);
-    for piece in &chunk.pieces {
-        let a = Strided { values: &rows[piece.keys.start * steps..], row_step: steps, inner_step: 1 };
-        let product = MatrixProduct { rows: piece.keys.len(), inner, a, b: lanes, b_step: LANES };
-        product.write_to(piece.scores(scores), LANES, features);
+    for run in &chunk.runs {
+        let a = Strided { values: &rows[run.keys.start * steps..], row_step: steps, inner_step: 1 };
+        let product = MatrixProduct { rows: run.keys.len(), inner, a, b: lanes, b_step: LANES };
+        product.write_to(run.scores(scores), LANES, features);
     }
 }
 
-/// Sets scores of queries that do not see a key to -∞.
-pub(super) fn hide<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, features: CpuFeatures) {
-    for piece in chunk.pieces.iter().filter(|piece| !piece.seen.is_empty()) {
-        features.run(MaskScores { scores: piece.scores(scores), seen: piece.seen });
+/// Sets scores of queries that do not attend to a key to -∞.
+pub(super) fn mask_scores<T: Real>(scores: &mut [T], chunk: &Chunk<'_>, features: CpuFeatures) {
+    for run in chunk.runs.iter().filter(|run| !run.mask.is_empty()) {
+        features.run(MaskScores { scores: run.scores(scores), mask: run.mask });
     }
 }
 
-/// out[channel][lane] += Σ columns(key, channel) · weights[key][lane], for [`HeadView::columns`] of one head.
-pub(super) fn gather<F: Lane>(
+/// `out[channel][lane] += Σ columns(key, channel) · weights[key][lane]`, for [`HeadView::columns`] of one head.
+pub(super) fn add_weighted<F: Lane>(
     out: &mut [F::Sum],
     columns: &[F],
     chunk: &Chunk<'_>,
@@ -223,13 +227,13 @@ pub(super) fn gather<F: Lane>(
 ) {
     let head_dim = out.len() / LANES;
     let a = Strided { values: columns, row_step: 1, inner_step: head_dim };
-    let product = MatrixProduct { rows: head_dim, inner: &chunk.factors, a, b: weights, b_step: LANES };
+    let product = MatrixProduct { rows: head_dim, inner: &chunk.packed, a, b: weights, b_step: LANES };
     product.add_to(out, LANES, features);
 }
 
 struct MaskScores<'a, T> {
     scores: &'a mut [T],
-    seen: &'a [u32],
+    mask: &'a [u32],
 }
 
 impl<T: Real> SimdKernel for MaskScores<'_, T> {
@@ -237,10 +241,10 @@ impl<T: Real> SimdKernel for MaskScores<'_, T> {
 
     #[inline(always)]
     fn run<L: Isa>(self) {
-        for (scores, seen) in self.scores.chunks_exact_mut(LANES).zip(self.seen) {
+        for (scores, mask) in self.scores.chunks_exact_mut(LANES).zip(self.mask) {
             let mut row = load_row::<T, L>(scores);
             for (vector, lanes) in row.iter_mut().enumerate() {
-                *lanes = lanes.keep((seen >> (vector * simd::LANES)) as u16);
+                *lanes = lanes.keep((mask >> (vector * simd::LANES)) as u16);
             }
             store_row::<T, L>(row, scores);
         }

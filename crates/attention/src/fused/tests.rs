@@ -1,4 +1,4 @@
-//! The kernel by each set of instructions and each kind of factor, and over memory that holds no numbers.
+//! The kernel with every instruction set and lane type, and into memory filled with NaN.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
 use super::*;
@@ -15,30 +15,32 @@ struct Inputs {
     window: Window,
 }
 
-/// Grid, text tokens, head_dim and radius. Text of odd length puts the image at odd places, ragged grids put cells there.
+/// Grid, text tokens, head_dim and radius. Text of odd length makes the image begin at an odd position, and ragged
+/// grids make cells begin there.
 type Case = ((usize, usize), usize, usize, f64);
 
 const CASES: [Case; 4] = [((8, 8), 4, 32, 3.0), ((9, 14), 7, 24, 4.5), ((5, 7), 1, 9, 2.0), ((1, 37), 65, 16, 4.0)];
 
-/// So many tiles that a head is differentiated in parts.
+/// Enough tiles for the backward to divide a head into parts.
 const LARGE: Case = ((37, 41), 71, 4, 3.0);
 
 impl Inputs {
     fn new(((height, width), text, head_dim, radius): Case) -> Self {
         let geometry = Geometry::new(vec![TokenGrid::new(height, width).unwrap()]);
         let random = |tokens: usize| {
-            let one = || Tensor::randn(0f32, 1.0, (2, tokens, 2, head_dim), &Device::Cpu).unwrap();
-            Qkv { query: one(), key: one(), value: one() }.converted(DType::BF16)
+            let noise = || Tensor::randn(0f32, 1.0, (2, tokens, 2, head_dim), &Device::Cpu).unwrap();
+            Qkv { query: noise(), key: noise(), value: noise() }.converted(DType::BF16)
         };
         let window = Window { radius: Some(Radius::new(radius).unwrap()), pool: None };
         Self { image: random(height * width), text: random(text), geometry, window }
     }
 
-    /// The plain operation in a number format, text and image in one.
+    /// The reference in a dtype, text and image concatenated.
     fn plain(&self, dtype: DType) -> Vec<f64> {
-        let (image, text) = (self.image.converted(dtype), self.text.converted(dtype));
+        let image = self.image.converted(dtype);
+        let text = self.text.converted(dtype);
         let out = reference::attend(&image, Some(&text), &self.geometry, &self.window).unwrap();
-        numbers(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
+        elements(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
     }
 
     fn problem<E: Element>(&self, features: CpuFeatures) -> (Problem, [Vec<E>; 3]) {
@@ -48,19 +50,19 @@ impl Inputs {
         (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))
     }
 
-    /// Output and the gradients of query, key and value, where the gradient of the output is the values' own, by products
-    /// of `F` over memory that holds `before`.
+    /// Output and gradients of query, key and value, with the values as the gradient of the output, by products in
+    /// lanes of `F` and into memory filled with `before`.
     fn computed<E: Element, F: Lane<Sum = E::Work>>(&self, features: CpuFeatures, before: f64) -> [Vec<f64>; 4] {
         let (problem, inputs) = self.problem::<E>(features);
         let [query, key, value] = inputs.each_ref().map(Vec::as_slice);
-        let filled = |like: &[E]| vec![E::from_f64(before); like.len()];
+        let filled = |values: &[E]| vec![E::from_f64(before); values.len()];
         let mut out = filled(query);
         let mut scales = vec![[E::Work::from_f64(before); 2]; out.len() / problem.head_dim];
         forward::forward_into::<E, F>(&problem, [query, key, value], &mut out, &mut scales);
         let scales: Vec<_> = scales.into_iter().map(|scale| scale.map(|value| value.to_f64())).collect();
-        let given = BackwardInputs { query, key, value, out: &out, grad: value, scales: &scales };
+        let inputs = BackwardInputs { query, key, value, out: &out, grad: value, scales: &scales };
         let [mut query_grad, mut key_grad, mut value_grad] = [query, key, value].map(filled);
-        backward::backward_into::<E, F>(&problem, &given, [&mut query_grad, &mut key_grad, &mut value_grad]);
+        backward::backward_into::<E, F>(&problem, &inputs, [&mut query_grad, &mut key_grad, &mut value_grad]);
         [out, query_grad, key_grad, value_grad].map(|values| values.into_iter().map(|value| value.to_f64()).collect())
     }
 }
@@ -72,13 +74,14 @@ impl Qkv {
     }
 }
 
-fn numbers(x: &Tensor) -> Vec<f64> {
+fn elements(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn distance(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
-    let (mut difference, mut size) = (0.0, 0.0);
+    let mut difference = 0.0;
+    let mut size = 0.0;
     for (got, want) in got.iter().zip(want) {
         difference += (got - want) * (got - want);
         size += want * want;
@@ -87,7 +90,7 @@ fn distance(got: &[f64], want: &[f64]) -> f64 {
 }
 
 #[test]
-fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
+fn pairs_of_bf16_match_f32_with_every_instruction_set() {
     for case in CASES.into_iter().chain([LARGE]) {
         let inputs = Inputs::new(case);
         let exact = inputs.plain(DType::F64);
@@ -107,9 +110,9 @@ fn pairs_of_bf16_give_what_f32_gives_at_every_level() {
     }
 }
 
-/// The same bits as over zeros, and so no number of what was there.
+/// Outputs filled with NaN before give the same bits as outputs filled with zeros.
 #[test]
-fn whatever_stood_in_the_outputs_is_written_over() {
+fn old_contents_of_the_outputs_are_ignored() {
     fn check<E: Element, F: Lane<Sum = E::Work>>(case: Case) {
         let inputs = Inputs::new(case);
         let [clean, poisoned] = [0.0, f64::NAN].map(|before| inputs.computed::<E, F>(CpuFeatures::detect(), before));
@@ -124,15 +127,15 @@ fn whatever_stood_in_the_outputs_is_written_over() {
     }
 }
 
-/// Sums for keys are held only where a part's tiles look, and are added in the order of the parts.
+/// Parts have sums only for the keys that their tiles visit, and are added in order.
 #[test]
 fn a_head_in_parts_gives_the_same_bits_on_any_number_of_threads() {
     let inputs = Inputs::new(LARGE);
-    let on = |threads: usize| {
+    let computed_on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| inputs.computed::<f32, f32>(CpuFeatures::detect(), 0.0))
     };
-    assert_eq!(on(1), on(2));
+    assert_eq!(computed_on(1), computed_on(2));
     let (problem, _) = inputs.problem::<f32>(CpuFeatures::detect());
     let tiles = &problem.tiles;
     assert!(problem.image_keys(&tiles[tiles.len() - 16..]).len() < 37 * 41 / 2);

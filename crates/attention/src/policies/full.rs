@@ -1,4 +1,4 @@
-//! `full`: every image token sees every token.
+//! `full`: every token attends to every token.
 
 use super::{Policy, PolicyForm, PolicySettings};
 
@@ -7,7 +7,7 @@ pub(super) const FORM: PolicyForm = PolicyForm { name: "full", usage: "full", pa
 fn parse(settings: PolicySettings<'_>) -> Result<Policy, String> {
     match settings {
         [] => Ok(Policy::Full),
-        [(key, _), ..] => Err(format!("{key:?} is no setting of it")),
+        [(key, _), ..] => Err(format!("unknown setting {key:?}")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The fused kernel against the plain reference, the reference against sums written out, and gradients against both.
+//! The fused kernel compared with the reference, the reference with sums written out, and gradients with both.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
 mod problem;
@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::{Geometry, Radius, TileShape, TokenGrid};
 use clearform_ops::simd::CpuFeatures;
 use problem::{
-    Attend, Case, Inputs, Mask, case, distance, fused, gradient_errors, gradients, loss, noise, numbers, output, plain,
-    planned, result,
+    Attend, Case, Inputs, Mask, case, distance, elements, fused, gradient_errors, gradients, loss, noise, output,
+    plain, planned, result,
 };
 
 fn cases() -> Vec<Case> {
@@ -47,52 +47,52 @@ fn cases() -> Vec<Case> {
         Case { head_dim: 7, ..case(&[(9, 14)], 7, "clear:r=4.5,d=2") },
         Case { heads: 1, head_dim: 128, ..case(&[(12, 13)], 7, "clear:r=5") },
         Case { heads: 1, head_dim: 256, ..case(&[(6, 6)], 7, "full") },
-        // Tiles enough for a head to be differentiated in parts.
+        // Enough tiles for the backward to divide a head into parts.
         Case { heads: 1, head_dim: 4, ..case(&[(30, 31)], 40, "clear:r=3,d=4") },
     ]
 }
 
-const FORMATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
+const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
 #[test]
-fn fused_forward_equals_the_reference_at_every_level() {
-    for (case, dtype) in cases().into_iter().flat_map(|case| FORMATS.map(|dtype| (case.clone(), dtype))) {
+fn the_fused_forward_matches_the_reference_with_every_instruction_set() {
+    for (case, dtype) in cases().into_iter().flat_map(|case| DTYPES.map(|dtype| (case.clone(), dtype))) {
         let inputs = Inputs::new(case.clone(), dtype);
         let exact = result(&inputs.exact(), plain);
         let theirs = distance(&result(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
         for features in CpuFeatures::available() {
-            let got = fused(&inputs.at(features), &inputs.tensors).unwrap();
+            let got = fused(&inputs.with_features(features), &inputs.tensors).unwrap();
             assert_eq!(got.image.dtype(), dtype);
             let error = distance(&output(&got), &exact);
             let name = format!("{} on {:?} + {}, {dtype:?}, {features:?}", case.plan, case.grids, case.text);
-            assert!(error <= 2.0 * theirs + slack, "{name}: {error:e}, the plain operation {theirs:e}");
+            assert!(error <= 2.0 * theirs + slack, "{name}: {error:e}, reference {theirs:e}");
         }
         assert_eq!(result(&inputs, planned), result(&inputs, fused));
     }
 }
 
-/// Scores of this noise reach 13 at head_dim 128 and saturate: the plain gradients lose digits there too.
+/// Scores of this noise reach 13 at head_dim 128 and saturate, where gradients of the reference lose digits too.
 #[test]
-fn fused_gradients_are_as_good_as_those_of_the_reference_at_every_level() {
-    for (case, dtype) in cases().into_iter().flat_map(|case| FORMATS.map(|dtype| (case.clone(), dtype))) {
+fn fused_gradients_are_as_accurate_as_the_reference_with_every_instruction_set() {
+    for (case, dtype) in cases().into_iter().flat_map(|case| DTYPES.map(|dtype| (case.clone(), dtype))) {
         let inputs = Inputs::new(case.clone(), dtype);
         let exact = gradients(&inputs.exact(), plain);
         let theirs = gradient_errors(&gradients(&inputs, plain), &exact);
         let slack = if dtype == DType::F64 { 1e-12 } else { 1e-6 };
         for features in CpuFeatures::available() {
-            let ours = gradient_errors(&gradients(&inputs.at(features), fused), &exact);
+            let ours = gradient_errors(&gradients(&inputs.with_features(features), fused), &exact);
             for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
                 let name = format!("{} on {:?} + {}, tensor {index}", case.plan, case.grids, case.text);
                 let limit = 2.0 * theirs + slack;
-                assert!(*ours <= limit, "{name}, {dtype:?}, {features:?}: {ours:e}, the plain {theirs:e}");
+                assert!(*ours <= limit, "{name}, {dtype:?}, {features:?}: {ours:e}, reference {theirs:e}");
             }
         }
     }
 }
 
 #[test]
-fn fused_gradients_equal_finite_differences() {
+fn fused_gradients_match_finite_differences() {
     const STEP: f64 = 1e-5;
     let cases = [
         Case { mask: Mask::First(2), ..case(&[(3, 5), (2, 2)], 3, "clear:r=2.3,d=2") },
@@ -102,12 +102,13 @@ fn fused_gradients_equal_finite_differences() {
     for case in cases {
         let inputs = Inputs::new(case.clone(), DType::F64);
         for (index, got) in gradients(&inputs, fused).iter().enumerate() {
-            let values = numbers(&inputs.tensors[index]);
+            let values = elements(&inputs.tensors[index]);
             let moved = |element: usize, by: f64| {
-                let (mut values, mut tensors) = (values.clone(), inputs.tensors.clone());
+                let mut values = values.clone();
+                let mut tensors = inputs.tensors.clone();
                 values[element] += by;
                 tensors[index] = Tensor::from_vec(values, tensors[index].shape(), &Device::Cpu).unwrap();
-                numbers(&loss(&inputs, &tensors, fused))[0]
+                elements(&loss(&inputs, &tensors, fused))[0]
             };
             let slope = |i: usize| (moved(i, STEP) - moved(i, -STEP)) / (2.0 * STEP);
             let want: Vec<f64> = (0..values.len()).map(slope).collect();
@@ -117,7 +118,7 @@ fn fused_gradients_equal_finite_differences() {
     }
 }
 
-/// Image token (row, column) of the first grid, averaged over its d × d cell, as sums written out.
+/// The average of a d × d cell of a grid, as sums written out.
 fn pooled_cell(
     values: &[f64],
     weight: &[f64],
@@ -125,10 +126,12 @@ fn pooled_cell(
     (height, width): (usize, usize),
     cell: (usize, usize),
 ) -> f64 {
-    let (mut sum, mut present) = (0.0, 0.0);
+    let mut sum = 0.0;
+    let mut present = 0.0;
     for i in 0..factor {
         for j in 0..factor {
-            let (row, column) = (cell.0 * factor + i, cell.1 * factor + j);
+            let row = cell.0 * factor + i;
+            let column = cell.1 * factor + j;
             if row < height && column < width {
                 sum += weight[i * factor + j] * values[row * width + column];
                 present += weight[i * factor + j];
@@ -138,19 +141,21 @@ fn pooled_cell(
     sum * weight.iter().sum::<f64>() / present
 }
 
-/// Every image query over text, disc and pooled cells, as sums written out for one head of one channel.
-fn by_hand(text: [&[f64]; 2], image: [&[f64]; 3], weight: &[f64], extents: (usize, usize), radius: f64) -> Vec<f64> {
+/// Attention of every image query to text, disc and pooled cells, as sums written out for one head with one channel.
+fn by_hand(text: [&[f64]; 2], image: [&[f64]; 3], weight: &[f64], grid: (usize, usize), radius: f64) -> Vec<f64> {
     let factor = (weight.len() as f64).sqrt() as usize;
-    let cells: Vec<(usize, usize)> = (0..extents.0.div_ceil(factor))
-        .flat_map(|row| (0..extents.1.div_ceil(factor)).map(move |column| (row, column)))
+    let cells: Vec<(usize, usize)> = (0..grid.0.div_ceil(factor))
+        .flat_map(|row| (0..grid.1.div_ceil(factor)).map(move |column| (row, column)))
         .collect();
     let pooled =
-        |values: &[f64]| cells.iter().map(|c| pooled_cell(values, weight, factor, extents, *c)).collect::<Vec<f64>>();
-    let (pooled_keys, pooled_values) = (pooled(image[1]), pooled(image[2]));
+        |values: &[f64]| cells.iter().map(|c| pooled_cell(values, weight, factor, grid, *c)).collect::<Vec<f64>>();
+    let pooled_keys = pooled(image[1]);
+    let pooled_values = pooled(image[2]);
     let attend = |query: usize| {
-        let place = |token: usize| ((token / extents.1) as f64, (token % extents.1) as f64);
+        let position = |token: usize| ((token / grid.1) as f64, (token % grid.1) as f64);
         let sees = |key: usize| {
-            (place(query).0 - place(key).0).powi(2) + (place(query).1 - place(key).1).powi(2) < radius * radius
+            (position(query).0 - position(key).0).powi(2) + (position(query).1 - position(key).1).powi(2)
+                < radius * radius
         };
         let mut pairs: Vec<(f64, f64)> = text[0].iter().copied().zip(text[1].iter().copied()).collect();
         pairs.extend((0..image[1].len()).filter(|key| sees(*key)).map(|key| (image[1][key], image[2][key])));
@@ -162,10 +167,10 @@ fn by_hand(text: [&[f64]; 2], image: [&[f64]; 3], weight: &[f64], extents: (usiz
 }
 
 #[test]
-fn the_reference_equals_sums_written_out() {
+fn the_reference_matches_sums_written_out() {
     for (grid, plan, radius) in [((5, 7), "clear:r=2.5,d=3", 2.5), ((4, 4), "clear:r=2,d=2", 2.0)] {
         let inputs = Inputs::new(Case { heads: 1, head_dim: 1, ..case(&[grid], 3, plan) }, DType::F64);
-        let raster: Vec<Vec<f64>> = inputs.tensors.iter().map(numbers).collect();
+        let raster: Vec<Vec<f64>> = inputs.tensors.iter().map(elements).collect();
         let mut tensors = inputs.tensors.clone();
         for tensor in &mut tensors[3..6] {
             *tensor = inputs.geometry.to_tiles(tensor).unwrap();
@@ -174,16 +179,16 @@ fn the_reference_equals_sums_written_out() {
         let want = by_hand(text, [&raster[3], &raster[4], &raster[5]], &raster[6], grid, radius);
         for attend in [plain, fused] as [Attend; 2] {
             let image = inputs.geometry.to_raster(&attend(&inputs, &tensors).unwrap().image).unwrap();
-            assert!(distance(&numbers(&image), &want) < 1e-12);
+            assert!(distance(&elements(&image), &want) < 1e-12);
         }
     }
 }
 
 #[test]
-fn a_radius_of_one_without_text_gives_the_values_back() {
+fn a_radius_of_one_without_text_returns_the_values() {
     let inputs = Inputs::new(case(&[(9, 14)], 0, "clear:r=1"), DType::F32);
     let got = fused(&inputs, &inputs.tensors).unwrap();
-    assert!(distance(&output(&got), &numbers(&inputs.tensors[5])) < 1e-6);
+    assert!(distance(&output(&got), &elements(&inputs.tensors[5])) < 1e-6);
 }
 
 #[test]
@@ -193,13 +198,14 @@ fn padded_text_changes_nothing() {
     for (short, long) in short.tensors.iter_mut().zip(&masked.tensors).take(3) {
         *short = long.narrow(1, 0, 5).unwrap();
     }
-    let (got, want) = (fused(&masked, &masked.tensors).unwrap(), fused(&short, &short.tensors).unwrap());
-    assert!(distance(&numbers(&got.image), &numbers(&want.image)) < 1e-6);
-    assert!(distance(&numbers(&got.text.unwrap().narrow(1, 0, 5).unwrap()), &numbers(&want.text.unwrap())) < 1e-6);
+    let got = fused(&masked, &masked.tensors).unwrap();
+    let want = fused(&short, &short.tensors).unwrap();
+    assert!(distance(&elements(&got.image), &elements(&want.image)) < 1e-6);
+    assert!(distance(&elements(&got.text.unwrap().narrow(1, 0, 5).unwrap()), &elements(&want.text.unwrap())) < 1e-6);
 }
 
 #[test]
-fn queries_far_apart_do_not_lose_small_probabilities() {
+fn large_scores_do_not_lose_small_probabilities() {
     let mut inputs = Inputs::new(case(&[(8, 8)], 4, "clear:r=4"), DType::F32);
     for index in [0, 3] {
         inputs.tensors[index] = (&inputs.tensors[index] * 60.0).unwrap();
@@ -210,7 +216,7 @@ fn queries_far_apart_do_not_lose_small_probabilities() {
 }
 
 #[test]
-fn not_a_number_comes_out_where_it_went_in() {
+fn nan_in_gives_nan_out() {
     let mut inputs = Inputs::new(case(&[(8, 8)], 4, "clear:r=2"), DType::F32);
     let ones = inputs.tensors[4].ones_like().unwrap();
     inputs.tensors[4] = (ones * f64::NAN).unwrap();
@@ -218,35 +224,36 @@ fn not_a_number_comes_out_where_it_went_in() {
 }
 
 #[test]
-fn tile_order_is_undone_and_differentiable() {
+fn tile_order_is_invertible_and_differentiable() {
     for case in cases() {
         let inputs = Inputs::new(case.clone(), DType::F64);
         let raster = Var::from_tensor(&inputs.tensors[3]).unwrap();
         let tiled = inputs.geometry.to_tiles(&raster).unwrap();
-        assert_eq!(numbers(&inputs.geometry.to_raster(&tiled).unwrap()), numbers(&raster));
+        assert_eq!(elements(&inputs.geometry.to_raster(&tiled).unwrap()), elements(&raster));
         let probe = noise(tiled.dims(), 5);
         let gradients = (tiled * &probe).unwrap().sum_all().unwrap().backward().unwrap();
         let want = inputs.geometry.to_raster(&probe).unwrap();
-        assert_eq!(numbers(gradients.get(&raster).unwrap()), numbers(&want));
+        assert_eq!(elements(gradients.get(&raster).unwrap()), elements(&want));
     }
     let geometry = Geometry::new(vec![TokenGrid::new(4, 4).unwrap()]);
     assert!(geometry.to_tiles(&noise(&[1, 15, 1, 1], 0)).is_err());
 }
 
 #[test]
-fn a_disc_holds_as_many_tokens_as_the_paper_says() {
+fn a_disc_has_as_many_tokens_as_in_the_paper() {
     for (tokens, want) in [(8.0, 193), (16.0, 793), (32.0, 3205)] {
-        let side = 2 * tokens as i64 + 1;
-        let inside = (0..side * side).filter(|i| {
-            let (dy, dx) = (i / side - tokens as i64, i % side - tokens as i64);
+        let width = 2 * tokens as i64 + 1;
+        let inside = (0..width * width).filter(|i| {
+            let dy = i / width - tokens as i64;
+            let dx = i % width - tokens as i64;
             ((dy * dy + dx * dx) as f64) < tokens * tokens
         });
         assert_eq!(inside.count(), want);
-        let geometry = |extent| Geometry::new(vec![TokenGrid::new(extent, extent).unwrap()]);
-        let pairs = |extent| geometry(extent).share_inside(Radius::new(tokens).unwrap()).inside as i64;
-        // The second difference of an extent's pairs counts each disc away from borders once per token: 2 · disc.
-        let extent = 4 * tokens as usize;
-        assert_eq!(pairs(extent + 2) - 2 * pairs(extent + 1) + pairs(extent), 2 * want as i64);
+        let geometry = |side| Geometry::new(vec![TokenGrid::new(side, side).unwrap()]);
+        let pairs = |side| geometry(side).efficiency(Radius::new(tokens).unwrap()).inside as i64;
+        // The second difference of the pairs by side counts each disc away from borders once per token: 2 · disc.
+        let side = 4 * tokens as usize;
+        assert_eq!(pairs(side + 2) - 2 * pairs(side + 1) + pairs(side), 2 * want as i64);
     }
 }
 
@@ -254,7 +261,7 @@ fn a_disc_holds_as_many_tokens_as_the_paper_says() {
 fn most_of_what_is_visited_lies_inside() {
     let geometry = Geometry::new(vec![TokenGrid::new(64, 64).unwrap()]);
     for (tokens, least) in [(8.0, 0.42), (16.0, 0.62), (32.0, 0.76)] {
-        let share = geometry.share_inside(Radius::new(tokens).unwrap());
+        let share = geometry.efficiency(Radius::new(tokens).unwrap());
         assert!(share.inside as f64 >= least * share.visited as f64, "r = {tokens}: {share}");
     }
 }
@@ -265,20 +272,20 @@ fn attention_over_nothing_is_refused() {
         let inputs = Inputs::new(case, DType::F32);
         [fused, plain].map(|attend| attend(&inputs, &inputs.tensors).unwrap_err().to_string())
     };
-    let some = "expected at least one sample, one head and one image token";
+    let reason = "expected at least one sample, one head and one image token";
     for message in refusal(Case { batch: 0, ..case(&[(2, 2)], 3, "full") }) {
-        assert!(message.contains(some), "{message}");
+        assert!(message.contains(reason), "{message}");
     }
     for message in refusal(Case { heads: 0, ..case(&[(2, 2)], 0, "clear:r=2") }) {
-        assert!(message.contains(some), "{message}");
+        assert!(message.contains(reason), "{message}");
     }
     for message in refusal(Case { mask: Mask::First(0), ..case(&[], 3, "clear:r=2") }) {
-        assert!(message.contains(some), "{message}");
+        assert!(message.contains(reason), "{message}");
     }
 }
 
 #[test]
-fn bad_extents_are_errors() {
+fn invalid_sizes_are_errors() {
     assert!(TokenGrid::new(0, 4).is_err() && TokenGrid::new(4, 0).is_err() && TokenGrid::new(1 << 20, 4).is_err());
     assert!(Radius::new(0.0).is_err() && Radius::new(f64::NAN).is_err() && Radius::new(-1.0).is_err());
     assert!(Radius::new(1e-170).is_err() && Radius::new(-1e-170).is_err() && Radius::new(1e-100).is_ok());

@@ -1,4 +1,4 @@
-//! Problems of attention: random inputs, the fused kernel and the plain reference on them, and how far apart they are.
+//! Test problems: random inputs, the fused kernel and the reference on them, and the distance between results.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_attention::{
@@ -6,31 +6,31 @@ use clearform_attention::{
 };
 use clearform_ops::simd::CpuFeatures;
 
-/// One problem: what is attended to, and under which plan.
+/// The size and plan of a problem.
 #[derive(Debug, Clone)]
 pub struct Case {
     pub grids: Vec<(usize, usize)>,
     pub text: usize,
-    /// Whether there is a text stream where there is no text.
+    /// Whether there is a text stream even without text tokens.
     pub empty_stream: bool,
     pub batch: usize,
     pub heads: usize,
     pub head_dim: usize,
     pub plan: String,
     pub mask: Mask,
-    /// Cells by which tokens are ordered.
+    /// Shape of the cells that order the tokens.
     pub cell: (usize, usize),
     pub features: CpuFeatures,
 }
 
-/// Which text tokens count.
+/// Which text tokens are visible.
 #[derive(Debug, Clone, Copy)]
 pub enum Mask {
-    /// No mask is given.
+    /// No mask.
     None,
-    /// In batch entry `i` the first of them, this less 3 i.
+    /// In batch entry i the first tokens, 3 i fewer than this.
     First(usize),
-    /// Any, by a seed; about a quarter is hidden.
+    /// A pseudorandom choice by this seed, about three quarters.
     Some(usize),
 }
 
@@ -71,7 +71,7 @@ impl Case {
         let grids = self.grids.iter().map(|(height, width)| TokenGrid::new(*height, *width).unwrap()).collect();
         let cell = TileShape::new(self.cell.0, self.cell.1).unwrap();
         let geometry = Geometry::in_cells(grids, cell).unwrap();
-        let counts = |i: usize| match self.mask {
+        let is_visible = |i: usize| match self.mask {
             Mask::None => true,
             Mask::First(first) => i % self.text + 3 * (i / self.text) < first,
             Mask::Some(seed) => (((i + 1) * (2 * seed + 1) * 40_503) >> 8) & 3 != 0,
@@ -79,7 +79,7 @@ impl Case {
         if matches!(self.mask, Mask::None) || self.text == 0 {
             return geometry;
         }
-        let mask = (0..self.batch * self.text).map(|i| u8::from(counts(i))).collect();
+        let mask = (0..self.batch * self.text).map(|i| u8::from(is_visible(i))).collect();
         geometry.with_text_mask(Tensor::from_vec(mask, (self.batch, self.text), &Device::Cpu).unwrap())
     }
 }
@@ -98,12 +98,12 @@ impl Inputs {
         Self { case, geometry, tensors }.converted(dtype)
     }
 
-    /// The very same numbers in f64: what is exact over them owes nothing to how they were rounded.
+    /// The same values in f64, so that results over them do not contain the rounding of the inputs.
     pub fn exact(&self) -> Self {
         self.clone().converted(DType::F64)
     }
 
-    pub fn at(&self, features: CpuFeatures) -> Self {
+    pub fn with_features(&self, features: CpuFeatures) -> Self {
         Self { case: Case { features, ..self.case.clone() }, ..self.clone() }
     }
 
@@ -141,13 +141,13 @@ fn qkv(tensors: &[Tensor]) -> Qkv {
     Qkv { query: tensors[0].clone(), key: tensors[1].clone(), value: tensors[2].clone() }
 }
 
-/// The kernel by the case's instructions.
+/// The fused kernel with the instruction set of the case.
 pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let attention = TiledAttention::new(inputs.window(tensors)).with_instructions(inputs.case.features);
+    let attention = TiledAttention::new(inputs.window(tensors)).with_features(inputs.case.features);
     attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
 }
 
-/// What the plan builds.
+/// The attention that the plan builds.
 pub fn planned(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
     let attention = plan(&inputs.case).build("layer", &|_: &str| Ok(tensors.get(6).cloned()))?;
     attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
@@ -158,7 +158,7 @@ pub fn plain(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
     reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &inputs.window(tensors))
 }
 
-pub fn numbers(x: &Tensor) -> Vec<f64> {
+pub fn elements(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -175,14 +175,14 @@ pub fn distance(got: &[f64], want: &[f64]) -> f64 {
     difference(got, want) / size(want).max(f64::MIN_POSITIVE)
 }
 
-/// Text and image, one after the other.
+/// Text and image, concatenated.
 pub fn output(attended: &Attended) -> Vec<f64> {
-    let mut values = attended.text.as_ref().map(numbers).unwrap_or_default();
-    values.extend(numbers(&attended.image));
+    let mut values = attended.text.as_ref().map(elements).unwrap_or_default();
+    values.extend(elements(&attended.image));
     values
 }
 
-/// What `attend` gives for the inputs.
+/// The output of `attend` for the inputs.
 pub fn result(inputs: &Inputs, attend: Attend) -> Vec<f64> {
     output(&attend(inputs, &inputs.tensors).unwrap())
 }
@@ -204,11 +204,11 @@ pub fn gradients(inputs: &Inputs, attend: Attend) -> Vec<Vec<f64>> {
     let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
     let store = loss(inputs, &tensors, attend).backward().unwrap();
     let first = if inputs.case.text > 0 { 0 } else { 3 };
-    vars[first..].iter().map(|var| numbers(store.get(var).unwrap())).collect()
+    vars[first..].iter().map(|var| elements(store.get(var).unwrap())).collect()
 }
 
-/// Errors of gradients, each relative to the gradient or, where that is less than a twentieth of the largest, to the
-/// largest: where terms cancel, as for a query that sees one key alone, nothing is left that an error could be relative to.
+/// Errors of gradients, relative to the gradient, or to the largest gradient where that is more than 20 times as large:
+/// where terms cancel, as for a query with a single key, the gradient is too small to compare its error with.
 pub fn gradient_errors(got: &[Vec<f64>], want: &[Vec<f64>]) -> Vec<f64> {
     let largest = want.iter().map(|want| size(want)).fold(0.0, f64::max);
     let scale = |want: &[f64]| if size(want) < largest / 20.0 { largest } else { size(want) };

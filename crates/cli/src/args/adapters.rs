@@ -1,25 +1,26 @@
 //! Adapters on the command line, `FILE[:W][:KEY=VALUE,..]`, and the plugins that read them.
 
+use super::headings::ADAPTERS;
 use clap::{Args, Subcommand, ValueEnum};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Which plugins there are.
+/// Where plugins are found.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PluginSearchArgs {
-    /// A folder of plugins, looked through before that of the program. May be given several times.
-    #[arg(long, value_name = "DIR")]
+    /// Folder to search for plugins before the program's own; may be repeated.
+    #[arg(long, value_name = "DIR", help_heading = ADAPTERS)]
     pub plugin_dir: Vec<PathBuf>,
-    /// Load no plugin, whatever is asked for.
-    #[arg(long)]
+    /// Load no plugins.
+    #[arg(long, help_heading = ADAPTERS)]
     pub no_plugins: bool,
 }
 
 /// `clearform plugins`.
 #[derive(Debug, Args)]
 pub struct PluginsArgs {
-    /// Which.
+    /// What to do about plugins.
     #[command(subcommand)]
     pub action: PluginsAction,
 }
@@ -27,11 +28,14 @@ pub struct PluginsArgs {
 /// What to do about plugins.
 #[derive(Debug, Subcommand)]
 pub enum PluginsAction {
-    /// Every plugin beside the binary.
+    /// List the plugins next to the program and in --plugin-dir.
+    #[command(after_help = "Example:\n  clearform plugins list --plugin-dir plugins")]
     List(PluginSearchArgs),
-    /// Load a plugin and run the examples that it declares.
+    /// Load a plugin and run the examples it declares.
+    #[command(after_help = "Example:\n  clearform plugins check plugins/libclearform_lora.so")]
     Check {
-        /// The library.
+        /// The plugin's shared library.
+        #[arg(value_name = "FILE")]
         path: PathBuf,
     },
 }
@@ -39,14 +43,15 @@ pub enum PluginsAction {
 /// Adapters that edit weights.
 #[derive(Debug, Clone, Default, Args)]
 pub struct WeightAdapterArgs {
-    /// LoRA or its kin. W is its strength; KEY=W sets that of blocks whose names hold KEY (double=1,single=0.5).
-    #[arg(long, value_name = "FILE[:W][:KEY=W,..]")]
+    /// LoRA, LoHa or LoKr with strength W (default 1); KEY=W sets the strength of blocks whose names contain KEY
+    /// (double=1,single=0.5). May be repeated.
+    #[arg(long, value_name = "FILE[:W][:KEY=W,..]", help_heading = ADAPTERS)]
     pub lora: Vec<AdapterArg>,
-    /// How a LoRA meets the weights.
-    #[arg(long, value_enum, default_value = "at-runtime")]
+    /// How low-rank edits are applied to the weights.
+    #[arg(long, value_enum, default_value = "at-runtime", value_name = "MODE", help_heading = ADAPTERS)]
     pub lora_apply_mode: ApplyMode,
-    /// Go on although tensors of an adapter do not meet the model.
-    #[arg(long)]
+    /// Continue although tensors of an adapter do not match the model.
+    #[arg(long, help_heading = ADAPTERS)]
     pub allow_partial: bool,
     /// Where plugins are.
     #[command(flatten)]
@@ -59,48 +64,50 @@ pub struct AdapterArgs {
     /// Those that edit weights.
     #[command(flatten)]
     pub weights: WeightAdapterArgs,
-    /// Any adapter; the plugin that knows it is found, or named with ,plugin=ID.
-    #[arg(long, value_name = "FILE[:W][,plugin=ID]")]
+    /// Adapter of any kind; the plugin that recognises it is used, or the one named by ,plugin=ID. May be repeated.
+    #[arg(long, value_name = "FILE[:W][,plugin=ID]", help_heading = ADAPTERS)]
     pub adapter: Vec<AdapterArg>,
-    /// ControlNet. W is its conditioning scale; start and end, 0 to 1, say when it acts; mode is that of a union.
-    #[arg(long, value_name = "PATH[:W][:start=X,end=X,mode=N]")]
+    /// ControlNet with conditioning scale W; start and end (0 to 1) limit the steps it acts in, mode selects the control
+    /// mode of a union ControlNet. May be repeated.
+    #[arg(long, value_name = "PATH[:W][:start=X,end=X,mode=N]", help_heading = ADAPTERS)]
     pub controlnet: Vec<AdapterArg>,
-    /// Attention of ControlNets: `full` or `clear:r=R`.
-    #[arg(long, default_value = "full", value_name = "PLAN")]
+    /// Attention plan of ControlNets: `full` or `clear:r=R`.
+    #[arg(long, default_value = "full", value_name = "PLAN", help_heading = ADAPTERS)]
     pub controlnet_attention: String,
 }
 
-/// How low-rank edits meet weights.
+/// How low-rank edits are applied to weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ApplyMode {
-    /// Beside them: exact whatever their number format.
+    /// As separate products next to the weights: exact in every dtype.
     #[default]
     #[value(alias = "at_runtime")]
     AtRuntime,
-    /// Added to them when they are loaded: a little faster.
+    /// Merged into the weights when they are loaded: slightly faster.
     Immediately,
 }
 
-/// An adapter as the person gives it.
+/// An adapter as the user gives it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct AdapterArg {
     /// File or folder.
     pub path: PathBuf,
     /// Strength.
     pub weight: Option<f64>,
-    /// What else is said, in order.
+    /// `KEY=VALUE` settings, in order.
     pub settings: Vec<(String, String)>,
 }
 
 impl FromStr for AdapterArg {
     type Err = String;
 
-    /// The path ends where all that follows are numbers and settings: paths may hold colons and commas themselves.
+    /// The path ends at the first separator after which only a strength and settings follow: paths may contain colons and
+    /// commas themselves.
     fn from_str(text: &str) -> Result<Self, String> {
         let separators = text.match_indices([':', ',']).map(|(at, _)| at);
-        let read = separators.filter(|at| *at > 0).find_map(|at| Self::read(&text[..at], &text[at + 1..]));
-        match read {
-            Some(read) => Ok(read),
+        let parsed = separators.filter(|at| *at > 0).find_map(|at| Self::with_settings(&text[..at], &text[at + 1..]));
+        match parsed {
+            Some(parsed) => Ok(parsed),
             None if text.is_empty() => Err("expected a file".to_owned()),
             None => Ok(Self { path: PathBuf::from(text), ..Self::default() }),
         }
@@ -108,7 +115,7 @@ impl FromStr for AdapterArg {
 }
 
 impl fmt::Display for AdapterArg {
-    /// As it is given, with the file's name alone.
+    /// As the user gives it, with the file name instead of the path.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.file_name().unwrap_or_default().to_string_lossy())?;
         self.weight.map_or(Ok(()), |weight| write!(f, ":{weight}"))?;
@@ -126,21 +133,22 @@ impl fmt::Display for AdapterArgs {
 }
 
 impl AdapterArg {
-    fn read(path: &str, rest: &str) -> Option<Self> {
-        let mut read = Self { path: PathBuf::from(path), ..Self::default() };
+    /// The adapter at `path` with the strength and settings in `rest`; none if `rest` holds anything else.
+    fn with_settings(path: &str, rest: &str) -> Option<Self> {
+        let mut parsed = Self { path: PathBuf::from(path), ..Self::default() };
         for item in rest.split([':', ',']) {
             match (item.split_once('='), item.parse::<f64>()) {
-                (Some((key, value)), _) if is_key(key) => read.settings.push((key.to_owned(), value.to_owned())),
-                (None, Ok(weight)) if weight.is_finite() && read.weight.is_none() => read.weight = Some(weight),
+                (Some((key, value)), _) if is_key(key) => parsed.settings.push((key.to_owned(), value.to_owned())),
+                (None, Ok(weight)) if weight.is_finite() && parsed.weight.is_none() => parsed.weight = Some(weight),
                 _ => return None,
             }
         }
-        Some(read)
+        Some(parsed)
     }
 }
 
 fn is_key(key: &str) -> bool {
-    !key.is_empty() && key.chars().all(|one| one.is_ascii_alphanumeric() || "_.-*".contains(one))
+    !key.is_empty() && key.chars().all(|letter| letter.is_ascii_alphanumeric() || "_.-*".contains(letter))
 }
 
 #[cfg(test)]
@@ -148,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_adapter_is_a_path_with_what_follows() {
+    fn adapters_parse_into_path_strength_and_settings() {
         type Case<'a> = (&'a str, &'a str, Option<f64>, &'a [(&'a str, &'a str)]);
         let cases: [Case; 8] = [
             ("a.safetensors", "a.safetensors", None, &[]),

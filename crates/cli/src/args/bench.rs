@@ -1,143 +1,167 @@
 //! The arguments of `clearform bench`.
 
-use super::{DeviceArg, DtypeArg, SourceArgs};
+use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
+use super::{DeviceArgs, DtypeArg, SourceArgs};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
 /// `clearform bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// What is timed.
+    /// What is measured.
     #[command(subcommand)]
     pub command: BenchCommand,
 }
 
-/// What is timed.
+/// What is measured.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// One attention call on random queries, keys and values already in tile order.
+    /// Time one attention call on random queries, keys and values already in tile order.
     Attention(AttentionBenchArgs),
-    /// One evaluation of a FLUX transformer of given sizes, with random weights.
+    /// Time one evaluation of a FLUX transformer of given sizes, with random weights.
     Step(StepBenchArgs),
-    /// One evaluation of a model at several sizes and attentions.
+    /// Time one evaluation of a model at several sizes and with several attention plans.
     Model(ModelBenchArgs),
-    /// How much of what attention computes lies inside the disc; nothing is timed.
+    /// Count how much of what attention computes lies inside the disc; nothing is timed.
     #[command(alias = "share")]
     Tiles(TilesBenchArgs),
 }
 
 /// `clearform bench attention`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform bench attention --grid 128x128 --radius 16")]
 pub struct AttentionBenchArgs {
-    /// Image tokens, HEIGHTxWIDTH.
-    #[arg(long, default_value = "64x64", value_name = "HxW")]
+    /// Image tokens.
+    #[arg(long, default_value = "64x64", value_name = "HxW", help_heading = INPUT)]
     pub grid: String,
-    /// Radius of the window, in tokens.
-    #[arg(long, default_value_t = 16.0, value_name = "R")]
-    pub radius: f64,
+    /// Text tokens.
+    #[arg(long, default_value_t = 512, value_name = "N", help_heading = INPUT)]
+    pub text: usize,
     /// Attention heads.
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", help_heading = INPUT)]
     pub heads: usize,
     /// Channels per head.
-    #[arg(long, default_value_t = 128, value_name = "N")]
+    #[arg(long, default_value_t = 128, value_name = "N", help_heading = INPUT)]
     pub head_dim: usize,
-    /// Text tokens.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub text: usize,
-    /// Number format.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: DtypeArg,
-    /// Time the backward pass too.
-    #[arg(long)]
-    pub backward: bool,
-    /// `full` or `clear:r=R[,d=D]` instead of --radius.
-    #[arg(long, value_name = "PLAN")]
+    /// Window radius, in tokens.
+    #[arg(long, default_value_t = 16.0, value_name = "R", help_heading = ATTENTION)]
+    pub radius: f64,
+    /// Attention plan, instead of --radius: `full` or `clear:r=R[,d=D]`.
+    #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
     pub attention: Option<String>,
-    /// `cpu`, or `cuda:N` where it was built in.
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: DeviceArg,
-    /// Timed runs, after one that is not counted.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    /// Time the backward pass too.
+    #[arg(long, help_heading = TIMING)]
+    pub backward: bool,
+    /// Timed runs, after one warm-up run.
+    #[arg(long, default_value_t = 5, value_name = "N", help_heading = TIMING)]
     pub repeat: usize,
+    /// Where it runs.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+    /// Dtype to compute in.
+    #[arg(long, value_enum, default_value = "f32", help_heading = DEVICE)]
+    pub dtype: DtypeArg,
 }
 
 /// `clearform bench step`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform bench step --grid 64x64 --attention clear:r=16")]
 pub struct StepBenchArgs {
-    /// Channels of a token inside the transformer.
-    #[arg(long, default_value_t = 1536, value_name = "N")]
+    /// Hidden size of the transformer.
+    #[arg(long, default_value_t = 1536, value_name = "N", help_heading = INPUT)]
     pub width: usize,
     /// Channels per head.
-    #[arg(long, default_value_t = 128, value_name = "N")]
+    #[arg(long, default_value_t = 128, value_name = "N", help_heading = INPUT)]
     pub head_dim: usize,
     /// Double-stream blocks.
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", help_heading = INPUT)]
     pub double: usize,
     /// Single-stream blocks.
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", help_heading = INPUT)]
     pub single: usize,
-    /// Image tokens, HEIGHTxWIDTH.
-    #[arg(long, default_value = "64x64", value_name = "HxW")]
+    /// Image tokens.
+    #[arg(long, default_value = "64x64", value_name = "HxW", help_heading = INPUT)]
     pub grid: String,
-    /// `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer.
-    #[arg(long, default_value = "clear:r=16", value_name = "PLAN")]
+    /// Attention plan: `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer.
+    #[arg(long, default_value = "clear:r=16", value_name = "PLAN", help_heading = ATTENTION)]
     pub attention: String,
-    /// What else is the same for every evaluation.
+    /// What is the same for every evaluation.
     #[command(flatten)]
-    pub evaluation: EvaluationArgs,
+    pub timing: TimingArgs,
 }
 
 /// `clearform bench model`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform bench model FLUX.1-dev --grid 64x64,128x128 --attention full clear:r=16")]
 pub struct ModelBenchArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
-    /// How the source is read.
+    /// How the model is read.
     #[command(flatten)]
     pub reading: SourceArgs,
-    /// Image tokens, HEIGHTxWIDTH; several with commas.
-    #[arg(long, default_value = "16x16,32x32,64x64", value_delimiter = ',', value_name = "HxW")]
+    /// Image tokens; several separated by commas.
+    #[arg(
+        long,
+        default_value = "16x16,32x32,64x64",
+        value_delimiter = ',',
+        value_name = "HxW",
+        help_heading = INPUT
+    )]
     pub grid: Vec<String>,
-    /// Plans as `--attention` elsewhere; several with spaces between.
-    #[arg(long, default_values = ["full", "clear:r=16"], num_args = 1.., value_name = "PLAN")]
+    /// Attention plans, separated by spaces: `full`, `clear:r=R[,d=D]`, or TOML files with a plan per layer.
+    #[arg(
+        long,
+        default_values = ["full", "clear:r=16"],
+        num_args = 1..,
+        value_name = "PLAN",
+        help_heading = ATTENTION
+    )]
     pub attention: Vec<String>,
-    /// What else is the same for every evaluation.
+    /// What is the same for every evaluation.
     #[command(flatten)]
-    pub evaluation: EvaluationArgs,
+    pub timing: TimingArgs,
 }
 
-/// `clearform bench tiles`. Without options it gives the table of tiles that CLEAR's kernel is held against.
+/// `clearform bench tiles`. The defaults give the table of tiles that CLEAR's kernel is compared with.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform bench tiles --grid 64x64 --radius 8,16 --tiles 8x8/8x8,cpu,gpu")]
 pub struct TilesBenchArgs {
-    /// Image tokens, HEIGHTxWIDTH; several with commas.
-    #[arg(long, default_value = "64x64,128x128,256x256,512x512", value_delimiter = ',', value_name = "HxW")]
+    /// Image tokens; several separated by commas.
+    #[arg(
+        long,
+        default_value = "64x64,128x128,256x256,512x512",
+        value_delimiter = ',',
+        value_name = "HxW",
+        help_heading = INPUT
+    )]
     pub grid: Vec<String>,
-    /// Radius of the window, in tokens; several with commas.
-    #[arg(long, default_value = "8,16,32", value_delimiter = ',', value_name = "R")]
+    /// Window radius in tokens; several separated by commas.
+    #[arg(long, default_value = "8,16,32", value_delimiter = ',', value_name = "R", help_heading = ATTENTION)]
     pub radius: Vec<f64>,
-    /// Patches of queries and of keys, or `cpu` and `gpu` for those of clearform's kernels; several with commas.
+    /// Tiles of queries and of keys, or `cpu` and `gpu` for those of clearform's kernels; several separated by commas.
     #[arg(
         long,
         default_value = "8x8/8x8,16x8/8x8,16x8/16x8,16x16/8x8,cpu,gpu",
         value_delimiter = ',',
-        value_name = "HxW/HxW"
+        value_name = "HxW/HxW",
+        help_heading = ATTENTION
     )]
     pub tiles: Vec<String>,
 }
 
-/// One evaluation of a transformer on random inputs.
+/// How one evaluation of a transformer on random inputs is timed.
 #[derive(Debug, Args)]
-pub struct EvaluationArgs {
-    /// Text tokens, where the model takes text.
-    #[arg(long, default_value_t = 512, value_name = "N")]
+pub struct TimingArgs {
+    /// Text tokens, if the model takes text.
+    #[arg(long, default_value_t = 512, value_name = "N", help_heading = INPUT)]
     pub text: usize,
-    /// Number format.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: DtypeArg,
-    /// `cpu`, or `cuda:N` where it was built in.
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: DeviceArg,
-    /// Timed runs, after one that is not counted.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    /// Timed runs, after one warm-up run.
+    #[arg(long, default_value_t = 5, value_name = "N", help_heading = TIMING)]
     pub repeat: usize,
+    /// Where it runs.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+    /// Dtype to compute in.
+    #[arg(long, value_enum, default_value = "f32", help_heading = DEVICE)]
+    pub dtype: DtypeArg,
 }

@@ -1,4 +1,4 @@
-//! `clearform demo`: the whole story on the embedded teacher.
+//! `clearform demo`: converts, distils and compares the embedded model, and writes a report.
 
 use crate::args::DemoArgs;
 use crate::demo::{self, DemoSettings};
@@ -6,8 +6,10 @@ use crate::output::{CommandOutcome, Output};
 use anyhow::Context as _;
 use clearform_attention::Radius;
 
+/// Window radii of the students, in tokens: a quarter and half of the embedded model's 16 x 16 tokens.
 const RADII: [f64; 2] = [4.0, 8.0];
 
+/// Runs the demo and writes its report.
 pub fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}", args.output.display()))?;
     let radii = RADII.into_iter().map(Radius::new).collect::<Result<Vec<_>, _>>()?;
@@ -23,5 +25,5 @@ pub fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     report.write(&args.output)?;
     output.result(&report)?;
     output.note(format_args!("report: {}", args.output.join("report.html").display()));
-    Ok(CommandOutcome::Whole)
+    Ok(CommandOutcome::Complete)
 }

@@ -1,8 +1,8 @@
-//! `clearform export`: a transformer in one file, under the names that other programs know.
+//! `clearform export`: writes the transformer to one file, with the tensor names of another layout.
 
 use crate::args::ExportArgs;
 use crate::output::{CommandOutcome, Output};
-use crate::sources::{open_as, reading, tell};
+use crate::sources::{open_transformer_with, print_notes, read_options};
 use clearform_convert::PatchedAttention;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};
@@ -11,18 +11,19 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+/// Writes the file, and states the attention plan, which the file cannot hold.
 pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     check_target(args)?;
-    let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
-    tell(transformer.checkpoint(), output);
+    let transformer = open_transformer_with(&args.model, &read_options(&args.reading)?.recorded(&args.model)?)?;
+    print_notes(transformer.checkpoint(), output);
     let layout = layout(transformer.identified(), &args.to);
     let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;
-    let computed = transformer.family().computed(transformer.config(), layout)?;
+    let computed = transformer.family().computed_tensors(transformer.config(), layout)?;
     let file = PatchedAttention::new(&exported, &computed);
     let plan = clearform_portable_model::recorded_plan(&args.model)?;
     save(&args.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     if let Some(plan) = plan {
-        output.note(format_args!("the file does not tell the attention: {plan}; give --attention where it is run"));
+        output.note(format_args!("the file does not record the attention plan; run it with --attention {plan}"));
     }
     output.result(&ExportSummary {
         file: args.output.clone(),
@@ -33,27 +34,27 @@ pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome>
         written: file.tensors().len(),
         bytes: std::fs::metadata(&args.output)?.len(),
     })?;
-    Ok(CommandOutcome::Whole)
+    Ok(CommandOutcome::Complete)
 }
 
-/// What stands is not replaced by accident.
+/// Refuses a target that exists, unless it may be overwritten.
 fn check_target(args: &ExportArgs) -> anyhow::Result<()> {
     let path = &args.output;
     match std::fs::symlink_metadata(path) {
-        Ok(found) if found.is_dir() => anyhow::bail!("{}: is a folder; give the name of a file", path.display()),
+        Ok(found) if found.is_dir() => anyhow::bail!("{}: is a folder; expected a file name", path.display()),
         Ok(_) if !args.overwrite => {
-            anyhow::bail!("{}: stands already; give --overwrite to replace it, or another name", path.display())
+            anyhow::bail!("{}: already exists; pass --overwrite to replace it or choose another name", path.display())
         }
         _ => Ok(()),
     }
 }
 
-/// The layout called `asked`; `original` is that of the authors' code, whatever the family calls it.
-fn layout<'a>(identified: &'a Identified, asked: &'a str) -> &'a str {
-    let others = || identified.layouts().find(|name| !["diffusers", "comfy"].contains(name));
-    match asked {
-        "original" => others().unwrap_or(asked),
-        _ => asked,
+/// The layout named `name`; `original` stands for that of the authors' code, whatever the family calls it.
+fn layout<'a>(identified: &'a Identified, name: &'a str) -> &'a str {
+    let of_authors = || identified.layouts().find(|layout| !["diffusers", "comfy"].contains(layout));
+    match name {
+        "original" => of_authors().unwrap_or(name),
+        _ => name,
     }
 }
 
@@ -62,11 +63,11 @@ struct ExportSummary {
     file: PathBuf,
     family: String,
     layout: String,
-    /// Tensors of the model that are in the file.
+    /// Tensors of the model that the file contains.
     used: usize,
-    /// Tensors of the model that the layout has no place for, and why that loses nothing.
+    /// Tensors of the model that the layout does not have, and why nothing is lost.
     skipped: Vec<String>,
-    /// Tensors of the file.
+    /// Tensors in the file.
     written: usize,
     bytes: u64,
 }

@@ -1,50 +1,53 @@
-//! `clearform generate`: from a prompt or a class to pictures.
+//! `clearform generate`: generates images from a prompt or a class.
 
-use crate::adapters;
-use crate::args::GenerateArgs;
+use crate::adapters::{load_control_images, open_all, print_reports};
+use crate::args::{DtypeArg, GenerateArgs};
 use crate::output::{CommandOutcome, Output};
-use crate::sources::{plainly, plan, reading};
+use crate::sources::{default_options, parse_plan, read_options};
 use anyhow::bail;
 use clearform_layout::SamplingDefaults;
 use clearform_models::{ImageSize, Prompt};
 use clearform_plugin_host::AdapterReport;
 use clearform_runtime::png::{self, GenerationParameters};
-use clearform_runtime::{GenerateRequest, Pipeline, PipelineOptions, PipelineStage};
+use clearform_runtime::{GenerateRequest, Pipeline, PipelineOptions, PipelineStage, RgbImage};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 
+/// Generates the images and writes them as PNG files.
 pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let names = file_names(&args.output, args.batch)?;
     let options = PipelineOptions {
-        plan: args.running.attention.as_deref().map(plan).transpose()?,
-        dtype: args.running.dtype.map(crate::args::DtypeArg::computed),
-        reading: reading(&args.reading)?,
+        plan: args.attention.as_deref().map(parse_plan).transpose()?,
+        dtype: args.dtype.map(DtypeArg::as_dtype),
+        reading: read_options(&args.reading)?,
         guided_channels: args.guided_channels,
-        adapters: adapters::open_all(&args.adapters)?,
-        ..plainly(args.components.as_deref(), args.running.device)?
+        adapters: open_all(&args.adapters)?,
+        ..default_options(args.components.as_deref(), args.running.device)?
     };
     let pipeline = Pipeline::open(&args.model, options)?;
     pipeline.notes().iter().for_each(|note| output.note(note));
-    adapters::tell(pipeline.adapter_reports(), pipeline.controlnets(), output);
+    print_reports(pipeline.adapter_reports(), pipeline.controlnets(), output);
     let request = request(args, &pipeline)?;
-    let pictures = draw(&pipeline, &request, output)?;
-    for (index, (name, picture)) in names.iter().zip(&pictures).enumerate() {
-        png::save(name, picture, &parameters(args, &request, &pipeline, index))?;
+    let images = generate(&pipeline, &request, output)?;
+    for (index, (name, image)) in names.iter().zip(&images).enumerate() {
+        png::save(name, image, &parameters(args, &request, &pipeline, index))?;
     }
-    let (attention, adapters) = (pipeline.plan().to_string(), pipeline.adapter_reports().to_vec());
-    output.result(&SavedImages { pictures: names, attention, seed: args.seed, adapters })?;
-    Ok(CommandOutcome::Whole)
+    let attention = pipeline.plan().to_string();
+    let adapters = pipeline.adapter_reports().to_vec();
+    output.result(&SavedImages { images: names, attention, seed: args.seed, adapters })?;
+    Ok(CommandOutcome::Complete)
 }
 
-/// One name a picture: `out-%03d.png` numbers them, and a plain name gets a number where there are several.
+/// One file name per image: `out-%03d.png` sets where the number goes; without it, several images get `-000` and so on before
+/// the extension.
 fn file_names(pattern: &str, batch: usize) -> anyhow::Result<Vec<PathBuf>> {
     let (before, after, digits) = match pattern.split_once("%0").or_else(|| pattern.split_once('%')) {
         Some((before, rest)) => match rest.split_once('d') {
             Some((digits, after)) if digits.is_empty() || digits.parse::<usize>().is_ok() => {
                 (before, after, digits.parse().unwrap_or(1))
             }
-            _ => bail!("-o {pattern:?}: expected a number's place such as %03d"),
+            _ => bail!("-o {pattern:?}: expected a number pattern such as %03d"),
         },
         None if batch == 1 => return Ok(vec![PathBuf::from(pattern)]),
         None => match pattern.rsplit_once('.') {
@@ -57,9 +60,9 @@ fn file_names(pattern: &str, batch: usize) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn request(args: &GenerateArgs, pipeline: &Pipeline) -> anyhow::Result<GenerateRequest> {
-    let own = pipeline.native_size();
+    let native = pipeline.native_size();
     let SamplingDefaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
-    let size = ImageSize { height: args.height.unwrap_or(own.height), width: args.width.unwrap_or(own.width) };
+    let size = ImageSize { height: args.height.unwrap_or(native.height), width: args.width.unwrap_or(native.width) };
     Ok(GenerateRequest {
         prompt: args.class.map(Prompt::Class).unwrap_or(Prompt::Text(args.prompt.clone().unwrap_or_default())),
         negative: args.negative_prompt.clone().map(Prompt::Text),
@@ -69,18 +72,14 @@ fn request(args: &GenerateArgs, pipeline: &Pipeline) -> anyhow::Result<GenerateR
         true_cfg_scale: args.true_cfg_scale,
         seed: args.seed,
         batch: args.batch,
-        control_images: adapters::control_images(&args.control_image)?,
+        control_images: load_control_images(&args.control_image)?,
     })
 }
 
-fn draw(
-    pipeline: &Pipeline,
-    request: &GenerateRequest,
-    output: &Output,
-) -> anyhow::Result<Vec<clearform_runtime::RgbImage>> {
-    let bar = output.progress("drawing", request.steps);
-    let pictures = pipeline.generate(request, &mut |stage| match stage {
-        PipelineStage::Encoding => bar.set_message("reading the prompt"),
+fn generate(pipeline: &Pipeline, request: &GenerateRequest, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
+    let bar = output.progress("generating", request.steps);
+    let images = pipeline.generate(request, &mut |stage| match stage {
+        PipelineStage::Encoding => bar.set_message("encoding the prompt"),
         PipelineStage::Loading => bar.set_message("loading the transformer"),
         PipelineStage::Step(step) => {
             bar.set_message("");
@@ -89,7 +88,7 @@ fn draw(
         PipelineStage::Decoding => bar.set_message("decoding"),
     })?;
     bar.finish_and_clear();
-    Ok(pictures)
+    Ok(images)
 }
 
 fn parameters(
@@ -117,19 +116,18 @@ fn parameters(
 
 #[derive(Debug, Serialize)]
 struct SavedImages {
-    pictures: Vec<PathBuf>,
+    #[serde(rename = "pictures")]
+    images: Vec<PathBuf>,
     attention: String,
     seed: u64,
-    /// What became of each weight adapter's tensors.
+    /// How many tensors of each weight adapter were applied.
     adapters: Vec<AdapterReport>,
 }
 
 impl fmt::Display for SavedImages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, picture) in self.pictures.iter().enumerate() {
-            write!(f, "{}{}", if index > 0 { "\n" } else { "" }, picture.display())?;
-        }
-        Ok(())
+        let lines: Vec<String> = self.images.iter().map(|path| path.display().to_string()).collect();
+        f.write_str(&lines.join("\n"))
     }
 }
 
@@ -138,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_are_numbered_where_there_are_several() {
+    fn several_images_are_numbered() {
         let names = |pattern, batch| {
             let names = file_names(pattern, batch).unwrap();
             names.iter().map(|name| name.display().to_string()).collect::<Vec<_>>()

@@ -1,23 +1,24 @@
-//! `clearform inspect`: what a checkpoint is, from its headers alone.
+//! `clearform inspect`: identifies a checkpoint from its headers alone.
 
 use crate::args::InspectArgs;
 use crate::output::{CommandOutcome, Output};
-use crate::sources::{identify, tell};
+use crate::sources::{identify, print_notes};
 use clearform_layout::Inspection;
 
-/// Faults that stderr names; the result has all.
-const MOST_LINES: usize = 8;
+/// Problems printed on stderr; a wrong config can cause hundreds. The result lists them all.
+const PRINTED_PROBLEMS: usize = 8;
 
+/// Prints what was found, and the problems as errors.
 pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let (checkpoint, identified) = identify(&args.source, &args.reading)?;
-    tell(checkpoint.source(), output);
+    print_notes(checkpoint.source(), output);
     let inspection = Inspection::of(&identified, &checkpoint);
     output.result(&inspection)?;
-    let complaints = inspection.problems();
-    let more = complaints.len().saturating_sub(MOST_LINES);
+    let problems = inspection.problems();
+    let more = problems.len().saturating_sub(PRINTED_PROBLEMS);
     let rest = (more > 0).then(|| format!("and {more} more"));
-    for complaint in complaints.into_iter().take(MOST_LINES).chain(rest) {
-        output.note(format_args!("error: {}: {complaint}", args.source.display()));
+    for problem in problems.into_iter().take(PRINTED_PROBLEMS).chain(rest) {
+        output.note(format_args!("error: {}: {problem}", args.source.display()));
     }
-    Ok(CommandOutcome::whole_if(inspection.complete()))
+    Ok(CommandOutcome::complete_if(inspection.complete()))
 }

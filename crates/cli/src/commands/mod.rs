@@ -1,4 +1,4 @@
-//! One file a command. Each takes its arguments, calls the libraries, and says how it ended.
+//! One file per command. Each takes its arguments, calls the libraries, and prints the result.
 
 pub mod bench;
 pub mod compare;
@@ -13,3 +13,5 @@ pub mod patch;
 pub mod plugins;
 pub mod transfer;
 pub mod verify;
+
+mod written_model;

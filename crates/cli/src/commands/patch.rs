@@ -1,85 +1,47 @@
-//! `clearform patch`: distilled attention out of one model and into another.
+//! `clearform patch`: extracts the distilled attention of a model, and applies it to another.
 
-use crate::args::{PatchAction, PatchArgs, PatchModeArg, SourceArgs};
-use crate::commands::convert::WrittenModel;
+use super::written_model::WrittenModel;
+use crate::args::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 use crate::output::{CommandOutcome, Output};
-use crate::sources::{open_as, original_transformer, transformer};
+use crate::patching::{self, PatchApplication};
 use clearform_attention::Radius;
-use clearform_convert::{AttentionPatch, ConversionPlan, ConversionReport, PatchMode, SourceHashes};
-use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, Transformer};
-use clearform_weights::TensorSource;
+use clearform_convert::{AttentionPatch, PatchMode};
+use clearform_portable_model::Overwrite;
 use serde::Serialize;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+/// Extracts or applies a patch.
 pub fn run(args: &PatchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
-        PatchAction::Extract { model, base, output: path } => extract(model, base, path, output),
-        PatchAction::Apply(apply) => self::apply(apply, output),
+        PatchAction::Extract(args) => extract(args, output),
+        PatchAction::Apply(args) => apply(args, output),
     }
 }
 
-fn extract(model: &Path, base: &Path, path: &Path, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let tensors = extract_to(model, base, path)?;
-    output.result(&ExtractedPatch { patch: path.to_owned(), tensors })?;
-    Ok(CommandOutcome::Whole)
+fn extract(args: &PatchExtractArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    let tensors = patching::extract(&args.model, &args.base, &args.output)?;
+    output.result(&ExtractedPatch { patch: args.output.clone(), tensors })?;
+    Ok(CommandOutcome::Complete)
 }
 
-/// Writes the distilled attention of `model`, made from `base`, to `path`, and counts its tensors.
-pub fn extract_to(model: &Path, base: &Path, path: &Path) -> anyhow::Result<usize> {
-    let record = PortableModel::open(model)?.record().clone();
-    let (model, base) = (transformer(model)?, original_transformer(base, model)?);
-    Ok(AttentionPatch::extract(&model.source(), &base.source(), &record.family, &record.plan()?, path)?)
-}
-
-/// Puts the patch at `path` into `to`, as the model `output` in the place of any that stands there.
-pub fn apply_to(path: &Path, to: &Path, output: &Path, mode: PatchMode, base: Option<&Path>) -> anyhow::Result<()> {
-    let patch = AttentionPatch::open(path, None)?;
-    write(&PatchApplication { patch: &patch, to, output, mode, base, replace: Overwrite::PortableModel }).map(drop)
-}
-
-/// A patch that goes into a checkpoint.
-struct PatchApplication<'a> {
-    patch: &'a AttentionPatch,
-    to: &'a Path,
-    output: &'a Path,
-    mode: PatchMode,
-    base: Option<&'a Path>,
-    replace: Overwrite,
-}
-
-fn apply(args: &crate::args::PatchApplyArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+fn apply(args: &PatchApplyArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let patch = AttentionPatch::open(&args.patch, args.radius.map(Radius::new).transpose()?)?;
     let mode = match args.mode {
         PatchModeArg::Replace => PatchMode::Replace,
         PatchModeArg::Shift => PatchMode::Shift,
     };
-    let (to, base, replace) = (&args.to, args.base.as_deref(), Overwrite::allowed_if(args.overwrite));
-    let report = write(&PatchApplication { patch: &patch, to, output: &args.output, mode, base, replace })?;
+    let application = PatchApplication {
+        patch: &patch,
+        checkpoint: &args.to,
+        output: &args.output,
+        mode,
+        base: args.base.as_deref(),
+        overwrite: Overwrite::allowed_if(args.overwrite),
+    };
+    let report = application.write()?;
     output.result(&WrittenModel::new(&args.output, patch.plan(), report))?;
-    Ok(CommandOutcome::Whole)
-}
-
-fn write(application: &PatchApplication) -> anyhow::Result<ConversionReport> {
-    let PatchApplication { patch, to, output, mode, base, replace } = *application;
-    let base = base.map(transformer).transpose()?;
-    let base = base.as_ref().map(Transformer::source);
-    let base = base.as_ref().map(|base| base as &dyn TensorSource);
-    let reading = SourceArgs { family: patch.family().map(str::to_owned), ..SourceArgs::default() };
-    let reading = crate::sources::reading(&reading)?;
-    let transformer = open_as(to, &reading)?;
-    let source = transformer.source();
-    let patched = patch.apply_to(&source, mode, base)?;
-    let components = Components::new(to, None).with_embedded(&transformer, &reading)?;
-    let plan = ConversionPlan::new(transformer.identified(), patch.plan().clone())
-        .with_components(to.is_dir().then(|| to.to_owned()).into_iter().collect(), CopyMode::Copy)
-        .with_parts(components.embedded()?);
-    let origins = SourceHashes::of(transformer.checkpoint());
-    let mut stage = StagingDir::begin(output, replace)?;
-    let report = plan.apply(&patched, transformer.load_report(), &mut stage, &mut |_, _| ())?;
-    stage.finish(plan.record(origins.wait()?)?)?;
-    Ok(report)
+    Ok(CommandOutcome::Complete)
 }
 
 #[derive(Debug, Serialize)]

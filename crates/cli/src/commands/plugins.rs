@@ -1,40 +1,41 @@
-//! `clearform plugins`: what adapters this installation can load, and whether a plugin keeps to the boundary.
+//! `clearform plugins`: lists plugins, and checks that a plugin does what it declares.
 
-use crate::adapters::registry;
+use crate::adapters::plugin_registry;
 use crate::args::{PluginsAction, PluginsArgs};
 use crate::output::{CommandOutcome, Output};
-use clearform_plugin_host::{ExampleResult, Plugin, check, plugin_at};
+use clearform_plugin_host::{ExampleResults, Plugin, check, plugin_at};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// Lists the plugins, or checks one.
 pub fn run(args: &PluginsArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
         PluginsAction::List(search) => {
-            let registry = registry(search)?;
+            let registry = plugin_registry(search)?;
             let plugins = registry.plugins().iter().map(ListedPlugin::new).collect();
             let broken: Vec<_> = registry.broken().to_vec();
-            let whole = broken.is_empty();
+            let none_broken = broken.is_empty();
             output.result(&PluginListing { plugins, broken })?;
-            Ok(CommandOutcome::whole_if(whole))
+            Ok(CommandOutcome::complete_if(none_broken))
         }
         PluginsAction::Check { path } => run_check(path, output),
     }
 }
 
-/// Loads the plugin; examples that it does not do as it says make the outcome partial.
+/// Loads a plugin and runs its examples; the outcome is partial if one of them fails.
 fn run_check(path: &Path, output: &Output) -> anyhow::Result<CommandOutcome> {
     let plugin = plugin_at(path)?;
-    let checked = check(&plugin)?;
-    let whole = checked.failures().next().is_none();
-    output.result(&PluginCheck { plugin: ListedPlugin::new(&plugin), examples: checked })?;
-    Ok(CommandOutcome::whole_if(whole))
+    let examples = check(&plugin)?;
+    let none_failed = examples.failures().next().is_none();
+    output.result(&PluginCheck { plugin: ListedPlugin::new(&plugin), examples })?;
+    Ok(CommandOutcome::complete_if(none_failed))
 }
 
 #[derive(Debug, Serialize)]
 struct PluginListing {
     plugins: Vec<ListedPlugin>,
-    /// Libraries whose description cannot be read.
+    /// Libraries whose description cannot be read, with the reason.
     broken: Vec<(PathBuf, String)>,
 }
 
@@ -50,7 +51,7 @@ struct ListedPlugin {
 #[derive(Debug, Serialize)]
 struct PluginCheck {
     plugin: ListedPlugin,
-    examples: ExampleResult,
+    examples: ExampleResults,
 }
 
 impl ListedPlugin {

@@ -1,12 +1,12 @@
-//! The reference teacher, inside the binary: `assets/mini-flux/base` with its names and reference pictures, and what was
-//! made for it: a fine-tune, a LoRA and a ControlNet.
+//! The demo's model, inside the binary: `assets/mini-flux/base`, its prompts and training images, and a fine-tune, a LoRA and
+//! a ControlNet that were trained for it.
 
 use std::path::Path;
 
-/// Names of the pictures it draws, one a line, in the order of [`REFERENCES`].
+/// The prompts that the model was trained on, one per line, in the order of [`REFERENCES`].
 pub const NAMES: &str = include_str!("../../../../assets/mini-flux/names.txt");
 
-/// What it was trained to draw, 32 x 32 px each, 16 a row: a PNG.
+/// Its training images, 32 x 32 px each, 16 per row: a PNG.
 pub const REFERENCES: &[u8] = include_bytes!("../../../../assets/mini-flux/references.png");
 
 macro_rules! files {
@@ -41,7 +41,7 @@ const FILES: &[(&str, &[u8])] = files![
     "variants/pencil/transformer/diffusion_pytorch_model.safetensors",
 ];
 
-/// Writes everything to `folder`, as the libraries saved it.
+/// Writes all files to `folder`, as diffusers saved them.
 pub fn unpack(folder: &Path) -> std::io::Result<()> {
     for (path, bytes) in FILES {
         let path = folder.join(path);

@@ -1,4 +1,4 @@
-//! The whole story on the embedded teacher: open, convert, distil, draw, compare, report.
+//! The demo: converts and distils the embedded model, compares teacher and students, and writes a report.
 
 mod edges;
 mod embedded;

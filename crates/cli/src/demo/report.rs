@@ -1,4 +1,4 @@
-//! What the demo found: figures, curves and pictures, as a table, as JSON and as one HTML page.
+//! The demo's results: figures, loss curves and images, as a table, as JSON and as an HTML page.
 
 use crate::report::{Page, Series, chart};
 use crate::transfer::TransferReport;
@@ -9,29 +9,29 @@ use serde::Serialize;
 use std::fmt;
 use std::path::Path;
 
-/// The whole demo.
+/// The results of the demo.
 #[derive(Debug, Serialize)]
 pub struct DemoReport {
     /// Version of clearform.
     pub version: &'static str,
-    /// Processors that were used.
+    /// Number of worker threads.
     pub threads: usize,
-    /// Seconds for the samples, which all students share.
+    /// Seconds spent generating the samples, which all students share.
     pub sample_seconds: f64,
-    /// Samples that were made.
+    /// Number of samples.
     pub samples: usize,
-    /// Share of the teacher's pictures that are nearest to their own name.
+    /// Share of the teacher's images whose nearest training image is that of their prompt.
     pub teacher_retrieval: f64,
-    /// One entry a student.
+    /// One entry per student.
     pub students: Vec<StudentResult>,
-    /// What carries over to the last student, where the plugins are at hand.
+    /// What carries over to the last student; none without the plugins.
     pub transfer: Option<TransferReport>,
-    /// Seconds for everything.
+    /// Total seconds.
     pub seconds: f64,
-    /// What was drawn.
+    /// The held-out prompts.
     #[serde(skip)]
     pub prompts: Vec<String>,
-    /// The teacher's pictures.
+    /// The teacher's images.
     #[serde(skip)]
     pub teacher: Vec<RgbImage>,
 }
@@ -43,30 +43,30 @@ pub struct StudentResult {
     pub attention: String,
     /// Radius, in tokens.
     pub radius: f64,
-    /// Edge of a pooled cell.
+    /// Edge of the cells that the image is averaged over, in tokens.
     pub pool: Option<usize>,
     /// Optimizer steps.
     pub steps: usize,
-    /// Seconds of distillation.
+    /// Seconds spent on conversion and distillation.
     pub seconds: f64,
-    /// Mean squared error of the prediction against the teacher's, before.
+    /// Mean squared error of the prediction against the teacher's, before distillation.
     pub error_before: f64,
-    /// The same after.
+    /// The same after distillation.
     pub error_after: f64,
-    /// PSNR of the pictures against the teacher's, before, in dB.
+    /// PSNR of the images against the teacher's in dB, before distillation.
     pub psnr_before: f64,
-    /// The same after.
+    /// The same after distillation.
     pub psnr_after: f64,
-    /// Share of pictures that are nearest to their own name, before.
+    /// Share of images whose nearest training image is that of their prompt, before distillation.
     pub retrieval_before: f64,
-    /// The same after.
+    /// The same after distillation.
     pub retrieval_after: f64,
     /// Loss of each step.
     pub losses: Vec<f64>,
-    /// Pictures before.
+    /// Images before distillation.
     #[serde(skip)]
     pub undistilled: Vec<RgbImage>,
-    /// Pictures after.
+    /// Images after distillation.
     #[serde(skip)]
     pub distilled: Vec<RgbImage>,
 }
@@ -81,18 +81,18 @@ impl DemoReport {
         page.paragraph(&self.introduction());
         page.table(&HEADINGS, &self.rows());
         page.paragraph(
-            "Error is the mean squared difference between the student's prediction and the teacher's, on names that no \
-             sample used. PSNR compares whole pictures, drawn from the same noise. A picture has the right name if, of \
-             all the pictures the teacher was trained on, the nearest is its own.",
+            "Error is the mean squared error of the student's prediction against the teacher's, on names that no sample \
+             used. PSNR compares whole images generated from the same noise. An image has the right name if the nearest of \
+             the teacher's training images is that of its name.",
         );
         for student in &self.students {
             let sheet = png::encode(&self.sheet(student), None)?;
             clearform_weights::write_atomically(folder.join(student.file_name()), &sheet)?;
-            page.heading(&student.attention).picture(&sheet, &self.caption(student));
+            page.heading(&student.attention).image(&sheet, &self.caption(student));
         }
         let series = |student| Series { name: StudentResult::name(student), values: &student.losses };
         let curves: Vec<Series> = self.students.iter().map(series).collect();
-        page.heading("Loss").drawing(&chart(&curves), "Flow matching + ½ prediction + ½ attention, at each step.");
+        page.heading("Loss").svg(&chart(&curves), "Flow matching + ½ prediction + ½ attention, per step.");
         if let Some(transfer) = &self.transfer {
             transfer.write(&mut page, folder)?;
         }
@@ -104,10 +104,9 @@ impl DemoReport {
 
     fn introduction(&self) -> String {
         format!(
-            "A small FLUX pipeline that draws emoji from their names was opened as diffusers saved it. Its attention \
-             was rewritten so that each image token sees the text and the image tokens within a radius; then it was \
-             distilled against the original on {} pictures that the original drew itself. Everything took {:.0} \
-             seconds on {} threads.",
+            "A small FLUX pipeline, saved by diffusers, generates emoji from their names. Its attention was replaced so \
+             that each image token attends to the text and to the image tokens within a radius; then it was distilled \
+             against the original on {} images that the original generated. Total time: {:.0} seconds on {} threads.",
             self.samples, self.seconds, self.threads
         )
     }
@@ -136,8 +135,8 @@ impl StudentResult {
     }
 
     fn file_name(&self) -> String {
-        let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
-        format!("{}.png", self.attention.chars().map(plain).collect::<String>())
+        let safe = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
+        format!("{}.png", self.attention.chars().map(safe).collect::<String>())
     }
 
     fn row(&self, teacher_retrieval: f64) -> Vec<String> {
@@ -172,6 +171,6 @@ impl fmt::Display for DemoReport {
         if let Some(transfer) = &self.transfer {
             writeln!(f, "\n{transfer}\n")?;
         }
-        write!(f, "everything took {:.0} seconds on {} threads", self.seconds, self.threads)
+        write!(f, "total time: {:.0} seconds on {} threads", self.seconds, self.threads)
     }
 }

@@ -1,13 +1,13 @@
-//! The story itself, chapter by chapter, through the same doors as `convert`, `generate` and `compare`.
+//! Runs the demo with the same functions as `convert`, `generate` and `compare`.
 
 use super::report::{DemoReport, StudentResult};
 use super::{embedded, transfer};
-use crate::args::{ConvertArgs, DeviceArg, PluginSearchArgs, SourceArgs, TrainingArgs, WeightAdapterArgs};
-use crate::commands::convert;
+use crate::args::{ConvertArgs, DeviceArg, DeviceArgs, PluginSearchArgs, SourceArgs, TrainingArgs, WeightAdapterArgs};
+use crate::conversion::convert;
 use crate::distillation;
 use crate::evaluation::EvaluationRun;
 use crate::output::Output;
-use crate::sources::plainly;
+use crate::sources::default_options;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, Radius};
@@ -21,42 +21,48 @@ use std::time::Instant;
 /// What the demo does.
 #[derive(Debug, Clone)]
 pub struct DemoSettings {
-    /// Where everything goes.
+    /// Folder of the models and the report.
     pub folder: PathBuf,
     /// Optimizer steps for each student.
     pub steps: usize,
-    /// The students' attention. The last one meets the adapters.
+    /// The students' radius and pooling. The adapters are applied to the last student.
     pub plans: Vec<(Radius, Option<usize>)>,
     /// Where plugins are.
     pub plugins: PluginSearchArgs,
 }
 
 const SAMPLES: usize = 128;
+/// Fewer than [`IMAGE_STEPS`]: samples are training data, of which the number counts more than fine detail.
 const SAMPLE_STEPS: usize = 12;
-const PICTURE_STEPS: usize = 20;
-/// Every how many-th name is held out: no sample is of it, and all figures are.
-const HELD_OUT: usize = 8;
-/// Seed of the pictures; samples have others.
+const IMAGE_STEPS: usize = 20;
+/// Every 8th name is held out: no sample uses it, and all figures are measured on it.
+const HELD_OUT_STRIDE: usize = 8;
+/// Seed of the first image; the samples have other seeds.
 const SEED: u64 = 10_000;
-/// Edge of a reference picture's tile, and how many stand in a row.
+/// Edge of a training image on the reference sheet, in pixels, and the number of them in a row.
 const TILE: u32 = 32;
-const TILES: u32 = 16;
+const TILES_PER_ROW: u32 = 16;
+/// Noise levels at which the prediction error is measured: the centres of four equal intervals of [0, 1].
+const NOISE_LEVELS: [f64; 4] = [0.125, 0.375, 0.625, 0.875];
 
-/// Tells the story and gives what it found.
+/// Runs the demo and returns its results.
+///
+/// # Errors
+/// If the folder cannot be written, or a conversion or the transfer study fails.
 pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoReport> {
     let begun = Instant::now();
     let assets = settings.folder.join("mini-flux");
     std::fs::create_dir_all(&assets).with_context(|| format!("{}", assets.display()))?;
     embedded::unpack(&assets)?;
     let base = assets.join("base");
-    let exam = HeldOutSet::new(&base, output)?;
-    let (samples, sample_seconds) = draw_samples(settings, &exam.pipeline, output)?;
-    let graduate = |plan: &(Radius, Option<usize>)| exam.distill_student(settings, &base, &samples, *plan, output);
-    let students = settings.plans.iter().map(graduate).collect::<anyhow::Result<Vec<_>>>()?;
+    let held_out = HeldOutSet::new(&base, output)?;
+    let (samples, sample_seconds) = generate_samples(settings, &held_out.pipeline, output)?;
+    let distill = |plan: &(Radius, Option<usize>)| held_out.distill_student(settings, [&base, &samples], *plan, output);
+    let students = settings.plans.iter().map(distill).collect::<anyhow::Result<Vec<_>>>()?;
     let transfer = match settings.plans.last() {
         Some((radius, pool)) => {
             let student = settings.folder.join(model_name(*radius, *pool));
-            transfer::run(&assets, &student, exam.evaluation.clone(), &settings.plugins, output)?
+            transfer::run(&assets, &student, held_out.evaluation.clone(), &settings.plugins, output)?
         }
         None => None,
     };
@@ -65,39 +71,43 @@ pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoRepor
         threads: rayon::current_num_threads(),
         sample_seconds,
         samples: SAMPLES,
-        teacher_retrieval: exam.retrieval(&exam.pictures)?,
+        teacher_retrieval: held_out.retrieval(&held_out.images)?,
         students,
         transfer,
         seconds: begun.elapsed().as_secs_f64(),
-        prompts: exam.evaluation.prompts(),
-        teacher: exam.pictures,
+        prompts: held_out.evaluation.prompt_texts(),
+        teacher: held_out.images,
     })
 }
 
-/// Everything is computed in f32: figures then show the attention alone, and not the rounding of bf16.
+/// Opens a model in f32: differences then come from the attention alone, not from bf16 rounding.
 fn open(model: &Path) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::open(model, PipelineOptions { dtype: Some(DType::F32), ..plainly(None, DeviceArg::Cpu)? })?)
+    let options = PipelineOptions { dtype: Some(DType::F32), ..default_options(None, DeviceArg::Cpu)? };
+    Ok(Pipeline::open(model, options)?)
 }
 
-fn names() -> Vec<String> {
-    embedded::NAMES.lines().map(str::to_owned).collect()
+/// The embedded model's prompts, either those that are held out or the others.
+fn names(wanted: fn(usize) -> bool) -> impl Iterator<Item = &'static str> {
+    embedded::NAMES.lines().enumerate().filter(move |(index, _)| wanted(*index)).map(|(_, name)| name)
 }
 
 fn is_held_out(index: usize) -> bool {
-    index % HELD_OUT == HELD_OUT / 2
+    index % HELD_OUT_STRIDE == HELD_OUT_STRIDE / 2
 }
 
-fn draw_samples(settings: &DemoSettings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
+/// Generates samples of the names that are not held out. Returns their folder and the seconds it took.
+fn generate_samples(settings: &DemoSettings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
     let begun = Instant::now();
     let prompts = settings.folder.join("prompts.txt");
-    let told: Vec<String> = names().into_iter().enumerate().filter(|(i, _)| !is_held_out(*i)).map(|(_, n)| n).collect();
-    std::fs::write(&prompts, told.join("\n"))?;
+    let training_names: Vec<&str> = names(|index| !is_held_out(index)).collect();
+    std::fs::write(&prompts, training_names.join("\n"))?;
     let folder = settings.folder.join("samples");
-    let _: SampleSet = distillation::samples(teacher, &training(settings, Some(prompts)), &folder, output)?;
+    let training = training_args(settings, Some(prompts));
+    let _: SampleSet = distillation::prepare_samples(teacher, &training, &folder, output)?;
     Ok((folder, begun.elapsed().as_secs_f64()))
 }
 
-fn training(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
+fn training_args(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
     TrainingArgs {
         components: None,
         prompts,
@@ -114,56 +124,55 @@ fn training(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
         checkpoint_every: 100,
         seed: 0,
         resume: false,
-        device: DeviceArg::Cpu,
     }
 }
 
-/// The names that no sample is of, and what the teacher makes of them.
+/// The held-out names, and what the teacher generates for them.
 struct HeldOutSet {
     pipeline: Pipeline,
     teacher: Box<dyn Denoiser>,
     evaluation: EvaluationRun,
-    pictures: Vec<RgbImage>,
-    questions: Vec<DenoiserInput>,
+    /// The teacher's images.
+    images: Vec<RgbImage>,
+    /// The teacher's latents at [`NOISE_LEVELS`], on which predictions are compared.
+    inputs: Vec<DenoiserInput>,
+    /// The training images of all names.
     references: Vec<RgbImage>,
 }
 
 impl HeldOutSet {
     fn new(base: &Path, output: &Output) -> anyhow::Result<Self> {
         let pipeline = open(base)?;
-        let prompts = names().into_iter().enumerate().filter(|(index, _)| is_held_out(*index)).map(|(_, name)| name);
         let evaluation = EvaluationRun {
-            prompts: prompts.map(Prompt::Text).collect(),
+            prompts: names(is_held_out).map(|name| Prompt::Text(name.to_owned())).collect(),
             size: pipeline.native_size(),
-            steps: PICTURE_STEPS,
+            steps: IMAGE_STEPS,
             guidance: 0.0,
             seed: SEED,
             control_images: Vec::new(),
         };
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
-        let latents = draw(&pipeline, teacher.as_ref(), &evaluation, output)?;
-        let pictures = evaluation.decode(&pipeline, &latents)?;
-        let questions = halfway_inputs(&evaluation, &pipeline, &latents)?;
-        Ok(Self { references: references()?, pipeline, teacher, evaluation, pictures, questions })
+        let latents = generate_latents(&pipeline, teacher.as_ref(), &evaluation, output)?;
+        let images = evaluation.decode(&pipeline, &latents)?;
+        let inputs = noised_inputs(&evaluation, &pipeline, &latents)?;
+        Ok(Self { references: references()?, pipeline, teacher, evaluation, images, inputs })
     }
 
-    /// Converts and distils one student and examines it before and after.
+    /// Converts and distils one student, and evaluates it before and after.
     fn distill_student(
         &self,
         settings: &DemoSettings,
-        base: &Path,
-        samples: &Path,
+        [base, samples]: [&Path; 2],
         (radius, pool): (Radius, Option<usize>),
         output: &Output,
     ) -> anyhow::Result<StudentResult> {
         let plan = AttentionPlan::clear(radius, pool);
-        output.note(format_args!("{plan}: undistilled"));
+        output.note(format_args!("{plan}: evaluating before distillation"));
         let before = self.evaluate(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), output)?;
         let model = settings.folder.join(model_name(radius, pool));
         let begun = Instant::now();
         output.note(format_args!("{plan}: converting and distilling"));
-        let args = conversion(settings, base, &model, samples);
-        let converted = convert::convert(&args, &plan, output)?;
+        let converted = convert(&convert_args(settings, base, &model, samples), &plan, output)?;
         let seconds = begun.elapsed().as_secs_f64();
         let student = open(&model)?;
         let after = self.evaluate(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
@@ -178,80 +187,85 @@ impl HeldOutSet {
             error_after: after.error,
             psnr_before: before.psnr,
             psnr_after: after.psnr,
-            retrieval_before: self.retrieval(&before.pictures)?,
-            retrieval_after: self.retrieval(&after.pictures)?,
+            retrieval_before: self.retrieval(&before.images)?,
+            retrieval_after: self.retrieval(&after.images)?,
             losses: entries.iter().map(|entry| entry.losses.total).collect(),
-            undistilled: before.pictures,
-            distilled: after.pictures,
+            undistilled: before.images,
+            distilled: after.images,
         })
     }
 
+    /// Compares the student's predictions and images with the teacher's.
     fn evaluate(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<HeldOutScores> {
-        let error = prediction_error(self.teacher.as_ref(), student, &self.questions)?;
-        let latents = draw(&self.pipeline, student, &self.evaluation, output)?;
-        let pictures = self.evaluation.decode(&self.pipeline, &latents)?;
-        let pairs = self.pictures.iter().zip(&pictures);
+        let error = prediction_error(self.teacher.as_ref(), student, &self.inputs)?;
+        let latents = generate_latents(&self.pipeline, student, &self.evaluation, output)?;
+        let images = self.evaluation.decode(&self.pipeline, &latents)?;
+        let pairs = self.images.iter().zip(&images);
         let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
-        // The mean of mean squared errors, as the PSNR of all pictures together.
-        let error_of = |psnr: &f64| 10f64.powf(-psnr / 10.0);
-        let psnr = -10.0 * (each.iter().map(error_of).sum::<f64>() / each.len() as f64).log10();
-        Ok(HeldOutScores { error, psnr, pictures })
+        // The PSNR of all images together: that of the mean of their mean squared errors.
+        let squared_error = |psnr: &f64| 10f64.powf(-psnr / 10.0);
+        let psnr = -10.0 * (each.iter().map(squared_error).sum::<f64>() / each.len() as f64).log10();
+        Ok(HeldOutScores { error, psnr, images })
     }
 
-    /// Share of pictures that are nearest, of all reference pictures, to that of their own name.
-    fn retrieval(&self, pictures: &[RgbImage]) -> anyhow::Result<f64> {
-        let nearest = retrieve(pictures, &self.references)?;
-        let own = (0..self.references.len()).filter(|index| is_held_out(*index));
-        let right = nearest.iter().zip(own).filter(|(nearest, own)| **nearest == *own).count();
-        Ok(right as f64 / pictures.len() as f64)
+    /// Share of images whose nearest training image is that of their name.
+    fn retrieval(&self, images: &[RgbImage]) -> anyhow::Result<f64> {
+        let nearest = retrieve(images, &self.references)?;
+        let expected = (0..self.references.len()).filter(|index| is_held_out(*index));
+        let retrieved = nearest.iter().zip(expected).filter(|(nearest, expected)| **nearest == *expected).count();
+        Ok(retrieved as f64 / images.len() as f64)
     }
 }
 
-/// How a student did.
+/// How a student does on the held-out names.
 struct HeldOutScores {
+    /// Mean squared error of the prediction against the teacher's.
     error: f64,
+    /// PSNR of all images together against the teacher's, in dB.
     psnr: f64,
-    pictures: Vec<RgbImage>,
+    images: Vec<RgbImage>,
 }
 
-fn draw(
+fn generate_latents(
     pipeline: &Pipeline,
     denoiser: &dyn Denoiser,
     evaluation: &EvaluationRun,
     output: &Output,
 ) -> anyhow::Result<Tensor> {
-    let bar = output.progress("drawing", evaluation.prompts.len());
-    let latents = evaluation.draw(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
+    let bar = output.progress("generating", evaluation.prompts.len());
+    let latents = evaluation.generate_latents(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
     bar.finish_and_clear();
     Ok(latents)
 }
 
-/// The teacher's pictures noised to four levels, with fixed noise.
-fn halfway_inputs(
+/// The teacher's latents at each of [`NOISE_LEVELS`], all with the same noise.
+fn noised_inputs(
     evaluation: &EvaluationRun,
     pipeline: &Pipeline,
     latents: &Tensor,
 ) -> anyhow::Result<Vec<DenoiserInput>> {
     let count = evaluation.prompts.len();
-    let halfway = evaluation.halfway(pipeline, latents, count)?;
+    let halfway = evaluation.halfway_input(pipeline, latents, count)?;
+    // At level 0.5 the input is (latents + noise) / 2.
     let noise = ((&halfway.latents * 2.0)? - latents)?;
-    let question = |level: f64| -> anyhow::Result<DenoiserInput> {
+    let noised = |level: f64| -> anyhow::Result<DenoiserInput> {
         let noised = ((latents * (1.0 - level))? + (&noise * level)?)?;
         let timestep = Tensor::full(level as f32, count, &Device::Cpu)?;
         Ok(DenoiserInput { latents: noised, timestep, ..halfway.clone() })
     };
-    [0.125, 0.375, 0.625, 0.875].into_iter().map(question).collect()
+    NOISE_LEVELS.into_iter().map(noised).collect()
 }
 
-/// Reference pictures at the size of those drawn; retrieval averages both over the same cells.
+/// The training images of all names, enlarged to the size of generated images.
 fn references() -> anyhow::Result<Vec<RgbImage>> {
     let sheet = image::load_from_memory(embedded::REFERENCES)?.to_rgb8();
-    let tile = |index: u32| {
-        let (column, row) = (index % TILES, index / TILES);
+    let reference = |index: u32| {
+        let column = index % TILES_PER_ROW;
+        let row = index / TILES_PER_ROW;
         let tile = image::imageops::crop_imm(&sheet, column * TILE, row * TILE, TILE, TILE).to_image();
         image::imageops::resize(&tile, 4 * TILE, 4 * TILE, image::imageops::FilterType::Nearest)
     };
-    Ok((0..names().len() as u32).map(tile).collect())
+    Ok((0..names(|_| true).count() as u32).map(reference).collect())
 }
 
 fn model_name(radius: Radius, pool: Option<usize>) -> String {
@@ -259,20 +273,22 @@ fn model_name(radius: Radius, pool: Option<usize>) -> String {
     format!("mini-flux-r{}{pool}", radius.tokens())
 }
 
-fn conversion(settings: &DemoSettings, base: &Path, model: &Path, samples: &Path) -> ConvertArgs {
+fn convert_args(settings: &DemoSettings, base: &Path, model: &Path, samples: &Path) -> ConvertArgs {
     ConvertArgs {
         source: base.to_owned(),
-        output: model.to_owned(),
+        reading: SourceArgs::default(),
+        // `convert` is given the plan.
         radius: 0.0,
         pool: None,
         attention: None,
         no_distill: false,
+        training: TrainingArgs { samples: Some(samples.to_owned()), ..training_args(settings, None) },
+        adapters: WeightAdapterArgs::default(),
+        output: model.to_owned(),
         dtype: None,
         link: false,
         overwrite: true,
         dry_run: false,
-        reading: SourceArgs::default(),
-        training: TrainingArgs { samples: Some(samples.to_owned()), ..training(settings, None) },
-        adapters: WeightAdapterArgs::default(),
+        running: DeviceArgs { device: DeviceArg::Cpu },
     }
 }

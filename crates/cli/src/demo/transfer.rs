@@ -1,20 +1,24 @@
-//! The demo's chapter on what carries over: a fine-tune, a LoRA and a ControlNet that were made for the teacher, on it and
-//! on a student.
+//! The demo's transfer study: a fine-tune, a LoRA and a ControlNet that were trained for the teacher, applied to the teacher
+//! and to a student.
 
 use super::edges::mirrored_edges;
-use crate::adapters::{open_all, registry};
+use crate::adapters::{open_all, plugin_registry};
 use crate::args::{AdapterArg, AdapterArgs, DeviceArg, PluginSearchArgs, WeightAdapterArgs};
 use crate::evaluation::EvaluationRun;
 use crate::output::Output;
-use crate::sources::plainly;
-use crate::transfer::{TransferReport, TransferStudy, with_merged_adapters};
+use crate::sources::default_options;
+use crate::transfer::{TransferReport, TransferStudy, in_f32};
+use clearform_portable_model::recorded_plan;
 use clearform_runtime::{Adapters, RgbImage};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The plugins that open the demo's adapters.
+/// Ids of the plugins that open the demo's adapters.
 const PLUGINS: [&str; 2] = ["lora", "controlnet"];
 
-/// Tells it, if the plugins are at hand. `assets` holds the teacher with what was made for it.
+const PLUGINS_MISSING: &str = "the plugins are not next to the program, so the demo leaves out the adapters; \
+                               `cargo build --release` builds them there";
+
+/// Runs the study; returns none if the plugins are not available. `assets` holds the teacher and its adapters.
 pub fn run(
     assets: &Path,
     student: &Path,
@@ -23,51 +27,48 @@ pub fn run(
     output: &Output,
 ) -> anyhow::Result<Option<TransferReport>> {
     if plugins.no_plugins || !plugins_found(plugins)? {
-        output.note("the plugins are not beside the program, so the chapter on adapters is left out: `cargo build --release` puts them there");
+        output.note(PLUGINS_MISSING);
         return Ok(None);
     }
-    let open = |lora: bool, controlnet: &str| adapters(assets, lora, controlnet, plugins);
-    let plan =
-        clearform_portable_model::recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
-    let named = |name: &str, adapters: Adapters| (name.to_owned(), adapters);
+    let with_lora = vec![AdapterArg { path: assets.join("lora"), ..AdapterArg::default() }];
+    let plan = recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
+    let open = |lora: &[AdapterArg], controlnet| open_adapters(assets, lora, controlnet, plugins);
     let study = TransferStudy {
         teacher: &assets.join("base"),
         student,
         fine_tune: Some(&assets.join("variants/pencil")),
         adapters: vec![
-            named("LoRA", open(true, "")?),
-            named("ControlNet", open(false, "full")?),
-            named(&format!("ControlNet of {plan}"), open(false, &plan)?),
-            named("LoRA and ControlNet", open(true, "full")?),
+            ("LoRA".to_owned(), open(&with_lora, None)?),
+            ("ControlNet".to_owned(), open(&[], Some("full"))?),
+            (format!("ControlNet of {plan}"), open(&[], Some(&plan))?),
+            ("LoRA and ControlNet".to_owned(), open(&with_lora, Some("full"))?),
         ],
         evaluation,
-        control: &|pictures: &[RgbImage]| pictures.iter().map(mirrored_edges).collect(),
-        options: with_merged_adapters(plainly(None, DeviceArg::Cpu)?),
+        control_images: &|images: &[RgbImage]| images.iter().map(mirrored_edges).collect(),
+        options: in_f32(default_options(None, DeviceArg::Cpu)?),
         folder: &assets.with_file_name("transfer"),
     };
     study.run(output).map(Some)
 }
 
 fn plugins_found(plugins: &PluginSearchArgs) -> anyhow::Result<bool> {
-    let registry = registry(plugins)?;
+    let registry = plugin_registry(plugins)?;
     let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     Ok(PLUGINS.iter().all(|id| ids.contains(id)))
 }
 
-/// The LoRA or none, and the ControlNet with an attention or none.
-fn adapters(assets: &Path, lora: bool, controlnet: &str, plugins: &PluginSearchArgs) -> anyhow::Result<Adapters> {
-    let given = |there: bool, name: &str| -> Vec<AdapterArg> {
-        let arg = |path: PathBuf| AdapterArg { path, ..AdapterArg::default() };
-        there.then(|| arg(assets.join(name))).into_iter().collect()
-    };
+/// `lora` and, if it has an attention plan, the ControlNet.
+fn open_adapters(
+    assets: &Path,
+    lora: &[AdapterArg],
+    controlnet_plan: Option<&str>,
+    plugins: &PluginSearchArgs,
+) -> anyhow::Result<Adapters> {
+    let controlnet = controlnet_plan.map(|_| AdapterArg { path: assets.join("controlnet"), ..AdapterArg::default() });
     open_all(&AdapterArgs {
-        weights: WeightAdapterArgs {
-            lora: given(lora, "lora"),
-            plugins: plugins.clone(),
-            ..WeightAdapterArgs::default()
-        },
+        weights: WeightAdapterArgs { lora: lora.to_vec(), plugins: plugins.clone(), ..WeightAdapterArgs::default() },
         adapter: Vec::new(),
-        controlnet: given(!controlnet.is_empty(), "controlnet"),
-        controlnet_attention: controlnet.to_owned(),
+        controlnet: controlnet.into_iter().collect(),
+        controlnet_attention: controlnet_plan.unwrap_or("full").to_owned(),
     })
 }

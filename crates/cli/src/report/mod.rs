@@ -1,4 +1,4 @@
-//! Reports for a person: one HTML file with its pictures inside.
+//! Reports: one HTML file each, with embedded images.
 
 mod page;
 

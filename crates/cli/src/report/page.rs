@@ -1,10 +1,10 @@
-//! [`Page`]: one HTML file that stands alone, pictures inside. It knows nothing of models.
+//! [`Page`]: a self-contained HTML file with embedded images, and [`chart`]: curves as SVG.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use std::fmt::Write as _;
 
-/// A page under construction; blocks appear in the order they are added.
+/// An HTML page. Blocks appear in the order in which they are added.
 #[derive(Debug)]
 pub struct Page {
     title: String,
@@ -17,37 +17,38 @@ impl Page {
         Self { title: title.to_owned(), body: format!("<h1>{}</h1>\n", escape(title)) }
     }
 
-    /// A section's heading.
+    /// Adds a section heading.
     pub fn heading(&mut self, text: &str) -> &mut Self {
         self.block(&format!("<h2>{}</h2>", escape(text)))
     }
 
-    /// A paragraph of plain text.
+    /// Adds a paragraph of plain text.
     pub fn paragraph(&mut self, text: &str) -> &mut Self {
         self.block(&format!("<p>{}</p>", escape(text)))
     }
 
-    /// A table; the first column is left-aligned, the others are figures.
+    /// Adds a table. The first column is aligned left, the others right.
     pub fn table(&mut self, headings: &[&str], rows: &[Vec<String>]) -> &mut Self {
         let head = row("th", headings.iter().copied());
         let rows: String = rows.iter().map(|cells| row("td", cells.iter().map(String::as_str))).collect();
         self.block(&format!("<div class=scroll><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"))
     }
 
-    /// A PNG with its caption.
-    pub fn picture(&mut self, png: &[u8], caption: &str) -> &mut Self {
-        let (data, caption) = (STANDARD.encode(png), escape(caption));
+    /// Adds a PNG image with a caption.
+    pub fn image(&mut self, png: &[u8], caption: &str) -> &mut Self {
+        let data = STANDARD.encode(png);
+        let caption = escape(caption);
         self.block(&format!(
             "<figure><img alt=\"{caption}\" src=\"data:image/png;base64,{data}\"><figcaption>{caption}</figcaption></figure>"
         ))
     }
 
-    /// An SVG with its caption.
-    pub fn drawing(&mut self, svg: &str, caption: &str) -> &mut Self {
+    /// Adds an SVG with a caption.
+    pub fn svg(&mut self, svg: &str, caption: &str) -> &mut Self {
         self.block(&format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)))
     }
 
-    /// The whole file.
+    /// The page as HTML.
     pub fn render(&self) -> String {
         format!(
             "<!doctype html>\n<html lang=en><head><meta charset=utf-8>\
@@ -70,7 +71,7 @@ fn row<'a>(tag: &str, cells: impl Iterator<Item = &'a str>) -> String {
     format!("<tr>{cells}</tr>")
 }
 
-/// Text with HTML's own characters spelt out.
+/// `text` with HTML's special characters escaped.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
@@ -88,37 +89,39 @@ pub fn escape(text: &str) -> String {
 /// One curve of a chart.
 #[derive(Debug)]
 pub struct Series<'a> {
-    /// Its name in the legend.
+    /// Name in the legend.
     pub name: &'a str,
-    /// Its values, one a step.
+    /// One value per step.
     pub values: &'a [f64],
 }
 
+/// Width and height of a chart, in SVG units.
 const CHART: (f64, f64) = (720.0, 260.0);
+/// Space on the left for the labels of the axis.
 const MARGIN: f64 = 46.0;
 const COLOURS: [&str; 6] = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2"];
 
-/// Curves over steps on a logarithmic scale, as SVG. Values that are not positive and finite are left out.
+/// Curves over steps on a logarithmic scale, as SVG. Values that are not positive and finite are skipped.
 pub fn chart(series: &[Series<'_>]) -> String {
     let scale = LogScale::over(series);
     let mut svg = format!("<svg viewBox=\"0 0 {} {}\" role=img>", CHART.0, CHART.1);
     scale.draw_grid(&mut svg);
-    for (index, one) in series.iter().enumerate() {
+    for (index, curve) in series.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
         let _ = write!(
             svg,
             "<path d=\"{}\" fill=none stroke=\"{colour}\" stroke-width=1.6 />\
              <text x=\"{}\" y=\"{}\" fill=\"{colour}\">{}</text>",
-            scale.path(one.values),
+            scale.path(curve.values),
             MARGIN + 12.0 + 190.0 * (index % 3) as f64,
             16.0 + 16.0 * (index / 3) as f64,
-            escape(one.name)
+            escape(curve.name)
         );
     }
     svg + "</svg>"
 }
 
-/// Where values lie on the drawing; decades from `low` to `high`.
+/// Maps steps and values to the chart; the axis shows decades from `low` to `high`.
 struct LogScale {
     low: f64,
     high: f64,
@@ -127,9 +130,11 @@ struct LogScale {
 
 impl LogScale {
     fn over(series: &[Series<'_>]) -> Self {
-        let logs = || series.iter().flat_map(|one| one.values).filter(|v| drawable(**v)).map(|v| v.log10());
-        let (low, high) = (logs().fold(f64::MAX, f64::min), logs().fold(f64::MIN, f64::max));
-        let steps = series.iter().map(|one| one.values.len()).max().unwrap_or(0).max(2);
+        let values = || series.iter().flat_map(|curve| curve.values).filter(|value| drawable(**value));
+        let logs = || values().map(|value| value.log10());
+        let low = logs().fold(f64::MAX, f64::min);
+        let high = logs().fold(f64::MIN, f64::max);
+        let steps = series.iter().map(|curve| curve.values.len()).max().unwrap_or(0).max(2);
         if low > high {
             Self { low: -1.0, high: 0.0, steps }
         } else {
@@ -192,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_cannot_become_markup() {
+    fn html_in_text_is_escaped() {
         let mut page = Page::new("<b>");
         page.paragraph("a & \"b\"").table(&["<i>"], &[vec!["<u>".into()]]);
         let html = page.render();
@@ -201,9 +206,9 @@ mod tests {
     }
 
     #[test]
-    fn curves_fall_where_their_values_fall() {
+    fn curves_span_the_chart() {
         let svg = chart(&[Series { name: "loss", values: &[1.0, 0.1, f64::NAN, 0.01] }]);
-        assert!(svg.contains("M46.0 40.0L"), "the first value lies at the top left: {svg}");
-        assert!(svg.contains("L712.0 236.0"), "the last value lies at the bottom right: {svg}");
+        assert!(svg.contains("M46.0 40.0L"), "the first value is at the top left: {svg}");
+        assert!(svg.contains("L712.0 236.0"), "the last value is at the bottom right: {svg}");
     }
 }

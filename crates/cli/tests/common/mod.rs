@@ -1,4 +1,4 @@
-//! Running the command, and small models to run it on.
+//! Runs the command, and provides small models to run it on.
 #![allow(dead_code)]
 
 use candle_core::{DType, Tensor};
@@ -13,16 +13,16 @@ thread_local! {
     static ON_CPU: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The command with its arguments; `CLEARFORM_PROGRAM` puts another in its place, which then is what is tested.
+/// The command with its arguments. If `CLEARFORM_PROGRAM` is set, that program is tested instead of this build.
 pub fn clearform(arguments: &[&str]) -> Command {
-    let own = || env!("CARGO_BIN_EXE_clearform").into();
-    let program = std::env::var_os("CLEARFORM_PROGRAM").filter(|_| !ON_CPU.get()).unwrap_or_else(own);
+    let this_build = || env!("CARGO_BIN_EXE_clearform").into();
+    let program = std::env::var_os("CLEARFORM_PROGRAM").filter(|_| !ON_CPU.get()).unwrap_or_else(this_build);
     let mut command = Command::new(program);
     command.args(arguments);
     command
 }
 
-/// What `work` gives where [`clearform`] is this build, whatever `CLEARFORM_PROGRAM` says.
+/// Calls `work` with [`clearform`] running this build, whatever `CLEARFORM_PROGRAM` is.
 pub fn on_cpu<T>(work: impl FnOnce() -> T) -> T {
     ON_CPU.set(true);
     let result = work();
@@ -30,12 +30,12 @@ pub fn on_cpu<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Runs it and gives what it printed; panics unless it exits with `code`.
+/// Runs the command and returns its output; panics unless it exits with `code`.
 pub fn run(code: i32, arguments: &[&str]) -> Output {
     run_with(code, arguments, &[])
 }
 
-/// As [`run`], with variables of its environment.
+/// As [`run`], with environment variables.
 pub fn run_with(code: i32, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     let output = clearform(arguments).envs(variables.iter().copied()).output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -43,14 +43,14 @@ pub fn run_with(code: i32, arguments: &[&str], variables: &[(&str, &str)]) -> Ou
     output
 }
 
-/// As [`run`], with `--json`: the one object on stdout.
+/// As [`run`], with `--json`: the object on stdout.
 pub fn json(code: i32, arguments: &[&str]) -> Value {
     let output = run(code, &[arguments, &["--json"]].concat());
     serde_json::from_slice(&output.stdout).expect("stdout holds one JSON object")
 }
 
-/// What it said on stderr.
-pub fn complaint(code: i32, arguments: &[&str]) -> String {
+/// As [`run`]: the text on stderr.
+pub fn stderr_of(code: i32, arguments: &[&str]) -> String {
     String::from_utf8(run(code, arguments).stderr).unwrap()
 }
 
@@ -64,7 +64,7 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
-/// The tiny random FLUX transformer that diffusers made, in f32, in the folder that `save_pretrained` writes.
+/// A tiny FLUX transformer with random weights from diffusers, in f32, in a folder as `save_pretrained` writes it.
 pub struct Tiny {
     folder: tempfile::TempDir,
     pub tensors: BTreeMap<String, Tensor>,
@@ -86,7 +86,7 @@ impl Tiny {
         self.folder.path()
     }
 
-    /// Writes the tensors as they are now.
+    /// Writes the current tensors.
     pub fn save(&self) {
         let tensors: std::collections::HashMap<_, _> = self.tensors.clone().into_iter().collect();
         let path = self.folder.path().join("diffusion_pytorch_model.safetensors");
@@ -94,12 +94,12 @@ impl Tiny {
     }
 }
 
-/// Runs `forward` on the inputs of [`Tiny`]'s fixture and gives the sample.
+/// Runs `forward` on the inputs of [`Tiny`]'s fixture and returns the sample.
 pub fn forward(model: &Path, further: &[&str]) -> Tensor {
     forward_with(model, further, &[])
 }
 
-/// As [`forward`], with variables of its environment.
+/// As [`forward`], with environment variables.
 pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) -> Tensor {
     let folder = tempfile::tempdir().unwrap();
     let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
@@ -113,7 +113,7 @@ pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) 
     fixture(&output)["sample"].clone()
 }
 
-/// What diffusers gives of the same inputs.
+/// The sample of diffusers for the same inputs.
 pub fn expected(plan: &str) -> Tensor {
     fixture(repository("tests/fixtures/flux/head24/cases.safetensors"))[&format!("5x8/{plan}/sample")].clone()
 }

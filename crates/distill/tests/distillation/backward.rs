@@ -1,6 +1,6 @@
-//! Backward block by block against one backward through everything, and what teacher and student hold.
+//! Backward block by block compared with one backward pass through the whole model, and the memory of teacher and student.
 
-use crate::support::{batch, config, models, steps, weights};
+use crate::support::{batch, config, models, steps, values, weights};
 use candle_core::{DType, Tensor, TensorId};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
@@ -32,25 +32,25 @@ fn square(a: &Tensor, b: &Tensor) -> Tensor {
 
 /// The total loss with every layer watched, in one graph.
 fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
-    let (taught, taught_attention) = run(models.teacher(), batch);
-    let (own, own_attention) = run(models.student(), batch);
-    let flow = (square(&own, &batch.target) / own.elem_count() as f64).unwrap();
-    let prediction = (square(&own, &taught) / own.elem_count() as f64).unwrap();
-    let mut loss = (flow + (prediction * 0.5).unwrap()).unwrap();
-    for (own, taught) in own_attention.iter().zip(&taught_attention) {
-        let (text, taught_text) = (own.text.as_ref().unwrap(), taught.text.as_ref().unwrap());
-        let sum = (square(&own.image, &taught.image) + square(text, taught_text)).unwrap();
-        let count = own.image.elem_count() + text.elem_count();
-        loss = (loss + (sum * (0.5 / count as f64 / own_attention.len() as f64)).unwrap()).unwrap();
+    let (teacher, teacher_attention) = run(models.teacher(), batch);
+    let (student, student_attention) = run(models.student(), batch);
+    let denoising = (square(&student, &batch.target) / student.elem_count() as f64).unwrap();
+    let prediction = (square(&student, &teacher) / student.elem_count() as f64).unwrap();
+    let mut loss = (denoising + (prediction * 0.5).unwrap()).unwrap();
+    for (student, teacher) in student_attention.iter().zip(&teacher_attention) {
+        let text = student.text.as_ref().unwrap();
+        let sum = (square(&student.image, &teacher.image) + square(text, teacher.text.as_ref().unwrap())).unwrap();
+        let count = student.image.elem_count() + text.elem_count();
+        loss = (loss + (sum * (0.5 / count as f64 / student_attention.len() as f64)).unwrap()).unwrap();
     }
     loss
 }
 
 #[test]
 fn block_by_block_is_plain_backward() {
-    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
+    let models = models("clear:r=2,d=2", DType::F32);
     let layers = Some(models.student().layers().to_vec());
-    let batch = batch(&steps, 1);
+    let batch = batch(&steps(), 1);
     let plain = plain_loss(&models, &batch);
     let loss = LossSettings { layers, ..LossSettings::default() };
     let (losses, gradients) = backward(&models, &batch, &loss, Activations::Recompute).unwrap();
@@ -65,14 +65,16 @@ fn block_by_block_is_plain_backward() {
 
 #[test]
 fn keeping_activations_changes_no_bit() {
-    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
-    let run = |activations| backward(&models, &batch(&steps, 2), &LossSettings::default(), activations).unwrap();
-    let ((losses, gradients), (kept_losses, kept)) = (run(Activations::Recompute), run(Activations::Keep));
+    let models = models("clear:r=2,d=2", DType::F32);
+    let batch = batch(&steps(), 2);
+    let run = |activations| backward(&models, &batch, &LossSettings::default(), activations).unwrap();
+    let (losses, gradients) = run(Activations::Recompute);
+    let (kept_losses, kept) = run(Activations::Keep);
     assert_eq!(losses, kept_losses);
+    assert_eq!(gradients.len(), models.masters().len());
     assert_eq!(gradients.len(), kept.len());
     for (name, gradient) in &gradients {
-        let numbers = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(numbers(gradient), numbers(&kept[name]), "{name}");
+        assert_eq!(values(gradient), values(&kept[name]), "{name}");
     }
 }
 
@@ -87,15 +89,15 @@ fn a_student_with_full_attention_is_its_teacher() {
     assert!((error - 0.108_92).abs() < 2e-4, "{error}");
 }
 
-/// FLUX that notes which tensors are asked for.
+/// FLUX, recording the size of every tensor that it reads.
 #[derive(Default)]
-struct Spy {
+struct RecordingFlux {
     held: Mutex<HashMap<TensorId, usize>>,
 }
 
-struct Watched<'a>(&'a dyn TensorSource, &'a Spy);
+struct RecordingSource<'a>(&'a dyn TensorSource, &'a RecordingFlux);
 
-impl TensorSource for Watched<'_> {
+impl TensorSource for RecordingSource<'_> {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.0.tensors()
     }
@@ -112,7 +114,7 @@ impl TensorSource for Watched<'_> {
     }
 }
 
-impl Family for Spy {
+impl Family for RecordingFlux {
     fn name(&self) -> &'static str {
         Flux.name()
     }
@@ -122,16 +124,16 @@ impl Family for Spy {
         source: &dyn TensorSource,
         plan: &AttentionPlan,
     ) -> clearform_models::Result<Box<dyn Denoiser>> {
-        Flux.build(config, &Watched(source, self), plan)
+        Flux.build(config, &RecordingSource(source, self), plan)
     }
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> clearform_models::Result<DenoiserInput> {
-        Flux.input(tensors)
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> clearform_models::Result<DenoiserInput> {
+        Flux.parse_input(tensors)
     }
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
-        Flux.distilled(layer)
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
+        Flux.distilled_layers(layer)
     }
-    fn channels(&self, config: &Value) -> clearform_models::Result<InputChannels> {
-        Flux.channels(config)
+    fn input_channels(&self, config: &Value) -> clearform_models::Result<InputChannels> {
+        Flux.input_channels(config)
     }
     fn noise_process(&self) -> NoiseProcess {
         Flux.noise_process()
@@ -139,8 +141,8 @@ impl Family for Spy {
     fn guidance_kind(&self, config: &Value) -> clearform_models::Result<GuidanceKind> {
         Flux.guidance_kind(config)
     }
-    fn patch(&self, config: &Value) -> clearform_models::Result<usize> {
-        Flux.patch(config)
+    fn patch_size(&self, config: &Value) -> clearform_models::Result<usize> {
+        Flux.patch_size(config)
     }
     fn sample_size(&self, config: &Value) -> clearform_models::Result<Option<usize>> {
         Flux.sample_size(config)
@@ -161,14 +163,36 @@ fn bytes(tensor: &Tensor) -> usize {
 
 #[test]
 fn teacher_and_student_hold_the_frozen_weights_once() {
-    let (spy, weights) = (Spy::default(), weights(DType::BF16));
+    let family = RecordingFlux::default();
+    let weights = weights(DType::BF16);
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let models =
-        TeacherStudent::build(PairSpec { family: &spy, config: &config(), plan: &plan }, &weights, &weights).unwrap();
+    let spec = PairSpec { family: &family, config: &config(), plan: &plan };
+    let models = TeacherStudent::build(spec, &weights, &weights).unwrap();
     let model: usize = weights.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let masters: usize = models.masters().values().map(|master| bytes(master)).sum();
-    assert_eq!(spy.held.lock().unwrap().values().sum::<usize>(), model + masters);
+    assert_eq!(family.held.lock().unwrap().values().sum::<usize>(), model + masters);
     // 8 tensors in the double block, 6 in each single block, a spatial weight in each of the three.
     assert_eq!(models.masters().len(), 8 + 2 * 6 + 3);
     assert!(models.masters().values().all(|master| master.dtype() == DType::F32));
+}
+
+/// An earlier student's pooling weights belong to its projections, so both are taken from it.
+#[test]
+fn training_continues_from_all_weights_of_an_earlier_student() {
+    let teacher = weights(DType::F32);
+    let plan = "clear:r=2,d=2".parse().unwrap();
+    let spec = PairSpec { family: &Flux, config: &config(), plan: &plan };
+    let first = TeacherStudent::build(spec, &teacher, &teacher).unwrap();
+    let mut earlier = teacher.clone();
+    for (name, master) in first.masters() {
+        let is_pooling = name.ends_with(".processor.spatial_weight");
+        assert_eq!(is_pooling, values(master).iter().all(|value| *value == 0.25), "initial value of {name}");
+        earlier.insert(name.clone(), (master.as_tensor() + 0.5).unwrap());
+    }
+    let second = TeacherStudent::build(spec, &teacher, &earlier).unwrap();
+    assert_eq!(second.masters().len(), first.masters().len());
+    for (name, master) in second.masters() {
+        let wanted = (first.masters()[name].as_tensor() + 0.5).unwrap();
+        assert_eq!(values(master), values(&wanted), "{name}");
+    }
 }

@@ -1,9 +1,11 @@
-//! Distillation of a tiny FLUX: against PyTorch, against plain backward, and against itself after an interruption.
+//! Distillation of a tiny FLUX: compared with PyTorch, with one backward pass through the whole model, and with itself
+//! after an interruption.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod backward;
 mod memory;
 mod parity;
+mod samples;
 mod support;
 mod training;

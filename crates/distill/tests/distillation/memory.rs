@@ -1,4 +1,4 @@
-//! What distilling a large model holds in memory, against its formula.
+//! The memory that distilling a large model takes, compared with a formula.
 
 use crate::support::folder;
 use candle_core::{DType, Device, Tensor};
@@ -19,14 +19,14 @@ const EDGE: usize = 16;
 const TEXT: usize = 16;
 const WIDTH: usize = 3072;
 const SINGLE_BLOCKS: usize = 4;
-/// Numbers that a single block holds for each token and each channel of its width, forward and backward.
+/// Values that a single block holds for each token and each channel of its width, forward and backward.
 const ACTIVATIONS: usize = 60;
 
 /// FLUX's width, one double and four single blocks: 0.95 billion parameters in bf16.
 /// `cargo test --release -p clearform-distill -- --ignored --nocapture`
 #[test]
 #[ignore = "takes 6 GB of memory and minutes"]
-fn two_gigabytes_are_distilled_in_the_memory_of_the_formula() {
+fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
     let weights = large();
     let plan: AttentionPlan = "clear:r=8".parse().unwrap();
     let config = json!({
@@ -67,7 +67,7 @@ fn large() -> InMemoryTensors {
     let fixture = Checkpoint::open(folder().join("weights.safetensors")).unwrap();
     let mut weights = InMemoryTensors::default();
     for info in fixture.tensors() {
-        let shape: Vec<usize> = info.shape.iter().map(|&extent| enlarged(extent)).collect();
+        let shape: Vec<usize> = info.shape.iter().map(|&size| enlarged(size)).collect();
         let tensor =
             || Tensor::randn(0f32, 0.02, shape.as_slice(), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         match info.name.strip_prefix("single_transformer_blocks.") {
@@ -83,8 +83,9 @@ fn large() -> InMemoryTensors {
     weights
 }
 
-fn enlarged(extent: usize) -> usize {
-    match extent {
+/// The size of FLUX.1 for a size of the fixture, whose width is 48.
+fn enlarged(size: usize) -> usize {
+    match size {
         256 => 256,
         24 => 128,
         16 => 1024,
@@ -120,11 +121,11 @@ fn samples(folder: &std::path::Path, models: &TeacherStudent) -> SampleSet {
         dtype: DType::F32,
         device: Device::Cpu,
     };
-    set.draw(models.teacher(), &sampling_spec, &mut |_, _| ()).unwrap();
+    set.generate(models.teacher(), &sampling_spec, &mut |_, _| ()).unwrap();
     set
 }
 
-/// Peak of resident memory so far.
+/// Peak resident memory so far, in bytes.
 fn peak() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();

@@ -1,6 +1,6 @@
-//! Three steps against tests/fixtures/distill/export.py.
+//! Three steps compared with those of PyTorch, which tests/fixtures/distill/export.py exports.
 
-use crate::support::{batch, below, models, steps};
+use crate::support::{batch, models, steps, with_prefix};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_distill::{Activations, LossSettings, Losses, Optimizer, OptimizerState, backward};
 use clearform_testkit::{assert_close, relative_error};
@@ -17,33 +17,35 @@ fn assert_losses(what: &str, losses: Losses, wanted: &Tensor) {
 
 #[test]
 fn losses_gradients_and_plain_steps_are_those_of_torch() {
-    let (steps, models) = (steps(), models("clear:r=2", DType::F32));
+    let steps = steps();
+    let models = models("clear:r=2", DType::F32);
     let start = models.snapshot().unwrap();
     let mut optimizer = OptimizerState::default();
     for step in 0..3 {
         let (losses, gradients) = backward(&models, &batch(&steps, step), &LOSS, Activations::Recompute).unwrap();
         assert_losses(&format!("step {step}"), losses, &steps[&format!("{step}/losses")]);
-        let wanted = below(&steps, &format!("{step}/gradient/"));
+        let wanted = with_prefix(&steps, &format!("{step}/gradient/"));
         assert_eq!(gradients.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>());
         for (name, wanted) in &wanted {
             assert_close(&format!("step {step}, gradient of {name}"), &gradients[name], wanted, 1e-4);
         }
         optimizer.step(Optimizer::Sgd, 0.02, models.masters(), &gradients).unwrap();
     }
-    for (name, wanted) in below(&steps, "sgd/") {
+    for (name, wanted) in with_prefix(&steps, "sgd/") {
         let got = models.masters()[&name].as_tensor();
         assert_close(&name, got, &wanted, 1e-5);
         let moved = relative_error(&start[&name], &wanted).unwrap();
-        assert!(moved > 1e-4, "{name} moved by {moved:.1e}: the test would hardly see a step");
+        assert!(moved > 1e-4, "{name} moved by {moved:.1e}: a lost step would hardly be seen");
     }
 }
 
 #[test]
 fn pooled_context_learns_as_in_torch() {
-    let (steps, models) = (steps(), models("clear:r=2,d=2", DType::F32));
+    let steps = steps();
+    let models = models("clear:r=2,d=2", DType::F32);
     let (losses, gradients) = backward(&models, &batch(&steps, 0), &LOSS, Activations::Recompute).unwrap();
     assert_losses("pooled", losses, &steps["pooled/losses"]);
-    let wanted = below(&steps, "pooled/gradient/");
+    let wanted = with_prefix(&steps, "pooled/gradient/");
     assert_eq!(wanted.len(), 4);
     for (name, wanted) in &wanted {
         assert_close(name, &gradients[name], wanted, 1e-4);
@@ -53,14 +55,14 @@ fn pooled_context_learns_as_in_torch() {
 #[test]
 fn adamw_and_its_state_are_those_of_torch() {
     let steps = steps();
-    let wanted = below(&steps, "adamw/weight/");
+    let wanted = with_prefix(&steps, "adamw/weight/");
     let start = models("clear:r=2", DType::F32).snapshot().unwrap();
     let master = |name: &String| (name.clone(), Var::from_tensor(&start[name]).unwrap());
     let masters: BTreeMap<String, Var> = wanted.keys().map(master).collect();
     let adamw = Optimizer::AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
     let mut state = OptimizerState::default();
     for step in 0..3 {
-        let given = below(&steps, &format!("{step}/gradient/"));
+        let given = with_prefix(&steps, &format!("{step}/gradient/"));
         let given = given.into_iter().filter(|(name, _)| masters.contains_key(name)).collect();
         state.step(adamw, 1e-3, &masters, &given).unwrap();
     }

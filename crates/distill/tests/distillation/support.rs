@@ -1,17 +1,22 @@
-//! The model of tests/fixtures/distill, and batches of its fixture.
+//! The model of tests/fixtures/distill, batches of its fixture, and a small sample set.
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_distill::{Batch, PairSpec, TeacherStudent};
+use clearform_distill::{
+    Batch, DistillSettings, LearningRate, LossSettings, PairSpec, SampleSet, SampleSettings, SamplingSpec,
+    TeacherStudent, Timesteps,
+};
 use clearform_models::families::flux::Flux;
-use clearform_models::{Conditions, NoiseProcess};
+use clearform_models::{Conditions, NoiseProcess, Prompt};
+use clearform_sampling::{FlowMatchEuler, TorchGenerator};
 use clearform_testkit::fixture;
 use clearform_weights::{Checkpoint, InMemoryTensors};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
 
-/// FLUX's.
+/// FLUX's noise process.
 pub const FLOW: NoiseProcess = NoiseProcess::FlowMatching { time_scale: 1.0 };
 pub const HEIGHT: usize = 4;
 pub const WIDTH: usize = 6;
@@ -31,7 +36,8 @@ pub fn weights(dtype: DType) -> InMemoryTensors {
 }
 
 pub fn models(plan: &str, dtype: DType) -> TeacherStudent {
-    let (weights, plan): (_, AttentionPlan) = (weights(dtype), plan.parse().unwrap());
+    let plan: AttentionPlan = plan.parse().unwrap();
+    let weights = weights(dtype);
     TeacherStudent::build(PairSpec { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
 }
 
@@ -49,19 +55,75 @@ pub fn steps() -> BTreeMap<String, Tensor> {
 }
 
 pub fn batch(steps: &BTreeMap<String, Tensor>, step: usize) -> Batch {
-    let part = |name: &str| steps[&format!("{step}/{name}")].clone();
+    let tensor = |name: &str| steps[&format!("{step}/{name}")].clone();
     let conditions = Conditions {
-        text: Some(part("text")),
-        pooled: Some(part("pooled")),
+        text: Some(tensor("text")),
+        pooled: Some(tensor("pooled")),
         image_ids: Some(image_ids()),
         text_ids: Some(text_ids()),
         ..Conditions::default()
     };
-    Batch::noised(FLOW, &part("x0"), &part("noise"), &part("t"), conditions).unwrap()
+    Batch::noised(FLOW, &tensor("x0"), &tensor("noise"), &tensor("t"), conditions).unwrap()
 }
 
-/// Tensors of `steps` below `prefix`, without it.
-pub fn below(steps: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
+/// The tensors of `steps` whose names start with `prefix`, without it.
+pub fn with_prefix(steps: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
     let stripped = steps.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)));
     stripped.map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect()
+}
+
+pub fn sample_settings() -> SampleSettings {
+    let prompts = ["cat", "dog", "sun"].map(|prompt| Prompt::Text(prompt.to_owned())).to_vec();
+    let size = [48, 32];
+    SampleSettings { prompts, count: 7, batch: 3, size, steps: 2, guidance: None, classifier_free: None, seed: 5 }
+}
+
+/// Text features that depend on the prompt alone.
+pub fn encode(prompts: &[Prompt]) -> Result<Conditions, Infallible> {
+    let features = |prompt: &Prompt, shape: &[usize]| {
+        let seed = prompt.to_string().bytes().map(u64::from).sum();
+        TorchGenerator::new(seed).randn(shape).unwrap()
+    };
+    let rows = |shape: &[usize]| {
+        Tensor::stack(&prompts.iter().map(|prompt| features(prompt, shape)).collect::<Vec<_>>(), 0).unwrap()
+    };
+    Ok(Conditions { text: Some(rows(&[TEXT, 16])), pooled: Some(rows(&[16])), ..Conditions::default() })
+}
+
+pub fn sampling_spec() -> SamplingSpec {
+    SamplingSpec {
+        shape: vec![HEIGHT * WIDTH, 8],
+        image_ids: Some(image_ids()),
+        text_ids: Some(text_ids()),
+        schedule: FlowMatchEuler::default().schedule(2, HEIGHT * WIDTH).unwrap(),
+        dtype: DType::F32,
+        device: Device::Cpu,
+    }
+}
+
+/// A complete set in `folder`.
+pub fn sample_set(folder: &Path, settings: SampleSettings, models: &TeacherStudent) -> SampleSet {
+    let set = SampleSet::create(folder, settings).unwrap();
+    set.encode(&mut encode).unwrap();
+    set.generate(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
+    assert!(set.is_complete());
+    set
+}
+
+pub fn settings() -> DistillSettings {
+    DistillSettings {
+        steps: 6,
+        batch: 2,
+        accumulation: 2,
+        ema: Some(0.9),
+        timesteps: Timesteps::LogitNormal { mean: 0.0, deviation: 1.0 },
+        learning_rate: LearningRate { peak: 2e-3, warmup: 2, ..LearningRate::default() },
+        loss: LossSettings { every: 2, ..LossSettings::default() },
+        seed: 3,
+        ..DistillSettings::default()
+    }
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
 }

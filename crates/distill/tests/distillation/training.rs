@@ -1,67 +1,16 @@
-//! Samples and training, interrupted and not.
+//! The training loop: against its steps written out, interrupted and not, and whether it learns.
 
-use crate::support::{FLOW, HEIGHT, TEXT, WIDTH, image_ids, models, text_ids};
+use crate::support::{FLOW, models, sample_set, sample_settings, settings, values};
 use candle_core::{DType, Device, Tensor};
 use clearform_distill::{
-    Batches, CheckpointDir, ClassifierFree, DistillSettings, Distilled, LearningRate, LossSettings, ResumeMode,
-    SampleSet, SampleSettings, SamplingSpec, TeacherStudent, Timesteps, TrainingOutcome, TrainingProgress, distill,
-    prediction_error,
+    Activations, Batches, CheckpointDir, DistillSettings, Distilled, Gradients, LossSettings, Optimizer, ResumeMode,
+    SampleSet, SampleSettings, TeacherStudent, TrainingOutcome, TrainingProgress, backward, distill, prediction_error,
 };
-use clearform_models::{Conditions, Prompt};
-use clearform_sampling::{FlowMatchEuler, TorchGenerator};
-use std::convert::Infallible;
+use clearform_sampling::TorchGenerator;
+use clearform_testkit::{assert_close, relative_error};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
-
-fn sample_settings() -> SampleSettings {
-    let prompts = ["cat", "dog", "sun"].map(|prompt| Prompt::Text(prompt.to_owned())).to_vec();
-    let size = [48, 32];
-    SampleSettings { prompts, count: 7, batch: 3, size, steps: 2, guidance: None, classifier_free: None, seed: 5 }
-}
-
-/// Text features that depend on the prompt alone.
-fn encode(prompts: &[Prompt]) -> Result<Conditions, Infallible> {
-    let one = |prompt: &Prompt, shape: &[usize]| {
-        let seed = prompt.to_string().bytes().map(u64::from).sum();
-        TorchGenerator::new(seed).randn(shape).unwrap()
-    };
-    let all = |shape: &[usize]| Tensor::stack(&prompts.iter().map(|prompt| one(prompt, shape)).collect::<Vec<_>>(), 0);
-    let (text, pooled) = (all(&[TEXT, 16]).unwrap(), all(&[16]).unwrap());
-    Ok(Conditions { text: Some(text), pooled: Some(pooled), ..Conditions::default() })
-}
-
-fn sampling_spec() -> SamplingSpec {
-    SamplingSpec {
-        shape: vec![HEIGHT * WIDTH, 8],
-        image_ids: Some(image_ids()),
-        text_ids: Some(text_ids()),
-        schedule: FlowMatchEuler::default().schedule(2, HEIGHT * WIDTH).unwrap(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-    }
-}
-
-fn samples(folder: &Path, models: &TeacherStudent) -> SampleSet {
-    let set = SampleSet::create(folder, sample_settings()).unwrap();
-    set.encode(&mut encode).unwrap();
-    set.draw(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
-    assert!(set.is_complete());
-    set
-}
-
-fn settings() -> DistillSettings {
-    DistillSettings {
-        steps: 6,
-        batch: 2,
-        accumulation: 2,
-        ema: Some(0.9),
-        timesteps: Timesteps::LogitNormal { mean: 0.0, deviation: 1.0 },
-        learning_rate: LearningRate { peak: 2e-3, warmup: 2, ..LearningRate::default() },
-        loss: LossSettings { every: 2, ..LossSettings::default() },
-        seed: 3,
-        ..DistillSettings::default()
-    }
-}
 
 fn train(
     folder: &Path,
@@ -80,37 +29,117 @@ fn finished(outcome: TrainingOutcome) -> Distilled {
     }
 }
 
+/// All steps in one run, without a look at the progress.
+fn train_at_once(folder: &Path, models: &TeacherStudent, set: &SampleSet, settings: &DistillSettings) -> Distilled {
+    let checkpoint_dir = CheckpointDir { folder: folder.to_owned(), checkpoint_every: 100, start: ResumeMode::Fresh };
+    finished(distill(models, set, settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap())
+}
+
 fn assert_equal(got: &Distilled, wanted: &Distilled) {
-    assert!(got.tensors.iter().count() > 20);
+    assert_eq!(got.tensors.iter().count(), wanted.tensors.iter().count());
     for ((name, got), (wanted_name, wanted)) in got.tensors.iter().zip(wanted.tensors.iter()) {
-        let bits = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(name, wanted_name);
-        assert!(bits(got).iter().map(|x| x.to_bits()).eq(bits(wanted).iter().map(|x| x.to_bits())), "{name}");
+        assert!(values(got).iter().map(|x| x.to_bits()).eq(values(wanted).iter().map(|x| x.to_bits())), "{name}");
     }
-    // A loss read back from the journal may differ in the last bit of its f64.
+    // A loss that was read back from the log may differ in the last bit of its f64.
     let losses = |distilled: &Distilled| {
         distilled.entries.iter().map(|entry| (entry.step, entry.losses.total as f32)).collect::<Vec<_>>()
     };
     assert_eq!(losses(got), losses(wanted));
 }
 
+/// Mean gradient and mean total loss of the next `count` batches, each weighted equally.
+fn mean_gradient(
+    models: &TeacherStudent,
+    batches: &mut Batches,
+    settings: &DistillSettings,
+) -> (f64, BTreeMap<String, Tensor>) {
+    let count = settings.accumulation as f64;
+    let mut loss = 0.0;
+    let mut sums = Gradients::new();
+    for _ in 0..settings.accumulation {
+        let batch = batches.draw().unwrap();
+        let (losses, gradients) = backward(models, &batch, &settings.loss, Activations::Keep).unwrap();
+        loss += losses.total / count;
+        for (name, gradient) in gradients {
+            let sum = sums.remove(&name).map_or(Ok(gradient.clone()), |sum| sum + gradient).unwrap();
+            sums.insert(name, sum);
+        }
+    }
+    (loss, sums.into_iter().map(|(name, sum)| (name, (sum / count).unwrap())).collect())
+}
+
+/// Three steps of [`distill`] with everything that a step may do, against the same steps written out here.
 #[test]
-fn resumed_training_ends_with_the_very_same_tensors() {
+fn steps_are_clipped_descent_on_the_mean_gradient_with_an_average() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = "clear:r=2,d=2";
+    let (trained, reference) = (models(plan, DType::F32), models(plan, DType::F32));
+    let set = sample_set(&folder.path().join("samples"), sample_settings(), &trained);
+    let settings = DistillSettings { steps: 3, optimizer: Optimizer::Sgd, clip: Some(0.05), ..settings() };
+    let distilled = train_at_once(&folder.path().join("work"), &trained, &set, &settings);
+
+    let mut batches = Batches::new(&set, &settings, &reference, TorchGenerator::new(settings.seed));
+    let mut average = reference.snapshot().unwrap();
+    let start = reference.snapshot().unwrap();
+    // Two steps of warmup times 0.02 + 0.98 (1 + cos(pi step / 3)) / 2, and the decay of the average.
+    let rates = [2e-3 * 0.5, 2e-3 * 0.755, 2e-3 * 0.265];
+    let decays = [2.0 / 11.0, 3.0 / 12.0, 4.0 / 13.0];
+    for (step, (rate, decay)) in rates.into_iter().zip(decays).enumerate() {
+        let (loss, gradients) = mean_gradient(&reference, &mut batches, &settings);
+        let squares = gradients.values().flat_map(values).map(|value| f64::from(value).powi(2));
+        let norm = squares.sum::<f64>().sqrt();
+        assert!(norm > 0.05, "step {step} is not clipped: the norm is {norm}");
+        let entry = distilled.entries[step];
+        for (what, got, wanted) in
+            [("loss", entry.losses.total, loss), ("norm", entry.norm, norm), ("rate", entry.rate, rate)]
+        {
+            assert!((got - wanted).abs() < 1e-5 * wanted, "step {step}: {what} {got}, wanted {wanted}");
+        }
+        let before = reference.snapshot().unwrap();
+        let scale = rate * 0.05 / norm;
+        let stepped = before
+            .iter()
+            .map(|(name, before)| (name.clone(), (before - gradients[name].affine(scale, 0.0).unwrap()).unwrap()));
+        reference.restore(&stepped.collect()).unwrap();
+        for (name, master) in reference.masters() {
+            let moved = (average[name].affine(decay, 0.0).unwrap() + master.affine(1.0 - decay, 0.0).unwrap()).unwrap();
+            average.insert(name.clone(), moved.detach());
+        }
+    }
+    let change = |to: &Tensor, name: &str| (to - &start[name]).unwrap();
+    for (name, average) in &average {
+        let (_, got) = distilled.tensors.iter().find(|(found, _)| *found == name).unwrap();
+        // The change alone, since a weight that did not move at all would be close to one that hardly moved.
+        assert_close(name, &change(got, name), &change(average, name), 2e-3);
+        let master = trained.masters()[name].as_tensor();
+        assert_close(name, &change(master, name), &change(&reference.masters()[name], name), 2e-3);
+    }
+}
+
+#[test]
+fn a_resumed_training_ends_with_the_same_tensors() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let set = samples(&at("samples"), &models("full", DType::F32));
-    let go_on = &mut |_: &TrainingProgress| ControlFlow::Continue(());
-    let straight = finished(train(&at("straight"), &set, ResumeMode::Fresh, go_on));
+    let set = sample_set(&at("samples"), sample_settings(), &models("full", DType::F32));
+    let proceed = &mut |_: &TrainingProgress| ControlFlow::Continue(());
+    let straight = finished(train(&at("straight"), &set, ResumeMode::Fresh, proceed));
     assert_eq!(straight.entries.len(), 6);
+    let start = models("clear:r=2,d=2", DType::F32).snapshot().unwrap();
+    assert_eq!(straight.tensors.iter().count(), start.len());
+    for (name, tensor) in straight.tensors.iter() {
+        let moved = relative_error(tensor, &start[name]).unwrap();
+        assert!(moved > 1e-4, "{name} moved by {moved:.1e}: a lost step would hardly be seen");
+    }
 
     let mut stop = |progress: &TrainingProgress| match progress.entry.step {
         3 => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
     assert!(matches!(train(&at("stopped"), &set, ResumeMode::Fresh, &mut stop), TrainingOutcome::Stopped { step: 3 }));
-    assert_equal(&finished(train(&at("stopped"), &set, ResumeMode::Resume, go_on)), &straight);
+    assert_equal(&finished(train(&at("stopped"), &set, ResumeMode::Resume, proceed)), &straight);
 
-    // Killed in step 5: the checkpoint is that of step 4, the journal is ahead of it.
+    // Killed in step 5: the checkpoint is that of step 4, and the log is ahead of it.
     let kept = at("kept.safetensors");
     let mut kill = |progress: &TrainingProgress| match progress.entry.step {
         5 => {
@@ -121,12 +150,12 @@ fn resumed_training_ends_with_the_very_same_tensors() {
     };
     train(&at("killed"), &set, ResumeMode::Fresh, &mut kill);
     std::fs::rename(&kept, at("killed/training.safetensors")).unwrap();
-    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, go_on)), &straight);
-    let journal = std::fs::read_to_string(at("killed/losses.jsonl")).unwrap();
-    assert_eq!(journal.lines().count(), 6);
+    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, proceed)), &straight);
+    let log = std::fs::read_to_string(at("killed/losses.jsonl")).unwrap();
+    assert_eq!(log.lines().count(), 6);
 
-    // A finished training that is resumed gives what it gave.
-    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, go_on)), &straight);
+    // Resuming a finished training returns the same result again.
+    assert_equal(&finished(train(&at("killed"), &set, ResumeMode::Resume, proceed)), &straight);
 }
 
 #[test]
@@ -134,13 +163,13 @@ fn a_training_is_not_mixed_with_another() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let models = models("clear:r=2", DType::F32);
-    let set = samples(&at("samples"), &models);
+    let set = sample_set(&at("samples"), sample_settings(), &models);
     let begin = |settings: &DistillSettings, start| {
         let checkpoint_dir = CheckpointDir { folder: at("work"), checkpoint_every: 1, start };
         distill(&models, &set, settings, &checkpoint_dir, &mut |_| ControlFlow::Break(())).map(drop)
     };
     begin(&settings(), ResumeMode::Fresh).unwrap();
-    assert!(begin(&settings(), ResumeMode::Fresh).unwrap_err().to_string().contains("--resume"));
+    assert!(begin(&settings(), ResumeMode::Fresh).unwrap_err().to_string().contains("pass --resume to continue it"));
     let other = DistillSettings { batch: 3, ..settings() };
     let error = begin(&other, ResumeMode::Resume).unwrap_err().to_string();
     assert!(error.contains("batch: 2, now 3"), "{error}");
@@ -150,69 +179,29 @@ fn a_training_is_not_mixed_with_another() {
 }
 
 #[test]
-fn samples_are_made_again_as_they_were() {
-    let folder = tempfile::tempdir().unwrap();
-    let models = models("full", DType::F32);
-    let set = samples(folder.path(), &models);
-    let path = folder.path().join("batch-00001.safetensors");
-    let before = std::fs::read(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
-    assert!(!set.is_complete());
-    let mut told = Vec::new();
-    set.draw(models.teacher(), &sampling_spec(), &mut |done, all| told.push((done, all))).unwrap();
-    assert_eq!(told, [(4, 7), (7, 7)]);
-    assert_eq!(std::fs::read(&path).unwrap(), before);
-
-    // Sample 4 is of prompt 1; samples come back in the order they are asked for.
-    let read = set.read(&[4, 0], &Device::Cpu).unwrap();
-    assert_eq!(read.latents.dims(), [2, 24, 8]);
-    let wanted = encode(&["dog", "cat"].map(|prompt| Prompt::Text(prompt.to_owned()))).unwrap();
-    assert_eq!(numbers(&read.conditions.text.unwrap()), numbers(&wanted.text.unwrap()));
-    assert_eq!(numbers(&read.conditions.image_ids.unwrap()), numbers(&image_ids()));
-    assert_eq!(numbers(&set.read(&[0], &Device::Cpu).unwrap().latents), numbers(&read.latents)[24 * 8..]);
-}
-
-/// A tenth of training is of what guidance leads away from, so that both of its evaluations are learned.
-#[test]
-fn guided_sets_teach_the_absence_of_a_subject() {
+fn the_loss_falls_and_the_student_approaches_its_teacher() {
     let folder = tempfile::tempdir().unwrap();
     let models = models("clear:r=2", DType::F32);
-    let nothing = Prompt::Text(String::new());
-    let guidance = ClassifierFree { scale: 3.0, without: nothing.clone(), channels: None };
-    let guided = SampleSettings { classifier_free: Some(guidance), ..sample_settings() };
-    let set = SampleSet::create(folder.path(), guided).unwrap();
-    set.encode(&mut encode).unwrap();
-    set.draw(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
-    assert!(set.is_complete());
-    let plain = samples(&folder.path().join("plain"), &models);
-    let latents = |set: &SampleSet| numbers(&set.read(&[0], &Device::Cpu).unwrap().latents);
-    assert_ne!(latents(&set), latents(&plain));
-
-    let settings = DistillSettings { batch: 100, ..settings() };
-    let drawn = Batches::new(&set, &settings, &models, TorchGenerator::new(1)).draw().unwrap();
-    let without = numbers(&encode(&[nothing]).unwrap().pooled.unwrap());
-    let pooled = numbers(&drawn.input.conditions.pooled.unwrap());
-    let absent = pooled.chunks(16).filter(|row| *row == without).count();
-    assert!((4..=18).contains(&absent), "{absent} of 100");
-}
-
-fn numbers(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
-}
-
-#[test]
-fn the_student_comes_nearer_to_its_teacher() {
-    let folder = tempfile::tempdir().unwrap();
-    let models = models("clear:r=2", DType::F32);
-    let set = samples(&folder.path().join("samples"), &models);
+    let set = sample_set(&folder.path().join("samples"), sample_settings(), &models);
     let inputs = set.noised(FLOW, 77, 4, &Device::Cpu).unwrap();
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
     let before = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
+    // The teacher's weights are random, so it is far from denoising: that term would hide what the student learns of it.
     let loss = LossSettings { denoising: 0.0, ..LossSettings::default() };
     let settings = DistillSettings { steps: 60, batch: 4, accumulation: 1, ema: None, loss, ..settings() };
-    let checkpoint_dir =
-        CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 100, start: ResumeMode::Fresh };
-    distill(&models, &set, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
+    let distilled = train_at_once(&folder.path().join("work"), &models, &set, &settings);
     let after = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
+    eprintln!("XX {before} {after}");
     assert!(after < 0.6 * before, "{before} before, {after} after");
+
+    let tenth = |range: std::ops::Range<usize>| {
+        let losses = &distilled.entries[range];
+        let mean = |term: fn(&clearform_distill::Losses) -> f64| {
+            losses.iter().map(|entry| term(&entry.losses)).sum::<f64>() / losses.len() as f64
+        };
+        [mean(|losses| losses.prediction), mean(|losses| losses.attention), mean(|losses| losses.total)]
+    };
+    let first = tenth(0..6);
+    let last = tenth(54..60);
+    eprintln!("XX {first:?} {last:?}");
 }

@@ -1,4 +1,4 @@
-//! [`choose`]: the family, layout and prefix whose signature a list of names bears, or what came near.
+//! [`choose`]: the family, layout and prefix whose signature a list of tensor names matches, or the nearest ones.
 
 use crate::detect::hints::Hints;
 use crate::error::{LayoutError, Result};
@@ -9,40 +9,47 @@ use crate::manifest::unsupported::{UnsupportedModels, find};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// A model that lost a tensor or two of its signature is still recognised by this share of the others.
+/// A file that lacks a tensor of a layout's signature is still taken for that layout if the rules match at least this
+/// share of its names, so that the missing tensor is reported by name and not as an unknown model. A damaged model has
+/// lost a few tensors, and a fine-tune may have added some: a fifth leaves room for both. With fewer matches it would be
+/// a guess that the rest of the model is the same.
 const NEAR_ENOUGH: f64 = 0.8;
-const MOST_NEAR: usize = 5;
+/// How many of the nearest layouts an error lists.
+const MOST_NEAREST: usize = 5;
 
-/// A family and layout that these names may be.
+/// A family, layout and prefix that may be the checkpoint's.
 #[derive(Debug)]
 pub(crate) struct Candidate {
     pub family: Arc<FamilyManifest>,
     pub prefix: String,
     pub evidence: Vec<String>,
     pub notes: Vec<String>,
+    /// Index of the layout in the family.
     layout: usize,
-    lacking: Vec<String>,
-    holding: Option<String>,
+    /// Signature tensors that are missing.
+    missing: Vec<String>,
+    /// A tensor that the layout must not have: it belongs to a similar model.
+    forbidden: Option<String>,
 }
 
-/// Chooses among all families, or among those that `hints` leave.
+/// Chooses among all families, or only the one that `hints` name.
 pub(crate) fn choose(
     names: &BTreeSet<&str>,
     declared: DeclaredConfig,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Candidate> {
-    manifests.known.refuse(names)?;
-    let families = allowed(manifests, hints)?;
+    manifests.unsupported.refuse(names)?;
+    let families = allowed_families(manifests, hints)?;
     let candidates: Vec<Candidate> = families.iter().flat_map(|family| candidates(family, names)).collect();
-    let (whole, near): (Vec<_>, Vec<_>) = candidates.into_iter().partition(Candidate::is_whole);
-    if let Some(candidate) = one_family(whole, declared)? {
+    let (matching, others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(Candidate::matches);
+    if let Some(candidate) = one_family(matching, declared)? {
         return Ok(candidate.with_evidence(declared));
     }
     if hints.family.is_none() {
-        manifests.known.recognise(names)?;
+        manifests.unsupported.recognise(names)?;
     }
-    nearest(near, names, declared, &manifests.known)
+    nearest(others, names, declared, &manifests.unsupported)
 }
 
 impl Candidate {
@@ -54,25 +61,32 @@ impl Candidate {
     fn new(family: &Arc<FamilyManifest>, layout: usize, prefix: &str, names: &BTreeSet<&str>) -> Self {
         let Layout { present, absent, .. } = &family.layouts[layout];
         let with_prefix = |pattern: &String| format!("{prefix}{pattern}");
-        let lacking = present.iter().map(with_prefix).filter(|pattern| find(pattern, names).is_none()).collect();
-        let holding = absent.iter().find_map(|pattern| find(&with_prefix(pattern), names)).map(str::to_owned);
-        let (family, prefix) = (family.clone(), prefix.to_owned());
-        Self { family, prefix, layout, lacking, holding, evidence: Vec::new(), notes: Vec::new() }
+        Self {
+            family: family.clone(),
+            prefix: prefix.to_owned(),
+            evidence: Vec::new(),
+            notes: Vec::new(),
+            layout,
+            missing: present.iter().map(with_prefix).filter(|pattern| find(pattern, names).is_none()).collect(),
+            forbidden: absent.iter().find_map(|pattern| find(&with_prefix(pattern), names)).map(str::to_owned),
+        }
     }
 
-    fn is_whole(&self) -> bool {
-        self.lacking.is_empty() && self.holding.is_none()
+    /// Whether it has its whole signature and no tensor of a similar model.
+    fn matches(&self) -> bool {
+        self.missing.is_empty() && self.forbidden.is_none()
     }
 
     fn has_some(&self) -> bool {
-        self.lacking.len() < self.layout().present.len()
+        self.missing.len() < self.layout().present.len()
     }
 
     fn with_evidence(mut self, declared: DeclaredConfig) -> Self {
         let Layout { name, present, .. } = self.layout();
-        let tensors = present.iter().filter(|tensor| !self.lacking.contains(&format!("{}{tensor}", self.prefix)));
+        let tensors = present.iter().filter(|tensor| !self.missing.contains(&format!("{}{tensor}", self.prefix)));
         let tensors: Vec<&String> = tensors.collect();
-        let mut evidence = vec![format!("layout {name} by the tensors {tensors:?} under the prefix {:?}", self.prefix)];
+        let mut evidence =
+            vec![format!("layout {name} from the tensors {tensors:?} with the prefix {:?}", self.prefix)];
         if let Some((class, origin)) = declared.get("_class_name") {
             evidence.push(format!("_class_name {class} from {origin}"));
         }
@@ -80,34 +94,34 @@ impl Candidate {
         self
     }
 
-    /// Share of the tensors, components aside, that the layout's rules know.
-    fn share(&self, names: &BTreeSet<&str>, known: &UnsupportedModels) -> f64 {
-        let ours = names.iter().filter(|name| known.component(name).is_none());
-        let steps = &self.layout().inward;
-        let understood = |name: &&str| {
-            let name = name.strip_prefix(self.prefix.as_str());
-            name.is_some_and(|name| {
-                steps.iter().any(|step| step.inputs.iter().any(|input| input.captures(name).is_some()))
-            })
-        };
-        let (count, understood) =
-            ours.fold((0, 0), |(all, some), name| (all + 1, some + usize::from(understood(name))));
-        understood as f64 / f64::from(count.max(1))
+    /// The share of the tensors, without those of components, whose names the layout's rules match.
+    fn share(&self, names: &BTreeSet<&str>, unsupported: &UnsupportedModels) -> f64 {
+        let of_model = names.iter().filter(|name| unsupported.component(name).is_none());
+        let (count, matched) =
+            of_model.fold((0, 0), |(all, matched), name| (all + 1, matched + usize::from(self.knows(name))));
+        matched as f64 / f64::from(count.max(1))
+    }
+
+    /// Whether a rule of the layout takes the tensor `name`.
+    fn knows(&self, name: &str) -> bool {
+        let Some(name) = name.strip_prefix(self.prefix.as_str()) else { return false };
+        let mut inputs = self.layout().inward.iter().flat_map(|step| &step.inputs);
+        inputs.any(|input| input.captures(name).is_some())
     }
 
     fn describe(&self, share: f64) -> String {
         let Layout { name, present, .. } = self.layout();
-        let has = present.len() - self.lacking.len();
+        let has = present.len() - self.missing.len();
         let mut text = format!("{} in layout {name}: {has} of {} signature tensors", self.family.name, present.len());
-        text += &format!(" (missing {:?}), {:.0}% of the names", self.lacking, share * 100.0);
-        if let Some(holding) = &self.holding {
-            text += &format!(", but it has {holding:?}, which is another model's");
+        text += &format!(" (missing {:?}), {:.0}% of the names", self.missing, share * 100.0);
+        if let Some(forbidden) = &self.forbidden {
+            text += &format!(", but it has {forbidden:?}, which belongs to another model");
         }
         text
     }
 }
 
-fn allowed(manifests: &Manifests, hints: &Hints) -> Result<Vec<Arc<FamilyManifest>>> {
+fn allowed_families(manifests: &Manifests, hints: &Hints) -> Result<Vec<Arc<FamilyManifest>>> {
     let Some(name) = &hints.family else { return Ok(manifests.families.clone()) };
     match manifests.families.iter().find(|family| family.name == *name) {
         Some(family) => Ok(vec![family.clone()]),
@@ -117,53 +131,60 @@ fn allowed(manifests: &Manifests, hints: &Hints) -> Result<Vec<Arc<FamilyManifes
 
 fn candidates(family: &Arc<FamilyManifest>, names: &BTreeSet<&str>) -> Vec<Candidate> {
     let layouts = family.layouts.iter().enumerate();
-    let pairs = layouts.flat_map(|(at, layout)| layout.prefixes.iter().map(move |prefix| (at, prefix)));
-    pairs.map(|(at, prefix)| Candidate::new(family, at, prefix, names)).collect()
+    let pairs = layouts.flat_map(|(index, layout)| layout.prefixes.iter().map(move |prefix| (index, prefix)));
+    pairs.map(|(index, prefix)| Candidate::new(family, index, prefix, names)).collect()
 }
 
-/// The first of candidates that fit equally well. Where they are of several families, the declared class must be one's.
+/// The first of candidates that fit equally well: manifests list the usual layouts and prefixes first. If the candidates
+/// are of several families, the declared class must decide.
 fn one_family(mut fitting: Vec<Candidate>, declared: DeclaredConfig) -> Result<Option<Candidate>> {
-    let families = |fitting: &[Candidate]| -> BTreeSet<String> {
-        fitting.iter().map(|candidate| candidate.family.name.clone()).collect()
-    };
-    let all = families(&fitting);
+    let all = family_names(&fitting);
     if all.len() > 1 {
         let class = declared.get("_class_name").and_then(|(class, _)| Some(class.as_str()?.to_owned()));
         fitting.retain(|candidate| class.as_ref().is_some_and(|class| candidate.family.is_class(class)));
     }
-    if all.len() > 1 && families(&fitting).len() != 1 {
+    if all.len() > 1 && family_names(&fitting).len() != 1 {
         let reason = format!("it may be any of {all:?}; choose with --family");
         return Err(LayoutError::Ambiguous { what: "the family".to_owned(), reason });
     }
     Ok(fitting.into_iter().next())
 }
 
-/// The candidate that understands most names, if it understands nearly all.
+fn family_names(candidates: &[Candidate]) -> BTreeSet<String> {
+    candidates.iter().map(|candidate| candidate.family.name.clone()).collect()
+}
+
+/// The candidate that matches the largest share of the names, if that is [`NEAR_ENOUGH`].
 fn nearest(
-    near: Vec<Candidate>,
+    candidates: Vec<Candidate>,
     names: &BTreeSet<&str>,
     declared: DeclaredConfig,
-    known: &UnsupportedModels,
+    unsupported: &UnsupportedModels,
 ) -> Result<Candidate> {
-    let near = near.into_iter().filter(Candidate::has_some);
-    let mut ranked: Vec<(f64, Candidate)> = near.map(|candidate| (candidate.share(names, known), candidate)).collect();
+    let candidates = candidates.into_iter().filter(Candidate::has_some);
+    let mut ranked: Vec<(f64, Candidate)> =
+        candidates.map(|candidate| (candidate.share(names, unsupported), candidate)).collect();
     ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     match ranked.first() {
-        Some((share, best)) if *share >= NEAR_ENOUGH && best.holding.is_none() => {
+        Some((share, best)) if *share >= NEAR_ENOUGH && best.forbidden.is_none() => {
             let share = *share;
-            let equal = |(other, candidate): &(f64, Candidate)| *other == share && candidate.holding.is_none();
-            let best = ranked.into_iter().filter(equal).map(|(_, candidate)| candidate).collect();
-            let Some(best) = one_family(best, declared)? else { return Err(LayoutError::Unknown { near: Vec::new() }) };
-            let note = format!("not every signature tensor is there: {}", best.describe(share));
+            let is_best = |(other, candidate): &(f64, Candidate)| *other == share && candidate.forbidden.is_none();
+            let best = ranked.into_iter().filter(is_best).map(|(_, candidate)| candidate).collect();
+            let Some(best) = one_family(best, declared)? else {
+                return Err(LayoutError::Unknown { nearest: Vec::new() });
+            };
+            let note = format!("signature tensors are missing: {}", best.describe(share));
             let mut best = best.with_evidence(declared);
             best.notes.push(note);
             Ok(best)
         }
-        _ => {
-            let mut near: Vec<String> =
-                ranked.iter().take(MOST_NEAR).map(|(share, one)| one.describe(*share)).collect();
-            near.extend(declared.get("_class_name").map(|(class, origin)| format!("{origin} says {class}")));
-            Err(LayoutError::Unknown { near })
-        }
+        _ => Err(unknown(&ranked, declared)),
     }
+}
+
+fn unknown(ranked: &[(f64, Candidate)], declared: DeclaredConfig) -> LayoutError {
+    let shown = ranked.iter().take(MOST_NEAREST);
+    let mut nearest: Vec<String> = shown.map(|(share, candidate)| candidate.describe(*share)).collect();
+    nearest.extend(declared.get("_class_name").map(|(class, origin)| format!("{origin} has the class {class}")));
+    LayoutError::Unknown { nearest }
 }

@@ -1,8 +1,8 @@
-//! [`EmbeddedComponent`]: a part of a pipeline that lies in the file of its transformer, and [`OpenComponent`], the same opened by the rules
-//! of its kind. The kinds stand in `manifests/parts/`, as families do; it knows none of them.
+//! [`EmbeddedComponent`]: a component of a pipeline in the same file as its transformer, and [`OpenComponent`], the same
+//! under its canonical names. The rules of its kind are in `manifests/components/`, in the same notation as families.
 
 use crate::detect::hints::Hints;
-use crate::detect::{Identified, Sidecar, detect_unscaled};
+use crate::detect::{Identified, Sidecar, detect_dequantized};
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
 use crate::manifest::family::{ComponentRule, FamilyManifest, RawComponent};
@@ -15,19 +15,19 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A part of a pipeline that lies in the file of its transformer.
+/// A component of a pipeline in the same file as its transformer.
 #[derive(Debug, Clone)]
 pub struct EmbeddedComponent {
-    /// Name of its folder in a pipeline.
+    /// The name of its folder in a diffusers pipeline.
     pub name: String,
-    /// What stands before the names of its tensors.
+    /// What its tensor names begin with.
     pub prefix: String,
     variant: String,
     rule: Arc<ComponentRule>,
-    known: Arc<UnsupportedModels>,
+    unsupported: Arc<UnsupportedModels>,
 }
 
-/// A part of a pipeline under its canonical names.
+/// A component of a pipeline under its canonical names.
 #[derive(Debug)]
 pub struct OpenComponent<S> {
     /// Its config.json, complete.
@@ -37,43 +37,44 @@ pub struct OpenComponent<S> {
 }
 
 impl Identified {
-    /// The parts of its pipeline of which tensors lie in `file`, where it was found itself.
+    /// The components of its pipeline that have tensors in `file`, which is the source it was detected in.
     pub fn components_in(&self, file: &dyn TensorSource) -> Vec<EmbeddedComponent> {
         let tensors = file.tensors();
-        let holds = |prefix: &&String| tensors.iter().any(|info| info.name.starts_with(prefix.as_str()));
-        let inside = |rule: &Arc<ComponentRule>| {
+        let has_tensors = |prefix: &&String| tensors.iter().any(|info| info.name.starts_with(prefix.as_str()));
+        let embedded = |rule: &Arc<ComponentRule>| {
             Some(EmbeddedComponent {
                 name: rule.raw.name.clone(),
-                prefix: rule.raw.prefixes.iter().find(holds)?.clone(),
+                prefix: rule.raw.prefixes.iter().find(has_tensors)?.clone(),
                 variant: self.variant.name.clone(),
                 rule: rule.clone(),
-                known: self.known().clone(),
+                unsupported: self.unsupported().clone(),
             })
         };
-        self.manifest().parts.iter().filter_map(inside).collect()
+        self.manifest().component_rules.iter().filter_map(embedded).collect()
     }
 }
 
 impl EmbeddedComponent {
-    /// Holds the part's tensors in `file` against the rules of its kind. `config` may be a config.json of such a part; it
-    /// is asked where neither the tensors nor the family tell something. Scales of fp8 are read, weights are not.
+    /// Maps the component's tensors in `file` by the rules of its kind. `config` may be a config.json of such a
+    /// component; it is used only if the tensors and the family leave something open, because it may belong to another
+    /// file. Scales of fp8 are read, weights are not.
     ///
     /// # Errors
-    /// As [`crate::detect`]. What is missing or not understood is in the account of the tensors.
+    /// As [`crate::detect`]. Tensors that are missing or not understood are in the load report.
     pub fn open<S: TensorSource>(&self, file: S, config: Option<&Value>) -> Result<OpenComponent<S>> {
         let RawComponent { kind, unused, identity, .. } = &self.rule.raw;
-        let mut under = PrefixView::new(file, &self.prefix).without(unused.keys());
+        let mut view = PrefixView::new(file, &self.prefix).without(unused.keys());
         if let Some([name, like]) = identity {
-            under = under.with_identity(name, like)?;
+            view = view.with_identity(name, like)?;
         }
-        let manifests = Manifests::for_component(self.manifest(), &self.known);
-        let dequantized = Dequantized::new(under, &manifests)?;
+        let manifests = Manifests::for_component(self.manifest(), &self.unsupported);
+        let dequantized = Dequantized::new(view, &manifests)?;
         let hints = Hints { family: Some(kind.clone()), ..Hints::default() };
         let metadata = BTreeMap::new();
-        let detect =
-            |config| detect_unscaled(&dequantized, Sidecar { config, metadata: &metadata }, &manifests, &hints);
-        let identified = match detect(None) {
-            Err(LayoutError::Ambiguous { .. }) if config.is_some() => detect(config)?,
+        let detect_with =
+            |config| detect_dequantized(&dequantized, Sidecar { config, metadata: &metadata }, &manifests, &hints);
+        let identified = match detect_with(None) {
+            Err(LayoutError::Ambiguous { .. }) if config.is_some() => detect_with(config)?,
             found => found?,
         };
         let mut tensors = identified.canonical(dequantized);
@@ -82,7 +83,7 @@ impl EmbeddedComponent {
         Ok(OpenComponent { config: identified.config, tensors })
     }
 
-    /// The rules of its kind, with what this family's files have alike.
+    /// The rules of its kind, with the settings that the family's files have in common.
     fn manifest(&self) -> FamilyManifest {
         let mut manifest = (*self.rule.manifest).clone();
         let of_variant = self.rule.raw.variants.get(&self.variant);

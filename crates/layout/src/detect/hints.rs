@@ -1,14 +1,14 @@
-//! [`Hints`]: what the user says of a checkpoint.
+//! [`Hints`]: what the user states about a checkpoint.
 
 use serde_json::Value;
 
-/// What the user says of a checkpoint.
+/// What the user states about a checkpoint. It takes precedence over what is detected.
 #[derive(Debug, Clone, Default)]
 pub struct Hints {
-    /// Take this family.
+    /// The family, in place of the detected one.
     pub family: Option<String>,
-    /// Take this variant.
+    /// The variant, in place of the detected one.
     pub variant: Option<String>,
-    /// Take this in place of the checkpoint's config.json.
+    /// A config.json to use in place of the checkpoint's.
     pub config: Option<Value>,
 }

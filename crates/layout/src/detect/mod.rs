@@ -1,11 +1,19 @@
-//! [`detect`]: which family, layout and variant a checkpoint is, from names and shapes; [`Identified`]: the answer.
+//! [`detect`]: finds the family, layout and variant of a checkpoint from names and shapes; [`Identified`] is the result.
+//!
+//! It chooses between the rules of `manifest` and applies them with `mapping`; `report` prints what it finds.
+
+mod choose;
+pub(crate) mod embedded;
+pub(crate) mod hints;
 
 use crate::detect::choose::Candidate;
 use crate::detect::hints::Hints;
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
-use crate::manifest::config::{ConfigConflict, DeclaredConfig, ResolvedConfig};
+use crate::manifest::config::{DeclaredConfig, ResolvedConfig};
 use crate::manifest::config_values::ConfigValues;
+use crate::manifest::conflict::ConfigConflict;
+use crate::manifest::evidence::TensorsByName;
 use crate::manifest::family::{FamilyManifest, Layout, Variant};
 use crate::manifest::shape::ExpectedTensor;
 use crate::manifest::unsupported::UnsupportedModels;
@@ -19,11 +27,7 @@ use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-mod choose;
-pub(crate) mod embedded;
-pub(crate) mod hints;
-
-/// What lies beside the tensors.
+/// What comes with the tensors but is not a tensor.
 #[derive(Debug, Clone, Copy)]
 pub struct Sidecar<'a> {
     /// The content of config.json.
@@ -32,7 +36,7 @@ pub struct Sidecar<'a> {
     pub metadata: &'a BTreeMap<String, String>,
 }
 
-/// What a checkpoint is.
+/// An identified checkpoint.
 #[derive(Debug, Clone)]
 pub struct Identified {
     /// Name of the family.
@@ -41,45 +45,45 @@ pub struct Identified {
     pub variant: Variant,
     /// Name of the layout.
     pub layout: String,
-    /// What stands before every name of the layout.
+    /// What every name of the layout begins with in this file.
     pub prefix: String,
-    /// The diffusers config.json, complete.
+    /// The config.json of diffusers, complete.
     pub config: Value,
-    /// By what all this was found.
+    /// Where each of these was found.
     pub evidence: Vec<String>,
-    /// What was taken for granted, and how to set it.
+    /// What was assumed, and how to set it.
     pub notes: Vec<String>,
-    contradictions: Vec<ConfigConflict>,
-    companions: BTreeMap<String, ScaleTensor>,
+    conflicts: Vec<ConfigConflict>,
+    scale_tensors: BTreeMap<String, ScaleTensor>,
     sizes: ConfigValues,
     manifest: Arc<FamilyManifest>,
-    known: Arc<UnsupportedModels>,
+    unsupported: Arc<UnsupportedModels>,
 }
 
 /// Identifies a checkpoint.
 ///
 /// # Errors
-/// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is no model of a supported family,
-/// [`LayoutError::Ambiguous`] if something that changes arithmetic stays open.
+/// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is not a model of a supported family,
+/// [`LayoutError::Ambiguous`] if a setting that changes the result cannot be determined.
 pub fn detect(checkpoint: &Dequantized<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
     let files = checkpoint.source();
-    detect_unscaled(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, hints)
+    detect_dequantized(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, hints)
 }
 
-/// The same of any source.
-pub(crate) fn detect_unscaled<S: TensorSource>(
+/// Identifies any dequantized source.
+pub(crate) fn detect_dequantized<S: TensorSource>(
     source: &Dequantized<S>,
     sidecar: Sidecar,
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Identified> {
     let mut identified = detect_source(source, sidecar, manifests, hints)?;
-    identified.companions = source.companions().clone();
+    identified.scale_tensors = source.scale_tensors().clone();
     identified.notes.extend(source.note());
     Ok(identified)
 }
 
-/// Identifies any source of tensors.
+/// Identifies a source of tensors that has no fp8 scales, such as one in memory.
 ///
 /// # Errors
 /// As [`detect`].
@@ -94,23 +98,29 @@ pub fn detect_source(
     let config = hints.config.as_ref().or(sidecar.config);
     let declared = DeclaredConfig { config, metadata: sidecar.metadata, layout: None, remedy: manifests.remedy };
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
-    let context = MappingContext { family: &candidate.family, sizes: None };
+    let tensors = tensors_without_sizes(&candidate, infos);
+    let declared_with_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
+    let resolved = ResolvedConfig::new(&candidate.family.settings, &tensors, declared_with_layout);
+    let mut resolved = resolved.map_err(|error| candidate.explain(error))?;
+    check_class(&candidate.family, &mut resolved, declared, hints);
+    let variant = variant(&candidate.family, &mut resolved, hints)?;
+    candidate.evidence.append(&mut resolved.evidence);
+    candidate.notes.append(&mut resolved.notes);
+    Ok(candidate.identified(resolved, variant, declared, &manifests.unsupported))
+}
+
+/// The tensors as far as they can be mapped before the sizes are known, to read the sizes from. Dropped tensors are
+/// included: positions that are not used still show the image size.
+fn tensors_without_sizes(candidate: &Candidate, infos: Vec<TensorInfo>) -> TensorsByName {
     let (inputs, _) = split_by_prefix(infos, &candidate.prefix);
+    let context = MappingContext { family: &candidate.family, sizes: None };
     let mapping = Mapping::new(&candidate.layout().inward, &inputs, context);
-    let shown = mapping.dropped.into_iter().chain(mapping.tensors);
-    let shown = shown.map(|(name, tensor)| (name, tensor.info)).collect();
-    let of_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
-    let settled = ResolvedConfig::new(&candidate.family.settings, &shown, of_layout);
-    let mut settled = settled.map_err(|error| candidate.explain(error))?;
-    check_class(&candidate.family, &mut settled, declared, hints);
-    let variant = variant(&candidate.family, &mut settled, hints)?;
-    candidate.evidence.append(&mut settled.evidence);
-    candidate.notes.append(&mut settled.notes);
-    Ok(candidate.identified(settled, variant, declared, &manifests.known))
+    let tensors = mapping.dropped.into_iter().chain(mapping.tensors);
+    tensors.map(|(name, tensor)| (name, tensor.info)).collect()
 }
 
 impl Identified {
-    /// `source`, which it was detected in, under canonical names. Nothing is read yet.
+    /// The source it was detected in, under canonical names. No tensor is read yet.
     pub fn canonical<S: TensorSource>(&self, source: S) -> CanonicalSource<S> {
         let (inputs, outside) = split_by_prefix(source.tensors(), &self.prefix);
         let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
@@ -120,7 +130,7 @@ impl Identified {
                 .outcomes
                 .insert(name, TensorOutcome::Unmatched { reason: format!("it lacks the prefix {:?}", self.prefix) });
         }
-        let mut load_report = LoadReport { contradictions: self.contradictions.clone(), ..LoadReport::default() };
+        let mut load_report = LoadReport { contradictions: self.conflicts.clone(), ..LoadReport::default() };
         self.check_shapes(&mut mapping, &mut load_report);
         self.skip_components(&mut mapping.outcomes);
         self.report_scales(&mut mapping.outcomes);
@@ -129,7 +139,7 @@ impl Identified {
         MappedSource::new(source, mapping.tensors, load_report)
     }
 
-    /// `canonical` under the names of another layout, those of a portable model for instance.
+    /// `canonical`, the model under canonical names, under the names of another layout.
     ///
     /// # Errors
     /// [`LayoutError::NoSuch`] for a layout that the family does not have.
@@ -148,67 +158,68 @@ impl Identified {
         Ok(MappedSource::new(canonical, tensors, LoadReport { outcomes, ..LoadReport::default() }))
     }
 
-    /// Names of the layouts that the family has.
+    /// Names of the family's layouts.
     pub fn layouts(&self) -> impl Iterator<Item = &str> {
         self.manifest.layouts.iter().map(|layout| layout.name.as_str())
     }
 
-    /// The same model with tensors of other extents, as an adapter left them: where they contradict the sizes that were,
-    /// they are right.
+    /// The same model after an adapter changed the shapes of some tensors: where the sizes in the config contradict the
+    /// tensors of `source`, the tensors are right.
     ///
     /// # Errors
     /// As [`detect`].
     pub fn resized(&self, source: &dyn TensorSource, manifests: &Manifests) -> Result<Self> {
         let hints = Hints { family: Some(self.family.clone()), ..Hints::default() };
-        let (mut config, metadata) = (self.config.clone(), BTreeMap::new());
-        let once = detect_source(source, Sidecar { config: Some(&config), metadata: &metadata }, manifests, &hints)?;
+        let mut config = self.config.clone();
+        let metadata = BTreeMap::new();
+        let before = detect_source(source, Sidecar { config: Some(&config), metadata: &metadata }, manifests, &hints)?;
         if let Some(config) = config.as_object_mut() {
-            once.contradictions.iter().for_each(|contradiction| drop(config.remove(&contradiction.key)));
+            before.conflicts.iter().for_each(|conflict| drop(config.remove(&conflict.key)));
         }
         detect_source(source, Sidecar { config: Some(&config), metadata: &metadata }, manifests, &hints)
     }
 
-    /// Every canonical tensor a model of these sizes has.
+    /// Every canonical tensor that a model of these sizes has.
     pub fn expected(&self) -> Vec<ExpectedTensor> {
         self.manifest.expected(&self.sizes)
     }
 
-    /// The name of every tensor in the layout that was found.
+    /// The name in the file of every tensor that the model has.
     fn names(&self) -> BTreeSet<String> {
         let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let layout = self.found_layout();
-        let name =
+        let name_in_file =
             |tensor: ExpectedTensor| layout.foreign_name(&tensor.name, &self.prefix, context).unwrap_or(tensor.name);
-        self.expected().into_iter().map(name).collect()
+        self.expected().into_iter().map(name_in_file).collect()
     }
 
-    /// Where each parameter of this model lies, under its names in all layouts of the family.
+    /// The parameters of this model by their names in all layouts of the family.
     pub fn parameter_map(&self) -> ParameterMap {
         ParameterMap::new(&self.manifest, &self.sizes)
     }
 
-    /// A size by its key in config.json, or a hidden one such as "width".
+    /// A size by its key in config.json, or one that config.json does not have, such as "width".
     pub fn size(&self, key: &str) -> Option<usize> {
-        self.sizes.number(key)
+        self.sizes.integer(key)
     }
 
     /// Numbers of blocks by their keys in config.json.
     pub fn depths(&self) -> BTreeMap<String, usize> {
-        let depth = |key: &str| Some((key.to_owned(), self.sizes.number(key)?));
+        let depth = |key: &str| Some((key.to_owned(), self.sizes.integer(key)?));
         self.manifest.depths().filter_map(depth).collect()
     }
 
-    /// Pixels along one side of the square that an image token stands for.
+    /// The side in pixels of the square that one image token covers.
     pub fn pixels_per_token(&self) -> usize {
         self.manifest.pixels_per_token(&self.sizes)
     }
 
-    /// The parts of a pipeline beside its transformer that it cannot do without, named as their folders.
+    /// The components that its pipeline needs besides the transformer, by the names of their folders.
     pub fn components(&self) -> &[String] {
         &self.manifest.components
     }
 
-    /// Parts of a pipeline that it may lack.
+    /// Components that its pipeline may lack.
     pub fn optional_components(&self) -> &[String] {
         &self.manifest.optional_components
     }
@@ -217,8 +228,8 @@ impl Identified {
         &self.manifest
     }
 
-    pub(crate) fn known(&self) -> &Arc<UnsupportedModels> {
-        &self.known
+    pub(crate) fn unsupported(&self) -> &Arc<UnsupportedModels> {
+        &self.unsupported
     }
 
     pub(crate) fn sizes(&self) -> &ConfigValues {
@@ -227,11 +238,11 @@ impl Identified {
 
     fn found_layout(&self) -> &Layout {
         let found = self.manifest.layouts.iter().find(|layout| layout.name == self.layout);
-        // The name was taken from this very manifest.
+        // The name was taken from this manifest, so it is always found.
         found.unwrap_or(&self.manifest.layouts[0])
     }
 
-    /// Compares with what the sizes ask for; takes out what they do not.
+    /// Reports missing and misshapen tensors, and removes tensors that a model of these sizes does not have.
     fn check_shapes(&self, mapping: &mut Mapping, load_report: &mut LoadReport) {
         let expected: BTreeMap<String, ExpectedTensor> =
             self.expected().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
@@ -251,31 +262,32 @@ impl Identified {
                 true
             }
             None => {
-                let reason = format!("it would give {name:?}, which a model of these sizes does not have");
+                let reason = format!("it would become {name:?}, which a model of these sizes does not have");
                 mapping.outcomes.insert(tensor.first_input().to_owned(), TensorOutcome::Unmatched { reason });
                 false
             }
         });
     }
 
-    /// A scale is used where its weight is.
+    /// Reports the tensors that [`Dequantized`] hides: a scale is used if its weight is.
     fn report_scales(&self, outcomes: &mut BTreeMap<String, TensorOutcome>) {
-        for (name, companion) in &self.companions {
-            let outcome = match companion {
-                ScaleTensor::Spare(reason) => TensorOutcome::Skipped { reason: (*reason).to_owned() },
+        for (name, scale) in &self.scale_tensors {
+            let outcome = match scale {
+                ScaleTensor::Unused(reason) => TensorOutcome::Skipped { reason: (*reason).to_owned() },
                 ScaleTensor::ScaleOf(weight) => match outcomes.get(weight) {
                     Some(outcome) => outcome.clone(),
                     None => TensorOutcome::Unmatched { reason: format!("its weight {weight:?} is missing") },
                 },
             };
-            // A source that shows the tensor has not applied it.
+            // If the source itself lists the tensor, it has not applied the scale, and the tensor's own outcome stands.
             outcomes.entry(name.clone()).or_insert(outcome);
         }
     }
 
+    /// Tensors of components in the same file are skipped, not unmatched.
     fn skip_components(&self, outcomes: &mut BTreeMap<String, TensorOutcome>) {
         for (name, outcome) in outcomes {
-            if let (TensorOutcome::Unmatched { .. }, Some(reason)) = (&outcome, self.known.component(name)) {
+            if let (TensorOutcome::Unmatched { .. }, Some(reason)) = (&outcome, self.unsupported.component(name)) {
                 *outcome = TensorOutcome::Skipped { reason: reason.to_owned() };
             }
         }
@@ -283,7 +295,7 @@ impl Identified {
 }
 
 impl Candidate {
-    /// What stays open may do so for want of a tensor of the signature.
+    /// Adds the notes on missing signature tensors to an error: they may be why a setting cannot be determined.
     fn explain(&self, error: LayoutError) -> LayoutError {
         match error {
             LayoutError::Ambiguous { what, reason } => {
@@ -296,29 +308,29 @@ impl Candidate {
 
     fn identified(
         self,
-        settled: ResolvedConfig,
+        resolved: ResolvedConfig,
         variant: Variant,
         declared: DeclaredConfig,
-        known: &Arc<UnsupportedModels>,
+        unsupported: &Arc<UnsupportedModels>,
     ) -> Identified {
         Identified {
             family: self.family.name.clone(),
             variant,
             layout: self.layout().name.clone(),
             prefix: self.prefix,
-            config: config(&self.family, settled.config, declared.config),
+            config: complete_config(&self.family, resolved.config, declared.config),
             evidence: self.evidence,
             notes: self.notes,
-            contradictions: settled.contradictions,
-            companions: BTreeMap::new(),
-            sizes: settled.sizes,
+            conflicts: resolved.conflicts,
+            scale_tensors: BTreeMap::new(),
+            sizes: resolved.sizes,
             manifest: self.family,
-            known: known.clone(),
+            unsupported: unsupported.clone(),
         }
     }
 }
 
-/// Tensors under `prefix`, with the names that rules know, and the names of the others.
+/// The tensors with `prefix`, each with its name without it, and the names of the others.
 fn split_by_prefix(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, TensorInfo)>, Vec<String>) {
     let mut inside = Vec::new();
     let mut outside = Vec::new();
@@ -331,9 +343,9 @@ fn split_by_prefix(infos: Vec<TensorInfo>, prefix: &str) -> (Vec<(String, Tensor
     (inside, outside)
 }
 
-/// What config.json says, completed by what was found.
-fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&Value>) -> Value {
-    // The library transformers has a list of classes in place of diffusers' one.
+/// The declared config.json with the resolved settings in it.
+fn complete_config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&Value>) -> Value {
+    // Configs of transformers have a list, "architectures", in place of diffusers' "_class_name".
     let class = (!found.contains_key("architectures")).then(|| Value::from(family.class.as_str()));
     let mut config: Map<_, _> = class.into_iter().map(|class| ("_class_name".to_owned(), class)).collect();
     let declared = declared.and_then(Value::as_object).into_iter().flatten();
@@ -342,41 +354,42 @@ fn config(family: &FamilyManifest, found: Map<String, Value>, declared: Option<&
     Value::Object(config)
 }
 
-/// Another class in config.json is a contradiction, unless the family was asked for.
-fn check_class(family: &FamilyManifest, settled: &mut ResolvedConfig, declared: DeclaredConfig, hints: &Hints) {
+/// A class of another family in config.json is a conflict, unless the user named the family.
+fn check_class(family: &FamilyManifest, resolved: &mut ResolvedConfig, declared: DeclaredConfig, hints: &Hints) {
     let Some(class) = declared.config.and_then(|config| config.get("_class_name")) else { return };
     if class.as_str().is_some_and(|class| family.is_class(class)) {
         return;
     }
-    let (declared, origin) = (class.clone(), "config.json".to_owned());
-    let (found, witness) = (family.class.clone().into(), "the tensors".to_owned());
     match &hints.family {
-        Some(asked) => settled.notes.push(format!("config.json is one of {class}; {asked} is taken, as asked for")),
-        None => {
-            let key = "_class_name".to_owned();
-            settled.contradictions.push(ConfigConflict { key, declared, origin, found, witness });
-        }
+        Some(family) => resolved.notes.push(format!("config.json is for {class}; using {family}, as requested")),
+        None => resolved.conflicts.push(ConfigConflict {
+            key: "_class_name".to_owned(),
+            declared: class.clone(),
+            origin: "config.json".to_owned(),
+            found: family.class.clone().into(),
+            witness: "the tensors".to_owned(),
+        }),
     }
 }
 
-fn variant(family: &FamilyManifest, settled: &mut ResolvedConfig, hints: &Hints) -> Result<Variant> {
-    let fitting = family.variants(&settled.sizes);
+fn variant(family: &FamilyManifest, resolved: &mut ResolvedConfig, hints: &Hints) -> Result<Variant> {
+    let fitting = family.variants(&resolved.sizes);
     if let Some(name) = &hints.variant {
         let choices = family.variant_names();
         if !fitting.iter().any(|variant| variant.name == *name) {
-            settled.notes.push(format!("the tensors are not those of the variant {name:?}, which was asked for"));
+            resolved.notes.push(format!("the tensors do not fit the requested variant {name:?}"));
         }
         return family.variant(name).ok_or(LayoutError::NoSuch { kind: "variant", name: name.clone(), choices });
     }
     if let [first, second, ..] = &fitting[..] {
         let names: Vec<&str> = fitting.iter().map(|variant| variant.name.as_str()).collect();
-        settled.notes.push(format!(
-            "the variants {} have the same tensors; {} is taken (--variant {} sets another)",
+        resolved.notes.push(format!(
+            "the variants {} have the same tensors; using {} (choose another with --variant {})",
             names.join(", "),
             first.name,
             second.name
         ));
     }
-    let custom = || family.variant("custom").ok_or_else(|| LayoutError::Unknown { near: Vec::new() });
+    let custom = || family.variant("custom").ok_or_else(|| LayoutError::Unknown { nearest: Vec::new() });
     fitting.into_iter().next().map_or_else(custom, Ok)
 }

@@ -1,81 +1,77 @@
-//! [`ResolvedConfig`]: the settings of a model, from what is declared and what the tensors show; [`ConfigValues`]: their values.
+//! [`ResolvedConfig`]: the settings of a model, from what config.json declares and what the tensors show.
 //!
-//! What config.json declares counts; what the tensors show is held against it.
+//! A declared value counts, and is checked against the tensors: many settings cannot be read from tensors, so the config
+//! is the more complete of the two, and a difference is reported as a conflict.
 
 use crate::error::Result;
-use crate::manifest::config_values::{ConfigValues, same};
+use crate::manifest::config_values::{ConfigValues, equal};
+use crate::manifest::conflict::ConfigConflict;
 use crate::manifest::evidence::TensorsByName;
 use crate::manifest::setting::Setting;
-use serde::Serialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
-use std::fmt;
 
-/// A setting that two witnesses give differently.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ConfigConflict {
-    /// Key of config.json.
-    pub key: String,
-    /// The value that was declared.
-    pub declared: Value,
-    /// Who declared it.
-    pub origin: String,
-    /// The other value.
-    pub found: Value,
-    /// Who gives the other value.
-    pub witness: String,
-}
-
-/// What is said of the settings outside the tensors.
+/// Settings that come from outside the tensors.
 #[derive(Clone, Copy)]
 pub(crate) struct DeclaredConfig<'a> {
+    /// The content of config.json.
     pub config: Option<&'a Value>,
+    /// Metadata of the tensor files, which may hold a config as JSON or single keys of one.
     pub metadata: &'a BTreeMap<String, String>,
-    /// How a person gives the config.json where it is wanted.
+    /// How the user can pass a config.json, for errors.
     pub remedy: &'static str,
-    /// What holds for files of this layout, where nothing else says it.
+    /// Settings that all files of the layout have, if nothing else declares them.
     pub layout: Option<&'a Map<String, Value>>,
 }
 
 impl DeclaredConfig<'_> {
-    /// The declared value of `key` and who declares it; null counts as not declared.
+    /// The declared value of `key` and where it is declared. null counts as not declared.
     pub fn get(&self, key: &str) -> Option<(Value, &'static str)> {
-        let of_config = || Some((self.config?.get(key)?.clone(), "config.json"));
-        let of_metadata = || {
-            let whole = self.metadata.get("config").and_then(|text| serde_json::from_str::<Value>(text).ok());
-            let one = || serde_json::from_str(self.metadata.get(key)?).ok();
-            Some((whole.and_then(|config| config.get(key).cloned()).or_else(one)?, "the file's metadata"))
-        };
-        of_config().filter(|(value, _)| !value.is_null()).or_else(of_metadata).filter(|(value, _)| !value.is_null())
+        self.in_config(key).or_else(|| self.in_metadata(key))
+    }
+
+    fn in_config(&self, key: &str) -> Option<(Value, &'static str)> {
+        let value = self.config?.get(key).filter(|value| !value.is_null())?;
+        Some((value.clone(), "config.json"))
+    }
+
+    fn in_metadata(&self, key: &str) -> Option<(Value, &'static str)> {
+        let config = self.metadata.get("config").and_then(|text| serde_json::from_str::<Value>(text).ok());
+        let in_config = config.and_then(|config| config.get(key).cloned());
+        let value = in_config.or_else(|| serde_json::from_str(self.metadata.get(key)?).ok())?;
+        (!value.is_null()).then_some((value, "the file's metadata"))
     }
 }
 
-/// All settings of a model, and how they were found.
+/// All settings of a model, and where they were found.
 #[derive(Debug, Default)]
 pub(crate) struct ResolvedConfig {
     pub sizes: ConfigValues,
     pub config: Map<String, Value>,
+    /// Values with their tensors.
     pub evidence: Vec<String>,
+    /// Values that were assumed.
     pub notes: Vec<String>,
-    pub contradictions: Vec<ConfigConflict>,
+    pub conflicts: Vec<ConfigConflict>,
 }
 
 impl ResolvedConfig {
-    /// Settles `settings` in order, so that later ones may use earlier ones.
+    /// Resolves `settings` in order, so that later ones may refer to earlier ones.
     pub fn new(settings: &[Setting], tensors: &TensorsByName, declared: DeclaredConfig) -> Result<Self> {
-        let mut settled = Self::default();
+        let mut resolved = Self::default();
         for setting in settings {
-            settled.resolve(setting, tensors, declared)?;
+            resolved.resolve(setting, tensors, declared)?;
         }
-        Ok(settled)
+        Ok(resolved)
     }
 
+    /// In order of precedence: the declared value, what the tensors show, what may be assumed.
     fn resolve(&mut self, setting: &Setting, tensors: &TensorsByName, declared: DeclaredConfig) -> Result<()> {
         let found = setting.find(tensors, &self.sizes);
         let value = match (declared.get(&setting.key), found) {
             (Some((declared, origin)), found) => {
-                setting.believable(&declared, found.as_ref().map(|(found, _)| found), origin)?;
-                if let Some((found, witness)) = found.filter(|(found, _)| !same(found, &declared)) {
+                setting.check_declared(&declared, found.as_ref().map(|(found, _)| found), origin)?;
+                if let Some((found, witness)) = found.filter(|(found, _)| !equal(found, &declared)) {
                     self.report_conflict(setting, (&declared, origin), (found, witness));
                 }
                 declared
@@ -94,7 +90,8 @@ impl ResolvedConfig {
         Ok(())
     }
 
-    /// What is taken for granted, and said to be.
+    /// The value that every file of the layout has, or else that of the published models; a note names the latter, as a
+    /// model may have been trained with another.
     fn assume(&mut self, setting: &Setting, declared: DeclaredConfig) -> Result<Value> {
         let key = &setting.key;
         if let Some(value) = declared.layout.and_then(|settings| settings.get(key)) {
@@ -105,13 +102,14 @@ impl ResolvedConfig {
             Err(_) if setting.optional => return Ok(Value::Null),
             published => published?,
         };
-        self.notes.push(format!("{key} {value} is that of the published models"));
+        self.notes.push(format!("{key} {value} is assumed, as in the published models"));
         Ok(value)
     }
 
-    /// Another number of blocks is not contradicted here: it shows in the names of missing or unmatched tensors.
+    /// Another number of blocks is only a note: the tensors of the difference are reported by name, as missing or
+    /// unmatched.
     fn report_conflict(&mut self, setting: &Setting, declared: (&Value, &str), found: (Value, String)) {
-        let contradiction = ConfigConflict {
+        let conflict = ConfigConflict {
             key: setting.key.clone(),
             declared: declared.0.clone(),
             origin: declared.1.to_owned(),
@@ -119,31 +117,24 @@ impl ResolvedConfig {
             witness: found.1,
         };
         match setting.blocks {
-            Some(_) => self.notes.push(contradiction.to_string()),
-            None => self.contradictions.push(contradiction),
+            Some(_) => self.notes.push(conflict.to_string()),
+            None => self.conflicts.push(conflict),
         }
     }
 
     fn check_sum(&mut self, setting: &Setting, value: &Value) {
         let Some(key) = &setting.sum else { return };
-        let numbers = value.as_array().map(|numbers| numbers.iter().map(|number| number.as_u64().unwrap_or(u64::MAX)));
-        let sum = numbers.map(|numbers| numbers.fold(0, u64::saturating_add));
-        let expected = self.sizes.number(key).map(|number| number as u64);
+        let entries = value.as_array().map(|entries| entries.iter().map(|entry| entry.as_u64().unwrap_or(u64::MAX)));
+        let sum = entries.map(|entries| entries.fold(0, u64::saturating_add));
+        let expected = self.sizes.integer(key).map(|expected| expected as u64);
         if sum != expected {
-            self.contradictions.push(ConfigConflict {
+            self.conflicts.push(ConfigConflict {
                 key: setting.key.clone(),
                 declared: value.clone(),
-                origin: "declaration".to_owned(),
+                origin: "the configuration".to_owned(),
                 found: expected.into(),
-                witness: format!("{key}, which its numbers must add up to"),
+                witness: format!("{key}, which its entries must add up to"),
             });
         }
-    }
-}
-
-impl fmt::Display for ConfigConflict {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { key, declared, origin, found, witness } = self;
-        write!(f, "{key:?} is {declared} by {origin}, {found} by {witness}")
     }
 }

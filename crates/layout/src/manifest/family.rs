@@ -1,54 +1,58 @@
-//! [`FamilyManifest`]: one family's sizes, tensors, layouts and variants, read from its manifest.
+//! [`FamilyManifest`]: one family's settings, tensors, layouts, variants and components, read from its manifest.
 
 use crate::manifest::config_values::ConfigValues;
 use crate::manifest::pattern::Pattern;
 use crate::manifest::rule::{MappingRule, MappingStep, RawMappingRule};
 use crate::manifest::setting::Setting;
-use crate::manifest::shape::{AppliedPer, AttendsTo, ExpectedTensor, Extent, TensorRule};
+use crate::manifest::shape::{AppliedPer, AttendsTo, ExpectedTensor, SizeExpr, TensorRule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// The side of an image token where a manifest does not state it: an 8-fold VAE and patches of 2.
+const USUAL_PIXELS_PER_TOKEN: usize = 16;
+
 /// Sampling defaults of a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct SamplingDefaults {
-    /// Steps of denoising.
+    /// Denoising steps.
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
-    /// Text tokens of the longer encoder; 0 where the family takes no text.
+    /// Text tokens that the transformer attends to; 0 if the family takes no text.
     pub text_tokens: usize,
-    /// Evaluations of a step: two where the guidance is classifier-free.
+    /// Evaluations of the transformer per step: two with classifier-free guidance.
     pub evaluations: usize,
 }
 
-/// A training of the family that is used in its own way.
+/// A published model of the family with its own sampling defaults, such as FLUX.1 [schnell].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Variant {
-    /// Name as in the manifest; "custom" where none fits.
+    /// Its name in the manifest; "custom" if none fits.
     pub name: String,
-    /// How it is best sampled.
+    /// Its sampling defaults.
     pub defaults: SamplingDefaults,
 }
 
-/// A manifest file as written.
+/// A manifest file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RawFamily {
     pub edition: u32,
     pub family: String,
-    /// A family whose all is taken but its class, aliases and variants; what is said here stands in place of its own.
+    /// A family to start from: everything but its class, aliases and variants is copied, and what this manifest states
+    /// replaces the copy.
     pub like: Option<String>,
     class: Option<String>,
     #[serde(default)]
     aliases: Vec<String>,
-    /// Pixels along a token's side: a number or a product of sizes.
-    pixels_per_token: Option<Extent>,
-    /// Pixels along a side of the pictures that it was trained on, where a setting tells.
-    trained_side: Option<Extent>,
-    /// Pixels along a side that it can have at most, where something limits them.
-    largest_side: Option<Extent>,
+    /// The side of an image token in pixels: a number or a product of settings.
+    pixels_per_token: Option<SizeExpr>,
+    /// The side in pixels of the images it was trained on, if a setting states it.
+    trained_side: Option<SizeExpr>,
+    /// The side in pixels of the largest image it can generate, if something limits it.
+    largest_side: Option<SizeExpr>,
     components: Option<Vec<String>>,
     optional_components: Option<Vec<String>>,
     #[serde(default)]
@@ -61,15 +65,16 @@ pub(crate) struct RawFamily {
     layout: Vec<RawLayout>,
     #[serde(default)]
     variant: Vec<RawVariant>,
-    #[serde(default)]
-    part: Vec<RawComponent>,
+    /// Earlier versions called it `part`, and users' manifests still do.
+    #[serde(default, alias = "part")]
+    component: Vec<RawComponent>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawLayout {
     name: String,
-    /// A layout whose rules and signature are taken.
+    /// A layout with the same rules and signature, to which this one adds prefixes.
     like: Option<String>,
     #[serde(default)]
     present: Vec<String>,
@@ -77,13 +82,13 @@ struct RawLayout {
     absent: Vec<String>,
     prefixes: Vec<String>,
     rules: Option<Vec<RawMappingRule>>,
-    /// Where there are no rules: names that stand for canonical ones.
+    /// For a layout without rules: canonical names by the foreign names that differ from them.
     #[serde(default)]
     rename: BTreeMap<String, String>,
-    /// Names beyond those of the rules that are dropped, and why.
+    /// Further names that are dropped, and why.
     #[serde(default)]
     drop: BTreeMap<String, String>,
-    /// Settings that every file of this layout has, where config.json does not say otherwise.
+    /// Settings that every file of this layout has, unless config.json declares others.
     #[serde(default)]
     settings: Map<String, Value>,
 }
@@ -111,15 +116,20 @@ struct RawSamplingDefaults {
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
     pub name: String,
+    /// Its signature: patterns of names that a file of this layout has.
     pub present: Vec<String>,
+    /// Patterns of names that it does not have, but a similar model.
     pub absent: Vec<String>,
+    /// What names may begin with.
     pub prefixes: Vec<String>,
+    /// From this layout to canonical names.
     pub inward: Vec<MappingStep>,
+    /// From canonical names to this layout.
     pub outward: Vec<MappingStep>,
     pub settings: Map<String, Value>,
 }
 
-/// A family, ready for use.
+/// A family's rules.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct FamilyManifest {
     pub name: String,
@@ -129,38 +139,38 @@ pub(crate) struct FamilyManifest {
     pub optional_components: Vec<String>,
     pub settings: Vec<Setting>,
     pub layouts: Vec<Layout>,
-    pixels_per_token: Option<Extent>,
-    trained_side: Option<Extent>,
-    largest_side: Option<Extent>,
+    pixels_per_token: Option<SizeExpr>,
+    trained_side: Option<SizeExpr>,
+    largest_side: Option<SizeExpr>,
     defaults: RawSamplingDefaults,
     tensors: Vec<TensorRule>,
     variants: Vec<RawVariant>,
-    /// Parts of a pipeline that may lie in the transformer's file.
-    pub parts: Vec<Arc<ComponentRule>>,
+    /// Components that may be in the transformer's file.
+    pub component_rules: Vec<Arc<ComponentRule>>,
 }
 
-/// A part as the manifest of a family gives it.
+/// A component as the manifest of a family describes it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RawComponent {
     pub name: String,
-    /// The manifest that has its rules.
+    /// The manifest in `manifests/components/` with its rules.
     pub kind: String,
     pub prefixes: Vec<String>,
-    /// Settings that no tensor of it shows, where config.json does not say otherwise.
+    /// Settings that none of its tensors show, unless config.json declares others.
     #[serde(default)]
     pub settings: Map<String, Value>,
-    /// More of them, by variant of the family.
+    /// More such settings, by variant of the family.
     #[serde(default)]
     pub variants: BTreeMap<String, Map<String, Value>>,
-    /// Tensors that the family has no use for, and why.
+    /// Tensors that the family does not use, and why.
     #[serde(default)]
     pub unused: BTreeMap<String, String>,
-    /// A tensor that is the identity for this family, and one that has as many rows.
+    /// A tensor that is the identity matrix in this family, and a tensor with as many rows.
     pub identity: Option<[String; 2]>,
 }
 
-/// A part of a family's files, and the rules of its kind.
+/// A component in a family's files, with the rules of its kind.
 #[derive(Debug)]
 pub(crate) struct ComponentRule {
     pub raw: RawComponent,
@@ -168,14 +178,16 @@ pub(crate) struct ComponentRule {
 }
 
 impl FamilyManifest {
-    /// Reads a family that is new, on the ground of one that it is like; the error says what is wrong with it.
+    /// A new family, starting from the family `like`. `kinds` are the rules of components. The error names what is wrong.
     pub fn new(raw: RawFamily, like: Option<&Self>, kinds: &[Arc<Self>]) -> Result<Self, String> {
         let class = raw.class.clone().ok_or("a new family needs a class")?;
         if like.is_some() && !raw.tensors.is_empty() {
-            return Err("a family that is like another has that one's tensors and no others".to_owned());
+            return Err("a family that is like another has the same tensors: remove its own".to_owned());
         }
         let mut family = like.cloned().unwrap_or_default();
-        (family.name, family.class, family.aliases) = (raw.family.clone(), class, raw.aliases.clone());
+        family.name = raw.family.clone();
+        family.class = class;
+        family.aliases = raw.aliases.clone();
         family.variants.clear();
         family.tensors.extend(raw.tensors.iter().cloned());
         family.pixels_per_token = raw.pixels_per_token.clone().or(family.pixels_per_token);
@@ -196,27 +208,27 @@ impl FamilyManifest {
         }
     }
 
-    /// What names blocks by a list must name one that there is.
+    /// `only` and `except` must refer to settings that list block numbers.
     fn check_blocks(&self) -> Result<(), String> {
-        let lists = |key: &str| self.settings.iter().any(|setting| setting.key == key && setting.lists_blocks());
+        let lists_blocks = |key: &str| self.settings.iter().any(|setting| setting.key == key && setting.lists_blocks());
         let steps = self.layouts.iter().flat_map(|layout| &layout.inward).map(|step| step.blocks.clone());
-        let all = self.tensors.iter().map(TensorRule::blocks).chain(steps);
-        let unknown =
-            all.flat_map(|blocks| blocks.keys().map(str::to_owned).collect::<Vec<_>>()).find(|key| !lists(key));
+        let filters = self.tensors.iter().map(TensorRule::blocks).chain(steps);
+        let mut keys = filters.flat_map(|blocks| blocks.keys().map(str::to_owned).collect::<Vec<_>>());
+        let unknown = keys.find(|key| !lists_blocks(key));
         match unknown {
             None => Ok(()),
             Some(key) => Err(format!("{key:?} is neither \"last\" nor a setting that lists block numbers")),
         }
     }
 
-    /// Puts the layouts, variants and parts of `raw` before its own, so that a user's come first. `kinds` are the rules
-    /// of parts.
+    /// Puts the layouts, variants and components of `raw` before its own, so that a user's take precedence. `kinds` are
+    /// the rules of components.
     pub fn extend(&mut self, raw: RawFamily, kinds: &[Arc<Self>]) -> Result<(), String> {
-        let parts = raw.part.into_iter().map(|part| ComponentRule::new(part, kinds).map(Arc::new));
-        self.parts.splice(0..0, parts.collect::<Result<Vec<_>, _>>()?);
-        for (at, layout) in raw.layout.into_iter().enumerate() {
+        let rules = raw.component.into_iter().map(|component| ComponentRule::new(component, kinds).map(Arc::new));
+        self.component_rules.splice(0..0, rules.collect::<Result<Vec<_>, _>>()?);
+        for (index, layout) in raw.layout.into_iter().enumerate() {
             let layout = self.layout(layout)?;
-            self.layouts.insert(at, layout);
+            self.layouts.insert(index, layout);
         }
         self.variants.splice(0..0, raw.variant);
         self.check_blocks()
@@ -227,22 +239,23 @@ impl FamilyManifest {
         self.class == class || self.aliases.iter().any(|alias| alias == class)
     }
 
-    /// Pixels along a side of the square that an image token stands for.
+    /// The side in pixels of the square that one image token covers.
     pub fn pixels_per_token(&self, sizes: &ConfigValues) -> usize {
-        self.pixels_per_token.as_ref().and_then(|extent| extent.value(sizes)).unwrap_or(16).max(1)
+        let side = self.pixels_per_token.as_ref().and_then(|side| side.value(sizes));
+        side.unwrap_or(USUAL_PIXELS_PER_TOKEN).max(1)
     }
 
-    /// Pixels along a side of the pictures that a model of `sizes` was trained on, where that is known.
+    /// The side in pixels of the images that a model of `sizes` was trained on, if it is known.
     pub fn trained_side(&self, sizes: &ConfigValues) -> Option<usize> {
         self.trained_side.as_ref()?.value(sizes)
     }
 
-    /// Pixels along a side of the largest picture that a model of `sizes` can draw, where there is one.
+    /// The side in pixels of the largest image that a model of `sizes` can generate, if there is a limit.
     pub fn largest_side(&self, sizes: &ConfigValues) -> Option<usize> {
         self.largest_side.as_ref()?.value(sizes)
     }
 
-    /// Every tensor a model of `sizes` has, what it acts on once, and what the tokens of a query see.
+    /// Every tensor that a model of `sizes` has, what it is applied to, and what the tokens of a query attend to.
     pub fn weights(
         &self,
         sizes: &ConfigValues,
@@ -253,25 +266,25 @@ impl FamilyManifest {
         })
     }
 
-    /// Every tensor a model of `sizes` has.
+    /// Every tensor that a model of `sizes` has.
     pub fn expected(&self, sizes: &ConfigValues) -> Vec<ExpectedTensor> {
         self.tensors.iter().flat_map(|rule| rule.expand(sizes, self.blocks_of(&rule.name, sizes))).collect()
     }
 
-    /// The shape that the canonical tensor `name` must have, where it is known.
+    /// The shape that the canonical tensor `name` must have, if it is known.
     pub fn expected_shape(&self, name: &str, sizes: &ConfigValues) -> Option<Vec<usize>> {
         let expected = self.expected(sizes).into_iter().find(|expected| expected.name == name)?;
         expected.shape.into_iter().collect()
     }
 
-    /// Keys that count blocks.
+    /// Keys of the settings that count blocks.
     pub fn depths(&self) -> impl Iterator<Item = &str> {
         self.settings.iter().filter(|setting| setting.blocks.is_some()).map(|setting| setting.key.as_str())
     }
 
-    /// The variants that `sizes` allow, in order.
+    /// The variants whose conditions `sizes` satisfy, in order.
     pub fn variants(&self, sizes: &ConfigValues) -> Vec<Variant> {
-        let fitting = self.variants.iter().filter(|variant| sizes.satisfy(&variant.conditions));
+        let fitting = self.variants.iter().filter(|variant| sizes.satisfies(&variant.conditions));
         fitting.map(|variant| self.with_defaults(&variant.name, variant.defaults)).collect()
     }
 
@@ -287,8 +300,9 @@ impl FamilyManifest {
         self.variants.iter().map(|variant| variant.name.clone()).chain(["custom".to_owned()]).collect()
     }
 
-    fn with_defaults(&self, name: &str, own: RawSamplingDefaults) -> Variant {
-        let RawSamplingDefaults { steps, guidance, text_tokens, evaluations } = own.or(self.defaults);
+    /// A variant with `defaults`, completed by those of the family; if neither has one, 28 steps without guidance or text.
+    fn with_defaults(&self, name: &str, defaults: RawSamplingDefaults) -> Variant {
+        let RawSamplingDefaults { steps, guidance, text_tokens, evaluations } = defaults.or(self.defaults);
         let defaults = SamplingDefaults {
             steps: steps.unwrap_or(28),
             guidance: guidance.unwrap_or(1.0),
@@ -298,19 +312,20 @@ impl FamilyManifest {
         Variant { name: name.to_owned(), defaults }
     }
 
-    /// How many blocks the number in the pattern `name` runs over.
+    /// How many blocks there are of the kind that the pattern `name` is in.
     pub fn blocks_of(&self, name: &str, sizes: &ConfigValues) -> usize {
-        let begins = |prefix: &String| name.starts_with(prefix);
-        let counts = |setting: &&Setting| setting.blocks.as_ref().is_some_and(|blocks| blocks.all().iter().any(begins));
-        self.settings.iter().find(counts).and_then(|setting| sizes.number(&setting.key)).unwrap_or(0)
+        let is_prefix = |prefix: &String| name.starts_with(prefix);
+        let counts =
+            |setting: &&Setting| setting.blocks.as_ref().is_some_and(|blocks| blocks.all().iter().any(is_prefix));
+        self.settings.iter().find(counts).and_then(|setting| sizes.integer(&setting.key)).unwrap_or(0)
     }
 
     fn layout(&self, raw: RawLayout) -> Result<Layout, String> {
         let mut rules = match (raw.rules, &raw.like) {
             (None, Some(like)) => {
-                let like = self.layouts.iter().find(|layout| layout.name == *like);
-                let like = like.ok_or_else(|| format!("layout {:?} is like an unknown one", raw.name))?;
-                return Ok(Layout { name: raw.name, prefixes: raw.prefixes, ..like.clone() });
+                let base = self.layouts.iter().find(|layout| layout.name == *like);
+                let base = base.ok_or_else(|| format!("layout {:?} is like {like:?}, which is unknown", raw.name))?;
+                return Ok(Layout { name: raw.name, prefixes: raw.prefixes, ..base.clone() });
             }
             (Some(rules), None) => rules.into_iter().map(MappingRule::new).collect::<Result<Vec<_>, _>>()?,
             (None, None) => self.tensors.iter().map(|tensor| plain_rule(&tensor.name, &raw.rename)).collect::<Vec<_>>(),
@@ -330,17 +345,19 @@ impl FamilyManifest {
     }
 }
 
-/// The rule that gives the canonical tensor `name`, which may stand under another name.
+/// The rule for the canonical tensor `name` in a layout without rules, which may rename it.
 fn plain_rule(name: &str, renamed: &BTreeMap<String, String>) -> MappingRule {
     let foreign = renamed.iter().find(|(_, canonical)| *canonical == name).map_or(name, |(foreign, _)| foreign);
     MappingRule::same(foreign, name)
 }
 
 impl ComponentRule {
-    /// Finds the rules of the kind; the error says what is wrong.
-    pub fn new(raw: RawComponent, kinds: &[Arc<FamilyManifest>]) -> std::result::Result<Self, String> {
-        let manifest = kinds.iter().find(|kind| kind.name == raw.kind).cloned();
-        let manifest = manifest.ok_or_else(|| format!("part {:?} is of the kind {:?}: unknown", raw.name, raw.kind))?;
+    /// Finds the rules of the component's kind among `kinds`; the error names what is wrong.
+    pub fn new(raw: RawComponent, kinds: &[Arc<FamilyManifest>]) -> Result<Self, String> {
+        let manifest = kinds.iter().find(|kind| kind.name == raw.kind).cloned().ok_or_else(|| {
+            let known: Vec<&str> = kinds.iter().map(|kind| kind.name.as_str()).collect();
+            format!("component {:?} is of the unknown kind {:?}; use one of {known:?}", raw.name, raw.kind)
+        })?;
         Ok(Self { raw, manifest })
     }
 }

@@ -1,4 +1,22 @@
-//! [`Manifests`]: every family's rules, those in the program and those a user adds.
+//! [`Manifests`]: the rules of all families, embedded in the program and added by users.
+//!
+//! This folder reads TOML and knows no checkpoint: [`family`] is a manifest, made of [`setting`]s (keys of config.json),
+//! [`shape`]s (tensors) and [`rule`]s (renaming); [`config`] resolves the settings of one model. `mapping` applies the
+//! rules, `detect` chooses between them.
+
+mod block_filter;
+pub(crate) mod config;
+pub(crate) mod config_values;
+pub(crate) mod conflict;
+pub(crate) mod evidence;
+pub(crate) mod family;
+mod one_or_many;
+pub(crate) mod pattern;
+mod per_block;
+pub(crate) mod rule;
+mod setting;
+pub(crate) mod shape;
+pub(crate) mod unsupported;
 
 use crate::error::{LayoutError, Result};
 use crate::manifest::config::{DeclaredConfig, ResolvedConfig};
@@ -12,23 +30,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-mod block_filter;
-pub(crate) mod config;
-pub(crate) mod config_values;
-mod evidence;
-pub(crate) mod family;
-mod one_or_many;
-pub(crate) mod pattern;
-mod per_block;
-pub(crate) mod rule;
-mod setting;
-pub(crate) mod shape;
-pub(crate) mod unsupported;
-
+/// The version of the manifest format.
 const EDITION: u32 = 1;
-const KNOWN: &str = include_str!("../../../../manifests/unsupported.toml");
+const UNSUPPORTED: &str = include_str!("../../../../manifests/unsupported.toml");
 
-/// The manifests in the program, alphabetically.
+/// The embedded manifests. The order decides which of two families is named first in messages.
 const EMBEDDED: &[(&str, &str)] = &[
     ("dit.toml", include_str!("../../../../manifests/dit.toml")),
     ("flux.toml", include_str!("../../../../manifests/flux.toml")),
@@ -38,62 +44,68 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("sit.toml", include_str!("../../../../manifests/sit.toml")),
 ];
 
-/// The manifests of parts of a pipeline in the program, alphabetically.
+/// The embedded manifests of components.
 const COMPONENT_KINDS: &[(&str, &str)] = &[
     ("components/clip.toml", include_str!("../../../../manifests/components/clip.toml")),
     ("components/t5.toml", include_str!("../../../../manifests/components/t5.toml")),
     ("components/vae.toml", include_str!("../../../../manifests/components/vae.toml")),
 ];
-const REMEDY: &str = "give the model's config.json with --config";
-const REMEDY_OF_PARTS: &str = "give its config.json, in a folder of its name, with --components";
+const REMEDY: &str = "pass the model's config.json with --config";
+const REMEDY_FOR_COMPONENTS: &str = "pass its config.json, in a folder of the component's name, with --components";
 
-/// All rules.
+/// The rules of all families.
 #[derive(Debug, Clone)]
 pub struct Manifests {
     pub(crate) families: Vec<Arc<FamilyManifest>>,
-    pub(crate) known: Arc<UnsupportedModels>,
-    /// How a config.json is given to what these are the rules of.
+    pub(crate) unsupported: Arc<UnsupportedModels>,
+    /// How the user can pass a config.json, for errors.
     pub(crate) remedy: &'static str,
+    /// The rules of components.
     kinds: Vec<Arc<FamilyManifest>>,
 }
 
 impl Manifests {
-    /// The manifests in the program.
+    /// The manifests embedded in the program.
     ///
     /// # Errors
-    /// [`LayoutError::BadManifest`] if the program was built with a broken one.
+    /// [`LayoutError::BadManifest`] if the program was built with an invalid one.
     pub fn embedded() -> Result<Self> {
-        let known: UnsupportedModels = parse("unsupported.toml", KNOWN)?;
-        check_edition("unsupported.toml", known.edition)?;
-        let mut manifests = Self { known: Arc::new(known), ..Self::without_families()? };
+        let unsupported: UnsupportedModels = parse("unsupported.toml", UNSUPPORTED)?;
+        check_edition("unsupported.toml", unsupported.edition)?;
+        let mut manifests = Self { unsupported: Arc::new(unsupported), ..Self::without_families()? };
         for (origin, text) in EMBEDDED {
             manifests.add(origin, text)?;
         }
         Ok(manifests)
     }
 
-    /// The one manifest `text`, and nothing that is known besides; `origin` is what errors call it.
+    /// The manifest `text` and no other family; `origin` is its name in errors.
     ///
     /// # Errors
-    /// [`LayoutError::BadManifest`] if it is none.
+    /// [`LayoutError::BadManifest`] if it is invalid.
     pub fn alone(origin: &str, text: &str) -> Result<Self> {
         let mut manifests = Self::without_families()?;
         manifests.add(origin, text)?;
         Ok(manifests)
     }
 
-    /// The rules of parts, those of VAEs and text encoders, as if these were families.
+    /// The rules of components (VAEs and text encoders), each as a family.
     ///
     /// # Errors
     /// As [`Self::embedded`].
     pub fn components() -> Result<Self> {
         let embedded = Self::embedded()?;
-        Ok(Self { families: embedded.kinds, kinds: Vec::new(), remedy: REMEDY_OF_PARTS, ..embedded })
+        Ok(Self { families: embedded.kinds, kinds: Vec::new(), remedy: REMEDY_FOR_COMPONENTS, ..embedded })
     }
 
-    /// The rules of one part alone.
-    pub(crate) fn for_component(kind: FamilyManifest, known: &Arc<UnsupportedModels>) -> Self {
-        Self { families: vec![Arc::new(kind)], known: known.clone(), remedy: REMEDY_OF_PARTS, kinds: Vec::new() }
+    /// The rules of a single component.
+    pub(crate) fn for_component(kind: FamilyManifest, unsupported: &Arc<UnsupportedModels>) -> Self {
+        Self {
+            families: vec![Arc::new(kind)],
+            unsupported: unsupported.clone(),
+            remedy: REMEDY_FOR_COMPONENTS,
+            kinds: Vec::new(),
+        }
     }
 
     fn without_families() -> Result<Self> {
@@ -104,13 +116,13 @@ impl Manifests {
             check_edition(origin, raw.edition)?;
             kinds.push(Arc::new(FamilyManifest::new(raw, None, &[]).map_err(bad)?));
         }
-        Ok(Self { families: Vec::new(), known: Arc::default(), remedy: REMEDY, kinds })
+        Ok(Self { families: Vec::new(), unsupported: Arc::default(), remedy: REMEDY, kinds })
     }
 
-    /// These and the manifest at `path`: a new family, or more layouts and variants of one that is here.
+    /// Adds the manifest at `path`: a new family, or further layouts, variants and components of an existing one.
     ///
     /// # Errors
-    /// [`LayoutError::Weights`] if it cannot be read, [`LayoutError::BadManifest`] if it is not a manifest.
+    /// [`LayoutError::Weights`] if it cannot be read, [`LayoutError::BadManifest`] if it is invalid.
     pub fn with_file(mut self, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |source| WeightsError::Io { path: path.to_owned(), source };
@@ -119,14 +131,14 @@ impl Manifests {
         Ok(self)
     }
 
-    /// `source` is none of what is refused by name whatever family it is of, such as an adapter or a quantised model whose
-    /// format is not read.
+    /// Checks that `source` is not one of the models that are refused whatever family they are of, such as an adapter or
+    /// a model in an unsupported quantisation.
     ///
     /// # Errors
-    /// [`LayoutError::Unsupported`], which says what it is.
+    /// [`LayoutError::Unsupported`], which names what it is.
     pub fn accept(&self, source: &dyn TensorSource) -> Result<()> {
         let tensors = source.tensors();
-        self.known.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())
+        self.unsupported.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())
     }
 
     /// Names of the families.
@@ -134,16 +146,17 @@ impl Manifests {
         self.families.iter().map(|family| family.name.clone()).collect()
     }
 
-    /// Names of a family's layouts.
+    /// Names of the layouts of `family`.
     pub fn layouts(&self, family: &str) -> Vec<String> {
         let layouts = self.families.iter().filter(|known| known.name == family).flat_map(|family| &family.layouts);
         layouts.map(|layout| layout.name.clone()).collect()
     }
 
-    /// Every canonical tensor of a `family` model of the sizes in `config`, a diffusers config.json.
+    /// Every canonical tensor of a model of `family` with the sizes in `config`, a config.json of diffusers.
     ///
     /// # Errors
-    /// [`LayoutError::NoSuch`] for an unknown family; otherwise a size that neither `config` nor the family has.
+    /// [`LayoutError::NoSuch`] for an unknown family, [`LayoutError::Ambiguous`] for a size that neither `config` nor
+    /// the family has.
     pub fn expected(&self, family: &str, config: &Value) -> Result<Vec<ExpectedTensor>> {
         let known = self.families.iter().find(|known| known.name == family).ok_or_else(|| LayoutError::NoSuch {
             kind: "family",
@@ -152,14 +165,16 @@ impl Manifests {
         })?;
         let metadata = BTreeMap::new();
         let declared = DeclaredConfig { config: Some(config), metadata: &metadata, layout: None, remedy: self.remedy };
-        let settled = ResolvedConfig::new(&known.settings, &BTreeMap::new(), declared)?;
-        Ok(known.expected(&settled.sizes))
+        let resolved = ResolvedConfig::new(&known.settings, &BTreeMap::new(), declared)?;
+        Ok(known.expected(&resolved.sizes))
     }
 
     fn base_family(&self, name: Option<&str>) -> std::result::Result<Option<&FamilyManifest>, String> {
         let Some(name) = name else { return Ok(None) };
         let family = self.families.iter().find(|family| family.name == name);
-        family.map(|family| Some(&**family)).ok_or_else(|| format!("it is like the family {name:?}, which is unknown"))
+        family.map(|family| Some(&**family)).ok_or_else(|| {
+            format!("it is like the family {name:?}, which is unknown; use one of {:?}", self.families())
+        })
     }
 
     fn add(&mut self, origin: &str, text: &str) -> Result<()> {
@@ -168,7 +183,7 @@ impl Manifests {
         check_edition(origin, raw.edition)?;
         match self.families.iter_mut().find(|family| family.name == raw.family) {
             Some(_) if raw.like.is_some() => {
-                Err(bad(format!("{:?} is already a family: like is for new ones", raw.family)))
+                Err(bad(format!("{:?} is already a family: `like` is only for new ones", raw.family)))
             }
             Some(family) => Arc::make_mut(family).extend(raw, &self.kinds).map_err(bad),
             None => {
@@ -189,7 +204,7 @@ fn check_edition(origin: &str, edition: u32) -> Result<()> {
     match edition {
         EDITION => Ok(()),
         _ => {
-            let reason = format!("edition {edition}; this program reads edition {EDITION}: upgrade it");
+            let reason = format!("edition {edition}, expected {EDITION}: upgrade clearform or change the manifest");
             Err(LayoutError::BadManifest { origin: origin.to_owned(), reason })
         }
     }

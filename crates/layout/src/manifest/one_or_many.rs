@@ -1,4 +1,4 @@
-//! [`OneOrMany`]: one name or several, as a manifest writes them.
+//! [`OneOrMany`]: a name or a list of names in a manifest.
 
 use serde::Deserialize;
 
@@ -11,7 +11,7 @@ pub(crate) enum OneOrMany {
 }
 
 impl OneOrMany {
-    /// All of them.
+    /// All names.
     pub fn all(&self) -> &[String] {
         match self {
             Self::One(name) => std::slice::from_ref(name),

@@ -1,24 +1,28 @@
-//! [`Pattern`]: a tensor name with places for the block's number, a number within the block, and "weight" or "bias".
+//! [`Pattern`]: a tensor name with placeholders for the block's number, a number within the block, and "weight" or
+//! "bias".
 
-/// Real models have fewer than a hundred blocks; a name with a larger number is no block.
+/// Digits of a block number. Real models have fewer than a hundred blocks; a longer number means something else.
 const MOST_DIGITS: usize = 4;
 
-/// A name with `{n}` (block number), `{m}` (number within the block) and `{p}` (parameter: weight or bias).
+/// A name with the placeholders `{n}` (block number), `{m}` (number within the block) and `{p}` (weight or bias).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pattern {
     text: String,
-    parts: Vec<PatternPart>,
+    segments: Vec<PatternSegment>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum PatternPart {
+enum PatternSegment {
     Literal(String),
-    Number,
+    /// `{n}`
+    Block,
+    /// `{m}`
     Inner,
+    /// `{p}`
     Parameter,
 }
 
-/// What stood in a pattern's places.
+/// The values of a pattern's placeholders.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Captures {
     pub number: Option<usize>,
@@ -26,7 +30,7 @@ pub(crate) struct Captures {
     pub parameter: Option<ParameterKind>,
 }
 
-/// Which parameter of a layer.
+/// A parameter of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ParameterKind {
     Weight,
@@ -45,49 +49,49 @@ impl ParameterKind {
 }
 
 impl Pattern {
-    /// Reads a pattern.
+    /// Parses a pattern. Braces around anything else are literal.
     pub fn new(text: &str) -> Self {
-        let mut parts = Vec::new();
+        let mut segments = Vec::new();
         let mut rest = text;
         while let Some(start) = rest.find('{') {
             let (literal, tail) = rest.split_at(start);
-            let place = match tail.get(..3) {
-                Some("{n}") => PatternPart::Number,
-                Some("{m}") => PatternPart::Inner,
-                Some("{p}") => PatternPart::Parameter,
+            let placeholder = match tail.get(..3) {
+                Some("{n}") => PatternSegment::Block,
+                Some("{m}") => PatternSegment::Inner,
+                Some("{p}") => PatternSegment::Parameter,
                 _ => break,
             };
-            parts.extend([PatternPart::Literal(literal.to_owned()), place]);
+            segments.extend([PatternSegment::Literal(literal.to_owned()), placeholder]);
             rest = &tail[3..];
         }
-        parts.push(PatternPart::Literal(rest.to_owned()));
-        Self { text: text.to_owned(), parts }
+        segments.push(PatternSegment::Literal(rest.to_owned()));
+        Self { text: text.to_owned(), segments }
     }
 
-    /// What stands in the places of `name`, if all of it fits.
+    /// The values of the placeholders in `name`, if the pattern matches all of it.
     pub fn captures(&self, name: &str) -> Option<Captures> {
         self.captures_start(name).filter(|(_, rest)| rest.is_empty()).map(|(captures, _)| captures)
     }
 
-    /// What stands in the places if `name` begins as the pattern says, and the rest of `name`.
+    /// The values of the placeholders and the rest of `name`, if the pattern matches its beginning.
     pub fn captures_start<'a>(&self, name: &'a str) -> Option<(Captures, &'a str)> {
         let mut captures = Captures::default();
         let mut rest = name;
-        for part in &self.parts {
-            rest = part.take(rest, &mut captures)?;
+        for segment in &self.segments {
+            rest = segment.take(rest, &mut captures)?;
         }
         Some((captures, rest))
     }
 
-    /// The name with the places filled.
+    /// The name with these values in the placeholders.
     pub fn fill(&self, captures: Captures) -> String {
-        let part = |part: &PatternPart| match part {
-            PatternPart::Literal(literal) => literal.clone(),
-            PatternPart::Number => captures.number.map_or_else(String::new, |number| number.to_string()),
-            PatternPart::Inner => captures.inner.map_or_else(String::new, |number| number.to_string()),
-            PatternPart::Parameter => captures.parameter.map_or("", ParameterKind::name).to_owned(),
+        let text_of = |segment: &PatternSegment| match segment {
+            PatternSegment::Literal(literal) => literal.clone(),
+            PatternSegment::Block => captures.number.map_or_else(String::new, |number| number.to_string()),
+            PatternSegment::Inner => captures.inner.map_or_else(String::new, |number| number.to_string()),
+            PatternSegment::Parameter => captures.parameter.map_or("", ParameterKind::name).to_owned(),
         };
-        self.parts.iter().map(part).collect()
+        self.segments.iter().map(text_of).collect()
     }
 
     /// The pattern as written.
@@ -95,22 +99,23 @@ impl Pattern {
         &self.text
     }
 
-    /// Whether it has a place for a block's number.
+    /// Whether it has the placeholder `{n}`.
     pub fn is_numbered(&self) -> bool {
-        self.parts.contains(&PatternPart::Number)
+        self.segments.contains(&PatternSegment::Block)
     }
 
-    /// Whether it has a place for "weight" or "bias".
+    /// Whether it has the placeholder `{p}`.
     pub fn is_layer(&self) -> bool {
-        self.parts.contains(&PatternPart::Parameter)
+        self.segments.contains(&PatternSegment::Parameter)
     }
 }
 
-impl PatternPart {
+impl PatternSegment {
+    /// Matches the beginning of `text` and returns the rest.
     fn take<'a>(&self, text: &'a str, captures: &mut Captures) -> Option<&'a str> {
         match self {
             Self::Literal(literal) => text.strip_prefix(literal.as_str()),
-            Self::Number => take_equal(text, &mut captures.number),
+            Self::Block => take_equal(text, &mut captures.number),
             Self::Inner => take_equal(text, &mut captures.inner),
             Self::Parameter => {
                 let parameter = ParameterKind::ALL.into_iter().find(|parameter| text.starts_with(parameter.name()))?;
@@ -121,12 +126,13 @@ impl PatternPart {
     }
 }
 
-/// The rest of `text` after a number, which must be the one captured before, if any.
+/// The rest of `text` after a number, which must equal the one captured before, if there is one.
 fn take_equal<'a>(text: &'a str, captured: &mut Option<usize>) -> Option<&'a str> {
     let (number, rest) = take_number(text)?;
     (*captured.get_or_insert(number) == number).then_some(rest)
 }
 
+/// A number without leading zeros, and the rest of `text`.
 fn take_number(text: &str) -> Option<(usize, &str)> {
     let end = text.bytes().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
     let (digits, rest) = text.split_at(end);
@@ -134,7 +140,7 @@ fn take_number(text: &str) -> Option<(usize, &str)> {
     canonical.then(|| digits.parse().ok()).flatten().map(|number| (number, rest))
 }
 
-/// Whether `name` fits `pattern`, in which each `*` stands for any text.
+/// Whether `name` matches `pattern`, in which each `*` matches any text.
 pub fn glob(pattern: &str, name: &str) -> bool {
     let Some((start, mut rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut name) = name.strip_prefix(start) else { return false };
@@ -162,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_within_blocks_are_their_own() {
+    fn block_numbers_and_inner_numbers_are_independent() {
         let pattern = Pattern::new("up.{n}.block.{m}.conv.{p}");
         let captures = pattern.captures("up.3.block.1.conv.weight").unwrap();
         assert_eq!((captures.number, captures.inner), (Some(3), Some(1)));
@@ -171,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn stars_stand_for_any_text() {
+    fn stars_match_any_text() {
         for (pattern, name, fits) in [
             ("a.*", "a.b", true),
             ("*.b", "a.b", true),

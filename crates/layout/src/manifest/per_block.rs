@@ -1,4 +1,4 @@
-//! [`PerBlockList`]: a setting with an entry for each block, and where a manifest says that it is read.
+//! [`PerBlockList`]: how a setting with an entry per block, such as a VAE's channels, is read from the tensors.
 
 use crate::manifest::config_values::ConfigValues;
 use crate::manifest::evidence::{TensorsByName, vote};
@@ -7,59 +7,60 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Where a list comes from.
+/// Where a list is read.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum PerBlockList {
-    /// The rows of tensors of these patterns: for each block as most of its tensors have them.
+    /// The numbers of rows of tensors with these patterns; for each block, that of most of its tensors.
     Rows(Vec<String>),
-    /// Another list from its end.
+    /// Another list in reverse order.
     Reversed(String),
-    /// What enters each block, where another list says what leaves it. The first gives as much as it takes.
+    /// The input channels of each block, where another list has the output channels. The first block has as many inputs as
+    /// outputs.
     Inputs(String),
-    /// The blocks where two lists differ.
+    /// The numbers of the blocks for which two lists differ.
     Unequal([String; 2]),
-    /// A value, once for each entry of another list.
+    /// A value, repeated for each entry of another list.
     Each(Value, String),
 }
 
 impl PerBlockList {
-    /// The entries, and what shows them; none where a block shows nothing.
+    /// The list and where it was found; `None` if it is unknown for some block.
     pub fn find(&self, tensors: &TensorsByName, sizes: &ConfigValues) -> Option<(Vec<Value>, String)> {
-        let of = |key: &str| Some((sizes.list(key)?.to_vec(), format!("{key:?}")));
-        match self {
-            Self::Rows(patterns) => rows(patterns, tensors),
-            Self::Reversed(key) => of(key).map(|(list, witness)| (list.into_iter().rev().collect(), witness)),
+        let (list, witness) = match self {
+            Self::Rows(patterns) => return rows(patterns, tensors),
+            Self::Reversed(key) => (sizes.list(key)?.iter().rev().cloned().collect(), key),
             Self::Inputs(key) => {
-                let (list, witness) = of(key)?;
-                Some((list.first().into_iter().chain(&list).take(list.len()).cloned().collect(), witness))
+                let outputs = sizes.list(key)?;
+                (outputs.first().into_iter().chain(outputs).take(outputs.len()).cloned().collect(), key)
             }
             Self::Unequal([first, second]) => {
-                let ((first, witness), (second, _)) = (of(first)?, of(second)?);
-                let unequal = first.iter().zip(&second).enumerate().filter(|(_, (first, second))| first != second);
-                Some((unequal.map(|(block, _)| block.into()).collect(), witness))
+                let pairs = sizes.list(first)?.iter().zip(sizes.list(second)?).enumerate();
+                let unequal = pairs.filter(|(_, (first, second))| first != second);
+                (unequal.map(|(block, _)| block.into()).collect(), first)
             }
-            Self::Each(value, key) => of(key).map(|(list, witness)| (vec![value.clone(); list.len()], witness)),
-        }
+            Self::Each(value, key) => (vec![value.clone(); sizes.list(key)?.len()], key),
+        };
+        Some((list, format!("{witness:?}")))
     }
 
-    /// Whether it lists numbers of blocks.
-    pub fn names_blocks(&self) -> bool {
+    /// Whether its entries are numbers of blocks.
+    pub fn lists_block_numbers(&self) -> bool {
         matches!(self, Self::Unequal(_))
     }
 }
 
 fn rows(patterns: &[String], tensors: &TensorsByName) -> Option<(Vec<Value>, String)> {
-    let mut rows: BTreeMap<usize, Vec<(usize, &str)>> = BTreeMap::new();
+    let mut votes: BTreeMap<usize, Vec<(usize, &str)>> = BTreeMap::new();
     for pattern in patterns.iter().map(|pattern| Pattern::new(pattern)) {
         for (name, tensor) in tensors {
             let number = pattern.captures(name).and_then(|captures| captures.number);
-            if let (Some(number), Some(extent)) = (number, tensor.shape.first()) {
-                rows.entry(number).or_default().push((*extent, name));
+            if let (Some(number), Some(rows)) = (number, tensor.shape.first()) {
+                votes.entry(number).or_default().push((*rows, name));
             }
         }
     }
-    let whole = !rows.is_empty() && rows.keys().copied().eq(0..rows.len());
-    let most = whole.then(|| rows.into_values().filter_map(vote).map(|(extent, _)| extent.into()))?;
-    Some((most.collect(), format!("the rows of {:?}", patterns[0])))
+    let has_all_blocks = !votes.is_empty() && votes.keys().copied().eq(0..votes.len());
+    let list = has_all_blocks.then(|| votes.into_values().filter_map(vote).map(|(rows, _)| rows.into()))?;
+    Some((list.collect(), format!("the rows of {:?}", patterns[0])))
 }

@@ -1,35 +1,35 @@
-//! [`MappingRule`]: how a tensor of a foreign layout becomes canonical ones; [`MappingStep`]: the same in one direction.
+//! [`MappingRule`]: how tensors of a foreign layout correspond to canonical ones; [`MappingStep`]: one direction of it.
 
 use crate::manifest::block_filter::BlockFilter;
 use crate::manifest::one_or_many::OneOrMany;
 use crate::manifest::pattern::Pattern;
-use crate::manifest::shape::Extent;
+use crate::manifest::shape::SizeExpr;
 use serde::Deserialize;
 
-/// A rule as a manifest gives it. Exactly one of `canonical`, `split`, `copy` and `drop` stands beside `foreign`.
+/// A rule in a manifest. Besides `foreign` it has exactly one of `canonical`, `split`, `copy` and `drop`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RawMappingRule {
     foreign: OneOrMany,
     canonical: Option<String>,
     split: Option<Vec<String>>,
-    /// Shares of the rows in a split or join; equal where not given.
+    /// The proportions of the rows in a split or join; equal by default.
     rows: Option<Vec<usize>>,
     copy: Option<Vec<String>>,
     drop: Option<String>,
     edit: Option<Reorder>,
-    /// Its shape in the foreign layout, where it differs in nothing else.
-    foreign_shape: Option<Vec<Extent>>,
-    /// Blocks that alone it is for: "last", or the key of a list of block numbers.
+    /// The shape in the foreign layout, if it has the same values in another shape.
+    foreign_shape: Option<Vec<SizeExpr>>,
+    /// The only blocks that it applies to: "last", or the key of a list of block numbers.
     only: Option<String>,
-    /// Blocks that it is not for, said in the same way.
+    /// Blocks that it does not apply to, in the same notation.
     except: Option<String>,
-    /// Whether one side counts blocks from the end.
+    /// Whether the foreign layout counts blocks from the end.
     #[serde(default)]
     mirrored: bool,
 }
 
-/// An edit of the values' order, its own inverse.
+/// A reordering of rows that is its own inverse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Reorder {
@@ -40,29 +40,30 @@ pub(crate) enum Reorder {
 /// How inputs become outputs.
 #[derive(Debug, Clone)]
 pub(crate) enum MappingKind {
-    /// One to one, with an edit and another shape.
+    /// One to one, reordered and reshaped.
     Same(Option<Reorder>, Reshape),
-    /// One to many by these shares of its rows.
+    /// One to many: rows in these proportions.
     Split(Vec<usize>),
-    /// Many to one, one after the other by rows; each has its share.
+    /// Many to one: rows appended in these proportions, the inverse of [`Self::Split`].
     Join(Vec<usize>),
-    /// One to many equal ones.
+    /// One to many equal tensors, because the canonical model has in every block what the layout stores once.
     Copy,
-    /// Many equal ones to one.
+    /// Many equal tensors to one, the inverse of [`Self::Copy`]. They are compared when the output is read: training may
+    /// have changed the copies, and then the layout cannot hold the model.
     Pick,
     /// To nothing, for a reason.
     Drop(String),
 }
 
-/// Which shape the output of a one-to-one step takes.
+/// The shape of the output of a one-to-one step.
 #[derive(Debug, Clone)]
 pub(crate) enum Reshape {
-    /// That of the input.
+    /// The shape of the input.
     Keep,
-    /// That which the manifest gives for the canonical tensor.
+    /// The shape of the canonical tensor in the manifest.
     Canonical,
-    /// This one.
-    To(Vec<Extent>),
+    /// This shape.
+    To(Vec<SizeExpr>),
 }
 
 /// A rule in one direction.
@@ -70,31 +71,32 @@ pub(crate) enum Reshape {
 pub(crate) struct MappingStep {
     pub inputs: Vec<Pattern>,
     pub outputs: Vec<Pattern>,
-    pub how: MappingKind,
-    /// The blocks it is for.
+    pub kind: MappingKind,
+    /// The blocks that it applies to.
     pub blocks: BlockFilter,
     /// Whether outputs count blocks from the end.
     pub mirrored: bool,
 }
 
-/// A rule, both ways.
+/// A rule in both directions.
 #[derive(Debug, Clone)]
 pub(crate) struct MappingRule {
+    /// From the layout to canonical names.
     pub inward: MappingStep,
-    /// None where nothing canonical tells the foreign tensor.
+    /// From canonical names to the layout; `None` if the foreign tensor cannot be restored.
     pub outward: Option<MappingStep>,
 }
 
 impl MappingRule {
-    /// The rule that leaves the tensor `foreign` as it is, under its canonical name.
+    /// A rule that only renames `foreign` to `canonical`.
     pub fn same(foreign: &str, canonical: &str) -> Self {
         Self::rename(vec![Pattern::new(foreign)], vec![Pattern::new(canonical)], None, None)
     }
 
-    /// Reads a rule; the error says what is wrong with it.
+    /// Parses a rule; the error names what is wrong with it.
     pub fn new(raw: RawMappingRule) -> Result<Self, String> {
         let foreign = patterns(raw.foreign.all());
-        let said = raw.foreign.clone();
+        let names = raw.foreign.clone();
         let blocks = BlockFilter { only: raw.only, except: raw.except };
         let rule = match (raw.canonical, raw.split, raw.copy, raw.drop) {
             (Some(name), None, None, None) if foreign.len() == 1 => {
@@ -112,19 +114,15 @@ impl MappingRule {
                 Self::both(foreign, patterns(&names), MappingKind::Copy, MappingKind::Pick)
             }
             (None, None, None, Some(reason)) => Self::drop(foreign, reason),
-            _ => return Err(format!("rule for {said:?} needs exactly one of canonical, split, copy and drop")),
+            _ => return Err(format!("rule for {names:?} needs exactly one of canonical, split, copy and drop")),
         };
         let rule = if raw.mirrored { rule.mirrored() } else { rule };
-        rule.of(blocks).ok_or_else(|| format!("rule for {said:?}: only and except need a {{n}} on both sides"))
+        rule.for_blocks(blocks).ok_or_else(|| format!("rule for {names:?}: only and except need a {{n}} on both sides"))
     }
 
-    /// The rule that drops `foreign` for `reason`.
+    /// A rule that drops `foreign` for `reason`.
     pub fn drop(foreign: Vec<Pattern>, reason: String) -> Self {
-        let (how, blocks) = (MappingKind::Drop(reason), BlockFilter::default());
-        Self {
-            inward: MappingStep { inputs: foreign, outputs: Vec::new(), how, blocks, mirrored: false },
-            outward: None,
-        }
+        Self { inward: MappingStep::new(foreign, Vec::new(), MappingKind::Drop(reason)), outward: None }
     }
 
     fn mirrored(mut self) -> Self {
@@ -133,20 +131,20 @@ impl MappingRule {
         self
     }
 
-    /// Itself for `blocks` alone; none where it has no block numbers.
-    fn of(mut self, blocks: BlockFilter) -> Option<Self> {
+    /// The same rule for `blocks` only; `None` if it has no block numbers to select by.
+    fn for_blocks(mut self, blocks: BlockFilter) -> Option<Self> {
         let numbered = |patterns: &[Pattern]| !patterns.is_empty() && patterns.iter().all(Pattern::is_numbered);
         let numbered = numbered(&self.inward.inputs) && numbered(&self.inward.outputs);
         self.outward.iter_mut().for_each(|step| step.blocks = blocks.clone());
         self.inward.blocks = blocks;
-        (numbered || self.inward.blocks.are_all()).then_some(self)
+        (numbered || self.inward.blocks.is_all()).then_some(self)
     }
 
     fn rename(
         foreign: Vec<Pattern>,
         canonical: Vec<Pattern>,
         edit: Option<Reorder>,
-        shape: Option<Vec<Extent>>,
+        shape: Option<Vec<SizeExpr>>,
     ) -> Self {
         let (inward, outward) = match shape {
             None => (Reshape::Keep, Reshape::Keep),
@@ -156,11 +154,17 @@ impl MappingRule {
     }
 
     fn both(foreign: Vec<Pattern>, canonical: Vec<Pattern>, inward: MappingKind, outward: MappingKind) -> Self {
-        let step = |inputs: &[Pattern], outputs: &[Pattern], how| {
-            let (inputs, outputs, blocks) = (inputs.to_vec(), outputs.to_vec(), BlockFilter::default());
-            MappingStep { inputs, outputs, how, blocks, mirrored: false }
-        };
-        Self { inward: step(&foreign, &canonical, inward), outward: Some(step(&canonical, &foreign, outward)) }
+        Self {
+            inward: MappingStep::new(foreign.clone(), canonical.clone(), inward),
+            outward: Some(MappingStep::new(canonical, foreign, outward)),
+        }
+    }
+}
+
+impl MappingStep {
+    /// A step for all blocks.
+    fn new(inputs: Vec<Pattern>, outputs: Vec<Pattern>, kind: MappingKind) -> Self {
+        Self { inputs, outputs, kind, blocks: BlockFilter::default(), mirrored: false }
     }
 }
 
@@ -168,8 +172,9 @@ fn patterns(names: &[String]) -> Vec<Pattern> {
     names.iter().map(|name| Pattern::new(name)).collect()
 }
 
-fn shares(rows: Option<Vec<usize>>, parts: usize) -> Result<Vec<usize>, String> {
-    let shares = rows.unwrap_or_else(|| vec![1; parts]);
-    let whole = shares.len() == parts && parts > 0 && shares.iter().all(|share| (1..1000).contains(share));
-    whole.then_some(shares).ok_or_else(|| format!("rows must give {parts} shares from 1 to 999"))
+/// The proportions of a split or join into `count` tensors.
+fn shares(rows: Option<Vec<usize>>, count: usize) -> Result<Vec<usize>, String> {
+    let shares = rows.unwrap_or_else(|| vec![1; count]);
+    let is_valid = shares.len() == count && count > 0 && shares.iter().all(|share| (1..1000).contains(share));
+    is_valid.then_some(shares).ok_or_else(|| format!("rows must be {count} shares from 1 to 999"))
 }

@@ -1,6 +1,7 @@
-//! [`MappedSource`]: a source of tensors put together from pieces of another source's tensors, read when asked for.
+//! [`MappedSource`]: a source whose tensors are assembled from byte ranges of another source's tensors when they are
+//! read.
 //!
-//! Renaming, splitting, joining and swapping rows, copying and reshaping are all one thing here: an output is a
+//! Renaming, splitting, joining and swapping rows, copying and reshaping are the same operation here: an output is a
 //! sequence of byte ranges of inputs. Values are never interpreted.
 
 use crate::error::{LayoutError, Result};
@@ -16,7 +17,7 @@ pub type CanonicalSource<S> = MappedSource<S>;
 /// A canonical source under the names of another layout.
 pub type ExportedSource<S> = MappedSource<S>;
 
-/// A source as seen through a layout's rules.
+/// A source seen through a layout's rules.
 #[derive(Debug)]
 pub struct MappedSource<S> {
     source: S,
@@ -39,15 +40,15 @@ impl<S> MappedSource<S> {
         &self.source
     }
 
-    /// Says of an input that nothing here shows why it is not used.
+    /// Records why an input is not used that the rules did not see.
     pub(crate) fn skip(&mut self, name: &str, reason: &str) {
         self.load_report.outcomes.insert(name.to_owned(), TensorOutcome::Skipped { reason: reason.to_owned() });
     }
 
-    /// Itself, if every tensor is there and well shaped, whatever else the source holds.
+    /// Itself, if no tensor is missing or misshapen. The source may have further tensors.
     ///
     /// # Errors
-    /// [`LayoutError::Incomplete`], which names what is missing or wrong.
+    /// [`LayoutError::Incomplete`], which names the missing and misshapen tensors.
     pub fn sufficient(self) -> Result<Self> {
         match self.load_report.sufficient() {
             true => Ok(self),
@@ -55,10 +56,10 @@ impl<S> MappedSource<S> {
         }
     }
 
-    /// Itself, if every tensor is there, well shaped and understood.
+    /// Itself, if no tensor is missing or misshapen and every tensor of the source is understood.
     ///
     /// # Errors
-    /// [`LayoutError::Incomplete`], which names what is not.
+    /// [`LayoutError::Incomplete`], which names the others.
     pub fn complete(self) -> Result<Self> {
         match self.load_report.complete() {
             true => Ok(self),
@@ -72,14 +73,14 @@ impl<S: TensorSource> MappedSource<S> {
         self.tensors.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
     }
 
-    /// Tensors that become one must be equal, or values would be lost without a word.
-    fn check_twins(&self, assembly: &TensorAssembly) -> std::result::Result<(), WeightsError> {
-        let (Some(original), false) = (&assembly.original, assembly.twins.is_empty()) else { return Ok(()) };
+    /// Tensors that the layout stores once must be equal, or values would be lost silently.
+    fn check_duplicates(&self, assembly: &TensorAssembly) -> std::result::Result<(), WeightsError> {
+        let (Some(original), false) = (&assembly.original, assembly.duplicates.is_empty()) else { return Ok(()) };
         let bytes = self.source.read(original)?.bytes;
-        for twin in &assembly.twins {
-            if self.source.read(twin)?.bytes != bytes {
-                let reason = format!("it differs from {original:?}; the layout asked for has one place for both");
-                return Err(WeightsError::BadTensor { name: twin.clone(), reason });
+        for duplicate in &assembly.duplicates {
+            if self.source.read(duplicate)?.bytes != bytes {
+                let reason = format!("it differs from {original:?}, and this layout stores both as one tensor");
+                return Err(WeightsError::BadTensor { name: duplicate.clone(), reason });
             }
         }
         Ok(())
@@ -97,25 +98,26 @@ impl<S: TensorSource> TensorSource for MappedSource<S> {
 
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
         let assembly = self.find(name)?;
-        self.check_twins(assembly)?;
+        self.check_duplicates(assembly)?;
         let TensorAssembly { info, pieces, .. } = assembly;
         let mut bytes = Vec::new();
-        for (at, ByteSlice { tensor, bytes: range }) in pieces.iter().enumerate() {
-            let part = self.source.read_range(tensor, range.clone())?;
-            if at == 0 {
-                bytes = part;
+        for (index, ByteSlice { tensor, bytes: range }) in pieces.iter().enumerate() {
+            let piece = self.source.read_range(tensor, range.clone())?;
+            // Most tensors are one piece, which then needs no copy.
+            if index == 0 {
+                bytes = piece;
                 bytes.reserve_exact(pieces[1..].iter().map(|piece| piece.bytes.len()).sum());
             } else {
-                bytes.extend(part);
+                bytes.extend(piece);
             }
         }
         Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
     }
 
-    /// Whole tensors share the storage that the source shares.
+    /// A tensor that is a whole input shares its storage with the source.
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
         let assembly = self.find(name)?;
-        self.check_twins(assembly)?;
+        self.check_duplicates(assembly)?;
         let TensorAssembly { info, original, .. } = assembly;
         match original {
             Some(original) => Ok(self.source.tensor(original)?.reshape(info.shape.as_slice())?),
@@ -124,18 +126,18 @@ impl<S: TensorSource> TensorSource for MappedSource<S> {
     }
 }
 
-/// A tensor and the pieces it is made of.
+/// An output tensor and the pieces that it is made of.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorAssembly {
     pub info: TensorInfo,
     pieces: Vec<ByteSlice>,
-    /// The tensor that it is under another name or shape, where it is one.
+    /// The input that it is, if it only has another name or shape.
     original: Option<String>,
-    /// Tensors that must be equal to that one, as they become one with it.
-    twins: Vec<String>,
+    /// Inputs that must be equal to `original`.
+    duplicates: Vec<String>,
 }
 
-/// Some bytes of a tensor.
+/// A range of bytes of an input.
 #[derive(Debug, Clone)]
 struct ByteSlice {
     tensor: String,
@@ -145,32 +147,36 @@ struct ByteSlice {
 impl TensorAssembly {
     /// All of `input` under another name.
     pub fn whole(input: &TensorInfo, name: &str) -> Self {
-        let pieces = vec![ByteSlice { tensor: input.name.clone(), bytes: 0..size(input) }];
-        let (info, original) = (TensorInfo { name: name.to_owned(), ..input.clone() }, Some(input.name.clone()));
-        Self { info, pieces, original, twins: Vec::new() }
+        Self {
+            info: TensorInfo { name: name.to_owned(), ..input.clone() },
+            pieces: vec![ByteSlice { tensor: input.name.clone(), bytes: 0..size(input) }],
+            original: Some(input.name.clone()),
+            duplicates: Vec::new(),
+        }
     }
 
-    /// The one that all of `inputs` are, under another name.
+    /// The first of `inputs`, which must all be equal, under another name.
     pub fn picked(inputs: &[&TensorInfo], name: &str) -> std::result::Result<Self, String> {
         let [first, others @ ..] = inputs else { return Err("nothing to pick from".to_owned()) };
         if let Some(other) = others.iter().find(|other| (&other.shape, other.dtype) != (&first.shape, first.dtype)) {
-            let other = format!("{:?} of shape {:?} and {:?}", other.name, other.shape, other.dtype);
-            return Err(format!("it cannot be one with {other}: expected {:?} and {:?}", first.shape, first.dtype));
+            let expected = format!("expected {:?} in {:?}", first.shape, first.dtype);
+            let found = format!("found {:?} in {:?}", other.shape, other.dtype);
+            return Err(format!("it is stored as one tensor with {:?}: {expected}, {found}", other.name));
         }
-        let twins = others.iter().map(|other| other.name.clone()).collect();
-        Ok(Self { twins, ..Self::whole(first, name) })
+        let duplicates = others.iter().map(|other| other.name.clone()).collect();
+        Ok(Self { duplicates, ..Self::whole(first, name) })
     }
 
-    /// The second half of the rows of `input` before the first.
+    /// `input` with the second half of its rows before the first.
     pub fn swapped(input: &TensorInfo, name: &str) -> std::result::Result<Self, String> {
         let [first, second] = &Self::split(input, &[name.to_owned(), name.to_owned()], &[1, 1])?[..] else {
-            return Err("it has no two halves".to_owned());
+            return Err("its rows do not have two halves".to_owned());
         };
         let pieces = [&second.pieces[..], &first.pieces[..]].concat();
         Ok(Self { pieces, original: None, ..Self::whole(input, name) })
     }
 
-    /// `input` cut by rows into `names`, by `shares`.
+    /// `input` split by rows into tensors called `names`, in the proportions `shares`.
     pub fn split(input: &TensorInfo, names: &[String], shares: &[usize]) -> std::result::Result<Vec<Self>, String> {
         let total: usize = shares.iter().sum();
         let rows = input.shape.first().copied().unwrap_or(0);
@@ -179,22 +185,23 @@ impl TensorAssembly {
             return Err(format!("its shape {:?} cannot be split by rows {shares:?}", input.shape));
         }
         let mut row = 0;
-        let cut = |(name, share): (&String, &usize)| {
+        let next_rows = |(name, share): (&String, &usize)| {
             let begin = row;
             row += share * unit;
             Self::rows(input, name, begin..row)
         };
-        Ok(names.iter().zip(shares).map(cut).collect())
+        Ok(names.iter().zip(shares).map(next_rows).collect())
     }
 
-    /// `inputs` one after the other.
+    /// The rows of all `inputs` in order; their numbers must have the proportions `shares`.
     pub fn join(inputs: &[&TensorInfo], name: &str, shares: &[usize]) -> std::result::Result<Self, String> {
         let [first, ..] = inputs else { return Err("nothing to join".to_owned()) };
         let rows = |input: &TensorInfo| input.shape.first().copied().unwrap_or(0);
         let unit = rows(first) / shares[0];
         for (input, share) in inputs.iter().zip(shares) {
             if input.dtype != first.dtype {
-                return Err(format!("{:?} and {:?} cannot be joined: change the dtype", first.dtype, input.dtype));
+                let [expected, found] = [first.dtype, input.dtype];
+                return Err(format!("{expected:?} and {found:?} cannot be joined: convert them to the same dtype"));
             }
             if input.shape.get(1..) != first.shape.get(1..) || rows(input) != unit * share || unit == 0 {
                 return Err(format!("{:?} and {:?} cannot be joined by rows {shares:?}", first.shape, input.shape));
@@ -203,7 +210,7 @@ impl TensorAssembly {
         let mut info = TensorInfo { name: name.to_owned(), ..(*first).clone() };
         info.shape[0] = inputs.iter().map(|input| rows(input)).sum();
         let pieces = inputs.iter().flat_map(|input| Self::whole(input, name).pieces).collect();
-        Ok(Self { info, pieces, original: None, twins: Vec::new() })
+        Ok(Self { info, pieces, original: None, duplicates: Vec::new() })
     }
 
     fn rows(input: &TensorInfo, name: &str, rows: Range<usize>) -> Self {
@@ -211,21 +218,21 @@ impl TensorAssembly {
         let row = size(input) / input.shape[0];
         info.shape[0] = rows.len();
         let pieces = vec![ByteSlice { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
-        Self { info, pieces, original: None, twins: Vec::new() }
+        Self { info, pieces, original: None, duplicates: Vec::new() }
     }
 
-    /// Itself with `prefix` before its name, by that name.
+    /// (name, assembly) with `prefix` before the name.
     pub fn with_prefix(mut self, prefix: &str) -> (String, Self) {
         self.info.name.insert_str(0, prefix);
         (self.info.name.clone(), self)
     }
 
-    /// The inputs that it is made of, with their ranges of bytes, in order.
+    /// The pieces in order: (input, bytes of it).
     pub fn pieces(&self) -> impl Iterator<Item = (&str, &Range<usize>)> {
         self.pieces.iter().map(|piece| (piece.tensor.as_str(), &piece.bytes))
     }
 
-    /// The first tensor it takes bytes from.
+    /// The input of the first piece.
     pub fn first_input(&self) -> &str {
         self.pieces.first().map_or("", |piece| &piece.tensor)
     }

@@ -1,8 +1,8 @@
-//! [`Dequantized`]: a source whose fp8 weights are shown as the numbers that they stand for.
+//! [`Dequantized`]: a source whose fp8 weights are presented as bf16, with their scales applied.
 //!
-//! fp8 is a format of files: nothing here computes in it. Each fp8 tensor is shown in bf16, which holds every fp8 number;
-//! where a scale stands beside it, as the exact product rounded once. Scales are applied or the file is refused: one
-//! that is not understood stays in sight, and detection refuses what has it.
+//! fp8 is a storage format; nothing is computed in it. bf16 holds every fp8 value exactly; with a scale, the exact product
+//! is rounded once. Every scale is applied, or the file is refused: a scale that is not understood stays in the list of
+//! tensors, and detection refuses files with one.
 
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
@@ -13,47 +13,52 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// A source without fp8 and without scales.
+/// A source that presents fp8 weights as bf16 and hides their scales.
 #[derive(Debug)]
 pub struct Dequantized<S> {
     source: S,
     weights: BTreeMap<String, Fp8Weight>,
-    companions: BTreeMap<String, ScaleTensor>,
+    /// The tensors that are hidden.
+    scale_tensors: BTreeMap<String, ScaleTensor>,
 }
 
-/// What a tensor beside weights is for.
+/// A tensor that belongs to fp8 weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ScaleTensor {
-    /// The weight of this name is multiplied by it.
+    /// The scale of the weight of this name.
     ScaleOf(String),
-    /// Nothing here has a use for it.
-    Spare(&'static str),
+    /// A tensor that is not needed, for this reason.
+    Unused(&'static str),
 }
 
-/// An fp8 tensor and what its numbers are multiplied by.
+/// An fp8 weight and its scales.
 #[derive(Debug, Clone)]
 struct Fp8Weight {
     format: Fp8,
     scales: Scales,
-    /// Whether a scale of the file is applied, be it an empty one.
+    /// Whether the file has a scale for it. An empty tensor counts as one, of 1.
     scaled: bool,
 }
 
 #[derive(Debug, Clone)]
 enum Scales {
-    One(f32),
+    PerTensor(f32),
     PerRow { scales: Vec<f32>, columns: usize },
 }
 
-/// What the name of a tensor says that it is.
+/// What a tensor is according to its name.
 enum ScaleRole {
+    /// Marks the file as scaled fp8.
     Marker,
+    /// The scale of a weight.
     Scale,
+    /// The scale of a layer's input, for computing in fp8.
     InputScale,
+    /// JSON that describes a weight's quantisation.
     Description,
 }
 
-/// Endings of names, as ComfyUI and those after it have them.
+/// Endings of names in files for ComfyUI, of older and newer versions.
 const ENDINGS: [(&str, ScaleRole); 6] = [
     ("scaled_fp8", ScaleRole::Marker),
     ("scale_weight", ScaleRole::Scale),
@@ -63,11 +68,15 @@ const ENDINGS: [(&str, ScaleRole); 6] = [
     ("comfy_quant", ScaleRole::Description),
 ];
 
-/// Descriptions are a few dozen bytes.
+/// Bytes of a description; real ones have a few dozen.
 const MOST_DESCRIPTION: usize = 4096;
-const REMEDY: &str = "give the bf16, fp16 or plainly scaled fp8 file of the same model";
-/// Keys of a description that change nothing in what a weight is.
+const REMEDY: &str = "use the bf16, fp16 or fp8 (one scale per tensor or row) file of the same model";
+/// Keys of a description that do not change the values of a weight.
 const HARMLESS: [&str; 2] = ["format", "full_precision_matrix_mult"];
+/// The dtype in which fp8 weights are presented.
+const PRESENTED: Dtype = Dtype::BF16;
+/// Bytes of a presented value; a stored one has one.
+const WIDTH: usize = 2;
 
 impl Dequantized<Checkpoint> {
     /// Opens the checkpoint at `path`. Scales are read, weights are not.
@@ -78,9 +87,9 @@ impl Dequantized<Checkpoint> {
         Self::new(Checkpoint::open(path)?, manifests)
     }
 
-    /// How the file keeps a tensor that is shown; whether scales go with it is said.
+    /// How the file stores a tensor that is not hidden, and whether it has scales.
     pub(crate) fn stored(&self, name: &str) -> Option<StoredTensor> {
-        let mut stored = self.source.stored(name).filter(|_| !self.companions.contains_key(name))?;
+        let mut stored = self.source.stored(name).filter(|_| !self.scale_tensors.contains_key(name))?;
         if self.weights.get(name).is_some_and(|weight| weight.scaled) {
             stored.format += " with scales";
         }
@@ -89,104 +98,109 @@ impl Dequantized<Checkpoint> {
 }
 
 impl<S: TensorSource> Dequantized<S> {
-    /// `source` with its scales applied. Components beside the model are left as they are.
+    /// `source` with its fp8 weights as bf16. Tensors of components in the same file are left unchanged.
     ///
     /// # Errors
-    /// [`LayoutError::Unsupported`] for a format that is described and is not fp8, [`LayoutError::Weights`] for scales
+    /// [`LayoutError::Unsupported`] if a description names a format other than fp8, [`LayoutError::Weights`] for scales
     /// that do not fit their weight.
     pub fn new(source: S, manifests: &Manifests) -> Result<Self> {
         let mut infos = source.tensors();
-        infos.retain(|info| manifests.known.component(&info.name).is_none());
-        let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Fp8Weight::plain(info)?))).collect();
-        let mut dequantized = Self { source, weights, companions: BTreeMap::new() };
+        infos.retain(|info| manifests.unsupported.component(&info.name).is_none());
+        let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Fp8Weight::unscaled(info)?))).collect();
+        let mut dequantized = Self { source, weights, scale_tensors: BTreeMap::new() };
         for info in &infos {
             if let Some((module, role)) = role_of(&info.name) {
-                dequantized.place(info, module, role)?;
+                dequantized.add_scale_tensor(info, module, role)?;
             }
         }
-        dequantized.hold_descriptions()?;
+        dequantized.check_descriptions()?;
         Ok(dequantized)
     }
 
-    /// What it was made from.
+    /// The source that it presents.
     pub fn source(&self) -> &S {
         &self.source
     }
 
-    /// The tensors that are not shown.
-    pub(crate) fn companions(&self) -> &BTreeMap<String, ScaleTensor> {
-        &self.companions
+    /// The tensors that are hidden.
+    pub(crate) fn scale_tensors(&self) -> &BTreeMap<String, ScaleTensor> {
+        &self.scale_tensors
     }
 
-    /// What a person should know of how the weights are read.
+    /// A note for the user on how fp8 weights are read.
     pub(crate) fn note(&self) -> Option<String> {
         let scaled = self.weights.values().filter(|weight| weight.scaled).count();
         let fp8 = self.weights.len();
-        (fp8 > 0).then(|| format!("{fp8} tensors are fp8 and read as bf16, {scaled} of them times their scales"))
+        (fp8 > 0).then(|| format!("{fp8} fp8 tensors are read as bf16, {scaled} of them times their scales"))
     }
 
-    fn place(&mut self, info: &TensorInfo, module: &str, role: &ScaleRole) -> Result<()> {
+    /// Hides a tensor that belongs to fp8 weights, and applies it if it is a scale. One that fits no weight stays in the
+    /// list, so that detection refuses the file.
+    fn add_scale_tensor(&mut self, info: &TensorInfo, module: &str, role: &ScaleRole) -> Result<()> {
         let weight = format!("{module}weight");
-        let companion = match role {
+        let scale_tensor = match role {
             ScaleRole::Marker if !matches!(info.dtype, Dtype::F32 | Dtype::F8_E4M3 | Dtype::F8_E5M2) => return Ok(()),
-            ScaleRole::Marker => ScaleTensor::Spare("a marker: the weights are scaled fp8"),
-            ScaleRole::Description => return self.describe(info, &weight),
+            ScaleRole::Marker => ScaleTensor::Unused("a marker: the weights are scaled fp8"),
+            ScaleRole::Description => return self.add_description(info, &weight),
             ScaleRole::Scale => match self.source.info(&weight) {
-                Some(of) => self.scale(info, &of)?,
+                Some(weight) => self.add_scale(info, &weight)?,
                 None => return Ok(()),
             },
             ScaleRole::InputScale if !self.weights.contains_key(&weight) => return Ok(()),
-            ScaleRole::InputScale => ScaleTensor::Spare("a scale of activations in fp8, and none are in fp8 here"),
+            ScaleRole::InputScale => ScaleTensor::Unused("a scale of fp8 activations, which are not fp8 here"),
         };
+        // A marker may itself be fp8.
         self.weights.remove(&info.name);
-        self.companions.insert(info.name.clone(), companion);
+        self.scale_tensors.insert(info.name.clone(), scale_tensor);
         Ok(())
     }
 
-    fn scale(&mut self, info: &TensorInfo, of: &TensorInfo) -> Result<ScaleTensor> {
-        let companion = ScaleTensor::ScaleOf(of.name.clone());
-        let scales = self.read_scales(info, of)?;
-        match self.weights.get_mut(&of.name) {
-            Some(weight) if weight.scaled => Err(bad(&info.name, format!("{:?} has another scale already", of.name))),
-            Some(weight) => {
-                (weight.scales, weight.scaled) = (scales, true);
-                Ok(companion)
+    /// Applies the scale `info` to `weight`.
+    fn add_scale(&mut self, info: &TensorInfo, weight: &TensorInfo) -> Result<ScaleTensor> {
+        let TensorInfo { name, dtype, .. } = weight;
+        let scales = self.read_scales(info, weight)?;
+        match self.weights.get_mut(name) {
+            Some(fp8) if fp8.scaled => Err(bad(&info.name, format!("{name:?} has another scale already"))),
+            Some(fp8) => {
+                fp8.scales = scales;
+                fp8.scaled = true;
+                Ok(ScaleTensor::ScaleOf(name.clone()))
             }
-            None if is_whole(of.dtype) && matches!(scales, Scales::One(1.0)) => {
-                Ok(ScaleTensor::Spare("a scale of 1 of a weight that is not fp8"))
+            None if is_full_precision(*dtype) && matches!(scales, Scales::PerTensor(1.0)) => {
+                Ok(ScaleTensor::Unused("a scale of 1 of a weight that is not fp8"))
             }
             None => {
-                let found = format!("it scales {:?}, expected in fp8, found in {:?}", of.name, of.dtype);
+                let found = format!("it scales {name:?}, expected in fp8, found in {dtype:?}");
                 Err(bad(&info.name, format!("{found}; {REMEDY}")))
             }
         }
     }
 
-    fn read_scales(&self, info: &TensorInfo, of: &TensorInfo) -> Result<Scales> {
-        let rows = of.shape.first().copied().unwrap_or(1);
-        let columns = of.shape.iter().skip(1).product();
-        let count: Option<usize> = info.shape.iter().try_fold(1usize, |all, extent| all.checked_mul(*extent));
-        let per_row = matches!(info.shape[..], [first] | [first, 1] if first == rows);
-        if !(matches!(count, Some(0 | 1)) || per_row) {
-            let expected = format!("expected one scale or one for each of {rows} rows of {:?}", of.name);
+    /// Reads the scales `info` of `weight`: one, or one per row. An empty tensor stands for a scale of 1.
+    fn read_scales(&self, info: &TensorInfo, weight: &TensorInfo) -> Result<Scales> {
+        let rows = weight.shape.first().copied().unwrap_or(1);
+        let columns = weight.shape.iter().skip(1).product();
+        let is_per_row = matches!(info.shape[..], [first] | [first, 1] if first == rows);
+        if !(matches!(element_count(info), Some(0 | 1)) || is_per_row) {
+            let expected = format!("expected one scale or one for each of {rows} rows of {:?}", weight.name);
             return Err(bad(&info.name, format!("{expected}, found shape {:?}; {REMEDY}", info.shape)));
         }
         if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
             let expected = "expected a scale in F32, F16 or BF16";
             return Err(bad(&info.name, format!("{expected}, found {:?}; {REMEDY}", info.dtype)));
         }
-        let numbers = self.source.tensor(&info.name)?.flatten_all().and_then(|all| all.to_dtype(DType::F32));
-        let scales: Vec<f32> = numbers.and_then(|all| all.to_vec1()).map_err(WeightsError::from)?;
+        let values = self.source.tensor(&info.name)?.flatten_all().and_then(|all| all.to_dtype(DType::F32));
+        let scales: Vec<f32> = values.and_then(|all| all.to_vec1()).map_err(WeightsError::from)?;
         match scales[..] {
             _ if scales.iter().any(|scale| !scale.is_finite()) => Err(bad(&info.name, "a scale is not finite".into())),
-            [] => Ok(Scales::One(1.0)),
-            [scale] => Ok(Scales::One(scale)),
+            [] => Ok(Scales::PerTensor(1.0)),
+            [scale] => Ok(Scales::PerTensor(scale)),
             _ => Ok(Scales::PerRow { scales, columns }),
         }
     }
 
-    /// Takes a description in, if it says what the weight's own format says.
-    fn describe(&mut self, info: &TensorInfo, weight: &str) -> Result<()> {
+    /// Hides a description that agrees with the dtype of its weight.
+    fn add_description(&mut self, info: &TensorInfo, weight: &str) -> Result<()> {
         let description = self.read_description(info)?;
         let format = description.get("format").and_then(Value::as_str).unwrap_or_default();
         let described = match format {
@@ -199,17 +213,15 @@ impl<S: TensorSource> Dequantized<S> {
         }
         if self.weights.get(weight).is_none_or(|weight| weight.format != described) {
             let found = self.source.info(weight).map(|info| info.dtype);
-            return Err(bad(&info.name, format!("it says that {weight:?} is {format}, found {found:?}")));
+            return Err(bad(&info.name, format!("it describes {weight:?} as {format}, found {found:?}")));
         }
-        let reason = "a description of fp8 weights, which they agree with";
-        self.companions.insert(info.name.clone(), ScaleTensor::Spare(reason));
+        let reason = "a description of an fp8 weight, which it agrees with";
+        self.scale_tensors.insert(info.name.clone(), ScaleTensor::Unused(reason));
         Ok(())
     }
 
     fn read_description(&self, info: &TensorInfo) -> Result<Map<String, Value>> {
-        let bytes: usize =
-            info.shape.iter().try_fold(1usize, |all, extent| all.checked_mul(*extent)).unwrap_or(usize::MAX);
-        if info.dtype != Dtype::U8 || bytes > MOST_DESCRIPTION {
+        if info.dtype != Dtype::U8 || element_count(info).is_none_or(|bytes| bytes > MOST_DESCRIPTION) {
             let found = format!("found {:?} {:?}", info.dtype, info.shape);
             return Err(bad(&info.name, format!("expected JSON in at most {MOST_DESCRIPTION} bytes, {found}")));
         }
@@ -217,20 +229,20 @@ impl<S: TensorSource> Dequantized<S> {
         serde_json::from_slice(&text).map_err(|error| bad(&info.name, format!("expected a JSON object: {error}")))
     }
 
-    /// What is described as scaled must have its scale, be it an empty one.
-    fn hold_descriptions(&self) -> Result<()> {
-        for name in self.companions.keys() {
+    /// A weight with a description must have a scale, even if an empty one.
+    fn check_descriptions(&self) -> Result<()> {
+        for name in self.scale_tensors.keys() {
             let Some((module, ScaleRole::Description)) = role_of(name) else { continue };
-            let has = |scale: &str| self.companions.contains_key(&format!("{module}{scale}"));
-            if !has("weight_scale") && !has("scale_weight") {
+            let has_scale = |scale: &str| self.scale_tensors.contains_key(&format!("{module}{scale}"));
+            if !has_scale("weight_scale") && !has_scale("scale_weight") {
                 return Err(bad(name, format!("it describes a scaled weight, but {module}weight_scale is missing")));
             }
         }
         Ok(())
     }
 
-    fn check_shown(&self, name: &str) -> clearform_weights::Result<()> {
-        match self.companions.contains_key(name) {
+    fn check_visible(&self, name: &str) -> clearform_weights::Result<()> {
+        match self.scale_tensors.contains_key(name) {
             true => Err(WeightsError::Missing { name: name.to_owned() }),
             false => Ok(()),
         }
@@ -239,39 +251,40 @@ impl<S: TensorSource> Dequantized<S> {
 
 impl<S: TensorSource> TensorSource for Dequantized<S> {
     fn tensors(&self) -> Vec<TensorInfo> {
-        self.source.tensors().into_iter().filter_map(|info| self.show(info)).collect()
+        self.source.tensors().into_iter().filter_map(|info| self.present(info)).collect()
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.show(self.source.info(name)?)
+        self.present(self.source.info(name)?)
     }
 
     fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
-        self.check_shown(name)?;
+        self.check_visible(name)?;
         let stored = self.source.read(name)?;
         match self.weights.get(name) {
             None => Ok(stored),
-            Some(weight) => Ok(RawTensor { dtype: SHOWN, bytes: weight.numbers(&stored.bytes, 0), ..stored }),
+            Some(weight) => Ok(RawTensor { dtype: PRESENTED, bytes: weight.to_bf16(&stored.bytes, 0), ..stored }),
         }
     }
 
-    /// Reads no more than the bytes that the range is made of.
+    /// Reads only the fp8 bytes that the range needs.
     fn read_range(&self, name: &str, range: Range<usize>) -> clearform_weights::Result<Vec<u8>> {
-        self.check_shown(name)?;
+        self.check_visible(name)?;
         let weight = match self.weights.get(name) {
             Some(weight) if range.start <= range.end => weight,
             // The source refuses a range that ends before it starts.
             _ => return self.source.read_range(name, range),
         };
-        let (first, end) = (range.start / WIDTH, range.end.div_ceil(WIDTH));
-        let mut bytes = weight.numbers(&self.source.read_range(name, first..end)?, first);
+        let first = range.start / WIDTH;
+        let end = range.end.div_ceil(WIDTH);
+        let mut bytes = weight.to_bf16(&self.source.read_range(name, first..end)?, first);
         bytes.truncate(range.end - first * WIDTH);
         bytes.drain(..range.start - first * WIDTH);
         Ok(bytes)
     }
 
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
-        self.check_shown(name)?;
+        self.check_visible(name)?;
         match self.weights.contains_key(name) {
             true => self.read(name)?.to_tensor(name),
             false => self.source.tensor(name),
@@ -279,54 +292,59 @@ impl<S: TensorSource> TensorSource for Dequantized<S> {
     }
 }
 
-const SHOWN: Dtype = Dtype::BF16;
-/// Bytes of a number that is shown; a stored one has one.
-const WIDTH: usize = 2;
-
 impl<S> Dequantized<S> {
-    fn show(&self, info: TensorInfo) -> Option<TensorInfo> {
-        match (self.companions.contains_key(&info.name), self.weights.contains_key(&info.name)) {
-            (true, _) => None,
-            (false, true) => Some(TensorInfo { dtype: SHOWN, ..info }),
-            (false, false) => Some(info),
+    /// A tensor of the source as it is presented; `None` if it is hidden.
+    fn present(&self, info: TensorInfo) -> Option<TensorInfo> {
+        if self.scale_tensors.contains_key(&info.name) {
+            None
+        } else if self.weights.contains_key(&info.name) {
+            Some(TensorInfo { dtype: PRESENTED, ..info })
+        } else {
+            Some(info)
         }
     }
 }
 
 impl Fp8Weight {
-    fn plain(info: &TensorInfo) -> Option<Self> {
-        Some(Self { format: Fp8::of(info.dtype)?, scales: Scales::One(1.0), scaled: false })
+    /// The tensor `info` as an fp8 weight without a scale, if it is fp8.
+    fn unscaled(info: &TensorInfo) -> Option<Self> {
+        Some(Self { format: Fp8::of(info.dtype)?, scales: Scales::PerTensor(1.0), scaled: false })
     }
 
-    /// The numbers of `stored`, the first of which is the `first` of its tensor.
-    fn numbers(&self, stored: &[u8], first: usize) -> Vec<u8> {
+    /// The values of `stored`, a range of the tensor that begins at its element `first`.
+    fn to_bf16(&self, stored: &[u8], first: usize) -> Vec<u8> {
         match &self.scales {
-            Scales::One(scale) => self.format.to_bf16(stored, *scale),
+            Scales::PerTensor(scale) => self.format.to_bf16(stored, *scale),
             Scales::PerRow { scales, columns } => {
-                let mut numbers = Vec::with_capacity(stored.len() * WIDTH);
+                let mut values = Vec::with_capacity(stored.len() * WIDTH);
                 let mut rest = stored;
                 while !rest.is_empty() {
                     let at = first + stored.len() - rest.len();
                     let (row, after) = rest.split_at(rest.len().min(columns - at % columns));
-                    numbers.extend(self.format.to_bf16(row, scales[at / columns]));
+                    values.extend(self.format.to_bf16(row, scales[at / columns]));
                     rest = after;
                 }
-                numbers
+                values
             }
         }
     }
 }
 
-/// The module that a tensor belongs to, with the dot after it, and what the tensor is to it.
+/// The module that a tensor belongs to, with the dot after it, and its role there.
 fn role_of(name: &str) -> Option<(&str, &'static ScaleRole)> {
-    let fits = |(ending, role): &'static (&str, ScaleRole)| {
+    let role_by_ending = |(ending, role): &'static (&str, ScaleRole)| {
         let module = name.strip_suffix(ending)?;
         (module.is_empty() || module.ends_with('.')).then_some((module, role))
     };
-    ENDINGS.iter().find_map(fits)
+    ENDINGS.iter().find_map(role_by_ending)
 }
 
-fn is_whole(dtype: Dtype) -> bool {
+/// Elements of a tensor; `None` if their number overflows.
+fn element_count(info: &TensorInfo) -> Option<usize> {
+    info.shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size))
+}
+
+fn is_full_precision(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 

@@ -1,72 +1,74 @@
-//! [`LoadReport`]: what became of each tensor of a checkpoint, and what a model of its sizes lacks.
+//! [`LoadReport`]: what became of each tensor of a checkpoint, and which tensors are missing or misshapen.
 
-use crate::manifest::config::ConfigConflict;
+use crate::manifest::conflict::ConfigConflict;
 use crate::manifest::shape::ExpectedTensor;
 use crate::mapping::suggestions::Suggestions;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Names that a nearer one is looked for: a hostile file may have a hundred thousand that nobody knows.
-const MOST_LOOKED_FOR: usize = 300;
-/// Names that one missing tensor would give: three of a fused projection.
-const MOST_GIVEN: usize = 3;
+/// Names for which a similar one is searched. The search compares every pair of names, and a hostile file may have a
+/// hundred thousand unknown ones.
+const MOST_SEARCHED: usize = 300;
+/// Canonical names that a message lists for one missing tensor: a fused projection has three.
+const MOST_LISTED: usize = 3;
+/// Problems that the message of an error lists.
+const MOST_PROBLEMS: usize = 8;
 
 /// What became of an input tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TensorOutcome {
-    /// It became these tensors, or a part of them.
+    /// It is all or part of these tensors.
     Used {
-        /// Names on the other side.
+        /// Names of the outputs.
         names: Vec<String>,
     },
-    /// It is not for us.
+    /// It is known and not needed.
     Skipped {
         /// Why.
         reason: String,
     },
-    /// Nobody knows what it is.
+    /// It is unknown, or does not fit its rule.
     Unmatched {
         /// Why.
         reason: String,
     },
 }
 
-/// A canonical tensor that nothing gives.
+/// A canonical tensor that the checkpoint lacks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MissingTensor {
     /// Canonical name.
     pub name: String,
-    /// The name it would have in this checkpoint, where it is another.
+    /// Its name in the layout of this checkpoint, if that is another.
     pub foreign: Option<String>,
 }
 
-/// A tensor of another shape than the model's sizes ask for.
+/// A tensor whose shape does not follow from the model's sizes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ShapeMismatch {
-    /// Canonical name and shape; an extent of none may be any.
+    /// Canonical name and expected shape.
     #[serde(flatten)]
     pub expected: ExpectedTensor,
-    /// Its shape in canonical form.
+    /// Its shape after mapping to the canonical tensor.
     pub found: Vec<usize>,
-    /// The input tensor it comes from.
+    /// The tensor in the file that it comes from.
     pub from: String,
 }
 
-/// The fate of every input tensor, and what is missing or wrong.
+/// The outcome of every input tensor, and what is missing or wrong.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct LoadReport {
     /// By input name.
     pub outcomes: BTreeMap<String, TensorOutcome>,
-    /// Canonical tensors that nothing gives.
+    /// Canonical tensors that the checkpoint lacks.
     pub missing: Vec<MissingTensor>,
-    /// Tensors of a wrong shape.
+    /// Tensors with the wrong shape.
     pub misshapen: Vec<ShapeMismatch>,
-    /// Settings that config.json and the tensors give differently.
+    /// Settings for which config.json and the tensors have different values.
     pub contradictions: Vec<ConfigConflict>,
-    /// What names that are missing or not understood resemble: of the former a name that is not understood, of the latter
-    /// one that is known.
+    /// Similar names: for a missing tensor an unknown one of the file, for an unknown tensor one that the model has.
     pub suggestions: BTreeMap<String, String>,
 }
 
@@ -81,7 +83,7 @@ impl LoadReport {
         self.missing.is_empty() && self.misshapen.is_empty() && self.contradictions.is_empty()
     }
 
-    /// Names that nobody knows, with reasons.
+    /// Tensors that are not understood, with reasons.
     pub fn unmatched(&self) -> impl Iterator<Item = (&str, &str)> {
         self.outcomes.iter().filter_map(|(name, outcome)| match outcome {
             TensorOutcome::Unmatched { reason } => Some((name.as_str(), reason.as_str())),
@@ -106,14 +108,15 @@ impl LoadReport {
     pub fn problems(&self) -> Vec<String> {
         let missing = self.missing_in_file().into_iter().map(|(name, gives)| self.describe_missing(name, &gives));
         let misshapen = self.misshapen.iter().map(ToString::to_string);
-        let unmatched = self
-            .unmatched()
-            .map(|(name, reason)| format!("tensor {name:?} is not understood: {reason}{}", self.hint(name)));
+        let describe_unmatched =
+            |(name, reason)| format!("tensor {name:?} is not understood: {reason}{}", self.hint(name));
+        let unmatched = self.unmatched().map(describe_unmatched);
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         contradictions.chain(missing).chain(misshapen).chain(unmatched).collect()
     }
 
-    /// Looks for what unknown and missing names may have been meant to be; `known` are all names of the layout.
+    /// Searches for names similar to those of unknown and missing tensors. `known` are all names that the model has in the
+    /// layout.
     pub(crate) fn suggest_names(&mut self, known: impl FnOnce() -> BTreeSet<String>) {
         let unknown: Vec<&str> = self.unmatched().map(|(name, _)| name).collect();
         if unknown.is_empty() {
@@ -122,46 +125,46 @@ impl LoadReport {
         let known = known();
         let missing: BTreeSet<&str> = self.missing.iter().map(MissingTensor::in_file).collect();
         let unknown: Vec<&str> = unknown.into_iter().filter(|name| !known.contains(*name)).collect();
+        // Missing names come first: of two equally similar ones, the missing one is what was meant.
         let right = Suggestions::new(missing.iter().copied().chain(known.iter().map(String::as_str)));
         let wrong = Suggestions::new(unknown.iter().copied());
-        let pair = |(name, near): (&str, &str)| (name.to_owned(), near.to_owned());
-        let of_unknown = unknown.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, right.nearest(name)?)));
-        let of_missing = missing.iter().take(MOST_LOOKED_FOR).filter_map(|name| Some((*name, wrong.nearest(name)?)));
-        self.suggestions = of_unknown.chain(of_missing).map(pair).collect();
+        let to_owned = |(name, similar): (&str, &str)| (name.to_owned(), similar.to_owned());
+        let of_unknown = unknown.iter().take(MOST_SEARCHED).filter_map(|name| Some((*name, right.nearest(name)?)));
+        let of_missing = missing.iter().take(MOST_SEARCHED).filter_map(|name| Some((*name, wrong.nearest(name)?)));
+        self.suggestions = of_unknown.chain(of_missing).map(to_owned).collect();
     }
 
-    /// Names of the file that are missing, with the canonical ones that each would give where those are others.
+    /// The missing names of the file, each with the canonical names that need it, if those are others.
     pub(crate) fn missing_in_file(&self) -> BTreeMap<&str, Vec<&str>> {
         self.missing.iter().fold(BTreeMap::new(), |mut names, missing| {
-            let gives: &mut Vec<&str> = names.entry(missing.in_file()).or_default();
-            gives.extend(missing.foreign.as_ref().map(|_| missing.name.as_str()));
+            let canonical: &mut Vec<&str> = names.entry(missing.in_file()).or_default();
+            canonical.extend(missing.foreign.as_ref().map(|_| missing.name.as_str()));
             names
         })
     }
 
-    fn describe_missing(&self, name: &str, gives: &[&str]) -> String {
-        let shown: Vec<String> = gives.iter().take(MOST_GIVEN).map(|name| format!("{name:?}")).collect();
-        let gives = match gives.len() - shown.len() {
-            _ if gives.is_empty() => String::new(),
-            0 => format!(" (it gives {})", shown.join(", ")),
-            more => format!(" (it gives {} and {more} more)", shown.join(", ")),
+    fn describe_missing(&self, name: &str, canonical: &[&str]) -> String {
+        let shown: Vec<String> = canonical.iter().take(MOST_LISTED).map(|name| format!("{name:?}")).collect();
+        let purpose = match canonical.len() - shown.len() {
+            _ if canonical.is_empty() => String::new(),
+            0 => format!(" (needed for {})", shown.join(", ")),
+            more => format!(" (needed for {} and {more} more)", shown.join(", ")),
         };
-        format!("tensor {name:?} is missing{gives}{}", self.hint(name))
+        format!("tensor {name:?} is missing{purpose}{}", self.hint(name))
     }
 
-    /// What `name` resembles, in brackets.
+    /// The name that is similar to `name`, in brackets, if there is one.
     pub(crate) fn hint(&self, name: &str) -> String {
-        self.suggestions.get(name).map_or_else(String::new, |near| format!(" (near {near:?})"))
+        self.suggestions.get(name).map_or_else(String::new, |similar| format!(" (similar: {similar:?})"))
     }
 }
 
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        const MOST: usize = 8;
-        let complaints = self.problems();
-        let shown = complaints.len().min(MOST);
-        f.write_str(&complaints[..shown].join("; "))?;
-        match complaints.len() - shown {
+        let problems = self.problems();
+        let shown = problems.len().min(MOST_PROBLEMS);
+        f.write_str(&problems[..shown].join("; "))?;
+        match problems.len() - shown {
             0 => Ok(()),
             more => write!(f, "; and {more} more"),
         }
@@ -169,7 +172,7 @@ impl fmt::Display for LoadReport {
 }
 
 impl MissingTensor {
-    /// Its name in this checkpoint.
+    /// Its name in the layout of the checkpoint.
     pub fn in_file(&self) -> &str {
         self.foreign.as_ref().unwrap_or(&self.name)
     }
@@ -177,9 +180,9 @@ impl MissingTensor {
 
 impl fmt::Display for ShapeMismatch {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let extent = |extent: &Option<usize>| extent.map_or("any".to_owned(), |extent| extent.to_string());
-        let expected: Vec<String> = self.expected.shape.iter().map(extent).collect();
+        let size = |size: &Option<usize>| size.map_or("any".to_owned(), |size| size.to_string());
+        let expected: Vec<String> = self.expected.shape.iter().map(size).collect();
         let Self { found, from, expected: ExpectedTensor { name, .. } } = self;
-        write!(f, "tensor {from:?} has a wrong shape: {name:?} expected [{}], found {found:?}", expected.join(", "))
+        write!(f, "tensor {from:?} has the wrong shape: {name:?} expected [{}], found {found:?}", expected.join(", "))
     }
 }

@@ -1,19 +1,22 @@
-//! [`Suggestions`]: which of many tensor names one resembles, so that a misspelt tensor can be told. It knows no model.
+//! [`Suggestions`]: the most similar of many tensor names, so that an error can name what a renamed tensor was.
 
 use std::collections::BTreeMap;
 use strsim::levenshtein;
 
-/// Of the names of one block, no more are compared: a hostile file may hold a hundred thousand.
+/// Names of one block that are compared; a hostile file may have a hundred thousand.
 const MOST_COMPARED: usize = 2000;
+/// Of a similar name at most one letter in so many differs. A renamed module ("qkv" as "to_qkv", "proj" as "projection")
+/// changes fewer; different modules of a block differ in more.
+const LETTERS_PER_CHANGE: usize = 4;
 
-/// Neighbours, by the number of their block.
+/// Candidates by the number of their block. Names of other blocks differ in a digit only and are never meant.
 #[derive(Debug)]
 pub(crate) struct Suggestions<'a> {
     blocks: BTreeMap<Option<&'a str>, Vec<&'a str>>,
 }
 
 impl<'a> Suggestions<'a> {
-    /// Of names that resemble another equally, the first is preferred.
+    /// Of equally similar names, the first is suggested.
     pub fn new(names: impl IntoIterator<Item = &'a str>) -> Self {
         let mut blocks: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for name in names {
@@ -22,28 +25,30 @@ impl<'a> Suggestions<'a> {
         Self { blocks }
     }
 
-    /// The name of the same block that is `name` with more or less before it, or else can be made from it by changing at
-    /// most a quarter of its letters.
+    /// The most similar name of the same block: one that differs in its prefix only, or else by the smallest edit
+    /// distance, if that is at most a quarter of the name's length.
     pub fn nearest(&self, name: &str) -> Option<&'a str> {
         let names = self.blocks.get(&block(name))?.iter().take(MOST_COMPARED);
-        let near = names.filter_map(|other| Some((distance(name, other)?, *other)));
-        near.min_by_key(|(distance, _)| *distance).map(|(_, other)| other)
+        let similar = names.filter_map(|other| Some((distance(name, other)?, *other)));
+        similar.min_by_key(|(distance, _)| *distance).map(|(_, other)| other)
     }
 }
 
+/// The distance of two similar names; `None` if they are not similar, or equal.
 fn distance(name: &str, other: &str) -> Option<usize> {
-    let ends = |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'));
-    if ends(name, other) || ends(other, name) {
+    let has_suffix = |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'));
+    if has_suffix(name, other) || has_suffix(other, name) {
         return Some(0);
     }
-    let allowed = name.len() / 4;
+    let allowed = name.len() / LETTERS_PER_CHANGE;
+    // Names of very different lengths need no comparison.
     let changes = if name.len().abs_diff(other.len()) > allowed { usize::MAX } else { levenshtein(name, other) };
     (1..=allowed).contains(&changes).then_some(changes)
 }
 
-/// The first part of a name that is a number.
+/// The number of the block that `name` is in: its first segment that is a number.
 fn block(name: &str) -> Option<&str> {
-    name.split('.').find(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
+    name.split('.').find(|segment| !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -51,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_near_to_what_it_was_meant_to_be() {
+    fn the_name_that_was_meant_is_suggested() {
         let known = [
             "img_in.weight",
             "double_blocks.1.img_attn.qkv.weight",
@@ -61,7 +66,7 @@ mod tests {
             "transformer_blocks.1.attn.to_out.0.weight",
         ];
         let names = Suggestions::new(known);
-        for (name, near) in [
+        for (name, expected) in [
             ("double_blocks.1.img_attn.qvk.weight", Some(1)),
             ("double_blocks.1.img_attn.projection.weight", Some(2)),
             ("double_blocks.11.img_attn.qvk.weight", Some(4)),
@@ -76,7 +81,7 @@ mod tests {
             ("img_in.weight", None),
             ("", None),
         ] {
-            assert_eq!(names.nearest(name), near.map(|at: usize| known[at]), "{name}");
+            assert_eq!(names.nearest(name), expected.map(|index: usize| known[index]), "{name}");
         }
     }
 }

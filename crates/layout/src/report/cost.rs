@@ -1,39 +1,40 @@
-//! [`CostEstimate`]: what a picture will cost, counted from the shapes of the weights. Nothing here is measured: how fast a
-//! machine does it is not said.
+//! [`CostEstimate`]: the operations and memory of generating an image, counted from the shapes of the weights. Nothing
+//! here is measured; how long it takes depends on the machine.
 //!
 //! One evaluation of the transformer on N image tokens and T text tokens takes 2 operations for every weight of a linear
-//! layer or convolution and every token, pixel or picture that the layer acts on, and 4 w for every pair of tokens that
-//! attend to each other in a layer of width w. Where image and text attend together, full attention has (N + T)^2 pairs;
-//! CLEAR has those of image tokens nearer than the radius r (dx^2 + dy^2 < r^2, counted exactly, with the picture's
-//! borders), N T from image to text and T (N + T) from text (CLEAR, section 3.2). Attention of the image to itself alone
-//! has N^2 or the near ones, attention of the image to the text N T in both. Norms, positions, softmax and
-//! activations are left out, as papers do.
+//! layer or convolution and every token, pixel or image that the layer is applied to, and 4 w for every pair of tokens
+//! that attend to each other in a layer of width w. In joint attention of image and text, full attention has (N + T)^2
+//! pairs; CLEAR has the pairs of image tokens nearer than the radius r (dx^2 + dy^2 < r^2, counted exactly, with the
+//! image's borders), N T from image to text and T (N + T) from text (CLEAR, section 3.2). Self-attention of the image has
+//! N^2 pairs or the near ones, cross-attention to the text N T in both cases. Norms, position embeddings, softmax and
+//! activations are left out, as in the literature.
 //!
-//! So counted, one attention layer of FLUX.1 [dev] at 1024 pixels takes 260.9 Gflop, and 63.5, 86.6 and 154.1 with CLEAR
-//! of radius 8, 16 and 32. The paper prints the same but for 80.6 at radius 16, which its own table of TFLOPs (0.09)
-//! contradicts.
+//! Counted this way, one attention layer of FLUX.1 [dev] at 1024 pixels takes 260.9 Gflop, and 63.5, 86.6 and 154.1 with
+//! CLEAR of radius 8, 16 and 32. The paper prints the same except for 80.6 at radius 16, which contradicts its own table
+//! of TFLOPs (0.09).
 //!
-//! Memory is the weights as they are computed with, and 15 activations of w numbers a token in f32, about what one block
-//! holds at its widest. Attention of either kind is computed in tiles and holds no matrix of pairs.
+//! Memory is the weights in the dtype they are computed in, plus [`ACTIVATIONS`] of w values per token in f32. Attention of
+//! either kind is computed in tiles and stores no matrix of pairs.
 
 use crate::detect::Identified;
 use crate::report::flops::FlopCount;
 use serde::Serialize;
 
-/// Side of the smallest picture, where nothing tells what the model was trained on.
+/// Side in pixels of the smallest image if the training size is unknown.
 const USUAL_SIDE: usize = 1024;
-/// No larger pictures are drawn.
+/// No larger images are estimated; the numbers stay far from overflow.
 const MOST_SIDE: usize = 1 << 15;
-/// The smallest picture's side times these.
-const TIMES: [usize; 4] = [1, 2, 4, 8];
+/// Sides of the images, in multiples of the smallest.
+const MULTIPLES: [usize; 4] = [1, 2, 4, 8];
 /// Radii of the paper.
 const RADII: [usize; 3] = [8, 16, 32];
+/// How many tensors of width w, per token, one block holds at its widest; approximate.
 const ACTIVATIONS: usize = 15;
 
-/// An estimate for one picture size; nothing in it was measured.
+/// An estimate for one image size; nothing in it was measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CostEstimate {
-    /// Pixels along a side of the square picture.
+    /// Side of the square image in pixels.
     pub side_pixels: usize,
     /// Image tokens.
     pub image_tokens: usize,
@@ -43,42 +44,42 @@ pub struct CostEstimate {
     pub memory_bytes: u64,
     /// Operations of one evaluation with full attention, in units of 10^12.
     pub full_teraflop_per_evaluation: f64,
-    /// The same made linear.
+    /// The same with CLEAR attention, by radius.
     pub clear: Vec<ClearCost>,
 }
 
-/// What one evaluation costs with CLEAR attention.
+/// The cost of one evaluation with CLEAR attention.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClearCost {
-    /// Radius of the window.
+    /// Radius of the window in tokens.
     pub radius_tokens: usize,
     /// Operations, in units of 10^12.
     pub teraflop_per_evaluation: f64,
-    /// How many times as many full attention takes.
+    /// The operations of full attention divided by these.
     pub full_over_clear: f64,
 }
 
 impl CostEstimate {
-    /// Estimates for the size a model was trained on and larger ones that it can draw, where its weights take
-    /// `weight_bytes`; none if the family's manifest does not say what its weights act on.
+    /// Estimates for the size that a model was trained on and for larger ones that it can generate. `weight_bytes` is the
+    /// size of its weights. Empty if the family's manifest does not state what its weights are applied to.
     pub fn of(identified: &Identified, weight_bytes: u64) -> Vec<Self> {
         let (manifest, sizes) = (identified.manifest(), identified.sizes());
-        let work = FlopCount::of(manifest, sizes);
-        let side = identified.pixels_per_token();
-        let first = manifest.trained_side(sizes).unwrap_or(USUAL_SIDE).clamp(side, MOST_SIDE.max(side));
+        let flops = FlopCount::of(manifest, sizes);
+        let token = identified.pixels_per_token();
+        let first = manifest.trained_side(sizes).unwrap_or(USUAL_SIDE).clamp(token, MOST_SIDE.max(token));
         let most = manifest.largest_side(sizes).unwrap_or(MOST_SIDE).max(first);
-        let sides = TIMES.map(|times| first.saturating_mul(times)).into_iter();
-        let drawn = sides.filter(|side| *side <= most && work.is_known());
-        drawn.map(|side| Self::at(side, identified, &work, weight_bytes)).collect()
+        let sides = MULTIPLES.map(|multiple| first.saturating_mul(multiple)).into_iter();
+        let possible = sides.filter(|side| *side <= most && flops.is_known());
+        possible.map(|side| Self::at(side, identified, &flops, weight_bytes)).collect()
     }
 
-    fn at(side: usize, identified: &Identified, work: &FlopCount, weight_bytes: u64) -> Self {
+    fn at(side: usize, identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
         let edge = side / identified.pixels_per_token();
         let text = identified.variant.defaults.text_tokens;
-        let picture = ImageCost { edge, text, pixels: side as f64 * side as f64 };
-        let full = picture.teraflop(work, (edge as f64).powi(4));
-        let linear = |radius| {
-            let clear = picture.teraflop(work, near_pairs(edge, radius) as f64);
+        let image = ImageSize { edge, text, pixels: side as f64 * side as f64 };
+        let full = image.teraflop(flops, (edge as f64).powi(4));
+        let with_radius = |radius| {
+            let clear = image.teraflop(flops, near_pairs(edge, radius) as f64);
             ClearCost { radius_tokens: radius, teraflop_per_evaluation: clear, full_over_clear: full / clear }
         };
         let width = identified.size("width").unwrap_or(0);
@@ -90,31 +91,35 @@ impl CostEstimate {
             text_tokens: text,
             memory_bytes: weight_bytes.saturating_add(activations as u64),
             full_teraflop_per_evaluation: full,
-            clear: RADII.map(linear).into(),
+            clear: RADII.map(with_radius).into(),
         }
     }
 }
 
-/// What an evaluation is of.
-struct ImageCost {
+/// The sizes that the cost of an evaluation depends on.
+struct ImageSize {
     /// Image tokens along a side.
     edge: usize,
+    /// Text tokens.
     text: usize,
+    /// Pixels of the image.
     pixels: f64,
 }
 
-impl ImageCost {
-    /// 10^12 operations where `near` pairs of image tokens attend to each other.
-    fn teraflop(&self, work: &FlopCount, near: f64) -> f64 {
-        let (image, text) = ((self.edge as f64).powi(2), self.text as f64);
-        let weights = work.image_token * image + work.text_token * text + work.pixel * self.pixels + work.picture;
+impl ImageSize {
+    /// 10^12 operations of an evaluation in which `near` pairs of image tokens attend to each other.
+    fn teraflop(&self, flops: &FlopCount, near: f64) -> f64 {
+        let image = (self.edge as f64).powi(2);
+        let text = self.text as f64;
+        let weights = flops.image_token * image + flops.text_token * text + flops.pixel * self.pixels + flops.image;
         let all = near + image * text + text * (image + text);
-        let pairs = work.attends_all * all + work.attends_image * near + work.attends_text * image * text;
+        let pairs = flops.attends_all * all + flops.attends_image * near + flops.attends_text * image * text;
         (2.0 * weights + 4.0 * pairs) / 1e12
     }
 }
 
-/// Pairs of tokens of an `edge` x `edge` picture that are nearer to each other than `radius`.
+/// Ordered pairs of tokens of an `edge` x `edge` image that are nearer to each other than `radius`, by their offsets:
+/// (dx, dy) occurs at (edge - dx) (edge - dy) places, and once for each sign.
 fn near_pairs(edge: usize, radius: usize) -> u64 {
     let offsets = |reach: usize| (0..edge.min(reach)).map(|at| (at, if at == 0 { 1 } else { 2 }));
     let pairs = offsets(radius).flat_map(|(dx, across)| offsets(radius).map(move |(dy, down)| (dx, dy, across * down)));
@@ -127,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_are_counted_as_one_by_one() {
+    fn pairs_are_as_many_as_a_search_finds() {
         for (edge, radius) in [(1, 8), (5, 1), (7, 3), (9, 4), (12, 16), (20, 8)] {
             let tokens = || (0..edge * edge).map(|at| ((at / edge) as i64, (at % edge) as i64));
             let near =
@@ -140,7 +145,7 @@ mod tests {
     /// Gflop of one attention layer of FLUX.1 [dev] at 1K, 2K, 4K and 8K, as the paper prints them; at 1K and radius 16 one
     /// of its tables has 80.6.
     #[test]
-    fn a_layer_of_attention_takes_what_the_paper_says() {
+    fn an_attention_layer_costs_what_the_paper_prints() {
         let layer = FlopCount { attends_all: 3072.0, ..FlopCount::default() };
         let printed = [
             (64, 260.9, [63.5, 86.6, 154.1]),
@@ -149,13 +154,13 @@ mod tests {
             (512, 847_700.0, [3920.0, 5790.0, 13_090.0]),
         ];
         for (edge, full, clear) in printed {
-            let picture = ImageCost { edge, text: 512, pixels: 0.0 };
+            let image = ImageSize { edge, text: 512, pixels: 0.0 };
             let close = |counted: f64, printed: f64| {
                 assert!((counted * 1e3 / printed - 1.0).abs() < 0.02, "{edge}: {counted} Tflop, not {printed} Gflop");
             };
-            close(picture.teraflop(&layer, (edge as f64).powi(4)), full);
+            close(image.teraflop(&layer, (edge as f64).powi(4)), full);
             for (radius, printed) in RADII.into_iter().zip(clear) {
-                close(picture.teraflop(&layer, near_pairs(edge, radius) as f64), printed);
+                close(image.teraflop(&layer, near_pairs(edge, radius) as f64), printed);
             }
         }
     }

@@ -1,19 +1,19 @@
-//! How an [`Inspection`] reads on a terminal: a word at the left of a line says what it tells, what is wrong stands near
-//! the end, the verdict is the last line. JSON has all that is cut short here.
+//! How an [`Inspection`] is printed: a word at the left of each line names its topic, problems come near the end, and the
+//! last line is the verdict. Long lists are cut here; the JSON has them whole.
 
-use crate::manifest::family::SamplingDefaults;
+use crate::manifest::family::{SamplingDefaults, Variant};
 use crate::mapping::UNKNOWN;
 use crate::report::cost::CostEstimate;
-use crate::report::inspection::Inspection;
+use crate::report::inspection::{Inspection, UnusedTensor};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Lines of one kind of fault.
+/// Lines of one kind of problem.
 const MOST_LINES: usize = 20;
-/// Columns, of which the first are the line's word.
+/// Columns of a line, and of the word at its left.
 const COLUMNS: usize = 100;
 const WORD: usize = 12;
-/// From so many times 10^12 operations on they are counted in these.
+/// From this many Tflop on, costs are printed in Tflop, below in Gflop.
 const TERA: f64 = 1.0;
 
 impl fmt::Display for Inspection {
@@ -22,7 +22,7 @@ impl fmt::Display for Inspection {
         if !self.estimates.is_empty() {
             self.table(f)?;
         }
-        self.faults().iter().try_for_each(|(word, text)| writeln!(f, "{word:WORD$}{text}"))?;
+        self.problem_lines().iter().try_for_each(|(word, text)| writeln!(f, "{word:WORD$}{text}"))?;
         write!(f, "{}", if self.complete { "complete" } else { "NOT complete" })
     }
 }
@@ -40,10 +40,10 @@ impl Inspection {
             ),
         ];
         if !self.components.is_empty() {
-            lines.push(("parts", self.components.join(", ")));
+            lines.push(("components", self.components.join(", ")));
         }
-        let reasons = self.skipped.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, one| {
-            *counts.entry(one.reason.clone()).or_default() += 1;
+        let reasons = self.skipped.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, tensor| {
+            *counts.entry(tensor.reason.clone()).or_default() += 1;
             counts
         });
         lines.extend(reasons.iter().map(|(reason, count)| ("skipped", format!("{count}: {reason}"))));
@@ -54,19 +54,18 @@ impl Inspection {
     }
 
     fn family_line(&self) -> String {
-        let (name, defaults) = (&self.variant.name, self.variant.defaults);
+        let Variant { name, defaults } = &self.variant;
         let text =
             if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
         format!("{}, variant {name} ({} steps, guidance {}{text})", self.family, defaults.steps, defaults.guidance)
     }
 
     fn layout_line(&self) -> String {
-        let prefix =
-            if self.prefix.is_empty() { String::new() } else { format!(", every name after {:?}", self.prefix) };
+        let prefix = if self.prefix.is_empty() { String::new() } else { format!(", prefix {:?}", self.prefix) };
         format!("{}{prefix}", self.layout)
     }
 
-    /// How the numbers are kept, and how they are computed with where that is not the same.
+    /// How the tensors are stored, and how they are read if that differs.
     fn storage_lines(&self) -> Vec<(&'static str, String)> {
         let bytes = self.stored.iter().map(|stored| stored.bytes).sum();
         let line = |tensors: Vec<String>, bytes| format!("{}, {} in all", tensors.join(", "), size(bytes));
@@ -75,24 +74,24 @@ impl Inspection {
             let stored = self.stored.iter().map(|stored| format!("{} {}", stored.tensors, stored.format));
             lines.push(("stored as", line(stored.collect(), bytes)));
         }
-        if self.computed_otherwise(bytes) {
+        if self.is_read_differently(bytes) {
             let read = self.dtypes.iter().map(|(dtype, count)| format!("{count} {dtype}"));
             lines.push(("read as", line(read.collect(), self.bytes)));
         }
         lines
     }
 
-    fn computed_otherwise(&self, stored_bytes: u64) -> bool {
+    fn is_read_differently(&self, stored_bytes: u64) -> bool {
         stored_bytes != self.bytes || self.stored.iter().any(|stored| !self.dtypes.contains_key(&stored.format))
     }
 
     fn table(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let tera = self.estimates.iter().all(|estimate| estimate.full_teraflop_per_evaluation >= TERA);
-        let (unit, factor) = if tera { ("Tflop", 1.0) } else { ("Gflop", 1e3) };
+        let is_large = self.estimates.iter().all(|estimate| estimate.full_teraflop_per_evaluation >= TERA);
+        let (unit, factor) = if is_large { ("Tflop", 1.0) } else { ("Gflop", 1e3) };
         wrap(f, "cost", &format!("{unit} per evaluation, counted and not measured; {}", self.evaluations()))?;
         let radii = self.estimates[0].clear.iter();
         let radii: String = radii.map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens))).collect();
-        writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "picture", "tokens", "memory", "full")?;
+        writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "image", "tokens", "memory", "full")?;
         self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
         self.limits().iter().try_for_each(|limit| wrap(f, "note", limit))
     }
@@ -100,23 +99,23 @@ impl Inspection {
     fn evaluations(&self) -> String {
         let SamplingDefaults { steps, evaluations, .. } = self.variant.defaults;
         let plural = if evaluations == 1 { "" } else { "s" };
-        format!("a picture takes {steps} steps of {evaluations} evaluation{plural}")
+        format!("an image takes {steps} steps of {evaluations} evaluation{plural}")
     }
 
     fn limits(&self) -> Vec<String> {
         let trained =
-            self.trained_side_pixels.map(|side| format!("trained at {side} px: larger rows tell the cost alone"));
-        let largest = self.largest_side_pixels.map(|side| format!("its positions end at {side} px"));
+            self.trained_side_pixels.map(|side| format!("trained at {side} px; larger sizes show only the cost"));
+        let largest = self.largest_side_pixels.map(|side| format!("its position embeddings end at {side} px"));
         trained.into_iter().chain(largest).collect()
     }
 
-    fn faults(&self) -> Vec<(&str, String)> {
+    fn problem_lines(&self) -> Vec<(&str, String)> {
         let load_report = self.load_report();
         let missing =
             load_report.missing_in_file().into_keys().map(|name| format!("{name:?}{}", load_report.hint(name)));
-        let unmatched = self.unmatched.iter().map(|one| {
-            let reason = if one.reason == UNKNOWN { String::new() } else { format!(": {}", one.reason) };
-            format!("{:?}{}{reason}", one.name, load_report.hint(&one.name))
+        let unmatched = self.unmatched.iter().map(|UnusedTensor { name, reason }| {
+            let reason = if reason == UNKNOWN { String::new() } else { format!(": {reason}") };
+            format!("{name:?}{}{reason}", load_report.hint(name))
         });
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         let misshapen = self.misshapen.iter().map(ToString::to_string);
@@ -130,25 +129,28 @@ impl Inspection {
     }
 }
 
-/// The first of `texts`, and how many more there are.
+/// A line for each of the first `texts`, and one with the number of the others.
 fn few(word: &'static str, texts: Vec<String>) -> Vec<(&'static str, String)> {
     let more = texts.len().saturating_sub(MOST_LINES);
     let rest = (more > 0).then(|| format!("and {more} more; --json lists all"));
     texts.into_iter().take(MOST_LINES).chain(rest).map(|text| (word, text)).collect()
 }
 
+/// A row of the table; `factor` converts Tflop to the table's unit.
 fn row(estimate: &CostEstimate, factor: f64) -> String {
-    let CostEstimate { side_pixels, image_tokens, full_teraflop_per_evaluation: full, .. } = estimate;
-    let (memory, full) = (size(estimate.memory_bytes), figures(full * factor));
+    let CostEstimate { side_pixels, image_tokens, .. } = estimate;
+    let memory = size(estimate.memory_bytes);
+    let full = figures(estimate.full_teraflop_per_evaluation * factor);
     let mut row = format!("{side_pixels:>6} px {image_tokens:>8} {memory:>11} {full:>9}");
     for clear in &estimate.clear {
-        let (cost, times) = (figures(clear.teraflop_per_evaluation * factor), figures(clear.full_over_clear));
-        row += &format!("{cost:>10}{:>6}", format!("{times}x"));
+        let cost = figures(clear.teraflop_per_evaluation * factor);
+        let ratio = format!("{}x", figures(clear.full_over_clear));
+        row += &format!("{cost:>10}{ratio:>6}");
     }
     row
 }
 
-/// As many decimals as say something.
+/// A number with at least three significant digits.
 fn figures(number: f64) -> String {
     let decimals = match number {
         1000.0.. => 0,
@@ -158,20 +160,21 @@ fn figures(number: f64) -> String {
     format!("{number:.decimals$}")
 }
 
-/// `text` behind `word`, broken between words.
+/// Prints `text` after `word`, broken between words at [`COLUMNS`].
 fn wrap(f: &mut fmt::Formatter, word: &str, text: &str) -> fmt::Result {
     let mut line = format!("{word:WORD$}");
     let mut room = COLUMNS - WORD;
-    for (at, part) in text.split(' ').enumerate() {
-        let length = part.chars().count();
-        if at > 0 && length + 1 > room {
+    for (index, piece) in text.split(' ').enumerate() {
+        let length = piece.chars().count();
+        if index > 0 && length + 1 > room {
             writeln!(f, "{}", line.trim_end())?;
-            (line, room) = (" ".repeat(WORD), COLUMNS - WORD);
-        } else if at > 0 {
+            line = " ".repeat(WORD);
+            room = COLUMNS - WORD;
+        } else if index > 0 {
             line.push(' ');
             room = room.saturating_sub(1);
         }
-        line += part;
+        line += piece;
         room = room.saturating_sub(length);
     }
     writeln!(f, "{}", line.trim_end())

@@ -1,7 +1,7 @@
-//! [`Inspection`]: all that is known of a checkpoint, to be printed as text or as JSON.
+//! [`Inspection`]: everything known about a checkpoint, to be printed as text or JSON.
 
 use crate::detect::Identified;
-use crate::manifest::config::ConfigConflict;
+use crate::manifest::conflict::ConfigConflict;
 use crate::manifest::family::Variant;
 use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// An input tensor that was not used, and why.
+/// A tensor in the file that is not used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct UnusedTensor {
     /// Its name.
@@ -21,21 +21,21 @@ pub struct UnusedTensor {
     pub reason: String,
 }
 
-/// The model's tensors that the file keeps in one number format.
+/// The tensors of the model that the file stores in one format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StorageFormat {
-    /// The format as the file calls it, and whether scales go with it.
+    /// The format as the file names it, and whether it has scales.
     pub format: String,
-    /// How many they are.
+    /// Number of tensors.
     pub tensors: usize,
-    /// Bytes that they take.
+    /// Their bytes in the file.
     pub bytes: u64,
 }
 
 /// What a checkpoint holds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
-    /// Whether all of it is there and understood.
+    /// Whether no tensor is missing, misshapen or not understood, and nothing is contradicted.
     pub complete: bool,
     /// Name of the family.
     pub family: String,
@@ -43,55 +43,57 @@ pub struct Inspection {
     pub variant: Variant,
     /// Name of the layout.
     pub layout: String,
-    /// What stands before every name.
+    /// What every name begins with.
     pub prefix: String,
-    /// Numbers of blocks.
+    /// Numbers of blocks by their keys in config.json.
     pub depth: BTreeMap<String, usize>,
-    /// Numbers in all canonical tensors.
+    /// Elements of all canonical tensors.
     pub parameters: u64,
-    /// Bytes of all canonical tensors, in the number formats that they are given in.
+    /// Bytes of all canonical tensors in the dtypes that they are read in.
     pub bytes: u64,
-    /// How many canonical tensors are given in which number format.
+    /// Number of canonical tensors by dtype.
     pub dtypes: BTreeMap<String, usize>,
-    /// How the file keeps the model's tensors, where it is known.
+    /// How the file stores the model's tensors; empty if it is not known.
     pub stored: Vec<StorageFormat>,
-    /// Parts of its pipeline that lie in the same file.
+    /// Components of its pipeline in the same file.
     pub components: Vec<String>,
-    /// How many input tensors are used.
+    /// Number of input tensors that are used.
     pub used: usize,
-    /// The diffusers config.json.
+    /// The config.json of diffusers.
     pub config: Value,
-    /// By what it was found.
+    /// Where it was found.
     pub evidence: Vec<String>,
-    /// What was taken for granted.
+    /// What was assumed.
     pub notes: Vec<String>,
-    /// Where config.json and the tensors differ.
+    /// Settings for which config.json and the tensors have different values.
     pub contradictions: Vec<ConfigConflict>,
-    /// Tensors that are not there.
+    /// Missing tensors.
     pub missing: Vec<MissingTensor>,
-    /// Tensors of a wrong shape.
+    /// Tensors with the wrong shape.
     pub misshapen: Vec<ShapeMismatch>,
-    /// Tensors that nobody knows.
+    /// Tensors that are not understood.
     pub unmatched: Vec<UnusedTensor>,
-    /// What names that are missing or not understood resemble.
+    /// Similar names of missing tensors and of those that are not understood.
     pub suggestions: BTreeMap<String, String>,
-    /// Tensors that are not the model's.
+    /// Tensors that the model does not need.
     pub skipped: Vec<UnusedTensor>,
-    /// Pixels along a side of the pictures it was trained on, where that is known.
+    /// Side in pixels of the images that it was trained on, if it is known.
     pub trained_side_pixels: Option<usize>,
-    /// Pixels along a side of the largest picture it can draw, where there is one.
+    /// Side in pixels of the largest image that it can generate, if there is a limit.
     pub largest_side_pixels: Option<usize>,
-    /// Cost of pictures; nothing was measured.
+    /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
 }
 
 impl Inspection {
-    /// Gathers what is known; reads no tensor.
+    /// Collects what is known; no tensor is read.
     pub fn new<S: TensorSource>(identified: &Identified, canonical: &CanonicalSource<S>) -> Self {
         let load_report = canonical.load_report();
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(TensorInfo::byte_count).sum();
-        let (manifest, sizes) = (identified.manifest(), identified.sizes());
+        let manifest = identified.manifest();
+        let sizes = identified.sizes();
+        let components = identified.components_in(canonical.source());
         Self {
             complete: load_report.complete(),
             family: identified.family.clone(),
@@ -103,7 +105,7 @@ impl Inspection {
             bytes,
             dtypes: histogram(&tensors),
             stored: Vec::new(),
-            components: identified.components_in(canonical.source()).into_iter().map(|part| part.name).collect(),
+            components: components.into_iter().map(|component| component.name).collect(),
             used: load_report.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -120,32 +122,33 @@ impl Inspection {
         }
     }
 
-    /// The same of a checkpoint on disk, with what is known of how it is kept.
+    /// The same for a checkpoint on disk, with how the tensors are stored.
     pub fn of(identified: &Identified, checkpoint: &Dequantized<Checkpoint>) -> Self {
         let canonical = identified.canonical(checkpoint);
         let mut formats = BTreeMap::<String, StorageFormat>::new();
         for (name, outcome) in &canonical.load_report().outcomes {
             let (TensorOutcome::Used { .. }, Some(stored)) = (outcome, checkpoint.stored(name)) else { continue };
-            let none = StorageFormat { format: stored.format.clone(), tensors: 0, bytes: 0 };
-            let all = formats.entry(stored.format).or_insert(none);
-            (all.tensors, all.bytes) = (all.tensors + 1, all.bytes + stored.bytes);
+            let empty = StorageFormat { format: stored.format.clone(), tensors: 0, bytes: 0 };
+            let format = formats.entry(stored.format).or_insert(empty);
+            format.tensors += 1;
+            format.bytes += stored.bytes;
         }
         let mut stored: Vec<StorageFormat> = formats.into_values().collect();
         stored.sort_by_key(|format| std::cmp::Reverse(format.bytes));
         Self { stored, ..Self::new(identified, &canonical) }
     }
 
-    /// Whether the model is whole and every tensor is understood.
+    /// Whether the model is complete and every tensor is understood.
     pub fn complete(&self) -> bool {
         self.complete
     }
 
     /// What is wrong.
     pub fn load_report(&self) -> LoadReport {
-        let unmatched = self.unmatched.iter().map(|one| (one.name.clone(), one.reason.clone()));
-        let outcome = |(name, reason)| (name, TensorOutcome::Unmatched { reason });
+        let unmatched =
+            |tensor: &UnusedTensor| (tensor.name.clone(), TensorOutcome::Unmatched { reason: tensor.reason.clone() });
         LoadReport {
-            outcomes: unmatched.map(outcome).collect(),
+            outcomes: self.unmatched.iter().map(unmatched).collect(),
             missing: self.missing.clone(),
             misshapen: self.misshapen.clone(),
             contradictions: self.contradictions.clone(),

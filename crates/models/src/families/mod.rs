@@ -1,4 +1,6 @@
-//! The architectures, a folder each.
+//! The architectures, one folder each, and the list of them.
+
+use crate::Family;
 
 pub mod dit;
 pub mod flux;
@@ -6,3 +8,6 @@ pub mod minrf;
 pub mod pixart;
 pub mod sd3;
 pub mod sit;
+
+/// Every family, alphabetically.
+pub const FAMILIES: &[&dyn Family] = &[&dit::Dit, &flux::Flux, &minrf::Minrf, &pixart::Pixart, &sd3::Sd3, &sit::Sit];

@@ -1,4 +1,4 @@
-//! [`QkvProjections`] to queries, keys and values, and the [`attention`] of a layer. They know not where image tokens lie.
+//! [`QkvProjections`]: the projections of an attention layer, and [`attention`], its operation.
 
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
@@ -7,7 +7,7 @@ use clearform_attention::{Attention, AttentionPlan, Qkv};
 use clearform_ops::rms_norm;
 use clearform_weights::TensorSource;
 
-/// The way from tokens to queries, keys and values, with a norm of each head's queries and keys where there is one.
+/// to_q, to_k and to_v of diffusers' `Attention`, and per head the RMS norms norm_q and norm_k if they exist.
 pub(crate) struct QkvProjections {
     query: Linear,
     key: Linear,
@@ -17,20 +17,22 @@ pub(crate) struct QkvProjections {
 }
 
 impl QkvProjections {
-    /// Loads the layers `names` (queries, keys, values) and, where they are there, the norms `norms` of `scope`.
+    /// Loads the projections `names` (query, key, value) and, if they exist, the norms `norms` (query, key).
     pub(crate) fn load(builder: &WeightBuilder, names: [&str; 3], norms: [&str; 2], heads: usize) -> Result<Self> {
         let [query, key, value] = names;
         let norm = |name: &str| builder.pp(name).tensor("weight");
-        let normed = builder.pp(norms[0]).has("weight");
+        let has_norms = builder.pp(norms[0]).has("weight");
         Ok(Self {
             query: builder.linear(query)?,
             key: builder.linear(key)?,
             value: builder.linear(value)?,
-            norms: if normed { Some([norm(norms[0])?, norm(norms[1])?]) } else { None },
+            norms: if has_norms { Some([norm(norms[0])?, norm(norms[1])?]) } else { None },
             heads,
         })
     }
 
+    /// Queries, keys and values.
+    ///
     /// # Shapes
     /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Qkv> {
@@ -48,7 +50,7 @@ impl QkvProjections {
     }
 }
 
-/// The attention of `layer` as `plan` has it, with the tensors that it learned.
+/// The attention that `plan` assigns to `layer`, with its learned tensors from `source`.
 pub(crate) fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSource) -> Result<Box<dyn Attention>> {
     let learned = |name: &str| match source.info(name) {
         Some(_) => source.tensor(name).map(Some).map_err(candle_core::Error::wrap),
@@ -57,11 +59,13 @@ pub(crate) fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSo
     Ok(plan.build(layer, &learned)?)
 }
 
-/// Block `index` of a model.
+/// Block `index`, or an error if there is none.
 pub(crate) fn block_at<T>(blocks: &[T], index: usize) -> Result<&T> {
     blocks.get(index).ok_or_else(|| ModelError::bad_input("index", format!("there is no block {index}")))
 }
 
+/// Splits the channels into heads.
+///
 /// # Shapes
 /// x (batch, tokens, width) -> (batch, tokens, heads, head_dim).
 pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {

@@ -1,10 +1,10 @@
-//! [`Convolution`]: the tensor library's, a band of rows at a time where a GPU would unfold too much at once.
+//! [`Convolution`]: candle's `Conv2d`, computed in bands of rows where im2col of the whole image would be too large.
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Conv2d, Conv2dConfig, Module};
 
-/// Numbers that a GPU may unfold at once. Its kernel numbers them in 32 bits, and 4 GB are enough.
-const UNFOLDED: usize = 1 << 30;
+/// Elements of the im2col matrix on a GPU. candle's kernel indexes it with 32 bits, and 2^30 f32 values take 4 GB.
+const MAX_UNFOLDED: usize = 1 << 30;
 
 /// A square convolution without dilation.
 #[derive(Debug)]
@@ -15,30 +15,38 @@ impl Convolution {
         Self(Conv2d::new(weight, bias, config))
     }
 
-    /// Rows of the result, as many at a time as unfold to at most `most` numbers; each band sees the rows around it.
-    fn in_bands(&self, x: &Tensor, most: usize) -> Result<Tensor> {
-        let (config, edge) = (*self.0.config(), self.0.weight().dim(2)?);
+    /// Computes as many output rows at a time as unfold to at most `max_unfolded` elements. Bands overlap by the
+    /// kernel's reach, so the result is that of the whole image.
+    ///
+    /// # Shapes
+    /// (batch, inputs, height, width) -> (batch, outputs, rows, columns).
+    fn in_bands(&self, x: &Tensor, max_unfolded: usize) -> Result<Tensor> {
+        let config = *self.0.config();
+        let kernel = self.0.weight().dim(2)?;
         let (batch, channels, height, width) = x.dims4()?;
-        let places = |extent: usize| (extent + 2 * config.padding).saturating_sub(edge) / config.stride + 1;
-        let band = (most / (batch * channels * edge * edge * places(width)).max(1)).max(1);
-        if band >= places(height) {
+        let output_size = |input: usize| (input + 2 * config.padding).saturating_sub(kernel) / config.stride + 1;
+        let rows = output_size(height);
+        let unfolded_row = batch * channels * kernel * kernel * output_size(width);
+        let band = (max_unfolded / unfolded_row.max(1)).max(1);
+        if band >= rows {
             return self.0.forward(x);
         }
         let padding = config.padding;
         let padded = x.pad_with_zeros(2, padding, padding)?.pad_with_zeros(3, padding, padding)?;
         let unpadded = Conv2dConfig { padding: 0, ..config };
         let conv = Conv2d::new(self.0.weight().clone(), self.0.bias().cloned(), unpadded);
-        let rows = |first: usize| {
-            let count = band.min(places(height) - first);
-            conv.forward(&padded.narrow(2, first * config.stride, (count - 1) * config.stride + edge)?.contiguous()?)
+        let convolve_band = |first: usize| {
+            let count = band.min(rows - first);
+            let input_rows = (count - 1) * config.stride + kernel;
+            conv.forward(&padded.narrow(2, first * config.stride, input_rows)?.contiguous()?)
         };
-        Tensor::cat(&(0..places(height)).step_by(band).map(rows).collect::<Result<Vec<_>>>()?, 2)
+        Tensor::cat(&(0..rows).step_by(band).map(convolve_band).collect::<Result<Vec<_>>>()?, 2)
     }
 }
 
 impl Module for Convolution {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.in_bands(x, if x.device().is_cuda() { UNFOLDED } else { usize::MAX })
+        self.in_bands(x, if x.device().is_cuda() { MAX_UNFOLDED } else { usize::MAX })
     }
 }
 
@@ -49,7 +57,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn bands_make_the_whole() {
+    fn bands_equal_the_whole_convolution() {
         for (edge, padding, stride, height) in [(3, 1, 1, 11), (3, 0, 2, 12), (1, 0, 1, 5), (3, 1, 2, 7)] {
             let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
             let config = Conv2dConfig { padding, stride, ..Conv2dConfig::default() };

@@ -1,11 +1,11 @@
-//! [`ForwardArguments`] of a forward by name, and checks of their shapes.
+//! [`ForwardArguments`]: the arguments of a forward by name, and checks of their shapes.
 
 use crate::{Conditions, DenoiserInput, ModelError, Result, StepIndex};
 use candle_core::{DType, Tensor};
 use clearform_attention::{Geometries, Geometry, TokenGrid};
 use std::collections::BTreeMap;
 
-/// Named tensors that are the arguments of a class's `forward`; each is taken once.
+/// The arguments of a class's `forward`, by name. Each is taken once.
 pub(crate) struct ForwardArguments(BTreeMap<String, Tensor>);
 
 impl ForwardArguments {
@@ -21,11 +21,11 @@ impl ForwardArguments {
         self.0.remove(name)
     }
 
-    /// Nothing may be left over; `known` are the inputs of `family`.
+    /// Fails if an argument is left over. `known` are the inputs of `family`.
     pub(crate) fn finish(self, family: &str, known: &[&str]) -> Result<()> {
         match self.0.into_keys().next() {
             Some(name) => {
-                let reason = format!("is none of {family}'s inputs: {}", known.join(", "));
+                let reason = format!("is not an input of {family}; expected {}", known.join(", "));
                 Err(ModelError::bad_input(&name, reason))
             }
             None => Ok(()),
@@ -33,16 +33,17 @@ impl ForwardArguments {
     }
 }
 
-/// The input of a family that draws classes: latents, times and labels.
+/// The input of a class-conditional family: latents, timestep and class labels.
 pub(crate) fn class_input(family: &str, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
     let mut arguments = ForwardArguments::new(tensors);
-    let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
+    let latents = arguments.required("hidden_states")?;
+    let timestep = arguments.required("timestep")?;
     let conditions = Conditions { classes: Some(arguments.required("class_labels")?), ..Conditions::default() };
     arguments.finish(family, &["hidden_states", "timestep", "class_labels"])?;
     Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
 }
 
-/// Fails unless `tensor` has the extents `shape`, of which none stands for any.
+/// Fails unless `tensor` has the shape `shape`, where `None` matches any size.
 pub(crate) fn expect(name: &str, tensor: &Tensor, shape: &[Option<usize>]) -> Result<()> {
     let fits = |(found, wanted): (&usize, &Option<usize>)| wanted.is_none_or(|wanted| wanted == *found);
     if tensor.rank() == shape.len() && tensor.dims().iter().zip(shape).all(fits) {
@@ -53,7 +54,7 @@ pub(crate) fn expect(name: &str, tensor: &Tensor, shape: &[Option<usize>]) -> Re
     Err(ModelError::bad_input(name, reason))
 }
 
-/// Checks latents of `channels` channels and times, one a sample, and gives the batch.
+/// Checks latents (batch, `channels`, height, width) and timesteps (batch), and returns the batch size.
 pub(crate) fn checked_batch(latents: &Tensor, timestep: &Tensor, channels: usize) -> Result<usize> {
     expect("hidden_states", latents, &[None, Some(channels), None, None])?;
     let batch = latents.dim(0)?;
@@ -61,17 +62,17 @@ pub(crate) fn checked_batch(latents: &Tensor, timestep: &Tensor, channels: usize
     Ok(batch)
 }
 
-/// The one grid of latents (batch, channels, height, width) whose tokens are `patch` places high and wide, as rows and
-/// columns, and the geometry of it out of those that are known.
-pub(crate) fn grid(latents: &Tensor, patch: usize, known: &Geometries) -> Result<((usize, usize), Geometry)> {
+/// The token grid of latents (batch, channels, height, width) as (rows, columns), and its geometry from the cache.
+pub(crate) fn grid(latents: &Tensor, patch_size: usize, geometries: &Geometries) -> Result<((usize, usize), Geometry)> {
     let (_, _, height, width) = latents.dims4()?;
-    let (rows, columns) = (height / patch.max(1), width / patch.max(1));
+    let rows = height / patch_size.max(1);
+    let columns = width / patch_size.max(1);
     let grid = TokenGrid::new(rows, columns);
     let grid = grid.map_err(|error| ModelError::bad_input("hidden_states", error.to_string()))?;
-    Ok(((rows, columns), known.of(vec![grid])))
+    Ok(((rows, columns), geometries.get(vec![grid])))
 }
 
-/// Class labels, one a sample; `classes` itself stands for none of them.
+/// Class labels, one per sample. Label `classes` means no class (unconditional).
 ///
 /// # Shapes
 /// The result is (batch) in u32.
@@ -81,7 +82,7 @@ pub(crate) fn labels(input: &DenoiserInput, batch: usize, classes: usize) -> Res
     let labels: Vec<f64> = labels.to_dtype(DType::F64)?.to_vec1()?;
     let is_label = |label: &f64| label.fract() == 0.0 && (0.0..=classes as f64).contains(label);
     if let Some(wrong) = labels.iter().find(|label| !is_label(label)) {
-        let reason = format!("expected whole numbers from 0 to {classes} (which is no class), found {wrong}");
+        let reason = format!("expected whole numbers from 0 to {classes} ({classes} means no class), found {wrong}");
         return Err(ModelError::bad_input("class_labels", reason));
     }
     Ok(Tensor::from_iter(labels.into_iter().map(|label| label as u32), input.latents.device())?)

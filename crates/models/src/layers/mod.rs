@@ -1,4 +1,4 @@
-//! Layers that three or more families have: embedders, projections and norms. They know no architecture.
+//! Layers that several families share: embeddings, projections, patches and input checks.
 
 mod attention;
 mod convolution;
@@ -9,10 +9,10 @@ mod positions;
 
 pub(crate) use attention::{QkvProjections, attention, block_at, split_heads};
 pub(crate) use convolution::Convolution;
-pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoids};
+pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoidal_embedding};
 pub(crate) use inputs::{ForwardArguments, checked_batch, class_input, expect, grid, labels};
-pub(crate) use patches::{ChannelOrder, Patches, patchify, to_latents, unpatchify};
+pub(crate) use patches::{ChannelOrder, PatchEmbed, patchify, to_latents, unpatchify};
 pub(crate) use positions::{rotary_tables, sincos_positions};
 
-/// Added to the variance where a class does not say otherwise.
+/// The epsilon of layer and RMS norms, unless a class uses another one.
 pub(crate) const NORM_EPS: f64 = 1e-6;

@@ -1,95 +1,96 @@
-//! [`Patches`]: pictures or latents to tokens of p x p places, and [`unpatchify`], the way back.
+//! [`PatchEmbed`] and [`patchify`]: images or latents to tokens of p x p pixels; [`unpatchify`]: the inverse.
 
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::Geometry;
 
-/// What a token's numbers run over first.
+/// The order of the values in a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ChannelOrder {
-    /// Channel, then row and column in the patch.
+    /// (channel, row in the patch, column in the patch), channel slowest: FLUX and the input of every model.
     First,
-    /// Row and column in the patch, then channel.
+    /// (row in the patch, column in the patch, channel), channel fastest: the output of DiT, SD3 and PixArt.
     Last,
 }
 
-/// A convolution whose stride is its extent, which is a linear layer over patches.
-pub(crate) struct Patches {
+/// diffusers' `PatchEmbed`: a convolution whose stride equals its kernel size, computed as a linear layer over patches.
+pub(crate) struct PatchEmbed {
     projection: Linear,
-    patch: usize,
+    patch_size: usize,
 }
 
-impl Patches {
-    /// Loads the layer "proj" of `scope`.
-    pub(crate) fn load(builder: &WeightBuilder, patch: usize) -> Result<Self> {
-        Ok(Self { projection: builder.linear("proj")?.flattened()?, patch })
+impl PatchEmbed {
+    /// Loads the convolution "proj".
+    pub(crate) fn load(builder: &WeightBuilder, patch_size: usize) -> Result<Self> {
+        Ok(Self { projection: builder.linear("proj")?.flattened()?, patch_size })
     }
 
-    /// Tokens of `latents`, with `positions` added.
+    /// Tokens of `latents` in raster order, plus `positions`.
     ///
     /// # Shapes
-    /// latents (batch, channels, height, width), positions (1, tokens, width of the model) -> (batch, tokens, width of
-    /// the model), in raster order.
+    /// latents (batch, channels, height, width), positions (1, tokens, inner width) -> (batch, tokens, inner width).
     pub(crate) fn forward(&self, latents: &Tensor, positions: &Tensor) -> Result<Tensor> {
-        let tokens = self.projection.forward(&patchify(latents, self.patch)?)?;
+        let tokens = self.projection.forward(&patchify(latents, self.patch_size)?)?;
         Ok(tokens.broadcast_add(&positions.to_dtype(latents.dtype())?)?)
     }
 }
 
-/// Tokens of `patch` x `patch` places, in raster order, whose numbers run over channels first.
+/// Tokens of p x p pixels, p = `patch_size`, in raster order, as [`ChannelOrder::First`].
 ///
 /// # Shapes
 /// (batch, channels, height, width) -> (batch, height/p · width/p, channels · p²).
-pub(crate) fn patchify(latents: &Tensor, patch: usize) -> Result<Tensor> {
+pub(crate) fn patchify(latents: &Tensor, patch_size: usize) -> Result<Tensor> {
     let (batch, channels, height, width) = latents.dims4()?;
-    if patch == 0 || !height.is_multiple_of(patch) || !width.is_multiple_of(patch) {
-        let reason = format!("height and width should be multiples of {patch}, found {height} x {width}");
+    if patch_size == 0 || !height.is_multiple_of(patch_size) || !width.is_multiple_of(patch_size) {
+        let reason = format!("expected height and width divisible by {patch_size}, found {height} x {width}");
         return Err(ModelError::bad_input("hidden_states", reason));
     }
-    let (rows, columns) = (height / patch, width / patch);
-    let patches = latents.reshape(&[batch, channels, rows, patch, columns, patch][..])?;
+    let rows = height / patch_size;
+    let columns = width / patch_size;
+    let patches = latents.reshape(&[batch, channels, rows, patch_size, columns, patch_size][..])?;
     let tokens = patches.permute(&[0, 2, 4, 1, 3, 5][..])?; // (batch, rows, columns, channels, p, p)
-    Ok(tokens.reshape((batch, rows * columns, channels * patch * patch))?)
+    Ok(tokens.reshape((batch, rows * columns, channels * patch_size * patch_size))?)
 }
 
-/// The way back from tokens of `rows` x `columns`, whose numbers have the order `order`.
+/// The inverse of [`patchify`] for a grid of `rows` x `columns` tokens in `order`.
 ///
 /// # Shapes
 /// (batch, rows · columns, channels · p²) -> (batch, channels, rows · p, columns · p).
 pub(crate) fn unpatchify(
     tokens: &Tensor,
     (rows, columns): (usize, usize),
-    patch: usize,
+    patch_size: usize,
     order: ChannelOrder,
 ) -> Result<Tensor> {
     let (batch, count, packed) = tokens.dims3()?;
-    let area = patch * patch;
+    let area = patch_size * patch_size;
     if area == 0 || count != rows * columns || !packed.is_multiple_of(area) {
-        let reason = format!("{count} tokens of {packed} numbers are no {rows} x {columns} patches of {patch}");
+        let reason =
+            format!("{count} tokens of {packed} channels do not make {rows} x {columns} patches of size {patch_size}");
         return Err(ModelError::bad_input("hidden_states", reason));
     }
     let channels = packed / area;
     let patches = match order {
         ChannelOrder::First => {
-            let patches = tokens.reshape(&[batch, rows, columns, channels, patch, patch][..])?;
+            let patches = tokens.reshape(&[batch, rows, columns, channels, patch_size, patch_size][..])?;
             patches.permute(&[0, 3, 1, 4, 2, 5][..])?
         }
         ChannelOrder::Last => {
-            let patches = tokens.reshape(&[batch, rows, columns, patch, patch, channels][..])?;
+            let patches = tokens.reshape(&[batch, rows, columns, patch_size, patch_size, channels][..])?;
             patches.permute(&[0, 5, 1, 3, 2, 4][..])?
         }
     }; // (batch, channels, rows, p, columns, p)
-    Ok(patches.reshape((batch, channels, rows * patch, columns * patch))?)
+    Ok(patches.reshape((batch, channels, rows * patch_size, columns * patch_size))?)
 }
 
-/// Latents of tokens in the tile order of `geometry`, whose numbers run over channels last.
+/// Latents of tokens in the tile order of `geometry`, as [`ChannelOrder::Last`].
 ///
 /// # Shapes
 /// (batch, tokens, channels · p²) -> (batch, channels, height, width).
-pub(crate) fn to_latents(tokens: &Tensor, geometry: &Geometry, patch: usize) -> Result<Tensor> {
+pub(crate) fn to_latents(tokens: &Tensor, geometry: &Geometry, patch_size: usize) -> Result<Tensor> {
     let grid = geometry.grids()[0];
-    unpatchify(&geometry.to_raster(tokens)?, (grid.height, grid.width), patch, ChannelOrder::Last)
+    unpatchify(&geometry.to_raster(tokens)?, (grid.height, grid.width), patch_size, ChannelOrder::Last)
 }
 
 #[cfg(test)]
@@ -98,29 +99,31 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    fn numbers(tensor: &Tensor) -> Vec<f32> {
+    fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
     #[test]
-    fn a_token_holds_channel_then_row_then_column() {
+    fn tokens_are_in_order_channel_row_column() {
         let latents = Tensor::arange(0f32, 48., &Device::Cpu).unwrap().reshape((1, 2, 4, 6)).unwrap();
         let tokens = patchify(&latents, 2).unwrap();
         assert_eq!(tokens.dims(), [1, 6, 8]);
         let rows = tokens.to_vec3::<f32>().unwrap().remove(0);
         assert_eq!(rows[1], [2., 3., 8., 9., 26., 27., 32., 33.]);
         assert_eq!(rows[3], [12., 13., 18., 19., 36., 37., 42., 43.]);
-        assert_eq!(numbers(&unpatchify(&tokens, (2, 3), 2, ChannelOrder::First).unwrap()), numbers(&latents));
-        assert!(patchify(&latents.narrow(2, 0, 3).unwrap(), 2).is_err());
-        assert!(unpatchify(&tokens, (3, 3), 2, ChannelOrder::First).is_err());
+        assert_eq!(values(&unpatchify(&tokens, (2, 3), 2, ChannelOrder::First).unwrap()), values(&latents));
+        let odd = patchify(&latents.narrow(2, 0, 3).unwrap(), 2).unwrap_err().to_string();
+        assert!(odd.contains("divisible by 2, found 3 x 6"), "{odd}");
+        let too_few = unpatchify(&tokens, (3, 3), 2, ChannelOrder::First).unwrap_err().to_string();
+        assert!(too_few.contains("6 tokens of 8 channels do not make 3 x 3 patches of size 2"), "{too_few}");
     }
 
     #[test]
-    fn with_channels_last_neighbours_in_a_token_are_channels() {
+    fn channels_vary_fastest_in_order_last() {
         let tokens = Tensor::arange(0f32, 24., &Device::Cpu).unwrap().reshape((1, 2, 12)).unwrap();
-        let picture = unpatchify(&tokens, (1, 2), 2, ChannelOrder::Last).unwrap();
-        assert_eq!(picture.dims(), [1, 3, 2, 4]);
-        assert_eq!(numbers(&picture)[..8], [0., 3., 12., 15., 6., 9., 18., 21.]);
-        assert_eq!(numbers(&picture)[8..10], [1., 4.]);
+        let image = unpatchify(&tokens, (1, 2), 2, ChannelOrder::Last).unwrap();
+        assert_eq!(image.dims(), [1, 3, 2, 4]);
+        assert_eq!(values(&image)[..8], [0., 3., 12., 15., 6., 9., 18., 21.]);
+        assert_eq!(values(&image)[8..10], [1., 4.]);
     }
 }

@@ -1,5 +1,5 @@
-//! [`ClipText`]: CLIP's text encoder (Radford et al., 2021), with the projection to the space of pictures where it has
-//! one. It takes token ids, not text.
+//! [`ClipText`]: CLIP's text encoder (Radford et al., arXiv 2103.00020). It follows transformers' `CLIPTextModel` and
+//! `CLIPTextModelWithProjection`.
 
 use super::checked_ids;
 use crate::config_keys::{ConfigKeys, bad};
@@ -10,10 +10,11 @@ use candle_nn::{LayerNorm, Module as _, ops};
 use clearform_weights::TensorSource;
 use serde_json::Value;
 
-/// Configs written before transformers 4.31 hold this id for the end token, which no vocabulary bears out.
+/// The `eos_token_id` in configs written before transformers 4.31. It is wrong for every vocabulary; transformers then
+/// pools at the highest id.
 const LEGACY_END: u32 = 2;
 
-/// Sizes of a CLIP text encoder, from its config.json.
+/// Sizes of a CLIP text encoder, from its config.json (transformers' `CLIPTextConfig`).
 #[derive(Debug, Clone)]
 pub struct ClipConfig {
     vocabulary: usize,
@@ -32,7 +33,7 @@ enum Activation {
     QuickGelu,
 }
 
-/// CLIP's text encoder.
+/// CLIP's text encoder, with the projection to the joint text-image space if it has one.
 pub struct ClipText {
     config: ClipConfig,
     tokens: Tensor,
@@ -42,16 +43,16 @@ pub struct ClipText {
     projection: Option<Linear>,
 }
 
-/// What CLIP makes of token ids.
+/// Outputs of [`ClipText::encode`].
 #[derive(Debug, Clone)]
 pub struct ClipEncoded {
-    /// Hidden states after the final norm, (batch, tokens, channels).
+    /// `last_hidden_state`: hidden states after the final norm, (batch, tokens, channels).
     pub hidden: Tensor,
-    /// Hidden states before the last layer, (batch, tokens, channels).
+    /// `hidden_states[-2]`: the input of the last layer, (batch, tokens, channels).
     pub penultimate: Tensor,
-    /// The hidden state of the end token, (batch, channels).
+    /// `pooler_output`: the hidden state of the end token, (batch, channels).
     pub pooled: Tensor,
-    /// The same in the space of pictures, (batch, projected channels), where the encoder projects.
+    /// `text_embeds`: the projection of `pooled`, (batch, projection channels), of a `CLIPTextModelWithProjection`.
     pub projected: Option<Tensor>,
 }
 
@@ -59,7 +60,7 @@ impl ClipConfig {
     /// Reads config.json of CLIPTextModel or CLIPTextModelWithProjection.
     ///
     /// # Errors
-    /// A key of the wrong type, or an activation that the class does not have.
+    /// A key of the wrong type, or an activation that is not supported.
     pub fn new(config: &Value) -> Result<Self> {
         let keys = ConfigKeys::new(config)?;
         let activation = match keys.text("hidden_act", "quick_gelu")? {
@@ -70,7 +71,8 @@ impl ClipConfig {
                 return Err(bad("hidden_act", reason));
             }
         };
-        let (width, heads) = (keys.count("hidden_size", 512)?, keys.count("num_attention_heads", 8)?);
+        let width = keys.count("hidden_size", 512)?;
+        let heads = keys.count("num_attention_heads", 8)?;
         if heads == 0 || width % heads != 0 {
             let reason = format!("expected a divisor of hidden_size = {width}, found {heads}");
             return Err(bad("num_attention_heads", reason));
@@ -87,14 +89,14 @@ impl ClipConfig {
         })
     }
 
-    /// Tokens the encoder has positions for.
+    /// Maximum number of tokens (`max_position_embeddings`).
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }
 }
 
 impl ClipText {
-    /// Builds the encoder from `source`, whose names may or may not begin with "text_model.".
+    /// Builds the encoder from `source`. Names may or may not start with "text_model.".
     ///
     /// # Errors
     /// A tensor that is missing or misshapen.
@@ -102,7 +104,8 @@ impl ClipText {
         let root = WeightBuilder::root(source).in_dtype(DType::F32);
         let prefixed = root.has("text_model.embeddings.token_embedding.weight");
         let builder = if prefixed { root.pp("text_model") } else { root.clone() };
-        let (table, width) = (builder.pp("embeddings"), config.width);
+        let table = builder.pp("embeddings");
+        let width = config.width;
         let layer = |index| ClipLayer::load(&builder.pp(format!("encoder.layers.{index}")), &config);
         let projects = root.has("text_projection.weight");
         Ok(Self {
@@ -121,12 +124,12 @@ impl ClipText {
     /// ids (batch, tokens) of any integer type; see [`ClipEncoded`].
     ///
     /// # Errors
-    /// Ids beyond the vocabulary, or more tokens than there are positions.
+    /// Ids outside the vocabulary, or more tokens than [`ClipConfig::max_tokens`].
     pub fn encode(&self, ids: &Tensor) -> Result<ClipEncoded> {
         let ids = checked_ids(ids, self.config.vocabulary)?;
         let (batch, tokens) = ids.dims2()?;
         if tokens > self.config.max_tokens {
-            let reason = format!("{tokens} tokens, but the encoder has positions for {}", self.config.max_tokens);
+            let reason = format!("expected at most {} tokens, found {tokens}", self.config.max_tokens);
             return Err(ModelError::bad_input("ids", reason));
         }
         let embedded = self.tokens.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, ()))?;
@@ -143,6 +146,8 @@ impl ClipText {
         Ok(ClipEncoded { hidden, penultimate, pooled, projected })
     }
 
+    /// # Shapes
+    /// hidden (batch, tokens, channels), ids (batch, tokens) -> (batch, channels).
     fn pool(&self, hidden: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let mut pooled = Vec::new();
         for (row, ids) in ids.to_vec2::<u32>()?.iter().enumerate() {
@@ -152,7 +157,7 @@ impl ClipText {
     }
 }
 
-/// Attention to what came before, then an MLP, each after a norm.
+/// transformers' `CLIPEncoderLayer`: causal self-attention, then an MLP, each after a layer norm.
 struct ClipLayer {
     norms: [LayerNorm; 2],
     projections: [Linear; 3],
@@ -165,12 +170,13 @@ struct ClipLayer {
 
 impl ClipLayer {
     fn load(builder: &WeightBuilder, config: &ClipConfig) -> Result<Self> {
-        let (own, mlp) = (builder.pp("self_attn"), builder.pp("mlp"));
+        let attention = builder.pp("self_attn");
+        let mlp = builder.pp("mlp");
         let norm = |name: &str| layer_norm(&builder.pp(name), config.norm_eps);
         Ok(Self {
             norms: [norm("layer_norm1")?, norm("layer_norm2")?],
-            projections: [own.linear("q_proj")?, own.linear("k_proj")?, own.linear("v_proj")?],
-            out: own.linear("out_proj")?,
+            projections: [attention.linear("q_proj")?, attention.linear("k_proj")?, attention.linear("v_proj")?],
+            out: attention.linear("out_proj")?,
             up: mlp.linear("fc1")?,
             down: mlp.linear("fc2")?,
             heads: config.heads,
@@ -209,14 +215,16 @@ fn layer_norm(builder: &WeightBuilder, eps: f64) -> Result<LayerNorm> {
     Ok(LayerNorm::new(builder.tensor("weight")?, builder.tensor("bias")?, eps))
 }
 
+/// 0 where a token (row) attends to another (column), minus infinity elsewhere.
+///
 /// # Shapes
-/// The result is (tokens, tokens): 0 where the row's token sees the column's, minus infinity elsewhere.
+/// The result is (tokens, tokens).
 fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
-    let value = |place: usize| if place % tokens > place / tokens { f32::NEG_INFINITY } else { 0.0 };
+    let value = |index: usize| if index % tokens > index / tokens { f32::NEG_INFINITY } else { 0.0 };
     Ok(Tensor::from_iter((0..tokens * tokens).map(value), device)?.reshape((tokens, tokens))?)
 }
 
-/// Where the end token stands: the first one, or, for configs that do not know its id, the first highest id.
+/// Position of the first end token, or of the first highest id if the config has [`LEGACY_END`].
 fn end_position(ids: &[u32], end_token: u32) -> usize {
     let highest = ids.iter().copied().max().unwrap_or(0);
     let sought = if end_token == LEGACY_END { highest } else { end_token };
@@ -243,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_other_encoders_have_is_an_error() {
+    fn unsupported_configs_are_errors() {
         for (config, expected) in [
             (json!({"hidden_act": "relu"}), "hidden_act"),
             (json!({"hidden_size": 10, "num_attention_heads": 3}), "divisor of hidden_size = 10"),

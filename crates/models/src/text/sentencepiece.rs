@@ -1,26 +1,28 @@
-//! [`description`]: a sentencepiece model (`spiece.model`), as the tokenizer.json that transformers makes of it. It knows
-//! T5's special tokens and no other tokenizer's.
+//! [`tokenizer_json`]: converts T5's sentencepiece model (`spiece.model`) to a tokenizer.json, as transformers'
+//! `T5Converter` does.
 
-use super::tokenizers::{TokenizerConfig, added_token, bad};
+use super::tokenizer_config::{TokenizerConfig, added_token, bad};
 use crate::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 const FILE: &str = "spiece.model";
-/// What stands for a space.
+/// Sentencepiece's replacement for a space.
 const SPACE: &str = "▁";
-/// Tokens that T5 has beyond its pieces where tokenizer_config.json does not say how many.
-const EXTRA_TOKENS: u64 = 100;
-/// More than any vocabulary has; a file that claims more is not believed.
-const MOST_EXTRA_TOKENS: u64 = 1 << 16;
+/// Default of `T5Tokenizer` for extra_ids, the number of sentinel tokens "<extra_id_n>" after the pieces.
+const EXTRA_IDS: u64 = 100;
+/// Limit on extra_ids, so that a damaged tokenizer_config.json does not allocate all memory.
+const MAX_EXTRA_IDS: u64 = 1 << 16;
 
-/// What is used of a model file (sentencepiece_model.proto).
+/// The fields of `ModelProto` (sentencepiece_model.proto) that are used.
 #[derive(Default)]
 struct UnigramModel {
     pieces: Vec<UnigramPiece>,
+    /// `normalizer_spec.precompiled_charsmap`.
     charsmap: Vec<u8>,
-    prefixed: bool,
+    /// `normalizer_spec.add_dummy_prefix`.
+    add_prefix: bool,
 }
 
 struct UnigramPiece {
@@ -29,31 +31,29 @@ struct UnigramPiece {
     kind: u64,
 }
 
-/// Kinds of pieces that are no text.
+/// `SentencePiece.Type` of special pieces.
 const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 
-/// The tokenizer.json of the model `bytes`: a unigram model behind its normalisation, and the end token.
-pub(super) fn description(bytes: &[u8], settings: &TokenizerConfig) -> Result<Value> {
+/// The tokenizer.json of the model `bytes`: normalizer, unigram model and a post-processor that appends the end token.
+pub(super) fn tokenizer_json(bytes: &[u8], settings: &TokenizerConfig) -> Result<Value> {
     let model = UnigramModel::read(bytes)?;
     let unknown = model.pieces.iter().position(|piece| piece.kind == UNKNOWN);
-    let unknown = unknown.ok_or_else(|| bad(FILE, "has no piece for the unknown"))?;
+    let unknown = unknown.ok_or_else(|| bad(FILE, "has no piece for unknown text"))?;
     let end_token = settings.token("eos_token", "</s>");
     let end = model.pieces.iter().position(|piece| piece.text == end_token);
     let end = end.ok_or_else(|| bad(FILE, format!("has no end token {end_token:?}")))?;
-    let extra = settings.count("extra_ids").unwrap_or(EXTRA_TOKENS).min(MOST_EXTRA_TOKENS);
-    let extra: Vec<String> = (0..extra).rev().map(|number| format!("<extra_id_{number}>")).collect();
-    let special = |(id, text): (usize, &String)| {
-        added_token(id as u64, json!({"content": text, "normalized": false, "special": true}))
-    };
+    let extra_ids = settings.count("extra_ids").unwrap_or(EXTRA_IDS).min(MAX_EXTRA_IDS);
+    // As in T5: the first id after the pieces is that of the sentinel with the highest number.
+    let extra: Vec<String> = (0..extra_ids).rev().map(|number| format!("<extra_id_{number}>")).collect();
     let controls = model.pieces.iter().enumerate().filter(|(_, piece)| [UNKNOWN, CONTROL].contains(&piece.kind));
-    let controls = controls.map(|(id, piece)| special((id, &piece.text)));
-    let extras = extra.iter().enumerate().map(|(place, text)| special((model.pieces.len() + place, text)));
+    let controls = controls.map(|(id, piece)| special_token(id, &piece.text));
+    let sentinels = extra.iter().enumerate().map(|(index, text)| special_token(model.pieces.len() + index, text));
     let vocab = model.pieces.iter().map(|piece| json!([piece.text, piece.score]));
-    let scheme = if settings.flag("add_prefix_space").unwrap_or(model.prefixed) { "always" } else { "never" };
+    let scheme = if settings.flag("add_prefix_space").unwrap_or(model.add_prefix) { "always" } else { "never" };
     Ok(json!({
         "version": "1.0",
-        "added_tokens": controls.chain(extras).collect::<Vec<_>>(),
+        "added_tokens": controls.chain(sentinels).collect::<Vec<_>>(),
         "normalizer": {"type": "Sequence", "normalizers": model.normalizers()},
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": true},
         "post_processor": {
@@ -71,9 +71,13 @@ pub(super) fn description(bytes: &[u8], settings: &TokenizerConfig) -> Result<Va
     }))
 }
 
+fn special_token(id: usize, text: &str) -> Value {
+    added_token(id as u64, json!({"content": text, "normalized": false, "special": true}))
+}
+
 impl UnigramModel {
     fn read(bytes: &[u8]) -> Result<Self> {
-        let mut model = Self { prefixed: true, ..Self::default() };
+        let mut model = Self { add_prefix: true, ..Self::default() };
         for field in Fields(bytes) {
             match field? {
                 (1, Payload::Bytes(piece)) => model.pieces.push(UnigramPiece::read(piece)?),
@@ -82,7 +86,7 @@ impl UnigramModel {
             }
         }
         match model.pieces.is_empty() {
-            true => Err(bad(FILE, "expected a sentencepiece model, found no pieces in it; copy the file again")),
+            true => Err(bad(FILE, "expected a sentencepiece model, found one without pieces; download it again")),
             false => Ok(model),
         }
     }
@@ -91,7 +95,7 @@ impl UnigramModel {
         for field in Fields(bytes) {
             match field? {
                 (2, Payload::Bytes(charsmap)) => self.charsmap = charsmap.to_vec(),
-                (3, Payload::Number(flag)) => self.prefixed = flag != 0,
+                (3, Payload::Varint(flag)) => self.add_prefix = flag != 0,
                 _ => {}
             }
         }
@@ -115,8 +119,8 @@ impl UnigramPiece {
                 (1, Payload::Bytes(text)) => {
                     piece.text = String::from_utf8(text.to_vec()).map_err(|error| bad(FILE, error))?;
                 }
-                (2, Payload::Single(score)) => piece.score = score,
-                (3, Payload::Number(kind)) => piece.kind = kind,
+                (2, Payload::Float(score)) => piece.score = score,
+                (3, Payload::Varint(kind)) => piece.kind = kind,
                 _ => {}
             }
         }
@@ -124,12 +128,13 @@ impl UnigramPiece {
     }
 }
 
-/// The fields of a message of protocol buffers, by number.
+/// Iterates over the fields of a protocol buffers message: field number and payload.
 struct Fields<'a>(&'a [u8]);
 
 enum Payload<'a> {
-    Number(u64),
-    Single(f32),
+    Varint(u64),
+    Float(f32),
+    /// Skipped: no field that is used has this type.
     Double,
     Bytes(&'a [u8]),
 }
@@ -145,28 +150,28 @@ impl<'a> Iterator for Fields<'a> {
         if field.is_none() {
             self.0 = &[];
         }
-        Some(field.ok_or_else(|| bad(FILE, "expected a sentencepiece model, found other bytes; copy the file again")))
+        Some(field.ok_or_else(|| bad(FILE, "expected a sentencepiece model, found other data; download it again")))
     }
 }
 
 impl<'a> Fields<'a> {
     fn field(&mut self) -> Option<(u64, Payload<'a>)> {
-        let key = self.number()?;
+        let key = self.varint()?;
         let payload = match key & 7 {
-            0 => Payload::Number(self.number()?),
+            0 => Payload::Varint(self.varint()?),
             1 => self.take(8).map(|_| Payload::Double)?,
             2 => {
-                let length = usize::try_from(self.number()?).ok()?;
+                let length = usize::try_from(self.varint()?).ok()?;
                 Payload::Bytes(self.take(length)?)
             }
-            5 => Payload::Single(f32::from_le_bytes(self.take(4)?.try_into().ok()?)),
+            5 => Payload::Float(f32::from_le_bytes(self.take(4)?.try_into().ok()?)),
             _ => return None,
         };
         Some((key >> 3, payload))
     }
 
-    /// Seven bits a byte, the lowest first; the highest bit says that more follow.
-    fn number(&mut self) -> Option<u64> {
+    /// Seven bits per byte, lowest first. The highest bit of a byte means that more follow.
+    fn varint(&mut self) -> Option<u64> {
         let mut number = 0u64;
         for shift in (0..64).step_by(7) {
             let byte = self.take(1)?[0];
@@ -195,10 +200,10 @@ mod tests {
     const TOKENS: &str = include_str!("../../fixtures/sentencepiece/tokens.json");
 
     #[test]
-    fn tokens_are_those_of_sentencepiece() {
+    fn tokens_match_sentencepiece() {
         let tokenizer = T5Tokenizer::from_sentencepiece(MODEL, None).unwrap();
         let expected: BTreeMap<String, Vec<u32>> = serde_json::from_str(TOKENS).unwrap();
-        assert!(expected.len() > 15);
+        assert_eq!(expected.len(), 17);
         for (prompt, ids) in expected {
             let padded = [&ids[..], &vec![0; 64 - ids.len()]].concat();
             assert_eq!(tokenizer.encode(&prompt, 64).unwrap(), padded, "{prompt:?}");
@@ -206,10 +211,10 @@ mod tests {
     }
 
     #[test]
-    fn special_tokens_in_a_prompt_are_themselves() {
+    fn special_tokens_in_a_prompt_are_recognised() {
         let config = br#"{"extra_ids": 3}"#;
         let tokenizer = T5Tokenizer::from_sentencepiece(MODEL, Some(config)).unwrap();
-        let first = 58; // pieces of the model
+        let first = 58; // number of pieces in the model
         assert_eq!(tokenizer.encode("<extra_id_2></s><extra_id_0>", 4).unwrap(), [first, 1, first + 2, 1]);
     }
 

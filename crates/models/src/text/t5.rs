@@ -1,20 +1,21 @@
-//! [`T5Encoder`]: the encoder of T5 (Raffel et al., 2020), over candle-transformers. It takes token ids, not text, and
-//! masks nothing: whoever hides padding encodes without it.
+//! [`T5Encoder`]: the encoder of T5 (Raffel et al., arXiv 1910.10683), from candle-transformers. It follows
+//! transformers' `T5EncoderModel` without an attention mask: to mask padding, encode prompts without it.
 
-use super::{checked_ids, f32_weights};
+use super::checked_ids;
 use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
-use candle_core::Tensor;
-use candle_nn::Activation;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::t5::{self, ActivationWithOptionalGating, T5EncoderModel};
 use clearform_weights::TensorSource;
 use serde_json::Value;
+use std::collections::HashMap;
 
-/// Sizes of a T5 encoder, from its config.json.
+/// Sizes of a T5 encoder, from its config.json (transformers' `T5Config`).
 #[derive(Debug, Clone)]
 pub struct T5Config(t5::Config);
 
-/// The encoder of T5.
+/// The encoder of T5, transformers' `T5EncoderModel`.
 #[derive(Debug)]
 pub struct T5Encoder {
     model: T5EncoderModel,
@@ -22,7 +23,7 @@ pub struct T5Encoder {
 }
 
 impl T5Config {
-    /// Reads config.json.
+    /// Reads config.json. Absent keys have the defaults of transformers' `T5Config`.
     ///
     /// # Errors
     /// A key of the wrong type, or an activation that is not supported.
@@ -31,7 +32,8 @@ impl T5Config {
         let buckets = keys.count("relative_attention_num_buckets", 32)?;
         let distance = keys.count("relative_attention_max_distance", 128)?;
         if buckets < 4 || distance <= buckets / 4 {
-            let reason = format!("expected at least 4, and 4 relative_attention_max_distance more; found {buckets}");
+            let reason =
+                format!("expected 4 or more, and less than 4 relative_attention_max_distance; found {buckets}");
             return Err(bad("relative_attention_num_buckets", reason));
         }
         Ok(Self(t5::Config {
@@ -51,30 +53,44 @@ impl T5Config {
 }
 
 impl T5Encoder {
-    /// Builds the encoder from `source`, whose token embedding may be called "shared.weight",
+    /// Builds the encoder from `source`. The token embedding may be called "shared.weight",
     /// "encoder.embed_tokens.weight" or both.
     ///
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: T5Config, source: &dyn TensorSource) -> Result<Self> {
-        let model = T5EncoderModel::load(f32_weights(source, str::to_owned)?, &config.0)?;
+        let model = T5EncoderModel::load(f32_weights(source)?, &config.0)?;
         Ok(Self { model, vocabulary: config.0.vocab_size })
     }
 
     /// Encodes token ids.
     ///
     /// # Shapes
-    /// ids (batch, tokens) of integers -> (batch, tokens, channels) in f32.
+    /// ids (batch, tokens) of any integer type -> (batch, tokens, channels) in f32.
     ///
     /// # Errors
     /// Ids beyond the vocabulary.
     pub fn encode(&self, ids: &Tensor) -> Result<Tensor> {
         let ids = checked_ids(ids, self.vocabulary)?;
-        // The model is mutable for its decoder's cache alone; a clone shares all weights.
+        // `forward` takes the model mutably because decoders have a cache. A clone shares all weights.
         Ok(self.model.clone().forward(&ids)?)
     }
 }
 
+/// Every tensor of `source` in f32. Tensors are converted one at a time, so that the bf16 and f32 weights of an encoder
+/// are never in memory together.
+fn f32_weights(source: &dyn TensorSource) -> Result<VarBuilder<'static>> {
+    let mut tensors = HashMap::new();
+    let mut device = Device::Cpu;
+    for info in source.tensors() {
+        let tensor = source.tensor(&info.name)?.to_dtype(DType::F32)?;
+        device = tensor.device().clone();
+        tensors.insert(info.name, tensor);
+    }
+    Ok(VarBuilder::from_tensors(tensors, DType::F32, &device))
+}
+
+/// The activation that config.json calls `name`.
 fn feed_forward(name: &str) -> Result<ActivationWithOptionalGating> {
     let (gated, activation) = match name {
         "relu" => (false, Activation::Relu),
@@ -98,6 +114,7 @@ mod tests {
     fn unknown_activations_are_errors() {
         let error = T5Config::new(&json!({"feed_forward_proj": "gelu"})).unwrap_err().to_string();
         assert!(error.contains("\"feed_forward_proj\": \"gelu\" is not supported"), "{error}");
-        assert!(T5Config::new(&json!({"relative_attention_num_buckets": 2})).is_err());
+        let error = T5Config::new(&json!({"relative_attention_num_buckets": 2})).unwrap_err().to_string();
+        assert!(error.contains("\"relative_attention_num_buckets\": expected 4 or more"), "{error}");
     }
 }

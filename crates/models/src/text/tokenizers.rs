@@ -1,78 +1,77 @@
-//! [`ClipTokenizer`] and [`T5Tokenizer`]: prompts to token ids of one length, from the bytes of the files that
-//! pipelines ship. They know no encoder.
+//! [`ClipTokenizer`] and [`T5Tokenizer`]: prompts to token ids, truncated and padded, from the bytes of the files that
+//! pipelines ship. They follow transformers' `CLIPTokenizer` and `T5Tokenizer`.
 
-use super::{sentencepiece, trusted};
+use super::tokenizer_config::{TokenizerConfig, added_token, bad, parse};
+use super::{sentencepiece, validation};
 use crate::{ModelError, Result};
 use serde_json::{Map, Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tokenizers::Tokenizer;
 
-/// What separates words from punctuation and digits in CLIP (its own pattern).
+/// CLIP's pattern, which splits a text into words, digits and punctuation.
 const CLIP_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
-/// How many merges count: a vocabulary of 49152 less 256 bytes, and 2 special tokens, of CLIP's own.
+/// Lines of merges.txt that `CLIPTokenizer` reads: 49152 vocabulary entries less 256 bytes and 2 special tokens.
 const CLIP_MERGES: usize = 49152 - 256 - 2;
 const CLIP_START: &str = "<|startoftext|>";
 const CLIP_END: &str = "<|endoftext|>";
 const T5_PAD: &str = "<pad>";
 
-/// CLIP's byte-level BPE: start token, words, end token, padding.
+/// CLIP's byte-level BPE tokenizer (transformers' `CLIPTokenizer`): start token, words, end token, padding.
 #[derive(Debug)]
 pub struct ClipTokenizer {
-    padded: Padded,
+    padded: PaddedTokenizer,
     max_length: Option<usize>,
 }
 
-/// T5's unigram model: pieces, end token, padding.
+/// T5's unigram tokenizer (transformers' `T5Tokenizer`): pieces, end token, padding.
 #[derive(Debug)]
 pub struct T5Tokenizer {
-    padded: Padded,
+    padded: PaddedTokenizer,
 }
 
-/// A tokenizer whose sequences are cut or filled to a length.
+/// A tokenizer that truncates and pads to a length.
 #[derive(Debug)]
-struct Padded {
+struct PaddedTokenizer {
     tokenizer: Tokenizer,
     pad: u32,
 }
 
-/// tokenizer_config.json, or nothing.
-pub(super) struct TokenizerConfig(Value);
-
 impl ClipTokenizer {
-    /// From vocab.json and merges.txt, as FLUX.1 ships them, and tokenizer_config.json where there is one.
+    /// From vocab.json and merges.txt, as FLUX.1 ships them, and tokenizer_config.json if it exists.
     ///
     /// # Errors
-    /// A file that is not what its name says.
+    /// A malformed file.
     pub fn from_vocabulary(vocab: &[u8], merges: &[u8], config: Option<&[u8]>) -> Result<Self> {
         let settings = TokenizerConfig::parse(config)?;
         let vocab: Map<String, Value> = parse("vocab.json", vocab)?;
-        let described = clip_description(vocab, read_merges(merges)?, &settings)?;
-        Self::new(&serde_json::to_vec(&described).map_err(|error| bad("vocab.json", error))?, "vocab.json", &settings)
+        let tokenizer = clip_tokenizer_json(vocab, read_merges(merges)?, &settings)?;
+        let json = serde_json::to_vec(&tokenizer).map_err(|error| bad("vocab.json", error))?;
+        Self::new(&json, "vocab.json", &settings)
     }
 
-    /// From tokenizer.json, as newer libraries write it, and tokenizer_config.json where there is one.
+    /// From tokenizer.json, as newer versions of transformers write it, and tokenizer_config.json if it exists.
     ///
     /// # Errors
-    /// A file that is not what its name says.
+    /// A malformed file.
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>) -> Result<Self> {
         Self::new(tokenizer, "tokenizer.json", &TokenizerConfig::parse(config)?)
     }
 
-    /// The ids of `prompt`, cut so that the end token stays, and padded to `max_length`.
+    /// The ids of `prompt`, truncated or padded to `max_length`. Truncation keeps the end token.
     ///
     /// # Errors
-    /// A `max_length` without room for the start and end tokens.
+    /// A `max_length` below 2: there is no room for the start and end tokens.
     pub fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
         self.padded.encode(prompt, max_length)
     }
 
-    /// The length that tokenizer_config.json gives for the encoder beside it.
+    /// `model_max_length` of tokenizer_config.json, the length that the text encoder was trained with.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
     }
 
     fn new(json: &[u8], file: &str, settings: &TokenizerConfig) -> Result<Self> {
-        let padded = Padded::new(json, file, &settings.token("pad_token", CLIP_END))?;
+        let padded = PaddedTokenizer::new(json, file, &settings.token("pad_token", CLIP_END))?;
         Ok(Self { padded, max_length: settings.max_length() })
     }
 }
@@ -81,45 +80,45 @@ impl T5Tokenizer {
     /// From tokenizer.json.
     ///
     /// # Errors
-    /// A file that is not what its name says.
+    /// A malformed file.
     pub fn from_json(tokenizer: &[u8]) -> Result<Self> {
-        Ok(Self { padded: Padded::new(tokenizer, "tokenizer.json", T5_PAD)? })
+        Ok(Self { padded: PaddedTokenizer::new(tokenizer, "tokenizer.json", T5_PAD)? })
     }
 
-    /// From spiece.model, as older libraries ship it alone, and tokenizer_config.json where there is one.
+    /// From spiece.model, the only tokenizer file of older pipelines, and tokenizer_config.json if it exists.
     ///
     /// # Errors
-    /// A file that is not what its name says.
+    /// A malformed file.
     pub fn from_sentencepiece(model: &[u8], config: Option<&[u8]>) -> Result<Self> {
-        let described = sentencepiece::description(model, &TokenizerConfig::parse(config)?)?;
-        let json = serde_json::to_vec(&described).map_err(|error| bad("spiece.model", error))?;
-        Ok(Self { padded: Padded::new(&json, "spiece.model", T5_PAD)? })
+        let tokenizer = sentencepiece::tokenizer_json(model, &TokenizerConfig::parse(config)?)?;
+        let json = serde_json::to_vec(&tokenizer).map_err(|error| bad("spiece.model", error))?;
+        Ok(Self { padded: PaddedTokenizer::new(&json, "spiece.model", T5_PAD)? })
     }
 
-    /// The ids of `prompt`, cut so that the end token stays, and padded to `max_length`.
+    /// The ids of `prompt`, truncated or padded to `max_length`. Truncation keeps the end token.
     ///
     /// # Errors
-    /// A `max_length` without room for the end token.
+    /// A `max_length` below 2.
     pub fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
         self.padded.encode(prompt, max_length)
     }
 }
 
-impl Padded {
+impl PaddedTokenizer {
     fn new(json: &[u8], file: &str, pad: &str) -> Result<Self> {
-        trusted::check(&parse(file, json)?).map_err(|reason| bad(file, reason))?;
-        let mut tokenizer = caught(|| Tokenizer::from_bytes(json)).map_err(|error| bad(file, error))?;
-        // A file may hold the cut and the padding of its last user.
+        validation::check(&parse(file, json)?).map_err(|reason| bad(file, reason))?;
+        let mut tokenizer = catch_panics(|| Tokenizer::from_bytes(json)).map_err(|error| bad(file, error))?;
+        // A file keeps the truncation and padding settings it was saved with.
         tokenizer.with_padding(None).with_truncation(None).map_err(|error| bad(file, error))?;
         let pad = tokenizer.token_to_id(pad).ok_or_else(|| bad(file, format!("has no padding token {pad:?}")))?;
         Ok(Self { tokenizer, pad })
     }
 
     fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
-        let encoding = caught(|| self.tokenizer.encode_fast(prompt, true)).map_err(ModelError::Tokenizer)?;
+        let encoding = catch_panics(|| self.tokenizer.encode_fast(prompt, true)).map_err(ModelError::Tokenizer)?;
         let mut ids = encoding.get_ids().to_vec();
         if max_length < 2 {
-            return Err(ModelError::Tokenizer(format!("a length of {max_length} has no room for the end token")));
+            return Err(ModelError::Tokenizer(format!("expected a length of at least 2, found {max_length}")));
         }
         if ids.len() > max_length {
             let end = ids[ids.len() - 1];
@@ -131,71 +130,30 @@ impl Padded {
     }
 }
 
-/// What the library does with a file that others made. It panics at some that it could refuse, such as one whose patterns
-/// match nothing in a text.
-fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+/// Runs the tokenizers library, which panics on some malformed files: for example, a pattern that matches the empty
+/// string.
+fn catch_panics<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(done) => done.map_err(|error| error.to_string()),
-        Err(_) => Err("the tokenizer library cannot do what this file asks for: copy the file again".to_owned()),
+        Err(_) => Err("the tokenizers library cannot process this file; download it again".to_owned()),
     }
 }
 
-impl TokenizerConfig {
-    fn parse(config: Option<&[u8]>) -> Result<Self> {
-        Ok(Self(config.map_or(Ok(Value::Null), |bytes| parse("tokenizer_config.json", bytes))?))
-    }
-
-    /// A special token, which is written as its text or as an object that holds it.
-    pub(super) fn token(&self, key: &str, default: &str) -> String {
-        let value = &self.0[key];
-        value.as_str().or_else(|| value["content"].as_str()).unwrap_or(default).to_owned()
-    }
-
-    /// Yes or no.
-    pub(super) fn flag(&self, key: &str) -> Option<bool> {
-        self.0[key].as_bool()
-    }
-
-    /// A whole number.
-    pub(super) fn count(&self, key: &str) -> Option<u64> {
-        self.0[key].as_u64()
-    }
-
-    /// Libraries write 1e30 where a tokenizer has no length.
-    fn max_length(&self) -> Option<usize> {
-        self.0["model_max_length"].as_u64().map(|length| length as usize).filter(|length| *length < 1 << 20)
-    }
-
-    /// Tokens to find in a text before it is cut to words.
-    fn added_tokens(&self, vocab: &Map<String, Value>) -> Vec<Value> {
-        let Some(listed) = self.0["added_tokens_decoder"].as_object() else {
-            let names = [self.token("bos_token", CLIP_START), self.token("eos_token", CLIP_END)];
-            return names
-                .iter()
-                .filter_map(|name| Some(added_token(vocab.get(name)?.as_u64()?, json!({"content": name}))))
-                .collect();
-        };
-        let mut tokens: Vec<(u64, &Value)> =
-            listed.iter().filter_map(|(id, token)| Some((id.parse().ok()?, token))).collect();
-        tokens.sort_by_key(|(id, _)| *id);
-        tokens.into_iter().map(|(id, token)| added_token(id, token.clone())).collect()
-    }
-}
-
-/// The tokenizer.json that transformers makes of CLIP's vocab.json and merges.txt.
-fn clip_description(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings: &TokenizerConfig) -> Result<Value> {
-    let edge = |key, default| {
+/// The tokenizer.json to which transformers converts CLIP's vocab.json and merges.txt (`CLIPConverter`).
+fn clip_tokenizer_json(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings: &TokenizerConfig) -> Result<Value> {
+    let token_and_id = |key, default| {
         let token = settings.token(key, default);
         let id = vocab.get(&token).and_then(Value::as_u64);
         id.map(|id| json!([token, id])).ok_or_else(|| bad("vocab.json", format!("has no token {token:?}")))
     };
-    let (start, end) = (edge("bos_token", CLIP_START)?, edge("eos_token", CLIP_END)?);
+    let start = token_and_id("bos_token", CLIP_START)?;
+    let end = token_and_id("eos_token", CLIP_END)?;
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let words = json!({"type": "Split", "pattern": {"Regex": CLIP_WORDS}, "behavior": "Removed", "invert": true});
     let spaces = json!({"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "});
     Ok(json!({
         "version": "1.0",
-        "added_tokens": settings.added_tokens(&vocab),
+        "added_tokens": settings.added_tokens().unwrap_or_else(|| clip_added_tokens(&vocab, settings)),
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, spaces, {"type": "Lowercase"}]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes]},
         "post_processor": {
@@ -213,20 +171,13 @@ fn clip_description(vocab: Map<String, Value>, merges: Vec<[&str; 2]>, settings:
     }))
 }
 
-pub(super) fn added_token(id: u64, token: Value) -> Value {
-    let flag = |key: &str, default| token[key].as_bool().unwrap_or(default);
-    json!({
-        "id": id,
-        "content": token["content"],
-        "single_word": flag("single_word", false),
-        "lstrip": flag("lstrip", false),
-        "rstrip": flag("rstrip", false),
-        "normalized": flag("normalized", true),
-        "special": flag("special", true),
-    })
+/// The start and end tokens, for pipelines whose tokenizer_config.json lists no added tokens.
+fn clip_added_tokens(vocab: &Map<String, Value>, settings: &TokenizerConfig) -> Vec<Value> {
+    let names = [settings.token("bos_token", CLIP_START), settings.token("eos_token", CLIP_END)];
+    names.iter().filter_map(|name| Some(added_token(vocab.get(name)?.as_u64()?, json!({"content": name})))).collect()
 }
 
-/// Pairs of merges.txt, whose first line is its version.
+/// The pairs of merges.txt. Its first line is a version.
 fn read_merges(merges: &[u8]) -> Result<Vec<[&str; 2]>> {
     let text = std::str::from_utf8(merges).map_err(|error| bad("merges.txt", error))?;
     text.trim()
@@ -242,16 +193,8 @@ fn read_merge(number: usize, line: &str) -> Result<[&str; 2]> {
     let mut parts = line.split_whitespace();
     match (parts.next(), parts.next(), parts.next()) {
         (Some(left), Some(right), None) => Ok([left, right]),
-        _ => Err(bad("merges.txt", format!("line {number}: expected two parts, found {line:?}"))),
+        _ => Err(bad("merges.txt", format!("line {number}: expected two tokens, found {line:?}"))),
     }
-}
-
-fn parse<T: serde::de::DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|error| bad(file, error))
-}
-
-pub(super) fn bad(file: &str, reason: impl std::fmt::Display) -> ModelError {
-    ModelError::Tokenizer(format!("{file}: {reason}"))
 }
 
 #[cfg(test)]
@@ -264,7 +207,7 @@ mod tests {
     const MERGES: &[u8] = b"#version: 0.2\na b</w>\n";
 
     #[test]
-    fn a_prompt_is_framed_and_padded() {
+    fn a_prompt_gets_start_end_and_padding() {
         let tokenizer = ClipTokenizer::from_vocabulary(VOCAB, MERGES, None).unwrap();
         assert_eq!(tokenizer.encode("  AB\nb", 6).unwrap(), [5, 4, 3, 6, 6, 6]);
         assert_eq!(tokenizer.encode("", 3).unwrap(), [5, 6, 6]);
@@ -274,7 +217,8 @@ mod tests {
     fn a_long_prompt_keeps_its_end_token() {
         let tokenizer = ClipTokenizer::from_vocabulary(VOCAB, MERGES, None).unwrap();
         assert_eq!(tokenizer.encode("a b a b a b", 4).unwrap(), [5, 2, 3, 6]);
-        assert!(tokenizer.encode("a", 1).is_err());
+        let error = tokenizer.encode("a", 1).unwrap_err().to_string();
+        assert!(error.contains("expected a length of at least 2, found 1"), "{error}");
     }
 
     #[test]
@@ -288,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_at_which_the_library_panics_is_an_error() {
+    fn a_panic_of_the_library_is_an_error() {
         let filled = json!({"type": "Replace", "pattern": {"Regex": r"\s?"}, "content": "'d "});
         let file = json!({
             "version": "1.0",
@@ -298,7 +242,7 @@ mod tests {
         });
         let tokenizer = ClipTokenizer::from_json(file.to_string().as_bytes(), None).unwrap();
         let error = tokenizer.encode("fox", 16).unwrap_err().to_string();
-        assert!(error.contains("the tokenizer library cannot do"), "{error}");
+        assert!(error.contains("the tokenizers library cannot process this file"), "{error}");
     }
 
     #[test]
@@ -309,7 +253,7 @@ mod tests {
         };
         check(b"[]", MERGES, "vocab.json");
         check(b"{}", MERGES, "vocab.json: has no token \"<|startoftext|>\"");
-        check(VOCAB, b"#version: 0.2\na b c\n", "merges.txt: line 2: expected two parts, found \"a b c\"");
+        check(VOCAB, b"#version: 0.2\na b c\n", "merges.txt: line 2: expected two tokens, found \"a b c\"");
         assert!(T5Tokenizer::from_json(b"<html>").unwrap_err().to_string().contains("tokenizer.json"));
     }
 }

@@ -1,4 +1,4 @@
-//! The layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and how convolutions and group norms are read.
+//! Layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and loading of convolutions and group norms.
 
 use crate::Result;
 use crate::layers::Convolution;
@@ -6,12 +6,13 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{D, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 
-/// Added to the variance in every norm of the autoencoder.
+/// The epsilon of every norm in the autoencoder.
 const NORM_EPS: f64 = 1e-6;
-/// Queries that attend at a time: the scores of a whole large picture would not fit in memory.
+/// Queries that attend at a time. The scores of a whole image would not fit in memory: at 128 x 128 latent pixels they
+/// take 1 GB.
 const QUERIES: usize = 1024;
 
-/// Two convolutions around a shortcut.
+/// diffusers' `ResnetBlock2D` without a timestep embedding: two convolutions after group norm and SiLU, and a shortcut.
 #[derive(Debug)]
 pub(super) struct Resnet {
     norms: [GroupNorm; 2],
@@ -19,7 +20,7 @@ pub(super) struct Resnet {
     shortcut: Option<Convolution>,
 }
 
-/// One head over all places of the picture.
+/// Single-head self-attention over all latent pixels: diffusers' `Attention` in `UNetMidBlock2D`.
 #[derive(Debug)]
 pub(super) struct SpatialAttention {
     norm: GroupNorm,
@@ -29,24 +30,26 @@ pub(super) struct SpatialAttention {
     out: Linear,
 }
 
-/// A square convolution of [inputs, outputs, edge].
+/// Loads a square convolution of shape [inputs, outputs, kernel].
 pub(super) fn conv(
     builder: &WeightBuilder,
-    [inputs, outputs, edge]: [usize; 3],
+    [inputs, outputs, kernel]: [usize; 3],
     config: Conv2dConfig,
 ) -> Result<Convolution> {
-    let weight = builder.shaped("weight", &[outputs, inputs, edge, edge])?;
+    let weight = builder.shaped("weight", &[outputs, inputs, kernel, kernel])?;
     Ok(Convolution::new(weight, Some(builder.shaped("bias", &[outputs])?), config))
 }
 
+/// Loads a group norm.
 pub(super) fn group_norm(builder: &WeightBuilder, channels: usize, groups: usize) -> Result<GroupNorm> {
-    let (weight, bias) = (builder.shaped("weight", &[channels])?, builder.shaped("bias", &[channels])?);
+    let weight = builder.shaped("weight", &[channels])?;
+    let bias = builder.shaped("bias", &[channels])?;
     Ok(GroupNorm::new(weight, bias, channels, groups, NORM_EPS)?)
 }
 
 impl Resnet {
     pub(super) fn load(builder: &WeightBuilder, [inputs, outputs]: [usize; 2], groups: usize) -> Result<Self> {
-        let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
+        let same_size = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
         let shortcut = || conv(&builder.pp("conv_shortcut"), [inputs, outputs, 1], Conv2dConfig::default());
         Ok(Self {
             norms: [
@@ -54,13 +57,15 @@ impl Resnet {
                 group_norm(&builder.pp("norm2"), outputs, groups)?,
             ],
             convs: [
-                conv(&builder.pp("conv1"), [inputs, outputs, 3], same)?,
-                conv(&builder.pp("conv2"), [outputs, outputs, 3], same)?,
+                conv(&builder.pp("conv1"), [inputs, outputs, 3], same_size)?,
+                conv(&builder.pp("conv2"), [outputs, outputs, 3], same_size)?,
             ],
             shortcut: (inputs != outputs).then(shortcut).transpose()?,
         })
     }
 
+    /// # Shapes
+    /// (batch, inputs, height, width) -> (batch, outputs, height, width).
     pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut inner = x.clone();
         for (norm, conv) in self.norms.iter().zip(&self.convs) {
@@ -84,24 +89,26 @@ impl SpatialAttention {
         })
     }
 
+    /// # Shapes
+    /// (batch, channels, height, width) -> the same.
     pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let (batch, channels, height, width) = x.dims4()?;
-        let places = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (batch, places, channels)
-        let query = (self.query.forward(&places)? / (channels as f64).sqrt())?;
-        let key = self.key.forward(&places)?.transpose(1, 2)?.contiguous()?; // (batch, channels, places)
-        let value = self.value.forward(&places)?;
-        let mut rows = Vec::new();
+        let tokens = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (batch, pixels, channels)
+        let query = (self.query.forward(&tokens)? / (channels as f64).sqrt())?;
+        let key = self.key.forward(&tokens)?.transpose(1, 2)?.contiguous()?; // (batch, channels, pixels)
+        let value = self.value.forward(&tokens)?;
+        let mut chunks = Vec::new();
         for start in (0..height * width).step_by(QUERIES) {
-            let some = query.narrow(1, start, QUERIES.min(height * width - start))?.contiguous()?;
-            rows.push(candle_nn::ops::softmax(&some.matmul(&key)?, D::Minus1)?.matmul(&value)?);
+            let chunk = query.narrow(1, start, QUERIES.min(height * width - start))?.contiguous()?;
+            chunks.push(candle_nn::ops::softmax(&chunk.matmul(&key)?, D::Minus1)?.matmul(&value)?);
         }
-        let attended = self.out.forward(&Tensor::cat(&rows, 1)?)?; // (batch, places, channels)
+        let attended = self.out.forward(&Tensor::cat(&chunks, 1)?)?; // (batch, pixels, channels)
         x + attended.transpose(1, 2)?.reshape((batch, channels, height, width))?
     }
 }
 
-/// The layer that stands under the first of `names` that is there: diffusers changed the names of a VAE's attention, and
-/// reads the older ones too.
+/// Loads the linear layer under the first of `names` that exists. Older files have the second one,
+/// and sometimes 1 x 1 convolutions.
 fn layer(builder: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
     let older = !builder.pp(names[0]).has("weight") && builder.pp(names[1]).has("weight");
     Ok(builder.linear(names[usize::from(older)])?.flattened()?)
@@ -114,9 +121,9 @@ mod tests {
     use candle_core::{DType, Device};
     use clearform_weights::InMemoryTensors;
 
-    /// With zero scores every place takes the mean of all, in one chunk of queries or in two.
+    /// With zero scores every pixel gets the mean of all, whether in one chunk of queries or in two.
     #[test]
-    fn attention_in_chunks_is_attention() {
+    fn chunked_attention_equals_attention() {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
         let eye = Tensor::eye(2, DType::F32, &Device::Cpu).unwrap();
         let ones = Tensor::ones(2, DType::F32, &Device::Cpu).unwrap();

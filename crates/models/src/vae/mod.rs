@@ -1,5 +1,5 @@
-//! [`AutoencoderKl`]: pictures to latents and back (latent diffusion, section 3.1), in diffusers' layout of tensors.
-//! It computes in f32 whatever the stored number format, and knows nothing of packing or of files.
+//! [`AutoencoderKl`]: diffusers' `AutoencoderKL`, images to latents and back (latent diffusion, arXiv 2112.10752,
+//! section 3.1). It computes in f32 whatever the dtype of the weights.
 
 mod layers;
 
@@ -13,30 +13,30 @@ use clearform_weights::TensorSource;
 use layers::{Resnet, SpatialAttention, conv, group_norm};
 use serde_json::Value;
 
-/// Sizes of an AutoencoderKL and the range of its latents, from its config.json.
+/// Sizes of an `AutoencoderKL` and the scaling of its latents, from its config.json.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
-    /// Channels of a picture, in and out.
-    pub picture_channels: [usize; 2],
-    /// Channels of each level, finest first.
+    /// Channels of an image, in and out.
+    pub image_channels: [usize; 2],
+    /// Channels of each level, highest resolution first (`block_out_channels`).
     pub level_channels: Vec<usize>,
-    /// Residual blocks per level of the encoder; the decoder has one more.
+    /// Residual blocks per level of the encoder (`layers_per_block`); the decoder has one more.
     pub level_blocks: usize,
     /// Channels of the latents.
     pub latent_channels: usize,
-    /// Groups of every group norm.
+    /// Groups of every group norm (`norm_num_groups`).
     pub groups: usize,
-    /// Whether the coarsest level attends.
+    /// Whether the middle blocks have self-attention (`mid_block_add_attention`).
     pub attention: bool,
-    /// Whether a 1 x 1 convolution follows the encoder, and another precedes the decoder.
+    /// Whether a 1 x 1 convolution follows the encoder, and whether another precedes the decoder.
     pub quant_convs: [bool; 2],
-    /// Latents as the transformer sees them are (raw - shift) · scale.
+    /// `scaling_factor`: the transformer's latents are (encoded - shift) · scale.
     pub scale: f64,
-    /// See `scale`.
+    /// `shift_factor`; see `scale`.
     pub shift: f64,
 }
 
-/// A variational autoencoder.
+/// diffusers' `AutoencoderKL`.
 #[derive(Debug)]
 pub struct AutoencoderKl {
     config: VaeConfig,
@@ -47,10 +47,10 @@ pub struct AutoencoderKl {
 }
 
 impl VaeConfig {
-    /// Reads config.json.
+    /// Reads config.json. Absent keys have the defaults of diffusers' class.
     ///
     /// # Errors
-    /// A key of the wrong type, or a kind of block that only other autoencoders have.
+    /// A key of the wrong type, or a block type or activation that is not supported.
     pub fn new(config: &Value) -> Result<Self> {
         let keys = ConfigKeys::new(config)?;
         keys.expect_all("down_block_types", "DownEncoderBlock2D")?;
@@ -60,7 +60,7 @@ impl VaeConfig {
             return Err(bad("act_fn", format!("{activation:?} is not supported, only \"silu\"")));
         }
         let read = Self {
-            picture_channels: [keys.count("in_channels", 3)?, keys.count("out_channels", 3)?],
+            image_channels: [keys.count("in_channels", 3)?, keys.count("out_channels", 3)?],
             level_channels: keys.counts("block_out_channels", &[64])?,
             level_blocks: keys.count("layers_per_block", 1)?,
             latent_channels: keys.count("latent_channels", 4)?,
@@ -73,13 +73,14 @@ impl VaeConfig {
         read.check()
     }
 
-    /// How many pixels one latent place spans along an edge.
+    /// Width and height of a latent pixel in image pixels (`vae_scale_factor`).
     pub fn downscale(&self) -> usize {
         1 << (self.level_channels.len() - 1)
     }
 
     fn check(self) -> Result<Self> {
-        let (levels, groups) = (&self.level_channels, self.groups);
+        let levels = &self.level_channels;
+        let groups = self.groups;
         if levels.is_empty() || levels.len() > 8 {
             return Err(bad("block_out_channels", format!("expected 1 to 8 levels, found {}", levels.len())));
         }
@@ -88,59 +89,60 @@ impl VaeConfig {
             return Err(bad("norm_num_groups", reason));
         }
         if self.scale == 0.0 {
-            return Err(bad("scaling_factor", "should not be 0"));
+            return Err(bad("scaling_factor", "expected a number other than 0, found 0"));
         }
         Ok(self)
     }
 }
 
 impl AutoencoderKl {
-    /// Builds the autoencoder from `source`, in diffusers' names.
+    /// Builds the autoencoder from `source`, with the tensor names of diffusers.
     ///
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn build(config: VaeConfig, source: &dyn TensorSource) -> Result<Self> {
         let builder = WeightBuilder::root(source).in_dtype(DType::F32);
         let latent = config.latent_channels;
-        let one_by_one = |wanted: bool, name, channels| {
+        let load_1x1_conv = |wanted: bool, name, channels| {
             let load = || conv(&builder.pp(name), [channels, channels, 1], Conv2dConfig::default());
             wanted.then(load).transpose()
         };
         Ok(Self {
-            quant: one_by_one(config.quant_convs[0], "quant_conv", 2 * latent)?,
-            post_quant: one_by_one(config.quant_convs[1], "post_quant_conv", latent)?,
+            quant: load_1x1_conv(config.quant_convs[0], "quant_conv", 2 * latent)?,
+            post_quant: load_1x1_conv(config.quant_convs[1], "post_quant_conv", latent)?,
             encoder: Encoder::load(&builder.pp("encoder"), &config)?,
             decoder: Decoder::load(&builder.pp("decoder"), &config)?,
             config,
         })
     }
 
-    /// Sizes, and the range of the latents.
+    /// Sizes, and the scaling of the latents.
     pub fn config(&self) -> &VaeConfig {
         &self.config
     }
 
-    /// The most likely latents of `pictures`, as the transformer sees them: (mean - shift) · scale.
+    /// Latents of `images` as the transformer takes them: the mode of `latent_dist`, (mean - shift) · scale.
     ///
     /// # Shapes
     /// (batch, 3, height, width) in -1..1 -> (batch, channels, height/downscale, width/downscale) in f32.
     ///
     /// # Errors
-    /// Extents that are no picture's.
-    pub fn encode(&self, pictures: &Tensor) -> Result<Tensor> {
-        let [mean, _] = self.moments(pictures)?;
+    /// A rank or number of channels that is not that of an image.
+    pub fn encode(&self, images: &Tensor) -> Result<Tensor> {
+        let [mean, _] = self.moments(images)?;
         Ok(((mean - self.config.shift)? * self.config.scale)?)
     }
 
-    /// Mean and log-variance of the raw latents of `pictures`.
+    /// Mean and log-variance of the unscaled latents of `images`, clamped to -30..20 as in
+    /// `DiagonalGaussianDistribution`.
     ///
     /// # Shapes
     /// As [`Self::encode`], twice.
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn moments(&self, pictures: &Tensor) -> Result<[Tensor; 2]> {
-        let encoded = self.encoder.forward(&pictures.to_dtype(DType::F32)?)?;
+    pub fn moments(&self, images: &Tensor) -> Result<[Tensor; 2]> {
+        let encoded = self.encoder.forward(&images.to_dtype(DType::F32)?)?;
         let moments = match &self.quant {
             Some(quant) => quant.forward(&encoded)?,
             None => encoded,
@@ -149,13 +151,13 @@ impl AutoencoderKl {
         Ok([moments.narrow(1, 0, channels)?, moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?])
     }
 
-    /// Pictures of latents as the transformer gives them; not clamped.
+    /// Images of the transformer's latents, latents / scale + shift decoded. Values are about -1..1 and not clamped.
     ///
     /// # Shapes
-    /// (batch, channels, height, width) -> (batch, 3, height · downscale, width · downscale) in f32, about -1..1.
+    /// (batch, channels, height, width) -> (batch, 3, height · downscale, width · downscale) in f32.
     ///
     /// # Errors
-    /// Channels that are not those of the latents.
+    /// A number of channels that is not [`VaeConfig::latent_channels`].
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let raw = ((latents.to_dtype(DType::F32)? / self.config.scale)? + self.config.shift)?;
         let raw = match &self.post_quant {
@@ -166,6 +168,7 @@ impl AutoencoderKl {
     }
 }
 
+/// diffusers' `Encoder`.
 #[derive(Debug)]
 struct Encoder {
     conv_in: Convolution,
@@ -175,6 +178,7 @@ struct Encoder {
     conv_out: Convolution,
 }
 
+/// diffusers' `Decoder`.
 #[derive(Debug)]
 struct Decoder {
     conv_in: Convolution,
@@ -184,13 +188,15 @@ struct Decoder {
     conv_out: Convolution,
 }
 
-/// Residual blocks, then the convolution that halves or doubles the extents, where there is one.
+/// diffusers' `DownEncoderBlock2D` or `UpDecoderBlock2D`: residual blocks, then the convolution of the downsampler or
+/// upsampler, which all levels but the last have.
 #[derive(Debug)]
 struct ResolutionLevel {
     resnets: Vec<Resnet>,
     resample: Option<Convolution>,
 }
 
+/// diffusers' `UNetMidBlock2D`.
 #[derive(Debug)]
 struct MidBlock {
     first: Resnet,
@@ -198,7 +204,8 @@ struct MidBlock {
     second: Resnet,
 }
 
-/// Which channels and convolution a level has.
+/// Sizes of a [`ResolutionLevel`]: channels in and out, residual blocks, groups, and the name and kind of its
+/// convolution.
 struct ResolutionLevelShape {
     channels: [usize; 2],
     blocks: usize,
@@ -206,12 +213,13 @@ struct ResolutionLevelShape {
     resample: Option<(&'static str, Conv2dConfig)>,
 }
 
-const SAME: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, groups: 1, cudnn_fwd_algo: None };
-const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME };
+const SAME_SIZE: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, groups: 1, cudnn_fwd_algo: None };
+const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME_SIZE };
 
 impl Encoder {
     fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
-        let (channels, last) = (&config.level_channels, config.level_channels.len() - 1);
+        let channels = &config.level_channels;
+        let last = config.level_channels.len() - 1;
         let level = |index: usize| {
             let shape = ResolutionLevelShape {
                 channels: [channels[index.saturating_sub(1)], channels[index]],
@@ -222,20 +230,20 @@ impl Encoder {
             ResolutionLevel::load(&builder.pp(format!("down_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&builder.pp("conv_in"), [config.picture_channels[0], channels[0], 3], SAME)?,
+            conv_in: conv(&builder.pp("conv_in"), [config.image_channels[0], channels[0], 3], SAME_SIZE)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
             middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
             norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME_SIZE)?,
         })
     }
 
-    fn forward(&self, pictures: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = self.conv_in.forward(pictures)?;
+    fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = self.conv_in.forward(images)?;
         for level in &self.levels {
             x = level.resnets(&x)?;
             if let Some(halve) = &level.resample {
-                // Padding is on the far edges alone, as in diffusers' downsampler.
+                // diffusers' `Downsample2D` pads only the right and bottom edges.
                 x = halve.forward(&x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?)?;
             }
         }
@@ -253,16 +261,16 @@ impl Decoder {
                 channels: [channels[index.saturating_sub(1)], channels[index]],
                 blocks: config.level_blocks + 1,
                 groups: config.groups,
-                resample: (index < last).then_some(("upsamplers.0.conv", SAME)),
+                resample: (index < last).then_some(("upsamplers.0.conv", SAME_SIZE)),
             };
             ResolutionLevel::load(&builder.pp(format!("up_blocks.{index}")), &shape)
         };
         Ok(Self {
-            conv_in: conv(&builder.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME)?,
+            conv_in: conv(&builder.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME_SIZE)?,
             middle: MidBlock::load(&builder.pp("mid_block"), channels[0], config)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
             norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&builder.pp("conv_out"), [channels[last], config.picture_channels[1], 3], SAME)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], config.image_channels[1], 3], SAME_SIZE)?,
         })
     }
 
@@ -336,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_null_shift_is_none() {
+    fn a_null_shift_is_zero() {
         let config = VaeConfig::new(&json!({"shift_factor": null, "block_out_channels": [32, 32, 64]})).unwrap();
         assert_eq!((config.shift, config.scale, config.downscale()), (0.0, 0.18215, 4));
     }

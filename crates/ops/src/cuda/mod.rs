@@ -1,5 +1,5 @@
-//! [`start`]: kernels on a GPU, on the tensor library's own stream; `rows` has those of our operations. Nothing here has
-//! run on a GPU yet.
+//! [`start`]: launches kernels on a GPU, on candle's stream. `rows` has the row-wise operations, `product` a matrix
+//! product. None of it has run on a real GPU yet.
 
 mod product;
 mod rows;
@@ -13,30 +13,30 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU
 use candle_core::cuda_backend::cudarc::driver::{CudaView, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, WrapErr as _};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
-use clearform_kernels::{Launch, Number, Parameters, launch};
+use clearform_kernels::{KernelParameters, Launch, Scalar, launch};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-/// The GPU of this number, always the same one: all that runs on it shares a stream of its own, since the default stream
-/// is another for each thread. Memory that tensors give back stays with the program, where it would be taken anew at
-/// every read of a result.
+/// The GPU of this ordinal. Every call returns the same device, so that everything on it shares one stream; the default
+/// stream is a different one for each thread. Freed memory stays in the pool of the process, because otherwise the
+/// driver would return it at every synchronization and allocate it again.
 ///
 /// # Errors
-/// There is no such GPU, or no driver.
-pub fn device(number: usize) -> Result<Device> {
+/// No such GPU, or no driver.
+pub fn device(ordinal: usize) -> Result<Device> {
     static OPEN: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = open.get(&number) {
+    if let Some(device) = open.get(&ordinal) {
         return Ok(device.clone());
     }
-    let device = CudaDevice::new_with_stream(number)?;
-    // SAFETY: events order what several streams do with a tensor; here all of it is done on one.
+    let device = CudaDevice::new_with_stream(ordinal)?;
+    // SAFETY: events order the uses of a tensor by several streams; here there is only one.
     unsafe { device.disable_event_tracking() };
     let context = device.cuda_stream().context().clone();
     if context.has_async_alloc() {
         let all = u64::MAX;
-        // SAFETY: the pool is the device's own, and the attribute a number of 64 bits.
+        // SAFETY: the pool belongs to the device, and the attribute is a 64-bit integer.
         unsafe {
             let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
             result::mem_pool::set_attribute(
@@ -47,52 +47,52 @@ pub fn device(number: usize) -> Result<Device> {
             .w()?;
         }
     }
-    open.insert(number, Device::Cuda(device.clone()));
+    open.insert(ordinal, Device::Cuda(device.clone()));
     Ok(Device::Cuda(device))
 }
 
-/// Starts `launch`; it ends when the device's stream gets there. The driver compiles the kernel's PTX at its first use.
+/// Starts `launch` on the device's stream, asynchronously. The driver compiles the kernel's PTX at its first use.
 ///
 /// # Errors
-/// The driver refused.
+/// Errors of the driver.
 ///
 /// # Safety
 /// As [`clearform_kernels::launch::start`].
-pub unsafe fn start<P: Parameters>(device: &CudaDevice, launch: &Launch, parameters: P) -> Result<()> {
+pub unsafe fn start<P: KernelParameters>(device: &CudaDevice, launch: &Launch, parameters: P) -> Result<()> {
     let function = device.get_or_load_custom_func(&launch.entry, launch.kernel.name, launch.kernel.ptx)?;
     // SAFETY: the caller's promise; the function was loaded from the launch's own kernel.
     unsafe { launch::start(&device.cuda_stream(), &function, launch, parameters) }.w()
 }
 
-/// The numbers of a contiguous tensor.
+/// The elements of a contiguous tensor.
 ///
 /// # Errors
-/// It is not contiguous, or of another type.
+/// It is not contiguous, or has another dtype.
 pub fn contiguous<'a, T: CudaDType + DeviceRepr>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, T>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
-        None => bail!("a kernel was given a tensor that is not contiguous: {layout:?}"),
+        None => bail!("expected a contiguous tensor, found {layout:?}"),
     }
 }
 
-/// What the kernels call the number format, if they take it.
-pub fn number(dtype: DType) -> Option<Number> {
+/// The kernels' name for `dtype`, if they support it.
+pub fn scalar(dtype: DType) -> Option<Scalar> {
     match dtype {
-        DType::BF16 => Some(Number::Bf16),
-        DType::F16 => Some(Number::F16),
-        DType::F32 => Some(Number::F32),
+        DType::BF16 => Some(Scalar::Bf16),
+        DType::F16 => Some(Scalar::F16),
+        DType::F32 => Some(Scalar::F32),
         _ => None,
     }
 }
 
-/// Where a contiguous tensor lies. It stays there while the tensor lives.
+/// The device address of a contiguous tensor, valid while the tensor lives.
 ///
 /// # Errors
-/// It is not contiguous, not on a GPU, or of a type that no kernel takes.
+/// It is not contiguous, not on a GPU, or of a dtype that no kernel supports.
 pub fn address(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
-        bail!("a kernel of a GPU was given a tensor of {:?}", tensor.device())
+        bail!("expected a tensor on a GPU, found one on {:?}", tensor.device())
     };
     address_of(storage, layout)
 }
@@ -104,6 +104,6 @@ fn address_of(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
         DType::F16 => contiguous::<f16>(storage, layout)?.device_ptr(&stream).0,
         DType::F32 => contiguous::<f32>(storage, layout)?.device_ptr(&stream).0,
         DType::U32 => contiguous::<u32>(storage, layout)?.device_ptr(&stream).0,
-        dtype => bail!("no kernel takes {dtype:?}"),
+        dtype => bail!("no kernel supports {dtype:?}"),
     })
 }

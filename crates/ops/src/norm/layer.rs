@@ -1,4 +1,4 @@
-//! [`modulated_layer_norm`]: layer norm without weights, then modulation, and its gradients.
+//! [`modulated_layer_norm`]: layer norm without weights, then modulation (adaLN), and its gradients.
 
 use super::sum_over;
 use crate::kernel::{self, CpuKernel, column_sums, for_rows};
@@ -7,7 +7,8 @@ use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// Layer norm without weights, then modulation: norm(x) (1 + scale) + shift (adaLN; DiT, section 3.2).
+/// Layer norm without weights, then modulation: norm(x) (1 + scale) + shift (adaLN; DiT, section 3.2;
+/// `AdaLayerNormZero` in diffusers).
 ///
 /// # Shapes
 /// x (batch, tokens, width), shift and scale (batch, width) -> as x.
@@ -24,9 +25,10 @@ pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64
     }
     let (batch, tokens, width) = x.dims3()?;
     if shift.dims() != [batch, width] || scale.dims() != [batch, width] {
-        bail!("layer norm: x {:?}, shift {:?}, scale {:?}", x.dims(), shift.dims(), scale.dims());
+        bail!("modulated_layer_norm: x {:?}, shift {:?}, scale {:?}", x.dims(), shift.dims(), scale.dims());
     }
-    let (shift, scale) = (shift.to_dtype(x.dtype())?, scale.to_dtype(x.dtype())?);
+    let shift = shift.to_dtype(x.dtype())?;
+    let scale = scale.to_dtype(x.dtype())?;
     kernel::apply(LayerNormOp { batch, tokens, width, eps }, &[x, &shift, &scale])
 }
 
@@ -50,7 +52,9 @@ impl CpuKernel for LayerNormOp {
     }
 
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let (x, shift, scale) = (args[0], args[1], args[2]);
+        let x = args[0];
+        let shift = args[1];
+        let scale = args[2];
         Ok(vec![
             kernel::gradient(x, LayerNormInputGradient(*self), &[x, scale, grad])?,
             kernel::gradient(shift, ShiftGradient(*self), &[grad])?,
@@ -115,14 +119,14 @@ impl CpuKernel for ScaleGradient {
 /// Mean and 1 / √(variance + eps) of a row.
 #[inline(always)]
 fn statistics<E: Element>(row: &[E], eps: f64) -> (E::Work, E::Work) {
-    let count = E::Work::of(row.len() as f64);
+    let count = E::Work::cast(row.len() as f64);
     let mean = sum_over([row; 3], |x, _, _| x.load()) / count;
     let square = |x: E, _: E, _: E| {
         let centred = x.load() - mean;
         centred * centred
     };
     let variance = sum_over([row; 3], square) / count;
-    (mean, E::Work::ONE / (variance + E::Work::of(eps)).root())
+    (mean, E::Work::ONE / (variance + E::Work::cast(eps)).root())
 }
 
 struct LayerNormForward<'a, E> {
@@ -143,7 +147,8 @@ impl<E: Element> SimdKernel for LayerNormForward<'_, E> {
         let rows = self.x[self.first * width..].chunks_exact(width);
         for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(rows).enumerate() {
             let start = (self.first + row) / self.norm.tokens * width;
-            let (shift, scale) = (&self.shift[start..][..width], &self.scale[start..][..width]);
+            let shift = &self.shift[start..][..width];
+            let scale = &self.scale[start..][..width];
             let (mean, factor) = statistics(x, self.norm.eps);
             for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
                 let normed = (x.load() - mean) * factor;
@@ -181,7 +186,7 @@ impl<E: Element> SimdKernel for LayerNormBackward<'_, E> {
 #[inline(always)]
 fn backward_row<L: Isa, E: Element>(out: &mut [E], x: &[E], grad: &[E], scale: &[E], eps: f64) {
     let (mean, factor) = statistics(x, eps);
-    let count = E::Work::of(x.len() as f64);
+    let count = E::Work::cast(x.len() as f64);
     let scaled = |grad: E, scale: E| grad.load() * (scale.load() + E::Work::ONE);
     let mean_scaled = sum_over([grad, scale, x], |grad, scale, _| scaled(grad, scale)) / count;
     let product = sum_over([grad, scale, x], |grad, scale, x| scaled(grad, scale) * (x.load() - mean));

@@ -1,4 +1,4 @@
-//! [`rms_norm`] and [`rms_norm_rope`]: root-mean-square norm, rotation of interleaved pairs, and their gradients.
+//! [`rms_norm`] and [`rms_norm_rope`]: root-mean-square norm, rotary position embedding, and their gradients.
 
 use super::sum_over;
 use crate::kernel::{self, CpuKernel, column_sums, for_rows};
@@ -7,14 +7,14 @@ use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// Root-mean-square norm over the last dimension, then rotation of interleaved pairs (RoFormer, eq. 34). The tables of
-/// cosines and sines are constants: they get no gradient.
+/// Root-mean-square norm over the last dimension, then rotary position embedding on interleaved pairs (RoFormer, eq.
+/// 34). The cosines and sines are constants and get no gradient.
 ///
 /// # Shapes
 /// x (batch, tokens, heads, head_dim), weight (head_dim), cos and sin (tokens, head_dim / 2) -> as x.
 ///
 /// # Errors
-/// Shapes that contradict each other, an odd head_dim.
+/// Shapes that contradict each other, or an odd head_dim.
 pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, eps: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(out) = crate::cuda::rms_norm_rope(x, weight, Some((cos, sin)), eps)? {
@@ -39,7 +39,7 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
     kernel::apply(RmsNormRopeOp { eps, head_dim, rotation }, &[x, &weight.to_dtype(x.dtype())?])
 }
 
-/// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight.
+/// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight (`torch.nn.RMSNorm`).
 ///
 /// # Shapes
 /// x (.., channels), weight (channels) -> as x.
@@ -69,7 +69,8 @@ struct RmsNormOp {
 
 impl RmsNormOp {
     fn gradients(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let (x, weight) = (args[0], args[1]);
+        let x = args[0];
+        let weight = args[1];
         Ok(vec![
             kernel::gradient(x, RmsNormInputGradient(*self), &[x, weight, grad])?,
             kernel::gradient(weight, RmsNormWeightGradient(*self), &[x, grad])?,
@@ -134,7 +135,7 @@ impl CpuKernel for RmsNormWeightGradient {
     }
 }
 
-/// Angles of x (batch, tokens, heads, head_dim) by token.
+/// Cosines and sines for x (batch, tokens, heads, head_dim), (tokens, head_dim / 2) each.
 #[derive(Clone)]
 struct RotaryAngles {
     cos: Tensor,
@@ -179,7 +180,7 @@ impl CpuKernel for RmsNormRopeOp {
     }
 }
 
-/// The transposed rotation.
+/// The inverse rotation, which is its transpose.
 struct Unrotate(RotaryAngles, usize);
 
 impl CpuKernel for Unrotate {
@@ -199,8 +200,8 @@ impl CpuKernel for Unrotate {
 /// 1 / √(mean x² + eps) of a row.
 #[inline(always)]
 fn factor<E: Element>(row: &[E], eps: f64) -> E::Work {
-    let mean = sum_over([row; 3], |x, _, _| x.load() * x.load()) / E::Work::of(row.len() as f64);
-    E::Work::ONE / (mean + E::Work::of(eps)).root()
+    let mean = sum_over([row; 3], |x, _, _| x.load() * x.load()) / E::Work::cast(row.len() as f64);
+    E::Work::ONE / (mean + E::Work::cast(eps)).root()
 }
 
 struct RmsNormForward<'a, E> {
@@ -271,7 +272,8 @@ impl<E: Element> SimdKernel for Unrotated<'_, E> {
         for (row, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
             let (cos, sin) = self.rotation.angles(self.tables, self.first + row, self.head_dim / 2);
             for (pair, (cos, sin)) in out.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
-                let (even, odd) = (pair[0].load(), pair[1].load());
+                let even = pair[0].load();
+                let odd = pair[1].load();
                 pair[0] = E::store(even * *cos + odd * *sin);
                 pair[1] = E::store(odd * *cos - even * *sin);
             }
@@ -298,10 +300,10 @@ impl<E: Element> SimdKernel for RmsNormBackward<'_, E> {
         for (out, (x, grad)) in self.out.chunks_exact_mut(width).zip(inputs) {
             let factor = factor(x, self.eps);
             let product = sum_over([x, grad, self.weight], |x, grad, weight| grad.load() * weight.load() * x.load());
-            let share = factor * factor * product / E::Work::of(width as f64);
+            let projection = factor * factor * product / E::Work::cast(width as f64);
             for (((out, x), grad), weight) in out.iter_mut().zip(x).zip(grad).zip(self.weight) {
                 let scaled = grad.load() * weight.load();
-                *out = E::store(factor * (-x.load()).times_plus::<L>(share, scaled));
+                *out = E::store(factor * (-x.load()).times_plus::<L>(projection, scaled));
             }
         }
     }

@@ -1,9 +1,12 @@
-//! [`panels`]: products of bf16 pairs in the tile registers of AMX, 16 rows of 16 words each. Knows no operation.
+//! [`panels`]: products of bf16 pairs in the tile registers of AMX, 16 rows of 16 words each.
 //!
-//! A row of a left tile is 16 pairs, a row of a right tile 16 lanes of one pair, and a row of sums 16 lanes: as
-//! [`MatrixProduct`] has them in memory, unless its left side stands by columns. Those are turned over in the cache.
+//! A row of a left tile is 16 pairs, a row of a right tile 16 lanes of one pair each, and a row of accumulators 16
+//! lanes. [`MatrixProduct`] has them like that in memory, unless its left operand is stored by columns, which is
+//! transposed in the cache.
 
-use super::{Bf16Pair, LANES, MatrixProduct, ROW};
+use super::matrix::{MatrixProduct, ROW};
+use super::pair::Bf16Pair;
+use super::vector::LANES;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -11,11 +14,11 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Rows of a tile, and pairs of one of its rows.
+/// Rows of a tile, and pairs in a row.
 const TILE: usize = 16;
 
-/// Whether the processor has tiles of bf16 and the system lets this process use them.
-pub(super) fn is_here() -> bool {
+/// Whether the processor has bf16 tiles and the system lets this process use them.
+pub(super) fn is_available() -> bool {
     static HERE: OnceLock<bool> = OnceLock::new();
     *HERE.get_or_init(|| {
         const BF16: u32 = 1 << 22;
@@ -25,13 +28,13 @@ pub(super) fn is_here() -> bool {
     })
 }
 
-/// Asks Linux for the state of tiles, which a process has no room for before.
+/// Asks Linux to save the tile registers of this process (`ARCH_REQ_XCOMP_PERM`), without which using them is a fault.
 fn is_allowed() -> bool {
     const ARCH_PRCTL: usize = 158;
     const REQUEST_PERMISSION: usize = 0x1023;
     const TILE_DATA: usize = 18;
     let status: isize;
-    // SAFETY: a system call that reads no memory and changes what is saved for this process alone.
+    // SAFETY: a system call that reads no memory and only changes what is saved for this process.
     unsafe {
         asm!("syscall", inlateout("rax") ARCH_PRCTL => status, in("rdi") REQUEST_PERMISSION, in("rsi") TILE_DATA,
             lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -49,16 +52,16 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Tiles that do not stand in memory as a register takes them.
+/// Copies of tiles that are not in memory as a register needs them.
 struct TileBuffer {
     left: [[[Bf16Pair; TILE]; TILE]; 2],
     right: [[Bf16Pair; ROW]; TILE],
-    /// Whether the tiles of this thread have their shape.
+    /// Whether the tile registers of this thread are configured.
     is_configured: bool,
 }
 
 thread_local! {
-    static SPACE: RefCell<TileBuffer> = const {
+    static BUFFER: RefCell<TileBuffer> = const {
         RefCell::new(TileBuffer {
             left: [[[Bf16Pair::ZERO; TILE]; TILE]; 2],
             right: [[Bf16Pair::ZERO; ROW]; TILE],
@@ -67,18 +70,21 @@ thread_local! {
     };
 }
 
-/// Gives this thread's tiles their shape; they keep it.
+/// Configures the tile registers of this thread, which stay configured.
 fn configure() {
-    let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+    let mut row_bytes = [0; 16];
+    let mut rows = [0; 16];
     row_bytes[..8].fill(64);
     rows[..8].fill(TILE as u8);
-    let shapes = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-    // SAFETY: `is_here` found tiles before there was a level that has them; the shapes are valid and of 64 bytes.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly, preserves_flags)) };
+    let config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
+    // SAFETY: code with tiles runs only where `is_available` detected them; the configuration is valid and has 64
+    // bytes.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
 }
 
-// Tiles 0 to 3 hold sums, of two groups of rows and two halves of the lanes; 4 and 5 the groups' left sides, 6 and 7 the
-// halves' right sides. No compiler uses them, so what is in them lasts from one block of assembly to the next.
+// Tiles 0 to 3 hold accumulators of two groups of rows and two halves of the lanes, 4 and 5 the left operands of the
+// groups, 6 and 7 the right operands of the halves. The compiler uses none of them, so they keep their contents from
+// one block of assembly to the next.
 macro_rules! tile {
     (load $tile:literal, $from:expr, $step:expr) => {
         asm!(concat!("tileloadd tmm", $tile, ", [{} + {}]"), in(reg) $from, in(reg) 4 * $step,
@@ -96,8 +102,8 @@ macro_rules! tile {
     };
 }
 
-// Loads or stores the sums of one or two groups of rows.
-macro_rules! sums {
+// Loads or stores the accumulators of one or two groups of rows.
+macro_rules! accumulators {
     ($groups:expr, $action:ident, $out:expr, $step:expr) => {
         tile!($action 0, $out, $step);
         tile!($action 1, $out.add(LANES), $step);
@@ -109,10 +115,10 @@ macro_rules! sums {
     };
 }
 
-/// Computes rows of `product` by whole tiles; gives back the first that is left.
+/// Computes rows of `product` in whole tiles; returns the first row that is left.
 ///
 /// # Safety
-/// The level has tiles, and `checked_count` found the product's extents inside its slices.
+/// The instruction set has tiles, and `checked_count` has checked the product.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn panels<const ADD: bool>(
     product: &MatrixProduct<'_, Bf16Pair>,
@@ -123,18 +129,18 @@ pub(super) unsafe fn panels<const ADD: bool>(
     if end == 0 {
         return 0;
     }
-    assert!(out.len() >= (end - 1) * out_step + ROW, "a product's output is shorter than its extents");
-    SPACE.with_borrow_mut(|space| {
-        if !std::mem::replace(&mut space.is_configured, true) {
+    assert!(out.len() >= (end - 1) * out_step + ROW, "the output is too short for the matrix product");
+    BUFFER.with_borrow_mut(|buffer| {
+        if !std::mem::replace(&mut buffer.is_configured, true) {
             configure();
         }
         for first in (0..end).step_by(2 * TILE) {
-            // SAFETY: rows before `end` are rows of the product and of `out`; the caller's promise.
+            // SAFETY: rows before `end` are rows of the product and of `out`; the rest is the caller's promise.
             unsafe {
                 let out = out.as_mut_ptr().add(first * out_step);
                 match end - first {
-                    TILE => panel::<ADD, 1>(product, first, out, out_step, space),
-                    _ => panel::<ADD, 2>(product, first, out, out_step, space),
+                    TILE => panel::<ADD, 1>(product, first, out, out_step, buffer),
+                    _ => panel::<ADD, 2>(product, first, out, out_step, buffer),
                 }
             }
         }
@@ -142,39 +148,30 @@ pub(super) unsafe fn panels<const ADD: bool>(
     end
 }
 
-/// `GROUPS` times 16 rows from `first` on.
+/// Computes `GROUPS` times 16 rows from `first` on.
 ///
 /// # Safety
-/// They are rows of the product, whose extents were checked, and `out` has as many rows of 32 numbers.
+/// They are rows of the product, which has been checked, and `out` has as many rows of 32 values.
 #[target_feature(enable = "avx512f")]
 unsafe fn panel<const ADD: bool, const GROUPS: usize>(
     product: &MatrixProduct<'_, Bf16Pair>,
     first: usize,
     out: *mut f32,
     out_step: usize,
-    space: &mut TileBuffer,
+    buffer: &mut TileBuffer,
 ) {
     // SAFETY: the caller's promise.
-    unsafe {
-        if ADD {
-            sums!(GROUPS, load, out, out_step);
-        } else {
-            tile!(zero 0);
-            tile!(zero 1);
-            tile!(zero 2);
-            tile!(zero 3);
-        }
-    }
+    unsafe { begin::<ADD, GROUPS>(out, out_step) };
     let mut blocks = InnerBlocks { runs: product.inner, at: 0, row: 0 };
     while let Some(block) = blocks.next() {
-        // SAFETY: the block's inner indices are the product's, and so are the rows.
+        // SAFETY: the inner indices and rows of the block are those of the product.
         unsafe {
-            let (low, low_step) = block.left(product, first, &mut space.left[0]);
+            let (low, low_step) = block.left(product, first, &mut buffer.left[0]);
             let (high, high_step) = match GROUPS {
-                2 => block.left(product, first + TILE, &mut space.left[1]),
+                2 => block.left(product, first + TILE, &mut buffer.left[1]),
                 _ => (low, low_step),
             };
-            let (b, b_step) = block.right(product, &mut space.right);
+            let (b, b_step) = block.right(product, &mut buffer.right);
             tile!(load 6, b, b_step);
             tile!(load 7, b.add(LANES), b_step);
             tile!(load 4, low, low_step);
@@ -189,26 +186,45 @@ unsafe fn panel<const ADD: bool, const GROUPS: usize>(
     }
     // SAFETY: the caller's promise.
     unsafe {
-        sums!(GROUPS, store, out, out_step);
+        accumulators!(GROUPS, store, out, out_step);
     }
 }
 
-/// Inner indices of a product, up to 16 at a time.
+/// Loads the accumulators of `GROUPS` groups of 16 rows, or sets all four tiles to 0.
+///
+/// # Safety
+/// `out` has as many rows of 32 values, and tiles are configured.
+#[inline(always)]
+unsafe fn begin<const ADD: bool, const GROUPS: usize>(out: *mut f32, out_step: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if ADD {
+            accumulators!(GROUPS, load, out, out_step);
+        } else {
+            tile!(zero 0);
+            tile!(zero 1);
+            tile!(zero 2);
+            tile!(zero 3);
+        }
+    }
+}
+
+/// Iterates over the inner indices of a product, up to 16 at a time.
 struct InnerBlocks<'a> {
     runs: &'a [Range<usize>],
-    /// How much of the first run is behind.
+    /// How much of the first run is done.
     at: usize,
-    /// The row of the right side that comes next.
+    /// The next row of the right operand.
     row: usize,
 }
 
 struct InnerBlock {
     inner: InnerRange,
-    /// First row of its right side.
+    /// Its first row of the right operand.
     row: usize,
 }
 
-/// 16 indices that follow each other, or as many as there are.
+/// 16 consecutive indices, or up to 16 others and their count.
 enum InnerRange {
     Whole(usize),
     Scattered([usize; TILE], usize),
@@ -224,7 +240,8 @@ impl InnerBlocks<'_> {
             self.row += TILE;
             return Some(InnerBlock { inner: InnerRange::Whole(whole), row });
         }
-        let (mut inner, mut count) = ([0; TILE], 0);
+        let mut inner = [0; TILE];
+        let mut count = 0;
         while count < TILE
             && let Some(run) = self.runs.first()
         {
@@ -242,38 +259,40 @@ impl InnerBlocks<'_> {
     fn step(&mut self, by: usize) {
         self.at += by;
         if self.runs.first().is_some_and(|run| run.start + self.at >= run.end) {
-            (self.runs, self.at) = (&self.runs[1..], 0);
+            self.runs = &self.runs[1..];
+            self.at = 0;
         }
     }
 }
 
 impl InnerBlock {
-    /// Where its rows of the right side stand, and how far apart; in `space`, with zeros behind them, if they are few.
+    /// Address and stride of its rows of the right operand. Fewer than 16 are copied to `buffer` and filled up with
+    /// zeros.
     ///
     /// # Safety
-    /// It is a block of `product`, whose extents were checked.
+    /// It is a block of `product`, which has been checked.
     #[inline(always)]
     unsafe fn right(
         &self,
         product: &MatrixProduct<'_, Bf16Pair>,
-        space: &mut [[Bf16Pair; ROW]; TILE],
+        buffer: &mut [[Bf16Pair; ROW]; TILE],
     ) -> (*const Bf16Pair, usize) {
         let at = self.row * product.b_step;
         match self.inner {
             InnerRange::Scattered(_, count) if count < TILE => {
-                let (rows, behind) = space.split_at_mut(count);
-                for (row, space) in rows.iter_mut().enumerate() {
-                    space.copy_from_slice(&product.b[at + row * product.b_step..][..ROW]);
+                let (rows, behind) = buffer.split_at_mut(count);
+                for (row, buffer) in rows.iter_mut().enumerate() {
+                    buffer.copy_from_slice(&product.b[at + row * product.b_step..][..ROW]);
                 }
                 behind.fill([Bf16Pair::ZERO; ROW]);
-                (space.as_ptr().cast(), ROW)
+                (buffer.as_ptr().cast(), ROW)
             }
             // SAFETY: the caller's promise.
             _ => (unsafe { product.b.as_ptr().add(at) }, product.b_step),
         }
     }
 
-    /// The same of 16 rows of the left side from `first` on.
+    /// The same for 16 rows of the left operand from `first` on.
     ///
     /// # Safety
     /// As above, and they are rows of the product; the processor has AVX-512 F.
@@ -282,7 +301,7 @@ impl InnerBlock {
         &self,
         product: &MatrixProduct<'_, Bf16Pair>,
         first: usize,
-        space: &mut [[Bf16Pair; TILE]; TILE],
+        buffer: &mut [[Bf16Pair; TILE]; TILE],
     ) -> (*const Bf16Pair, usize) {
         let a = product.a;
         let corner = first * a.row_step;
@@ -291,10 +310,10 @@ impl InnerBlock {
             InnerRange::Whole(inner) if a.inner_step == 1 => unsafe {
                 return (a.values.as_ptr().add(corner + inner), a.row_step);
             },
-            // SAFETY: the caller's promise: 16 rows stand side by side.
+            // SAFETY: the caller's promise: the 16 rows of a column are consecutive.
             InnerRange::Whole(inner) if a.row_step == 1 => unsafe {
                 let column = |k: usize| a.values.as_ptr().add(corner + (inner + k) * a.inner_step);
-                turn_over(from_fn(column), space);
+                transpose(from_fn(column), buffer);
             },
             // SAFETY: as above.
             InnerRange::Scattered(inner, count) if a.row_step == 1 => unsafe {
@@ -303,30 +322,35 @@ impl InnerBlock {
                     true => a.values.as_ptr().add(corner + inner[k] * a.inner_step),
                     false => NONE.as_ptr(),
                 };
-                turn_over(from_fn(column), space);
+                transpose(from_fn(column), buffer);
             },
             _ => {
-                for (row, space) in space.iter_mut().enumerate() {
-                    let at = |inner: usize| a.values[corner + row * a.row_step + inner * a.inner_step];
-                    *space = from_fn(|k| match self.inner {
-                        InnerRange::Whole(inner) => at(inner + k),
-                        InnerRange::Scattered(inner, count) if k < count => at(inner[k]),
-                        InnerRange::Scattered(..) => Bf16Pair::ZERO,
-                    });
+                for (row, buffer) in buffer.iter_mut().enumerate() {
+                    *buffer = self.gather(&a.values[corner + row * a.row_step..], a.inner_step);
                 }
             }
         }
-        (space.as_ptr().cast(), TILE)
+        (buffer.as_ptr().cast(), TILE)
+    }
+
+    /// Its elements of one row of the left operand.
+    #[inline(always)]
+    fn gather(&self, row: &[Bf16Pair], step: usize) -> [Bf16Pair; TILE] {
+        from_fn(|k| match self.inner {
+            InnerRange::Whole(inner) => row[(inner + k) * step],
+            InnerRange::Scattered(inner, count) if k < count => row[inner[k] * step],
+            InnerRange::Scattered(..) => Bf16Pair::ZERO,
+        })
     }
 }
 
-/// Columns of 16 pairs as rows: squares of four columns by four are loaded side by side and turned over in place.
+/// Transposes 16 columns of 16 pairs: squares of 4 x 4 are loaded side by side and transposed in registers.
 ///
 /// # Safety
-/// 16 pairs stand at each column.
+/// Each column has 16 pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn turn_over(columns: [*const Bf16Pair; TILE], to: &mut [[Bf16Pair; TILE]; TILE]) {
+unsafe fn transpose(columns: [*const Bf16Pair; TILE], to: &mut [[Bf16Pair; TILE]; TILE]) {
     for (block, rows) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         let quarter = |column: usize| unsafe { _mm_loadu_si128(columns[column].add(4 * block).cast()) };
@@ -334,18 +358,23 @@ unsafe fn turn_over(columns: [*const Bf16Pair; TILE], to: &mut [[Bf16Pair; TILE]
             let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(quarter(first)), quarter(first + 4));
             _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, quarter(first + 8)), quarter(first + 12))
         };
-        let (a, b, c, d) = (squares(0), squares(1), squares(2), squares(3));
-        let (low_ab, high_ab) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        let (low_cd, high_cd) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        let turned = [
+        let a = squares(0);
+        let b = squares(1);
+        let c = squares(2);
+        let d = squares(3);
+        let low_ab = _mm512_unpacklo_epi32(a, b);
+        let high_ab = _mm512_unpackhi_epi32(a, b);
+        let low_cd = _mm512_unpacklo_epi32(c, d);
+        let high_cd = _mm512_unpackhi_epi32(c, d);
+        let transposed = [
             _mm512_unpacklo_epi64(low_ab, low_cd),
             _mm512_unpackhi_epi64(low_ab, low_cd),
             _mm512_unpacklo_epi64(high_ab, high_cd),
             _mm512_unpackhi_epi64(high_ab, high_cd),
         ];
-        for (row, turned) in rows.iter_mut().zip(turned) {
+        for (row, transposed) in rows.iter_mut().zip(transposed) {
             // SAFETY: a row is 16 pairs of 32 bits.
-            unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), turned) };
+            unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), transposed) };
         }
     }
 }

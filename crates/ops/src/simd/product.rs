@@ -1,72 +1,31 @@
-//! [`MatrixProduct`]: the matrix product that all of ours are made of, 32 lanes wide. Knows no operation.
+//! The matrix product that attention and [`linear`](fn@crate::linear) are made of, 32 lanes wide.
 
-use super::{CpuFeatures, Isa, LANES, Lane, Real, SimdKernel, Vector};
-use std::ops::Range;
+use super::Real;
+use super::features::CpuFeatures;
+use super::isa::{Isa, SimdKernel};
+use super::lane::Lane;
+use super::matrix::{MatrixProduct, ROW, VECTORS};
+use super::vector::{LANES, Vector};
 
-/// Lanes of a row: two vectors. Each broadcast factor is used for both, so that loads do not hold back the
-/// multiply-adds.
-pub const ROW: usize = 32;
-
-/// Vectors that hold a row's lanes.
-pub const VECTORS: usize = ROW / LANES;
-
-/// The lanes of one row in registers. Loops over it are written out: a closure would be compiled without the wider
+/// One row in registers. Loops over it are written out, because a closure would be compiled without the wider
 /// instructions.
 pub type RowLanes<T, L> = [<T as Real>::Vector<L>; VECTORS];
 
-/// A matrix inside a slice: element (row, inner) stands at row · row_step + inner · inner_step.
-#[derive(Debug, Clone, Copy)]
-pub struct Strided<'a, F> {
-    /// The slice.
-    pub values: &'a [F],
-    /// From one row to the next.
-    pub row_step: usize,
-    /// From one inner index to the next.
-    pub inner_step: usize,
-}
-
-/// `out[row][lane] += Σ a(row, inner) · b[inner][lane]`.
-#[derive(Debug)]
-pub struct MatrixProduct<'a, F> {
-    /// Rows of `a` and of the output.
-    pub rows: usize,
-    /// Inner indices of `a` that are summed over, run by run; they meet the rows of `b` one after the other.
-    pub inner: &'a [Range<usize>],
-    /// The left side, (rows, inner).
-    pub a: Strided<'a, F>,
-    /// The right side: rows of 32 lanes, `b_step` apart.
-    pub b: &'a [F],
-    /// From one inner index to the next.
-    pub b_step: usize,
-}
-
 impl<F: Lane> MatrixProduct<'_, F> {
-    /// Adds to rows of 32 lanes of `out`, `out_step` apart.
+    /// Adds the product to rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
-    /// A slice is too short for the extents.
+    /// A slice is too short.
     pub fn add_to(self, out: &mut [F::Sum], out_step: usize, features: CpuFeatures) {
         features.run(Accumulate::<F, true> { product: self, out, out_step });
     }
 
-    /// Writes rows of 32 lanes of `out`, `out_step` apart.
+    /// Writes the product to rows of 32 lanes of `out`, `out_step` apart.
     ///
     /// # Panics
-    /// A slice is too short for the extents.
+    /// A slice is too short.
     pub fn write_to(self, out: &mut [F::Sum], out_step: usize, features: CpuFeatures) {
         features.run(Accumulate::<F, false> { product: self, out, out_step });
-    }
-
-    /// Inner indices, where both sides hold as many as the extents say. Extents come from anybody, so sums of them may
-    /// not wrap around.
-    fn checked_count(&self) -> Option<usize> {
-        let count = self.inner.iter().try_fold(0usize, |count, run| count.checked_add(run.len()))?;
-        let (Some(last_row), Some(last)) = (self.rows.checked_sub(1), count.checked_sub(1)) else { return Some(count) };
-        let last_inner = self.inner.iter().map(|run| run.end).max()?.checked_sub(1)?;
-        let last_of_row = last_row.checked_mul(self.a.row_step)?;
-        let end_of_a = last_of_row.checked_add(last_inner.checked_mul(self.a.inner_step)?)?.checked_add(1)?;
-        let end_of_b = last.checked_mul(self.b_step)?.checked_add(ROW)?;
-        (end_of_a <= self.a.values.len() && end_of_b <= self.b.len()).then_some(count)
     }
 }
 
@@ -85,11 +44,13 @@ impl<F: Lane, const ADD: bool> SimdKernel for Accumulate<'_, F, ADD> {
     fn run<L: Isa>(self) {
         let Self { product, out, out_step } = self;
         let count = product.checked_count();
-        assert!(count.is_some(), "a product's slices are shorter than its extents");
+        assert!(count.is_some(), "a slice is too short for the matrix product");
         if product.rows == 0 || ADD && count == Some(0) {
             return;
         }
-        let mut row = F::own_panels::<L, ADD>(&product, out, out_step);
+        let mut row = F::isa_panels::<L, ADD>(&product, out, out_step);
+        // 12 rows of two accumulators, two vectors of b and one of a fill 27 of the 32 registers of AVX-512. Elsewhere
+        // a vector is two registers of 16, and two rows need 13 of them.
         if L::WIDE {
             row = product.panels::<L, ADD, 12>(row, out, out_step);
             row = product.panels::<L, ADD, 4>(row, out, out_step);
@@ -100,7 +61,7 @@ impl<F: Lane, const ADD: bool> SimdKernel for Accumulate<'_, F, ADD> {
 }
 
 impl<F: Lane> MatrixProduct<'_, F> {
-    /// As many panels of `ROWS` as there are; gives back the first row that is left.
+    /// Computes as many panels of `ROWS` rows as fit; returns the first row that is left.
     #[inline(always)]
     fn panels<L: Isa, const ADD: bool, const ROWS: usize>(
         &self,
@@ -115,6 +76,7 @@ impl<F: Lane> MatrixProduct<'_, F> {
         row
     }
 
+    /// Sums `ROWS` rows from `first` on in registers.
     #[inline(always)]
     fn panel<L: Isa, const ADD: bool, const ROWS: usize>(&self, first: usize, out: &mut [F::Sum], out_step: usize) {
         let mut sums = [[Vector::splat(F::Sum::ZERO); VECTORS]; ROWS];
@@ -122,12 +84,12 @@ impl<F: Lane> MatrixProduct<'_, F> {
         for run in self.inner {
             for inner in run.clone() {
                 let at = first * self.a.row_step + inner * self.a.inner_step;
-                // SAFETY: `checked_count` found that `b` holds as many rows as there are inner indices.
+                // SAFETY: `checked_count` checked that `b` has a row for each inner index.
                 let b: &[[F; LANES]; VECTORS] = unsafe { &*b_row.cast() };
                 b_row = b_row.wrapping_add(self.b_step);
                 let b = [F::load::<L>(&b[0]), F::load::<L>(&b[1])];
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: `checked_count` found the last row of the largest inner index inside.
+                    // SAFETY: `checked_count` checked the last row at the largest inner index.
                     let a = F::splat::<L>(unsafe { *self.a.values.get_unchecked(at + row * self.a.row_step) });
                     for vector in 0..VECTORS {
                         sums[vector] = F::multiply_add::<L>(a, b[vector], sums[vector]);
@@ -146,7 +108,7 @@ impl<F: Lane> MatrixProduct<'_, F> {
     }
 }
 
-/// The lanes of one row.
+/// Loads one row.
 #[inline(always)]
 pub fn load_row<T: Real, L: Isa>(row: &[T]) -> RowLanes<T, L> {
     let mut vectors = [T::Vector::<L>::splat(T::ZERO); VECTORS];
@@ -156,7 +118,7 @@ pub fn load_row<T: Real, L: Isa>(row: &[T]) -> RowLanes<T, L> {
     vectors
 }
 
-/// Writes the lanes of one row.
+/// Stores one row.
 #[inline(always)]
 pub fn store_row<T: Real, L: Isa>(vectors: RowLanes<T, L>, row: &mut [T]) {
     for (vector, part) in vectors.into_iter().zip(row.as_chunks_mut().0) {
@@ -164,7 +126,7 @@ pub fn store_row<T: Real, L: Isa>(vectors: RowLanes<T, L>, row: &mut [T]) {
     }
 }
 
-/// Adds to the lanes of one row.
+/// Adds to one row.
 #[inline(always)]
 pub fn add_row<T: Real, L: Isa>(mut vectors: RowLanes<T, L>, row: &mut [T]) {
     let old = load_row::<T, L>(row);
@@ -176,21 +138,23 @@ pub fn add_row<T: Real, L: Isa>(mut vectors: RowLanes<T, L>, row: &mut [T]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Bf16Pair;
+    use super::super::matrix::Strided;
+    use super::super::pair::Bf16Pair;
     use super::*;
     use half::bf16;
+    use std::ops::Range;
     use std::panic::catch_unwind;
 
-    /// Numbers that bf16 holds exactly, so that products and sums of few are exact at every level.
-    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+    /// Values that bf16 holds exactly, so that short sums of their products are exact with every instruction set.
+    fn values(count: usize, seed: usize) -> Vec<f32> {
         (0..count).map(|i| ((i * 37 + seed * 11) % 17) as f32 - 8.0).collect()
     }
 
-    fn pairs(numbers: &[f32], width: usize) -> Vec<Bf16Pair> {
-        let numbers: Vec<bf16> = numbers.iter().copied().map(bf16::from_f32).collect();
-        let mut pairs = vec![Bf16Pair::default(); numbers.len() / 2];
-        for (rows, out) in numbers.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
-            Bf16Pair::across(&rows[..width], Some(&rows[width..]), out);
+    fn pairs(values: &[f32], width: usize) -> Vec<Bf16Pair> {
+        let values: Vec<bf16> = values.iter().copied().map(bf16::from_f32).collect();
+        let mut pairs = vec![Bf16Pair::default(); values.len() / 2];
+        for (rows, out) in values.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
+            Bf16Pair::pack_two_rows(&rows[..width], Some(&rows[width..]), out);
         }
         pairs
     }
@@ -201,34 +165,37 @@ mod tests {
         MatrixProduct { rows, inner, a: Strided { values: a, row_step: STEPS, inner_step: 1 }, b, b_step: ROW }
     }
 
-    /// Rows around every height of a panel, and runs that leave inner indices out.
+    /// Row counts around every panel height, and runs that skip inner indices.
     #[test]
-    fn every_level_gives_the_sums_written_out() {
+    fn every_instruction_set_gives_the_sums_written_out() {
         let inner = [0..2, 3..3, 4..6];
         for (rows, features) in
             [1, 2, 3, 5, 12, 13, 31].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
-            let (a, b) = (numbers(rows * STEPS, 1), numbers(4 * ROW, 2));
-            let (wide, deep) = (numbers(rows * 2 * STEPS, 3), numbers(8 * ROW, 4));
-            let (mut plain, mut paired) = (vec![1.0; rows * ROW], vec![1.0; rows * ROW]);
+            let a = values(rows * STEPS, 1);
+            let b = values(4 * ROW, 2);
+            let wide = values(rows * 2 * STEPS, 3);
+            let deep = values(8 * ROW, 4);
+            let mut plain = vec![1.0; rows * ROW];
+            let mut paired = vec![1.0; rows * ROW];
             product(rows, &inner, &a, &b).add_to(&mut plain, ROW, features);
             let mut row_pairs = vec![Bf16Pair::default(); rows * STEPS];
-            <Bf16Pair as Lane>::along(&wide, &mut row_pairs);
+            <Bf16Pair as Lane>::pack_row(&wide, &mut row_pairs);
             product(rows, &inner, &row_pairs, &pairs(&deep, ROW)).add_to(&mut paired, ROW, features);
             for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
                 let kept = [0, 1, 4, 5];
                 let want: f32 = kept.iter().enumerate().map(|(i, k)| a[row * STEPS + k] * b[i * ROW + lane]).sum();
                 assert_eq!(plain[row * ROW + lane], 1.0 + want, "{features:?}, {rows} rows");
-                let one = |i: usize, k: usize, half: usize| {
+                let product_of = |i: usize, k: usize, half: usize| {
                     wide[(row * STEPS + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
                 };
-                let want: f32 = kept.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
+                let want: f32 = kept.iter().enumerate().map(|(i, k)| product_of(i, *k, 0) + product_of(i, *k, 1)).sum();
                 assert_eq!(paired[row * ROW + lane], 1.0 + want, "pairs, {features:?}, {rows} rows");
             }
         }
     }
 
-    /// Deep products of pairs, the left side by rows and by columns, over runs that begin and end anywhere.
+    /// Long sums of pairs with the left operand by rows and by columns, over runs that begin and end anywhere.
     #[test]
     fn deep_products_give_the_sums_written_out() {
         const DEPTH: usize = 70;
@@ -236,29 +203,31 @@ mod tests {
         for (rows, features) in [5, 16, 37, 64].into_iter().flat_map(|r| CpuFeatures::available().map(move |i| (r, i)))
         {
             let inner: Vec<usize> = runs.iter().flat_map(Clone::clone).collect();
-            let wide = numbers(rows * 2 * DEPTH, 5);
+            let wide = values(rows * 2 * DEPTH, 5);
             let mut by_rows = vec![Bf16Pair::default(); rows * DEPTH];
-            <Bf16Pair as Lane>::along(&wide, &mut by_rows);
+            <Bf16Pair as Lane>::pack_row(&wide, &mut by_rows);
             let mut by_columns = by_rows.clone();
             for (row, inner) in (0..rows).flat_map(|row| (0..DEPTH).map(move |inner| (row, inner))) {
                 by_columns[inner * rows + row] = by_rows[row * DEPTH + inner];
             }
-            let deep = numbers(inner.len() * 2 * ROW, 6);
+            let deep = values(inner.len() * 2 * ROW, 6);
             let b = pairs(&deep, ROW);
             let sides = [
                 Strided { values: &by_rows[..], row_step: DEPTH, inner_step: 1 },
                 Strided { values: &by_columns[..], row_step: 1, inner_step: rows },
             ];
             for a in sides {
-                let (mut sums, mut alone) = (vec![1.0; rows * ROW], vec![f32::NAN; rows * ROW]);
+                let mut sums = vec![1.0; rows * ROW];
+                let mut alone = vec![f32::NAN; rows * ROW];
                 let product = || MatrixProduct { rows, inner: &runs, a, b: &b, b_step: ROW };
                 product().add_to(&mut sums, ROW, features);
                 product().write_to(&mut alone, ROW, features);
                 for (row, lane) in (0..rows).flat_map(|row| (0..ROW).map(move |lane| (row, lane))) {
-                    let one = |i: usize, k: usize, half: usize| {
+                    let product_of = |i: usize, k: usize, half: usize| {
                         wide[(row * DEPTH + k) * 2 + half] * deep[(2 * i + half) * ROW + lane]
                     };
-                    let want: f32 = inner.iter().enumerate().map(|(i, k)| one(i, *k, 0) + one(i, *k, 1)).sum();
+                    let want: f32 =
+                        inner.iter().enumerate().map(|(i, k)| product_of(i, *k, 0) + product_of(i, *k, 1)).sum();
                     let found = (sums[row * ROW + lane], alone[row * ROW + lane]);
                     assert_eq!(found, (1.0 + want, want), "{features:?}, {rows} rows, {a:?}");
                 }
@@ -267,25 +236,27 @@ mod tests {
     }
 
     #[test]
-    fn extents_beyond_the_slices_are_refused() {
-        let (a, b) = (vec![1f32; 12], vec![1f32; 2 * ROW]);
-        let (two, later) = (0..2, 1..3);
-        let good = || product(2, std::slice::from_ref(&two), &a, &b);
-        let run = |product: MatrixProduct<f32>| {
+    fn sizes_beyond_the_slices_are_refused() {
+        let a = vec![1f32; 12];
+        let b = vec![1f32; 2 * ROW];
+        let two = 0..2;
+        let later = 1..3;
+        let valid = || product(2, std::slice::from_ref(&two), &a, &b);
+        let catch = |product: MatrixProduct<f32>| {
             catch_unwind(move || product.add_to(&mut [0.0; 2 * ROW], ROW, CpuFeatures::detect()))
         };
-        assert!(run(good()).is_ok());
+        assert!(catch(valid()).is_ok());
         let steps = |row_step, inner_step| Strided { values: &a[..], row_step, inner_step };
         let runs = [0..usize::MAX, 0..usize::MAX, 0..3];
-        let bad = [
-            MatrixProduct { rows: 3, ..good() },
-            MatrixProduct { a: steps(usize::MAX / 2 + 2, 1), rows: 3, ..good() },
-            MatrixProduct { a: steps(6, usize::MAX), inner: std::slice::from_ref(&later), ..good() },
-            MatrixProduct { b_step: usize::MAX, ..good() },
-            MatrixProduct { inner: &runs, a: steps(0, 0), ..good() },
+        let invalid = [
+            MatrixProduct { rows: 3, ..valid() },
+            MatrixProduct { a: steps(usize::MAX / 2 + 2, 1), rows: 3, ..valid() },
+            MatrixProduct { a: steps(6, usize::MAX), inner: std::slice::from_ref(&later), ..valid() },
+            MatrixProduct { b_step: usize::MAX, ..valid() },
+            MatrixProduct { inner: &runs, a: steps(0, 0), ..valid() },
         ];
-        for product in bad {
-            assert!(run(product).is_err());
+        for product in invalid {
+            assert!(catch(product).is_err());
         }
     }
 }

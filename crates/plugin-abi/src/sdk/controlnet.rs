@@ -1,83 +1,84 @@
-//! [`ControlNetPlugin`]: a plugin of `clearform.branch/1`.
+//! [`ControlNetPlugin`]: a plugin for `clearform.branch/1`.
 
-use super::instance::{close, guard, instance, put, write};
-use super::{AdapterFile, Result};
+use super::Result;
+use super::file::AdapterFile;
+use super::instance::{close, copy_to_host, guard, instance, store_instance};
 use crate::dlpack::DLManagedTensorVersioned;
 use crate::tensor::{BorrowedTensor, OwnedTensor};
 use crate::{
-    ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformGiveResidual, ClearformHost, ClearformStep,
-    ClearformText, OK,
+    ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformFile, ClearformGiveResidual, ClearformHost,
+    ClearformStep, ClearformText, OK,
 };
 use std::ffi::c_void;
 
-/// The model that a branch hangs on.
+/// The model that the ControlNet runs beside.
 #[derive(Debug, Clone)]
 pub struct TargetModel {
-    /// Its family ("flux").
+    /// Family, such as "flux".
     pub family: String,
-    /// Its diffusers config.json.
+    /// The model's diffusers config.json.
     pub config: String,
-    /// The attention that the branch shall have.
+    /// Attention for the ControlNet to use: `full`, or `clear:r=R`.
     pub attention: String,
 }
 
-/// One evaluation's input.
+/// The input of one evaluation.
 #[derive(Debug, Clone, Copy)]
 pub struct StepInput<'a> {
     /// Noisy latents, (batch, image tokens, channels).
     pub latents: BorrowedTensor<'a>,
     /// (batch).
     pub timestep: BorrowedTensor<'a>,
-    /// Text features, (batch, text tokens, channels).
+    /// Text embeddings, (batch, text tokens, channels).
     pub text: Option<BorrowedTensor<'a>>,
-    /// Pooled text features, (batch, channels).
+    /// Pooled text embeddings, (batch, channels).
     pub pooled: Option<BorrowedTensor<'a>>,
     /// Guidance scale, (batch).
     pub guidance: Option<BorrowedTensor<'a>>,
-    /// Places of the image tokens, (image tokens, 3).
+    /// Positions of the image tokens, (image tokens, 3).
     pub image_ids: Option<BorrowedTensor<'a>>,
-    /// Places of the text tokens, (text tokens, 3).
+    /// Positions of the text tokens, (text tokens, 3).
     pub text_ids: Option<BorrowedTensor<'a>>,
-    /// The control.
+    /// The control, as [`ControlSpec`] describes it.
     pub control: BorrowedTensor<'a>,
-    /// Mode of each picture, (batch, 1).
+    /// Mode of each image, (batch, 1).
     pub mode: Option<BorrowedTensor<'a>>,
 }
 
-/// A residual and the numbers of the model's blocks after which it is added.
+/// A residual, and the blocks of the model whose outputs it is added to.
 #[derive(Debug)]
 pub struct BlockResidual {
     /// (batch, image tokens, width), raster order.
     pub tensor: OwnedTensor,
-    /// From 0, in the order in which the model runs them.
+    /// Indexes of blocks, from 0, in the order in which the model runs them.
     pub blocks: Vec<u32>,
 }
 
-/// What a branch takes.
+/// The control that a ControlNet expects.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ControlSpec {
     /// [`crate::CONTROL_LATENTS`] or [`crate::CONTROL_PIXELS`].
     pub control: u32,
     /// Channels of the control.
     pub channels: u32,
-    /// Modes that it knows; 0 if it takes none.
+    /// Number of modes of a union ControlNet; 0 if it has none.
     pub modes: u32,
-    /// The pixel values that black and white become.
+    /// Pixel values for black and white.
     pub range: [f64; 2],
 }
 
-/// A plugin of `clearform.branch/1`.
+/// A plugin for `clearform.branch/1`: a ControlNet, or a similar network that adds residuals to the model's blocks.
 pub trait ControlNetPlugin: Send + Sync + Sized {
-    /// Opens a file that the plugin's claims fit, for `model`.
+    /// Opens a file that matches the plugin's claims, for `model`.
     ///
     /// # Errors
-    /// What is wrong with the file, or that it is for another model, and what to do.
+    /// What is wrong with the file, or that it was made for another model, and what to do about it.
     fn open(file: AdapterFile, model: TargetModel) -> Result<Self>;
 
-    /// What it takes.
-    fn takes(&self) -> ControlSpec;
+    /// The control that it expects.
+    fn control_spec(&self) -> ControlSpec;
 
-    /// One evaluation's residuals.
+    /// The residuals of one evaluation.
     ///
     /// # Errors
     /// An input that it cannot use.
@@ -85,12 +86,12 @@ pub trait ControlNetPlugin: Send + Sync + Sized {
 }
 
 impl ClearformBranchTable {
-    /// The table of `T`.
+    /// The table of the plugin `T`.
     pub const fn of<T: ControlNetPlugin>() -> Self {
         Self {
             struct_size: size_of::<Self>() as u32,
             reserved: 0,
-            open: Some(open_branch::<T>),
+            open: Some(open::<T>),
             close: Some(close::<T>),
             info: Some(info::<T>),
             residuals: Some(residuals::<T>),
@@ -98,42 +99,35 @@ impl ClearformBranchTable {
     }
 }
 
-// What follows is called by the host alone, which keeps to the comments of the tables: pointers are valid, instances
-// come from `open` of the same table, and none is used after `close`. Each SAFETY below rests on that.
+// Only the host calls the functions below, and it follows the comments of the tables: pointers are valid, instances
+// come from `open` of the same table, and none is used after `close`. The SAFETY comments refer to this as the host's
+// contract.
 
-unsafe extern "C" fn open_branch<T: ControlNetPlugin>(
+unsafe extern "C" fn open<T: ControlNetPlugin>(
     host: *const ClearformHost,
-    file: *const crate::ClearformFile,
+    file: *const ClearformFile,
     base: *const ClearformBase,
     out: *mut *mut c_void,
 ) -> i32 {
     guard(host, || {
-        // SAFETY: the host's promise.
-        let model = unsafe {
-            let text = |text: ClearformText| text.as_str().unwrap_or_default().to_owned();
-            TargetModel {
-                family: text((*base).family),
-                config: text((*base).config),
-                attention: text((*base).attention),
-            }
-        };
-        let opened = T::open(AdapterFile { file, host }, model)?;
-        // SAFETY: the host's promise.
-        unsafe { put(host, opened, out) };
+        // SAFETY: the host's contract.
+        let model = unsafe { TargetModel::new(&*base) };
+        let plugin = T::open(AdapterFile { file, host }, model)?;
+        // SAFETY: the host's contract.
+        unsafe { store_instance(host, plugin, out) };
         Ok(())
     })
 }
 
 unsafe extern "C" fn info<T: ControlNetPlugin>(pointer: *mut c_void, out: *mut ClearformBranchInfo) -> i32 {
-    // SAFETY: the host's promise.
+    // SAFETY: the host's contract.
     let instance = unsafe { instance::<T>(pointer) };
     guard(instance.host, || {
-        let ControlSpec { control, channels, modes, range: [low, high] } = instance.inner.takes();
+        let ControlSpec { control, channels, modes, range: [low, high] } = instance.plugin.control_spec();
         let struct_size = size_of::<ClearformBranchInfo>() as u32;
-        // SAFETY: the host's promise.
-        unsafe {
-            write(out, ClearformBranchInfo { struct_size, control, channels, modes, low, high }, (*out).struct_size)
-        };
+        let info = ClearformBranchInfo { struct_size, control, channels, modes, low, high };
+        // SAFETY: the host's contract.
+        unsafe { copy_to_host(out, info, (*out).struct_size) };
         Ok(())
     })
 }
@@ -144,41 +138,54 @@ unsafe extern "C" fn residuals<T: ControlNetPlugin>(
     give: Option<ClearformGiveResidual>,
     context: *mut c_void,
 ) -> i32 {
-    // SAFETY: the host's promise.
+    // SAFETY: the host's contract.
     let instance = unsafe { instance::<T>(pointer) };
     guard(instance.host, || {
-        let give = give.ok_or("the host takes no residuals")?;
-        // SAFETY: the host's promise: the step and its tensors stand during the call.
+        let give = give.ok_or("the host's function \"give\" is null")?;
+        // SAFETY: the host's contract: the step and its tensors are valid during the call.
         let input = unsafe { StepInput::new(&*step) }?;
-        for BlockResidual { tensor, blocks } in instance.inner.residuals(&input)? {
-            // SAFETY: the host's promise; it owns the tensor from here on, whatever it answers.
-            let taken = unsafe { give(context, tensor.into_raw(), blocks.as_ptr(), blocks.len()) };
-            if taken != OK {
-                return Err("the host refused a residual".to_owned());
+        for BlockResidual { tensor, blocks } in instance.plugin.residuals(&input)? {
+            // SAFETY: the host's contract; the host owns the tensor from here on, whatever it returns.
+            let status = unsafe { give(context, tensor.into_raw(), blocks.as_ptr(), blocks.len()) };
+            if status != OK {
+                return Err("the host rejected a residual".to_owned());
             }
         }
         Ok(())
     })
 }
 
+impl TargetModel {
+    /// # Safety
+    /// The texts of `base` are valid.
+    unsafe fn new(base: &ClearformBase) -> Self {
+        // SAFETY: guaranteed by the caller.
+        let copy = |text: &ClearformText| unsafe { text.as_str() }.unwrap_or_default().to_owned();
+        Self { family: copy(&base.family), config: copy(&base.config), attention: copy(&base.attention) }
+    }
+}
+
 impl<'a> StepInput<'a> {
     /// # Safety
-    /// The tensors of `step` stand for `'a`.
+    /// The tensors of `step` are valid for `'a`.
     unsafe fn new(step: &ClearformStep) -> Result<Self> {
-        // SAFETY: the caller says so.
-        let required = |tensor: *const DLManagedTensorVersioned| unsafe { BorrowedTensor::new(tensor) };
-        let optional =
-            |tensor: *const DLManagedTensorVersioned| (!tensor.is_null()).then(|| required(tensor)).transpose();
+        let required = |name: &str, tensor: *const DLManagedTensorVersioned| {
+            // SAFETY: guaranteed by the caller.
+            unsafe { BorrowedTensor::from_raw(tensor) }.map_err(|reason| format!("input {name:?}: {reason}"))
+        };
+        let optional = |name: &str, tensor: *const DLManagedTensorVersioned| {
+            (!tensor.is_null()).then(|| required(name, tensor)).transpose()
+        };
         Ok(Self {
-            latents: required(step.latents)?,
-            timestep: required(step.timestep)?,
-            text: optional(step.text)?,
-            pooled: optional(step.pooled)?,
-            guidance: optional(step.guidance)?,
-            image_ids: optional(step.image_ids)?,
-            text_ids: optional(step.text_ids)?,
-            control: required(step.control)?,
-            mode: optional(step.mode)?,
+            latents: required("latents", step.latents)?,
+            timestep: required("timestep", step.timestep)?,
+            text: optional("text", step.text)?,
+            pooled: optional("pooled", step.pooled)?,
+            guidance: optional("guidance", step.guidance)?,
+            image_ids: optional("image_ids", step.image_ids)?,
+            text_ids: optional("text_ids", step.text_ids)?,
+            control: required("control", step.control)?,
+            mode: optional("mode", step.mode)?,
         })
     }
 }

@@ -1,78 +1,79 @@
-//! [`AdapterFile`]: the file that a plugin is opened with.
+//! [`AdapterFile`]: the file that a plugin opens.
 
 use super::Result;
 use crate::tensor::{ElementType, OwnedTensor};
-use crate::{ClearformHost, ClearformText, OK};
+use crate::{ClearformFile, ClearformHost, ClearformTensorInfo, ClearformText, OK};
 
-/// An adapter's file. It is open as long as the instance is: keep it there, and nowhere that outlives it.
+/// An adapter's file. It is open as long as the plugin's instance: keep it in the instance, and nowhere that outlives
+/// it.
 pub struct AdapterFile {
-    pub(super) file: *const crate::ClearformFile,
+    pub(super) file: *const ClearformFile,
     pub(super) host: *const ClearformHost,
 }
 
-/// A tensor of a file, not read yet.
+/// Name, shape and type of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileTensor {
-    /// Its name in the file.
+    /// Name in the file.
     pub name: String,
-    /// Extents, outermost first.
+    /// Size of each dimension, outermost first.
     pub shape: Vec<usize>,
-    /// Number format, if it is one that crosses.
+    /// Type of the elements; `None` if the plugin interface does not support it.
     pub element: Option<ElementType>,
 }
 
 impl AdapterFile {
-    /// Every tensor, sorted by name.
+    /// Describes every tensor, sorted by name.
     pub fn tensors(&self) -> Vec<FileTensor> {
-        let file = self.file();
-        // SAFETY: the host lends the file until close, which drops this, and its arrays are as long as they say.
+        let file = self.table();
+        // SAFETY: the file is valid until close, which drops `self`, and its arrays have the stated lengths.
         let infos = unsafe { slice(file.tensors, file.tensor_count) };
         // SAFETY: as above.
         infos.iter().map(|info| unsafe { FileTensor::new(info) }).collect()
     }
 
-    /// Reads the tensor `index` of [`Self::tensors`].
+    /// Reads the tensor at `index` in [`Self::tensors`].
     ///
     /// # Errors
-    /// The host could not read it.
+    /// The host cannot read it.
     pub fn read(&self, index: usize) -> Result<OwnedTensor> {
-        let file = self.file();
-        let read = file.read.ok_or("the host lends no way to read tensors")?;
+        let file = self.table();
+        let read = file.read.ok_or("the host's function \"read\" is null")?;
         let mut tensor = std::ptr::null_mut();
-        // SAFETY: the host lends the function with its context; the tensor it writes is ours.
+        // SAFETY: the host provides the function and its context.
         match unsafe { read(file.context, index, &raw mut tensor) } {
-            // SAFETY: the host gave it away.
-            OK => unsafe { OwnedTensor::take(tensor) },
+            // SAFETY: on success, the plugin owns the tensor.
+            OK => unsafe { OwnedTensor::from_raw(tensor) }.map_err(|reason| format!("tensor {index}: {reason}")),
             _ => Err(format!("tensor {index} of the file cannot be read")),
         }
     }
 
-    /// The value of `key` in what the file holds beside its tensors.
+    /// The metadata stored under `key`.
     pub fn metadata(&self, key: &str) -> Option<String> {
-        let file = self.file();
+        let file = self.table();
         // SAFETY: as in `tensors`.
         let pairs = unsafe { slice(file.metadata, file.metadata_count) };
-        // SAFETY: the texts are lent as long as the file is.
-        let find = pairs.iter().find(|pair| unsafe { pair.key.as_str() } == Some(key))?;
+        // SAFETY: the texts are valid as long as the file is.
+        let found = pairs.iter().find(|pair| unsafe { pair.key.as_str() } == Some(key))?;
         // SAFETY: as above.
-        unsafe { find.value.as_str() }.map(str::to_owned)
+        unsafe { found.value.as_str() }.map(str::to_owned)
     }
 
-    /// The config.json beside the file.
+    /// The config.json next to the file.
     pub fn config(&self) -> Option<String> {
-        // SAFETY: the text is lent as long as the file is.
-        unsafe { self.file().config.as_str() }.filter(|text| !text.is_empty()).map(str::to_owned)
+        // SAFETY: the text is valid as long as the file is.
+        unsafe { self.table().config.as_str() }.filter(|text| !text.is_empty()).map(str::to_owned)
     }
 
-    /// Threads that the host computes with.
+    /// Number of threads the host uses.
     pub fn threads(&self) -> usize {
-        // SAFETY: the host is lent until close, which drops this.
+        // SAFETY: the host is valid until close, which drops `self`.
         unsafe { (*self.host).threads as usize }
     }
 
-    /// A message for the person.
+    /// Shows a message to the user; `level` is [`LOG_INFO`](crate::LOG_INFO) and so on.
     pub fn log(&self, level: u32, message: &str) {
-        // SAFETY: as above; the text stands during the call.
+        // SAFETY: as above; the text is valid during the call.
         unsafe {
             if let Some(log) = (*self.host).log {
                 log((*self.host).context, level, ClearformText::new(message));
@@ -80,29 +81,29 @@ impl AdapterFile {
         }
     }
 
-    fn file(&self) -> &crate::ClearformFile {
-        // SAFETY: the host lends it until close, which drops this.
+    fn table(&self) -> &ClearformFile {
+        // SAFETY: the file is valid until close, which drops `self`.
         unsafe { &*self.file }
     }
 }
 
-// SAFETY: the host lets any thread call the functions of a file and of itself, and nothing in them is written.
+// SAFETY: the functions of a file and a host may be called from any thread, and nothing in the structs is written.
 unsafe impl Send for AdapterFile {}
 // SAFETY: as above.
 unsafe impl Sync for AdapterFile {}
 
 impl FileTensor {
     /// # Safety
-    /// `info` is as the host lends it.
-    unsafe fn new(info: &crate::ClearformTensorInfo) -> Self {
-        // SAFETY: the caller says so.
-        unsafe {
-            let shape = slice(info.shape, info.ndim.max(0) as usize);
-            Self {
-                name: info.name.as_str().unwrap_or_default().to_owned(),
-                shape: shape.iter().map(|extent| *extent as usize).collect(),
-                element: ElementType::of(info.dtype),
-            }
+    /// The pointers of `info` are valid.
+    unsafe fn new(info: &ClearformTensorInfo) -> Self {
+        // SAFETY: guaranteed by the caller.
+        let shape = unsafe { slice(info.shape, info.ndim.max(0) as usize) };
+        // SAFETY: guaranteed by the caller.
+        let name = unsafe { info.name.as_str() };
+        Self {
+            name: name.unwrap_or_default().to_owned(),
+            shape: shape.iter().map(|size| *size as usize).collect(),
+            element: ElementType::from_dlpack(info.dtype),
         }
     }
 }
@@ -113,6 +114,6 @@ unsafe fn slice<'a, T>(pointer: *const T, length: usize) -> &'a [T] {
     if pointer.is_null() || length == 0 {
         return &[];
     }
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller.
     unsafe { std::slice::from_raw_parts(pointer, length) }
 }

@@ -1,33 +1,36 @@
-//! The author's side of the boundary in Rust: write a type with [`AdapterPlugin`] or [`ControlNetPlugin`], and one line of
+//! The SDK for plugin authors: implement [`AdapterPlugin`] or [`ControlNetPlugin`] for a type, and export it with
 //! [`export_adapter!`](crate::export_adapter) or [`export_controlnet!`](crate::export_controlnet).
 //!
-//! What the tables ask for is done here once: null and size checks, errors as texts, panics as errors.
+//! The SDK does what the function tables require: it checks pointers and sizes, passes errors to the host as texts, and
+//! turns panics into errors. `plugins/README.md` is the guide, and `plugins/example` a plugin to copy.
 
 mod adapter;
 mod controlnet;
 mod file;
 mod instance;
 
-pub use crate::tensor::give;
-pub use adapter::{AdapterPlugin, EditOperation, GivenTensors, ParameterEdit};
+pub use adapter::{AdapterPlugin, EditOperation, EditTensors, ParameterEdit};
 pub use controlnet::{BlockResidual, ControlNetPlugin, ControlSpec, StepInput, TargetModel};
 pub use file::{AdapterFile, FileTensor};
 
-/// Result of an author's function; the error is told to the person.
+/// Result of a plugin's function. The host shows the error to the user.
 pub type Result<T> = std::result::Result<T, String>;
 
-/// The bytes of a description, as the static that a plugin exports.
+/// The bytes of a description, for the static that a plugin exports.
 #[doc(hidden)]
 pub const fn description<const N: usize>(text: &str) -> [u8; N] {
-    let (bytes, mut copied, mut at) = (text.as_bytes(), [0; N], 0);
-    while at < N {
-        copied[at] = bytes[at];
-        at += 1;
+    let bytes = text.as_bytes();
+    let mut copied = [0; N];
+    let mut index = 0;
+    while index < N {
+        copied[index] = bytes[index];
+        index += 1;
     }
     copied
 }
 
-/// Exports the [`AdapterPlugin`](crate::sdk::Adapter) `$type`, described by the TOML file `$path` beside the source file.
+/// Exports the type `$type`, an [`AdapterPlugin`](crate::sdk::AdapterPlugin). `$path` is the TOML file of its
+/// description, relative to the source file.
 #[macro_export]
 macro_rules! export_adapter {
     ($type:ty, $path:literal) => {
@@ -35,7 +38,8 @@ macro_rules! export_adapter {
     };
 }
 
-/// Exports the [`ControlNetPlugin`](crate::sdk::Branch) `$type`, described by the TOML file `$path` beside the source file.
+/// Exports the type `$type`, a [`ControlNetPlugin`](crate::sdk::ControlNetPlugin). `$path` is the TOML file of its
+/// description, relative to the source file.
 #[macro_export]
 macro_rules! export_controlnet {
     ($type:ty, $path:literal) => {
@@ -43,7 +47,7 @@ macro_rules! export_controlnet {
     };
 }
 
-/// What both exports have in common.
+/// The common part of both exports.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! export_plugin {
@@ -62,7 +66,7 @@ macro_rules! export_plugin {
                 table: (&raw const TABLE).cast(),
             };
 
-            // An exported symbol, so that the linker keeps it.
+            // Exported, so that the linker keeps it.
             #[unsafe(no_mangle)]
             static clearform_plugin_description: [u8; DESCRIPTION.len()] = $crate::sdk::description(DESCRIPTION);
 
@@ -78,8 +82,9 @@ macro_rules! export_plugin {
 mod tests {
     use crate::{DESCRIPTION_BEGIN, DESCRIPTION_END};
 
+    /// `concat!` takes literals only, so the macro repeats the two constants.
     #[test]
-    fn the_macro_writes_the_marks_that_hosts_look_for() {
+    fn the_macro_repeats_the_description_markers() {
         let source = include_str!("mod.rs");
         assert!(source.contains(&format!("                {DESCRIPTION_BEGIN:?},\n")));
         assert!(source.contains(&format!("                {DESCRIPTION_END:?}\n")));

@@ -1,19 +1,21 @@
-//! [`GgufType`]: the number formats that GGUF files have, by their numbers and names. The arithmetic of blocks is the
-//! tensor library's.
+//! [`GgufType`]: the types of tensors in GGUF files (`ggml_type`), by number and name. Blocks are dequantised by candle.
 
 use crate::Dtype;
 use crate::error::Validated;
 use crate::storage_view::Compression;
 use candle_core::quantized::GgmlDType;
 
-/// How a tensor's values are kept.
+/// How a tensor's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GgufType {
+    /// In a dtype of safetensors.
     Plain(Dtype),
+    /// In quantised blocks.
     Blocks(GgmlDType),
 }
 
-/// Number in the file, name, and how values are kept, of those that are read; sorted by number.
+/// (number in the file, name, how values are stored), sorted by number. Types that are not supported have a name only,
+/// for the error.
 const FORMATS: &[(u64, &str, Option<GgufType>)] = &[
     (0, "F32", Some(GgufType::Plain(Dtype::F32))),
     (1, "F16", Some(GgufType::Plain(Dtype::F16))),
@@ -53,25 +55,25 @@ const FORMATS: &[(u64, &str, Option<GgufType>)] = &[
     (40, "NVFP4", None),
     (41, "Q1_0", None),
 ];
-const REMEDY: &str = "give the file in Q8_0, a K-quant or BF16, or the safetensors file it was made from";
+const REMEDY: &str = "use the file in Q8_0, a K-quant or BF16, or the safetensors file it was made from";
 
 impl GgufType {
-    /// The format of that number, and its name.
+    /// The type of a number in the file, and its name.
     pub fn numbered(number: u64) -> Validated<(&'static str, Self)> {
         match FORMATS.binary_search_by_key(&number, |format| format.0).map(|at| FORMATS[at]) {
             Ok((_, name, Some(stored))) => Ok((name, stored)),
-            Ok((_, name, None)) => Err(format!("number format {name}, which is not read: {REMEDY}")),
-            Err(_) => Err(format!("number format {number}, which is not known here: {REMEDY}")),
+            Ok((_, name, None)) => Err(format!("type {name} is not supported: {REMEDY}")),
+            Err(_) => Err(format!("unknown type {number}: {REMEDY}")),
         }
     }
 
-    /// The name of the format whose blocks these are.
+    /// The name of a type of blocks.
     pub fn name_of(blocks: GgmlDType) -> &'static str {
         let named = FORMATS.iter().find(|format| format.2 == Some(Self::Blocks(blocks)));
         named.map_or("blocks", |format| format.1)
     }
 
-    /// Values and bytes of a block; a plain value is a block of its own.
+    /// (values, bytes) of a block; a plain value is a block of one.
     pub fn block(self) -> (u64, u64) {
         match self {
             Self::Plain(dtype) => (1, dtype.bitsize() as u64 / 8),
@@ -79,7 +81,7 @@ impl GgufType {
         }
     }
 
-    /// The number format that its values are given in.
+    /// The dtype that the values are read in.
     pub fn dtype(self) -> Dtype {
         match self {
             Self::Plain(dtype) => dtype,
@@ -87,7 +89,8 @@ impl GgufType {
         }
     }
 
-    pub fn packing(self) -> Compression {
+    /// How the values are unpacked.
+    pub fn compression(self) -> Compression {
         match self {
             Self::Plain(_) => Compression::Plain,
             Self::Blocks(format) => Compression::Blocks(format),
@@ -101,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn formats_are_sorted_and_blocks_have_the_sizes_of_the_files() {
+    fn types_are_sorted_and_blocks_have_the_sizes_in_files() {
         assert!(FORMATS.is_sorted_by(|a, b| a.0 < b.0));
         let cases = [
             ("F16", 1, 2),

@@ -1,49 +1,54 @@
-//! [`GgufMetadata`]: what the metadata of a GGUF file say of its tensors, and the short texts among them, for a person.
+//! [`GgufMetadata`]: the metadata of a GGUF file that concern its tensors, and its short strings.
 //!
-//! All other values are passed over: the lists of a text encoder's tokenizer are most of them.
+//! All other values are skipped; most of them are the lists of a text encoder's tokenizer.
 
 use super::reader::GgufReader;
 use crate::Result;
 use crate::error::printed;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a file without metadata has.
-const ALIGNMENT: u64 = 32;
+/// The alignment of files that do not give one.
+const DEFAULT_ALIGNMENT: u64 = 32;
 const LARGEST_ALIGNMENT: u64 = 65_536;
 const ALIGNMENT_KEY: &str = "general.alignment";
-/// Before the name of a tensor, by ComfyUI-GGUF: the extents it had, outermost first, before its rows were made to fit
-/// the blocks. One for a tensor that is not there says nothing.
+/// ComfyUI-GGUF writes this before the name of a tensor that it reshaped so that rows fit the blocks: the original
+/// shape, outermost dimension first. A key for a missing tensor is ignored.
 const SHAPE_KEY: &str = "comfy.gguf.orig_shape.";
+/// Real files have some dozens.
 const MOST_KEYS: u64 = 200_000;
-/// Longer ones are whole tokenizers and templates.
+/// Longer strings are whole tokenizers and chat templates.
 const LONGEST_TEXT: u64 = 4096;
-/// Extents that a list may have to be a shape.
-const MOST_EXTENTS: u64 = 8;
+/// A longer list is not a shape.
+const MOST_DIMENSIONS: u64 = 8;
+/// Nesting of lists, which are read recursively.
 const DEEPEST: u32 = 16;
 
+// Numbers of value types, as the specification gives them.
 const U32: u64 = 4;
 const I32: u64 = 5;
 const TEXT: u64 = 8;
 const LIST: u64 = 9;
-/// Bytes that a text and a list take when empty.
+/// Bytes of an empty string (its length) and of an empty list (its type and length).
 const LEAST_TEXT: u64 = 8;
 const LEAST_LIST: u64 = 12;
 
-/// What is kept of the metadata.
+/// The metadata that are kept.
 #[derive(Debug)]
 pub(super) struct GgufMetadata {
+    /// Short strings by key.
     pub texts: BTreeMap<String, String>,
-    /// Values begin at multiples of it.
+    /// Tensors begin at multiples of this.
     pub alignment: u64,
-    /// Shapes by the names of their tensors.
+    /// Original shapes by tensor name.
     pub shapes: BTreeMap<String, Vec<u64>>,
 }
 
-/// One value, as far as it matters here.
+/// A value of the metadata.
 enum GgufValue {
     Text(String),
-    Number(u64),
-    Extents(Vec<u64>),
+    U32(u64),
+    Shape(Vec<u64>),
+    /// Any other value, which is skipped.
     Other,
 }
 
@@ -53,7 +58,7 @@ impl GgufMetadata {
         if count > MOST_KEYS {
             return Err(reader.bad(format!("it claims {count} metadata keys, more than the {MOST_KEYS} allowed")));
         }
-        let mut metadata = Self { texts: BTreeMap::new(), alignment: ALIGNMENT, shapes: BTreeMap::new() };
+        let mut metadata = Self { texts: BTreeMap::new(), alignment: DEFAULT_ALIGNMENT, shapes: BTreeMap::new() };
         let mut known = BTreeSet::new();
         for number in 0..count {
             reader.enter(format!("metadata key {number} of {count}"));
@@ -71,11 +76,11 @@ impl GgufMetadata {
 
     fn keep(&mut self, reader: &GgufReader, key: String, value: GgufValue) -> Result<()> {
         match (key.strip_prefix(SHAPE_KEY), value) {
-            (Some(tensor), GgufValue::Extents(extents)) => {
-                self.shapes.insert(tensor.to_owned(), extents);
+            (Some(tensor), GgufValue::Shape(shape)) => {
+                self.shapes.insert(tensor.to_owned(), shape);
             }
             (Some(_), _) => {
-                return Err(reader.bad(format!("expected a list of 1 to {MOST_EXTENTS} positive INT32, a shape")));
+                return Err(reader.bad(format!("expected a shape, a list of 1 to {MOST_DIMENSIONS} positive INT32")));
             }
             (None, value) if key == ALIGNMENT_KEY => self.alignment = alignment(reader, &value)?,
             (None, GgufValue::Text(text)) => {
@@ -89,8 +94,8 @@ impl GgufMetadata {
 
 fn alignment(reader: &GgufReader, value: &GgufValue) -> Result<u64> {
     match value {
-        GgufValue::Number(number) if number.is_power_of_two() && *number <= LARGEST_ALIGNMENT => Ok(*number),
-        GgufValue::Number(number) => {
+        GgufValue::U32(number) if number.is_power_of_two() && *number <= LARGEST_ALIGNMENT => Ok(*number),
+        GgufValue::U32(number) => {
             Err(reader.bad(format!("expected a power of two up to {LARGEST_ALIGNMENT}, found {number}")))
         }
         _ => Err(reader.bad("expected a UINT32")),
@@ -99,7 +104,7 @@ fn alignment(reader: &GgufReader, value: &GgufValue) -> Result<u64> {
 
 fn value(reader: &mut GgufReader, kind: u64) -> Result<GgufValue> {
     match kind {
-        U32 => reader.number(4).map(GgufValue::Number),
+        U32 => reader.number(4).map(GgufValue::U32),
         TEXT => text(reader),
         LIST => list(reader, 0),
         _ => {
@@ -124,18 +129,19 @@ fn list(reader: &mut GgufReader, depth: u32) -> Result<GgufValue> {
     if depth == DEEPEST {
         return Err(reader.bad(format!("lists nested more than {DEEPEST} deep")));
     }
-    let (kind, count) = (reader.number(4)?, reader.number(8)?);
+    let kind = reader.number(4)?;
+    let count = reader.number(8)?;
     match kind {
-        I32 if (1..=MOST_EXTENTS).contains(&count) => return extents(reader, count),
+        I32 if (1..=MOST_DIMENSIONS).contains(&count) => return shape(reader, count),
         TEXT => {
-            reader.judge_count(count, LEAST_TEXT)?;
+            reader.check_count(count, LEAST_TEXT)?;
             for _ in 0..count {
                 let length = reader.number(8)?;
                 reader.skip(length)?;
             }
         }
         LIST => {
-            reader.judge_count(count, LEAST_LIST)?;
+            reader.check_count(count, LEAST_LIST)?;
             for _ in 0..count {
                 list(reader, depth + 1)?;
             }
@@ -148,19 +154,19 @@ fn list(reader: &mut GgufReader, depth: u32) -> Result<GgufValue> {
     Ok(GgufValue::Other)
 }
 
-fn extents(reader: &mut GgufReader, count: u64) -> Result<GgufValue> {
-    let extents = (0..count).map(|_| reader.number(4)).collect::<Result<Vec<_>>>()?;
-    let positive = extents.iter().all(|extent| (1..=i32::MAX as u64).contains(extent));
-    Ok(if positive { GgufValue::Extents(extents) } else { GgufValue::Other })
+fn shape(reader: &mut GgufReader, count: u64) -> Result<GgufValue> {
+    let shape = (0..count).map(|_| reader.number(4)).collect::<Result<Vec<_>>>()?;
+    let positive = shape.iter().all(|dimension| (1..=i32::MAX as u64).contains(dimension));
+    Ok(if positive { GgufValue::Shape(shape) } else { GgufValue::Other })
 }
 
-/// Bytes of a number or truth value.
+/// Bytes of a number or boolean.
 fn width(reader: &GgufReader, kind: u64) -> Result<u64> {
     match kind {
         0 | 1 | 7 => Ok(1),
         2 | 3 => Ok(2),
         U32 | I32 | 6 => Ok(4),
         10..=12 => Ok(8),
-        _ => Err(reader.bad(format!("value type {kind}, which GGUF does not have: the file is damaged"))),
+        _ => Err(reader.bad(format!("unknown value type {kind}: the file is damaged"))),
     }
 }

@@ -1,45 +1,46 @@
-//! [`GgufReader`]: the directory of a GGUF file taken one piece after another, never past its end. It reads a window of the
-//! file at a time and knows no meaning of the pieces.
+//! [`GgufReader`]: reads the head of a GGUF file in order and never past its end, a window of the file at a time.
 
-use crate::checkpoint::TensorFile;
-use crate::{Result, WeightsError};
+use crate::{Result, TensorFile, WeightsError};
 
-/// The largest, of text encoders with their tokenizer's lists, take some 20 MB.
+/// The limit for metadata and list of tensors. The largest, of text encoders with the lists of their tokenizers, take
+/// about 20 MB.
 const LONGEST_DIRECTORY: u64 = 128 << 20;
+/// Bytes read from the file at a time.
 const WINDOW: u64 = 1 << 18;
 /// As for the names in a safetensors header.
 pub(super) const LONGEST_NAME: u64 = 4096;
 
-/// What is left of a directory.
+/// A cursor in the head of a GGUF file.
 #[derive(Debug)]
 pub(super) struct GgufReader<'f> {
     file: &'f TensorFile,
     at: u64,
     end: u64,
     window: Vec<u8>,
-    /// Where the window begins in the file.
+    /// The window's offset in the file.
     start: u64,
     /// What is being read, for messages.
-    within: String,
+    section: String,
 }
 
 impl<'f> GgufReader<'f> {
+    /// Begins at the start of `file`.
     pub fn new(file: &'f TensorFile) -> Self {
         let end = file.size.min(LONGEST_DIRECTORY);
-        Self { file, at: 0, end, window: Vec::new(), start: 0, within: "the head of the GGUF file".to_owned() }
+        Self { file, at: 0, end, window: Vec::new(), start: 0, section: "the head of the GGUF file".to_owned() }
     }
 
-    /// Says what is read from here on.
-    pub fn enter(&mut self, within: String) {
-        self.within = within;
+    /// Sets what messages name as the place of an error from here on.
+    pub fn enter(&mut self, section: String) {
+        self.section = section;
     }
 
-    /// The error that says what is wrong with what is being read.
+    /// A [`WeightsError::BadFile`] that names what is being read.
     pub fn bad(&self, reason: impl std::fmt::Display) -> WeightsError {
-        self.file.bad(format!("{}: {reason}", self.within))
+        self.file.bad(format!("{}: {reason}", self.section))
     }
 
-    /// How many bytes were taken.
+    /// How many bytes have been read.
     pub fn position(&self) -> u64 {
         self.at
     }
@@ -55,30 +56,28 @@ impl<'f> GgufReader<'f> {
         Ok(&self.window[(from - self.start) as usize..(self.at - self.start) as usize])
     }
 
-    /// Passes over `count` bytes.
+    /// Skips `count` bytes.
     pub fn skip(&mut self, count: u64) -> Result<()> {
         self.skip_items(count, 1)
     }
 
-    /// Passes over `count` items of `width` bytes.
+    /// Skips `count` items of `width` bytes.
     pub fn skip_items(&mut self, count: u64, width: u64) -> Result<()> {
-        self.judge_count(count, width)?;
+        self.check_count(count, width)?;
         self.at += count * width;
         Ok(())
     }
 
-    /// Refuses `count` items of `width` bytes or more where fewer are left.
-    pub fn judge_count(&self, count: u64, width: u64) -> Result<()> {
+    /// An error if fewer than `count` items of `width` bytes are left.
+    pub fn check_count(&self, count: u64, width: u64) -> Result<()> {
         let left = self.end - self.at;
         if count.checked_mul(width).is_some_and(|bytes| bytes <= left) {
             return Ok(());
         }
         let what = if width == 1 { format!("{count} bytes") } else { format!("{count} items of {width} bytes") };
         Err(self.bad(match self.end == self.file.size {
-            true => {
-                format!("{what} claimed where {left} bytes are left: it is cut short or damaged, download it again")
-            }
-            false => format!("{what} claimed where {left} are left of the {LONGEST_DIRECTORY} a directory may take"),
+            true => format!("{what} claimed, only {left} bytes left: it is cut short or damaged, download it again"),
+            false => format!("{what} claimed, only {left} left of the {LONGEST_DIRECTORY} allowed before the values"),
         }))
     }
 
@@ -88,7 +87,7 @@ impl<'f> GgufReader<'f> {
         Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
     }
 
-    /// A name, behind its length.
+    /// A length and a name of that length.
     pub fn name(&mut self) -> Result<String> {
         let length = self.number(8)?;
         if length > LONGEST_NAME {

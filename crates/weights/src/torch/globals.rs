@@ -1,30 +1,30 @@
-//! [`Global`]: the classes and functions that files of `torch.save` name, and what each stands for. None is ever called.
+//! [`Global`]: the classes and functions that files of `torch.save` name, and what each means here. None is ever called.
 //!
-//! What is not on the list is code that only a program can run, so the file is refused.
+//! Any other name would be code to run, so the file is refused.
 
 use super::Validated;
 use crate::Dtype;
 
-/// What a name on the list stands for.
+/// The meaning of a known name.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Global {
     /// Makes a dict.
     Dict,
-    /// A number format.
+    /// A dtype.
     Dtype(Dtype),
-    /// Makes what no tensor needs, of this kind.
+    /// Makes a value of this kind that no tensor needs.
     Other(&'static str),
-    /// Makes a tensor of a storage.
+    /// Makes a tensor from a storage that has a dtype.
     Tensor,
-    /// Makes a tensor of a storage that has no number format, which is given beside.
+    /// Makes a tensor from an untyped storage; the dtype is an argument.
     TensorOf,
-    /// Passes on its first argument: a tensor as a parameter, or a shape.
+    /// Returns its first argument: a tensor as a parameter, or a shape.
     First,
-    /// Passes on what another of these makes, with attributes.
+    /// Calls another of these and adds attributes to its result.
     Subclass,
-    /// A storage, with its number format if it has one.
+    /// A storage class, with its dtype if it has one.
     Storage(Option<Dtype>),
-    /// A class of tensors, or the type of what a dict holds by default.
+    /// A class that is only named: of tensors, or of a defaultdict's values.
     Type,
 }
 
@@ -32,10 +32,10 @@ const NUMBER: Global = Global::Other("a number");
 const SET: Global = Global::Other("a set");
 const ARRAY: Global = Global::Other(ARRAY_KIND);
 
-/// What stands for an array, whose values are not read.
+/// The kind of numpy arrays, whose values are not read.
 pub(super) const ARRAY_KIND: &str = "a numpy array";
 
-/// Module, name, meaning.
+/// (module, name, meaning), sorted.
 const KNOWN: &[(&str, &str, Global)] = &[
     ("__builtin__", "bytearray", Global::Other("bytes")),
     ("__builtin__", "complex", NUMBER),
@@ -102,8 +102,8 @@ const KNOWN: &[(&str, &str, Global)] = &[
     ("torch.storage", "UntypedStorage", Global::Storage(None)),
 ];
 
-/// Number formats of PyTorch that files of safetensors have no name for, and with them this crate.
-const NO_FORMAT: &[&str] = &[
+/// PyTorch dtypes that safetensors does not have, and so this crate neither.
+const UNSUPPORTED_DTYPES: &[&str] = &[
     "ComplexDoubleStorage",
     "QInt32Storage",
     "QInt8Storage",
@@ -120,31 +120,32 @@ const NO_FORMAT: &[&str] = &[
     "quint8",
 ];
 
-/// Nothing is named longer; a message prints no more of it.
+/// Characters of an unknown name that a message prints.
 const LONGEST_NAME: usize = 100;
 
 impl Global {
-    /// What `module.name` stands for.
+    /// The meaning of `module.name`.
     pub fn named(module: &str, name: &str) -> Validated<Self> {
-        let python2 = if module == "builtins" { "__builtin__" } else { module };
-        let known = KNOWN.iter().find(|known| (known.0, known.1) == (python2, name));
+        // The list has the name of Python 2, which protocol 2 writes in Python 3 too.
+        let listed_module = if module == "builtins" { "__builtin__" } else { module };
+        let known = KNOWN.iter().find(|known| (known.0, known.1) == (listed_module, name));
         known.map(|known| known.2).ok_or_else(|| refusal(module, name))
     }
 }
 
 fn refusal(module: &str, name: &str) -> String {
-    if module == "torch" && NO_FORMAT.contains(&name) {
-        return format!("torch.{name} is a number format that is not read: convert it in PyTorch first");
+    if module == "torch" && UNSUPPORTED_DTYPES.contains(&name) {
+        return format!("torch.{name} is not a supported dtype: convert the tensor in PyTorch first");
     }
     let full: String = format!("{module}.{name}").chars().take(LONGEST_NAME).collect();
     if module == "torch._utils" && name.starts_with("_rebuild_") {
         let kinds = "a sparse, quantised or otherwise special tensor";
-        return format!("{full:?} makes {kinds}, which is not read: save it dense (to_dense(), dequantize())");
+        return format!("{full:?} makes {kinds}, which is not supported: save it dense (to_dense(), dequantize())");
     }
     format!(
-        "it names {full:?}, which is not plain data (a model or settings saved with their class, or malice): loading it \
-         with Python would run code of that name, so it is refused and nothing was run. Ask for the file as safetensors, \
-         or, if you trust it, load it where that code is and save its state_dict with safetensors.torch.save_file"
+        "it names {full:?}, which is not plain data (a model or settings saved with their class, or malware): loading it \
+         in Python would run that code, so it is refused; nothing was run. Ask for the file as safetensors, or, if you \
+         trust it, load it where that code is installed and save its state_dict with safetensors.torch.save_file"
     )
 }
 
@@ -154,15 +155,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_sorted_and_what_is_not_on_them_is_refused_by_name() {
+    fn lists_are_sorted_and_other_names_are_refused() {
         assert!(KNOWN.is_sorted_by_key(|known| (known.0, known.1)));
-        assert!(NO_FORMAT.is_sorted());
+        assert!(UNSUPPORTED_DTYPES.is_sorted());
         assert_eq!(Global::named("builtins", "set").unwrap(), SET);
         for (module, name, expected) in [
             ("os", "system", "\"os.system\", which is not plain data"),
             ("builtins", "eval", "\"builtins.eval\""),
             ("torch._utils", "_rebuild_qtensor", "makes a sparse, quantised"),
-            ("torch", "qint8", "torch.qint8 is a number format that is not read"),
+            ("torch", "qint8", "torch.qint8 is not a supported dtype"),
             ("a\u{1b}[2J", "b", r#""a\u{1b}[2J.b""#),
             ("torch.storage", "_load_from_bytes", "\"torch.storage._load_from_bytes\""),
         ] {

@@ -1,23 +1,22 @@
-//! The form of `torch.save` before PyTorch 1.6: five pickles, then the storages one after another.
+//! The format of `torch.save` before PyTorch 1.6: five pickles, then the storages in sequence.
 //!
-//! The pickles are a magic number, a version, the machine's sizes, the object, and the keys of the storages in their
-//! order; before each storage stands the count of its elements.
+//! The pickles are a magic number, a version, the machine's byte order and sizes, the object, and the keys of the
+//! storages in order. Each storage begins with the number of its elements.
 
 use super::pickle::Pickle;
 use super::storage::{TorchStorage, width};
 use super::value::{PickleValue, ValueArena, ValueId};
 use super::{LONGEST_PICKLE, Validated, printed};
-use crate::Result;
-use crate::checkpoint::TensorFile;
 use crate::header::Header;
 use crate::storage_view::{Compression, FileRange};
+use crate::{Result, TensorFile};
 use std::collections::HashMap;
 
 const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
 const VERSION: i128 = 1001;
 const COUNT_BYTES: u64 = 8;
 
-/// Reads the directory of `file`: its pickles and the counts before the storages.
+/// Reads the pickles of `file` and the sizes of its storages.
 pub(super) fn read(file: &TensorFile) -> Result<Header> {
     let bytes = file.read(0..file.size.min(LONGEST_PICKLE))?;
     let (object, keys, end) = pickles(&bytes).map_err(|reason| file.bad(reason))?;
@@ -27,33 +26,34 @@ pub(super) fn read(file: &TensorFile) -> Result<Header> {
     super::header(file, &object, |storage| records.get(storage.key).cloned().ok_or_else(|| missing(storage)))
 }
 
-/// The object, the keys of its storages, and where the pickles end.
+/// (the object, the keys of its storages, the offset at which the pickles end).
 fn pickles(bytes: &[u8]) -> Validated<(Pickle<'_>, Pickle<'_>, u64)> {
     let magic = Pickle::read(bytes)?;
     if !matches!(magic.values.get(magic.root), PickleValue::Integer(MAGIC)) {
         return Err("a Python pickle that torch.save did not write: save a state_dict with safetensors".to_owned());
     }
     let mut end = magic.length;
-    let mut next = || {
+    let mut next_pickle = || {
         let pickle = Pickle::read(&bytes[end..])?;
         end += pickle.length;
         Validated::Ok(pickle)
     };
-    let version = next()?;
+    let version = next_pickle()?;
     if !matches!(version.values.get(version.root), PickleValue::Integer(VERSION)) {
         return Err(format!("a torch file of another version than {VERSION}: save it again with PyTorch"));
     }
-    judge_byte_order(&next()?)?;
-    let (object, keys) = (next()?, next()?);
+    check_byte_order(&next_pickle()?)?;
+    let object = next_pickle()?;
+    let keys = next_pickle()?;
     Ok((object, keys, end as u64))
 }
 
-/// The sizes of the machine say which end of a number came first there.
-fn judge_byte_order(sizes: &Pickle) -> Validated<()> {
+/// The third pickle states the byte order of the machine that wrote the file.
+fn check_byte_order(sizes: &Pickle) -> Validated<()> {
     let PickleValue::Dict(pairs) = sizes.values.get(sizes.root) else { return Ok(()) };
     let order = pairs.iter().find(|pair| sizes.values.text(pair.0) == Ok("little_endian"));
     match order.map(|pair| sizes.values.get(pair.1)) {
-        Some(PickleValue::Truth(false)) => Err(super::BIG_ENDIAN.to_owned()),
+        Some(PickleValue::Bool(false)) => Err(super::BIG_ENDIAN.to_owned()),
         _ => Ok(()),
     }
 }
@@ -79,9 +79,9 @@ fn records<'a>(file: &TensorFile, object: &Pickle, keys: &[&'a str], end: u64) -
         let count = file.read(at..start)?.iter().rev().fold(0, |count, &byte| count << 8 | u64::from(byte));
         let size = count.checked_mul(known.dtype.map_or(1, width)).ok_or_else(cut)?;
         at = start.checked_add(size).filter(|&end| end <= file.size).ok_or_else(cut)?;
-        let record = FileRange { bytes: start..at, size, packing: Compression::Plain };
+        let record = FileRange { bytes: start..at, size, compression: Compression::Plain };
         if records.insert(*key, record).is_some() {
-            return Err(file.bad(format!("storage {key:?} is there twice")));
+            return Err(file.bad(format!("storage {key:?} is given twice")));
         }
     }
     Ok(records)

@@ -1,7 +1,7 @@
 //! [`Pickle`]: what a Python pickle of protocols 2 to 5 builds, as data.
 //!
-//! A pickle is a program for a stack machine, whose instructions may name any class or function and have it called.
-//! Here those of [`Global`] have a meaning and no other has one. The instructions are those of
+//! A pickle is a program for a stack machine; its instructions may name any class or function and call it. Here only the
+//! names of [`Global`] have a meaning, and nothing is called. The instructions are those of
 //! <https://github.com/python/cpython/blob/main/Lib/pickletools.py>; those that `torch.save` never writes are refused.
 
 use super::Validated;
@@ -11,14 +11,13 @@ use super::storage::{TorchStorage, ViewSpec, width};
 use super::value::{PickleValue, ValueArena, ValueId};
 use std::collections::HashMap;
 
-/// Lists and dicts come a thousand items at a time; a tuple alone can need more.
+/// Python writes lists and dicts a thousand items at a time; only a long tuple needs more.
 const MOST_ON_STACK: usize = 100_000;
-
-/// Everything is kept once, though little is asked for again.
-const MOST_REMEMBERED: usize = 1 << 21;
-/// Whatever makes a tensor looks at no more; what is passed can be long, and passed often.
+/// Python memorises every value, though few are used again; as many as there may be values.
+const MOST_MEMORISED: usize = 1 << 21;
+/// Arguments that are copied for a call: no function here uses more, and a long tuple may be passed a million times.
 const MOST_ARGUMENTS: usize = 8;
-/// Keys of storages are numbers, or were once addresses.
+/// Keys of storages are numbers; old versions used memory addresses.
 const LONGEST_KEY: usize = 100;
 
 /// Values of a pickle.
@@ -26,22 +25,22 @@ const LONGEST_KEY: usize = 100;
 pub(super) struct Pickle<'a> {
     pub values: ValueArena<'a>,
     pub storages: Vec<TorchStorage<'a>>,
-    /// What all the others are part of.
+    /// The value that the pickle returns.
     pub root: ValueId,
-    /// Bytes that it took.
+    /// Bytes of the pickle.
     pub length: usize,
 }
 
 impl<'a> Pickle<'a> {
-    /// Interprets the pickle that `bytes` begins with.
+    /// Parses the pickle that `bytes` begins with.
     pub fn read(bytes: &'a [u8]) -> Validated<Self> {
         let mut machine = PickleMachine::new(bytes);
         loop {
             let at = machine.input.position();
-            let place = |reason| format!("byte {at} of the pickle: {reason}");
+            let with_position = |reason| format!("byte {at} of the pickle: {reason}");
             match machine.input.byte().map_err(|_| "the pickle is cut short".to_owned())? {
                 b'.' => break,
-                opcode => machine.step(opcode).map_err(place)?,
+                opcode => machine.step(opcode).map_err(with_position)?,
             }
         }
         let root = machine.pop()?;
@@ -50,13 +49,15 @@ impl<'a> Pickle<'a> {
     }
 }
 
+/// The state of the stack machine.
 struct PickleMachine<'a> {
     input: ByteReader<'a>,
     values: ValueArena<'a>,
     storages: Vec<TorchStorage<'a>>,
+    /// Indices of the storages by key.
     keys: HashMap<&'a str, usize>,
     stack: Vec<ValueId>,
-    /// Heights of the stack that instructions return to.
+    /// Heights of the stack at the MARK instructions that are still open.
     marks: Vec<usize>,
     memo: HashMap<u64, ValueId>,
 }
@@ -79,8 +80,8 @@ impl<'a> PickleMachine<'a> {
             0x80 => self.protocol(),
             0x95 => self.frame(),
             b'N' => self.push(PickleValue::None),
-            0x88 => self.push(PickleValue::Truth(true)),
-            0x89 => self.push(PickleValue::Truth(false)),
+            0x88 => self.push(PickleValue::Bool(true)),
+            0x89 => self.push(PickleValue::Bool(false)),
             b'K' => self.unsigned(1),
             b'M' => self.unsigned(2),
             b'J' => self.integer(4),
@@ -153,16 +154,16 @@ impl<'a> PickleMachine<'a> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.pop() {
             Some(id) if self.stack.len() >= floor => Ok(id),
-            _ => Err("a value is taken from an empty stack".to_owned()),
+            _ => Err("a value is popped from an empty stack".to_owned()),
         }
     }
 
-    /// The value on top, which stays.
+    /// The value on top of the stack, without popping it.
     fn top(&self) -> Validated<ValueId> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.last() {
             Some(&id) if self.stack.len() > floor => Ok(id),
-            _ => Err("a value is asked of an empty stack".to_owned()),
+            _ => Err("a value is read from an empty stack".to_owned()),
         }
     }
 
@@ -189,7 +190,7 @@ impl<'a> PickleMachine<'a> {
         self.integer(length)
     }
 
-    /// A number in two's complement; one that no file needs is not kept.
+    /// A number in two's complement. Numbers of more than 16 bytes occur in no real file, and their value is dropped.
     fn integer(&mut self, length: u64) -> Validated<()> {
         let bytes = self.input.take(length)?;
         if bytes.len() > 16 {
@@ -245,7 +246,8 @@ impl<'a> PickleMachine<'a> {
     }
 
     fn put(&mut self) -> Validated<()> {
-        let (value, key) = (self.pop()?, self.pop()?);
+        let value = self.pop()?;
+        let key = self.pop()?;
         self.values.put(self.top()?, &[key, value])
     }
 
@@ -266,35 +268,34 @@ impl<'a> PickleMachine<'a> {
     fn remember(&mut self, key: u64) -> Validated<()> {
         let id = self.top()?;
         self.memo.insert(key, id);
-        if self.memo.len() <= MOST_REMEMBERED {
-            Ok(())
-        } else {
-            Err(format!("more than {MOST_REMEMBERED} things kept"))
-        }
+        if self.memo.len() <= MOST_MEMORISED { Ok(()) } else { Err(format!("more than {MOST_MEMORISED} memo entries")) }
     }
 
     fn recall(&mut self, width: u64) -> Validated<()> {
         let key = self.input.number(width)?;
-        let id = *self.memo.get(&key).ok_or_else(|| format!("nothing is remembered under {key}"))?;
+        let id = *self.memo.get(&key).ok_or_else(|| format!("the memo has no entry {key}"))?;
         self.push_id(id)
     }
 
     fn global(&mut self) -> Validated<()> {
-        let (module, name) = (self.input.line()?, self.input.line()?);
+        let module = self.input.line()?;
+        let name = self.input.line()?;
         self.push(PickleValue::Global(Global::named(module, name)?))
     }
 
     fn global_on_stack(&mut self) -> Validated<()> {
-        let (name, module) = (self.pop()?, self.pop()?);
+        let name = self.pop()?;
+        let module = self.pop()?;
         let global = Global::named(self.values.text(module)?, self.values.text(name)?)?;
         self.push(PickleValue::Global(global))
     }
 
     fn reduce(&mut self) -> Validated<()> {
-        let (arguments, global) = (self.pop()?, self.pop()?);
-        let global = self.values.global(global)?;
-        let made = self.made(global, arguments)?;
-        self.push_id(made)
+        let arguments = self.pop()?;
+        let callee = self.pop()?;
+        let global = self.values.global(callee)?;
+        let result = self.call(global, arguments)?;
+        self.push_id(result)
     }
 
     fn reduce_with_keywords(&mut self) -> Validated<()> {
@@ -302,19 +303,19 @@ impl<'a> PickleMachine<'a> {
         self.reduce()
     }
 
-    /// Attributes hold no tensors: of a state dict they are the versions of its modules.
+    /// BUILD sets attributes, which are dropped: those of a state dict are the versions of its modules.
     fn attributes(&mut self) -> Validated<()> {
         self.pop()?;
         match self.values.get(self.top()?) {
             PickleValue::Dict(_) | PickleValue::Tensor(_) | PickleValue::Other(_) => Ok(()),
-            other => Err(format!("attributes are given to {}", other.describe())),
+            other => Err(format!("attributes are set on {}", other.describe())),
         }
     }
 }
 
-/// What globals make of their arguments.
+/// What the known classes and functions return.
 impl<'a> PickleMachine<'a> {
-    fn made(&mut self, global: Global, arguments: ValueId) -> Validated<ValueId> {
+    fn call(&mut self, global: Global, arguments: ValueId) -> Validated<ValueId> {
         let arguments: Vec<ValueId> = self.values.tuple(arguments)?.iter().copied().take(MOST_ARGUMENTS).collect();
         let argument = |index| required(&arguments, index);
         match global {
@@ -323,7 +324,7 @@ impl<'a> PickleMachine<'a> {
             Global::Tensor => self.tensor(&arguments, None),
             Global::TensorOf => match self.values.global(argument(6)?)? {
                 Global::Dtype(dtype) => self.tensor(&arguments, Some(dtype)),
-                other => Err(format!("expected a number format, found {other:?}")),
+                other => Err(format!("expected a dtype, found {other:?}")),
             },
             Global::First => argument(0),
             Global::Subclass => self.subclass(argument(0)?, argument(2)?),
@@ -331,7 +332,7 @@ impl<'a> PickleMachine<'a> {
         }
     }
 
-    /// An empty dict, or, as Python 2 writes it, one of a list of pairs.
+    /// `OrderedDict()`, or with a list of pairs as Python 2 writes it.
     fn dict(&mut self, arguments: &[ValueId]) -> Validated<ValueId> {
         let mut pairs = Vec::new();
         if let Some(PickleValue::List(items)) = arguments.first().map(|&id| self.values.get(id)) {
@@ -347,66 +348,73 @@ impl<'a> PickleMachine<'a> {
         self.values.add(PickleValue::Dict(pairs))
     }
 
-    fn subclass(&mut self, maker: ValueId, arguments: ValueId) -> Validated<ValueId> {
-        match self.values.global(maker)? {
-            maker @ (Global::Tensor | Global::TensorOf | Global::First) => self.made(maker, arguments),
-            other => Err(format!("expected what makes a tensor, found {other:?}")),
+    /// `_rebuild_from_type_v2(function, type, arguments, state)`.
+    fn subclass(&mut self, function: ValueId, arguments: ValueId) -> Validated<ValueId> {
+        match self.values.global(function)? {
+            function @ (Global::Tensor | Global::TensorOf | Global::First) => self.call(function, arguments),
+            other => Err(format!("expected a function that makes a tensor, found {other:?}")),
         }
     }
 
-    /// Arguments: storage, offset, shape, strides, whether it is trained, hooks, and at the end metadata.
+    /// `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)`; version 3 has the dtype
+    /// before the metadata.
     fn tensor(&mut self, arguments: &[ValueId], dtype: Option<crate::Dtype>) -> Validated<ValueId> {
-        let metadata = arguments.get(if dtype.is_some() { 7 } else { 6 }).map(|&id| self.values.get(id));
-        match metadata {
-            None | Some(PickleValue::None) => {}
-            Some(PickleValue::Dict(pairs)) if pairs.is_empty() => {}
-            Some(other) => {
-                let reason = "a tensor that is negated or conjugated when used is not read";
-                return Err(format!(
-                    "{reason} (its metadata is {}): call resolve_conj().resolve_neg() first",
-                    other.describe()
-                ));
-            }
-        }
+        let metadata = arguments.get(if dtype.is_some() { 7 } else { 6 });
+        self.check_metadata(metadata.map(|&id| self.values.get(id)))?;
         let index = match self.values.get(required(arguments, 0)?) {
             PickleValue::Storage(index) => *index,
             other => return Err(format!("expected a storage, found {}", other.describe())),
         };
         let storage = self.storages[index];
-        let dtype = dtype.or(storage.dtype).ok_or("a tensor without a number format")?;
-        let claim = ViewSpec {
+        let dtype = dtype.or(storage.dtype).ok_or("a tensor without a dtype")?;
+        let spec = ViewSpec {
             dtype,
             offset: self.values.count(required(arguments, 1)?)?,
             shape: self.values.counts(required(arguments, 2)?)?,
             strides: self.values.counts(required(arguments, 3)?)?,
         };
-        let tensor = claim.of(&storage, index)?;
+        let tensor = spec.of(&storage, index)?;
         self.values.add(PickleValue::Tensor(Box::new(tensor)))
     }
 
-    /// A tuple: the word "storage", its class, key, device and count of elements; once also a view of it.
+    /// PyTorch marks lazily negated or conjugated tensors in their metadata; the stored values are not theirs.
+    fn check_metadata(&self, metadata: Option<&PickleValue>) -> Validated<()> {
+        match metadata {
+            None | Some(PickleValue::None) => Ok(()),
+            Some(PickleValue::Dict(pairs)) if pairs.is_empty() => Ok(()),
+            Some(other) => {
+                let found = other.describe();
+                let reason = "lazily negated or conjugated tensors are not supported";
+                Err(format!("{reason} (its metadata is {found}): call resolve_conj().resolve_neg() before saving"))
+            }
+        }
+    }
+
+    /// The persistent id of a storage: a tuple of "storage", its class, key, device and number of elements, and in
+    /// PyTorch 0.4 a view.
     fn storage(&mut self) -> Validated<()> {
         let tuple = self.pop()?;
-        let parts = self.values.tuple(tuple)?;
-        let part = |index| required(parts, index);
-        if self.values.text(part(0)?)? != "storage" {
+        let items = self.values.tuple(tuple)?;
+        let item = |index| required(items, index);
+        if self.values.text(item(0)?)? != "storage" {
             return Err("a persistent value that is not a storage".to_owned());
         }
-        let Global::Storage(dtype) = self.values.global(part(1)?)? else {
-            return Err("a storage of a class that is none of torch's".to_owned());
+        let Global::Storage(dtype) = self.values.global(item(1)?)? else {
+            return Err("a storage whose class is not one of torch's".to_owned());
         };
-        if parts.get(5).is_some_and(|&view| !matches!(self.values.get(view), PickleValue::None)) {
+        if items.get(5).is_some_and(|&view| !matches!(self.values.get(view), PickleValue::None)) {
             return Err("a storage that is a view of another, as PyTorch 0.4 wrote it: save it again".to_owned());
         }
-        let (key, count) = (self.values.text(part(2)?)?, self.values.count(part(4)?)?);
+        let key = self.values.text(item(2)?)?;
+        let count = self.values.count(item(4)?)?;
         let bytes =
             count.checked_mul(dtype.map_or(1, width)).ok_or_else(|| format!("a storage of {count} elements"))?;
-        let index = self.known(TorchStorage { key, dtype, bytes })?;
+        let index = self.storage_index(TorchStorage { key, dtype, bytes })?;
         self.push(PickleValue::Storage(index))
     }
 
-    /// The number of `storage`: what bears one key must be one thing.
-    fn known(&mut self, storage: TorchStorage<'a>) -> Validated<usize> {
+    /// The index of `storage`. Storages of the same key must be equal.
+    fn storage_index(&mut self, storage: TorchStorage<'a>) -> Validated<usize> {
         if storage.key.len() > LONGEST_KEY {
             return Err(format!("a storage whose key has {} bytes, more than {LONGEST_KEY}", storage.key.len()));
         }

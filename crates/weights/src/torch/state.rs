@@ -1,7 +1,8 @@
-//! [`StateDict`]: which of the things in a pickle are the weights, and what lies beside them.
+//! [`StateDict`]: finds the weights in a pickle.
 //!
-//! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. The average over
-//! the training is what is published and evaluated, so it is preferred. What is left out is told, never dropped unsaid.
+//! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. If there is a moving
+//! average (EMA) of the weights it is chosen, because that is what authors publish and evaluate. A note lists everything
+//! left out.
 
 use super::globals::ARRAY_KIND;
 use super::pickle::Pickle;
@@ -10,22 +11,23 @@ use super::value::{PickleValue, ValueArena, ValueId};
 use super::{Validated, printed};
 use std::collections::{BTreeMap, HashSet};
 
-/// Keys under which the average over the training lies.
+/// Keys of a moving average of the weights.
 const AVERAGES: &[&str] = &["ema", "ema_state_dict", "model_ema", "params_ema", "state_dict_ema"];
-/// Keys under which weights lie otherwise, the best first.
+/// Other keys of the weights, most specific first.
 const WEIGHTS: &[&str] = &["state_dict", "model_state_dict", "model", "module", "params"];
+/// Dicts in dicts that are searched; training scripts nest one or two.
 const MOST_WRAPPERS: usize = 4;
 /// As in a safetensors header.
 const MOST_TENSORS: usize = 50_000;
 const LONGEST_NAME: usize = 4096;
-/// A message lists so many things.
+/// Entries that a note lists.
 const MOST_LISTED: usize = 16;
 
 /// A state dict.
 #[derive(Debug)]
 pub(super) struct StateDict<'p> {
     pub tensors: BTreeMap<&'p str, &'p TorchTensor>,
-    /// What was chosen and what was left.
+    /// What was chosen and what was left out.
     pub notes: Vec<String>,
 }
 
@@ -41,19 +43,19 @@ pub(super) fn find<'p>(pickle: &'p Pickle) -> Validated<StateDict<'p>> {
     };
     let mut pairs: DictItems = pairs;
     for _ in 0..MOST_WRAPPERS {
-        judge_keys(values, pairs)?;
+        check_keys(values, pairs)?;
         let Some((key, inner)) = wrapped(values, pairs) else { break };
-        notes.push(chosen(values, pairs, key));
+        notes.push(choice_note(values, pairs, key));
         pairs = inner;
     }
     let tensors = tensors(values, pairs)?;
-    let others = listed(values, pairs, |value| !matches!(value, PickleValue::Tensor(_)));
+    let others = list_entries(values, pairs, |value| !matches!(value, PickleValue::Tensor(_)));
     notes.extend(others.map(|list| format!("left out: {list}")));
     Ok(StateDict { tensors, notes })
 }
 
-/// Keys are given once each, as Python would see to.
-fn judge_keys(values: &ValueArena, pairs: DictItems) -> Validated<()> {
+/// Refuses repeated keys, which no dict of Python has.
+fn check_keys(values: &ValueArena, pairs: DictItems) -> Validated<()> {
     let mut seen = HashSet::new();
     let texts = pairs.iter().filter_map(|&(key, _)| values.text(key).ok());
     match texts.into_iter().find(|key| !seen.insert(*key)) {
@@ -62,7 +64,7 @@ fn judge_keys(values: &ValueArena, pairs: DictItems) -> Validated<()> {
     }
 }
 
-/// The key and contents of the dict inside that holds the weights, if one does.
+/// The entry that holds the weights, if `pairs` is a wrapper: one with a known key, or the only one with tensors.
 fn wrapped<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Option<(&'p str, DictItems<'p>)> {
     let dicts = || {
         pairs.iter().filter_map(|&(key, id)| match values.get(id) {
@@ -85,7 +87,7 @@ fn wrapped<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Option<(&'p str,
     }
 }
 
-/// Whether the dict `id` is a state dict or wraps one. `seen` are those looked into before, in vain.
+/// Whether the dict `id` is a state dict or wraps one. `seen` are dicts that were searched before without success.
 fn holds(values: &ValueArena, id: ValueId, seen: &mut HashSet<ValueId>) -> bool {
     let mut open = vec![id];
     while let Some(id) = open.pop() {
@@ -111,11 +113,11 @@ fn tensors<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Validated<BTreeM
     for &(key, id) in pairs {
         match (values.get(key), values.get(id)) {
             (PickleValue::Text(name), PickleValue::Tensor(tensor)) => {
-                judge_name(name)?;
+                check_name(name)?;
                 tensors.insert(*name, tensor.as_ref());
             }
             (other, PickleValue::Tensor(_)) => {
-                return Err(format!("a tensor is under {}, not a name", other.describe()));
+                return Err(format!("the key of a tensor is {}, expected a name", other.describe()));
             }
             (PickleValue::Text(name), PickleValue::Other(ARRAY_KIND)) => {
                 return Err(format!(
@@ -128,7 +130,7 @@ fn tensors<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Validated<BTreeM
     }
     match tensors.len() {
         0 => {
-            let found = listed(values, pairs, |_| true).unwrap_or_else(|| "an empty dict".to_owned());
+            let found = list_entries(values, pairs, |_| true).unwrap_or_else(|| "an empty dict".to_owned());
             Err(format!(
                 "no state dict in it, expected tensors by name, found {found}: save the state_dict of one model"
             ))
@@ -138,32 +140,29 @@ fn tensors<'p>(values: &'p ValueArena, pairs: DictItems<'p>) -> Validated<BTreeM
     }
 }
 
-fn judge_name(name: &str) -> Validated<()> {
+fn check_name(name: &str) -> Validated<()> {
     match name.len() {
         0..=LONGEST_NAME => Ok(()),
         length => Err(format!("a name of {length} bytes, longer than the {LONGEST_NAME} allowed")),
     }
 }
 
-fn chosen(values: &ValueArena, pairs: DictItems, key: &str) -> String {
-    let what = if AVERAGES.contains(&key) { "the average over the training, " } else { "" };
-    let beside = listed_but(values, pairs, key).map(|list| format!("; left out: {list}"));
-    format!("the weights are {what}{}{}", printed(key), beside.unwrap_or_default())
-}
-
-fn listed_but(values: &ValueArena, pairs: DictItems, key: &str) -> Option<String> {
+/// A note on the chosen entry and on what is left out.
+fn choice_note(values: &ValueArena, pairs: DictItems, key: &str) -> String {
+    let what = if AVERAGES.contains(&key) { "the moving average of the training, " } else { "" };
     let others: Vec<(ValueId, ValueId)> = pairs.iter().copied().filter(|pair| values.text(pair.0) != Ok(key)).collect();
-    listed(values, &others, |_| true)
+    let left_out = list_entries(values, &others, |_| true).map(|list| format!("; left out: {list}"));
+    format!("the weights are {what}{}{}", printed(key), left_out.unwrap_or_default())
 }
 
-/// The keys of what is `wanted`, and what it is; `None` if there is none.
-fn listed(values: &ValueArena, pairs: DictItems, wanted: impl Fn(&PickleValue) -> bool) -> Option<String> {
+/// The entries whose values are `wanted`, with what each is; `None` if there are none.
+fn list_entries(values: &ValueArena, pairs: DictItems, wanted: impl Fn(&PickleValue) -> bool) -> Option<String> {
     let found: Vec<&(ValueId, ValueId)> = pairs.iter().filter(|pair| wanted(values.get(pair.1))).collect();
-    let one = |&&(key, id): &&(ValueId, ValueId)| {
+    let describe_entry = |&&(key, id): &&(ValueId, ValueId)| {
         let key = values.text(key).map_or_else(|_| values.get(key).describe(), printed);
         format!("{key} ({})", values.get(id).describe())
     };
-    let mut list: Vec<String> = found.iter().take(MOST_LISTED).map(one).collect();
+    let mut list: Vec<String> = found.iter().take(MOST_LISTED).map(describe_entry).collect();
     if found.len() > MOST_LISTED {
         list.push(format!("and {} more", found.len() - MOST_LISTED));
     }

@@ -1,16 +1,16 @@
-//! [`TorchStorage`] and [`TorchTensor`]: what a pickle says of where values lie, judged before anything is read. The files
-//! themselves are not known here.
+//! [`TorchStorage`] and [`TorchTensor`]: storages and the views of them that are tensors, as a pickle describes them and
+//! checked before anything is read.
 
 use super::Validated;
 use crate::Dtype;
 use crate::header::{HeaderEntry, byte_count};
 use crate::storage_view::{FileRange, StorageView};
 
-/// A run of bytes that tensors share.
+/// A storage, which several tensors may share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TorchStorage<'a> {
     pub key: &'a str,
-    /// What its elements are; `None` for bytes of which each tensor says itself what they are.
+    /// The dtype of its elements; `None` for an untyped storage, whose tensors have their own.
     pub dtype: Option<Dtype>,
     pub bytes: u64,
 }
@@ -18,17 +18,17 @@ pub(super) struct TorchStorage<'a> {
 /// A view of a storage.
 #[derive(Debug, Clone)]
 pub(super) struct TorchTensor {
-    /// The number of the storage.
+    /// The index of the storage.
     pub storage: usize,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// The first value, in bytes.
+    /// Offset of the first value in bytes.
     start: u64,
-    /// Extents and strides in bytes, outermost first.
+    /// (size, stride in bytes) of each axis, outermost first.
     axes: Vec<(u64, u64)>,
 }
 
-/// What the pickle says of a view, in elements.
+/// A view as the pickle describes it; offset and strides are in elements.
 #[derive(Debug)]
 pub(super) struct ViewSpec {
     pub dtype: Dtype,
@@ -38,47 +38,47 @@ pub(super) struct ViewSpec {
 }
 
 impl ViewSpec {
-    /// The view of `storage`, which bears the number `index`, if the storage has every value of it.
+    /// The view of `storage`, whose index is `index`; an error if it goes past the storage's end.
     pub fn of(self, storage: &TorchStorage, index: usize) -> Validated<TorchTensor> {
         let Self { dtype, offset, shape, strides } = self;
         if shape.len() != strides.len() {
-            return Err(format!("a tensor of {} extents and {} strides", shape.len(), strides.len()));
+            return Err(format!("a tensor of {} dimensions and {} strides", shape.len(), strides.len()));
         }
         let width = width(dtype);
-        let past = || {
+        let too_large = || {
             let TorchStorage { key, bytes, .. } = storage;
             format!("a tensor of {shape:?} from element {offset} goes past the {bytes} bytes of storage {key:?}")
         };
-        let start = offset.checked_mul(width).ok_or_else(past)?;
-        let scaled = strides.iter().map(|stride| stride.checked_mul(width)).collect::<Option<Vec<_>>>();
-        let axes: Vec<(u64, u64)> = shape.iter().copied().zip(scaled.ok_or_else(past)?).collect();
-        let shape = shape.iter().map(|&extent| usize::try_from(extent).ok()).collect::<Option<Vec<_>>>();
-        let shape = shape.ok_or_else(past)?;
-        byte_count(dtype, &shape).ok_or_else(past)?;
-        end(start, &axes, width).filter(|&end| end <= storage.bytes).ok_or_else(past)?;
+        let start = offset.checked_mul(width).ok_or_else(too_large)?;
+        let strides_in_bytes = strides.iter().map(|stride| stride.checked_mul(width)).collect::<Option<Vec<_>>>();
+        let axes: Vec<(u64, u64)> = shape.iter().copied().zip(strides_in_bytes.ok_or_else(too_large)?).collect();
+        let shape = shape.iter().map(|&size| usize::try_from(size).ok()).collect::<Option<Vec<_>>>();
+        let shape = shape.ok_or_else(too_large)?;
+        byte_count(dtype, &shape).ok_or_else(too_large)?;
+        end(start, &axes, width).filter(|&end| end <= storage.bytes).ok_or_else(too_large)?;
         Ok(TorchTensor { storage: index, dtype, shape, start, axes })
     }
 }
 
 impl TorchTensor {
-    /// Where it lies, given where its storage does.
-    pub fn placed(&self, record: &FileRange) -> HeaderEntry {
-        let place = StorageView::strided(record.clone(), self.start, self.axes.clone(), width(self.dtype));
-        HeaderEntry { dtype: self.dtype, shape: self.shape.clone(), place }
+    /// Its header entry, where `record` is its storage.
+    pub fn entry(&self, record: &FileRange) -> HeaderEntry {
+        let view = StorageView::strided(record.clone(), self.start, self.axes.clone(), width(self.dtype));
+        HeaderEntry { dtype: self.dtype, shape: self.shape.clone(), view }
     }
 }
 
-/// Bytes of one value.
+/// Bytes of one element.
 pub(super) fn width(dtype: Dtype) -> u64 {
     dtype.bitsize() as u64 / 8
 }
 
-/// The first byte after the last value; a tensor without values has none and ends where all begins.
+/// The first byte after the last value; 0 for a tensor without values, which fits any storage.
 fn end(start: u64, axes: &[(u64, u64)], width: u64) -> Option<u64> {
-    if axes.iter().any(|&(extent, _)| extent == 0) {
+    if axes.iter().any(|&(size, _)| size == 0) {
         return Some(0);
     }
-    let last = axes.iter().try_fold(start, |at, &(extent, stride)| at.checked_add((extent - 1).checked_mul(stride)?));
+    let last = axes.iter().try_fold(start, |at, &(size, stride)| at.checked_add((size - 1).checked_mul(stride)?));
     last?.checked_add(width)
 }
 
@@ -106,8 +106,8 @@ mod tests {
             (0, &[2, 3], &[1], false),
         ];
         for (offset, shape, strides, expected) in cases {
-            let claim = ViewSpec { dtype: Dtype::F32, offset, shape: shape.to_vec(), strides: strides.to_vec() };
-            assert_eq!(claim.of(&storage, 0).is_ok(), expected, "{offset} {shape:?} {strides:?}");
+            let spec = ViewSpec { dtype: Dtype::F32, offset, shape: shape.to_vec(), strides: strides.to_vec() };
+            assert_eq!(spec.of(&storage, 0).is_ok(), expected, "{offset} {shape:?} {strides:?}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! [`ValueArena`]: everything a pickle builds, side by side in one list.
+//! [`ValueArena`]: all values that a pickle builds, in one list.
 //!
-//! What holds others names them by their numbers: sharing costs nothing, a value may hold itself, and nothing here
-//! recurses, however deep the nesting. It knows no opcodes.
+//! Lists, tuples and dicts refer to their items by index. So sharing costs nothing, a value may contain itself, and
+//! nothing recurses, however deep the nesting.
 
 use super::Validated;
 use super::globals::Global;
@@ -9,47 +9,48 @@ use super::storage::TorchTensor;
 
 /// A pickle of 50 000 tensors builds fewer.
 const MOST_VALUES: usize = 1 << 21;
-/// Items of all lists, tuples and dicts together, which a shared argument could multiply.
+/// Items of all lists, tuples and dicts together: a few bytes of pickle can copy a long list again and again.
 const MOST_ITEMS: usize = 1 << 23;
-/// Tensors with all that is theirs, so many of which fill 200 MB.
+/// As many tensors with their shapes and strides take 200 MB.
 const MOST_TENSORS: usize = 200_000;
 /// As in a safetensors header.
 const MOST_AXES: usize = 32;
-/// Training states nest about ten deep.
+/// Training states are nested about ten deep.
 const DEEPEST: u32 = 500;
 
-/// The number of a value.
+/// The index of a value.
 pub(super) type ValueId = u32;
 
-/// One thing that a pickle builds.
+/// One value that a pickle builds.
 #[derive(Debug)]
 pub(super) enum PickleValue<'a> {
     None,
-    Truth(bool),
+    Bool(bool),
     Integer(i128),
     Text(&'a str),
     Tuple(Vec<ValueId>),
     List(Vec<ValueId>),
     Dict(Vec<(ValueId, ValueId)>),
-    /// A class or function on the list of those that are known.
+    /// A known class or function.
     Global(Global),
-    /// The number of a storage.
+    /// The index of a storage.
     Storage(usize),
     Tensor(Box<TorchTensor>),
-    /// What no tensor needs, by its kind.
+    /// A value that no tensor needs, by its kind.
     Other(&'static str),
 }
 
 /// All values of a pickle.
 #[derive(Debug, Default)]
 pub(super) struct ValueArena<'a> {
+    /// Each value with the depth of its nesting.
     values: Vec<(PickleValue<'a>, u32)>,
     items: usize,
     tensors: usize,
 }
 
 impl<'a> ValueArena<'a> {
-    /// Adds one whose contents are here already.
+    /// Adds a value whose items were added before.
     pub fn add(&mut self, value: PickleValue<'a>) -> Validated<ValueId> {
         if self.values.len() >= MOST_VALUES {
             return Err(format!("more than {MOST_VALUES} values"));
@@ -59,7 +60,7 @@ impl<'a> ValueArena<'a> {
             PickleValue::Dict(pairs) => (pairs.len(), pairs.iter().map(|pair| self.depth(pair.1)).max().unwrap_or(0)),
             _ => (0, 0),
         };
-        self.hold(items)?;
+        self.count_items(items)?;
         self.tensors += usize::from(matches!(value, PickleValue::Tensor(_)));
         if self.tensors > MOST_TENSORS {
             return Err(format!("more than {MOST_TENSORS} tensors"));
@@ -68,19 +69,19 @@ impl<'a> ValueArena<'a> {
         Ok((self.values.len() - 1) as ValueId)
     }
 
+    /// The value `id`.
     pub fn get(&self, id: ValueId) -> &PickleValue<'a> {
         &self.values[id as usize].0
     }
 
-    /// Counts `items` more that something holds.
-    fn hold(&mut self, items: usize) -> Validated<()> {
+    fn count_items(&mut self, items: usize) -> Validated<()> {
         self.items += items;
         if self.items <= MOST_ITEMS { Ok(()) } else { Err(format!("more than {MOST_ITEMS} items")) }
     }
 
-    /// Adds `items` to the end of a list. Sets are not kept, nor is what is added to them.
+    /// Appends `items` to a list. For a set, which is not kept, it does nothing.
     pub fn append(&mut self, list: ValueId, items: &[ValueId]) -> Validated<()> {
-        self.hold(items.len())?;
+        self.count_items(items.len())?;
         let depth = deeper(self.deepest(items))?;
         match &mut self.values[list as usize] {
             (PickleValue::List(present), known) => {
@@ -89,13 +90,13 @@ impl<'a> ValueArena<'a> {
                 Ok(())
             }
             (PickleValue::Other(_), _) => Ok(()),
-            (other, _) => Err(format!("something is appended to {}", other.describe())),
+            (other, _) => Err(format!("an item is appended to {}", other.describe())),
         }
     }
 
-    /// Puts keys and values, in turns, into a dict.
+    /// Adds alternating keys and values to a dict.
     pub fn put(&mut self, dict: ValueId, items: &[ValueId]) -> Validated<()> {
-        self.hold(items.len())?;
+        self.count_items(items.len())?;
         let depth = deeper(self.deepest(items))?;
         match &mut self.values[dict as usize] {
             (PickleValue::Dict(present), known) if items.len().is_multiple_of(2) => {
@@ -103,7 +104,7 @@ impl<'a> ValueArena<'a> {
                 *known = depth.max(*known);
                 Ok(())
             }
-            (other, _) => Err(format!("{} keys and values are put into {}", items.len(), other.describe())),
+            (other, _) => Err(format!("{} keys and values are added to {}", items.len(), other.describe())),
         }
     }
 
@@ -115,6 +116,7 @@ impl<'a> ValueArena<'a> {
         }
     }
 
+    /// The string `id`.
     pub fn text(&self, id: ValueId) -> Validated<&'a str> {
         match self.get(id) {
             PickleValue::Text(text) => Ok(text),
@@ -122,6 +124,7 @@ impl<'a> ValueArena<'a> {
         }
     }
 
+    /// The class or function `id`.
     pub fn global(&self, id: ValueId) -> Validated<Global> {
         match self.get(id) {
             PickleValue::Global(global) => Ok(*global),
@@ -129,17 +132,17 @@ impl<'a> ValueArena<'a> {
         }
     }
 
-    /// A number that counts something.
+    /// The non-negative integer `id`.
     pub fn count(&self, id: ValueId) -> Validated<u64> {
         match self.get(id) {
             PickleValue::Integer(number) => {
-                u64::try_from(*number).map_err(|_| format!("expected a number of things, found {number}"))
+                u64::try_from(*number).map_err(|_| format!("expected a non-negative integer, found {number}"))
             }
-            other => Err(format!("expected a number of things, found {}", other.describe())),
+            other => Err(format!("expected a non-negative integer, found {}", other.describe())),
         }
     }
 
-    /// A tuple of such numbers, one per axis.
+    /// A tuple of non-negative integers, one per axis.
     pub fn counts(&self, id: ValueId) -> Validated<Vec<u64>> {
         match self.tuple(id)? {
             axes if axes.len() <= MOST_AXES => axes.iter().map(|&item| self.count(item)).collect(),
@@ -157,11 +160,11 @@ impl<'a> ValueArena<'a> {
 }
 
 impl PickleValue<'_> {
-    /// What it is, for a person.
+    /// Its kind, for messages.
     pub fn describe(&self) -> String {
         match self {
-            Self::None => "nothing".to_owned(),
-            Self::Truth(_) => "a truth value".to_owned(),
+            Self::None => "None".to_owned(),
+            Self::Bool(_) => "a bool".to_owned(),
             Self::Integer(_) => "a number".to_owned(),
             Self::Text(_) => "text".to_owned(),
             Self::Tuple(items) => format!("a tuple of {}", items.len()),

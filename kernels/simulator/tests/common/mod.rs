@@ -1,4 +1,4 @@
-//! What tests run a kernel with.
+//! Runs a kernel given as PTX.
 
 use simulator::driver::{
     cuLaunchKernel, cuMemAlloc_v2, cuMemFree_v2, cuMemcpyDtoH_v2, cuMemcpyHtoD_v2, cuModuleGetFunction,
@@ -9,32 +9,33 @@ use std::ptr::{null, null_mut};
 
 pub const LAUNCH_FAILED: i32 = 719;
 
-/// A tensor's map, as a kernel is given it.
+/// An encoded tensor map, as a kernel receives it.
 #[repr(C, align(64))]
 #[derive(Clone)]
-pub struct Map(pub [u8; 128]);
+pub struct EncodedMap(pub [u8; 128]);
 
-/// One block of threads, each with the address of its own word of `words` in %rd1, that of all in %rd2 and its number in
-/// %r1; maps of tensors among those words are the parameters from `kernel_param_1` on.
-pub struct Launch<'a> {
+/// A launch of one block. %r1 is the thread's number, %rd2 the address of `words` in device memory and %rd1 that of the
+/// thread's own word. Tensor maps, made from the address of `words`, are the parameters from `kernel_param_1` on.
+pub struct TestLaunch<'a> {
     pub target: &'a str,
     pub threads: u32,
     pub shared_bytes: u32,
-    pub maps: &'a dyn Fn(u64) -> Vec<Map>,
+    pub maps: &'a dyn Fn(u64) -> Vec<EncodedMap>,
     pub words: &'a [u32],
     pub body: &'a str,
 }
 
-impl Launch<'_> {
+impl TestLaunch<'_> {
     fn text(&self, maps: usize) -> String {
-        let maps: String = (1..=maps).map(|at| format!(", .param .align 64 .b8 kernel_param_{at}[128]")).collect();
+        let map_parameters: String =
+            (1..=maps).map(|at| format!(", .param .align 64 .b8 kernel_param_{at}[128]")).collect();
         let Self { target, body, .. } = self;
         format!(
             ".version 8.0
             .target {target}
             .address_size 64
             .extern .shared .align 1024 .b8 dynamic[];
-            .visible .entry kernel(.param .u64 kernel_param_0{maps})
+            .visible .entry kernel(.param .u64 kernel_param_0{map_parameters})
             .maxntid 128, 1, 1
             {{
                 .reg .pred %p<9>; .reg .b32 %r<32>; .reg .b64 %rd<32>; .reg .f32 %f<128>; .reg .b16 %h<9>;
@@ -47,12 +48,14 @@ impl Launch<'_> {
         )
     }
 
-    /// Gives the words, or the status.
+    /// Returns the words after the launch, or its status.
     pub fn run(&self) -> Result<Vec<u32>, i32> {
         let bytes = size_of_val(self.words);
-        let (mut module, mut function, mut memory) = (null_mut(), null(), 0);
+        let mut module = null_mut();
+        let mut function = null();
+        let mut memory = 0;
         let mut out = vec![0; self.words.len()];
-        // SAFETY: pointers to locals, of the sizes that the interface has.
+        // SAFETY: all pointers are to locals of the right size.
         unsafe {
             assert_eq!(cuMemAlloc_v2(&raw mut memory, bytes), 0);
             assert_eq!(cuMemcpyHtoD_v2(memory, self.words.as_ptr().cast(), bytes), 0);

@@ -1,4 +1,4 @@
-//! `clearform bench`: how long things take here. A ratio beside a peer is what counts; see BENCHMARKS.md.
+//! `clearform bench`: timings on this machine. BENCHMARKS.md compares them with those of other implementations.
 
 mod attention;
 mod step;
@@ -11,6 +11,7 @@ use candle_core::Device;
 use clearform_attention::TokenGrid;
 use std::time::Instant;
 
+/// Runs one of the benchmarks.
 pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.command {
         BenchCommand::Attention(args) => attention::run(args, output)?,
@@ -18,23 +19,23 @@ pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> 
         BenchCommand::Model(args) => step::run_model(args, output)?,
         BenchCommand::Tiles(args) => tiles::run(args, output)?,
     }
-    Ok(CommandOutcome::Whole)
+    Ok(CommandOutcome::Complete)
 }
 
-/// HEIGHTxWIDTH, as it was given to `option`.
-fn parse_extents(option: &str, text: &str) -> anyhow::Result<TokenGrid> {
+/// Parses HEIGHTxWIDTH, the value of `option`.
+fn parse_grid(option: &str, text: &str) -> anyhow::Result<TokenGrid> {
     let sides = text.split_once('x').and_then(|(height, width)| Some((height.parse().ok()?, width.parse().ok()?)));
     let (height, width) = sides.with_context(|| format!("{option} {text:?}: expected HEIGHTxWIDTH in tokens"))?;
     Ok(TokenGrid::new(height, width)?)
 }
 
-/// Median milliseconds of `repeat` calls, after one that is not counted. A call ends when `device` has done its work.
-fn median_ms(repeat: usize, device: &Device, mut once: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    once()?;
+/// Median milliseconds of `repeat` calls of `work`, after one warm-up call. A call ends when `device` is idle again.
+fn median_ms(repeat: usize, device: &Device, mut work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    work()?;
     device.synchronize()?;
     let mut timed = || {
         let start = Instant::now();
-        once()?;
+        work()?;
         device.synchronize()?;
         anyhow::Ok(start.elapsed().as_secs_f64() * 1e3)
     };

@@ -1,9 +1,9 @@
-//! `clearform bench step` and `bench model`: one evaluation of a whole transformer on random inputs.
+//! `clearform bench step` and `bench model`: time one evaluation of a transformer on random inputs.
 
-use super::{median_ms, parse_extents};
-use crate::args::{EvaluationArgs, ModelBenchArgs, StepBenchArgs};
+use super::{median_ms, parse_grid};
+use crate::args::{ModelBenchArgs, StepBenchArgs, TimingArgs};
 use crate::output::Output;
-use crate::sources::{device, open_as, plan, reading};
+use crate::sources::{open_device, open_transformer_with, parse_plan, read_options};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
@@ -14,38 +14,42 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
 
+/// Times a FLUX transformer with random weights.
 pub fn run(args: &StepBenchArgs, output: &Output) -> anyhow::Result<()> {
     let config = config(args)?;
-    let device = device(args.evaluation.device)?;
-    let weights = random_weights(&config, args.evaluation.dtype.computed(), &device)?;
-    let evaluation = &args.evaluation;
-    let model = StepModel { family: &Flux, config: &config, weights: &weights, evaluation, device };
+    let timing = &args.timing;
+    let device = open_device(timing.running.device)?;
+    let weights = random_weights(&config, timing.dtype.as_dtype(), &device)?;
+    let model = StepModel { family: &Flux, config: &config, weights: &weights, timing, device };
     let grids = std::slice::from_ref(&args.grid);
-    output.result(&model.rows(&plan(&args.attention)?, grids)?.remove(0))
+    output.result(&model.rows(&parse_plan(&args.attention)?, grids)?.remove(0))
 }
 
+/// Times a given model at every grid with every plan.
 pub fn run_model(args: &ModelBenchArgs, output: &Output) -> anyhow::Result<()> {
-    let transformer = open_as(&args.model, &reading(&args.reading)?.recorded(&args.model)?)?;
-    let device = device(args.evaluation.device)?;
-    let weights = InMemoryTensors::load(&transformer.source(), Some(args.evaluation.dtype.computed()), &device)?;
-    let (family, config) = (transformer.family(), transformer.config());
-    let model = StepModel { family, config, weights: &weights, evaluation: &args.evaluation, device };
-    let plans = args.attention.iter().map(|text| plan(text)).collect::<anyhow::Result<Vec<_>>>()?;
+    let timing = &args.timing;
+    let transformer = open_transformer_with(&args.model, &read_options(&args.reading)?.recorded(&args.model)?)?;
+    let device = open_device(timing.running.device)?;
+    let weights = InMemoryTensors::load(&transformer.source(), Some(timing.dtype.as_dtype()), &device)?;
+    let family = transformer.family();
+    let model = StepModel { family, config: transformer.config(), weights: &weights, timing, device };
+    let plans = args.attention.iter().map(|text| parse_plan(text)).collect::<anyhow::Result<Vec<_>>>()?;
     let rows = plans.iter().map(|plan| model.rows(plan, &args.grid)).collect::<anyhow::Result<Vec<_>>>()?;
     output.result(&StepTable { rows: rows.into_iter().flatten().collect() })
 }
 
-/// FLUX.1-dev's config.json, of other width and depth.
+/// FLUX.1-dev's config.json with the width, depth and head size of the arguments.
 fn config(args: &StepBenchArgs) -> anyhow::Result<Value> {
-    let (width, head_dim) = (args.width, args.head_dim);
-    let divides = width.checked_rem(head_dim) == Some(0) && width > 0;
-    anyhow::ensure!(divides, "--width {width}: expected heads of --head-dim {head_dim} channels, at least one");
-    let axis = args.head_dim * 7 / 16 / 2 * 2;
+    let StepBenchArgs { width, head_dim, .. } = args;
+    let divides = width.checked_rem(*head_dim) == Some(0) && *width > 0;
+    anyhow::ensure!(divides, "--width {width}: expected a positive multiple of --head-dim {head_dim}");
+    // FLUX.1-dev's axes are 16, 56 and 56 of 128 channels: 7/16 for each image axis, rounded down to an even number.
+    let axis = head_dim * 7 / 16 / 2 * 2;
     Ok(json!({
         "in_channels": 64, "out_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
         "num_layers": args.double, "num_single_layers": args.single, "guidance_embeds": true,
-        "attention_head_dim": args.head_dim, "num_attention_heads": args.width / args.head_dim,
-        "width": args.width, "axes_dims_rope": [args.head_dim - 2 * axis, axis, axis],
+        "attention_head_dim": head_dim, "num_attention_heads": width / head_dim,
+        "width": width, "axes_dims_rope": [head_dim - 2 * axis, axis, axis],
     }))
 }
 
@@ -53,34 +57,35 @@ fn random_weights(config: &Value, dtype: DType, device: &Device) -> anyhow::Resu
     let expected = Manifests::embedded()?.expected(Flux.name(), config)?;
     let random = |shape: Vec<usize>| Tensor::randn(0f32, 0.02, shape, device)?.to_dtype(dtype);
     let tensors = expected.into_iter().filter(|tensor| !tensor.optional);
-    let known = tensors.filter_map(|tensor| Some((tensor.name, tensor.shape.into_iter().collect::<Option<Vec<_>>>()?)));
-    let read = known.map(|(name, shape)| Ok((name, random(shape)?)));
-    Ok(InMemoryTensors::from_iter(read.collect::<anyhow::Result<Vec<_>>>()?))
+    let shapes =
+        tensors.filter_map(|tensor| Some((tensor.name, tensor.shape.into_iter().collect::<Option<Vec<_>>>()?)));
+    let weights = shapes.map(|(name, shape)| Ok((name, random(shape)?)));
+    Ok(InMemoryTensors::from_iter(weights.collect::<anyhow::Result<Vec<_>>>()?))
 }
 
-/// A transformer, and how it is evaluated.
+/// A transformer, and how it is timed.
 struct StepModel<'a> {
     family: &'a dyn Family,
     config: &'a Value,
     weights: &'a dyn TensorSource,
-    evaluation: &'a EvaluationArgs,
+    timing: &'a TimingArgs,
     device: Device,
 }
 
 impl StepModel<'_> {
-    /// One row for each grid.
+    /// One row per grid.
     fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> anyhow::Result<Vec<StepRow>> {
         let denoiser = self.family.build(self.config, self.weights, plan)?;
         let row = |text: &String| {
             let sizes = InputSizes {
-                grid: parse_extents("--grid", text)?,
-                text: self.evaluation.text,
-                dtype: self.evaluation.dtype.computed(),
+                grid: parse_grid("--grid", text)?,
+                text: self.timing.text,
+                dtype: self.timing.dtype.as_dtype(),
                 device: self.device.clone(),
             };
             let input = random_input(self.family, self.config, &sizes)?;
-            let median_ms =
-                median_ms(self.evaluation.repeat, &self.device, || Ok(denoiser.forward(&input).map(|_| ())?))?;
+            let evaluate = || Ok(denoiser.forward(&input).map(|_| ())?);
+            let median_ms = median_ms(self.timing.repeat, &self.device, evaluate)?;
             Ok(StepRow { grid: text.clone(), attention: plan.to_string(), median_ms })
         };
         grids.iter().map(row).collect()
@@ -100,7 +105,7 @@ impl fmt::Display for StepRow {
     }
 }
 
-/// What was found.
+/// The result of `bench model`.
 #[derive(Debug, Serialize)]
 struct StepTable {
     rows: Vec<StepRow>,

@@ -1,6 +1,6 @@
-//! `clearform bench tiles`: how much of what attention computes lies inside the disc. Nothing is timed.
+//! `clearform bench tiles`: counts how much of what attention computes lies inside the disc. Nothing is timed.
 
-use super::parse_extents;
+use super::parse_grid;
 use crate::args::TilesBenchArgs;
 use crate::output::Output;
 use anyhow::Context as _;
@@ -8,27 +8,29 @@ use clearform_attention::{Execution, Geometry, Policy, Radius, TileEfficiency, T
 use serde::Serialize;
 use std::fmt;
 
+/// Prints one row for each grid, radius and pair of tiles.
 pub fn run(args: &TilesBenchArgs, output: &Output) -> anyhow::Result<()> {
-    let tiles =
-        args.tiles.iter().map(|text| Ok((text, TilePairing::parse(text)?))).collect::<anyhow::Result<Vec<_>>>()?;
+    let pairings = args.tiles.iter().map(|text| Ok((text, TilePairing::parse(text)?)));
+    let pairings = pairings.collect::<anyhow::Result<Vec<_>>>()?;
     let mut rows = Vec::new();
     for grid in &args.grid {
-        let geometry = Geometry::new(vec![parse_extents("--grid", grid)?]);
+        let geometry = Geometry::new(vec![parse_grid("--grid", grid)?]);
         for tokens in &args.radius {
             let radius = Radius::new(*tokens)?;
-            rows.extend(
-                tiles.iter().map(|(name, tiles)| TileRow::new(grid, radius, name, tiles.efficiency(&geometry, radius))),
-            );
+            let row = |(name, pairing): &(&String, TilePairing)| {
+                TileRow::new(grid, radius, name, pairing.efficiency(&geometry, radius))
+            };
+            rows.extend(pairings.iter().map(row));
         }
     }
     output.result(&TileTable { rows })
 }
 
-/// What meets what.
+/// Tiles of queries and of keys.
 enum TilePairing {
-    /// So many queries, and so many keys.
-    Of(TileShape, TileShape),
-    /// Those of a kernel of ours.
+    /// Given shapes: queries, keys.
+    Shapes(TileShape, TileShape),
+    /// Those of one of clearform's kernels.
     Kernel(Execution),
 }
 
@@ -39,20 +41,20 @@ impl TilePairing {
             "gpu" => return Ok(Self::Kernel(Execution::Gpu)),
             _ => {}
         }
-        let expected = || format!("--tiles {text:?}: expected HxW/HxW, queries and keys, or cpu or gpu");
+        let expected = || format!("--tiles {text:?}: expected HxW/HxW (queries/keys), cpu or gpu");
         let (queries, keys) = text.split_once('/').with_context(expected)?;
         let shape = |text| {
-            let grid = parse_extents("--tiles", text)?;
+            let grid = parse_grid("--tiles", text)?;
             anyhow::Ok(TileShape::new(grid.height, grid.width)?)
         };
-        Ok(Self::Of(shape(queries)?, shape(keys)?))
+        Ok(Self::Shapes(shape(queries)?, shape(keys)?))
     }
 
-    /// Of the image alone.
+    /// Efficiency over image tokens; text is left out.
     fn efficiency(&self, geometry: &Geometry, radius: Radius) -> TileEfficiency {
         match self {
-            Self::Of(queries, keys) => TileEfficiency::of_tiles(geometry.grids()[0], radius, *queries, *keys),
-            Self::Kernel(execution) => execution.share(geometry, Policy::Clear { radius, pool: None }, 0),
+            Self::Shapes(queries, keys) => TileEfficiency::of_tiles(geometry.grids()[0], radius, *queries, *keys),
+            Self::Kernel(execution) => execution.efficiency(geometry, Policy::Clear { radius, pool: None }, 0),
         }
     }
 }

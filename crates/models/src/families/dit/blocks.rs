@@ -1,15 +1,15 @@
-//! [`DitBlock`]: DiT's block with adaLN-Zero, and [`TimeClassEmbedder`], which each block has for itself.
+//! [`DitBlock`] and its [`TimeClassEmbedder`]: diffusers' `BasicTransformerBlock` with norm type "ada_norm_zero".
 
 use super::config::DitConfig;
-use crate::layers::{FeedForward, Mlp, NORM_EPS, QkvProjections, attention, modulation, sinusoids};
+use crate::layers::{FeedForward, Mlp, NORM_EPS, QkvProjections, attention, modulation, sinusoidal_embedding};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use clearform_attention::{Attention, AttentionPlan};
 use clearform_ops::{gated_add, modulated_layer_norm};
 use clearform_weights::TensorSource;
 
-/// Attention, then an MLP, each shifted, scaled and gated (DiT, section 3.2).
+/// DiT's block with adaLN-Zero (DiT, section 3.2): self-attention, then an MLP, each shifted, scaled and gated.
 pub(super) struct DitBlock {
     pub embedder: TimeClassEmbedder,
     modulation: Linear,
@@ -20,7 +20,7 @@ pub(super) struct DitBlock {
     mlp_eps: f64,
 }
 
-/// Embeds time and class, and adds them up.
+/// diffusers' `CombinedTimestepLabelEmbeddings`: the sum of the timestep and class embeddings. Each block has its own.
 pub(super) struct TimeClassEmbedder {
     time: Mlp,
     classes: Tensor,
@@ -28,7 +28,7 @@ pub(super) struct TimeClassEmbedder {
 }
 
 impl DitBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` has for it.
+    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
     pub(super) fn load(
         source: &dyn TensorSource,
         name: &str,
@@ -36,19 +36,20 @@ impl DitBlock {
         plan: &AttentionPlan,
     ) -> Result<Self> {
         let builder = WeightBuilder::root(source).pp(name);
-        let own = builder.pp("attn1");
+        let attn = builder.pp("attn1");
         Ok(Self {
             embedder: TimeClassEmbedder::load(&builder.pp("norm1.emb"), config)?,
             modulation: builder.linear("norm1.linear")?,
-            projections: QkvProjections::load(&own, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
-            out: own.linear("to_out.0")?,
+            projections: QkvProjections::load(&attn, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"], config.heads)?,
+            out: attn.linear("to_out.0")?,
             mlp: FeedForward::load(&builder.pp("ff"))?,
             attention: attention(plan, &format!("{name}.attn1"), source)?,
             mlp_eps: config.norm_eps,
         })
     }
 
-    /// `conditioning` is this block's own, (batch, width).
+    /// # Shapes
+    /// `conditioning`, the output of this block's embedder: (batch, width).
     pub(super) fn forward(&self, state: HiddenState, conditioning: &Tensor) -> Result<HiddenState> {
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, conditioning)?;
         let qkv = self.projections.forward(&modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?)?;
@@ -71,10 +72,10 @@ impl TimeClassEmbedder {
     }
 
     /// # Shapes
-    /// timestep (batch), labels (batch) in u32 -> (batch, width), in the number format of `like`.
-    pub(super) fn forward(&self, timestep: &Tensor, labels: &Tensor, like: &Tensor) -> Result<Tensor> {
-        let time = self.time.forward(&sinusoids(timestep, self.frequency_shift, like.dtype())?)?;
-        let classes = self.classes.index_select(labels, 0)?.to_dtype(like.dtype())?;
+    /// timestep (batch), labels (batch) in u32 -> (batch, width) in `dtype`.
+    pub(super) fn forward(&self, timestep: &Tensor, labels: &Tensor, dtype: DType) -> Result<Tensor> {
+        let time = self.time.forward(&sinusoidal_embedding(timestep, self.frequency_shift, dtype)?)?;
+        let classes = self.classes.index_select(labels, 0)?.to_dtype(dtype)?;
         Ok((time + classes)?)
     }
 }

@@ -1,7 +1,7 @@
-//! DiT, by Peebles and Xie (arXiv 2212.09748): class-conditional, self-attention alone.
+//! DiT (Peebles and Xie, arXiv 2212.09748): class-conditional, with self-attention only.
 //!
-//! After diffusers' `DiTTransformer2DModel`, whose tensor names are canonical here; facebook's own code differs in two
-//! constants, which are keys of [`config`](DitConfig). Read that, then blocks, then [`model`](DitTransformer).
+//! Follows diffusers' `DiTTransformer2DModel` and `DiTPipeline`; the canonical tensor names are those of the class. The
+//! original code differs in two constants, which are keys of [`DitConfig`].
 
 mod blocks;
 mod config;
@@ -23,7 +23,7 @@ use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "dit".
+/// The family "dit": `DiTTransformer2DModel` in `DiTPipeline`.
 #[derive(Debug, Clone, Copy)]
 pub struct Dit;
 
@@ -36,15 +36,15 @@ impl Family for Dit {
         Ok(Box::new(DitTransformer::build(DitConfig::new(config)?, source, plan)?))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         class_input("dit", tensors)
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
         Ok(InputChannels::of_class_model(DitConfig::new(config)?.in_channels))
     }
 
@@ -53,23 +53,23 @@ impl Family for Dit {
     }
 
     fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { without: no_class(config)?, channels: None })
+        Ok(GuidanceKind::ClassifierFree { unconditional: unconditional(config)?, channels: None })
     }
 
-    fn patch(&self, config: &Value) -> Result<usize> {
-        Ok(DitConfig::new(config)?.patch)
+    fn patch_size(&self, config: &Value) -> Result<usize> {
+        Ok(DitConfig::new(config)?.patch_size)
     }
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
         Ok(Some(DitConfig::new(config)?.sample_size))
     }
 
-    fn computed(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
+    fn computed_tensors(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
         if layout != ORIGINAL {
             return Ok(InMemoryTensors::default());
         }
         let config = DitConfig::new(config)?;
-        let side = config.sample_size / config.patch;
+        let side = config.sample_size / config.patch_size;
         let positions = config.positions((side, side), &Device::Cpu)?;
         Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
     }
@@ -80,10 +80,10 @@ impl Family for Dit {
     }
 }
 
-/// The layout of facebook's own code, which keeps the positions of its one picture size among the weights.
+/// The layout of the original code, whose checkpoints contain the position embeddings of their image size.
 const ORIGINAL: &str = "original";
 
-/// The label that stands for no class.
-pub(super) fn no_class(config: &Value) -> Result<Prompt> {
+/// The label that means no class.
+pub(super) fn unconditional(config: &Value) -> Result<Prompt> {
     Ok(Prompt::Class(DitConfig::new(config)?.classes as u32))
 }

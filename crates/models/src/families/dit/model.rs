@@ -1,8 +1,8 @@
-//! [`DitTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+//! [`DitTransformer`]: diffusers' `DiTTransformer2DModel` as a [`Denoiser`].
 
 use super::blocks::DitBlock;
 use super::config::DitConfig;
-use crate::layers::{NORM_EPS, Patches, block_at, checked_batch, grid, labels, modulation, to_latents};
+use crate::layers::{NORM_EPS, PatchEmbed, block_at, checked_batch, grid, labels, modulation, to_latents};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result};
 use candle_core::Tensor;
@@ -11,29 +11,29 @@ use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// DiT's transformer, and that of SiT.
+/// diffusers' `DiTTransformer2DModel`. SiT has the same transformer.
 pub struct DitTransformer {
     config: DitConfig,
     layers: Vec<String>,
     geometries: Geometries,
-    patches: Patches,
+    patches: PatchEmbed,
     blocks: Vec<DitBlock>,
     modulation_out: Linear,
     proj_out: Linear,
 }
 
 impl DitTransformer {
-    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    /// Builds the transformer from `source`, with the tensor names of diffusers, and the attention of `plan`.
     ///
     /// # Errors
-    /// A tensor that is missing.
+    /// A tensor that is missing or misshapen.
     pub fn build(config: DitConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
         let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
+            patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
             modulation_out: builder.linear("proj_out_1")?,
             proj_out: builder.linear("proj_out_2")?,
@@ -41,16 +41,19 @@ impl DitTransformer {
         })
     }
 
-    /// Each block embeds time and class for itself.
+    /// The embedded timestep and class of every block.
     ///
     /// # Shapes
     /// The result is (batch, blocks, width).
     fn conditioning(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
         let labels = labels(input, batch, self.config.classes)?;
-        let one = |block: &DitBlock| block.embedder.forward(&input.timestep, &labels, &input.latents);
-        Ok(Tensor::stack(&self.blocks.iter().map(one).collect::<Result<Vec<_>>>()?, 1)?)
+        let dtype = input.latents.dtype();
+        let embedded = self.blocks.iter().map(|block| block.embedder.forward(&input.timestep, &labels, dtype));
+        Ok(Tensor::stack(&embedded.collect::<Result<Vec<_>>>()?, 1)?)
     }
 
+    /// The conditioning of block `index`.
+    ///
     /// # Shapes
     /// The result is (batch, width).
     fn conditioning_of(&self, index: usize, state: &HiddenState) -> Result<Tensor> {
@@ -64,10 +67,11 @@ impl Denoiser for DitTransformer {
     }
 
     fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
-        let (latents, config) = (&input.latents, &self.config);
+        let latents = &input.latents;
+        let config = &self.config;
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
-        let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
-        let positions = config.positions(extents, latents.device())?;
+        let (grid_size, geometry) = grid(latents, config.patch_size, &self.geometries)?;
+        let positions = config.positions(grid_size, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning(input, batch)?;
         Ok(HiddenState {
@@ -83,10 +87,10 @@ impl Denoiser for DitTransformer {
         block_at(&self.blocks, index)?.forward(state, &conditioning)
     }
 
-    /// The first block's conditioning serves the head, as in diffusers.
+    // As in diffusers, the head uses the conditioning of the first block.
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [shift, scale] = modulation::<2>(&self.modulation_out, &self.conditioning_of(0, state)?)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
-        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch_size)
     }
 }

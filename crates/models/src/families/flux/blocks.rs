@@ -1,5 +1,4 @@
-//! [`DoubleBlock`] and [`SingleBlock`]: FLUX's two kinds of transformer block. They know neither how attention is
-//! computed nor where the image tokens lie.
+//! [`DoubleBlock`] and [`SingleBlock`]: diffusers' `FluxTransformerBlock` and `FluxSingleTransformerBlock`.
 
 use crate::layers::{FeedForward, NORM_EPS, modulation, split_heads};
 use crate::weight_builder::{Linear, WeightBuilder};
@@ -11,14 +10,14 @@ use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 /// Cosines and sines, (tokens, head_dim / 2) each.
 type CosSin = (Tensor, Tensor);
 
-/// A block with weights of its own for image and text, joined by attention alone.
+/// diffusers' `FluxTransformerBlock`: image and text have separate weights and attend jointly.
 pub(super) struct DoubleBlock {
     image: Stream,
     text: Stream,
     attention: Box<dyn Attention>,
 }
 
-/// A block whose weights serve image and text alike, with attention and MLP side by side.
+/// diffusers' `FluxSingleTransformerBlock`: image and text share the weights; attention and MLP run in parallel.
 pub(super) struct SingleBlock {
     modulation: Linear,
     projections: RotatedQkv,
@@ -27,7 +26,7 @@ pub(super) struct SingleBlock {
     attention: Box<dyn Attention>,
 }
 
-/// One stream's half of a double block.
+/// The image or text stream of a double block.
 struct Stream {
     modulation: Linear,
     projections: RotatedQkv,
@@ -35,7 +34,7 @@ struct Stream {
     mlp: FeedForward,
 }
 
-/// The way from tokens to queries, keys and values.
+/// Projections to queries, keys and values, with RMS norms and RoPE (diffusers' `FluxAttnProcessor`).
 struct RotatedQkv {
     query: Linear,
     key: Linear,
@@ -44,7 +43,7 @@ struct RotatedQkv {
     key_norm: Tensor,
 }
 
-/// Names of a stream's tensors in a double block.
+/// Names of a stream's layers in a double block.
 struct StreamNames {
     modulation: &'static str,
     projections: [&'static str; 5],
@@ -72,7 +71,8 @@ impl DoubleBlock {
     }
 
     pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
-        let (context, rotary) = (&state.context, rotary(&state.context)?);
+        let context = &state.context;
+        let rotary = rotary(&state.context)?;
         let text = text(&state)?;
         let image_modulation = modulation::<6>(&self.image.modulation, &context.conditioning)?;
         let text_modulation = modulation::<6>(&self.text.modulation, &context.conditioning)?;
@@ -99,7 +99,8 @@ impl SingleBlock {
     }
 
     pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
-        let (context, rotary) = (&state.context, rotary(&state.context)?);
+        let context = &state.context;
+        let rotary = rotary(&state.context)?;
         let text = text(&state)?;
         let [shift, scale, gate] = modulation::<3>(&self.modulation, &context.conditioning)?;
         let image_normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
@@ -109,16 +110,16 @@ impl SingleBlock {
         let text_qkv = self.projections.forward(&text_normed, &rotary.text)?;
         let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
 
-        let image = gated_add(&state.image, &gate, &self.join(&attended.image, &image_normed)?)?;
-        let text = gated_add(text, &gate, &self.join(attended_text(&attended)?, &text_normed)?)?;
+        let image = gated_add(&state.image, &gate, &self.project(&attended.image, &image_normed)?)?;
+        let text = gated_add(text, &gate, &self.project(attended_text(&attended)?, &text_normed)?)?;
         Ok(HiddenState { image, text: Some(text), attention: Some(attended), context: state.context })
     }
 
-    /// Projects attention and MLP together.
+    /// `proj_out` of the concatenated attention and MLP.
     ///
     /// # Shapes
     /// attended (batch, tokens, heads, head_dim), normed (batch, tokens, width) -> as normed.
-    fn join(&self, attended: &Tensor, normed: &Tensor) -> Result<Tensor> {
+    fn project(&self, attended: &Tensor, normed: &Tensor) -> Result<Tensor> {
         let mlp = gelu(&self.mlp.forward(normed)?)?; // (batch, tokens, 4 width)
         Ok(self.out.forward(&Tensor::cat(&[&attended.flatten_from(2)?, &mlp], 2)?)?)
     }
@@ -134,11 +135,13 @@ impl Stream {
         })
     }
 
+    /// # Shapes
+    /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     fn qkv(&self, x: &Tensor, [shift, scale, ..]: &[Tensor; 6], rotation: &CosSin) -> Result<Qkv> {
         self.projections.forward(&modulated_layer_norm(x, shift, scale, NORM_EPS)?, rotation)
     }
 
-    /// Everything after attention.
+    /// Output projection and MLP.
     ///
     /// # Shapes
     /// x (batch, tokens, width), attended (batch, tokens, heads, head_dim) -> as x.
@@ -176,17 +179,17 @@ impl RotatedQkv {
 }
 
 fn rotary(context: &BlockContext) -> Result<&crate::Rotary> {
-    context.rotary.as_ref().ok_or_else(|| lost("img_ids", "the state has no rotary positions"))
+    context.rotary.as_ref().ok_or_else(|| not_embedded("img_ids", "the state has no rotary positions"))
 }
 
 fn text(state: &HiddenState) -> Result<&Tensor> {
-    state.text.as_ref().ok_or_else(|| lost("encoder_hidden_states", "the state has no text stream"))
+    state.text.as_ref().ok_or_else(|| not_embedded("encoder_hidden_states", "the state has no text stream"))
 }
 
 fn attended_text(attended: &Attended) -> Result<&Tensor> {
-    attended.text.as_ref().ok_or_else(|| lost("encoder_hidden_states", "attention gave no text stream"))
+    attended.text.as_ref().ok_or_else(|| not_embedded("encoder_hidden_states", "attention returned no text stream"))
 }
 
-fn lost(name: &str, reason: &str) -> ModelError {
-    ModelError::bad_input(name, format!("{reason}; states come from embed"))
+fn not_embedded(name: &str, reason: &str) -> ModelError {
+    ModelError::bad_input(name, format!("{reason}; pass a state from embed"))
 }

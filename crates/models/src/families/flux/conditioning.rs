@@ -1,14 +1,16 @@
-//! [`TimeGuidanceTextEmbedder`]: timestep, guidance and pooled text to the vector that modulates every block.
+//! [`TimeGuidanceTextEmbedder`]: the embedding of timestep, guidance and pooled text that modulates every block.
 
-use crate::layers::{Mlp, sinusoids};
+use super::config::FluxConfig;
+use crate::layers::{Mlp, sinusoidal_embedding};
 use crate::weight_builder::WeightBuilder;
 use crate::{DenoiserInput, ModelError, Result};
 use candle_core::{DType, Tensor};
 
-/// The class takes times in 0..1 and embeds thousandths.
+/// diffusers multiplies timestep and guidance by 1000 before embedding them.
 const TIME_SCALE: f64 = 1000.0;
 
-/// Embeds timestep, guidance and pooled text, and adds them up.
+/// diffusers' `CombinedTimestepGuidanceTextProjEmbeddings`, or `CombinedTimestepTextProjEmbeddings` for models without
+/// guidance: the sum of the embeddings.
 pub(super) struct TimeGuidanceTextEmbedder {
     time: Mlp,
     guidance: Option<Mlp>,
@@ -16,9 +18,10 @@ pub(super) struct TimeGuidanceTextEmbedder {
 }
 
 impl TimeGuidanceTextEmbedder {
-    pub(super) fn load(builder: &WeightBuilder, with_guidance: bool) -> Result<Self> {
+    /// Loads the guidance embedder only if `config` has it.
+    pub(super) fn load(builder: &WeightBuilder, config: &FluxConfig) -> Result<Self> {
         let load = |name: &str| Mlp::load(&builder.pp(name), ["linear_1", "linear_2"]);
-        let guidance = with_guidance.then(|| load("guidance_embedder")).transpose()?;
+        let guidance = config.guidance.then(|| load("guidance_embedder")).transpose()?;
         Ok(Self { time: load("timestep_embedder")?, guidance, pooled: load("text_embedder")? })
     }
 
@@ -28,12 +31,12 @@ impl TimeGuidanceTextEmbedder {
         let dtype = input.latents.dtype();
         let conditions = &input.conditions;
         let pooled = conditions.pooled.as_ref().ok_or_else(|| ModelError::missing_input("pooled_projections"))?;
-        let mut sum = self.time.forward(&thousandths(&input.timestep, dtype)?)?;
+        let mut sum = self.time.forward(&embed_scaled(&input.timestep, dtype)?)?;
         match (&self.guidance, &conditions.guidance) {
-            (Some(embedder), Some(scale)) => sum = (sum + embedder.forward(&thousandths(scale, dtype)?)?)?,
+            (Some(embedder), Some(scale)) => sum = (sum + embedder.forward(&embed_scaled(scale, dtype)?)?)?,
             (Some(_), None) => return Err(ModelError::missing_input("guidance")),
             (None, Some(_)) => {
-                let reason = "this model has no guidance embedding (guidance_embeds is false); leave it out";
+                let reason = "guidance_embeds is false in this model's config; omit this input";
                 return Err(ModelError::bad_input("guidance", reason));
             }
             (None, None) => {}
@@ -42,12 +45,12 @@ impl TimeGuidanceTextEmbedder {
     }
 }
 
-/// Sinusoids of a thousand times `times`, which is rounded to `dtype` before.
+/// The sinusoidal embedding of 1000 `times`. As in diffusers, `times` is rounded to `dtype` first.
 ///
 /// # Shapes
 /// times (batch) -> (batch, 256).
-fn thousandths(times: &Tensor, dtype: DType) -> Result<Tensor> {
-    sinusoids(&(times.to_dtype(dtype)? * TIME_SCALE)?, 0.0, dtype)
+fn embed_scaled(times: &Tensor, dtype: DType) -> Result<Tensor> {
+    sinusoidal_embedding(&(times.to_dtype(dtype)? * TIME_SCALE)?, 0.0, dtype)
 }
 
 #[cfg(test)]
@@ -61,9 +64,9 @@ mod tests {
         let times = Tensor::new(&[0.3f32], &Device::Cpu).unwrap();
         let rounded = Tensor::new(&[half::bf16::from_f32(0.3)], &Device::Cpu).unwrap();
         let values =
-            |times| thousandths(times, DType::BF16).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+            |times| embed_scaled(times, DType::BF16).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(values(&times), values(&rounded));
-        let exact = thousandths(&times, DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let exact = embed_scaled(&times, DType::F32).unwrap().to_vec2::<f32>().unwrap();
         assert!((exact[0][0] - 300f32.cos()).abs() < 5e-5);
     }
 }

@@ -1,20 +1,20 @@
-//! [`FluxConfig`]: the sizes of a FLUX transformer, from its config.json.
+//! [`FluxConfig`]: sizes of a FLUX transformer, from its config.json.
 
 use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
 use serde_json::Value;
 
-/// Sizes of a FLUX transformer. Keys that config.json lacks have the defaults of diffusers' class, which are those of
-/// FLUX.1 (its own config.json lacks several).
+/// Sizes of a FLUX transformer. Absent keys have the defaults of diffusers' `FluxTransformer2DModel`, which are those
+/// of FLUX.1-schnell: the config.json of FLUX.1 lacks several keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FluxConfig {
     /// Channels of a packed latent token.
     pub in_channels: usize,
-    /// Double-stream blocks.
+    /// Number of double-stream blocks.
     pub double_blocks: usize,
-    /// Single-stream blocks.
+    /// Number of single-stream blocks.
     pub single_blocks: usize,
-    /// Attention heads.
+    /// Number of attention heads.
     pub heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
@@ -22,9 +22,9 @@ pub struct FluxConfig {
     pub text_channels: usize,
     /// Channels of the pooled text.
     pub pooled_channels: usize,
-    /// Whether the guidance scale is embedded.
+    /// Whether the guidance scale is embedded (`guidance_embeds`).
     pub guidance: bool,
-    /// How the channels of a head are divided over the three axes of the ids.
+    /// Channels of a head that encode each of the three axes of the ids (`axes_dims_rope`).
     pub rope_axes: Vec<usize>,
 }
 
@@ -56,9 +56,10 @@ impl FluxConfig {
     }
 
     fn check(self) -> Result<Self> {
-        let (axes, head_dim) = (&self.rope_axes, self.head_dim);
+        let axes = &self.rope_axes;
+        let head_dim = self.head_dim;
         if axes.len() != 3 || axes.iter().any(|axis| axis % 2 == 1) || axes.iter().sum::<usize>() != head_dim {
-            let expected = format!("expected three even numbers that add up to attention_head_dim = {head_dim}");
+            let expected = format!("expected three even numbers that sum to attention_head_dim = {head_dim}");
             return Err(bad("axes_dims_rope", format!("{expected}, found {axes:?}")));
         }
         Ok(self)

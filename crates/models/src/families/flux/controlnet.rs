@@ -1,5 +1,5 @@
-//! [`FluxControlNet`]: FLUX's first blocks again, looking at a control beside the latents, whose outputs are residuals for
-//! the transformer. After diffusers' `FluxControlNetModel`. It does not know which block each residual is for.
+//! [`FluxControlNet`]: diffusers' `FluxControlNetModel`, a copy of FLUX's first blocks that takes a control image and
+//! whose outputs are residuals for the blocks of the transformer.
 
 use super::config::FluxConfig;
 use super::latents;
@@ -12,32 +12,32 @@ use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// A ControlNet for FLUX.
+/// diffusers' `FluxControlNetModel`.
 pub struct FluxControlNet {
     trunk: FluxTrunk,
     control_embedder: Linear,
     hint: Option<HintBlock>,
-    /// One token for each mode of a union, (modes, width).
+    /// One token per mode of a union ControlNet, (modes, width).
     modes: Option<Tensor>,
     double_outputs: Vec<Linear>,
     single_outputs: Vec<Linear>,
 }
 
-/// What a ControlNet gives, one tensor for each of its own blocks: (batch, image tokens, width), raster order.
+/// Outputs of a ControlNet, one per block: (batch, image tokens, width), in raster order.
 #[derive(Debug, Clone)]
 pub struct FluxResiduals {
-    /// Of double-stream blocks.
+    /// `controlnet_block_samples`: of double-stream blocks.
     pub double: Vec<Tensor>,
-    /// Of single-stream blocks.
+    /// `controlnet_single_block_samples`: of single-stream blocks.
     pub single: Vec<Tensor>,
 }
 
-/// Convolutions from a picture to features at an eighth of its size, as XLabs' nets have them (diffusers'
-/// `ControlNetConditioningEmbedding`).
+/// diffusers' `ControlNetConditioningEmbedding`, which XLabs' ControlNets have: convolutions from an image to features
+/// at an eighth of its size.
 struct HintBlock(Vec<Conv2d>);
 
 impl FluxControlNet {
-    /// Builds the net from `source`, in the names of diffusers' class.
+    /// Builds the ControlNet from `source`, with the tensor names of diffusers, and the attention of `plan`.
     ///
     /// # Errors
     /// A tensor that is missing.
@@ -57,25 +57,26 @@ impl FluxControlNet {
         })
     }
 
-    /// Sizes of the net.
+    /// Sizes of the ControlNet.
     pub fn config(&self) -> &FluxConfig {
         self.trunk.config()
     }
 
-    /// Whether it looks at a picture itself and not at its latents.
+    /// Whether the control is an image in pixels, not its latents.
     pub fn takes_pixels(&self) -> bool {
         self.hint.is_some()
     }
 
-    /// How many modes it knows; 0 if it takes none.
+    /// Number of modes of a union ControlNet; 0 for others.
     pub fn modes(&self) -> usize {
         self.modes.as_ref().map_or(0, |modes| modes.dims()[0])
     }
 
-    /// The residuals of one evaluation.
+    /// The residuals for one forward of the transformer.
     ///
     /// # Shapes
-    /// control (batch, image tokens, channels), or (batch, 3, height, width) if it takes pixels; mode (batch, 1).
+    /// control (batch, image tokens, channels), or (batch, 3, height, width) if [`Self::takes_pixels`];
+    /// mode (batch, 1).
     ///
     /// # Errors
     /// A missing or misshapen input.
@@ -85,7 +86,7 @@ impl FluxControlNet {
             input.conditions.guidance = None;
         }
         let mut state = self.trunk.embed(&input)?;
-        let control = self.control(&control.to_dtype(input.latents.dtype())?, input.latents.dim(1)?)?;
+        let control = self.embed_control(&control.to_dtype(input.latents.dtype())?, input.latents.dim(1)?)?;
         state.image = (&state.image + state.context.geometry.to_tiles(&control)?)?;
         state = self.with_mode(state, mode)?;
         let mut residuals = Vec::new();
@@ -97,9 +98,11 @@ impl FluxControlNet {
         Ok(FluxResiduals { double: residuals, single })
     }
 
+    /// The embedded control.
+    ///
     /// # Shapes
     /// As in [`Self::forward`] -> (batch, image tokens, width).
-    fn control(&self, control: &Tensor, tokens: usize) -> Result<Tensor> {
+    fn embed_control(&self, control: &Tensor, tokens: usize) -> Result<Tensor> {
         let control = match &self.hint {
             Some(hint) => latents::pack(&hint.forward(control)?)?.0,
             None => control.clone(),
@@ -112,31 +115,34 @@ impl FluxControlNet {
         Ok(self.control_embedder.forward(&control)?)
     }
 
-    /// A union's mode is one more text token in front, at the place of the first.
+    /// Prepends the mode of a union ControlNet to the text, as a token at the position of the first text token.
     fn with_mode(&self, state: HiddenState, mode: Option<&Tensor>) -> Result<HiddenState> {
         let (Some(modes), Some(text)) = (&self.modes, &state.text) else { return Ok(state) };
         let mode = mode.ok_or_else(|| ModelError::missing_input(MODE))?;
         let batch = text.dim(0)?;
-        let token = modes.index_select(&self.checked(mode, batch)?, 0)?.unsqueeze(1)?; // (batch, 1, width)
+        let token = modes.index_select(&self.mode_indices(mode, batch)?, 0)?.unsqueeze(1)?; // (batch, 1, width)
         let text = Tensor::cat(&[&token.to_dtype(text.dtype())?, text], 1)?;
-        let lost = || ModelError::bad_input(MODE, "the state is shared; states come from embed");
-        let BlockContext { conditioning, rotary, text: cross, geometry } =
-            Arc::into_inner(state.context).ok_or_else(lost)?;
-        let rotary = rotary.map(with_first_twice).transpose()?;
-        let context = Arc::new(BlockContext { conditioning, rotary, text: cross, geometry });
-        Ok(HiddenState { text: Some(text), context, ..state })
+        let shared = || ModelError::bad_input(MODE, "the context is shared; pass a state from embed");
+        let context = Arc::into_inner(state.context).ok_or_else(shared)?;
+        let rotary = context.rotary.map(repeat_first_text_position).transpose()?;
+        Ok(HiddenState { text: Some(text), context: Arc::new(BlockContext { rotary, ..context }), ..state })
     }
 
-    /// Modes as indexes, one for each of the batch.
-    fn checked(&self, mode: &Tensor, batch: usize) -> Result<Tensor> {
+    /// Checks modes (batch, 1), and converts them to indices (batch) in u32.
+    fn mode_indices(&self, mode: &Tensor, batch: usize) -> Result<Tensor> {
         let modes: Vec<i64> = mode.flatten_all()?.to_dtype(candle_core::DType::I64)?.to_vec1()?;
         let known = 0..self.modes() as i64;
         match modes.iter().find(|mode| !known.contains(mode)) {
             None if modes.len() == batch => {
                 Ok(Tensor::from_iter(modes.into_iter().map(|mode| mode as u32), mode.device())?)
             }
-            None => Err(ModelError::bad_input(MODE, format!("expected {batch}, found {}", modes.len()))),
-            Some(mode) => Err(ModelError::bad_input(MODE, format!("expected 0 to {}, found {mode}", known.end - 1))),
+            None => Err(ModelError::bad_input(
+                MODE,
+                format!("expected {batch} modes, one per sample, found {}", modes.len()),
+            )),
+            Some(mode) => {
+                Err(ModelError::bad_input(MODE, format!("expected a mode from 0 to {}, found {mode}", known.end - 1)))
+            }
         }
     }
 }
@@ -144,14 +150,14 @@ impl FluxControlNet {
 const CONTROL: &str = "controlnet_cond";
 const MODE: &str = "controlnet_mode";
 
-/// The first text token's place, for one more token there.
-fn with_first_twice(Rotary { image, text: (cos, sin) }: Rotary) -> Result<Rotary> {
-    let twice = |table: Tensor| -> Result<Tensor> { Ok(Tensor::cat(&[&table.narrow(0, 0, 1)?, &table], 0)?) };
-    Ok(Rotary { image, text: (twice(cos)?, twice(sin)?) })
+/// Repeats the rotary embedding of the first text token, for one more token at its position.
+fn repeat_first_text_position(Rotary { image, text: (cos, sin) }: Rotary) -> Result<Rotary> {
+    let repeat_first = |table: Tensor| -> Result<Tensor> { Ok(Tensor::cat(&[&table.narrow(0, 0, 1)?, &table], 0)?) };
+    Ok(Rotary { image, text: (repeat_first(cos)?, repeat_first(sin)?) })
 }
 
 impl HintBlock {
-    /// Every second convolution of the blocks halves the size.
+    /// Loads the convolutions, if there are any. Every second one in `blocks` has stride 2.
     fn load(builder: &WeightBuilder) -> Result<Option<Self>> {
         if !builder.pp("conv_in").has("weight") {
             return Ok(None);

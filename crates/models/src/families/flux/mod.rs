@@ -1,8 +1,7 @@
-//! FLUX.1, by Black Forest Labs: double-stream blocks, then single-stream blocks, over packed latents.
+//! FLUX.1 (Black Forest Labs): double-stream blocks, then single-stream blocks, over packed latents.
 //!
-//! After diffusers' `FluxTransformer2DModel`, whose tensor names are canonical here. Read [`config`](FluxConfig), then
-//! blocks, then [`model`](FluxTransformer); the rest are its inputs: conditioning, positions, latents. Beside it stands
-//! [`controlnet`](FluxControlNet).
+//! Follows diffusers' `FluxTransformer2DModel`, `FluxControlNetModel` and `FluxPipeline`; the canonical tensor names
+//! are those of the classes.
 
 mod blocks;
 mod conditioning;
@@ -29,7 +28,7 @@ use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "flux".
+/// The family "flux": `FluxTransformer2DModel` in `FluxPipeline`.
 #[derive(Debug, Clone, Copy)]
 pub struct Flux;
 
@@ -45,9 +44,10 @@ impl Family for Flux {
         Ok(Box::new(FluxTransformer::build(FluxConfig::new(config)?, source, plan)?))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         let mut arguments = ForwardArguments::new(tensors);
-        let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
+        let latents = arguments.required("hidden_states")?;
+        let timestep = arguments.required("timestep")?;
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
             pooled: Some(arguments.required("pooled_projections")?),
@@ -60,16 +60,17 @@ impl Family for Flux {
         Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
         let projections = ["to_q", "to_k", "to_v", "to_out.0"];
         let count = if layer.starts_with("single_") { 3 } else { 4 };
         vec![DistilledLayer::new(layer, &projections[..count], &["weight", "bias"])]
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
         let config = FluxConfig::new(config)?;
-        let (text, pooled) = (Some(config.text_channels), Some(config.pooled_channels));
-        Ok(InputChannels { latents: config.in_channels / (latents::PATCH * latents::PATCH), text, pooled })
+        let text = Some(config.text_channels);
+        let pooled = Some(config.pooled_channels);
+        Ok(InputChannels { latents: config.in_channels / (latents::PATCH_SIZE * latents::PATCH_SIZE), text, pooled })
     }
 
     fn noise_process(&self) -> NoiseProcess {
@@ -80,15 +81,15 @@ impl Family for Flux {
         Ok(GuidanceKind::Embedded)
     }
 
-    fn patch(&self, _: &Value) -> Result<usize> {
-        Ok(latents::PATCH)
+    fn patch_size(&self, _: &Value) -> Result<usize> {
+        Ok(latents::PATCH_SIZE)
     }
 
     fn sample_size(&self, _: &Value) -> Result<Option<usize>> {
         Ok(None)
     }
 
-    /// Pooled CLIP and the sequence of T5, as FluxPipeline encodes them.
+    /// `FluxPipeline.encode_prompt`: CLIP's pooled output, and T5's hidden states.
     fn encode(&self, _: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts = texts(prompts)?;
         let pooled = encoders.clip(1, &prompts)?.pooled;
@@ -130,25 +131,43 @@ mod tests {
     use candle_core::{DType, Device};
 
     #[test]
-    fn an_unknown_or_missing_input_is_named() {
-        let zero = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
-        let mut tensors: BTreeMap<String, Tensor> = INPUTS.map(|name| (name.to_owned(), zero.clone())).into();
-        assert!(Flux.input(tensors.clone()).unwrap().conditions.guidance.is_some());
-        tensors.insert("img_idz".to_owned(), zero);
-        assert!(Flux.input(tensors.clone()).unwrap_err().to_string().contains("\"img_idz\": is none of flux's inputs"));
-        tensors.remove("img_idz");
-        tensors.remove("timestep");
-        assert!(Flux.input(tensors).unwrap_err().to_string().contains("\"timestep\""));
+    fn inputs_are_taken_by_name() {
+        let value = |index: usize| Tensor::new(&[index as f32], &Device::Cpu).unwrap();
+        let tensors = INPUTS.iter().enumerate().map(|(index, name)| ((*name).to_owned(), value(index)));
+        let input = Flux.parse_input(tensors.collect()).unwrap();
+        let conditions = input.conditions;
+        let optional =
+            [conditions.text, conditions.pooled, conditions.guidance, conditions.image_ids, conditions.text_ids];
+        let [text, pooled, guidance, image_ids, text_ids] = optional.map(Option::unwrap);
+        let found = [input.latents, text, pooled, input.timestep, guidance, image_ids, text_ids];
+        let values: Vec<f32> = found.iter().flat_map(|tensor| tensor.to_vec1::<f32>().unwrap()).collect();
+        assert_eq!(values, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }
 
     #[test]
-    fn distilled_are_the_image_streams_projections() {
-        let double = Flux.distilled("transformer_blocks.1.attn").remove(0).parameters;
-        assert_eq!(double.len(), 8);
-        assert_eq!(double[6], "transformer_blocks.1.attn.to_out.0.weight");
-        let single = Flux.distilled("single_transformer_blocks.0.attn").remove(0);
-        assert_eq!(single.name, "single_transformer_blocks.0.attn");
-        assert_eq!(single.parameters.len(), 6);
-        assert_eq!(single.parameters[5], "single_transformer_blocks.0.attn.to_v.bias");
+    fn an_unknown_or_missing_input_is_named() {
+        let zero = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+        let mut tensors: BTreeMap<String, Tensor> = INPUTS.map(|name| (name.to_owned(), zero.clone())).into();
+        tensors.insert("img_idz".to_owned(), zero);
+        let error = Flux.parse_input(tensors.clone()).unwrap_err().to_string();
+        assert!(error.contains("\"img_idz\": is not an input of flux"), "{error}");
+        tensors.remove("img_idz");
+        tensors.remove("timestep");
+        let error = Flux.parse_input(tensors).unwrap_err().to_string();
+        assert!(error.contains("\"timestep\": is missing"), "{error}");
+    }
+
+    #[test]
+    fn the_image_streams_projections_are_distilled() {
+        let layers = [
+            ("transformer_blocks.1.attn", &["to_q", "to_k", "to_v", "to_out.0"][..]),
+            ("single_transformer_blocks.0.attn", &["to_q", "to_k", "to_v"]),
+        ];
+        for (name, projections) in layers {
+            let names =
+                projections.iter().flat_map(|layer| [".weight", ".bias"].map(|end| format!("{name}.{layer}{end}")));
+            let expected = DistilledLayer { name: name.to_owned(), parameters: names.collect() };
+            assert_eq!(Flux.distilled_layers(name), [expected]);
+        }
     }
 }

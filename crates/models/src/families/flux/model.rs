@@ -1,5 +1,5 @@
-//! [`FluxTransformer`]: embed, blocks, head; and [`FluxTrunk`], all of it but the head. They know neither attention's
-//! inside nor any file.
+//! [`FluxTransformer`]: diffusers' `FluxTransformer2DModel` as a [`Denoiser`]; and [`FluxTrunk`], the part that
+//! ControlNets have in common with it.
 
 use super::blocks::{DoubleBlock, SingleBlock};
 use super::conditioning::TimeGuidanceTextEmbedder;
@@ -14,14 +14,14 @@ use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// FLUX's transformer.
+/// diffusers' `FluxTransformer2DModel`.
 pub struct FluxTransformer {
     trunk: FluxTrunk,
     norm_out: Linear,
     proj_out: Linear,
 }
 
-/// Embedders and blocks, which FLUX's transformer and its ControlNets have alike.
+/// Embedders and blocks, which the transformer and its ControlNets have in common.
 pub(super) struct FluxTrunk {
     config: FluxConfig,
     layers: Vec<String>,
@@ -34,13 +34,14 @@ pub(super) struct FluxTrunk {
 }
 
 impl FluxTransformer {
-    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    /// Builds the transformer from `source`, with the tensor names of diffusers, and the attention of `plan`.
     ///
     /// # Errors
-    /// A tensor that is missing.
+    /// A tensor that is missing or misshapen.
     pub fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let (norm_out, proj_out) = (builder.linear("norm_out.linear")?, builder.linear("proj_out")?);
+        let norm_out = builder.linear("norm_out.linear")?;
+        let proj_out = builder.linear("proj_out")?;
         Ok(Self { trunk: FluxTrunk::build(config, source, plan)?, norm_out, proj_out })
     }
 
@@ -84,7 +85,7 @@ impl FluxTrunk {
         Ok(Self {
             image_embedder: builder.linear("x_embedder")?,
             text_embedder: builder.linear("context_embedder")?,
-            conditioning: TimeGuidanceTextEmbedder::load(&builder.pp("time_text_embed"), config.guidance)?,
+            conditioning: TimeGuidanceTextEmbedder::load(&builder.pp("time_text_embed"), &config)?,
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
             layers: layers(&config),
@@ -124,27 +125,29 @@ impl FluxTrunk {
         }
     }
 
-    /// Where the tokens lie, and how far their heads are turned.
+    /// The geometry of the image tokens, and the rotary embeddings of all tokens.
     fn positions(&self, input: &DenoiserInput) -> Result<(Geometry, Rotary)> {
-        let (axes, device) = (&self.config.rope_axes, input.latents.device());
+        let axes = &self.config.rope_axes;
+        let device = input.latents.device();
         let image_ids = ids(input, "img_ids", input.latents.dim(1)?)?;
         let text_ids = ids(input, "txt_ids", input.conditions.text.as_ref().map_or(Ok(0), |text| text.dim(1))?)?;
-        let geometry = self.geometries.of(grids(&image_ids)?);
+        let geometry = self.geometries.get(grids(&image_ids)?);
         let (cos, sin) = rotary_tables(&image_ids, axes, device)?;
-        let tiled = |table: Tensor| geometry.to_tiles(&table.unsqueeze(0)?)?.squeeze(0);
-        let rotary = Rotary { image: (tiled(cos)?, tiled(sin)?), text: rotary_tables(&text_ids, axes, device)? };
+        let to_tiles = |table: Tensor| geometry.to_tiles(&table.unsqueeze(0)?)?.squeeze(0);
+        let rotary = Rotary { image: (to_tiles(cos)?, to_tiles(sin)?), text: rotary_tables(&text_ids, axes, device)? };
         let masked = input.conditions.text_mask.clone().map(|mask| geometry.clone().with_text_mask(mask));
         Ok((masked.unwrap_or(geometry), rotary))
     }
 }
 
+/// Names of the attention layers, in order.
 fn layers(config: &FluxConfig) -> Vec<String> {
     let double = (0..config.double_blocks).map(|index| format!("transformer_blocks.{index}.attn"));
     let single = (0..config.single_blocks).map(|index| format!("single_transformer_blocks.{index}.attn"));
     double.chain(single).collect()
 }
 
-/// Checks latents, times and text against the sizes of the model, and gives the text in the dtype of the latents.
+/// Checks the inputs against the sizes of the model, and returns the text in the dtype of the latents.
 fn check(input: &DenoiserInput, config: &FluxConfig) -> Result<Tensor> {
     let batch = input.latents.dim(0)?;
     expect("hidden_states", &input.latents, &[Some(batch), None, Some(config.in_channels)])?;
@@ -161,7 +164,7 @@ fn check(input: &DenoiserInput, config: &FluxConfig) -> Result<Tensor> {
     Ok(text.to_dtype(input.latents.dtype())?)
 }
 
-/// The ids of one stream, one for each of `tokens`. Text has none of its own in FLUX and may be left out.
+/// The ids `name`, one row per token. Text ids are zero in FLUX and may be omitted.
 fn ids(input: &DenoiserInput, name: &str, tokens: usize) -> Result<Vec<Vec<f64>>> {
     let conditions = &input.conditions;
     let ids = match (name, &conditions.image_ids, &conditions.text_ids) {

@@ -1,5 +1,4 @@
-//! [`MinrfBlock`]: attention over rotated queries and keys, then a gated MLP. It knows neither how attention is computed
-//! nor where the image tokens lie.
+//! [`MinrfBlock`]: minRF's `TransformerBlock`.
 
 use super::config::MinrfConfig;
 use crate::layers::{attention, modulation, split_heads};
@@ -11,10 +10,10 @@ use clearform_ops::reference::rope;
 use clearform_ops::{gated_add, modulated_layer_norm};
 use clearform_weights::TensorSource;
 
-/// The constant of the norms of queries and keys.
+/// PyTorch's default for `nn.LayerNorm`, which minRF's query and key norms keep.
 const QK_NORM_EPS: f64 = 1e-5;
 
-/// LLaMA's block under DiT's modulation.
+/// A LLaMA block (RoPE, SwiGLU) with DiT's adaLN modulation, and layer norms of queries and keys.
 pub(super) struct MinrfBlock {
     modulation: Linear,
     attention_norm: LayerNorm,
@@ -28,7 +27,7 @@ pub(super) struct MinrfBlock {
     heads: usize,
 }
 
-/// A layer norm with weights.
+/// PyTorch's `nn.LayerNorm`.
 struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
@@ -36,7 +35,7 @@ struct LayerNorm {
 }
 
 impl MinrfBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` has for it.
+    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
     pub(super) fn load(
         source: &dyn TensorSource,
         name: &str,
@@ -44,14 +43,15 @@ impl MinrfBlock {
         plan: &AttentionPlan,
     ) -> Result<Self> {
         let builder = WeightBuilder::root(source).pp(name);
-        let (own, mlp) = (builder.pp("attention"), builder.pp("feed_forward"));
+        let attn = builder.pp("attention");
+        let mlp = builder.pp("feed_forward");
         Ok(Self {
             modulation: builder.linear("adaLN_modulation.1")?,
             attention_norm: LayerNorm::load(&builder.pp("attention_norm"), config.norm_eps)?,
-            projections: [own.linear("wq")?, own.linear("wk")?, own.linear("wv")?],
-            query_norm: LayerNorm::load(&own.pp("q_norm"), QK_NORM_EPS)?,
-            key_norm: LayerNorm::load(&own.pp("k_norm"), QK_NORM_EPS)?,
-            out: own.linear("wo")?,
+            projections: [attn.linear("wq")?, attn.linear("wk")?, attn.linear("wv")?],
+            query_norm: LayerNorm::load(&attn.pp("q_norm"), QK_NORM_EPS)?,
+            key_norm: LayerNorm::load(&attn.pp("k_norm"), QK_NORM_EPS)?,
+            out: attn.linear("wo")?,
             mlp_norm: LayerNorm::load(&builder.pp("ffn_norm"), config.norm_eps)?,
             mlp: [mlp.linear("w1")?, mlp.linear("w2")?, mlp.linear("w3")?],
             attention: attention(plan, &format!("{name}.attention"), source)?,
@@ -73,15 +73,18 @@ impl MinrfBlock {
         Ok(HiddenState { image, attention: Some(attended), ..state })
     }
 
-    /// Queries and keys are normed over all heads together.
+    /// Queries and keys are normalised over all heads together, then rotated.
+    ///
+    /// # Shapes
+    /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     fn qkv(&self, x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Qkv> {
         let [query, key, value] = &self.projections;
-        let turned = |linear: &Linear, norm: &LayerNorm| -> Result<Tensor> {
+        let normed_and_rotated = |linear: &Linear, norm: &LayerNorm| -> Result<Tensor> {
             Ok(rope(&split_heads(&norm.forward(&linear.forward(x)?)?, self.heads)?, cos, sin)?)
         };
         Ok(Qkv {
-            query: turned(query, &self.query_norm)?,
-            key: turned(key, &self.key_norm)?,
+            query: normed_and_rotated(query, &self.query_norm)?,
+            key: normed_and_rotated(key, &self.key_norm)?,
             value: split_heads(&value.forward(x)?, self.heads)?,
         })
     }
@@ -103,14 +106,14 @@ impl LayerNorm {
         self.modulated(x, &zero, &zero)
     }
 
-    /// (norm(x) weight + bias) (1 + scale) + shift, as one norm without weights.
+    /// (norm(x) weight + bias) (1 + scale) + shift, computed as one modulated norm without weights.
     ///
     /// # Shapes
     /// x (batch, tokens, width), shift and scale (batch, width) -> as x.
     fn modulated(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-        let whole = (scale + 1.0)?;
-        let scale = (whole.broadcast_mul(&self.weight.to_dtype(x.dtype())?)? - 1.0)?;
-        let shift = (whole.broadcast_mul(&self.bias.to_dtype(x.dtype())?)? + shift)?;
+        let factor = (scale + 1.0)?;
+        let scale = (factor.broadcast_mul(&self.weight.to_dtype(x.dtype())?)? - 1.0)?;
+        let shift = (factor.broadcast_mul(&self.bias.to_dtype(x.dtype())?)? + shift)?;
         Ok(modulated_layer_norm(x, &shift, &scale, self.eps)?)
     }
 }

@@ -1,8 +1,7 @@
-//! minRF's DiT-LLaMA, by Simo Ryu: class-conditional rectified flow over pixels, the form that small community
-//! checkpoints of digits and tiny pictures have.
+//! minRF (Simo Ryu, cloneofsimo/minRF): class-conditional rectified flow on pixels. Small community checkpoints, such
+//! as those for MNIST and CIFAR-10, have this architecture.
 //!
-//! After `DiT_Llama` of cloneofsimo/minRF, whose tensor names are canonical here. Read [`config`](MinrfConfig), then
-//! blocks, then [`model`](MinrfTransformer).
+//! Follows its class `DiT_Llama`, whose tensor names are the canonical ones.
 
 mod blocks;
 mod config;
@@ -24,7 +23,7 @@ use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "minrf".
+/// The family "minrf": `DiT_Llama` of cloneofsimo/minRF.
 #[derive(Debug, Clone, Copy)]
 pub struct Minrf;
 
@@ -37,15 +36,15 @@ impl Family for Minrf {
         Ok(Box::new(MinrfTransformer::build(MinrfConfig::new(config)?, source, plan)?))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         class_input("minrf", tensors)
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["wq", "wk", "wv", "wo"], &["weight"])]
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
         Ok(InputChannels::of_class_model(MinrfConfig::new(config)?.in_channels))
     }
 
@@ -54,12 +53,12 @@ impl Family for Minrf {
     }
 
     fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        let without = Prompt::Class(MinrfConfig::new(config)?.classes as u32);
-        Ok(GuidanceKind::ClassifierFree { without, channels: None })
+        let unconditional = Prompt::Class(MinrfConfig::new(config)?.classes as u32);
+        Ok(GuidanceKind::ClassifierFree { unconditional, channels: None })
     }
 
-    fn patch(&self, config: &Value) -> Result<usize> {
-        Ok(MinrfConfig::new(config)?.patch)
+    fn patch_size(&self, config: &Value) -> Result<usize> {
+        Ok(MinrfConfig::new(config)?.patch_size)
     }
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {

@@ -1,20 +1,21 @@
-//! [`MinrfTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+//! [`MinrfTransformer`]: minRF's `DiT_Llama` as a [`Denoiser`].
 
 use super::blocks::MinrfBlock;
 use super::config::MinrfConfig;
 use crate::layers::{
-    Mlp, NORM_EPS, block_at, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoids, to_latents,
+    Mlp, NORM_EPS, block_at, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoidal_embedding,
+    to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result, Rotary};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module as _};
 use clearform_attention::{AttentionPlan, Geometries, Geometry};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// minRF's transformer.
+/// minRF's `DiT_Llama`.
 pub struct MinrfTransformer {
     config: MinrfConfig,
     layers: Vec<String>,
@@ -28,15 +29,23 @@ pub struct MinrfTransformer {
     proj_out: Linear,
 }
 
-/// Two convolutions, each followed by SiLU and a norm over groups of channels, before the picture is cut into patches.
-struct ConvolutionStem([(Tensor, Tensor, Tensor, Tensor); 2]);
+/// `init_conv_seq`: two convolutions before the image is split into patches, each followed by SiLU and a group norm.
+struct ConvolutionStem([StemLayer; 2]);
 
-/// Groups of the stem's norms, and their constant.
+/// A convolution and a group norm of the stem.
+struct StemLayer {
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+}
+
+/// Groups of the stem's norms (`nn.GroupNorm(32, ..)`), and PyTorch's default epsilon.
 const GROUPS: usize = 32;
 const GROUP_EPS: f64 = 1e-5;
 
 impl MinrfTransformer {
-    /// Builds the transformer from `source`, in its own names, with the attention of `plan`.
+    /// Builds the transformer from `source`, with the tensor names of `DiT_Llama`, and the attention of `plan`.
     ///
     /// # Errors
     /// A tensor that is missing.
@@ -57,10 +66,10 @@ impl MinrfTransformer {
         })
     }
 
-    /// Tokens are turned by their place in raster order, whatever the picture's width.
-    fn rotary(&self, geometry: &Geometry, like: &Tensor) -> Result<Rotary> {
-        let places: Vec<Vec<f64>> = (0..geometry.tokens()).map(|place| vec![place as f64]).collect();
-        let (cos, sin) = rotary_tables(&places, &[self.config.width / self.config.heads], like.device())?;
+    /// One-dimensional positions: the index of a token in raster order, whatever the width of the image.
+    fn rotary(&self, geometry: &Geometry, device: &Device) -> Result<Rotary> {
+        let positions: Vec<Vec<f64>> = (0..geometry.tokens()).map(|token| vec![token as f64]).collect();
+        let (cos, sin) = rotary_tables(&positions, &[self.config.width / self.config.heads], device)?;
         let tiled = |table: &Tensor| geometry.to_tiles(&table.unsqueeze(0)?)?.squeeze(0);
         let text = (cos.narrow(0, 0, 0)?, sin.narrow(0, 0, 0)?);
         Ok(Rotary { image: (tiled(&cos)?, tiled(&sin)?), text })
@@ -69,25 +78,37 @@ impl MinrfTransformer {
 
 impl ConvolutionStem {
     fn load(builder: &WeightBuilder) -> Result<Self> {
-        let step = |conv: &str, norm: &str| -> Result<_> {
-            let (conv, norm) = (builder.pp(conv), builder.pp(norm));
-            Ok((conv.tensor("weight")?, conv.tensor("bias")?, norm.tensor("weight")?, norm.tensor("bias")?))
+        let layer = |conv: &str, norm: &str| -> Result<StemLayer> {
+            let conv = builder.pp(conv);
+            let norm = builder.pp(norm);
+            Ok(StemLayer {
+                conv_weight: conv.tensor("weight")?,
+                conv_bias: conv.tensor("bias")?,
+                norm_weight: norm.tensor("weight")?,
+                norm_bias: norm.tensor("bias")?,
+            })
         };
-        Ok(Self([step("0", "2")?, step("3", "5")?]))
+        Ok(Self([layer("0", "2")?, layer("3", "5")?]))
     }
 
     /// # Shapes
-    /// (batch, channels, height, width) -> (batch, width of the model / 2, height, width).
-    fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
-        let mut x = pictures.clone();
-        for (weight, bias, scale, shift) in &self.0 {
-            let own = |tensor: &Tensor| tensor.to_dtype(x.dtype());
-            let config = Conv2dConfig { padding: weight.dim(2)? / 2, ..Conv2dConfig::default() };
-            let conv = Conv2d::new(own(weight)?, Some(own(bias)?), config);
-            let norm = GroupNorm::new(own(scale)?, own(shift)?, scale.dim(0)?, GROUPS, GROUP_EPS)?;
-            x = norm.forward(&conv.forward(&x)?.silu()?)?;
-        }
-        Ok(x)
+    /// (batch, channels, height, width) -> (batch, inner width / 2, height, width).
+    fn forward(&self, images: &Tensor) -> Result<Tensor> {
+        self.0.iter().try_fold(images.clone(), |x, layer| layer.forward(&x))
+    }
+}
+
+impl StemLayer {
+    /// # Shapes
+    /// (batch, inputs, height, width) -> (batch, outputs, height, width).
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let dtype = x.dtype();
+        let config = Conv2dConfig { padding: self.conv_weight.dim(2)? / 2, ..Conv2dConfig::default() };
+        let conv = Conv2d::new(self.conv_weight.to_dtype(dtype)?, Some(self.conv_bias.to_dtype(dtype)?), config);
+        let channels = self.norm_weight.dim(0)?;
+        let norm_weight = self.norm_weight.to_dtype(dtype)?;
+        let norm = GroupNorm::new(norm_weight, self.norm_bias.to_dtype(dtype)?, channels, GROUPS, GROUP_EPS)?;
+        Ok(norm.forward(&conv.forward(x)?.silu()?)?)
     }
 }
 
@@ -97,14 +118,15 @@ impl Denoiser for MinrfTransformer {
     }
 
     fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
-        let (pictures, config) = (&input.latents, &self.config);
-        let batch = checked_batch(pictures, &input.timestep, config.in_channels)?;
-        let (_, geometry) = grid(pictures, config.patch, &self.geometries)?;
-        let image = self.embedder.forward(&patchify(&self.stem.forward(pictures)?, config.patch)?)?;
-        let time = self.time.forward(&sinusoids(&input.timestep, 0.0, pictures.dtype())?)?;
+        let images = &input.latents;
+        let config = &self.config;
+        let batch = checked_batch(images, &input.timestep, config.in_channels)?;
+        let (_, geometry) = grid(images, config.patch_size, &self.geometries)?;
+        let image = self.embedder.forward(&patchify(&self.stem.forward(images)?, config.patch_size)?)?;
+        let time = self.time.forward(&sinusoidal_embedding(&input.timestep, 0.0, images.dtype())?)?;
         let classes = self.classes.index_select(&labels(input, batch, config.classes)?, 0)?;
-        let conditioning = (time + classes.to_dtype(pictures.dtype())?)?; // (batch, min(width, 1024))
-        let rotary = Some(self.rotary(&geometry, pictures)?);
+        let conditioning = (time + classes.to_dtype(images.dtype())?)?; // (batch, min(width, 1024))
+        let rotary = Some(self.rotary(&geometry, images.device())?);
         Ok(HiddenState {
             image: geometry.to_tiles(&image)?, // (batch, image tokens, width)
             text: None,
@@ -120,6 +142,6 @@ impl Denoiser for MinrfTransformer {
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [shift, scale] = modulation::<2>(&self.modulation_out, &state.context.conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
-        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch_size)
     }
 }

@@ -1,4 +1,4 @@
-//! [`CrossAttention`]: attention of image tokens to text. It is not windowed, and stays as it was trained.
+//! [`CrossAttention`]: image tokens attend to text. It is neither made local nor trained.
 
 use crate::Result;
 use crate::layers::split_heads;
@@ -6,10 +6,10 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{DType, Tensor};
 use candle_nn::ops::softmax;
 
-/// Image tokens whose scores over the text are held at once.
+/// Queries that attend at a time. Bounds the memory of the scores: 300 text tokens and 16 heads take 79 MB in f32.
 const QUERIES_AT_ONCE: usize = 4096;
 
-/// Attention of image tokens to text.
+/// diffusers' `Attention` as attn2 of `BasicTransformerBlock`: queries from the image, keys and values from the text.
 pub(super) struct CrossAttention {
     query: Linear,
     key: Linear,
@@ -24,7 +24,7 @@ impl CrossAttention {
         Ok(Self { query: query?, key: key?, value: value?, out: out?, heads })
     }
 
-    /// `mask` is 1 where a text token counts. Gradients reach x alone: neither text nor these weights are trained.
+    /// `mask` is 1 for tokens and 0 for padding. Only x gets a gradient: text and these weights are not trained.
     ///
     /// # Shapes
     /// x (batch, tokens, width), text (batch, text tokens, width), mask (batch, text tokens) -> as x.
@@ -36,17 +36,20 @@ impl CrossAttention {
         let key = by_head(self.key.forward(text)?)?.detach(); // (batch, heads, text tokens, head_dim)
         let value = by_head(self.value.forward(text)?)?.detach();
         let tokens = query.dim(2)?;
-        let mut parts = Vec::new();
+        let mut chunks = Vec::new();
         for start in (0..tokens).step_by(QUERIES_AT_ONCE) {
             let query = query.narrow(2, start, QUERIES_AT_ONCE.min(tokens - start))?.contiguous()?;
-            parts.push(attend(&query, &key, &value, mask)?);
+            chunks.push(attend(&query, &key, &value, mask)?);
         }
-        let attended = Tensor::cat(&parts, 2)?.transpose(1, 2)?.flatten_from(2)?; // (batch, tokens, width)
+        let attended = Tensor::cat(&chunks, 2)?.transpose(1, 2)?.flatten_from(2)?; // (batch, tokens, width)
         Ok(self.out.forward(&attended.to_dtype(x.dtype())?)?)
     }
 }
 
-/// softmax(q kᵀ / √head_dim) v over the text that counts; what does not is 10000 lower, as in diffusers.
+/// softmax(q kᵀ / √head_dim) v. Scores of masked tokens are lowered by 10000, as in diffusers.
+///
+/// # Shapes
+/// query (batch, heads, tokens, head_dim), key and value (batch, heads, text tokens, head_dim) -> as query.
 fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let scale = 1.0 / (query.dim(3)? as f64).sqrt();
     let mut scores = (query.matmul(&key.t()?)? * scale)?; // (batch, heads, tokens, text tokens)

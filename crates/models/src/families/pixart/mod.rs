@@ -1,8 +1,8 @@
-//! PixArt-alpha and PixArt-Sigma, by Huawei: self-attention over the image, then attention to the text, under one
-//! conditioning for all blocks.
+//! PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692): self-attention, then cross-attention to the
+//! text, with one modulation for all blocks.
 //!
-//! After diffusers' `PixArtTransformer2DModel`, whose tensor names are canonical here. Read [`config`](PixartConfig),
-//! then blocks, then [`model`](PixartTransformer).
+//! Follows diffusers' `PixArtTransformer2DModel`, `PixArtAlphaPipeline` and `PixArtSigmaPipeline`; the canonical tensor
+//! names are those of the class.
 
 mod blocks;
 mod config;
@@ -25,12 +25,12 @@ use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "pixart".
+/// The family "pixart": `PixArtTransformer2DModel` in `PixArtAlphaPipeline` or `PixArtSigmaPipeline`.
 #[derive(Debug, Clone, Copy)]
 pub struct Pixart;
 
-/// `max_sequence_length` of PixArtSigmaPipeline, and of PixArtAlphaPipeline. Padding is hidden, so a longer limit changes
-/// nothing for a prompt that fits the shorter one.
+/// `max_sequence_length` of PixArtSigmaPipeline, and of PixArtAlphaPipeline. Padding is masked, so the limit matters
+/// only for prompts that exceed it.
 const TEXT_TOKENS: usize = 300;
 const ALPHA_TEXT_TOKENS: usize = 120;
 
@@ -43,9 +43,10 @@ impl Family for Pixart {
         Ok(Box::new(PixartTransformer::build(PixartConfig::new(config)?, source, plan)?))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         let mut arguments = ForwardArguments::new(tensors);
-        let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
+        let latents = arguments.required("hidden_states")?;
+        let timestep = arguments.required("timestep")?;
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
             text_mask: arguments.optional("encoder_attention_mask"),
@@ -57,11 +58,11 @@ impl Family for Pixart {
         Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
         let config = PixartConfig::new(config)?;
         Ok(InputChannels { latents: config.in_channels, text: Some(config.text_channels), pooled: None })
     }
@@ -71,23 +72,23 @@ impl Family for Pixart {
     }
 
     fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { without: Prompt::Text(String::new()), channels: None })
+        Ok(GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None })
     }
 
-    fn patch(&self, config: &Value) -> Result<usize> {
-        Ok(PixartConfig::new(config)?.patch)
+    fn patch_size(&self, config: &Value) -> Result<usize> {
+        Ok(PixartConfig::new(config)?.patch_size)
     }
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
         Ok(Some(PixartConfig::new(config)?.sample_size))
     }
 
-    /// T5 behind a mask, of the prompt in small letters, as the pipelines encode it where they do not clean captions.
+    /// T5 with an attention mask, of the prompt in lower case: `encode_prompt` with `clean_caption` off.
     fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts: Vec<String> =
             texts(prompts)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
-        let alpha = PixartConfig::new(config)?.sized;
-        let tokens = if alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
+        let is_alpha = PixartConfig::new(config)?.size_conditions;
+        let tokens = if is_alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
         let (text, mask) = encoders.t5_masked(1, &prompts, tokens)?;
         Ok(Conditions { text: Some(text), text_mask: Some(mask), ..Conditions::default() })
     }
@@ -99,13 +100,15 @@ impl Family for Pixart {
         batch_spec: BatchSpec,
         device: &Device,
     ) -> Result<Conditions> {
-        if !PixartConfig::new(config)?.sized {
+        if !PixartConfig::new(config)?.size_conditions {
             return Ok(conditions);
         }
         let ImageSize { height, width } = batch_spec.size;
-        let (height, width) = (height as f32, width as f32);
+        let height = height as f32;
+        let width = width as f32;
         let rows = |row: &[f32]| Tensor::new(row.repeat(batch_spec.batch), device)?.reshape((batch_spec.batch, ()));
-        let (resolution, ratio) = (rows(&[height, width])?, rows(&[height / width])?);
+        let resolution = rows(&[height, width])?;
+        let ratio = rows(&[height / width])?;
         Ok(Conditions { resolution: Some(resolution), aspect_ratio: Some(ratio), ..conditions })
     }
 }
@@ -120,7 +123,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn alpha_is_told_height_and_width_and_how_they_relate() {
+    fn alpha_gets_resolution_and_aspect_ratio() {
         let batch_spec = BatchSpec { batch: 2, size: ImageSize { height: 48, width: 64 }, guidance: 4.5 };
         let with_size = |config: Value| {
             Pixart.add_size_conditions(&config, Conditions::default(), batch_spec, &Device::Cpu).unwrap()

@@ -1,9 +1,10 @@
-//! [`PixartTransformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+//! [`PixartTransformer`]: diffusers' `PixArtTransformer2DModel` as a [`Denoiser`].
 
-use super::blocks::{PixartBlock, steps};
+use super::blocks::{PixartBlock, modulated_rows};
 use super::config::PixartConfig;
 use crate::layers::{
-    Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, sincos_positions, sinusoids, to_latents,
+    Mlp, NORM_EPS, PatchEmbed, block_at, checked_batch, expect, grid, sincos_positions, sinusoidal_embedding,
+    to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
@@ -13,20 +14,20 @@ use clearform_ops::{gelu, modulated_layer_norm};
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// PixArt's transformer, alpha and Sigma.
+/// diffusers' `PixArtTransformer2DModel`, for PixArt-alpha and PixArt-Sigma.
 pub struct PixartTransformer {
     config: PixartConfig,
     layers: Vec<String>,
     geometries: Geometries,
-    patches: Patches,
+    patches: PatchEmbed,
     conditioning: TimeSizeEmbedder,
     caption: [Linear; 2],
     blocks: Vec<PixartBlock>,
-    table: Tensor,
+    scale_shift_table: Tensor,
     proj_out: Linear,
 }
 
-/// Embeds time and, where the model was trained on many sizes, resolution and aspect ratio.
+/// diffusers' `AdaLayerNormSingle`: embeds the timestep and, for PixArt-alpha, resolution and aspect ratio.
 struct TimeSizeEmbedder {
     time: Mlp,
     sizes: Option<[Mlp; 2]>,
@@ -34,10 +35,10 @@ struct TimeSizeEmbedder {
 }
 
 impl PixartTransformer {
-    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    /// Builds the transformer from `source`, with the tensor names of diffusers, and the attention of `plan`.
     ///
     /// # Errors
-    /// A tensor that is missing.
+    /// A tensor that is missing or misshapen.
     pub fn build(config: PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
         let block = |index| PixartBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
@@ -45,16 +46,17 @@ impl PixartTransformer {
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
-            conditioning: TimeSizeEmbedder::load(&builder.pp("adaln_single"), config.sized)?,
+            patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
+            conditioning: TimeSizeEmbedder::load(&builder.pp("adaln_single"), config.size_conditions)?,
             caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
             blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
-            table: builder.shaped("scale_shift_table", &[2, config.width()])?,
+            scale_shift_table: builder.shaped("scale_shift_table", &[2, config.width()])?,
             proj_out: builder.linear("proj_out")?,
             config,
         })
     }
 
+    /// The projected text (`caption_projection`) and its mask.
     fn text(&self, conditions: &Conditions, batch: usize, dtype: DType) -> Result<CrossText> {
         let text = conditions.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         expect("encoder_hidden_states", text, &[Some(batch), None, Some(self.config.text_channels)])?;
@@ -68,45 +70,55 @@ impl PixartTransformer {
 }
 
 impl TimeSizeEmbedder {
-    fn load(builder: &WeightBuilder, sized: bool) -> Result<Self> {
+    fn load(builder: &WeightBuilder, size_conditions: bool) -> Result<Self> {
         let embedders = builder.pp("emb");
         let mlp = |name: &str| Mlp::load(&embedders.pp(name), ["linear_1", "linear_2"]);
         let sizes = || Ok::<_, ModelError>([mlp("resolution_embedder")?, mlp("aspect_ratio_embedder")?]);
         Ok(Self {
             time: mlp("timestep_embedder")?,
-            sizes: if sized { Some(sizes()?) } else { None },
+            sizes: if size_conditions { Some(sizes()?) } else { None },
             modulation: builder.linear("linear")?,
         })
     }
 
-    /// Six rows for the blocks, then one for the head.
+    /// The six rows that modulate all blocks, then the embedded timestep, which modulates the head.
     ///
     /// # Shapes
     /// The result is (batch, 7, width).
     fn forward(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
-        let (conditions, dtype) = (&input.conditions, input.latents.dtype());
-        let mut embedded = self.time.forward(&sinusoids(&input.timestep, 0.0, dtype)?)?; // (batch, width)
+        let dtype = input.latents.dtype();
+        let mut embedded = self.time.forward(&sinusoidal_embedding(&input.timestep, 0.0, dtype)?)?; // (batch, width)
+        if let Some(sizes) = self.embed_sizes(&input.conditions, batch, dtype)? {
+            embedded = (embedded + sizes)?;
+        }
+        let rows = self.modulation.forward(&embedded.silu()?)?.reshape((batch, 6, ()))?;
+        Ok(Tensor::cat(&[&rows, &embedded.unsqueeze(1)?], 1)?)
+    }
+
+    /// The embedded resolution and aspect ratio, for models that have these conditions.
+    ///
+    /// # Shapes
+    /// The result is (batch, width).
+    fn embed_sizes(&self, conditions: &Conditions, batch: usize, dtype: DType) -> Result<Option<Tensor>> {
         match (&self.sizes, &conditions.resolution, &conditions.aspect_ratio) {
             (Some([resolution_embedder, ratio_embedder]), Some(resolution), Some(ratio)) => {
                 expect("resolution", resolution, &[Some(batch), Some(2)])?;
                 expect("aspect_ratio", ratio, &[Some(batch), Some(1)])?;
-                let one = |mlp: &Mlp, values: &Tensor| -> Result<Tensor> {
-                    let embedded = mlp.forward(&sinusoids(&values.flatten_all()?, 0.0, dtype)?)?;
+                let embed = |mlp: &Mlp, values: &Tensor| -> Result<Tensor> {
+                    let embedded = mlp.forward(&sinusoidal_embedding(&values.flatten_all()?, 0.0, dtype)?)?;
                     Ok(embedded.reshape((batch, ()))?)
                 };
-                let sizes = [one(resolution_embedder, resolution)?, one(ratio_embedder, ratio)?];
-                embedded = (embedded + Tensor::cat(&sizes, 1)?)?;
+                let sizes = [embed(resolution_embedder, resolution)?, embed(ratio_embedder, ratio)?];
+                Ok(Some(Tensor::cat(&sizes, 1)?))
             }
-            (Some(_), None, _) => return Err(ModelError::missing_input("resolution")),
-            (Some(_), _, None) => return Err(ModelError::missing_input("aspect_ratio")),
-            (None, None, None) => {}
+            (Some(_), None, _) => Err(ModelError::missing_input("resolution")),
+            (Some(_), _, None) => Err(ModelError::missing_input("aspect_ratio")),
+            (None, None, None) => Ok(None),
             (None, ..) => {
-                let reason = "this model embeds no sizes (use_additional_conditions is false); leave it out";
-                return Err(ModelError::bad_input("resolution", reason));
+                let reason = "use_additional_conditions is false in this model's config; omit this input";
+                Err(ModelError::bad_input("resolution", reason))
             }
         }
-        let rows = self.modulation.forward(&embedded.silu()?)?.reshape((batch, 6, ()))?;
-        Ok(Tensor::cat(&[&rows, &embedded.unsqueeze(1)?], 1)?)
     }
 }
 
@@ -116,11 +128,13 @@ impl Denoiser for PixartTransformer {
     }
 
     fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {
-        let (latents, config) = (&input.latents, &self.config);
+        let latents = &input.latents;
+        let config = &self.config;
         let batch = checked_batch(latents, &input.timestep, config.in_channels)?;
-        let (extents, geometry) = grid(latents, config.patch, &self.geometries)?;
-        let base = config.sample_size / config.patch;
-        let positions = sincos_positions(extents, config.width(), base, config.interpolation, latents.device())?;
+        let (grid_size, geometry) = grid(latents, config.patch_size, &self.geometries)?;
+        let base = config.sample_size / config.patch_size;
+        let positions =
+            sincos_positions(grid_size, config.width(), base, config.interpolation_scale, latents.device())?;
         let image = self.patches.forward(latents, &positions)?;
         let conditioning = self.conditioning.forward(input, batch)?;
         let text = Some(self.text(&input.conditions, batch, latents.dtype())?);
@@ -138,8 +152,8 @@ impl Denoiser for PixartTransformer {
     }
 
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
-        let rows = steps(&self.table, &state.context.conditioning.narrow(1, 6, 1)?)?;
+        let rows = modulated_rows(&self.scale_shift_table, &state.context.conditioning.narrow(1, 6, 1)?)?;
         let normed = modulated_layer_norm(&state.image, &rows[0], &rows[1], NORM_EPS)?;
-        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch_size)
     }
 }

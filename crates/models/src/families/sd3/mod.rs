@@ -1,7 +1,7 @@
-//! Stable Diffusion 3 and 3.5, by Stability AI: joint blocks over image and text, with fixed positions.
+//! Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): joint attention of image and text (MMDiT), with
+//! sinusoidal position embeddings.
 //!
-//! After diffusers' `SD3Transformer2DModel`, whose tensor names are canonical here. Read [`config`](Sd3Config), then
-//! blocks, then [`model`](Sd3Transformer).
+//! Follows diffusers' `SD3Transformer2DModel` and `StableDiffusion3Pipeline`; canonical tensor names are the class's.
 
 mod blocks;
 mod config;
@@ -23,10 +23,11 @@ use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "sd3".
+/// The family "sd3": `SD3Transformer2DModel` in `StableDiffusion3Pipeline`.
 #[derive(Debug, Clone, Copy)]
 pub struct Sd3;
 
+const PROJECTIONS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 /// StableDiffusion3Pipeline's `max_sequence_length`.
 const T5_TOKENS: usize = 256;
 
@@ -39,9 +40,10 @@ impl Family for Sd3 {
         Ok(Box::new(Sd3Transformer::build(Sd3Config::new(config)?, source, plan)?))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         let mut arguments = ForwardArguments::new(tensors);
-        let (latents, timestep) = (arguments.required("hidden_states")?, arguments.required("timestep")?);
+        let latents = arguments.required("hidden_states")?;
+        let timestep = arguments.required("timestep")?;
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
             pooled: Some(arguments.required("pooled_projections")?),
@@ -51,14 +53,15 @@ impl Family for Sd3 {
         Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
-        let one = |name: &str| DistilledLayer::new(name, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"]);
-        vec![one(layer), one(&format!("{layer}2"))]
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
+        let second = format!("{layer}2");
+        [layer, &second].map(|name| DistilledLayer::new(name, &PROJECTIONS, &["weight", "bias"])).into()
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
         let config = Sd3Config::new(config)?;
-        let (text, pooled) = (Some(config.text_channels), Some(config.pooled_channels));
+        let text = Some(config.text_channels);
+        let pooled = Some(config.pooled_channels);
         Ok(InputChannels { latents: config.in_channels, text, pooled })
     }
 
@@ -71,38 +74,42 @@ impl Family for Sd3 {
     }
 
     fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { without: Prompt::Text(String::new()), channels: None })
+        Ok(GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None })
     }
 
-    fn patch(&self, config: &Value) -> Result<usize> {
-        Ok(Sd3Config::new(config)?.patch)
+    fn patch_size(&self, config: &Value) -> Result<usize> {
+        Ok(Sd3Config::new(config)?.patch_size)
     }
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
         Ok(Some(Sd3Config::new(config)?.sample_size))
     }
 
-    /// Both CLIPs side by side, filled up to T5's channels, then T5's tokens, as StableDiffusion3Pipeline encodes them.
-    /// Without T5 its tokens are zero.
+    /// `StableDiffusion3Pipeline.encode_prompt`: the channels of both CLIPs concatenated and zero-padded to T5's,
+    /// followed by T5's tokens. Without T5 these are zero.
     fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let (prompts, channels) = (texts(prompts)?, Sd3Config::new(config)?.text_channels);
-        let (one, other) = (encoders.clip(1, &prompts)?, encoders.clip(2, &prompts)?);
-        let clip = Tensor::cat(&[&one.penultimate, &other.penultimate], D::Minus1)?;
+        let prompts = texts(prompts)?;
+        let channels = Sd3Config::new(config)?.text_channels;
+        let first = encoders.clip(1, &prompts)?;
+        let second = encoders.clip(2, &prompts)?;
+        let clip = Tensor::cat(&[&first.penultimate, &second.penultimate], D::Minus1)?;
         let missing = channels.saturating_sub(clip.dim(D::Minus1)?);
         let clip = clip.pad_with_zeros(D::Minus1, 0, missing)?;
         let t5 = match encoders.has(3) {
             true => encoders.t5(3, &prompts, T5_TOKENS)?,
             false => Tensor::zeros((prompts.len(), T5_TOKENS, channels), DType::F32, clip.device())?,
         };
-        let projected = |encoded: ClipEncoded, part: &str| {
-            let reason = "has no text_projection, so it is another pipeline's; this family needs a CLIP that projects";
-            encoded.projected.ok_or_else(|| ModelError::bad_input(part, reason))
-        };
-        let pooled = [projected(one, "text_encoder")?, projected(other, "text_encoder_2")?];
+        let pooled = [projected(first, "text_encoder")?, projected(second, "text_encoder_2")?];
         Ok(Conditions {
             text: Some(Tensor::cat(&[&clip, &t5], 1)?),
             pooled: Some(Tensor::cat(&pooled, D::Minus1)?),
             ..Conditions::default()
         })
     }
+}
+
+/// The projected pooled output of the text encoder `component`.
+fn projected(encoded: ClipEncoded, component: &str) -> Result<Tensor> {
+    let reason = "has no text_projection; this family needs a CLIPTextModelWithProjection";
+    encoded.projected.ok_or_else(|| ModelError::bad_input(component, reason))
 }

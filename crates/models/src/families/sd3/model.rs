@@ -1,8 +1,10 @@
-//! [`Sd3Transformer`]: embed, blocks, head. It knows neither attention's inside nor any file.
+//! [`Sd3Transformer`]: diffusers' `SD3Transformer2DModel` as a [`Denoiser`].
 
 use super::blocks::JointBlock;
 use super::config::Sd3Config;
-use crate::layers::{Mlp, NORM_EPS, Patches, block_at, checked_batch, expect, grid, modulation, sinusoids, to_latents};
+use crate::layers::{
+    Mlp, NORM_EPS, PatchEmbed, block_at, checked_batch, expect, grid, modulation, sinusoidal_embedding, to_latents,
+};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
 use candle_core::Tensor;
@@ -11,12 +13,12 @@ use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
-/// SD3's transformer.
+/// diffusers' `SD3Transformer2DModel`.
 pub struct Sd3Transformer {
     config: Sd3Config,
     layers: Vec<String>,
     geometries: Geometries,
-    patches: Patches,
+    patches: PatchEmbed,
     positions: Tensor,
     time: Mlp,
     pooled: Mlp,
@@ -27,20 +29,21 @@ pub struct Sd3Transformer {
 }
 
 impl Sd3Transformer {
-    /// Builds the transformer from `source`, in the names of diffusers' class, with the attention of `plan`.
+    /// Builds the transformer from `source`, with the tensor names of diffusers, and the attention of `plan`.
     ///
     /// # Errors
-    /// A tensor that is missing.
+    /// A tensor that is missing or misshapen.
     pub fn build(config: Sd3Config, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let (embedder, edge) = (builder.pp("time_text_embed"), config.positions);
+        let embedder = builder.pp("time_text_embed");
+        let max_grid = config.max_grid;
         let mlp = |name: &str| Mlp::load(&embedder.pp(name), ["linear_1", "linear_2"]);
         let block = |index| JointBlock::load(source, &format!("transformer_blocks.{index}"), config.heads, plan);
         Ok(Self {
             layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn")).collect(),
             geometries: Geometries::default(),
-            patches: Patches::load(&builder.pp("pos_embed"), config.patch)?,
-            positions: builder.shaped("pos_embed.pos_embed", &[1, edge * edge, config.width()])?,
+            patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
+            positions: builder.shaped("pos_embed.pos_embed", &[1, max_grid * max_grid, config.width()])?,
             time: mlp("timestep_embedder")?,
             pooled: mlp("text_embedder")?,
             text_embedder: builder.linear("context_embedder")?,
@@ -51,31 +54,36 @@ impl Sd3Transformer {
         })
     }
 
-    /// The middle of the table of positions, as large as the picture.
+    /// The centre of the position embedding table, cropped to the grid (`PatchEmbed.cropped_pos_embed`).
     ///
     /// # Shapes
     /// The result is (1, rows · columns, width).
     fn cropped_positions(&self, (rows, columns): (usize, usize)) -> Result<Tensor> {
-        let edge = self.config.positions;
-        if rows > edge || columns > edge {
-            let most = edge * self.config.patch;
+        let max_grid = self.config.max_grid;
+        if rows > max_grid || columns > max_grid {
+            let max_size = max_grid * self.config.patch_size;
             let reason =
-                format!("this model has positions for latents of up to {most} x {most}; draw a smaller picture");
+                format!("this model supports latents of up to {max_size} x {max_size}; generate a smaller image");
             return Err(ModelError::bad_input("hidden_states", reason));
         }
-        let (top, left) = ((edge - rows) / 2, (edge - columns) / 2);
-        let table = self.positions.reshape((1, edge, edge, ()))?;
-        let middle = table.narrow(1, top, rows)?.narrow(2, left, columns)?;
-        Ok(middle.reshape((1, rows * columns, ()))?)
+        let top = (max_grid - rows) / 2;
+        let left = (max_grid - columns) / 2;
+        let table = self.positions.reshape((1, max_grid, max_grid, ()))?;
+        let cropped = table.narrow(1, top, rows)?.narrow(2, left, columns)?;
+        Ok(cropped.reshape((1, rows * columns, ()))?)
     }
 
+    /// diffusers' `CombinedTimestepTextProjEmbeddings`: the sum of the timestep and pooled text embeddings.
+    ///
+    /// # Shapes
+    /// The result is (batch, width).
     fn condition(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
         let pooled = &input.conditions.pooled;
         let pooled = pooled.as_ref().ok_or_else(|| ModelError::missing_input("pooled_projections"))?;
         expect("pooled_projections", pooled, &[Some(batch), Some(self.config.pooled_channels)])?;
         let dtype = input.latents.dtype();
-        let time = self.time.forward(&sinusoids(&input.timestep, 0.0, dtype)?)?;
-        Ok((time + self.pooled.forward(&pooled.to_dtype(dtype)?)?)?) // (batch, width)
+        let time = self.time.forward(&sinusoidal_embedding(&input.timestep, 0.0, dtype)?)?;
+        Ok((time + self.pooled.forward(&pooled.to_dtype(dtype)?)?)?)
     }
 }
 
@@ -90,8 +98,8 @@ impl Denoiser for Sd3Transformer {
         let text = input.conditions.text.as_ref();
         let text = text.ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;
         expect("encoder_hidden_states", text, &[Some(batch), None, Some(self.config.text_channels)])?;
-        let (extents, geometry) = grid(latents, self.config.patch, &self.geometries)?;
-        let image = self.patches.forward(latents, &self.cropped_positions(extents)?)?; // (batch, image tokens, width)
+        let (grid_size, geometry) = grid(latents, self.config.patch_size, &self.geometries)?;
+        let image = self.patches.forward(latents, &self.cropped_positions(grid_size)?)?; // (batch, image tokens, width)
         let conditioning = self.condition(input, batch)?;
         Ok(HiddenState {
             image: geometry.to_tiles(&image)?,
@@ -108,6 +116,6 @@ impl Denoiser for Sd3Transformer {
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
         let [scale, shift] = modulation::<2>(&self.norm_out, &state.context.conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
-        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch)
+        to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch_size)
     }
 }

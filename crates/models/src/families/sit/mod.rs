@@ -1,9 +1,9 @@
-//! SiT, by Ma et al. (arXiv 2401.08740): DiT's transformer, trained as a flow from noise at 0 to the picture at 1.
+//! SiT (Ma et al., arXiv 2401.08740): DiT's transformer, trained as a flow from noise at t = 0 to data at t = 1.
 //!
-//! There is no diffusers class of it; names and transformer are [`dit`](super::dit)'s, with the constants of the original
-//! code in config.json. It learned to predict a variance that nobody uses: the velocity alone is its prediction.
+//! diffusers has no class for it. Transformer and tensor names are those of [`dit`](super::dit), with the constants of
+//! the original code in config.json. The transformer has output channels for a variance, which are not used.
 
-use super::dit::{Dit, DitConfig, DitTransformer, no_class};
+use super::dit::{Dit, DitConfig, DitTransformer, unconditional};
 use crate::layers::class_input;
 use crate::text::TextEncoders;
 use crate::{
@@ -16,17 +16,17 @@ use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// The family "sit".
+/// The family "sit": `SiT` of the original code (willisma/SiT).
 #[derive(Debug, Clone, Copy)]
 pub struct Sit;
 
-/// SiT's transformer: DiT's, of whose output the velocity is kept.
+/// DiT's transformer, reduced to the first half of its output channels: the velocity.
 struct SitTransformer {
     dit: DitTransformer,
     channels: usize,
 }
 
-/// Channels that the original code guides.
+/// `SiT.forward_with_cfg` guides only the first three channels.
 const GUIDED_CHANNELS: usize = 3;
 
 impl Family for Sit {
@@ -40,16 +40,16 @@ impl Family for Sit {
         Ok(Box::new(SitTransformer { dit: DitTransformer::build(config, source, plan)?, channels }))
     }
 
-    fn input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
+    fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         class_input("sit", tensors)
     }
 
-    fn distilled(&self, layer: &str) -> Vec<DistilledLayer> {
-        Dit.distilled(layer)
+    fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
+        Dit.distilled_layers(layer)
     }
 
-    fn channels(&self, config: &Value) -> Result<InputChannels> {
-        Dit.channels(config)
+    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
+        Dit.input_channels(config)
     }
 
     fn noise_process(&self) -> NoiseProcess {
@@ -57,19 +57,19 @@ impl Family for Sit {
     }
 
     fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { without: no_class(config)?, channels: Some(GUIDED_CHANNELS) })
+        Ok(GuidanceKind::ClassifierFree { unconditional: unconditional(config)?, channels: Some(GUIDED_CHANNELS) })
     }
 
-    fn patch(&self, config: &Value) -> Result<usize> {
-        Dit.patch(config)
+    fn patch_size(&self, config: &Value) -> Result<usize> {
+        Dit.patch_size(config)
     }
 
     fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
         Dit.sample_size(config)
     }
 
-    fn computed(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
-        Dit.computed(config, layout)
+    fn computed_tensors(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
+        Dit.computed_tensors(config, layout)
     }
 
     fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {

@@ -1,0 +1,73 @@
+//! The arguments of `clearform compare` and `clearform transfer`.
+
+use super::headings::{ADAPTERS, INPUT, OUTPUT, SAMPLING};
+use super::{AdapterArgs, DeviceArgs};
+use clap::Args;
+use std::path::PathBuf;
+
+/// `clearform compare`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform compare FLUX.1-dev FLUX.1-dev-clear -o comparison")]
+pub struct CompareArgs {
+    /// The original model.
+    pub teacher: PathBuf,
+    /// The linear model.
+    pub student: PathBuf,
+    /// What both generate.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Folder to write the report to.
+    #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
+    pub output: PathBuf,
+    /// Where both run.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+}
+
+/// `clearform transfer`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform transfer FLUX.1-dev FLUX.1-dev-clear --lora style.safetensors -o report")]
+pub struct TransferArgs {
+    /// The original model.
+    pub teacher: PathBuf,
+    /// The linear model.
+    pub student: PathBuf,
+    /// A fine-tune of the original; the distilled attention is applied to it.
+    #[arg(long, value_name = "MODEL", help_heading = INPUT)]
+    pub fine_tune: Option<PathBuf>,
+    /// What both generate.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Adapters applied to both.
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
+    /// Control image: one per prompt, or one for all.
+    #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
+    pub control_image: Vec<PathBuf>,
+    /// Folder to write the report and the patched fine-tunes to.
+    #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
+    pub output: PathBuf,
+    /// Where both run.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+}
+
+/// What two models generate from the same noise.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Prompts, or class indices, one per line [default: a few built-in ones].
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub prompts: Option<PathBuf>,
+    /// Diffusers folder with the components that the models lack.
+    #[arg(long, value_name = "DIR", help_heading = INPUT)]
+    pub components: Option<PathBuf>,
+    /// Width and height of the images, in pixels [default: the model's native size].
+    #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
+    pub size: Option<usize>,
+    /// Denoising steps [default: the variant's].
+    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    pub steps: Option<usize>,
+    /// Seed of the first prompt; each following prompt's is one higher.
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = SAMPLING)]
+    pub seed: u64,
+}

@@ -1,0 +1,47 @@
+//! The arguments of the commands that read and write files without running a model: `inspect`, `export` and `verify`.
+
+use super::SourceArgs;
+use super::headings::OUTPUT;
+use clap::Args;
+use std::path::PathBuf;
+
+/// `clearform inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exits with 0 only for a complete model of a supported family.\n\n\
+                        Example:\n  clearform inspect flux1-dev.safetensors")]
+pub struct InspectArgs {
+    /// Diffusers folder, single file, or portable model.
+    pub source: PathBuf,
+    /// How the source is read.
+    #[command(flatten)]
+    pub reading: SourceArgs,
+}
+
+/// `clearform export`.
+#[derive(Debug, Args)]
+#[command(after_help = "The file holds weights only; the attention plan is not recorded in it.\n\n\
+                        Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors")]
+pub struct ExportArgs {
+    /// Portable model, diffusers folder or single file.
+    pub model: PathBuf,
+    /// How the model is read.
+    #[command(flatten)]
+    pub reading: SourceArgs,
+    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), or another layout of the family.
+    #[arg(long, value_name = "LAYOUT", help_heading = OUTPUT)]
+    pub to: String,
+    /// Safetensors file to write.
+    #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
+    pub output: PathBuf,
+    /// Replace the output file if it exists.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
+}
+
+/// `clearform verify`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform verify FLUX.1-dev-clear")]
+pub struct VerifyArgs {
+    /// Portable model.
+    pub model: PathBuf,
+}

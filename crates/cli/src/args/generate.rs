@@ -1,0 +1,106 @@
+//! The arguments of `clearform generate` and `clearform forward`.
+
+use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
+use super::{AdapterArgs, DeviceArgs, DtypeArg, SourceArgs};
+use clap::Args;
+use std::path::PathBuf;
+
+/// `clearform generate`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  clearform generate FLUX.1-dev-clear \"a lighthouse at dawn\" --width 2048 --height 2048 -o out.png"
+)]
+pub struct GenerateArgs {
+    /// Portable model or diffusers folder.
+    pub model: PathBuf,
+    /// What the image shows, for text-to-image models.
+    #[arg(required_unless_present = "class")]
+    pub prompt: Option<String>,
+    /// Class to generate, for class-conditional models.
+    #[arg(long, value_name = "N", conflicts_with = "prompt", help_heading = INPUT)]
+    pub class: Option<u32>,
+    /// What the image should not show; needs classifier-free guidance.
+    #[arg(long, value_name = "PROMPT", help_heading = INPUT)]
+    pub negative_prompt: Option<String>,
+    /// How the model is read.
+    #[command(flatten)]
+    pub reading: SourceArgs,
+    /// Diffusers folder with the components that the model lacks.
+    #[arg(long, value_name = "DIR", help_heading = INPUT)]
+    pub components: Option<PathBuf>,
+    /// Attention plan: `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer [default: the model's own].
+    #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
+    pub attention: Option<String>,
+    /// Image width [default: the model's native size].
+    #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
+    pub width: Option<usize>,
+    /// Image height [default: the model's native size].
+    #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
+    pub height: Option<usize>,
+    /// Denoising steps [default: the variant's].
+    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    pub steps: Option<usize>,
+    /// Guidance scale [default: the variant's].
+    #[arg(long, value_name = "SCALE", help_heading = SAMPLING)]
+    pub guidance: Option<f64>,
+    /// Classifier-free guidance scale, as true_cfg_scale in diffusers.
+    #[arg(long, default_value_t = 1.0, value_name = "SCALE", help_heading = SAMPLING)]
+    pub true_cfg_scale: f64,
+    /// Apply classifier-free guidance to the first N channels only (Facebook's DiT code uses 3).
+    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    pub guided_channels: Option<usize>,
+    /// Seed: the noise is that of torch.Generator("cpu").manual_seed(N).
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = SAMPLING)]
+    pub seed: u64,
+    /// Number of images.
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = SAMPLING)]
+    pub batch: usize,
+    /// Adapters applied to the model.
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
+    /// Control image: one per ControlNet, in the same order, or one for all.
+    #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
+    pub control_image: Vec<PathBuf>,
+    /// PNG file to write; for several images a pattern with a number (`out-%03d.png`).
+    #[arg(short, long, default_value = "out.png", value_name = "FILE", help_heading = OUTPUT)]
+    pub output: String,
+    /// Where the model runs.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+    /// Dtype to compute in [default: the file's].
+    #[arg(long, value_enum, help_heading = DEVICE)]
+    pub dtype: Option<DtypeArg>,
+}
+
+/// `clearform forward`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "ControlNets read the inputs `controlnet_cond` and `controlnet_mode`; where there are several, \
+                  `controlnet_cond_0` and so on.\n\n\
+                  Example:\n  clearform forward FLUX.1-dev --inputs inputs.safetensors -o sample.safetensors"
+)]
+pub struct ForwardArgs {
+    /// Portable model, diffusers folder or single file.
+    pub model: PathBuf,
+    /// Safetensors file with the inputs, named and shaped as for forward() of the diffusers class.
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub inputs: PathBuf,
+    /// How the model is read.
+    #[command(flatten)]
+    pub reading: SourceArgs,
+    /// Attention plan: `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer [default: the model's own].
+    #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
+    pub attention: Option<String>,
+    /// Adapters applied to the model.
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
+    /// Safetensors file to write; it holds one tensor, `sample`, in f32.
+    #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
+    pub output: PathBuf,
+    /// Where the model runs.
+    #[command(flatten)]
+    pub running: DeviceArgs,
+    /// Dtype to compute in [default: f32].
+    #[arg(long, value_enum, help_heading = DEVICE)]
+    pub dtype: Option<DtypeArg>,
+}

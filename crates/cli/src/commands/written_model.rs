@@ -1,0 +1,40 @@
+//! [`WrittenModel`]: the result of the commands that write a portable model.
+
+use clearform_attention::AttentionPlan;
+use clearform_convert::ConversionReport;
+use serde::Serialize;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// A portable model that was written.
+#[derive(Debug, Serialize)]
+pub struct WrittenModel {
+    model: PathBuf,
+    attention: String,
+    #[serde(flatten)]
+    report: ConversionReport,
+}
+
+impl WrittenModel {
+    /// The model at `path`.
+    pub fn new(path: &Path, attention: &AttentionPlan, report: ConversionReport) -> Self {
+        Self { model: path.to_owned(), attention: attention.to_string(), report }
+    }
+}
+
+impl fmt::Display for WrittenModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, attention, report } = self;
+        let used = report.load_report.used();
+        let skipped = report.load_report.skipped().count();
+        writeln!(f, "{}: attention {attention}, {} parameters", model.display(), report.parameters)?;
+        write!(f, "{used} tensors used, {skipped} skipped, {} added", report.added.len())?;
+        if !report.components.is_empty() {
+            write!(f, "; with {}", report.components.join(", "))?;
+        }
+        report.component_reports.iter().try_for_each(|(component, load_report)| {
+            write!(f, "\n{component}, from the same file: {} tensors used", load_report.used())?;
+            write!(f, ", {} skipped", load_report.skipped().count())
+        })
+    }
+}

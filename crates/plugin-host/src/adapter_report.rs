@@ -1,0 +1,60 @@
+//! [`AdapterReport`]: what became of every tensor of an adapter.
+
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Unmatched tensors that the printed report lists one by one.
+const MAX_LISTED: usize = 8;
+
+/// What became of an adapter's tensors.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AdapterReport {
+    /// Path of the adapter.
+    pub adapter: PathBuf,
+    /// Number of tensors in its file.
+    pub tensors: usize,
+    /// Number of tensors that edit the model.
+    pub applied: usize,
+    /// Number of modules that they edit.
+    pub modules: usize,
+    /// Tensors that are deliberately left out, with reasons.
+    pub skipped: BTreeMap<String, String>,
+    /// Tensors that could not be applied, with reasons.
+    pub unmatched: BTreeMap<String, String>,
+    /// Block names of the user's strengths that match no edited parameter.
+    pub idle: Vec<String>,
+    /// The plugin's messages.
+    pub notes: Vec<String>,
+}
+
+impl AdapterReport {
+    /// Whether every tensor is applied or skipped for a reason, and every strength has an effect.
+    pub fn is_complete(&self) -> bool {
+        self.unmatched.is_empty() && self.idle.is_empty()
+    }
+}
+
+impl std::fmt::Display for AdapterReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { adapter, applied, tensors, modules, .. } = self;
+        write!(f, "{}: applied {applied} of {tensors} tensors to {modules} modules", adapter.display())?;
+        let mut names_by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (name, reason) in &self.skipped {
+            names_by_reason.entry(reason).or_default().push(name);
+        }
+        for (reason, names) in names_by_reason {
+            write!(f, "\n  skipped {}, such as {:?}: {reason}", names.len(), names[0])?;
+        }
+        for (name, reason) in self.unmatched.iter().take(MAX_LISTED) {
+            write!(f, "\n  not applied: {name:?}: {reason}")?;
+        }
+        for text in &self.idle {
+            write!(f, "\n  the strength for {text:?} has no effect: no edited parameter has this in its name")?;
+        }
+        match self.unmatched.len().saturating_sub(MAX_LISTED) {
+            0 => Ok(()),
+            more => write!(f, "\n  and {more} more tensors are not applied"),
+        }
+    }
+}
