@@ -10,10 +10,10 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
 use clearform_models::{Denoiser, DenoiserInput};
 use clearform_plugin_host::{
-    Adapter, ControlInput, ControlKind, ControlNetInput, ControlledDenoiser, PluginChoice, PluginRegistry, check,
-    plugin_at,
+    Adapter, ControlInput, ControlKind, ControlNetInput, ControlledDenoiser, PluginChoice, PluginRegistry,
+    check_plugin, plugin_at,
 };
-use clearform_runtime::{AdapterRequest, Adapters, ReadOptions, RuntimeError, Transformer};
+use clearform_runtime::{AdapterRequest, Adapters, ReadOptions, RuntimeError, TransformerCheckpoint};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use std::collections::BTreeMap;
 use std::env::consts::DLL_EXTENSION;
@@ -116,7 +116,7 @@ fn a_controlnet_in_c_adds_its_constant() {
 fn the_examples_of_plugins_in_c_pass() {
     for source in ["scale.c", "constant.c"] {
         let folder = tempfile::tempdir().unwrap();
-        let checked = check(&plugin_at(&compile(source, &[], folder.path())).unwrap()).unwrap();
+        let checked = check_plugin(&plugin_at(&compile(source, &[], folder.path())).unwrap()).unwrap();
         assert!(checked.to_string().ends_with("1 of 1 examples passed"), "{source}: {checked}");
     }
 }
@@ -151,7 +151,7 @@ fn a_rejected_tensor_is_freed_with_its_deleter() {
 fn a_panic_in_a_plugin_is_an_error_with_its_message() {
     let tests = std::env::current_exe().unwrap();
     let library = tests.parent().unwrap().join(format!("libclearform_panicking.{DLL_EXTENSION}"));
-    let checked = check(&plugin_at(&library).unwrap()).unwrap();
+    let checked = check_plugin(&plugin_at(&library).unwrap()).unwrap();
     let failures: BTreeMap<&str, &str> = checked.failures().collect();
     for (example, reason) in [
         ("open", "example.safetensors: the plugin panicked: in open"),
@@ -218,8 +218,8 @@ fn forward_scaled(parameters: &[(&str, &str, usize)]) -> Tensor {
     forward(base.family().build(base.config(), &source, &AttentionPlan::full()).unwrap().as_ref())
 }
 
-fn base() -> Transformer {
-    Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
+fn base() -> TransformerCheckpoint {
+    TransformerCheckpoint::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
 }
 
 fn reading() -> ReadOptions {
@@ -227,7 +227,7 @@ fn reading() -> ReadOptions {
     ReadOptions { hints, ..ReadOptions::default_options().unwrap() }
 }
 
-fn denoiser(transformer: &Transformer) -> Box<dyn Denoiser> {
+fn denoiser(transformer: &TransformerCheckpoint) -> Box<dyn Denoiser> {
     transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).unwrap()
 }
 

@@ -59,9 +59,9 @@ fn identify(manifests: &Manifests) {
         let hints = Hints { family: Some(family.clone()), ..Hints::default() };
         let Ok(identified) = detect_source(&*MODEL, sidecar, manifests, &hints) else { continue };
         let _ = Inspection::new(&identified, &identified.canonical(&*MODEL)).to_string();
-        let Ok(canonical) = identified.canonical(&*MODEL).complete() else { continue };
+        let Ok(canonical) = identified.canonical(&*MODEL).require_complete() else { continue };
         for layout in manifests.layouts(&family) {
-            if let Ok(exported) = identified.foreign(&layout, &canonical) {
+            if let Ok(exported) = identified.to_layout(&layout, &canonical) {
                 clearform_fuzz::read(&exported);
             }
         }

@@ -9,7 +9,9 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::Hints;
 use clearform_models::{Denoiser, DenoiserInput, StepIndex};
 use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, Strength};
-use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, Transformer};
+use clearform_runtime::{
+    ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, TransformerCheckpoint,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use support::{assert_close, fixture, json, registry, tensors};
@@ -118,7 +120,7 @@ fn invalid_inputs_are_errors_that_give_the_reason() {
         hints: Hints { config: Some(other), ..Hints::default() },
         ..ReadOptions::default_options().unwrap()
     };
-    let wider = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
+    let wider = TransformerCheckpoint::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let request = AdapterRequest { path: net("one-two"), ..AdapterRequest::default() };
     let error = Adapters::open(&[request], &registry()).unwrap().open_controlnets(&wider).unwrap_err().to_string();
     assert!(
@@ -161,10 +163,10 @@ fn net(name: &str) -> PathBuf {
     fixture(&format!("controlnet/{name}"))
 }
 
-fn base() -> Transformer {
+fn base() -> TransformerCheckpoint {
     let hints = Hints { config: Some(json("controlnet/base/config.json")), ..Hints::default() };
     let reading = ReadOptions { hints, ..ReadOptions::default_options().unwrap() };
-    Transformer::open(&fixture("controlnet/base/weights.safetensors"), &reading).unwrap()
+    TransformerCheckpoint::open(&fixture("controlnet/base/weights.safetensors"), &reading).unwrap()
 }
 
 fn all_inputs() -> HashMap<String, Tensor> {

@@ -39,7 +39,7 @@ impl Model {
         let sidecar = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
         let hints = Hints { family: Some(family.to_owned()), ..Hints::default() };
         let identified = detect_source(&source, sidecar, &Manifests::embedded().unwrap(), &hints).unwrap();
-        let canonical = identified.canonical(source).complete().unwrap();
+        let canonical = identified.canonical(source).require_complete().unwrap();
         let family = FAMILIES.iter().find(|known| known.name() == family).copied().unwrap();
         Self { family, identified, canonical, cases: fixture(folder.join("cases.safetensors")) }
     }
@@ -138,7 +138,7 @@ impl Model {
 
     /// Gradients under the names of the layout, in which q, k and v may be fused.
     fn foreign_gradients(&self, gradients: &InMemoryTensors) -> BTreeMap<String, Tensor> {
-        let foreign = self.identified.foreign(&self.identified.layout, gradients).unwrap();
+        let foreign = self.identified.to_layout(&self.identified.layout, gradients).unwrap();
         let names = foreign.tensors().into_iter().map(|info| info.name);
         names.map(|name| (name.clone(), foreign.tensor(&name).unwrap())).collect()
     }

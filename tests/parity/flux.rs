@@ -40,7 +40,7 @@ fn check_case(denoiser: &dyn Denoiser, cases: &HashMap<String, Tensor>, grid: &s
     let input = input(cases, grid);
     let mut state = denoiser.embed(&input).unwrap();
     check_image(&state, cases, &format!("{case}/embed"));
-    for (index, layer) in denoiser.layers().iter().enumerate() {
+    for (index, layer) in denoiser.layer_names().iter().enumerate() {
         state = denoiser.block(index, state).unwrap();
         let block = format!("{case}/{}", layer.strip_suffix(".attn").unwrap());
         check_image(&state, cases, &block);
@@ -128,7 +128,7 @@ fn gradients_of_distilled_tensors_predict_small_steps() {
     let cases = tensors("flux/head24/cases.safetensors");
     let input = input(&cases, "5x8");
     let mut source = weights("flux/head24/weights.safetensors");
-    let layers = build_from("head24", &source, &AttentionPlan::full()).layers().to_vec();
+    let layers = build_from("head24", &source, &AttentionPlan::full()).layer_names().to_vec();
     let names: Vec<String> =
         layers.iter().flat_map(|layer| flux().distilled_layers(layer)).flat_map(|layer| layer.parameters).collect();
     assert_eq!(names.len(), 8 + 8 + 6);

@@ -9,7 +9,7 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, ParameterMap};
 use clearform_models::text::{ClipConfig, ClipText, T5Config, T5Encoder};
 use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, Strength, WeightEdits};
-use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer, ReadOptions, Transformer};
+use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer, ReadOptions, TransformerCheckpoint};
 use clearform_weights::{Checkpoint, TensorSource as _};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -107,7 +107,7 @@ fn a_control_lora_can_be_combined_with_others() {
 fn a_lora_keeps_the_requested_variant() {
     let mut reading = reading();
     reading.hints.variant = Some("krea".to_owned());
-    let base = Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
+    let base = TransformerCheckpoint::open(&fixture("flux/head24/weights.safetensors"), &reading).unwrap();
     let adapters = Adapters::open(&[request("peft", Strength::default())], &registry()).unwrap();
     let edited = adapters.apply_to(base, None, &reading.manifests).unwrap();
     assert_eq!(edited.transformer.identified().variant.name, "krea");
@@ -219,8 +219,8 @@ fn request(format: &str, strength: Strength) -> AdapterRequest {
     AdapterRequest { path: fixture(&format!("lora/{format}.safetensors")), strength, ..AdapterRequest::default() }
 }
 
-fn base() -> Transformer {
-    Transformer::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
+fn base() -> TransformerCheckpoint {
+    TransformerCheckpoint::open(&fixture("flux/head24/weights.safetensors"), &reading()).unwrap()
 }
 
 fn reading() -> ReadOptions {
@@ -228,7 +228,7 @@ fn reading() -> ReadOptions {
     ReadOptions { hints, ..ReadOptions::default_options().unwrap() }
 }
 
-fn forward(transformer: &Transformer, input: BTreeMap<String, Tensor>) -> Tensor {
+fn forward(transformer: &TransformerCheckpoint, input: BTreeMap<String, Tensor>) -> Tensor {
     let denoiser = transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).unwrap();
     denoiser.forward(&transformer.family().parse_input(input).unwrap()).unwrap()
 }

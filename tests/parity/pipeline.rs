@@ -60,7 +60,7 @@ fn check_stages(pipeline: &Pipeline, request: &GenerateRequest, expected: &Expec
     assert_eq!(schedule.sigmas(), expected.get("sigmas").to_vec1::<f32>().unwrap());
 
     let conditions = pipeline.conditions(&prompts, &latents, request.guidance).unwrap();
-    let guidance = Guidance::Embedded(conditions);
+    let guidance = Guidance::SingleEvaluation(conditions);
     let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
     let last = denoise(denoiser.as_ref(), &latents.tensor, &schedule, &guidance, &mut |_| {});
     assert_close(&last.unwrap(), expected.get("latents"), 1e-4, "last latents");

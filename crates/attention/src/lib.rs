@@ -16,7 +16,7 @@ mod geometry;
 mod grid;
 mod plan;
 mod policies;
-mod pool;
+mod pooled_context;
 pub mod reference;
 mod sequence;
 mod tile_efficiency;

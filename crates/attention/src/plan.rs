@@ -1,7 +1,7 @@
 //! [`AttentionPlan`]: the policy of each layer, as it is stored in clearform.toml.
 
 use crate::fused::TiledAttention;
-use crate::{Attention, AttentionError, Policy, Radius, Window, pool};
+use crate::{Attention, AttentionError, Policy, Radius, Window, pooled_context};
 use candle_core::{Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -61,7 +61,7 @@ impl AttentionPlan {
     pub fn learned(&self, layer: &str) -> Result<Option<(String, Tensor)>> {
         match self.policy(layer) {
             Policy::Clear { pool: Some(factor), .. } => {
-                Ok(Some((learned_name(layer), pool::initial_weight(factor, &Device::Cpu)?)))
+                Ok(Some((learned_name(layer), pooled_context::initial_weight(factor, &Device::Cpu)?)))
             }
             _ => Ok(None),
         }
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn a_learned_tensor_of_another_shape_is_an_error() {
         let plan = AttentionPlan::clear(Radius::new(8.0).unwrap(), Some(4));
-        let wrong = |_: &str| pool::initial_weight(2, &Device::Cpu).map(Some);
+        let wrong = |_: &str| pooled_context::initial_weight(2, &Device::Cpu).map(Some);
         let error = plan.build(LAYER, &wrong).err().unwrap().to_string();
         assert!(error.contains("processor.spatial_weight") && error.contains("[1, 1, 1, 4, 1, 4, 1]"), "{error}");
     }

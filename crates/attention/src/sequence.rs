@@ -1,6 +1,6 @@
 //! [`JointSequence`]: the streams of a layer concatenated as [text, image in tile order, pooled].
 
-use crate::{Attended, Geometry, Qkv, Window, pool};
+use crate::{Attended, Geometry, Qkv, Window, pooled_context};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// Queries, keys and values of both streams, with pooled context.
@@ -22,7 +22,7 @@ impl JointSequence {
     /// Shapes that contradict each other or `geometry`.
     pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
         check(image, text, geometry)?;
-        let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pool::pooled(x, weight, geometry)).transpose();
+        let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pooled_context::pooled(x, weight, geometry)).transpose();
         let pooled_key = pooled(&image.key)?;
         let pooled_value = pooled(&image.value)?;
         Ok(Self {

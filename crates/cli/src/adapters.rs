@@ -69,7 +69,7 @@ fn open(requests: Vec<AdapterRequest>, args: &WeightAdapterArgs) -> anyhow::Resu
 fn request(arg: &AdapterArg, interface: Option<&'static str>) -> anyhow::Result<AdapterRequest> {
     let mut request = AdapterRequest {
         path: arg.path.clone(),
-        strength: Strength { overall: arg.weight.unwrap_or(1.0), blocks: Vec::new() },
+        strength: Strength { overall: arg.strength.unwrap_or(1.0), blocks: Vec::new() },
         choice: PluginChoice { interface, id: None },
         schedule: ControlNetSchedule::default(),
     };

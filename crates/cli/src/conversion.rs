@@ -12,7 +12,7 @@ use clearform_distill::SampleSet;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
 use clearform_runtime::{
-    Adapters, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions, Transformer,
+    Adapters, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions, TransformerCheckpoint,
 };
 use clearform_weights::{Checkpoint, digest};
 
@@ -58,7 +58,7 @@ impl OpenSource {
     fn open(args: &ConvertArgs, adapters: &Adapters, output: &Output) -> anyhow::Result<Self> {
         let options = read_options(&args.reading)?;
         let components = Components::new(&args.source, args.training.components.as_deref());
-        let transformer = Transformer::open(&components.transformer_path(), &options)?;
+        let transformer = TransformerCheckpoint::open(&components.transformer_path(), &options)?;
         print_notes(transformer.checkpoint(), output);
         let components = components.with_embedded(&transformer, &options)?;
         let edited = adapters.apply_to(transformer, Some(&components), &options.manifests)?;
@@ -162,5 +162,5 @@ fn adapter_record(arg: &AdapterArg) -> anyhow::Result<AdapterRecord> {
     let name = arg.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let checkpoint = Checkpoint::open(&arg.path)?;
     let sha256 = digest(&checkpoint.files()[0].path)?.sha256;
-    Ok(AdapterRecord { name, sha256, strength: arg.weight.unwrap_or(1.0) })
+    Ok(AdapterRecord { name, sha256, strength: arg.strength.unwrap_or(1.0) })
 }

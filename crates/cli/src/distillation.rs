@@ -14,7 +14,7 @@ use clearform_distill::{
 };
 use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize};
 use clearform_portable_model::DistillationRecord;
-use clearform_runtime::{Pipeline, Transformer};
+use clearform_runtime::{Pipeline, TransformerCheckpoint};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -87,7 +87,7 @@ pub fn open_samples(folder: &Path) -> anyhow::Result<SampleSet> {
 /// # Errors
 /// If the device, the weights or the samples cannot be read, or training fails.
 pub fn train(
-    teacher: &Transformer,
+    teacher: &TransformerCheckpoint,
     student: StudentSpec,
     samples: &SampleSet,
     training: &TrainingArgs,
@@ -98,7 +98,7 @@ pub fn train(
     let pair = TeacherStudent::build(spec, &weights, student.start)?;
     let start = if training.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_dir =
-        CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, start };
+        CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, resume: start };
     let settings = distill_settings(training, student.device);
     let bar = output.progress("distilling", training.steps);
     let mut watch = |progress: &TrainingProgress| {

@@ -175,7 +175,7 @@ pub fn attention_errors(
     let mut wanted = teacher.embed(input)?;
     let mut got = student.embed(input)?;
     let mut errors = Vec::new();
-    for (index, layer) in teacher.layers().iter().enumerate() {
+    for (index, layer) in teacher.layer_names().iter().enumerate() {
         wanted = teacher.block(index, wanted)?;
         got = student.block(index, got)?;
         let (Some(wanted), Some(got)) = (&wanted.attention, &got.attention) else { continue };

@@ -4,7 +4,7 @@ use crate::args::SourceArgs;
 use crate::sources::{open_original_transformer, open_transformer, open_transformer_with, read_options};
 use clearform_convert::{AttentionPatch, ConversionPlan, ConversionReport, PatchMode, SourceHashes};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, Transformer};
+use clearform_runtime::{Components, TransformerCheckpoint};
 use clearform_weights::TensorSource;
 use std::path::Path;
 
@@ -43,7 +43,7 @@ impl PatchApplication<'_> {
     pub fn write(&self) -> anyhow::Result<ConversionReport> {
         let Self { patch, checkpoint, output, mode, base, overwrite } = *self;
         let base = base.map(open_transformer).transpose()?;
-        let base = base.as_ref().map(Transformer::source);
+        let base = base.as_ref().map(TransformerCheckpoint::source);
         let base = base.as_ref().map(|base| base as &dyn TensorSource);
         let reading = SourceArgs { family: patch.family().map(str::to_owned), ..SourceArgs::default() };
         let options = read_options(&reading)?;

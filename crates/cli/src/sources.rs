@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
-use clearform_runtime::{Adapters, Components, Pipeline, PipelineOptions, ReadOptions, Transformer};
+use clearform_runtime::{Adapters, Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
@@ -53,19 +53,19 @@ pub fn open_original_pipeline(
 }
 
 /// Opens the transformer of `model`, read as its record states.
-pub fn open_transformer(model: &Path) -> anyhow::Result<Transformer> {
+pub fn open_transformer(model: &Path) -> anyhow::Result<TransformerCheckpoint> {
     open_transformer_with(model, &ReadOptions::default_options()?.recorded(model)?)
 }
 
 /// Opens the transformer of `original`, from which the portable model `model` was made.
-pub fn open_original_transformer(original: &Path, model: &Path) -> anyhow::Result<Transformer> {
+pub fn open_original_transformer(original: &Path, model: &Path) -> anyhow::Result<TransformerCheckpoint> {
     open_transformer_with(original, &ReadOptions::default_options()?.of_original(original, model)?)
 }
 
 /// Opens the transformer of `model` with `options`.
-pub fn open_transformer_with(model: &Path, options: &ReadOptions) -> anyhow::Result<Transformer> {
+pub fn open_transformer_with(model: &Path, options: &ReadOptions) -> anyhow::Result<TransformerCheckpoint> {
     let path = Components::new(model, None).transformer_path();
-    Transformer::open(&path, options).with_context(|| format!("{}", model.display()))
+    TransformerCheckpoint::open(&path, options).with_context(|| format!("{}", model.display()))
 }
 
 /// Opens the transformer of `source` and detects its family, variant and layout.

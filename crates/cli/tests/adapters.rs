@@ -180,7 +180,7 @@ fn damaged_adapters_are_refused_with_a_message() {
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 2]), ("proj_out.alpha", &[2])],
             "expected one finite value",
         ),
-        (&[("proj_out.lora_A.weight", &[2, 90]), ("proj_out.lora_B.weight", &[16, 2])], "has a wrong shape"),
+        (&[("proj_out.lora_A.weight", &[2, 90]), ("proj_out.lora_B.weight", &[16, 2])], "has the wrong shape"),
         (
             &[("proj_out.hada_w1_a", &[16, 2]), ("proj_out.hada_w1_b", &[2, 48])],
             "only one of the two products of a LoHa",

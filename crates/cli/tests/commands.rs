@@ -141,7 +141,7 @@ fn attention_can_be_timed() {
     let pairs = |timing: &Value, kind: &str| timing[format!("{kind}_pairs")].as_u64().unwrap();
     let timing = attention(&["--radius", "4"]);
     // Image tokens attend to the disc and the text, text tokens to everything.
-    assert_eq!(pairs(&timing, "useful"), pairs_inside(16, 4.0) + 256 * 8 + 8 * 264);
+    assert_eq!(pairs(&timing, "useful"), pairs_inside(16, 4) + 256 * 8 + 8 * 264);
     assert!(pairs(&timing, "useful") < pairs(&timing, "visited"));
     // The 8 text tokens are padded to 32 lanes.
     assert!(pairs(&timing, "visited") <= (32 + 256) * 264);
@@ -158,12 +158,12 @@ fn attention_can_be_timed() {
     }
 }
 
-/// Ordered pairs of tokens of a square grid that are at most `radius` apart.
-fn pairs_inside(edge: i64, radius: f64) -> u64 {
+/// Ordered pairs of tokens of a square grid that are less than `radius` apart (CLEAR, section 3.2).
+fn pairs_inside(edge: i64, radius: i64) -> u64 {
     let tokens = || (0..edge * edge).map(|index| (index / edge, index % edge));
-    let is_inside =
-        |(a, b): ((i64, i64), (i64, i64))| ((a.0 - b.0).pow(2) + (a.1 - b.1).pow(2)) as f64 <= radius * radius;
-    tokens().flat_map(|a| tokens().map(move |b| (a, b))).filter(|pair| is_inside(*pair)).count() as u64
+    let pairs = tokens().flat_map(|a| tokens().map(move |b| (a, b)));
+    let is_inside = |(a, b): &((i64, i64), (i64, i64))| (a.0 - b.0).pow(2) + (a.1 - b.1).pow(2) < radius.pow(2);
+    pairs.filter(is_inside).count() as u64
 }
 
 /// A matrix of tokens by tokens would take 17 GB.

@@ -38,7 +38,7 @@ fn a_full_disk_leaves_nothing_behind() {
     }
     for arguments in &large[..3] {
         let stderr = String::from_utf8(on_full_disk(arguments).stderr).unwrap();
-        assert!(stderr.contains("bytes are needed") && stderr.contains("make room"), "{arguments:?}: {stderr}");
+        assert!(stderr.contains("bytes are needed") && stderr.contains("free some space"), "{arguments:?}: {stderr}");
         assert!(stderr.contains(text(&output)), "{arguments:?}: {stderr}");
     }
 }

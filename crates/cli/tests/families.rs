@@ -10,15 +10,18 @@ use common::{json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Distils the source that `arguments` name to `model`.
-fn distil(arguments: &[&str], model: &Path) {
+/// Distils the source that `arguments` name to `model`, and compares the first and last loss with `losses`. They are those of
+/// an earlier run: the tests of clearform-distill compare losses with PyTorch's.
+fn distil(arguments: &[&str], model: &Path, losses: [f64; 2]) {
     let training = ["--radius", "2", "--steps", "6", "--sample-count", "6", "--sample-steps", "3", "--batch", "3"];
     let further = ["--lr", "3e-3", "-o", text(model)];
     run(0, &[&["convert"], arguments, &training[..], &further[..]].concat());
     let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
     let loss = |key: &str| record["distillation"][key].as_float().unwrap();
-    println!("LOSSES {arguments:?} {} {}", loss("first_loss"), loss("last_loss"));
-    assert!(loss("first_loss") > 0.0 && loss("last_loss") > 0.0 && loss("first_loss") != loss("last_loss"));
+    for (key, wanted) in ["first_loss", "last_loss"].into_iter().zip(losses) {
+        // bf16 activations, which a GPU has, change losses by up to 2%.
+        assert!((loss(key) / wanted - 1.0).abs() < 0.02, "{key} of {arguments:?}: {}, expected {wanted}", loss(key));
+    }
     run(0, &["verify", text(model)]);
 }
 
@@ -68,7 +71,6 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
         assert!((0.0..1.0).contains(&pair["ssim"].as_f64().unwrap()), "{pair}");
     }
     assert!((found["psnr"].as_f64().unwrap() - measured.iter().sum::<f64>() / 4.0).abs() < 1e-6);
-    println!("PSNR {original:?} {measured:?} {}", found["attention_error"]);
     // The seed of the second prompt is 1. `compare` runs a batch, whose sums round differently.
     let second = [prompt, &["--steps", "2", "--seed", "1"]].concat();
     for (row, model) in [original, model].into_iter().enumerate() {
@@ -80,8 +82,23 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
     let errors = found["attention_error"].as_array().unwrap();
     assert_eq!(errors.len(), 2);
     for error in errors.iter().map(|error| error[1].as_f64().unwrap()) {
-        assert!(error > 1e-3 && error < 1.0, "{errors:?}");
+        assert!(error > 0.02 && error < 1.0, "{errors:?}");
     }
+}
+
+/// A conversion that keeps full attention has no errors.
+#[test]
+fn a_model_compared_with_itself_has_no_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (original, copy, report) = (path("original"), path("copy"), path("report"));
+    assemble_pipeline(&repository(""), "dit", &original);
+    run(0, &["convert", text(&original), "-o", text(&copy), "--attention", "full", "--no-distill"]);
+    let found = json(0, &["compare", text(&original), text(&copy), "-o", text(&report), "--steps", "2"]);
+    assert_eq!(found["ssim"], 1.0);
+    assert!(found["psnr"].is_null(), "JSON has no infinity: {found}");
+    let errors = found["attention_error"].as_array().unwrap();
+    assert_eq!(errors.iter().map(|error| error[1].as_f64().unwrap()).collect::<Vec<_>>(), [0.0, 0.0]);
 }
 
 /// Writes a single-file checkpoint with a fixture's tensor names.
@@ -94,20 +111,19 @@ fn checkpoint(family: &str, folder: &Path) -> PathBuf {
 }
 
 /// Takes a diffusers folder through every command. `second_prompt` is that which `compare` uses second.
-fn check_family(name: &str, arguments: &[&str], second_prompt: &[&str]) {
+fn check_family(name: &str, arguments: &[&str], second_prompt: &[&str], losses: [f64; 2]) {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (original, model) = (path("original"), path("linear"));
     assemble_pipeline(&repository(""), name, &original);
-    distil(&[text(&original)], &model);
+    distil(&[text(&original)], &model, losses);
     let found = json(0, &["inspect", text(&model)]);
     assert_eq!((&found["family"], &found["layout"]), (&name.into(), &"diffusers".into()));
     check_window(&model, arguments);
     let few = [&["--steps", "2"], arguments].concat();
     let in_bf16 = generate(&model, &[&few[..], &["--dtype", "bf16"]].concat());
     let rounding = psnr(&in_bf16, &generate(&model, &[&few[..], &["--dtype", "f32"]].concat()));
-    println!("BF16 {name} {rounding}");
-    assert!(rounding > 30.0, "bf16: {rounding} dB");
+    assert!(rounding > 40.0, "bf16: {rounding} dB");
     check_comparison(&original, &model, second_prompt);
 
     let (patch, patched) = (path("patch.safetensors"), path("patched"));
@@ -179,18 +195,18 @@ fn loras_apply_to_every_family() {
 #[test]
 fn sd3_runs_through_every_command() {
     let arguments = ["a red apple", "--negative-prompt", "blurry", "--width", "48", "--height", "56"];
-    check_family("sd3", &arguments, &["a cat"]);
+    check_family("sd3", &arguments, &["a cat"], [16.105, 16.205]);
 }
 
 #[test]
 fn pixart_runs_through_every_command() {
-    check_family("pixart", &["a red apple", "--width", "48", "--height", "56"], &["a cat"]);
+    check_family("pixart", &["a red apple", "--width", "48", "--height", "56"], &["a cat"], [2.7762, 2.6082]);
 }
 
 #[test]
 fn dit_runs_through_every_command() {
     // Four of 1000 classes, evenly spread.
-    check_family("dit", &["--class", "7"], &["--class", "250"]);
+    check_family("dit", &["--class", "7"], &["--class", "250"], [2.3352, 2.2307]);
 }
 
 #[test]
@@ -219,7 +235,7 @@ fn dit_and_sit_are_never_guessed_apart() {
     let components = folder.path().join("dit");
     let model = folder.path().join("linear");
     assemble_pipeline(&repository(""), "dit", &components);
-    distil(&[&[text(&file)], &reading[..], &["--components", text(&components)]].concat(), &model);
+    distil(&[&[text(&file)], &reading[..], &["--components", text(&components)]].concat(), &model, [2.9137, 3.5056]);
     assert_eq!(json(0, &["inspect", text(&model)])["family"], "sit");
     check_window(&model, &["--class", "3"]);
 }
@@ -232,7 +248,7 @@ fn minrf_generates_digits_from_one_file() {
     assert_eq!(image.dimensions(), (32, 32));
     assert!(image.pixels().all(|pixel| pixel[0] == pixel[1] && pixel[1] == pixel[2]));
     let model = folder.path().join("linear");
-    distil(&[text(&file), "--sample-size", "16"], &model);
+    distil(&[text(&file), "--sample-size", "16"], &model, [2.6723, 3.4472]);
     check_window(&model, &["--class", "3", "--width", "16", "--height", "16"]);
 }
 

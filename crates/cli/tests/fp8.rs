@@ -151,7 +151,7 @@ fn check(form: &Form) {
         json(0, &[&["inspect", text(&reference)], &reading[..]].concat())["dtypes"]["BF16"]
     );
     let scaled = if form.scale.is_some() { count } else { 0 };
-    let note = format!("{count} tensors are fp8 and read as bf16, {scaled} of them times their scales");
+    let note = format!("{count} fp8 tensors are read as bf16, {scaled} of them times their scales");
     assert!(found["notes"].as_array().unwrap().contains(&note.into()), "{}", found["notes"]);
 
     let wanted = sample(&reference, &reading, folder.path());
@@ -216,7 +216,7 @@ fn other_quantisations_are_refused_by_name() {
             [vec!["inspect", text(&source)], vec!["convert", text(&source), "--no-distill", "-o", text(&model)]]
         {
             let message = stderr_of(1, &command);
-            assert!(message.contains(expected) && message.contains("give the bf16"), "{name}: {message}");
+            assert!(message.contains(expected) && message.contains("use the bf16"), "{name}: {message}");
         }
         assert!(!model.exists());
     }

@@ -88,8 +88,8 @@ fn bfl(tiny: &Tiny) -> HashMap<String, Tensor> {
     let manifests = Manifests::embedded().unwrap();
     let checkpoint = Dequantized::open(tiny.path(), &manifests).unwrap();
     let identified = detect(&checkpoint, &manifests, &Hints::default()).unwrap();
-    let canonical = identified.canonical(&checkpoint).complete().unwrap();
-    let foreign = identified.foreign("bfl", canonical).unwrap();
+    let canonical = identified.canonical(&checkpoint).require_complete().unwrap();
+    let foreign = identified.to_layout("bfl", canonical).unwrap();
     foreign.tensors().into_iter().map(|info| (info.name.clone(), foreign.tensor(&info.name).unwrap())).collect()
 }
 

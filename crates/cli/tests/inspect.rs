@@ -52,7 +52,7 @@ impl Shapes {
         }
         let sidecar = Sidecar { config: Some(config), metadata: &BTreeMap::new() };
         let identified = detect_source(&canonical, sidecar, &manifests, &Hints::default()).unwrap();
-        let foreign = identified.foreign(layout, &canonical).unwrap();
+        let foreign = identified.to_layout(layout, &canonical).unwrap();
         Self(foreign.tensors().into_iter().map(|info| (info.name.clone(), info)).collect())
     }
 

@@ -16,5 +16,5 @@ mod source_hashes;
 
 pub use error::{ConvertError, Result};
 pub use patch::{AttentionPatch, PatchMode, PatchedAttention};
-pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER};
+pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER_FILE};
 pub use source_hashes::SourceHashes;

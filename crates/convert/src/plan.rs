@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Path of the transformer's tensors in a portable model.
-pub const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
+pub const TRANSFORMER_FILE: &str = "transformer/diffusion_pytorch_model.safetensors";
 
 /// What a conversion writes.
 pub struct ConversionPlan {
@@ -97,7 +97,7 @@ impl ConversionPlan {
     ) -> Result<ConversionReport> {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
-        stage.check_room(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
+        stage.check_disk_space(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
         self.write_transformer(canonical, &added, &tensors, stage, progress)?;
         let components = self.write_components(stage)?;
         stage.write("README.md", self.readme().as_bytes())?;
@@ -146,7 +146,7 @@ impl ConversionPlan {
     ) -> Result<()> {
         let all = tensors.iter().map(TensorInfo::byte_count).sum();
         let mut done = 0;
-        stage.write_tensors(TRANSFORMER, tensors, |info| {
+        stage.write_tensors(TRANSFORMER_FILE, tensors, |info| {
             let name = &info.name;
             let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
             done += info.byte_count();
@@ -213,7 +213,6 @@ impl ConversionPlan {
     }
 
     /// Contents of the model's README.md.
-
     fn readme(&self) -> String {
         format!(
             "# A linear {family} model\n\n\

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, PatchedAttention, SourceHashes, TRANSFORMER};
+use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, PatchedAttention, SourceHashes, TRANSFORMER_FILE};
 use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
 use clearform_weights::{
@@ -50,11 +50,11 @@ fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSour
     let mut progress = Vec::new();
     let report = plan.apply(source, canonical.load_report(), &mut stage, &mut |done, all| progress.push((done, all)));
     let report = report.unwrap();
-    assert!(report.load_report.complete());
+    assert!(report.load_report.is_complete());
     assert_eq!(report.load_report.used(), checkpoint.tensors().len());
     assert!(!target.exists());
     stage.finish(plan.record(SourceHashes::start(checkpoint).wait().unwrap()).unwrap()).unwrap();
-    let written = Checkpoint::open(target.join(TRANSFORMER)).unwrap().tensors();
+    let written = Checkpoint::open(target.join(TRANSFORMER_FILE)).unwrap().tensors();
     let bytes: u64 = written.iter().map(TensorInfo::byte_count).sum();
     assert_eq!(progress.len(), written.len());
     assert_eq!(progress.last(), Some(&(bytes, bytes)));
@@ -80,7 +80,7 @@ fn a_pipeline_becomes_a_portable_model() {
     assert_eq!(std::fs::read_to_string(model.join("vae/deep/config.json")).unwrap(), "{}");
     assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("full attention"));
     let report = PortableModel::verify(&model).unwrap();
-    assert!(report.holds() && report.unchanged == 5, "{report}");
+    assert!(report.is_intact() && report.unchanged == 5, "{report}");
 
     let (written, again) = open(&model.join("transformer"));
     assert_eq!(again.config["num_layers"], identified.config["num_layers"]);
@@ -99,8 +99,8 @@ fn dtypes_change_and_learned_tensors_are_added() {
     let model = folder.path().join("model");
     let added = write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model);
     assert_eq!(added.len(), 3);
-    let (written, again) = open(&model.join(TRANSFORMER));
-    assert!(again.canonical(&written).load_report().complete());
+    let (written, again) = open(&model.join(TRANSFORMER_FILE));
+    assert!(again.canonical(&written).load_report().is_complete());
     let values =
         |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for info in checkpoint.tensors() {
@@ -160,7 +160,7 @@ fn six_gigabytes_are_converted_in_less_than_one_gigabyte_of_memory() {
     let plan = ConversionPlan::new(&identified, "clear:r=16".parse().unwrap()).with_dtype(Some(DType::F16));
     let model = folder.path().join("model");
     write(&plan, &checkpoint, &identified.canonical(&checkpoint), &model);
-    assert!(PortableModel::verify(&model).unwrap().holds());
+    assert!(PortableModel::verify(&model).unwrap().is_intact());
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim().to_owned();
     eprintln!("{bytes} bytes converted, peak resident memory {peak}");

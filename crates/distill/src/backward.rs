@@ -1,4 +1,4 @@
-//! [`backward`]: losses and gradients of one batch, block by block.
+//! [`backward()`]: losses and gradients of one batch, block by block.
 //!
 //! This is `torch.utils.checkpoint` around every block. Forward keeps only the input of each block. Backward runs each block
 //! again, from the last to the first, with the gradient of its output, so memory holds the activations of one block
@@ -41,7 +41,7 @@ pub fn backward(
     settings: &LossSettings,
     activations: Activations,
 ) -> Result<(Losses, Gradients)> {
-    let watched = settings.watched(models.student().layers())?;
+    let watched = settings.watched(models.student().layer_names())?;
     let targets = TeacherTargets::compute(models.teacher(), &batch.input, &watched)?;
     let (mut saved, last) = forward(models.student(), &batch.input, activations)?;
     let mut pass = BackwardPass {

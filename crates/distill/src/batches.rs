@@ -1,7 +1,8 @@
 //! [`Batches`]: the endless sequence of noised samples that a student is trained on, drawn with one random generator.
 
 use crate::samples::SampleIndex;
-use crate::{DistillError, DistillSettings, Precision, Result, SampleSet, Samples, TeacherStudent, Timesteps};
+use crate::settings::at_least_one;
+use crate::{DistillSettings, Precision, Result, SampleSet, Samples, TeacherStudent, Timesteps};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, DenoiserInput, NoiseProcess, Noised, StepIndex};
 use clearform_sampling::TorchGenerator;
@@ -113,9 +114,7 @@ impl SampleSet {
         batch: usize,
         device: &Device,
     ) -> Result<Vec<DenoiserInput>> {
-        if batch == 0 {
-            return Err(DistillError::BadSetting { key: "batch", reason: "expected at least 1, found 0".to_owned() });
-        }
+        at_least_one("batch", batch)?;
         let mut generator = TorchGenerator::new(seed);
         let all: Vec<usize> = (0..self.settings().count).collect();
         let mut inputs = Vec::new();

@@ -9,7 +9,7 @@
 //! 3. [`distill`] trains the student as [`DistillSettings`] say and keeps a checkpoint in a [`CheckpointDir`], from which
 //!    it can resume bit for bit.
 //!
-//! candle has no activation checkpointing, so [`backward`] does it here: it runs block by block, and memory holds the
+//! candle has no activation checkpointing, so [`backward()`] does it here: it runs block by block, and memory holds the
 //! activations of one block whatever the depth. This crate works through the traits of `clearform_models`; it knows no
 //! architecture and reads no model files.
 
@@ -30,7 +30,7 @@ pub use backward::{Gradients, Losses, backward, prediction_error};
 pub use batches::{Batch, Batches};
 pub use error::{DistillError, Result};
 pub use loss_log::LossEntry;
-pub use optimizer::{OptimizerState, clip};
+pub use optimizer::{OptimizerState, clip_gradients};
 pub use samples::{ClassifierFree, SampleSet, SampleSettings, Samples, SamplingSpec};
 pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
 pub use teacher_student::{PairSpec, TeacherStudent};

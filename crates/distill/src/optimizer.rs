@@ -73,7 +73,7 @@ fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Re
 ///
 /// # Errors
 /// candle rejects a computation.
-pub fn clip(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
+pub fn clip_gradients(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
     // Row by row, because candle reduces to a single value in one thread block; and one read of the result at the end,
     // because each read waits for the GPU.
     let squares = |gradient: &Tensor| gradient.sqr()?.unsqueeze(0)?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();

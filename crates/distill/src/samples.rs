@@ -5,6 +5,7 @@
 //! whole or absent, and each sample has a seed of its own, so generating a set can stop and resume at any file.
 
 use crate::differences::{differences, read_back};
+use crate::settings::at_least_one;
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, Denoiser, Prompt};
@@ -247,7 +248,7 @@ impl SampleSet {
         };
         let positive = conditions(false)?;
         match &self.settings.classifier_free {
-            None => Ok(Guidance::Embedded(positive)),
+            None => Ok(Guidance::SingleEvaluation(positive)),
             Some(ClassifierFree { scale, channels, .. }) => {
                 Ok(Guidance::classifier_free(positive, conditions(true)?, *scale, *channels)?)
             }
@@ -360,12 +361,9 @@ impl SampleSet {
 }
 
 fn check(settings: &SampleSettings) -> Result<()> {
-    for (key, count) in [("prompts", settings.prompts.len()), ("count", settings.count), ("batch", settings.batch)] {
-        if count == 0 {
-            return Err(DistillError::BadSetting { key, reason: "expected at least 1, found 0".to_owned() });
-        }
-    }
-    Ok(())
+    at_least_one("prompts", settings.prompts.len())?;
+    at_least_one("count", settings.count)?;
+    at_least_one("batch", settings.batch)
 }
 
 fn save(path: &Path, tensors: InMemoryTensors) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use crate::{DistillError, Result};
 use serde::{Deserialize, Serialize};
+use std::fmt::Display;
 
 /// How a student is trained. A training can only be resumed with the settings it was started with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -177,19 +178,23 @@ impl DistillSettings {
     /// # Errors
     /// [`DistillError::BadSetting`] names the first setting that is out of range.
     pub fn check(&self) -> Result<()> {
-        let positive = |key, count: usize| ensure(key, count > 0, || format!("expected at least 1, found {count}"));
-        positive("steps", self.steps)?;
-        positive("batch", self.batch)?;
-        positive("accumulation", self.accumulation)?;
-        positive("loss.every", self.loss.every)?;
+        at_least_one("steps", self.steps)?;
+        at_least_one("batch", self.batch)?;
+        at_least_one("accumulation", self.accumulation)?;
+        at_least_one("loss.every", self.loss.every)?;
         let peak = self.learning_rate.peak;
-        ensure("learning_rate.peak", peak.is_finite() && peak > 0.0, || {
-            format!("expected a number above 0, found {peak}")
-        })?;
         let clip = self.clip.unwrap_or(1.0);
-        ensure("clip", clip > 0.0, || format!("expected a number above 0, found {clip}"))?;
         let ema = self.ema.unwrap_or(0.0);
-        ensure("ema", (0.0..1.0).contains(&ema), || format!("expected a number in 0..1, found {ema}"))
+        if !peak.is_finite() || peak <= 0.0 {
+            return out_of_range("learning_rate.peak", "a number above 0", peak);
+        }
+        if clip.is_nan() || clip <= 0.0 {
+            return out_of_range("clip", "a number above 0", clip);
+        }
+        if !(0.0..1.0).contains(&ema) {
+            return out_of_range("ema", "a number in 0..1", ema);
+        }
+        Ok(())
     }
 }
 
@@ -220,8 +225,13 @@ fn find(layers: &[String], name: &str) -> Result<usize> {
     })
 }
 
-fn ensure(key: &'static str, holds: bool, reason: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(DistillError::BadSetting { key, reason: reason() }) }
+/// Refuses a count of 0.
+pub(crate) fn at_least_one(key: &'static str, count: usize) -> Result<()> {
+    if count > 0 { Ok(()) } else { out_of_range(key, "at least 1", count) }
+}
+
+fn out_of_range(key: &'static str, expected: &str, found: impl Display) -> Result<()> {
+    Err(DistillError::BadSetting { key, reason: format!("expected {expected}, found {found}") })
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ impl TeacherStudent {
     pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
         let built = spec.family.build(spec.config, teacher, &AttentionPlan::full())?;
         let mut masters = BTreeMap::new();
-        for layer in built.layers() {
+        for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
         let mut weights = teacher.clone();

@@ -4,7 +4,7 @@ use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
 use crate::loss_log::LossLog;
 use crate::{
     Batches, DistillError, DistillSettings, Gradients, LossEntry, Losses, OptimizerState, Result, SampleSet,
-    TeacherStudent, backward, clip,
+    TeacherStudent, backward, clip_gradients,
 };
 use candle_core::Tensor;
 use clearform_weights::InMemoryTensors;
@@ -21,7 +21,7 @@ pub struct CheckpointDir {
     /// Steps between checkpoints. One is always written at the end.
     pub checkpoint_every: usize,
     /// What to do with a checkpoint that exists.
-    pub start: ResumeMode,
+    pub resume: ResumeMode,
 }
 
 /// What to do with an earlier checkpoint.
@@ -125,7 +125,7 @@ impl<'a> TrainingRun<'a> {
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join("training.safetensors");
         let requirements = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
-        let state = match (path.exists(), checkpoint_dir.start) {
+        let state = match (path.exists(), checkpoint_dir.resume) {
             (true, ResumeMode::Resume) => resumed_state(&path, models, requirements)?,
             (true, ResumeMode::Fresh) => {
                 let reason = "an earlier training exists; pass --resume to continue it, or delete it".to_owned();
@@ -142,7 +142,7 @@ impl<'a> TrainingRun<'a> {
     fn step(&mut self) -> Result<LossEntry> {
         let (losses, mut gradients) = self.accumulate()?;
         let step = self.metadata.step + 1;
-        let norm = clip(&mut gradients, self.settings.clip)?;
+        let norm = clip_gradients(&mut gradients, self.settings.clip)?;
         for (what, value) in [("loss", losses.total), ("gradient", norm)] {
             if !value.is_finite() {
                 return Err(DistillError::NotFinite { step, what });

@@ -1,4 +1,4 @@
-//! What pictures cost, against numbers that were counted by hand or published.
+//! The estimated cost of images, compared with counts by hand and with published ones.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -23,10 +23,10 @@ fn close(what: &str, counted: f64, expected: f64, allowed: f64) {
     assert!((counted / expected - 1.0).abs() < allowed, "{what}: {counted}, not {expected}");
 }
 
-/// w = 3072. A double block has 12 w^2 weights for the image and as many for the text, a single block 12 w^2 for both; its
-/// two modulations have 12 w^2 and 3 w^2 and act once. Attention has 4 w operations a pair.
+/// w = 3072. A double block has 12 w^2 weights for the image and as many for the text, a single block 12 w^2 for both;
+/// the modulations have 12 w^2 and 3 w^2 and are applied once. Attention takes 4 w operations per pair.
 #[test]
-fn flux_dev_costs_what_a_hand_counts() {
+fn flux_dev_costs_what_a_count_by_hand_gives() {
     let found = estimates(&DEV.diffusers(), &DEV.config());
     let square = 3072.0f64 * 3072.0;
     for (estimate, (side, image)) in found.iter().zip([(1024, 4096.0), (2048, 16384.0), (4096, 65536.0)]) {
@@ -36,7 +36,7 @@ fn flux_dev_costs_what_a_hand_counts() {
         let full = linear + 57.0 * 4.0 * 3072.0 * all * all;
         close("full", estimate.full_teraflop_per_evaluation, full / 1e12, 1e-3);
         for (clear, per_token) in estimate.clear.iter().zip([193.0, 793.0, 3205.0]) {
-            // Inside the picture a disc has so many points; at its borders there are fewer.
+            // A disc has this many points inside the image, and fewer at its borders.
             let most = 57.0 * 4.0 * 3072.0 * (image * per_token + 1024.0 * image + 512.0 * 512.0);
             let cost = clear.teraflop_per_evaluation * 1e12;
             assert!(cost <= 1.001 * (linear + most), "{side} {}: {cost}", clear.radius_tokens);
@@ -63,9 +63,9 @@ fn dit_costs_what_its_authors_print() {
     }
 }
 
-/// Weights that act on a token are counted by hand from the shapes of the families' tensors.
+/// Weights per token are counted by hand from the shapes of the families' tensors.
 #[test]
-fn each_family_computes_what_its_weights_say() {
+fn the_cost_of_each_family_follows_from_its_weights() {
     let dims = Dims { depth: 2, ..SMALL };
     let (w, text): (f64, f64) = (24.0, 11.0);
     // Two blocks; the first of SD3's has a second attention, the last no output and no MLP for the text.
@@ -78,8 +78,8 @@ fn each_family_computes_what_its_weights_say() {
     let pixart_image = 2.0 * (4.0 + 2.0 + 8.0) * w * w + w * 16.0 + 32.0 * w;
     let pixart_text = 2.0 * 2.0 * w * w + w * text + w * w;
     let cases = [
-        // family, tokens of the image and the text, weights per token of either, per pixel; widths that attend to all, the
-        // image, the text
+        // family, image tokens, text tokens, weights per image token, text token and pixel, widths of attention to all
+        // tokens, the image and the text
         ("sd3", 64.0, 333.0, [sd3_image, sd3_text, 0.0], [sd3_attends, w, 0.0]),
         ("pixart", 64.0, 120.0, [pixart_image, pixart_text, 0.0], [0.0, 2.0 * w, 2.0 * w]),
         ("minrf", 256.0, 0.0, [minrf_image, 0.0, minrf_pixel], [0.0, 2.0 * w, 0.0]),
@@ -91,17 +91,17 @@ fn each_family_computes_what_its_weights_say() {
         let pixels = (first.side_pixels as f64).powi(2);
         let weights = per_image * image + per_text * text + per_pixel * pixels;
         let pairs = to_all * (image + text).powi(2) + to_image * image * image + to_text * image * text;
-        // What acts once for a picture is left out here.
+        // Weights that are applied once per image are left out here.
         let counted = first.full_teraflop_per_evaluation * 1e12;
         let expected = 2.0 * weights + 4.0 * pairs;
         assert!(counted >= expected && counted < expected * 1.01, "{family}: {counted}, not {expected}");
     }
 }
 
-/// Nothing is told of pictures that a model cannot draw, and no setting of a hostile file makes a number overflow.
+/// Only images that the model can generate are listed, and no setting of a hostile file makes a number overflow.
 #[test]
-fn sizes_are_those_that_a_model_draws() {
-    let sides = |found: Vec<CostEstimate>| found.into_iter().map(|one| one.side_pixels).collect::<Vec<_>>();
+fn sizes_are_those_that_a_model_can_generate() {
+    let sides = |found: Vec<CostEstimate>| found.into_iter().map(|estimate| estimate.side_pixels).collect::<Vec<_>>();
     assert_eq!(sides(estimates(&TINY.diffusers(), &TINY.config())), [1024, 2048, 4096, 8192]);
     let sized = |family, key: &str, value: u64| {
         let mut model = Model::new(family, SMALL);
@@ -110,7 +110,7 @@ fn sizes_are_those_that_a_model_draws() {
     };
     assert_eq!(sized("dit", "sample_size", 32), [256, 512, 1024, 2048]);
     assert_eq!(sized("minrf", "input_size", 32), [32, 64, 128, 256]);
-    // Positions for 40 tokens of 16 pixels.
+    // Position embeddings for 40 tokens of 16 pixels.
     assert_eq!(sized("sd3", "pos_embed_max_size", 40), [128, 256, 512]);
     assert_eq!(sized("dit", "sample_size", 1_000_000), [1 << 15]);
 }

@@ -1,4 +1,5 @@
-//! Published models of each family: how many tensors they have, which sizes are read from them, what has to be told.
+//! Published models of each family: their tensors, the settings that are read from them, and those that must be
+//! declared.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -10,7 +11,7 @@ use common::{Fake, detect, manifests};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// A published model: what config.json says beyond `Model`'s own, and its tensors.
+/// A published model.
 fn published(name: &str) -> Model {
     let dims = |depth, heads, head_dim| Dims {
         depth,
@@ -62,9 +63,10 @@ fn only(config: &Value, keys: &[&str]) -> Value {
     keys.iter().map(|key| ((*key).to_owned(), config[*key].clone())).collect::<serde_json::Map<_, _>>().into()
 }
 
-/// (model, keys that no tensor of diffusers' layout shows, tensors there and in the original layout, parameters)
+/// (model, keys that no tensor of diffusers' layout shows, tensors in diffusers' and in the original layout,
+/// parameters)
 #[test]
-fn published_models_have_their_tensors_and_are_recognised() {
+fn published_models_are_recognised() {
     type Case = (&'static str, &'static [&'static str], usize, usize, u64);
     let cases: [Case; 7] = [
         ("sd3-medium", &[], 683, 491, 2_084_951_104),
@@ -75,15 +77,15 @@ fn published_models_have_their_tensors_and_are_recognised() {
         ("dit-xl-2-256", &["_class_name", "sample_size"], 538, 291, 749_826_464),
         ("sit-xl-2-512", &["_class_name", "sample_size"], 538, 291, 749_826_464),
     ];
-    for (name, told, count, foreign_count, parameters) in cases {
+    for (name, declared, count, foreign_count, parameters) in cases {
         let model = published(name);
         let canonical = model.canonical();
         assert_eq!(canonical.tensors.len(), count, "{name}");
-        let told = only(&model.config, told);
+        let declared = only(&model.config, declared);
         for layout in manifests().layouts(model.family) {
             let source = model.foreign(&layout);
             assert_eq!(source.tensors.len(), if layout == "diffusers" { count } else { foreign_count }, "{name}");
-            let identified = detect(&source, Some(&told), &Hints::default()).unwrap();
+            let identified = detect(&source, Some(&declared), &Hints::default()).unwrap();
             let found = (identified.family.as_str(), identified.layout.as_str(), identified.variant.name.as_str());
             assert_eq!(found, (model.family, layout.as_str(), name));
             assert_eq!(identified.pixels_per_token(), 16);
@@ -95,7 +97,7 @@ fn published_models_have_their_tensors_and_are_recognised() {
                 (expected["norm_eps"], expected["downscale_freq_shift"]) = (json!(1e-6), json!(0));
             }
             assert_eq!(identified.config, expected, "{name} {layout}");
-            let mapped = identified.canonical(&source).complete().unwrap();
+            let mapped = identified.canonical(&source).require_complete().unwrap();
             assert_eq!(mapped.tensors(), canonical.tensors(), "{name} {layout}");
             let inspection = Inspection::new(&identified, &mapped);
             assert_eq!(inspection.parameters, parameters, "{name}");
@@ -134,7 +136,7 @@ fn shapes_are_those_of_the_published_models() {
     for (name, tensor, shape) in cases {
         assert_eq!(published(name).canonical().info(tensor).unwrap().shape, *shape, "{name} {tensor}");
     }
-    // The lists of tensors that the library gives are of models without a projection of the caption.
+    // The published counts are of models without a caption projection.
     for (name, count) in [("pixart-alpha-1024", 607), ("pixart-sigma", 599)] {
         let names = published(name).canonical().tensors.into_keys();
         assert_eq!(names.filter(|name| !name.starts_with("caption_projection.")).count(), count);
@@ -146,7 +148,7 @@ fn shapes_are_those_of_the_published_models() {
 }
 
 #[test]
-fn every_key_that_a_family_has_stands_in_its_config() {
+fn the_config_has_every_key_of_the_family() {
     for family in ["dit", "minrf", "pixart", "sd3", "sit"] {
         let model = Model::new(family, SMALL);
         let source = model.canonical();
@@ -207,7 +209,7 @@ fn components_of_an_all_in_one_file_are_skipped_for_a_reason() {
     let skipped: Vec<(&str, &str)> = canonical.load_report().skipped().collect();
     assert_eq!(skipped.len(), 4);
     assert!(skipped.iter().all(|(name, why)| components.contains(name) && why.ends_with("not the transformer")));
-    canonical.complete().unwrap();
+    canonical.require_complete().unwrap();
 }
 
 fn sampled(mut model: Model, change: &[(&str, Value)]) -> Identified {
@@ -217,7 +219,7 @@ fn sampled(mut model: Model, change: &[(&str, Value)]) -> Identified {
 }
 
 #[test]
-fn variants_tell_how_a_model_is_sampled() {
+fn variants_have_their_sampling_defaults() {
     let pixart = |change: &[(&str, Value)]| sampled(published("pixart-sigma"), change);
     let size = |size: usize| ("sample_size", json!(size));
     let cases = [
@@ -240,18 +242,20 @@ fn variants_tell_how_a_model_is_sampled() {
         let defaults = identified.variant.defaults;
         assert_eq!(identified.variant.name, name);
         assert_eq!((defaults.steps, defaults.guidance, defaults.text_tokens), (steps, guidance, text_tokens), "{name}");
+        assert_eq!(defaults.evaluations, 2, "{name}");
         let note = identified.notes.iter().find(|note| note.contains("--variant")).map_or("", String::as_str);
-        assert_eq!(note.contains(&format!("--variant {other} ")) && !other.is_empty(), !note.is_empty(), "{note}");
+        let expected = format!("using {name} (choose another with --variant {other})");
+        assert_eq!(note.ends_with(&expected), !other.is_empty(), "{note}");
         assert_eq!(note.is_empty(), other.is_empty(), "{name}");
     }
 }
 
-/// What no tensor shows is never guessed.
+/// Settings that no tensor shows are never guessed.
 #[test]
-fn what_changes_arithmetic_is_asked_for() {
+fn settings_that_change_the_result_are_required() {
     let (sd3, pixart, dit, minrf) = ("sd3", "pixart", "dit", "minrf");
     let dims = |heads, head_dim| Dims { heads, head_dim, norms: false, dual: false, ..SMALL };
-    for (model, told, key, why) in [
+    for (model, declared, key, why) in [
         (Model::new(sd3, dims(2, 32)), &[][..], "attention_head_dim", "64 for {\"width\":[1536,2432]} only"),
         (Model::new(pixart, dims(3, 8)), &["sample_size"], "attention_head_dim", "72 for {\"width\":1152}"),
         (Model::new(pixart, dims(16, 72)), &[], "sample_size", "positions are computed from it and not stored"),
@@ -266,39 +270,40 @@ fn what_changes_arithmetic_is_asked_for() {
         (Model::new(minrf, dims(32, 8)), &[], "n_heads", "4 for {\"dim\":64}, 16 for {\"dim\":512}"),
     ] {
         let source = model.canonical();
-        let error = detect(&source, Some(&only(&model.config, told)), &Hints::default()).unwrap_err();
+        let error = detect(&source, Some(&only(&model.config, declared)), &Hints::default()).unwrap_err();
         assert!(matches!(error, LayoutError::Ambiguous { .. }), "{error:?}");
         let message = error.to_string();
         for expected in [&format!("{key:?} cannot be determined"), why, "pass the model's config.json with --config"] {
-            assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+            assert!(message.contains(expected), "{message:?} does not contain {expected:?}");
         }
-        model.open(&source).1.complete().unwrap();
+        model.open(&source).1.require_complete().unwrap();
     }
 }
 
 #[test]
-fn published_heads_are_taken_and_reported() {
-    for (family, heads, head_dim, key) in [
-        ("dit", 16, 72, "num_attention_heads"),
-        ("dit", 16, 64, "num_attention_heads"),
-        ("dit", 12, 64, "num_attention_heads"),
-        ("sit", 6, 64, "num_attention_heads"),
-        ("pixart", 16, 72, "num_attention_heads"),
-        ("minrf", 4, 16, "n_heads"),
-        ("minrf", 16, 32, "n_heads"),
+fn published_heads_are_assumed_and_reported() {
+    for (family, heads, head_dim, key, assumed) in [
+        ("dit", 16, 72, "num_attention_heads", "attention_head_dim 72"),
+        ("dit", 16, 64, "num_attention_heads", "attention_head_dim 64"),
+        ("dit", 12, 64, "num_attention_heads", "attention_head_dim 64"),
+        ("sit", 6, 64, "num_attention_heads", "attention_head_dim 64"),
+        ("pixart", 16, 72, "num_attention_heads", "attention_head_dim 72"),
+        ("minrf", 4, 16, "n_heads", "n_heads 4"),
+        ("minrf", 16, 32, "n_heads", "n_heads 16"),
     ] {
         let model = Model::new(family, Dims { heads, head_dim, depth: 1, ..SMALL });
         let source = model.canonical();
-        let told = only(&model.config, &["_class_name", "sample_size"]);
-        let identified = detect(&source, Some(&told), &Hints::default()).unwrap();
+        let declared = only(&model.config, &["_class_name", "sample_size"]);
+        let identified = detect(&source, Some(&declared), &Hints::default()).unwrap();
         assert_eq!(identified.config[key], heads, "{family}");
-        assert!(identified.notes.iter().any(|note| note.contains("is assumed, as in the published models")));
+        let note = format!("{assumed} is assumed, as in the published models");
+        assert!(identified.notes.contains(&note), "{:?} does not have {note:?}", identified.notes);
     }
 }
 
-/// The positions of the original layout are not used, but they show which picture they are of.
+/// The position embeddings of the original layout are not used, but they show the sample size.
 #[test]
-fn stored_positions_tell_the_sample_size() {
+fn stored_position_embeddings_show_the_sample_size() {
     for family in ["dit", "pixart", "sit"] {
         let model = Model::new(family, Dims { heads: 16, head_dim: 72, depth: 1, ..SMALL });
         let mut source = model.foreign("original");
@@ -309,23 +314,26 @@ fn stored_positions_tell_the_sample_size() {
         let hints = Hints { family: Some(family.to_owned()), ..Hints::default() };
         let identified = detect(&source, None, &hints).unwrap();
         assert_eq!(identified.config["sample_size"], 64, "{family}");
-        let canonical = identified.canonical(&source).complete().unwrap();
+        let canonical = identified.canonical(&source).require_complete().unwrap();
         let skipped: Vec<&str> = canonical.load_report().skipped().map(|(name, _)| name).collect();
         assert_eq!(skipped.len(), if family == "pixart" { 2 } else { 1 });
         assert_eq!(canonical.tensors(), model.canonical().tensors());
-        let complaints = detect(&source, Some(&model.config), &Hints::default()).unwrap();
-        let complaints = complaints.canonical(&source).load_report().problems().join("\n");
-        assert_eq!(complaints, "\"sample_size\" is 16 in config.json, 64 from the shape of \"pos_embed\"");
+        let declared = detect(&source, Some(&model.config), &Hints::default()).unwrap();
+        let problems = declared.canonical(&source).load_report().problems().join("\n");
+        assert_eq!(problems, "\"sample_size\" is 16 in config.json, 64 from the shape of \"pos_embed\"");
         source.put("pos_embed", &[1, 1023, 1152]);
         let error = detect(&source, None, &hints).unwrap_err().to_string();
-        assert!(error.contains("\"sample_size\" cannot be determined") && error.contains("do not give a whole number"), "{error}");
+        assert!(
+            error.contains("\"sample_size\" cannot be determined") && error.contains("do not give a whole number"),
+            "{error}"
+        );
     }
 }
 
-/// Sigma's smallest model has alpha's tensors, but for the caption of training without one, and computes its positions
-/// otherwise.
+/// Sigma's smallest model differs from alpha's only in the empty caption, and computes its position embeddings
+/// differently.
 #[test]
-fn captions_tell_pixart_sigma_from_alpha() {
+fn empty_captions_distinguish_pixart_sigma_from_alpha() {
     for (side, tokens, variant, interpolation) in [
         (32, 120, "pixart-alpha", json!(null)),
         (32, 300, "pixart-sigma", json!(0.5)),
@@ -342,14 +350,14 @@ fn captions_tell_pixart_sigma_from_alpha() {
     }
 }
 
-/// DiT and SiT have the same tensors: only what is said tells them apart.
+/// DiT and SiT have the same tensors.
 #[test]
-fn dit_and_sit_are_told_apart_by_class_or_by_request() {
+fn dit_and_sit_are_distinguished_by_class_or_by_hint() {
     let numerics = |identified: &Identified| {
         (identified.config["norm_eps"].as_f64().unwrap(), identified.config["downscale_freq_shift"].as_u64().unwrap())
     };
     let model = Model::new("dit", Dims { heads: 16, head_dim: 72, depth: 1, ..SMALL });
-    for (layout, class, asked, family, expected) in [
+    for (layout, class, hint, family, expected) in [
         ("diffusers", "DiTTransformer2DModel", None, "dit", (1e-5, 1)),
         ("diffusers", "Transformer2DModel", None, "dit", (1e-5, 1)),
         ("original", "DiTTransformer2DModel", None, "dit", (1e-6, 0)),
@@ -364,12 +372,12 @@ fn dit_and_sit_are_told_apart_by_class_or_by_request() {
         if !class.is_empty() {
             config["_class_name"] = class.into();
         }
-        let hints = Hints { family: asked.map(str::to_owned), ..Hints::default() };
+        let hints = Hints { family: hint.map(str::to_owned), ..Hints::default() };
         let identified = detect(&source, Some(&config), &hints).unwrap();
         assert_eq!((identified.family.as_str(), numerics(&identified)), (family, expected), "{layout} {class}");
         let name = if family == "dit" { "DiTTransformer2DModel" } else { "SiTTransformer2DModel" };
         assert_eq!(identified.config["_class_name"], name);
-        identified.canonical(&source).complete().unwrap();
+        identified.canonical(&source).require_complete().unwrap();
         let again = detect(&model.canonical(), Some(&identified.config), &Hints::default()).unwrap();
         assert_eq!((again.config, again.family), (identified.config, identified.family));
     }
@@ -394,12 +402,12 @@ fn the_old_class_of_diffusers_is_pixart_or_dit_by_the_tensors() {
         let (identified, canonical) = model.open(&source);
         assert_eq!((&identified.config["_class_name"], identified.family.as_str()), (&class, family));
         assert_eq!(identified.config["out_channels"], 8);
-        canonical.complete().unwrap();
+        canonical.require_complete().unwrap();
     }
 }
 
 #[test]
-fn a_scale_that_is_declared_counts_and_else_it_is_left_to_the_class() {
+fn a_declared_interpolation_scale_is_used_and_else_left_to_the_class() {
     let model = Model::new("pixart", SMALL);
     let source = model.canonical();
     assert_eq!(model.open(&source).0.config["interpolation_scale"], Value::Null);
@@ -410,13 +418,13 @@ fn a_scale_that_is_declared_counts_and_else_it_is_left_to_the_class() {
 }
 
 #[test]
-fn config_json_is_held_against_the_tensors() {
+fn config_json_is_compared_with_the_tensors() {
     for (family, key, value, expected) in [
         (
             "sd3",
             "qk_norm",
             json!("layer_norm"),
-            "\"qk_norm\" is \"layer_norm\" in config.json, \"rms_norm\" by the tensor",
+            "\"qk_norm\" is \"layer_norm\" in config.json, \"rms_norm\" from the tensor",
         ),
         (
             "sd3",
@@ -447,13 +455,13 @@ fn config_json_is_held_against_the_tensors() {
         let mut model = Model::new(family, SMALL);
         let source = model.canonical();
         model.config[key] = value;
-        let complaints = model.open(&source).1.load_report().problems().join("\n");
-        assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
+        let problems = model.open(&source).1.load_report().problems().join("\n");
+        assert!(problems.contains(expected), "{key}: {problems:?} does not contain {expected:?}");
     }
 }
 
 #[test]
-fn absurd_values_in_config_json_are_answered() {
+fn absurd_values_in_config_json_are_reported() {
     let absurd = [json!(u64::MAX), json!(-1), json!(1e300), json!([]), json!({}), json!("x"), json!(true)];
     for family in ["dit", "minrf", "pixart", "sd3"] {
         let model = Model::new(family, SMALL);
@@ -468,7 +476,7 @@ fn absurd_values_in_config_json_are_answered() {
                     Ok(identified) => {
                         let canonical = identified.canonical(&source);
                         let _ = Inspection::new(&identified, &canonical).to_string();
-                        !canonical.load_report().complete()
+                        !canonical.load_report().is_complete()
                     }
                     Err(error) => matches!(error, LayoutError::Ambiguous { .. }),
                 };
@@ -479,7 +487,7 @@ fn absurd_values_in_config_json_are_answered() {
 }
 
 #[test]
-fn a_list_of_more_blocks_than_any_model_has_is_not_believed() {
+fn a_list_of_more_blocks_than_any_model_has_is_refused() {
     let mut model = Model::new("sd3", SMALL);
     let source = model.canonical();
     model.config["dual_attention_layers"] = vec![0; 10_001].into();
@@ -488,7 +496,7 @@ fn a_list_of_more_blocks_than_any_model_has_is_not_believed() {
 }
 
 #[test]
-fn metadata_of_a_file_may_name_the_class() {
+fn the_metadata_of_a_file_may_hold_the_config() {
     let model = Model::new("sit", SMALL);
     let source: Fake = model.foreign("original");
     let metadata = BTreeMap::from([("config".to_owned(), model.config.to_string())]);

@@ -1,4 +1,4 @@
-//! FLUX in its layouts: what is detected, what each tensor becomes, and that no bit is lost either way.
+//! FLUX in its layouts: what is detected, what each tensor becomes, and that both directions keep every bit.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -29,18 +29,18 @@ fn flux1_dev_is_recognised_in_every_layout() {
             "axes_dims_rope": [16, 56, 56],
         });
         assert_eq!(identified.config, expected, "{layout}");
-        let canonical = identified.canonical(&source).complete().unwrap();
+        let canonical = identified.canonical(&source).require_complete().unwrap();
         assert_eq!(canonical.tensors(), diffusers.tensors(), "{layout}");
         let inspection = Inspection::new(&identified, &canonical);
         assert_eq!((inspection.parameters, inspection.bytes), (11_901_408_320, 23_802_816_640));
-        assert!(inspection.complete() && inspection.to_string().ends_with("\ncomplete"));
+        assert!(inspection.is_complete() && inspection.to_string().ends_with("\ncomplete"));
     }
     let schnell = Flux { guidance: false, ..DEV }.foreign("bfl");
     assert_eq!(schnell.tensors.len(), 776);
 }
 
 #[test]
-fn names_of_black_forest_labs_are_exported() {
+fn models_are_exported_under_the_names_of_black_forest_labs() {
     let names: BTreeSet<String> = TINY.foreign("bfl").tensors.into_keys().collect();
     for name in [
         "double_blocks.1.img_attn.norm.key_norm.scale",
@@ -59,9 +59,9 @@ fn names_of_black_forest_labs_are_exported() {
     }
 }
 
-/// (canonical, foreign, rows of the foreign tensor it consists of, in widths)
+/// (canonical, foreign, rows of the foreign tensor, in multiples of the width)
 #[test]
-fn pieces_are_the_rows_that_the_reference_takes() {
+fn tensors_are_the_rows_that_the_reference_uses() {
     type Rows = &'static [(usize, usize)];
     let cases: [(&str, &str, Rows); 9] = [
         ("transformer_blocks.1.attn.to_q.weight", "double_blocks.1.img_attn.qkv.weight", &[(0, 1)]),
@@ -95,10 +95,10 @@ fn prefixes_are_stripped_and_put_back() {
     ] {
         let plain = TINY.foreign(if layout == "comfy" { "bfl" } else { layout });
         for prefix in prefixes {
-            let source = plain.under(prefix);
+            let source = plain.with_prefix(prefix);
             let (identified, canonical) = open(&source, &TINY.config());
             assert_eq!((identified.layout.as_str(), identified.prefix.as_str()), (layout, *prefix));
-            assert_eq!(canonical.complete().unwrap().tensors(), TINY.diffusers().tensors());
+            assert_eq!(canonical.require_complete().unwrap().tensors(), TINY.diffusers().tensors());
         }
     }
 }
@@ -113,11 +113,11 @@ fn components_of_an_all_in_one_file_are_skipped_for_a_reason() {
     let skipped: BTreeMap<&str, &str> = canonical.load_report().skipped().collect();
     assert_eq!(skipped.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(components));
     assert!(skipped.values().all(|reason| reason.ends_with("a component, not the transformer")));
-    canonical.complete().unwrap();
+    canonical.require_complete().unwrap();
 }
 
 #[test]
-fn variants_are_told_by_shapes() {
+fn variants_are_detected_by_shapes() {
     let flux = |channels, guidance| Flux { channels, guidance, ..TINY };
     for (flux, expected, steps, guidance, tokens, ambiguous) in [
         (flux(64, true), "dev", 28, 3.5, 512, true),
@@ -138,21 +138,25 @@ fn variants_are_told_by_shapes() {
 }
 
 #[test]
-fn a_variant_may_be_asked_for() {
+fn a_variant_may_be_requested() {
     let source = TINY.diffusers();
-    let ask = |name: &str| {
+    let request = |name: &str| {
         let hints = Hints { variant: Some(name.to_owned()), ..Hints::default() };
         detect(&source, Some(&TINY.config()), &hints)
     };
-    assert_eq!(ask("kontext").unwrap().variant.defaults.guidance, 2.5);
-    assert!(ask("fill").unwrap().notes.iter().any(|note| note.contains("\"fill\"")));
-    let error = ask("dve").unwrap_err().to_string();
-    assert!(error.contains("\"dve\"") && error.contains("\"schnell\""), "{error}");
+    let kontext = request("kontext").unwrap();
+    assert_eq!((kontext.variant.name.as_str(), kontext.variant.defaults.guidance), ("kontext", 2.5));
+    assert_eq!(kontext.notes, request("dev").unwrap().notes);
+    let note = "the tensors do not fit the requested variant \"fill\"".to_owned();
+    assert!(request("fill").unwrap().notes.contains(&note));
+    let error = request("dve").unwrap_err().to_string();
+    assert!(error.starts_with("unknown variant \"dve\"; choose one of [\"dev\", "), "{error}");
+    assert!(error.contains("\"schnell\""), "{error}");
 }
 
-/// What was done to the tensors, and what the account must say of it: (layout, change, complaints)
+/// (layout, a change of the tensors, problems that the load report must have)
 #[test]
-fn every_fault_is_named() {
+fn every_problem_is_reported() {
     type Change = fn(&mut Fake);
     let cases: [(&str, Change, &[&str]); 10] = [
         (
@@ -168,12 +172,18 @@ fn every_fault_is_named() {
         (
             "diffusers",
             |fake| fake.put("transformer_blocks.0.ff.net.2.weight", &[16, 63]),
-            &["tensor \"transformer_blocks.0.ff.net.2.weight\" has the wrong shape", "expected [16, 64], found [16, 63]"],
+            &[
+                "tensor \"transformer_blocks.0.ff.net.2.weight\" has the wrong shape",
+                "expected [16, 64], found [16, 63]",
+            ],
         ),
         (
             "diffusers",
             |fake| fake.put("x_embedder.weight", &[16, 65]),
-            &["\"x_embedder.weight\" has the wrong shape", "\"in_channels\" is 64 in config.json, 65 from the shape of"],
+            &[
+                "\"x_embedder.weight\" has the wrong shape",
+                "\"in_channels\" is 64 in config.json, 65 from the shape of",
+            ],
         ),
         (
             "diffusers",
@@ -209,19 +219,19 @@ fn every_fault_is_named() {
         let mut source = TINY.foreign(layout);
         change(&mut source);
         let (identified, canonical) = open(&source, &TINY.config());
-        let complaints = canonical.load_report().problems().join("\n");
+        let problems = canonical.load_report().problems().join("\n");
         for expected in expected {
-            assert!(complaints.contains(expected), "{layout}: {complaints:?} does not say {expected:?}");
+            assert!(problems.contains(expected), "{layout}: {problems:?} does not contain {expected:?}");
         }
         let inspection = Inspection::new(&identified, &canonical);
-        assert!(!inspection.complete() && inspection.to_string().ends_with("NOT complete"));
-        assert_eq!(inspection.problems().join("\n"), complaints);
-        assert!(matches!(canonical.complete(), Err(LayoutError::Incomplete(_))));
+        assert!(!inspection.is_complete() && inspection.to_string().ends_with("NOT complete"));
+        assert_eq!(inspection.problems().join("\n"), problems);
+        assert!(matches!(canonical.require_complete(), Err(LayoutError::Incomplete(_))));
     }
 }
 
 #[test]
-fn a_missing_block_is_found_missing_without_config() {
+fn a_missing_block_is_reported_without_a_config() {
     let flux = Flux { head_dim: 128, heads: 1, double: 4, ..TINY };
     let mut source = flux.foreign("bfl");
     source.tensors.retain(|name, _| !name.starts_with("double_blocks.2."));
@@ -233,24 +243,28 @@ fn a_missing_block_is_found_missing_without_config() {
 }
 
 #[test]
-fn a_size_that_nothing_tells_is_asked_for_with_the_missing_tensor_named() {
+fn an_unknown_size_is_required_and_the_missing_tensor_named() {
     let mut source = TINY.foreign("bfl");
     source.tensors.remove("img_in.weight");
     let error = detect(&source, None, &Hints::default()).unwrap_err().to_string();
     for expected in ["\"in_channels\" cannot be determined", "missing [\"img_in.weight\"]", "--config"] {
-        assert!(error.contains(expected), "{error:?} does not say {expected:?}");
+        assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
     }
 }
 
 #[test]
-fn config_json_is_held_against_the_tensors() {
+fn config_json_is_compared_with_the_tensors() {
     for (key, value, expected) in [
         ("attention_head_dim", json!(16), "\"attention_head_dim\" is 16 in config.json, 8 from the shape of"),
         ("num_attention_heads", json!(3), "\"num_attention_heads\" is 3 in config.json, 2 from width"),
         ("in_channels", json!("64"), "\"in_channels\" is \"64\" in config.json, 64 from the shape of"),
         ("guidance_embeds", json!(false), "\"guidance_embeds\" is false in config.json, true from the tensor"),
-        ("axes_dims_rope", json!([2, 2, 2]), "\"axes_dims_rope\" is [2,2,2] in the configuration, 8 from attention_head_dim"),
-        ("_class_name", json!("SD3Transformer2DModel"), "\"_class_name\" is \"SD3Transformer2DModel\" by config.json"),
+        (
+            "axes_dims_rope",
+            json!([2, 2, 2]),
+            "\"axes_dims_rope\" is [2,2,2] in the configuration, 8 from attention_head_dim",
+        ),
+        ("_class_name", json!("SD3Transformer2DModel"), "\"_class_name\" is \"SD3Transformer2DModel\" in config.json"),
         ("num_layers", json!(3), "tensor \"transformer_blocks.2.norm1.linear.weight\" is missing"),
         ("num_layers", json!(1), "tensor \"transformer_blocks.1.norm1.linear.weight\" is not understood"),
     ] {
@@ -258,13 +272,13 @@ fn config_json_is_held_against_the_tensors() {
         config[key] = value;
         let source = TINY.diffusers();
         let (_, canonical) = open(&source, &config);
-        let complaints = canonical.load_report().problems().join("\n");
-        assert!(complaints.contains(expected), "{key}: {complaints:?} does not say {expected:?}");
+        let problems = canonical.load_report().problems().join("\n");
+        assert!(problems.contains(expected), "{key}: {problems:?} does not contain {expected:?}");
     }
 }
 
 #[test]
-fn absurd_sizes_in_config_json_are_answered() {
+fn absurd_sizes_in_config_json_are_reported() {
     let source = TINY.diffusers();
     for key in ["num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim"] {
         for value in [json!(u64::MAX), json!(-1), json!(1e300), json!([]), json!({}), json!("x")] {
@@ -274,7 +288,7 @@ fn absurd_sizes_in_config_json_are_answered() {
                 Ok(identified) => {
                     let canonical = identified.canonical(&source);
                     let _ = Inspection::new(&identified, &canonical).to_string();
-                    !canonical.load_report().complete()
+                    !canonical.load_report().is_complete()
                 }
                 Err(error) => matches!(error, LayoutError::Ambiguous { .. }),
             };
@@ -284,7 +298,7 @@ fn absurd_sizes_in_config_json_are_answered() {
 }
 
 #[test]
-fn rope_axes_come_from_config_metadata_or_the_published_size_and_never_from_a_guess() {
+fn rope_axes_come_from_config_or_metadata_or_the_published_size() {
     let source = TINY.diffusers();
     let detect = |metadata: &[(&str, &str)], hints: Hints| {
         let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
@@ -306,15 +320,15 @@ fn learned_pooling_of_clear_belongs_to_the_model_and_survives_export() {
     source.put("transformer_blocks.1.attn.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
     source.put("single_transformer_blocks.0.attn.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
     let (identified, canonical) = open(&source, &TINY.config());
-    let exported = identified.foreign("bfl", canonical.complete().unwrap()).unwrap();
+    let exported = identified.to_layout("bfl", canonical.require_complete().unwrap()).unwrap();
     assert_eq!(exported.load_report().unmatched().count(), 0);
     let back = Fake::like(&exported);
     let (_, again) = open(&back, &TINY.config());
-    assert_eq!(again.complete().unwrap().tensors(), source.tensors());
+    assert_eq!(again.require_complete().unwrap().tensors(), source.tensors());
 }
 
 #[test]
-fn a_full_size_file_is_inspected_by_its_header_alone() {
+fn a_full_size_file_is_inspected_by_its_header() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("flux1-dev.safetensors");
     let mut header = serde_json::Map::new();
@@ -330,7 +344,7 @@ fn a_full_size_file_is_inspected_by_its_header_alone() {
     file.set_len(8 + (header.len() + offset) as u64).unwrap();
     let checkpoint = Dequantized::open(&path, &manifests()).unwrap();
     let identified = clearform_layout::detect(&checkpoint, &manifests(), &Hints::default()).unwrap();
-    let canonical = identified.canonical(&checkpoint).complete().unwrap();
+    let canonical = identified.canonical(&checkpoint).require_complete().unwrap();
     let inspection = Inspection::new(&identified, &canonical);
     assert_eq!(inspection.parameters, 11_901_408_320);
     assert_eq!(inspection.estimates[0].image_tokens, 4096);
@@ -340,16 +354,16 @@ fn a_full_size_file_is_inspected_by_its_header_alone() {
     assert_eq!((norm.shape, norm.bytes), (vec![128], vec![0; 256]));
 }
 
-/// Teacher and student must hold their common weights once.
+/// A teacher and a student must hold their common weights only once.
 #[test]
 fn whole_tensors_of_a_source_in_memory_share_its_storage() {
     let bytes = |name: &str| TINY.foreign("bfl").read(name).unwrap().bytes;
-    let resident = InMemoryTensors::load(&TINY.foreign("bfl"), None, &candle_core::Device::Cpu).unwrap();
+    let in_memory = InMemoryTensors::load(&TINY.foreign("bfl"), None, &candle_core::Device::Cpu).unwrap();
     let source = TINY.foreign("bfl");
     let identified = detect(&source, Some(&TINY.config()), &Hints::default()).unwrap();
-    let canonical = identified.canonical(resident.clone()).complete().unwrap();
-    let (shared, original) =
-        (canonical.tensor("proj_out.weight").unwrap(), resident.tensor("final_layer.linear.weight").unwrap());
+    let canonical = identified.canonical(in_memory.clone()).require_complete().unwrap();
+    let shared = canonical.tensor("proj_out.weight").unwrap();
+    let original = in_memory.tensor("final_layer.linear.weight").unwrap();
     assert!(std::ptr::eq(&*shared.storage_and_layout().0, &*original.storage_and_layout().0));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("canonical.safetensors");
@@ -359,12 +373,13 @@ fn whole_tensors_of_a_source_in_memory_share_its_storage() {
 }
 
 #[test]
-fn an_unknown_layout_or_family_is_answered_with_the_choices() {
-    let (identified, canonical) = (open(&TINY.diffusers(), &TINY.config()).0, TINY.diffusers());
-    let error = identified.foreign("kohya", &canonical).unwrap_err().to_string();
-    assert!(error.contains("\"kohya\"") && error.contains("comfy"), "{error}");
+fn errors_on_unknown_layouts_and_families_list_the_choices() {
+    let canonical = TINY.diffusers();
+    let identified = open(&canonical, &TINY.config()).0;
+    let error = identified.to_layout("kohya", &canonical).unwrap_err().to_string();
+    assert_eq!(error, "unknown layout \"kohya\"; choose one of [\"diffusers\", \"bfl\", \"comfy\"]");
     let hints = Hints { family: Some("fluks".to_owned()), ..Hints::default() };
     let error = detect(&canonical, None, &hints).unwrap_err().to_string();
-    assert!(error.contains("\"fluks\"") && error.contains("\"flux\""), "{error}");
+    assert_eq!(error, format!("unknown family \"fluks\"; choose one of {:?}", common::models::FAMILIES));
     assert_eq!(Manifests::embedded().unwrap().families(), common::models::FAMILIES);
 }

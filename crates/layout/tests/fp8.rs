@@ -1,4 +1,5 @@
-//! fp8 weights, plain and scaled: the numbers that they are shown as, the account of their scales, and what is refused.
+//! fp8 weights, with and without scales: the values that they are presented as, the outcome of their scales, and what
+//! is refused.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -12,7 +13,7 @@ use std::collections::BTreeMap;
 const ROWS: usize = 6;
 const COLUMNS: usize = 5;
 
-/// Tensors in memory, in any number format.
+/// Tensors in memory, in any dtype.
 #[derive(Debug, Clone, Default)]
 struct Raw(BTreeMap<String, RawTensor>);
 
@@ -38,7 +39,7 @@ impl TensorSource for Raw {
     }
 }
 
-/// Numbers that look random.
+/// Pseudo-random numbers.
 fn noise(seed: u32) -> impl Iterator<Item = u32> {
     std::iter::successors(Some(seed * 2 + 1), |state| Some(state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223)))
 }
@@ -53,11 +54,11 @@ fn scales(seed: u32, count: usize) -> Vec<f32> {
     noise(seed).skip(1).take(count).map(scale).collect()
 }
 
-fn f32s(shape: &[usize], numbers: &[f32]) -> (Dtype, Vec<usize>, Vec<u8>) {
-    (Dtype::F32, shape.to_vec(), numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+fn f32s(shape: &[usize], values: &[f32]) -> (Dtype, Vec<usize>, Vec<u8>) {
+    (Dtype::F32, shape.to_vec(), values.iter().flat_map(|value| value.to_le_bytes()).collect())
 }
 
-/// The numbers of `stored` by the tensor library; those of E5M2 are the upper halves of f16's.
+/// The values of `stored` according to candle; an E5M2 is the upper byte of an f16.
 fn values(dtype: Dtype, stored: &[u8]) -> Vec<f32> {
     let halves: Vec<u8> = stored.iter().flat_map(|byte| [0, *byte]).collect();
     let (dtype, bytes) = if dtype == Dtype::F8_E4M3 { (DType::F8E4M3, stored) } else { (DType::F16, &halves[..]) };
@@ -65,7 +66,7 @@ fn values(dtype: Dtype, stored: &[u8]) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
 }
 
-/// The weight times its scales, of which there is one or one for each row, in bf16.
+/// The weight times its scale or its scales per row, in bf16.
 fn products(dtype: Dtype, stored: &[u8], scales: &[f32]) -> Vec<u8> {
     let scale = |at: usize| scales[if scales.len() == 1 { 0 } else { at / COLUMNS }];
     let exact = values(dtype, stored).into_iter().enumerate().map(|(at, value)| value * scale(at));
@@ -77,17 +78,19 @@ fn is_nan(bf16: &[u8]) -> bool {
     u16::from_le_bytes([bf16[0], bf16[1]]) & 0x7fff > 0x7f80
 }
 
-/// Bit for bit, but for the payloads of numbers that are none.
-fn assert_same(what: &str, got: &[u8], want: &[u8]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let pairs = got.chunks(2).zip(want.chunks(2)).enumerate();
-    pairs.for_each(|(at, (got, want))| assert!(got == want || is_nan(got) && is_nan(want), "{what}: number {at}"));
+/// Equal bit for bit, except for the payloads of NaN.
+fn assert_same(what: &str, found: &[u8], expected: &[u8]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (at, (found, expected)) in found.chunks(2).zip(expected.chunks(2)).enumerate() {
+        assert!(found == expected || is_nan(found) && is_nan(expected), "{what}: element {at}");
+    }
 }
 
 type Companion = (&'static str, (Dtype, Vec<usize>, Vec<u8>));
 type Weight<'a> = (Dtype, &'a [usize], Vec<u8>);
 
-/// `a.weight` beside `companions` is its numbers times `scales`, read whole or in pieces, and nothing else is shown.
+/// `a.weight` in a file with `companions` is presented as its values times `scales`, read whole or in ranges, and
+/// nothing else is listed.
 fn check(what: &str, dtype: Dtype, companions: &[Companion], scales: &[f32]) {
     let stored: Vec<u8> = (0..=255).chain(bytes(9, ROWS * COLUMNS * 9 - 256)).collect();
     for stored in stored.chunks(ROWS * COLUMNS) {
@@ -112,12 +115,15 @@ fn check(what: &str, dtype: Dtype, companions: &[Companion], scales: &[f32]) {
                 "{start}..{end}"
             );
         }
-        assert!(dequantized.read_range("a.weight", 0..want.len() + 2).is_err());
+        let too_long = dequantized.read_range("a.weight", 0..want.len() + 2);
         #[allow(clippy::reversed_empty_ranges)]
         let reversed = dequantized.read_range("a.weight", 3..2);
-        assert!(reversed.is_err());
+        for refused in [too_long, reversed] {
+            assert!(matches!(refused, Err(WeightsError::BadTensor { .. })), "{what}: {refused:?}");
+        }
         for (name, _) in companions {
-            assert!(dequantized.info(name).is_none() && dequantized.read(name).is_err(), "{what}: {name} is shown");
+            assert!(dequantized.info(name).is_none(), "{what}: {name} is listed");
+            assert!(matches!(dequantized.read(name), Err(WeightsError::Missing { .. })), "{what}: {name} is readable");
         }
     }
 }
@@ -130,7 +136,8 @@ fn json(text: &str) -> (Dtype, Vec<usize>, Vec<u8>) {
 fn every_form_of_scale_is_applied() {
     for (at, dtype) in [Dtype::F8_E4M3, Dtype::F8_E5M2].into_iter().enumerate() {
         let seed = at as u32;
-        let (one, rows) = (&scales(seed, 1)[..], &scales(seed + 7, ROWS)[..]);
+        let one = &scales(seed, 1)[..];
+        let rows = &scales(seed + 7, ROWS)[..];
         let empty = |shape: &[usize]| f32s(shape, &[]);
         let marker = |shape: &[usize]| (dtype, shape.to_vec(), vec![1; shape.iter().product()]);
         let input = || f32s(&[], &[0.3]);
@@ -151,7 +158,7 @@ fn every_form_of_scale_is_applied() {
 }
 
 #[test]
-fn scales_that_are_not_understood_refuse_the_file() {
+fn files_with_unsupported_scales_are_refused() {
     let (fp8, shape) = (Dtype::F8_E4M3, &[ROWS, COLUMNS]);
     let weight = (fp8, &shape[..], bytes(1, ROWS * COLUMNS));
     let half = (Dtype::BF16, &shape[..], bytes(1, ROWS * COLUMNS * 2));
@@ -182,7 +189,7 @@ fn scales_that_are_not_understood_refuse_the_file() {
     }
 }
 
-/// What an opened file of the tiny FLUX is, or why it is refused.
+/// The inspection of a file of the tiny FLUX, or why it is refused.
 fn inspect(source: &Raw) -> std::result::Result<Inspection, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
@@ -194,7 +201,7 @@ fn inspect(source: &Raw) -> std::result::Result<Inspection, String> {
     Ok(Inspection::new(&identified, &identified.canonical(&dequantized)))
 }
 
-/// The tiny FLUX in comfy's names with fp8 matrices, each with `companions` of its module.
+/// The tiny FLUX under comfy's names with fp8 matrices, each with `companions` in its module.
 fn flux(companions: &[(&str, Vec<usize>)]) -> Raw {
     let mut source = Raw::default();
     for (name, info) in TINY.foreign("comfy").tensors {
@@ -205,8 +212,8 @@ fn flux(companions: &[(&str, Vec<usize>)]) -> Raw {
         };
         source = source.with(&name, (Dtype::F8_E4M3, &info.shape, bytes(5, count)));
         for (ending, shape) in companions {
-            let numbers = vec![0.5; shape.iter().product()];
-            let (dtype, shape, bytes) = f32s(shape, &numbers);
+            let values = vec![0.5; shape.iter().product()];
+            let (dtype, shape, bytes) = f32s(shape, &values);
             source = source.with(&format!("{module}{ending}"), (dtype, &shape, bytes));
         }
     }
@@ -214,32 +221,32 @@ fn flux(companions: &[(&str, Vec<usize>)]) -> Raw {
 }
 
 #[test]
-fn every_scale_of_a_flux_is_accounted_for() {
+fn every_scale_of_a_flux_has_an_outcome() {
     let plain = inspect(&flux(&[])).unwrap();
     let mut source = flux(&[("scale_weight", vec![]), ("scale_input", vec![1])]);
     source = source.with("model.diffusion_model.scaled_fp8", (Dtype::F8_E4M3, &[2], vec![0, 0]));
-    // A text encoder beside the model is not looked at, whatever form it has.
+    // The quantisation of a text encoder in the same file does not matter.
     source = source.with("text_encoders.t5.a.comfy_quant", (Dtype::U8, &[2], b"{}".to_vec()));
     source = source.with("text_encoders.t5.a.weight_scale_2", (Dtype::F32, &[], vec![0; 4]));
     let found = inspect(&source).unwrap();
-    assert!(plain.complete() && found.complete(), "{found}");
-    let matrices = (found.used - plain.used, plain.used);
-    assert_eq!(matrices.0, TINY.foreign("comfy").tensors.values().filter(|info| info.shape.len() == 2).count());
-    let skipped = |reason: &str| found.skipped.iter().filter(|one| one.reason.contains(reason)).count();
-    assert_eq!((skipped("activations"), skipped("marker"), skipped("text encoder")), (matrices.0, 1, 2));
-    assert_eq!(found.skipped.len(), matrices.0 + 3);
+    assert!(plain.is_complete() && found.is_complete(), "{found}");
+    let matrices = found.used - plain.used;
+    assert_eq!(matrices, TINY.foreign("comfy").tensors.values().filter(|info| info.shape.len() == 2).count());
+    let skipped = |reason: &str| found.skipped.iter().filter(|tensor| tensor.reason.contains(reason)).count();
+    assert_eq!((skipped("activations"), skipped("marker"), skipped("text encoder")), (matrices, 1, 2));
+    assert_eq!(found.skipped.len(), matrices + 3);
     assert_eq!((&plain.skipped[..], plain.dtypes.get("BF16")), (&[][..], Some(&plain.dtypes.values().sum())));
-    let note = format!("{0} tensors are fp8 and read as bf16, {0} of them times their scales", matrices.0);
+    let note = format!("{matrices} fp8 tensors are read as bf16, {matrices} of them times their scales");
     assert!(found.notes.contains(&note), "{:?}", found.notes);
 }
 
 #[test]
-fn a_scale_that_is_not_applied_is_never_passed_over() {
+fn files_with_scales_that_are_not_applied_are_refused() {
     for (expected, name, dtype) in [
         ("scaled weights", "model.diffusion_model.img_in.lin.scale_weight", Dtype::F32),
         ("scaled weights", "model.diffusion_model.scaled_fp8", Dtype::I8),
         ("scaled by blocks", "model.diffusion_model.img_in.weight_scale_inv", Dtype::F32),
-        ("two scales", "model.diffusion_model.img_in.weight_scale_2", Dtype::F32),
+        ("with two scales", "model.diffusion_model.img_in.weight_scale_2", Dtype::F32),
     ] {
         let source = flux(&[]).with(name, (dtype, &[1], vec![0; dtype.bitsize() / 8]));
         let message = inspect(&source).unwrap_err();

@@ -1,4 +1,5 @@
-//! What holds for every layout of every family: it is told from all others, and no bit is lost either way.
+//! What holds for every layout of every family: it is distinguished from all others, and both directions keep every
+//! bit.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -39,10 +40,10 @@ proptest! {
                 let (identified, canonical) = model.open(&source);
                 prop_assert_eq!((identified.family.as_str(), identified.layout.as_str()), (family, layout.as_str()));
                 prop_assert_eq!(&identified.config, &model.config);
-                let canonical = canonical.complete().unwrap();
+                let canonical = canonical.require_complete().unwrap();
                 prop_assert_eq!(canonical.tensors(), all.tensors());
                 used_once(&source, &canonical);
-                let back = identified.foreign(&layout, &canonical).unwrap();
+                let back = identified.to_layout(&layout, &canonical).unwrap();
                 prop_assert_eq!(back.tensors(), source.tensors());
                 for name in source.tensors.keys() {
                     prop_assert_eq!(back.read(name).unwrap(), source.read(name).unwrap());
@@ -52,13 +53,14 @@ proptest! {
     }
 }
 
-/// Every input was used, and every output has one input. Outputs hold the inputs' bytes, once for each copy.
+/// Every input is used, and every output has one input. Outputs hold the inputs' bytes, once for each copy.
 fn used_once(source: &Fake, canonical: &CanonicalSource<&Fake>) {
     let outcomes = &canonical.load_report().outcomes;
     assert!(outcomes.values().all(|outcome| matches!(outcome, TensorOutcome::Used { .. })));
     assert!(outcomes.keys().eq(source.tensors.keys()));
     let size = |info: Option<clearform_weights::TensorInfo>| info.unwrap().shape.iter().product::<usize>();
-    let (mut outputs, mut copied) = (Vec::new(), 0);
+    let mut outputs = Vec::new();
+    let mut copied = 0;
     for (name, outcome) in outcomes {
         let TensorOutcome::Used { names } = outcome else { continue };
         let copies = names.iter().filter(|output| size(canonical.info(output)) == size(source.info(name))).count();
@@ -72,9 +74,10 @@ fn used_once(source: &Fake, canonical: &CanonicalSource<&Fake>) {
     assert_eq!(total(source) + copied, total(canonical));
 }
 
-/// (family, canonical name, name in the original layout, parts of that one's rows, those of them that it consists of)
+/// (family, canonical name, name in the original layout, number of equal parts of its rows, parts of the canonical
+/// tensor)
 #[test]
-fn pieces_are_the_rows_that_the_references_take() {
+fn tensors_are_the_rows_that_the_references_use() {
     type Rows = &'static [(usize, usize)];
     let cases: &[(&str, &str, &str, usize, Rows)] = &[
         (
@@ -194,10 +197,10 @@ fn every_prefix_of_every_layout_is_stripped() {
             let model = Model::new(family, SMALL);
             let plain = model.foreign(if layout == "comfy" { "original" } else { layout });
             for prefix in prefixes {
-                let source = plain.under(prefix);
+                let source = plain.with_prefix(prefix);
                 let (identified, canonical) = model.open(&source);
                 assert_eq!((identified.layout.as_str(), identified.prefix.as_str()), (layout, *prefix), "{family}");
-                assert_eq!(canonical.complete().unwrap().tensors(), model.canonical().tensors());
+                assert_eq!(canonical.require_complete().unwrap().tensors(), model.canonical().tensors());
             }
         }
     }
@@ -216,25 +219,25 @@ fn learned_pooling_of_clear_belongs_to_every_model_and_survives_export() {
         let mut source = model.canonical();
         names.iter().for_each(|name| source.put(&format!("{name}.processor.spatial_weight"), &[1, 1, 1, 4, 1, 4, 1]));
         let (identified, canonical) = model.open(&source);
-        let exported = identified.foreign("original", canonical.complete().unwrap()).unwrap();
+        let exported = identified.to_layout("original", canonical.require_complete().unwrap()).unwrap();
         assert_eq!(exported.load_report().unmatched().count(), 0);
         let back = Fake::like(&exported);
-        assert_eq!(model.open(&back).1.complete().unwrap().tensors(), source.tensors(), "{family}");
+        assert_eq!(model.open(&back).1.require_complete().unwrap().tensors(), source.tensors(), "{family}");
     }
     let model = Model::new("sd3", SMALL);
     let mut source = model.canonical();
     source.put("transformer_blocks.1.attn2.processor.spatial_weight", &[1, 1, 1, 4, 1, 4, 1]);
-    let complaints = model.open(&source).1.load_report().problems().join("\n");
-    assert!(complaints.contains("\"transformer_blocks.1.attn2.processor.spatial_weight\" is not understood"));
+    let problems = model.open(&source).1.load_report().problems().join("\n");
+    assert!(problems.contains("\"transformer_blocks.1.attn2.processor.spatial_weight\" is not understood"));
 }
 
-/// Blocks whose embedders were trained apart have no place in a layout that holds one for all.
+/// A layout that stores one embedder for all blocks cannot hold embedders that training made different.
 #[test]
-fn copies_that_differ_are_not_made_one() {
+fn copies_that_differ_are_not_merged() {
     let model = Model::new("dit", SMALL);
     let source = model.canonical();
     let identified = model.open(&source).0;
-    let exported = identified.foreign("original", &source).unwrap();
+    let exported = identified.to_layout("original", &source).unwrap();
     let error = exported.read("y_embedder.embedding_table.weight").unwrap_err().to_string();
     assert!(error.contains("transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"), "{error}");
     assert!(error.contains("it differs from \"transformer_blocks.0."), "{error}");
@@ -242,19 +245,19 @@ fn copies_that_differ_are_not_made_one() {
     exported.read("blocks.1.attn.qkv.weight").unwrap();
 }
 
-/// What is put into the rows that an address tells is what a checkpoint of that layout would have brought there, and
-/// every row has an address.
+/// The parameter map of a layout gives the same rows as mapping a checkpoint of that layout, and covers every row.
 #[test]
-fn addresses_lead_where_checkpoints_do() {
+fn parameter_maps_agree_with_checkpoints() {
     for family in FAMILIES {
         let model = Model::new(family, SMALL);
         let rows = |info: &clearform_weights::TensorInfo| info.shape[0];
         for layout in manifests().layouts(family) {
             let source = model.foreign(&layout);
             let (identified, canonical) = model.open(&source);
-            let (addresses, mut reached) = (identified.parameter_map(), 0);
+            let map = identified.parameter_map();
+            let mut covered = 0;
             for (name, info) in &source.tensors {
-                let parameter = addresses.find(name).unwrap_or_else(|| panic!("{name}"));
+                let parameter = map.find(name).unwrap_or_else(|| panic!("{name}"));
                 assert_eq!(parameter.shape, info.shape, "{name}");
                 let theirs = source.read(name).unwrap().bytes;
                 let row = theirs.len() / rows(info);
@@ -262,17 +265,17 @@ fn addresses_lead_where_checkpoints_do() {
                     let ours = canonical.read(to_name).unwrap().bytes;
                     let to = to * row..(to + from.len()) * row;
                     assert_eq!(theirs[from.start * row..from.end * row], ours[to], "{name} in {to_name}");
-                    reached += from.len();
+                    covered += from.len();
                 }
             }
-            assert_eq!(reached, canonical.tensors().iter().map(rows).sum::<usize>(), "{family} {layout}");
+            assert_eq!(covered, canonical.tensors().iter().map(rows).sum::<usize>(), "{family} {layout}");
         }
     }
 }
 
-/// What is left of a model without one tensor is still known for what it is, and lacks that one.
+/// A model without one tensor is still recognised, and the missing tensor is reported.
 #[test]
-fn a_lost_tensor_is_named_in_every_layout() {
+fn a_missing_tensor_is_named_in_every_layout() {
     for family in FAMILIES {
         let model = Model::new(family, SMALL);
         for layout in manifests().layouts(family) {
@@ -282,9 +285,9 @@ fn a_lost_tensor_is_named_in_every_layout() {
                 source.tensors.remove(name);
                 match detect(&source, Some(&model.config), &Hints::default()) {
                     Ok(identified) => {
-                        let complaints = identified.canonical(&source).load_report().problems().join("\n");
+                        let problems = identified.canonical(&source).load_report().problems().join("\n");
                         assert_eq!(identified.family, family, "{layout} {name}");
-                        assert!(complaints.contains(&format!("tensor {name:?} is missing")), "{name}: {complaints}");
+                        assert!(problems.contains(&format!("tensor {name:?} is missing")), "{name}: {problems}");
                     }
                     Err(error) => assert!(error.to_string().contains(name.as_str()), "{layout} {name}: {error}"),
                 }

@@ -1,4 +1,4 @@
-//! Manifests that a user gives: every kind of rule, both ways, and what is said of a broken one.
+//! Users' manifests: every kind of rule in both directions, and the errors of invalid ones.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -75,11 +75,11 @@ fn identify(source: &Fake) -> Identified {
 }
 
 #[test]
-fn joins_reshapes_copies_and_drops_go_both_ways() {
+fn joins_reshapes_copies_and_drops_work_in_both_directions() {
     let source = old();
     let identified = identify(&source);
     assert_eq!((identified.family.as_str(), identified.layout.as_str()), ("toy", "old"));
-    let canonical = identified.canonical(&source).complete().unwrap();
+    let canonical = identified.canonical(&source).require_complete().unwrap();
     let bytes = |name: &str| source.read(name).unwrap().bytes;
     let mix = canonical.read("layers.0.mix.weight").unwrap();
     assert_eq!((mix.shape, mix.bytes), (vec![12, 4], [bytes("l.0.a"), bytes("l.0.b")].concat()));
@@ -91,7 +91,7 @@ fn joins_reshapes_copies_and_drops_go_both_ways() {
     }
     let dropped = TensorOutcome::Skipped { reason: "a buffer of training".to_owned() };
     assert_eq!(canonical.load_report().outcomes["unused.0"], dropped);
-    let back = identified.foreign("old", &canonical).unwrap();
+    let back = identified.to_layout("old", &canonical).unwrap();
     for name in source.tensors.keys().filter(|name| *name != "unused.0") {
         assert_eq!(back.read(name).unwrap(), source.read(name).unwrap(), "{name}");
     }
@@ -99,11 +99,11 @@ fn joins_reshapes_copies_and_drops_go_both_ways() {
 }
 
 #[test]
-fn half_of_a_join_is_no_whole() {
+fn a_join_needs_all_of_its_inputs() {
     let mut source = old();
     source.tensors.remove("l.0.b");
     source.put("l.0.a", &[4, 4]);
-    let canonical = identify(&source).canonical(&source).complete().unwrap_err().to_string();
+    let canonical = identify(&source).canonical(&source).require_complete().unwrap_err().to_string();
     assert!(canonical.contains("\"l.0.a\"") && canonical.contains("\"l.0.b\", which is missing"), "{canonical}");
 }
 
@@ -122,13 +122,32 @@ fn a_layout_and_a_variant_are_added_to_a_family() {
         defaults = { guidance = 1.5 }
     "#;
     let manifests = with(text).unwrap();
-    let source = TINY.foreign("bfl").under("mine.");
+    let source = TINY.foreign("bfl").with_prefix("mine.");
     let config = TINY.config();
     let sidecar = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
     let identified = detect_source(&source, sidecar, &manifests, &Hints::default()).unwrap();
     assert_eq!((identified.layout.as_str(), identified.variant.name.as_str()), ("mine", "house"));
     assert_eq!((identified.variant.defaults.guidance, identified.variant.defaults.steps), (1.5, 28));
-    assert_eq!(identified.canonical(&source).complete().unwrap().tensors(), TINY.diffusers().tensors());
+    assert_eq!(identified.canonical(&source).require_complete().unwrap().tensors(), TINY.diffusers().tensors());
+}
+
+/// A manifest of an earlier version has the key `part`.
+#[test]
+fn components_are_added_to_a_family_under_the_old_key_too() {
+    let mut source = TINY.foreign("comfy");
+    source.put("mine.decoder.conv_in.weight", &[1, 1, 3, 3]);
+    for key in ["component", "part"] {
+        let text = format!(
+            "edition = 1\nfamily = \"flux\"\n[[{key}]]\nname = \"vae\"\nkind = \"vae\"\nprefixes = [\"mine.\"]\n\
+             settings = {{ scaling_factor = 0.5 }}"
+        );
+        let config = TINY.config();
+        let sidecar = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
+        let identified = detect_source(&source, sidecar, &with(&text).unwrap(), &Hints::default()).unwrap();
+        let components = identified.components_in(&source);
+        let found: Vec<(&str, &str)> = components.iter().map(|one| (one.name.as_str(), one.prefix.as_str())).collect();
+        assert_eq!(found, [("vae", "mine.")], "{key}");
+    }
 }
 
 const KIN: &str = r#"
@@ -180,9 +199,9 @@ name = "plain"
 where = { kind = false, wide = [] }
 "#;
 
-/// Every word of the notation beyond plain names, with what it must give.
+/// Every keyword of the notation that the manifest above does not use.
 #[test]
-fn sizes_and_blocks_are_read_as_a_manifest_says() {
+fn settings_and_blocks_are_read_as_a_manifest_states() {
     let manifests = Manifests::alone("kin.toml", KIN).unwrap();
     let sizes = serde_json::json!({ "depth": 3, "width": 4, "side": 8, "wide": [1], "kind": "broad" });
     let expected = manifests.expected("kin", &sizes).unwrap();
@@ -212,7 +231,7 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     });
     assert_eq!((&identified.config, identified.variant.name.as_str()), (&found, "broad"));
     assert_eq!((identified.pixels_per_token(), identified.optional_components()), (32, &["extra".to_owned()][..]));
-    let exported = identified.foreign("old", &source).unwrap();
+    let exported = identified.to_layout("old", &source).unwrap();
     assert_eq!(exported.load_report().unmatched().count(), 0);
     let halves = source.read("layers.2.mix").unwrap().bytes;
     assert_eq!(exported.read("l.2.mix").unwrap().bytes, [&halves[4..], &halves[..4]].concat());
@@ -222,11 +241,11 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
     old.put("table", &[72, 2]);
     let sidecar = Sidecar { config: None, metadata: &BTreeMap::new() };
     let identified = detect_source(&old, sidecar, &manifests, &Hints::default()).unwrap();
-    // 72 / (2 * 4) is 9, its root 3, times 3 less 1 is 8; and this layout has an eps of its own.
+    // 72 / (2 * 4) = 9, its root is 3, 3 * 3 - 1 = 8; and this layout has its own eps.
     let mut found = found;
     found["eps"] = 0.125.into();
     assert_eq!(identified.config, found);
-    let canonical = identified.canonical(&old).complete().unwrap();
+    let canonical = identified.canonical(&old).require_complete().unwrap();
     let theirs = old.read("l.2.mix").unwrap().bytes;
     assert_eq!(canonical.read("layers.2.mix").unwrap().bytes, [&theirs[4..], &theirs[..4]].concat());
     assert_eq!(canonical.read("layers.0.mix").unwrap().bytes, old.read("l.0.mix").unwrap().bytes);
@@ -236,11 +255,18 @@ fn sizes_and_blocks_are_read_as_a_manifest_says() {
 #[test]
 fn broken_manifests_are_explained() {
     for (text, expected) in [
-        ("edition = 1", "family"),
+        ("edition = 1", "missing field `family`"),
+        (
+            "edition = 1\nfamily = \"flux\"\n[[component]]\nname = \"a\"\nkind = \"b\"\nprefixes = [\"a.\"]",
+            "component \"a\" is of the unknown kind \"b\"; use one of [\"clip\", \"t5\", \"vae\"]",
+        ),
         ("edition = 2\nfamily = \"x\"\nclass = \"X\"", "upgrade"),
         ("edition = 1\nfamily = \"x\"", "needs a class"),
         ("edition = 1\nfamily = \"flux\"\nsurprise = 1", "surprise"),
-        ("edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nlike = \"b\"\nprefixes = []", "is like \"b\", which is unknown"),
+        (
+            "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nlike = \"b\"\nprefixes = []",
+            "is like \"b\", which is unknown",
+        ),
         (
             "edition = 1\nfamily = \"flux\"\n[[layout]]\nname = \"a\"\nprefixes = [\"\"]\nrules = [{ foreign = \"a\" }]",
             "exactly one of canonical, split, copy and drop",
@@ -267,6 +293,6 @@ fn broken_manifests_are_explained() {
         ("edition = 1\nfamily = \"flux\"\nlike = \"dit\"", "already a family"),
     ] {
         let error = with(text).unwrap_err().to_string();
-        assert!(error.contains(expected) && error.contains("toy.toml"), "{error:?} does not say {expected:?}");
+        assert!(error.contains(expected) && error.contains("toy.toml"), "{error:?} does not contain {expected:?}");
     }
 }

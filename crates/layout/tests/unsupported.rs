@@ -1,4 +1,4 @@
-//! What is not supported is named for what it is, and what is unknown is answered with what came near.
+//! Unsupported models are named, and for unknown ones the error lists the nearest layouts.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -13,7 +13,7 @@ fn message(source: &Fake) -> String {
 }
 
 #[test]
-fn known_models_and_adapters_are_named() {
+fn known_models_adapters_and_components_are_named() {
     let cases: &[(&str, &[&str])] = &[
         ("LoRA", &["transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.x.lora_B.weight"]),
         ("LoRA", &["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
@@ -45,12 +45,12 @@ fn known_models_and_adapters_are_named() {
     ];
     for (expected, names) in cases {
         let message = message(&Fake::of(names));
-        assert!(message.contains(expected), "{names:?}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{names:?}: {message:?} does not contain {expected:?}");
     }
 }
 
 #[test]
-fn a_quantised_flux_is_not_taken_for_a_plain_one() {
+fn a_quantised_flux_is_not_taken_for_an_unquantised_one() {
     for (expected, marker) in [
         ("scaled weights", "double_blocks.0.img_attn.qkv.scale_weight"),
         ("scaled weights", "scaled_fp8"),
@@ -68,7 +68,7 @@ fn a_quantised_flux_is_not_taken_for_a_plain_one() {
 }
 
 #[test]
-fn what_is_unknown_is_answered_with_what_came_near() {
+fn errors_on_unknown_models_list_the_nearest_layouts() {
     let message = message(&Fake::of(&["img_in.weight", "a", "b", "c"]));
     assert!(message.contains("flux in layout bfl: 1 of 3 signature tensors"), "{message}");
     assert!(message.contains("single_blocks.0.linear1.weight"), "{message}");

@@ -153,7 +153,7 @@ pub struct HiddenState {
 /// A diffusion transformer that predicts noise, velocity or x0 from noisy latents.
 pub trait Denoiser: Send + Sync {
     /// Names of the attention layers, one per block, in order ("transformer_blocks.0.attn").
-    fn layers(&self) -> &[String];
+    fn layer_names(&self) -> &[String];
 
     /// Embeds latents, timestep and conditions, and permutes image tokens to tile order.
     ///
@@ -176,7 +176,7 @@ pub trait Denoiser: Send + Sync {
 
     /// Number of blocks.
     fn block_count(&self) -> usize {
-        self.layers().len()
+        self.layer_names().len()
     }
 
     /// The whole forward: [`Self::embed`], every [`Self::block`], [`Self::head`].

@@ -1,4 +1,4 @@
-//! [`check`]: loads a plugin and opens the examples of its description, as the host would open an adapter.
+//! [`check_plugin`]: loads a plugin and opens the examples of its description, as the host would open an adapter.
 
 use crate::adapter::Adapter;
 use crate::controlnet::{BaseModel, ControlNet, Controls, Residual};
@@ -38,7 +38,7 @@ impl std::fmt::Display for ExampleResults {
 ///
 /// # Errors
 /// The plugin cannot be loaded, has no examples, or has an unknown interface.
-pub fn check(plugin: &Plugin) -> Result<ExampleResults> {
+pub fn check_plugin(plugin: &Plugin) -> Result<ExampleResults> {
     let bad_plugin = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
     let run: fn(&Plugin, &Example) -> Result<()> = match plugin.description.interface.as_str() {
         ADAPTER_INTERFACE => run_adapter,

@@ -90,8 +90,8 @@ impl ControlNetInput {
 }
 
 impl Denoiser for ControlledDenoiser<'_> {
-    fn layers(&self) -> &[String] {
-        self.base.layers()
+    fn layer_names(&self) -> &[String] {
+        self.base.layer_names()
     }
 
     fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<HiddenState> {

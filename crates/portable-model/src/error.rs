@@ -31,7 +31,7 @@ pub enum PortableModelError {
         reason: String,
     },
     /// The disk has too little free space.
-    #[error("{path}: {needed} bytes are needed, {free} are free; make room or choose another folder", path = path.display())]
+    #[error("{path}: {needed} bytes are needed, {free} are free; free some space or write to another disk", path = path.display())]
     DiskFull {
         /// The folder that was going to be written.
         path: PathBuf,

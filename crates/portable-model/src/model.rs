@@ -25,7 +25,7 @@ pub struct PortableModel {
 /// # Errors
 /// As [`PortableModel::open`].
 pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
-    match PortableModel::recognise(path) {
+    match PortableModel::is_portable_model(path) {
         true => Ok(Some(PortableModel::open(path)?.record().plan()?)),
         false => Ok(None),
     }
@@ -33,7 +33,7 @@ pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
 
 impl PortableModel {
     /// Whether `path` is a portable model.
-    pub fn recognise(path: &Path) -> bool {
+    pub fn is_portable_model(path: &Path) -> bool {
         path.join(ModelRecord::FILE).is_file()
     }
 
@@ -116,7 +116,7 @@ pub struct VerifyReport {
 
 impl VerifyReport {
     /// Whether every file matches the record and there are no others.
-    pub fn holds(&self) -> bool {
+    pub fn is_intact(&self) -> bool {
         self.changed.is_empty() && self.missing.is_empty() && self.extra.is_empty()
     }
 }
@@ -153,7 +153,7 @@ mod tests {
         assert!(!folder.path().join("model.work").exists());
         assert_eq!(PortableModel::open(&model).unwrap().record().file.len(), 2);
         let report = PortableModel::verify(&model).unwrap();
-        assert!(report.holds() && report.unchanged == 2, "{report}");
+        assert!(report.is_intact() && report.unchanged == 2, "{report}");
         assert_eq!(recorded_plan(&model).unwrap(), Some(AttentionPlan::full()));
         assert_eq!(recorded_plan(folder.path()).unwrap(), None);
     }

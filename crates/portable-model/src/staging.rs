@@ -140,14 +140,14 @@ impl StagingDir {
         }
         let is_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
         let file = if is_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
-        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| Ok(source.read(&info.name)?))
+        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| source.read(&info.name))
     }
 
     /// Checks that `needed` bytes are free on the disk of the work folder.
     ///
     /// # Errors
     /// [`PortableModelError::DiskFull`] if they are not.
-    pub fn check_room(&self, needed: u64) -> Result<()> {
+    pub fn check_disk_space(&self, needed: u64) -> Result<()> {
         let status = rustix::fs::statvfs(&self.work).map_err(|error| at(&self.work)(error.into()))?;
         let free = status.f_bavail.saturating_mul(status.f_frsize);
         if free < needed {
@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(config["size"], 2.0);
         // Hashes that were computed while writing are those of the files.
         let report = PortableModel::verify(&target).unwrap();
-        assert!(report.holds() && report.unchanged == 4, "{report}");
+        assert!(report.is_intact() && report.unchanged == 4, "{report}");
     }
 
     #[test]
@@ -374,8 +374,8 @@ mod tests {
     fn a_full_disk_is_reported_before_writing() {
         let folder = tempfile::tempdir().unwrap();
         let stage = StagingDir::begin(&folder.path().join("model"), Overwrite::Never).unwrap();
-        assert!(stage.check_room(1).is_ok());
-        let error = stage.check_room(u64::MAX).unwrap_err().to_string();
-        assert!(error.contains("18446744073709551615 bytes are needed") && error.contains("make room"), "{error}");
+        assert!(stage.check_disk_space(1).is_ok());
+        let error = stage.check_disk_space(u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("18446744073709551615 bytes are needed") && error.contains("free some space"), "{error}");
     }
 }

@@ -1,7 +1,7 @@
 //! [`Adapters`]: LoRA files and ControlNets, opened by plugins and ready to be applied to a model.
 
-use crate::transformer::TRANSFORMER;
-use crate::{Components, Result, RuntimeError, Transformer};
+use crate::transformer_checkpoint::TRANSFORMER;
+use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
 use clearform_layout::{Manifests, ParameterMap};
 use clearform_plugin_host::{
     Adapter, AdapterReport, BaseModel, CONTROLNET_INTERFACE, ComponentParameters, ControlNet, LowRankMode, Plugin,
@@ -63,7 +63,7 @@ struct PendingControlNet {
 /// A transformer with the edits of adapters.
 pub struct EditedTransformer {
     /// The transformer.
-    pub transformer: Transformer,
+    pub transformer: TransformerCheckpoint,
     /// The edits of all components.
     pub edits: Arc<WeightEdits>,
     /// What became of each adapter's tensors.
@@ -148,7 +148,7 @@ impl Adapters {
     /// fixed.
     pub fn apply_to(
         &self,
-        transformer: Transformer,
+        transformer: TransformerCheckpoint,
         components: Option<&Components>,
         manifests: &Manifests,
     ) -> Result<EditedTransformer> {
@@ -169,7 +169,7 @@ impl Adapters {
     ///
     /// # Errors
     /// The plugin rejects a file, the file belongs to another model, or interval or mode are invalid.
-    pub fn open_controlnets(&self, transformer: &Transformer) -> Result<Vec<ActiveControlNet>> {
+    pub fn open_controlnets(&self, transformer: &TransformerCheckpoint) -> Result<Vec<ActiveControlNet>> {
         let identified = transformer.identified();
         let base =
             BaseModel { family: &identified.family, config: &identified.config, attention: &self.controlnet_attention };
@@ -178,7 +178,7 @@ impl Adapters {
 }
 
 /// The parameters that adapters may edit, by component.
-fn editable_parameters(transformer: &Transformer, components: Option<&Components>) -> Result<ComponentParameters> {
+fn editable_parameters(transformer: &TransformerCheckpoint, components: Option<&Components>) -> Result<ComponentParameters> {
     let parameters = ComponentParameters::default().with(TRANSFORMER, transformer.identified().parameter_map());
     let Some(components) = components else { return Ok(parameters.skip_others("the transformer runs alone")) };
     EDITABLE_COMPONENTS.into_iter().filter(|name| components.has(name)).try_fold(parameters, |parameters, name| {

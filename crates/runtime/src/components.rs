@@ -2,7 +2,7 @@
 //! their configs and weights the same way from both.
 
 use crate::files::{read, read_json, read_text, transformer_path};
-use crate::{ReadOptions, Result, RuntimeError, Transformer};
+use crate::{ReadOptions, Result, RuntimeError, TransformerCheckpoint};
 use clearform_layout::{Dequantized, EmbeddedComponent, LayoutError, Manifests, OpenComponent};
 use clearform_portable_model::ComponentData;
 use clearform_weights::{Checkpoint, TensorSource};
@@ -40,7 +40,7 @@ impl Components {
     ///
     /// # Errors
     /// Tensors of a component are missing, have a wrong shape or are unknown.
-    pub fn with_embedded(mut self, transformer: &Transformer, reading: &ReadOptions) -> Result<Self> {
+    pub fn with_embedded(mut self, transformer: &TransformerCheckpoint, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
         self.file = Some(SingleFile {
             path: checkpoint.path().to_owned(),
@@ -154,7 +154,7 @@ impl Components {
         let config = self.config_beside_file(&embedded.name)?;
         let opened = embedded.open(Checkpoint::open(&file.path)?, config.as_ref());
         let checked = opened.and_then(|OpenComponent { config, tensors }| {
-            let tensors = if file.allow_unmatched { tensors.sufficient()? } else { tensors.complete()? };
+            let tensors = if file.allow_unmatched { tensors.require_sufficient()? } else { tensors.require_complete()? };
             let load_report = tensors.load_report().clone();
             Ok(ComponentData { name: embedded.name.clone(), config, tensors: Box::new(tensors), load_report })
         });

@@ -17,8 +17,8 @@ pub(crate) fn channel_axis(latents: &Tensor) -> usize {
 }
 
 impl Denoiser for ControlConcat<'_> {
-    fn layers(&self) -> &[String] {
-        self.base.layers()
+    fn layer_names(&self) -> &[String] {
+        self.base.layer_names()
     }
 
     fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<HiddenState> {

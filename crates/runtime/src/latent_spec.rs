@@ -2,7 +2,7 @@
 //! It loads no weights.
 
 use crate::control_concat::channel_axis;
-use crate::{Components, Result, RuntimeError, Transformer};
+use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::ImageSize;
 use clearform_models::vae::VaeConfig;
@@ -25,7 +25,7 @@ pub(crate) struct LatentSpec {
 
 impl LatentSpec {
     /// Reads the configs of `components`, and checks that the VAE fits the transformer.
-    pub fn new(components: &Components, transformer: &Transformer) -> Result<Self> {
+    pub fn new(components: &Components, transformer: &TransformerCheckpoint) -> Result<Self> {
         let family = transformer.family();
         let config = transformer.config();
         let has_vae = transformer.identified().components().iter().any(|component| component == "vae");
@@ -103,7 +103,7 @@ fn has_control_channels(in_channels: usize, packed: usize) -> Result<bool> {
 }
 
 /// Channels of latents in the form that the transformer takes.
-fn packed_channels(transformer: &Transformer, channels: usize, patch: usize) -> Result<usize> {
+fn packed_channels(transformer: &TransformerCheckpoint, channels: usize, patch: usize) -> Result<usize> {
     let latents = Tensor::zeros((1, channels, patch, patch), DType::F32, &Device::Cpu)?;
     let (packed, _) = transformer.family().pack(&latents)?;
     Ok(packed.dim(channel_axis(&packed))?)

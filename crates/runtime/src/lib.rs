@@ -6,7 +6,7 @@
 //!   transformer and VAE in sequence and releases each before the next, as `enable_sequential_cpu_offload` would. Its
 //!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
 //! - [`Components`] finds the components of a pipeline in folders or in a single-file checkpoint.
-//! - [`Transformer`] is an identified checkpoint that is not loaded yet.
+//! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.
 //! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
 //! - [`png`] writes images with their parameters, [`compare`] measures how similar images are.
 //!
@@ -26,7 +26,7 @@ mod latent_spec;
 mod pipeline;
 pub mod png;
 mod text;
-mod transformer;
+mod transformer_checkpoint;
 
 pub use adapters::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,
@@ -36,4 +36,4 @@ pub use error::{Result, RuntimeError};
 pub use image::RgbImage;
 pub use images::{check_images, to_images};
 pub use pipeline::{GenerateRequest, InitialLatents, Pipeline, PipelineOptions, PipelineStage};
-pub use transformer::{ReadOptions, Transformer};
+pub use transformer_checkpoint::{ReadOptions, TransformerCheckpoint};

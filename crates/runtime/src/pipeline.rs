@@ -5,7 +5,7 @@ use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::control_concat::ControlConcat;
 use crate::latent_spec::LatentSpec;
 use crate::text::{PipelineTextEncoders, open_weights};
-use crate::{Components, ReadOptions, Result, RuntimeError, Transformer, check_images, to_images};
+use crate::{Components, ReadOptions, Result, RuntimeError, TransformerCheckpoint, check_images, to_images};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::AutoencoderKl;
@@ -26,7 +26,7 @@ pub struct PipelineOptions {
     pub components: Option<PathBuf>,
     /// The attention of each layer. `None` is what a portable model records, and full attention for other models.
     pub plan: Option<AttentionPlan>,
-    /// Dtype of the transformer and the latents. `None` is that of [`Transformer::dtype`].
+    /// Dtype of the transformer and the latents. `None` is that of [`TransformerCheckpoint::dtype`].
     pub dtype: Option<DType>,
     /// The device that everything runs on.
     pub device: Device,
@@ -90,7 +90,7 @@ pub struct InitialLatents {
 /// An open model folder. Components are loaded when their stage begins and released when it ends.
 pub struct Pipeline {
     components: Components,
-    transformer: Transformer,
+    transformer: TransformerCheckpoint,
     scheduler: Scheduler,
     guidance_kind: GuidanceKind,
     latent_spec: LatentSpec,
@@ -111,7 +111,7 @@ impl Pipeline {
         let plan = options.plan.clone().or(recorded).unwrap_or_else(AttentionPlan::full);
         let components = Components::new(model, options.components.as_deref());
         let reading = options.reading.clone().recorded(model)?;
-        let transformer = Transformer::open(&components.transformer_path(), &reading)?;
+        let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
         let components = components.with_embedded(&transformer, &reading)?;
         components.require(transformer.identified().components())?;
         let adapters = &options.adapters;
@@ -142,7 +142,7 @@ impl Pipeline {
     }
 
     /// The transformer, which is not loaded.
-    pub fn transformer(&self) -> &Transformer {
+    pub fn transformer(&self) -> &TransformerCheckpoint {
         &self.transformer
     }
 
@@ -308,7 +308,7 @@ impl Pipeline {
                 let negative = self.conditions(unconditional, latents, guidance)?;
                 Ok(Guidance::classifier_free(positive, negative, guidance, *channels)?)
             }
-            _ => Ok(Guidance::Embedded(positive)),
+            _ => Ok(Guidance::SingleEvaluation(positive)),
         }
     }
 
@@ -399,7 +399,7 @@ impl Pipeline {
 }
 
 /// The model's scheduler if it has one, else the one its family was published with.
-fn scheduler(components: &Components, transformer: &Transformer) -> Result<Scheduler> {
+fn scheduler(components: &Components, transformer: &TransformerCheckpoint) -> Result<Scheduler> {
     let identified = transformer.identified();
     let has_one = identified
         .components()

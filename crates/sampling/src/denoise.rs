@@ -1,6 +1,6 @@
 //! [`denoise`]: the denoising loop, from noise to latents.
 
-use crate::{Guidance, History, Result, SamplingError, Schedule};
+use crate::{Guidance, SolverState, Result, SamplingError, Schedule};
 use candle_core::{DType, Tensor};
 use clearform_models::{Denoiser, StepIndex};
 
@@ -33,7 +33,7 @@ pub fn denoise(
 ) -> Result<Tensor> {
     let steps = schedule.steps();
     let mut latents = latents.clone();
-    let mut history = History::default();
+    let mut history = SolverState::default();
     for index in 0..steps {
         let timestep = schedule.timestep(index, &latents)?;
         let prediction = guidance.predict(denoiser, &latents, &timestep, StepIndex { index, steps })?;
@@ -64,7 +64,7 @@ mod tests {
     struct ForwardOnly(fn(&DenoiserInput) -> clearform_models::Result<Tensor>);
 
     impl Denoiser for ForwardOnly {
-        fn layers(&self) -> &[String] {
+        fn layer_names(&self) -> &[String] {
             &[]
         }
         fn embed(&self, _: &DenoiserInput) -> clearform_models::Result<HiddenState> {
@@ -106,7 +106,7 @@ mod tests {
     /// Sigmas 1, 0.5, 0. With p = 0.5: x = 2 - 0.5 (1 + 1) = 1, then 1 - 0.5 (0.5 + 0.5) = 0.5.
     #[test]
     fn two_steps_match_hand_computed_values() {
-        let (latents, seen) = run(&Guidance::Embedded(conditions(0.5)));
+        let (latents, seen) = run(&Guidance::SingleEvaluation(conditions(0.5)));
         assert_eq!(latents.unwrap().to_vec1::<f32>().unwrap(), [0.5]);
         assert_eq!(seen, [(1, 0.5), (2, 0.0)]);
     }
@@ -127,7 +127,7 @@ mod tests {
         let schedule = DpmSolver::from_config(&config).unwrap().schedule(4).unwrap();
         let latents = Tensor::new(&[2_f32], &Device::Cpu).unwrap();
         let mut seen = Vec::new();
-        let guidance = Guidance::Embedded(conditions(0.5));
+        let guidance = Guidance::SingleEvaluation(conditions(0.5));
         let mut keep = |step: &StepProgress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
         denoise(&LINEAR, &latents, &schedule, &guidance, &mut keep).unwrap();
         let want = [53.538_3_f32, 206.444_5, 427.402_6, 463.701_3];
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_learned_variance_is_dropped() {
-        assert_eq!(denoise_with_variance(&Guidance::Embedded(Conditions::default())).unwrap(), [-1.0, -2.0, -3.0]);
+        assert_eq!(denoise_with_variance(&Guidance::SingleEvaluation(Conditions::default())).unwrap(), [-1.0, -2.0, -3.0]);
     }
 
     /// Scale 2 from -c through c is 3 c. One step from 0 subtracts the prediction.
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn without_a_scale_above_1_the_negative_is_not_evaluated() {
         for (negative, scale) in [(None, 3.0), (Some(conditions(0.25)), 1.0)] {
-            assert!(matches!(Guidance::new(conditions(0.5), negative, scale).unwrap(), Guidance::Embedded(_)));
+            assert!(matches!(Guidance::new(conditions(0.5), negative, scale).unwrap(), Guidance::SingleEvaluation(_)));
         }
         let error = Guidance::new(conditions(0.5), None, f64::NAN).unwrap_err().to_string();
         assert!(error.contains("expected a finite number, found NaN"), "{error}");
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_prediction_that_is_not_finite_stops_the_loop() {
         for pooled in [f32::NAN, f32::INFINITY] {
-            let (result, seen) = run(&Guidance::Embedded(conditions(pooled)));
+            let (result, seen) = run(&Guidance::SingleEvaluation(conditions(pooled)));
             assert!(matches!(result, Err(SamplingError::NotFinite { step: 1, steps: 2 })));
             assert!(seen.is_empty());
         }

@@ -176,7 +176,7 @@ fn stretch(sigmas: &mut [f32], terminal: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::History;
+    use crate::SolverState;
     use candle_core::{DType, Device, Tensor};
     use serde_json::json;
 
@@ -223,7 +223,7 @@ mod tests {
                 Tensor::new(&[-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0], &Device::Cpu).unwrap();
             for index in 0..schedule.steps() {
                 let velocity = latents.affine(0.5, -f64::from(schedule.sigmas()[index])).unwrap();
-                latents = schedule.step(index, &latents, &velocity, &mut History::default()).unwrap();
+                latents = schedule.step(index, &latents, &velocity, &mut SolverState::default()).unwrap();
             }
             check(&latents.to_vec1().unwrap(), &floats(&case["after"]), 1e-6, &format!("latents of {case}"));
         }

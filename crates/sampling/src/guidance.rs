@@ -8,7 +8,7 @@ use clearform_models::{Conditions, Denoiser, DenoiserInput, StepIndex, without_v
 #[derive(Debug, Clone)]
 pub enum Guidance {
     /// One forward per step. A scale that the model embeds is in [`Conditions::guidance`].
-    Embedded(Conditions),
+    SingleEvaluation(Conditions),
     /// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): two forwards per step.
     ClassifierFree {
         /// Conditions of the prompt.
@@ -32,7 +32,7 @@ impl Guidance {
         check(scale)?;
         Ok(match negative {
             Some(negative) if scale > 1.0 => Self::ClassifierFree { positive, negative, scale, channels: None },
-            _ => Self::Embedded(positive),
+            _ => Self::SingleEvaluation(positive),
         })
     }
 
@@ -49,7 +49,7 @@ impl Guidance {
     ) -> Result<Self> {
         check(scale)?;
         Ok(if scale == 1.0 {
-            Self::Embedded(positive)
+            Self::SingleEvaluation(positive)
         } else {
             Self::ClassifierFree { positive, negative, scale, channels }
         })
@@ -79,7 +79,7 @@ impl Guidance {
             Ok(without_variance(&denoiser.forward(&input)?, latents)?)
         };
         match self {
-            Self::Embedded(conditions) => evaluate(conditions),
+            Self::SingleEvaluation(conditions) => evaluate(conditions),
             Self::ClassifierFree { positive, negative, scale, channels: None } => {
                 extrapolate(&evaluate(positive)?, &evaluate(negative)?, *scale)
             }

@@ -7,7 +7,7 @@
 //! | `set_timesteps` | [`Scheduler::schedule`], which returns a [`Schedule`] |
 //! | `scheduler.step` | [`Schedule::step`], with a [`History`] for multistep solvers |
 //! | `prompt_embeds`, `negative_prompt_embeds` and `guidance_scale` | [`Guidance`] |
-//! | the loop over timesteps | [`denoise`] |
+//! | the loop over timesteps | [`denoise()`] |
 //!
 //! Results are compared with diffusers in this crate's tests. This crate opens no file: schedulers are read from JSON
 //! values, and any [`clearform_models::Denoiser`] can be sampled.
@@ -33,5 +33,5 @@ pub use error::{Result, SamplingError};
 pub use flow::FlowMatchEuler;
 pub use guidance::Guidance;
 pub use noise::TorchGenerator;
-pub use schedule::{History, Schedule};
+pub use schedule::{SolverState, Schedule};
 pub use scheduler::Scheduler;

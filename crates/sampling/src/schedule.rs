@@ -17,7 +17,7 @@ pub struct Schedule {
 
 /// What a multistep solver keeps of previous steps. Start each image with the default value.
 #[derive(Debug, Clone, Default)]
-pub struct History {
+pub struct SolverState {
     /// The previous step's estimate of x0.
     data: Option<Tensor>,
 }
@@ -129,7 +129,7 @@ impl Schedule {
     ///
     /// # Errors
     /// Shapes that differ, or a `history` without the previous step.
-    pub fn step(&self, index: usize, latents: &Tensor, prediction: &Tensor, history: &mut History) -> Result<Tensor> {
+    pub fn step(&self, index: usize, latents: &Tensor, prediction: &Tensor, history: &mut SolverState) -> Result<Tensor> {
         let step = &self.steps[index];
         let x = latents.to_dtype(DType::F32)?;
         let p = prediction.to_dtype(DType::F32)?;
@@ -214,7 +214,7 @@ mod tests {
         let schedule = flow(process);
         let latents = tensor(&[2.0, 2.0]);
         assert_eq!(schedule.timestep(1, &latents).unwrap().to_vec1::<f32>().unwrap(), [timestep; 2], "{process:?}");
-        let moved = schedule.step(1, &latents, &tensor(&[3.0, 3.0]), &mut History::default()).unwrap();
+        let moved = schedule.step(1, &latents, &tensor(&[3.0, 3.0]), &mut SolverState::default()).unwrap();
         assert_eq!(moved.to_vec1::<f32>().unwrap(), [after; 2], "{process:?}");
     }
 
@@ -265,7 +265,7 @@ mod tests {
     fn a_step_without_its_history_is_refused() {
         let schedule = DpmSolver::default().schedule(4).unwrap();
         let latents = tensor(&[1.0]);
-        let mut history = History::default();
+        let mut history = SolverState::default();
         assert!(schedule.step(1, &latents, &latents, &mut history).unwrap_err().to_string().contains("history"));
         schedule.step(0, &latents, &latents, &mut history).unwrap();
         schedule.step(1, &latents, &latents, &mut history).unwrap();

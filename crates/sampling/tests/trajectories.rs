@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_models::StepSpacing;
-use clearform_sampling::{History, Scheduler};
+use clearform_sampling::{SolverState, Scheduler};
 use serde_json::{Value, json};
 
 const BOUND: f32 = 1e-5;
@@ -37,7 +37,7 @@ fn check_trajectory(case: &Value) {
     assert_eq!(schedule.steps(), steps, "{what}");
     let from = [-2_f32, -4.0 / 3.0, -2.0 / 3.0, 0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0];
     let mut latents = Tensor::new(&from, &Device::Cpu).unwrap();
-    let mut history = History::default();
+    let mut history = SolverState::default();
     let mut compared = 0;
     for index in 0..steps {
         let prediction = prediction(&latents, index);

@@ -5,7 +5,7 @@
 
 use crate::folder::{FolderContents, ShardIndex};
 use crate::header::{Header, HeaderEntry};
-use crate::wrapped::unwrapped;
+use crate::module_prefixes::unwrapped;
 use crate::{RawTensor, Result, TensorFile, TensorInfo, TensorSource, WeightsError, gguf, json, torch};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -37,11 +37,11 @@ pub struct StoredTensor {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors, `torch.save` or GGUF file, an index of shards, or a folder that holds one model as diffusers
-    /// or transformers save it. The format follows from the contents, not from the name. Headers are read and checked,
-    /// tensors are not; the pickle of a torch file is parsed as data and never run. GGUF's quantised tensors are read as
-    /// F32. A `config.json` in the same folder is read only if the files have the libraries' standard names: next to
-    /// other files it may belong to another model.
+    /// Opens a safetensors, `torch.save` or GGUF file, an index of shards, or a folder that holds one model as
+    /// diffusers or transformers save it. The format follows from the contents, not from the name. Headers are read and
+    /// checked, tensors are not; the pickle of a torch file is parsed as data and never run. GGUF's quantised tensors
+    /// are read as F32. A `config.json` in the same folder is read only if the files have the libraries' standard
+    /// names: next to other files it may belong to another model.
     ///
     /// # Errors
     /// [`WeightsError::Io`] if a file cannot be read, [`WeightsError::BadFile`] if it is damaged or of another format.

@@ -19,8 +19,8 @@ pub fn digest(path: impl AsRef<Path>) -> Result<Digest> {
     hash(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })
 }
 
-/// Replaces the file at `path`: writes a temporary file in the same folder, syncs it and renames it. `path` holds either
-/// the old bytes or the new ones.
+/// Replaces the file at `path`: writes a temporary file in the same folder, syncs it and renames it. `path` holds
+/// either the old bytes or the new ones.
 ///
 /// # Errors
 /// [`WeightsError::Io`] if any of it fails; `path` is then unchanged.

@@ -39,8 +39,8 @@ impl Fp8 {
         if byte & 0x80 == 0 { magnitude } else { -magnitude }
     }
 
-    /// `bytes` times `scale` as little-endian bf16: the exact product, rounded once, to nearest with ties to even. A scale
-    /// of 1 needs no rounding.
+    /// `bytes` times `scale` as little-endian bf16: the exact product, rounded once, to nearest with ties to even. A
+    /// scale of 1 needs no rounding.
     pub fn to_bf16(self, bytes: &[u8], scale: f32) -> Vec<u8> {
         let product = |byte| round_to_bf16(f64::from(self.value(byte)) * f64::from(scale)).to_le_bytes();
         let table: Vec<[u8; 2]> = (0..=u8::MAX).map(product).collect();
@@ -52,8 +52,8 @@ fn power_of_two(exponent: i32) -> f32 {
     f32::from_bits(((exponent + 127) as u32) << 23)
 }
 
-/// Rounds once from f64 to bf16. Rounding to f32 first could land on a tie that the exact value is not; setting the last
-/// bit of an inexact f32 ("round to odd") keeps it off the tie.
+/// Rounds once from f64 to bf16. Rounding to f32 first could land on a tie that the exact value is not; setting the
+/// last bit of an inexact f32 ("round to odd") keeps it off the tie.
 fn round_to_bf16(number: f64) -> u16 {
     let nearest = number as f32;
     if nearest.is_nan() {

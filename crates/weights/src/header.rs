@@ -6,7 +6,7 @@
 use crate::error::Validated;
 use crate::json::{self, BoundedShape, UniqueKeys};
 use crate::storage_view::StorageView;
-use crate::{Dtype, Result, TensorFile, disguise};
+use crate::{Dtype, Result, TensorFile, not_weights};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use std::fmt;
 const LENGTH_BYTES: u64 = 8;
 /// The limit of the safetensors library.
 const LONGEST_HEADER: u64 = 100_000_000;
-/// Bytes of the beginning that [`disguise`] looks at.
+/// Bytes of the beginning that [`not_weights`] looks at.
 const BEGINNING: u64 = 64;
 const METADATA: &str = "__metadata__";
 
@@ -28,7 +28,7 @@ pub(crate) struct HeaderEntry {
     pub view: StorageView,
 }
 
-/// What a file says of its tensors, in whatever format.
+/// The description of all tensors in a file, whatever its format.
 #[derive(Debug, Default)]
 pub(crate) struct Header {
     pub metadata: BTreeMap<String, String>,
@@ -52,14 +52,14 @@ impl Header {
 
 /// Bytes of a tensor of `shape` and `dtype`; `None` if their number overflows or is not whole.
 pub(crate) fn byte_count(dtype: Dtype, shape: &[usize]) -> Option<u64> {
-    let elements = shape.iter().try_fold(1u64, |product, &extent| product.checked_mul(extent as u64))?;
+    let elements = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size as u64))?;
     let bits = elements.checked_mul(dtype.bitsize() as u64)?;
     (bits % 8 == 0).then_some(bits / 8)
 }
 
 /// The length of the header, or what the file is instead of a safetensors file.
 fn header_length(beginning: &[u8], size: u64) -> Validated<u64> {
-    check_length(beginning, size).map_err(|reason| disguise::recognise(beginning).unwrap_or(reason))
+    check_length(beginning, size).map_err(|reason| not_weights::describe(beginning).unwrap_or(reason))
 }
 
 fn check_length(beginning: &[u8], size: u64) -> Validated<u64> {

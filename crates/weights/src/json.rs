@@ -3,7 +3,7 @@
 //! JSON parsers silently keep the last of two equal keys. In a safetensors header that would hide a tensor, so it is an
 //! error here.
 
-use crate::{Result, WeightsError, disguise};
+use crate::{Result, WeightsError, not_weights};
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -29,7 +29,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     }
     let bytes = std::fs::read(path).map_err(io)?;
     serde_json::from_slice(&bytes).map_err(|error| {
-        let disguise = disguise::recognise(&bytes).filter(|_| !bytes.trim_ascii_start().starts_with(b"{"));
+        let disguise = not_weights::describe(&bytes).filter(|_| !bytes.trim_ascii_start().starts_with(b"{"));
         let reason = disguise.unwrap_or_else(|| format!("not the JSON expected: {error}"));
         WeightsError::BadFile { path: path.to_owned(), reason }
     })

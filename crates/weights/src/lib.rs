@@ -8,7 +8,6 @@
 //! [`Checkpoint`], which picks the format.
 
 mod checkpoint;
-mod disguise;
 mod error;
 mod files;
 mod folder;
@@ -16,12 +15,13 @@ mod fp8;
 mod gguf;
 mod header;
 mod json;
+mod module_prefixes;
+mod not_weights;
 mod source;
 mod storage_view;
 mod stream;
 mod tensor_file;
 mod torch;
-mod wrapped;
 mod writer;
 
 pub use checkpoint::{Checkpoint, StoredTensor};

@@ -78,8 +78,8 @@ pub trait TensorSource {
         self.read(name)?.to_tensor(name)
     }
 
-    /// The same tensor as a base weight and low-rank terms, which add up to [`Self::tensor`]. A caller that multiplies by
-    /// the weight can add the products of the terms instead of forming their sum. Most sources have no terms.
+    /// The same tensor as a base weight and low-rank terms, which add up to [`Self::tensor`]. A caller that multiplies
+    /// by the weight can add the products of the terms instead of forming their sum. Most sources have no terms.
     ///
     /// # Errors
     /// As [`Self::tensor`].

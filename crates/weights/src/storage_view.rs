@@ -1,5 +1,5 @@
-//! [`StorageView`]: where a tensor's values are in its file, and how they are read: compressed, strided as PyTorch's views
-//! are, or packed in GGUF's quantised blocks. It knows no names.
+//! [`StorageView`]: where a tensor's values are in its file, and how they are read: compressed, strided as PyTorch's
+//! views are, or packed in GGUF's quantised blocks. It knows no names.
 
 use crate::files;
 use candle_core::Device;
@@ -97,8 +97,9 @@ impl StorageView {
         }
     }
 
-    /// Reads everything between the first and the last row of `range` at once and picks the values from it: reading each
-    /// run by itself could take millions of reads. `rows` is (bytes of a row, stride between rows, axes within a row).
+    /// Reads everything between the first and the last row of `range` at once and picks the values from it: reading
+    /// each run by itself could take millions of reads. `rows` is (bytes of a row, stride between rows, axes within a
+    /// row).
     fn gather(&self, file: &File, range: Range<u64>, rows: (u64, u64, &[(u64, u64)])) -> io::Result<Vec<u8>> {
         let (row, stride, inner) = rows;
         let first = range.start / row;

@@ -1,5 +1,5 @@
-//! [`HashingWriter`]: writes a file and hashes it at the same time, each on its own thread, while the caller prepares the
-//! next bytes.
+//! [`HashingWriter`]: writes a file and hashes it at the same time, each on its own thread, while the caller prepares
+//! the next bytes.
 
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -24,8 +24,8 @@ pub(crate) struct HashingWriter {
     hashing: WriterThread<Digest>,
 }
 
-/// A thread that consumes chunks of bytes. The channel has no buffer: sending waits until the thread takes the chunk, so
-/// at most two chunks are in memory.
+/// A thread that consumes chunks of bytes. The channel has no buffer: sending waits until the thread takes the chunk,
+/// so at most two chunks are in memory.
 #[derive(Debug)]
 struct WriterThread<T> {
     bytes: SyncSender<Arc<Vec<u8>>>,

@@ -1,4 +1,4 @@
-//! [`write`]: writes a safetensors file one tensor at a time, so that memory holds at most a few of them. Reading,
+//! [`write()`]: writes a safetensors file one tensor at a time, so that memory holds at most a few of them. Reading,
 //! hashing and writing overlap.
 //!
 //! The file gets its name only when it is complete.
@@ -23,8 +23,8 @@ pub fn save(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeM
     write(path, &source.tensors(), metadata, |info| source.read(&info.name)).map(drop)
 }
 
-/// Writes `tensors` to `path` and returns the file's digest. Tensors are stored by decreasing width of their dtype, then
-/// by name, which keeps each aligned; `read` is called for one after another in this order.
+/// Writes `tensors` to `path` and returns the file's digest. Tensors are stored by decreasing width of their dtype,
+/// then by name, which keeps each aligned; `read` is called for one after another in this order.
 ///
 /// # Errors
 /// Errors of `read`; [`WeightsError::BadTensor`] for repeated names, for a size that is not a whole number of bytes and

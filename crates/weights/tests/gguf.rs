@@ -1,4 +1,5 @@
-//! GGUF files are read as the gguf package reads them; `fixtures/gguf/export.py` wrote the files and the expected values.
+//! GGUF files are read as the gguf package reads them; `fixtures/gguf/export.py` wrote the files and the expected
+//! values.
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{Checkpoint, Dtype, TensorSource, WeightsError, digest, save};
@@ -14,7 +15,8 @@ fn check(path: &Path, expected: &str) -> Checkpoint {
     let expected = Checkpoint::open(fixture(expected)).unwrap();
     assert_eq!(found.tensors(), expected.tensors(), "{}", path.display());
     for info in expected.tensors() {
-        let (name, whole) = (&info.name, expected.read(&info.name).unwrap());
+        let name = &info.name;
+        let whole = expected.read(name).unwrap();
         assert_eq!(found.info(name), Some(info.clone()));
         assert_eq!(found.read(name).unwrap(), whole, "{name} of {}", path.display());
         let length = whole.bytes.len();

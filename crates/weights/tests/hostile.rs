@@ -95,7 +95,7 @@ fn broken_single_files_are_named() {
     for (name, bytes, expected) in cases {
         let path = write(folder.path(), "file.safetensors", bytes);
         let message = message(&path);
-        assert!(message.contains(expected), "{name}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{name}: {message:?} does not contain {expected:?}");
         assert!(message.starts_with(&path.display().to_string()), "{name}: {message:?} does not name the file");
         assert!(message.len() < 1000, "{name}: too long");
     }
@@ -114,7 +114,7 @@ fn committed_hostile_files_are_refused() {
     ];
     for (name, expected) in cases {
         let message = message(&committed(name));
-        assert!(message.contains(expected), "{name}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{name}: {message:?} does not contain {expected:?}");
     }
 }
 
@@ -124,12 +124,17 @@ fn broken_folders_are_named() {
     let index = |map: &str| format!(r#"{{"metadata":{{}},"weight_map":{{{map}}}}}"#).into_bytes();
     let many: Vec<String> = (0..600).map(|shard| format!(r#""t{shard}":"s{shard}.safetensors""#)).collect();
     const INDEX: &str = "model.safetensors.index.json";
-    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    let first = "model-00001-of-00002.safetensors";
+    let second = "model-00002-of-00002.safetensors";
     type Files<'a> = Vec<(&'a str, Vec<u8>)>;
     let cases: Vec<(&str, Files, &str)> = vec![
         ("nothing", vec![], "no .safetensors, torch.save or .gguf file in this folder"),
         ("PyTorch cut short", vec![("pytorch_model.bin", vec![1])], "1 bytes, too few"),
-        ("several", vec![("x.safetensors", tensor("a")), ("y.safetensors", tensor("b"))], "none with a standard name: pass one of"),
+        (
+            "several",
+            vec![("x.safetensors", tensor("a")), ("y.safetensors", tensor("b"))],
+            "none with a standard name: pass one of",
+        ),
         ("shard missing", vec![(INDEX, index(r#""a":"gone.safetensors""#))], "gone.safetensors: No such file"),
         ("index missing, one shard", vec![(first, tensor("a"))], "not one complete model"),
         ("path in index", vec![(INDEX, index(r#""a":"../x.safetensors""#))], "\"../x.safetensors\" is not a plain"),
@@ -175,7 +180,7 @@ fn broken_folders_are_named() {
             write(folder.path(), file, bytes);
         }
         let message = message(folder.path());
-        assert!(message.contains(expected), "{name}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{name}: {message:?} does not contain {expected:?}");
     }
 }
 

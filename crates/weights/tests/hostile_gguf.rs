@@ -74,7 +74,7 @@ fn check(cases: &[(&str, Vec<u8>, &str)]) {
             Err(other) => panic!("{name}: unexpected error {other:?}"),
         };
         assert!(start.elapsed() < Duration::from_secs(10), "{name} took {:?}", start.elapsed());
-        assert!(message.contains(expected), "{name}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{name}: {message:?} does not contain {expected:?}");
         assert!(message.starts_with(&path.display().to_string()), "{name}: {message:?} does not name the file");
         assert!(message.len() < 1000 && !message.contains(char::is_control), "{name}: {message:?}");
     }
@@ -141,7 +141,11 @@ fn broken_metadata_are_named() {
         ("alignment 3", alignment(3), "expected a power of two up to 65536, found 3"),
         ("alignment 2^31", alignment(1 << 31), "expected a power of two up to 65536, found 2147483648"),
         ("alignment of text", of_metadata(&[pair("general.alignment", 8, &text("32"))]), "expected a UINT32"),
-        ("unknown type", of_metadata(&[pair("k", 13, &[0; 8])]), "metadata \"k\": unknown value type 13: the file is damaged"),
+        (
+            "unknown type",
+            of_metadata(&[pair("k", 13, &[0; 8])]),
+            "metadata \"k\": unknown value type 13: the file is damaged",
+        ),
         ("unknown type in a list", of_list(list(77, 1, &[0; 8])), "unknown value type 77"),
         ("huge list", of_list(list(U32, HUGE, &[])), "4611686018427387904 items of 4 bytes claimed, only"),
         ("list that wraps", of_list(list(12, 1 << 61, &[])), "2305843009213693952 items of 8 bytes claimed, only"),
@@ -152,7 +156,11 @@ fn broken_metadata_are_named() {
         ("deep", of_list(deep), "lists nested more than 16 deep"),
         ("text past the end", text_of(u64::MAX), "18446744073709551615 bytes claimed, only"),
         ("long key", long_key, "a name of 5000 bytes, longer than the 4096 allowed"),
-        ("key not text", of_metadata(&[[&2u64.to_le_bytes()[..], b"\xff\xfe", &[0; 8]].concat()]), "a name that is not text"),
+        (
+            "key not text",
+            of_metadata(&[[&2u64.to_le_bytes()[..], b"\xff\xfe", &[0; 8]].concat()]),
+            "a name that is not text",
+        ),
         ("key twice", of_metadata(&[pair("k", 7, &[1]), pair("k", 7, &[0])]), "metadata \"k\": the key is given twice"),
         ("control characters", of_metadata(&[pair("\u{1b}[2J", 13, &[])]), r#"metadata "\u{1b}[2J""#),
         ("shape of another size", shape(&[7]), "its original shape [7] does not hold as many values as [2, 3]"),
@@ -189,23 +197,35 @@ fn broken_tensors_are_named() {
             "the size of [4294967296, 4294967296] in F32 cannot be",
         ),
         ("bytes that wrap", one_tensor(&[HUGE], F32, 0), "cannot be counted in bytes"),
-        ("half a block", one_tensor(&[33], Q8_0, 0), "rows of 33 values are not a multiple of the 32 in a block of Q8_0"),
-        ("rows of half blocks", one_tensor(&[16, 2], Q8_0, 0), "rows of 16 values are not a multiple"),
         (
-            "I-quant",
-            one_tensor(&[256], 16, 0),
-            "tensor \"w\": type IQ2_XXS is not supported: use the file in Q8_0",
+            "half a block",
+            one_tensor(&[33], Q8_0, 0),
+            "rows of 33 values are not a multiple of the 32 in a block of Q8_0",
         ),
+        ("rows of half blocks", one_tensor(&[16, 2], Q8_0, 0), "rows of 16 values are not a multiple"),
+        ("I-quant", one_tensor(&[256], 16, 0), "tensor \"w\": type IQ2_XXS is not supported: use the file in Q8_0"),
         ("MXFP4", one_tensor(&[32], 39, 0), "type MXFP4 is not supported"),
         ("a format of old", one_tensor(&[32], 4, 0), "unknown type 4: use the file in"),
         ("a format to come", one_tensor(&[32], 999, 0), "unknown type 999: use the file in"),
         ("past the end", one_tensor(&[65], F32, 0), "tensor \"w\" takes 260 bytes from 0, past the file's end"),
-        ("begins past the end", one_tensor(&[1], F32, 1 << 40), "takes 4 bytes from 1099511627776, past the file's end"),
+        (
+            "begins past the end",
+            one_tensor(&[1], F32, 1 << 40),
+            "takes 4 bytes from 1099511627776, past the file's end",
+        ),
         ("offset that wraps", one_tensor(&[8], F32, u64::MAX - 31), "past the file's end"),
         ("blocks past the end", one_tensor(&[32 * 8], Q8_0, 0), "takes 272 bytes from 0, past the file's end"),
         ("huge", one_tensor(&[1 << 60], F32, 0), "takes 4611686018427387904 bytes from 0, past the file's end"),
-        ("off the alignment", one_tensor(&[1], F32, 4), "begins at 4, which is not a multiple of the file's alignment 32"),
-        ("off its own alignment", aligned(64, &[tensor("w", &[1], F32, 32)]), "not a multiple of the file's alignment 64"),
+        (
+            "off the alignment",
+            one_tensor(&[1], F32, 4),
+            "begins at 4, which is not a multiple of the file's alignment 32",
+        ),
+        (
+            "off its own alignment",
+            aligned(64, &[tensor("w", &[1], F32, 32)]),
+            "not a multiple of the file's alignment 64",
+        ),
         ("overlap", of_tensors(&[tensor("a", &[9], F32, 0), tensor("b", &[1], F32, 32)]), "tensor \"b\" overlaps"),
         (
             "the same offset",
@@ -254,8 +274,8 @@ proptest! {
         let name = ["formats.gguf", "shapes.gguf", "bare.gguf"][file];
         let mut bytes = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/gguf").join(name)).unwrap();
         // Only the head of the file can be invalid; any values are valid.
-        let (at, length) = (at.index(bytes.len().min(2000)), bytes.len());
-        bytes[at] = byte;
+        let length = bytes.len();
+        bytes[at.index(length.min(2000))] = byte;
         survive(&bytes);
         bytes.truncate(cut.index(length));
         survive(&bytes);

@@ -1,5 +1,5 @@
-//! Damaged and malicious files of torch.save: each is refused quickly, in little memory and with a clear message, and no
-//! code runs.
+//! Damaged and malicious files of torch.save: each is refused quickly, in little memory and with a clear message, and
+//! no code runs.
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{Checkpoint, TensorSource, WeightsError};
@@ -30,7 +30,8 @@ fn deflated(name: &str, bytes: &[u8]) -> ZipRecord {
 }
 
 fn zip(records: &[ZipRecord]) -> Vec<u8> {
-    let (mut file, mut directory) = (Vec::new(), Vec::new());
+    let mut file = Vec::new();
+    let mut directory = Vec::new();
     for ZipRecord { name, method, packed, size } in records {
         let at = file.len() as u32;
         let sizes = [packed.len() as u32, *size as u32].map(u32::to_le_bytes).concat();
@@ -41,7 +42,8 @@ fn zip(records: &[ZipRecord]) -> Vec<u8> {
         directory.extend([b"PK\x01\x02\0\0\0\0\0\0", &method[..], &[0; 8], &sizes, &length, &[0; 12]].concat());
         directory.extend([&at.to_le_bytes()[..], name.as_bytes()].concat());
     }
-    let (length, at) = ((directory.len() as u32).to_le_bytes(), (file.len() as u32).to_le_bytes());
+    let length = (directory.len() as u32).to_le_bytes();
+    let at = (file.len() as u32).to_le_bytes();
     file.extend(directory);
     file.extend([b"PK\x05\x06\0\0\0\0\0\0\0\0", &length[..], &at, &[0; 2]].concat());
     file
@@ -112,7 +114,7 @@ fn check(cases: &[(&str, Vec<u8>, &str)]) {
             Err(other) => panic!("{name}: unexpected error {other:?}"),
         };
         assert!(start.elapsed() < Duration::from_secs(10), "{name} took {:?}", start.elapsed());
-        assert!(message.contains(expected), "{name}: {message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{name}: {message:?} does not contain {expected:?}");
         assert!(message.starts_with(&path.display().to_string()), "{name}: {message:?} does not name the file");
         assert!(message.len() < 1500 && !message.contains(char::is_control), "{name}: {message:?}");
     }
@@ -135,7 +137,7 @@ fn files_that_name_code_are_refused_and_it_does_not_run() {
     let call = |global: &str, argument: &[u8]| [global.as_bytes(), b"(", argument, b"tR"].concat();
     let new = |global: &str, argument: &[u8]| [global.as_bytes(), b"(", argument, b"t\x81"].concat();
     let on_stack = [&text("os")[..], &text("system"), b"\x93(", &touch, b"tR"].concat();
-    let beside = of_dict(&[("a", valid_tensor()), ("b", call("cos\nsystem\n", &touch))]);
+    let with_tensors = of_dict(&[("a", valid_tensor()), ("b", call("cos\nsystem\n", &touch))]);
     let cases = [
         ("system", archive(of_value(&call("cos\nsystem\n", &touch))), "\"os.system\", which is not plain data"),
         ("posix", archive(of_value(&call("cposix\nsystem\n", &touch))), "\"posix.system\""),
@@ -144,13 +146,17 @@ fn files_that_name_code_are_refused_and_it_does_not_run() {
         ("getattr", archive(of_value(&call("cbuiltins\ngetattr\n", &create))), "\"builtins.getattr\""),
         ("a class of subprocess", archive(of_value(&new("csubprocess\nPopen\n", &touch))), "\"subprocess.Popen\""),
         ("named on the stack", archive(of_value(&on_stack)), "\"os.system\""),
-        ("beside tensors", archive(&beside), "\"os.system\""),
+        ("with tensors", archive(&with_tensors), "\"os.system\""),
         (
             "a whole model",
             archive(of_value(&new("cmodels\nDiT\n", &touch))),
             "\"models.DiT\", which is not plain data (a model",
         ),
-        ("pickled by hand", archive(of_value(&call("ctorch.storage\n_load_from_bytes\n", &touch))), "_load_from_bytes\""),
+        (
+            "pickled by hand",
+            archive(of_value(&call("ctorch.storage\n_load_from_bytes\n", &touch))),
+            "_load_from_bytes\"",
+        ),
         ("control characters", archive(of_value(b"c\x1b[2J\nx\n")), r#""\u{1b}[2J.x""#),
         ("no zip", of_value(&call("cos\nsystem\n", &touch)), "\"os.system\""),
         ("an old instance", archive(of_value(b"(ios\nsystem\n")), "instruction 0x69"),
@@ -177,7 +183,7 @@ fn bombs_are_refused() {
     let longest_text = [b"\x8d", &HUGE.to_le_bytes()[..], b"x"].concat();
     let long_name = of_dict(&[(&"n".repeat(5000), valid_tensor())]);
     let zeros = vec![0; 64 << 20];
-    let lie = ZipRecord { size: 3_000_000_000, ..deflated("data.pkl", &of_value(&valid_tensor())) };
+    let bomb = ZipRecord { size: 3_000_000_000, ..deflated("data.pkl", &of_value(&valid_tensor())) };
     let many = (0..50_001).map(|index| format!("t{index}")).collect::<Vec<_>>();
     let many: Vec<u8> = many.iter().flat_map(|name| [&text(name)[..], b"h\0s"].concat()).collect();
     let many = [b"\x80\x02", &valid_tensor()[..], b"q\x000}", &many, END].concat();
@@ -193,7 +199,11 @@ fn bombs_are_refused() {
         ("values", archive([b"\x80\x02", &b"N0".repeat(3_000_000)[..]].concat()), "more than 2097152 values"),
         ("huge text", archive(of_value(&long_text(u32::MAX))), "4294967295 bytes claimed, only"),
         ("huge text of 8 bytes", archive(of_value(&longest_text)), "4611686018427387904 bytes claimed, only"),
-        ("huge bytes", archive(of_value(b"\x8e\xff\xff\xff\xff\xff\xff\xff\xff")), "18446744073709551615 bytes claimed"),
+        (
+            "huge bytes",
+            archive(of_value(b"\x8e\xff\xff\xff\xff\xff\xff\xff\xff")),
+            "18446744073709551615 bytes claimed",
+        ),
         ("huge number", archive(of_value(b"\x8b\xff\xff\xff\x7f")), "2147483647 bytes claimed"),
         ("huge frame", archive(of_value(b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f")), "bytes claimed, only"),
         ("long name", archive(&long_name), "a name of 5000 bytes"),
@@ -201,7 +211,11 @@ fn bombs_are_refused() {
         ("far offset", archive(of_value(&tensor(&float(6), HUGE, &[1], &[1]))), "goes past the 24 bytes"),
         ("far stride", archive(of_value(&tensor(&float(6), 0, &[2], &[HUGE]))), "goes past the 24 bytes"),
         ("huge dimension", archive(of_value(&tensor(&float(6), 0, &[HUGE], &[0]))), "goes past the 24 bytes"),
-        ("huge product", archive(of_value(&tensor(&float(6), 0, &[1 << 32, 1 << 32], &[0, 0]))), "goes past the 24 bytes"),
+        (
+            "huge product",
+            archive(of_value(&tensor(&float(6), 0, &[1 << 32, 1 << 32], &[0, 0]))),
+            "goes past the 24 bytes",
+        ),
         ("expanded", archive(of_value(&tensor(&float(6), 0, &[1 << 40], &[0]))), "refused as a zip bomb"),
         (
             "huge storage",
@@ -211,7 +225,7 @@ fn bombs_are_refused() {
         ("storage too small", archive(of_value(&tensor(&float(7), 6, &[1], &[1]))), "should have 28 bytes, found 24"),
         ("deflated more than claimed", deflated_storage(6, &zeros), "should have 24 bytes, found 67108864"),
         ("deflated pickle", zip(&[deflated("data.pkl", &zeros)]), "a pickle of 67108864 bytes, more than"),
-        ("deflation too good", zip(&[lie]), "cannot unpack to the 3000000000 it claims"),
+        ("deflation too good", zip(&[bomb]), "cannot unpack to the 3000000000 it claims"),
     ];
     check(&cases);
     let kept: Vec<u8> = (0..2_100_000u32).flat_map(|key| [&b"r"[..], &key.to_le_bytes()].concat()).collect();
@@ -255,8 +269,8 @@ fn shared_values_are_not_copied() {
     bomb.extend(b"h\x28");
     let itself = b"}q\x64X\x05\0\0\0modelh\x64s".to_vec();
     let folder = tempfile::tempdir().unwrap();
-    let beside = of_dict(&[("w", valid_tensor()), ("bomb", bomb.clone()), ("itself", itself.clone())]);
-    let checkpoint = Checkpoint::open(write(folder.path(), &archive(beside))).unwrap();
+    let pickle = of_dict(&[("w", valid_tensor()), ("bomb", bomb.clone()), ("itself", itself.clone())]);
+    let checkpoint = Checkpoint::open(write(folder.path(), &archive(pickle))).unwrap();
     assert_eq!(checkpoint.notes(), ["left out: \"bomb\" (a list of 2), \"itself\" (a dict of 1)"]);
     check(&[
         (
@@ -289,7 +303,11 @@ fn broken_pickles_are_named() {
         ("a line without end", archive(b"\x80\x02ctorch"), "a line without an end"),
         ("a text", archive([b"\x80\x02", &text("hello")[..], END].concat()), "found text"),
         ("a tensor alone", archive([b"\x80\x02", &valid_tensor()[..], END].concat()), "found a tensor"),
-        ("no tensors", archive(of_value(b"K\x01")), "no state dict in it, expected tensors by name, found \"w\" (a number)"),
+        (
+            "no tensors",
+            archive(of_value(b"K\x01")),
+            "no state dict in it, expected tensors by name, found \"w\" (a number)",
+        ),
         (
             "tensor without name",
             archive([b"\x80\x02}(K\x01", &valid_tensor()[..], b"u."].concat()),
@@ -303,7 +321,11 @@ fn broken_pickles_are_named() {
         ("negated", archive(of_value(&negated)), "negated or conjugated"),
         ("another persistent value", archive(of_value(&other_storage)), "expected text, found None"),
         ("storage of no class", archive(of_value(&storage("Size", "0", 6))), "whose class is not one of torch's"),
-        ("quantised", archive(of_value(&storage("QInt8Storage", "0", 6))), "torch.QInt8Storage is not a supported dtype"),
+        (
+            "quantised",
+            archive(of_value(&storage("QInt8Storage", "0", 6))),
+            "torch.QInt8Storage is not a supported dtype",
+        ),
         (
             "negative count",
             archive(of_value(b"ctorch._utils\n_rebuild_tensor_v2\n(NJ\xff\xff\xff\xff))\x89NtR")),
@@ -317,7 +339,11 @@ fn broken_pickles_are_named() {
             archive(of_value(&tensor(&storage("FloatStorage", "../0", 6), 0, &[1], &[1]))),
             "\"a/data/../0\" is missing",
         ),
-        ("numpy", archive(of_value(b"cnumpy.core.multiarray\n_reconstruct\n)R")), "\"w\" is a numpy array, expected tensors"),
+        (
+            "numpy",
+            archive(of_value(b"cnumpy.core.multiarray\n_reconstruct\n)R")),
+            "\"w\" is a numpy array, expected tensors",
+        ),
         ("another pickle", b"\x80\x02N.".to_vec(), "a Python pickle that torch.save did not write"),
     ];
     check(&cases);
@@ -363,11 +389,11 @@ fn broken_archives_are_named() {
 fn deflated_records_that_lie_are_refused_when_read() {
     let pickle = of_value(&tensor(&storage("FloatStorage", "0", 6), 0, &[6], &[1]));
     for (length, expected) in [(25, "unpacks to more than the 24 bytes"), (23, "unpacks to less than the 24 bytes")] {
-        let lie = ZipRecord { size: 24, ..deflated("data/0", &vec![7; length]) };
+        let record = ZipRecord { size: 24, ..deflated("data/0", &vec![7; length]) };
         let folder = tempfile::tempdir().unwrap();
-        let path = write(folder.path(), &zip(&[deflated("data.pkl", &pickle), lie]));
+        let path = write(folder.path(), &zip(&[deflated("data.pkl", &pickle), record]));
         let message = Checkpoint::open(path).unwrap().read("w").unwrap_err().to_string();
-        assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+        assert!(message.contains(expected), "{message:?} does not contain {expected:?}");
     }
 }
 
@@ -388,7 +414,8 @@ fn broken_legacy_files_are_named() {
     let big_endian = legacy(&of_value(&valid_tensor()), &keys, &data(6));
     let big_endian = [&big_endian[..23], &dict(&[("little_endian", b"\x89".to_vec())]), &big_endian[24..]].concat();
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(write(folder.path(), &legacy(&of_value(&valid_tensor()), &keys, &data(6)))).unwrap();
+    let checkpoint =
+        Checkpoint::open(write(folder.path(), &legacy(&of_value(&valid_tensor()), &keys, &data(6)))).unwrap();
     assert_eq!(checkpoint.read("w").unwrap().bytes, [7; 24]);
     let cases = [
         ("cut short", legacy(&of_value(&valid_tensor()), &keys, &data(6)[..20]), "goes past the file's end"),
@@ -397,9 +424,17 @@ fn broken_legacy_files_are_named() {
         ("small count", legacy(&of_value(&valid_tensor()), &keys, &data(5)), "should have 24 bytes, found 20"),
         ("no keys", legacy(&of_value(&valid_tensor()), b"]", &data(6)), "storage \"0\" is missing"),
         ("another key", legacy(&of_value(&valid_tensor()), &other, &data(6)), "storage \"1\" is in no tensor"),
-        ("keys of no list", legacy(&of_value(&valid_tensor()), b"N", &data(6)), "expected the keys of the storages, found None"),
+        (
+            "keys of no list",
+            legacy(&of_value(&valid_tensor()), b"N", &data(6)),
+            "expected the keys of the storages, found None",
+        ),
         ("code", legacy(&of_value(b"cos\nsystem\n"), &keys, &data(6)), "\"os.system\""),
-        ("a key twice", legacy(&of_value(&valid_tensor()), &twice, &[data(6), data(6)].concat()), "storage \"0\" is given twice"),
+        (
+            "a key twice",
+            legacy(&of_value(&valid_tensor()), &twice, &[data(6), data(6)].concat()),
+            "storage \"0\" is given twice",
+        ),
         ("big-endian", big_endian, "of another byte order (big-endian)"),
         ("another version", version, "another version than 1001"),
         ("nothing after the magic", legacy(b"", b"", b"")[..15].to_vec(), "the pickle is cut short"),
@@ -425,8 +460,8 @@ proptest! {
         let name = ["views.pt", "deflated.ckpt", "legacy.pth", "training-4.pt"][file];
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/torch").join(name);
         let mut bytes = std::fs::read(path).unwrap();
-        let (at, length) = (at.index(bytes.len()), bytes.len());
-        bytes[at] = byte;
+        let length = bytes.len();
+        bytes[at.index(length)] = byte;
         survive(&bytes);
         bytes.truncate(cut.index(length));
         survive(&bytes);

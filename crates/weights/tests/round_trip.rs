@@ -83,7 +83,8 @@ fn files_of_the_library_are_read() {
 #[test]
 fn saving_a_source_keeps_every_bit() {
     let folder = tempfile::tempdir().unwrap();
-    let (first, second) = (folder.path().join("1.safetensors"), folder.path().join("2.safetensors"));
+    let first = folder.path().join("1.safetensors");
+    let second = folder.path().join("2.safetensors");
     write(&first, &samples()[..5]);
     let source = Checkpoint::open(&first).unwrap();
     let in_memory = InMemoryTensors::load(&source, None, &candle_core::Device::Cpu).unwrap();
@@ -167,8 +168,8 @@ fn plain_files_come_before_variants_and_safetensors_before_other_formats() {
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let names: Vec<String> = checkpoint.tensors().into_iter().map(|info| info.name).collect();
         assert_eq!(names, [expected]);
-        let told = note.map(|others| format!("reading {expected:?}, not {others} in the same folder"));
-        assert_eq!(checkpoint.notes(), told.as_slice());
+        let expected_note = note.map(|others| format!("reading {expected:?}, not {others} in the same folder"));
+        assert_eq!(checkpoint.notes(), expected_note.as_slice());
     }
 }
 
@@ -213,7 +214,8 @@ fn a_single_file_uses_the_config_only_if_it_has_a_standard_name() {
 #[test]
 fn symbolic_links_are_followed() {
     let cache = tempfile::tempdir().unwrap();
-    let (blobs, snapshot) = (cache.path().join("blobs"), cache.path().join("snapshots"));
+    let blobs = cache.path().join("blobs");
+    let snapshot = cache.path().join("snapshots");
     std::fs::create_dir(&blobs).unwrap();
     std::fs::create_dir(&snapshot).unwrap();
     write(&blobs.join("0123"), &samples());

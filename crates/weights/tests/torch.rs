@@ -15,7 +15,8 @@ fn check(path: &Path, expected: &str) -> Checkpoint {
     let expected = Checkpoint::open(fixture(expected)).unwrap();
     assert_eq!(found.tensors(), expected.tensors(), "{}", path.display());
     for info in expected.tensors() {
-        let (name, whole) = (&info.name, expected.read(&info.name).unwrap());
+        let name = &info.name;
+        let whole = expected.read(name).unwrap();
         assert_eq!(found.info(name), Some(info.clone()));
         assert_eq!(found.read(name).unwrap(), whole, "{name} of {}", path.display());
         let length = whole.bytes.len();
@@ -116,7 +117,8 @@ fn folders_without_safetensors_open_by_their_torch_files() {
     type Files<'a> = &'a [(&'a str, &'a str)];
     let index =
         br#"{"metadata":{},"weight_map":{"a":"s-1.bin","b":"s-1.bin","0.bias":"s-2.bin","0.weight":"s-2.bin"}}"#;
-    let (diffusers, transformers) = ("diffusion_pytorch_model.bin", "pytorch_model.bin");
+    let diffusers = "diffusion_pytorch_model.bin";
+    let transformers = "pytorch_model.bin";
     let cases: [(&str, Files, Option<&str>, usize); 7] = [
         ("diffusers", &[("views.pt", diffusers), ("nested.ckpt", "optimizer.bin")], None, 15),
         ("a variant", &[("views.pt", "diffusion_pytorch_model.fp16.bin")], None, 15),

@@ -105,7 +105,7 @@ fn build_net(file: AdapterFile, base: &FluxConfig, plan: &AttentionPlan) -> Resu
     let source = FileSource::new(file)?;
     let sidecar = Sidecar { config: Some(&config), metadata: &BTreeMap::new() };
     let identified = detect_source(&source, sidecar, &manifests, &Hints::default()).map_err(message)?;
-    let canonical = identified.canonical(&source).complete().map_err(message)?;
+    let canonical = identified.canonical(&source).require_complete().map_err(message)?;
     let config = FluxConfig::new(&identified.config).map_err(|error| error.to_string())?;
     FluxControlNet::build(config, &canonical, plan).map_err(|error| error.to_string())
 }

@@ -93,7 +93,7 @@ pub struct AdapterArg {
     /// File or folder.
     pub path: PathBuf,
     /// Strength.
-    pub weight: Option<f64>,
+    pub strength: Option<f64>,
     /// `KEY=VALUE` settings, in order.
     pub settings: Vec<(String, String)>,
 }
@@ -118,7 +118,7 @@ impl fmt::Display for AdapterArg {
     /// As the user gives it, with the file name instead of the path.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.file_name().unwrap_or_default().to_string_lossy())?;
-        self.weight.map_or(Ok(()), |weight| write!(f, ":{weight}"))?;
+        self.strength.map_or(Ok(()), |weight| write!(f, ":{weight}"))?;
         let settings: Vec<String> = self.settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
         if settings.is_empty() { Ok(()) } else { write!(f, ":{}", settings.join(",")) }
     }
@@ -139,7 +139,7 @@ impl AdapterArg {
         for item in rest.split([':', ',']) {
             match (item.split_once('='), item.parse::<f64>()) {
                 (Some((key, value)), _) if is_key(key) => parsed.settings.push((key.to_owned(), value.to_owned())),
-                (None, Ok(weight)) if weight.is_finite() && parsed.weight.is_none() => parsed.weight = Some(weight),
+                (None, Ok(weight)) if weight.is_finite() && parsed.strength.is_none() => parsed.strength = Some(weight),
                 _ => return None,
             }
         }
@@ -170,7 +170,7 @@ mod tests {
         ];
         for (text, path, weight, settings) in cases {
             let settings = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-            let expected = AdapterArg { path: PathBuf::from(path), weight, settings };
+            let expected = AdapterArg { path: PathBuf::from(path), strength: weight, settings };
             assert_eq!(text.parse::<AdapterArg>(), Ok(expected), "{text}");
         }
         assert!("".parse::<AdapterArg>().is_err());

@@ -32,5 +32,5 @@ fn dry_run(args: &ConvertArgs, plan: &AttentionPlan, output: &Output) -> anyhow:
     let inspection = Inspection::of(&identified, &checkpoint);
     output.note(format_args!("would write {} with attention {plan}", args.output.display()));
     output.result(&inspection)?;
-    Ok(CommandOutcome::complete_if(inspection.complete()))
+    Ok(CommandOutcome::complete_if(inspection.is_complete()))
 }

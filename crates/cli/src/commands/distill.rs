@@ -8,7 +8,7 @@ use crate::sources::{open_original_pipeline, open_original_transformer, open_tra
 use clearform_convert::{ConversionPlan, PatchedAttention};
 use clearform_distill::SampleSet;
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, ReadOptions, Transformer};
+use clearform_runtime::{Components, ReadOptions, TransformerCheckpoint};
 use std::path::Path;
 
 /// Trains the model and writes it to the output folder, or replaces it.
@@ -39,7 +39,7 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
     Ok(CommandOutcome::Complete)
 }
 
-fn samples(args: &DistillArgs, teacher: &Transformer, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+fn samples(args: &DistillArgs, teacher: &TransformerCheckpoint, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
         return distillation::open_samples(folder);
     }

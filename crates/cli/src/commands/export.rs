@@ -17,7 +17,7 @@ pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome>
     let transformer = open_transformer_with(&args.model, &read_options(&args.reading)?.recorded(&args.model)?)?;
     print_notes(transformer.checkpoint(), output);
     let layout = layout(transformer.identified(), &args.to);
-    let exported = transformer.identified().foreign(layout, transformer.source())?.complete()?;
+    let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
     let computed = transformer.family().computed_tensors(transformer.config(), layout)?;
     let file = PatchedAttention::new(&exported, &computed);
     let plan = clearform_portable_model::recorded_plan(&args.model)?;

@@ -20,5 +20,5 @@ pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome
     for problem in problems.into_iter().take(PRINTED_PROBLEMS).chain(rest) {
         output.note(format_args!("error: {}: {problem}", args.source.display()));
     }
-    Ok(CommandOutcome::complete_if(inspection.complete()))
+    Ok(CommandOutcome::complete_if(inspection.is_complete()))
 }

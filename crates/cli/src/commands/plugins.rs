@@ -3,7 +3,7 @@
 use crate::adapters::plugin_registry;
 use crate::args::{PluginsAction, PluginsArgs};
 use crate::output::{CommandOutcome, Output};
-use clearform_plugin_host::{ExampleResults, Plugin, check, plugin_at};
+use clearform_plugin_host::{ExampleResults, Plugin, check_plugin, plugin_at};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub fn run(args: &PluginsArgs, output: &Output) -> anyhow::Result<CommandOutcome
 /// Loads a plugin and runs its examples; the outcome is partial if one of them fails.
 fn run_check(path: &Path, output: &Output) -> anyhow::Result<CommandOutcome> {
     let plugin = plugin_at(path)?;
-    let examples = check(&plugin)?;
+    let examples = check_plugin(&plugin)?;
     let none_failed = examples.failures().next().is_none();
     output.result(&PluginCheck { plugin: ListedPlugin::new(&plugin), examples })?;
     Ok(CommandOutcome::complete_if(none_failed))

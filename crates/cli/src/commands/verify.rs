@@ -8,5 +8,5 @@ use clearform_portable_model::PortableModel;
 pub fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let report = PortableModel::verify(&args.model)?;
     output.result(&report)?;
-    Ok(CommandOutcome::complete_if(report.holds()))
+    Ok(CommandOutcome::complete_if(report.is_intact()))
 }

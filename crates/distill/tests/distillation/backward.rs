@@ -49,7 +49,7 @@ fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
 #[test]
 fn block_by_block_is_plain_backward() {
     let models = models("clear:r=2,d=2", DType::F32);
-    let layers = Some(models.student().layers().to_vec());
+    let layers = Some(models.student().layer_names().to_vec());
     let batch = batch(&steps(), 1);
     let plain = plain_loss(&models, &batch);
     let loss = LossSettings { layers, ..LossSettings::default() };

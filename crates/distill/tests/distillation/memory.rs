@@ -40,7 +40,7 @@ fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
     let samples = samples(&folder.path().join("samples"), &models);
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };
     let checkpoint_dir =
-        CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, start: ResumeMode::Fresh };
+        CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, resume: ResumeMode::Fresh };
     let outcome = distill(&models, &samples, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
     assert!(matches!(outcome, TrainingOutcome::Finished(_)));
 

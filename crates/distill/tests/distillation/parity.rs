@@ -83,12 +83,12 @@ fn clipping_is_that_of_torch() {
         BTreeMap::from([("a".to_owned(), tensor(&[3.0, 0.0])), ("b".to_owned(), tensor(&[4.0]))])
     };
     let mut clipped = gradients();
-    assert_eq!(clearform_distill::clip(&mut clipped, Some(1.0)).unwrap(), 5.0);
+    assert_eq!(clearform_distill::clip_gradients(&mut clipped, Some(1.0)).unwrap(), 5.0);
     let got = [clipped["a"].to_vec1::<f32>().unwrap(), clipped["b"].to_vec1::<f32>().unwrap()].concat();
     for (got, wanted) in got.into_iter().zip([0.599_999_9, 0.0, 0.799_999_84]) {
         assert!((got - wanted).abs() < 1e-7, "{got}, wanted {wanted}");
     }
     let mut kept = gradients();
-    clearform_distill::clip(&mut kept, Some(5.1)).unwrap();
+    clearform_distill::clip_gradients(&mut kept, Some(5.1)).unwrap();
     assert_eq!(kept["b"].to_vec1::<f32>().unwrap(), [4.0]);
 }

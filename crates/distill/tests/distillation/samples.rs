@@ -46,7 +46,7 @@ fn samples_are_what_denoising_each_alone_gives() {
     let folder = tempfile::tempdir().unwrap();
     let models = models("full", DType::F32);
     let set = sample_set(folder.path(), sample_settings(), &models);
-    assert_samples(&set, models.teacher(), |prompt| Guidance::Embedded(conditions(prompt)));
+    assert_samples(&set, models.teacher(), |prompt| Guidance::SingleEvaluation(conditions(prompt)));
 }
 
 #[test]
@@ -55,8 +55,8 @@ fn guided_samples_are_what_denoising_each_alone_gives() {
     let models = models("full", DType::F32);
     let set = sample_set(folder.path(), guided_settings(), &models);
     let guidance = |prompt: &str| {
-        let (positive, negative) = (conditions(prompt), conditions(""));
-        Guidance::ClassifierFree { positive, negative, scale: 3.0, channels: None }
+        let positive = conditions(prompt);
+        Guidance::ClassifierFree { positive, negative: conditions(""), scale: 3.0, channels: None }
     };
     assert_samples(&set, models.teacher(), guidance);
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 /// A file that lacks a tensor of a layout's signature is still taken for that layout if the rules match at least this
 /// share of its names, so that the missing tensor is reported by name and not as an unknown model. A damaged model has
-/// lost a few tensors, and a fine-tune may have added some: a fifth leaves room for both. With fewer matches it would be
-/// a guess that the rest of the model is the same.
+/// lost a few tensors, and a fine-tune may have added some: a fifth leaves room for both. With fewer matches it would
+/// be a guess that the rest of the model is the same.
 const NEAR_ENOUGH: f64 = 0.8;
 /// How many of the nearest layouts an error lists.
 const MOST_NEAREST: usize = 5;
@@ -135,8 +135,8 @@ fn candidates(family: &Arc<FamilyManifest>, names: &BTreeSet<&str>) -> Vec<Candi
     pairs.map(|(index, prefix)| Candidate::new(family, index, prefix, names)).collect()
 }
 
-/// The first of candidates that fit equally well: manifests list the usual layouts and prefixes first. If the candidates
-/// are of several families, the declared class must decide.
+/// The first of candidates that fit equally well: manifests list the usual layouts and prefixes first. If the
+/// candidates are of several families, the declared class must decide.
 fn one_family(mut fitting: Vec<Candidate>, declared: DeclaredConfig) -> Result<Option<Candidate>> {
     let all = family_names(&fitting);
     if all.len() > 1 {

@@ -1,5 +1,6 @@
-//! [`EmbeddedComponent`]: a component of a pipeline in the same file as its transformer, and [`OpenComponent`], the same
-//! under its canonical names. The rules of its kind are in `manifests/components/`, in the same notation as families.
+//! [`EmbeddedComponent`]: a component of a pipeline in the same file as its transformer, and [`OpenComponent`], the
+//! same under its canonical names. The rules of its kind are in `manifests/components/`, in the same notation as
+//! families.
 
 use crate::detect::hints::Hints;
 use crate::detect::{Identified, Sidecar, detect_dequantized};
@@ -60,7 +61,7 @@ impl EmbeddedComponent {
     /// file. Scales of fp8 are read, weights are not.
     ///
     /// # Errors
-    /// As [`crate::detect`]. Tensors that are missing or not understood are in the load report.
+    /// As [`crate::detect()`]. Tensors that are missing or not understood are in the load report.
     pub fn open<S: TensorSource>(&self, file: S, config: Option<&Value>) -> Result<OpenComponent<S>> {
         let RawComponent { kind, unused, identity, .. } = &self.rule.raw;
         let mut view = PrefixView::new(file, &self.prefix).without(unused.keys());

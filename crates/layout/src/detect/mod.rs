@@ -1,4 +1,5 @@
-//! [`detect`]: finds the family, layout and variant of a checkpoint from names and shapes; [`Identified`] is the result.
+//! [`detect`]: finds the family, layout and variant of a checkpoint from names and shapes; [`Identified`] is the
+//! result.
 //!
 //! It chooses between the rules of `manifest` and applies them with `mapping`; `report` prints what it finds.
 
@@ -143,7 +144,7 @@ impl Identified {
     ///
     /// # Errors
     /// [`LayoutError::NoSuch`] for a layout that the family does not have.
-    pub fn foreign<S: TensorSource>(&self, layout: &str, canonical: S) -> Result<ExportedSource<S>> {
+    pub fn to_layout<S: TensorSource>(&self, layout: &str, canonical: S) -> Result<ExportedSource<S>> {
         let layouts = &self.manifest.layouts;
         let layout = layouts.iter().find(|known| known.name == layout).ok_or_else(|| LayoutError::NoSuch {
             kind: "layout",

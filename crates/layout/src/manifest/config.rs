@@ -1,7 +1,7 @@
 //! [`ResolvedConfig`]: the settings of a model, from what config.json declares and what the tensors show.
 //!
-//! A declared value counts, and is checked against the tensors: many settings cannot be read from tensors, so the config
-//! is the more complete of the two, and a difference is reported as a conflict.
+//! A declared value counts, and is checked against the tensors: many settings cannot be read from tensors, so the
+//! config is the more complete of the two, and a difference is reported as a conflict.
 
 use crate::error::Result;
 use crate::manifest::config_values::{ConfigValues, equal};

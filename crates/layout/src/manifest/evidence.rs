@@ -30,3 +30,31 @@ pub(crate) fn block_count(numbers: &BTreeSet<usize>) -> usize {
     let highest = numbers.last().map_or(0, |last| last + 1);
     if numbers.len() * 2 > highest { highest } else { (0..).zip(numbers).take_while(|(at, n)| at == *n).count() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_value_of_most_tensors_wins_and_of_equals_the_first() {
+        assert_eq!(vote(vec![(7, "a"), (8, "b"), (8, "c")]), Some((8, "b")));
+        assert_eq!(vote(vec![(7, "a"), (8, "b"), (8, "c"), (7, "d")]), Some((7, "a")));
+        assert_eq!(vote(Vec::new()), None);
+    }
+
+    #[test]
+    fn lost_blocks_are_counted_and_stray_numbers_are_not() {
+        for (numbers, expected) in [
+            (&[][..], 0),
+            (&[0, 1, 2], 3),
+            (&[0, 1, 3], 4),
+            (&[1, 2], 3),
+            (&[0, 1, 3, 5], 6),
+            (&[0, 3], 1),
+            (&[0, 1, 2, 9], 3),
+            (&[5], 0),
+        ] {
+            assert_eq!(block_count(&numbers.iter().copied().collect()), expected, "{numbers:?}");
+        }
+    }
+}

@@ -26,7 +26,7 @@ pub struct SamplingDefaults {
     pub evaluations: usize,
 }
 
-/// A published model of the family with its own sampling defaults, such as FLUX.1 [schnell].
+/// A published model of the family with its own sampling defaults, such as FLUX.1 schnell.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Variant {
     /// Its name in the manifest; "custom" if none fits.
@@ -178,7 +178,8 @@ pub(crate) struct ComponentRule {
 }
 
 impl FamilyManifest {
-    /// A new family, starting from the family `like`. `kinds` are the rules of components. The error names what is wrong.
+    /// A new family, starting from the family `like`. `kinds` are the rules of components. The error names what is
+    /// wrong.
     pub fn new(raw: RawFamily, like: Option<&Self>, kinds: &[Arc<Self>]) -> Result<Self, String> {
         let class = raw.class.clone().ok_or("a new family needs a class")?;
         if like.is_some() && !raw.tensors.is_empty() {
@@ -300,7 +301,8 @@ impl FamilyManifest {
         self.variants.iter().map(|variant| variant.name.clone()).chain(["custom".to_owned()]).collect()
     }
 
-    /// A variant with `defaults`, completed by those of the family; if neither has one, 28 steps without guidance or text.
+    /// A variant with `defaults`, completed by those of the family; if neither has one, 28 steps without guidance or
+    /// text.
     fn with_defaults(&self, name: &str, defaults: RawSamplingDefaults) -> Variant {
         let RawSamplingDefaults { steps, guidance, text_tokens, evaluations } = defaults.or(self.defaults);
         let defaults = SamplingDefaults {

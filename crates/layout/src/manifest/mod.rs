@@ -1,8 +1,8 @@
 //! [`Manifests`]: the rules of all families, embedded in the program and added by users.
 //!
-//! This folder reads TOML and knows no checkpoint: [`family`] is a manifest, made of [`setting`]s (keys of config.json),
-//! [`shape`]s (tensors) and [`rule`]s (renaming); [`config`] resolves the settings of one model. `mapping` applies the
-//! rules, `detect` chooses between them.
+//! This folder reads TOML and knows no checkpoint: [`family`] is a manifest, made of [`setting`]s (keys of
+//! config.json), [`shape`]s (tensors) and [`rule`]s (renaming); [`config`] resolves the settings of one model.
+//! `mapping` applies the rules, `detect` chooses between them.
 
 mod block_filter;
 pub(crate) mod config;
@@ -131,8 +131,8 @@ impl Manifests {
         Ok(self)
     }
 
-    /// Checks that `source` is not one of the models that are refused whatever family they are of, such as an adapter or
-    /// a model in an unsupported quantisation.
+    /// Checks that `source` is not one of the models that are refused whatever family they are of, such as an adapter
+    /// or a model in an unsupported quantisation.
     ///
     /// # Errors
     /// [`LayoutError::Unsupported`], which names what it is.

@@ -15,8 +15,8 @@ pub(crate) enum PerBlockList {
     Rows(Vec<String>),
     /// Another list in reverse order.
     Reversed(String),
-    /// The input channels of each block, where another list has the output channels. The first block has as many inputs as
-    /// outputs.
+    /// The input channels of each block, where another list has the output channels. The first block has as many inputs
+    /// as outputs.
     Inputs(String),
     /// The numbers of the blocks for which two lists differ.
     Unequal([String; 2]),

@@ -48,8 +48,8 @@ pub(crate) enum MappingKind {
     Join(Vec<usize>),
     /// One to many equal tensors, because the canonical model has in every block what the layout stores once.
     Copy,
-    /// Many equal tensors to one, the inverse of [`Self::Copy`]. They are compared when the output is read: training may
-    /// have changed the copies, and then the layout cannot hold the model.
+    /// Many equal tensors to one, the inverse of [`Self::Copy`]. They are compared when the output is read: training
+    /// may have changed the copies, and then the layout cannot hold the model.
     Pick,
     /// To nothing, for a reason.
     Drop(String),

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 
-/// The most blocks that a config.json may declare. Real models have fewer than a hundred; every block is expanded into a
-/// list of its tensors, so a hostile number would fill the memory.
+/// The most blocks that a config.json may declare. Real models have fewer than a hundred; every block is expanded into
+/// a list of its tensors, so a hostile number would fill the memory.
 const MOST_BLOCKS: u64 = 10_000;
 /// The largest size that may be declared without a tensor to check it. Real ones stay below 200 000; their products are
 /// computed, and must not overflow.
@@ -21,8 +21,8 @@ const MOST_SIZE: u64 = 1_000_000;
 /// Characters of an invalid value that an error shows.
 const MOST_SHOWN: usize = 80;
 
-/// A setting in a manifest. It has at most one of `value`, `blocks`, `numbers`, `list`, `present`, `extent` and `size`. A
-/// number read from the tensors is then divided by `over`, its square root is taken if `root`, it is multiplied by
+/// A setting in a manifest. It has at most one of `value`, `blocks`, `numbers`, `list`, `present`, `extent` and `size`.
+/// A number read from the tensors is then divided by `over`, its square root is taken if `root`, it is multiplied by
 /// `times`, `plus` is added (which may be negative), and it is limited to `most`, in this order. If any step does not
 /// give a whole number, nothing is found.
 #[derive(Debug, Clone, Deserialize)]
@@ -200,10 +200,10 @@ impl Setting {
         }
     }
 
-    /// What a declared value should be, if it is not. Numbers and lists of blocks come first: they are limited even if the
-    /// tensors show the value, because the declared one is used and would be expanded. Any other value that the tensors
-    /// show needs no check here: a wrong one is reported as a conflict. Of values that no tensor shows only the type can
-    /// be checked; it is that of the published values, where a whole number stands for a size.
+    /// What a declared value should be, if it is not. Numbers and lists of blocks come first: they are limited even if
+    /// the tensors show the value, because the declared one is used and would be expanded. Any other value that the
+    /// tensors show needs no check here: a wrong one is reported as a conflict. Of values that no tensor shows only the
+    /// type can be checked; it is that of the published values, where a whole number stands for a size.
     fn expectation(&self, declared: &Value, found: Option<&Value>) -> Option<String> {
         if self.blocks.is_some() {
             return whole_number(declared, MOST_BLOCKS);

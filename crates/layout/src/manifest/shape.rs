@@ -1,5 +1,5 @@
-//! [`ExpectedTensor`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in manifests
-//! ([`TensorRule`], [`SizeExpr`]).
+//! [`ExpectedTensor`]: a canonical tensor that a model of given sizes must have, and the notation of shapes in
+//! manifests ([`TensorRule`], [`SizeExpr`]).
 
 use crate::manifest::block_filter::BlockFilter;
 use crate::manifest::config_values::ConfigValues;
@@ -22,13 +22,14 @@ pub struct ExpectedTensor {
 impl ExpectedTensor {
     /// Whether it may have the shape `shape`.
     pub fn fits(&self, shape: &[usize]) -> bool {
-        let fits = |(expected, found): (&Option<usize>, &usize)| expected.is_none_or(|expected| expected == *found);
-        self.shape.len() == shape.len() && self.shape.iter().zip(shape).all(fits)
+        let is_allowed = |(expected, found): (&Option<usize>, &usize)| expected.is_none_or(|size| size == *found);
+        self.shape.len() == shape.len() && self.shape.iter().zip(shape).all(is_allowed)
     }
 }
 
-/// A dimension in a manifest: a number, a product of settings such as "3*width", or "?" for any size. For a setting that
-/// is a list, "channels[n]" is the entry of the tensor's block, and "channels[first]" and "channels[last]" are its ends.
+/// A dimension in a manifest: a number, a product of settings such as "3*width", or "?" for any size. For a setting
+/// that is a list, `channels[n]` is the entry of the tensor's block, and `channels[first]` and `channels[last]` are its
+/// ends.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum SizeExpr {

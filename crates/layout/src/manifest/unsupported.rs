@@ -16,7 +16,7 @@ pub(crate) struct UnsupportedModels {
     /// Checked before families: adapters and quantised models have a family's names too.
     refused: Vec<Signature>,
     /// Checked after families: models that no family fits.
-    known: Vec<Signature>,
+    recognised: Vec<Signature>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -49,7 +49,7 @@ impl UnsupportedModels {
 
     /// An error if these are the tensors of a model that is known but not supported, or of a component.
     pub fn recognise(&self, names: &BTreeSet<&str>) -> Result<(), LayoutError> {
-        check_signatures(&self.known, names)
+        check_signatures(&self.recognised, names)
     }
 
     /// Which component the tensor `name` belongs to, if it is not the transformer's.

@@ -49,8 +49,8 @@ impl<S> MappedSource<S> {
     ///
     /// # Errors
     /// [`LayoutError::Incomplete`], which names the missing and misshapen tensors.
-    pub fn sufficient(self) -> Result<Self> {
-        match self.load_report.sufficient() {
+    pub fn require_sufficient(self) -> Result<Self> {
+        match self.load_report.is_sufficient() {
             true => Ok(self),
             false => Err(LayoutError::Incomplete(Box::new(self.load_report))),
         }
@@ -60,8 +60,8 @@ impl<S> MappedSource<S> {
     ///
     /// # Errors
     /// [`LayoutError::Incomplete`], which names the others.
-    pub fn complete(self) -> Result<Self> {
-        match self.load_report.complete() {
+    pub fn require_complete(self) -> Result<Self> {
+        match self.load_report.is_complete() {
             true => Ok(self),
             false => Err(LayoutError::Incomplete(Box::new(self.load_report))),
         }

@@ -1,8 +1,8 @@
 //! [`Dequantized`]: a source whose fp8 weights are presented as bf16, with their scales applied.
 //!
-//! fp8 is a storage format; nothing is computed in it. bf16 holds every fp8 value exactly; with a scale, the exact product
-//! is rounded once. Every scale is applied, or the file is refused: a scale that is not understood stays in the list of
-//! tensors, and detection refuses files with one.
+//! fp8 is a storage format; nothing is computed in it. bf16 holds every fp8 value exactly; with a scale, the exact
+//! product is rounded once. Every scale is applied, or the file is refused: a scale that is not understood stays in the
+//! list of tensors, and detection refuses files with one.
 
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
@@ -134,8 +134,8 @@ impl<S: TensorSource> Dequantized<S> {
         (fp8 > 0).then(|| format!("{fp8} fp8 tensors are read as bf16, {scaled} of them times their scales"))
     }
 
-    /// Hides a tensor that belongs to fp8 weights, and applies it if it is a scale. One that fits no weight stays in the
-    /// list, so that detection refuses the file.
+    /// Hides a tensor that belongs to fp8 weights, and applies it if it is a scale. One that fits no weight stays in
+    /// the list, so that detection refuses the file.
     fn add_scale_tensor(&mut self, info: &TensorInfo, module: &str, role: &ScaleRole) -> Result<()> {
         let weight = format!("{module}weight");
         let scale_tensor = match role {

@@ -74,12 +74,12 @@ pub struct LoadReport {
 
 impl LoadReport {
     /// Whether nothing is missing, misshapen, unmatched or contradicted.
-    pub fn complete(&self) -> bool {
-        self.sufficient() && self.unmatched().next().is_none()
+    pub fn is_complete(&self) -> bool {
+        self.is_sufficient() && self.unmatched().next().is_none()
     }
 
     /// Whether nothing is missing, misshapen or contradicted.
-    pub fn sufficient(&self) -> bool {
+    pub fn is_sufficient(&self) -> bool {
         self.missing.is_empty() && self.misshapen.is_empty() && self.contradictions.is_empty()
     }
 
@@ -115,8 +115,8 @@ impl LoadReport {
         contradictions.chain(missing).chain(misshapen).chain(unmatched).collect()
     }
 
-    /// Searches for names similar to those of unknown and missing tensors. `known` are all names that the model has in the
-    /// layout.
+    /// Searches for names similar to those of unknown and missing tensors. `known` are all names that the model has in
+    /// the layout.
     pub(crate) fn suggest_names(&mut self, known: impl FnOnce() -> BTreeSet<String>) {
         let unknown: Vec<&str> = self.unmatched().map(|(name, _)| name).collect();
         if unknown.is_empty() {
@@ -153,9 +153,9 @@ impl LoadReport {
         format!("tensor {name:?} is missing{purpose}{}", self.hint(name))
     }
 
-    /// The name that is similar to `name`, in brackets, if there is one.
+    /// The name that `name` was probably meant to be, in brackets, if there is one.
     pub(crate) fn hint(&self, name: &str) -> String {
-        self.suggestions.get(name).map_or_else(String::new, |similar| format!(" (similar: {similar:?})"))
+        self.suggestions.get(name).map_or_else(String::new, |similar| format!(" (maybe {similar:?})"))
     }
 }
 

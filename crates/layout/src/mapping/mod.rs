@@ -1,8 +1,8 @@
 //! [`Mapping`]: the result of applying a layout's rules to a list of tensors, by names and shapes only.
 //!
-//! This folder applies the rules of `manifest` to tensors: [`assembly`] is an output and its pieces, [`dequantized`] comes
-//! before it for fp8 files, [`load_report`] states the result, [`parameter_map`] looks names up in all layouts, and
-//! [`prefix_view`] selects a component's tensors. `detect` decides which rules to apply.
+//! This folder applies the rules of `manifest` to tensors: [`assembly`] is an output and its pieces, [`dequantized`]
+//! comes before it for fp8 files, [`load_report`] states the result, [`parameter_map`] looks names up in all layouts,
+//! and [`prefix_view`] selects a component's tensors. `detect` decides which rules to apply.
 
 pub(crate) mod assembly;
 pub(crate) mod dequantized;

@@ -1,5 +1,5 @@
-//! [`ParameterMap`]: which rows of which canonical tensors a parameter is, by its name in any layout. Adapters use it to
-//! find the weights that they change.
+//! [`ParameterMap`]: which rows of which canonical tensors a parameter is, by its name in any layout. Adapters use it
+//! to find the weights that they change.
 
 use crate::manifest::config_values::ConfigValues;
 use crate::manifest::family::FamilyManifest;
@@ -66,8 +66,8 @@ impl ParameterMap {
         map
     }
 
-    /// The parameter `name` of any layout, with dots or underscores and with any prefix of the layouts. "<module>.weight"
-    /// also finds a module's only parameter if it is called "scale" or has the module's name.
+    /// The parameter `name` of any layout, with dots or underscores and with any prefix of the layouts.
+    /// `<module>.weight` also finds a module's only parameter if it is called "scale" or has the module's name.
     pub fn find(&self, name: &str) -> Option<&LayoutParameter> {
         let name = underscored(name);
         let module = name.strip_suffix("_weight");

@@ -5,8 +5,8 @@ use strsim::levenshtein;
 
 /// Names of one block that are compared; a hostile file may have a hundred thousand.
 const MOST_COMPARED: usize = 2000;
-/// Of a similar name at most one letter in so many differs. A renamed module ("qkv" as "to_qkv", "proj" as "projection")
-/// changes fewer; different modules of a block differ in more.
+/// Of a similar name at most one letter in so many differs. A renamed module ("qkv" as "to_qkv", "proj" as
+/// "projection") changes fewer; different modules of a block differ in more.
 const LETTERS_PER_CHANGE: usize = 4;
 
 /// Candidates by the number of their block. Names of other blocks differ in a digit only and are never meant.

@@ -1,20 +1,20 @@
 //! [`CostEstimate`]: the operations and memory of generating an image, counted from the shapes of the weights. Nothing
 //! here is measured; how long it takes depends on the machine.
 //!
-//! One evaluation of the transformer on N image tokens and T text tokens takes 2 operations for every weight of a linear
-//! layer or convolution and every token, pixel or image that the layer is applied to, and 4 w for every pair of tokens
-//! that attend to each other in a layer of width w. In joint attention of image and text, full attention has (N + T)^2
-//! pairs; CLEAR has the pairs of image tokens nearer than the radius r (dx^2 + dy^2 < r^2, counted exactly, with the
-//! image's borders), N T from image to text and T (N + T) from text (CLEAR, section 3.2). Self-attention of the image has
-//! N^2 pairs or the near ones, cross-attention to the text N T in both cases. Norms, position embeddings, softmax and
-//! activations are left out, as in the literature.
+//! One evaluation of the transformer on N image tokens and T text tokens takes 2 operations for every weight of a
+//! linear layer or convolution and every token, pixel or image that the layer is applied to, and 4w for every pair of
+//! tokens that attend to each other in a layer of width w. In joint attention of image and text, full attention has
+//! `(N+T)^2` pairs; CLEAR has the pairs of image tokens nearer than the radius r (`dx^2+dy^2<r^2`, counted exactly,
+//! with the image's borders), `NT` from image to text and `T(N+T)` from text (CLEAR, section 3.2). Self-attention of
+//! the image has `N^2` pairs or the near ones, cross-attention to the text `NT` in both cases. Norms, position
+//! embeddings, softmax and activations are left out, as in the literature.
 //!
-//! Counted this way, one attention layer of FLUX.1 [dev] at 1024 pixels takes 260.9 Gflop, and 63.5, 86.6 and 154.1 with
-//! CLEAR of radius 8, 16 and 32. The paper prints the same except for 80.6 at radius 16, which contradicts its own table
-//! of TFLOPs (0.09).
+//! Counted this way, one attention layer of FLUX.1 dev at 1024 pixels takes 260.9 Gflop, and 63.5, 86.6 and 154.1 with
+//! CLEAR of radius 8, 16 and 32. The paper prints the same except for 80.6 at radius 16, which contradicts its own
+//! table of TFLOPs (0.09).
 //!
-//! Memory is the weights in the dtype they are computed in, plus [`ACTIVATIONS`] of w values per token in f32. Attention of
-//! either kind is computed in tiles and stores no matrix of pairs.
+//! Memory is the weights in the dtype they are computed in, plus [`ACTIVATIONS`] of w values per token in f32.
+//! Attention of either kind is computed in tiles and stores no matrix of pairs.
 
 use crate::detect::Identified;
 use crate::report::flops::FlopCount;
@@ -60,10 +60,11 @@ pub struct ClearCost {
 }
 
 impl CostEstimate {
-    /// Estimates for the size that a model was trained on and for larger ones that it can generate. `weight_bytes` is the
-    /// size of its weights. Empty if the family's manifest does not state what its weights are applied to.
+    /// Estimates for the size that a model was trained on and for larger ones that it can generate. `weight_bytes` is
+    /// the size of its weights. Empty if the family's manifest does not state what its weights are applied to.
     pub fn of(identified: &Identified, weight_bytes: u64) -> Vec<Self> {
-        let (manifest, sizes) = (identified.manifest(), identified.sizes());
+        let manifest = identified.manifest();
+        let sizes = identified.sizes();
         let flops = FlopCount::of(manifest, sizes);
         let token = identified.pixels_per_token();
         let first = manifest.trained_side(sizes).unwrap_or(USUAL_SIDE).clamp(token, MOST_SIDE.max(token));
@@ -142,8 +143,8 @@ mod tests {
         }
     }
 
-    /// Gflop of one attention layer of FLUX.1 [dev] at 1K, 2K, 4K and 8K, as the paper prints them; at 1K and radius 16 one
-    /// of its tables has 80.6.
+    /// Gflop of one attention layer of FLUX.1 dev at 1K, 2K, 4K and 8K, as the paper prints them; at 1K and radius 16
+    /// one of its tables has 80.6.
     #[test]
     fn an_attention_layer_costs_what_the_paper_prints() {
         let layer = FlopCount { attends_all: 3072.0, ..FlopCount::default() };

@@ -1,5 +1,5 @@
-//! How an [`Inspection`] is printed: a word at the left of each line names its topic, problems come near the end, and the
-//! last line is the verdict. Long lists are cut here; the JSON has them whole.
+//! How an [`Inspection`] is printed: a word at the left of each line names its topic, problems come near the end, and
+//! the last line is the verdict. Long lists are cut here; the JSON has them whole.
 
 use crate::manifest::family::{SamplingDefaults, Variant};
 use crate::mapping::UNKNOWN;

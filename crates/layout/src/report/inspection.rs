@@ -95,7 +95,7 @@ impl Inspection {
         let sizes = identified.sizes();
         let components = identified.components_in(canonical.source());
         Self {
-            complete: load_report.complete(),
+            complete: load_report.is_complete(),
             family: identified.family.clone(),
             variant: identified.variant.clone(),
             layout: identified.layout.clone(),
@@ -139,7 +139,7 @@ impl Inspection {
     }
 
     /// Whether the model is complete and every tensor is understood.
-    pub fn complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.complete
     }
 

@@ -1,4 +1,4 @@
-//! A made-up source of tensors, FLUX models of any size by their names and shapes, and models of every family.
+//! A source of tensors with made-up values, FLUX models of any size, and models of every family ([`models`]).
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod models;
@@ -8,7 +8,7 @@ use clearform_weights::{Dtype, RawTensor, Result, TensorInfo, TensorSource, Weig
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// Tensors whose bytes follow from their names.
+/// Tensors whose bytes are derived from their names.
 #[derive(Debug, Clone, Default)]
 pub struct Fake {
     pub tensors: BTreeMap<String, TensorInfo>,
@@ -26,8 +26,8 @@ impl Fake {
         fake
     }
 
-    /// The same tensors under `prefix`.
-    pub fn under(&self, prefix: &str) -> Self {
+    /// The same tensors with `prefix` before their names.
+    pub fn with_prefix(&self, prefix: &str) -> Self {
         let mut fake = Self::default();
         self.tensors.iter().for_each(|(name, info)| fake.put(&format!("{prefix}{name}"), &info.shape));
         fake
@@ -76,13 +76,13 @@ pub struct Flux {
 pub const TINY: Flux = Flux { double: 2, single: 3, heads: 2, head_dim: 8, channels: 64, guidance: true };
 
 impl Flux {
-    /// The diffusers transformer's tensors, from the list of FLUX.1-dev with the sizes exchanged.
+    /// The tensors of diffusers' transformer: the list of FLUX.1-dev with these sizes.
     pub fn diffusers(self) -> Fake {
         let mut fake = Fake::default();
         for line in include_str!("../data/flux1_dev.txt").lines() {
             let (name, rest) = line.split_once('\t').unwrap();
-            let extents = rest[1..rest.find(']').unwrap()].split(", ");
-            let shape: Vec<usize> = extents.map(|extent| self.exchange(name, extent.parse().unwrap())).collect();
+            let sizes = rest[1..rest.find(']').unwrap()].split(", ");
+            let shape: Vec<usize> = sizes.map(|size| self.replace_size(name, size.parse().unwrap())).collect();
             if name.contains("guidance_embedder") && !self.guidance {
                 continue;
             }
@@ -94,27 +94,27 @@ impl Flux {
         fake
     }
 
-    fn exchange(self, name: &str, extent: usize) -> usize {
-        let embedder = name.starts_with("x_embedder") || name.starts_with("proj_out");
-        match extent {
-            64 if embedder && name.starts_with('x') => self.channels,
-            64 if embedder => 64,
+    /// The size in this model of what is `size` in FLUX.1-dev.
+    fn replace_size(self, name: &str, size: usize) -> usize {
+        match size {
+            64 if name.starts_with("x_embedder") => self.channels,
+            64 if name.starts_with("proj_out") => 64,
             128 => self.head_dim,
-            256 | 768 | 4096 => extent,
+            256 | 768 | 4096 => size,
             multiple => multiple / 3072 * self.heads * self.head_dim,
         }
     }
 
-    /// What config.json says of it.
+    /// Its config.json.
     pub fn config(self) -> Value {
-        let third = self.head_dim / 4;
+        let quarter = self.head_dim / 4;
         json!({
             "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.2", "patch_size": 1,
             "in_channels": self.channels, "out_channels": if self.channels == 64 { Value::Null } else { 64.into() },
             "num_layers": self.double, "num_single_layers": self.single,
             "attention_head_dim": self.head_dim, "num_attention_heads": self.heads, "joint_attention_dim": 4096,
             "pooled_projection_dim": 768, "guidance_embeds": self.guidance,
-            "axes_dims_rope": [third * 2, third, third],
+            "axes_dims_rope": [quarter * 2, quarter, quarter],
         })
     }
 
@@ -122,7 +122,7 @@ impl Flux {
     pub fn foreign(self, layout: &str) -> Fake {
         let source = self.diffusers();
         let identified = detect(&source, Some(&self.config()), &Hints::default()).unwrap();
-        let exported = identified.foreign(layout, &source).unwrap();
+        let exported = identified.to_layout(layout, &source).unwrap();
         assert_eq!(exported.load_report().unmatched().count(), 0);
         Fake::like(&exported)
     }

@@ -1,4 +1,4 @@
-//! Models of every family and any size: what config.json says of them, and their tensors in each layout.
+//! Models of every family and any size: their config.json and their tensors in each layout.
 
 use super::{Fake, detect, manifests};
 use clearform_layout::{CanonicalSource, Hints, Identified};
@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 pub const FAMILIES: [&str; 6] = ["dit", "flux", "minrf", "pixart", "sd3", "sit"];
 
-/// What sizes follow from; `norms`, `dual` and `more` mean what a family has of that kind.
+/// Sizes of a model. `norms` are norms of query and key, `dual` is dual attention, `more` are further conditions:
+/// guidance or the image size. Families that do not have one ignore it.
 #[derive(Debug, Clone, Copy)]
 pub struct Dims {
     pub depth: usize,
@@ -22,7 +23,7 @@ pub struct Dims {
 pub const SMALL: Dims =
     Dims { depth: 3, heads: 3, head_dim: 8, channels: 4, patch: 2, norms: true, dual: true, more: true };
 
-/// A model, by what config.json says of it and the sizes that it does not say.
+/// A model: its config.json and the sizes that config.json does not have.
 #[derive(Debug, Clone)]
 pub struct Model {
     pub family: &'static str,
@@ -44,7 +45,7 @@ impl Model {
         Self { family, config, hidden }
     }
 
-    /// The tensors under canonical names, those that a model may lack left out.
+    /// The tensors under canonical names, without the optional ones.
     pub fn canonical(&self) -> Fake {
         let mut config = self.config.clone();
         let hidden = self.hidden.as_object().unwrap().clone();
@@ -61,12 +62,12 @@ impl Model {
     pub fn foreign(&self, layout: &str) -> Fake {
         let source = self.canonical();
         let identified = detect(&source, Some(&self.config), &Hints::default()).unwrap();
-        let exported = identified.foreign(layout, &source).unwrap();
+        let exported = identified.to_layout(layout, &source).unwrap();
         assert_eq!(exported.load_report().unmatched().count(), 0);
         Fake::like(&exported)
     }
 
-    /// Detects `source` by this model's config.json and maps it.
+    /// Detects `source` with this model's config.json and maps it.
     pub fn open<'a>(&self, source: &'a Fake) -> (Identified, CanonicalSource<&'a Fake>) {
         super::open(source, &self.config)
     }

@@ -29,7 +29,7 @@ pub const fn description<const N: usize>(text: &str) -> [u8; N] {
     copied
 }
 
-/// Exports the type `$type`, an [`AdapterPlugin`](crate::sdk::AdapterPlugin). `$path` is the TOML file of its
+/// Exports the type `$type`, an [`AdapterPlugin`]. `$path` is the TOML file of its
 /// description, relative to the source file.
 #[macro_export]
 macro_rules! export_adapter {
@@ -38,7 +38,7 @@ macro_rules! export_adapter {
     };
 }
 
-/// Exports the type `$type`, a [`ControlNetPlugin`](crate::sdk::ControlNetPlugin). `$path` is the TOML file of its
+/// Exports the type `$type`, a [`ControlNetPlugin`]. `$path` is the TOML file of its
 /// description, relative to the source file.
 #[macro_export]
 macro_rules! export_controlnet {

@@ -1,4 +1,5 @@
-//! [`GgufType`]: the types of tensors in GGUF files (`ggml_type`), by number and name. Blocks are dequantised by candle.
+//! [`GgufType`]: the types of tensors in GGUF files (`ggml_type`), by number and name. Blocks are dequantised by
+//! candle.
 
 use crate::Dtype;
 use crate::error::Validated;

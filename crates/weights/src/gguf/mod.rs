@@ -1,8 +1,8 @@
 //! GGUF files: the metadata and the list of tensors, parsed and checked against the file's size.
 //!
-//! The format is that of <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3: metadata, a list
-//! of tensors, then their values. Quantised tensors are presented as F32 and dequantised when they are read. No tensor
-//! is read here, and names are opaque.
+//! The format is that of <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3: metadata, a
+//! list of tensors, then their values. Quantised tensors are presented as F32 and dequantised when they are read. No
+//! tensor is read here, and names are opaque.
 
 mod directory;
 mod format;
@@ -79,8 +79,8 @@ fn counts(reader: &mut GgufReader) -> Result<(u64, u64)> {
     Ok((tensors, keys))
 }
 
-/// Sorts the tensors by offset. They must lie within the file, begin at multiples of the alignment and not overlap. Gaps
-/// are allowed: the specification does not forbid them.
+/// Sorts the tensors by offset. They must lie within the file, begin at multiples of the alignment and not overlap.
+/// Gaps are allowed: the specification does not forbid them.
 fn check_offsets(file: &TensorFile, listed: &mut [GgufTensor], start: u64, alignment: u64) -> Result<()> {
     listed.sort_by_key(|tensor| tensor.offset);
     let mut free = 0;

@@ -194,8 +194,8 @@ fn directory(file: &TensorFile) -> Result<(u64, u64)> {
     }
 }
 
-/// Start and length of the central directory from the structure that ends it, in which they are numbers of `width` bytes
-/// at `offset`.
+/// Start and length of the central directory from the structure that ends it, in which they are numbers of `width`
+/// bytes at `offset`.
 fn start_and_length(end: &[u8], offset: u64, width: u64) -> Validated<(u64, u64)> {
     let mut input = ByteReader::new(end);
     input.take(offset)?;

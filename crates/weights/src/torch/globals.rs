@@ -1,4 +1,5 @@
-//! [`Global`]: the classes and functions that files of `torch.save` name, and what each means here. None is ever called.
+//! [`Global`]: the classes and functions that files of `torch.save` name, and what each means here. None is ever
+//! called.
 //!
 //! Any other name would be code to run, so the file is refused.
 
@@ -168,7 +169,7 @@ mod tests {
             ("torch.storage", "_load_from_bytes", "\"torch.storage._load_from_bytes\""),
         ] {
             let message = Global::named(module, name).unwrap_err();
-            assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+            assert!(message.contains(expected), "{message:?} does not contain {expected:?}");
         }
         assert!(Global::named(&"m".repeat(100_000), "n").unwrap_err().len() < 600);
     }

@@ -1,8 +1,8 @@
 //! Files of `torch.save` (.pt, .pth, .bin, .ckpt), read as data: the pickle is parsed and never run.
 //!
-//! Two formats are read: the zip archive ([`archive`]) and the one before PyTorch 1.6 ([`legacy`]). Either gives a pickle
-//! ([`pickle`]) and the ranges of the storages; [`state`] finds the state dict in the pickle, and each of its tensors
-//! becomes a view of a storage ([`storage`]). No tensor is read here.
+//! Two formats are read: the zip archive ([`archive`]) and the one before PyTorch 1.6 ([`legacy`]). Either gives a
+//! pickle ([`pickle`]) and the ranges of the storages; [`state`] finds the state dict in the pickle, and each of its
+//! tensors becomes a view of a storage ([`storage`]). No tensor is read here.
 
 mod archive;
 mod globals;
@@ -29,8 +29,8 @@ const MOST_GROWTH: u64 = 4;
 const SLACK: u64 = 256 << 20;
 const BIG_ENDIAN: &str = "written on a machine of another byte order (big-endian): save it on a little-endian one";
 
-/// Whether a file that starts with `beginning` is a torch file. A safetensors file may begin with the same two bytes, the
-/// header's length, but its ninth byte is a brace.
+/// Whether a file that starts with `beginning` is a torch file. A safetensors file may begin with the same two bytes,
+/// the header's length, but its ninth byte is a brace.
 pub(crate) fn recognises(beginning: &[u8]) -> bool {
     let pickled = matches!(beginning, [0x80, 2..=5, ..]);
     (pickled || beginning.starts_with(b"PK\x03\x04")) && beginning.get(8) != Some(&b'{')

@@ -1,7 +1,7 @@
 //! [`Pickle`]: what a Python pickle of protocols 2 to 5 builds, as data.
 //!
-//! A pickle is a program for a stack machine; its instructions may name any class or function and call it. Here only the
-//! names of [`Global`] have a meaning, and nothing is called. The instructions are those of
+//! A pickle is a program for a stack machine; its instructions may name any class or function and call it. Here only
+//! the names of [`Global`] have a meaning, and nothing is called. The instructions are those of
 //! <https://github.com/python/cpython/blob/main/Lib/pickletools.py>; those that `torch.save` never writes are refused.
 
 use super::Validated;

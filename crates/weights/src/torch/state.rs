@@ -1,8 +1,8 @@
 //! [`StateDict`]: finds the weights in a pickle.
 //!
-//! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. If there is a moving
-//! average (EMA) of the weights it is chosen, because that is what authors publish and evaluate. A note lists everything
-//! left out.
+//! Training scripts wrap the state dict in a dict of their own, with optimizer state and arguments. If there is a
+//! moving average (EMA) of the weights it is chosen, because that is what authors publish and evaluate. A note lists
+//! everything left out.
 
 use super::globals::ARRAY_KIND;
 use super::pickle::Pickle;

@@ -1,5 +1,5 @@
-//! [`TorchStorage`] and [`TorchTensor`]: storages and the views of them that are tensors, as a pickle describes them and
-//! checked before anything is read.
+//! [`TorchStorage`] and [`TorchTensor`]: storages and the views of them that are tensors, as a pickle describes them
+//! and checked before anything is read.
 
 use super::Validated;
 use crate::Dtype;

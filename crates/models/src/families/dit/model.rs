@@ -62,7 +62,7 @@ impl DitTransformer {
 }
 
 impl Denoiser for DitTransformer {
-    fn layers(&self) -> &[String] {
+    fn layer_names(&self) -> &[String] {
         &self.layers
     }
 

@@ -52,7 +52,7 @@ impl FluxTransformer {
 }
 
 impl Denoiser for FluxTransformer {
-    fn layers(&self) -> &[String] {
+    fn layer_names(&self) -> &[String] {
         &self.trunk.layers
     }
 

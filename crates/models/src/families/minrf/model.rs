@@ -113,7 +113,7 @@ impl StemLayer {
 }
 
 impl Denoiser for MinrfTransformer {
-    fn layers(&self) -> &[String] {
+    fn layer_names(&self) -> &[String] {
         &self.layers
     }
 

@@ -123,7 +123,7 @@ impl TimeSizeEmbedder {
 }
 
 impl Denoiser for PixartTransformer {
-    fn layers(&self) -> &[String] {
+    fn layer_names(&self) -> &[String] {
         &self.layers
     }
 

@@ -88,7 +88,7 @@ impl Sd3Transformer {
 }
 
 impl Denoiser for Sd3Transformer {
-    fn layers(&self) -> &[String] {
+    fn layer_names(&self) -> &[String] {
         &self.layers
     }
 

@@ -78,8 +78,8 @@ impl Family for Sit {
 }
 
 impl Denoiser for SitTransformer {
-    fn layers(&self) -> &[String] {
-        self.dit.layers()
+    fn layer_names(&self) -> &[String] {
+        self.dit.layer_names()
     }
 
     fn embed(&self, input: &DenoiserInput) -> Result<HiddenState> {

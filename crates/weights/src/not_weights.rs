@@ -1,4 +1,4 @@
-//! [`recognise`]: what a file really is that has the name of a tensor file, by its first bytes.
+//! [`describe`]: what a file really is that has the name of a tensor file, by its first bytes.
 
 /// How files begin that users often have instead of the one they wanted, what each is, and the remedy.
 const DISGUISES: &[(&[u8], &str)] = &[
@@ -9,7 +9,7 @@ const DISGUISES: &[(&[u8], &str)] = &[
 ];
 
 /// What a file is that starts with `beginning`, if it is one of the usual mistakes.
-pub(crate) fn recognise(beginning: &[u8]) -> Option<String> {
+pub(crate) fn describe(beginning: &[u8]) -> Option<String> {
     let text = beginning.trim_ascii_start();
     let starts_with = |magic: &[u8]| beginning.starts_with(magic) || text.starts_with(magic);
     DISGUISES.iter().find(|(magic, _)| starts_with(magic)).map(|(_, what)| format!("this is {what}"))

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 /// Added by `torch.compile`, FSDP and activation checkpointing, which may wrap any module: anywhere in a name.
 const ANYWHERE: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
-/// Added by `DataParallel` and `DistributedDataParallel`, which wrap the whole model: only at the beginning, as "module"
-/// further inside may be the model's own.
+/// Added by `DataParallel` and `DistributedDataParallel`, which wrap the whole model: only at the beginning, as
+/// "module" further inside may be the model's own.
 const AT_THE_BEGINNING: &str = "module.";
 
 /// `name` as the unwrapped model has it.

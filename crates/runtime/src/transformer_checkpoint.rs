@@ -1,4 +1,4 @@
-//! [`Transformer`]: an identified and open checkpoint of a transformer that is not loaded yet. It knows nothing of the
+//! [`TransformerCheckpoint`]: an identified and open checkpoint of a transformer that is not loaded yet. It knows nothing of the
 //! other components of a pipeline.
 
 use crate::files::{read_json, transformer_path};
@@ -26,7 +26,7 @@ pub struct ReadOptions {
 }
 
 /// A transformer on disk, with its tensors under canonical names.
-pub struct Transformer {
+pub struct TransformerCheckpoint {
     family: &'static dyn Family,
     identified: Identified,
     canonical: CanonicalSource<Dequantized<Checkpoint>>,
@@ -52,7 +52,7 @@ impl ReadOptions {
     /// # Errors
     /// The record cannot be read, or a file does not have the recorded size.
     pub fn recorded(mut self, path: &Path) -> Result<Self> {
-        if PortableModel::recognise(path) {
+        if PortableModel::is_portable_model(path) {
             let model = PortableModel::open(path)?;
             self.hints.family.get_or_insert_with(|| model.record().family.clone());
             self.hints.variant.get_or_insert_with(|| model.record().variant.clone());
@@ -66,7 +66,7 @@ impl ReadOptions {
     /// # Errors
     /// As [`Self::recorded`], or the config.json of `model` cannot be read.
     pub fn of_original(self, original: &Path, model: &Path) -> Result<Self> {
-        if transformer_path(original).join("config.json").exists() || !PortableModel::recognise(model) {
+        if transformer_path(original).join("config.json").exists() || !PortableModel::is_portable_model(model) {
             return self.recorded(original);
         }
         let mut reading = self.recorded(model)?;
@@ -76,7 +76,7 @@ impl ReadOptions {
     }
 }
 
-impl Transformer {
+impl TransformerCheckpoint {
     /// Opens the transformer at `path`, a folder or a file in any layout, and checks that it has exactly the tensors of a
     /// model of its family and sizes. No weights are read.
     ///
@@ -94,7 +94,7 @@ impl Transformer {
             ),
         })?;
         let canonical = identified.canonical(checkpoint);
-        let canonical = if reading.allow_unmatched { canonical.sufficient()? } else { canonical.complete()? };
+        let canonical = if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
         Ok(Self { family, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
     }
 
@@ -107,7 +107,7 @@ impl Transformer {
         self.low_rank = low_rank;
         if self.edits.affects(TRANSFORMER) {
             let resized = self.identified.resized(&self.source(), manifests)?;
-            resized.canonical(self.source()).complete()?;
+            resized.canonical(self.source()).require_complete()?;
             // With unchanged sizes the identification stays, since the user may have stated the variant.
             if resized.config != self.identified.config {
                 self.identified = resized;
