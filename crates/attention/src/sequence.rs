@@ -22,7 +22,8 @@ impl JointSequence {
     /// Shapes that contradict each other or `geometry`.
     pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
         check(image, text, geometry)?;
-        let pooled = |x: &Tensor| window.pool.as_ref().map(|weight| pooled_context::pooled(x, weight, geometry)).transpose();
+        let pooled =
+            |x: &Tensor| window.pool.as_ref().map(|weight| pooled_context::pooled(x, weight, geometry)).transpose();
         let pooled_key = pooled(&image.key)?;
         let pooled_value = pooled(&image.value)?;
         Ok(Self {

@@ -1,4 +1,4 @@
-//! [`TransferStudy`]: what carries over from a model to its linear form. Both generate images from the same noise: alone, with
+//! [`TransferStudy`]: what carries over from a model to its linear model. Both generate images from the same noise: alone, with
 //! the weights of a fine-tune, and with adapters that were trained for the original.
 
 use crate::evaluation::EvaluationRun;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 pub struct TransferStudy<'a> {
     /// The original.
     pub teacher: &'a Path,
-    /// Its linear form.
+    /// Its linear model.
     pub student: &'a Path,
     /// A fine-tune of the original, if there is one.
     pub fine_tune: Option<&'a Path>,
@@ -39,7 +39,7 @@ pub struct TransferStudy<'a> {
 /// The result of a [`TransferStudy`].
 #[derive(Debug, Serialize)]
 pub struct TransferReport {
-    /// Attention plan of the linear form.
+    /// Attention plan of the linear model.
     pub attention: String,
     /// One entry per condition; the first is without adapters.
     pub conditions: Vec<TransferCondition>,
@@ -48,21 +48,21 @@ pub struct TransferReport {
     pub prompts: Vec<String>,
 }
 
-/// Original and linear form under one condition.
+/// Original and linear model under one condition.
 #[derive(Debug, Serialize)]
 pub struct TransferCondition {
     /// What was applied to both.
     pub name: String,
-    /// PSNR of the linear form's images against the original's, in dB, from the mean squared error over all of them.
+    /// PSNR of the linear model's images against the original's, in dB, from the mean squared error over all of them.
     pub psnr: f64,
     /// Their mean SSIM.
     pub ssim: f64,
-    /// Share of the linear form's images whose nearest among the original's images is that of the same prompt.
+    /// Share of the linear model's images whose nearest among the original's images is that of the same prompt.
     #[serde(rename = "right")]
     pub retrieval: f64,
     /// Mean SSIM between the original's images with and without the condition: the lower, the stronger its effect.
     pub effect: f64,
-    /// The original's images, and the linear form's.
+    /// The original's images, and the linear model's.
     #[serde(skip)]
     pub images: [Vec<RgbImage>; 2],
     /// The control images; empty without a ControlNet.
@@ -104,12 +104,12 @@ impl TransferStudy<'_> {
         Ok(TransferReport { attention: self.plan()?.to_string(), conditions, prompts: self.evaluation.prompt_texts() })
     }
 
-    /// The plan that the linear form records.
+    /// The plan that the linear model records.
     fn plan(&self) -> anyhow::Result<AttentionPlan> {
         Ok(recorded_plan(self.student)?.unwrap_or_else(AttentionPlan::full))
     }
 
-    /// Generates images with an original and a linear form under one condition.
+    /// Generates images with an original and a linear model under one condition.
     fn compare(
         &self,
         name: &str,
@@ -187,7 +187,8 @@ fn mean(
     Ok(values.iter().sum::<f64>() / values.len().max(1) as f64)
 }
 
-const HEADINGS: [&str; 5] = ["with", "PSNR", "SSIM", "nearest to its own", "original with and without, SSIM"];
+const HEADINGS: [&str; 5] =
+    ["with", "PSNR", "SSIM", "matched to the right image", "effect on original (SSIM with vs without)"];
 /// Images per row of a contact sheet: as many as are legible at the page's width.
 const SHEET_COLUMNS: usize = 8;
 
@@ -196,8 +197,8 @@ impl TransferReport {
     pub fn write(&self, page: &mut Page, folder: &Path) -> anyhow::Result<()> {
         page.heading("What carries over");
         page.paragraph(&format!(
-            "Images of the original and its linear form ({}) from the same noise: of the models alone, with the weights of a \
-             fine-tune, and with adapters that were trained for the original and never saw the linear form. PSNR and SSIM \
+            "Images of the original and its linear model ({}) from the same noise: of the models alone, with the weights of a \
+             fine-tune, and with adapters that were trained for the original and were not trained on the linear model. PSNR and SSIM \
              compare the two models; the last column shows how much the adapter changes the original's images.",
             self.attention
         ));
@@ -225,7 +226,7 @@ impl TransferReport {
 }
 
 impl TransferCondition {
-    /// A PNG with rows of control images (if there are any), the original's images and the linear form's.
+    /// A PNG with rows of control images (if there are any), the original's images and the linear model's.
     fn sheet(&self) -> anyhow::Result<Vec<u8>> {
         let rows = std::iter::once(&self.control_images).chain(&self.images).filter(|row| !row.is_empty());
         let rows: Vec<Vec<&RgbImage>> = rows.map(|row| row.iter().take(SHEET_COLUMNS).collect()).collect();
@@ -240,7 +241,7 @@ impl TransferCondition {
     fn caption(&self, prompts: &[String]) -> String {
         let prompts = prompts.iter().take(SHEET_COLUMNS).cloned().collect::<Vec<_>>().join(", ");
         let controls = if self.control_images.is_empty() { "" } else { "the control images, " };
-        format!("With {}. From top: {controls}the original, its linear form. {prompts}.", self.name)
+        format!("With {}. From top: {controls}the original, its linear model. {prompts}.", self.name)
     }
 }
 
@@ -251,6 +252,6 @@ impl fmt::Display for TransferReport {
         for row in self.rows() {
             writeln!(f, "{:<28} {:>9} {:>7} {:>18}   {}", row[0], row[1], row[2], row[3], row[4])?;
         }
-        write!(f, "linear form: {}", self.attention)
+        write!(f, "linear model: {}", self.attention)
     }
 }

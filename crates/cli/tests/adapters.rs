@@ -172,7 +172,10 @@ fn damaged_adapters_are_refused_with_a_message() {
     type Case<'a> = (&'a [(&'a str, &'a [usize])], &'a str);
     let cases: [Case; 12] = [
         (&[("proj_out.lora_A.weight", &[2, 48])], "the factor that belongs to it is missing from the file"),
-        (&[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])], "expected tensors for a weight of 16 x 48"),
+        (
+            &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])],
+            "expected tensors for a weight of 16 x 48",
+        ),
         (&[("proj_out.lora_A.weight", &[0, 48]), ("proj_out.lora_B.weight", &[16, 0])], "have rank 0"),
         (&[("proj_out.lora_A.weight", &[48]), ("proj_out.lora_B.weight", &[16])], "16 x 1"),
         (&[("proj_out.lora_A.weight", &[]), ("proj_out.lora_B.weight", &[])], "1 x 1"),

@@ -75,7 +75,7 @@ impl AttentionPatch {
         let bad = |reason: String| ConvertError::BadPatch { path: path.to_owned(), reason };
         if let Some(foreign) = tensors.tensors().iter().find(|info| !is_attention(&info.name)) {
             return Err(bad(format!(
-                "expected attention layers alone, found tensor {:?}; this is not a patch",
+                "expected only attention tensors, found tensor {:?}; this is not a patch",
                 foreign.name
             )));
         }

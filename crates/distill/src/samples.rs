@@ -261,7 +261,9 @@ impl SampleSet {
         let row = sample % self.settings.batch;
         let file = Checkpoint::open(&path)?;
         let info = file.info("latents").filter(|info| info.shape.first().is_some_and(|&rows| rows > row));
-        let info = info.ok_or_else(|| bad(&path, format!("does not contain sample {sample}; delete it and resume")))?;
+        let info = info.ok_or_else(|| {
+            bad(&path, format!("does not contain sample {sample}; delete this file and rerun with --resume"))
+        })?;
         let shape = &info.shape[1..];
         let size = shape.iter().product::<usize>() * size_of::<f32>();
         let bytes = file.read_range("latents", row * size..(row + 1) * size)?;

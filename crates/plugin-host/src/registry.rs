@@ -105,7 +105,7 @@ impl PluginRegistry {
             Some(id) => format!("there is no plugin {id:?}; {available}"),
             None => {
                 let first: Vec<&&str> = names.iter().take(3).collect();
-                format!("no plugin claims a file with tensors such as {first:?}; {available}")
+                format!("no plugin recognises this file, with tensors such as {first:?}; {available}")
             }
         }
     }

@@ -376,6 +376,9 @@ mod tests {
         let stage = StagingDir::begin(&folder.path().join("model"), Overwrite::Never).unwrap();
         assert!(stage.check_disk_space(1).is_ok());
         let error = stage.check_disk_space(u64::MAX).unwrap_err().to_string();
-        assert!(error.contains("18446744073709551615 bytes are needed") && error.contains("free some space"), "{error}");
+        assert!(
+            error.contains("18446744073709551615 bytes are needed") && error.contains("free some space"),
+            "{error}"
+        );
     }
 }

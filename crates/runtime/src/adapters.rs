@@ -178,9 +178,12 @@ impl Adapters {
 }
 
 /// The parameters that adapters may edit, by component.
-fn editable_parameters(transformer: &TransformerCheckpoint, components: Option<&Components>) -> Result<ComponentParameters> {
+fn editable_parameters(
+    transformer: &TransformerCheckpoint,
+    components: Option<&Components>,
+) -> Result<ComponentParameters> {
     let parameters = ComponentParameters::default().with(TRANSFORMER, transformer.identified().parameter_map());
-    let Some(components) = components else { return Ok(parameters.skip_others("the transformer runs alone")) };
+    let Some(components) = components else { return Ok(parameters.skip_others("no text encoder is loaded")) };
     EDITABLE_COMPONENTS.into_iter().filter(|name| components.has(name)).try_fold(parameters, |parameters, name| {
         // Some libraries write CLIP's names with this prefix, and some without.
         let map = ParameterMap::of_tensors(&components.weights(name)?.tensors(), "text_model.");
@@ -202,7 +205,10 @@ impl PendingControlNet {
             (modes, Some(mode)) if mode < modes => {}
             (modes, found) => {
                 let found = found.map_or("none".to_owned(), |mode| mode.to_string());
-                return bad(format!("a union of {modes} modes: pass ,mode=N, 0 to {}, found {found}", modes - 1));
+                return bad(format!(
+                    "a union ControlNet with {modes} modes: pass ,mode=N, 0 to {}, found {found}",
+                    modes - 1
+                ));
             }
         }
         Ok(ActiveControlNet { controlnet, scale: self.request.strength.overall, schedule: self.request.schedule })

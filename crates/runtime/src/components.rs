@@ -154,7 +154,8 @@ impl Components {
         let config = self.config_beside_file(&embedded.name)?;
         let opened = embedded.open(Checkpoint::open(&file.path)?, config.as_ref());
         let checked = opened.and_then(|OpenComponent { config, tensors }| {
-            let tensors = if file.allow_unmatched { tensors.require_sufficient()? } else { tensors.require_complete()? };
+            let tensors =
+                if file.allow_unmatched { tensors.require_sufficient()? } else { tensors.require_complete()? };
             let load_report = tensors.load_report().clone();
             Ok(ComponentData { name: embedded.name.clone(), config, tensors: Box::new(tensors), load_report })
         });

@@ -3,7 +3,7 @@
 //! For a reader who knows diffusers:
 //!
 //! - [`Pipeline`] is `DiffusionPipeline`. [`Pipeline::open`] reads configs only; [`Pipeline::generate`] loads text encoders,
-//!   transformer and VAE in sequence and releases each before the next, as `enable_sequential_cpu_offload` would. Its
+//!   transformer and VAE in sequence and releases each before the next, as `enable_model_cpu_offload` would. Its
 //!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
 //! - [`Components`] finds the components of a pipeline in folders or in a single-file checkpoint.
 //! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.

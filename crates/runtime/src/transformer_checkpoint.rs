@@ -94,7 +94,8 @@ impl TransformerCheckpoint {
             ),
         })?;
         let canonical = identified.canonical(checkpoint);
-        let canonical = if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
+        let canonical =
+            if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
         Ok(Self { family, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
     }
 

@@ -1,6 +1,6 @@
 //! [`denoise`]: the denoising loop, from noise to latents.
 
-use crate::{Guidance, SolverState, Result, SamplingError, Schedule};
+use crate::{Guidance, Result, SamplingError, Schedule, SolverState};
 use candle_core::{DType, Tensor};
 use clearform_models::{Denoiser, StepIndex};
 
@@ -150,7 +150,10 @@ mod tests {
 
     #[test]
     fn a_learned_variance_is_dropped() {
-        assert_eq!(denoise_with_variance(&Guidance::SingleEvaluation(Conditions::default())).unwrap(), [-1.0, -2.0, -3.0]);
+        assert_eq!(
+            denoise_with_variance(&Guidance::SingleEvaluation(Conditions::default())).unwrap(),
+            [-1.0, -2.0, -3.0]
+        );
     }
 
     /// Scale 2 from -c through c is 3 c. One step from 0 subtracts the prediction.

@@ -33,5 +33,5 @@ pub use error::{Result, SamplingError};
 pub use flow::FlowMatchEuler;
 pub use guidance::Guidance;
 pub use noise::TorchGenerator;
-pub use schedule::{SolverState, Schedule};
+pub use schedule::{Schedule, SolverState};
 pub use scheduler::Scheduler;

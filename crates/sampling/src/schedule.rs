@@ -58,7 +58,10 @@ impl Schedule {
         steps: Vec<StepCoefficients>,
     ) -> Result<Self> {
         if !steps.iter().all(StepCoefficients::is_finite) {
-            let reason = format!("steps: {} are too many, two have the same timestep; use fewer", steps.len());
+            let reason = format!(
+                "steps: {} are too many for this scheduler: two have the same timestep; use fewer",
+                steps.len()
+            );
             return Err(SamplingError::BadSetting(reason));
         }
         Ok(Self { process, sigmas, timesteps, steps })
@@ -129,7 +132,13 @@ impl Schedule {
     ///
     /// # Errors
     /// Shapes that differ, or a `history` without the previous step.
-    pub fn step(&self, index: usize, latents: &Tensor, prediction: &Tensor, history: &mut SolverState) -> Result<Tensor> {
+    pub fn step(
+        &self,
+        index: usize,
+        latents: &Tensor,
+        prediction: &Tensor,
+        history: &mut SolverState,
+    ) -> Result<Tensor> {
         let step = &self.steps[index];
         let x = latents.to_dtype(DType::F32)?;
         let p = prediction.to_dtype(DType::F32)?;

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_models::StepSpacing;
-use clearform_sampling::{SolverState, Scheduler};
+use clearform_sampling::{Scheduler, SolverState};
 use serde_json::{Value, json};
 
 const BOUND: f32 = 1e-5;

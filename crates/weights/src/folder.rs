@@ -141,7 +141,7 @@ fn find_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &st
             let files = files.iter().map(|name| folder.join(name)).collect();
             Ok(Some(FolderContents { files, index: None, notes: Vec::new() }))
         }
-        _ => Err(bad(folder, format!("{files:?} are not one complete model: shards or the index are missing"))),
+        _ => Err(bad(folder, format!("{files:?} are not one complete sharded model: shards or the index are missing"))),
     }
 }
 

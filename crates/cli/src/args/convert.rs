@@ -105,7 +105,7 @@ pub struct TrainingArgs {
     /// Peak learning rate.
     #[arg(long, default_value_t = 6e-4, value_name = "RATE", help_heading = DISTILLATION)]
     pub lr: f64,
-    /// Compare attention outputs at every Nth block (FLUX: every Nth single-stream block).
+    /// Apply the attention loss to every Nth block (FLUX: every Nth single-stream block).
     #[arg(long, default_value_t = 4, value_name = "N", help_heading = DISTILLATION)]
     pub attention_every: usize,
     /// Keep every block's activations instead of recomputing them: faster, but needs more memory.

@@ -37,10 +37,10 @@ pub struct GenerateArgs {
     /// Image height [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
     pub height: Option<usize>,
-    /// Denoising steps [default: the variant's].
+    /// Denoising steps (num_inference_steps in diffusers) [default: the variant's].
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub steps: Option<usize>,
-    /// Guidance scale [default: the variant's].
+    /// Guidance scale (guidance_scale in diffusers) [default: the variant's].
     #[arg(long, value_name = "SCALE", help_heading = SAMPLING)]
     pub guidance: Option<f64>,
     /// Classifier-free guidance scale, as true_cfg_scale in diffusers.
@@ -58,7 +58,7 @@ pub struct GenerateArgs {
     /// Adapters applied to the model.
     #[command(flatten)]
     pub adapters: AdapterArgs,
-    /// Control image: one per ControlNet, in the same order, or one for all.
+    /// Control image: first for a Control or Fill transformer itself, then one per ControlNet, or one for all.
     #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
     pub control_image: Vec<PathBuf>,
     /// PNG file to write; for several images a pattern with a number (`out-%03d.png`).

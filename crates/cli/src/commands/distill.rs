@@ -39,7 +39,12 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
     Ok(CommandOutcome::Complete)
 }
 
-fn samples(args: &DistillArgs, teacher: &TransformerCheckpoint, folder: &Path, output: &Output) -> anyhow::Result<SampleSet> {
+fn samples(
+    args: &DistillArgs,
+    teacher: &TransformerCheckpoint,
+    folder: &Path,
+    output: &Output,
+) -> anyhow::Result<SampleSet> {
     if let Some(folder) = &args.training.samples {
         return distillation::open_samples(folder);
     }

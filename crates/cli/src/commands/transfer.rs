@@ -1,4 +1,4 @@
-//! `clearform transfer`: measures what carries over from a model to its linear form.
+//! `clearform transfer`: measures what carries over from a model to its linear model.
 
 use crate::adapters::{load_control_images, open_all};
 use crate::args::TransferArgs;
@@ -27,7 +27,7 @@ pub fn run(args: &TransferArgs, output: &Output) -> anyhow::Result<CommandOutcom
     };
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}", args.output.display()))?;
     let report = study.run(output)?;
-    let mut page = Page::new("What carries over to the linear form");
+    let mut page = Page::new("What carries over to the linear model");
     report.write(&mut page, &args.output)?;
     let write = |name: &str, bytes: &[u8]| clearform_weights::write_atomically(args.output.join(name), bytes);
     write("report.json", &serde_json::to_vec_pretty(&report)?)?;

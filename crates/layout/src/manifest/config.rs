@@ -133,7 +133,7 @@ impl ResolvedConfig {
                 declared: value.clone(),
                 origin: "the configuration".to_owned(),
                 found: expected.into(),
-                witness: format!("{key}, which its entries must add up to"),
+                witness: format!("{key}, to which its entries must add up"),
             });
         }
     }

@@ -183,7 +183,7 @@ impl FamilyManifest {
     pub fn new(raw: RawFamily, like: Option<&Self>, kinds: &[Arc<Self>]) -> Result<Self, String> {
         let class = raw.class.clone().ok_or("a new family needs a class")?;
         if like.is_some() && !raw.tensors.is_empty() {
-            return Err("a family that is like another has the same tensors: remove its own".to_owned());
+            return Err("a family with `like` must not list tensors".to_owned());
         }
         let mut family = like.cloned().unwrap_or_default();
         family.name = raw.family.clone();

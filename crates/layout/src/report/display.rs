@@ -120,9 +120,9 @@ impl Inspection {
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         let misshapen = self.misshapen.iter().map(ToString::to_string);
         [
-            few("contradicts", contradictions.collect()),
+            few("conflict", contradictions.collect()),
             few("missing", missing.collect()),
-            few("misshapen", misshapen.collect()),
+            few("wrong shape", misshapen.collect()),
             few("unmatched", unmatched.collect()),
         ]
         .concat()

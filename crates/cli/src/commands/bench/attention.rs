@@ -122,7 +122,7 @@ impl AttentionTiming {
 impl fmt::Display for AttentionTiming {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: median {:.2} ms", self.attention, self.median_ms)?;
-        writeln!(f, "reordering as many tokens: {:.2} ms", self.permutation_ms)?;
+        writeln!(f, "tile permutation: {:.2} ms", self.permutation_ms)?;
         writeln!(f, "useful   {:>12} pairs  {:>8.1} GFLOP/s", self.useful_pairs, self.useful_gflops)?;
         write!(f, "visited  {:>12} pairs  {:>8.1} GFLOP/s", self.visited_pairs, self.visited_gflops)
     }

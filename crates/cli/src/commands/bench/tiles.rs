@@ -89,7 +89,7 @@ struct TileTable {
 
 impl fmt::Display for TileTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:>9} {:>5}  {:<13} {:>14} {:>14}  share", "grid", "r", "tiles", "pairs inside", "visited")?;
+        writeln!(f, "{:>9} {:>5}  {:<13} {:>14} {:>14}  share", "grid", "r", "tiles", "in window", "visited")?;
         self.rows.iter().try_for_each(|row| {
             let TileRow { grid, radius, tiles, inside_pairs, visited_pairs, efficiency } = row;
             writeln!(
