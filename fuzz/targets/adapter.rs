@@ -1,9 +1,9 @@
 //! A LoRA file through its plugin: the list of edits, and the tensors of each. Only the header of the file matters.
 #![no_main]
 
-use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_fuzz::lend::open_adapter;
 use clearform_lora::LoraFile;
+use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_plugin_abi::{ClearformAdapterTable, ClearformEdit, ClearformEditTensors, OK};
 use libfuzzer_sys::fuzz_target;
 use std::ffi::c_void;

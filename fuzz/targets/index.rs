@@ -3,7 +3,7 @@
 #![no_main]
 
 use clearform_fuzz::{SCRATCH, halves, read};
-use clearform_layout::{Hints, Inspection, Manifests, Dequantized, detect};
+use clearform_layout::{Dequantized, Hints, Inspection, Manifests, detect};
 use libfuzzer_sys::fuzz_target;
 use std::sync::LazyLock;
 

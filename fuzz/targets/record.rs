@@ -2,8 +2,8 @@
 #![no_main]
 
 use clearform_attention::AttentionPlan;
-use clearform_portable_model::{ModelRecord, PortableModel};
 use clearform_fuzz::SCRATCH;
+use clearform_portable_model::{ModelRecord, PortableModel};
 use libfuzzer_sys::fuzz_target;
 
 const LAYER: &str = "transformer_blocks.0.attn";

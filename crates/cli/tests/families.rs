@@ -192,6 +192,51 @@ fn loras_apply_to_every_family() {
     }
 }
 
+/// Converting and distilling in two commands gives the same tensors as in one.
+#[test]
+fn distill_trains_as_convert_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (original, at_once, bare, trained) = (path("original"), path("at-once"), path("bare"), path("trained"));
+    assemble_pipeline(&repository(""), "dit", &original);
+    let training = ["--steps", "3", "--sample-count", "4", "--sample-steps", "2", "--batch", "2", "--seed", "5"];
+    run(0, &[&["convert", text(&original), "-o", text(&at_once), "--radius", "2"], &training[..]].concat());
+    run(0, &["convert", text(&original), "-o", text(&bare), "--radius", "2", "--no-distill"]);
+    let distill = ["distill", text(&bare), "--teacher", text(&original), "-o", text(&trained)];
+    run(0, &[&distill[..], &training].concat());
+    let weights = |model: &Path| std::fs::read(model.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
+    assert!(weights(&trained) == weights(&at_once));
+    assert!(weights(&trained) != weights(&bare), "nothing was trained");
+    run(0, &["verify", text(&trained)]);
+    // Without --output the model itself is replaced.
+    run(0, &[&distill[..4], &training].concat());
+    assert!(weights(&bare) == weights(&at_once));
+}
+
+/// A copy with full attention behaves like the original under every condition.
+#[test]
+fn transfer_finds_no_difference_in_a_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (original, copy, lora, report) = (path("original"), path("copy"), path("lora.safetensors"), path("report"));
+    assemble_pipeline(&repository(""), "dit", &original);
+    write_lora(&[("transformer_blocks.0.attn1.to_q", [32, 32]), ("transformer_blocks.1.ff.net.2", [32, 128])], &lora);
+    run(0, &["convert", text(&original), "-o", text(&copy), "--attention", "full", "--no-distill"]);
+    let plugins = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let transfer = ["transfer", text(&original), text(&copy), "-o", text(&report), "--steps", "2"];
+    let found = json(0, &[&transfer[..], &["--lora", text(&lora), "--plugin-dir", text(&plugins)]].concat());
+    let conditions = found["conditions"].as_array().unwrap();
+    assert_eq!(conditions.iter().map(|condition| &condition["name"]).collect::<Vec<_>>(), ["nothing", "LoRA"]);
+    for condition in conditions {
+        assert!(condition["psnr"].is_null(), "JSON has no infinity: {condition}");
+        assert_eq!([&condition["ssim"], &condition["right"]], [1.0, 1.0], "{condition}");
+    }
+    assert_eq!(conditions[0]["effect"], 1.0);
+    assert!(conditions[1]["effect"].as_f64().unwrap() < 0.999, "the LoRA has no effect: {found}");
+    let files = ["report.json", "report.html", "transfer-nothing.png", "transfer-LoRA.png"];
+    assert!(files.iter().all(|file| report.join(file).is_file()));
+}
+
 #[test]
 fn sd3_runs_through_every_command() {
     let arguments = ["a red apple", "--negative-prompt", "blurry", "--width", "48", "--height", "56"];

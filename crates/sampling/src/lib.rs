@@ -5,7 +5,7 @@
 //! | `torch.Generator("cpu").manual_seed(seed)`, `torch.randn` | [`TorchGenerator`] |
 //! | a scheduler's class and config | [`Scheduler`]: [`FlowMatchEuler`], [`Ddim`] or [`DpmSolver`] |
 //! | `set_timesteps` | [`Scheduler::schedule`], which returns a [`Schedule`] |
-//! | `scheduler.step` | [`Schedule::step`], with a [`History`] for multistep solvers |
+//! | `scheduler.step` | [`Schedule::step`], with a [`SolverState`] for multistep solvers |
 //! | `prompt_embeds`, `negative_prompt_embeds` and `guidance_scale` | [`Guidance`] |
 //! | the loop over timesteps | [`denoise()`] |
 //!
