@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-/// Folders that hold nothing of the sources.
+/// Folders that contain no sources.
 const SKIPPED: [&str; 4] = ["target", ".git", "node_modules", "found"];
 
 /// The root of the workspace.
@@ -11,22 +12,36 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Every file below `folder`, sorted, without what builds leave behind.
+/// Every file of the repository below `folder`, sorted: those that git knows or would add, or, without git, every file that
+/// is not in a build folder.
 ///
 /// # Panics
 /// If a folder cannot be read.
 pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = files_in_git(folder).unwrap_or_else(|| files_on_disk(folder));
+    found.sort();
+    found
+}
+
+fn files_in_git(folder: &Path) -> Option<Vec<PathBuf>> {
+    let arguments = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "."];
+    let output = Command::new("git").args(arguments).current_dir(folder).output().ok()?;
+    let names = String::from_utf8(output.stdout).ok().filter(|names| output.status.success() && !names.is_empty())?;
+    let paths = names.split_terminator('\0').map(|name| folder.join(name));
+    // A file that was deleted but not committed yet is still listed.
+    Some(paths.filter(|path| path.is_file() && !path.is_symlink()).collect())
+}
+
+fn files_on_disk(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    paths.sort();
     let mut found = Vec::new();
-    for path in paths {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_symlink() || SKIPPED.contains(&name.as_str()) {
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let is_skipped = path.file_name().is_some_and(|name| SKIPPED.iter().any(|skipped| name == *skipped));
+        if path.is_symlink() || is_skipped {
             continue;
         }
         if path.is_dir() {
-            found.extend(files(&path));
+            found.extend(files_on_disk(&path));
         } else {
             found.push(path);
         }

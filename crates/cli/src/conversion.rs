@@ -1,5 +1,5 @@
-//! Converts a checkpoint to a portable model: reads it, replaces its attention, distils it and writes it. For `convert` and
-//! `demo`.
+//! Converts a checkpoint to a portable model: reads it, replaces its attention, distils it and writes it. For `convert`
+//! and `demo`.
 
 use crate::adapters::{open_weight_adapters, print_reports};
 use crate::args::{AdapterArg, ConvertArgs, DtypeArg};

@@ -224,8 +224,8 @@ fn distillation_record(training: &TrainingArgs, samples: &SampleSet, distilled: 
 pub fn require_components(missing: &[&str]) -> anyhow::Result<()> {
     anyhow::ensure!(
         missing.is_empty(),
-        "missing components: {}; distillation generates samples and needs the whole pipeline: pass --components, --samples \
-         or --no-distill",
+        "missing components: {}; distillation generates samples and needs the whole pipeline: pass --components, \
+         --samples or --no-distill",
         missing.join(", ")
     );
     Ok(())

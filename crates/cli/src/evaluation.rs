@@ -1,4 +1,5 @@
-//! [`EvaluationRun`]: the same prompts and the same initial noise for several models, so that their images can be compared.
+//! [`EvaluationRun`]: the same prompts and the same initial noise for several models, so that their images can be
+//! compared.
 
 use crate::args::SamplingArgs;
 use anyhow::Context as _;
@@ -9,8 +10,8 @@ use clearform_runtime::{InitialLatents, Pipeline, RgbImage};
 use clearform_sampling::denoise;
 use std::path::Path;
 
-/// Image tokens per batch: one image of 1024 x 1024 px in FLUX. Larger images are generated one by one, since memory grows
-/// with the tokens of a batch.
+/// Image tokens per batch: one image of 1024 x 1024 px in FLUX. Larger images are generated one by one, since memory
+/// grows with the tokens of a batch.
 const BATCH_TOKENS: usize = 4096;
 
 /// What is generated, and how.
@@ -33,8 +34,8 @@ pub struct EvaluationRun {
 /// Prompts where the user gives none. A class-conditional model generates as many classes instead.
 const DEFAULT_PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
 
-/// The prompts in the file at `path`, one per line. Without a file: those of `defaults`, or, for a class-conditional model,
-/// up to `max_classes` classes, evenly spread.
+/// The prompts in the file at `path`, one per line. Without a file: those of `defaults`, or, for a class-conditional
+/// model, up to `max_classes` classes, evenly spread.
 ///
 /// # Errors
 /// If the file cannot be read or is empty, or holds anything but class indices for a class-conditional model.
@@ -136,8 +137,8 @@ impl EvaluationRun {
         Ok(pipeline.decode(latents, self.size)?)
     }
 
-    /// The first `count` images' latents at noise level 0.5, with noise that generated none of them: one evaluation on which
-    /// to compare models.
+    /// The first `count` images' latents at noise level 0.5, with noise that generated none of them: one evaluation on
+    /// which to compare models.
     pub fn halfway_input(&self, pipeline: &Pipeline, latents: &Tensor, count: usize) -> anyhow::Result<DenoiserInput> {
         let encoded = pipeline.encode(&self.prompts[..count])?;
         let noise = self.initial_noise(pipeline, self.prompts.len(), count)?;

@@ -1,5 +1,5 @@
-//! The `clearform` command: parses arguments, prints results, messages and progress, and sets the exit code. The libraries
-//! do the work; no other crate prints.
+//! The `clearform` command: parses arguments, prints results, messages and progress, and sets the exit code. The
+//! libraries do the work; no other crate prints.
 #![allow(clippy::print_stdout)]
 
 mod adapters;

@@ -78,14 +78,15 @@ impl Output {
     }
 }
 
-/// `text` with `escape` applied to every character that controls a terminal or changes the order in which text is displayed.
-/// File names and the text in files are untrusted; most messages quote them, and this covers those that do not.
+/// `text` with `escape` applied to every character that controls a terminal or changes the order in which text is
+/// displayed. File names and the text in files are untrusted; most messages quote them, and this covers those that do
+/// not.
 fn escaped(text: &str, escape: fn(char) -> String) -> String {
     text.chars().map(|letter| if is_control(letter) { escape(letter) } else { letter.to_string() }).collect()
 }
 
-/// Control characters except the line feed, and Unicode's direction marks, line separators and invisible characters; not the
-/// joiners, which scripts and emoji need.
+/// Control characters except the line feed, and Unicode's direction marks, line separators and invisible characters;
+/// not the joiners, which scripts and emoji need.
 fn is_control(character: char) -> bool {
     match character {
         '\n' | '\u{200c}' | '\u{200d}' => false,

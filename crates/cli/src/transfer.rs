@@ -1,5 +1,5 @@
-//! [`TransferStudy`]: what carries over from a model to its linear model. Both generate images from the same noise: alone, with
-//! the weights of a fine-tune, and with adapters that were trained for the original.
+//! [`TransferStudy`]: what carries over from a model to its linear version. Both generate images from the same noise:
+//! alone, with the weights of a fine-tune, and with adapters that were trained for the original.
 
 use crate::evaluation::EvaluationRun;
 use crate::output::Output;
@@ -197,8 +197,8 @@ impl TransferReport {
     pub fn write(&self, page: &mut Page, folder: &Path) -> anyhow::Result<()> {
         page.heading("What carries over");
         page.paragraph(&format!(
-            "Images of the original and its linear model ({}) from the same noise: of the models alone, with the weights of a \
-             fine-tune, and with adapters that were trained for the original and were not trained on the linear model. PSNR and SSIM \
+            "Images of the original and its linear model ({}) from the same noise: of the models alone, with the weights \
+             of a fine-tune, and with adapters that were trained for the original, not for the linear model. PSNR and SSIM \
              compare the two models; the last column shows how much the adapter changes the original's images.",
             self.attention
         ));
@@ -248,9 +248,9 @@ impl TransferCondition {
 impl fmt::Display for TransferReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [with, psnr, ssim, retrieval, effect] = HEADINGS;
-        writeln!(f, "{with:<28} {psnr:>9} {ssim:>7} {retrieval:>18}   {effect}")?;
+        writeln!(f, "{with:<28} {psnr:>9} {ssim:>7} {retrieval:>24}   {effect}")?;
         for row in self.rows() {
-            writeln!(f, "{:<28} {:>9} {:>7} {:>18}   {}", row[0], row[1], row[2], row[3], row[4])?;
+            writeln!(f, "{:<28} {:>9} {:>7} {:>24}   {}", row[0], row[1], row[2], row[3], row[4])?;
         }
         write!(f, "linear model: {}", self.attention)
     }

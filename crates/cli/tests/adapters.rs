@@ -281,7 +281,8 @@ fn generate_applies_adapters() {
     assert!(stderr_of(1, &missing).contains("--control-image"));
 }
 
-/// A LoRA that widens the input makes the model take a control image; if its new columns are zero, the image has no effect.
+/// A LoRA that widens the input makes the model take a control image; if its new columns are zero, the image has no
+/// effect.
 #[test]
 fn generate_applies_a_control_lora() {
     let (base, folder) = (repository("assets/mini-flux/base"), tempfile::tempdir().unwrap());
@@ -320,8 +321,8 @@ fn brightness(image: &image::RgbImage) -> f64 {
     image.as_raw().iter().map(|byte| f64::from(*byte)).sum::<f64>() / image.as_raw().len() as f64
 }
 
-/// The distilled attention of a base is applied to a variant without a guidance embedding, from a file as CLEAR publishes
-/// them: no metadata, the plan in the file name.
+/// The distilled attention of a base is applied to a variant without a guidance embedding, from a file as CLEAR
+/// publishes them: no metadata, the plan in the file name.
 #[test]
 fn a_published_patch_fits_a_sibling_variant() {
     let (mut sibling, folder) = (Tiny::new(), tempfile::tempdir().unwrap());

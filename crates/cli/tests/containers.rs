@@ -1,5 +1,5 @@
-//! One FLUX model in every container of 16-bit values: each runs and converts as the model it contains. gguf.rs and fp8.rs test
-//! quantised files, components.rs all-in-one files.
+//! One FLUX model in every container of 16-bit values: each runs and converts as the model it contains. gguf.rs and
+//! fp8.rs test quantised files, components.rs all-in-one files.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -37,7 +37,8 @@ fn wrapped(model: &Path, folder: &Path) -> PathBuf {
     path
 }
 
-/// The model as written by `torch.save({"model": ..., "step": 7}, path)`: a zip archive of a pickle and a record per tensor.
+/// The model as written by `torch.save({"model": ..., "step": 7}, path)`: a zip archive of a pickle and a record per
+/// tensor.
 fn torch(model: &Path, folder: &Path) -> PathBuf {
     let tensors: Tensors = fixture(model).into_iter().collect();
     let (mut items, mut records) = (Vec::new(), Vec::new());
@@ -92,7 +93,8 @@ fn archive(records: &[(String, Vec<u8>)]) -> Vec<u8> {
     [&file[..], &directory, b"PK\x05\x06\0\0\0\0\0\0\0\0", &end, &[0; 2]].concat()
 }
 
-/// The container rounds to bf16: no error against the same values, and a rounding error against the f16 values of diffusers.
+/// The container rounds to bf16: no error against the same values, and a rounding error against the f16 values of
+/// diffusers.
 fn check(file: &Path, layout: &str, tiny: &Tiny) {
     let folder = tempfile::tempdir().unwrap();
     let config = repository("tests/fixtures/flux/head24/config.json");

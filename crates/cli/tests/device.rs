@@ -1,5 +1,5 @@
-//! Compares the program in `CLEARFORM_PROGRAM`, which runs models on a GPU or a simulated one, with this build on the CPU.
-//! `kernels/simulator/build.sh` builds such a program.
+//! Compares the program in `CLEARFORM_PROGRAM`, which runs models on a GPU or a simulated one, with this build on the
+//! CPU. `kernels/simulator/build.sh` builds such a program.
 #![allow(clippy::unwrap_used)]
 
 mod common;

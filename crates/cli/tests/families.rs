@@ -1,4 +1,5 @@
-//! The families other than FLUX on the command line: converted, distilled, verified, compared and used to generate images.
+//! The families other than FLUX on the command line: converted, distilled, verified, compared and used to generate
+//! images.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -10,8 +11,8 @@ use common::{json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Distils the source that `arguments` name to `model`, and compares the first and last loss with `losses`. They are those of
-/// an earlier run: the tests of clearform-distill compare losses with PyTorch's.
+/// Distils the source that `arguments` name to `model`, and compares the first and last loss with `losses`. They are
+/// those of an earlier run: the tests of clearform-distill compare losses with PyTorch's.
 fn distil(arguments: &[&str], model: &Path, losses: [f64; 2]) {
     let training = ["--radius", "2", "--steps", "6", "--sample-count", "6", "--sample-steps", "3", "--batch", "3"];
     let further = ["--lr", "3e-3", "-o", text(model)];
@@ -322,7 +323,8 @@ fn a_model_of_every_family_can_be_timed() {
     timed(&checkpoint("sit", folder.path()), &["--family", "sit", "--config", text(&config)]);
 }
 
-/// Compares `generate` with minRF's sampler, z <- z - v / N from t = 1 to 0 with v = v_u + w (v_c - v_u), on top of `forward`.
+/// Compares `generate` with minRF's sampler, z <- z - v / N from t = 1 to 0 with v = v_u + w (v_c - v_u), on top of
+/// `forward`.
 #[test]
 fn minrf_images_are_those_of_its_sampler() {
     let folder = tempfile::tempdir().unwrap();

@@ -90,8 +90,8 @@ fn to_fp8(values: &Tensor, dtype: Dtype) -> (Vec<u8>, Tensor) {
     (bytes, stored.to_dtype(DType::F32).unwrap())
 }
 
-/// Writes the tiny FLUX with its matrices in `form`, and again with the matrices' values in bf16. Returns both paths and the
-/// number of matrices.
+/// Writes the tiny FLUX with its matrices in `form`, and again with the matrices' values in bf16. Returns both paths
+/// and the number of matrices.
 fn files(form: &Form, folder: &Path) -> (PathBuf, PathBuf, usize) {
     let tiny = Tiny::new();
     let plain = folder.join("plain.safetensors");

@@ -1,5 +1,5 @@
-//! The command refuses each file of tests/fixtures/hostile with the message in messages.toml, within a time and memory limit,
-//! and prints no control characters.
+//! The command refuses each file of tests/fixtures/hostile with the message in messages.toml, within a time and memory
+//! limit, and prints no control characters.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 

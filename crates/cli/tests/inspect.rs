@@ -1,5 +1,5 @@
-//! docs/inspect.md shows what the command prints: every example is run on sparse files with the tensor names and shapes of
-//! published models.
+//! docs/inspect.md shows what the command prints: every example is run on sparse files with the tensor names and shapes
+//! of published models.
 #![allow(clippy::unwrap_used)]
 
 mod common;

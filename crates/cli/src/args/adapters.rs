@@ -67,8 +67,8 @@ pub struct AdapterArgs {
     /// Adapter of any kind; the plugin that recognises it is used, or the one named by ,plugin=ID. May be repeated.
     #[arg(long, value_name = "FILE[:W][,plugin=ID]", help_heading = ADAPTERS)]
     pub adapter: Vec<AdapterArg>,
-    /// ControlNet with conditioning scale W; start and end (0 to 1) limit the steps it acts in, mode selects the control
-    /// mode of a union ControlNet. May be repeated.
+    /// ControlNet with conditioning scale W; start and end (0 to 1) limit the steps it acts in, mode selects the
+    /// control mode of a union ControlNet. May be repeated.
     #[arg(long, value_name = "PATH[:W][:start=X,end=X,mode=N]", help_heading = ADAPTERS)]
     pub controlnet: Vec<AdapterArg>,
     /// Attention plan of ControlNets: `full` or `clear:r=R`.
@@ -101,8 +101,8 @@ pub struct AdapterArg {
 impl FromStr for AdapterArg {
     type Err = String;
 
-    /// The path ends at the first separator after which only a strength and settings follow: paths may contain colons and
-    /// commas themselves.
+    /// The path ends at the first separator after which only a strength and settings follow: paths may contain colons
+    /// and commas themselves.
     fn from_str(text: &str) -> Result<Self, String> {
         let separators = text.match_indices([':', ',']).map(|(at, _)| at);
         let parsed = separators.filter(|at| *at > 0).find_map(|at| Self::with_settings(&text[..at], &text[at + 1..]));

@@ -78,7 +78,8 @@ pub struct TrainingArgs {
     /// Diffusers folder with the VAE, text encoders, tokenizers and scheduler that the source lacks.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub components: Option<PathBuf>,
-    /// Prompts to generate samples from, or class indices, one per line [default: built-in prompts, or evenly spread classes].
+    /// Prompts to generate samples from, or class indices, one per line [default: built-in prompts, or evenly spread
+    /// classes].
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub prompts: Option<PathBuf>,
     /// Samples from an earlier run, instead of new ones.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// `clearform generate`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  clearform generate FLUX.1-dev-clear \"a lighthouse at dawn\" --width 2048 --height 2048 -o out.png"
+    after_help = "Example:\n  clearform generate flux-clear \"a lighthouse at dawn\" --width 2048 --height 2048 -o out.png"
 )]
 pub struct GenerateArgs {
     /// Portable model or diffusers folder.

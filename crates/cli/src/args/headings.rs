@@ -1,5 +1,5 @@
-//! Headings of the option groups in `--help`. Every command lists its groups in this order: clap shows a heading where the
-//! first option that has it is declared, so argument structs declare their options in this order too.
+//! Headings of the option groups in `--help`. Every command lists its groups in this order: clap shows a heading where
+//! the first option that has it is declared, so argument structs declare their options in this order too.
 
 /// What is read, and how.
 pub const INPUT: &str = "Input";

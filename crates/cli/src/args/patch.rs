@@ -40,7 +40,7 @@ pub struct PatchExtractArgs {
 /// `clearform patch apply`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  clearform patch apply clear-r16.safetensors --to my-finetune.safetensors -o my-finetune-clear"
+    after_help = "Example:\n  clearform patch apply clear-r16.safetensors --to fine-tune.safetensors -o fine-tune-clear"
 )]
 pub struct PatchApplyArgs {
     /// A patch from `patch extract`, or a file published by CLEAR's authors.

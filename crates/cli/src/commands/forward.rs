@@ -66,8 +66,8 @@ fn inputs(args: &ForwardArgs, dtype: DType, device: &Device) -> anyhow::Result<B
     file.tensors().into_iter().map(|info| convert(info.name)).collect()
 }
 
-/// Removes the ControlNets' inputs from `inputs`: `controlnet_cond_0` is that of the first, `controlnet_cond` that of every
-/// ControlNet without its own. A mode that no ControlNet takes is ignored, as in diffusers.
+/// Removes the ControlNets' inputs from `inputs`: `controlnet_cond_0` is that of the first, `controlnet_cond` that of
+/// every ControlNet without its own. A mode that no ControlNet takes is ignored, as in diffusers.
 fn take_controls(
     controlnets: &[ActiveControlNet],
     inputs: &mut BTreeMap<String, Tensor>,

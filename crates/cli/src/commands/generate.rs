@@ -39,8 +39,8 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
     Ok(CommandOutcome::Complete)
 }
 
-/// One file name per image: `out-%03d.png` sets where the number goes; without it, several images get `-000` and so on before
-/// the extension.
+/// One file name per image: `out-%03d.png` sets where the number goes; without it, several images get `-000` and so on
+/// before the extension.
 fn file_names(pattern: &str, batch: usize) -> anyhow::Result<Vec<PathBuf>> {
     let (before, after, digits) = match pattern.split_once("%0").or_else(|| pattern.split_once('%')) {
         Some((before, rest)) => match rest.split_once('d') {

@@ -1,4 +1,5 @@
-//! [`mirrored_edges`]: control images for the demo's ControlNet, computed as `assets/mini-flux/dataset.py` did for its training.
+//! [`mirrored_edges`]: control images for the demo's ControlNet, computed as `assets/mini-flux/dataset.py` did for its
+//! training.
 
 use clearform_runtime::RgbImage;
 use image::Rgb;

@@ -1,5 +1,5 @@
-//! The demo's model, inside the binary: `assets/mini-flux/base`, its prompts and training images, and a fine-tune, a LoRA and
-//! a ControlNet that were trained for it.
+//! The demo's model, inside the binary: `assets/mini-flux/base`, its prompts and training images, and a fine-tune, a
+//! LoRA and a ControlNet that were trained for it.
 
 use std::path::Path;
 

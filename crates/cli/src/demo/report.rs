@@ -81,9 +81,9 @@ impl DemoReport {
         page.paragraph(&self.introduction());
         page.table(&HEADINGS, &self.rows());
         page.paragraph(
-            "Error is the mean squared error of the student's prediction against the teacher's, on names that no sample \
-             used. PSNR compares whole images generated from the same noise. An image has the right name if the nearest of \
-             the teacher's training images is that of its name.",
+            "Error is the mean squared error of the student's prediction against the teacher's, on names that no \
+             sample used. PSNR compares whole images generated from the same noise. An image has the right name if \
+             the nearest of the teacher's training images is that of its name.",
         );
         for student in &self.students {
             let sheet = png::encode(&self.sheet(student), None)?;
@@ -104,9 +104,10 @@ impl DemoReport {
 
     fn introduction(&self) -> String {
         format!(
-            "A small FLUX pipeline, saved by diffusers, generates emoji from their names. Its attention was replaced so \
-             that each image token attends to the text and to the image tokens within a radius; then it was distilled \
-             against the original on {} images that the original generated. Total time: {:.0} seconds on {} threads.",
+            "A small FLUX pipeline, saved by diffusers, generates emoji from their names. Its attention was \
+             replaced so that each image token attends to the text and to the image tokens within a radius; then it \
+             was distilled against the original on {} images that the original generated. Total time: {:.0} seconds \
+             on {} threads.",
             self.samples, self.seconds, self.threads
         )
     }

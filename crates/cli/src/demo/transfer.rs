@@ -1,5 +1,5 @@
-//! The demo's transfer study: a fine-tune, a LoRA and a ControlNet that were trained for the teacher, applied to the teacher
-//! and to a student.
+//! The demo's transfer study: a fine-tune, a LoRA and a ControlNet that were trained for the teacher, applied to the
+//! teacher and to a student.
 
 use super::edges::mirrored_edges;
 use crate::adapters::{open_all, plugin_registry};
