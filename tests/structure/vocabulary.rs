@@ -1,6 +1,7 @@
 //! Holds the tree to the field's words: names that earlier versions used for themselves must not come back.
 
 use clearform_tests::{code_of, files, identifiers, root};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -128,6 +129,33 @@ fn identifiers_are_the_fields() {
     }
     assert!(read > 250, "only {read} files were read");
     assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn a_type_name_means_one_thing() {
+    let mut places = BTreeMap::<String, BTreeSet<String>>::new();
+    for path in texts().into_iter().filter(|path| is_product_source(path)) {
+        let code = code_of(&read_text(&path));
+        let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+        for (_, name, before) in identifiers(code) {
+            let keyword = before.trim_end().rsplit(' ').next().unwrap_or_default();
+            // A type inside a block or a trait belongs to that trait: `type Output`.
+            let is_associated = before.starts_with(' ') && keyword == "type";
+            if ["struct", "enum", "trait", "union", "type"].contains(&keyword) && !is_associated {
+                places.entry(name.to_owned()).or_default().insert(shown(&path));
+            }
+        }
+    }
+    assert!(places.len() > 500, "only {} types were found", places.len());
+    places.retain(|name, places| places.len() > 1 && name != "Result");
+    assert_eq!(places, BTreeMap::new(), "types that share a name");
+}
+
+/// Whether `path` is Rust of the main workspace that is not built for tests alone.
+fn is_product_source(path: &Path) -> bool {
+    let name = shown(path);
+    let is_product = ["crates/", "plugins/", "kernels/"].iter().any(|folder| name.starts_with(folder));
+    name.ends_with(".rs") && is_product && !name.starts_with("kernels/simulator/") && !name.contains("tests")
 }
 
 #[test]

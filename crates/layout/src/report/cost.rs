@@ -77,7 +77,7 @@ impl CostEstimate {
     fn at(side: usize, identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
         let edge = side / identified.pixels_per_token();
         let text = identified.variant.defaults.text_tokens;
-        let image = ImageSize { edge, text, pixels: side as f64 * side as f64 };
+        let image = EstimatedImage { edge, text, pixels: side as f64 * side as f64 };
         let full = image.teraflop(flops, (edge as f64).powi(4));
         let with_radius = |radius| {
             let clear = image.teraflop(flops, near_pairs(edge, radius) as f64);
@@ -98,7 +98,7 @@ impl CostEstimate {
 }
 
 /// The sizes that the cost of an evaluation depends on.
-struct ImageSize {
+struct EstimatedImage {
     /// Image tokens along a side.
     edge: usize,
     /// Text tokens.
@@ -107,7 +107,7 @@ struct ImageSize {
     pixels: f64,
 }
 
-impl ImageSize {
+impl EstimatedImage {
     /// 10^12 operations of an evaluation in which `near` pairs of image tokens attend to each other.
     fn teraflop(&self, flops: &FlopCount, near: f64) -> f64 {
         let image = (self.edge as f64).powi(2);
@@ -155,7 +155,7 @@ mod tests {
             (512, 847_700.0, [3920.0, 5790.0, 13_090.0]),
         ];
         for (edge, full, clear) in printed {
-            let image = ImageSize { edge, text: 512, pixels: 0.0 };
+            let image = EstimatedImage { edge, text: 512, pixels: 0.0 };
             let close = |counted: f64, printed: f64| {
                 assert!((counted * 1e3 / printed - 1.0).abs() < 0.02, "{edge}: {counted} Tflop, not {printed} Gflop");
             };
