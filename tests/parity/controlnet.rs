@@ -108,7 +108,7 @@ fn invalid_inputs_are_errors_that_give_the_reason() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
     let error =
         Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
-    assert!(error.contains("a union of 4 modes: pass ,mode=N, 0 to 3, found none"), "{error}");
+    assert!(error.contains("a union ControlNet with 4 modes: pass ,mode=N, 0 to 3, found none"), "{error}");
     let controlnet = &open(&[("one-two", 1.0)], "full").unwrap()[0].controlnet;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
     let error = controlnet.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
