@@ -215,7 +215,7 @@ fn forward_scaled(parameters: &[(&str, &str, usize)]) -> Tensor {
         source.insert(canonical, product.reshape(weight.shape()).unwrap());
     }
     let base = base();
-    forward(base.family().build(base.config(), &source, &AttentionPlan::full()).unwrap().as_ref())
+    forward(base.architecture().build(&source, &AttentionPlan::full()).unwrap().as_ref())
 }
 
 fn base() -> TransformerCheckpoint {
@@ -236,7 +236,7 @@ fn forward(denoiser: &dyn Denoiser) -> Tensor {
 }
 
 fn input() -> DenoiserInput {
-    base().family().parse_input(tensors("lora/input.safetensors").into_iter().collect()).unwrap()
+    base().architecture().parse_input(tensors("lora/input.safetensors").into_iter().collect()).unwrap()
 }
 
 /// Fails if the two could be the same prediction: 1% is far above rounding.

@@ -175,7 +175,7 @@ fn all_inputs() -> HashMap<String, Tensor> {
 
 fn input() -> DenoiserInput {
     let inputs: BTreeMap<_, _> = all_inputs().into_iter().filter(|(name, _)| !name.starts_with("controlnet")).collect();
-    base().family().parse_input(inputs).unwrap()
+    base().architecture().parse_input(inputs).unwrap()
 }
 
 fn control(net: &str) -> Tensor {

@@ -9,7 +9,7 @@ use clearform_distill::{
     Activations, Batch, LossSettings, Optimizer, OptimizerState, PairSpec, TeacherStudent, backward,
 };
 use clearform_layout::{CanonicalSource, Hints, Identified, Manifests, Sidecar, detect_source};
-use clearform_models::{DenoiserInput, FAMILIES, Family, HiddenState};
+use clearform_models::{Architecture, DenoiserInput, HiddenState, family};
 use clearform_testkit::{assert_close, fixture, relative_error, seeded_file};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ const ATTENTIONS: [(&str, &str); 2] = [("full", "full"), ("r3", "clear:r=3")];
 
 /// A model with its fixture.
 struct Model {
-    family: &'static dyn Family,
+    architecture: Box<dyn Architecture>,
     identified: Identified,
     canonical: CanonicalSource<InMemoryTensors>,
     cases: BTreeMap<String, Tensor>,
@@ -40,8 +40,8 @@ impl Model {
         let hints = Hints { family: Some(family.to_owned()), ..Hints::default() };
         let identified = detect_source(&source, sidecar, &Manifests::embedded().unwrap(), &hints).unwrap();
         let canonical = identified.canonical(source).require_complete().unwrap();
-        let family = FAMILIES.iter().find(|known| known.name() == family).copied().unwrap();
-        Self { family, identified, canonical, cases: fixture(folder.join("cases.safetensors")) }
+        let architecture = self::family(family).unwrap().parse(&identified.config).unwrap();
+        Self { architecture, identified, canonical, cases: fixture(folder.join("cases.safetensors")) }
     }
 
     /// The tensors of the fixture whose names begin with `prefix`, without the prefix.
@@ -51,7 +51,7 @@ impl Model {
     }
 
     fn input(&self, prefix: &str) -> DenoiserInput {
-        self.family.parse_input(self.with_prefix(&format!("{prefix}/input/"))).unwrap()
+        self.architecture.parse_input(self.with_prefix(&format!("{prefix}/input/"))).unwrap()
     }
 
     fn grids(&self) -> BTreeSet<&str> {
@@ -68,9 +68,9 @@ impl Model {
     fn check(&self, grid: &str, (name, plan): (&str, &str)) -> f64 {
         let wanted = self.with_prefix(&format!("{grid}/{name}/"));
         let plan: AttentionPlan = plan.parse().unwrap();
-        let denoiser = self.family.build(&self.identified.config, &self.canonical, &plan).unwrap();
+        let denoiser = self.architecture.build(&self.canonical, &plan).unwrap();
         let mut state = denoiser.embed(&self.input(grid)).unwrap();
-        let what = format!("{} {grid} {name}", self.family.name());
+        let what = format!("{} {grid} {name}", self.identified.family);
         let mut compared = check_state(&what, &state, &wanted, "embed");
         for index in 0..denoiser.block_count() {
             state = denoiser.block(index, state).unwrap();
@@ -86,7 +86,7 @@ impl Model {
     fn teacher_student(&self) -> (TeacherStudent, Batch) {
         let weights = self.weights();
         let plan: AttentionPlan = "clear:r=3".parse().unwrap();
-        let recipe = PairSpec { family: self.family, config: &self.identified.config, plan: &plan };
+        let recipe = PairSpec { architecture: self.architecture.as_ref(), plan: &plan };
         let batch = Batch { input: self.input("gradient"), target: self.cases["gradient/target"].clone() };
         (TeacherStudent::build(recipe, &weights, &weights).unwrap(), batch)
     }
@@ -102,7 +102,7 @@ impl Model {
             optimizer.step(Optimizer::default(), 2e-3, pair.masters(), &gradients).unwrap();
             losses.push(loss.total);
         }
-        assert!(losses[9] < 0.7 * losses[0], "{}: losses {losses:?}", self.family.name());
+        assert!(losses[9] < 0.7 * losses[0], "{}: losses {losses:?}", self.identified.family);
     }
 
     fn check_gradients(&self) {
@@ -114,7 +114,7 @@ impl Model {
             assert!(
                 (got as f32 - wanted).abs() <= 1e-4 * wanted,
                 "{}: loss {got}, wanted {wanted}",
-                self.family.name()
+                self.identified.family
             );
         }
         let gradients: InMemoryTensors = gradients.into_iter().collect();
@@ -122,7 +122,7 @@ impl Model {
         let in_fixture = foreign.iter().filter(|(name, _)| self.cases.contains_key(&format!("gradient/{name}")));
         let mut checked = 0;
         for (name, got) in in_fixture {
-            let what = format!("{}: gradient of {name}", self.family.name());
+            let what = format!("{}: gradient of {name}", self.identified.family);
             let wanted = &self.cases[&format!("gradient/{name}")];
             // A bias that all keys share cancels in the softmax unless keys are normalised: its gradient is zero.
             match largest(wanted) < 1e-6 {
@@ -132,8 +132,8 @@ impl Model {
             checked += 1;
         }
         let expected = self.cases.keys().filter(|name| is_gradient(name)).count();
-        assert_eq!(checked, expected, "{}: not every gradient was compared", self.family.name());
-        assert!(expected >= 4, "{}: only {expected} gradients", self.family.name());
+        assert_eq!(checked, expected, "{}: not every gradient was compared", self.identified.family);
+        assert!(expected >= 4, "{}: only {expected} gradients", self.identified.family);
     }
 
     /// Gradients under the names of the layout, in which q, k and v may be fused.

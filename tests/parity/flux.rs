@@ -6,7 +6,8 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Denoiser, DenoiserInput, FAMILIES, Family, HiddenState};
+use clearform_models::families::flux::Flux;
+use clearform_models::{Architecture, Denoiser, DenoiserInput, HiddenState, ModelFamily as _};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use std::collections::{BTreeMap, HashMap};
 use support::{assert_close, json, tensors, weights};
@@ -85,7 +86,7 @@ fn inputs_of_the_wrong_shape_are_named() {
     let error_after = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
         let mut named = arguments(&cases, "5x8");
         change(&mut named);
-        let error = denoiser.embed(&flux().parse_input(named).unwrap()).map(|_| ()).unwrap_err();
+        let error = denoiser.embed(&architecture("head24").parse_input(named).unwrap()).map(|_| ()).unwrap_err();
         error.to_string()
     };
     for name in ["timestep", "guidance", "pooled_projections", "encoder_hidden_states", "img_ids", "txt_ids"] {
@@ -100,7 +101,7 @@ fn a_missing_tensor_is_named() {
     let source = weights("flux/head24/weights.safetensors");
     let kept = source.iter().filter(|(name, _)| *name != "single_transformer_blocks.0.attn.to_v.weight");
     let source: InMemoryTensors = kept.map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
-    let built = flux().build(&json("flux/head24/config.json"), &source, &AttentionPlan::full());
+    let built = architecture("head24").build(&source, &AttentionPlan::full());
     assert!(built.map(|_| ()).unwrap_err().to_string().contains("single_transformer_blocks.0.attn.to_v.weight"));
 }
 
@@ -130,7 +131,7 @@ fn gradients_of_distilled_tensors_predict_small_steps() {
     let mut source = weights("flux/head24/weights.safetensors");
     let layers = build_from("head24", &source, &AttentionPlan::full()).layer_names().to_vec();
     let names: Vec<String> =
-        layers.iter().flat_map(|layer| flux().distilled_layers(layer)).flat_map(|layer| layer.parameters).collect();
+        layers.iter().flat_map(|layer| architecture("head24").distilled_layers(layer)).flat_map(|layer| layer.parameters).collect();
     assert_eq!(names.len(), 8 + 8 + 6);
     let variables: Vec<Var> =
         names.iter().map(|name| Var::from_tensor(&source.tensor(name).unwrap()).unwrap()).collect();
@@ -160,8 +161,8 @@ fn gradients_of_distilled_tensors_predict_small_steps() {
     }
 }
 
-fn flux() -> &'static dyn Family {
-    *FAMILIES.iter().find(|family| family.name() == "flux").unwrap()
+fn architecture(model: &str) -> Box<dyn Architecture> {
+    Flux.parse(&json(&format!("flux/{model}/config.json"))).unwrap()
 }
 
 fn build(model: &str, plan: &AttentionPlan) -> Box<dyn Denoiser> {
@@ -169,11 +170,11 @@ fn build(model: &str, plan: &AttentionPlan) -> Box<dyn Denoiser> {
 }
 
 fn build_from(model: &str, source: &InMemoryTensors, plan: &AttentionPlan) -> Box<dyn Denoiser> {
-    flux().build(&json(&format!("flux/{model}/config.json")), source, plan).unwrap()
+    architecture(model).build(source, plan).unwrap()
 }
 
 fn input(cases: &HashMap<String, Tensor>, grid: &str) -> DenoiserInput {
-    flux().parse_input(arguments(cases, grid)).unwrap()
+    architecture("head24").parse_input(arguments(cases, grid)).unwrap()
 }
 
 fn arguments(cases: &HashMap<String, Tensor>, grid: &str) -> BTreeMap<String, Tensor> {

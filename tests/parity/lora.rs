@@ -230,7 +230,7 @@ fn reading() -> ReadOptions {
 
 fn forward(transformer: &TransformerCheckpoint, input: BTreeMap<String, Tensor>) -> Tensor {
     let denoiser = transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu).unwrap();
-    denoiser.forward(&transformer.family().parse_input(input).unwrap()).unwrap()
+    denoiser.forward(&transformer.architecture().parse_input(input).unwrap()).unwrap()
 }
 
 /// A component with one layout: names with and without a prefix, with dots or underscores.

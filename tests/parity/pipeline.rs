@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::{ImageSize, Prompt};
 use clearform_runtime::{Adapters, GenerateRequest, Pipeline, PipelineOptions, ReadOptions};
-use clearform_sampling::{Guidance, denoise};
+use clearform_sampling::{Guidance, Start, StepAction, denoise};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -31,7 +31,7 @@ fn every_stage_equals_that_of_flux_pipeline() {
 fn images_equal_those_of_flux_pipeline() {
     let expected = tensors(FIXTURE);
     for (number, image) in images().iter().enumerate() {
-        let generated = pipeline().generate(&request(image), &mut |_| {}).unwrap();
+        let generated = pipeline().generate(&request(image), &mut |_| StepAction::Continue).unwrap();
         let want = Expected { tensors: &expected, number }.get("image");
         let want = want.flatten_all().unwrap().to_vec1::<u8>().unwrap();
         let got = generated.iter().flat_map(|image| image.as_raw()).copied().collect::<Vec<_>>();
@@ -62,7 +62,8 @@ fn check_stages(pipeline: &Pipeline, request: &GenerateRequest, expected: &Expec
     let conditions = pipeline.conditions(&prompts, &latents, request.guidance).unwrap();
     let guidance = Guidance::SingleEvaluation(conditions);
     let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
-    let last = denoise(denoiser.as_ref(), &latents.tensor, &schedule, &guidance, &mut |_| {});
+    let start = Start::from_noise(latents.tensor);
+    let last = denoise(denoiser.as_ref(), start, &schedule, &guidance, &mut |_| StepAction::Continue);
     assert_close(&last.unwrap(), expected.get("latents"), 1e-4, "last latents");
 }
 

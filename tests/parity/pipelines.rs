@@ -7,8 +7,10 @@ mod support;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::{ImageSize, Prompt};
-use clearform_runtime::{Adapters, GenerateRequest, Pipeline, PipelineOptions, ReadOptions};
-use clearform_sampling::denoise;
+use clearform_runtime::{
+    Adapters, ControlImages, GenerateRequest, GuidanceScales, ImageBatch, Pipeline, PipelineOptions, ReadOptions,
+};
+use clearform_sampling::{StepAction, StepProgress};
 use clearform_testkit::assemble_pipeline;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -77,7 +79,7 @@ fn sd3_images_equal_those_of_diffusers() {
 
 /// Compares the image with that of the fixture, pixel by pixel.
 fn check_image(name: &str, pipeline: &Pipeline) {
-    let image = pipeline.generate(&request(name), &mut |_| {}).unwrap().remove(0);
+    let image = pipeline.generate(&request(name), &mut |_| StepAction::Continue).unwrap().remove(0);
     let wanted = image::open(fixture(&format!("pipelines/{name}/picture.png"))).unwrap().to_rgb8();
     assert_eq!(image.dimensions(), wanted.dimensions());
     let largest = image.iter().zip(wanted.iter()).map(|(got, want)| got.abs_diff(*want)).max().unwrap();
@@ -90,17 +92,17 @@ fn check_latents(name: &str, pipeline: &Pipeline, steps: &[&str]) {
     let request = request(name);
     let latents = pipeline.initial_latents(request.seed, 1, request.size.unwrap()).unwrap();
     assert_close(&latents.tensor, &expected["latents/initial"], 1e-6, "noise");
-    let (encoded, unconditional) = pipeline.encode_guided(&[request.prompt]).unwrap();
-    let unconditional = match &request.negative {
-        Some(negative) => Some(pipeline.encode(std::slice::from_ref(negative)).unwrap()),
-        None => unconditional,
-    };
-    let guidance = pipeline.guidance_for(&encoded, unconditional.as_ref(), &latents, request.guidance).unwrap();
+    let prompts = pipeline.encode_prompts(&[request.prompt], request.negative.as_ref()).unwrap();
     let schedule = pipeline.schedule(request.steps, &latents).unwrap();
+    let scales = GuidanceScales::new(request.guidance);
+    let batch = ImageBatch { latents, prompts, schedule, scales, controls: ControlImages::default() };
     let denoiser = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32)).unwrap();
     let mut seen = BTreeMap::new();
-    let mut record = |step: &clearform_sampling::StepProgress| drop(seen.insert(step.done - 1, step.latents.clone()));
-    denoise(denoiser.as_ref(), &latents.tensor, &schedule, &guidance, &mut record).unwrap();
+    let mut record = |step: &StepProgress| {
+        seen.insert(step.done - 1, step.latents.clone());
+        StepAction::Continue
+    };
+    pipeline.prepare(batch).unwrap().denoise(denoiser.as_ref(), &mut record).unwrap();
     for step in steps {
         let wanted = &expected[&format!("latents/{step}")];
         assert_close(&seen[&step.parse().unwrap()], wanted, 1e-4, &format!("{name}: latents after step {step}"));

@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-/// One policy for all layers, with exceptions by layer name.
-#[derive(Debug, Clone, PartialEq)]
+/// One policy for all layers, with exceptions by layer name. A serde value: a text if all layers have the same policy, else
+/// the table that [`Self::to_toml`] writes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "PlanForm", into = "PlanForm")]
 pub struct AttentionPlan {
     default: Policy,
     layers: BTreeMap<String, Policy>,
@@ -90,16 +92,13 @@ impl AttentionPlan {
     /// Invalid TOML, an unknown key, or an invalid policy.
     pub fn from_toml(text: &str) -> std::result::Result<Self, AttentionError> {
         let table: PlanTable = toml::from_str(text).map_err(|error| AttentionError::BadToml(error.to_string()))?;
-        let parse = |(layer, policy): (String, String)| Ok((layer, policy.parse()?));
-        let layers = table.layers.into_iter().map(parse).collect::<std::result::Result<_, AttentionError>>()?;
-        Ok(Self { default: table.default.parse()?, layers })
+        table.plan()
     }
 
     /// The inverse of [`Self::from_toml`].
     pub fn to_toml(&self) -> String {
-        let layers = self.layers.iter().map(|(layer, policy)| (layer.clone(), policy.to_string())).collect();
         // Strings and a table of strings can always be written as TOML.
-        toml::to_string(&PlanTable { default: self.default.to_string(), layers }).unwrap_or_default()
+        toml::to_string(&PlanTable::of(self)).unwrap_or_default()
     }
 }
 
@@ -123,12 +122,53 @@ impl fmt::Display for AttentionPlan {
     }
 }
 
+/// A plan as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum PlanForm {
+    Uniform(String),
+    Table(PlanTable),
+}
+
+impl TryFrom<PlanForm> for AttentionPlan {
+    type Error = AttentionError;
+
+    fn try_from(form: PlanForm) -> std::result::Result<Self, AttentionError> {
+        match form {
+            PlanForm::Uniform(text) => text.parse(),
+            PlanForm::Table(table) => table.plan(),
+        }
+    }
+}
+
+impl From<AttentionPlan> for PlanForm {
+    fn from(plan: AttentionPlan) -> Self {
+        match plan.layers.is_empty() {
+            true => Self::Uniform(plan.default.to_string()),
+            false => Self::Table(PlanTable::of(&plan)),
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PlanTable {
     default: String,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     layers: BTreeMap<String, String>,
+}
+
+impl PlanTable {
+    fn of(plan: &AttentionPlan) -> Self {
+        let layers = plan.layers.iter().map(|(layer, policy)| (layer.clone(), policy.to_string())).collect();
+        Self { default: plan.default.to_string(), layers }
+    }
+
+    fn plan(self) -> std::result::Result<AttentionPlan, AttentionError> {
+        let parse = |(layer, policy): (String, String)| Ok((layer, policy.parse()?));
+        let layers = self.layers.into_iter().map(parse).collect::<std::result::Result<_, AttentionError>>()?;
+        Ok(AttentionPlan { default: self.default.parse()?, layers })
+    }
 }
 
 fn learned_name(layer: &str) -> String {

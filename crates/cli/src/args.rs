@@ -20,7 +20,7 @@ pub use bench::{
 pub use compare::{CompareArgs, SamplingArgs, TransferArgs};
 pub use convert::{ConvertArgs, DistillArgs, TrainingArgs};
 pub use demo::DemoArgs;
-pub use device::{DeviceArg, DeviceArgs, DtypeArg};
+pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};

@@ -2,18 +2,13 @@
 //! libraries do the work; no other crate prints.
 #![allow(clippy::print_stdout)]
 
-mod adapters;
 mod args;
 mod commands;
-mod conversion;
 mod demo;
-mod distillation;
-mod evaluation;
+mod image_names;
+mod options;
 mod output;
-mod patching;
-mod report;
-mod sources;
-mod transfer;
+mod progress;
 
 use args::{Cli, Command};
 use clap::Parser as _;

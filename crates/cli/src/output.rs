@@ -1,6 +1,6 @@
 //! [`Output`]: results go to stdout; messages and progress go to stderr.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::progress::ProgressBars;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{ErrorKind, Write as _};
@@ -67,14 +67,9 @@ impl Output {
         print_message(message);
     }
 
-    /// A progress bar on stderr; hidden when stderr is not a terminal.
-    pub fn progress(&self, label: &'static str, length: usize) -> ProgressBar {
-        let style = ProgressStyle::with_template("{prefix:>12} {bar:32} {pos}/{len} {eta:>5} {msg}");
-        let bar = ProgressBar::new(length as u64).with_prefix(label);
-        match style {
-            Ok(style) => bar.with_style(style),
-            Err(_) => bar,
-        }
+    /// Shows progress and messages on stderr.
+    pub fn observer(&self) -> ProgressBars {
+        ProgressBars::default()
     }
 }
 

@@ -14,6 +14,9 @@ pub enum ConvertError {
         /// The system's error.
         source: std::io::Error,
     },
+    /// The caller cancelled.
+    #[error("cancelled")]
+    Cancelled,
     /// A file cannot be used as a patch.
     #[error("{path}: {reason}", path = path.display())]
     BadPatch {

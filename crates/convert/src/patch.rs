@@ -9,12 +9,15 @@ use clearform_attention::{AttentionPlan, Policy, Radius};
 use clearform_weights::{Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// How a patch is applied to a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum PatchMode {
     /// The patch's tensors replace the model's, as in CLEAR.
+    #[default]
     Replace,
     /// The model's tensors move by what distillation changed, W + (W_student - W_teacher), which keeps what a fine-tuned
     /// model has learned.

@@ -8,6 +8,7 @@ use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, SourceRecor
 use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// Path of the transformer's tensors in a portable model.
@@ -84,16 +85,16 @@ impl ConversionPlan {
     }
 
     /// Writes the transformer `canonical` (canonical names) and the other components into `stage`. `progress` gets the
-    /// bytes of the transformer that are written and all of its bytes.
+    /// bytes of the transformer that are written and all of its bytes, and may cancel.
     ///
     /// # Errors
-    /// The disk is too full, a tensor cannot be read or converted, or a file cannot be written.
+    /// [`ConvertError::Cancelled`]; the disk is too full, a tensor cannot be read or converted, or a file cannot be written.
     pub fn apply(
         &self,
         canonical: &dyn TensorSource,
         load_report: &LoadReport,
         stage: &mut StagingDir,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<ConversionReport> {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
@@ -142,7 +143,7 @@ impl ConversionPlan {
         added: &InMemoryTensors,
         tensors: &[TensorInfo],
         stage: &mut StagingDir,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<()> {
         let all = tensors.iter().map(TensorInfo::byte_count).sum();
         let mut done = 0;
@@ -150,8 +151,10 @@ impl ConversionPlan {
             let name = &info.name;
             let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
             done += info.byte_count();
-            progress(done, all);
-            in_dtype_of(info, tensor)
+            if progress(done, all).is_break() {
+                return Err(ConvertError::Cancelled);
+            }
+            Ok(in_dtype_of(info, tensor)?)
         })?;
         let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
         Ok(stage.write("transformer/config.json", &config)?)

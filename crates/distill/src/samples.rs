@@ -9,10 +9,13 @@ use crate::settings::at_least_one;
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, Denoiser, Prompt};
-use clearform_sampling::{Guidance, Schedule, TorchGenerator, denoise};
+use clearform_sampling::{
+    Guidance, SamplingError, Schedule, Start, StepAction, StepProgress, TorchGenerator, denoise,
+};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 /// Prompts that are encoded together. Text encoders are loaded once for each such chunk, so larger is faster, but its
@@ -183,24 +186,31 @@ impl SampleSet {
         Ok(())
     }
 
-    /// Generates the batches that are missing. `progress` gets the number of finished samples and of all samples.
+    /// Generates the batches that are missing. `progress` gets the number of finished samples and of all samples, after
+    /// each denoising step, and may cancel.
     ///
     /// # Errors
-    /// A prompt is not encoded, or denoising fails.
+    /// A prompt is not encoded, or denoising fails; [`SamplingError::Cancelled`].
     pub fn generate(
         &self,
         teacher: &dyn Denoiser,
         sampling_spec: &SamplingSpec,
-        progress: &mut dyn FnMut(usize, usize),
+        progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<()> {
         self.save_ids(sampling_spec)?;
         let missing = self.missing_batches();
         let mut done = self.settings.count - missing.iter().map(|&batch| self.samples_of(batch).len()).sum::<usize>();
-        progress(done, self.settings.count);
+        let mut go_on = |done| match progress(done, self.settings.count) {
+            ControlFlow::Continue(()) => StepAction::Continue,
+            ControlFlow::Break(()) => StepAction::Cancel,
+        };
+        let _ = go_on(done);
         for batch in missing {
-            self.generate_batch(batch, teacher, sampling_spec)?;
+            self.generate_batch(batch, teacher, sampling_spec, &mut |_| go_on(done))?;
             done += self.samples_of(batch).len();
-            progress(done, self.settings.count);
+            if let StepAction::Cancel = go_on(done) {
+                return Err(SamplingError::Cancelled.into());
+            }
         }
         Ok(())
     }
@@ -229,11 +239,18 @@ impl SampleSet {
         save(&self.prompt_path(index), rows.collect::<Result<InMemoryTensors>>()?)
     }
 
-    fn generate_batch(&self, batch: usize, teacher: &dyn Denoiser, sampling_spec: &SamplingSpec) -> Result<()> {
+    fn generate_batch(
+        &self,
+        batch: usize,
+        teacher: &dyn Denoiser,
+        sampling_spec: &SamplingSpec,
+        hook: &mut dyn FnMut(&StepProgress) -> StepAction,
+    ) -> Result<()> {
         let samples = self.samples_of(batch);
         let noise = self.noise(&samples, sampling_spec)?;
         let guidance = self.guidance(&samples, &sampling_spec.device)?;
-        let latents = denoise(teacher, &noise, &sampling_spec.schedule, &guidance, &mut |_| ())?;
+        let start = Start::from_noise(noise);
+        let latents = denoise(teacher, start, &sampling_spec.schedule, &guidance, hook)?;
         let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
         let prompts = samples.iter().map(|&sample| self.prompt_of(SampleIndex::conditional(sample)) as u32);
         let prompts = Tensor::from_iter(prompts, &Device::Cpu)?;

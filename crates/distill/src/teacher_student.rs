@@ -3,18 +3,15 @@
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Denoiser, DistilledLayer, Family, NoiseProcess};
+use clearform_models::{Architecture, Denoiser, DistilledLayer, NoiseProcess};
 use clearform_weights::{InMemoryTensors, TensorSource};
-use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// What teacher and student are built from besides weights.
 #[derive(Clone, Copy)]
 pub struct PairSpec<'a> {
     /// The architecture of both.
-    pub family: &'a dyn Family,
-    /// The config.json of both.
-    pub config: &'a Value,
+    pub architecture: &'a dyn Architecture,
     /// The student's attention; the teacher's is full.
     pub plan: &'a AttentionPlan,
 }
@@ -35,7 +32,7 @@ impl TeacherStudent {
     /// # Errors
     /// A tensor is missing or has another shape, or a layer has nothing to train.
     pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
-        let built = spec.family.build(spec.config, teacher, &AttentionPlan::full())?;
+        let built = spec.architecture.build(teacher, &AttentionPlan::full())?;
         let mut masters = BTreeMap::new();
         for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
@@ -44,8 +41,8 @@ impl TeacherStudent {
         for (name, master) in &masters {
             weights.insert(name.clone(), master.as_tensor().clone());
         }
-        let student = spec.family.build(spec.config, &weights, spec.plan)?;
-        Ok(Self { teacher: built, student, process: spec.family.noise_process(), masters })
+        let student = spec.architecture.build(&weights, spec.plan)?;
+        Ok(Self { teacher: built, student, process: spec.architecture.pipeline().noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -106,7 +103,7 @@ fn layer_masters(
     start: &dyn TensorSource,
 ) -> Result<Vec<(String, Var)>> {
     let mut masters = Vec::new();
-    for distilled in spec.family.distilled_layers(layer) {
+    for distilled in spec.architecture.distilled_layers(layer) {
         let projections = projection_masters(&distilled, teacher, start)?;
         let device = projections.first().map(|(_, master)| master.device().clone());
         masters.extend(projections);

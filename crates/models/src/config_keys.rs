@@ -25,6 +25,10 @@ impl<'a> ConfigKeys<'a> {
         }
     }
 
+    pub(crate) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key).map(|value| as_count(key, value)).transpose()
+    }
+
     pub(crate) fn counts(&self, key: &str, default: &[usize]) -> Result<Vec<usize>> {
         match self.get(key) {
             Some(Value::Array(items)) => items.iter().map(|item| as_count(key, item)).collect(),

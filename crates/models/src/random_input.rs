@@ -1,9 +1,8 @@
 //! [`random_input`]: random arguments for one forward, for benchmarks.
 
-use crate::{BatchSpec, Conditions, DenoiserInput, Family, ImageSize, NoiseProcess, Result, StepIndex};
+use crate::{Architecture, BatchSpec, Conditions, DenoiserInput, ImageSize, NoiseProcess, Result, StepIndex};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::TokenGrid;
-use serde_json::Value;
 
 /// Sizes, dtype and device of a random input.
 #[derive(Debug, Clone)]
@@ -21,16 +20,17 @@ pub struct InputSizes {
 /// Arguments for a batch of one: random latents with random text or class 0, at the middle timestep.
 ///
 /// # Errors
-/// A bad config key, or not enough memory on the device.
-pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> Result<DenoiserInput> {
-    let channels = family.input_channels(config)?;
-    let patch_size = family.patch_size(config)?;
+/// Not enough memory on the device.
+pub fn random_input(architecture: &dyn Architecture, sizes: &InputSizes) -> Result<DenoiserInput> {
+    let channels = architecture.input_channels();
+    let pipeline = architecture.pipeline();
+    let patch_size = pipeline.patch_size();
     let grid = sizes.grid;
     let text = sizes.text;
     let device = &sizes.device;
     let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(sizes.dtype);
     let size = [grid.height * patch_size, grid.width * patch_size];
-    let (latents, image_ids) = family.pack(&random(&[1, channels.latents, size[0], size[1]])?)?;
+    let (latents, image_ids) = pipeline.pack(&random(&[1, channels.latents, size[0], size[1]])?)?;
     let class = || Tensor::zeros(1, DType::U32, device);
     let conditions = Conditions {
         text: channels.text.map(|channels| random(&[1, text, channels])).transpose()?,
@@ -44,9 +44,9 @@ pub fn random_input(family: &dyn Family, config: &Value, sizes: &InputSizes) -> 
     let batch_spec = BatchSpec { batch: 1, size: ImageSize { height, width }, guidance: 3.5 };
     Ok(DenoiserInput {
         latents,
-        timestep: Tensor::new(&[middle_timestep(family.noise_process())], device)?,
+        timestep: Tensor::new(&[middle_timestep(pipeline.noise_process())], device)?,
         step_index: StepIndex::default(),
-        conditions: family.add_size_conditions(config, conditions, batch_spec, device)?,
+        conditions: pipeline.add_size_conditions(conditions, batch_spec, device)?,
     })
 }
 

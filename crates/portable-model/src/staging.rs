@@ -13,9 +13,11 @@ use walkdir::WalkDir;
 const STAGE: &str = "stage";
 
 /// How files are taken from other folders.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CopyMode {
     /// As copies.
+    #[default]
     Copy,
     /// As hard links where the file system allows it, else as copies.
     Link,
@@ -100,12 +102,12 @@ impl StagingDir {
     ///
     /// # Errors
     /// `read` fails, or the file cannot be written.
-    pub fn write_tensors(
+    pub fn write_tensors<E: From<WeightsError> + From<PortableModelError>>(
         &mut self,
         path: &str,
         tensors: &[TensorInfo],
-        read: impl FnMut(&TensorInfo) -> clearform_weights::Result<RawTensor>,
-    ) -> Result<()> {
+        read: impl FnMut(&TensorInfo) -> std::result::Result<RawTensor, E>,
+    ) -> std::result::Result<(), E> {
         let file = self.folder().join(path);
         create_parent(&file)?;
         // transformers refuses safetensors files without this key.
@@ -140,7 +142,7 @@ impl StagingDir {
         }
         let is_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
         let file = if is_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
-        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| source.read(&info.name))
+        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| Ok(source.read(&info.name)?))
     }
 
     /// Checks that `needed` bytes are free on the disk of the work folder.
@@ -194,19 +196,14 @@ impl Drop for StagingDir {
 }
 
 /// Whether a target that exists may be replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Overwrite {
     /// The target must not exist.
+    #[default]
     Never,
     /// A portable model is replaced once the new one is complete. Anything else is never replaced.
     PortableModel,
-}
-
-impl Overwrite {
-    /// A portable model may be replaced if `allowed`.
-    pub fn allowed_if(allowed: bool) -> Self {
-        if allowed { Self::PortableModel } else { Self::Never }
-    }
 }
 
 /// The work folder of `target`, if the target may be written.

@@ -60,10 +60,11 @@ struct PendingControlNet {
     request: AdapterRequest,
 }
 
-/// A transformer with the edits of adapters.
+/// A transformer with the edits of adapters. Clones share it.
+#[derive(Clone)]
 pub struct EditedTransformer {
     /// The transformer.
-    pub transformer: TransformerCheckpoint,
+    pub transformer: Arc<TransformerCheckpoint>,
     /// The edits of all components.
     pub edits: Arc<WeightEdits>,
     /// What became of each adapter's tensors.
@@ -153,6 +154,7 @@ impl Adapters {
         manifests: &Manifests,
     ) -> Result<EditedTransformer> {
         if self.weights.is_empty() {
+            let transformer = Arc::new(transformer);
             return Ok(EditedTransformer { transformer, edits: Arc::default(), reports: Vec::new() });
         }
         let (edits, reports) = WeightEdits::place(&self.weights, &editable_parameters(&transformer, components)?);
@@ -161,7 +163,7 @@ impl Adapters {
             _ => {}
         }
         let edits = Arc::new(edits);
-        let transformer = transformer.patched(edits.clone(), self.low_rank, manifests)?;
+        let transformer = Arc::new(transformer.patched(edits.clone(), self.low_rank, manifests)?);
         Ok(EditedTransformer { transformer, edits, reports })
     }
 

@@ -8,6 +8,7 @@ use clearform_portable_model::ComponentData;
 use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The folders and files that are searched for components, in this order: the model's folder, the transformer's
 /// single-file checkpoint, the folder of `--components`.
@@ -21,7 +22,7 @@ pub struct Components {
 /// A checkpoint that contains other components beside its transformer.
 #[derive(Debug, Clone)]
 struct SingleFile {
-    path: PathBuf,
+    checkpoint: Arc<Checkpoint>,
     components: Vec<EmbeddedComponent>,
     allow_unmatched: bool,
 }
@@ -43,8 +44,8 @@ impl Components {
     pub fn with_embedded(mut self, transformer: &TransformerCheckpoint, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
         self.file = Some(SingleFile {
-            path: checkpoint.path().to_owned(),
-            components: transformer.identified().components_in(checkpoint),
+            checkpoint: checkpoint.clone(),
+            components: transformer.identified().components_in(checkpoint.as_ref()),
             allow_unmatched: reading.allow_unmatched,
         });
         self.open_embedded()?;
@@ -152,7 +153,7 @@ impl Components {
 
     fn open(&self, file: &SingleFile, embedded: &EmbeddedComponent) -> Result<ComponentData> {
         let config = self.config_beside_file(&embedded.name)?;
-        let opened = embedded.open(Checkpoint::open(&file.path)?, config.as_ref());
+        let opened = embedded.open(file.checkpoint.clone(), config.as_ref());
         let checked = opened.and_then(|OpenComponent { config, tensors }| {
             let tensors =
                 if file.allow_unmatched { tensors.require_sufficient()? } else { tensors.require_complete()? };
@@ -161,7 +162,7 @@ impl Components {
         });
         checked.map_err(|error| {
             let reason = format!("{}, the tensors under {:?}: {error}", embedded.name, embedded.prefix);
-            RuntimeError::BadComponent { path: file.path.clone(), reason }
+            RuntimeError::BadComponent { path: file.checkpoint.path().to_owned(), reason }
         })
     }
 

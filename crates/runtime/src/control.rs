@@ -2,7 +2,7 @@
 
 use crate::adapters::ActiveControlNet;
 use crate::control_concat::channel_axis;
-use crate::pipeline::repeat;
+use crate::stages::repeat;
 use crate::{Pipeline, Result, RuntimeError};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{BatchSpec, ImageSize};
@@ -10,32 +10,63 @@ use clearform_plugin_host::{ControlKind, ControlNetInput};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
 
+/// Images that steer a batch. Each list has one image for the whole batch, or one for each of its images.
+#[derive(Debug, Clone, Default)]
+pub struct ControlImages {
+    /// Those of the transformer itself, if it takes one.
+    pub transformer: Vec<RgbImage>,
+    /// Those of each ControlNet, in order.
+    pub controlnets: Vec<Vec<RgbImage>>,
+}
+
 impl Pipeline {
-    /// The inputs of all ControlNets for a batch of images. `images` are in the order of the ControlNets; a single image
-    /// serves all of them.
+    /// Assigns the images that a user lists: first that of the transformer itself if it takes one, then those of the
+    /// ControlNets in order. A single image serves all ControlNets.
     ///
     /// # Errors
-    /// The number of images is neither 1 nor that of ControlNets, or a ControlNet belongs to another model.
-    pub fn controlnet_inputs(&self, images: &[RgbImage], batch_spec: BatchSpec) -> Result<Vec<ControlNetInput>> {
-        let found = images.len();
+    /// The transformer's image is missing, or the number of others is neither 1 nor that of ControlNets.
+    pub fn control_images(&self, images: &[RgbImage]) -> Result<ControlImages> {
+        let (transformer, others) = self.split_control_images(images)?;
+        let found = others.len();
         let expected = self.controlnets().len();
         if found != expected && (found != 1 || expected == 0) {
             return Err(RuntimeError::BadSetting(format!(
                 "control images: expected {expected}, one for each ControlNet (--control-image), found {found}"
             )));
         }
-        let input_of = |(index, active): (usize, &ActiveControlNet)| {
-            let image = &images[index.min(found - 1)];
-            self.controlnet_input(active, std::slice::from_ref(image), batch_spec)
-        };
-        self.controlnets().iter().enumerate().map(input_of).collect()
+        let controlnets = (0..expected).map(|index| vec![others[index.min(found - 1)].clone()]).collect();
+        Ok(ControlImages { transformer: transformer.into_iter().cloned().collect(), controlnets })
     }
 
-    /// The input of one ControlNet for a batch of images; each of `images` is repeated for its part of the batch.
+    /// Gives `images`, one for each image of a batch or one for all, to everything that takes a control image.
+    pub fn shared_control_images(&self, images: &[RgbImage]) -> ControlImages {
+        let transformer = if self.takes_control() { images.to_vec() } else { Vec::new() };
+        ControlImages { transformer, controlnets: vec![images.to_vec(); self.controlnets().len()] }
+    }
+
+    /// The image of the transformer itself, if it takes one, and the images of the ControlNets.
+    fn split_control_images<'a>(&self, images: &'a [RgbImage]) -> Result<(Option<&'a RgbImage>, &'a [RgbImage])> {
+        match (self.takes_control(), images.split_first()) {
+            (false, _) => Ok((None, images)),
+            (true, Some((first, others))) => Ok((Some(first), others)),
+            (true, None) => Err(missing_control()),
+        }
+    }
+
+    /// The inputs of all ControlNets for a batch of images.
     ///
     /// # Errors
-    /// The batch is not a multiple of the number of images, or the ControlNet belongs to another model.
-    pub fn controlnet_input(
+    /// A number of images that does not divide the batch, or a ControlNet of another model.
+    pub(crate) fn controlnet_inputs(
+        &self,
+        controls: &ControlImages,
+        batch_spec: BatchSpec,
+    ) -> Result<Vec<ControlNetInput>> {
+        let pairs = self.controlnets().iter().zip(&controls.controlnets);
+        pairs.map(|(active, images)| self.controlnet_input(active, images, batch_spec)).collect()
+    }
+
+    fn controlnet_input(
         &self,
         active: &ActiveControlNet,
         images: &[RgbImage],
@@ -56,8 +87,7 @@ impl Pipeline {
     /// Pixels or latents of `images`, as the ControlNet takes them, (images, ...).
     fn control_values(&self, active: &ActiveControlNet, images: &[RgbImage], size: ImageSize) -> Result<Tensor> {
         let input = active.controlnet.input();
-        let pixels = images.iter().map(|image| pixels(image, size, input.range)).collect::<Result<Vec<_>>>()?;
-        let pixels = Tensor::cat(&pixels, 0)?;
+        let pixels = all_pixels(images, size, input.range)?;
         let control = match input.kind {
             ControlKind::Pixels => pixels,
             ControlKind::Latents => self.encode_image(&pixels)?,
@@ -73,25 +103,20 @@ impl Pipeline {
         )))
     }
 
-    /// The control image of the transformer itself, if it takes one, and the images of the ControlNets.
-    pub(crate) fn split_control_images<'a>(
-        &self,
-        images: &'a [RgbImage],
-    ) -> Result<(Option<&'a RgbImage>, &'a [RgbImage])> {
-        match (self.takes_control(), images.split_first()) {
-            (false, _) => Ok((None, images)),
-            (true, Some((first, others))) => Ok((Some(first), others)),
-            (true, None) => {
-                let reason = "control images: the transformer takes one, found none; pass --control-image FILE";
-                Err(RuntimeError::BadSetting(reason.to_owned()))
+    /// Packed latents of the transformer's own control images, as in diffusers' `FluxControlPipeline`, for each image of the
+    /// batch; `None` if it takes none.
+    ///
+    /// # Errors
+    /// The image is missing, or the number of images does not divide the batch.
+    pub fn control_latents(&self, controls: &ControlImages, batch_spec: BatchSpec) -> Result<Option<Tensor>> {
+        match (self.takes_control(), &controls.transformer[..]) {
+            (false, _) => Ok(None),
+            (true, []) => Err(missing_control()),
+            (true, images) => {
+                let latents = self.encode_image(&all_pixels(images, batch_spec.size, VAE_RANGE)?)?;
+                repeat(&latents, batch_spec.batch).map(Some)
             }
         }
-    }
-
-    /// Packed latents of the transformer's own control image, as in diffusers' `FluxControlPipeline`, once for each image of
-    /// the batch.
-    pub(crate) fn control_latents(&self, image: &RgbImage, size: ImageSize, batch: usize) -> Result<Tensor> {
-        repeat(&self.encode_image(&pixels(image, size, VAE_RANGE)?)?, batch)
     }
 
     /// The means of the VAE's latents, packed if the transformer takes them so.
@@ -99,12 +124,27 @@ impl Pipeline {
     /// # Shapes
     /// (batch, 3, height, width) -> (batch, image tokens, channels) or (batch, channels, height, width).
     fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
-        let vae = self.load_vae()?.ok_or_else(|| {
+        let vae = self.autoencoder()?.ok_or_else(|| {
             RuntimeError::BadSetting("control images: this model has no VAE to encode them with".to_owned())
         })?;
         let latents = vae.encode(&pixels.to_device(self.device())?)?;
-        Ok(self.transformer().family().pack(&latents)?.0)
+        Ok(self.transformer().pipeline_spec().pack(&latents)?.0)
     }
+}
+
+fn missing_control() -> RuntimeError {
+    let reason = "control images: the transformer takes one, found none; pass --control-image FILE";
+    RuntimeError::BadSetting(reason.to_owned())
+}
+
+/// [`pixels`] of several images, (images, 3, height, width).
+fn all_pixels(images: &[RgbImage], size: ImageSize, range: [f64; 2]) -> Result<Tensor> {
+    if images.is_empty() {
+        let reason = "control images: expected one or one for each image, found none; pass --control-image FILE";
+        return Err(RuntimeError::BadSetting(reason.to_owned()));
+    }
+    let pixels = images.iter().map(|image| pixels(image, size, range)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&pixels, 0)?)
 }
 
 /// The values of black and white in the VAE's input.

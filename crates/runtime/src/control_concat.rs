@@ -11,6 +11,17 @@ pub(crate) struct ControlConcat<'a> {
     pub control: Option<Tensor>,
 }
 
+/// `latents` with the latents of a control image as further channels.
+///
+/// # Shapes
+/// (batch, image tokens, channels) or (batch, channels, height, width), both alike -> the same with all channels.
+///
+/// # Errors
+/// Shapes that do not match.
+pub fn with_control(latents: &Tensor, control: &Tensor) -> candle_core::Result<Tensor> {
+    Tensor::cat(&[latents, &control.to_dtype(latents.dtype())?], channel_axis(control))
+}
+
 /// The dimension of channels: 2 in packed latents (batch, image tokens, channels), 1 in (batch, channels, height, width).
 pub(crate) fn channel_axis(latents: &Tensor) -> usize {
     if latents.rank() == 3 { 2 } else { 1 }
@@ -23,9 +34,7 @@ impl Denoiser for ControlConcat<'_> {
 
     fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<HiddenState> {
         let Some(control) = &self.control else { return self.base.embed(input) };
-        let control = control.to_dtype(input.latents.dtype())?;
-        let latents = Tensor::cat(&[&input.latents, &control], channel_axis(&control))?;
-        self.base.embed(&DenoiserInput { latents, ..input.clone() })
+        self.base.embed(&DenoiserInput { latents: with_control(&input.latents, control)?, ..input.clone() })
     }
 
     fn block(&self, index: usize, state: HiddenState) -> clearform_models::Result<HiddenState> {

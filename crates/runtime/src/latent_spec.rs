@@ -1,12 +1,9 @@
 //! [`LatentSpec`]: what a model denoises, latents of a VAE or pixels: their channels, and the image sizes it can generate.
 //! It loads no weights.
 
-use crate::control_concat::channel_axis;
 use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
-use candle_core::{DType, Device, Tensor};
 use clearform_models::ImageSize;
-use clearform_models::vae::VaeConfig;
-use serde_json::Value;
+use clearform_models::vae::{AutoencoderSpec, autoencoder};
 
 /// Most pixels along an edge: far more than any model generates, and few enough that no product of sizes overflows.
 const LARGEST: usize = 1 << 15;
@@ -16,7 +13,7 @@ const DEFAULT_EDGE: usize = 128;
 
 /// What a model denoises.
 pub(crate) struct LatentSpec {
-    vae: Option<VaeConfig>,
+    vae: Option<Box<dyn AutoencoderSpec>>,
     channels: usize,
     patch_size: usize,
     native_size: ImageSize,
@@ -26,24 +23,22 @@ pub(crate) struct LatentSpec {
 impl LatentSpec {
     /// Reads the configs of `components`, and checks that the VAE fits the transformer.
     pub fn new(components: &Components, transformer: &TransformerCheckpoint) -> Result<Self> {
-        let family = transformer.family();
-        let config = transformer.config();
+        let spec = transformer.pipeline_spec();
         let has_vae = transformer.identified().components().iter().any(|component| component == "vae");
-        let vae_config = if has_vae { components.config("vae")? } else { Value::Null };
-        let vae = if has_vae { Some(VaeConfig::new(&vae_config)?) } else { None };
-        let in_channels = config["in_channels"].as_u64().unwrap_or(0) as usize;
-        let (channels, downscale) = vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels, vae.downscale()));
-        let patch_size = family.patch_size(config)?;
-        let edge = family.sample_size(config)?.map(|edge| edge * downscale);
-        let vae_edge = || vae_config["sample_size"].as_u64().map(|edge| edge as usize);
+        let vae = if has_vae { Some(autoencoder(&components.config("vae")?)?) } else { None };
+        let in_channels = transformer.architecture().input_channels().latents;
+        let (channels, downscale) = vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels(), vae.downscale()));
+        let patch_size = spec.patch_size();
+        let edge = spec.sample_size().map(|edge| edge * downscale);
+        let vae_edge = || vae.as_ref().and_then(|vae| vae.sample_size());
         let edge = edge.or_else(vae_edge).unwrap_or(DEFAULT_EDGE * downscale);
-        let takes_control = has_control_channels(in_channels, packed_channels(transformer, channels, patch_size)?)?;
+        let takes_control = has_control_channels(in_channels, channels)?;
         Ok(Self { vae, channels, patch_size, native_size: ImageSize { height: edge, width: edge }, takes_control })
     }
 
     /// The VAE's config; `None` if the model generates pixels.
-    pub fn vae(&self) -> Option<&VaeConfig> {
-        self.vae.as_ref()
+    pub fn vae(&self) -> Option<&dyn AutoencoderSpec> {
+        self.vae.as_deref()
     }
 
     /// The image size that the model was trained on.
@@ -85,26 +80,19 @@ impl LatentSpec {
     }
 
     fn downscale(&self) -> usize {
-        self.vae.as_ref().map_or(1, VaeConfig::downscale)
+        self.vae.as_ref().map_or(1, |vae| vae.downscale())
     }
 }
 
-/// Whether a transformer with `in_channels` takes a control image, where its own latents have `packed` channels. FLUX.1's
-/// Canny and Depth models, and their LoRAs, take twice the channels; inpainting models (Fill) take other numbers.
-fn has_control_channels(in_channels: usize, packed: usize) -> Result<bool> {
-    if in_channels == packed || in_channels == 2 * packed {
-        return Ok(in_channels == 2 * packed);
+/// Whether a transformer with `in_channels` takes a control image, where the VAE's latents have `channels`. FLUX.1's Canny
+/// and Depth models, and their LoRAs, take twice the channels; inpainting models (Fill) take other numbers.
+fn has_control_channels(in_channels: usize, channels: usize) -> Result<bool> {
+    if in_channels == channels || in_channels == 2 * channels {
+        return Ok(in_channels == 2 * channels);
     }
     Err(RuntimeError::BadSetting(format!(
-        "the transformer takes {in_channels} channels, but the latents of this VAE have {packed}. Either the VAE belongs to \
+        "the transformer takes {in_channels} latent channels, but the latents of this VAE have {channels}. Either the VAE belongs to \
          another model (pass the right one with --components DIR), or the transformer also takes a mask (inpainting), \
          which is not supported"
     )))
-}
-
-/// Channels of latents in the form that the transformer takes.
-fn packed_channels(transformer: &TransformerCheckpoint, channels: usize, patch: usize) -> Result<usize> {
-    let latents = Tensor::zeros((1, channels, patch, patch), DType::F32, &Device::Cpu)?;
-    let (packed, _) = transformer.family().pack(&latents)?;
-    Ok(packed.dim(channel_axis(&packed))?)
 }

@@ -5,6 +5,7 @@
 //! - [`Pipeline`] is `DiffusionPipeline`. [`Pipeline::open`] reads configs only; [`Pipeline::generate`] loads text encoders,
 //!   transformer and VAE in sequence and releases each before the next, as `enable_model_cpu_offload` would. Its
 //!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
+//! - [`LoadedPipeline`] keeps them in memory instead, for many images.
 //! - [`Components`] finds the components of a pipeline in folders or in a single-file checkpoint.
 //! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.
 //! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
@@ -21,10 +22,15 @@ mod control;
 mod control_concat;
 mod error;
 mod files;
+mod generate;
+mod held_weights;
+mod image_batch;
 mod images;
 mod latent_spec;
+mod loaded_pipeline;
 mod pipeline;
 pub mod png;
+mod stages;
 mod text;
 mod transformer_checkpoint;
 
@@ -32,8 +38,14 @@ pub use adapters::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,
 };
 pub use components::Components;
+pub use control::ControlImages;
+pub use control_concat::with_control;
 pub use error::{Result, RuntimeError};
+pub use generate::{GenerateRequest, PipelineStage};
 pub use image::RgbImage;
+pub use image_batch::{ImageBatch, PreparedBatch};
 pub use images::{check_images, to_images};
-pub use pipeline::{GenerateRequest, InitialLatents, Pipeline, PipelineOptions, PipelineStage};
+pub use loaded_pipeline::LoadedPipeline;
+pub use pipeline::{Pipeline, PipelineOptions};
+pub use stages::{EncodedPrompts, GuidanceScales, InitialLatents};
 pub use transformer_checkpoint::{ReadOptions, TransformerCheckpoint};

@@ -1,27 +1,30 @@
 //! [`PipelineTextEncoders`]: the text encoders of a pipeline. Each is loaded when a family calls it and released after the
 //! call. How their outputs are combined is up to the family.
 
+use crate::held_weights::Held;
 use crate::{Components, Result, RuntimeError};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use clearform_models::ModelError;
 use clearform_models::text::{
-    ClipConfig, ClipEncoded, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer, TextEncoders,
+    EncodedText, TEXT_ENCODERS, TextEncoder, TextEncoderClass, TextEncoderFiles, TextEncoders, TextRequest,
 };
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_weights::{InMemoryTensors, TensorSource};
-
-const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The text encoders of a pipeline, with the edits of adapters.
 pub(crate) struct PipelineTextEncoders<'a> {
     pub components: &'a Components,
     pub edits: &'a WeightEdits,
     pub device: &'a Device,
+    /// Encoders that stay in memory, if the pipeline is loaded.
+    pub held: Option<&'a Held<BTreeMap<&'static str, Arc<dyn TextEncoder>>>>,
 }
 
-/// The weights of `component` with the edits of adapters, ready to be built on `device`. Low-rank edits are merged, since the
-/// layers of candle-transformers cannot add a low-rank product.
+/// The weights of the VAE with the edits of adapters, ready to be built on `device`. Low-rank edits are merged, since
+/// convolutions cannot add a low-rank product.
 pub(crate) fn open_weights<'a>(
     components: &Components,
     component: &str,
@@ -31,122 +34,115 @@ pub(crate) fn open_weights<'a>(
     let patched = PatchedSource::new(components.weights(component)?, edits, component, LowRankMode::Fused);
     Ok(match device {
         Device::Cpu => Box::new(patched),
-        // These models compute in f32. Converting on the CPU avoids a second copy in the memory of the GPU.
+        // The VAE computes in f32. Converting on the CPU avoids a second copy in the memory of the GPU.
         _ => Box::new(InMemoryTensors::load(&patched, Some(DType::F32), device)?),
     })
 }
 
 impl TextEncoders for PipelineTextEncoders<'_> {
-    fn has(&self, number: usize) -> bool {
-        self.components.has(&numbered("text_encoder", number))
+    fn has(&self, component: &str) -> bool {
+        self.components.has(component)
     }
 
-    fn tokenizer_length(&self, number: usize) -> clearform_models::Result<Option<usize>> {
-        self.configured_length(number).map_err(model_error)
-    }
-
-    fn clip(&self, number: usize, prompts: &[String]) -> clearform_models::Result<ClipEncoded> {
-        self.encode_clip(number, prompts).map_err(model_error)
-    }
-
-    fn t5(&self, number: usize, prompts: &[String], tokens: usize) -> clearform_models::Result<Tensor> {
-        let ids = self.t5_ids(number, prompts, tokens).map_err(model_error)?;
-        self.build_t5(number).map_err(model_error)?.encode(&Tensor::new(ids, self.device)?)
-    }
-
-    /// Encodes each prompt without its padding, which gives the same as encoding with an attention mask; candle's T5 takes
-    /// none.
-    fn t5_masked(
-        &self,
-        number: usize,
-        prompts: &[String],
-        tokens: usize,
-    ) -> clearform_models::Result<(Tensor, Tensor)> {
-        let ids = self.t5_ids(number, prompts, tokens).map_err(model_error)?;
-        let encoder = self.build_t5(number).map_err(model_error)?;
-        let mut features = Vec::new();
-        let mut masks = Vec::new();
-        for ids in ids {
-            let length = ids.iter().rposition(|id| *id != T5_PAD).map_or(1, |last| last + 1);
-            let encoded = encoder.encode(&Tensor::new(&ids[..length], self.device)?.unsqueeze(0)?)?;
-            features.push(encoded.pad_with_zeros(1, 0, tokens - length)?);
-            let mask = (0..tokens).map(|token| f32::from(token < length));
-            masks.push(Tensor::from_iter(mask, self.device)?.unsqueeze(0)?);
-        }
-        Ok((Tensor::cat(&features, 0)?, Tensor::cat(&masks, 0)?))
+    fn encode(&self, prompts: &[String], request: &TextRequest) -> clearform_models::Result<EncodedText> {
+        let encoder = match self.held {
+            Some(held) => held.with(|encoders| self.get_or_load(encoders, request)),
+            None => self.load(request),
+        };
+        encoder.map_err(model_error)?.encode(prompts, request)
     }
 }
-
-/// The padding token of every T5.
-const T5_PAD: u32 = 0;
 
 impl PipelineTextEncoders<'_> {
-    fn encode_clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded> {
-        let component = numbered("text_encoder", number);
-        let config = ClipConfig::new(&self.components.config(&component)?)?;
-        let tokenizer = self.clip_tokenizer(&numbered("tokenizer", number))?;
-        let length = tokenizer.max_length().unwrap_or(usize::MAX).min(config.max_tokens());
-        let ids = prompts.iter().map(|prompt| tokenizer.encode(prompt, length));
-        let ids = ids.collect::<clearform_models::Result<Vec<_>>>()?;
-        let encoder = ClipText::build(config, self.weights(&component)?.as_ref())?;
-        Ok(encoder.encode(&Tensor::new(ids, self.device)?)?)
+    /// Loads the encoder that `request` names.
+    fn load(&self, request: &TextRequest) -> Result<Arc<dyn TextEncoder>> {
+        let load = self.class(request)?.load;
+        Ok(load(&EncoderComponent { encoders: self, component: request.component })?.into())
     }
 
-    fn t5_ids(&self, number: usize, prompts: &[String], tokens: usize) -> Result<Vec<Vec<u32>>> {
-        let tokenizer = self.t5_tokenizer(&numbered("tokenizer", number))?;
-        let ids = prompts.iter().map(|prompt| tokenizer.encode(prompt, tokens));
-        Ok(ids.collect::<clearform_models::Result<_>>()?)
-    }
-
-    fn build_t5(&self, number: usize) -> Result<T5Encoder> {
-        let component = numbered("text_encoder", number);
-        let config = T5Config::new(&self.components.config(&component)?)?;
-        Ok(T5Encoder::build(config, self.weights(&component)?.as_ref())?)
-    }
-
-    fn weights(&self, component: &str) -> Result<Box<dyn TensorSource + '_>> {
-        open_weights(self.components, component, self.edits, self.device)
-    }
-
-    /// transformers wrote vocab.json and merges.txt before it wrote tokenizer.json.
-    fn clip_tokenizer(&self, component: &str) -> Result<ClipTokenizer> {
-        let bytes = |file| self.components.bytes(component, file);
-        let settings = bytes(TOKENIZER_CONFIG)?;
-        Ok(match (bytes("vocab.json")?, bytes("merges.txt")?) {
-            (Some(vocab), Some(merges)) => ClipTokenizer::from_vocabulary(&vocab, &merges, settings.as_deref())?,
-            _ => ClipTokenizer::from_json(&self.required(component, TOKENIZER)?, settings.as_deref())?,
-        })
-    }
-
-    /// transformers wrote only spiece.model before it wrote tokenizer.json.
-    fn t5_tokenizer(&self, component: &str) -> Result<T5Tokenizer> {
-        let bytes = |file| self.components.bytes(component, file);
-        Ok(match (bytes(TOKENIZER)?, bytes("spiece.model")?) {
-            (None, Some(model)) => T5Tokenizer::from_sentencepiece(&model, bytes(TOKENIZER_CONFIG)?.as_deref())?,
-            _ => T5Tokenizer::from_json(&self.required(component, TOKENIZER)?)?,
-        })
-    }
-
-    /// The `model_max_length` of a tokenizer's config.
-    fn configured_length(&self, number: usize) -> Result<Option<usize>> {
-        let component = numbered("tokenizer", number);
-        let Some(_) = self.components.bytes(&component, TOKENIZER_CONFIG)? else { return Ok(None) };
-        let length = self.components.json(&component, TOKENIZER_CONFIG)?["model_max_length"].as_u64();
-        Ok(length.map(|length| length as usize))
-    }
-
-    fn required(&self, component: &str, file: &str) -> Result<Vec<u8>> {
-        if let Some(bytes) = self.components.bytes(component, file)? {
-            return Ok(bytes);
+    fn get_or_load(
+        &self,
+        encoders: &mut BTreeMap<&'static str, Arc<dyn TextEncoder>>,
+        request: &TextRequest,
+    ) -> Result<Arc<dyn TextEncoder>> {
+        match encoders.get(request.component) {
+            Some(encoder) => Ok(encoder.clone()),
+            None => {
+                let encoder = self.load(request)?;
+                encoders.insert(request.component, encoder.clone());
+                Ok(encoder)
+            }
         }
-        let reason = format!("{file} is missing. Save the tokenizer with transformers 4.30 or newer, or copy the file");
-        Err(RuntimeError::BadComponent { path: self.components.folder(component)?, reason })
+    }
+
+    /// The class that `request` asks for, unless the component's config.json states another.
+    fn class(&self, request: &TextRequest) -> Result<&'static TextEncoderClass> {
+        let TextRequest { component, class, .. } = *request;
+        let found = self.components.config(component)?["architectures"][0].as_str().map(str::to_owned);
+        let expected = TEXT_ENCODERS.iter().find(|known| known.names.contains(&class));
+        let fits = |known: &&TextEncoderClass| found.as_deref().is_none_or(|found| known.names.contains(&found));
+        expected.filter(fits).ok_or_else(|| RuntimeError::BadComponent {
+            path: self.components.folder(component).unwrap_or_else(|_| component.into()),
+            reason: format!(
+                "expected a {class}, found {}; pass the folder of this family's encoder with --components",
+                found.as_deref().unwrap_or("none")
+            ),
+        })
     }
 }
 
-/// The name of a component with its number, as diffusers counts: `tokenizer`, `tokenizer_2`.
-fn numbered(name: &str, number: usize) -> String {
-    if number == 1 { name.to_owned() } else { format!("{name}_{number}") }
+/// The files of one text encoder.
+struct EncoderComponent<'a> {
+    encoders: &'a PipelineTextEncoders<'a>,
+    component: &'static str,
+}
+
+impl EncoderComponent<'_> {
+    /// `tokenizer_2` belongs to `text_encoder_2`.
+    fn tokenizer(&self) -> String {
+        self.component.replace("text_encoder", "tokenizer")
+    }
+
+    fn required(&self, name: &str) -> Result<Vec<u8>> {
+        let components = self.encoders.components;
+        if let Some(bytes) = components.bytes(&self.tokenizer(), name)? {
+            return Ok(bytes);
+        }
+        let reason = format!("{name} is missing. Save the tokenizer with transformers 4.30 or newer, or copy the file");
+        Err(RuntimeError::BadComponent { path: components.folder(&self.tokenizer())?, reason })
+    }
+
+    /// Weights in their stored dtype, which encoders convert where they use them, with low-rank edits beside them.
+    fn open_weights(&self) -> Result<PatchedSource<'_, Box<dyn TensorSource>>> {
+        let PipelineTextEncoders { components, edits, device } = *self.encoders;
+        let mut stored = components.weights(self.component)?;
+        if !device.is_cpu() {
+            stored = Box::new(InMemoryTensors::load(&stored, None, device)?);
+        }
+        Ok(PatchedSource::new(stored, edits, self.component, LowRankMode::Separate))
+    }
+}
+
+impl TextEncoderFiles for EncoderComponent<'_> {
+    fn config(&self) -> clearform_models::Result<Value> {
+        self.encoders.components.config(self.component).map_err(model_error)
+    }
+
+    fn weights(&self) -> clearform_models::Result<Box<dyn TensorSource + '_>> {
+        Ok(Box::new(self.open_weights().map_err(model_error)?))
+    }
+
+    fn tokenizer_file(&self, name: &str) -> clearform_models::Result<Option<Vec<u8>>> {
+        self.encoders.components.bytes(&self.tokenizer(), name).map_err(model_error)
+    }
+
+    fn required_tokenizer_file(&self, name: &str) -> clearform_models::Result<Vec<u8>> {
+        self.required(name).map_err(model_error)
+    }
+
+    fn device(&self) -> &Device {
+        self.encoders.device
+    }
 }
 
 /// The error as families return it.

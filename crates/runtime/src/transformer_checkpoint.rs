@@ -6,7 +6,7 @@ use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
-use clearform_models::{Denoiser, FAMILIES, Family};
+use clearform_models::{Architecture, Denoiser, PipelineSpec, family};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
@@ -27,9 +27,9 @@ pub struct ReadOptions {
 
 /// A transformer on disk, with its tensors under canonical names.
 pub struct TransformerCheckpoint {
-    family: &'static dyn Family,
+    architecture: Box<dyn Architecture>,
     identified: Identified,
-    canonical: CanonicalSource<Dequantized<Checkpoint>>,
+    canonical: CanonicalSource<Dequantized<Arc<Checkpoint>>>,
     edits: Arc<WeightEdits>,
     low_rank: LowRankMode,
 }
@@ -85,18 +85,11 @@ impl TransformerCheckpoint {
     pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
         let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
-        let family = FAMILIES.iter().find(|family| family.name() == identified.family).copied();
-        let family = family.ok_or_else(|| RuntimeError::BadComponent {
-            path: path.to_owned(),
-            reason: format!(
-                "a model of the family {:?}, which this version of clearform cannot run",
-                identified.family
-            ),
-        })?;
+        let architecture = architecture(path, &identified)?;
         let canonical = identified.canonical(checkpoint);
         let canonical =
             if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
-        Ok(Self { family, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
+        Ok(Self { architecture, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
     }
 
     /// Adds the edits of adapters, which may add input channels.
@@ -111,15 +104,21 @@ impl TransformerCheckpoint {
             resized.canonical(self.source()).require_complete()?;
             // With unchanged sizes the identification stays, since the user may have stated the variant.
             if resized.config != self.identified.config {
+                self.architecture = architecture(self.checkpoint().path(), &resized)?;
                 self.identified = resized;
             }
         }
         Ok(self)
     }
 
-    /// Its family.
-    pub fn family(&self) -> &'static dyn Family {
-        self.family
+    /// Its architecture, with the sizes of its config.json.
+    pub fn architecture(&self) -> &dyn Architecture {
+        self.architecture.as_ref()
+    }
+
+    /// The pipeline that runs it.
+    pub fn pipeline_spec(&self) -> &dyn PipelineSpec {
+        self.architecture.pipeline()
     }
 
     /// What the checkpoint was identified as, with the defaults of its variant.
@@ -132,8 +131,8 @@ impl TransformerCheckpoint {
         &self.identified.config
     }
 
-    /// Its files.
-    pub fn checkpoint(&self) -> &Checkpoint {
+    /// Its files, which may hold other components too.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
         self.canonical.source().source()
     }
 
@@ -167,9 +166,19 @@ impl TransformerCheckpoint {
     /// A file cannot be read, or the plan does not fit the model.
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
         if dtype.is_none() && device.is_cpu() {
-            return Ok(self.family.build(self.config(), &self.source(), plan)?);
+            return Ok(self.architecture.build(&self.source(), plan)?);
         }
         let in_memory = InMemoryTensors::load(&self.canonical, dtype, device)?;
-        Ok(self.family.build(self.config(), &self.edited(&in_memory), plan)?)
+        Ok(self.architecture.build(&self.edited(&in_memory), plan)?)
     }
+}
+
+/// The architecture that the config of `identified` describes. `path` is named in errors.
+fn architecture(path: &Path, identified: &Identified) -> Result<Box<dyn Architecture>> {
+    let Identified { family: name, config, .. } = identified;
+    let family = family(name).ok_or_else(|| RuntimeError::BadComponent {
+        path: path.to_owned(),
+        reason: format!("a model of the family {name:?}, which this version of clearform cannot run"),
+    })?;
+    Ok(family.parse(config)?)
 }

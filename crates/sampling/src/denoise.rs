@@ -4,7 +4,7 @@ use crate::{Guidance, Result, SamplingError, Schedule, SolverState};
 use candle_core::{DType, Tensor};
 use clearform_models::{Denoiser, StepIndex};
 
-/// Progress after a step, for callbacks.
+/// Progress after a step, for hooks.
 #[derive(Debug)]
 pub struct StepProgress<'a> {
     /// Number of finished steps, at least 1.
@@ -17,31 +17,69 @@ pub struct StepProgress<'a> {
     pub latents: &'a Tensor,
 }
 
-/// Denoises `latents` along `schedule`, and calls `progress` after each step.
+/// Where denoising starts: with noise at step 0, or with an image that was noised to the level of a later step (image
+/// to image).
+#[derive(Debug, Clone)]
+pub struct Start {
+    /// Noisy latents as the model takes them.
+    pub latents: Tensor,
+    /// The first step to compute, counted from 0.
+    pub step: usize,
+}
+
+impl Start {
+    /// Starts at the first step.
+    pub fn from_noise(latents: Tensor) -> Self {
+        Self { latents, step: 0 }
+    }
+}
+
+/// What denoising does after a step.
+#[derive(Debug, Clone)]
+pub enum StepAction {
+    /// Goes on with the latents of the step.
+    Continue,
+    /// Goes on with these latents instead: inpainting pastes what is to stay.
+    Replace(Tensor),
+    /// Ends with [`SamplingError::Cancelled`].
+    Cancel,
+}
+
+/// Denoises from `start` along `schedule`, and calls `hook` after each step. This is the only denoising loop.
 ///
 /// # Shapes
-/// latents as the model takes them -> the same.
+/// Latents as the model takes them -> the same.
 ///
 /// # Errors
-/// [`SamplingError::NotFinite`] at the first step whose prediction contains NaN or infinity; errors of the model.
+/// [`SamplingError::NotFinite`] at the first step whose prediction contains NaN or infinity,
+/// [`SamplingError::Cancelled`] if the hook cancels, [`SamplingError::BadSetting`] for a start after the last step;
+/// errors of the model.
 pub fn denoise(
     denoiser: &dyn Denoiser,
-    latents: &Tensor,
+    start: Start,
     schedule: &Schedule,
     guidance: &Guidance,
-    progress: &mut dyn FnMut(&StepProgress),
+    hook: &mut dyn FnMut(&StepProgress) -> StepAction,
 ) -> Result<Tensor> {
     let steps = schedule.steps();
-    let mut latents = latents.clone();
+    let Start { mut latents, step: first } = start;
+    if first >= steps {
+        return Err(SamplingError::BadSetting(format!("start: expected a step below {steps}, found {first}")));
+    }
     let mut history = SolverState::default();
-    for index in 0..steps {
+    for index in first..steps {
         let timestep = schedule.timestep(index, &latents)?;
         let prediction = guidance.predict(denoiser, &latents, &timestep, StepIndex { index, steps })?;
         if !is_finite(&prediction)? {
             return Err(SamplingError::NotFinite { step: index + 1, steps });
         }
         latents = schedule.step(index, &latents, &prediction, &mut history)?;
-        progress(&StepProgress { done: index + 1, steps, sigma: schedule.sigmas()[index + 1], latents: &latents });
+        let done = index + 1;
+        match hook(&StepProgress { done, steps, sigma: schedule.sigmas()[done], latents: &latents }) {
+            StepAction::Continue => {}
+            StepAction::Replace(replaced) => latents = replaced,
+            StepAction::Cancel => return Err(SamplingError::Cancelled),
+        }
     }
     Ok(latents)
 }
@@ -99,7 +137,11 @@ mod tests {
         let schedule = FlowMatchEuler::default().schedule(2, 4).unwrap();
         let latents = Tensor::new(&[2_f32], &Device::Cpu).unwrap();
         let mut seen = Vec::new();
-        let result = denoise(&LINEAR, &latents, &schedule, guidance, &mut |step| seen.push((step.done, step.sigma)));
+        let mut keep = |step: &StepProgress| {
+            seen.push((step.done, step.sigma));
+            StepAction::Continue
+        };
+        let result = denoise(&LINEAR, Start::from_noise(latents), &schedule, guidance, &mut keep);
         (result, seen)
     }
 
@@ -128,8 +170,11 @@ mod tests {
         let latents = Tensor::new(&[2_f32], &Device::Cpu).unwrap();
         let mut seen = Vec::new();
         let guidance = Guidance::SingleEvaluation(conditions(0.5));
-        let mut keep = |step: &StepProgress| seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
-        denoise(&LINEAR, &latents, &schedule, &guidance, &mut keep).unwrap();
+        let mut keep = |step: &StepProgress| {
+            seen.push(step.latents.to_vec1::<f32>().unwrap()[0]);
+            StepAction::Continue
+        };
+        denoise(&LINEAR, Start::from_noise(latents), &schedule, &guidance, &mut keep).unwrap();
         let want = [53.538_3_f32, 206.444_5, 427.402_6, 463.701_3];
         assert_eq!(seen.len(), want.len());
         assert!(seen.iter().zip(want).all(|(got, want)| (got - want).abs() <= 1e-5 * want), "{seen:?}");
@@ -145,7 +190,8 @@ mod tests {
     fn denoise_with_variance(guidance: &Guidance) -> Result<Vec<f32>> {
         let latents = Tensor::zeros((1, 3, 1, 1), DType::F32, &Device::Cpu)?;
         let schedule = FlowMatchEuler::default().schedule(1, 1)?;
-        Ok(denoise(&WITH_VARIANCE, &latents, &schedule, guidance, &mut |_| ())?.flatten_all()?.to_vec1()?)
+        let start = Start::from_noise(latents);
+        Ok(denoise(&WITH_VARIANCE, start, &schedule, guidance, &mut |_| StepAction::Continue)?.flatten_all()?.to_vec1()?)
     }
 
     #[test]
@@ -184,6 +230,47 @@ mod tests {
         }
         let error = Guidance::new(conditions(0.5), None, f64::NAN).unwrap_err().to_string();
         assert!(error.contains("expected a finite number, found NaN"), "{error}");
+    }
+
+    fn from(start: Start, hook: &mut dyn FnMut(&StepProgress) -> StepAction) -> Result<Vec<f32>> {
+        let schedule = FlowMatchEuler::default().schedule(2, 4)?;
+        let guidance = Guidance::SingleEvaluation(conditions(0.5));
+        Ok(denoise(&LINEAR, start, &schedule, &guidance, hook)?.to_vec1()?)
+    }
+
+    fn latents(value: f32) -> Tensor {
+        Tensor::new(&[value], &Device::Cpu).unwrap()
+    }
+
+    /// The second step of `two_steps_match_hand_computed_values` alone: 1 - 0.5 (0.5 + 0.5) = 0.5.
+    #[test]
+    fn denoising_starts_at_any_step() {
+        let start = Start { latents: latents(1.0), step: 1 };
+        assert_eq!(from(start, &mut |_| StepAction::Continue).unwrap(), [0.5]);
+        let error = from(Start { latents: latents(1.0), step: 2 }, &mut |_| StepAction::Continue).unwrap_err();
+        assert_eq!(error.to_string(), "start: expected a step below 2, found 2");
+    }
+
+    /// 2 instead of 1 after the first step: 2 - 0.5 (1 + 0.5) = 1.25.
+    #[test]
+    fn the_hook_may_replace_latents() {
+        let mut hook = |step: &StepProgress| match step.done {
+            1 => StepAction::Replace(latents(2.0)),
+            _ => StepAction::Continue,
+        };
+        assert_eq!(from(Start::from_noise(latents(2.0)), &mut hook).unwrap(), [1.25]);
+    }
+
+    #[test]
+    fn the_hook_may_cancel() {
+        let mut seen = 0;
+        let mut hook = |_: &StepProgress| {
+            seen += 1;
+            StepAction::Cancel
+        };
+        let error = from(Start::from_noise(latents(2.0)), &mut hook).unwrap_err();
+        assert!(matches!(error, SamplingError::Cancelled), "{error}");
+        assert_eq!(seen, 1);
     }
 
     #[test]

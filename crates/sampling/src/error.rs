@@ -29,6 +29,9 @@ pub enum SamplingError {
         /// Number of steps.
         steps: usize,
     },
+    /// The caller cancelled.
+    #[error("cancelled")]
+    Cancelled,
     /// The model failed.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),

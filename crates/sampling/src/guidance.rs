@@ -36,6 +36,17 @@ impl Guidance {
         })
     }
 
+    /// Guides only the first `guided` channels, if a number is given. A single evaluation has none to guide.
+    #[must_use]
+    pub fn with_channels(self, guided: Option<usize>) -> Self {
+        match self {
+            Self::ClassifierFree { positive, negative, scale, .. } => {
+                Self::ClassifierFree { positive, negative, scale, channels: guided }
+            }
+            single => single,
+        }
+    }
+
     /// Classifier-free guidance at any scale. A scale of 1 is the positive prediction and needs one forward only.
     /// `channels`: the original code of DiT and SiT guides the first three of four, diffusers guides all.
     ///

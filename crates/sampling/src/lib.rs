@@ -27,7 +27,7 @@ mod schedule;
 mod scheduler;
 
 pub use ddim::Ddim;
-pub use denoise::{StepProgress, denoise};
+pub use denoise::{Start, StepAction, StepProgress, denoise};
 pub use dpm::DpmSolver;
 pub use error::{Result, SamplingError};
 pub use flow::FlowMatchEuler;

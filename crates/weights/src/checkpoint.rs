@@ -11,9 +11,18 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How the names begin that diffusers and transformers give their files.
 const LIBRARY_NAMES: [&str; 4] = ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"];
+
+static OPENED: AtomicUsize = AtomicUsize::new(0);
+
+/// How many checkpoints this process has opened. A command should open each file or folder once, and tests hold it to
+/// that.
+pub fn opened_checkpoints() -> usize {
+    OPENED.load(Ordering::Relaxed)
+}
 
 /// The tensors of a file or folder, by name.
 #[derive(Debug)]
@@ -46,6 +55,7 @@ impl Checkpoint {
     /// # Errors
     /// [`WeightsError::Io`] if a file cannot be read, [`WeightsError::BadFile`] if it is damaged or of another format.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        OPENED.fetch_add(1, Ordering::Relaxed);
         let path = path.as_ref();
         let contents = list_files(path)?;
         let config = read_config(path, &contents)?;

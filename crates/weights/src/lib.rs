@@ -24,7 +24,7 @@ mod tensor_file;
 mod torch;
 mod writer;
 
-pub use checkpoint::{Checkpoint, StoredTensor};
+pub use checkpoint::{Checkpoint, StoredTensor, opened_checkpoints};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;

@@ -2,7 +2,6 @@
 
 use super::headings::ADAPTERS;
 use clap::{Args, Subcommand, ValueEnum};
-use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -114,24 +113,6 @@ impl FromStr for AdapterArg {
     }
 }
 
-impl fmt::Display for AdapterArg {
-    /// As the user gives it, with the file name instead of the path.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.file_name().unwrap_or_default().to_string_lossy())?;
-        self.strength.map_or(Ok(()), |weight| write!(f, ":{weight}"))?;
-        let settings: Vec<String> = self.settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        if settings.is_empty() { Ok(()) } else { write!(f, ":{}", settings.join(",")) }
-    }
-}
-
-impl fmt::Display for AdapterArgs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let given = [("--lora", &self.weights.lora), ("--controlnet", &self.controlnet), ("--adapter", &self.adapter)];
-        let each = given.iter().flat_map(|(flag, args)| args.iter().map(move |arg| format!("{flag} {arg}")));
-        f.write_str(&each.collect::<Vec<_>>().join(" "))
-    }
-}
-
 impl AdapterArg {
     /// The adapter at `path` with the strength and settings in `rest`; none if `rest` holds anything else.
     fn with_settings(path: &str, rest: &str) -> Option<Self> {
@@ -174,9 +155,5 @@ mod tests {
             assert_eq!(text.parse::<AdapterArg>(), Ok(expected), "{text}");
         }
         assert!("".parse::<AdapterArg>().is_err());
-        assert_eq!(
-            "x/a:0.8:double=1,single=0.5".parse::<AdapterArg>().unwrap().to_string(),
-            "a:0.8:double=1,single=0.5"
-        );
     }
 }

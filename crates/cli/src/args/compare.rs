@@ -1,6 +1,6 @@
 //! The arguments of `clearform compare` and `clearform transfer`.
 
-use super::headings::{ADAPTERS, INPUT, OUTPUT, SAMPLING};
+use super::headings::{INPUT, OUTPUT, SAMPLING};
 use super::{AdapterArgs, DeviceArgs};
 use clap::Args;
 use std::path::PathBuf;
@@ -41,9 +41,6 @@ pub struct TransferArgs {
     /// Adapters applied to both.
     #[command(flatten)]
     pub adapters: AdapterArgs,
-    /// Control image: one per prompt, or one for all.
-    #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
-    pub control_image: Vec<PathBuf>,
     /// Folder to write the report and the patched fine-tunes to.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: PathBuf,
@@ -61,6 +58,9 @@ pub struct SamplingArgs {
     /// Diffusers folder with the components that the models lack.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub components: Option<PathBuf>,
+    /// Control image, for ControlNets and for transformers that take one themselves: one per prompt, or one for all.
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub control_image: Vec<PathBuf>,
     /// Width and height of the images, in pixels [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
     pub size: Option<usize>,

@@ -19,9 +19,9 @@ pub fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
         folder: args.output.clone(),
         steps: args.steps,
         plans: plain.chain(pooled).collect(),
-        plugins: args.plugins.clone(),
+        plugins: (&args.plugins).into(),
     };
-    let report = demo::run(&settings, output)?;
+    let report = demo::run(&settings, &mut output.observer())?;
     report.write(&args.output)?;
     output.result(&report)?;
     output.note(format_args!("report: {}", args.output.join("report.html").display()));

@@ -2,17 +2,14 @@
 
 use crate::args::InspectArgs;
 use crate::output::{CommandOutcome, Output};
-use crate::sources::{identify, print_notes};
-use clearform_layout::Inspection;
+use clearform::inspect;
 
 /// Problems printed on stderr; a wrong config can cause hundreds. The result lists them all.
 const PRINTED_PROBLEMS: usize = 8;
 
 /// Prints what was found, and the problems as errors.
 pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let (checkpoint, identified) = identify(&args.source, &args.reading)?;
-    print_notes(checkpoint.source(), output);
-    let inspection = Inspection::of(&identified, &checkpoint);
+    let inspection = inspect(&args.source, &(&args.reading).into(), &mut output.observer())?;
     output.result(&inspection)?;
     let problems = inspection.problems();
     let more = problems.len().saturating_sub(PRINTED_PROBLEMS);

@@ -14,4 +14,3 @@ pub mod plugins;
 pub mod transfer;
 pub mod verify;
 
-mod written_model;

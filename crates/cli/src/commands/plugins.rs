@@ -1,8 +1,8 @@
 //! `clearform plugins`: lists plugins, and checks that a plugin does what it declares.
 
-use crate::adapters::plugin_registry;
 use crate::args::{PluginsAction, PluginsArgs};
 use crate::output::{CommandOutcome, Output};
+use clearform::plugin_registry;
 use clearform_plugin_host::{ExampleResults, Plugin, check_plugin, plugin_at};
 use serde::Serialize;
 use std::fmt;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 pub fn run(args: &PluginsArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
         PluginsAction::List(search) => {
-            let registry = plugin_registry(search)?;
+            let registry = plugin_registry(&search.into())?;
             let plugins = registry.plugins().iter().map(ListedPlugin::new).collect();
             let broken: Vec<_> = registry.broken().to_vec();
             let none_broken = broken.is_empty();

@@ -2,11 +2,10 @@
 
 use crate::args::VerifyArgs;
 use crate::output::{CommandOutcome, Output};
-use clearform_portable_model::PortableModel;
 
 /// Prints which files are missing or changed.
 pub fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let report = PortableModel::verify(&args.model)?;
+    let report = clearform::verify(&args.model)?;
     output.result(&report)?;
     Ok(CommandOutcome::complete_if(report.is_intact()))
 }

@@ -1,8 +1,8 @@
 //! The demo's results: figures, loss curves and images, as a table, as JSON and as an HTML page.
 
-use crate::report::{Page, Series, chart};
-use crate::transfer::TransferReport;
 use anyhow::Context as _;
+use clearform::TransferReport;
+use clearform::page::{Page, Series, chart};
 use clearform_runtime::compare::contact_sheet;
 use clearform_runtime::{RgbImage, png};
 use serde::Serialize;

@@ -2,19 +2,16 @@
 
 use super::report::{DemoReport, StudentResult};
 use super::{embedded, transfer};
-use crate::args::{ConvertArgs, DeviceArg, DeviceArgs, PluginSearchArgs, SourceArgs, TrainingArgs, WeightAdapterArgs};
-use crate::conversion::convert;
-use crate::distillation;
-use crate::evaluation::EvaluationRun;
-use crate::output::Output;
-use crate::sources::default_options;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
-use clearform_attention::{AttentionPlan, Radius};
-use clearform_distill::{SampleSet, prediction_error};
-use clearform_models::{Denoiser, DenoiserInput, Prompt};
+use clearform::evaluation::EvaluationRun;
+use clearform::{
+    AttentionPlan, ConvertOptions, Observer, Overwrite, Pipeline, PipelineOptions, PluginOptions, Prompt, Radius,
+    RgbImage, TrainingOptions, convert, prepare_samples,
+};
+use clearform_distill::prediction_error;
+use clearform_models::{Denoiser, DenoiserInput};
 use clearform_runtime::compare::{psnr, retrieve};
-use clearform_runtime::{Pipeline, PipelineOptions, RgbImage};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -28,7 +25,7 @@ pub struct DemoSettings {
     /// The students' radius and pooling. The adapters are applied to the last student.
     pub plans: Vec<(Radius, Option<usize>)>,
     /// Where plugins are.
-    pub plugins: PluginSearchArgs,
+    pub plugins: PluginOptions,
 }
 
 const SAMPLES: usize = 128;
@@ -49,20 +46,22 @@ const NOISE_LEVELS: [f64; 4] = [0.125, 0.375, 0.625, 0.875];
 ///
 /// # Errors
 /// If the folder cannot be written, or a conversion or the transfer study fails.
-pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoReport> {
+pub fn run(settings: &DemoSettings, observer: &mut dyn Observer) -> anyhow::Result<DemoReport> {
     let begun = Instant::now();
     let assets = settings.folder.join("mini-flux");
     std::fs::create_dir_all(&assets).with_context(|| format!("{}", assets.display()))?;
     embedded::unpack(&assets)?;
     let base = assets.join("base");
-    let held_out = HeldOutSet::new(&base, output)?;
-    let (samples, sample_seconds) = generate_samples(settings, &held_out.pipeline, output)?;
-    let distill = |plan: &(Radius, Option<usize>)| held_out.distill_student(settings, [&base, &samples], *plan, output);
-    let students = settings.plans.iter().map(distill).collect::<anyhow::Result<Vec<_>>>()?;
+    let held_out = HeldOutSet::new(&base, observer)?;
+    let (samples, sample_seconds) = generate_samples(settings, &held_out.pipeline, observer)?;
+    let mut students = Vec::new();
+    for plan in &settings.plans {
+        students.push(held_out.distill_student(settings, [&base, &samples], *plan, observer)?);
+    }
     let transfer = match settings.plans.last() {
         Some((radius, pool)) => {
             let student = settings.folder.join(model_name(*radius, *pool));
-            transfer::run(&assets, &student, held_out.evaluation.clone(), &settings.plugins, output)?
+            transfer::run(&assets, &student, held_out.evaluation.clone(), &settings.plugins, observer)?
         }
         None => None,
     };
@@ -82,7 +81,7 @@ pub fn run(settings: &DemoSettings, output: &Output) -> anyhow::Result<DemoRepor
 
 /// Opens a model in f32: differences then come from the attention alone, not from bf16 rounding.
 fn open(model: &Path) -> anyhow::Result<Pipeline> {
-    let options = PipelineOptions { dtype: Some(DType::F32), ..default_options(None, DeviceArg::Cpu)? };
+    let options = PipelineOptions { dtype: Some(DType::F32), ..PipelineOptions::default_options()? };
     Ok(Pipeline::open(model, options)?)
 }
 
@@ -96,34 +95,27 @@ fn is_held_out(index: usize) -> bool {
 }
 
 /// Generates samples of the names that are not held out. Returns their folder and the seconds it took.
-fn generate_samples(settings: &DemoSettings, teacher: &Pipeline, output: &Output) -> anyhow::Result<(PathBuf, f64)> {
+fn generate_samples(settings: &DemoSettings, teacher: &Pipeline, observer: &mut dyn Observer) -> anyhow::Result<(PathBuf, f64)> {
     let begun = Instant::now();
     let prompts = settings.folder.join("prompts.txt");
     let training_names: Vec<&str> = names(|index| !is_held_out(index)).collect();
     std::fs::write(&prompts, training_names.join("\n"))?;
     let folder = settings.folder.join("samples");
-    let training = training_args(settings, Some(prompts));
-    let _: SampleSet = distillation::prepare_samples(teacher, &training, &folder, output)?;
+    let training = TrainingOptions { prompts: Some(prompts), ..training_options(settings) };
+    prepare_samples(teacher, &training, &folder, observer)?;
     Ok((folder, begun.elapsed().as_secs_f64()))
 }
 
-fn training_args(settings: &DemoSettings, prompts: Option<PathBuf>) -> TrainingArgs {
-    TrainingArgs {
-        components: None,
-        prompts,
-        samples: None,
+fn training_options(settings: &DemoSettings) -> TrainingOptions {
+    TrainingOptions {
         sample_count: SAMPLES,
         sample_steps: Some(SAMPLE_STEPS),
-        sample_size: None,
         steps: settings.steps,
-        batch: 8,
-        accumulate: 1,
-        lr: 1.4e-3,
+        learning_rate: 1.4e-3,
         attention_every: 2,
         keep_activations: true,
         checkpoint_every: 100,
-        seed: 0,
-        resume: false,
+        ..TrainingOptions::default()
     }
 }
 
@@ -141,7 +133,7 @@ struct HeldOutSet {
 }
 
 impl HeldOutSet {
-    fn new(base: &Path, output: &Output) -> anyhow::Result<Self> {
+    fn new(base: &Path, observer: &mut dyn Observer) -> anyhow::Result<Self> {
         let pipeline = open(base)?;
         let evaluation = EvaluationRun {
             prompts: names(is_held_out).map(|name| Prompt::Text(name.to_owned())).collect(),
@@ -152,7 +144,7 @@ impl HeldOutSet {
             control_images: Vec::new(),
         };
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), Some(DType::F32))?;
-        let latents = generate_latents(&pipeline, teacher.as_ref(), &evaluation, output)?;
+        let latents = evaluation.watched_latents(&pipeline, teacher.as_ref(), observer)?;
         let images = evaluation.decode(&pipeline, &latents)?;
         let inputs = noised_inputs(&evaluation, &pipeline, &latents)?;
         Ok(Self { references: references()?, pipeline, teacher, evaluation, images, inputs })
@@ -164,19 +156,25 @@ impl HeldOutSet {
         settings: &DemoSettings,
         [base, samples]: [&Path; 2],
         (radius, pool): (Radius, Option<usize>),
-        output: &Output,
+        observer: &mut dyn Observer,
     ) -> anyhow::Result<StudentResult> {
         let plan = AttentionPlan::clear(radius, pool);
-        output.note(format_args!("{plan}: evaluating before distillation"));
-        let before = self.evaluate(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), output)?;
+        observer.note(&format!("{plan}: evaluating before distillation"));
+        let before = self.evaluate(self.pipeline.load_transformer(&plan, Some(DType::F32))?.as_ref(), observer)?;
         let model = settings.folder.join(model_name(radius, pool));
         let begun = Instant::now();
-        output.note(format_args!("{plan}: converting and distilling"));
-        let converted = convert(&convert_args(settings, base, &model, samples), &plan, output)?;
+        observer.note(&format!("{plan}: converting and distilling"));
+        let training = TrainingOptions { samples: Some(samples.to_owned()), ..training_options(settings) };
+        let options = ConvertOptions {
+            attention: plan.clone(),
+            training: Some(training),
+            overwrite: Overwrite::PortableModel,
+            ..ConvertOptions::new(base, &model)
+        };
+        let converted = convert(&options, observer)?;
         let seconds = begun.elapsed().as_secs_f64();
         let student = open(&model)?;
-        let after = self.evaluate(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), output)?;
-        let entries = converted.trained.map(|trained| trained.distilled.entries).unwrap_or_default();
+        let after = self.evaluate(student.load_transformer(student.plan(), Some(DType::F32))?.as_ref(), observer)?;
         Ok(StudentResult {
             attention: plan.to_string(),
             radius: radius.tokens(),
@@ -189,16 +187,16 @@ impl HeldOutSet {
             psnr_after: after.psnr,
             retrieval_before: self.retrieval(&before.images)?,
             retrieval_after: self.retrieval(&after.images)?,
-            losses: entries.iter().map(|entry| entry.losses.total).collect(),
+            losses: converted.losses.iter().map(|entry| entry.losses.total).collect(),
             undistilled: before.images,
             distilled: after.images,
         })
     }
 
     /// Compares the student's predictions and images with the teacher's.
-    fn evaluate(&self, student: &dyn Denoiser, output: &Output) -> anyhow::Result<HeldOutScores> {
+    fn evaluate(&self, student: &dyn Denoiser, observer: &mut dyn Observer) -> anyhow::Result<HeldOutScores> {
         let error = prediction_error(self.teacher.as_ref(), student, &self.inputs)?;
-        let latents = generate_latents(&self.pipeline, student, &self.evaluation, output)?;
+        let latents = self.evaluation.watched_latents(&self.pipeline, student, observer)?;
         let images = self.evaluation.decode(&self.pipeline, &latents)?;
         let pairs = self.images.iter().zip(&images);
         let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
@@ -224,18 +222,6 @@ struct HeldOutScores {
     /// PSNR of all images together against the teacher's, in dB.
     psnr: f64,
     images: Vec<RgbImage>,
-}
-
-fn generate_latents(
-    pipeline: &Pipeline,
-    denoiser: &dyn Denoiser,
-    evaluation: &EvaluationRun,
-    output: &Output,
-) -> anyhow::Result<Tensor> {
-    let bar = output.progress("generating", evaluation.prompts.len());
-    let latents = evaluation.generate_latents(pipeline, denoiser, &mut |count| bar.inc(count as u64))?;
-    bar.finish_and_clear();
-    Ok(latents)
 }
 
 /// The teacher's latents at each of [`NOISE_LEVELS`], all with the same noise.
@@ -271,24 +257,4 @@ fn references() -> anyhow::Result<Vec<RgbImage>> {
 fn model_name(radius: Radius, pool: Option<usize>) -> String {
     let pool = pool.map_or(String::new(), |pool| format!("-d{pool}"));
     format!("mini-flux-r{}{pool}", radius.tokens())
-}
-
-fn convert_args(settings: &DemoSettings, base: &Path, model: &Path, samples: &Path) -> ConvertArgs {
-    ConvertArgs {
-        source: base.to_owned(),
-        reading: SourceArgs::default(),
-        // `convert` is given the plan.
-        radius: 0.0,
-        pool: None,
-        attention: None,
-        no_distill: false,
-        training: TrainingArgs { samples: Some(samples.to_owned()), ..training_args(settings, None) },
-        adapters: WeightAdapterArgs::default(),
-        output: model.to_owned(),
-        dtype: None,
-        link: false,
-        overwrite: true,
-        dry_run: false,
-        running: DeviceArgs { device: DeviceArg::Cpu },
-    }
 }

@@ -2,14 +2,13 @@
 //! teacher and to a student.
 
 use super::edges::mirrored_edges;
-use crate::adapters::{open_all, plugin_registry};
-use crate::args::{AdapterArg, AdapterArgs, DeviceArg, PluginSearchArgs, WeightAdapterArgs};
-use crate::evaluation::EvaluationRun;
-use crate::output::Output;
-use crate::sources::default_options;
-use crate::transfer::{TransferReport, TransferStudy, in_f32};
+use candle_core::DType;
+use clearform::evaluation::EvaluationRun;
+use clearform::{
+    AdapterKind, AdapterOptions, AdapterSpec, Observer, PipelineOptions, PluginOptions, RgbImage, TransferReport,
+    TransferStudy, plugin_registry,
+};
 use clearform_portable_model::recorded_plan;
-use clearform_runtime::{Adapters, RgbImage};
 use std::path::Path;
 
 /// Ids of the plugins that open the demo's adapters.
@@ -23,52 +22,41 @@ pub fn run(
     assets: &Path,
     student: &Path,
     evaluation: EvaluationRun,
-    plugins: &PluginSearchArgs,
-    output: &Output,
+    plugins: &PluginOptions,
+    observer: &mut dyn Observer,
 ) -> anyhow::Result<Option<TransferReport>> {
-    if plugins.no_plugins || !plugins_found(plugins)? {
-        output.note(PLUGINS_MISSING);
+    if plugins.disabled || !plugins_found(plugins)? {
+        observer.note(PLUGINS_MISSING);
         return Ok(None);
     }
-    let with_lora = vec![AdapterArg { path: assets.join("lora"), ..AdapterArg::default() }];
+    let lora = AdapterSpec::new(assets.join("lora"), AdapterKind::Lora);
+    let controlnet = AdapterSpec::new(assets.join("controlnet"), AdapterKind::ControlNet);
     let plan = recorded_plan(student)?.map_or_else(|| "full".to_owned(), |plan| plan.to_string());
-    let open = |lora: &[AdapterArg], controlnet| open_adapters(assets, lora, controlnet, plugins);
+    let open = |adapters: &[&AdapterSpec], plan: &str| {
+        let adapters = adapters.iter().copied().cloned().collect();
+        let controlnet_attention = Some(plan.to_owned());
+        AdapterOptions { adapters, controlnet_attention, plugins: plugins.clone(), ..AdapterOptions::default() }.open()
+    };
     let study = TransferStudy {
         teacher: &assets.join("base"),
         student,
         fine_tune: Some(&assets.join("variants/pencil")),
         adapters: vec![
-            ("LoRA".to_owned(), open(&with_lora, None)?),
-            ("ControlNet".to_owned(), open(&[], Some("full"))?),
-            (format!("ControlNet of {plan}"), open(&[], Some(&plan))?),
-            ("LoRA and ControlNet".to_owned(), open(&with_lora, Some("full"))?),
+            ("LoRA".to_owned(), open(&[&lora], "full")?),
+            ("ControlNet".to_owned(), open(&[&controlnet], "full")?),
+            (format!("ControlNet of {plan}"), open(&[&controlnet], &plan)?),
+            ("LoRA and ControlNet".to_owned(), open(&[&lora, &controlnet], "full")?),
         ],
         evaluation,
         control_images: &|images: &[RgbImage]| images.iter().map(mirrored_edges).collect(),
-        options: in_f32(default_options(None, DeviceArg::Cpu)?),
+        options: PipelineOptions { dtype: Some(DType::F32), ..PipelineOptions::default_options()? },
         folder: &assets.with_file_name("transfer"),
     };
-    study.run(output).map(Some)
+    Ok(Some(study.run(observer)?))
 }
 
-fn plugins_found(plugins: &PluginSearchArgs) -> anyhow::Result<bool> {
+fn plugins_found(plugins: &PluginOptions) -> anyhow::Result<bool> {
     let registry = plugin_registry(plugins)?;
     let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
     Ok(PLUGINS.iter().all(|id| ids.contains(id)))
-}
-
-/// `lora` and, if it has an attention plan, the ControlNet.
-fn open_adapters(
-    assets: &Path,
-    lora: &[AdapterArg],
-    controlnet_plan: Option<&str>,
-    plugins: &PluginSearchArgs,
-) -> anyhow::Result<Adapters> {
-    let controlnet = controlnet_plan.map(|_| AdapterArg { path: assets.join("controlnet"), ..AdapterArg::default() });
-    open_all(&AdapterArgs {
-        weights: WeightAdapterArgs { lora: lora.to_vec(), plugins: plugins.clone(), ..WeightAdapterArgs::default() },
-        adapter: Vec::new(),
-        controlnet: controlnet.into_iter().collect(),
-        controlnet_attention: controlnet_plan.unwrap_or("full").to_owned(),
-    })
 }

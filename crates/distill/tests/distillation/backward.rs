@@ -1,18 +1,14 @@
 //! Backward block by block compared with one backward pass through the whole model, and the memory of teacher and student.
 
-use crate::support::{batch, config, models, steps, values, weights};
+use crate::support::{architecture, batch, models, steps, values, weights};
 use candle_core::{DType, Tensor, TensorId};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
-use clearform_models::families::flux::Flux;
-use clearform_models::text::TextEncoders;
 use clearform_models::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, HiddenState, InputChannels,
-    NoiseProcess, Prompt,
+    Architecture, Denoiser, DenoiserInput, DistilledLayer, HiddenState, InputChannels, PipelineSpec,
 };
 use clearform_testkit::assert_close;
 use clearform_weights::{RawTensor, TensorInfo, TensorSource};
-use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
@@ -90,8 +86,8 @@ fn a_student_with_full_attention_is_its_teacher() {
 }
 
 /// FLUX, recording the size of every tensor that it reads.
-#[derive(Default)]
 struct RecordingFlux {
+    flux: Box<dyn Architecture>,
     held: Mutex<HashMap<TensorId, usize>>,
 }
 
@@ -114,46 +110,25 @@ impl TensorSource for RecordingSource<'_> {
     }
 }
 
-impl Family for RecordingFlux {
-    fn name(&self) -> &'static str {
-        Flux.name()
-    }
+impl Architecture for RecordingFlux {
     fn build(
         &self,
-        config: &Value,
         source: &dyn TensorSource,
         plan: &AttentionPlan,
     ) -> clearform_models::Result<Box<dyn Denoiser>> {
-        Flux.build(config, &RecordingSource(source, self), plan)
+        self.flux.build(&RecordingSource(source, self), plan)
     }
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> clearform_models::Result<DenoiserInput> {
-        Flux.parse_input(tensors)
+        self.flux.parse_input(tensors)
     }
     fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
-        Flux.distilled_layers(layer)
+        self.flux.distilled_layers(layer)
     }
-    fn input_channels(&self, config: &Value) -> clearform_models::Result<InputChannels> {
-        Flux.input_channels(config)
+    fn input_channels(&self) -> InputChannels {
+        self.flux.input_channels()
     }
-    fn noise_process(&self) -> NoiseProcess {
-        Flux.noise_process()
-    }
-    fn guidance_kind(&self, config: &Value) -> clearform_models::Result<GuidanceKind> {
-        Flux.guidance_kind(config)
-    }
-    fn patch_size(&self, config: &Value) -> clearform_models::Result<usize> {
-        Flux.patch_size(config)
-    }
-    fn sample_size(&self, config: &Value) -> clearform_models::Result<Option<usize>> {
-        Flux.sample_size(config)
-    }
-    fn encode(
-        &self,
-        config: &Value,
-        prompts: &[Prompt],
-        encoders: &dyn TextEncoders,
-    ) -> clearform_models::Result<Conditions> {
-        Flux.encode(config, prompts, encoders)
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self.flux.pipeline()
     }
 }
 
@@ -163,14 +138,14 @@ fn bytes(tensor: &Tensor) -> usize {
 
 #[test]
 fn teacher_and_student_hold_the_frozen_weights_once() {
-    let family = RecordingFlux::default();
+    let recording = RecordingFlux { flux: architecture(), held: Mutex::default() };
     let weights = weights(DType::BF16);
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let spec = PairSpec { family: &family, config: &config(), plan: &plan };
+    let spec = PairSpec { architecture: &recording, plan: &plan };
     let models = TeacherStudent::build(spec, &weights, &weights).unwrap();
     let model: usize = weights.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let masters: usize = models.masters().values().map(|master| bytes(master)).sum();
-    assert_eq!(family.held.lock().unwrap().values().sum::<usize>(), model + masters);
+    assert_eq!(recording.held.lock().unwrap().values().sum::<usize>(), model + masters);
     // 8 tensors in the double block, 6 in each single block, a spatial weight in each of the three.
     assert_eq!(models.masters().len(), 8 + 2 * 6 + 3);
     assert!(models.masters().values().all(|master| master.dtype() == DType::F32));
@@ -181,7 +156,8 @@ fn teacher_and_student_hold_the_frozen_weights_once() {
 fn training_continues_from_all_weights_of_an_earlier_student() {
     let teacher = weights(DType::F32);
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let spec = PairSpec { family: &Flux, config: &config(), plan: &plan };
+    let architecture = architecture();
+    let spec = PairSpec { architecture: architecture.as_ref(), plan: &plan };
     let first = TeacherStudent::build(spec, &teacher, &teacher).unwrap();
     let mut earlier = teacher.clone();
     for (name, master) in first.masters() {

@@ -8,7 +8,7 @@ use clearform_distill::{
     TrainingOutcome, distill,
 };
 use clearform_models::families::flux::Flux;
-use clearform_models::{Conditions, Prompt};
+use clearform_models::{Conditions, ModelFamily as _, Prompt};
 use clearform_sampling::FlowMatchEuler;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
 use serde_json::json;
@@ -34,8 +34,9 @@ fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
         "num_attention_heads": 24, "joint_attention_dim": 1024, "pooled_projection_dim": 1024,
         "guidance_embeds": false, "axes_dims_rope": [16, 56, 56], "patch_size": 1,
     });
+    let architecture = Flux.parse(&config).unwrap();
     let models =
-        TeacherStudent::build(PairSpec { family: &Flux, config: &config, plan: &plan }, &weights, &weights).unwrap();
+        TeacherStudent::build(PairSpec { architecture: architecture.as_ref(), plan: &plan }, &weights, &weights).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let samples = samples(&folder.path().join("samples"), &models);
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };
@@ -121,7 +122,7 @@ fn samples(folder: &std::path::Path, models: &TeacherStudent) -> SampleSet {
         dtype: DType::F32,
         device: Device::Cpu,
     };
-    set.generate(models.teacher(), &sampling_spec, &mut |_, _| ()).unwrap();
+    set.generate(models.teacher(), &sampling_spec, &mut |_, _| ControlFlow::Continue(())).unwrap();
     set
 }
 

@@ -7,7 +7,7 @@ use crate::support::{
 use candle_core::{DType, Device, Tensor};
 use clearform_distill::{Batches, ClassifierFree, DistillSettings, SampleSet, SampleSettings, Samples};
 use clearform_models::{Conditions, Denoiser, Prompt};
-use clearform_sampling::{Guidance, TorchGenerator, denoise};
+use clearform_sampling::{Guidance, Start, StepAction, TorchGenerator, denoise};
 use clearform_testkit::assert_close;
 
 const PROMPTS: [&str; 3] = ["cat", "dog", "sun"];
@@ -26,7 +26,8 @@ fn conditions(prompt: &str) -> Conditions {
 fn denoised_alone(teacher: &dyn Denoiser, index: usize, guidance: &Guidance) -> Tensor {
     let seed = sample_settings().seed + index as u64;
     let noise = TorchGenerator::new(seed).randn((1, HEIGHT * WIDTH, 8)).unwrap();
-    denoise(teacher, &noise, &sampling_spec().schedule, guidance, &mut |_| ()).unwrap()
+    let start = Start::from_noise(noise);
+    denoise(teacher, start, &sampling_spec().schedule, guidance, &mut |_| StepAction::Continue).unwrap()
 }
 
 fn assert_samples(set: &SampleSet, teacher: &dyn Denoiser, guidance: impl Fn(&str) -> Guidance) {
@@ -71,7 +72,10 @@ fn a_deleted_batch_is_generated_again_bit_for_bit() {
     std::fs::remove_file(&path).unwrap();
     assert!(!set.is_complete());
     let mut reported = Vec::new();
-    set.generate(models.teacher(), &sampling_spec(), &mut |done, all| reported.push((done, all))).unwrap();
+    set.generate(models.teacher(), &sampling_spec(), &mut |done, all| {
+        reported.push((done, all));
+        ControlFlow::Continue(())
+    }).unwrap();
     assert_eq!(reported, [(4, 7), (7, 7)]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
 

@@ -7,13 +7,14 @@ use clearform_distill::{
     TeacherStudent, Timesteps,
 };
 use clearform_models::families::flux::Flux;
-use clearform_models::{Conditions, NoiseProcess, Prompt};
+use clearform_models::{Architecture, Conditions, ModelFamily as _, NoiseProcess, Prompt};
 use clearform_sampling::{FlowMatchEuler, TorchGenerator};
 use clearform_testkit::fixture;
 use clearform_weights::{Checkpoint, InMemoryTensors};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 /// FLUX's noise process.
@@ -26,8 +27,9 @@ pub fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/distill")
 }
 
-pub fn config() -> Value {
-    serde_json::from_slice(&std::fs::read(folder().join("config.json")).unwrap()).unwrap()
+pub fn architecture() -> Box<dyn Architecture> {
+    let config: Value = serde_json::from_slice(&std::fs::read(folder().join("config.json")).unwrap()).unwrap();
+    Flux.parse(&config).unwrap()
 }
 
 pub fn weights(dtype: DType) -> InMemoryTensors {
@@ -38,7 +40,7 @@ pub fn weights(dtype: DType) -> InMemoryTensors {
 pub fn models(plan: &str, dtype: DType) -> TeacherStudent {
     let plan: AttentionPlan = plan.parse().unwrap();
     let weights = weights(dtype);
-    TeacherStudent::build(PairSpec { family: &Flux, config: &config(), plan: &plan }, &weights, &weights).unwrap()
+    TeacherStudent::build(PairSpec { architecture: architecture().as_ref(), plan: &plan }, &weights, &weights).unwrap()
 }
 
 pub fn image_ids() -> Tensor {
@@ -105,7 +107,7 @@ pub fn sampling_spec() -> SamplingSpec {
 pub fn sample_set(folder: &Path, settings: SampleSettings, models: &TeacherStudent) -> SampleSet {
     let set = SampleSet::create(folder, settings).unwrap();
     set.encode(&mut encode).unwrap();
-    set.generate(models.teacher(), &sampling_spec(), &mut |_, _| ()).unwrap();
+    set.generate(models.teacher(), &sampling_spec(), &mut |_, _| ControlFlow::Continue(())).unwrap();
     assert!(set.is_complete());
     set
 }

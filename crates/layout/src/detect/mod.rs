@@ -66,7 +66,7 @@ pub struct Identified {
 /// # Errors
 /// [`LayoutError::Unsupported`] or [`LayoutError::Unknown`] if it is not a model of a supported family,
 /// [`LayoutError::Ambiguous`] if a setting that changes the result cannot be determined.
-pub fn detect(checkpoint: &Dequantized<Checkpoint>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
+pub fn detect(checkpoint: &Dequantized<Arc<Checkpoint>>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
     let files = checkpoint.source();
     detect_dequantized(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, hints)
 }

@@ -28,7 +28,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The version of the manifest format.
 const EDITION: u32 = 1;
@@ -65,11 +65,19 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// The manifests embedded in the program.
+    /// The manifests embedded in the program. They are parsed at the first call; copies share them.
     ///
     /// # Errors
     /// [`LayoutError::BadManifest`] if the program was built with an invalid one.
     pub fn embedded() -> Result<Self> {
+        static PARSED: OnceLock<Manifests> = OnceLock::new();
+        match PARSED.get() {
+            Some(parsed) => Ok(parsed.clone()),
+            None => Self::parse_embedded().map(|parsed| PARSED.get_or_init(|| parsed).clone()),
+        }
+    }
+
+    fn parse_embedded() -> Result<Self> {
         let unsupported: UnsupportedModels = parse("unsupported.toml", UNSUPPORTED)?;
         check_edition("unsupported.toml", unsupported.edition)?;
         let mut manifests = Self { unsupported: Arc::new(unsupported), ..Self::without_families()? };

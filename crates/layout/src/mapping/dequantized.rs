@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A source that presents fp8 weights as bf16 and hides their scales.
 #[derive(Debug)]
@@ -78,13 +79,13 @@ const PRESENTED: Dtype = Dtype::BF16;
 /// Bytes of a presented value; a stored one has one.
 const WIDTH: usize = 2;
 
-impl Dequantized<Checkpoint> {
-    /// Opens the checkpoint at `path`. Scales are read, weights are not.
+impl Dequantized<Arc<Checkpoint>> {
+    /// Opens the checkpoint at `path`, which components in the same file may share. Scales are read, weights are not.
     ///
     /// # Errors
     /// As [`Checkpoint::open`] and [`Self::new`].
     pub fn open(path: impl AsRef<Path>, manifests: &Manifests) -> Result<Self> {
-        Self::new(Checkpoint::open(path)?, manifests)
+        Self::new(Arc::new(Checkpoint::open(path)?), manifests)
     }
 
     /// How the file stores a tensor that is not hidden, and whether it has scales.

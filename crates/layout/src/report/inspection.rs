@@ -11,6 +11,7 @@ use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// A tensor in the file that is not used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -123,7 +124,7 @@ impl Inspection {
     }
 
     /// The same for a checkpoint on disk, with how the tensors are stored.
-    pub fn of(identified: &Identified, checkpoint: &Dequantized<Checkpoint>) -> Self {
+    pub fn of(identified: &Identified, checkpoint: &Dequantized<Arc<Checkpoint>>) -> Self {
         let canonical = identified.canonical(checkpoint);
         let mut formats = BTreeMap::<String, StorageFormat>::new();
         for (name, outcome) in &canonical.load_report().outcomes {

@@ -1,6 +1,6 @@
 //! The architectures, one folder each, and the list of them.
 
-use crate::Family;
+use crate::ModelFamily;
 
 pub mod dit;
 pub mod flux;
@@ -10,4 +10,10 @@ pub mod sd3;
 pub mod sit;
 
 /// Every family, alphabetically.
-pub const FAMILIES: &[&dyn Family] = &[&dit::Dit, &flux::Flux, &minrf::Minrf, &pixart::Pixart, &sd3::Sd3, &sit::Sit];
+pub const FAMILIES: &[&dyn ModelFamily] =
+    &[&dit::Dit, &flux::Flux, &minrf::Minrf, &pixart::Pixart, &sd3::Sd3, &sit::Sit];
+
+/// The family called `name` in the manifests.
+pub fn family(name: &str) -> Option<&'static dyn ModelFamily> {
+    FAMILIES.iter().find(|family| family.name() == name).copied()
+}

@@ -1,9 +1,12 @@
 //! Text encoders and tokenizers of the pipelines: [`ClipText`] and [`ClipTokenizer`], [`T5Encoder`] and
 //! [`T5Tokenizer`].
 //!
-//! A family requests encodings from [`TextEncoders`]. The encoders compute in f32 whatever the dtype of the weights.
+//! A family asks [`TextEncoders`] for what it needs, by component and class; [`TEXT_ENCODERS`] lists the classes. The
+//! encoders compute in f32 whatever the dtype of the weights.
 
 mod clip;
+mod encoder;
+mod prompt_encoders;
 mod sentencepiece;
 mod t5;
 mod tokenizer_config;
@@ -11,49 +14,15 @@ mod tokenizers;
 mod validation;
 
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
+pub use encoder::{
+    EncodedText, Padding, TEXT_ENCODERS, TextEncoder, TextEncoderClass, TextEncoderFiles, TextEncoders, TextRequest,
+    TokenCount,
+};
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizers::{ClipTokenizer, T5Tokenizer};
 
 use crate::{ModelError, Result};
 use candle_core::{DType, Tensor};
-
-/// The text encoders of a pipeline, numbered as in its folder: 1 is `text_encoder` with `tokenizer`, n is
-/// `text_encoder_n` with `tokenizer_n`. An encoder is loaded when it is used and released afterwards.
-pub trait TextEncoders {
-    /// Whether the pipeline has encoder `number`. SD3 can run without its third.
-    fn has(&self, number: usize) -> bool;
-
-    /// `model_max_length` of tokenizer `number`, if it has one.
-    ///
-    /// # Errors
-    /// Its files cannot be read.
-    fn tokenizer_length(&self, number: usize) -> Result<Option<usize>>;
-
-    /// Encodes prompts with CLIP, truncated and padded to the encoder's maximum length.
-    ///
-    /// # Errors
-    /// The encoder is not available.
-    fn clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded>;
-
-    /// Encodes prompts with T5, truncated and padded to `tokens`, without an attention mask (FLUX, SD3).
-    ///
-    /// # Shapes
-    /// The result is (prompts, tokens, channels).
-    ///
-    /// # Errors
-    /// The encoder is not available.
-    fn t5(&self, number: usize, prompts: &[String], tokens: usize) -> Result<Tensor>;
-
-    /// Encodes prompts with T5, truncated and padded to `tokens`, with padding masked (PixArt). Masked positions of the
-    /// result are zero.
-    ///
-    /// # Shapes
-    /// The result is (prompts, tokens, channels) and a mask (prompts, tokens), 1 for tokens and 0 for padding.
-    ///
-    /// # Errors
-    /// The encoder is not available.
-    fn t5_masked(&self, number: usize, prompts: &[String], tokens: usize) -> Result<(Tensor, Tensor)>;
-}
 
 /// Checks token ids against the vocabulary and converts them to u32.
 ///

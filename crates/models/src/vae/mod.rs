@@ -1,7 +1,10 @@
 //! [`AutoencoderKl`]: diffusers' `AutoencoderKL`, images to latents and back (latent diffusion, arXiv 2112.10752,
 //! section 3.1). It computes in f32 whatever the dtype of the weights.
 
+mod autoencoder;
 mod layers;
+
+pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
 
 use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
@@ -34,6 +37,8 @@ pub struct VaeConfig {
     pub scale: f64,
     /// `shift_factor`; see `scale`.
     pub shift: f64,
+    /// Width and height of the training images (`sample_size`).
+    pub sample_size: Option<usize>,
 }
 
 /// diffusers' `AutoencoderKL`.
@@ -69,6 +74,7 @@ impl VaeConfig {
             quant_convs: [keys.flag("use_quant_conv", true)?, keys.flag("use_post_quant_conv", true)?],
             scale: keys.number("scaling_factor", 0.18215)?,
             shift: keys.number("shift_factor", 0.0)?,
+            sample_size: keys.optional_count("sample_size")?,
         };
         read.check()
     }

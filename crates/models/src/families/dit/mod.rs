@@ -14,8 +14,8 @@ use crate::layers::class_input;
 use crate::prompt::classes;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
-    Result,
+    Architecture, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, InputChannels, ModelFamily,
+    NoiseProcess, PipelineSpec, Prompt, Result,
 };
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -27,13 +27,19 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy)]
 pub struct Dit;
 
-impl Family for Dit {
+impl ModelFamily for Dit {
     fn name(&self) -> &'static str {
         "dit"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(DitTransformer::build(DitConfig::new(config)?, source, plan)?))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(DitConfig::new(config)?))
+    }
+}
+
+impl Architecture for DitConfig {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(DitTransformer::build(self.clone(), source, plan)?))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -44,38 +50,43 @@ impl Family for Dit {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        Ok(InputChannels::of_class_model(DitConfig::new(config)?.in_channels))
+    fn input_channels(&self) -> InputChannels {
+        InputChannels::of_class_model(self.in_channels)
     }
 
+    fn computed_tensors(&self, layout: &str) -> Result<InMemoryTensors> {
+        if layout != ORIGINAL {
+            return Ok(InMemoryTensors::default());
+        }
+        let side = self.sample_size / self.patch_size;
+        let positions = self.positions((side, side), &Device::Cpu)?;
+        Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
+    }
+
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for DitConfig {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::Ddpm
     }
 
-    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { unconditional: unconditional(config)?, channels: None })
+    fn guidance_kind(&self) -> GuidanceKind {
+        GuidanceKind::ClassifierFree { unconditional: self.unconditional(), channels: None }
     }
 
-    fn patch_size(&self, config: &Value) -> Result<usize> {
-        Ok(DitConfig::new(config)?.patch_size)
+    fn patch_size(&self) -> usize {
+        self.patch_size
     }
 
-    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
-        Ok(Some(DitConfig::new(config)?.sample_size))
+    fn sample_size(&self) -> Option<usize> {
+        Some(self.sample_size)
     }
 
-    fn computed_tensors(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
-        if layout != ORIGINAL {
-            return Ok(InMemoryTensors::default());
-        }
-        let config = DitConfig::new(config)?;
-        let side = config.sample_size / config.patch_size;
-        let positions = config.positions((side, side), &Device::Cpu)?;
-        Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
-    }
-
-    fn encode(&self, config: &Value, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
-        let labels = classes(prompts, DitConfig::new(config)?.classes, &Device::Cpu)?;
+    fn encode(&self, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
+        let labels = classes(prompts, self.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
 }
@@ -83,7 +94,9 @@ impl Family for Dit {
 /// The layout of the original code, whose checkpoints contain the position embeddings of their image size.
 const ORIGINAL: &str = "original";
 
-/// The label that means no class.
-pub(super) fn unconditional(config: &Value) -> Result<Prompt> {
-    Ok(Prompt::Class(DitConfig::new(config)?.classes as u32))
+impl DitConfig {
+    /// The label that means no class.
+    pub(super) fn unconditional(&self) -> Prompt {
+        Prompt::Class(self.classes as u32)
+    }
 }

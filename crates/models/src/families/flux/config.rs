@@ -1,8 +1,12 @@
 //! [`FluxConfig`]: sizes of a FLUX transformer, from its config.json.
 
+use super::latents::PATCH_SIZE;
 use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
 use serde_json::Value;
+
+/// Latent pixels that are packed into one token.
+pub(super) const LATENTS_PER_TOKEN: usize = PATCH_SIZE * PATCH_SIZE;
 
 /// Sizes of a FLUX transformer. Absent keys have the defaults of diffusers' `FluxTransformer2DModel`, which are those
 /// of FLUX.1-schnell: the config.json of FLUX.1 lacks several keys.
@@ -62,7 +66,10 @@ impl FluxConfig {
             let expected = format!("expected three even numbers that sum to attention_head_dim = {head_dim}");
             return Err(bad("axes_dims_rope", format!("{expected}, found {axes:?}")));
         }
-        Ok(self)
+        match self.in_channels % LATENTS_PER_TOKEN {
+            0 => Ok(self),
+            _ => Err(bad("in_channels", format!("expected a multiple of 4, found {}", self.in_channels))),
+        }
     }
 }
 
@@ -86,6 +93,7 @@ mod tests {
             (json!({"axes_dims_rope": [16, 57, 55]}), "even"),
             (json!({"attention_head_dim": 2, "axes_dims_rope": [2, 0, 0]}), "expected 4 to 256"),
             (json!({"num_attention_heads": 0}), "at least 1"),
+            (json!({"in_channels": 66}), "expected a multiple of 4, found 66"),
             (json!({"num_layers": 1.5}), "whole number"),
             (json!({"guidance_embeds": "yes"}), "true or false"),
         ];

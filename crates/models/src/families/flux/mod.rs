@@ -17,10 +17,10 @@ pub use model::FluxTransformer;
 
 use crate::layers::ForwardArguments;
 use crate::prompt::texts;
-use crate::text::TextEncoders;
+use crate::text::{Padding, TextEncoders, TextRequest, TokenCount};
 use crate::{
-    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess,
-    Prompt, Result, StepIndex,
+    Architecture, BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, InputChannels,
+    ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex,
 };
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -32,16 +32,33 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy)]
 pub struct Flux;
 
-/// FluxPipeline's `max_sequence_length`.
-const MAX_TEXT_TOKENS: usize = 512;
+const CLIP: TextRequest = TextRequest {
+    component: "text_encoder",
+    class: "CLIPTextModel",
+    tokens: TokenCount::Maximum,
+    padding: Padding::Attended,
+};
+const T5: TextRequest = TextRequest {
+    component: "text_encoder_2",
+    class: "T5EncoderModel",
+    // FluxPipeline's `max_sequence_length`.
+    tokens: TokenCount::AtMost(512),
+    padding: Padding::Attended,
+};
 
-impl Family for Flux {
+impl ModelFamily for Flux {
     fn name(&self) -> &'static str {
         "flux"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(FluxTransformer::build(FluxConfig::new(config)?, source, plan)?))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(FluxConfig::new(config)?))
+    }
+}
+
+impl Architecture for FluxConfig {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(FluxTransformer::build(self.clone(), source, plan)?))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -66,48 +83,46 @@ impl Family for Flux {
         vec![DistilledLayer::new(layer, &projections[..count], &["weight", "bias"])]
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        let config = FluxConfig::new(config)?;
-        let text = Some(config.text_channels);
-        let pooled = Some(config.pooled_channels);
-        Ok(InputChannels { latents: config.in_channels / (latents::PATCH_SIZE * latents::PATCH_SIZE), text, pooled })
+    fn input_channels(&self) -> InputChannels {
+        let latents = self.in_channels / config::LATENTS_PER_TOKEN;
+        InputChannels { latents, text: Some(self.text_channels), pooled: Some(self.pooled_channels) }
     }
 
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for FluxConfig {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::FlowMatching { time_scale: 1.0 }
     }
 
-    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::Embedded)
+    fn guidance_kind(&self) -> GuidanceKind {
+        GuidanceKind::Embedded
     }
 
-    fn patch_size(&self, _: &Value) -> Result<usize> {
-        Ok(latents::PATCH_SIZE)
-    }
-
-    fn sample_size(&self, _: &Value) -> Result<Option<usize>> {
-        Ok(None)
+    fn patch_size(&self) -> usize {
+        latents::PATCH_SIZE
     }
 
     /// `FluxPipeline.encode_prompt`: CLIP's pooled output, and T5's hidden states.
-    fn encode(&self, _: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts = texts(prompts)?;
-        let pooled = encoders.clip(1, &prompts)?.pooled;
-        let tokens = encoders.tokenizer_length(2)?.unwrap_or(MAX_TEXT_TOKENS).min(MAX_TEXT_TOKENS);
-        let text = encoders.t5(2, &prompts, tokens)?;
+        let pooled = encoders.encode(&prompts, &CLIP)?.pooled;
+        let text = encoders.encode(&prompts, &T5)?.hidden;
         let text_ids = Tensor::zeros((text.dim(1)?, 3), DType::F32, text.device())?;
-        Ok(Conditions { text: Some(text), pooled: Some(pooled), text_ids: Some(text_ids), ..Conditions::default() })
+        Ok(Conditions { text: Some(text), pooled, text_ids: Some(text_ids), ..Conditions::default() })
     }
 
     fn add_size_conditions(
         &self,
-        config: &Value,
         conditions: Conditions,
         batch_spec: BatchSpec,
         device: &Device,
     ) -> Result<Conditions> {
         let scale = || Tensor::new(vec![batch_spec.guidance as f32; batch_spec.batch], device);
-        let guidance = FluxConfig::new(config)?.guidance.then(scale).transpose()?;
+        let guidance = self.guidance.then(scale).transpose()?;
         Ok(Conditions { guidance, ..conditions })
     }
 
@@ -129,12 +144,18 @@ const INPUTS: [&str; 7] =
 mod tests {
     use super::*;
     use candle_core::{DType, Device};
+    use serde_json::json;
+
+    /// The architecture of FLUX.1-schnell, whose sizes are the defaults.
+    fn schnell() -> Box<dyn Architecture> {
+        Flux.parse(&json!({})).unwrap()
+    }
 
     #[test]
     fn inputs_are_taken_by_name() {
         let value = |index: usize| Tensor::new(&[index as f32], &Device::Cpu).unwrap();
         let tensors = INPUTS.iter().enumerate().map(|(index, name)| ((*name).to_owned(), value(index)));
-        let input = Flux.parse_input(tensors.collect()).unwrap();
+        let input = schnell().parse_input(tensors.collect()).unwrap();
         let conditions = input.conditions;
         let optional =
             [conditions.text, conditions.pooled, conditions.guidance, conditions.image_ids, conditions.text_ids];
@@ -149,11 +170,11 @@ mod tests {
         let zero = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
         let mut tensors: BTreeMap<String, Tensor> = INPUTS.map(|name| (name.to_owned(), zero.clone())).into();
         tensors.insert("img_idz".to_owned(), zero);
-        let error = Flux.parse_input(tensors.clone()).unwrap_err().to_string();
+        let error = schnell().parse_input(tensors.clone()).unwrap_err().to_string();
         assert!(error.contains("\"img_idz\": is not an input of flux"), "{error}");
         tensors.remove("img_idz");
         tensors.remove("timestep");
-        let error = Flux.parse_input(tensors).unwrap_err().to_string();
+        let error = schnell().parse_input(tensors).unwrap_err().to_string();
         assert!(error.contains("\"timestep\": is missing"), "{error}");
     }
 
@@ -167,7 +188,7 @@ mod tests {
             let names =
                 projections.iter().flat_map(|layer| [".weight", ".bias"].map(|end| format!("{name}.{layer}{end}")));
             let expected = DistilledLayer { name: name.to_owned(), parameters: names.collect() };
-            assert_eq!(Flux.distilled_layers(name), [expected]);
+            assert_eq!(schnell().distilled_layers(name), [expected]);
         }
     }
 }

@@ -14,8 +14,8 @@ use crate::layers::class_input;
 use crate::prompt::classes;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, NoiseProcess, Prompt,
-    Result,
+    Architecture, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, InputChannels, ModelFamily,
+    NoiseProcess, PipelineSpec, Prompt, Result,
 };
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -27,13 +27,19 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy)]
 pub struct Minrf;
 
-impl Family for Minrf {
+impl ModelFamily for Minrf {
     fn name(&self) -> &'static str {
         "minrf"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(MinrfTransformer::build(MinrfConfig::new(config)?, source, plan)?))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(MinrfConfig::new(config)?))
+    }
+}
+
+impl Architecture for MinrfConfig {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(MinrfTransformer::build(self.clone(), source, plan)?))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -44,29 +50,35 @@ impl Family for Minrf {
         vec![DistilledLayer::new(layer, &["wq", "wk", "wv", "wo"], &["weight"])]
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        Ok(InputChannels::of_class_model(MinrfConfig::new(config)?.in_channels))
+    fn input_channels(&self) -> InputChannels {
+        InputChannels::of_class_model(self.in_channels)
     }
 
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for MinrfConfig {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::FlowMatching { time_scale: 1.0 }
     }
 
-    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        let unconditional = Prompt::Class(MinrfConfig::new(config)?.classes as u32);
-        Ok(GuidanceKind::ClassifierFree { unconditional, channels: None })
+    fn guidance_kind(&self) -> GuidanceKind {
+        let unconditional = Prompt::Class(self.classes as u32);
+        GuidanceKind::ClassifierFree { unconditional, channels: None }
     }
 
-    fn patch_size(&self, config: &Value) -> Result<usize> {
-        Ok(MinrfConfig::new(config)?.patch_size)
+    fn patch_size(&self) -> usize {
+        self.patch_size
     }
 
-    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
-        Ok(Some(MinrfConfig::new(config)?.input_size))
+    fn sample_size(&self) -> Option<usize> {
+        Some(self.input_size)
     }
 
-    fn encode(&self, config: &Value, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
-        let labels = classes(prompts, MinrfConfig::new(config)?.classes, &Device::Cpu)?;
+    fn encode(&self, prompts: &[Prompt], _: &dyn TextEncoders) -> Result<Conditions> {
+        let labels = classes(prompts, self.classes, &Device::Cpu)?;
         Ok(Conditions { classes: Some(labels), ..Conditions::default() })
     }
 }

@@ -14,10 +14,10 @@ pub use model::PixartTransformer;
 
 use crate::layers::ForwardArguments;
 use crate::prompt::texts;
-use crate::text::TextEncoders;
+use crate::text::{Padding, TextEncoders, TextRequest, TokenCount};
 use crate::{
-    BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, ImageSize, InputChannels,
-    NoiseProcess, Prompt, Result, StepIndex,
+    Architecture, BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, ImageSize,
+    InputChannels, ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex,
 };
 use candle_core::{Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -34,13 +34,19 @@ pub struct Pixart;
 const TEXT_TOKENS: usize = 300;
 const ALPHA_TEXT_TOKENS: usize = 120;
 
-impl Family for Pixart {
+impl ModelFamily for Pixart {
     fn name(&self) -> &'static str {
         "pixart"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(PixartTransformer::build(PixartConfig::new(config)?, source, plan)?))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(PixartConfig::new(config)?))
+    }
+}
+
+impl Architecture for PixartConfig {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(PixartTransformer::build(self.clone(), source, plan)?))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -62,45 +68,54 @@ impl Family for Pixart {
         vec![DistilledLayer::new(layer, &["to_q", "to_k", "to_v", "to_out.0"], &["weight", "bias"])]
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        let config = PixartConfig::new(config)?;
-        Ok(InputChannels { latents: config.in_channels, text: Some(config.text_channels), pooled: None })
+    fn input_channels(&self) -> InputChannels {
+        InputChannels { latents: self.in_channels, text: Some(self.text_channels), pooled: None }
     }
 
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for PixartConfig {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::Ddpm
     }
 
-    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None })
+    fn guidance_kind(&self) -> GuidanceKind {
+        GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None }
     }
 
-    fn patch_size(&self, config: &Value) -> Result<usize> {
-        Ok(PixartConfig::new(config)?.patch_size)
+    fn patch_size(&self) -> usize {
+        self.patch_size
     }
 
-    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
-        Ok(Some(PixartConfig::new(config)?.sample_size))
+    fn sample_size(&self) -> Option<usize> {
+        Some(self.sample_size)
     }
 
     /// T5 with an attention mask, of the prompt in lower case: `encode_prompt` with `clean_caption` off.
-    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts: Vec<String> =
             texts(prompts)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
-        let is_alpha = PixartConfig::new(config)?.size_conditions;
-        let tokens = if is_alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS };
-        let (text, mask) = encoders.t5_masked(1, &prompts, tokens)?;
-        Ok(Conditions { text: Some(text), text_mask: Some(mask), ..Conditions::default() })
+        let is_alpha = self.size_conditions;
+        let request = TextRequest {
+            component: "text_encoder",
+            class: "T5EncoderModel",
+            tokens: TokenCount::Exactly(if is_alpha { ALPHA_TEXT_TOKENS } else { TEXT_TOKENS }),
+            padding: Padding::Masked,
+        };
+        let encoded = encoders.encode(&prompts, &request)?;
+        Ok(Conditions { text: Some(encoded.hidden), text_mask: encoded.mask, ..Conditions::default() })
     }
 
     fn add_size_conditions(
         &self,
-        config: &Value,
         conditions: Conditions,
         batch_spec: BatchSpec,
         device: &Device,
     ) -> Result<Conditions> {
-        if !PixartConfig::new(config)?.size_conditions {
+        if !self.size_conditions {
             return Ok(conditions);
         }
         let ImageSize { height, width } = batch_spec.size;
@@ -126,7 +141,8 @@ mod tests {
     fn alpha_gets_resolution_and_aspect_ratio() {
         let batch_spec = BatchSpec { batch: 2, size: ImageSize { height: 48, width: 64 }, guidance: 4.5 };
         let with_size = |config: Value| {
-            Pixart.add_size_conditions(&config, Conditions::default(), batch_spec, &Device::Cpu).unwrap()
+            let config = PixartConfig::new(&config).unwrap();
+            config.add_size_conditions(Conditions::default(), batch_spec, &Device::Cpu).unwrap()
         };
         let alpha = with_size(json!({"sample_size": 128}));
         assert_eq!(alpha.resolution.unwrap().to_vec2::<f32>().unwrap(), [[48.0, 64.0]; 2]);

@@ -12,10 +12,10 @@ pub use model::Sd3Transformer;
 
 use crate::layers::ForwardArguments;
 use crate::prompt::texts;
-use crate::text::{ClipEncoded, TextEncoders};
+use crate::text::{EncodedText, Padding, TextEncoders, TextRequest, TokenCount};
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, InputChannels, ModelError, NoiseProcess,
-    Prompt, Result, StepIndex, StepSpacing,
+    Architecture, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, InputChannels, ModelError,
+    ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex, StepSpacing,
 };
 use candle_core::{D, DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -30,14 +30,33 @@ pub struct Sd3;
 const PROJECTIONS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 /// StableDiffusion3Pipeline's `max_sequence_length`.
 const T5_TOKENS: usize = 256;
+const CLIP_L: TextRequest = TextRequest {
+    component: "text_encoder",
+    class: "CLIPTextModelWithProjection",
+    tokens: TokenCount::Maximum,
+    padding: Padding::Attended,
+};
+const CLIP_G: TextRequest = TextRequest { component: "text_encoder_2", ..CLIP_L };
+const T5: TextRequest = TextRequest {
+    component: "text_encoder_3",
+    class: "T5EncoderModel",
+    tokens: TokenCount::Exactly(T5_TOKENS),
+    padding: Padding::Attended,
+};
 
-impl Family for Sd3 {
+impl ModelFamily for Sd3 {
     fn name(&self) -> &'static str {
         "sd3"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(Sd3Transformer::build(Sd3Config::new(config)?, source, plan)?))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(Sd3Config::new(config)?))
+    }
+}
+
+impl Architecture for Sd3Config {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(Sd3Transformer::build(self.clone(), source, plan)?))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -58,13 +77,17 @@ impl Family for Sd3 {
         [layer, &second].map(|name| DistilledLayer::new(name, &PROJECTIONS, &["weight", "bias"])).into()
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        let config = Sd3Config::new(config)?;
-        let text = Some(config.text_channels);
-        let pooled = Some(config.pooled_channels);
-        Ok(InputChannels { latents: config.in_channels, text, pooled })
+    fn input_channels(&self) -> InputChannels {
+        let text = Some(self.text_channels);
+        InputChannels { latents: self.in_channels, text, pooled: Some(self.pooled_channels) }
     }
 
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for Sd3Config {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::FlowMatching { time_scale: 1000.0 }
     }
@@ -73,33 +96,33 @@ impl Family for Sd3 {
         StepSpacing::Trained
     }
 
-    fn guidance_kind(&self, _: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None })
+    fn guidance_kind(&self) -> GuidanceKind {
+        GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None }
     }
 
-    fn patch_size(&self, config: &Value) -> Result<usize> {
-        Ok(Sd3Config::new(config)?.patch_size)
+    fn patch_size(&self) -> usize {
+        self.patch_size
     }
 
-    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
-        Ok(Some(Sd3Config::new(config)?.sample_size))
+    fn sample_size(&self) -> Option<usize> {
+        Some(self.sample_size)
     }
 
     /// `StableDiffusion3Pipeline.encode_prompt`: the channels of both CLIPs concatenated and zero-padded to T5's,
     /// followed by T5's tokens. Without T5 these are zero.
-    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+    fn encode(&self, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
         let prompts = texts(prompts)?;
-        let channels = Sd3Config::new(config)?.text_channels;
-        let first = encoders.clip(1, &prompts)?;
-        let second = encoders.clip(2, &prompts)?;
+        let channels = self.text_channels;
+        let first = ClipOutputs::of(encoders, &prompts, &CLIP_L)?;
+        let second = ClipOutputs::of(encoders, &prompts, &CLIP_G)?;
         let clip = Tensor::cat(&[&first.penultimate, &second.penultimate], D::Minus1)?;
         let missing = channels.saturating_sub(clip.dim(D::Minus1)?);
         let clip = clip.pad_with_zeros(D::Minus1, 0, missing)?;
-        let t5 = match encoders.has(3) {
-            true => encoders.t5(3, &prompts, T5_TOKENS)?,
+        let t5 = match encoders.has(T5.component) {
+            true => encoders.encode(&prompts, &T5)?.hidden,
             false => Tensor::zeros((prompts.len(), T5_TOKENS, channels), DType::F32, clip.device())?,
         };
-        let pooled = [projected(first, "text_encoder")?, projected(second, "text_encoder_2")?];
+        let pooled = [first.projected, second.projected];
         Ok(Conditions {
             text: Some(Tensor::cat(&[&clip, &t5], 1)?),
             pooled: Some(Tensor::cat(&pooled, D::Minus1)?),
@@ -108,8 +131,19 @@ impl Family for Sd3 {
     }
 }
 
-/// The projected pooled output of the text encoder `component`.
-fn projected(encoded: ClipEncoded, component: &str) -> Result<Tensor> {
-    let reason = "has no text_projection; this family needs a CLIPTextModelWithProjection";
-    encoded.projected.ok_or_else(|| ModelError::bad_input(component, reason))
+/// What SD3 uses of a CLIP.
+struct ClipOutputs {
+    penultimate: Tensor,
+    projected: Tensor,
+}
+
+impl ClipOutputs {
+    fn of(encoders: &dyn TextEncoders, prompts: &[String], request: &TextRequest) -> Result<Self> {
+        let EncodedText { penultimate, projected, .. } = encoders.encode(prompts, request)?;
+        let reason = "has no text_projection; this family needs a CLIPTextModelWithProjection";
+        match (penultimate, projected) {
+            (Some(penultimate), Some(projected)) => Ok(Self { penultimate, projected }),
+            _ => Err(ModelError::bad_input(request.component, reason)),
+        }
+    }
 }

@@ -3,12 +3,12 @@
 //! diffusers has no class for it. Transformer and tensor names are those of [`dit`](super::dit), with the constants of
 //! the original code in config.json. The transformer has output channels for a variance, which are not used.
 
-use super::dit::{Dit, DitConfig, DitTransformer, unconditional};
+use super::dit::{DitConfig, DitTransformer};
 use crate::layers::class_input;
 use crate::text::TextEncoders;
 use crate::{
-    Conditions, Denoiser, DenoiserInput, DistilledLayer, Family, GuidanceKind, HiddenState, InputChannels,
-    NoiseProcess, Prompt, Result,
+    Architecture, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, HiddenState, InputChannels,
+    ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result,
 };
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
@@ -20,6 +20,9 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy)]
 pub struct Sit;
 
+/// Sizes of a SiT: those of a DiT.
+struct SitConfig(DitConfig);
+
 /// DiT's transformer, reduced to the first half of its output channels: the velocity.
 struct SitTransformer {
     dit: DitTransformer,
@@ -29,15 +32,20 @@ struct SitTransformer {
 /// `SiT.forward_with_cfg` guides only the first three channels.
 const GUIDED_CHANNELS: usize = 3;
 
-impl Family for Sit {
+impl ModelFamily for Sit {
     fn name(&self) -> &'static str {
         "sit"
     }
 
-    fn build(&self, config: &Value, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
-        let config = DitConfig::new(config)?;
-        let channels = config.in_channels;
-        Ok(Box::new(SitTransformer { dit: DitTransformer::build(config, source, plan)?, channels }))
+    fn parse(&self, config: &Value) -> Result<Box<dyn Architecture>> {
+        Ok(Box::new(SitConfig(DitConfig::new(config)?)))
+    }
+}
+
+impl Architecture for SitConfig {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Box<dyn Denoiser>> {
+        let dit = DitTransformer::build(self.0.clone(), source, plan)?;
+        Ok(Box::new(SitTransformer { dit, channels: self.0.in_channels }))
     }
 
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
@@ -45,35 +53,41 @@ impl Family for Sit {
     }
 
     fn distilled_layers(&self, layer: &str) -> Vec<DistilledLayer> {
-        Dit.distilled_layers(layer)
+        self.0.distilled_layers(layer)
     }
 
-    fn input_channels(&self, config: &Value) -> Result<InputChannels> {
-        Dit.input_channels(config)
+    fn input_channels(&self) -> InputChannels {
+        self.0.input_channels()
     }
 
+    fn computed_tensors(&self, layout: &str) -> Result<InMemoryTensors> {
+        self.0.computed_tensors(layout)
+    }
+
+    fn pipeline(&self) -> &dyn PipelineSpec {
+        self
+    }
+}
+
+impl PipelineSpec for SitConfig {
     fn noise_process(&self) -> NoiseProcess {
         NoiseProcess::ReversedFlow
     }
 
-    fn guidance_kind(&self, config: &Value) -> Result<GuidanceKind> {
-        Ok(GuidanceKind::ClassifierFree { unconditional: unconditional(config)?, channels: Some(GUIDED_CHANNELS) })
+    fn guidance_kind(&self) -> GuidanceKind {
+        GuidanceKind::ClassifierFree { unconditional: self.0.unconditional(), channels: Some(GUIDED_CHANNELS) }
     }
 
-    fn patch_size(&self, config: &Value) -> Result<usize> {
-        Dit.patch_size(config)
+    fn patch_size(&self) -> usize {
+        self.0.patch_size
     }
 
-    fn sample_size(&self, config: &Value) -> Result<Option<usize>> {
-        Dit.sample_size(config)
+    fn sample_size(&self) -> Option<usize> {
+        Some(self.0.sample_size)
     }
 
-    fn computed_tensors(&self, config: &Value, layout: &str) -> Result<InMemoryTensors> {
-        Dit.computed_tensors(config, layout)
-    }
-
-    fn encode(&self, config: &Value, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        Dit.encode(config, prompts, encoders)
+    fn encode(&self, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
+        self.0.encode(prompts, encoders)
     }
 }
 

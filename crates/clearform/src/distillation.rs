@@ -1,10 +1,8 @@
 //! Generates samples with the teacher and trains a student on them, for `convert`, `distill` and `demo`.
 
-use crate::args::{DeviceArg, TrainingArgs};
 use crate::evaluation::prompts_or_classes;
-use crate::output::Output;
-use crate::sources::open_device;
-use anyhow::bail;
+use crate::observer::{Observer, Progress, Stage};
+use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
@@ -16,7 +14,6 @@ use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize};
 use clearform_portable_model::DistillationRecord;
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
 use clearform_weights::{InMemoryTensors, TensorSource};
-use std::ops::ControlFlow;
 use std::path::Path;
 
 /// Samples per batch for images of up to [`SMALL_IMAGE_TOKENS`]. A batch of them still fits where one large image does;
@@ -33,28 +30,28 @@ const DEFAULT_PROMPTS: &str = include_str!("prompts.txt");
 /// If the folder holds samples of other settings, or the transformer needs a control image.
 pub fn prepare_samples(
     pipeline: &Pipeline,
-    training: &TrainingArgs,
+    training: &TrainingOptions,
     folder: &Path,
-    output: &Output,
-) -> anyhow::Result<SampleSet> {
+    observer: &mut dyn Observer,
+) -> Result<SampleSet> {
     let set = SampleSet::create(folder, sample_settings(pipeline, training)?)?;
     if set.is_complete() {
         return Ok(set);
     }
     if pipeline.takes_control() {
-        bail!("the transformer needs a control image, but samples are generated from prompts alone; pass --samples");
+        let reason = "the transformer needs a control image, but samples are generated from prompts alone; pass --samples";
+        return Err(ClearformError::bad_option(reason));
     }
     let text_ids = encode_prompts(pipeline, &set)?;
     let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
-    let bar = output.progress("samples", set.settings().count);
     let spec = sampling_spec(pipeline, set.settings(), text_ids)?;
-    set.generate(teacher.as_ref(), &spec, &mut |done, _| bar.set_position(done as u64))?;
-    bar.finish_and_clear();
+    let mut watch = |done, total| observer.progress(&Progress::new(Stage::Samples, done, total));
+    set.generate(teacher.as_ref(), &spec, &mut watch)?;
     Ok(set)
 }
 
 /// Encodes the prompts of `set` into its folder. Returns the position ids of the text tokens, if the model takes them.
-fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option<Tensor>> {
+fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> Result<Option<Tensor>> {
     let mut text_ids = None;
     let [width, height] = set.settings().size;
     set.encode(&mut |prompts| {
@@ -74,10 +71,11 @@ fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> anyhow::Result<Option
 ///
 /// # Errors
 /// If some of them are missing.
-pub fn open_samples(folder: &Path) -> anyhow::Result<SampleSet> {
+pub fn open_samples(folder: &Path) -> Result<SampleSet> {
     let set = SampleSet::open(folder)?;
     if !set.is_complete() {
-        bail!("{}: the samples are incomplete; rerun the command that generated them", folder.display());
+        let reason = format!("{}: the samples are incomplete; rerun the command that generated them", folder.display());
+        return Err(ClearformError::bad_option(reason));
     }
     Ok(set)
 }
@@ -90,28 +88,25 @@ pub fn train(
     teacher: &TransformerCheckpoint,
     student: StudentSpec,
     samples: &SampleSet,
-    training: &TrainingArgs,
-    output: &Output,
-) -> anyhow::Result<TrainedStudent> {
-    let weights = InMemoryTensors::load(&teacher.source(), None, &open_device(student.device)?)?;
-    let spec = PairSpec { family: teacher.family(), config: teacher.config(), plan: student.plan };
+    training: &TrainingOptions,
+    observer: &mut dyn Observer,
+) -> Result<TrainedStudent> {
+    let weights = InMemoryTensors::load(&teacher.source(), None, &student.device.open()?)?;
+    let spec = PairSpec { architecture: teacher.architecture(), plan: student.plan };
     let pair = TeacherStudent::build(spec, &weights, student.start)?;
     let start = if training.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_dir =
         CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: training.checkpoint_every, resume: start };
     let settings = distill_settings(training, student.device);
-    let bar = output.progress("distilling", training.steps);
     let mut watch = |progress: &TrainingProgress| {
-        bar.set_position(progress.entry.step as u64);
-        bar.set_message(format!("loss {:.4}", progress.entry.losses.total));
-        ControlFlow::Continue(())
+        let counted = Progress::new(Stage::Distilling, progress.entry.step, training.steps);
+        observer.progress(&Progress { loss: Some(progress.entry.losses.total), ..counted })
     };
     match distill(&pair, samples, &settings, &checkpoint_dir, &mut watch)? {
         TrainingOutcome::Finished(distilled) => {
-            bar.finish_and_clear();
             Ok(TrainedStudent { record: distillation_record(training, samples, &distilled), distilled })
         }
-        TrainingOutcome::Stopped { step } => bail!("distillation stopped at step {step}; pass --resume to continue"),
+        TrainingOutcome::Stopped { .. } => Err(ClearformError::Cancelled),
     }
 }
 
@@ -125,7 +120,7 @@ pub struct StudentSpec<'a> {
     /// Folder of the training checkpoints.
     pub folder: &'a Path,
     /// Where it is trained.
-    pub device: DeviceArg,
+    pub device: ComputeDevice,
 }
 
 /// A student after training.
@@ -137,7 +132,7 @@ pub struct TrainedStudent {
     pub record: DistillationRecord,
 }
 
-fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Result<SampleSettings> {
+fn sample_settings(pipeline: &Pipeline, training: &TrainingOptions) -> Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
     let prompts = prompts_or_classes(pipeline, training.prompts.as_deref(), DEFAULT_PROMPTS, training.sample_count)?;
     let size = sample_size(pipeline, training);
@@ -163,7 +158,7 @@ fn sample_settings(pipeline: &Pipeline, training: &TrainingArgs) -> anyhow::Resu
     })
 }
 
-fn sample_size(pipeline: &Pipeline, training: &TrainingArgs) -> ImageSize {
+fn sample_size(pipeline: &Pipeline, training: &TrainingOptions) -> ImageSize {
     training.sample_size.map_or(pipeline.native_size(), |edge| ImageSize { height: edge, width: edge })
 }
 
@@ -172,7 +167,7 @@ fn sampling_spec(
     pipeline: &Pipeline,
     settings: &SampleSettings,
     text_ids: Option<Tensor>,
-) -> anyhow::Result<SamplingSpec> {
+) -> Result<SamplingSpec> {
     let [width, height] = settings.size;
     let latents = pipeline.initial_latents(0, 1, ImageSize { height, width })?;
     let device = latents.tensor.device().clone();
@@ -186,9 +181,9 @@ fn sampling_spec(
     })
 }
 
-fn distill_settings(training: &TrainingArgs, device: DeviceArg) -> DistillSettings {
+fn distill_settings(training: &TrainingOptions, device: ComputeDevice) -> DistillSettings {
     // Short runs warm up for a ninth of their steps, so that most steps train at the full rate.
-    let learning_rate = LearningRate { peak: training.lr, warmup: (training.steps / 9).min(20), ..Default::default() };
+    let learning_rate = LearningRate { peak: training.learning_rate, warmup: (training.steps / 9).min(20), ..Default::default() };
     DistillSettings {
         steps: training.steps,
         batch: training.batch,
@@ -196,20 +191,20 @@ fn distill_settings(training: &TrainingArgs, device: DeviceArg) -> DistillSettin
         learning_rate,
         loss: LossSettings { every: training.attention_every, ..Default::default() },
         seed: training.seed,
-        precision: if device == DeviceArg::Cpu { Precision::F32 } else { Precision::Bf16 },
+        precision: if device == ComputeDevice::Cpu { Precision::F32 } else { Precision::Bf16 },
         activations: if training.keep_activations { Activations::Keep } else { Activations::Recompute },
         ..Default::default()
     }
 }
 
-fn distillation_record(training: &TrainingArgs, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {
+fn distillation_record(training: &TrainingOptions, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {
     let losses: Vec<f64> = distilled.entries.iter().map(|entry| entry.losses.total).collect();
     // The last tenth of the steps: the loss of a single batch is noisy.
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
         steps: training.steps,
         batch: training.batch * training.accumulate,
-        learning_rate: training.lr,
+        learning_rate: training.learning_rate,
         samples: samples.settings().count,
         seed: training.seed,
         first_loss: losses.first().copied().unwrap_or_default(),
@@ -221,12 +216,13 @@ fn distillation_record(training: &TrainingArgs, samples: &SampleSet, distilled: 
 ///
 /// # Errors
 /// If `missing` is not empty; the message names the ways out.
-pub fn require_components(missing: &[&str]) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        missing.is_empty(),
+pub fn require_components(missing: &[&str]) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(ClearformError::bad_option(format!(
         "missing components: {}; distillation generates samples and needs the whole pipeline: pass --components, \
          --samples or --no-distill",
         missing.join(", ")
-    );
-    Ok(())
+    )))
 }

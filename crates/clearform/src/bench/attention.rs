@@ -1,25 +1,47 @@
-//! `clearform bench attention`: times one attention call on random queries, keys and values, already in tile order.
+//! [`bench_attention`]: times one attention call on random queries, keys and values, already in tile order.
 
 use super::{median_ms, parse_grid};
-use crate::args::AttentionBenchArgs;
-use crate::output::Output;
-use crate::sources::open_device;
+use crate::{ClearformError, ComputeDevice, FloatDtype, Result};
 use candle_core::{Device, Tensor, Var};
-use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, Radius, TileEfficiency, TokenGrid};
+use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, TileEfficiency};
 use serde::Serialize;
 use std::fmt;
 
-/// Prints the median times, and the rates that they amount to.
-pub fn run(args: &AttentionBenchArgs, output: &Output) -> anyhow::Result<()> {
-    anyhow::ensure!(args.heads > 0 && args.head_dim > 0, "--heads and --head-dim: expected at least 1 of each");
-    let plan = match &args.attention {
-        Some(text) => text.parse()?,
-        None => AttentionPlan::clear(Radius::new(args.radius)?, None),
-    };
-    let case = AttentionCase::new(args, parse_grid("--grid", &args.grid)?, &plan)?;
-    let median = median_ms(args.repeat, &case.device, || case.attend())?;
-    let permutation = median_ms(args.repeat, &case.device, || case.permute())?;
-    output.result(&AttentionTiming::new(&case, &plan, [median, permutation]))
+/// An attention call to time.
+#[derive(Debug, Clone)]
+pub struct AttentionBench {
+    /// Image tokens, HEIGHTxWIDTH.
+    pub grid: String,
+    /// Text tokens.
+    pub text: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// Attention plan.
+    pub attention: AttentionPlan,
+    /// Times the backward pass too.
+    pub backward: bool,
+    /// Timed runs, after one warm-up run.
+    pub repeat: usize,
+    /// Where it runs.
+    pub device: ComputeDevice,
+    /// Dtype to compute in.
+    pub dtype: FloatDtype,
+}
+
+/// Measures median times, and the rates that they amount to.
+///
+/// # Errors
+/// A size of 0, or a device that does not exist or does not compute in the dtype.
+pub fn bench_attention(bench: &AttentionBench) -> Result<AttentionTiming> {
+    if bench.heads == 0 || bench.head_dim == 0 {
+        return Err(ClearformError::bad_option("--heads and --head-dim: expected at least 1 of each"));
+    }
+    let case = AttentionCase::new(bench)?;
+    let median = median_ms(bench.repeat, &case.device, || case.attend())?;
+    let permutation = median_ms(bench.repeat, &case.device, || case.permute())?;
+    Ok(AttentionTiming::new(&case, &bench.attention, [median, permutation]))
 }
 
 /// One attention call.
@@ -36,12 +58,12 @@ struct AttentionCase {
 }
 
 impl AttentionCase {
-    fn new(args: &AttentionBenchArgs, grid: TokenGrid, plan: &AttentionPlan) -> anyhow::Result<Self> {
-        let geometry = Geometry::new(vec![grid]);
-        let device = open_device(args.running.device)?;
+    fn new(args: &AttentionBench) -> Result<Self> {
+        let geometry = Geometry::new(vec![parse_grid("--grid", &args.grid)?]);
+        let device = args.device.open()?;
         let random = |tokens| random_qkv(tokens, args, &device);
         Ok(Self {
-            attention: plan.build("bench", &|_| Ok(None))?,
+            attention: args.attention.build("bench", &|_| Ok(None))?,
             image: random(geometry.tokens())?,
             text: if args.text == 0 { None } else { Some(random(args.text)?) },
             geometry,
@@ -54,7 +76,7 @@ impl AttentionCase {
     }
 
     /// One call, with its backward pass if `backward` is set.
-    fn attend(&self) -> anyhow::Result<()> {
+    fn attend(&self) -> Result<()> {
         let attended = self.attention.attend(&self.image, self.text.as_ref(), &self.geometry)?;
         if self.backward {
             let image = attended.image.sum_all()?;
@@ -68,7 +90,7 @@ impl AttentionCase {
     }
 
     /// Reorders the image tokens from raster order to tile order, as a model does once before its blocks.
-    fn permute(&self) -> anyhow::Result<()> {
+    fn permute(&self) -> Result<()> {
         self.geometry.to_tiles(&self.image.query.detach())?;
         Ok(())
     }
@@ -79,25 +101,32 @@ impl AttentionCase {
     }
 }
 
-fn random_qkv(tokens: usize, args: &AttentionBenchArgs, device: &Device) -> anyhow::Result<Qkv> {
-    let random = || -> anyhow::Result<Tensor> {
+fn random_qkv(tokens: usize, args: &AttentionBench, device: &Device) -> Result<Qkv> {
+    let random = || -> Result<Tensor> {
         let shape = (1, tokens, args.heads, args.head_dim);
-        let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(args.dtype.as_dtype())?;
+        let values = Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(args.dtype.into())?;
         Ok(if args.backward { Var::from_tensor(&values)?.as_tensor().clone() } else { values })
     };
     Ok(Qkv { query: random()?, key: random()?, value: random()? })
 }
 
-/// The result of the benchmark.
+/// The result of [`bench_attention`].
 #[derive(Debug, Serialize)]
-struct AttentionTiming {
-    attention: String,
-    median_ms: f64,
-    permutation_ms: f64,
-    useful_pairs: u64,
-    visited_pairs: u64,
-    useful_gflops: f64,
-    visited_gflops: f64,
+pub struct AttentionTiming {
+    /// The attention plan.
+    pub attention: String,
+    /// Median of one call, in milliseconds.
+    pub median_ms: f64,
+    /// Median of reordering the image tokens, in milliseconds.
+    pub permutation_ms: f64,
+    /// Query-key pairs of a head that the pattern contains.
+    pub useful_pairs: u64,
+    /// Those that are computed.
+    pub visited_pairs: u64,
+    /// Rate over the useful pairs.
+    pub useful_gflops: f64,
+    /// Rate over the computed pairs.
+    pub visited_gflops: f64,
 }
 
 impl AttentionTiming {

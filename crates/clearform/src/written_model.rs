@@ -1,4 +1,4 @@
-//! [`WrittenModel`]: the result of the commands that write a portable model.
+//! [`WrittenModel`]: the result of the functions that write a portable model.
 
 use clearform_attention::AttentionPlan;
 use clearform_convert::ConversionReport;
@@ -7,17 +7,19 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// A portable model that was written.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct WrittenModel {
-    model: PathBuf,
-    attention: String,
+    /// Its folder.
+    pub model: PathBuf,
+    /// Its attention plan.
+    pub attention: String,
+    /// What became of every tensor.
     #[serde(flatten)]
-    report: ConversionReport,
+    pub report: ConversionReport,
 }
 
 impl WrittenModel {
-    /// The model at `path`.
-    pub fn new(path: &Path, attention: &AttentionPlan, report: ConversionReport) -> Self {
+    pub(crate) fn new(path: &Path, attention: &AttentionPlan, report: ConversionReport) -> Self {
         Self { model: path.to_owned(), attention: attention.to_string(), report }
     }
 }

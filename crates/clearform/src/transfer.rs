@@ -1,20 +1,121 @@
-//! [`TransferStudy`]: what carries over from a model to its linear version. Both generate images from the same noise:
-//! alone, with the weights of a fine-tune, and with adapters that were trained for the original.
+//! [`transfer`] and [`TransferStudy`]: what carries over from a model to its linear version. Both generate images from the
+//! same noise: alone, with the weights of a fine-tune, and with adapters that were trained for the original.
 
-use crate::evaluation::EvaluationRun;
-use crate::output::Output;
-use crate::patching::{self, PatchApplication};
-use crate::report::Page;
-use anyhow::Context as _;
+use crate::adapters::AdapterOptions;
+use crate::error::WithContext as _;
+use crate::evaluation::{EvaluationOptions, EvaluationRun};
+use crate::observer::{Observer, Progress, Stage, note};
+use crate::page::Page;
+use crate::patch::{PatchOptions, apply_patch, extract_patch};
+use crate::sources::default_options;
+use crate::{ClearformError, ComputeDevice, Result};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
-use clearform_convert::{AttentionPatch, PatchMode};
+use clearform_convert::PatchMode;
 use clearform_portable_model::{Overwrite, recorded_plan};
 use clearform_runtime::compare::{contact_sheet, psnr, retrieve, ssim};
 use clearform_runtime::{Adapters, Pipeline, PipelineOptions, RgbImage, png};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
+
+/// What [`transfer`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransferOptions {
+    /// The original model.
+    pub teacher: PathBuf,
+    /// Its linear model.
+    pub student: PathBuf,
+    /// Folder of the report and the patched fine-tunes.
+    pub output: PathBuf,
+    /// A fine-tune of the original; the distilled attention is applied to it.
+    #[serde(default)]
+    pub fine_tune: Option<PathBuf>,
+    /// What both generate. Control images are for ControlNets, and for transformers that take one themselves.
+    #[serde(default)]
+    pub evaluation: EvaluationOptions,
+    /// Adapters applied to both: the LoRAs, the ControlNets, and all together.
+    #[serde(default)]
+    pub adapters: AdapterOptions,
+    /// Where both run.
+    #[serde(default)]
+    pub device: ComputeDevice,
+}
+
+impl TransferOptions {
+    /// Compares `student` with `teacher` without adapters, and writes the report to `output`.
+    pub fn new(teacher: impl Into<PathBuf>, student: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
+        Self {
+            teacher: teacher.into(),
+            student: student.into(),
+            output: output.into(),
+            fine_tune: None,
+            evaluation: EvaluationOptions::default(),
+            adapters: AdapterOptions::default(),
+            device: ComputeDevice::default(),
+        }
+    }
+}
+
+/// Measures what carries over from a model to its linear version, in f32: differences then come from the attention alone,
+/// not from bf16 rounding. Writes `report.html`, `report.json` and contact sheets.
+///
+/// # Errors
+/// A model or adapter cannot be opened, the fine-tune cannot be patched, or the report cannot be written;
+/// [`ClearformError::Cancelled`].
+///
+/// # Example
+/// ```no_run
+/// use clearform::{AdapterKind, AdapterOptions, AdapterSpec, TransferOptions, transfer};
+///
+/// let style = AdapterSpec::new("style.safetensors", AdapterKind::Lora);
+/// let options = TransferOptions {
+///     adapters: AdapterOptions { adapters: vec![style], ..AdapterOptions::default() },
+///     ..TransferOptions::new("FLUX.1-dev", "FLUX.1-dev-clear", "report")
+/// };
+/// println!("{}", transfer(&options, &mut ())?);
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
+    let folder = &options.output;
+    let opening = in_f32(default_options(options.evaluation.components.as_deref(), options.device)?);
+    let evaluation = EvaluationRun::new(&options.evaluation, &Pipeline::open(&options.teacher, opening.clone())?)?;
+    let control_images = evaluation.control_images.clone();
+    let study = TransferStudy {
+        teacher: &options.teacher,
+        student: &options.student,
+        fine_tune: options.fine_tune.as_deref(),
+        adapters: adapter_sets(&options.adapters, &control_images)?,
+        evaluation,
+        control_images: &|_| control_images.clone(),
+        options: opening,
+        folder,
+    };
+    std::fs::create_dir_all(folder).context(folder.display())?;
+    let report = study.run(observer)?;
+    let mut page = Page::new("What carries over to the linear model");
+    report.write(&mut page, folder)?;
+    let write = |name: &str, bytes: &[u8]| clearform_weights::write_atomically(folder.join(name), bytes);
+    write("report.json", &serde_json::to_vec_pretty(&report)?)?;
+    write("report.html", page.render().as_bytes())?;
+    Ok(report)
+}
+
+/// The LoRAs, the ControlNets, and both together.
+fn adapter_sets(options: &AdapterOptions, control_images: &[RgbImage]) -> Result<Vec<(String, Adapters)>> {
+    let all = options.open()?;
+    if all.controlnet_count() > 0 && control_images.is_empty() {
+        let reason = "--control-image: expected one image, or one for each prompt, for the ControlNets, found none";
+        return Err(ClearformError::bad_option(reason));
+    }
+    let weights = all.only_weights();
+    let controlnets = all.only_controlnets();
+    let has_both = !weights.is_empty() && !controlnets.is_empty();
+    let named = [("LoRA", weights), ("ControlNet", controlnets)].map(|(name, adapters)| (name.to_owned(), adapters));
+    let both = has_both.then(|| ("LoRA and ControlNet".to_owned(), all));
+    Ok(named.into_iter().filter(|(_, adapters)| !adapters.is_empty()).chain(both).collect())
+}
 
 /// What is compared, and how.
 pub struct TransferStudy<'a> {
@@ -26,9 +127,9 @@ pub struct TransferStudy<'a> {
     pub fine_tune: Option<&'a Path>,
     /// Sets of adapters that are applied to both, one after the other, with their names in the report.
     pub adapters: Vec<(String, Adapters)>,
-    /// What both generate.
+    /// What both generate. Its control images are those of transformers that take one themselves.
     pub evaluation: EvaluationRun,
-    /// Control images, given the original's images without adapters.
+    /// Control images of ControlNets, given the original's images without adapters.
     pub control_images: &'a dyn Fn(&[RgbImage]) -> Vec<RgbImage>,
     /// How both are opened.
     pub options: PipelineOptions,
@@ -83,19 +184,20 @@ impl TransferStudy<'_> {
     ///
     /// # Errors
     /// If a model or adapter cannot be opened, or the fine-tune cannot be patched.
-    pub fn run(mut self, output: &Output) -> anyhow::Result<TransferReport> {
+    pub fn run(mut self, observer: &mut dyn Observer) -> Result<TransferReport> {
         let none = Adapters::default();
         let models = [self.teacher, self.student];
-        let mut conditions = vec![self.compare("nothing", models, &none, output)?];
-        for (name, model) in self.fine_tuned()? {
+        let mut conditions = vec![self.compare("nothing", models, &none, observer)?];
+        for (name, model) in self.fine_tuned(observer)? {
             let fine_tune = self.fine_tune.unwrap_or(self.teacher);
-            conditions.push(self.compare(&name, [fine_tune, &model], &none, output)?);
+            conditions.push(self.compare(&name, [fine_tune, &model], &none, observer)?);
         }
+        let own_control_images = self.evaluation.control_images.clone();
         let control_images = (self.control_images)(&conditions[0].images[0]);
         for (name, adapters) in std::mem::take(&mut self.adapters) {
             self.evaluation.control_images =
-                if adapters.controlnet_count() > 0 { control_images.clone() } else { Vec::new() };
-            conditions.push(self.compare(&name, models, &adapters, output)?);
+                if adapters.controlnet_count() > 0 { control_images.clone() } else { own_control_images.clone() };
+            conditions.push(self.compare(&name, models, &adapters, observer)?);
         }
         let (first, rest) = conditions.split_at_mut(1);
         for condition in rest {
@@ -105,7 +207,7 @@ impl TransferStudy<'_> {
     }
 
     /// The plan that the linear model records.
-    fn plan(&self) -> anyhow::Result<AttentionPlan> {
+    fn plan(&self) -> Result<AttentionPlan> {
         Ok(recorded_plan(self.student)?.unwrap_or_else(AttentionPlan::full))
     }
 
@@ -115,12 +217,12 @@ impl TransferStudy<'_> {
         name: &str,
         [teacher, student]: [&Path; 2],
         adapters: &Adapters,
-        output: &Output,
-    ) -> anyhow::Result<TransferCondition> {
-        output.note(format_args!("transfer: {name}"));
+        observer: &mut dyn Observer,
+    ) -> Result<TransferCondition> {
+        note(observer, format_args!("transfer: {name}"));
         let full = Some(AttentionPlan::full());
-        let original = self.generate(&ModelForm { model: teacher, adapters, plan: full }, output)?;
-        let linear = self.generate(&ModelForm { model: student, adapters, plan: None }, output)?;
+        let original = self.generate(&ModelForm { model: teacher, adapters, plan: full }, observer)?;
+        let linear = self.generate(&ModelForm { model: student, adapters, plan: None }, observer)?;
         let nearest = retrieve(&linear, &original)?;
         let retrieved = nearest.iter().enumerate().filter(|(index, nearest)| index == *nearest).count();
         Ok(TransferCondition {
@@ -130,51 +232,47 @@ impl TransferStudy<'_> {
             retrieval: retrieved as f64 / linear.len() as f64,
             effect: 1.0,
             images: [original, linear],
-            control_images: self.evaluation.control_images.clone(),
+            control_images: if adapters.controlnet_count() > 0 { self.evaluation.control_images.clone() } else { Vec::new() },
         })
     }
 
-    fn open(&self, form: &ModelForm) -> anyhow::Result<Pipeline> {
+    fn open(&self, form: &ModelForm) -> Result<Pipeline> {
         let options = PipelineOptions {
             plan: form.plan.clone(),
             adapters: form.adapters.clone(),
             components: Some(self.options.components.clone().unwrap_or_else(|| self.teacher.to_owned())),
             ..self.options.clone()
         };
-        Pipeline::open(form.model, options).with_context(|| format!("{}", form.model.display()))
+        Pipeline::open(form.model, options).context(form.model.display())
     }
 
-    fn generate(&self, form: &ModelForm, output: &Output) -> anyhow::Result<Vec<RgbImage>> {
+    fn generate(&self, form: &ModelForm, observer: &mut dyn Observer) -> Result<Vec<RgbImage>> {
         let pipeline = self.open(form)?;
-        let bar = output.progress("generating", self.evaluation.prompts.len());
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
-        let mut advance = |count: usize| bar.inc(count as u64);
-        let latents = self.evaluation.generate_latents(&pipeline, transformer.as_ref(), &mut advance)?;
-        bar.finish_and_clear();
+        let latents = self.evaluation.watched_latents(&pipeline, transformer.as_ref(), observer)?;
         self.evaluation.decode(&pipeline, &latents)
     }
 
     /// Writes the fine-tune with the distilled attention, in both modes. Returns the names and folders of the models.
-    fn fine_tuned(&self) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    fn fine_tuned(&self, observer: &mut dyn Observer) -> Result<Vec<(String, PathBuf)>> {
         let Some(fine_tune) = self.fine_tune else { return Ok(Vec::new()) };
-        std::fs::create_dir_all(self.folder).with_context(|| format!("{}", self.folder.display()))?;
+        std::fs::create_dir_all(self.folder).context(self.folder.display())?;
         let file = self.folder.join("attention.safetensors");
-        patching::extract(self.student, self.teacher, &file)?;
-        let patch = AttentionPatch::open(&file, None)?;
-        let apply = |(name, mode): (&str, PatchMode)| -> anyhow::Result<(String, PathBuf)> {
+        extract_patch(self.student, self.teacher, &file)?;
+        let mut models = Vec::new();
+        for (name, mode) in [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)] {
             let output = self.folder.join(format!("fine-tune-{name}"));
-            let base = (mode == PatchMode::Shift).then_some(self.teacher);
+            let base = (mode == PatchMode::Shift).then(|| self.teacher.to_owned());
             let overwrite = Overwrite::PortableModel;
-            PatchApplication { patch: &patch, checkpoint: fine_tune, output: &output, mode, base, overwrite }
-                .write()?;
-            Ok((format!("fine-tune, {name}"), output))
-        };
-        [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)].into_iter().map(apply).collect()
+            apply_patch(&PatchOptions { mode, base, overwrite, ..PatchOptions::new(&file, fine_tune, &output) }, observer)?;
+            models.push((format!("fine-tune, {name}"), output));
+        }
+        Ok(models)
     }
 }
 
 /// `options` with f32: differences then come from the attention alone, not from bf16 rounding.
-pub fn in_f32(options: PipelineOptions) -> PipelineOptions {
+fn in_f32(options: PipelineOptions) -> PipelineOptions {
     PipelineOptions { dtype: Some(DType::F32), ..options }
 }
 
@@ -182,8 +280,8 @@ fn mean(
     first: &[RgbImage],
     second: &[RgbImage],
     value: impl Fn(&RgbImage, &RgbImage) -> clearform_runtime::Result<f64>,
-) -> anyhow::Result<f64> {
-    let values = first.iter().zip(second).map(|(a, b)| value(a, b)).collect::<Result<Vec<_>, _>>()?;
+) -> Result<f64> {
+    let values = first.iter().zip(second).map(|(a, b)| value(a, b)).collect::<clearform_runtime::Result<Vec<_>>>()?;
     Ok(values.iter().sum::<f64>() / values.len().max(1) as f64)
 }
 
@@ -194,7 +292,7 @@ const SHEET_COLUMNS: usize = 8;
 
 impl TransferReport {
     /// Adds a section to `page`, and writes its contact sheets to `folder`.
-    pub fn write(&self, page: &mut Page, folder: &Path) -> anyhow::Result<()> {
+    pub fn write(&self, page: &mut Page, folder: &Path) -> Result<()> {
         page.heading("What carries over");
         page.paragraph(&format!(
             "Images of the original and its linear model ({}) from the same noise: of the models alone, with the weights \
@@ -227,7 +325,7 @@ impl TransferReport {
 
 impl TransferCondition {
     /// A PNG with rows of control images (if there are any), the original's images and the linear model's.
-    fn sheet(&self) -> anyhow::Result<Vec<u8>> {
+    fn sheet(&self) -> Result<Vec<u8>> {
         let rows = std::iter::once(&self.control_images).chain(&self.images).filter(|row| !row.is_empty());
         let rows: Vec<Vec<&RgbImage>> = rows.map(|row| row.iter().take(SHEET_COLUMNS).collect()).collect();
         Ok(png::encode(&contact_sheet(&rows), None)?)

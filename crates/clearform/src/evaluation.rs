@@ -1,18 +1,39 @@
 //! [`EvaluationRun`]: the same prompts and the same initial noise for several models, so that their images can be
 //! compared.
 
-use crate::args::SamplingArgs;
-use anyhow::Context as _;
+use crate::adapters::control_images_per_prompt;
+use crate::error::WithContext as _;
+use crate::observer::{Observer, Progress, Stage};
+use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
 use clearform_models::{BatchSpec, Denoiser, DenoiserInput, GuidanceKind, ImageSize, Noised, Prompt, StepIndex};
-use clearform_plugin_host::{ControlNetInput, ControlledDenoiser};
-use clearform_runtime::{InitialLatents, Pipeline, RgbImage};
-use clearform_sampling::denoise;
-use std::path::Path;
+use clearform_runtime::{EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, Pipeline, RgbImage, with_control};
+use clearform_sampling::StepAction;
+use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 
 /// Image tokens per batch: one image of 1024 x 1024 px in FLUX. Larger images are generated one by one, since memory
 /// grows with the tokens of a batch.
 const BATCH_TOKENS: usize = 4096;
+
+/// What two models generate from the same noise.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationOptions {
+    /// A file of prompts, or class indices, one per line; `None` is a few built-in ones.
+    pub prompts: Option<PathBuf>,
+    /// A diffusers folder with the components that the models lack.
+    pub components: Option<PathBuf>,
+    /// Control images, for transformers and ControlNets that take one: one for each prompt, or one for all.
+    pub control_images: Vec<PathBuf>,
+    /// Width and height of the images, in pixels; `None` is the model's native size.
+    pub size: Option<usize>,
+    /// Denoising steps; `None` is the variant's.
+    pub steps: Option<usize>,
+    /// Seed of the first prompt; each following prompt's is one higher.
+    pub seed: u64,
+}
 
 /// What is generated, and how.
 #[derive(Debug, Clone)]
@@ -27,7 +48,7 @@ pub struct EvaluationRun {
     pub guidance: f64,
     /// Seed of the first image; each following one's is one higher.
     pub seed: u64,
-    /// Input of the ControlNets, one image per prompt; empty if there are none.
+    /// Control images, one per prompt, for all that take one; empty if there are none.
     pub control_images: Vec<RgbImage>,
 }
 
@@ -44,7 +65,7 @@ pub fn prompts_or_classes(
     path: Option<&Path>,
     defaults: &str,
     max_classes: usize,
-) -> anyhow::Result<Vec<Prompt>> {
+) -> Result<Vec<Prompt>> {
     // The class after the last one stands for "no class", so its index is the number of classes.
     let class_count = match pipeline.guidance_kind() {
         GuidanceKind::ClassifierFree { unconditional: Prompt::Class(count), .. } => Some(*count),
@@ -62,34 +83,43 @@ pub fn prompts_or_classes(
 }
 
 /// The prompts in the file at `path`, one per line; empty lines are skipped.
-fn read_prompts(path: &Path, parse: fn(&Path, &str) -> anyhow::Result<Prompt>) -> anyhow::Result<Vec<Prompt>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+fn read_prompts(path: &Path, parse: fn(&Path, &str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
+    let text = std::fs::read_to_string(path).context(path.display())?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let prompts = lines.map(|line| parse(path, line)).collect::<anyhow::Result<Vec<_>>>()?;
-    anyhow::ensure!(!prompts.is_empty(), "{}: expected prompts, one per line, found none", path.display());
-    Ok(prompts)
+    let prompts = lines.map(|line| parse(path, line)).collect::<Result<Vec<_>>>()?;
+    match prompts.is_empty() {
+        false => Ok(prompts),
+        true => Err(ClearformError::bad_option(format!(
+            "{}: expected prompts, one per line, found none",
+            path.display()
+        ))),
+    }
 }
 
-fn parse_class(path: &Path, line: &str) -> anyhow::Result<Prompt> {
-    let class = line.parse().map(Prompt::Class);
-    class.with_context(|| format!("{}: expected class indices, one per line, found {line:?}", path.display()))
+fn parse_class(path: &Path, line: &str) -> Result<Prompt> {
+    line.parse().map(Prompt::Class).map_err(|_| {
+        let path = path.display();
+        ClearformError::bad_option(format!("{path}: expected class indices, one per line, found {line:?}"))
+    })
 }
 
 impl EvaluationRun {
-    /// What the arguments ask for, with the defaults of `teacher`.
+    /// What the options ask for, with the defaults of `teacher`.
     ///
     /// # Errors
-    /// As [`prompts_or_classes`].
-    pub fn new(args: &SamplingArgs, teacher: &Pipeline) -> anyhow::Result<Self> {
+    /// As [`prompts_or_classes`]; or control images that cannot be read, or of another number.
+    pub fn new(options: &EvaluationOptions, teacher: &Pipeline) -> Result<Self> {
         let defaults = teacher.transformer().identified().variant.defaults;
         let default_prompts = DEFAULT_PROMPTS.join("\n");
+        let prompts =
+            prompts_or_classes(teacher, options.prompts.as_deref(), &default_prompts, DEFAULT_PROMPTS.len())?;
         Ok(Self {
-            prompts: prompts_or_classes(teacher, args.prompts.as_deref(), &default_prompts, DEFAULT_PROMPTS.len())?,
-            size: args.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge }),
-            steps: args.steps.unwrap_or(defaults.steps),
+            control_images: control_images_per_prompt(&options.control_images, prompts.len())?,
+            prompts,
+            size: options.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge }),
+            steps: options.steps.unwrap_or(defaults.steps),
             guidance: defaults.guidance,
-            seed: args.seed,
-            control_images: Vec::new(),
+            seed: options.seed,
         })
     }
 
@@ -98,73 +128,106 @@ impl EvaluationRun {
         self.prompts.iter().map(Prompt::to_string).collect()
     }
 
-    /// Denoises an image for every prompt; `advance` is called with the number of images finished since the last call.
+    /// Denoises an image for every prompt; `advance` is called with the number of images finished since the last call,
+    /// after each denoising step, and may cancel.
     ///
     /// # Shapes
     /// Returns latents, (prompts, ..) as the transformer takes them, in f32.
     ///
     /// # Errors
-    /// If a prompt cannot be encoded, or the transformer fails.
+    /// If a prompt cannot be encoded, or the transformer fails; [`ClearformError::Cancelled`].
     pub fn generate_latents(
         &self,
         pipeline: &Pipeline,
         denoiser: &dyn Denoiser,
-        advance: &mut dyn FnMut(usize),
-    ) -> anyhow::Result<Tensor> {
-        let (encoded, unconditional) = pipeline.encode_guided(&self.prompts)?;
-        let mut generated = Vec::new();
+        advance: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Tensor> {
+        let prompts = pipeline.encode_prompts(&self.prompts, None)?;
         let batch = (BATCH_TOKENS / self.initial_noise(pipeline, 0, 1)?.image_tokens).max(1);
+        let mut generated = Vec::new();
         for start in (0..self.prompts.len()).step_by(batch) {
             let count = batch.min(self.prompts.len() - start);
-            let noise = self.initial_noise(pipeline, start, count)?;
-            let schedule = pipeline.schedule(self.steps, &noise)?;
-            let guidance = pipeline.guidance_for(
-                &encoded.samples(start, count)?,
-                unconditional.as_ref(),
-                &noise,
-                self.guidance,
-            )?;
-            let controlled = ControlledDenoiser::new(denoiser, self.control_inputs(pipeline, start, count)?);
-            let latents = denoise(&controlled, &noise.tensor, &schedule, &guidance, &mut |_| ())?;
+            let batch = pipeline.prepare(self.batch(pipeline, &prompts, start, count)?)?;
+            let latents = batch.denoise(denoiser, &mut |_| step_action(advance(0)))?;
             generated.push(latents.to_dtype(DType::F32)?);
-            advance(count);
+            if advance(count).is_break() {
+                return Err(ClearformError::Cancelled);
+            }
         }
         Ok(Tensor::cat(&generated, 0)?)
     }
 
+    /// [`Self::generate_latents`], with its progress passed to `observer`.
+    ///
+    /// # Errors
+    /// As [`Self::generate_latents`].
+    pub fn watched_latents(
+        &self,
+        pipeline: &Pipeline,
+        denoiser: &dyn Denoiser,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor> {
+        let mut done = 0;
+        let mut advance = |count: usize| {
+            done += count;
+            observer.progress(&Progress::new(Stage::Comparing, done, self.prompts.len()))
+        };
+        self.generate_latents(pipeline, denoiser, &mut advance)
+    }
+
+    /// Images `start..start + count` as one batch.
+    fn batch(&self, pipeline: &Pipeline, prompts: &EncodedPrompts, start: usize, count: usize) -> Result<ImageBatch> {
+        let latents = self.initial_noise(pipeline, start, count)?;
+        let control_images = self.control_images.get(start..start + count).unwrap_or_default();
+        Ok(ImageBatch {
+            schedule: pipeline.schedule(self.steps, &latents)?,
+            prompts: EncodedPrompts { positive: prompts.positive.samples(start, count)?, ..prompts.clone() },
+            scales: GuidanceScales::new(self.guidance),
+            controls: pipeline.shared_control_images(control_images),
+            latents,
+        })
+    }
+
     /// Decodes latents from [`Self::generate_latents`] to images.
-    pub fn decode(&self, pipeline: &Pipeline, latents: &Tensor) -> anyhow::Result<Vec<RgbImage>> {
+    pub fn decode(&self, pipeline: &Pipeline, latents: &Tensor) -> Result<Vec<RgbImage>> {
         Ok(pipeline.decode(latents, self.size)?)
     }
 
     /// The first `count` images' latents at noise level 0.5, with noise that generated none of them: one evaluation on
     /// which to compare models.
-    pub fn halfway_input(&self, pipeline: &Pipeline, latents: &Tensor, count: usize) -> anyhow::Result<DenoiserInput> {
+    pub fn halfway_input(&self, pipeline: &Pipeline, latents: &Tensor, count: usize) -> Result<DenoiserInput> {
         let encoded = pipeline.encode(&self.prompts[..count])?;
         let noise = self.initial_noise(pipeline, self.prompts.len(), count)?;
         let conditions = pipeline.conditions(&encoded, &noise, self.guidance)?;
         let level = Tensor::full(0.5f32, count, noise.tensor.device())?;
         let generated = latents.narrow(0, 0, count)?;
         let Noised { latents, timestep, .. } = pipeline.noise_process().add_noise(&generated, &noise.tensor, &level)?;
-        let latents = latents.to_dtype(noise.tensor.dtype())?;
+        let latents = self.with_control(pipeline, latents.to_dtype(noise.tensor.dtype())?)?;
         Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
     }
 
-    /// Inputs of the pipeline's ControlNets for images `start..start + count`.
-    fn control_inputs(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<Vec<ControlNetInput>> {
-        let images = self.control_images.get(start..start + count).unwrap_or_default();
+    /// `latents` of the first images with those of the control images, where the transformer takes one.
+    fn with_control(&self, pipeline: &Pipeline, latents: Tensor) -> Result<Tensor> {
+        let count = latents.dim(0)?;
+        let images = self.control_images.get(..count).unwrap_or_default();
         let batch_spec = BatchSpec { size: self.size, batch: count, guidance: self.guidance };
-        let inputs = pipeline.controlnets().iter().map(|active| pipeline.controlnet_input(active, images, batch_spec));
-        Ok(inputs.collect::<Result<_, _>>()?)
+        match pipeline.control_latents(&pipeline.shared_control_images(images), batch_spec)? {
+            Some(control) => Ok(with_control(&latents, &control)?),
+            None => Ok(latents),
+        }
     }
 
     /// Noise of images `start..start + count`, each from its own seed, the same as that of `generate --seed`.
-    fn initial_noise(&self, pipeline: &Pipeline, start: usize, count: usize) -> anyhow::Result<InitialLatents> {
+    fn initial_noise(&self, pipeline: &Pipeline, start: usize, count: usize) -> Result<InitialLatents> {
         let noise_of = |index| pipeline.initial_latents(self.seed + index as u64, 1, self.size);
-        let noise = (start..start + count).map(noise_of).collect::<Result<Vec<_>, _>>()?;
+        let noise = (start..start + count).map(noise_of).collect::<clearform_runtime::Result<Vec<_>>>()?;
         let tensors: Vec<&Tensor> = noise.iter().map(|latents| &latents.tensor).collect();
         Ok(InitialLatents { tensor: Tensor::cat(&tensors, 0)?, ..noise[0].clone() })
     }
+}
+
+fn step_action(flow: ControlFlow<()>) -> StepAction {
+    if flow.is_break() { StepAction::Cancel } else { StepAction::Continue }
 }
 
 /// Relative error of each layer's attention output, student against teacher, over image and text rows.
@@ -172,7 +235,7 @@ pub fn attention_errors(
     teacher: &dyn Denoiser,
     student: &dyn Denoiser,
     input: &DenoiserInput,
-) -> anyhow::Result<Vec<(String, f64)>> {
+) -> Result<Vec<(String, f64)>> {
     let mut wanted = teacher.embed(input)?;
     let mut got = student.embed(input)?;
     let mut errors = Vec::new();

@@ -1,0 +1,26 @@
+//! Converts a checkpoint to a linear model and says how close it comes to the original.
+//! `cargo run --release -p clearform --example convert -- assets/mini-flux/base /tmp/mini-flux-clear`
+
+use clearform::{CompareOptions, ConvertOptions, TrainingOptions, compare, convert};
+use std::error::Error;
+use std::path::PathBuf;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
+    let (Some(source), Some(output)) = (arguments.next(), arguments.next()) else {
+        return Err("usage: convert SOURCE OUTPUT [STEPS]".into());
+    };
+    let steps = arguments.next().map_or(Ok(1000), |steps| steps.to_string_lossy().parse())?;
+
+    let options = ConvertOptions {
+        attention: "clear:r=8".parse()?,
+        training: Some(TrainingOptions { steps, sample_count: 16, ..TrainingOptions::default() }),
+        ..ConvertOptions::new(&source, &output)
+    };
+    let converted = convert(&options, &mut ())?;
+    println!("{}", converted.model);
+
+    let report = output.with_extension("report");
+    println!("{}", compare(&CompareOptions::new(&source, &output, report), &mut ())?);
+    Ok(())
+}

@@ -1,0 +1,31 @@
+//! Draws an image with a LoRA.
+//! `cargo run --release -p clearform --example generate_with_lora -- assets/mini-flux/base assets/mini-flux/lora "cat face" cat.png`
+
+use clearform::{AdapterKind, AdapterOptions, AdapterSpec, GenerateOptions, Observer, Prompt, generate};
+use std::error::Error;
+
+/// Prints messages, among them how many tensors of the LoRA were applied.
+struct Messages;
+
+impl Observer for Messages {
+    fn note(&mut self, message: &str) {
+        eprintln!("{message}");
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [model, lora, prompt, output] = &arguments[..] else {
+        return Err("usage: generate_with_lora MODEL LORA PROMPT OUTPUT.png".into());
+    };
+    let lora = AdapterSpec::new(lora, AdapterKind::Lora).with_strength(0.8);
+    let options = GenerateOptions {
+        adapters: AdapterOptions { adapters: vec![lora], ..AdapterOptions::default() },
+        seed: 7,
+        ..GenerateOptions::new(model, Prompt::Text(prompt.clone()))
+    };
+    let generated = generate(&options, &mut Messages)?;
+    generated.save(&[output.into()])?;
+    println!("{output}: attention {}", generated.attention);
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! [`AdapterOptions`]: LoRAs and ControlNets that a call applies, and the plugins that read them.
+
+use crate::error::WithContext as _;
+use crate::observer::{Observer, note};
+use crate::{ClearformError, Result};
+use clearform_plugin_host::{
+    ADAPTER_INTERFACE, AdapterReport, CONTROLNET_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
+};
+use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Adapters to apply, in order, and how.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdapterOptions {
+    /// The adapters.
+    pub adapters: Vec<AdapterSpec>,
+    /// How low-rank edits are applied.
+    pub apply_mode: LoraApplyMode,
+    /// Continues although tensors of an adapter do not match the model.
+    pub allow_partial: bool,
+    /// Attention plan of ControlNets, `full` or `clear:r=R`; `None` is full attention.
+    pub controlnet_attention: Option<String>,
+    /// Where plugins are found.
+    pub plugins: PluginOptions,
+}
+
+/// An adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterSpec {
+    /// Its file or folder.
+    pub path: PathBuf,
+    /// What it must be.
+    #[serde(default)]
+    pub kind: AdapterKind,
+    /// Factor of its effect: the strength of a LoRA, the conditioning scale of a ControlNet.
+    #[serde(default = "one")]
+    pub strength: f64,
+    /// Strengths of blocks whose names contain a text, instead of `strength`.
+    #[serde(default)]
+    pub block_strengths: Vec<(String, f64)>,
+    /// When a ControlNet acts, as fractions of the steps: diffusers' `control_guidance_start` and `control_guidance_end`.
+    #[serde(default = "always")]
+    pub interval: [f64; 2],
+    /// Control mode of a union ControlNet.
+    #[serde(default)]
+    pub mode: Option<usize>,
+    /// The plugin that opens it, by id; `None` is the one that recognises it.
+    #[serde(default)]
+    pub plugin: Option<String>,
+}
+
+/// What an adapter is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AdapterKind {
+    /// Whatever a plugin recognises.
+    #[default]
+    Any,
+    /// A LoRA or another edit of weights.
+    Lora,
+    /// A ControlNet.
+    ControlNet,
+}
+
+/// How low-rank edits are applied to weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoraApplyMode {
+    /// As separate products beside the weights: exact in every dtype.
+    #[default]
+    AtRuntime,
+    /// Merged into the weights when they are loaded: slightly faster.
+    Immediately,
+}
+
+/// Where plugins are found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PluginOptions {
+    /// Folders that are searched before the program's own.
+    pub folders: Vec<PathBuf>,
+    /// Uses no plugins.
+    pub disabled: bool,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn always() -> [f64; 2] {
+    [0.0, 1.0]
+}
+
+impl AdapterSpec {
+    /// The adapter at `path`, with full strength.
+    pub fn new(path: impl Into<PathBuf>, kind: AdapterKind) -> Self {
+        Self {
+            path: path.into(),
+            kind,
+            strength: one(),
+            block_strengths: Vec::new(),
+            interval: always(),
+            mode: None,
+            plugin: None,
+        }
+    }
+
+    /// The same adapter with another strength.
+    #[must_use]
+    pub fn with_strength(self, strength: f64) -> Self {
+        Self { strength, ..self }
+    }
+
+    /// Settings that are not the defaults, as `KEY=VALUE`.
+    fn settings(&self) -> Vec<String> {
+        let blocks = self.block_strengths.iter().map(|(block, strength)| format!("{block}={strength}"));
+        let [start, end] = self.interval;
+        let start = (start != 0.0).then(|| format!("start={start}"));
+        let end = (end != 1.0).then(|| format!("end={end}"));
+        let mode = self.mode.map(|mode| format!("mode={mode}"));
+        let plugin = self.plugin.as_ref().map(|id| format!("plugin={id}"));
+        blocks.chain([start, end, mode, plugin].into_iter().flatten()).collect()
+    }
+
+    fn request(&self) -> AdapterRequest {
+        AdapterRequest {
+            path: self.path.clone(),
+            strength: Strength { overall: self.strength, blocks: self.block_strengths.clone() },
+            choice: PluginChoice { interface: self.kind.interface(), id: self.plugin.clone() },
+            schedule: ControlNetSchedule { interval: self.interval, mode: self.mode },
+        }
+    }
+}
+
+impl AdapterKind {
+    /// The command line's option.
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Any => "--adapter",
+            Self::Lora => "--lora",
+            Self::ControlNet => "--controlnet",
+        }
+    }
+
+    fn interface(self) -> Option<&'static str> {
+        match self {
+            Self::Any => None,
+            Self::Lora => Some(ADAPTER_INTERFACE),
+            Self::ControlNet => Some(CONTROLNET_INTERFACE),
+        }
+    }
+}
+
+impl AdapterOptions {
+    /// Opens the files. Plugins are searched for only if there is an adapter.
+    ///
+    /// # Errors
+    /// A file is damaged, or no plugin opens it.
+    pub fn open(&self) -> Result<Adapters> {
+        if self.adapters.is_empty() {
+            return Ok(Adapters::default());
+        }
+        let requests: Vec<AdapterRequest> = self.adapters.iter().map(AdapterSpec::request).collect();
+        let mut adapters = Adapters::open(&requests, &plugin_registry(&self.plugins)?)?;
+        adapters.allow_partial = self.allow_partial;
+        adapters.low_rank = match self.apply_mode {
+            LoraApplyMode::AtRuntime => LowRankMode::Separate,
+            LoraApplyMode::Immediately => LowRankMode::Fused,
+        };
+        if let Some(attention) = &self.controlnet_attention {
+            adapters.controlnet_attention.clone_from(attention);
+        }
+        Ok(adapters)
+    }
+}
+
+/// As command-line options, with file names instead of paths.
+impl fmt::Display for AdapterOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let each = self.adapters.iter().map(AdapterSpec::to_string);
+        f.write_str(&each.collect::<Vec<_>>().join(" "))
+    }
+}
+
+impl fmt::Display for AdapterSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        write!(f, "{} {name}", self.kind.flag())?;
+        if self.strength != one() {
+            write!(f, ":{}", self.strength)?;
+        }
+        let settings = self.settings();
+        if settings.is_empty() { Ok(()) } else { write!(f, ":{}", settings.join(",")) }
+    }
+}
+
+/// The plugins in the given folders, then those next to the program.
+///
+/// # Errors
+/// A folder cannot be read, or is inside a model.
+pub fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry> {
+    if options.disabled {
+        return Ok(PluginRegistry::disabled());
+    }
+    let program = std::env::current_exe().context("finding the program's folder")?;
+    let program_folder = program.parent().map(Path::to_owned);
+    Ok(PluginRegistry::scan(&options.folders.iter().cloned().chain(program_folder).collect::<Vec<_>>())?)
+}
+
+/// Passes on how many tensors of each adapter were applied, and the plugins' notes.
+pub(crate) fn note_reports(
+    reports: &[AdapterReport],
+    controlnets: &[ActiveControlNet],
+    observer: &mut dyn Observer,
+) {
+    for report in reports {
+        report.notes.iter().for_each(|text| note(observer, text));
+        note(observer, report);
+    }
+    controlnets.iter().flat_map(|active| active.controlnet.notes()).for_each(|text| note(observer, text));
+}
+
+/// Reads control images.
+///
+/// # Errors
+/// A file is not an image.
+pub(crate) fn load_control_images(paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
+    let load = |path: &PathBuf| -> Result<RgbImage> {
+        Ok(image::open(path).context(format_args!("--control-image {}", path.display()))?.to_rgb8())
+    };
+    paths.iter().map(load).collect()
+}
+
+/// One control image for each of `count` prompts; a single one serves all.
+///
+/// # Errors
+/// Any other number of images.
+pub(crate) fn control_images_per_prompt(paths: &[PathBuf], count: usize) -> Result<Vec<RgbImage>> {
+    let images = load_control_images(paths)?;
+    match images.len() {
+        1 => Ok(vec![images[0].clone(); count]),
+        found if found == 0 || found == count => Ok(images),
+        found => Err(ClearformError::bad_option(format!(
+            "--control-image: expected one image, or one for each of {count} prompts, found {found}"
+        ))),
+    }
+}

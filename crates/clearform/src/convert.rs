@@ -1,0 +1,257 @@
+//! [`convert`]: from a checkpoint to a portable model: reads it, replaces its attention, distils it and writes it.
+
+use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
+use crate::distillation::{self, StudentSpec, TrainedStudent};
+use crate::observer::{Observer, Progress, Stage};
+use crate::sources::{default_options, note_checkpoint, read_options};
+use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel};
+use clearform_attention::{AttentionPlan, Radius};
+use clearform_convert::{ConversionPlan, ConversionReport, PatchedAttention, SourceHashes};
+use clearform_distill::{LossEntry, SampleSet};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
+use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
+use clearform_runtime::{
+    Adapters, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions, TransformerCheckpoint,
+};
+use clearform_weights::{Checkpoint, digest};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Window radius where none is given, in tokens. The paper's choice for 1024 px (section 4.1).
+const DEFAULT_RADIUS: f64 = 16.0;
+
+/// What [`convert`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConvertOptions {
+    /// Diffusers folder, single file, or portable model.
+    pub source: PathBuf,
+    /// Folder of the portable model. It appears once the model is complete.
+    pub output: PathBuf,
+    /// How the source is read.
+    #[serde(default)]
+    pub reading: SourceOptions,
+    /// The attention of each layer; by default CLEAR's with a radius of 16 tokens.
+    #[serde(default = "default_attention")]
+    pub attention: AttentionPlan,
+    /// How the student is distilled; `None` replaces the attention without distilling.
+    #[serde(default = "default_training")]
+    pub training: Option<TrainingOptions>,
+    /// A diffusers folder with the components that the source lacks.
+    #[serde(default)]
+    pub components: Option<PathBuf>,
+    /// LoRAs that are merged into the model before it is distilled.
+    #[serde(default)]
+    pub adapters: AdapterOptions,
+    /// Dtype of the written transformer; `None` is the source's.
+    #[serde(default)]
+    pub dtype: Option<FloatDtype>,
+    /// How components are taken from other folders.
+    #[serde(default)]
+    pub copy_mode: CopyMode,
+    /// Whether an existing portable model is replaced.
+    #[serde(default)]
+    pub overwrite: Overwrite,
+    /// Where the student is trained.
+    #[serde(default)]
+    pub device: ComputeDevice,
+}
+
+fn default_attention() -> AttentionPlan {
+    Radius::new(DEFAULT_RADIUS).map_or_else(|_| AttentionPlan::full(), |radius| AttentionPlan::clear(radius, None))
+}
+
+fn default_training() -> Option<TrainingOptions> {
+    Some(TrainingOptions::default())
+}
+
+impl ConvertOptions {
+    /// Converts `source` to a portable model in `output`, with the defaults of the command line.
+    pub fn new(source: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
+        Self {
+            source: source.into(),
+            output: output.into(),
+            reading: SourceOptions::default(),
+            attention: default_attention(),
+            training: default_training(),
+            components: None,
+            adapters: AdapterOptions::default(),
+            dtype: None,
+            copy_mode: CopyMode::default(),
+            overwrite: Overwrite::default(),
+            device: ComputeDevice::default(),
+        }
+    }
+}
+
+/// The result of [`convert`].
+#[derive(Debug, Serialize)]
+pub struct ConvertReport {
+    /// What was written, and what became of every tensor.
+    #[serde(flatten)]
+    pub model: WrittenModel,
+    /// Losses of every training step; empty without distillation.
+    #[serde(skip)]
+    pub losses: Vec<LossEntry>,
+}
+
+/// Converts a checkpoint to a portable model. The output folder appears once it is complete.
+///
+/// # Errors
+/// The source cannot be read completely, components for distillation are missing, the output exists and may not be
+/// replaced, or training or writing fails; [`ClearformError::Cancelled`](crate::ClearformError::Cancelled).
+///
+/// # Example
+/// ```no_run
+/// use clearform::{ConvertOptions, TrainingOptions, convert};
+///
+/// let training = TrainingOptions { steps: 2000, ..TrainingOptions::default() };
+/// let options = ConvertOptions {
+///     attention: "clear:r=8".parse()?,
+///     training: Some(training),
+///     ..ConvertOptions::new("FLUX.1-dev", "FLUX.1-dev-clear")
+/// };
+/// let report = convert(&options, &mut ())?;
+/// println!("{}", report.model);
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
+    let adapters = options.adapters.open()?;
+    let source = OpenSource::open(options, &adapters, observer)?;
+    if options.training.as_ref().is_some_and(|training| training.samples.is_none()) {
+        let needed = source.edited.transformer.identified().components();
+        distillation::require_components(&source.components.missing(needed))?;
+    }
+    let staging = match options.training.as_ref().is_some_and(|training| training.resume) {
+        true => StagingDir::resume(&options.output, options.overwrite)?,
+        false => StagingDir::begin(&options.output, options.overwrite)?,
+    };
+    let mut conversion = Conversion { options, source, observer };
+    let trained = match &options.training {
+        Some(training) => Some(conversion.train(training, &staging, &adapters)?),
+        None => None,
+    };
+    let report = conversion.write(staging, trained.as_ref())?;
+    let model = WrittenModel::new(&options.output, &options.attention, report);
+    Ok(ConvertReport { model, losses: trained.map(|trained| trained.distilled.entries).unwrap_or_default() })
+}
+
+/// The source, and where the components of its pipeline are.
+struct OpenSource {
+    edited: EditedTransformer,
+    components: Components,
+}
+
+impl OpenSource {
+    /// Opens the source, with the adapters that are merged into it.
+    fn open(options: &ConvertOptions, adapters: &Adapters, observer: &mut dyn Observer) -> Result<Self> {
+        let reading = read_options(&options.reading)?;
+        let components = Components::new(&options.source, options.components.as_deref());
+        let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
+        note_checkpoint(transformer.checkpoint(), observer);
+        let components = components.with_embedded(&transformer, &reading)?;
+        let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
+        note_reports(&edited.reports, &[], observer);
+        Ok(Self { edited, components })
+    }
+}
+
+/// A conversion under way.
+struct Conversion<'a> {
+    options: &'a ConvertOptions,
+    source: OpenSource,
+    observer: &'a mut dyn Observer,
+}
+
+impl Conversion<'_> {
+    fn train(
+        &mut self,
+        training: &TrainingOptions,
+        staging: &StagingDir,
+        adapters: &Adapters,
+    ) -> Result<TrainedStudent> {
+        let samples = self.samples(training, staging, adapters)?;
+        let teacher = &self.source.edited.transformer;
+        let start = teacher.source();
+        let folder = staging.work().join("training");
+        let plan = &self.options.attention;
+        let student = StudentSpec { plan, start: &start, folder: &folder, device: self.options.device };
+        distillation::train(teacher, student, &samples, training, self.observer)
+    }
+
+    fn samples(
+        &mut self,
+        training: &TrainingOptions,
+        staging: &StagingDir,
+        adapters: &Adapters,
+    ) -> Result<SampleSet> {
+        if let Some(folder) = &training.samples {
+            return distillation::open_samples(folder);
+        }
+        let opened = default_options(None, self.options.device)?;
+        let options = PipelineOptions { adapters: adapters.clone(), ..opened };
+        let OpenSource { edited, components } = &self.source;
+        let pipeline = Pipeline::of_opened(components.clone(), edited.clone(), options)?;
+        distillation::prepare_samples(&pipeline, training, &staging.work().join("samples"), self.observer)
+    }
+
+    fn write(&mut self, mut staging: StagingDir, trained: Option<&TrainedStudent>) -> Result<ConversionReport> {
+        let conversion = self.conversion_plan()?;
+        // Hashing the source runs in the background while the model is written.
+        let hashes = SourceHashes::start(self.source.edited.transformer.checkpoint());
+        let report = self.write_transformer(&conversion, &mut staging, trained)?;
+        merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
+        let mut record = conversion.record(hashes.wait()?)?;
+        record.adapter = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<_>>()?;
+        record.distillation = trained.map(|trained| trained.record.clone());
+        staging.finish(record)?;
+        Ok(report)
+    }
+
+    fn write_transformer(
+        &mut self,
+        conversion: &ConversionPlan,
+        staging: &mut StagingDir,
+        trained: Option<&TrainedStudent>,
+    ) -> Result<ConversionReport> {
+        let transformer = &self.source.edited.transformer;
+        let source = transformer.source();
+        let observer = &mut *self.observer;
+        let mut watch = |done: u64, total: u64| {
+            observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize))
+        };
+        Ok(match trained {
+            Some(trained) => {
+                let distilled = PatchedAttention::new(&source, &trained.distilled.tensors);
+                conversion.apply(&distilled, transformer.load_report(), staging, &mut watch)?
+            }
+            None => conversion.apply(&source, transformer.load_report(), staging, &mut watch)?,
+        })
+    }
+
+    fn conversion_plan(&self) -> Result<ConversionPlan> {
+        let ConvertOptions { source, attention, dtype, copy_mode, .. } = self.options;
+        let folders = source.is_dir().then(|| source.clone()).into_iter();
+        let folders = folders.chain(self.options.components.clone()).collect();
+        Ok(ConversionPlan::new(self.source.edited.transformer.identified(), attention.clone())
+            .with_dtype(dtype.map(Into::into))
+            .with_components(folders, *copy_mode)
+            .with_component_data(self.source.components.open_embedded()?))
+    }
+}
+
+/// Rewrites the components other than the transformer that adapters edit.
+fn merge_into_components(components: &Components, edits: &WeightEdits, staging: &mut StagingDir) -> Result<()> {
+    for component in EDITABLE_COMPONENTS.into_iter().filter(|component| edits.affects(component)) {
+        let stored = components.weights(component)?;
+        staging.replace_tensors(component, &PatchedSource::new(stored, edits, component, LowRankMode::Fused))?;
+    }
+    Ok(())
+}
+
+fn adapter_record(adapter: &AdapterSpec) -> Result<AdapterRecord> {
+    let name = adapter.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let checkpoint = Checkpoint::open(&adapter.path)?;
+    let sha256 = digest(&checkpoint.files()[0].path)?.sha256;
+    Ok(AdapterRecord { name, sha256, strength: adapter.strength })
+}

@@ -1,0 +1,114 @@
+//! [`distill`]: trains a converted model further against the original it was made from.
+
+use crate::distillation::{self, StudentSpec};
+use crate::observer::{Observer, Progress, Stage};
+use crate::sources::{open_original_pipeline, open_original_transformer, open_transformer};
+use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel};
+use clearform_convert::{ConversionPlan, PatchedAttention};
+use clearform_distill::SampleSet;
+use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
+use clearform_runtime::{Components, ReadOptions, TransformerCheckpoint};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What [`distill`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DistillOptions {
+    /// The portable model to train further.
+    pub model: PathBuf,
+    /// The original model that it was converted from.
+    pub teacher: PathBuf,
+    /// Folder of the distilled model; `None` replaces `model`.
+    #[serde(default)]
+    pub output: Option<PathBuf>,
+    /// How the student is trained.
+    #[serde(default)]
+    pub training: TrainingOptions,
+    /// A diffusers folder with the components that the teacher lacks; `None` is `model`.
+    #[serde(default)]
+    pub components: Option<PathBuf>,
+    /// Where the student is trained.
+    #[serde(default)]
+    pub device: ComputeDevice,
+}
+
+impl DistillOptions {
+    /// Trains `model` further against `teacher` and replaces it.
+    pub fn new(model: impl Into<PathBuf>, teacher: impl Into<PathBuf>) -> Self {
+        Self {
+            model: model.into(),
+            teacher: teacher.into(),
+            output: None,
+            training: TrainingOptions::default(),
+            components: None,
+            device: ComputeDevice::default(),
+        }
+    }
+
+    /// The folder that is written, and whether it may exist.
+    fn target(&self) -> (&Path, Overwrite) {
+        match self.output.as_deref() {
+            Some(output) if output != self.model => (output, Overwrite::Never),
+            _ => (&self.model, Overwrite::PortableModel),
+        }
+    }
+}
+
+/// Trains a portable model and writes it.
+///
+/// # Errors
+/// A model cannot be read, components for samples are missing, the output exists, or training or writing fails;
+/// [`ClearformError::Cancelled`](crate::ClearformError::Cancelled).
+///
+/// # Example
+/// ```no_run
+/// use clearform::{DistillOptions, distill};
+///
+/// let written = distill(&DistillOptions::new("FLUX.1-dev-clear", "FLUX.1-dev"), &mut ())?;
+/// println!("{written}");
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
+    let model = PortableModel::open(&options.model)?;
+    let plan = model.record().plan()?;
+    let teacher = open_original_transformer(&options.teacher, &options.model)?;
+    let student = open_transformer(&options.model)?;
+    let (target, overwrite) = options.target();
+    let mut staging = match options.training.resume {
+        true => StagingDir::resume(target, overwrite)?,
+        false => StagingDir::begin(target, overwrite)?,
+    };
+    let samples = samples(options, &teacher, &staging.work().join("samples"), observer)?;
+    let start = student.source();
+    let folder = staging.work().join("training");
+    let spec = StudentSpec { plan: &plan, start: &start, folder: &folder, device: options.device };
+    let trained = distillation::train(&teacher, spec, &samples, &options.training, observer)?;
+    let distilled = PatchedAttention::new(&start, &trained.distilled.tensors);
+    let conversion = ConversionPlan::new(student.identified(), plan.clone())
+        .with_components(vec![options.model.clone()], CopyMode::Copy);
+    let mut watch =
+        |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
+    let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
+    let mut record = conversion.record(model.record().source.clone())?;
+    record.distillation = Some(trained.record);
+    staging.finish(record)?;
+    Ok(WrittenModel::new(target, &plan, report))
+}
+
+fn samples(
+    options: &DistillOptions,
+    teacher: &TransformerCheckpoint,
+    folder: &Path,
+    observer: &mut dyn Observer,
+) -> Result<SampleSet> {
+    if let Some(folder) = &options.training.samples {
+        return distillation::open_samples(folder);
+    }
+    let extra = options.components.as_deref().unwrap_or(&options.model);
+    let components = Components::new(&options.teacher, Some(extra));
+    let components = components.with_embedded(teacher, &ReadOptions::default_options()?)?;
+    distillation::require_components(&components.missing(teacher.identified().components()))?;
+    let pipeline = open_original_pipeline(&options.teacher, &options.model, Some(extra), options.device)?;
+    distillation::prepare_samples(&pipeline, &options.training, folder, observer)
+}

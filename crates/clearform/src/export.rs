@@ -1,0 +1,127 @@
+//! [`export`]: writes the transformer to one file, with the tensor names of another layout.
+
+use crate::observer::{Observer, note};
+use crate::sources::{note_checkpoint, open_transformer_with, read_options};
+use crate::{ClearformError, Result, SourceOptions};
+use clearform_convert::PatchedAttention;
+use clearform_layout::Identified;
+use clearform_weights::{TensorSource as _, save};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+/// What [`export`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportOptions {
+    /// Portable model, diffusers folder or single file.
+    pub model: PathBuf,
+    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), or another layout of the family.
+    pub layout: String,
+    /// Safetensors file to write.
+    pub output: PathBuf,
+    /// How the model is read.
+    #[serde(default)]
+    pub reading: SourceOptions,
+    /// Whether an existing file is replaced.
+    #[serde(default)]
+    pub replace: bool,
+}
+
+impl ExportOptions {
+    /// Writes the transformer of `model` to `output` in `layout`.
+    pub fn new(model: impl Into<PathBuf>, layout: &str, output: impl Into<PathBuf>) -> Self {
+        let reading = SourceOptions::default();
+        Self { model: model.into(), layout: layout.to_owned(), output: output.into(), reading, replace: false }
+    }
+}
+
+/// Writes the transformer to one file. The file cannot hold the attention plan, which is therefore noted.
+///
+/// # Errors
+/// The model is incomplete, the layout is none of its family, or the file exists or cannot be written.
+///
+/// # Example
+/// ```no_run
+/// use clearform::{ExportOptions, export};
+///
+/// let options = ExportOptions::new("FLUX.1-dev-clear", "comfy", "flux-clear.safetensors");
+/// println!("{}", export(&options, &mut ())?);
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
+    check_target(options)?;
+    let reading = read_options(&options.reading)?.recorded(&options.model)?;
+    let transformer = open_transformer_with(&options.model, &reading)?;
+    note_checkpoint(transformer.checkpoint(), observer);
+    let layout = layout(transformer.identified(), &options.layout);
+    let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
+    let computed = transformer.architecture().computed_tensors(layout)?;
+    let file = PatchedAttention::new(&exported, &computed);
+    let plan = clearform_portable_model::recorded_plan(&options.model)?;
+    save(&options.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    if let Some(plan) = plan {
+        let text = format_args!("the file does not record the attention plan; run it with --attention {plan}");
+        note(observer, text);
+    }
+    Ok(ExportReport {
+        file: options.output.clone(),
+        family: transformer.identified().family.clone(),
+        layout: layout.to_owned(),
+        used: exported.load_report().used(),
+        skipped: exported.load_report().skipped().map(|(name, reason)| format!("{name}: {reason}")).collect(),
+        written: file.tensors().len(),
+        bytes: std::fs::metadata(&options.output)?.len(),
+    })
+}
+
+/// Refuses a target that exists, unless it may be replaced.
+fn check_target(options: &ExportOptions) -> Result<()> {
+    let path = options.output.display();
+    let reason = match std::fs::symlink_metadata(&options.output) {
+        Ok(found) if found.is_dir() => format!("{path}: is a folder; expected a file name"),
+        Ok(_) if !options.replace => {
+            format!("{path}: already exists; pass --overwrite to replace it or choose another name")
+        }
+        _ => return Ok(()),
+    };
+    Err(ClearformError::bad_option(reason))
+}
+
+/// The layout named `name`; `original` stands for that of the authors' code, whatever the family calls it.
+fn layout<'a>(identified: &'a Identified, name: &'a str) -> &'a str {
+    let of_authors = || identified.layouts().find(|layout| !["diffusers", "comfy"].contains(layout));
+    match name {
+        "original" => of_authors().unwrap_or(name),
+        _ => name,
+    }
+}
+
+/// A file that was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExportReport {
+    /// Its path.
+    pub file: PathBuf,
+    /// The model's family.
+    pub family: String,
+    /// The layout of its tensor names.
+    pub layout: String,
+    /// Tensors of the model that the file contains.
+    pub used: usize,
+    /// Tensors of the model that the layout does not have, and why nothing is lost.
+    pub skipped: Vec<String>,
+    /// Tensors in the file.
+    pub written: usize,
+    /// Its size.
+    pub bytes: u64,
+}
+
+impl fmt::Display for ExportReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, family, layout, used, skipped, written, bytes } = self;
+        writeln!(f, "{}: {family} in layout {layout}, {written} tensors, {bytes} bytes", file.display())?;
+        write!(f, "{used} tensors used, {} skipped", skipped.len())?;
+        skipped.iter().try_for_each(|skipped| write!(f, "\n  skipped   {skipped}"))
+    }
+}

@@ -1,0 +1,239 @@
+//! [`generate`]: images from a prompt or a class.
+
+use crate::adapters::{AdapterOptions, load_control_images, note_reports};
+use crate::observer::{Observer, Progress, Stage, note};
+use crate::sources::{default_options, read_options};
+use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
+use clearform_attention::AttentionPlan;
+use clearform_layout::SamplingDefaults;
+use clearform_models::{ImageSize, Prompt};
+use clearform_plugin_host::AdapterReport;
+use clearform_runtime::png::{self, GenerationParameters};
+use clearform_runtime::{GenerateRequest, Pipeline, PipelineOptions, PipelineStage, RgbImage};
+use clearform_sampling::StepAction;
+use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// What [`generate`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateOptions {
+    /// Portable model or diffusers folder.
+    pub model: PathBuf,
+    /// What the images show: a text, or a class for class-conditional models.
+    pub prompt: Prompt,
+    /// What they should not show; needs classifier-free guidance.
+    #[serde(default)]
+    pub negative_prompt: Option<String>,
+    /// How the model is read.
+    #[serde(default)]
+    pub reading: SourceOptions,
+    /// A diffusers folder with the components that the model lacks.
+    #[serde(default)]
+    pub components: Option<PathBuf>,
+    /// Attention plan; `None` is the model's own.
+    #[serde(default)]
+    pub attention: Option<AttentionPlan>,
+    /// Image width, in pixels; `None` is the model's native size.
+    #[serde(default)]
+    pub width: Option<usize>,
+    /// Image height, in pixels; `None` is the model's native size.
+    #[serde(default)]
+    pub height: Option<usize>,
+    /// Denoising steps (`num_inference_steps` in diffusers); `None` is the variant's.
+    #[serde(default)]
+    pub steps: Option<usize>,
+    /// Guidance scale (`guidance_scale` in diffusers); `None` is the variant's.
+    #[serde(default)]
+    pub guidance: Option<f64>,
+    /// Classifier-free guidance scale of families with an embedded one (`true_cfg_scale` in diffusers); 1 is off.
+    #[serde(default = "no_guidance")]
+    pub true_cfg_scale: f64,
+    /// Applies classifier-free guidance to the first channels only.
+    #[serde(default)]
+    pub guided_channels: Option<usize>,
+    /// Seed: the noise is that of `torch.Generator("cpu").manual_seed(seed)`.
+    #[serde(default)]
+    pub seed: u64,
+    /// Number of images.
+    #[serde(default = "one_image")]
+    pub batch: usize,
+    /// Adapters applied to the model.
+    #[serde(default)]
+    pub adapters: AdapterOptions,
+    /// Control images: first that of the transformer itself if it takes one, then one per ControlNet, or one for all.
+    #[serde(default)]
+    pub control_images: Vec<PathBuf>,
+    /// Where the model runs.
+    #[serde(default)]
+    pub device: ComputeDevice,
+    /// Dtype to compute in; `None` is the file's.
+    #[serde(default)]
+    pub dtype: Option<FloatDtype>,
+}
+
+fn no_guidance() -> f64 {
+    1.0
+}
+
+fn one_image() -> usize {
+    1
+}
+
+impl GenerateOptions {
+    /// One image of `prompt` by `model`, with the model's defaults.
+    pub fn new(model: impl Into<PathBuf>, prompt: Prompt) -> Self {
+        Self {
+            model: model.into(),
+            prompt,
+            negative_prompt: None,
+            reading: SourceOptions::default(),
+            components: None,
+            attention: None,
+            width: None,
+            height: None,
+            steps: None,
+            guidance: None,
+            true_cfg_scale: no_guidance(),
+            guided_channels: None,
+            seed: 0,
+            batch: one_image(),
+            adapters: AdapterOptions::default(),
+            control_images: Vec::new(),
+            device: ComputeDevice::default(),
+            dtype: None,
+        }
+    }
+
+    fn pipeline_options(&self) -> Result<PipelineOptions> {
+        Ok(PipelineOptions {
+            plan: self.attention.clone(),
+            dtype: self.dtype.map(Into::into),
+            reading: read_options(&self.reading)?,
+            guided_channels: self.guided_channels,
+            adapters: self.adapters.open()?,
+            ..default_options(self.components.as_deref(), self.device)?
+        })
+    }
+
+    fn request(&self, pipeline: &Pipeline) -> Result<GenerateRequest> {
+        let native = pipeline.native_size();
+        let SamplingDefaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
+        let height = self.height.unwrap_or(native.height);
+        let width = self.width.unwrap_or(native.width);
+        Ok(GenerateRequest {
+            prompt: self.prompt.clone(),
+            negative: self.negative_prompt.clone().map(Prompt::Text),
+            size: Some(ImageSize { height, width }),
+            steps: self.steps.unwrap_or(steps),
+            guidance: self.guidance.unwrap_or(guidance),
+            true_cfg_scale: self.true_cfg_scale,
+            seed: self.seed,
+            batch: self.batch,
+            control_images: load_control_images(&self.control_images)?,
+        })
+    }
+}
+
+/// Images, with what a PNG file records about them.
+#[derive(Debug)]
+pub struct GeneratedImages {
+    /// The images.
+    pub images: Vec<RgbImage>,
+    /// The parameters of each, with which it can be generated again.
+    pub parameters: Vec<GenerationParameters>,
+    /// The attention plan that they were generated with.
+    pub attention: String,
+    /// How many tensors of each weight adapter were applied.
+    pub adapters: Vec<AdapterReport>,
+}
+
+impl GeneratedImages {
+    /// Writes each image as PNG with its parameters.
+    ///
+    /// # Errors
+    /// A file cannot be written, or there are not as many paths as images.
+    pub fn save(&self, paths: &[PathBuf]) -> Result<()> {
+        if paths.len() != self.images.len() {
+            let reason = format!("expected a path for each of {} images, found {}", self.images.len(), paths.len());
+            return Err(ClearformError::BadOption(reason));
+        }
+        for (path, (image, parameters)) in paths.iter().zip(self.images.iter().zip(&self.parameters)) {
+            png::save(path, image, parameters)?;
+        }
+        Ok(())
+    }
+}
+
+/// Generates images and checks that they are not empty. Text encoders, transformer and VAE are loaded in sequence, and each
+/// is released before the next.
+///
+/// # Errors
+/// The model or an adapter cannot be opened, a setting does not fit the model, or an image has NaN or a single colour;
+/// [`ClearformError::Cancelled`].
+///
+/// # Example
+/// ```no_run
+/// use clearform::{AdapterKind, AdapterOptions, AdapterSpec, GenerateOptions, Prompt, generate};
+///
+/// let style = AdapterSpec::new("style.safetensors", AdapterKind::Lora).with_strength(0.8);
+/// let options = GenerateOptions {
+///     width: Some(2048),
+///     height: Some(2048),
+///     adapters: AdapterOptions { adapters: vec![style], ..AdapterOptions::default() },
+///     ..GenerateOptions::new("FLUX.1-dev-clear", Prompt::Text("a lighthouse at dawn".to_owned()))
+/// };
+/// generate(&options, &mut ())?.save(&["out.png".into()])?;
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Result<GeneratedImages> {
+    let pipeline = Pipeline::open(&options.model, options.pipeline_options()?)?;
+    pipeline.notes().iter().for_each(|text| note(observer, text));
+    note_reports(pipeline.adapter_reports(), pipeline.controlnets(), observer);
+    let request = options.request(&pipeline)?;
+    let images = pipeline.generate(&request, &mut |stage| watch(stage, request.steps, observer))?;
+    let parameters = (0..images.len()).map(|index| parameters(options, &request, &pipeline, index)).collect();
+    let attention = pipeline.plan().to_string();
+    Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })
+}
+
+/// Passes a stage on to `observer`.
+fn watch(stage: &PipelineStage, steps: usize, observer: &mut dyn Observer) -> StepAction {
+    let progress = match stage {
+        PipelineStage::Encoding => Progress::new(Stage::Encoding, 0, steps),
+        PipelineStage::Loading => Progress::new(Stage::Loading, 0, steps),
+        PipelineStage::Step(step) => Progress::new(Stage::Denoising, step.done, step.steps),
+        PipelineStage::Decoding => Progress::new(Stage::Decoding, steps, steps),
+    };
+    match observer.progress(&progress) {
+        ControlFlow::Continue(()) => StepAction::Continue,
+        ControlFlow::Break(()) => StepAction::Cancel,
+    }
+}
+
+fn parameters(
+    options: &GenerateOptions,
+    request: &GenerateRequest,
+    pipeline: &Pipeline,
+    index: usize,
+) -> GenerationParameters {
+    GenerationParameters {
+        prompt: request.prompt.to_string(),
+        negative_prompt: options.negative_prompt.clone().unwrap_or_default(),
+        seed: request.seed,
+        steps: request.steps,
+        guidance: request.guidance,
+        true_cfg_scale: request.true_cfg_scale,
+        size: request.size.unwrap_or(pipeline.native_size()),
+        model: file_name(&options.model),
+        attention: pipeline.plan().to_string(),
+        adapters: options.adapters.to_string(),
+        number: index + 1,
+        batch: request.batch,
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}

@@ -1,0 +1,87 @@
+//! Makes pre-trained diffusion transformers linear: reads a checkpoint, replaces its attention by CLEAR's
+//! (arXiv 2412.16112), distils it against the original, and runs the result with LoRAs and ControlNets.
+//!
+//! Each function is one command of the program `clearform`. It takes a struct of options, which are serde values with the
+//! program's defaults, and an [`Observer`], which sees progress and may cancel; it returns a report.
+//!
+//! | function | options | returns |
+//! |---|---|---|
+//! | [`inspect()`] | [`SourceOptions`] | what a checkpoint is, and what it costs to run |
+//! | [`convert()`] | [`ConvertOptions`] | a portable model with other attention, distilled |
+//! | [`distill()`] | [`DistillOptions`] | the model, trained further |
+//! | [`generate()`] | [`GenerateOptions`] | images |
+//! | [`compare()`] | [`CompareOptions`] | how similar teacher and student are |
+//! | [`transfer()`] | [`TransferOptions`] | what carries over: fine-tunes, LoRAs, ControlNets |
+//! | [`extract_patch()`], [`apply_patch()`] | [`PatchOptions`] | distilled attention as a file, and onto other models |
+//! | [`export()`] | [`ExportOptions`] | the transformer in one file, in another layout |
+//! | [`verify()`] | | whether a portable model's files are as recorded |
+//! | [`forward()`] | [`ForwardOptions`] | one evaluation of the transformer |
+//!
+//! Nothing is printed, and no output is left half-written: a model appears when it is complete. To hold a model in memory
+//! for many images, open a [`Pipeline`] and [load](Pipeline::load) it.
+//!
+//! ```no_run
+//! use clearform::{ConvertOptions, GenerateOptions, Observer, Progress, Prompt, convert, generate};
+//! use std::ops::ControlFlow;
+//!
+//! struct Percent;
+//!
+//! impl Observer for Percent {
+//!     fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
+//!         eprintln!("{:?}: {} of {}", progress.stage, progress.done, progress.total);
+//!         ControlFlow::Continue(())
+//!     }
+//! }
+//!
+//! convert(&ConvertOptions::new("FLUX.1-dev", "FLUX.1-dev-clear"), &mut Percent)?;
+//! let prompt = Prompt::Text("a lighthouse at dawn".to_owned());
+//! let generated = generate(&GenerateOptions::new("FLUX.1-dev-clear", prompt), &mut Percent)?;
+//! generated.save(&["out.png".into()])?;
+//! # Ok::<(), clearform::ClearformError>(())
+//! ```
+
+mod adapters;
+pub mod bench;
+mod compare;
+mod convert;
+mod distill;
+mod distillation;
+mod error;
+pub mod evaluation;
+mod export;
+mod forward;
+mod generate;
+mod inspect;
+mod observer;
+mod options;
+pub mod page;
+mod patch;
+mod sources;
+mod transfer;
+mod verify;
+mod written_model;
+
+pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, PluginOptions, plugin_registry};
+pub use clearform_attention::{AttentionPlan, Radius};
+pub use clearform_convert::PatchMode;
+pub use clearform_layout::Inspection;
+pub use clearform_models::{ImageSize, Prompt};
+pub use clearform_portable_model::{CopyMode, Overwrite, VerifyReport};
+pub use clearform_runtime::{LoadedPipeline, Pipeline, PipelineOptions, RgbImage};
+pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};
+pub use convert::{ConvertOptions, ConvertReport, convert};
+pub use distill::{DistillOptions, distill};
+pub use distillation::prepare_samples;
+pub use error::{ClearformError, Result};
+pub use evaluation::EvaluationOptions;
+pub use export::{ExportOptions, ExportReport, export};
+pub use forward::{ForwardOptions, ForwardReport, forward};
+pub use generate::{GenerateOptions, GeneratedImages, generate};
+pub use inspect::inspect;
+pub use observer::{Observer, Progress, Stage};
+pub use options::{ComputeDevice, FloatDtype, SourceOptions, TrainingOptions};
+pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
+pub use sources::parse_plan;
+pub use transfer::{TransferCondition, TransferOptions, TransferReport, TransferStudy, transfer};
+pub use verify::verify;
+pub use written_model::WrittenModel;

@@ -1,0 +1,67 @@
+//! [`Observer`]: watches a long call.
+
+use std::fmt::Display;
+use std::ops::ControlFlow;
+
+/// Watches a long call: its progress, and messages for the user. It may cancel. `()` watches nothing.
+pub trait Observer {
+    /// Called as work proceeds, after every step at the latest. [`ControlFlow::Break`] cancels: the call returns
+    /// [`ClearformError::Cancelled`](crate::ClearformError::Cancelled) and leaves nothing half-written. Samples and
+    /// training checkpoints stay, so that the same call with `resume` continues.
+    fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
+        let _ = progress;
+        ControlFlow::Continue(())
+    }
+
+    /// A message for the user: an assumption, something that was skipped, how much of an adapter was applied.
+    fn note(&mut self, message: &str) {
+        let _ = message;
+    }
+}
+
+impl Observer for () {}
+
+/// How far a stage is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// What is being done.
+    pub stage: Stage,
+    /// Finished units: bytes written, samples, steps or images.
+    pub done: usize,
+    /// All units of the stage; 0 for stages that are not counted.
+    pub total: usize,
+    /// Loss of the last training step, while distilling.
+    pub loss: Option<f64>,
+}
+
+impl Progress {
+    pub(crate) fn new(stage: Stage, done: usize, total: usize) -> Self {
+        Self { stage, done, total, loss: None }
+    }
+}
+
+/// What is being done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Writing a model, in bytes.
+    Writing,
+    /// Generating training samples with the teacher.
+    Samples,
+    /// Training the student, in optimizer steps.
+    Distilling,
+    /// Encoding prompts.
+    Encoding,
+    /// Loading the transformer.
+    Loading,
+    /// Denoising, in steps.
+    Denoising,
+    /// Decoding images.
+    Decoding,
+    /// Generating images to compare, in images.
+    Comparing,
+}
+
+/// Passes notes on.
+pub(crate) fn note(observer: &mut dyn Observer, message: impl Display) {
+    observer.note(&message.to_string());
+}

@@ -1,0 +1,172 @@
+//! Options that several functions share. All are serde values with the defaults of the command line.
+
+use crate::{ClearformError, Result};
+use candle_core::{DType, Device};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// How a source is read.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SourceOptions {
+    /// A diffusers config.json, for a single file whose tensors do not determine every size.
+    pub config: Option<PathBuf>,
+    /// Reads the source as this family, instead of detecting it.
+    pub family: Option<String>,
+    /// Reads the source as this variant, instead of detecting it.
+    pub variant: Option<String>,
+    /// An additional manifest of families, layouts and variants.
+    pub manifest: Option<PathBuf>,
+    /// Continues although tensors of the source are not understood.
+    pub allow_unmatched: bool,
+}
+
+/// A device to compute on. Written as `cpu` or `cuda:N`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ComputeDevice {
+    /// The CPU.
+    #[default]
+    Cpu,
+    /// The NVIDIA GPU with this index, in a build with the feature `cuda`.
+    Cuda(usize),
+}
+
+/// A dtype to compute or store in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FloatDtype {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit float.
+    F16,
+}
+
+/// How a student is distilled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingOptions {
+    /// A file of prompts to generate samples from, or class indices, one per line. `None`: built-in prompts, or evenly
+    /// spread classes.
+    pub prompts: Option<PathBuf>,
+    /// Samples from an earlier run, instead of new ones.
+    pub samples: Option<PathBuf>,
+    /// Number of samples to generate.
+    pub sample_count: usize,
+    /// Denoising steps per sample; `None` is the variant's.
+    pub sample_steps: Option<usize>,
+    /// Width and height of the samples, in pixels; `None` is the model's native size.
+    pub sample_size: Option<usize>,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Samples per batch.
+    pub batch: usize,
+    /// Batches whose gradients are accumulated for one optimizer step.
+    pub accumulate: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Applies the attention loss to every Nth block (FLUX: every Nth single-stream block).
+    pub attention_every: usize,
+    /// Keeps every block's activations instead of recomputing them: faster, but needs more memory.
+    pub keep_activations: bool,
+    /// Optimizer steps between checkpoints.
+    pub checkpoint_every: usize,
+    /// Seed of samples, noise and timesteps.
+    pub seed: u64,
+    /// Resumes an interrupted run.
+    pub resume: bool,
+}
+
+impl Default for TrainingOptions {
+    fn default() -> Self {
+        Self {
+            prompts: None,
+            samples: None,
+            sample_count: 128,
+            sample_steps: None,
+            sample_size: None,
+            steps: 1000,
+            batch: 8,
+            accumulate: 1,
+            learning_rate: 6e-4,
+            attention_every: 4,
+            keep_activations: false,
+            checkpoint_every: 50,
+            seed: 0,
+            resume: false,
+        }
+    }
+}
+
+impl ComputeDevice {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// A GPU in a build without the feature `cuda`, or one that does not exist.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(index) => open_gpu(index),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_gpu(index: usize) -> Result<Device> {
+    use crate::error::WithContext as _;
+    clearform_ops::cuda::device(index).context(format_args!("--device cuda:{index}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_gpu(index: usize) -> Result<Device> {
+    Err(ClearformError::bad_option(format!(
+        "--device cuda:{index}: this build has no CUDA support; rebuild with --features cuda"
+    )))
+}
+
+impl FromStr for ComputeDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let cuda = || text.strip_prefix("cuda:")?.parse().ok().map(Self::Cuda);
+        let device = if text == "cpu" { Some(Self::Cpu) } else { cuda() };
+        device.ok_or_else(|| "expected cpu or cuda:N".to_owned())
+    }
+}
+
+impl TryFrom<String> for ComputeDevice {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<ComputeDevice> for String {
+    fn from(device: ComputeDevice) -> Self {
+        device.to_string()
+    }
+}
+
+impl fmt::Display for ComputeDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl From<FloatDtype> for DType {
+    fn from(dtype: FloatDtype) -> Self {
+        match dtype {
+            FloatDtype::F32 => Self::F32,
+            FloatDtype::Bf16 => Self::BF16,
+            FloatDtype::F16 => Self::F16,
+        }
+    }
+}

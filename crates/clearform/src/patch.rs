@@ -1,0 +1,132 @@
+//! [`extract_patch`] and [`apply_patch`]: distilled attention as one file, and onto other checkpoints.
+
+use crate::observer::{Observer, Progress, Stage};
+use crate::sources::{
+    note_checkpoint, open_original_transformer, open_transformer, open_transformer_with, read_options,
+};
+use crate::{Result, SourceOptions, WrittenModel};
+use clearform_attention::Radius;
+use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, SourceHashes};
+use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
+use clearform_runtime::{Components, TransformerCheckpoint};
+use clearform_weights::TensorSource;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// A patch that was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExtractedPatch {
+    /// Its file.
+    pub patch: PathBuf,
+    /// Number of its tensors.
+    pub tensors: usize,
+}
+
+/// Writes the distilled attention of the portable model `model`, made from `base`, to the safetensors file `path`.
+///
+/// # Errors
+/// A model cannot be read, or nothing was distilled.
+///
+/// # Example
+/// ```no_run
+/// let patch = clearform::extract_patch(
+///     "FLUX.1-dev-clear".as_ref(),
+///     "FLUX.1-dev".as_ref(),
+///     "clear-r16.safetensors".as_ref(),
+/// )?;
+/// println!("{patch}");
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn extract_patch(model: &Path, base: &Path, path: &Path) -> Result<ExtractedPatch> {
+    let record = PortableModel::open(model)?.record().clone();
+    let student = open_transformer(model)?;
+    let base = open_original_transformer(base, model)?;
+    let tensors = AttentionPatch::extract(&student.source(), &base.source(), &record.family, &record.plan()?, path)?;
+    Ok(ExtractedPatch { patch: path.to_owned(), tensors })
+}
+
+/// What [`apply_patch`] does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PatchOptions {
+    /// A patch from [`extract_patch`], or a file published by CLEAR's authors.
+    pub patch: PathBuf,
+    /// The checkpoint to apply it to.
+    pub checkpoint: PathBuf,
+    /// Folder of the portable model to write.
+    pub output: PathBuf,
+    /// How the patch is applied.
+    #[serde(default)]
+    pub mode: PatchMode,
+    /// The patch's teacher, for [`PatchMode::Shift`].
+    #[serde(default)]
+    pub base: Option<PathBuf>,
+    /// Window radius in tokens, for a patch that does not state it.
+    #[serde(default)]
+    pub radius: Option<f64>,
+    /// Whether an existing portable model is replaced.
+    #[serde(default)]
+    pub overwrite: Overwrite,
+}
+
+impl PatchOptions {
+    /// Applies `patch` to `checkpoint`, replacing its attention, and writes the model to `output`.
+    pub fn new(patch: impl Into<PathBuf>, checkpoint: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
+        Self {
+            patch: patch.into(),
+            checkpoint: checkpoint.into(),
+            output: output.into(),
+            mode: PatchMode::default(),
+            base: None,
+            radius: None,
+            overwrite: Overwrite::default(),
+        }
+    }
+}
+
+/// Applies a patch to a checkpoint and writes a portable model.
+///
+/// # Errors
+/// The patch does not fit the checkpoint, a model cannot be read, or the output cannot be written;
+/// [`ClearformError::Cancelled`](crate::ClearformError::Cancelled).
+///
+/// # Example
+/// ```no_run
+/// use clearform::{PatchOptions, apply_patch};
+///
+/// let options = PatchOptions::new("clear-r16.safetensors", "fine-tune.safetensors", "fine-tune-clear");
+/// println!("{}", apply_patch(&options, &mut ())?);
+/// # Ok::<(), clearform::ClearformError>(())
+/// ```
+pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
+    let PatchOptions { checkpoint, output, mode, overwrite, .. } = options;
+    let patch = AttentionPatch::open(&options.patch, options.radius.map(Radius::new).transpose()?)?;
+    let base = options.base.as_deref().map(open_transformer).transpose()?;
+    let base = base.as_ref().map(TransformerCheckpoint::source);
+    let base = base.as_ref().map(|base| base as &dyn TensorSource);
+    let reading = SourceOptions { family: patch.family().map(str::to_owned), ..SourceOptions::default() };
+    let reading = read_options(&reading)?;
+    let transformer = open_transformer_with(checkpoint, &reading)?;
+    note_checkpoint(transformer.checkpoint(), observer);
+    let source = transformer.source();
+    let patched = patch.apply_to(&source, *mode, base)?;
+    let components = Components::new(checkpoint, None).with_embedded(&transformer, &reading)?;
+    let folders = checkpoint.is_dir().then(|| checkpoint.to_owned()).into_iter().collect();
+    let conversion = ConversionPlan::new(transformer.identified(), patch.plan().clone())
+        .with_components(folders, CopyMode::Copy)
+        .with_component_data(components.open_embedded()?);
+    let hashes = SourceHashes::start(transformer.checkpoint());
+    let mut staging = StagingDir::begin(output, *overwrite)?;
+    let mut watch =
+        |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
+    let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
+    staging.finish(conversion.record(hashes.wait()?)?)?;
+    Ok(WrittenModel::new(output, patch.plan(), report))
+}
+
+impl fmt::Display for ExtractedPatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} attention tensors", self.patch.display(), self.tensors)
+    }
+}

@@ -1,0 +1,86 @@
+//! Opens what options name: checkpoints, pipelines and attention plans.
+
+use crate::error::WithContext as _;
+use crate::observer::{Observer, note};
+use crate::{ComputeDevice, Result, SourceOptions};
+use clearform_attention::AttentionPlan;
+use clearform_layout::{Hints, Manifests};
+use clearform_runtime::{Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
+use clearform_weights::Checkpoint;
+use serde_json::Value;
+use std::path::Path;
+
+/// The built-in manifests with that of the options, and the hints that they give.
+pub(crate) fn read_options(options: &SourceOptions) -> Result<ReadOptions> {
+    let embedded = Manifests::embedded()?;
+    let manifests = match &options.manifest {
+        Some(path) => embedded.with_file(path)?,
+        None => embedded,
+    };
+    let config = options.config.as_deref().map(read_json).transpose()?;
+    let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config };
+    Ok(ReadOptions { manifests, hints, allow_unmatched: options.allow_unmatched })
+}
+
+/// Options to open a pipeline with its own attention plan and dtype, and without adapters.
+pub(crate) fn default_options(components: Option<&Path>, device: ComputeDevice) -> Result<PipelineOptions> {
+    let components = components.map(Path::to_owned);
+    Ok(PipelineOptions { components, device: device.open()?, ..PipelineOptions::default_options()? })
+}
+
+/// Opens `model` with [`default_options`].
+pub(crate) fn open_pipeline(model: &Path, components: Option<&Path>, device: ComputeDevice) -> Result<Pipeline> {
+    Ok(Pipeline::open(model, default_options(components, device)?)?)
+}
+
+/// Opens `original`, from which the portable model `model` was made, with [`default_options`].
+pub(crate) fn open_original_pipeline(
+    original: &Path,
+    model: &Path,
+    components: Option<&Path>,
+    device: ComputeDevice,
+) -> Result<Pipeline> {
+    let reading = ReadOptions::default_options()?.of_original(original, model)?;
+    Ok(Pipeline::open(original, PipelineOptions { reading, ..default_options(components, device)? })?)
+}
+
+/// Opens the transformer of `model`, read as its record states.
+pub(crate) fn open_transformer(model: &Path) -> Result<TransformerCheckpoint> {
+    open_transformer_with(model, &ReadOptions::default_options()?.recorded(model)?)
+}
+
+/// Opens the transformer of `original`, from which the portable model `model` was made.
+pub(crate) fn open_original_transformer(original: &Path, model: &Path) -> Result<TransformerCheckpoint> {
+    open_transformer_with(original, &ReadOptions::default_options()?.of_original(original, model)?)
+}
+
+/// Opens the transformer of `model` with `options`.
+pub(crate) fn open_transformer_with(model: &Path, options: &ReadOptions) -> Result<TransformerCheckpoint> {
+    let path = Components::new(model, None).transformer_path();
+    TransformerCheckpoint::open(&path, options).context(model.display())
+}
+
+/// Passes on what was noted while the checkpoint was opened, such as which of its state dicts was read.
+pub(crate) fn note_checkpoint(checkpoint: &Checkpoint, observer: &mut dyn Observer) {
+    let path = checkpoint.path().display();
+    checkpoint.notes().iter().for_each(|text| note(observer, format_args!("{path}: {text}")));
+}
+
+/// A plan as users write it: one policy for all layers, `full` or `clear:r=R[,d=D]`, or the path of a TOML file with a
+/// plan per layer.
+///
+/// # Errors
+/// The file cannot be read, or it or the text is no plan.
+pub fn parse_plan(text: &str) -> Result<AttentionPlan> {
+    let path = Path::new(text);
+    if path.extension().is_some_and(|extension| extension == "toml") {
+        let content = std::fs::read_to_string(path).context(path.display())?;
+        return AttentionPlan::from_toml(&content).context(path.display());
+    }
+    Ok(text.parse()?)
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).context(path.display())?;
+    serde_json::from_slice(&bytes).context(format_args!("{}: expected JSON", path.display()))
+}

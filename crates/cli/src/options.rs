@@ -1,0 +1,127 @@
+//! From parsed arguments to the library's options.
+
+use crate::args::{
+    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, PluginSearchArgs, SamplingArgs, SourceArgs, TrainingArgs,
+    WeightAdapterArgs,
+};
+use anyhow::{Context as _, bail};
+use clearform::evaluation::EvaluationOptions;
+use clearform::{
+    AdapterKind, AdapterOptions, AdapterSpec, FloatDtype, LoraApplyMode, Overwrite, PluginOptions, SourceOptions,
+    TrainingOptions,
+};
+
+/// What `--overwrite` allows.
+pub fn overwrite_if(given: bool) -> Overwrite {
+    if given { Overwrite::PortableModel } else { Overwrite::Never }
+}
+
+impl From<&SourceArgs> for SourceOptions {
+    fn from(args: &SourceArgs) -> Self {
+        Self {
+            config: args.config.clone(),
+            family: args.family.clone(),
+            variant: args.variant.clone(),
+            manifest: args.manifest.clone(),
+            allow_unmatched: args.allow_unmatched,
+        }
+    }
+}
+
+impl From<DtypeArg> for FloatDtype {
+    fn from(arg: DtypeArg) -> Self {
+        match arg {
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Bf16 => Self::Bf16,
+            DtypeArg::F16 => Self::F16,
+        }
+    }
+}
+
+impl From<&TrainingArgs> for TrainingOptions {
+    fn from(args: &TrainingArgs) -> Self {
+        Self {
+            prompts: args.prompts.clone(),
+            samples: args.samples.clone(),
+            sample_count: args.sample_count,
+            sample_steps: args.sample_steps,
+            sample_size: args.sample_size,
+            steps: args.steps,
+            batch: args.batch,
+            accumulate: args.accumulate,
+            learning_rate: args.lr,
+            attention_every: args.attention_every,
+            keep_activations: args.keep_activations,
+            checkpoint_every: args.checkpoint_every,
+            seed: args.seed,
+            resume: args.resume,
+        }
+    }
+}
+
+impl From<&SamplingArgs> for EvaluationOptions {
+    fn from(args: &SamplingArgs) -> Self {
+        Self {
+            prompts: args.prompts.clone(),
+            components: args.components.clone(),
+            control_images: args.control_image.clone(),
+            size: args.size,
+            steps: args.steps,
+            seed: args.seed,
+        }
+    }
+}
+
+impl From<&PluginSearchArgs> for PluginOptions {
+    fn from(args: &PluginSearchArgs) -> Self {
+        Self { folders: args.plugin_dir.clone(), disabled: args.no_plugins }
+    }
+}
+
+impl WeightAdapterArgs {
+    /// Adapters that edit weights.
+    pub fn options(&self) -> anyhow::Result<AdapterOptions> {
+        let adapters = self.lora.iter().map(|arg| adapter_spec(arg, AdapterKind::Lora));
+        Ok(AdapterOptions {
+            adapters: adapters.collect::<anyhow::Result<_>>()?,
+            apply_mode: match self.lora_apply_mode {
+                ApplyMode::AtRuntime => LoraApplyMode::AtRuntime,
+                ApplyMode::Immediately => LoraApplyMode::Immediately,
+            },
+            allow_partial: self.allow_partial,
+            controlnet_attention: None,
+            plugins: (&self.plugins).into(),
+        })
+    }
+}
+
+impl AdapterArgs {
+    /// Adapters of every kind: LoRAs, ControlNets, then the others.
+    pub fn options(&self) -> anyhow::Result<AdapterOptions> {
+        let mut options = self.weights.options()?;
+        let controlnets = self.controlnet.iter().map(|arg| adapter_spec(arg, AdapterKind::ControlNet));
+        let others = self.adapter.iter().map(|arg| adapter_spec(arg, AdapterKind::Any));
+        for adapter in controlnets.chain(others) {
+            options.adapters.push(adapter?);
+        }
+        options.controlnet_attention = Some(self.controlnet_attention.clone());
+        Ok(options)
+    }
+}
+
+fn adapter_spec(arg: &AdapterArg, kind: AdapterKind) -> anyhow::Result<AdapterSpec> {
+    let mut spec = AdapterSpec::new(&arg.path, kind).with_strength(arg.strength.unwrap_or(1.0));
+    for (key, value) in &arg.settings {
+        let number = || value.parse::<f64>().ok().filter(|number| number.is_finite());
+        let not_a_number = || format!("{}: {key}={value}: expected a number", arg.path.display());
+        match (key.as_str(), kind == AdapterKind::ControlNet) {
+            ("plugin", _) => spec.plugin = Some(value.clone()),
+            ("start", true) => spec.interval[0] = number().with_context(not_a_number)?,
+            ("end", true) => spec.interval[1] = number().with_context(not_a_number)?,
+            ("mode", true) => spec.mode = Some(value.parse().with_context(not_a_number)?),
+            (_, true) => bail!("{}: {key}: expected start, end, mode or plugin", arg.path.display()),
+            (block, false) => spec.block_strengths.push((block.to_owned(), number().with_context(not_a_number)?)),
+        }
+    }
+    Ok(spec)
+}

@@ -1,0 +1,116 @@
+//! [`Autoencoder`]: images to latents and back, whatever the class, and [`AUTOENCODERS`], the list of classes.
+
+use super::{AutoencoderKl, VaeConfig};
+use crate::Result;
+use crate::config_keys::{ConfigKeys, bad};
+use candle_core::Tensor;
+use clearform_weights::TensorSource;
+use serde_json::Value;
+
+/// An autoencoder with its weights loaded.
+pub trait Autoencoder: Send + Sync {
+    /// Latents of `images`, scaled as the transformer takes them.
+    ///
+    /// # Shapes
+    /// (batch, 3, height, width) in -1..1 -> (batch, channels, height / downscale, width / downscale) in f32.
+    ///
+    /// # Errors
+    /// A rank or number of channels that is not that of an image.
+    fn encode(&self, images: &Tensor) -> Result<Tensor>;
+
+    /// Images of scaled latents. Values are about -1..1 and not clamped.
+    ///
+    /// # Shapes
+    /// (batch, channels, height, width) -> (batch, 3, height · downscale, width · downscale) in f32.
+    ///
+    /// # Errors
+    /// Another number of channels.
+    fn decode(&self, latents: &Tensor) -> Result<Tensor>;
+}
+
+/// An autoencoder of given sizes, without weights.
+pub trait AutoencoderSpec: Send + Sync {
+    /// Channels of the latents.
+    fn latent_channels(&self) -> usize;
+
+    /// Width and height of a latent pixel in image pixels (`vae_scale_factor`).
+    fn downscale(&self) -> usize;
+
+    /// Width and height of the training images, if the config states it.
+    fn sample_size(&self) -> Option<usize>;
+
+    /// Builds the autoencoder from `source`, with the tensor names of its class.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen.
+    fn build(&self, source: &dyn TensorSource) -> Result<Box<dyn Autoencoder>>;
+}
+
+/// A class of autoencoders.
+pub struct AutoencoderClass {
+    /// Its name in diffusers, the key `_class_name` of config.json.
+    pub name: &'static str,
+    /// Reads its config.json.
+    pub parse: fn(&Value) -> Result<Box<dyn AutoencoderSpec>>,
+}
+
+/// Every class of autoencoders. A config.json without a class name is of the first.
+pub const AUTOENCODERS: &[AutoencoderClass] =
+    &[AutoencoderClass { name: "AutoencoderKL", parse: |config| Ok(Box::new(VaeConfig::new(config)?)) }];
+
+/// Reads the config.json of an autoencoder of any class in [`AUTOENCODERS`].
+///
+/// # Errors
+/// A class that is not in the list, a key of the wrong type, or sizes that contradict each other.
+pub fn autoencoder(config: &Value) -> Result<Box<dyn AutoencoderSpec>> {
+    let found = ConfigKeys::new(config)?.text("_class_name", AUTOENCODERS[0].name)?;
+    let class = AUTOENCODERS.iter().find(|class| class.name == found).ok_or_else(|| {
+        let known: Vec<&str> = AUTOENCODERS.iter().map(|class| class.name).collect();
+        bad("_class_name", format!("{found:?} is not supported, only {}", known.join(", ")))
+    })?;
+    (class.parse)(config)
+}
+
+impl Autoencoder for AutoencoderKl {
+    fn encode(&self, images: &Tensor) -> Result<Tensor> {
+        Self::encode(self, images)
+    }
+
+    fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        Self::decode(self, latents)
+    }
+}
+
+impl AutoencoderSpec for VaeConfig {
+    fn latent_channels(&self) -> usize {
+        self.latent_channels
+    }
+
+    fn downscale(&self) -> usize {
+        Self::downscale(self)
+    }
+
+    fn sample_size(&self) -> Option<usize> {
+        self.sample_size
+    }
+
+    fn build(&self, source: &dyn TensorSource) -> Result<Box<dyn Autoencoder>> {
+        Ok(Box::new(AutoencoderKl::build(self.clone(), source)?))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_class_decides_who_reads_a_config() {
+        let sizes = json!({"latent_channels": 16, "block_out_channels": [32, 32, 32, 32], "sample_size": 512});
+        let spec = autoencoder(&sizes).unwrap();
+        assert_eq!((spec.latent_channels(), spec.downscale(), spec.sample_size()), (16, 8, Some(512)));
+        let error = autoencoder(&json!({"_class_name": "AutoencoderDC"})).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("\"AutoencoderDC\" is not supported, only AutoencoderKL"), "{error}");
+    }
+}
