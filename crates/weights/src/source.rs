@@ -41,8 +41,9 @@ pub struct RawTensor {
     pub bytes: Vec<u8>,
 }
 
-/// Where tensors come from: a checkpoint, a renamed view of one, or memory.
-pub trait TensorSource {
+/// Where tensors come from: a checkpoint, a renamed view of one, or memory. Threads may share a source: one can read the
+/// next block of a model while another computes.
+pub trait TensorSource: Send + Sync {
     /// All tensors, sorted by name.
     fn tensors(&self) -> Vec<TensorInfo>;
 
@@ -102,7 +103,7 @@ pub struct LowRank {
 /// References and shared pointers to a source are sources.
 impl<P> TensorSource for P
 where
-    P: Deref,
+    P: Deref + Send + Sync,
     P::Target: TensorSource,
 {
     fn tensors(&self) -> Vec<TensorInfo> {
