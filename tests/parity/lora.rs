@@ -10,7 +10,7 @@ use clearform_layout::{Hints, ParameterMap};
 use clearform_models::text::{ClipConfig, ClipText, T5Config, T5Encoder};
 use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, Strength, WeightEdits};
 use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer, ReadOptions, TransformerCheckpoint};
-use clearform_weights::{Checkpoint, TensorSource as _};
+use clearform_weights::{BaseWeight, Checkpoint, TensorSource as _, Weight};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use support::{assert_close, fixture, json, registry, relative_error, tensors};
@@ -193,13 +193,13 @@ fn a_patched_source_writes_the_weights_that_it_computes_with() {
     let written = source.read(name).unwrap().to_tensor(name).unwrap();
     let computed = source.tensor(name).unwrap();
     assert_close(&written, &computed, 0.0, name);
-    let (weight, terms) = source.low_rank_terms(name).unwrap();
+    let Weight { base: BaseWeight::Dense(base), low_rank: terms } = source.weight(name).unwrap();
     assert_eq!(terms.len(), 1);
     let product =
         (terms[0].up.to_dtype(DType::F32).unwrap().matmul(&terms[0].down.to_dtype(DType::F32).unwrap()).unwrap()
             * terms[0].scale)
             .unwrap();
-    let whole = (weight.to_dtype(DType::F32).unwrap() + product).unwrap();
+    let whole = (base.to_dtype(DType::F32).unwrap() + product).unwrap();
     assert_close(&computed.to_dtype(DType::F32).unwrap(), &whole, 5e-3, "to bf16");
 }
 

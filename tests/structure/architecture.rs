@@ -9,7 +9,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("kernels", &[]),
     ("weights", &[]),
     ("layout", &["weights"]),
-    ("ops", &["kernels"]),
+    ("ops", &["kernels", "weights"]),
     ("attention", &["kernels", "ops"]),
     ("models", &["attention", "ops", "weights"]),
     ("sampling", &["models"]),

@@ -127,7 +127,8 @@ pub struct CrossText {
 /// What all blocks read and none changes.
 #[derive(Debug)]
 pub struct BlockContext {
-    /// The embedded timestep, guidance, class and pooled text, (batch, ..). The shape depends on the family.
+    /// The embedded timestep, guidance, class and pooled text, (batch, ..). The shape depends on the family; DiT has
+    /// timestep and class as they are, because each block embeds them with weights of its own.
     pub conditioning: Tensor,
     /// Text for cross-attention, in families that have it.
     pub text: Option<CrossText>,

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use candle_core::{DType, Tensor};
-use clearform_weights::{LowRank, TensorSource, WeightsError};
+use clearform_weights::{BaseWeight, LowRank, TensorSource, Weight, WeightsError};
 
 /// A tensor source and a prefix: names are relative to the prefix.
 #[derive(Clone)]
@@ -12,12 +12,11 @@ pub(crate) struct WeightBuilder<'a> {
     dtype: Option<DType>,
 }
 
-/// x wᵀ + b (PyTorch's `nn.Linear`), plus the low-rank terms of adapters that are not merged.
+/// x wᵀ + b (PyTorch's `nn.Linear`). The weight may have low-rank terms of adapters beside it.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
-    low_rank: Vec<LowRank>,
 }
 
 impl<'a> WeightBuilder<'a> {
@@ -59,8 +58,13 @@ impl<'a> WeightBuilder<'a> {
     pub(crate) fn linear(&self, name: &str) -> Result<Linear> {
         let builder = self.pp(name);
         let bias = if builder.has("bias") { Some(builder.tensor("bias")?) } else { None };
-        let (weight, low_rank) = self.source.low_rank_terms(&builder.full_name("weight"))?;
-        Ok(Linear { weight: self.converted(weight)?, bias, low_rank })
+        Ok(Linear { weight: builder.weight()?, bias })
+    }
+
+    /// The tensor "weight" with its low-rank terms, which keep their dtype.
+    fn weight(&self) -> Result<Weight> {
+        let Weight { base: BaseWeight::Dense(base), low_rank } = self.source.weight(&self.full_name("weight"))?;
+        Ok(Weight { base: BaseWeight::Dense(self.converted(base)?), low_rank })
     }
 
     /// Does not touch tensors that have the dtype already: a conversion makes a new tensor, and a trained one must stay
@@ -83,22 +87,19 @@ impl Linear {
     /// # Shapes
     /// weight (outputs, channels, height, width) -> (outputs, channels · height · width).
     pub(crate) fn flattened(self) -> candle_core::Result<Self> {
+        let BaseWeight::Dense(base) = self.weight.base;
         let flat = |LowRank { down, up, scale }: LowRank| -> candle_core::Result<LowRank> {
             Ok(LowRank { down: down.flatten_from(1)?, up: up.flatten_from(1)?, scale })
         };
-        let low_rank = self.low_rank.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
-        Ok(Self { weight: self.weight.flatten_from(1)?, bias: self.bias, low_rank })
+        let low_rank = self.weight.low_rank.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
+        let weight = Weight { base: BaseWeight::Dense(base.flatten_from(1)?), low_rank };
+        Ok(Self { weight, bias: self.bias })
     }
 
     /// # Shapes
     /// x (.., inputs) -> (.., outputs).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut y = clearform_ops::linear(x, &self.weight, self.bias.as_ref())?;
-        for LowRank { down, up, scale } in &self.low_rank {
-            let inner = (clearform_ops::linear(x, down, None)? * *scale)?; // (.., rank)
-            y = (y + clearform_ops::linear(&inner, up, None)?)?;
-        }
-        Ok(y)
+        clearform_ops::linear(x, &self.weight, self.bias.as_ref())
     }
 }
 

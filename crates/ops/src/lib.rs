@@ -18,5 +18,5 @@ pub mod simd;
 
 pub use gated::gated_add;
 pub use gelu::gelu;
-pub use linear::linear;
+pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};

@@ -1,4 +1,4 @@
-//! [`linear`]: a linear layer whose weight may be frozen.
+//! [`linear`]: a linear layer over a [`Weight`]; [`dense_linear`]: over a tensor, which may be frozen.
 
 use crate::gemm::{self, GemmOperands, GemmShape};
 use crate::kernel::{contiguous, for_rows};
@@ -9,9 +9,28 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
 };
 use candle_core::{bail, op};
+use clearform_weights::{BaseWeight, LowRank, Weight};
 use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;
+
+/// x wᵀ + b, and for each low-rank term of the weight scale · (x downᵀ) upᵀ (LoRA, arXiv 2106.09685, eq. 3). Each factor
+/// is treated as the weight is in [`dense_linear`].
+///
+/// # Shapes
+/// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let BaseWeight::Dense(base) = &weight.base;
+    let mut y = dense_linear(x, base, bias)?;
+    for LowRank { down, up, scale } in &weight.low_rank {
+        let inner = (dense_linear(x, down, None)? * *scale)?; // (.., rank)
+        y = (y + dense_linear(&inner, up, None)?)?;
+    }
+    Ok(y)
+}
 
 /// x wᵀ + b (`torch.nn.functional.linear`). A weight of another dtype than x is converted at use, and its gradient has
 /// the dtype of the weight. Only tracked arguments get a gradient, so a frozen weight costs none.
@@ -21,7 +40,7 @@ use std::borrow::Cow;
 ///
 /// # Errors
 /// Shapes that contradict each other.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn dense_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     if x.dim(D::Minus1)? != inputs {
         bail!("linear: x {:?} does not match weight {:?}", x.dims(), weight.dims());
@@ -31,7 +50,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
     if x.elem_count() == 0 || outputs == 0 {
         // The kernels do not accept empty operands; the reference does.
-        return reference::linear(x, weight, bias);
+        return reference::dense_linear(x, weight, bias);
     }
     let x = x.contiguous()?;
     match bias {

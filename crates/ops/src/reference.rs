@@ -2,12 +2,27 @@
 //! accept f64 and are differentiated by candle itself.
 
 use candle_core::{D, Result, Tensor};
+use clearform_weights::{BaseWeight, Weight};
+
+/// x (w + Σ scale · up · down)ᵀ + b.
+///
+/// # Shapes
+/// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let BaseWeight::Dense(base) = &weight.base;
+    let mut sum = base.to_dtype(x.dtype())?;
+    for term in &weight.low_rank {
+        let product = term.up.to_dtype(x.dtype())?.matmul(&term.down.to_dtype(x.dtype())?)?;
+        sum = (sum + (product * term.scale)?)?;
+    }
+    dense_linear(x, &sum, bias)
+}
 
 /// x wᵀ + b.
 ///
 /// # Shapes
 /// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn dense_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let inputs = x.dim(D::Minus1)?;
     let rows: usize = x.dims().iter().rev().skip(1).product();
     let mut shape = x.dims().to_vec();

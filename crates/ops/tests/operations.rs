@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_ops::{self as ops, reference};
+use clearform_weights::{BaseWeight, LowRank, Weight};
 
 type Operation = fn(&[Tensor]) -> Result<Tensor>;
 
@@ -17,17 +18,24 @@ struct Case {
 
 const CASES: &[Case] = &[
     Case {
-        name: "linear",
-        fused: |a| ops::linear(&a[0], &a[1], None),
-        plain: |a| reference::linear(&a[0], &a[1], None),
+        name: "dense_linear",
+        fused: |a| ops::dense_linear(&a[0], &a[1], None),
+        plain: |a| reference::dense_linear(&a[0], &a[1], None),
         shapes: &[&[2, 3, 5], &[7, 5]],
         constants: 0,
     },
     Case {
-        name: "linear with bias",
-        fused: |a| ops::linear(&a[0], &a[1], Some(&a[2])),
-        plain: |a| reference::linear(&a[0], &a[1], Some(&a[2])),
+        name: "dense_linear with bias",
+        fused: |a| ops::dense_linear(&a[0], &a[1], Some(&a[2])),
+        plain: |a| reference::dense_linear(&a[0], &a[1], Some(&a[2])),
         shapes: &[&[2, 19, 17], &[7, 17], &[7]],
+        constants: 0,
+    },
+    Case {
+        name: "linear with low-rank terms",
+        fused: |a| ops::linear(&a[0], &with_terms(a), Some(&a[2])),
+        plain: |a| reference::linear(&a[0], &with_terms(a), Some(&a[2])),
+        shapes: &[&[2, 19, 17], &[7, 17], &[7], &[4, 17], &[7, 4], &[1, 17], &[7, 1]],
         constants: 0,
     },
     Case {
@@ -66,6 +74,13 @@ const CASES: &[Case] = &[
         constants: 0,
     },
 ];
+
+/// The weight in the second argument with the low-rank terms in the arguments after the third.
+fn with_terms(a: &[Tensor]) -> Weight {
+    let terms = a[3..].chunks_exact(2).zip([0.5, -2.0]);
+    let low_rank = terms.map(|(factors, scale)| LowRank { down: factors[0].clone(), up: factors[1].clone(), scale });
+    Weight { base: BaseWeight::Dense(a[1].clone()), low_rank: low_rank.collect() }
+}
 
 fn noise(shape: &[usize], seed: usize) -> Tensor {
     let count = shape.iter().product();
@@ -197,7 +212,7 @@ fn a_master_weight_in_f32_gets_its_gradient_in_f32() {
     let x = noise(&[4, 6], 1).to_dtype(DType::BF16).unwrap();
     let weight = Var::from_tensor(&noise(&[3, 6], 2).to_dtype(DType::F32).unwrap()).unwrap();
     let bias = Var::from_tensor(&noise(&[3], 3).to_dtype(DType::F32).unwrap()).unwrap();
-    let out = ops::linear(&x, &weight, Some(&bias)).unwrap();
+    let out = ops::dense_linear(&x, &weight, Some(&bias)).unwrap();
     assert_eq!(out.dtype(), DType::BF16);
     let gradients = out.to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
     let want = x.to_dtype(DType::F32).unwrap().sum_keepdim(0).unwrap().broadcast_as((3, 6)).unwrap();
@@ -213,8 +228,8 @@ fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
         let x = noise(&[rows, 6], 1).to_dtype(DType::BF16).unwrap();
         let [weight, bias] = [noise(&[3, 6], 2), noise(&[3], 3)].map(|x| x.to_dtype(DType::F32).unwrap());
         let [weight_in_bf16, bias_in_bf16] = [&weight, &bias].map(|x| x.to_dtype(DType::BF16).unwrap());
-        let got = ops::linear(&x, &weight, Some(&bias)).unwrap();
-        let want = ops::linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
+        let got = ops::dense_linear(&x, &weight, Some(&bias)).unwrap();
+        let want = ops::dense_linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
         assert_eq!(elements(&got), elements(&want), "{rows} rows");
     }
 }
@@ -252,14 +267,14 @@ fn a_product_over_no_inputs_is_the_bias() {
         let bias = noise(&[2], 1).to_dtype(dtype).unwrap();
         let want = bias.broadcast_as((3, 2)).unwrap().contiguous().unwrap();
         for (bias, want) in [(Some(&bias), want), (None, empty(&[3, 2]))] {
-            let got = ops::linear(&empty(&[3, 0]), &empty(&[2, 0]), bias).unwrap();
+            let got = ops::dense_linear(&empty(&[3, 0]), &empty(&[2, 0]), bias).unwrap();
             assert_eq!((got.dims(), elements(&got)), (&[3, 2][..], elements(&want)), "{dtype:?}");
         }
-        assert_eq!(ops::linear(&empty(&[2, 0, 4]), &empty(&[5, 4]), None).unwrap().dims(), [2, 0, 5]);
-        assert_eq!(ops::linear(&empty(&[2, 4]), &empty(&[0, 4]), Some(&empty(&[0]))).unwrap().dims(), [2, 0]);
+        assert_eq!(ops::dense_linear(&empty(&[2, 0, 4]), &empty(&[5, 4]), None).unwrap().dims(), [2, 0, 5]);
+        assert_eq!(ops::dense_linear(&empty(&[2, 4]), &empty(&[0, 4]), Some(&empty(&[0]))).unwrap().dims(), [2, 0]);
         let x = Var::from_tensor(&empty(&[3, 0])).unwrap();
         let weight = Var::from_tensor(&empty(&[2, 0])).unwrap();
-        let gradients = ops::linear(&x, &weight, None).unwrap().sum_all().unwrap().backward().unwrap();
+        let gradients = ops::dense_linear(&x, &weight, None).unwrap().sum_all().unwrap().backward().unwrap();
         assert_eq!(gradients.get(&x).unwrap().dims(), [3, 0]);
         assert_eq!(gradients.get(&weight).unwrap().dims(), [2, 0]);
     }
@@ -276,8 +291,8 @@ fn gradients_of_large_products_in_bf16_are_as_accurate_as_the_reference() {
         let store = loss(linear, &[vars[0].as_tensor().clone(), vars[1].as_tensor().clone()]).backward().unwrap();
         vars.map(|var| store.get(&var).unwrap().clone())
     };
-    let fused: Operation = |a| ops::linear(&a[0], &a[1], None);
-    let plain: Operation = |a| reference::linear(&a[0], &a[1], None);
+    let fused: Operation = |a| ops::dense_linear(&a[0], &a[1], None);
+    let plain: Operation = |a| reference::dense_linear(&a[0], &a[1], None);
     let exact = gradients(DType::F64, plain);
     let pairs = gradients(DType::BF16, fused).into_iter().zip(gradients(DType::BF16, plain)).zip(&exact);
     for ((fused, plain), exact) in pairs {

@@ -5,7 +5,9 @@ use crate::edit::{Edit, EditKind, EditValues};
 use crate::weight_edits::{EditedRows, PlacedEdit, WeightEdits};
 use crate::{PluginError, Result};
 use candle_core::{D, DType, Device, Tensor};
-use clearform_weights::{InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{
+    BaseWeight, InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, Weight, WeightsError,
+};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -35,6 +37,13 @@ impl<'a, S: TensorSource> PatchedSource<'a, S> {
 
     fn edits(&self, name: &str) -> &'a [PlacedEdit] {
         self.edits.and_then(|edits| edits.get(name)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether every edit of the tensor `name` is a low-rank term to keep beside it.
+    fn keeps_terms(&self, name: &str) -> bool {
+        let columns = self.source.info(name).map(|info| info.shape.iter().skip(1).product::<usize>());
+        let is_term = |edit: &PlacedEdit| edit.is_low_rank_term() && Some(edit.columns) == columns;
+        self.mode == LowRankMode::Separate && self.edits(name).iter().all(is_term)
     }
 
     fn edited(&self, name: &str) -> Result<Tensor> {
@@ -85,18 +94,16 @@ impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
         }
     }
 
-    fn low_rank_terms(&self, name: &str) -> clearform_weights::Result<(Tensor, Vec<LowRank>)> {
-        let edits = self.edits(name);
-        if edits.is_empty() || self.mode == LowRankMode::Fused || !edits.iter().all(PlacedEdit::is_low_rank_term) {
-            return Ok((self.tensor(name)?, Vec::new()));
+    fn weight(&self, name: &str) -> clearform_weights::Result<Weight> {
+        if !self.keeps_terms(name) {
+            return self.tensor(name).map(Weight::from);
         }
-        let weight = self.source.tensor(name)?;
-        let (rows, columns) = weight.dims2()?;
-        if edits.iter().any(|edit| edit.columns != columns) {
-            return Ok((self.tensor(name)?, Vec::new()));
+        let mut weight = self.source.weight(name)?;
+        let BaseWeight::Dense(base) = &weight.base;
+        for edit in self.edits(name) {
+            weight.low_rank.push(edit.low_rank_term(base).map_err(|error| weights_error(name, error))?);
         }
-        let terms = edits.iter().map(|edit| edit.low_rank_term(rows, &weight)).collect::<Result<Vec<_>>>();
-        Ok((weight, terms.map_err(|error| weights_error(name, error))?))
+        Ok(weight)
     }
 }
 
@@ -118,12 +125,12 @@ impl PlacedEdit {
         self.edit().kind == EditKind::LowRank && !self.edit().decomposed
     }
 
-    /// The edit as a term for a weight with `rows` rows, in the weight's dtype and on its device.
-    fn low_rank_term(&self, rows: usize, weight: &Tensor) -> Result<LowRank> {
+    /// The edit as a term for `weight`, in its dtype and on its device.
+    fn low_rank_term(&self, weight: &Tensor) -> Result<LowRank> {
         let (EditValues::LowRank { down, up }, _) = self.adapter.values(self.edit)? else {
             return Err(self.adapter.edit_error(self.edit(), "it is low-rank, but has no factors"));
         };
-        let up = scatter_rows(&matrix(&up)?, &self.rows, rows)?;
+        let up = scatter_rows(&matrix(&up)?, &self.rows, weight.dim(0)?)?;
         let like_weight = |factor: Tensor| factor.to_dtype(weight.dtype())?.to_device(weight.device());
         let scale = self.strength * self.edit().scale;
         Ok(LowRank { down: like_weight(matrix(&down)?)?, up: like_weight(up)?, scale })

@@ -22,13 +22,15 @@ mod storage_view;
 mod stream;
 mod tensor_file;
 mod torch;
+mod weight;
 mod writer;
 
 pub use checkpoint::{Checkpoint, StoredTensor, opened_checkpoints};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
-pub use source::{Dtype, InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource};
+pub use source::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource};
 pub use stream::Digest;
 pub use tensor_file::TensorFile;
+pub use weight::{BaseWeight, LowRank, Weight};
 pub use writer::{save, write};

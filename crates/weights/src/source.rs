@@ -1,6 +1,6 @@
 //! [`TensorSource`]: the trait through which models, layouts and writers read tensors, from a file or from memory.
 
-use crate::{Result, WeightsError};
+use crate::{Result, Weight, WeightsError};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
@@ -41,8 +41,9 @@ pub struct RawTensor {
     pub bytes: Vec<u8>,
 }
 
-/// Where tensors come from: a checkpoint, a renamed view of one, or memory.
-pub trait TensorSource {
+/// Where tensors come from: a checkpoint, a renamed view of one, or memory. Threads may share a source: one can read the
+/// next block of a model while another computes.
+pub trait TensorSource: Send + Sync {
     /// All tensors, sorted by name.
     fn tensors(&self) -> Vec<TensorInfo>;
 
@@ -78,31 +79,20 @@ pub trait TensorSource {
         self.read(name)?.to_tensor(name)
     }
 
-    /// The same tensor as a base weight and low-rank terms, which add up to [`Self::tensor`]. A caller that multiplies
-    /// by the weight can add the products of the terms instead of forming their sum. Most sources have no terms.
+    /// The same tensor as a [`Weight`] to multiply by, whose low-rank terms may be beside it instead of in it. Most
+    /// sources have no terms.
     ///
     /// # Errors
     /// As [`Self::tensor`].
-    fn low_rank_terms(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
-        Ok((self.tensor(name)?, Vec::new()))
+    fn weight(&self, name: &str) -> Result<Weight> {
+        self.tensor(name).map(Weight::from)
     }
-}
-
-/// A low-rank term of a weight, scale · up · down, kept as its factors.
-#[derive(Debug, Clone)]
-pub struct LowRank {
-    /// (rank, inputs).
-    pub down: Tensor,
-    /// (outputs, rank).
-    pub up: Tensor,
-    /// What the product is multiplied by.
-    pub scale: f64,
 }
 
 /// References and shared pointers to a source are sources.
 impl<P> TensorSource for P
 where
-    P: Deref,
+    P: Deref + Send + Sync,
     P::Target: TensorSource,
 {
     fn tensors(&self) -> Vec<TensorInfo> {
@@ -125,8 +115,8 @@ where
         (**self).tensor(name)
     }
 
-    fn low_rank_terms(&self, name: &str) -> Result<(Tensor, Vec<LowRank>)> {
-        (**self).low_rank_terms(name)
+    fn weight(&self, name: &str) -> Result<Weight> {
+        (**self).weight(name)
     }
 }
 

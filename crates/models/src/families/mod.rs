@@ -9,6 +9,10 @@ pub mod pixart;
 pub mod sd3;
 pub mod sit;
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
 /// Every family, alphabetically.
 pub const FAMILIES: &[&dyn ModelFamily] =
     &[&dit::Dit, &flux::Flux, &minrf::Minrf, &pixart::Pixart, &sd3::Sd3, &sit::Sit];

@@ -1,7 +1,7 @@
 //! [`QkvProjections`]: the projections of an attention layer, and [`attention`], its operation.
 
 use crate::weight_builder::{Linear, WeightBuilder};
-use crate::{ModelError, Result};
+use crate::Result;
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
 use clearform_ops::rms_norm;
@@ -57,11 +57,6 @@ pub(crate) fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSo
         None => Ok(None),
     };
     Ok(plan.build(layer, &learned)?)
-}
-
-/// Block `index`, or an error if there is none.
-pub(crate) fn block_at<T>(blocks: &[T], index: usize) -> Result<&T> {
-    blocks.get(index).ok_or_else(|| ModelError::bad_input("index", format!("there is no block {index}")))
 }
 
 /// Splits the channels into heads.

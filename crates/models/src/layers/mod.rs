@@ -1,13 +1,15 @@
 //! Layers that several families share: embeddings, projections, patches and input checks.
 
 mod attention;
+mod blocks;
 mod convolution;
 mod embedding;
 mod inputs;
 mod patches;
 mod positions;
 
-pub(crate) use attention::{QkvProjections, attention, block_at, split_heads};
+pub(crate) use attention::{QkvProjections, attention, split_heads};
+pub(crate) use blocks::{Blocks, TransformerBlock};
 pub(crate) use convolution::Convolution;
 pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoidal_embedding};
 pub(crate) use inputs::{ForwardArguments, checked_batch, class_input, expect, grid, labels};

@@ -1,7 +1,9 @@
 //! [`DitBlock`] and its [`TimeClassEmbedder`]: diffusers' `BasicTransformerBlock` with norm type "ada_norm_zero".
 
 use super::config::DitConfig;
-use crate::layers::{FeedForward, Mlp, NORM_EPS, QkvProjections, attention, modulation, sinusoidal_embedding};
+use crate::layers::{
+    FeedForward, Mlp, NORM_EPS, QkvProjections, TransformerBlock, attention, modulation, sinusoidal_embedding,
+};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, Result};
 use candle_core::{DType, Tensor};
@@ -10,8 +12,8 @@ use clearform_ops::{gated_add, modulated_layer_norm};
 use clearform_weights::TensorSource;
 
 /// DiT's block with adaLN-Zero (DiT, section 3.2): self-attention, then an MLP, each shifted, scaled and gated.
-pub(super) struct DitBlock {
-    pub embedder: TimeClassEmbedder,
+pub(crate) struct DitBlock {
+    embedder: TimeClassEmbedder,
     modulation: Linear,
     projections: QkvProjections,
     out: Linear,
@@ -21,21 +23,23 @@ pub(super) struct DitBlock {
 }
 
 /// diffusers' `CombinedTimestepLabelEmbeddings`: the sum of the timestep and class embeddings. Each block has its own.
-pub(super) struct TimeClassEmbedder {
+struct TimeClassEmbedder {
     time: Mlp,
     classes: Tensor,
     frequency_shift: f64,
 }
 
-impl DitBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
-    pub(super) fn load(
-        source: &dyn TensorSource,
-        name: &str,
-        config: &DitConfig,
-        plan: &AttentionPlan,
-    ) -> Result<Self> {
-        let builder = WeightBuilder::root(source).pp(name);
+/// The name of block `index`.
+pub(super) fn block_name(index: usize) -> String {
+    format!("transformer_blocks.{index}")
+}
+
+impl TransformerBlock for DitBlock {
+    type Config = DitConfig;
+
+    fn load(config: &DitConfig, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(index);
+        let builder = WeightBuilder::root(source).pp(&name);
         let attn = builder.pp("attn1");
         Ok(Self {
             embedder: TimeClassEmbedder::load(&builder.pp("norm1.emb"), config)?,
@@ -47,11 +51,12 @@ impl DitBlock {
             mlp_eps: config.norm_eps,
         })
     }
+}
 
-    /// # Shapes
-    /// `conditioning`, the output of this block's embedder: (batch, width).
-    pub(super) fn forward(&self, state: HiddenState, conditioning: &Tensor) -> Result<HiddenState> {
-        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, conditioning)?;
+impl DitBlock {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
+        let conditioning = self.conditioning(&state)?;
+        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, &conditioning)?;
         let qkv = self.projections.forward(&modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?)?;
         let attended = self.attention.attend(&qkv, None, &state.context.geometry)?;
 
@@ -59,6 +64,15 @@ impl DitBlock {
         let normed = modulated_layer_norm(&image, &mlp_shift, &mlp_scale, self.mlp_eps)?;
         let image = gated_add(&image, &mlp_gate, &self.mlp.forward(&normed)?)?;
         Ok(HiddenState { image, attention: Some(attended), ..state })
+    }
+
+    /// The timestep and class as this block embeds them.
+    ///
+    /// # Shapes
+    /// The result is (batch, width).
+    pub(super) fn conditioning(&self, state: &HiddenState) -> Result<Tensor> {
+        let column = |index| state.context.conditioning.narrow(1, index, 1)?.flatten_all();
+        self.embedder.forward(&column(0)?, &column(1)?.to_dtype(DType::U32)?, state.image.dtype())
     }
 }
 
@@ -73,7 +87,7 @@ impl TimeClassEmbedder {
 
     /// # Shapes
     /// timestep (batch), labels (batch) in u32 -> (batch, width) in `dtype`.
-    pub(super) fn forward(&self, timestep: &Tensor, labels: &Tensor, dtype: DType) -> Result<Tensor> {
+    fn forward(&self, timestep: &Tensor, labels: &Tensor, dtype: DType) -> Result<Tensor> {
         let time = self.time.forward(&sinusoidal_embedding(timestep, self.frequency_shift, dtype)?)?;
         let classes = self.classes.index_select(labels, 0)?.to_dtype(dtype)?;
         Ok((time + classes)?)

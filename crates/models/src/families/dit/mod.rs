@@ -3,7 +3,7 @@
 //! Follows diffusers' `DiTTransformer2DModel` and `DiTPipeline`; the canonical tensor names are those of the class. The
 //! original code differs in two constants, which are keys of [`DitConfig`].
 
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod model;
 

@@ -1,11 +1,11 @@
 //! [`DitTransformer`]: diffusers' `DiTTransformer2DModel` as a [`Denoiser`].
 
-use super::blocks::DitBlock;
+use super::blocks::{DitBlock, block_name};
 use super::config::DitConfig;
-use crate::layers::{NORM_EPS, PatchEmbed, block_at, checked_batch, grid, labels, modulation, to_latents};
+use crate::layers::{Blocks, NORM_EPS, PatchEmbed, checked_batch, grid, labels, modulation, to_latents};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Geometries};
 use clearform_ops::modulated_layer_norm;
 use clearform_weights::TensorSource;
@@ -17,7 +17,7 @@ pub struct DitTransformer {
     layers: Vec<String>,
     geometries: Geometries,
     patches: PatchEmbed,
-    blocks: Vec<DitBlock>,
+    blocks: Blocks<DitBlock>,
     modulation_out: Linear,
     proj_out: Linear,
 }
@@ -29,35 +29,24 @@ impl DitTransformer {
     /// A tensor that is missing or misshapen.
     pub fn build(config: DitConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let block = |index| DitBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         Ok(Self {
-            layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            layers: (0..config.blocks).map(|index| format!("{}.attn1", block_name(index))).collect(),
             geometries: Geometries::default(),
             patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
-            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::load(config.blocks, &config, source, plan)?,
             modulation_out: builder.linear("proj_out_1")?,
             proj_out: builder.linear("proj_out_2")?,
             config,
         })
     }
 
-    /// The embedded timestep and class of every block.
+    /// Timestep and class label. Each block embeds them itself, so that this needs no block; f32 holds labels exactly.
     ///
     /// # Shapes
-    /// The result is (batch, blocks, width).
+    /// The result is (batch, 2) in f32.
     fn conditioning(&self, input: &DenoiserInput, batch: usize) -> Result<Tensor> {
-        let labels = labels(input, batch, self.config.classes)?;
-        let dtype = input.latents.dtype();
-        let embedded = self.blocks.iter().map(|block| block.embedder.forward(&input.timestep, &labels, dtype));
-        Ok(Tensor::stack(&embedded.collect::<Result<Vec<_>>>()?, 1)?)
-    }
-
-    /// The conditioning of block `index`.
-    ///
-    /// # Shapes
-    /// The result is (batch, width).
-    fn conditioning_of(&self, index: usize, state: &HiddenState) -> Result<Tensor> {
-        Ok(state.context.conditioning.narrow(1, index, 1)?.squeeze(1)?.contiguous()?)
+        let labels = labels(input, batch, self.config.classes)?.to_dtype(DType::F32)?;
+        Ok(Tensor::stack(&[input.timestep.to_dtype(DType::F32)?, labels], 1)?)
     }
 }
 
@@ -83,13 +72,13 @@ impl Denoiser for DitTransformer {
     }
 
     fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
-        let conditioning = self.conditioning_of(index, &state)?;
-        block_at(&self.blocks, index)?.forward(state, &conditioning)
+        self.blocks.get(index)?.forward(state)
     }
 
     // As in diffusers, the head uses the conditioning of the first block.
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
-        let [shift, scale] = modulation::<2>(&self.modulation_out, &self.conditioning_of(0, state)?)?;
+        let conditioning = self.blocks.get(0)?.conditioning(state)?;
+        let [shift, scale] = modulation::<2>(&self.modulation_out, &conditioning)?;
         let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
         to_latents(&self.proj_out.forward(&normed)?, &state.context.geometry, self.config.patch_size)
     }

@@ -1,24 +1,33 @@
-//! [`DoubleBlock`] and [`SingleBlock`]: diffusers' `FluxTransformerBlock` and `FluxSingleTransformerBlock`.
+//! [`FluxBlock`]: a [`DoubleBlock`] or a [`SingleBlock`], diffusers' `FluxTransformerBlock` and
+//! `FluxSingleTransformerBlock`.
 
-use crate::layers::{FeedForward, NORM_EPS, modulation, split_heads};
+use super::config::FluxConfig;
+use crate::layers::{FeedForward, NORM_EPS, TransformerBlock, attention, modulation, split_heads};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, HiddenState, ModelError, Result};
 use candle_core::Tensor;
-use clearform_attention::{Attended, Attention, Qkv};
+use clearform_attention::{Attended, Attention, AttentionPlan, Qkv};
 use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
+use clearform_weights::TensorSource;
 
 /// Cosines and sines, (tokens, head_dim / 2) each.
 type CosSin = (Tensor, Tensor);
 
+/// A block of FLUX. The double-stream blocks come first.
+pub(crate) enum FluxBlock {
+    Double(Box<DoubleBlock>),
+    Single(Box<SingleBlock>),
+}
+
 /// diffusers' `FluxTransformerBlock`: image and text have separate weights and attend jointly.
-pub(super) struct DoubleBlock {
+pub(crate) struct DoubleBlock {
     image: Stream,
     text: Stream,
     attention: Box<dyn Attention>,
 }
 
 /// diffusers' `FluxSingleTransformerBlock`: image and text share the weights; attention and MLP run in parallel.
-pub(super) struct SingleBlock {
+pub(crate) struct SingleBlock {
     modulation: Linear,
     projections: RotatedQkv,
     mlp: Linear,
@@ -65,12 +74,43 @@ const TEXT: StreamNames = StreamNames {
     mlp: "ff_context",
 };
 
+/// The name of block `index`, counting double-stream blocks first.
+pub(super) fn block_name(config: &FluxConfig, index: usize) -> String {
+    match index.checked_sub(config.double_blocks) {
+        None => format!("transformer_blocks.{index}"),
+        Some(single) => format!("single_transformer_blocks.{single}"),
+    }
+}
+
+impl TransformerBlock for FluxBlock {
+    type Config = FluxConfig;
+
+    fn load(config: &FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(config, index);
+        let builder = WeightBuilder::root(source).pp(&name);
+        let attention = attention(plan, &format!("{name}.attn"), source)?;
+        Ok(match index < config.double_blocks {
+            true => Self::Double(Box::new(DoubleBlock::load(&builder, attention)?)),
+            false => Self::Single(Box::new(SingleBlock::load(&builder, attention)?)),
+        })
+    }
+}
+
+impl FluxBlock {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
+        match self {
+            Self::Double(block) => block.forward(state),
+            Self::Single(block) => block.forward(state),
+        }
+    }
+}
+
 impl DoubleBlock {
-    pub(super) fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
+    fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
         Ok(Self { image: Stream::load(builder, &IMAGE)?, text: Stream::load(builder, &TEXT)?, attention })
     }
 
-    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
+    fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let rotary = rotary(&state.context)?;
         let text = text(&state)?;
@@ -88,7 +128,7 @@ impl DoubleBlock {
 }
 
 impl SingleBlock {
-    pub(super) fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
+    fn load(builder: &WeightBuilder, attention: Box<dyn Attention>) -> Result<Self> {
         Ok(Self {
             modulation: builder.linear("norm.linear")?,
             projections: RotatedQkv::load(&builder.pp("attn"), IMAGE.projections)?,
@@ -98,7 +138,7 @@ impl SingleBlock {
         })
     }
 
-    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
+    fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let rotary = rotary(&state.context)?;
         let text = text(&state)?;

@@ -3,7 +3,7 @@
 //! Follows diffusers' `FluxTransformer2DModel`, `FluxControlNetModel` and `FluxPipeline`; the canonical tensor names
 //! are those of the classes.
 
-mod blocks;
+pub(super) mod blocks;
 mod conditioning;
 mod config;
 mod controlnet;

@@ -1,11 +1,11 @@
 //! [`FluxTransformer`]: diffusers' `FluxTransformer2DModel` as a [`Denoiser`]; and [`FluxTrunk`], the part that
 //! ControlNets have in common with it.
 
-use super::blocks::{DoubleBlock, SingleBlock};
+use super::blocks::{FluxBlock, block_name};
 use super::conditioning::TimeGuidanceTextEmbedder;
 use super::config::FluxConfig;
 use super::positions::{grids, read_ids};
-use crate::layers::{NORM_EPS, attention, expect, modulation, rotary_tables};
+use crate::layers::{Blocks, NORM_EPS, expect, modulation, rotary_tables};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result, Rotary};
 use candle_core::Tensor;
@@ -29,8 +29,7 @@ pub(super) struct FluxTrunk {
     image_embedder: Linear,
     text_embedder: Linear,
     conditioning: TimeGuidanceTextEmbedder,
-    double_blocks: Vec<DoubleBlock>,
-    single_blocks: Vec<SingleBlock>,
+    blocks: Blocks<FluxBlock>,
 }
 
 impl FluxTransformer {
@@ -74,21 +73,13 @@ impl Denoiser for FluxTransformer {
 impl FluxTrunk {
     pub(super) fn build(config: FluxConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let double = |index| {
-            let name = format!("transformer_blocks.{index}");
-            DoubleBlock::load(&builder.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
-        };
-        let single = |index| {
-            let name = format!("single_transformer_blocks.{index}");
-            SingleBlock::load(&builder.pp(&name), attention(plan, &format!("{name}.attn"), source)?)
-        };
+        let blocks = config.double_blocks + config.single_blocks;
         Ok(Self {
             image_embedder: builder.linear("x_embedder")?,
             text_embedder: builder.linear("context_embedder")?,
             conditioning: TimeGuidanceTextEmbedder::load(&builder.pp("time_text_embed"), &config)?,
-            double_blocks: (0..config.double_blocks).map(double).collect::<Result<_>>()?,
-            single_blocks: (0..config.single_blocks).map(single).collect::<Result<_>>()?,
-            layers: layers(&config),
+            blocks: Blocks::load(blocks, &config, source, plan)?,
+            layers: (0..blocks).map(|index| format!("{}.attn", block_name(&config, index))).collect(),
             geometries: Geometries::default(),
             config,
         })
@@ -117,12 +108,7 @@ impl FluxTrunk {
     }
 
     pub(super) fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
-        let single = index.wrapping_sub(self.double_blocks.len());
-        match (self.double_blocks.get(index), self.single_blocks.get(single)) {
-            (Some(block), _) => block.forward(state),
-            (None, Some(block)) => block.forward(state),
-            (None, None) => Err(ModelError::bad_input("index", format!("there is no block {index}"))),
-        }
+        self.blocks.get(index)?.forward(state)
     }
 
     /// The geometry of the image tokens, and the rotary embeddings of all tokens.
@@ -138,13 +124,6 @@ impl FluxTrunk {
         let masked = input.conditions.text_mask.clone().map(|mask| geometry.clone().with_text_mask(mask));
         Ok((masked.unwrap_or(geometry), rotary))
     }
-}
-
-/// Names of the attention layers, in order.
-fn layers(config: &FluxConfig) -> Vec<String> {
-    let double = (0..config.double_blocks).map(|index| format!("transformer_blocks.{index}.attn"));
-    let single = (0..config.single_blocks).map(|index| format!("single_transformer_blocks.{index}.attn"));
-    double.chain(single).collect()
 }
 
 /// Checks the inputs against the sizes of the model, and returns the text in the dtype of the latents.

@@ -1,7 +1,7 @@
 //! [`MinrfBlock`]: minRF's `TransformerBlock`.
 
 use super::config::MinrfConfig;
-use crate::layers::{attention, modulation, split_heads};
+use crate::layers::{TransformerBlock, attention, modulation, split_heads};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
@@ -14,7 +14,7 @@ use clearform_weights::TensorSource;
 const QK_NORM_EPS: f64 = 1e-5;
 
 /// A LLaMA block (RoPE, SwiGLU) with DiT's adaLN modulation, and layer norms of queries and keys.
-pub(super) struct MinrfBlock {
+pub(crate) struct MinrfBlock {
     modulation: Linear,
     attention_norm: LayerNorm,
     projections: [Linear; 3],
@@ -34,15 +34,17 @@ struct LayerNorm {
     eps: f64,
 }
 
-impl MinrfBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
-    pub(super) fn load(
-        source: &dyn TensorSource,
-        name: &str,
-        config: &MinrfConfig,
-        plan: &AttentionPlan,
-    ) -> Result<Self> {
-        let builder = WeightBuilder::root(source).pp(name);
+/// The name of block `index`.
+pub(super) fn block_name(index: usize) -> String {
+    format!("layers.{index}")
+}
+
+impl TransformerBlock for MinrfBlock {
+    type Config = MinrfConfig;
+
+    fn load(config: &MinrfConfig, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(index);
+        let builder = WeightBuilder::root(source).pp(&name);
         let attn = builder.pp("attention");
         let mlp = builder.pp("feed_forward");
         Ok(Self {
@@ -58,7 +60,9 @@ impl MinrfBlock {
             heads: config.heads,
         })
     }
+}
 
+impl MinrfBlock {
     pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] =

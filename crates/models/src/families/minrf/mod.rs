@@ -3,7 +3,7 @@
 //!
 //! Follows its class `DiT_Llama`, whose tensor names are the canonical ones.
 
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod model;
 

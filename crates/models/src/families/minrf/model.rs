@@ -1,9 +1,9 @@
 //! [`MinrfTransformer`]: minRF's `DiT_Llama` as a [`Denoiser`].
 
-use super::blocks::MinrfBlock;
+use super::blocks::{MinrfBlock, block_name};
 use super::config::MinrfConfig;
 use crate::layers::{
-    Mlp, NORM_EPS, block_at, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoidal_embedding,
+    Blocks, Mlp, NORM_EPS, checked_batch, grid, labels, modulation, patchify, rotary_tables, sinusoidal_embedding,
     to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
@@ -24,7 +24,7 @@ pub struct MinrfTransformer {
     embedder: Linear,
     time: Mlp,
     classes: Tensor,
-    blocks: Vec<MinrfBlock>,
+    blocks: Blocks<MinrfBlock>,
     modulation_out: Linear,
     proj_out: Linear,
 }
@@ -51,15 +51,14 @@ impl MinrfTransformer {
     /// A tensor that is missing.
     pub fn build(config: MinrfConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let block = |index| MinrfBlock::load(source, &format!("layers.{index}"), &config, plan);
         Ok(Self {
-            layers: (0..config.blocks).map(|index| format!("layers.{index}.attention")).collect(),
+            layers: (0..config.blocks).map(|index| format!("{}.attention", block_name(index))).collect(),
             geometries: Geometries::default(),
             stem: ConvolutionStem::load(&builder.pp("init_conv_seq"))?,
             embedder: builder.linear("x_embedder")?,
             time: Mlp::load(&builder.pp("t_embedder.mlp"), ["0", "2"])?,
             classes: builder.tensor("y_embedder.embedding_table.weight")?,
-            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::load(config.blocks, &config, source, plan)?,
             modulation_out: builder.linear("final_layer.adaLN_modulation.1")?,
             proj_out: builder.linear("final_layer.linear")?,
             config,
@@ -136,7 +135,7 @@ impl Denoiser for MinrfTransformer {
     }
 
     fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
-        block_at(&self.blocks, index)?.forward(state)
+        self.blocks.get(index)?.forward(state)
     }
 
     fn head(&self, state: &HiddenState) -> Result<Tensor> {

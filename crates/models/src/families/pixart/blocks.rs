@@ -2,7 +2,7 @@
 
 use super::config::PixartConfig;
 use super::cross::CrossAttention;
-use crate::layers::{FeedForward, QkvProjections, attention};
+use crate::layers::{FeedForward, QkvProjections, TransformerBlock, attention};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
@@ -12,7 +12,7 @@ use clearform_weights::TensorSource;
 
 /// Self-attention, cross-attention to the text, MLP. Shifts, scales and gates are the sum of a modulation for all
 /// blocks and the block's `scale_shift_table` (adaLN-single; PixArt-alpha, arXiv 2310.00426, section 2.3).
-pub(super) struct PixartBlock {
+pub(crate) struct PixartBlock {
     scale_shift_table: Tensor,
     projections: QkvProjections,
     out: Linear,
@@ -22,15 +22,17 @@ pub(super) struct PixartBlock {
     norm_eps: f64,
 }
 
-impl PixartBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
-    pub(super) fn load(
-        source: &dyn TensorSource,
-        name: &str,
-        config: &PixartConfig,
-        plan: &AttentionPlan,
-    ) -> Result<Self> {
-        let builder = WeightBuilder::root(source).pp(name);
+/// The name of block `index`.
+pub(super) fn block_name(index: usize) -> String {
+    format!("transformer_blocks.{index}")
+}
+
+impl TransformerBlock for PixartBlock {
+    type Config = PixartConfig;
+
+    fn load(config: &PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(index);
+        let builder = WeightBuilder::root(source).pp(&name);
         let attn = builder.pp("attn1");
         Ok(Self {
             scale_shift_table: builder.shaped("scale_shift_table", &[6, config.width()])?,
@@ -42,7 +44,9 @@ impl PixartBlock {
             norm_eps: config.norm_eps,
         })
     }
+}
 
+impl PixartBlock {
     /// # Shapes
     /// modulation (batch, 6, width).
     pub(super) fn forward(&self, state: HiddenState, modulation: &Tensor) -> Result<HiddenState> {

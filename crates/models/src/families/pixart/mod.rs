@@ -4,7 +4,7 @@
 //! Follows diffusers' `PixArtTransformer2DModel`, `PixArtAlphaPipeline` and `PixArtSigmaPipeline`; the canonical tensor
 //! names are those of the class.
 
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod cross;
 mod model;

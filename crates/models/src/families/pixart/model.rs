@@ -1,9 +1,9 @@
 //! [`PixartTransformer`]: diffusers' `PixArtTransformer2DModel` as a [`Denoiser`].
 
-use super::blocks::{PixartBlock, modulated_rows};
+use super::blocks::{PixartBlock, block_name, modulated_rows};
 use super::config::PixartConfig;
 use crate::layers::{
-    Mlp, NORM_EPS, PatchEmbed, block_at, checked_batch, expect, grid, sincos_positions, sinusoidal_embedding,
+    Blocks, Mlp, NORM_EPS, PatchEmbed, checked_batch, expect, grid, sincos_positions, sinusoidal_embedding,
     to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
@@ -22,7 +22,7 @@ pub struct PixartTransformer {
     patches: PatchEmbed,
     conditioning: TimeSizeEmbedder,
     caption: [Linear; 2],
-    blocks: Vec<PixartBlock>,
+    blocks: Blocks<PixartBlock>,
     scale_shift_table: Tensor,
     proj_out: Linear,
 }
@@ -41,15 +41,14 @@ impl PixartTransformer {
     /// A tensor that is missing or misshapen.
     pub fn build(config: PixartConfig, source: &dyn TensorSource, plan: &AttentionPlan) -> Result<Self> {
         let builder = WeightBuilder::root(source);
-        let block = |index| PixartBlock::load(source, &format!("transformer_blocks.{index}"), &config, plan);
         let caption = builder.pp("caption_projection");
         Ok(Self {
-            layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn1")).collect(),
+            layers: (0..config.blocks).map(|index| format!("{}.attn1", block_name(index))).collect(),
             geometries: Geometries::default(),
             patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
             conditioning: TimeSizeEmbedder::load(&builder.pp("adaln_single"), config.size_conditions)?,
             caption: [caption.linear("linear_1")?, caption.linear("linear_2")?],
-            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::load(config.blocks, &config, source, plan)?,
             scale_shift_table: builder.shaped("scale_shift_table", &[2, config.width()])?,
             proj_out: builder.linear("proj_out")?,
             config,
@@ -148,7 +147,7 @@ impl Denoiser for PixartTransformer {
 
     fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
         let modulation = state.context.conditioning.narrow(1, 0, 6)?;
-        block_at(&self.blocks, index)?.forward(state, &modulation)
+        self.blocks.get(index)?.forward(state, &modulation)
     }
 
     fn head(&self, state: &HiddenState) -> Result<Tensor> {

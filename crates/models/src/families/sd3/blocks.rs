@@ -1,6 +1,7 @@
 //! [`JointBlock`]: diffusers' `JointTransformerBlock`.
 
-use crate::layers::{FeedForward, NORM_EPS, QkvProjections, attention, modulation};
+use super::config::Sd3Config;
+use crate::layers::{FeedForward, NORM_EPS, QkvProjections, TransformerBlock, attention, modulation};
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::{D, Tensor};
@@ -10,7 +11,7 @@ use clearform_weights::TensorSource;
 
 /// diffusers' `JointTransformerBlock`: image and text have separate weights and attend jointly. In SD 3.5 medium, some
 /// blocks have a second attention over the image only. In the last block (`context_pre_only`) the text is not updated.
-pub(super) struct JointBlock {
+pub(crate) struct JointBlock {
     modulation: Linear,
     projections: QkvProjections,
     out: Linear,
@@ -50,10 +51,18 @@ const IMAGE_NORMS: [&str; 2] = ["norm_q", "norm_k"];
 const TEXT: [&str; 3] = ["add_q_proj", "add_k_proj", "add_v_proj"];
 const TEXT_NORMS: [&str; 2] = ["norm_added_q", "norm_added_k"];
 
-impl JointBlock {
-    /// Loads the block `name` of `source`, with the attention that `plan` assigns to it.
-    pub(super) fn load(source: &dyn TensorSource, name: &str, heads: usize, plan: &AttentionPlan) -> Result<Self> {
-        let builder = WeightBuilder::root(source).pp(name);
+/// The name of block `index`.
+pub(super) fn block_name(index: usize) -> String {
+    format!("transformer_blocks.{index}")
+}
+
+impl TransformerBlock for JointBlock {
+    type Config = Sd3Config;
+
+    fn load(config: &Sd3Config, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(index);
+        let heads = config.heads;
+        let builder = WeightBuilder::root(source).pp(&name);
         let joint = builder.pp("attn");
         let second_attention = || -> Result<SelfAttention> {
             let attn2 = builder.pp("attn2");
@@ -73,7 +82,9 @@ impl JointBlock {
             attention: attention(plan, &format!("{name}.attn"), source)?,
         })
     }
+}
 
+impl JointBlock {
     pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
         let context = &state.context;
         let text = state.text.as_ref().ok_or_else(|| ModelError::missing_input("encoder_hidden_states"))?;

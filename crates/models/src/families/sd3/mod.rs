@@ -3,7 +3,7 @@
 //!
 //! Follows diffusers' `SD3Transformer2DModel` and `StableDiffusion3Pipeline`; canonical tensor names are the class's.
 
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod model;
 

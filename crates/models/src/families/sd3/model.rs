@@ -1,9 +1,9 @@
 //! [`Sd3Transformer`]: diffusers' `SD3Transformer2DModel` as a [`Denoiser`].
 
-use super::blocks::JointBlock;
+use super::blocks::{JointBlock, block_name};
 use super::config::Sd3Config;
 use crate::layers::{
-    Mlp, NORM_EPS, PatchEmbed, block_at, checked_batch, expect, grid, modulation, sinusoidal_embedding, to_latents,
+    Blocks, Mlp, NORM_EPS, PatchEmbed, checked_batch, expect, grid, modulation, sinusoidal_embedding, to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, ModelError, Result};
@@ -23,7 +23,7 @@ pub struct Sd3Transformer {
     time: Mlp,
     pooled: Mlp,
     text_embedder: Linear,
-    blocks: Vec<JointBlock>,
+    blocks: Blocks<JointBlock>,
     norm_out: Linear,
     proj_out: Linear,
 }
@@ -38,16 +38,15 @@ impl Sd3Transformer {
         let embedder = builder.pp("time_text_embed");
         let max_grid = config.max_grid;
         let mlp = |name: &str| Mlp::load(&embedder.pp(name), ["linear_1", "linear_2"]);
-        let block = |index| JointBlock::load(source, &format!("transformer_blocks.{index}"), config.heads, plan);
         Ok(Self {
-            layers: (0..config.blocks).map(|index| format!("transformer_blocks.{index}.attn")).collect(),
+            layers: (0..config.blocks).map(|index| format!("{}.attn", block_name(index))).collect(),
             geometries: Geometries::default(),
             patches: PatchEmbed::load(&builder.pp("pos_embed"), config.patch_size)?,
             positions: builder.shaped("pos_embed.pos_embed", &[1, max_grid * max_grid, config.width()])?,
             time: mlp("timestep_embedder")?,
             pooled: mlp("text_embedder")?,
             text_embedder: builder.linear("context_embedder")?,
-            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::load(config.blocks, &config, source, plan)?,
             norm_out: builder.linear("norm_out.linear")?,
             proj_out: builder.linear("proj_out")?,
             config,
@@ -110,7 +109,7 @@ impl Denoiser for Sd3Transformer {
     }
 
     fn block(&self, index: usize, state: HiddenState) -> Result<HiddenState> {
-        block_at(&self.blocks, index)?.forward(state)
+        self.blocks.get(index)?.forward(state)
     }
 
     fn head(&self, state: &HiddenState) -> Result<Tensor> {
