@@ -19,7 +19,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("plugin-host", &["layout", "models", "plugin-abi", "weights"]),
     ("runtime", &["attention", "layout", "models", "plugin-host", "portable-model", "sampling", "weights"]),
     (
-        "cli",
+        "clearform",
         &[
             "attention",
             "convert",
@@ -34,6 +34,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "weights",
         ],
     ),
+    ("cli", &["clearform", "distill", "models", "plugin-host", "portable-model", "runtime", "weights"]),
     ("testkit", &[]),
     ("tests", &[]),
 ];

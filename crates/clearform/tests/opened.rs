@@ -1,0 +1,27 @@
+//! Each file of a source is opened once per call. One test, so that no other opens files in this process meanwhile.
+#![allow(clippy::unwrap_used)]
+
+use clearform::{ConvertOptions, GenerateOptions, Prompt, SourceOptions, convert, generate, inspect};
+use clearform_weights::opened_checkpoints;
+use std::path::Path;
+
+#[test]
+fn each_source_is_opened_once() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/mini-flux/base");
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let opened = |call: &mut dyn FnMut()| {
+        let before = opened_checkpoints();
+        call();
+        opened_checkpoints() - before
+    };
+    // The transformer.
+    assert_eq!(opened(&mut || drop(inspect(&base, &SourceOptions::default(), &mut ()).unwrap())), 1, "inspect");
+    let conversion = ConvertOptions { training: None, ..ConvertOptions::new(&base, &model) };
+    assert_eq!(opened(&mut || drop(convert(&conversion, &mut ()).unwrap())), 1, "convert");
+    // The transformer, two text encoders and the VAE.
+    let prompt = Prompt::Text("cat face".to_owned());
+    let image =
+        GenerateOptions { width: Some(64), height: Some(64), steps: Some(1), ..GenerateOptions::new(&model, prompt) };
+    assert_eq!(opened(&mut || drop(generate(&image, &mut ()).unwrap())), 4, "generate");
+}
