@@ -9,7 +9,7 @@ use clearform_distill::{
     Activations, Batch, LossSettings, Optimizer, OptimizerState, PairSpec, TeacherStudent, backward,
 };
 use clearform_layout::{CanonicalSource, Hints, Identified, Manifests, Sidecar, detect_source};
-use clearform_models::{Architecture, DenoiserInput, HiddenState, family};
+use clearform_models::{Architecture, DenoiserInput, FamilyRegistry, HiddenState};
 use clearform_testkit::{assert_close, fixture, relative_error, seeded_file};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ impl Model {
         let hints = Hints { family: Some(family.to_owned()), ..Hints::default() };
         let identified = detect_source(&source, sidecar, &Manifests::embedded().unwrap(), &hints).unwrap();
         let canonical = identified.canonical(source).require_complete().unwrap();
-        let architecture = self::family(family).unwrap().parse(&identified.config).unwrap();
+        let architecture = FamilyRegistry::default().get(family).unwrap().parse(&identified.config).unwrap();
         Self { architecture, identified, canonical, cases: fixture(folder.join("cases.safetensors")) }
     }
 

@@ -65,7 +65,7 @@ pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, Plug
 pub use clearform_attention::{AttentionPlan, Radius};
 pub use clearform_convert::PatchMode;
 pub use clearform_layout::Inspection;
-pub use clearform_models::{ImageSize, Prompt};
+pub use clearform_models::{FamilyRegistry, ImageSize, Prompt};
 pub use clearform_portable_model::{CopyMode, Overwrite, VerifyReport};
 pub use clearform_runtime::{LoadedPipeline, Pipeline, PipelineOptions, RgbImage};
 pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};

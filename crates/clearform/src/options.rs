@@ -2,6 +2,7 @@
 
 use crate::{ClearformError, Result};
 use candle_core::{DType, Device};
+use clearform_models::FamilyRegistry;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -21,6 +22,9 @@ pub struct SourceOptions {
     pub manifest: Option<PathBuf>,
     /// Continues although tensors of the source are not understood.
     pub allow_unmatched: bool,
+    /// The families that can be run, for programs that bring their own.
+    #[serde(skip)]
+    pub families: FamilyRegistry,
 }
 
 /// A device to compute on. Written as `cpu` or `cuda:N`.

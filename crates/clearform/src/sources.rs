@@ -19,7 +19,7 @@ pub(crate) fn read_options(options: &SourceOptions) -> Result<ReadOptions> {
     };
     let config = options.config.as_deref().map(read_json).transpose()?;
     let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config };
-    Ok(ReadOptions { manifests, hints, allow_unmatched: options.allow_unmatched })
+    Ok(ReadOptions { manifests, hints, allow_unmatched: options.allow_unmatched, families: options.families })
 }
 
 /// Options to open a pipeline with its own attention plan and dtype, and without adapters.

@@ -24,6 +24,7 @@ impl From<&SourceArgs> for SourceOptions {
             variant: args.variant.clone(),
             manifest: args.manifest.clone(),
             allow_unmatched: args.allow_unmatched,
+            ..Self::default()
         }
     }
 }

@@ -20,6 +20,7 @@ mod config_keys;
 mod denoiser;
 mod error;
 pub mod families;
+mod family_registry;
 mod layers;
 mod noise_process;
 mod pipeline_spec;
@@ -33,7 +34,8 @@ pub use architecture::{Architecture, DistilledLayer, InputChannels, ModelFamily}
 pub use batch_spec::{BatchSpec, ImageSize};
 pub use denoiser::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, Rotary, StepIndex};
 pub use error::{ModelError, Result};
-pub use families::{FAMILIES, family};
+pub use families::FAMILIES;
+pub use family_registry::FamilyRegistry;
 pub use noise_process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, without_variance};
 pub use pipeline_spec::{PipelineSpec, StepSpacing};
 pub use prompt::{GuidanceKind, Prompt};

@@ -6,7 +6,7 @@ use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
-use clearform_models::{Architecture, Denoiser, PipelineSpec, family};
+use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
@@ -23,11 +23,14 @@ pub struct ReadOptions {
     pub hints: Hints,
     /// Accept tensors that have no counterpart in the model.
     pub allow_unmatched: bool,
+    /// The families that can be run.
+    pub families: FamilyRegistry,
 }
 
 /// A transformer on disk, with its tensors under canonical names.
 pub struct TransformerCheckpoint {
     architecture: Box<dyn Architecture>,
+    families: FamilyRegistry,
     identified: Identified,
     canonical: CanonicalSource<Dequantized<Arc<Checkpoint>>>,
     edits: Arc<WeightEdits>,
@@ -43,7 +46,12 @@ impl ReadOptions {
     /// # Errors
     /// A built-in manifest is broken.
     pub fn default_options() -> Result<Self> {
-        Ok(Self { manifests: Manifests::embedded()?, hints: Hints::default(), allow_unmatched: false })
+        Ok(Self {
+            manifests: Manifests::embedded()?,
+            hints: Hints::default(),
+            allow_unmatched: false,
+            families: FamilyRegistry::default(),
+        })
     }
 
     /// Adds the family and variant that a portable model at `path` records, where the hints do not state others. Does
@@ -85,11 +93,12 @@ impl TransformerCheckpoint {
     pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
         let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
-        let architecture = architecture(path, &identified)?;
+        let families = reading.families;
+        let architecture = architecture(path, &identified, families)?;
         let canonical = identified.canonical(checkpoint);
         let canonical =
             if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
-        Ok(Self { architecture, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
+        Ok(Self { architecture, families, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
     }
 
     /// Adds the edits of adapters, which may add input channels.
@@ -104,7 +113,7 @@ impl TransformerCheckpoint {
             resized.canonical(self.source()).require_complete()?;
             // With unchanged sizes the identification stays, since the user may have stated the variant.
             if resized.config != self.identified.config {
-                self.architecture = architecture(self.checkpoint().path(), &resized)?;
+                self.architecture = architecture(self.checkpoint().path(), &resized, self.families)?;
                 self.identified = resized;
             }
         }
@@ -174,9 +183,9 @@ impl TransformerCheckpoint {
 }
 
 /// The architecture that the config of `identified` describes. `path` is named in errors.
-fn architecture(path: &Path, identified: &Identified) -> Result<Box<dyn Architecture>> {
+fn architecture(path: &Path, identified: &Identified, families: FamilyRegistry) -> Result<Box<dyn Architecture>> {
     let Identified { family: name, config, .. } = identified;
-    let family = family(name).ok_or_else(|| RuntimeError::BadComponent {
+    let family = families.get(name).ok_or_else(|| RuntimeError::BadComponent {
         path: path.to_owned(),
         reason: format!("a model of the family {name:?}, which this version of clearform cannot run"),
     })?;

@@ -16,8 +16,3 @@ mod tests;
 /// Every family, alphabetically.
 pub const FAMILIES: &[&dyn ModelFamily] =
     &[&dit::Dit, &flux::Flux, &minrf::Minrf, &pixart::Pixart, &sd3::Sd3, &sit::Sit];
-
-/// The family called `name` in the manifests.
-pub fn family(name: &str) -> Option<&'static dyn ModelFamily> {
-    FAMILIES.iter().find(|family| family.name() == name).copied()
-}
