@@ -20,8 +20,8 @@ pub(crate) struct PipelineTextEncoders<'a> {
     pub device: &'a Device,
 }
 
-/// The weights of `component` with the edits of adapters, ready to be built on `device`. Low-rank edits are merged, since the
-/// layers of candle-transformers cannot add a low-rank product.
+/// The weights of `component`, a VAE or CLIP, with the edits of adapters, ready to be built on `device`. Low-rank edits are
+/// merged, since convolutions cannot add a low-rank product.
 pub(crate) fn open_weights<'a>(
     components: &Components,
     component: &str,
@@ -51,11 +51,10 @@ impl TextEncoders for PipelineTextEncoders<'_> {
 
     fn t5(&self, number: usize, prompts: &[String], tokens: usize) -> clearform_models::Result<Tensor> {
         let ids = self.t5_ids(number, prompts, tokens).map_err(model_error)?;
-        self.build_t5(number).map_err(model_error)?.encode(&Tensor::new(ids, self.device)?)
+        self.build_t5(number).map_err(model_error)?.encode(&Tensor::new(ids, self.device)?, None)
     }
 
-    /// Encodes each prompt without its padding, which gives the same as encoding with an attention mask; candle's T5 takes
-    /// none.
+    /// Encodes the prompts together, padded to the longest of them: padding that is masked changes nothing.
     fn t5_masked(
         &self,
         number: usize,
@@ -64,21 +63,24 @@ impl TextEncoders for PipelineTextEncoders<'_> {
     ) -> clearform_models::Result<(Tensor, Tensor)> {
         let ids = self.t5_ids(number, prompts, tokens).map_err(model_error)?;
         let encoder = self.build_t5(number).map_err(model_error)?;
-        let mut features = Vec::new();
-        let mut masks = Vec::new();
-        for ids in ids {
-            let length = ids.iter().rposition(|id| *id != T5_PAD).map_or(1, |last| last + 1);
-            let encoded = encoder.encode(&Tensor::new(&ids[..length], self.device)?.unsqueeze(0)?)?;
-            features.push(encoded.pad_with_zeros(1, 0, tokens - length)?);
-            let mask = (0..tokens).map(|token| f32::from(token < length));
-            masks.push(Tensor::from_iter(mask, self.device)?.unsqueeze(0)?);
-        }
-        Ok((Tensor::cat(&features, 0)?, Tensor::cat(&masks, 0)?))
+        let lengths: Vec<usize> = ids.iter().map(|ids| length_without_padding(ids)).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(1);
+        let mask = |length: &usize| (0..tokens).map(|token| f32::from(token < *length)).collect();
+        let mask = Tensor::new(lengths.iter().map(mask).collect::<Vec<Vec<f32>>>(), self.device)?;
+        let ids = Tensor::new(ids, self.device)?.narrow(1, 0, longest)?;
+        let shown = mask.narrow(1, 0, longest)?;
+        let features = encoder.encode(&ids, Some(&shown))?.broadcast_mul(&shown.unsqueeze(2)?)?;
+        Ok((features.pad_with_zeros(1, 0, tokens - longest)?, mask))
     }
 }
 
 /// The padding token of every T5.
 const T5_PAD: u32 = 0;
+
+/// At least one token: an encoder needs something to attend to.
+fn length_without_padding(ids: &[u32]) -> usize {
+    ids.iter().rposition(|id| *id != T5_PAD).map_or(1, |last| last + 1)
+}
 
 impl PipelineTextEncoders<'_> {
     fn encode_clip(&self, number: usize, prompts: &[String]) -> Result<ClipEncoded> {
@@ -101,7 +103,16 @@ impl PipelineTextEncoders<'_> {
     fn build_t5(&self, number: usize) -> Result<T5Encoder> {
         let component = numbered("text_encoder", number);
         let config = T5Config::new(&self.components.config(&component)?)?;
-        Ok(T5Encoder::build(config, self.weights(&component)?.as_ref())?)
+        Ok(T5Encoder::build(config, &self.t5_weights(&component)?)?)
+    }
+
+    /// Weights in their stored dtype, which the encoder converts where it uses them, with low-rank edits beside them.
+    fn t5_weights(&self, component: &str) -> Result<impl TensorSource + '_> {
+        let mut stored = self.components.weights(component)?;
+        if !self.device.is_cpu() {
+            stored = Box::new(InMemoryTensors::load(&stored, None, self.device)?);
+        }
+        Ok(PatchedSource::new(stored, self.edits, component, LowRankMode::Separate))
     }
 
     fn weights(&self, component: &str) -> Result<Box<dyn TensorSource + '_>> {
