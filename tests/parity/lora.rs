@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, ParameterMap};
 use clearform_models::text::{ClipConfig, ClipText, T5Config, T5Encoder};
-use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, Strength, WeightEdits};
+use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, Strength};
 use clearform_runtime::{AdapterRequest, Adapters, Components, EditedTransformer, ReadOptions, TransformerCheckpoint};
 use clearform_weights::{BaseWeight, Checkpoint, TensorSource as _, Weight};
 use serde_json::Value;
@@ -172,16 +172,16 @@ fn text_encoders_are_edited_too() {
     };
     let config = |name: &str| json(&format!("components/generation4/{name}/config.json"));
 
-    let clip = patched(component("text_encoder"), &edited.edits, "text_encoder");
+    let fused = LowRankMode::Fused;
+    let clip = PatchedSource::new(component("text_encoder"), &edited.edits, "text_encoder", fused);
     let clip = ClipText::build(ClipConfig::new(&config("text_encoder")).unwrap(), &clip).unwrap();
     assert_close(&clip.encode(&ids("text_encoder")).unwrap().pooled, &expected["kohya_te/pooled"], BOUND, "CLIP");
-    let t5 = patched(component("text_encoder_2"), &edited.edits, "text_encoder_2");
-    let t5 = T5Encoder::build(T5Config::new(&config("text_encoder_2")).unwrap(), &t5).unwrap();
-    assert_close(&t5.encode(&ids("text_encoder_2")).unwrap(), &expected["kohya_te/hidden"], BOUND, "T5");
-}
-
-fn patched<'a>(component: Checkpoint, edits: &'a WeightEdits, name: &str) -> PatchedSource<'a, Box<Checkpoint>> {
-    PatchedSource::new(Box::new(component), edits, name, LowRankMode::Fused)
+    for mode in [LowRankMode::Fused, LowRankMode::Separate] {
+        let t5 = PatchedSource::new(component("text_encoder_2"), &edited.edits, "text_encoder_2", mode);
+        let t5 = T5Encoder::build(T5Config::new(&config("text_encoder_2")).unwrap(), &t5).unwrap();
+        let hidden = t5.encode(&ids("text_encoder_2"), None).unwrap();
+        assert_close(&hidden, &expected["kohya_te/hidden"], BOUND, &format!("T5, {mode:?}"));
+    }
 }
 
 /// A converted model contains the same weights that a LoRA at run time computes with.

@@ -46,10 +46,15 @@ impl<'a> WeightBuilder<'a> {
     /// As [`Self::tensor`]; fails unless its shape is `shape`.
     pub(crate) fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.tensor(name)?;
-        if tensor.dims() == shape {
-            return Ok(tensor);
-        }
+        self.expect_shape(name, &tensor, shape)?;
+        Ok(tensor)
+    }
+
+    fn expect_shape(&self, name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
         let found = tensor.dims();
+        if found == shape {
+            return Ok(());
+        }
         let reason = format!("expected shape {shape:?}, found {found:?}; config.json may belong to another model");
         Err(WeightsError::BadTensor { name: self.full_name(name), reason }.into())
     }
@@ -59,6 +64,15 @@ impl<'a> WeightBuilder<'a> {
         let builder = self.pp(name);
         let bias = if builder.has("bias") { Some(builder.tensor("bias")?) } else { None };
         Ok(Linear { weight: builder.weight()?, bias })
+    }
+
+    /// The linear layer `name` without a bias; fails unless its weight has the shape `shape`.
+    pub(crate) fn shaped_linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        let builder = self.pp(name);
+        let weight = builder.weight()?;
+        let BaseWeight::Dense(base) = &weight.base;
+        builder.expect_shape("weight", base, &shape)?;
+        Ok(Linear { weight, bias: None })
     }
 
     /// The tensor "weight" with its low-rank terms, which keep their dtype.
