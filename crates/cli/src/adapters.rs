@@ -1,6 +1,7 @@
 //! Opens the adapters that the arguments name. Plugins are searched for only if there is an adapter.
 
 use crate::args::{AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, WeightAdapterArgs};
+use crate::bundled_plugins::BUNDLED_PLUGINS;
 use crate::output::Output;
 use anyhow::{Context as _, bail};
 use clearform_plugin_host::{
@@ -9,14 +10,15 @@ use clearform_plugin_host::{
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
 use std::path::PathBuf;
 
-/// The plugins in the given folders, then those next to the program.
+/// The plugins in the given folders, then those next to the program, then those that are linked into it.
 pub fn plugin_registry(search: &PluginSearchArgs) -> anyhow::Result<PluginRegistry> {
     if search.no_plugins {
         return Ok(PluginRegistry::disabled());
     }
     let program = std::env::current_exe().context("finding the program's folder")?;
     let program_folder = program.parent().map(|folder| folder.to_owned());
-    Ok(PluginRegistry::scan(&search.plugin_dir.iter().cloned().chain(program_folder).collect::<Vec<_>>())?)
+    let folders: Vec<PathBuf> = search.plugin_dir.iter().cloned().chain(program_folder).collect();
+    Ok(PluginRegistry::scan(&folders)?.with_linked(&BUNDLED_PLUGINS))
 }
 
 /// Opens adapters that edit weights.

@@ -4,8 +4,10 @@
 
 mod adapters;
 mod args;
+mod bundled_plugins;
 mod commands;
 mod conversion;
+#[cfg(feature = "demo")]
 mod demo;
 mod distillation;
 mod evaluation;
@@ -64,6 +66,7 @@ fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
         Command::Plugins(args) => commands::plugins::run(args, &output),
         Command::Export(args) => commands::export::run(args, &output),
         Command::Verify(args) => commands::verify::run(args, &output),
+        #[cfg(feature = "demo")]
         Command::Demo(args) => commands::demo::run(args, &output),
     }
 }

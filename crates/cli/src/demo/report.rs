@@ -24,7 +24,7 @@ pub struct DemoReport {
     pub teacher_retrieval: f64,
     /// One entry per student.
     pub students: Vec<StudentResult>,
-    /// What carries over to the last student; none without the plugins.
+    /// What carries over to the last student; none without plugins.
     pub transfer: Option<TransferReport>,
     /// Total seconds.
     pub seconds: f64,

@@ -2,7 +2,7 @@
 //! teacher and to a student.
 
 use super::edges::mirrored_edges;
-use crate::adapters::{open_all, plugin_registry};
+use crate::adapters::open_all;
 use crate::args::{AdapterArg, AdapterArgs, DeviceArg, PluginSearchArgs, WeightAdapterArgs};
 use crate::evaluation::EvaluationRun;
 use crate::output::Output;
@@ -12,13 +12,7 @@ use clearform_portable_model::recorded_plan;
 use clearform_runtime::{Adapters, RgbImage};
 use std::path::Path;
 
-/// Ids of the plugins that open the demo's adapters.
-const PLUGINS: [&str; 2] = ["lora", "controlnet"];
-
-const PLUGINS_MISSING: &str = "the plugins are not next to the program, so the demo leaves out the adapters; \
-                               `cargo build --release` builds them there";
-
-/// Runs the study; returns none if the plugins are not available. `assets` holds the teacher and its adapters.
+/// Runs the study; returns none if plugins are disabled. `assets` holds the teacher and its adapters.
 pub fn run(
     assets: &Path,
     student: &Path,
@@ -26,8 +20,8 @@ pub fn run(
     plugins: &PluginSearchArgs,
     output: &Output,
 ) -> anyhow::Result<Option<TransferReport>> {
-    if plugins.no_plugins || !plugins_found(plugins)? {
-        output.note(PLUGINS_MISSING);
+    if plugins.no_plugins {
+        output.note("plugins are disabled (--no-plugins), so the demo leaves out the adapters");
         return Ok(None);
     }
     let with_lora = vec![AdapterArg { path: assets.join("lora"), ..AdapterArg::default() }];
@@ -49,12 +43,6 @@ pub fn run(
         folder: &assets.with_file_name("transfer"),
     };
     study.run(output).map(Some)
-}
-
-fn plugins_found(plugins: &PluginSearchArgs) -> anyhow::Result<bool> {
-    let registry = plugin_registry(plugins)?;
-    let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
-    Ok(PLUGINS.iter().all(|id| ids.contains(id)))
 }
 
 /// `lora` and, if it has an attention plan, the ControlNet.

@@ -1,5 +1,9 @@
 //! Reports: one HTML file each, with embedded images.
 
+#[cfg(feature = "demo")]
+mod chart;
 mod page;
 
-pub use page::{Page, Series, chart};
+#[cfg(feature = "demo")]
+pub use chart::{Series, chart};
+pub use page::Page;
