@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Loads and runs every plugin under valgrind, which must find no invalid access and no leak. Run it after
-# `cargo test --workspace`, which builds the binaries. Memory of threads that still run at the end does not count as leaked.
+# Runs every plugin under valgrind, from its library and linked into the program; there must be no invalid access and no
+# leak. Run it after `cargo test --workspace`, which builds the binaries. Memory of threads that still run at the end does
+# not count as leaked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export RAYON_NUM_THREADS=2
@@ -8,7 +9,7 @@ export RAYON_NUM_THREADS=2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/plugins"
-for plugin in lora controlnet example; do
+for plugin in lora_library controlnet_library example; do
   cp "target/debug/deps/libclearform_$plugin.so" "$work/plugins/"
 done
 for plugin in scale constant; do
@@ -30,6 +31,9 @@ model() {
 
 for library in "$work"/plugins/*.so; do
   checked plugins check "$library"
+done
+for linked in lora controlnet; do
+  checked plugins check "$linked"
 done
 model flux tests/fixtures/flux/head24
 for format in kohya loha aitoolkit_lokr peft_dora; do

@@ -12,10 +12,9 @@ pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
-/// The plugins that cargo built for these tests, in the folder of the test program.
+/// The plugins that cargo built for these tests, as libraries.
 pub fn registry() -> PluginRegistry {
-    let tests = std::env::current_exe().unwrap();
-    PluginRegistry::scan(&[tests.parent().unwrap().to_owned()]).unwrap()
+    PluginRegistry::scan(&[clearform_testkit::plugin_folder()]).unwrap()
 }
 
 /// The bytes of a fixture.

@@ -22,9 +22,11 @@ const EDGES: &[(&str, &[&str])] = &[
         "clearform",
         &[
             "attention",
+            "controlnet",
             "convert",
             "distill",
             "layout",
+            "lora",
             "models",
             "ops",
             "plugin-host",
@@ -40,6 +42,7 @@ const EDGES: &[(&str, &[&str])] = &[
 ];
 
 /// What a plugin may depend on. The C table alone is enough; the others are for plugins that compute with our models.
+/// The library of a plugin that is also linked into the program depends on that plugin and on the C table.
 const PLUGIN_EDGES: &[&str] = &["attention", "layout", "models", "plugin-abi", "weights"];
 
 #[test]
@@ -49,8 +52,14 @@ fn crates_depend_on_exactly_what_is_drawn() {
     let drawn: BTreeMap<String, BTreeSet<String>> =
         EDGES.iter().map(|(name, used)| ((*name).to_owned(), names(used))).collect();
     assert_eq!(crates, drawn);
+    let (libraries, plugins): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        plugins.into_iter().partition(|(name, _)| name.ends_with("-library"));
     let used: BTreeSet<String> = plugins.into_values().flatten().collect();
     assert_eq!(used, names(PLUGIN_EDGES), "what the bundled plugins use together");
+    assert_eq!(libraries.len(), 2);
+    for (library, used) in libraries {
+        assert_eq!(used, names(&[library.trim_end_matches("-library"), "plugin-abi"]), "{library}");
+    }
 }
 
 fn names(names: &[&str]) -> BTreeSet<String> {

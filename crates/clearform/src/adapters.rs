@@ -1,5 +1,6 @@
 //! [`AdapterOptions`]: LoRAs and ControlNets that a call applies, and the plugins that read them.
 
+use crate::bundled_plugins::BUNDLED_PLUGINS;
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
 use crate::{ClearformError, Result};
@@ -198,7 +199,7 @@ impl fmt::Display for AdapterSpec {
     }
 }
 
-/// The plugins in the given folders, then those next to the program.
+/// The plugins in the given folders, then those next to the program, then those that are linked into it.
 ///
 /// # Errors
 /// A folder cannot be read, or is inside a model.
@@ -208,7 +209,8 @@ pub fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry> {
     }
     let program = std::env::current_exe().context("finding the program's folder")?;
     let program_folder = program.parent().map(Path::to_owned);
-    Ok(PluginRegistry::scan(&options.folders.iter().cloned().chain(program_folder).collect::<Vec<_>>())?)
+    let folders: Vec<PathBuf> = options.folders.iter().cloned().chain(program_folder).collect();
+    Ok(PluginRegistry::scan(&folders)?.with_linked(&BUNDLED_PLUGINS))
 }
 
 /// Passes on how many tensors of each adapter were applied, and the plugins' notes.

@@ -42,6 +42,8 @@
 
 mod adapters;
 pub mod bench;
+mod bundled_plugins;
+pub mod chart;
 mod compare;
 mod convert;
 mod distill;

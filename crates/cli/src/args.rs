@@ -4,6 +4,7 @@ mod adapters;
 mod bench;
 mod compare;
 mod convert;
+#[cfg(feature = "demo")]
 mod demo;
 mod device;
 mod files;
@@ -12,13 +13,15 @@ mod headings;
 mod patch;
 
 pub use adapters::{
-    AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, PluginsAction, PluginsArgs, WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, PluginCheckArgs, PluginSearchArgs, PluginsAction, PluginsArgs,
+    WeightAdapterArgs,
 };
 pub use bench::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
 };
 pub use compare::{CompareArgs, SamplingArgs, TransferArgs};
 pub use convert::{ConvertArgs, DistillArgs, TrainingArgs};
+#[cfg(feature = "demo")]
 pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
@@ -32,7 +35,7 @@ use std::path::PathBuf;
 /// Make pre-trained diffusion transformers linear: read a checkpoint, replace its attention, distil it, run it.
 #[derive(Debug, Parser)]
 #[command(name = "clearform", version, disable_help_flag = true, disable_version_flag = true)]
-#[command(propagate_version = true, after_help = EXAMPLES)]
+#[command(propagate_version = true, after_help = format!("Examples:\n{DEMO_EXAMPLE}{EXAMPLES}"))]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -52,10 +55,9 @@ pub struct Cli {
     version: Option<bool>,
 }
 
-const EXAMPLES: &str = "\
-Examples:
-  clearform demo -o demo
-  clearform inspect FLUX.1-dev
+const DEMO_EXAMPLE: &str = if cfg!(feature = "demo") { "  clearform demo -o demo\n" } else { "" };
+
+const EXAMPLES: &str = "  clearform inspect FLUX.1-dev
   clearform convert FLUX.1-dev -o FLUX.1-dev-clear --radius 16
   clearform convert flux1-dev.safetensors -o flux-clear --components FLUX.1-dev
   clearform generate flux-clear \"a lighthouse at dawn\" --width 2048 --height 2048 -o out.png";
@@ -88,6 +90,7 @@ pub enum Command {
     /// Check every recorded file against its size and hash.
     Verify(VerifyArgs),
     /// Convert, distil and compare an embedded model, and write a report.
+    #[cfg(feature = "demo")]
     Demo(DemoArgs),
 }
 
@@ -117,6 +120,9 @@ mod tests {
     use super::*;
     use clap::CommandFactory as _;
 
+    /// Commands that have no subcommands.
+    const COMMANDS: usize = if cfg!(feature = "demo") { 18 } else { 17 };
+
     const ORDER: [&str; 9] = [INPUT, ATTENTION, DISTILLATION, SAMPLING, ADAPTERS, TIMING, OUTPUT, DEVICE, GENERAL];
 
     /// Every command that has no subcommands.
@@ -134,7 +140,7 @@ mod tests {
     #[test]
     fn option_groups_come_in_the_same_order_everywhere() {
         let commands = leaves(&built());
-        assert_eq!(commands.len(), 18);
+        assert_eq!(commands.len(), COMMANDS);
         for command in commands {
             let options = command.get_arguments().filter(|arg| !arg.is_positional());
             let groups = options.map(|arg| {
@@ -170,7 +176,8 @@ mod tests {
         };
         let mut examples = lines(&built());
         examples.extend(leaves(&built()).iter().flat_map(lines));
-        assert_eq!(examples.len(), 5 + 18);
+        let general = if cfg!(feature = "demo") { 5 } else { 4 };
+        assert_eq!(examples.len(), general + COMMANDS);
         for example in examples {
             // Only prompts are quoted, and they hold several words.
             let quoted = example

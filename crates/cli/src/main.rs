@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+#[cfg(feature = "demo")]
 mod demo;
 mod image_names;
 mod options;
@@ -59,6 +60,7 @@ fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
         Command::Plugins(args) => commands::plugins::run(args, &output),
         Command::Export(args) => commands::export::run(args, &output),
         Command::Verify(args) => commands::verify::run(args, &output),
+        #[cfg(feature = "demo")]
         Command::Demo(args) => commands::demo::run(args, &output),
     }
 }

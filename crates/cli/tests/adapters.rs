@@ -4,14 +4,14 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use clearform_testkit::{assert_close, fixture, relative_error};
+use clearform_testkit::{assert_close, fixture, plugin_folder, relative_error};
 use common::{Tiny, clearform, json, repository, run, stderr_of, text};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The folder of these tests, where cargo builds the plugins.
+/// The folder of the plugins' libraries.
 fn plugins() -> String {
-    text(std::env::current_exe().unwrap().parent().unwrap()).to_owned()
+    text(&plugin_folder()).to_owned()
 }
 
 fn lora(format: &str) -> String {
@@ -145,21 +145,6 @@ fn convert_merges_a_lora() {
 
 fn encoder(model: &Path) -> std::collections::BTreeMap<String, Tensor> {
     fixture(model.join("text_encoder/model.safetensors"))
-}
-
-#[test]
-fn plugins_are_listed_and_checked() {
-    let plugins = plugins();
-    let listing = json(0, &["plugins", "list", "--plugin-dir", &plugins]);
-    let ids: Vec<&str> =
-        listing["plugins"].as_array().unwrap().iter().map(|plugin| plugin["id"].as_str().unwrap()).collect();
-    for id in ["controlnet", "example", "lora"] {
-        assert!(ids.contains(&id), "{ids:?}");
-        let library = format!("{}clearform_{id}.{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_EXTENSION);
-        run(0, &["plugins", "check", text(&PathBuf::from(&plugins).join(library))]);
-    }
-    let off = run(0, &["plugins", "list", "--no-plugins"]);
-    assert_eq!(String::from_utf8_lossy(&off.stdout).trim(), "no plugins");
 }
 
 /// Files that no trainer writes: each is refused with a message, and nothing is written.

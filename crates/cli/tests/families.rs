@@ -163,7 +163,6 @@ fn loras_apply_to_every_family() {
         ("pixart", &[("transformer_blocks.0.attn2.to_k", [24, 24]), ("adaln_single.linear", [144, 24])]),
         ("sd3", &[("transformer_blocks.0.attn2.to_q", [32, 32]), ("transformer_blocks.1.attn.add_k_proj", [32, 32])]),
     ];
-    let plugins = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     for (family, layers) in cases {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -174,8 +173,7 @@ fn loras_apply_to_every_family() {
             let model = path(model);
             let image = path("image.png");
             let base = ["generate", text(&model), "--steps", "2", "--attention", "full", "-o", text(&image)];
-            let plugins = ["--plugin-dir", text(&plugins)];
-            let message = stderr_of(0, &[&base[..], prompt, more, &plugins].concat());
+            let message = stderr_of(0, &[&base[..], prompt, more].concat());
             (image::open(&image).unwrap().to_rgb8(), message)
         };
         let file = path("lora.safetensors");
@@ -185,8 +183,7 @@ fn loras_apply_to_every_family() {
         assert_ne!(plain, at_runtime, "{family}: the LoRA has no effect");
         let original = path("original");
         let merged = path("merged");
-        let convert = ["convert", text(&original), "-o", text(&merged), "--no-distill", "--lora", text(&file)];
-        run(0, &[&convert[..], &["--plugin-dir", text(&plugins)]].concat());
+        run(0, &["convert", text(&original), "-o", text(&merged), "--no-distill", "--lora", text(&file)]);
         let merged = generate("merged", &[]).0;
         let largest = merged.iter().zip(at_runtime.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
         assert!(largest <= 2, "{family}: merged and at run time differ by {largest} of 255");
@@ -223,9 +220,8 @@ fn transfer_finds_no_difference_in_a_copy() {
     assemble_pipeline(&repository(""), "dit", &original);
     write_lora(&[("transformer_blocks.0.attn1.to_q", [32, 32]), ("transformer_blocks.1.ff.net.2", [32, 128])], &lora);
     run(0, &["convert", text(&original), "-o", text(&copy), "--attention", "full", "--no-distill"]);
-    let plugins = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let transfer = ["transfer", text(&original), text(&copy), "-o", text(&report), "--steps", "2"];
-    let found = json(0, &[&transfer[..], &["--lora", text(&lora), "--plugin-dir", text(&plugins)]].concat());
+    let found = json(0, &[&transfer[..], &["--lora", text(&lora)]].concat());
     let conditions = found["conditions"].as_array().unwrap();
     assert_eq!(conditions.iter().map(|condition| &condition["name"]).collect::<Vec<_>>(), ["nothing", "LoRA"]);
     for condition in conditions {

@@ -5,7 +5,7 @@
 
 mod common;
 
-use clearform_testkit::fixture;
+use clearform_testkit::{fixture, plugin_folder};
 use common::repository;
 use serde::Deserialize;
 use std::collections::HashMap;
@@ -76,7 +76,7 @@ impl Workspace {
             "OUTPUT" => self.path("output"),
             "PIPELINE" => repository("assets/mini-flux/base"),
             "PIPELINE-WITH-TOKENIZER" => self.pipeline_with(file),
-            "PLUGINS" => std::env::current_exe().unwrap().parent().unwrap().to_owned(),
+            "PLUGINS" => plugin_folder(),
             other => PathBuf::from(other),
         }
     }

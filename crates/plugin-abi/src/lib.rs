@@ -1,8 +1,8 @@
 //! The C interface between clearform and its plugins, as Rust types, and an SDK for writing plugins in Rust.
 //!
-//! A plugin is a shared library that teaches clearform a kind of adapter: LoRA files, ControlNets, or a format of your
-//! own. It exports one function, [`ENTRY_SYMBOL`], which returns a [`ClearformPlugin`]. That struct names an interface
-//! and points to its function table:
+//! A plugin teaches clearform a kind of adapter: LoRA files, ControlNets, or a format of your own. It is usually a
+//! shared library, which exports one function, [`ENTRY_SYMBOL`], that returns a [`ClearformPlugin`]. That struct names
+//! an interface and points to its function table:
 //!
 //! - [`ClearformAdapterTable`] (`clearform.adapter/1`): the plugin turns a file into edits of weights;
 //! - [`ClearformBranchTable`] (`clearform.branch/1`): the plugin runs a ControlNet, or a similar network beside the
@@ -10,8 +10,9 @@
 //!   elsewhere it is called a ControlNet.
 //!
 //! To write a plugin in Rust, start at [`sdk`]: implement [`sdk::AdapterPlugin`] or [`sdk::ControlNetPlugin`] and
-//! export it with one macro. For other languages there is `include/clearform_plugin.h`; the Rust types here bear the
-//! names of its structs, and `tests/abi.rs` compares sizes, offsets and constants of the two.
+//! export it with one macro. A plugin in Rust can also be linked into a program, as a [`PluginEntry`]; it is then called
+//! through the same function and tables. For other languages there is `include/clearform_plugin.h`; the Rust types here
+//! bear the names of its structs, and `tests/abi.rs` compares sizes, offsets and constants of the two.
 //!
 //! Four rules apply everywhere:
 //!
@@ -27,6 +28,7 @@ mod candle;
 mod controlnet;
 pub mod dlpack;
 mod edits;
+mod entry;
 mod host;
 pub mod sdk;
 pub mod tensor;
@@ -39,6 +41,7 @@ pub use edits::{
     ClearformAdapterTable, ClearformEdit, ClearformEditTensors, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK,
     EDIT_REPLACE, EDIT_SCALE, WHOLE_PARAMETER,
 };
+pub use entry::{EntryFunction, PluginEntry};
 pub use host::{
     ClearformFile, ClearformHost, ClearformPair, ClearformPlugin, ClearformTensorInfo, ClearformText, LOG_ERROR,
     LOG_INFO, LOG_WARNING,
@@ -47,8 +50,8 @@ pub use host::{
 /// Major version of the C interface. The host rejects plugins built for another one.
 pub const ABI_MAJOR: u32 = 1;
 
-/// Name of the function that every plugin exports: `const ClearformPlugin *(const ClearformHost *)`. It may be called
-/// several times with different hosts; what it returns is valid as long as the process.
+/// Name of the function that every plugin's library exports: `const ClearformPlugin *(const ClearformHost *)`, an
+/// [`EntryFunction`].
 pub const ENTRY_SYMBOL: &str = "clearform_plugin_v1";
 
 /// Interface of adapters that edit weights, such as LoRA. Its table is a [`ClearformAdapterTable`].

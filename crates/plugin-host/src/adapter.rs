@@ -3,7 +3,7 @@
 
 use crate::edit::{Edit, EditKind, EditValues};
 use crate::file::PluginFile;
-use crate::library::Library;
+use crate::loaded_plugin::LoadedPlugin;
 use crate::tensors::receive;
 use crate::{Plugin, PluginError, Result};
 use candle_core::Tensor;
@@ -21,7 +21,7 @@ const WRONG_TENSORS: &str = "the plugin returned the wrong tensors for this kind
 
 /// An adapter file that a plugin has opened.
 pub struct Adapter {
-    library: Library,
+    plugin: LoadedPlugin,
     table: ClearformAdapterTable,
     instance: *mut c_void,
     /// Borrowed by the instance, which `drop` closes before this is dropped.
@@ -48,22 +48,21 @@ impl Adapter {
     /// # Errors
     /// The plugin violates the plugin interface, or rejects the file.
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>) -> Result<Self> {
-        let library = Library::load(plugin, ADAPTER_INTERFACE)?;
-        // SAFETY: this is the table of the library's interface.
-        let table: ClearformAdapterTable = unsafe { library.table() }?;
-        let open = library.function("open", table.open)?;
-        library.function("close", table.close)?;
+        let plugin = LoadedPlugin::load(plugin, ADAPTER_INTERFACE)?;
+        // SAFETY: this is the table of the plugin's interface.
+        let table: ClearformAdapterTable = unsafe { plugin.table() }?;
+        let open = plugin.function("open", table.open)?;
+        plugin.function("close", table.close)?;
         let file = PluginFile::new(file);
         let mut instance = std::ptr::null_mut();
         // SAFETY: host and file outlive the instance.
-        let status = unsafe { open(library.host(), file.table(), &raw mut instance) };
-        library.check_status(status).map_err(|reason| {
+        let status = unsafe { open(plugin.host(), file.table(), &raw mut instance) };
+        plugin.check_status(status).map_err(|reason| {
             let reason = file.explain(reason);
             PluginError::BadAdapter { adapter: file.path().to_owned(), reason }
         })?;
         let cached_values = Mutex::default();
-        let mut adapter =
-            Self { library, table, instance, file, edits: Vec::new(), skipped: Vec::new(), cached_values };
+        let mut adapter = Self { plugin, table, instance, file, edits: Vec::new(), skipped: Vec::new(), cached_values };
         adapter.edits = adapter.read_edits()?;
         adapter.skipped = adapter.read_skipped()?;
         Ok(adapter)
@@ -91,7 +90,7 @@ impl Adapter {
 
     /// The plugin's messages to the user since the last call.
     pub fn notes(&self) -> Vec<String> {
-        self.library.notes()
+        self.plugin.notes()
     }
 
     /// The tensors of edit `index`, checked against its shape, and its magnitude.
@@ -126,14 +125,14 @@ impl Adapter {
     /// Down, up, value and magnitude of edit `index`, where the plugin returns them.
     fn read_tensors(&self, index: usize) -> Result<[Option<Tensor>; 4]> {
         let edit = &self.edits[index];
-        let edit_tensors = self.library.function("edit_tensors", self.table.edit_tensors)?;
+        let edit_tensors = self.plugin.function("edit_tensors", self.table.edit_tensors)?;
         let mut raw = ClearformEditTensors::EMPTY;
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { edit_tensors(self.instance, index, &raw mut raw) };
         // All tensors are received before the status is checked: the host owns them also if the call failed.
         // SAFETY: each is null, or a tensor that the host owns.
         let received = [raw.down, raw.up, raw.value, raw.magnitude].map(|tensor| unsafe { receive(tensor) });
-        self.library.check_status(status).map_err(|reason| self.edit_error(edit, &self.file.explain(reason)))?;
+        self.plugin.check_status(status).map_err(|reason| self.edit_error(edit, &self.file.explain(reason)))?;
         let mut tensors = [const { None }; 4];
         for (tensor, received) in tensors.iter_mut().zip(received) {
             *tensor = received.transpose().map_err(|error| self.edit_error(edit, &error.to_string()))?;
@@ -148,14 +147,14 @@ impl Adapter {
     }
 
     fn read_edits(&self) -> Result<Vec<Edit>> {
-        let edit_count = self.library.function("edit_count", self.table.edit_count)?;
-        let describe = self.library.function("edit", self.table.edit)?;
-        self.library.function("edit_tensors", self.table.edit_tensors)?;
+        let edit_count = self.plugin.function("edit_count", self.table.edit_count)?;
+        let describe = self.plugin.function("edit", self.table.edit)?;
+        self.plugin.function("edit_tensors", self.table.edit_tensors)?;
         // SAFETY: the instance is open.
         let count = unsafe { edit_count(self.instance) };
-        self.library.check_status(OK).map_err(|reason| self.library.error(format!("edit_count: {reason}")))?;
+        self.plugin.check_status(OK).map_err(|reason| self.plugin.error(format!("edit_count: {reason}")))?;
         if count > MAX_EDITS {
-            return Err(self.library.error(format!("it reports {count} edits, more than the limit of {MAX_EDITS}")));
+            return Err(self.plugin.error(format!("it reports {count} edits, more than the limit of {MAX_EDITS}")));
         }
         (0..count).map(|index| self.read_edit(describe, index)).collect()
     }
@@ -164,14 +163,14 @@ impl Adapter {
         let mut raw = ClearformEdit::EMPTY;
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { describe(self.instance, index, &raw mut raw) };
-        self.library.check_status(status).map_err(|reason| self.library.error(format!("edit {index}: {reason}")))?;
+        self.plugin.check_status(status).map_err(|reason| self.plugin.error(format!("edit {index}: {reason}")))?;
         // SAFETY: the plugin's pointers are valid until close.
         let edit = unsafe { Edit::from_raw(&raw, self.file.names().len()) };
-        edit.map_err(|reason| self.library.error(format!("edit {index}: {reason}")))
+        edit.map_err(|reason| self.plugin.error(format!("edit {index}: {reason}")))
     }
 
     fn read_skipped(&self) -> Result<Vec<(usize, String)>> {
-        let skipped = self.library.function("skipped", self.table.skipped)?;
+        let skipped = self.plugin.function("skipped", self.table.skipped)?;
         let used: BTreeSet<usize> = self.edits.iter().flat_map(|edit| edit.sources.iter().copied()).collect();
         let mut reasons = Vec::new();
         for index in (0..self.file.names().len()).filter(|index| !used.contains(index)) {
@@ -181,7 +180,7 @@ impl Adapter {
                 reasons.push((index, reason.to_owned()));
             }
         }
-        self.library.check_status(OK).map_err(|reason| self.library.error(format!("skipped tensors: {reason}")))?;
+        self.plugin.check_status(OK).map_err(|reason| self.plugin.error(format!("skipped tensors: {reason}")))?;
         Ok(reasons)
     }
 }

@@ -39,14 +39,13 @@ impl std::fmt::Display for ExampleResults {
 /// # Errors
 /// The plugin cannot be loaded, has no examples, or has an unknown interface.
 pub fn check_plugin(plugin: &Plugin) -> Result<ExampleResults> {
-    let bad_plugin = |reason: String| PluginError::BadPlugin { path: plugin.path.clone(), reason };
     let run: fn(&Plugin, &Example) -> Result<()> = match plugin.description.interface.as_str() {
         ADAPTER_INTERFACE => run_adapter,
         CONTROLNET_INTERFACE => run_controlnet,
-        other => return Err(bad_plugin(format!("unknown interface {other:?}"))),
+        other => return Err(plugin.error(format!("unknown interface {other:?}"))),
     };
     if plugin.description.examples.is_empty() {
-        return Err(bad_plugin("there is nothing to check: add an [[example]] to its description".to_owned()));
+        return Err(plugin.error("there is nothing to check: add an [[example]] to its description".to_owned()));
     }
     let results = plugin.description.examples.iter().map(|example| {
         let outcome = check_claims(plugin, example).and_then(|()| run(plugin, example));

@@ -2,7 +2,7 @@
 //! blocks.
 
 use crate::file::PluginFile;
-use crate::library::Library;
+use crate::loaded_plugin::LoadedPlugin;
 use crate::tensors::receive;
 use crate::{Plugin, PluginError, Result};
 use candle_core::Tensor;
@@ -74,7 +74,7 @@ pub struct Residual {
 
 /// A ControlNet file that a plugin has opened.
 pub struct ControlNet {
-    library: Library,
+    plugin: LoadedPlugin,
     table: ClearformBranchTable,
     instance: *mut c_void,
     /// Borrowed by the instance, which `drop` closes before this is dropped.
@@ -93,24 +93,24 @@ impl ControlNet {
     /// # Errors
     /// The plugin violates the plugin interface, or rejects the file or the model.
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>, base: BaseModel) -> Result<Self> {
-        let library = Library::load(plugin, CONTROLNET_INTERFACE)?;
-        // SAFETY: this is the table of the library's interface.
-        let table: ClearformBranchTable = unsafe { library.table() }?;
-        let open = library.function("open", table.open)?;
-        library.function("close", table.close)?;
-        library.function("residuals", table.residuals)?;
+        let plugin = LoadedPlugin::load(plugin, CONTROLNET_INTERFACE)?;
+        // SAFETY: this is the table of the plugin's interface.
+        let table: ClearformBranchTable = unsafe { plugin.table() }?;
+        let open = plugin.function("open", table.open)?;
+        plugin.function("close", table.close)?;
+        plugin.function("residuals", table.residuals)?;
         let file = PluginFile::new(file);
         let config = base.config.to_string();
         let base = base.to_c(&config);
         let mut instance = std::ptr::null_mut();
         // SAFETY: host and file outlive the instance, and the base the call.
-        let status = unsafe { open(library.host(), file.table(), &raw const base, &raw mut instance) };
-        library.check_status(status).map_err(|reason| {
+        let status = unsafe { open(plugin.host(), file.table(), &raw const base, &raw mut instance) };
+        plugin.check_status(status).map_err(|reason| {
             let reason = file.explain(reason);
             PluginError::BadAdapter { adapter: file.path().to_owned(), reason }
         })?;
         let unknown = ControlInput { kind: ControlKind::Latents, channels: 0, modes: 0, range: [0.0, 1.0] };
-        let mut controlnet = Self { library, table, instance, file, input: unknown };
+        let mut controlnet = Self { plugin, table, instance, file, input: unknown };
         controlnet.input = controlnet.read_input()?;
         Ok(controlnet)
     }
@@ -127,7 +127,7 @@ impl ControlNet {
 
     /// The plugin's messages to the user since the last call.
     pub fn notes(&self) -> Vec<String> {
-        self.library.notes()
+        self.plugin.notes()
     }
 
     /// The residuals of one evaluation, unscaled.
@@ -135,14 +135,14 @@ impl ControlNet {
     /// # Errors
     /// The plugin cannot use the input, or violates the plugin interface.
     pub fn residuals(&self, input: &DenoiserInput, controls: Controls) -> Result<Vec<Residual>> {
-        let residuals = self.library.function("residuals", self.table.residuals)?;
+        let residuals = self.plugin.function("residuals", self.table.residuals)?;
         let tensors = StepTensors::new(input, controls)?;
         let step = tensors.step();
         let mut received = ReceivedResiduals::default();
         // SAFETY: the instance is open; the step's tensors and `received` outlive the call.
         let status =
             unsafe { residuals(self.instance, &raw const step, Some(receive_residual), (&raw mut received).cast()) };
-        let outcome = self.library.check_status(status);
+        let outcome = self.plugin.check_status(status);
         if let Some(error) = received.error {
             return Err(self.error(error.to_string()));
         }
@@ -151,18 +151,18 @@ impl ControlNet {
     }
 
     fn read_input(&self) -> Result<ControlInput> {
-        let describe = self.library.function("info", self.table.info)?;
+        let describe = self.plugin.function("info", self.table.info)?;
         let struct_size = size_of::<ClearformBranchInfo>() as u32;
         let mut info = ClearformBranchInfo { struct_size, control: 0, channels: 0, modes: 0, low: 0.0, high: 1.0 };
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { describe(self.instance, &raw mut info) };
-        self.library.check_status(status).map_err(|reason| self.error(reason))?;
+        self.plugin.check_status(status).map_err(|reason| self.error(reason))?;
         let kind = match info.control {
             CONTROL_LATENTS => ControlKind::Latents,
             CONTROL_PIXELS => ControlKind::Pixels,
             other => {
                 let reason = format!("expected a control of kind 1 (latents) or 2 (pixels), found {other}");
-                return Err(self.library.error(reason));
+                return Err(self.plugin.error(reason));
             }
         };
         let range = [info.low, info.high];

@@ -1,4 +1,4 @@
-//! [`Description`]: what a plugin states about itself, read from the library's file without loading it.
+//! [`Description`]: what a plugin states about itself. A library's is read from its file without loading it.
 
 use clearform_layout::glob;
 use clearform_plugin_abi::{DESCRIPTION_BEGIN, DESCRIPTION_END};
@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Descriptions are short: an end marker further away belongs to something else.
 const MAX_LENGTH: usize = 1 << 16;
 
-/// A plugin's description: TOML, embedded in its library.
+/// A plugin's description: TOML, embedded in its library or in the program.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
@@ -93,6 +93,14 @@ pub struct ExampleBase {
 }
 
 impl Description {
+    /// The description in a text without markers, as that of a plugin that is linked into the program.
+    ///
+    /// # Errors
+    /// The text is not TOML, or not a description.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| format!("its description: {error}"))
+    }
+
     /// The description in the bytes of a library's file; `None` if there is none.
     ///
     /// # Errors
@@ -102,7 +110,7 @@ impl Description {
         let rest = &library[begin..library.len().min(begin + MAX_LENGTH)];
         let end = find(rest, DESCRIPTION_END.as_bytes())?;
         let text = std::str::from_utf8(&rest[..end]).map_err(|_| "its description is not UTF-8".to_owned());
-        Some(text.and_then(|text| toml::from_str(text).map_err(|error| format!("its description: {error}"))))
+        Some(text.and_then(Self::parse))
     }
 
     /// Whether the plugin claims a file with these tensor `names` and this `metadata`.
@@ -157,7 +165,7 @@ mod tests {
 
     #[test]
     fn claims_are_patterns_of_names_and_metadata() {
-        let description: Description = toml::from_str(TEXT).unwrap();
+        let description = Description::parse(TEXT).unwrap();
         let none = BTreeMap::new();
         assert!(description.claims(&["a.scale", "b"].into(), &none));
         assert!(!description.claims(&["a.scale", "a.shift"].into(), &none));

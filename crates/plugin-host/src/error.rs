@@ -1,5 +1,6 @@
 //! [`PluginError`]: errors of plugins and of the adapters that they open.
 
+use crate::PluginOrigin;
 use std::path::PathBuf;
 
 /// Errors of this crate. Names that come from files are escaped.
@@ -14,11 +15,11 @@ pub enum PluginError {
         /// The system's error.
         source: std::io::Error,
     },
-    /// The library is not a plugin, or violates the plugin interface.
-    #[error("plugin {path}: {reason}", path = path.display())]
+    /// A library is not a plugin, or a plugin violates the plugin interface.
+    #[error("plugin {plugin}: {reason}")]
     BadPlugin {
-        /// The library.
-        path: PathBuf,
+        /// The plugin's library, or the program.
+        plugin: PluginOrigin,
         /// What was expected and found, and what to do.
         reason: String,
     },

@@ -2,8 +2,9 @@
 //!
 //! The path of an adapter through this crate:
 //!
-//! 1. [`PluginRegistry`] lists the plugins in some folders. It reads their descriptions from the library files and
-//!    loads nothing. [`PluginRegistry::choose`] picks the plugin whose claims match the adapter's file.
+//! 1. [`PluginRegistry`] lists the plugins in some folders and those that are linked into the program. It reads the
+//!    descriptions of libraries from their files and loads nothing. [`PluginRegistry::choose`] picks the plugin whose
+//!    claims match the adapter's file.
 //! 2. [`Adapter`] (LoRA and other weight edits) or [`ControlNet`] loads that plugin and lets it open the file.
 //! 3. [`WeightEdits`] maps the edits of all adapters to the parameters of a model and reports what became of every
 //!    tensor. [`PatchedSource`] is a tensor source with these edits applied. [`ControlledDenoiser`] runs a transformer
@@ -22,13 +23,15 @@ mod edit;
 mod error;
 mod file;
 mod library;
+mod loaded_plugin;
+mod origin;
 mod patched_source;
 mod registry;
 mod strength;
 mod tensors;
 mod weight_edits;
 
-pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE};
+pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, PluginEntry};
 
 pub use adapter::Adapter;
 pub use adapter_report::AdapterReport;
@@ -38,6 +41,7 @@ pub use controlnet::{BaseModel, ControlInput, ControlKind, ControlNet, Controls,
 pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim};
 pub use edit::{Edit, EditKind};
 pub use error::{PluginError, Result};
+pub use origin::PluginOrigin;
 pub use patched_source::{LowRankMode, PatchedSource};
 pub use registry::{Plugin, PluginChoice, PluginRegistry, plugin_at};
 pub use strength::Strength;

@@ -1,26 +1,29 @@
 //! [`PluginRegistry`]: the available plugins, and the choice of the one that opens an adapter. Nothing is loaded here.
 
-use crate::{Description, PluginError, Result};
+use crate::{Description, PluginError, PluginOrigin, Result};
+use clearform_plugin_abi::PluginEntry;
 use clearform_weights::{Checkpoint, TensorSource};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-/// A library with a description.
-#[derive(Debug, Clone, PartialEq)]
+/// A plugin with its description.
+#[derive(Debug, Clone)]
 pub struct Plugin {
-    /// Path of the library.
-    pub path: PathBuf,
+    /// Its library, or the program.
+    pub origin: PluginOrigin,
     /// Its description.
     pub description: Description,
 }
 
-/// The plugins in some folders.
+/// The plugins in some folders, and those that are linked into the program.
 #[derive(Debug, Clone, Default)]
 pub struct PluginRegistry {
     plugins: Vec<Plugin>,
-    /// Libraries whose description is not valid, with reasons.
-    broken: Vec<(PathBuf, String)>,
+    /// Plugins with the id of an earlier one, which is used in their place.
+    shadowed: Vec<Plugin>,
+    /// Plugins whose description is not valid, with reasons.
+    broken: Vec<(PluginOrigin, String)>,
     disabled: bool,
 }
 
@@ -34,7 +37,7 @@ pub struct PluginChoice {
 }
 
 impl PluginRegistry {
-    /// A registry without plugins, for `--no-plugins`.
+    /// A registry without plugins, linked ones included, for `--no-plugins`.
     pub fn disabled() -> Self {
         Self { disabled: true, ..Self::default() }
     }
@@ -48,20 +51,35 @@ impl PluginRegistry {
         for folder in folders {
             check_outside_models(folder)?;
             for path in libraries(folder)? {
-                registry.add(path)?;
+                registry.add_library(path)?;
             }
         }
-        registry.plugins.sort_by(|a, b| a.description.id.cmp(&b.description.id));
         Ok(registry)
     }
 
-    /// All plugins, sorted by id.
+    /// Adds plugins that are linked into the program. A library with the same id takes precedence; a disabled registry
+    /// stays empty.
+    #[must_use]
+    pub fn with_linked(mut self, entries: &[PluginEntry]) -> Self {
+        let used = if self.disabled { &[] } else { entries };
+        for entry in used {
+            self.add(PluginOrigin::Linked(*entry), Description::parse(entry.description));
+        }
+        self
+    }
+
+    /// The plugins that are used, sorted by id.
     pub fn plugins(&self) -> &[Plugin] {
         &self.plugins
     }
 
-    /// Libraries whose description is not valid, with reasons.
-    pub fn broken(&self) -> &[(PathBuf, String)] {
+    /// Plugins that are not used because an earlier one has the same id, in the order of precedence.
+    pub fn shadowed(&self) -> &[Plugin] {
+        &self.shadowed
+    }
+
+    /// Plugins whose description is not valid, with reasons.
+    pub fn broken(&self) -> &[(PluginOrigin, String)] {
         &self.broken
     }
 
@@ -96,9 +114,7 @@ impl PluginRegistry {
             return format!("the plugin {id:?} opens it, but has the interface {interface:?}: pass it with --adapter");
         }
         let available = match self.plugins.is_empty() {
-            true => "there are no plugins: `cargo build --release` puts them next to the program, --plugin-dir adds \
-                     another folder"
-                .to_owned(),
+            true => "there are no plugins: pass their folder with --plugin-dir".to_owned(),
             false => format!("available plugins: {}", ids(&self.plugins.iter().collect::<Vec<_>>())),
         };
         match &choice.id {
@@ -110,16 +126,31 @@ impl PluginRegistry {
         }
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
+    fn add_library(&mut self, path: PathBuf) -> Result<()> {
         check_outside_models(&path)?;
         let bytes = std::fs::read(&path).map_err(|source| PluginError::Io { path: path.clone(), source })?;
-        match Description::find(&bytes) {
-            None => {}
-            Some(Err(reason)) => self.broken.push((path, reason)),
-            Some(Ok(description)) if self.plugins.iter().any(|known| known.description.id == description.id) => {}
-            Some(Ok(description)) => self.plugins.push(Plugin { path, description }),
+        if let Some(description) = Description::find(&bytes) {
+            self.add(PluginOrigin::Library(path), description);
         }
         Ok(())
+    }
+
+    fn add(&mut self, origin: PluginOrigin, description: std::result::Result<Description, String>) {
+        let description = match description {
+            Ok(description) => description,
+            Err(reason) => return self.broken.push((origin, reason)),
+        };
+        match self.plugins.binary_search_by(|known| known.description.id.cmp(&description.id)) {
+            Ok(_) => self.shadowed.push(Plugin { origin, description }),
+            Err(place) => self.plugins.insert(place, Plugin { origin, description }),
+        }
+    }
+}
+
+impl Plugin {
+    /// An error about the plugin itself.
+    pub(crate) fn error(&self, reason: impl Into<String>) -> PluginError {
+        PluginError::BadPlugin { plugin: self.origin.clone(), reason: reason.into() }
     }
 }
 
@@ -139,12 +170,13 @@ fn ids(plugins: &[&Plugin]) -> String {
 /// # Errors
 /// The library is not a plugin, or is inside a model.
 pub fn plugin_at(path: &Path) -> Result<Plugin> {
-    let bad_plugin = |reason: String| PluginError::BadPlugin { path: path.to_owned(), reason };
+    let origin = PluginOrigin::Library(path.to_owned());
+    let bad_plugin = |reason: String| PluginError::BadPlugin { plugin: origin.clone(), reason };
     check_outside_models(path)?;
     let bytes = std::fs::read(path).map_err(|source| PluginError::Io { path: path.to_owned(), source })?;
     let found = Description::find(&bytes);
     let description = found.ok_or_else(|| bad_plugin("it is not a plugin: it contains no description".to_owned()))?;
-    Ok(Plugin { path: path.to_owned(), description: description.map_err(bad_plugin)? })
+    Ok(Plugin { description: description.map_err(bad_plugin)?, origin })
 }
 
 /// Shared libraries directly in `folder`, sorted.
@@ -170,7 +202,7 @@ fn check_outside_models(path: &Path) -> Result<()> {
                  to a folder of its own",
                 model.display()
             );
-            Err(PluginError::BadPlugin { path: path.to_owned(), reason })
+            Err(PluginError::BadPlugin { plugin: PluginOrigin::Library(path.to_owned()), reason })
         }
     }
 }
@@ -184,15 +216,21 @@ fn is_model(folder: &Path) -> bool {
 mod tests {
     use super::*;
     use candle_core::{DType, Device, Tensor};
-    use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, DESCRIPTION_BEGIN, DESCRIPTION_END};
+    use clearform_plugin_abi::{
+        ADAPTER_INTERFACE, CONTROLNET_INTERFACE, ClearformHost, ClearformPlugin, DESCRIPTION_BEGIN, DESCRIPTION_END,
+    };
     use clearform_weights::InMemoryTensors;
     use std::collections::BTreeMap;
 
-    fn write_plugin(folder: &Path, id: &str, interface: &str, claim: &str) {
-        let text = format!(
+    fn description(id: &str, interface: &str, claim: &str) -> String {
+        format!(
             "id = {id:?}\nversion = \"1\"\ninterface = {interface:?}\nabi = 1\nsummary = \"\"\n\
              [[claims]]\nany = [{claim:?}]\n"
-        );
+        )
+    }
+
+    fn write_plugin(folder: &Path, id: &str, interface: &str, claim: &str) {
+        let text = description(id, interface, claim);
         let name = format!("lib{id}.{}", std::env::consts::DLL_EXTENSION);
         std::fs::write(folder.join(name), format!("{DESCRIPTION_BEGIN}{text}{DESCRIPTION_END}")).unwrap();
     }
@@ -241,6 +279,55 @@ mod tests {
         let several = error("a.down");
         assert!(several.contains("one, two; choose one with ,plugin=ID"), "{several}");
         assert!(error("b").contains("tensors such as [\"b\"]"));
+    }
+
+    /// A plugin that the tests list but never load.
+    fn linked(id: &str) -> PluginEntry {
+        extern "C" fn null(_: *const ClearformHost) -> *const ClearformPlugin {
+            std::ptr::null()
+        }
+        let description = description(id, ADAPTER_INTERFACE, "*.down").leak();
+        PluginEntry { package: "clearform-linked", description, function: null }
+    }
+
+    #[test]
+    fn a_library_takes_precedence_over_a_linked_plugin() {
+        let [first, second] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        write_plugin(first.path(), "lora", ADAPTER_INTERFACE, "*.down");
+        write_plugin(second.path(), "lora", ADAPTER_INTERFACE, "*.down");
+        let scanned = PluginRegistry::scan(&[first.path().to_owned(), second.path().to_owned()]).unwrap();
+        let registry = scanned.with_linked(&[linked("lora"), linked("an-other")]);
+        let shown = |plugins: &[Plugin]| -> Vec<String> {
+            plugins.iter().map(|plugin| format!("{}: {}", plugin.description.id, plugin.origin)).collect()
+        };
+        let library =
+            |folder: &Path| folder.join(format!("liblora.{}", std::env::consts::DLL_EXTENSION)).display().to_string();
+        let program = "clearform-linked (linked into the program)";
+        let used = [format!("an-other: {program}"), format!("lora: {}", library(first.path()))];
+        assert_eq!(shown(registry.plugins()), used);
+        assert_eq!(
+            shown(registry.shadowed()),
+            [format!("lora: {}", library(second.path())), format!("lora: {program}")]
+        );
+        let adapter = adapter(first.path(), "a.down");
+        let chosen = registry.choose(&adapter, &choice(None, Some("lora"))).unwrap();
+        assert_eq!(chosen.origin.to_string(), library(first.path()));
+    }
+
+    #[test]
+    fn linked_plugins_are_chosen_by_their_claims_and_listed_if_they_are_broken() {
+        let folder = tempfile::tempdir().unwrap();
+        let broken = PluginEntry { package: "clearform-broken", description: "id = 3", ..linked("x") };
+        let registry = PluginRegistry::default().with_linked(&[linked("lora"), broken]);
+        let chosen = registry.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default()).unwrap();
+        assert_eq!(chosen.description.id, "lora");
+        let [(origin, reason)] = registry.broken() else { panic!("{:?}", registry.broken()) };
+        assert_eq!(origin.to_string(), "clearform-broken (linked into the program)");
+        assert!(reason.starts_with("its description: "), "{reason}");
+        assert!(PluginRegistry::disabled().with_linked(&[linked("lora")]).plugins().is_empty());
+        let none = PluginRegistry::default().choose(&adapter(folder.path(), "a.down"), &PluginChoice::default());
+        let message = none.unwrap_err().to_string();
+        assert!(message.ends_with("there are no plugins: pass their folder with --plugin-dir"), "{message}");
     }
 
     #[test]

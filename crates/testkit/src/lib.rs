@@ -1,10 +1,13 @@
-//! Test helpers: [`assert_close`], fixtures, seeded weights ([`seeded`]) and model folders ([`assemble_pipeline`]).
+//! Test helpers: [`assert_close`], fixtures, seeded weights ([`seeded`]), model folders ([`assemble_pipeline`]) and the
+//! libraries of plugins ([`plugin_folder`]).
 //!
 //! Relative error means ||got - want|| / ||want|| over the whole tensor, summed in f64 whatever their dtype.
 
 mod pipelines;
+mod plugins;
 
 pub use pipelines::assemble_pipeline;
+pub use plugins::plugin_folder;
 
 use candle_core::{DType, Device, Result, Tensor};
 use std::collections::BTreeMap;

@@ -2,7 +2,8 @@
 //! Shakker) and in that of XLabs.
 //!
 //! The network itself is [`FluxControlNet`] in `clearform_models`. This crate reads its files (`flux.toml`, `source`),
-//! and decides which blocks of the model each residual is added to (`injection`).
+//! and decides which blocks of the model each residual is added to (`injection`). It is linked into programs; `library/`
+//! exports it as a shared library.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod injection;
@@ -17,7 +18,7 @@ use clearform_plugin_abi::sdk::{
     AdapterFile, BlockResidual, ControlNetPlugin, ControlSpec, Result, StepInput, TargetModel,
 };
 use clearform_plugin_abi::tensor::{BorrowedTensor, OwnedTensor};
-use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, export_controlnet};
+use clearform_plugin_abi::{CONTROL_LATENTS, CONTROL_PIXELS, PluginEntry, controlnet_entry};
 use injection::InjectionRule;
 use serde_json::{Value, json};
 use source::FileSource;
@@ -33,13 +34,14 @@ pub struct ControlNetFile {
     injection: InjectionRule,
 }
 
-export_controlnet!(ControlNetFile, "../plugin.toml");
+/// The plugin.
+pub const PLUGIN: PluginEntry = controlnet_entry!(ControlNetFile, "../plugin.toml");
 
 impl ControlNetPlugin for ControlNetFile {
     fn open(file: AdapterFile, model: TargetModel) -> Result<Self> {
         let base = flux_config(&model)?;
-        // This library has a copy of rayon of its own. The pool is global, so building it fails for every file but the
-        // first, which is fine.
+        // A shared library has a copy of rayon of its own. The pool is global, so building it fails for every file but
+        // the first, and in a program that the plugin is linked into: both is fine, as the pool exists then.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(file.threads()).build_global();
         let plan: AttentionPlan =
             model.attention.parse().map_err(|error| format!("attention {:?}: {error}", model.attention))?;

@@ -4,6 +4,8 @@
 //! module and turns them into edits; `recipes` computes the tensors of an edit; `products` multiplies out LoHa and
 //! LoKr; `settings` reads what peft stores in the metadata. The plugin does not know which parameters a model has: the
 //! host maps the names.
+//!
+//! This crate is linked into programs; `library/` exports it as a shared library.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod modules;
@@ -12,8 +14,8 @@ mod products;
 mod recipes;
 mod settings;
 
-use clearform_plugin_abi::export_adapter;
 use clearform_plugin_abi::sdk::{AdapterFile, AdapterPlugin, EditTensors, ParameterEdit, Result};
+use clearform_plugin_abi::{PluginEntry, adapter_entry};
 use modules::FileEdits;
 use recipes::EditRecipe;
 use std::collections::BTreeMap;
@@ -27,7 +29,8 @@ pub struct LoraFile {
     skipped: BTreeMap<usize, &'static str>,
 }
 
-export_adapter!(LoraFile, "../plugin.toml");
+/// The plugin.
+pub const PLUGIN: PluginEntry = adapter_entry!(LoraFile, "../plugin.toml");
 
 impl AdapterPlugin for LoraFile {
     fn open(file: AdapterFile) -> Result<Self> {

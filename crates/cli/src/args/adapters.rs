@@ -11,7 +11,7 @@ pub struct PluginSearchArgs {
     /// Folder to search for plugins before the program's own; may be repeated.
     #[arg(long, value_name = "DIR", help_heading = ADAPTERS)]
     pub plugin_dir: Vec<PathBuf>,
-    /// Load no plugins.
+    /// Use no plugins, not even those that are linked into the program.
     #[arg(long, help_heading = ADAPTERS)]
     pub no_plugins: bool,
 }
@@ -27,16 +27,23 @@ pub struct PluginsArgs {
 /// What to do about plugins.
 #[derive(Debug, Subcommand)]
 pub enum PluginsAction {
-    /// List the plugins next to the program and in --plugin-dir.
+    /// List the plugins in --plugin-dir, next to the program and linked into it.
     #[command(after_help = "Example:\n  clearform plugins list --plugin-dir plugins")]
     List(PluginSearchArgs),
     /// Load a plugin and run the examples it declares.
-    #[command(after_help = "Example:\n  clearform plugins check plugins/libclearform_lora.so")]
-    Check {
-        /// The plugin's shared library.
-        #[arg(value_name = "FILE")]
-        path: PathBuf,
-    },
+    #[command(after_help = "Example:\n  clearform plugins check plugins/libclearform_mine.so")]
+    Check(PluginCheckArgs),
+}
+
+/// `clearform plugins check`.
+#[derive(Debug, Args)]
+pub struct PluginCheckArgs {
+    /// The plugin's shared library, or the id of a listed plugin.
+    #[arg(value_name = "FILE|ID")]
+    pub plugin: PathBuf,
+    /// Where a plugin with an id is.
+    #[command(flatten)]
+    pub search: PluginSearchArgs,
 }
 
 /// Adapters that edit weights.

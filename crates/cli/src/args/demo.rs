@@ -15,7 +15,7 @@ pub struct DemoArgs {
     /// Distillation steps per student.
     #[arg(long, default_value_t = 150, value_name = "N", help_heading = DISTILLATION)]
     pub steps: usize,
-    /// Where plugins are; without them the demo leaves out the adapters.
+    /// Where plugins are; without any the demo leaves out the adapters.
     #[command(flatten)]
     pub plugins: PluginSearchArgs,
     /// Folder to write the models and the report to.

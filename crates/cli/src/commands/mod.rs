@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod compare;
 pub mod convert;
+#[cfg(feature = "demo")]
 pub mod demo;
 pub mod distill;
 pub mod export;

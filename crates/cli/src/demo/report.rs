@@ -2,7 +2,8 @@
 
 use anyhow::Context as _;
 use clearform::TransferReport;
-use clearform::page::{Page, Series, chart};
+use clearform::chart::{Series, chart};
+use clearform::page::Page;
 use clearform_runtime::compare::contact_sheet;
 use clearform_runtime::{RgbImage, png};
 use serde::Serialize;
@@ -24,7 +25,7 @@ pub struct DemoReport {
     pub teacher_retrieval: f64,
     /// One entry per student.
     pub students: Vec<StudentResult>,
-    /// What carries over to the last student; none without the plugins.
+    /// What carries over to the last student; none without plugins.
     pub transfer: Option<TransferReport>,
     /// Total seconds.
     pub seconds: f64,

@@ -6,18 +6,12 @@ use candle_core::DType;
 use clearform::evaluation::EvaluationRun;
 use clearform::{
     AdapterKind, AdapterOptions, AdapterSpec, Observer, PipelineOptions, PluginOptions, RgbImage, TransferReport,
-    TransferStudy, plugin_registry,
+    TransferStudy,
 };
 use clearform_portable_model::recorded_plan;
 use std::path::Path;
 
-/// Ids of the plugins that open the demo's adapters.
-const PLUGINS: [&str; 2] = ["lora", "controlnet"];
-
-const PLUGINS_MISSING: &str = "the plugins are not next to the program, so the demo leaves out the adapters; \
-                               `cargo build --release` builds them there";
-
-/// Runs the study; returns none if the plugins are not available. `assets` holds the teacher and its adapters.
+/// Runs the study; returns none if plugins are disabled. `assets` holds the teacher and its adapters.
 pub fn run(
     assets: &Path,
     student: &Path,
@@ -25,8 +19,8 @@ pub fn run(
     plugins: &PluginOptions,
     observer: &mut dyn Observer,
 ) -> anyhow::Result<Option<TransferReport>> {
-    if plugins.disabled || !plugins_found(plugins)? {
-        observer.note(PLUGINS_MISSING);
+    if plugins.disabled {
+        observer.note("plugins are disabled (--no-plugins), so the demo leaves out the adapters");
         return Ok(None);
     }
     let lora = AdapterSpec::new(assets.join("lora"), AdapterKind::Lora);
@@ -53,10 +47,4 @@ pub fn run(
         folder: &assets.with_file_name("transfer"),
     };
     Ok(Some(study.run(observer)?))
-}
-
-fn plugins_found(plugins: &PluginOptions) -> anyhow::Result<bool> {
-    let registry = plugin_registry(plugins)?;
-    let ids: Vec<&str> = registry.plugins().iter().map(|plugin| plugin.description.id.as_str()).collect();
-    Ok(PLUGINS.iter().all(|id| ids.contains(id)))
 }
