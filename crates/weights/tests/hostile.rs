@@ -136,7 +136,7 @@ fn broken_folders_are_named() {
             "none with a standard name: pass one of",
         ),
         ("shard missing", vec![(INDEX, index(r#""a":"gone.safetensors""#))], "gone.safetensors: No such file"),
-        ("index missing, one shard", vec![(first, tensor("a"))], "not one complete model"),
+        ("index missing, one shard", vec![(first, tensor("a"))], "not one complete sharded model"),
         ("path in index", vec![(INDEX, index(r#""a":"../x.safetensors""#))], "\"../x.safetensors\" is not a plain"),
         ("absolute", vec![(INDEX, index(r#""a":"/etc/x.safetensors""#))], "not a plain file name"),
         ("backslash", vec![(INDEX, index(r#""a":"..\\x.safetensors""#))], "not a plain file name"),
