@@ -130,8 +130,11 @@ fn gradients_of_distilled_tensors_predict_small_steps() {
     let input = input(&cases, "5x8");
     let mut source = weights("flux/head24/weights.safetensors");
     let layers = build_from("head24", &source, &AttentionPlan::full()).layer_names().to_vec();
-    let names: Vec<String> =
-        layers.iter().flat_map(|layer| architecture("head24").distilled_layers(layer)).flat_map(|layer| layer.parameters).collect();
+    let names: Vec<String> = layers
+        .iter()
+        .flat_map(|layer| architecture("head24").distilled_layers(layer))
+        .flat_map(|layer| layer.parameters)
+        .collect();
     assert_eq!(names.len(), 8 + 8 + 6);
     let variables: Vec<Var> =
         names.iter().map(|name| Var::from_tensor(&source.tensor(name).unwrap()).unwrap()).collect();

@@ -214,11 +214,7 @@ pub fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry> {
 }
 
 /// Passes on how many tensors of each adapter were applied, and the plugins' notes.
-pub(crate) fn note_reports(
-    reports: &[AdapterReport],
-    controlnets: &[ActiveControlNet],
-    observer: &mut dyn Observer,
-) {
+pub(crate) fn note_reports(reports: &[AdapterReport], controlnets: &[ActiveControlNet], observer: &mut dyn Observer) {
     for report in reports {
         report.notes.iter().for_each(|text| note(observer, text));
         note(observer, report);

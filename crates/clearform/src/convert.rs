@@ -179,12 +179,7 @@ impl Conversion<'_> {
         distillation::train(teacher, student, &samples, training, self.observer)
     }
 
-    fn samples(
-        &mut self,
-        training: &TrainingOptions,
-        staging: &StagingDir,
-        adapters: &Adapters,
-    ) -> Result<SampleSet> {
+    fn samples(&mut self, training: &TrainingOptions, staging: &StagingDir, adapters: &Adapters) -> Result<SampleSet> {
         if let Some(folder) = &training.samples {
             return distillation::open_samples(folder);
         }
@@ -217,9 +212,8 @@ impl Conversion<'_> {
         let transformer = &self.source.edited.transformer;
         let source = transformer.source();
         let observer = &mut *self.observer;
-        let mut watch = |done: u64, total: u64| {
-            observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize))
-        };
+        let mut watch =
+            |done: u64, total: u64| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
         Ok(match trained {
             Some(trained) => {
                 let distilled = PatchedAttention::new(&source, &trained.distilled.tensors);

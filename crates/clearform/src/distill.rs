@@ -87,8 +87,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let distilled = PatchedAttention::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .with_components(vec![options.model.clone()], CopyMode::Copy);
-    let mut watch =
-        |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
+    let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
     let mut record = conversion.record(model.record().source.clone())?;
     record.distillation = Some(trained.record);

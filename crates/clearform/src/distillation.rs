@@ -39,7 +39,8 @@ pub fn prepare_samples(
         return Ok(set);
     }
     if pipeline.takes_control() {
-        let reason = "the transformer needs a control image, but samples are generated from prompts alone; pass --samples";
+        let reason =
+            "the transformer needs a control image, but samples are generated from prompts alone; pass --samples";
         return Err(ClearformError::bad_option(reason));
     }
     let text_ids = encode_prompts(pipeline, &set)?;
@@ -163,11 +164,7 @@ fn sample_size(pipeline: &Pipeline, training: &TrainingOptions) -> ImageSize {
 }
 
 /// Samples are generated in f32 on a CPU, and in bf16 on a GPU, whose attention kernels take 16-bit values.
-fn sampling_spec(
-    pipeline: &Pipeline,
-    settings: &SampleSettings,
-    text_ids: Option<Tensor>,
-) -> Result<SamplingSpec> {
+fn sampling_spec(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> Result<SamplingSpec> {
     let [width, height] = settings.size;
     let latents = pipeline.initial_latents(0, 1, ImageSize { height, width })?;
     let device = latents.tensor.device().clone();
@@ -183,7 +180,8 @@ fn sampling_spec(
 
 fn distill_settings(training: &TrainingOptions, device: ComputeDevice) -> DistillSettings {
     // Short runs warm up for a ninth of their steps, so that most steps train at the full rate.
-    let learning_rate = LearningRate { peak: training.learning_rate, warmup: (training.steps / 9).min(20), ..Default::default() };
+    let learning_rate =
+        LearningRate { peak: training.learning_rate, warmup: (training.steps / 9).min(20), ..Default::default() };
     DistillSettings {
         steps: training.steps,
         batch: training.batch,

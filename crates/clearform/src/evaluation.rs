@@ -89,10 +89,9 @@ fn read_prompts(path: &Path, parse: fn(&Path, &str) -> Result<Prompt>) -> Result
     let prompts = lines.map(|line| parse(path, line)).collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {
         false => Ok(prompts),
-        true => Err(ClearformError::bad_option(format!(
-            "{}: expected prompts, one per line, found none",
-            path.display()
-        ))),
+        true => {
+            Err(ClearformError::bad_option(format!("{}: expected prompts, one per line, found none", path.display())))
+        }
     }
 }
 
@@ -111,8 +110,7 @@ impl EvaluationRun {
     pub fn new(options: &EvaluationOptions, teacher: &Pipeline) -> Result<Self> {
         let defaults = teacher.transformer().identified().variant.defaults;
         let default_prompts = DEFAULT_PROMPTS.join("\n");
-        let prompts =
-            prompts_or_classes(teacher, options.prompts.as_deref(), &default_prompts, DEFAULT_PROMPTS.len())?;
+        let prompts = prompts_or_classes(teacher, options.prompts.as_deref(), &default_prompts, DEFAULT_PROMPTS.len())?;
         Ok(Self {
             control_images: control_images_per_prompt(&options.control_images, prompts.len())?,
             prompts,

@@ -43,7 +43,6 @@ impl Page {
     }
 
     /// Adds an SVG with a caption.
-    #[cfg(feature = "demo")]
     pub fn svg(&mut self, svg: &str, caption: &str) -> &mut Self {
         self.block(&format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)))
     }

@@ -118,8 +118,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
         .with_component_data(components.open_embedded()?);
     let hashes = SourceHashes::start(transformer.checkpoint());
     let mut staging = StagingDir::begin(output, *overwrite)?;
-    let mut watch =
-        |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
+    let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
     staging.finish(conversion.record(hashes.wait()?)?)?;
     Ok(WrittenModel::new(output, patch.plan(), report))

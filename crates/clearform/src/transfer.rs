@@ -4,7 +4,7 @@
 use crate::adapters::AdapterOptions;
 use crate::error::WithContext as _;
 use crate::evaluation::{EvaluationOptions, EvaluationRun};
-use crate::observer::{Observer, Progress, Stage, note};
+use crate::observer::{Observer, note};
 use crate::page::Page;
 use crate::patch::{PatchOptions, apply_patch, extract_patch};
 use crate::sources::default_options;
@@ -232,7 +232,11 @@ impl TransferStudy<'_> {
             retrieval: retrieved as f64 / linear.len() as f64,
             effect: 1.0,
             images: [original, linear],
-            control_images: if adapters.controlnet_count() > 0 { self.evaluation.control_images.clone() } else { Vec::new() },
+            control_images: if adapters.controlnet_count() > 0 {
+                self.evaluation.control_images.clone()
+            } else {
+                Vec::new()
+            },
         })
     }
 
@@ -264,7 +268,10 @@ impl TransferStudy<'_> {
             let output = self.folder.join(format!("fine-tune-{name}"));
             let base = (mode == PatchMode::Shift).then(|| self.teacher.to_owned());
             let overwrite = Overwrite::PortableModel;
-            apply_patch(&PatchOptions { mode, base, overwrite, ..PatchOptions::new(&file, fine_tune, &output) }, observer)?;
+            apply_patch(
+                &PatchOptions { mode, base, overwrite, ..PatchOptions::new(&file, fine_tune, &output) },
+                observer,
+            )?;
             models.push((format!("fine-tune, {name}"), output));
         }
         Ok(models)

@@ -5,8 +5,8 @@ use candle_core::{Device, Tensor};
 use clearform::evaluation::EvaluationOptions;
 use clearform::{
     AdapterKind, AdapterOptions, AdapterSpec, ClearformError, CompareOptions, ConvertOptions, GenerateOptions,
-    Observer, Progress, Prompt, RgbImage, Stage, TrainingOptions, TransferOptions, compare, convert, generate,
-    inspect, transfer,
+    Observer, Progress, Prompt, RgbImage, Stage, TrainingOptions, TransferOptions, compare, convert, generate, inspect,
+    transfer,
 };
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -180,8 +180,10 @@ fn control_models_are_compared() {
     };
     let report = |output: &str, control_images| {
         let output = folder.path().join(output);
-        let options =
-            CompareOptions { evaluation: evaluation(control_images), ..CompareOptions::new(&teacher, &student, output) };
+        let options = CompareOptions {
+            evaluation: evaluation(control_images),
+            ..CompareOptions::new(&teacher, &student, output)
+        };
         compare(&options, &mut ())
     };
     let black = report("black", vec![image(0)]).unwrap();

@@ -26,7 +26,7 @@ pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
-pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
+pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use headings::{GENERAL, INPUT};

@@ -244,7 +244,8 @@ fn evaluations_per_step_agree_with_the_models() {
         let path = folder.path().join(name);
         let output = run(0, &[&["inspect", text(&path), "--json"], arguments].concat());
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let architecture = FamilyRegistry::default().get(found["family"].as_str().unwrap()).unwrap().parse(&found["config"]).unwrap();
+        let architecture =
+            FamilyRegistry::default().get(found["family"].as_str().unwrap()).unwrap().parse(&found["config"]).unwrap();
         let defaults = &found["variant"]["defaults"];
         let guidance_kind = architecture.pipeline().guidance_kind();
         let evaluations = if guidance_kind.guides(defaults["guidance"].as_f64().unwrap()) { 2 } else { 1 };

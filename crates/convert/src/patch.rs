@@ -7,9 +7,9 @@ use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Policy, Radius};
 use clearform_weights::{Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
-use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// How a patch is applied to a model.

@@ -11,6 +11,7 @@ use clearform_weights::{
     Checkpoint, Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, digest,
 };
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
@@ -48,7 +49,11 @@ fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSour
     let (_, identified) = open(checkpoint.path());
     let canonical = identified.canonical(checkpoint);
     let mut progress = Vec::new();
-    let report = plan.apply(source, canonical.load_report(), &mut stage, &mut |done, all| progress.push((done, all)));
+    let mut watch = |done, all| {
+        progress.push((done, all));
+        ControlFlow::Continue(())
+    };
+    let report = plan.apply(source, canonical.load_report(), &mut stage, &mut watch);
     let report = report.unwrap();
     assert!(report.load_report.is_complete());
     assert_eq!(report.load_report.used(), checkpoint.tensors().len());

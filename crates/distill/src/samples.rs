@@ -9,9 +9,7 @@ use crate::settings::at_least_one;
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, Denoiser, Prompt};
-use clearform_sampling::{
-    Guidance, SamplingError, Schedule, Start, StepAction, StepProgress, TorchGenerator, denoise,
-};
+use clearform_sampling::{Guidance, SamplingError, Schedule, Start, StepAction, StepProgress, TorchGenerator, denoise};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};

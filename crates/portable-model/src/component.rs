@@ -1,6 +1,6 @@
 //! [`ComponentData`]: a VAE or text encoder that is written from tensors; other components are copied as files.
 
-use crate::{Result, StagingDir};
+use crate::{PortableModelError, Result, StagingDir};
 use clearform_layout::LoadReport;
 use clearform_weights::{TensorInfo, TensorSource};
 use serde_json::Value;
@@ -32,7 +32,9 @@ impl ComponentData {
         let Self { name, config, tensors, .. } = self;
         let is_transformers = name.starts_with("text_encoder");
         let file = if is_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-        stage.write_tensors(&format!("{name}/{file}"), &tensors.tensors(), |info| Ok::<_, PortableModelError>(tensors.read(&info.name)?))?;
+        stage.write_tensors(&format!("{name}/{file}"), &tensors.tensors(), |info| {
+            Ok::<_, PortableModelError>(tensors.read(&info.name)?)
+        })?;
         stage.write(&format!("{name}/config.json"), &serde_json::to_vec_pretty(config).unwrap_or_default())
     }
 }

@@ -3,7 +3,8 @@
 
 use crate::error::at;
 use crate::{FileRecord, ModelRecord, PortableModelError, Result};
-use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, digest};
+use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, WeightsError, digest};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -41,8 +41,7 @@ impl Pipeline {
     /// The number of prompts or control images does not divide the batch, or a control does not fit the model.
     pub fn prepare(&self, batch: ImageBatch) -> Result<PreparedBatch> {
         let ImageBatch { latents, prompts, schedule, scales, controls } = batch;
-        let batch_spec =
-            BatchSpec { size: latents.size, batch: latents.tensor.dim(0)?, guidance: scales.guidance };
+        let batch_spec = BatchSpec { size: latents.size, batch: latents.tensor.dim(0)?, guidance: scales.guidance };
         Ok(PreparedBatch {
             guidance: self.guidance(&prompts, &latents, scales)?,
             control: self.control_latents(&controls, batch_spec)?,

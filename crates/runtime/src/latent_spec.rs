@@ -27,7 +27,8 @@ impl LatentSpec {
         let has_vae = transformer.identified().components().iter().any(|component| component == "vae");
         let vae = if has_vae { Some(autoencoder(&components.config("vae")?)?) } else { None };
         let in_channels = transformer.architecture().input_channels().latents;
-        let (channels, downscale) = vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels(), vae.downscale()));
+        let (channels, downscale) =
+            vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels(), vae.downscale()));
         let patch_size = spec.patch_size();
         let edge = spec.sample_size().map(|edge| edge * downscale);
         let vae_edge = || vae.as_ref().and_then(|vae| vae.sample_size());

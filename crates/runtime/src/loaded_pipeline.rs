@@ -15,11 +15,11 @@ impl Pipeline {
     ///
     /// # Errors
     /// Weights cannot be read.
-    pub fn load(self) -> Result<LoadedPipeline> {
-        let pipeline = Self { held: Some(HeldWeights::default()), ..self };
-        pipeline.own_transformer()?;
-        pipeline.autoencoder()?;
-        Ok(LoadedPipeline(pipeline))
+    pub fn load(mut self) -> Result<LoadedPipeline> {
+        self.held = Some(HeldWeights::default());
+        self.own_transformer()?;
+        self.autoencoder()?;
+        Ok(LoadedPipeline(self))
     }
 }
 

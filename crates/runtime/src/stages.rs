@@ -60,13 +60,12 @@ impl Pipeline {
         if prompts.is_empty() {
             return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
         }
-        let encoders =
-            PipelineTextEncoders {
-                components: &self.components,
-                edits: &self.edits,
-                device: &self.options.device,
-                held: self.held.as_ref().map(|held| &held.encoders),
-            };
+        let encoders = PipelineTextEncoders {
+            components: &self.components,
+            edits: &self.edits,
+            device: &self.options.device,
+            held: self.held.as_ref().map(|held| &held.encoders),
+        };
         Ok(self.transformer.pipeline_spec().encode(prompts, &encoders)?)
     }
 

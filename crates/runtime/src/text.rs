@@ -114,7 +114,7 @@ impl EncoderComponent<'_> {
 
     /// Weights in their stored dtype, which encoders convert where they use them, with low-rank edits beside them.
     fn open_weights(&self) -> Result<PatchedSource<'_, Box<dyn TensorSource>>> {
-        let PipelineTextEncoders { components, edits, device } = *self.encoders;
+        let PipelineTextEncoders { components, edits, device, .. } = *self.encoders;
         let mut stored = components.weights(self.component)?;
         if !device.is_cpu() {
             stored = Box::new(InMemoryTensors::load(&stored, None, device)?);

@@ -98,7 +98,14 @@ impl TransformerCheckpoint {
         let canonical = identified.canonical(checkpoint);
         let canonical =
             if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
-        Ok(Self { architecture, families, identified, canonical, edits: Arc::default(), low_rank: LowRankMode::default() })
+        Ok(Self {
+            architecture,
+            families,
+            identified,
+            canonical,
+            edits: Arc::default(),
+            low_rank: LowRankMode::default(),
+        })
     }
 
     /// Adds the edits of adapters, which may add input channels.

@@ -191,7 +191,9 @@ mod tests {
         let latents = Tensor::zeros((1, 3, 1, 1), DType::F32, &Device::Cpu)?;
         let schedule = FlowMatchEuler::default().schedule(1, 1)?;
         let start = Start::from_noise(latents);
-        Ok(denoise(&WITH_VARIANCE, start, &schedule, guidance, &mut |_| StepAction::Continue)?.flatten_all()?.to_vec1()?)
+        Ok(denoise(&WITH_VARIANCE, start, &schedule, guidance, &mut |_| StepAction::Continue)?
+            .flatten_all()?
+            .to_vec1()?)
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Devices and dtypes on the command line.
 
 use super::headings::DEVICE;
-use clearform::ComputeDevice;
 use clap::{Args, ValueEnum};
+use clearform::ComputeDevice;
 
 /// Data types a model can run or be stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -1,9 +1,12 @@
 //! `clearform bench`: timings on this machine.
 
-use crate::args::{AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs};
+use crate::args::{
+    AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
+};
 use crate::output::{CommandOutcome, Output};
 use clearform::bench::{
-    AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, bench_attention, bench_model, bench_step, bench_tiles,
+    AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, bench_attention, bench_model, bench_step,
+    bench_tiles,
 };
 use clearform::{AttentionPlan, Radius, parse_plan};
 

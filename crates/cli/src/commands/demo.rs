@@ -4,7 +4,7 @@ use crate::args::DemoArgs;
 use crate::demo::{self, DemoSettings};
 use crate::output::{CommandOutcome, Output};
 use anyhow::Context as _;
-use clearform_attention::Radius;
+use clearform::Radius;
 
 /// Window radii of the students, in tokens: a quarter and half of the embedded model's 16 x 16 tokens.
 const RADII: [f64; 2] = [4.0, 8.0];

@@ -14,4 +14,3 @@ pub mod patch;
 pub mod plugins;
 pub mod transfer;
 pub mod verify;
-

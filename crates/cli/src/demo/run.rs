@@ -95,7 +95,11 @@ fn is_held_out(index: usize) -> bool {
 }
 
 /// Generates samples of the names that are not held out. Returns their folder and the seconds it took.
-fn generate_samples(settings: &DemoSettings, teacher: &Pipeline, observer: &mut dyn Observer) -> anyhow::Result<(PathBuf, f64)> {
+fn generate_samples(
+    settings: &DemoSettings,
+    teacher: &Pipeline,
+    observer: &mut dyn Observer,
+) -> anyhow::Result<(PathBuf, f64)> {
     let begun = Instant::now();
     let prompts = settings.folder.join("prompts.txt");
     let training_names: Vec<&str> = names(|index| !is_held_out(index)).collect();

@@ -111,11 +111,7 @@ impl TensorSource for RecordingSource<'_> {
 }
 
 impl Architecture for RecordingFlux {
-    fn build(
-        &self,
-        source: &dyn TensorSource,
-        plan: &AttentionPlan,
-    ) -> clearform_models::Result<Box<dyn Denoiser>> {
+    fn build(&self, source: &dyn TensorSource, plan: &AttentionPlan) -> clearform_models::Result<Box<dyn Denoiser>> {
         self.flux.build(&RecordingSource(source, self), plan)
     }
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> clearform_models::Result<DenoiserInput> {

@@ -36,7 +36,8 @@ fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
     });
     let architecture = Flux.parse(&config).unwrap();
     let models =
-        TeacherStudent::build(PairSpec { architecture: architecture.as_ref(), plan: &plan }, &weights, &weights).unwrap();
+        TeacherStudent::build(PairSpec { architecture: architecture.as_ref(), plan: &plan }, &weights, &weights)
+            .unwrap();
     let folder = tempfile::tempdir().unwrap();
     let samples = samples(&folder.path().join("samples"), &models);
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };

@@ -9,6 +9,7 @@ use clearform_distill::{Batches, ClassifierFree, DistillSettings, SampleSet, Sam
 use clearform_models::{Conditions, Denoiser, Prompt};
 use clearform_sampling::{Guidance, Start, StepAction, TorchGenerator, denoise};
 use clearform_testkit::assert_close;
+use std::ops::ControlFlow;
 
 const PROMPTS: [&str; 3] = ["cat", "dog", "sun"];
 
@@ -75,7 +76,8 @@ fn a_deleted_batch_is_generated_again_bit_for_bit() {
     set.generate(models.teacher(), &sampling_spec(), &mut |done, all| {
         reported.push((done, all));
         ControlFlow::Continue(())
-    }).unwrap();
+    })
+    .unwrap();
     assert_eq!(reported, [(4, 7), (7, 7)]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
 

@@ -1,7 +1,7 @@
 //! [`QkvProjections`]: the projections of an attention layer, and [`attention`], its operation.
 
-use crate::weight_builder::{Linear, WeightBuilder};
 use crate::Result;
+use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
 use clearform_ops::rms_norm;

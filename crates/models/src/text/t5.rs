@@ -5,10 +5,10 @@ mod block;
 mod relative_position;
 
 use super::checked_ids;
+use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
 use crate::layers::expect;
 use crate::weight_builder::WeightBuilder;
-use crate::Result;
 use block::{ScoreBias, T5Block, T5LayerNorm};
 use candle_core::{DType, Tensor};
 use clearform_weights::TensorSource;
@@ -291,7 +291,8 @@ mod tests {
         assert!(error.contains(&format!("{name:?}: expected shape [8, 12], found [8, 11]")), "{error}");
         let without_positions = weights.iter().filter(|(name, _)| !name.ends_with(POSITIONS));
         let without_positions = without_positions.map(|(name, tensor)| (name.to_owned(), tensor.clone()));
-        let error = T5Encoder::build(config(), &without_positions.collect::<InMemoryTensors>()).unwrap_err().to_string();
+        let error =
+            T5Encoder::build(config(), &without_positions.collect::<InMemoryTensors>()).unwrap_err().to_string();
         assert!(error.contains(&format!("\"encoder.block.0.{POSITIONS}\" is missing")), "{error}");
     }
 

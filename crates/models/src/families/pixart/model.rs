@@ -3,8 +3,7 @@
 use super::blocks::{PixartBlock, block_name, modulated_rows};
 use super::config::PixartConfig;
 use crate::layers::{
-    Blocks, Mlp, NORM_EPS, PatchEmbed, checked_batch, expect, grid, sincos_positions, sinusoidal_embedding,
-    to_latents,
+    Blocks, Mlp, NORM_EPS, PatchEmbed, checked_batch, expect, grid, sincos_positions, sinusoidal_embedding, to_latents,
 };
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, ModelError, Result};

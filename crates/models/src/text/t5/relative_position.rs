@@ -30,7 +30,8 @@ impl RelativePositions {
         let (buckets, heads) = self.table.dims2()?;
         // The bucket of key - query, for key - query from 1 - tokens to tokens - 1.
         let last = tokens as i64 - 1;
-        let by_distance: Vec<u32> = (-last..=last).map(|distance| bucket(distance, buckets, self.max_distance)).collect();
+        let by_distance: Vec<u32> =
+            (-last..=last).map(|distance| bucket(distance, buckets, self.max_distance)).collect();
         let indices: Vec<u32> =
             (0..tokens).rev().flat_map(|first| by_distance[first..first + tokens].iter().copied()).collect();
         let indices = Tensor::from_vec(indices, tokens * tokens, self.table.device())?;
