@@ -89,7 +89,9 @@ fn used_by(package: &serde_json::Value) -> BTreeSet<String> {
     let dependencies = package["dependencies"].as_array().expect("dependencies");
     let normal = dependencies.iter().filter(|dependency| dependency["kind"].is_null());
     normal
-        .filter(|dependency| dependency["name"].as_str().is_some_and(|name| name.starts_with("clearform-")))
+        .filter(|dependency| {
+            dependency["name"].as_str().is_some_and(|name| name == "clearform" || name.starts_with("clearform-"))
+        })
         .map(|dependency| short(&dependency["name"]))
         .collect()
 }

@@ -1,5 +1,6 @@
 //! Converts a checkpoint to a linear model and says how close it comes to the original.
 //! `cargo run --release -p clearform --example convert -- assets/mini-flux/base /tmp/mini-flux-clear`
+#![allow(clippy::print_stdout)]
 
 use clearform::{CompareOptions, ConvertOptions, TrainingOptions, compare, convert};
 use std::error::Error;

@@ -1,5 +1,6 @@
 //! Draws an image with a LoRA.
 //! `cargo run --release -p clearform --example generate_with_lora -- assets/mini-flux/base assets/mini-flux/lora "cat face" cat.png`
+#![allow(clippy::print_stdout)]
 
 use clearform::{AdapterKind, AdapterOptions, AdapterSpec, GenerateOptions, Observer, Prompt, generate};
 use std::error::Error;

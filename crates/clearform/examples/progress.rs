@@ -1,5 +1,6 @@
 //! Draws an image with a progress bar of its own, and cancels on request.
 //! `cargo run --release -p clearform --example progress -- assets/mini-flux/base "cat face" cat.png [CANCEL_AFTER]`
+#![allow(clippy::print_stdout)]
 
 use clearform::{ClearformError, GenerateOptions, Observer, Progress, Prompt, Stage, generate};
 use std::error::Error;

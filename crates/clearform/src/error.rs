@@ -37,7 +37,7 @@ pub enum ClearformError {
     Weights(#[from] clearform_weights::WeightsError),
     /// The checkpoint is of no known family, or is incomplete.
     #[error(transparent)]
-    Layout(#[from] clearform_layout::LayoutError),
+    Layout(Box<clearform_layout::LayoutError>),
     /// A model rejects its input or its weights.
     #[error(transparent)]
     Model(#[from] clearform_models::ModelError),
@@ -49,13 +49,13 @@ pub enum ClearformError {
     PortableModel(#[from] clearform_portable_model::PortableModelError),
     /// A conversion or a patch failed.
     #[error(transparent)]
-    Convert(clearform_convert::ConvertError),
+    Convert(Box<clearform_convert::ConvertError>),
     /// Distillation failed.
     #[error(transparent)]
-    Distill(clearform_distill::DistillError),
+    Distill(Box<clearform_distill::DistillError>),
     /// A pipeline cannot be opened or run.
     #[error(transparent)]
-    Runtime(clearform_runtime::RuntimeError),
+    Runtime(Box<clearform_runtime::RuntimeError>),
     /// candle rejects a computation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -68,7 +68,7 @@ impl From<clearform_convert::ConvertError> for ClearformError {
     fn from(error: clearform_convert::ConvertError) -> Self {
         match error {
             clearform_convert::ConvertError::Cancelled => Self::Cancelled,
-            other => Self::Convert(other),
+            other => Self::Convert(Box::new(other)),
         }
     }
 }
@@ -77,7 +77,7 @@ impl From<clearform_distill::DistillError> for ClearformError {
     fn from(error: clearform_distill::DistillError) -> Self {
         match error {
             clearform_distill::DistillError::Sampling(clearform_sampling::SamplingError::Cancelled) => Self::Cancelled,
-            other => Self::Distill(other),
+            other => Self::Distill(Box::new(other)),
         }
     }
 }
@@ -86,8 +86,14 @@ impl From<clearform_runtime::RuntimeError> for ClearformError {
     fn from(error: clearform_runtime::RuntimeError) -> Self {
         match error {
             clearform_runtime::RuntimeError::Sampling(clearform_sampling::SamplingError::Cancelled) => Self::Cancelled,
-            other => Self::Runtime(other),
+            other => Self::Runtime(Box::new(other)),
         }
+    }
+}
+
+impl From<clearform_layout::LayoutError> for ClearformError {
+    fn from(error: clearform_layout::LayoutError) -> Self {
+        Self::Layout(Box::new(error))
     }
 }
 

@@ -78,7 +78,8 @@ fn a_deleted_batch_is_generated_again_bit_for_bit() {
         ControlFlow::Continue(())
     })
     .unwrap();
-    assert_eq!(reported, [(4, 7), (7, 7)]);
+    // At first, after each of the two steps, and at last.
+    assert_eq!(reported, [(4, 7), (4, 7), (4, 7), (7, 7)]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
 
     // Sample 4 has prompt 1; samples are returned in the order of the request.
