@@ -203,7 +203,7 @@ impl fmt::Display for AdapterSpec {
 ///
 /// # Errors
 /// A folder cannot be read, or is inside a model.
-pub fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry> {
+pub(crate) fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry> {
     if options.disabled {
         return Ok(PluginRegistry::disabled());
     }

@@ -15,6 +15,7 @@
 //! | [`extract_patch()`], [`apply_patch()`] | [`PatchOptions`] | distilled attention as a file, and onto other models |
 //! | [`export()`] | [`ExportOptions`] | the transformer in one file, in another layout |
 //! | [`verify()`] | | whether a portable model's files are as recorded |
+//! | [`list_plugins()`], [`check_plugin()`] | [`PluginOptions`] | the plugins that open adapters |
 //! | [`forward()`] | [`ForwardOptions`] | one evaluation of the transformer |
 //!
 //! Nothing is printed, and no output is left half-written: a model appears when it is complete. To hold a model in memory
@@ -58,12 +59,13 @@ mod observer;
 mod options;
 pub mod page;
 mod patch;
+mod plugins;
 mod sources;
 mod transfer;
 mod verify;
 mod written_model;
 
-pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, PluginOptions, plugin_registry};
+pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, PluginOptions};
 pub use clearform_attention::{AttentionPlan, Radius};
 pub use clearform_convert::PatchMode;
 pub use clearform_layout::Inspection;
@@ -83,6 +85,7 @@ pub use inspect::inspect;
 pub use observer::{Observer, Progress, Stage};
 pub use options::{ComputeDevice, FloatDtype, SourceOptions, TrainingOptions};
 pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
+pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};
 pub use sources::parse_plan;
 pub use transfer::{TransferCondition, TransferOptions, TransferReport, TransferStudy, transfer};
 pub use verify::verify;

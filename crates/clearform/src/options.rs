@@ -1,6 +1,6 @@
 //! Options that several functions share. All are serde values with the defaults of the command line.
 
-use crate::{ClearformError, Result};
+use crate::Result;
 use candle_core::{DType, Device};
 use clearform_models::FamilyRegistry;
 use serde::{Deserialize, Serialize};
@@ -127,7 +127,7 @@ fn open_gpu(index: usize) -> Result<Device> {
 
 #[cfg(not(feature = "cuda"))]
 fn open_gpu(index: usize) -> Result<Device> {
-    Err(ClearformError::bad_option(format!(
+    Err(crate::ClearformError::bad_option(format!(
         "--device cuda:{index}: this build has no CUDA support; rebuild with --features cuda"
     )))
 }

@@ -13,8 +13,7 @@ mod headings;
 mod patch;
 
 pub use adapters::{
-    AdapterArg, AdapterArgs, ApplyMode, PluginCheckArgs, PluginSearchArgs, PluginsAction, PluginsArgs,
-    WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, PluginsAction, PluginsArgs, WeightAdapterArgs,
 };
 pub use bench::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
