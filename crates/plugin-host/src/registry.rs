@@ -325,7 +325,8 @@ mod tests {
         assert_eq!(origin.to_string(), "clearform-broken (linked into the program)");
         assert!(reason.starts_with("its description: "), "{reason}");
         assert!(PluginRegistry::disabled().with_linked(&[linked("lora")]).plugins().is_empty());
-        let none = PluginRegistry::default().choose(&adapter(folder.path(), "a.down"), &PluginChoice::default());
+        let registry = PluginRegistry::default();
+        let none = registry.choose(&adapter(folder.path(), "a.down"), &PluginChoice::default());
         let message = none.unwrap_err().to_string();
         assert!(message.ends_with("there are no plugins: pass their folder with --plugin-dir"), "{message}");
     }
