@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs clearform as the README says, and applies a LoRA and a ControlNet with it in an empty folder: the program must
-# contain all that this takes. Builds what `cargo test --workspace` has built, without optimisation.
+# Installs clearform as the README says, and applies a LoRA and a ControlNet with it in an empty folder: the program
+# must contain all that this takes. The build is that of the tests, so that little is compiled again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -40,13 +40,15 @@ generate=(generate "$assets/base" hedgehog --steps 2 --seed 3)
 expect 0 plain.png "${generate[@]}" -o plain.png
 expect 0 ": applied " "${generate[@]}" --lora "$assets/lora" -o lora.png
 differ plain.png lora.png
-expect 0 controlled.png "${generate[@]}" --controlnet "$assets/controlnet" --control-image "$assets/references.png" -o controlled.png
+control=(--controlnet "$assets/controlnet" --control-image "$assets/references.png")
+expect 0 controlled.png "${generate[@]}" "${control[@]}" -o controlled.png
 differ plain.png controlled.png
 fixtures=$root/tests/fixtures
 mkdir model
 cp "$fixtures/flux/head24/config.json" model/
 cp "$fixtures/flux/head24/weights.safetensors" model/diffusion_pytorch_model.safetensors
-forward=(forward model --inputs "$fixtures/lora/input.safetensors" -o out.safetensors --lora "$fixtures/lora/kohya.safetensors")
+forward=(forward model --inputs "$fixtures/lora/input.safetensors" -o out.safetensors)
+forward+=(--lora "$fixtures/lora/kohya.safetensors")
 expect 1 "plugins are disabled (--no-plugins)" "${forward[@]}" --no-plugins
 [ ! -e out.safetensors ] || { echo "expected no out.safetensors after a refusal"; exit 1; }
 expect 0 "kohya.safetensors: applied 99 of 99 tensors to 33 modules" "${forward[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every plugin under valgrind, from its library and linked into the program; there must be no invalid access and no
-# leak. Run it after `cargo test --workspace`, which builds the binaries. Memory of threads that still run at the end does
-# not count as leaked.
+# Runs every plugin under valgrind, from its library and linked into the program; there must be no invalid access and
+# no leak. Run it after `cargo test --workspace`, which builds the binaries. Memory of threads that still run at the end
+# does not count as leaked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export RAYON_NUM_THREADS=2

@@ -10,9 +10,9 @@
 //!   elsewhere it is called a ControlNet.
 //!
 //! To write a plugin in Rust, start at [`sdk`]: implement [`sdk::AdapterPlugin`] or [`sdk::ControlNetPlugin`] and
-//! export it with one macro. A plugin in Rust can also be linked into a program, as a [`PluginEntry`]; it is then called
-//! through the same function and tables. For other languages there is `include/clearform_plugin.h`; the Rust types here
-//! bear the names of its structs, and `tests/abi.rs` compares sizes, offsets and constants of the two.
+//! export it with one macro. A plugin in Rust can also be linked into a program, as a [`PluginEntry`]; it is then
+//! called through the same function and tables. For other languages there is `include/clearform_plugin.h`; the Rust
+//! types here bear the names of its structs, and `tests/abi.rs` compares sizes, offsets and constants of the two.
 //!
 //! Four rules apply everywhere:
 //!

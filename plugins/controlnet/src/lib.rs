@@ -2,8 +2,9 @@
 //! Shakker) and in that of XLabs.
 //!
 //! The network itself is [`FluxControlNet`] in `clearform_models`. This crate reads its files (`flux.toml`, `source`),
-//! and decides which blocks of the model each residual is added to (`injection`). It is linked into programs; `library/`
-//! exports it as a shared library.
+//! and decides which blocks of the model each residual is added to (`injection`).
+//!
+//! This crate is linked into programs; `library/` exports it as a shared library.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod injection;
@@ -41,7 +42,7 @@ impl ControlNetPlugin for ControlNetFile {
     fn open(file: AdapterFile, model: TargetModel) -> Result<Self> {
         let base = flux_config(&model)?;
         // A shared library has a copy of rayon of its own. The pool is global, so building it fails for every file but
-        // the first, and in a program that the plugin is linked into: both is fine, as the pool exists then.
+        // the first, and in a program that the plugin is linked into: both are fine, as the pool exists then.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(file.threads()).build_global();
         let plan: AttentionPlan =
             model.attention.parse().map_err(|error| format!("attention {:?}: {error}", model.attention))?;
