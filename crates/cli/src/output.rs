@@ -1,6 +1,5 @@
 //! [`Output`]: results go to stdout; messages and progress go to stderr.
 
-use crate::progress::ProgressBars;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{ErrorKind, Write as _};
@@ -65,11 +64,6 @@ impl Output {
     /// Prints a message for the user on stderr.
     pub fn note(&self, message: impl Display) {
         print_message(message);
-    }
-
-    /// Shows progress and messages on stderr.
-    pub fn observer(&self) -> ProgressBars {
-        ProgressBars::default()
     }
 }
 

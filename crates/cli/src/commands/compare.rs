@@ -2,6 +2,7 @@
 
 use crate::args::CompareArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{CompareOptions, compare};
 
 /// Writes the report, and prints its figures.
@@ -11,6 +12,6 @@ pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome
         device: args.running.device,
         ..CompareOptions::new(&args.teacher, &args.student, &args.output)
     };
-    output.result(&compare(&options, &mut output.observer())?)?;
+    output.result(&compare(&options, &mut ProgressBars::default())?)?;
     Ok(CommandOutcome::Complete)
 }

@@ -3,6 +3,7 @@
 use crate::args::ConvertArgs;
 use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{AttentionPlan, ConvertOptions, CopyMode, Radius, convert, inspect, parse_plan};
 
 /// Converts, or with `--dry-run` shows what would be done.
@@ -11,7 +12,7 @@ pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome
     if args.dry_run {
         return dry_run(&options, output);
     }
-    output.result(&convert(&options, &mut output.observer())?.model)?;
+    output.result(&convert(&options, &mut ProgressBars::default())?.model)?;
     Ok(CommandOutcome::Complete)
 }
 
@@ -35,7 +36,7 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
 }
 
 fn dry_run(options: &ConvertOptions, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let inspection = inspect(&options.source, &options.reading, &mut output.observer())?;
+    let inspection = inspect(&options.source, &options.reading, &mut ProgressBars::default())?;
     let ConvertOptions { attention, output: target, .. } = options;
     output.note(format_args!("would write {} with attention {attention}", target.display()));
     output.result(&inspection)?;

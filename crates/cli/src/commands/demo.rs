@@ -3,6 +3,7 @@
 use crate::args::DemoArgs;
 use crate::demo::{self, DemoSettings};
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use anyhow::Context as _;
 use clearform::Radius;
 
@@ -21,7 +22,7 @@ pub fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
         plans: plain.chain(pooled).collect(),
         plugins: (&args.plugins).into(),
     };
-    let report = demo::run(&settings, &mut output.observer())?;
+    let report = demo::run(&settings, &mut ProgressBars::default())?;
     report.write(&args.output)?;
     output.result(&report)?;
     output.note(format_args!("report: {}", args.output.join("report.html").display()));

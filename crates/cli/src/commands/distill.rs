@@ -2,6 +2,7 @@
 
 use crate::args::DistillArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{DistillOptions, distill};
 
 /// Trains the model and writes it to the output folder, or replaces it.
@@ -13,6 +14,6 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
         device: args.running.device,
         ..DistillOptions::new(&args.model, &args.teacher)
     };
-    output.result(&distill(&options, &mut output.observer())?)?;
+    output.result(&distill(&options, &mut ProgressBars::default())?)?;
     Ok(CommandOutcome::Complete)
 }

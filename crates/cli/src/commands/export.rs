@@ -2,6 +2,7 @@
 
 use crate::args::ExportArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{ExportOptions, export};
 
 /// Writes the file, and states the attention plan, which the file cannot hold.
@@ -11,6 +12,6 @@ pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome>
         replace: args.overwrite,
         ..ExportOptions::new(&args.model, &args.to, &args.output)
     };
-    output.result(&export(&options, &mut output.observer())?)?;
+    output.result(&export(&options, &mut ProgressBars::default())?)?;
     Ok(CommandOutcome::Complete)
 }

@@ -2,6 +2,7 @@
 
 use crate::args::ForwardArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{ForwardOptions, forward, parse_plan};
 
 /// Writes the prediction for `--inputs`.
@@ -14,6 +15,6 @@ pub fn run(args: &ForwardArgs, output: &Output) -> anyhow::Result<CommandOutcome
         dtype: args.dtype.map(Into::into),
         ..ForwardOptions::new(&args.model, &args.inputs, &args.output)
     };
-    output.result(&forward(&options, &mut output.observer())?)?;
+    output.result(&forward(&options, &mut ProgressBars::default())?)?;
     Ok(CommandOutcome::Complete)
 }

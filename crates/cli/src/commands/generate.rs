@@ -3,6 +3,7 @@
 use crate::args::GenerateArgs;
 use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{GenerateOptions, Prompt, generate, parse_plan};
 use clearform_plugin_host::AdapterReport;
 use serde::Serialize;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 /// Generates the images and writes them as PNG files.
 pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let names = image_names(&args.output, args.batch)?;
-    let generated = generate(&options(args)?, &mut output.observer())?;
+    let generated = generate(&options(args)?, &mut ProgressBars::default())?;
     generated.save(&names)?;
     output.result(&SavedImages {
         images: names,

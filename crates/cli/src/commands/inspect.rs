@@ -2,6 +2,7 @@
 
 use crate::args::InspectArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::inspect;
 
 /// Problems printed on stderr; a wrong config can cause hundreds. The result lists them all.
@@ -9,7 +10,7 @@ const PRINTED_PROBLEMS: usize = 8;
 
 /// Prints what was found, and the problems as errors.
 pub fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let inspection = inspect(&args.source, &(&args.reading).into(), &mut output.observer())?;
+    let inspection = inspect(&args.source, &(&args.reading).into(), &mut ProgressBars::default())?;
     output.result(&inspection)?;
     let problems = inspection.problems();
     let more = problems.len().saturating_sub(PRINTED_PROBLEMS);

@@ -3,13 +3,14 @@
 use crate::args::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
 use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{PatchMode, PatchOptions, apply_patch, extract_patch};
 
 /// Extracts or applies a patch.
 pub fn run(args: &PatchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
         PatchAction::Extract(args) => output.result(&extract_patch(&args.model, &args.base, &args.output)?)?,
-        PatchAction::Apply(args) => output.result(&apply_patch(&options(args), &mut output.observer())?)?,
+        PatchAction::Apply(args) => output.result(&apply_patch(&options(args), &mut ProgressBars::default())?)?,
     }
     Ok(CommandOutcome::Complete)
 }

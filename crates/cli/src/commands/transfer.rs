@@ -2,6 +2,7 @@
 
 use crate::args::TransferArgs;
 use crate::output::{CommandOutcome, Output};
+use crate::progress::ProgressBars;
 use clearform::{TransferOptions, transfer};
 
 /// Runs the study and writes its report.
@@ -13,6 +14,6 @@ pub fn run(args: &TransferArgs, output: &Output) -> anyhow::Result<CommandOutcom
         device: args.running.device,
         ..TransferOptions::new(&args.teacher, &args.student, &args.output)
     };
-    output.result(&transfer(&options, &mut output.observer())?)?;
+    output.result(&transfer(&options, &mut ProgressBars::default())?)?;
     Ok(CommandOutcome::Complete)
 }

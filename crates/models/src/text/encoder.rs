@@ -1,6 +1,5 @@
-//! [`TextEncoder`]: prompts to hidden states, whatever the class of the encoder, and [`TEXT_ENCODERS`], the list of classes.
+//! [`TextEncoder`]: prompts to hidden states, whatever the class of the encoder.
 
-use super::prompt_encoders::{load_clip, load_t5};
 use crate::Result;
 use candle_core::{Device, Tensor};
 use clearform_weights::TensorSource;
@@ -20,7 +19,7 @@ pub trait TextEncoder: Send + Sync {
 pub struct TextRequest {
     /// Name of the component in the family's pipeline ("text_encoder_2").
     pub component: &'static str,
-    /// The class in transformers, one of [`TEXT_ENCODERS`].
+    /// The class in transformers, one of [`TEXT_ENCODERS`](super::TEXT_ENCODERS).
     pub class: &'static str,
     /// Number of tokens.
     pub tokens: TokenCount,
@@ -92,20 +91,6 @@ pub trait TextEncoderFiles {
     /// The device that the encoder runs on.
     fn device(&self) -> &Device;
 }
-
-/// A class of text encoders.
-pub struct TextEncoderClass {
-    /// Its names in transformers, as in the key `architectures` of config.json.
-    pub names: &'static [&'static str],
-    /// Loads one.
-    pub load: fn(&dyn TextEncoderFiles) -> Result<Box<dyn TextEncoder>>,
-}
-
-/// Every class of text encoders.
-pub const TEXT_ENCODERS: &[TextEncoderClass] = &[
-    TextEncoderClass { names: &["CLIPTextModel", "CLIPTextModelWithProjection"], load: load_clip },
-    TextEncoderClass { names: &["T5EncoderModel", "T5ForConditionalGeneration"], load: load_t5 },
-];
 
 /// The text encoders of a pipeline.
 pub trait TextEncoders {

@@ -6,6 +6,7 @@
 
 mod clip;
 mod encoder;
+mod encoder_classes;
 mod prompt_encoders;
 mod sentencepiece;
 mod t5;
@@ -14,10 +15,8 @@ mod tokenizers;
 mod validation;
 
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
-pub use encoder::{
-    EncodedText, Padding, TEXT_ENCODERS, TextEncoder, TextEncoderClass, TextEncoderFiles, TextEncoders, TextRequest,
-    TokenCount,
-};
+pub use encoder::{EncodedText, Padding, TextEncoder, TextEncoderFiles, TextEncoders, TextRequest, TokenCount};
+pub use encoder_classes::{TEXT_ENCODERS, TextEncoderClass};
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizers::{ClipTokenizer, T5Tokenizer};
 

@@ -1,0 +1,19 @@
+//! [`TEXT_ENCODERS`]: the classes of text encoders.
+
+use super::encoder::{TextEncoder, TextEncoderFiles};
+use super::prompt_encoders::{load_clip, load_t5};
+use crate::Result;
+
+/// A class of text encoders.
+pub struct TextEncoderClass {
+    /// Its names in transformers, as in the key `architectures` of config.json.
+    pub names: &'static [&'static str],
+    /// Loads one.
+    pub load: fn(&dyn TextEncoderFiles) -> Result<Box<dyn TextEncoder>>,
+}
+
+/// Every class of text encoders.
+pub const TEXT_ENCODERS: &[TextEncoderClass] = &[
+    TextEncoderClass { names: &["CLIPTextModel", "CLIPTextModelWithProjection"], load: load_clip },
+    TextEncoderClass { names: &["T5EncoderModel", "T5ForConditionalGeneration"], load: load_t5 },
+];
