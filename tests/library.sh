@@ -6,12 +6,14 @@ repository=$PWD
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 target=${CARGO_TARGET_DIR:-$repository/target}
-example() { cargo run --quiet -p clearform --example "$@"; }
+# With the features of `cargo test --workspace`, which has built the examples.
+cargo build --quiet --workspace --examples
+example() { "$target/debug/examples/$1" "${@:2}"; }
 
-example convert -- assets/mini-flux/base "$out/model" 2
-example generate_with_lora -- "$out/model" assets/mini-flux/lora "cat face" "$out/lora.png"
-example progress -- "$out/model" "cat face" "$out/cat.png"
-[ "$(example progress -- "$out/model" "cat face" "$out/never.png" 2)" = cancelled ]
+example convert assets/mini-flux/base "$out/model" 2
+example generate_with_lora "$out/model" assets/mini-flux/lora "cat face" "$out/lora.png"
+example progress "$out/model" "cat face" "$out/cat.png"
+[ "$(example progress "$out/model" "cat face" "$out/never.png" 2)" = cancelled ]
 [ -s "$out/lora.png" ] && [ -s "$out/cat.png" ] && [ ! -e "$out/never.png" ]
 
 mkdir -p "$out/foreign/src"
