@@ -1,12 +1,23 @@
 //! Converts a checkpoint to a linear model and says how close it comes to the original.
 //! `cargo run --release -p clearform --example convert -- assets/mini-flux/base /tmp/mini-flux-clear`
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use clearform::{CompareOptions, ConvertOptions, TrainingOptions, compare, convert};
 use std::error::Error;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
     let (Some(source), Some(output)) = (arguments.next(), arguments.next()) else {
         return Err("usage: convert SOURCE OUTPUT [STEPS]".into());

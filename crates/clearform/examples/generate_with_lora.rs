@@ -1,9 +1,10 @@
 //! Draws an image with a LoRA.
 //! `cargo run --release -p clearform --example generate_with_lora -- assets/mini-flux/base assets/mini-flux/lora "cat face" cat.png`
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use clearform::{AdapterKind, AdapterOptions, AdapterSpec, GenerateOptions, Observer, Prompt, generate};
 use std::error::Error;
+use std::process::ExitCode;
 
 /// Prints messages, among them how many tensors of the LoRA were applied.
 struct Messages;
@@ -14,7 +15,17 @@ impl Observer for Messages {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, lora, prompt, output] = &arguments[..] else {
         return Err("usage: generate_with_lora MODEL LORA PROMPT OUTPUT.png".into());

@@ -31,7 +31,8 @@ pub struct ConvertOptions {
     /// How the source is read.
     #[serde(default)]
     pub reading: SourceOptions,
-    /// The attention of each layer; by default CLEAR's with a radius of 16 tokens.
+    /// The attention of each layer, parsed from `full` or `clear:r=R[,d=D]` (window radius R in tokens, pooled context of D
+    /// x D tokens) or read by [`parse_plan`](crate::parse_plan); by default `clear:r=16`.
     #[serde(default = "default_attention")]
     pub attention: AttentionPlan,
     /// How the student is distilled; `None` replaces the attention without distilling.

@@ -192,19 +192,19 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
     pipeline.notes().iter().for_each(|text| note(observer, text));
     note_reports(pipeline.adapter_reports(), pipeline.controlnets(), observer);
     let request = options.request(&pipeline)?;
-    let images = pipeline.generate(&request, &mut |stage| watch(stage, request.steps, observer))?;
+    let images = pipeline.generate(&request, &mut |stage| watch(stage, observer))?;
     let parameters = (0..images.len()).map(|index| parameters(options, &request, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
     Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })
 }
 
 /// Passes a stage on to `observer`.
-fn watch(stage: &PipelineStage, steps: usize, observer: &mut dyn Observer) -> StepAction {
+fn watch(stage: &PipelineStage, observer: &mut dyn Observer) -> StepAction {
     let progress = match stage {
-        PipelineStage::Encoding => Progress::new(Stage::Encoding, 0, steps),
-        PipelineStage::Loading => Progress::new(Stage::Loading, 0, steps),
+        PipelineStage::Encoding => Progress::new(Stage::Encoding, 0, 0),
+        PipelineStage::Loading => Progress::new(Stage::Loading, 0, 0),
         PipelineStage::Step(step) => Progress::new(Stage::Denoising, step.done, step.steps),
-        PipelineStage::Decoding => Progress::new(Stage::Decoding, steps, steps),
+        PipelineStage::Decoding => Progress::new(Stage::Decoding, 0, 0),
     };
     match observer.progress(&progress) {
         ControlFlow::Continue(()) => StepAction::Continue,

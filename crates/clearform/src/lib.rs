@@ -67,11 +67,14 @@ mod written_model;
 
 pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, PluginOptions};
 pub use clearform_attention::{AttentionPlan, Radius};
-pub use clearform_convert::PatchMode;
+pub use clearform_convert::{ConversionReport, PatchMode};
+pub use clearform_distill::{LossEntry, SampleSet};
 pub use clearform_layout::Inspection;
 pub use clearform_models::{FamilyRegistry, ImageSize, Prompt};
+pub use clearform_plugin_host::{AdapterReport, ExampleResults};
 pub use clearform_portable_model::{CopyMode, Overwrite, VerifyReport};
-pub use clearform_runtime::{LoadedPipeline, Pipeline, PipelineOptions, RgbImage};
+pub use clearform_runtime::png::GenerationParameters;
+pub use clearform_runtime::{Adapters, LoadedPipeline, Pipeline, PipelineOptions, RgbImage};
 pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};
 pub use convert::{ConvertOptions, ConvertReport, convert};
 pub use distill::{DistillOptions, distill};

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 /// Watches a long call: its progress, and messages for the user. It may cancel. `()` watches nothing.
 pub trait Observer {
-    /// Called as work proceeds, after every step at the latest. [`ControlFlow::Break`] cancels: the call returns
+    /// Called as work proceeds, after every denoising or training step at the latest; `done` counts finished units only. [`ControlFlow::Break`] cancels: the call returns
     /// [`ClearformError::Cancelled`](crate::ClearformError::Cancelled) and leaves nothing half-written. Samples and
     /// training checkpoints stay, so that the same call with `resume` continues.
     fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {

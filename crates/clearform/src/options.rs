@@ -50,7 +50,7 @@ pub enum FloatDtype {
     F16,
 }
 
-/// How a student is distilled.
+/// How a student is distilled. By default 128 samples and 1000 steps of batch 8 at a learning rate of 6e-4.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {

@@ -82,6 +82,7 @@ fn a_model_is_converted_and_draws() {
     let mut recorder = Recorder::default();
     let generated = generate(&quick_image(&output), &mut recorder).unwrap();
     assert_eq!(recorder.stages, [Stage::Encoding, Stage::Loading, Stage::Denoising, Stage::Decoding]);
+    assert!(recorder.notes.iter().all(|note| !note.contains("requested variant")), "{:?}", recorder.notes);
     assert_eq!(generated.images[0].dimensions(), (64, 64));
     assert_eq!(generated.parameters[0].attention, "clear:r=3");
     let path = folder.path().join("cat.png");

@@ -18,7 +18,10 @@ impl ProgressBars {
             self.clear();
         }
         let (_, bar) = self.current.get_or_insert_with(|| (label, new_bar(label)));
-        bar.set_length(length as u64);
+        // Stages that are not counted leave the bar as it is.
+        if length > 0 {
+            bar.set_length(length as u64);
+        }
         bar
     }
 
@@ -33,7 +36,9 @@ impl Observer for ProgressBars {
     fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
         let (label, message) = texts(progress.stage);
         let bar = self.bar(label, progress.total);
-        bar.set_position(progress.done as u64);
+        if progress.total > 0 {
+            bar.set_position(progress.done as u64);
+        }
         bar.set_message(progress.loss.map_or(message.to_owned(), |loss| format!("loss {loss:.4}")));
         ControlFlow::Continue(())
     }

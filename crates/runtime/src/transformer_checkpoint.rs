@@ -63,7 +63,9 @@ impl ReadOptions {
         if PortableModel::is_portable_model(path) {
             let model = PortableModel::open(path)?;
             self.hints.family.get_or_insert_with(|| model.record().family.clone());
-            self.hints.variant.get_or_insert_with(|| model.record().variant.clone());
+            // "custom" is what no variant fits; there is nothing to hint at.
+            let variant = Some(model.record().variant.clone()).filter(|variant| variant != "custom");
+            self.hints.variant = self.hints.variant.or(variant);
         }
         Ok(self)
     }
