@@ -32,7 +32,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     let lora = AdapterSpec::new(lora, AdapterKind::Lora).with_strength(0.8);
     let options = GenerateOptions {
-        adapters: AdapterOptions { adapters: vec![lora], ..AdapterOptions::default() },
+        adapters: AdapterOptions::new([lora]),
         seed: 7,
         ..GenerateOptions::new(model, Prompt::Text(prompt.clone()))
     };

@@ -157,6 +157,11 @@ impl AdapterKind {
 }
 
 impl AdapterOptions {
+    /// Applies `adapters` in this order.
+    pub fn new(adapters: impl IntoIterator<Item = AdapterSpec>) -> Self {
+        Self { adapters: adapters.into_iter().collect(), ..Self::default() }
+    }
+
     /// Opens the files. Plugins are searched for only if there is an adapter.
     ///
     /// # Errors

@@ -117,6 +117,9 @@ pub struct ConvertReport {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
+    if let Some(training) = &options.training {
+        distillation::check_training(training, options.device)?;
+    }
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
     if options.training.as_ref().is_some_and(|training| training.samples.is_none()) {

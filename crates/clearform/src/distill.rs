@@ -70,6 +70,7 @@ impl DistillOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
+    distillation::check_training(&options.training, options.device)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
     let teacher = open_original_transformer(&options.teacher, &options.model)?;

@@ -81,6 +81,17 @@ pub fn open_samples(folder: &Path) -> Result<SampleSet> {
     Ok(set)
 }
 
+/// Checks the settings of the training, before anything is made for it.
+///
+/// # Errors
+/// A setting is out of range.
+pub fn check_training(training: &TrainingOptions, device: ComputeDevice) -> Result<()> {
+    if training.samples.is_none() && training.sample_count == 0 {
+        return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
+    }
+    Ok(distill_settings(training, device).check()?)
+}
+
 /// Trains `student` on `samples` against `teacher`.
 ///
 /// # Errors

@@ -181,7 +181,7 @@ impl GeneratedImages {
 /// let options = GenerateOptions {
 ///     width: Some(2048),
 ///     height: Some(2048),
-///     adapters: AdapterOptions { adapters: vec![style], ..AdapterOptions::default() },
+///     adapters: AdapterOptions::new([style]),
 ///     ..GenerateOptions::new("FLUX.1-dev-clear", Prompt::Text("a lighthouse at dawn".to_owned()))
 /// };
 /// generate(&options, &mut ())?.save(&["out.png".into()])?;

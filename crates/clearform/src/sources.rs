@@ -57,7 +57,7 @@ pub(crate) fn open_original_transformer(original: &Path, model: &Path) -> Result
 /// Opens the transformer of `model` with `options`.
 pub(crate) fn open_transformer_with(model: &Path, options: &ReadOptions) -> Result<TransformerCheckpoint> {
     let path = Components::new(model, None).transformer_path();
-    TransformerCheckpoint::open(&path, options).context(model.display())
+    Ok(TransformerCheckpoint::open(&path, options)?)
 }
 
 /// Passes on what was noted while the checkpoint was opened, such as which of its state dicts was read.

@@ -71,7 +71,7 @@ impl TransferOptions {
 ///
 /// let style = AdapterSpec::new("style.safetensors", AdapterKind::Lora);
 /// let options = TransferOptions {
-///     adapters: AdapterOptions { adapters: vec![style], ..AdapterOptions::default() },
+///     adapters: AdapterOptions::new([style]),
 ///     ..TransferOptions::new("FLUX.1-dev", "FLUX.1-dev-clear", "report")
 /// };
 /// println!("{}", transfer(&options, &mut ())?);

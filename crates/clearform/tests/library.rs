@@ -115,6 +115,22 @@ fn a_cancelled_conversion_leaves_nothing_half_written_and_resumes() {
     assert_eq!(std::fs::read(output.join(file)).unwrap(), std::fs::read(whole.join(file)).unwrap());
 }
 
+/// Before samples are generated, which may take hours.
+#[test]
+fn settings_out_of_range_are_refused_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("model");
+    let cases = [
+        (TrainingOptions { steps: 0, ..quick_training() }, "setting steps: expected at least 1, found 0"),
+        (TrainingOptions { sample_count: 0, ..quick_training() }, "setting sample_count: expected at least 1, found 0"),
+    ];
+    for (training, message) in cases {
+        let options = ConvertOptions { training: Some(training), ..quick_conversion(&output) };
+        assert_eq!(convert(&options, &mut ()).unwrap_err().to_string(), message);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
 #[test]
 fn an_image_is_cancelled_between_steps() {
     for (stage, done) in [(Stage::Encoding, 0), (Stage::Denoising, 1), (Stage::Decoding, 0)] {
@@ -148,7 +164,7 @@ fn control_model(folder: &Path, attention: &str) -> PathBuf {
     let tensors = HashMap::from([("img_in.lora_A.weight", down), ("img_in.lora_B.weight", tensor(0.05, (192, 2)))]);
     candle_core::safetensors::save(&tensors, &lora).unwrap();
     let output = folder.join(format!("control-{}", attention.replace(':', "-")));
-    let adapters = AdapterOptions { adapters: vec![AdapterSpec::new(&lora, AdapterKind::Lora)], ..Default::default() };
+    let adapters = AdapterOptions::new([AdapterSpec::new(&lora, AdapterKind::Lora)]);
     let options = ConvertOptions {
         attention: attention.parse().unwrap(),
         training: None,

@@ -49,6 +49,14 @@ pub enum RuntimeError {
     #[error(transparent)]
     Weights(#[from] clearform_weights::WeightsError),
     /// The checkpoint is of no known family, or is incomplete.
+    #[error("{path}: {source}", path = path.display())]
+    BadCheckpoint {
+        /// Its file or folder.
+        path: PathBuf,
+        /// What does not fit.
+        source: clearform_layout::LayoutError,
+    },
+    /// A manifest is invalid, or tensors do not fit what it says.
     #[error(transparent)]
     Layout(#[from] clearform_layout::LayoutError),
     /// The portable model is incomplete, or its record cannot be read.

@@ -93,13 +93,15 @@ impl TransformerCheckpoint {
     /// # Errors
     /// A file is damaged, the family is not supported, or tensors are missing, have a wrong shape or are unknown.
     pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
+        let bad_checkpoint = |source| RuntimeError::BadCheckpoint { path: path.to_owned(), source };
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
-        let identified = detect(&checkpoint, &reading.manifests, &reading.hints)?;
+        let identified = detect(&checkpoint, &reading.manifests, &reading.hints).map_err(bad_checkpoint)?;
         let families = reading.families;
         let architecture = architecture(path, &identified, families)?;
         let canonical = identified.canonical(checkpoint);
         let canonical =
-            if reading.allow_unmatched { canonical.require_sufficient()? } else { canonical.require_complete()? };
+            if reading.allow_unmatched { canonical.require_sufficient() } else { canonical.require_complete() };
+        let canonical = canonical.map_err(bad_checkpoint)?;
         Ok(Self {
             architecture,
             families,
