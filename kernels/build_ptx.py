@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compiles every kernel to PTX with NVRTC, which needs no GPU.
+"""Compiles every kernel to PTX with NVRTC, which needs no GPU, and those for one compute capability to machine code too.
 
-    build_ptx.py LIBNVRTC            writes <kernel>/*.ptx and registers.json
+    build_ptx.py LIBNVRTC            writes <kernel>/*.ptx, <kernel>/*.cubin and registers.json
     build_ptx.py LIBNVRTC --check    writes nothing; fails if a committed file differs from what would be written
 
 Sources whose names end in sm90a are compiled for compute capability 9.0, all others for 8.0 and newer. Fails if an entry
@@ -96,14 +96,17 @@ def bound(name):
 
 
 def outputs(nvrtc, units):
-    """Returns the text of each file to commit, and the register usage by source and entry point."""
+    """Returns the content of each file to commit, and the register usage by source and entry point."""
     files, report = {}, {}
     for unit in units:
         ptx = compiled(nvrtc, unit, f"compute_{target(unit)}", "PTX")[0].decode().rstrip("\0")
         digest = hashlib.sha256(text(unit).encode()).hexdigest()
-        files[unit.with_suffix(".ptx")] = f"// sources sha256 {digest}\n{ptx}"
-        report[str(unit.relative_to(HERE))] = usage(compiled(nvrtc, unit, f"sm_{target(unit)}", "CUBIN")[1])
-    files[HERE / "registers.json"] = json.dumps(report, indent=1) + "\n"
+        files[unit.with_suffix(".ptx")] = f"// sources sha256 {digest}\n{ptx}".encode()
+        cubin, log = compiled(nvrtc, unit, f"sm_{target(unit)}", "CUBIN")
+        report[str(unit.relative_to(HERE))] = usage(log)
+        if target(unit) == "90a":
+            files[unit.with_suffix(".cubin")] = cubin
+    files[HERE / "registers.json"] = (json.dumps(report, indent=1) + "\n").encode()
     return files, report
 
 
@@ -125,10 +128,10 @@ def main():
     files, report = outputs(ctypes.CDLL(sys.argv[1]), units)
     broken = over_bounds(units, report)
     if "--check" in sys.argv:
-        broken += [str(path.relative_to(HERE)) for path, content in files.items() if path.read_text(encoding="utf-8") != content]
+        broken += [str(path.relative_to(HERE)) for path, content in files.items() if not path.exists() or path.read_bytes() != content]
     else:
         for path, content in files.items():
-            path.write_text(content, encoding="utf-8")
+            path.write_bytes(content)
     if broken:
         sys.exit(f"out of bounds, not compiled, or stale: {broken}")
     print(f"{sum(map(len, report.values()))} entry points compiled")

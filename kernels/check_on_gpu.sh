@@ -1,77 +1,346 @@
 #!/usr/bin/env bash
-# Checks and times the kernels on an NVIDIA GPU of compute capability 8.0 or newer, with driver 550 or newer and g++: every
-# kernel against its reference, a table of times, and compute-sanitizer if it is installed. A part that fails does not stop
-# the others; failures are listed at the end.
+# Checks and times clearform on an NVIDIA GPU of compute capability 8.0 or newer within ten minutes: what is most likely
+# to fail comes first, and a failing check ends the run with advice. Every check and figure goes into one table of
+# Markdown, $OUT/gpu-table.md, or gpu-table.md in the working directory.
 #
-#   check_on_gpu.sh [--only kernels|sanitizer|program|peers] [CLEARFORM [PYTHON]]
+#   check_on_gpu.sh [--simulated] [--from STEP] [CLEARFORM [PYTHON]]
 #
-# With a clearform that was built with --features cuda (which needs driver 580), it also generates, distills and compares on
-# the GPU. With a Python that has torch, it also times the peers: attention and, with diffusers, whole steps of FLUX's shape
-# with random weights, from 1K to 8K. cuBLAS, cuRAND and the CUDA runtime may be those that came with torch.
-set -uo pipefail
-only=
-[ "${1-}" != --only ] || { only=$2; shift 2; }
-clearform=${1:+$(realpath "$1")} python=${2:-}
-case $only,$clearform,$python in
-,* | kernels,* | sanitizer,* | program,?*,* | peers,?*,?*) ;;
-*) printf -- '--only %s: unknown part, or it needs CLEARFORM or PYTHON\n' "$only" >&2; exit 2 ;;
-esac
+#   1 device      driver and clocks; copies within its memory; products by cuBLAS
+#   2 tiny        the smallest calls of attention one by one, by machine code and by PTX
+#   3 checks      every kernel; offsets above 2^31; one larger call many times with equal bits
+#   4 sanitizer   compute-sanitizer over the smallest calls
+#   5 timings     attention over the product's lists, with and without masks; PyTorch's SDPA and FlexAttention
+#   6 counters    the profiler's for the attention kernels
+#   7 program     mini-flux's picture beside the CPU's; a conversion; steps of FLUX's shape, with their peak memory
+#   8 peers       the same steps by diffusers
+#
+# Runs from the folder that pack_for_gpu.sh packs, where everything is built, or from the source tree, where it needs
+# g++, cargo for the lists, and CLEARFORM, built for CUDA, for steps 7 and 8. What is not installed is skipped. PYTHON,
+# if it has torch and diffusers, is for the peers. --simulated, for simulator/run.sh, leaves out timings, sanitizer,
+# counters and peers.
+set -euo pipefail
 kernels=$(cd "$(dirname "$0")" && pwd)
-built=$(mktemp -d)
-trap 'rm -rf "$built"' EXIT
+simulated= first=1
+while [[ ${1-} == --* ]]; do
+  case $1 in
+  --simulated) simulated=yes && shift ;;
+  --from) first=$2 && shift 2 ;;
+  *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
+  esac
+done
+work=$(mktemp -d)
+table=${OUT:-.}/gpu-table.md
+rows=$work/rows
+step=
 failed=()
+touch "$rows"
 
-if [ -n "$python" ]; then
-  torch_libraries=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
-  libraries=$(find "$torch_libraries" -regex '.*/lib\(cublas\|curand\|cudart\)\.so\..*' -printf '%h:' 2>/dev/null)
-  [ -z "$libraries" ] || export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${libraries%:}
-fi
+# --- The table
 
-part() {
-  printf '\n== %s (%ss)\n' "$*" "$SECONDS"
-  "$@" || failed+=("$*")
+row() { # WHAT RESULT
+  printf '| %s | %s | %s |\n' "$step" "$1" "$2" >>"$rows"
 }
 
-wanted() {
-  [ -z "$only" ] || [ "$only" = "$1" ]
+skip() { # WHAT WHY
+  printf '%s: %s: skipped\n' "$1" "$2"
+  row "$1" "$2: skipped"
 }
 
-compiled() {
-  g++ -std=c++20 -O2 -march=native -Wall -Wextra -Wno-unknown-pragmas "$1" -o "$built/$(basename "$1" .cpp)" -ldl
+finish() {
+  printf '| step | what | result |\n|---|---|---|\n' | cat - "$rows" | tee "$table"
+  printf '\n%s seconds; the table is in %s\n' "$SECONDS" "$table"
+  rm -rf "$work"
+}
+trap finish EXIT
+
+begin() { # NUMBER NAME; whether the step is wanted
+  step=$2
+  ((first <= $1)) || return 1
+  printf '\n== %s %s (%ss)\n' "$1" "$2" "$SECONDS"
 }
 
-sanitized() {
-  compute-sanitizer --tool "$1" --error-exitcode 1 "$built/check" others >"$built/log" || { tail -50 "$built/log"; return 1; }
+# --- Running things within their time
+
+# Seconds for something that may take $1: no more than are left of ten minutes. A simulated device gets many times as
+# long.
+seconds() {
+  local left=$((590 - SECONDS))
+  if [ -n "$simulated" ]; then printf '%s' $(($1 * 12)); else printf '%s' $((left < 1 ? 1 : left < $1 ? left : $1)); fi
 }
 
-check_kernels() {
-  part "$built/check" others
-  part "$built/check" narrow
-  part compiled bench.cpp
-  part "$built/bench"
+limited() { # SECONDS COMMAND...; prints what it prints, also to $work/log
+  local allowed
+  allowed=$(seconds "$1") && shift
+  timeout --kill-after 2 "$allowed" "$@" 2>&1 | tee "$work/log"
 }
 
-check_memory() {
-  command -v compute-sanitizer >/dev/null || { printf 'compute-sanitizer is not installed\n'; return; }
-  part sanitized memcheck
-  part sanitized racecheck
+has_time() { # WHAT
+  if [ -n "$simulated" ] || ((SECONDS < 580)); then return 0; fi
+  : >"$work/log"
+  skip "$1" "ten minutes are over"
+  return 1
 }
 
-check_program() {
-  local base=$kernels/../assets/mini-flux/base gpu=(--device cuda:0)
-  part "$clearform" generate "$base" "a red apple" --seed 1 -o "$built/apple.png" "${gpu[@]}"
-  part "$clearform" convert "$base" -o "$built/model" --radius 4 --steps 20 --batch 4 --sample-count 8 "${gpu[@]}"
-  part "$clearform" verify "$built/model"
-  part "$clearform" compare "$base" "$built/model" -o "$built/report" --steps 10 "${gpu[@]}"
+# A check, which ends the run where it fails.
+check() { # WHAT SECONDS COMMAND...
+  has_time "$1" || return 0
+  local what=$1 begun=$SECONDS status=0
+  limited "${@:2}" || status=$?
+  if [ "$status" = 0 ]; then
+    row "$what" "passed ($((SECONDS - begun)) s)"
+  else
+    stop "$what" "$status"
+  fi
 }
 
-pushd "$kernels/checks" >/dev/null
-if wanted kernels || wanted sanitizer; then part compiled check.cpp; fi
-if wanted kernels; then check_kernels; fi
-if wanted sanitizer; then check_memory; fi
-popd >/dev/null
-if wanted program && [ -n "$clearform" ]; then check_program; fi
-if wanted peers && [ -n "$python" ]; then part "$python" "$kernels/../benches/peers/tables.py" "$clearform" --device cuda:0; fi
+# A measurement, after which the run goes on.
+measure() { # WHAT SECONDS COMMAND...
+  has_time "$1" || return 1
+  local status=0
+  limited "${@:2}" || status=$?
+  [ "$status" != 0 ] || return 0
+  failed+=("$1")
+  row "$1" "FAILED (exit code $status)"
+  return 1
+}
 
-[ ${#failed[@]} -eq 0 ] || { printf '\nfailed: %s\n' "${failed[@]}"; exit 1; }
-printf '\nall passed (%ss)\n' "$SECONDS"
+stop() { # WHAT STATUS
+  row "$1" "FAILED (exit code $2); the run ended here"
+  printf '\nFAILED: %s, exit code %s\n' "$1" "$2" >&2
+  advise "$2" "$work/log" >&2
+  exit 1
+}
+
+# --- Advice
+
+advise() { # STATUS LOG
+  local status=$1 log=$2 advice
+  if [ -z "$simulated" ] && ((SECONDS >= 588)); then
+    advice="ten minutes are over; --from begins with a later step."
+  elif [ "$status" = 124 ] || [ "$status" = 137 ]; then
+    advice="it hangs, in what the last line began. In forward_sm90a that is a deadlock of the ring: a phase that is
+  never completed, so look at the counts of its barriers, the bytes they expect, and the order of visits."
+  elif grep -q 'values are wrong' "$log"; then
+    advice="wrong values; the counts above say where. If they are spread evenly over a tile, look at its mask and at the
+  stages of the ring."
+  elif grep -Eq 'other bits|order of warps' "$log"; then
+    advice="runs differ, so something reads before it may: run compute-sanitizer --tool racecheck, and look at the waits
+  for products and copies."
+  elif grep -Eq 'lists by|of lists|pair visits|lists cannot|pairs do not' "$log"; then
+    advice="the lists do not describe the window: write them again with the example tile_lists, and run the tests of
+  clearform-kernels."
+  elif grep -Eq 'cuModule|no module has' "$log"; then
+    advice="the driver does not load a module. 550 is the oldest that reads this PTX; if it is newer, ptxas of a toolkit
+  says what is wrong with it."
+  elif grep -q 'libcuda' "$log"; then
+    advice="there is no driver, or the container was started without the GPU: nvidia-smi must work first."
+  elif grep -q ': error [0-9]' "$log"; then
+    advice="the driver reports a fault of a launch (700 illegal address, 715 illegal instruction, 716 misaligned
+  address, 719 another one). compute-sanitizer names the instruction: $0 --from 4"
+  else
+    advice="none is prepared for this; the lines above are all that is known."
+  fi
+  printf 'advice: %s\n' "$advice"
+}
+
+# If it was the cubin that failed, whether the same case passes by PTX tells where the fault lies.
+stop_tiny() { # CASE STATUS
+  if ! grep -q '^module: .*\.cubin' "$work/log"; then stop "$1" "$2"; fi
+  cp "$work/log" "$work/by-cubin"
+  printf '\n%s failed; the same by PTX:\n' "$1"
+  if CHECK_MODULE=ptx limited 15 "$tools/check" tiny "$1"; then
+    row "$1, by PTX" "passed"
+    printf '\nadvice: the cubin fails and the PTX passes, so compilers differ: use the PTX (CHECK_MODULE=ptx),\n' >&2
+    printf '  and compare the machine code that the driver makes of it with the cubin.\n' >&2
+  else
+    row "$1, by PTX" "FAILED"
+    printf '\nadvice: the PTX fails too, so the fault is in the source, or in what it assumes of the device.\n' >&2
+  fi
+  mv "$work/by-cubin" "$work/log"
+  stop "$1" "$2"
+}
+
+# --- What the steps need
+
+compile() { # NAME
+  g++ -std=c++20 -O2 -march=native -Wall -Wextra -Wno-unknown-pragmas "$kernels/checks/$1.cpp" -o "$tools/$1" -ldl
+}
+
+prepare_packed() {
+  tools=$kernels/bin lists=$kernels/lists model=$kernels/mini-flux/base peers=$kernels/peers
+  clearform=${1:-$kernels/bin/clearform}
+}
+
+prepare_tree() {
+  tools=$work/bin lists=$work/lists model=$kernels/../assets/mini-flux/base peers=$kernels/../benches/peers
+  clearform=${1-}
+  mkdir "$tools"
+  local name
+  for name in check bench picture; do compile "$name"; done
+  (cd "$kernels/.." && cargo build --quiet --workspace --example tile_lists &&
+    "${CARGO_TARGET_DIR:-target}/debug/examples/tile_lists" "$lists") || printf 'the lists cannot be made: is there a cargo?\n'
+}
+
+has_module() { # MODULE...
+  "$python" -c "import $1" >/dev/null 2>&1
+}
+
+# cuBLAS and cuRAND may be those that came with torch, or with a toolkit.
+find_libraries() {
+  local folders=/usr/local/cuda/lib64 site
+  site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null) || true
+  if [ -d "$site/nvidia" ]; then
+    folders+=$(find "$site/nvidia" -regex '.*/lib\(cublas\|curand\|cudart\)\.so\..*' -printf ':%h')
+  fi
+  export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folders
+}
+
+export CHECK_KERNELS=$kernels
+python=${2:-python3}
+if [ -x "$kernels/bin/check" ]; then prepare_packed "$@"; else prepare_tree "$@"; fi
+find_libraries
+
+# --- The steps
+
+step_device() {
+  if command -v nvidia-smi >/dev/null; then
+    row "name, driver, clocks now, power limit" "$(nvidia-smi --id=0 --format=csv,noheader \
+      --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit)"
+  else
+    skip nvidia-smi "not installed"
+  fi
+  check "the device is there" 30 "$tools/bench" device ${simulated:+--no-timings}
+  row "what the kernels run on" "$(sed -n 's/^device: //p' "$work/log")"
+  awk -F ' *[|] *' '$3 + 0 > 0 { print "| device | " $2 " | " $3 " ms, " $4 " |" }' "$work/log" >>"$rows"
+}
+
+step_tiny() {
+  local name status names fell_back=
+  names=$("$tools/check" tiny list)
+  for name in $names; do
+    status=0
+    limited 15 "$tools/check" tiny "$name" || status=$?
+    [ "$status" = 0 ] || stop_tiny "$name" "$status"
+    if grep -q '^module: .*\.ptx' "$work/log"; then fell_back=yes; fi
+    row "$name" "passed"
+  done
+  if [ -n "$fell_back" ] || ! grep -q '^module: ' "$work/log"; then
+    skip "the same by PTX" "that was PTX already"
+    return
+  fi
+  export CHECK_MODULE=ptx
+  for name in $names; do check "$name, by PTX" 15 "$tools/check" tiny "$name"; done
+  unset CHECK_MODULE
+}
+
+step_checks() {
+  check "all kernels" 45 "$tools/check" others
+  if [ -n "$simulated" ]; then
+    skip "attention with head_dim 64" "simulator/check.sh runs it"
+  else
+    check "attention with head_dim 64" 45 "$tools/check" narrow
+  fi
+  check "offsets above 2^31" 60 "$tools/check" large
+  check "equal bits of one larger call" 30 "$tools/check" repeat ${simulated:+3}
+}
+
+step_sanitizer() {
+  if [ -n "$simulated" ]; then return; fi
+  if ! command -v compute-sanitizer >/dev/null; then skip compute-sanitizer "not installed"; return; fi
+  local tool
+  for tool in memcheck synccheck; do
+    check "$tool of the smallest calls" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 "$tools/check" tiny all
+  done
+}
+
+step_timings() {
+  if [ ! -d "$lists" ]; then skip "attention over the product's lists" "there are none"; return; fi
+  if [ -n "$simulated" ]; then
+    check "the lists of 64 x 64 tokens" 10 "$tools/bench" attention "$lists" --no-timings
+    return
+  fi
+  check "attention over the product's lists" 60 "$tools/bench" attention "$lists"
+  awk -F ' *[|] *' '$5 + 0 > 0 { print "| timings | " $2 ", " $4 ", masks " $3 " | " $5 " ms, " $6 " TFLOP/s |" }' \
+    "$work/log" >>"$rows"
+  if ! has_module torch; then skip "SDPA and FlexAttention" "torch is not installed"; return; fi
+  measure "SDPA and FlexAttention" 60 "$python" "$kernels/checks/peers.py" || true
+  awk -F ' *[|] *' '$3 + 0 > 0 { print "| timings | " $2 " | " $3 " ms |" }' "$work/log" >>"$rows"
+}
+
+step_counters() {
+  if [ -n "$simulated" ]; then return; fi
+  if ! command -v ncu >/dev/null; then skip ncu "not installed"; return; fi
+  if [ ! -d "$lists" ]; then skip ncu "there are no lists"; return; fi
+  measure "counters" 60 ncu --csv --kernel-name 'regex:^(forward|forward_sm90a|query|key)_bf16_128$' \
+    --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats \
+    "$tools/bench" once "$lists" >"$work/counters" || { tail -5 "$work/counters" && return; }
+  # Of its columns, 5 is the kernel, 13 the metric, 14 the unit and 15 the value.
+  awk -F '","' '$13 ~ /^(Duration|.* Throughput|L2 Hit Rate|Warp Cycles Per Issued Instruction)$/ {
+    print "| counters | " $5 ", " $13 " | " $15 " " $14 " |"
+  }' "$work/counters" | tr -d '"' | tee -a "$rows"
+}
+
+picture() { # DTYPE LEAST
+  local options=(--seed 1 --dtype "$1") device
+  [ -z "$simulated" ] || options+=(--width 64 --height 64 --steps 1)
+  for device in cpu cuda:0; do
+    check "mini-flux in $1 on $device" 40 "$clearform" generate "$model" "a red apple" "${options[@]}" \
+      --device "$device" -o "$work/$1-$device.png"
+  done
+  check "the two pictures in $1, PSNR" 5 "$tools/picture" "$work/$1-cpu.png" "$work/$1-cuda:0.png" "$2"
+  row "difference in $1" "$(cat "$work/log")"
+}
+
+bench_step() { # GRID
+  local options=(--double 19 --single 38 --width 3072 --dtype bf16 --attention clear:r=16 --repeat 1) poll=
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --id=0 --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=100 >"$work/memory" 2>/dev/null &
+    poll=$!
+  fi
+  local status=0
+  measure "a step of $1 tokens" 60 "$clearform" bench step --grid "$1" "${options[@]}" --device cuda:0 || status=$?
+  [ -z "$poll" ] || { kill "$poll" && wait "$poll" || true; }
+  [ "$status" = 0 ] || return 0
+  row "a step of FLUX's shape, $1 tokens, r = 16" "$(grep -oE '[0-9.]+ m?s *$' "$work/log" | tail -1)"
+  [ -z "$poll" ] || row "its peak memory, $1 tokens" "$(sort -n "$work/memory" | tail -1) MiB"
+}
+
+# Whether there is a program; one that lacks a library does not even start.
+has_program() {
+  [ -n "$clearform" ] || { skip "$step" "no clearform was given" && return 1; }
+  "$clearform" --version >"$work/log" 2>&1 || { skip "$step" "$(tail -1 "$work/log")" && return 1; }
+}
+
+step_program() {
+  has_program || return 0
+  # Rounding adds up over the steps: the CPU's own pictures in bf16 and f32 are 57 dB apart.
+  picture bf16 30
+  picture f16 30
+  if [ -n "$simulated" ]; then return; fi
+  check "mini-flux is converted" 45 "$clearform" convert "$model" -o "$work/model" --radius 4 --steps 20 --batch 4 \
+    --sample-count 8 --device cuda:0
+  check "the converted model is whole" 10 "$clearform" verify "$work/model"
+  local grid
+  for grid in 64x64 128x128 512x512; do bench_step "$grid"; done
+}
+
+step_peers() {
+  if [ -n "$simulated" ]; then return; fi
+  has_program || return 0
+  if ! has_module torch || ! has_module diffusers; then skip diffusers "torch or diffusers is not installed"; return; fi
+  measure "steps beside diffusers" 90 "$python" "$peers/step.py" "$clearform" --device cuda:0 --dtype bf16 --rounds 1 \
+    --grid 64x64 128x128 --width 3072 --double 19 --single 38 --attention clear:r=16 || return 0
+  row "milliseconds of a step, 64x64 and 128x128 tokens" "$(tail -1 "$work/log")"
+}
+
+if begin 1 device; then step_device; fi
+if begin 2 tiny; then step_tiny; fi
+if begin 3 checks; then step_checks; fi
+if begin 4 sanitizer; then step_sanitizer; fi
+if begin 5 timings; then step_timings; fi
+if begin 6 counters; then step_counters; fi
+if begin 7 program; then step_program; fi
+if begin 8 peers; then step_peers; fi
+
+printf '\n== 9 table (%ss)\n' "$SECONDS"
+[ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}" && exit 1; }

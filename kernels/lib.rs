@@ -17,7 +17,7 @@ pub mod rms_norm_rope;
 
 pub use plan::{KernelParameters, Launch, Refusal, Scalar, THREADS};
 
-/// One source and the PTX it compiles to.
+/// One source, the PTX it compiles to, and for some devices machine code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernel {
     /// Its file in this crate, without the extension.
@@ -28,6 +28,9 @@ pub struct Kernel {
     pub sources: &'static [&'static str],
     /// PTX for the target by NVRTC 12.4, as `build_ptx.py` writes it.
     pub ptx: &'static str,
+    /// The same as machine code, for a kernel of a single compute capability: what was checked is then what runs, where the
+    /// driver's own compiler might decide otherwise.
+    pub cubin: Option<&'static [u8]>,
     /// Devices it runs on.
     pub target: Target,
 }

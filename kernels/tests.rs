@@ -150,3 +150,59 @@ fn unsupported_problems_are_refused() {
     assert_eq!(modulated_layer_norm::launches(Scalar::Bf16, 1, 4104), width(4104, 4096));
     assert_eq!(gelu::launches(Scalar::Bf16, 12), width(12, usize::MAX));
 }
+
+/// `build_ptx.py --check` compares its bytes; the device decides whether it is used.
+#[test]
+fn kernels_of_one_capability_come_as_machine_code_too() {
+    for kernel in KERNELS {
+        let Some(cubin) = kernel.cubin else {
+            assert_eq!(kernel.target, super::Target::Sm80, "{}", kernel.name);
+            continue;
+        };
+        assert!(cubin.starts_with(b"\x7fELF"), "{}", kernel.name);
+        for entry in kernel.entries() {
+            let name = entry.as_bytes();
+            assert!(cubin.windows(name.len()).any(|bytes| bytes == name), "{entry}");
+        }
+    }
+}
+
+/// An image of 8192 x 8192 pixels in FLUX.1: 512 x 512 tokens and 512 of text, 24 heads of 128, an MLP of 12288 channels.
+/// Grids stay within the device's limits, and what the kernels count in 32 bits fits there. Offsets in memory, which they
+/// compute in 64 bits, are checked by checks/large.h.
+#[test]
+fn launches_of_8k_images_fit_the_device() {
+    const TOKENS: usize = 512 * 512 + 512;
+    let positions: Vec<(i32, i32)> = (0..512 * 512).map(eight_by_eight).collect();
+    let text = attention::TextPadding::Whole(512);
+    let sequence = attention::SequenceLayout { text, positions: &positions, pooled: 0, limit: Some(256) };
+    let [by_query, by_key] = [attention::ListRows::Queries, attention::ListRows::Keys]
+        .map(|rows| attention::VisitLists::new(&sequence, rows));
+    let pairs = attention::WorkPairs::new(&by_query);
+    for batch in 1..=4 {
+        let problem = attention::KernelProblem::new(Scalar::Bf16, batch, 24, 128).unwrap();
+        let mut launches = vec![problem.forward(&by_query), problem.paired_forward(&pairs), problem.merge(&by_query)];
+        launches.push(problem.delta(TOKENS).unwrap());
+        launches.extend(problem.query_gradient(&by_query).into_iter().chain(problem.key_gradient(&by_key)));
+        launches.extend(gelu::launches(Scalar::Bf16, batch * TOKENS * 12288).unwrap());
+        launches.extend(modulated_layer_norm::launches(Scalar::Bf16, batch * TOKENS, 3072).unwrap());
+        launches.extend(rms_norm_rope::launches(Scalar::Bf16, batch * TOKENS * 24, 128).unwrap());
+        launches.push(add_bias::launch(Scalar::Bf16, batch * TOKENS, 12288).unwrap());
+        launches.push(gated_add::launch(Scalar::Bf16, batch * TOKENS, 3072).unwrap());
+        launches.push(permute::launch(Scalar::Bf16, batch * TOKENS, 3072).unwrap());
+        for Launch { entry, blocks: [x, y, z], threads, .. } in launches {
+            assert!(x <= i32::MAX as u32 && y <= 65535 && z <= 65535, "{entry}: {x} x {y} x {z} blocks");
+            // `thread_number` of rows.cuh.
+            assert!(u64::from(x) * u64::from(threads) <= u64::from(u32::MAX), "{entry}: {x} blocks of {threads}");
+        }
+    }
+    let last = by_query.work.iter().chain(&by_key.work).map(|work| (work.first + work.count) as usize).max();
+    assert_eq!(last, Some(TOKENS));
+    assert!(by_query.masks.len() / 128 <= 24 && by_query.entries.len() < 200_000, "one mask per relative position");
+}
+
+/// Row and column of an image token in the order of 8 x 8 patches, 64 patches in a row.
+fn eight_by_eight(token: i32) -> (i32, i32) {
+    let [patch, inside] = [token / 64, token % 64];
+    (patch / 64 * 8 + inside / 8, patch % 64 * 8 + inside % 8)
+}

@@ -9,6 +9,7 @@ pub const KERNEL: Kernel = Kernel {
     summary: "x + bias",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
+    cubin: None,
     target: Target::Sm80,
 };
 

@@ -1,5 +1,6 @@
 // Checks the attention kernels against attention in f64, over ragged grids and text. See `check_attention`.
 #pragma once
+#include "locate.h"
 #include "paired.h"
 #include <fstream>
 
@@ -141,30 +142,64 @@ struct AttentionRun {
 };
 
 template <class T, int D>
-void compare(const std::string& name, AttentionRun<T, D>& got, const Reference& exact, const Reference& rough,
-             Accuracy (&accuracy)[4]) {
-    accuracy[0].compare(name + ", out", Typed<T>::values(got.out), exact.out, rough.out, D);
-    accuracy[1].compare(name + ", query", Typed<T>::values(got.query), exact.query, rough.query, D);
-    accuracy[2].compare(name + ", key", Typed<T>::values(got.key), exact.key, rough.key, D);
-    accuracy[3].compare(name + ", value", Typed<T>::values(got.value), exact.value, rough.value, D);
+void compare(const std::string& name, const Sequence& sequence, AttentionRun<T, D>& got, const Reference& exact,
+             const Reference& rough, Accuracy (&accuracy)[4]) {
+    struct {
+        const char* name;
+        Buffer<u16>& got;
+        const Values &exact, &rough;
+        const std::vector<Span>& tiles;
+    } results[] = {{"out", got.out, exact.out, rough.out, sequence.query_tiles},
+                   {"query", got.query, exact.query, rough.query, sequence.query_tiles},
+                   {"key", got.key, exact.key, rough.key, sequence.key_tiles},
+                   {"value", got.value, exact.value, rough.value, sequence.key_tiles}};
+    bool right = true;
+    for (int i = 0; i < 4; i++) {
+        const auto& [what, buffer, exact, rough, tiles] = results[i];
+        Values values = Typed<T>::values(buffer);
+        if (accuracy[i].compare(name + ", " + what, values, exact, rough, D)) continue;
+        if (right) print_wrong_places(values, exact, rough, tiles, {sequence.shape.heads, D}); // others follow from it
+        right = false;
+    }
     for (size_t i = 0; i < got.lse.count; i++)
         if (!(std::abs(got.lse[i] - exact.lse[i]) < 2e-5 * (1 + std::abs(exact.lse[i])))) return expect(false, name + ": lse");
 }
 
+// Random queries, keys, values and gradients of the output.
 template <class T, int D>
-void check_case(const Sequence& sequence, const VisitLists& forward, const VisitLists& reverse, Accuracy (&accuracy)[4]) {
+struct AttentionInputs {
+    Buffer<u16> tensors[4];
+
+    explicit AttentionInputs(const Sequence& sequence)
+        : AttentionInputs(sequence, std::mt19937(sequence.shape.height * 1000 + sequence.shape.width * 10 +
+                                                 sequence.shape.text)) {}
+
+  private:
+    AttentionInputs(const Sequence& sequence, std::mt19937 source)
+        : tensors{Typed<T>::random(count(sequence, sequence.queries), source, 2),
+                  Typed<T>::random(count(sequence, sequence.keys), source),
+                  Typed<T>::random(count(sequence, sequence.keys), source),
+                  Typed<T>::random(count(sequence, sequence.queries), source)} {}
+    static size_t count(const Sequence& sequence, int tokens) {
+        return (size_t)sequence.shape.batch * sequence.shape.heads * tokens * D;
+    }
+};
+
+enum class Forwards { Both, Plain, Paired };
+
+template <class T, int D>
+void check_case(const Sequence& sequence, const VisitLists& forward, const VisitLists& reverse, Accuracy (&accuracy)[4],
+                Forwards which = Forwards::Both) {
     const Case& shape = sequence.shape;
-    std::mt19937 source(shape.height * 1000 + shape.width * 10 + shape.text);
-    size_t per_token = (size_t)shape.batch * shape.heads * D;
-    size_t query_count = sequence.queries * per_token, key_count = sequence.keys * per_token;
-    Buffer<u16> in[4] = {Typed<T>::random(query_count, source, 2), Typed<T>::random(key_count, source),
-                         Typed<T>::random(key_count, source), Typed<T>::random(query_count, source)};
+    AttentionInputs<T, D> inputs(sequence);
+    Buffer<u16>(&in)[4] = inputs.tensors;
     Values values[4] = {Typed<T>::values(in[0]), Typed<T>::values(in[1]), Typed<T>::values(in[2]),
                         Typed<T>::values(in[3])};
     Reference exact(sequence, D, values, [](double x) { return x; }), rough(sequence, D, values, Typed<T>::round);
     std::string name = shape.name() + ", D " + std::to_string(D);
     for (bool paired : {false, true}) {
         if (paired && !supports_paired_forward()) continue;
+        if (which == (paired ? Forwards::Plain : Forwards::Paired)) continue;
         set_schedule(Schedule::Default);
         AttentionRun<T, D> got(sequence, in, forward, reverse, paired);
         expect(got.are_guards_intact(), name + ": written out of bounds");
@@ -174,7 +209,7 @@ void check_case(const Sequence& sequence, const VisitLists& forward, const Visit
             AttentionRun<T, D> again(sequence, in, forward, reverse, paired);
             expect(again == got, name + ": depends on the order of warps or copies");
         }
-        compare(name + (paired ? ", paired" : ""), got, exact, rough, accuracy);
+        compare(name + (paired ? ", paired" : ""), sequence, got, exact, rough, accuracy);
     }
 }
 
@@ -199,7 +234,7 @@ void check_attention(const std::vector<Case>& cases) {
 // The lists that the Rust code makes; a test there compares them with this file.
 template <class T, int D>
 void check_committed_lists() {
-    std::ifstream from("lists.txt");
+    std::ifstream from(kernels_folder() + "/checks/lists.txt");
     Accuracy accuracy[4];
     Case shape = {1, 1, 0, 0, 0, 0, 0, 0, 0};
     size_t count = 0;

@@ -1,6 +1,16 @@
 // Checks every kernel on the device against a reference in f64. Exits with 1 if a check fails.
-#include "attention.h"
+//
+//     check others | narrow     half of all checks each, so that two processes can share the work
+//     check tiny list           names of the smallest calls of attention
+//     check tiny CASE           one of them, in each number format and head dimension; all of them if CASE is `all`
+//     check repeat [COUNT]      one larger call, whose runs, 20 of them, must have equal bits
+//     check large               calls with offsets above 2^31
 #include "rows.h"
+#include "tiny.h"
+#if __has_include("large.h")
+#include "large.h"
+#define HAS_LARGE
+#endif
 
 static std::vector<Case> cases() {
     std::vector<Case> out;
@@ -19,18 +29,37 @@ static std::vector<Case> cases() {
     return out;
 }
 
-// The argument chooses half of the checks, so that two processes can share the work.
-int main(int, char** arguments) {
+static void check_others() {
     std::vector<Case> all = cases(), few;
     for (size_t i = 0; i < all.size(); i += 7) few.push_back(all[i]);
-    if (std::string(arguments[1]) == "narrow") {
-        check_attention<Bf16, 64>(all);
-    } else {
-        check_rows();
-        check_committed_lists<Bf16, 64>();
-        check_attention<F16, 64>(few);
-        check_attention<Bf16, 128>(few);
-        check_attention<F16, 128>(few);
+    check_rows();
+    check_committed_lists<Bf16, 64>();
+    check_attention<F16, 64>(few);
+    check_attention<Bf16, 128>(few);
+    check_attention<F16, 128>(few);
+}
+
+static bool run(const std::string& what, const std::string& argument) {
+    if (what == "others") return check_others(), true;
+    if (what == "narrow") return check_attention<Bf16, 64>(cases()), true;
+    if (what == "tiny") return check_tiny(argument);
+    if (what == "repeat") return check_repeated(argument.empty() ? 20 : std::stoi(argument)), true;
+#ifdef HAS_LARGE
+    if (what == "large") return check_large_offsets(), true;
+#endif
+    return false;
+}
+
+int main(int count, char** arguments) {
+    std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ); // also to a file: what was printed before a hang says where it is
+    std::string what = count > 1 ? arguments[1] : "", argument = count > 2 ? arguments[2] : "";
+    if (what == "tiny" && argument == "list") {
+        for (const TinyCase& tiny : tiny_cases()) std::printf("%s\n", tiny.name);
+        return 0;
+    }
+    if (!run(what, argument)) {
+        std::fprintf(stderr, "usage: check others | narrow | tiny list|all|CASE | repeat [COUNT] | large\n");
+        return 2;
     }
     std::printf(failures ? "%d checks failed\n" : "all passed\n", failures);
     return failures > 0;

@@ -1,5 +1,5 @@
-// The first CUDA device, through the driver library alone, which is opened at run time: no CUDA toolkit is needed. Finds the
-// PTX beside the kernel sources, so it has to run in this folder.
+// The first CUDA device, through the driver library alone, which is opened at run time: no CUDA toolkit is needed.
+// Modules are read from the folder of the kernels: CHECK_KERNELS, or the parent of the working directory.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -25,6 +25,11 @@ inline void set_schedule(Schedule schedule) {
     setenv("SIMULATOR_COPIES", opposite ? "early" : "late", 1);
 }
 
+inline std::string kernels_folder() {
+    const char* folder = std::getenv("CHECK_KERNELS");
+    return folder ? folder : "..";
+}
+
 class Device {
   public:
     Device() {
@@ -45,8 +50,8 @@ class Device {
         call("cuCtxSetCurrent", context);
         for (const char* file : {"add_bias/kernel", "clear_attention/forward", "clear_attention/backward", "gated_add/kernel",
                                  "gelu/kernel", "modulated_layer_norm/kernel", "permute/kernel", "rms_norm_rope/kernel"})
-            load(file);
-        if (device_capability == 90) load("clear_attention/forward_sm90a");
+            load_ptx(file);
+        if (device_capability == 90) load_machine_code("clear_attention/forward_sm90a");
     }
 
     // Compute capability, major · 10 + minor.
@@ -98,6 +103,11 @@ class Device {
     void fill(V* to, const V* from, size_t count) {
         if (count) call("cuMemcpyHtoD_v2", (unsigned long long)to, (const void*)from, count * sizeof(V));
     }
+    // Within the memory of the device; does not wait.
+    void copy(void* to, const void* from, size_t bytes) {
+        void* stream = nullptr;
+        call("cuMemcpyDtoDAsync_v2", (unsigned long long)to, (unsigned long long)from, bytes, stream);
+    }
     void free(void* memory) { call("cuMemFree_v2", (unsigned long long)memory); }
 
     // Median time of `repeat` runs.
@@ -137,13 +147,48 @@ class Device {
         if (int status = function(arguments...)) fail(std::string(name) + ": error " + std::to_string(status));
     }
 
-    void load(const std::string& file) {
-        std::ifstream from("../" + file + ".ptx");
+    static bool read(const std::string& file, std::string& content) {
+        std::ifstream from(kernels_folder() + "/" + file, std::ios::binary);
         std::stringstream text;
         text << from.rdbuf();
+        content = text.str();
+        return from.is_open() && !content.empty();
+    }
+
+    void load_ptx(const std::string& name) {
+        std::string text;
+        if (!read(name + ".ptx", text)) fail(kernels_folder() + "/" + name + ".ptx: cannot be read");
         void* module;
-        call("cuModuleLoadData", &module, (const void*)text.str().c_str());
+        call("cuModuleLoadData", &module, (const void*)text.c_str());
         modules.push_back(module);
+    }
+
+    // Prefers the machine code that CI has checked to what the driver's compiler makes of the PTX. CHECK_MODULE=ptx
+    // tests the latter.
+    void load_machine_code(const std::string& name) {
+        const char* wanted = std::getenv("CHECK_MODULE");
+        if (wanted && std::string(wanted) == "ptx")
+            std::printf("module: %s.ptx, as CHECK_MODULE says\n", name.c_str());
+        else if (load_cubin(name))
+            return;
+        load_ptx(name);
+    }
+
+    bool load_cubin(const std::string& name) {
+        std::string code;
+        void* module;
+        if (!read(name + ".cubin", code)) {
+            std::printf("module: %s.ptx, because there is no cubin\n", name.c_str());
+            return false;
+        }
+        auto load = (int (*)(void**, const void*))dlsym(library, "cuModuleLoadData");
+        if (int status = load(&module, code.data())) {
+            std::printf("module: %s.ptx, because the driver refuses the cubin: error %d\n", name.c_str(), status);
+            return false;
+        }
+        std::printf("module: %s.cubin\n", name.c_str());
+        modules.push_back(module);
+        return true;
     }
 
     void* find(const std::string& entry) {

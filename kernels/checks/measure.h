@@ -75,10 +75,12 @@ struct Accuracy {
     double kernel = 0, plain = 0; // largest relative errors so far
 
     // `exact` is the reference in f64; `rough` rounds each of its steps to the format.
-    void compare(const std::string& what, const Values& got, const Values& exact, const Values& rough, size_t row) {
+    // Returns whether `got` is within the bound.
+    bool compare(const std::string& what, const Values& got, const Values& exact, const Values& rough, size_t row) {
         Distance norm(exact, Values(exact.size(), 0), row), error(got, exact, row), usual(rough, exact, row);
         bool written = true;
         for (double x : got) written &= x == x;
+        int before = failures;
         expect(written, what + ": not fully written, or NaN");
         double all = error.all / norm.all, bound = 2 * usual.all / norm.all + 1e-6;
         expect(all <= bound, what + ": relative error " + std::to_string(all) + ", bound " + std::to_string(bound));
@@ -86,5 +88,6 @@ struct Accuracy {
         expect(worst <= row_bound, what + ": worst row " + std::to_string(worst) + ", bound " + std::to_string(row_bound));
         kernel = std::max(kernel, all);
         plain = std::max(plain, usual.all / norm.all);
+        return failures == before;
     }
 };

@@ -70,7 +70,7 @@ struct VisitLists {
         for (entries.resize(count); attention::Entry & entry : entries) from >> entry.first >> entry.count >> entry.mask;
         from >> count;
         for (masks.resize(count); u32& word : masks) from >> word;
-        expect(!from.fail() && masks.size() % 128 == 0, "lists.txt");
+        expect(!from.fail() && masks.size() % 128 == 0, "lists cannot be read");
     }
 
     attention::Lists lists(const DeviceVector<attention::Work>& items) const {

@@ -26,6 +26,7 @@ pub const FORWARD: Kernel = Kernel {
     summary: "windowed attention: outputs and log-sum-exp",
     sources: &[PRELUDE, COMMON, SOFTMAX, include_str!("forward.cu")],
     ptx: include_str!("forward.ptx"),
+    cubin: None,
     target: Target::Sm80,
 };
 
@@ -35,6 +36,7 @@ pub const FORWARD_SM90A: Kernel = Kernel {
     summary: "the same for compute capability 9.0, with the tensor memory accelerator and wgmma",
     sources: &[PRELUDE, SM90A, COMMON, SOFTMAX, include_str!("pairs.cuh"), include_str!("forward_sm90a.cu")],
     ptx: include_str!("forward_sm90a.ptx"),
+    cubin: Some(include_bytes!("forward_sm90a.cubin")),
     target: Target::Sm90a,
 };
 
@@ -44,6 +46,7 @@ pub const BACKWARD: Kernel = Kernel {
     summary: "windowed attention: gradients of queries, keys and values",
     sources: &[PRELUDE, COMMON, include_str!("backward.cu")],
     ptx: include_str!("backward.ptx"),
+    cubin: None,
     target: Target::Sm80,
 };
 

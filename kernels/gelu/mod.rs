@@ -9,6 +9,7 @@ pub const KERNEL: Kernel = Kernel {
     summary: "GELU in its tanh approximation, and its gradient",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
+    cubin: None,
     target: Target::Sm80,
 };
 

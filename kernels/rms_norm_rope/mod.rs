@@ -9,6 +9,7 @@ pub const KERNEL: Kernel = Kernel {
     summary: "root-mean-square norm of heads, then rotary position embedding, and the gradient of x",
     sources: &[PRELUDE, ROWS, include_str!("kernel.cu")],
     ptx: include_str!("kernel.ptx"),
+    cubin: None,
     target: Target::Sm80,
 };
 

@@ -29,4 +29,4 @@ done
 export CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80
 export CARGO_TARGET_DIR=$PWD/target/simulated
 cargo clippy -p clearform-cli --features cuda -- -D warnings # the only place where code of this feature is linted
-cargo build -p clearform-cli --features cuda
+cargo build -p clearform-cli --no-default-features --features cuda # the demo has a model inside

@@ -8,7 +8,7 @@ trap 'rm -rf "$built"' EXIT
 g++ -std=c++20 -O1 -march=native -Wall -Wextra -Wno-unknown-pragmas check.cpp -o "$built/check" -ldl
 export SIMULATOR_PEDANTIC=1
 for capability in 80 90; do
-  for half in others narrow; do
-    SIMULATOR_CAPABILITY=$capability ../simulator/run.sh "$built/check" "$half"
+  for part in others narrow large; do
+    SIMULATOR_CAPABILITY=$capability ../simulator/run.sh "$built/check" "$part"
   done
 done

@@ -58,13 +58,23 @@ fn visited_on_cpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pool
 }
 
 fn visited_on_gpu(geometry: &Geometry, radius: Option<Radius>, text: usize, pooled: usize) -> u64 {
+    lists_on_gpu(geometry, radius, (text, pooled), ListRows::Queries).visited()
+}
+
+/// The lists that kernels of a GPU are given for `text` tokens without padding and no pooled context.
+pub fn kernel_lists(geometry: &Geometry, radius: Option<Radius>, text: usize, rows: ListRows) -> VisitLists {
+    lists_on_gpu(geometry, radius, (text, 0), rows)
+}
+
+fn lists_on_gpu(
+    geometry: &Geometry,
+    radius: Option<Radius>,
+    (text, pooled): (usize, usize),
+    rows: ListRows,
+) -> VisitLists {
     let positions = geometry.order().positions();
     let limit = radius.map(Radius::limit);
-    VisitLists::new(
-        &SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled, limit },
-        ListRows::Queries,
-    )
-    .visited()
+    VisitLists::new(&SequenceLayout { text: TextPadding::Whole(text), positions: &positions, pooled, limit }, rows)
 }
 
 /// Pairs of image tokens within `radius`, compared by row and column also across grids.

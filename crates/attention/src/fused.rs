@@ -23,8 +23,7 @@ use clearform_ops::simd::CpuFeatures;
 use operation::AttentionOp;
 use problem::Problem;
 
-/// Attention of a window: a fused kernel where there is one for the device and dtype, otherwise the reference. It is
-/// usually built by an [`AttentionPlan`](crate::AttentionPlan).
+/// Attention of a window by a fused kernel, for the dtypes that there is one for on the device. It is usually built by an [`AttentionPlan`](crate::AttentionPlan).
 #[derive(Debug, Clone)]
 pub struct TiledAttention {
     window: Window,
@@ -55,11 +54,11 @@ impl TiledAttention {
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            match cuda::attend(sequence, geometry, self.window.radius)? {
-                Ok(out) => return Ok(out),
-                Err(refusal) if sequence.image > REFERENCE_LIMIT => bail!("{}", cuda::explain(refusal)),
-                Err(_) => {}
-            }
+            // The reference would make a mask of tokens x tokens on the host, in every layer and step.
+            return match cuda::attend(sequence, geometry, self.window.radius)? {
+                Ok(out) => Ok(out),
+                Err(refusal) => bail!("{}", cuda::explain(refusal)),
+            };
         }
         reference::attend_joint(sequence, geometry, &self.window)
     }
@@ -71,11 +70,6 @@ impl Attention for TiledAttention {
         sequence.split(&self.attend_joint(&sequence, geometry)?, text.is_some())
     }
 }
-
-/// Image tokens up to which the reference runs on a GPU where no kernel supports a problem. Its mask and scores grow
-/// with the square: 4096 tokens take 64 MiB in f32 for each of them, head and batch entry.
-#[cfg(feature = "cuda")]
-const REFERENCE_LIMIT: usize = 4096;
 
 /// Gradients of query, key and value, of those that are tracked.
 type QkvGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);

@@ -3,6 +3,7 @@
 use crate::tiles::{CELL, SQUARE, TileOrder};
 use crate::{AttentionError, Radius, TileEfficiency, TileShape, TokenGrid};
 use candle_core::{DType, Result, Tensor, bail};
+use clearform_ops::check_gpu_size;
 use std::sync::{Arc, OnceLock};
 
 /// The positions of the image tokens. A model permutes tokens to the order of 2-D tiles once at its embedding and back
@@ -83,8 +84,10 @@ impl Geometry {
     /// (batch, image tokens, ..) -> the same.
     ///
     /// # Errors
-    /// A token count that is not this geometry's.
+    /// A token count that is not this geometry's, or more elements than a GPU indexes.
     pub fn to_tiles(&self, raster: &Tensor) -> Result<Tensor> {
+        // Every layer has tensors of this size, and candle's operations on them.
+        check_gpu_size(raster)?;
         self.permute(raster, &self.order.raster_of, &self.order.tile_of)
     }
 

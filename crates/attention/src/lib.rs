@@ -25,7 +25,7 @@ mod traits;
 mod window;
 
 pub use error::AttentionError;
-pub use execution::Execution;
+pub use execution::{Execution, kernel_lists};
 pub use fused::TiledAttention;
 pub use geometries::Geometries;
 pub use geometry::Geometry;

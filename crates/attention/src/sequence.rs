@@ -2,6 +2,7 @@
 
 use crate::{Attended, Geometry, Qkv, Window, pooled_context};
 use candle_core::{DType, Result, Tensor, bail};
+use clearform_ops::{concatenate, slice};
 
 /// Queries, keys and values of both streams, with pooled context.
 ///
@@ -43,8 +44,8 @@ impl JointSequence {
 
     /// Splits the output of all queries into the streams.
     pub fn split(&self, out: &Tensor, has_text: bool) -> Result<Attended> {
-        let text = if has_text { Some(out.narrow(1, 0, self.text)?) } else { None };
-        Ok(Attended { image: out.narrow(1, self.text, self.image)?, text })
+        let text = if has_text { Some(slice(out, 1, 0, self.text)?) } else { None };
+        Ok(Attended { image: slice(out, 1, self.text, self.image)?, text })
     }
 }
 
@@ -52,7 +53,7 @@ fn joined(parts: &[Option<&Tensor>]) -> Result<Tensor> {
     let parts: Vec<&Tensor> = parts.iter().copied().flatten().filter(|part| part.elem_count() > 0).collect();
     match parts[..] {
         [part] => Ok(part.clone()),
-        _ => Tensor::cat(&parts, 1),
+        _ => concatenate(&parts, 1),
     }
 }
 

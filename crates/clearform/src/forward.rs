@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
 use clearform_plugin_host::{AdapterReport, ControlNetInput, ControlledDenoiser};
-use clearform_runtime::{ActiveControlNet, EditedTransformer};
+use clearform_runtime::{ActiveControlNet, EditedTransformer, check_dtype};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,7 +38,7 @@ pub struct ForwardOptions {
     /// Where the model runs.
     #[serde(default)]
     pub device: ComputeDevice,
-    /// Dtype to compute in; `None` is f32.
+    /// Dtype to compute in; `None` is f32 on a CPU and bf16 on a GPU.
     #[serde(default)]
     pub dtype: Option<FloatDtype>,
 }
@@ -73,8 +73,10 @@ impl ForwardOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
-    let dtype = options.dtype.map_or(DType::F32, Into::into);
     let device = options.device.open()?;
+    let default = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let dtype = options.dtype.map_or(default, Into::into);
+    check_dtype(&device, dtype)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let adapters = options.adapters.open()?;
     let transformer = open_transformer_with(&options.model, &reading)?;

@@ -18,7 +18,9 @@
 //! | [`list_plugins()`], [`check_plugin()`] | [`PluginOptions`] | the plugins that open adapters |
 //! | [`forward()`] | [`ForwardOptions`] | one evaluation of the transformer |
 //!
-//! Nothing is printed, and no output is left half-written: a model appears when it is complete. To hold a model in memory
+//! Nothing is printed, and no output is left half-written: a model appears when it is complete. Where an error names an
+//! option of the command line, as in "pass --components", set the field of that name ([`ConvertOptions::components`]);
+//! `--no-distill` is [`ConvertOptions::training`] without a value, and `--dtype f32` is [`FloatDtype::F32`]. To hold a model in memory
 //! for many images, open a [`Pipeline`] and [load](Pipeline::load) it.
 //!
 //! ```no_run

@@ -58,8 +58,8 @@ impl TransferOptions {
     }
 }
 
-/// Measures what carries over from a model to its linear version, in f32: differences then come from the attention alone,
-/// not from bf16 rounding. Writes `report.html`, `report.json` and contact sheets.
+/// Measures what carries over from a model to its linear version, on a CPU in f32: differences then come from the attention
+/// alone, not from bf16 rounding. Writes `report.html`, `report.json` and contact sheets.
 ///
 /// # Errors
 /// A model or adapter cannot be opened, the fine-tune cannot be patched, or the report cannot be written;
@@ -79,7 +79,7 @@ impl TransferOptions {
 /// ```
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
-    let opening = in_f32(default_options(options.evaluation.components.as_deref(), options.device)?);
+    let opening = in_exact_dtype(default_options(options.evaluation.components.as_deref(), options.device)?);
     let evaluation = EvaluationRun::new(&options.evaluation, &Pipeline::open(&options.teacher, opening.clone())?)?;
     let control_images = evaluation.control_images.clone();
     let study = TransferStudy {
@@ -278,9 +278,11 @@ impl TransferStudy<'_> {
     }
 }
 
-/// `options` with f32: differences then come from the attention alone, not from bf16 rounding.
-fn in_f32(options: PipelineOptions) -> PipelineOptions {
-    PipelineOptions { dtype: Some(DType::F32), ..options }
+/// `options` with f32 on a CPU: differences then come from the attention alone, not from bf16 rounding. On a GPU, attention
+/// is computed in 16 bits.
+fn in_exact_dtype(options: PipelineOptions) -> PipelineOptions {
+    let dtype = if options.device.is_cpu() { Some(DType::F32) } else { options.dtype };
+    PipelineOptions { dtype, ..options }
 }
 
 fn mean(

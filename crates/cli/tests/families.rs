@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use clearform_runtime::RgbImage;
 use clearform_testkit::{assemble_pipeline, assert_close, fixture, relative_error, seeded_file};
-use common::{json, repository, run, stderr_of, text};
+use common::{json, on_cpu, repository, run, runs_on_gpu, stderr_of, text};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +38,12 @@ fn check_window(model: &Path, arguments: &[&str]) {
     let common = [&["--steps", "3", "--seed", "4"], arguments].concat();
     let full = [&common[..], &["--attention", "full"]].concat();
     assert!(generate(model, &common) != generate(model, &full), "the window changes nothing");
+}
+
+/// Largest difference, of 255, between images that should be equal but for rounding: `in_f32` on a CPU. A GPU computes
+/// attention in 16 bits.
+fn rounding(in_f32: u8) -> u8 {
+    if runs_on_gpu() { 8 } else { in_f32 }
 }
 
 /// PSNR in dB.
@@ -78,7 +84,7 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
         let wanted = generate(model, &second);
         let got = tile(1, row as u32);
         let largest = got.iter().zip(wanted.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-        assert!(largest <= 1, "{} differs by {largest} of 255", model.display());
+        assert!(largest <= rounding(1), "{} differs by {largest} of 255", model.display());
     }
     let errors = found["attention_error"].as_array().unwrap();
     assert_eq!(errors.len(), 2);
@@ -123,8 +129,9 @@ fn check_family(name: &str, arguments: &[&str], second_prompt: &[&str], losses: 
     check_window(&model, arguments);
     let few = [&["--steps", "2"], arguments].concat();
     let in_bf16 = generate(&model, &[&few[..], &["--dtype", "bf16"]].concat());
-    let rounding = psnr(&in_bf16, &generate(&model, &[&few[..], &["--dtype", "f32"]].concat()));
-    assert!(rounding > 40.0, "bf16: {rounding} dB");
+    let in_f32 = on_cpu(|| generate(&model, &[&few[..], &["--dtype", "f32"]].concat()));
+    let difference = psnr(&in_bf16, &in_f32);
+    assert!(difference > 40.0, "bf16: {difference} dB");
     check_comparison(&original, &model, second_prompt);
 
     let (patch, patched) = (path("patch.safetensors"), path("patched"));
@@ -186,7 +193,7 @@ fn loras_apply_to_every_family() {
         run(0, &["convert", text(&original), "-o", text(&merged), "--no-distill", "--lora", text(&file)]);
         let merged = generate("merged", &[]).0;
         let largest = merged.iter().zip(at_runtime.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-        assert!(largest <= 2, "{family}: merged and at run time differ by {largest} of 255");
+        assert!(largest <= rounding(2), "{family}: merged and at run time differ by {largest} of 255");
     }
 }
 
@@ -350,7 +357,7 @@ fn minrf_images_are_those_of_its_sampler() {
     let wanted = ((z.flatten_all().unwrap() * 0.5).unwrap() + 0.5).unwrap().clamp(0f32, 1f32).unwrap();
     let wanted: Vec<f32> = (wanted * 255.0).unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap();
     let largest = image.pixels().zip(&wanted).map(|(pixel, wanted)| (f32::from(pixel[0]) - wanted).abs());
-    assert!(largest.fold(0.0, f32::max) <= 1.0);
+    assert!(largest.fold(0.0, f32::max) <= f32::from(rounding(1)));
 }
 
 /// A file for Facebook's code, converted, agrees with diffusers.
@@ -369,6 +376,6 @@ fn a_converted_original_agrees_with_diffusers() {
     candle_core::safetensors::save(&inputs, &input).unwrap();
     run(0, &["forward", text(&model), "--inputs", text(&input), "-o", text(&output)]);
     let sample = fixture(&output)["sample"].clone();
-    assert_close("r3", &sample, &cases["6x6/r3/sample"], 2e-5);
+    assert_close("r3", &sample, &cases["6x6/r3/sample"], if runs_on_gpu() { 2e-2 } else { 2e-5 });
     assert!(relative_error(&sample, &cases["6x6/full/sample"]).unwrap() > 1e-3);
 }

@@ -32,6 +32,7 @@ mod weight_builder;
 
 pub use architecture::{Architecture, DistilledLayer, InputChannels, ModelFamily};
 pub use batch_spec::{BatchSpec, ImageSize};
+pub use clearform_ops::MAX_GPU_ELEMENTS;
 pub use denoiser::{BlockContext, Conditions, CrossText, Denoiser, DenoiserInput, HiddenState, Rotary, StepIndex};
 pub use error::{ModelError, Result};
 pub use families::FAMILIES;

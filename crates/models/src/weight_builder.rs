@@ -110,6 +110,12 @@ impl Linear {
         Ok(Self { weight, bias: self.bias })
     }
 
+    /// Channels that it takes.
+    pub(crate) fn inputs(&self) -> candle_core::Result<usize> {
+        let BaseWeight::Dense(base) = &self.weight.base;
+        base.dim(1)
+    }
+
     /// # Shapes
     /// x (.., inputs) -> (.., outputs).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {

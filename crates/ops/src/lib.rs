@@ -10,13 +10,17 @@ pub mod cuda;
 mod gated;
 mod gelu;
 mod gemm;
+mod joining;
 mod kernel;
 mod linear;
 mod norm;
 pub mod reference;
+#[cfg(any(test, feature = "cuda"))]
+mod row_copy;
 pub mod simd;
 
 pub use gated::gated_add;
 pub use gelu::gelu;
+pub use joining::{MAX_GPU_ELEMENTS, by_tokens, check_gpu_size, concatenate, slice};
 pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};

@@ -2,6 +2,7 @@
 //! and `generate` runs all stages.
 
 use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
+use crate::gpu_limits::check_dtype;
 use crate::held_weights::HeldWeights;
 use crate::latent_spec::LatentSpec;
 use crate::{Components, ReadOptions, Result, TransformerCheckpoint};
@@ -92,6 +93,9 @@ impl Pipeline {
     pub fn of_opened(components: Components, edited: EditedTransformer, options: PipelineOptions) -> Result<Self> {
         let EditedTransformer { transformer, edits, reports } = edited;
         components.require(transformer.identified().components())?;
+        if let Some(dtype) = options.dtype {
+            check_dtype(&options.device, dtype)?;
+        }
         let plan = options.plan.clone().unwrap_or_else(AttentionPlan::full);
         let controlnets = options.adapters.open_controlnets(&transformer)?;
         let scheduler = scheduler(&components, &transformer)?;

@@ -4,7 +4,10 @@
 //! It is strict where a device is silent. Accesses outside of an allocation, misaligned ones, divergence at a barrier and
 //! shuffles with inactive lanes end the launch with the instruction's text. New memory, shared memory and registers are
 //! NaN, asynchronous copies land as late as possible, and freed memory is gone at once. It knows nothing of time, nor of
-//! streams that overlap.
+//! streams that overlap. Allocations of 256 MiB or more are the exception to NaN: they are zeros that take no memory
+//! until they are written, so that tensors larger than the machine's memory can be addressed.
+//!
+//! It executes PTX only. Machine code is refused as on a device that it was not made for.
 //!
 //! With compute capability 9.0 it also has `mbarrier`, bulk tensor copies and `wgmma`. A copy's destination is NaN until
 //! the copy lands, which it does when its barrier lacks nothing else. The matrices of a `wgmma` must not change, and its

@@ -1,7 +1,7 @@
 //! Device memory. An access must lie within a single allocation.
 
 use crate::instruction::Space;
-use std::alloc::{Layout, alloc, dealloc};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -12,32 +12,61 @@ pub const LOCAL: u64 = 2 << 56;
 /// Where kernel arguments begin in the generic address space.
 pub const PARAMETER: u64 = 3 << 56;
 
-/// Size of each allocation, by address.
-pub type Allocations = BTreeMap<u64, usize>;
+/// Allocations of this many bytes or more are zero instead of NaN, so that they take no more of the machine's memory
+/// than is used of them.
+pub const LAZY_BYTES: usize = 256 << 20;
+
+/// An allocation, found by its address in [`Allocations`].
+pub struct Allocation {
+    /// Its size.
+    bytes: usize,
+    /// Begin and layout of the block of the system allocator that holds it.
+    block: u64,
+    layout: Layout,
+}
+
+/// All allocations, by address.
+pub type Allocations = BTreeMap<u64, Allocation>;
 
 static ALLOCATIONS: RwLock<Allocations> = RwLock::new(BTreeMap::new());
 
 const ALIGN: usize = 256;
+/// What every system allocator aligns to. Memory that is zero and aligned to more would be filled, not mapped.
+const SYSTEM_ALIGN: usize = 16;
 
-/// Allocates memory, filled with NaN of every format; 0 if there is not enough.
+/// Allocates memory, filled with NaN of every format, or with zeros from [`LAZY_BYTES`] on; 0 if there is not enough.
 pub fn allocate(bytes: usize) -> u64 {
-    let Ok(layout) = Layout::from_size_align(bytes.max(1), ALIGN) else { return 0 };
+    let Some(allocation) = (if bytes < LAZY_BYTES { filled(bytes) } else { lazy(bytes) }) else { return 0 };
+    let address = allocation.block.next_multiple_of(ALIGN as u64);
+    allocations_mut().insert(address, allocation);
+    address
+}
+
+fn filled(bytes: usize) -> Option<Allocation> {
+    let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
     // SAFETY: the layout is not empty.
-    let memory = unsafe { alloc(layout) };
-    if !memory.is_null() {
-        // SAFETY: just allocated, of that size.
-        unsafe { memory.write_bytes(0xff, bytes) };
-        allocations_mut().insert(memory as u64, bytes);
+    let block = unsafe { alloc(layout) };
+    if block.is_null() {
+        return None;
     }
-    memory as u64
+    // SAFETY: just allocated, of that size.
+    unsafe { block.write_bytes(0xff, bytes) };
+    Some(Allocation { bytes, block: block as u64, layout })
+}
+
+/// Allocates zeros, which the system maps when they are first written, and some more, to align them.
+fn lazy(bytes: usize) -> Option<Allocation> {
+    let layout = Layout::from_size_align(bytes.checked_add(ALIGN)?, SYSTEM_ALIGN).ok()?;
+    // SAFETY: the layout is not empty.
+    let block = unsafe { alloc_zeroed(layout) };
+    (!block.is_null()).then_some(Allocation { bytes, block: block as u64, layout })
 }
 
 /// Frees memory; false if there is no such allocation.
 pub fn free(address: u64) -> bool {
-    let Some(bytes) = allocations_mut().remove(&address) else { return false };
-    let Ok(layout) = Layout::from_size_align(bytes.max(1), ALIGN) else { return false };
-    // SAFETY: allocated by `allocate` with this layout, and freed once: it was still in the table.
-    unsafe { dealloc(address as *mut u8, layout) };
+    let Some(allocation) = allocations_mut().remove(&address) else { return false };
+    // SAFETY: allocated with this layout, and freed once: it was still in the table.
+    unsafe { dealloc(allocation.block as *mut u8, allocation.layout) };
     true
 }
 
@@ -53,8 +82,8 @@ pub fn holds(address: u64, bytes: usize) -> bool {
 
 /// Begin and end of the allocation that contains all these bytes.
 pub fn find(allocations: &Allocations, address: u64, bytes: u64) -> Option<(u64, u64)> {
-    let (begin, size) = allocations.range(..=address).next_back()?;
-    let end = begin + *size as u64;
+    let (begin, allocation) = allocations.range(..=address).next_back()?;
+    let end = begin + allocation.bytes as u64;
     (address.checked_add(bytes)? <= end).then_some((*begin, end))
 }
 

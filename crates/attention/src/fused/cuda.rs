@@ -19,6 +19,7 @@ use clearform_kernels::clear_attention::{
 use clearform_kernels::launch::{DeviceLists, tile_map};
 use clearform_kernels::{Refusal, Scalar};
 use clearform_ops::cuda::{contiguous, scalar, start};
+use clearform_ops::slice;
 use half::{bf16, f16};
 use std::sync::{Arc, OnceLock};
 
@@ -45,7 +46,7 @@ pub(super) fn attend(
         Ok(operation) => operation,
         Err(refusal) => return Ok(Err(refusal)),
     };
-    padded.query.apply_op3(&padded.key, &padded.value, operation)?.narrow(3, 0, head_dim).map(Ok)
+    slice(&padded.query.apply_op3(&padded.key, &padded.value, operation)?, 3, 0, head_dim).map(Ok)
 }
 
 /// Attention of one call over (query, key, value). It keeps the log-sum-exp of each query for the backward.
@@ -75,8 +76,8 @@ impl KernelElement for f16 {}
 
 /// The message of a refusal, with the remedy where there is one.
 pub(super) fn explain(refusal: Refusal) -> String {
-    let hint = if matches!(refusal, Refusal::Scalar { .. }) { "; pass --dtype bf16" } else { "" };
-    format!("{refusal}{hint}")
+    let remedy = if matches!(refusal, Refusal::Scalar { .. }) { "pass --dtype bf16" } else { "pass --device cpu" };
+    format!("{refusal}; {remedy}")
 }
 
 impl CudaAttentionOp {

@@ -67,7 +67,7 @@ pub struct GenerateArgs {
     /// Where the model runs.
     #[command(flatten)]
     pub running: DeviceArgs,
-    /// Dtype to compute in [default: the file's].
+    /// Dtype to compute in [default: the file's; on a GPU bf16 for files in f32].
     #[arg(long, value_enum, help_heading = DEVICE)]
     pub dtype: Option<DtypeArg>,
 }
@@ -100,7 +100,7 @@ pub struct ForwardArgs {
     /// Where the model runs.
     #[command(flatten)]
     pub running: DeviceArgs,
-    /// Dtype to compute in [default: f32].
+    /// Dtype to compute in [default: f32, on a GPU bf16].
     #[arg(long, value_enum, help_heading = DEVICE)]
     pub dtype: Option<DtypeArg>,
 }

@@ -22,6 +22,11 @@ pub fn clearform(arguments: &[&str]) -> Command {
     command
 }
 
+/// Whether [`clearform`] runs models on a GPU or a simulated one.
+pub fn runs_on_gpu() -> bool {
+    !ON_CPU.get() && std::env::var_os("CLEARFORM_PROGRAM").is_some()
+}
+
 /// Calls `work` with [`clearform`] running this build, whatever `CLEARFORM_PROGRAM` is.
 pub fn on_cpu<T>(work: impl FnOnce() -> T) -> T {
     ON_CPU.set(true);

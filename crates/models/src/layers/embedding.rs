@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{D, DType, Tensor};
-use clearform_ops::gelu;
+use clearform_ops::{by_tokens, gelu};
 
 /// Channels of a sinusoidal embedding: 256 in every class here.
 const EMBEDDING_CHANNELS: usize = 256;
@@ -37,7 +37,7 @@ impl FeedForward {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.down.forward(&gelu(&self.up.forward(x)?)?)
+        by_tokens([x], self.down.inputs()?, |[x]| self.down.forward(&gelu(&self.up.forward(x)?)?))
     }
 }
 

@@ -1,8 +1,8 @@
 //! [`Autoencoder`]: images to latents and back, whatever the class, and [`AUTOENCODERS`], the list of classes.
 
 use super::{AutoencoderKl, VaeConfig};
-use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
+use crate::{ImageSize, Result};
 use candle_core::Tensor;
 use clearform_weights::TensorSource;
 use serde_json::Value;
@@ -38,6 +38,9 @@ pub trait AutoencoderSpec: Send + Sync {
 
     /// Width and height of the training images, if the config states it.
     fn sample_size(&self) -> Option<usize>;
+
+    /// Elements of the largest tensor that appears while an image of this size in pixels is decoded.
+    fn largest_activation(&self, image: ImageSize) -> usize;
 
     /// Builds the autoencoder from `source`, with the tensor names of its class.
     ///
@@ -94,6 +97,10 @@ impl AutoencoderSpec for VaeConfig {
         self.sample_size
     }
 
+    fn largest_activation(&self, image: ImageSize) -> usize {
+        Self::largest_activation(self, image)
+    }
+
     fn build(&self, source: &dyn TensorSource) -> Result<Box<dyn Autoencoder>> {
         Ok(Box::new(AutoencoderKl::build(self.clone(), source)?))
     }
@@ -104,6 +111,18 @@ impl AutoencoderSpec for VaeConfig {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    /// The last upsampling of FLUX's VAE, to 256 channels at full size: 2^32 elements at 4096 x 4096 pixels.
+    #[test]
+    fn the_largest_activation_is_that_of_the_last_upsampling() {
+        let sizes = json!({"latent_channels": 16, "block_out_channels": [128, 256, 512, 512]});
+        let spec = autoencoder(&sizes).unwrap();
+        let largest = |edge| spec.largest_activation(ImageSize { height: edge, width: edge });
+        assert_eq!(largest(4096), 1 << 32);
+        assert_eq!(largest(1024), 256 << 20);
+        let single = autoencoder(&json!({"latent_channels": 4, "block_out_channels": [64]})).unwrap();
+        assert_eq!(single.largest_activation(ImageSize { height: 8, width: 16 }), 64 * 8 * 16);
+    }
 
     #[test]
     fn the_class_decides_who_reads_a_config() {

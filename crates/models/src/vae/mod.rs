@@ -6,10 +6,10 @@ mod layers;
 
 pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
 
-use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
 use crate::layers::Convolution;
 use crate::weight_builder::WeightBuilder;
+use crate::{ImageSize, Result};
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Conv2dConfig, GroupNorm, Module};
 use clearform_weights::TensorSource;
@@ -82,6 +82,18 @@ impl VaeConfig {
     /// Width and height of a latent pixel in image pixels (`vae_scale_factor`).
     pub fn downscale(&self) -> usize {
         1 << (self.level_channels.len() - 1)
+    }
+
+    /// Elements of the largest tensor while an image of this size in pixels is decoded, one image at a time. The decoder
+    /// doubles the size after each level but the last, with the channels of that level.
+    pub fn largest_activation(&self, image: ImageSize) -> usize {
+        let pixels = image.height * image.width;
+        let at_level = |level: usize| {
+            let widest = if level == 0 { self.level_channels[0].max(self.image_channels[1]) } else { 0 };
+            let upsampled = self.level_channels.get(level + 1).copied().unwrap_or(0);
+            (pixels >> (2 * level)) * widest.max(upsampled).max(self.level_channels[level])
+        };
+        (0..self.level_channels.len()).map(at_level).max().unwrap_or(0)
     }
 
     fn check(self) -> Result<Self> {

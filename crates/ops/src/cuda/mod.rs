@@ -1,22 +1,25 @@
 //! [`start`]: launches kernels on a GPU, on candle's stream. `rows` has the row-wise operations, `product` a matrix
-//! product. None of it has run on a real GPU yet.
+//! product, `copies` joins and cuts tensors. None of it has run on a real GPU yet.
 
+mod copies;
 mod product;
 mod rows;
 
+pub(crate) use copies::{concatenate, slice};
 pub(crate) use product::transposed_product;
 pub use rows::permute;
 pub(crate) use rows::{add_bias, gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 
 use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-use candle_core::cuda_backend::cudarc::driver::{CudaView, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaModule, CudaView, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, WrapErr as _};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
-use clearform_kernels::{KernelParameters, Launch, Scalar, launch};
+use clearform_kernels::{Kernel, KernelParameters, Launch, Scalar, launch};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The GPU of this ordinal. Every call returns the same device, so that everything on it shares one stream; the default
 /// stream is a different one for each thread. Freed memory stays in the pool of the process, because otherwise the
@@ -51,7 +54,7 @@ pub fn device(ordinal: usize) -> Result<Device> {
     Ok(Device::Cuda(device))
 }
 
-/// Starts `launch` on the device's stream, asynchronously. The driver compiles the kernel's PTX at its first use.
+/// Starts `launch` on the device's stream, asynchronously. The kernel is loaded at its first use.
 ///
 /// # Errors
 /// Errors of the driver.
@@ -59,9 +62,28 @@ pub fn device(ordinal: usize) -> Result<Device> {
 /// # Safety
 /// As [`clearform_kernels::launch::start`].
 pub unsafe fn start<P: KernelParameters>(device: &CudaDevice, launch: &Launch, parameters: P) -> Result<()> {
-    let function = device.get_or_load_custom_func(&launch.entry, launch.kernel.name, launch.kernel.ptx)?;
+    let stream = device.cuda_stream();
+    let function = module(stream.context(), &launch.kernel)?.load_function(&launch.entry).w()?;
     // SAFETY: the caller's promise; the function was loaded from the launch's own kernel.
-    unsafe { launch::start(&device.cuda_stream(), &function, launch, parameters) }.w()
+    unsafe { launch::start(&stream, &function, launch, parameters) }.w()
+}
+
+/// The module of `kernel` on a GPU, loaded once: its machine code if the GPU takes it, else its PTX, which the driver
+/// compiles.
+fn module(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule>> {
+    static LOADED: Mutex<BTreeMap<(usize, &str), Arc<CudaModule>>> = Mutex::new(BTreeMap::new());
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (context.ordinal(), kernel.name);
+    if let Some(module) = loaded.get(&key) {
+        return Ok(module.clone());
+    }
+    let from_cubin = kernel.cubin.and_then(|cubin| context.load_module(Ptx::from_binary(cubin.to_vec())).ok());
+    let module = match from_cubin {
+        Some(module) => module,
+        None => context.load_module(Ptx::from_src(kernel.ptx)).w()?,
+    };
+    loaded.insert(key, module.clone());
+    Ok(module)
 }
 
 /// The elements of a contiguous tensor.

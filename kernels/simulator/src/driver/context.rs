@@ -1,8 +1,8 @@
 //! The device, its context and its attributes.
 
 use super::{
-    ILLEGAL_ADDRESS, INVALID_DEVICE, INVALID_VALUE, LAUNCH_FAILED, NO_BINARY_FOR_GPU, NOT_FOUND, OK, OUT_OF_MEMORY,
-    handle, interface, return_value,
+    ILLEGAL_ADDRESS, INVALID_DEVICE, INVALID_VALUE, LAUNCH_FAILED, MAX_PITCH, NO_BINARY_FOR_GPU, NOT_FOUND,
+    NOT_SUPPORTED, OK, OUT_OF_MEMORY, handle, interface, return_value,
 };
 use crate::device::device;
 use crate::instruction::WARP_SIZE;
@@ -48,6 +48,7 @@ interface! {
             6 | 7 => 65535, // blocks along y and z
             8 => 48 << 10, // shared memory of a block, unless a kernel asks for more
             10 => WARP_SIZE as c_int,
+            11 => MAX_PITCH as c_int,
             16 => 108,     // multiprocessors
             75 => (device().capability / 10) as c_int,
             76 => (device().capability % 10) as c_int,
@@ -82,6 +83,7 @@ interface! {
             NOT_FOUND => c"not found",
             ILLEGAL_ADDRESS => c"address is not allocated",
             LAUNCH_FAILED => c"a kernel failed; the simulator printed where",
+            NOT_SUPPORTED => c"not supported",
             _ => c"unknown error",
         };
         // SAFETY: the caller's promise.

@@ -30,7 +30,7 @@ interface! {
     fn cuMemPoolSetAttribute(_pool: *mut c_void, _attribute: c_int, _value: *mut c_void) { OK }
     fn cuMemHostAlloc(address: *mut u64, bytes: usize, _flags: u32) {
         // SAFETY: the caller's promise.
-        unsafe { return_value(address, memory::allocate(bytes)) }
+        unsafe { cuMemAlloc_v2(address, bytes) }
     }
     fn cuMemFree_v2(address: u64) {
         if memory::free(address) { OK } else { ILLEGAL_ADDRESS }

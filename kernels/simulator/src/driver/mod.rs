@@ -1,12 +1,14 @@
 //! The CUDA driver API, as far as it is used: one device, on which all work is done when a call returns.
 
 mod context;
+mod copy_2d;
 mod memory;
 mod module;
 mod stream;
 mod tensor_map;
 
 pub use context::*;
+pub use copy_2d::*;
 pub use memory::*;
 pub use module::*;
 pub use stream::*;
@@ -23,6 +25,10 @@ const INVALID_PTX: c_int = 218;
 const NOT_FOUND: c_int = 500;
 const ILLEGAL_ADDRESS: c_int = 700;
 const LAUNCH_FAILED: c_int = 719;
+const NOT_SUPPORTED: c_int = 801;
+
+/// The most bytes from one row of a copy to the next, `CU_DEVICE_ATTRIBUTE_MAX_PITCH`.
+const MAX_PITCH: usize = i32::MAX as usize;
 
 /// A handle that is not null. There is one context, and streams do not differ.
 pub(crate) fn handle() -> *mut c_void {

@@ -13,6 +13,9 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::copy;
 
+/// What a file of machine code (a cubin) begins with.
+const ELF: &[u8] = b"\x7fELF";
+
 /// A loaded module. Functions point into it.
 struct LoadedModule {
     module: Module,
@@ -70,13 +73,27 @@ fn is_valid(grid: &Grid, program: &Program) -> bool {
 
 interface! {
     fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_char) {
-        // SAFETY: the caller passes text that ends with a zero.
-        let text = unsafe { CStr::from_ptr(image) }.to_string_lossy();
-        match LoadedModule::load(&text) {
+        if image.is_null() {
+            return INVALID_VALUE;
+        }
+        // SAFETY: the caller passes text that ends with a zero, or an ELF file, whose first bytes include a zero.
+        let image = unsafe { CStr::from_ptr(image) };
+        // Machine code is for other devices than this one. That is no problem to print: programs try PTX next.
+        if image.to_bytes().starts_with(ELF) {
+            return NO_BINARY_FOR_GPU;
+        }
+        match LoadedModule::load(&image.to_string_lossy()) {
             // SAFETY: the caller's promise.
             Ok(loaded) => unsafe { return_value(module, Box::into_raw(Box::new(loaded)).cast()) },
             Err(status) => status,
         }
+    }
+    // The options are about the compiler, which there is none of.
+    fn cuModuleLoadDataEx(
+        module: *mut *mut c_void, image: *const c_char, _count: u32, _options: *mut c_int, _values: *mut *mut c_void
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { cuModuleLoadData(module, image) }
     }
     // Modules are only loaded from memory.
     fn cuModuleLoad(_module: *mut *mut c_void, _file: *const c_char) { NOT_FOUND }

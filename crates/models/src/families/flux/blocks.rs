@@ -7,7 +7,7 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attended, Attention, AttentionPlan, Qkv};
-use clearform_ops::{gated_add, gelu, modulated_layer_norm, rms_norm_rope};
+use clearform_ops::{by_tokens, concatenate, gated_add, gelu, modulated_layer_norm, rms_norm_rope};
 use clearform_weights::TensorSource;
 
 /// Cosines and sines, (tokens, head_dim / 2) each.
@@ -160,8 +160,12 @@ impl SingleBlock {
     /// # Shapes
     /// attended (batch, tokens, heads, head_dim), normed (batch, tokens, width) -> as normed.
     fn project(&self, attended: &Tensor, normed: &Tensor) -> Result<Tensor> {
-        let mlp = gelu(&self.mlp.forward(normed)?)?; // (batch, tokens, 4 width)
-        Ok(self.out.forward(&Tensor::cat(&[&attended.flatten_from(2)?, &mlp], 2)?)?)
+        let attended = attended.flatten_from(2)?;
+        let project = |[attended, normed]: [&Tensor; 2]| {
+            let mlp = gelu(&self.mlp.forward(normed)?)?; // (batch, tokens, 4 width)
+            self.out.forward(&concatenate(&[attended, &mlp], 2)?)
+        };
+        Ok(by_tokens([&attended, normed], self.out.inputs()?, project)?)
     }
 }
 
