@@ -111,10 +111,12 @@ impl EvaluationRun {
         let defaults = teacher.transformer().identified().variant.defaults;
         let default_prompts = DEFAULT_PROMPTS.join("\n");
         let prompts = prompts_or_classes(teacher, options.prompts.as_deref(), &default_prompts, DEFAULT_PROMPTS.len())?;
+        let size = options.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge });
+        teacher.check_decodable(size)?;
         Ok(Self {
             control_images: control_images_per_prompt(&options.control_images, prompts.len())?,
             prompts,
-            size: options.size.map_or(teacher.native_size(), |edge| ImageSize { height: edge, width: edge }),
+            size,
             steps: options.steps.unwrap_or(defaults.steps),
             guidance: defaults.guidance,
             seed: options.seed,

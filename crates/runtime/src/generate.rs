@@ -1,7 +1,6 @@
 //! [`Pipeline::generate`]: all stages in a row. Each component is loaded when its stage begins and released when it ends,
 //! unless the pipeline is a [`LoadedPipeline`](crate::LoadedPipeline).
 
-use crate::gpu_limits::check_decodable;
 use crate::{GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images};
 use clearform_models::{ImageSize, Prompt};
 use clearform_sampling::{SamplingError, Schedule, StepAction, StepProgress};
@@ -77,9 +76,7 @@ impl Pipeline {
     /// Initial noise and schedule of `request`: what shows first whether its settings fit the model.
     fn start(&self, request: &GenerateRequest) -> Result<(InitialLatents, Schedule)> {
         let size = request.size.unwrap_or(self.native_size());
-        if let Some(vae) = self.latent_spec.vae() {
-            check_decodable(self.device(), vae, size)?;
-        }
+        self.check_decodable(size)?;
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;
         Ok((latents, schedule))

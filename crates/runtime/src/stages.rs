@@ -1,6 +1,5 @@
 //! The stages of a pipeline, one by one: encoding prompts, initial noise, schedule, conditions and guidance, decoding.
 
-use crate::gpu_limits::check_decodable;
 use crate::text::{PipelineTextEncoders, open_weights};
 use crate::{Pipeline, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
@@ -187,9 +186,7 @@ impl Pipeline {
     pub fn decode(&self, latents: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
         let [_, height, width] = self.latent_spec.latent_shape(size)?;
         let latents = self.transformer.pipeline_spec().unpack(latents, height, width)?.to_dtype(DType::F32)?;
-        if let Some(vae) = self.latent_spec.vae() {
-            check_decodable(self.device(), vae, size)?;
-        }
+        self.check_decodable(size)?;
         let Some(vae) = self.autoencoder()? else { return to_images(&latents) };
         let decode_image = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(decode_image).collect::<clearform_models::Result<Vec<_>>>()?;
