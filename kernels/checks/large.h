@@ -161,12 +161,13 @@ struct Head {
 
 } // namespace large
 
-inline void check_large_offsets() {
+// Returns whether there was enough memory.
+inline bool check_large_offsets() {
     using namespace large;
     Tensors tensors;
     if (!tensors.are_allocated()) {
         std::printf("attention beyond 2^32 numbers: skipped, takes %.0f GB of device memory\n", Tensors::GIGABYTES);
-        return;
+        return false;
     }
     Rows query = Rows::random(1, 2), key = Rows::random(2, 1), value = Rows::random(3, 1);
     write(tensors.key, key);
@@ -188,4 +189,5 @@ inline void check_large_offsets() {
     }
     std::printf("attention bf16 D %d, beyond 2^32 numbers: out error %.2e, plain %.2e\n", D, accuracy.kernel,
                 accuracy.plain);
+    return true;
 }

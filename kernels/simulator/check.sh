@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the committed PTX of every kernel against its reference, on a simulated device of compute capability 8.0 and on one
-# of 9.0: the same checks as those of check_on_gpu.sh. Needs g++ and Rust.
+# of 9.0: the same checks as those of check_on_gpu.sh. Needs g++ and Rust; without 10 GB of memory `large` fails.
 set -euo pipefail
 cd "$(dirname "$0")/../checks"
 built=$(mktemp -d)

@@ -50,7 +50,7 @@ fn f32_is_refused_at_once() {
 /// Streams are joined and split by rows of every batch entry, which are not contiguous as they are in a batch of one.
 #[test]
 #[ignore = "needs CLEARFORM_PROGRAM"]
-fn a_batch_agrees_with_its_images_one_by_one() {
+fn a_batch_agrees_with_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     let original = folder.path().join("original");
     assemble_pipeline(&repository(""), "sd3", &original);

@@ -21,6 +21,6 @@ pub mod simd;
 
 pub use gated::gated_add;
 pub use gelu::gelu;
-pub use joining::{MAX_GPU_ELEMENTS, by_tokens, check_gpu_size, concatenate, slice};
+pub use joining::{MAX_GPU_ELEMENTS, by_tokens, check_gpu_dims, check_gpu_size, concatenate, slice};
 pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};

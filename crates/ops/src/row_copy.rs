@@ -118,9 +118,11 @@ mod tests {
                 let shapes = shapes.each_ref().map(|shape| &shape[..]);
                 let bytes = |shape: &[usize]| shape.iter().product::<usize>() * BF16;
                 let copies = RowCopy::joining(&shapes, dim, BF16);
-                let copied: usize = copies.iter().map(|copy| copy.rows * copy.width).sum();
                 let total = bytes(shapes[0]) + bytes(shapes[1]);
-                assert_eq!(copied, total);
+                let [first, second] = [copies[0], copies[1]];
+                assert_eq!([first.to, second.to, second.to + second.width], [0, first.width, first.to_pitch]);
+                assert_eq!([first.to_pitch, first.rows], [second.to_pitch, second.rows]);
+                assert_eq!(first.to_pitch * first.rows, total);
                 let accepted: Vec<RowCopy> = copies.into_iter().flat_map(RowCopy::accepted).collect();
                 let end = |copy: &RowCopy| copy.to + (copy.rows - 1) * copy.to_pitch + copy.width;
                 assert_eq!(accepted.iter().map(end).max(), Some(total), "batch {batch}, dimension {dim}");

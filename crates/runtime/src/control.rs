@@ -119,7 +119,7 @@ impl Pipeline {
         }
     }
 
-    /// The means of the VAE's latents, packed if the transformer takes them so.
+    /// The means of the VAE's latents, packed if the transformer takes them so. One image at a time, as they are decoded.
     ///
     /// # Shapes
     /// (batch, 3, height, width) -> (batch, image tokens, channels) or (batch, channels, height, width).
@@ -127,7 +127,12 @@ impl Pipeline {
         let vae = self.autoencoder()?.ok_or_else(|| {
             RuntimeError::BadSetting("control images: this model has no VAE to encode them with".to_owned())
         })?;
-        let latents = vae.encode(&pixels.to_device(self.device())?)?;
+        let (batch, _, height, width) = pixels.dims4()?;
+        self.check_decodable(ImageSize { height, width })?;
+        let encode = |index| -> Result<Tensor> {
+            Ok(vae.encode(&pixels.narrow(0, index, 1)?.contiguous()?.to_device(self.device())?)?)
+        };
+        let latents = Tensor::cat(&(0..batch).map(encode).collect::<Result<Vec<_>>>()?, 0)?;
         Ok(self.transformer().pipeline_spec().pack(&latents)?.0)
     }
 }

@@ -9,7 +9,11 @@ use clearform_models::{ImageSize, MAX_GPU_ELEMENTS};
 /// # Errors
 /// [`RuntimeError::BadSetting`] for a dtype other than bf16 and f16 on a GPU.
 pub fn check_dtype(device: &Device, dtype: DType) -> Result<()> {
-    if device.is_cpu() || matches!(dtype, DType::BF16 | DType::F16) {
+    if device.is_cpu() { Ok(()) } else { check_gpu_dtype(dtype) }
+}
+
+fn check_gpu_dtype(dtype: DType) -> Result<()> {
+    if matches!(dtype, DType::BF16 | DType::F16) {
         return Ok(());
     }
     let name = dtype.as_str();
@@ -51,16 +55,20 @@ mod tests {
     #[test]
     fn images_that_the_vae_cannot_index_are_refused_with_the_largest_size() {
         let size = |edge| ImageSize { height: edge, width: edge };
-        check_activation(256 * 2896 * 2896, size(2896)).unwrap();
-        let message = check_activation(1 << 32, size(4096)).unwrap_err().to_string();
-        assert!(message.starts_with("4096x4096 pixels: the VAE needs a tensor of 4294967296 elements"), "{message}");
-        assert!(message.contains("choose at most 2896x2896"), "{message}");
+        let elements = |edge: usize| 256 * (edge + 2) * (edge + 2); // FLUX's VAE
+        let message = check_activation(elements(4096), size(4096)).unwrap_err().to_string();
+        assert!(message.starts_with("4096x4096 pixels: the VAE needs a tensor of 4299162624 elements"), "{message}");
+        assert!(message.contains("choose at most 2880x2880"), "{message}");
+        check_activation(elements(2880), size(2880)).unwrap();
     }
 
     #[test]
-    fn a_cpu_computes_in_every_dtype() {
+    fn a_gpu_refuses_f32_and_a_cpu_does_not() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             check_dtype(&Device::Cpu, dtype).unwrap();
+            assert_eq!(check_gpu_dtype(dtype).is_ok(), dtype != DType::F32);
         }
+        let message = check_gpu_dtype(DType::F32).unwrap_err().to_string();
+        assert!(message.starts_with("dtype f32: attention on a GPU is computed in bf16 or f16"), "{message}");
     }
 }

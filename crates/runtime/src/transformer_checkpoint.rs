@@ -2,6 +2,7 @@
 //! other components of a pipeline.
 
 use crate::files::{read_json, transformer_path};
+use crate::gpu_limits::check_dtype;
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
@@ -183,8 +184,11 @@ impl TransformerCheckpoint {
     /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes.
     ///
     /// # Errors
-    /// A file cannot be read, or the plan does not fit the model.
+    /// A file cannot be read, the plan does not fit the model, or the device has no attention kernel for `dtype`.
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
+        if let Some(dtype) = dtype {
+            check_dtype(device, dtype)?;
+        }
         if dtype.is_none() && device.is_cpu() {
             return Ok(self.architecture.build(&self.source(), plan)?);
         }

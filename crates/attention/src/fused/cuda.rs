@@ -19,7 +19,7 @@ use clearform_kernels::clear_attention::{
 use clearform_kernels::launch::{DeviceLists, tile_map};
 use clearform_kernels::{Refusal, Scalar};
 use clearform_ops::cuda::{contiguous, scalar, start};
-use clearform_ops::slice;
+use clearform_ops::{check_gpu_dims, slice};
 use half::{bf16, f16};
 use std::sync::{Arc, OnceLock};
 
@@ -37,6 +37,8 @@ pub(super) fn attend(
     let Some(wider) = kernels::HEAD_DIMS.into_iter().find(|supported| *supported >= head_dim) else {
         return Ok(Err(Refusal::HeadDim { head_dim }));
     };
+    let (batch, keys, heads, _) = sequence.key.dims4()?;
+    check_gpu_dims(&[batch, keys, heads, wider])?;
     let [query, key, value] = collect_array([&sequence.query, &sequence.key, &sequence.value].map(|x| {
         let x = if wider > head_dim { &x.pad_with_zeros(3, 0, wider - head_dim)? } else { x };
         x.contiguous()

@@ -4,6 +4,7 @@ use super::{median_ms, parse_grid};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result};
 use candle_core::{Device, Tensor, Var};
 use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, TileEfficiency};
+use clearform_runtime::check_dtype;
 use serde::Serialize;
 use std::fmt;
 
@@ -61,6 +62,7 @@ impl AttentionCase {
     fn new(args: &AttentionBench) -> Result<Self> {
         let geometry = Geometry::new(vec![parse_grid("--grid", &args.grid)?]);
         let device = args.device.open()?;
+        check_dtype(&device, args.dtype.into())?;
         let random = |tokens| random_qkv(tokens, args, &device);
         Ok(Self {
             attention: args.attention.build("bench", &|_| Ok(None))?,

@@ -8,6 +8,7 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
 use clearform_models::families::flux::Flux;
 use clearform_models::{Architecture, InputSizes, ModelFamily as _, random_input};
+use clearform_runtime::check_dtype;
 use clearform_weights::{InMemoryTensors, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -69,6 +70,7 @@ pub fn bench_step(bench: &StepBench) -> Result<StepRow> {
     let config = config(bench)?;
     let timing = &bench.timing;
     let device = timing.device.open()?;
+    check_dtype(&device, timing.dtype.into())?;
     let weights = random_weights(&config, timing.dtype.into(), &device)?;
     let architecture = Flux.parse(&config)?;
     let model = StepModel { architecture: architecture.as_ref(), weights: &weights, timing, device };
@@ -85,6 +87,7 @@ pub fn bench_model(bench: &ModelBench) -> Result<StepTable> {
     let reading = read_options(&bench.reading)?.recorded(&bench.model)?;
     let transformer = open_transformer_with(&bench.model, &reading)?;
     let device = timing.device.open()?;
+    check_dtype(&device, timing.dtype.into())?;
     let weights = InMemoryTensors::load(&transformer.source(), Some(timing.dtype.into()), &device)?;
     let model = StepModel { architecture: transformer.architecture(), weights: &weights, timing, device };
     let rows = bench.plans.iter().map(|plan| model.rows(plan, &bench.grids)).collect::<Result<Vec<_>>>()?;

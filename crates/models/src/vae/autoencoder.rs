@@ -112,16 +112,16 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// The last upsampling of FLUX's VAE, to 256 channels at full size: 2^32 elements at 4096 x 4096 pixels.
+    /// The last upsampling of FLUX's VAE, to 256 channels at full size: 2^32 elements at 4096 x 4096 pixels, and padding.
     #[test]
     fn the_largest_activation_is_that_of_the_last_upsampling() {
         let sizes = json!({"latent_channels": 16, "block_out_channels": [128, 256, 512, 512]});
         let spec = autoencoder(&sizes).unwrap();
         let largest = |edge| spec.largest_activation(ImageSize { height: edge, width: edge });
-        assert_eq!(largest(4096), 1 << 32);
-        assert_eq!(largest(1024), 256 << 20);
+        assert_eq!(largest(4096), 256 * 4098 * 4098);
+        assert_eq!(largest(1024), 256 * 1026 * 1026);
         let single = autoencoder(&json!({"latent_channels": 4, "block_out_channels": [64]})).unwrap();
-        assert_eq!(single.largest_activation(ImageSize { height: 8, width: 16 }), 64 * 8 * 16);
+        assert_eq!(single.largest_activation(ImageSize { height: 8, width: 16 }), 64 * 10 * 18);
     }
 
     #[test]

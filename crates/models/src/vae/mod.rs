@@ -87,11 +87,11 @@ impl VaeConfig {
     /// Elements of the largest tensor while an image of this size in pixels is decoded, one image at a time. The decoder
     /// doubles the size after each level but the last, with the channels of that level.
     pub fn largest_activation(&self, image: ImageSize) -> usize {
-        let pixels = image.height * image.width;
+        // A convolution computed in bands pads its input by a pixel on each side.
+        let padded = |edge: usize, level: usize| (edge >> level) + 2;
         let at_level = |level: usize| {
-            let widest = if level == 0 { self.level_channels[0].max(self.image_channels[1]) } else { 0 };
             let upsampled = self.level_channels.get(level + 1).copied().unwrap_or(0);
-            (pixels >> (2 * level)) * widest.max(upsampled).max(self.level_channels[level])
+            padded(image.height, level) * padded(image.width, level) * upsampled.max(self.level_channels[level])
         };
         (0..self.level_channels.len()).map(at_level).max().unwrap_or(0)
     }

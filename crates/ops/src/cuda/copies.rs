@@ -1,7 +1,7 @@
 //! [`concatenate`] and [`slice`] on a GPU: copies of rows by the driver, which count bytes in 64 bits.
 
 use super::address_of;
-use crate::joining::check_gpu_size;
+use crate::joining::check_gpu_dims;
 use crate::row_copy::RowCopy;
 use candle_core::backend::{BackendDevice as _, BackendStorage};
 use candle_core::cuda_backend::WrapErr as _;
@@ -24,6 +24,9 @@ pub(crate) fn concatenate(tensors: &[&Tensor], dim: usize) -> Result<Option<Tens
     if rest.is_empty() || !tensors.iter().all(fits) {
         return Ok(None);
     }
+    let mut joined = first.dims().to_vec();
+    joined[dim] = tensors.iter().map(|x| x.dims()[dim]).sum();
+    check_gpu_dims(&joined)?;
     let contiguous = tensors.iter().map(|x| x.contiguous()).collect::<Result<Vec<Tensor>>>()?;
     let joined = match &contiguous[..] {
         [a, b] => a.apply_op2(b, Concatenation { dim })?,
@@ -35,14 +38,13 @@ pub(crate) fn concatenate(tensors: &[&Tensor], dim: usize) -> Result<Option<Tens
         }
         _ => return Ok(None),
     };
-    check_gpu_size(&joined)?;
     Ok(Some(joined))
 }
 
 /// `part`, the elements of dimension `dim` of `x` from `start` on, as a contiguous tensor; none where it is one already, or
 /// where candle has to copy it.
 pub(crate) fn slice(x: &Tensor, part: &Tensor, dim: usize, start: usize) -> Result<Option<Tensor>> {
-    if !is_copied(x) || part.is_contiguous() || !x.is_contiguous() {
+    if !is_copied(x) || part.is_contiguous() || !x.is_contiguous() || part.elem_count() == 0 {
         return Ok(None);
     }
     x.apply_op1(Slice { dim, start, length: part.dim(dim)? }).map(Some)

@@ -69,7 +69,7 @@ pub unsafe fn start<P: KernelParameters>(device: &CudaDevice, launch: &Launch, p
 }
 
 /// The module of `kernel` on a GPU, loaded once: its machine code if the GPU takes it, else its PTX, which the driver
-/// compiles.
+/// compiles. With `CLEARFORM_PTX` in the environment it is always the PTX.
 fn module(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule>> {
     static LOADED: Mutex<BTreeMap<(usize, &str), Arc<CudaModule>>> = Mutex::new(BTreeMap::new());
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,7 +77,8 @@ fn module(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule>
     if let Some(module) = loaded.get(&key) {
         return Ok(module.clone());
     }
-    let from_cubin = kernel.cubin.and_then(|cubin| context.load_module(Ptx::from_binary(cubin.to_vec())).ok());
+    let cubin = kernel.cubin.filter(|_| std::env::var_os("CLEARFORM_PTX").is_none());
+    let from_cubin = cubin.and_then(|cubin| context.load_module(Ptx::from_binary(cubin.to_vec())).ok());
     let module = match from_cubin {
         Some(module) => module,
         None => context.load_module(Ptx::from_src(kernel.ptx)).w()?,
