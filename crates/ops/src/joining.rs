@@ -1,13 +1,8 @@
 //! [`concatenate`] and [`slice`]: tensors joined and cut along a dimension; [`by_tokens`]: a computation in parts, for
-//! tensors that a GPU could not index.
-//!
-//! candle's CUDA kernels count elements in 32 bits. Beyond, they compute or copy only a part, silently. So on a GPU tensors
-//! of more than [`MAX_GPU_ELEMENTS`] are avoided here, and refused where they cannot be avoided.
+//! tensors that a GPU could not index ([`MAX_GPU_ELEMENTS`]).
 
-use candle_core::{Result, Tensor, bail};
-
-/// The most elements of a tensor that candle's operations index on a GPU.
-pub const MAX_GPU_ELEMENTS: usize = i32::MAX as usize;
+use crate::gpu_limit::MAX_GPU_ELEMENTS;
+use candle_core::{Result, Tensor};
 
 /// `tensors` next to each other along dimension `dim` (`torch.cat`); differentiable.
 ///
@@ -35,29 +30,6 @@ pub fn slice(x: &Tensor, dim: usize, start: usize, length: usize) -> Result<Tens
         return Ok(copy);
     }
     Ok(part)
-}
-
-/// Refuses a tensor that the operations of a GPU cannot index; any is fine on a CPU.
-///
-/// # Errors
-/// More than [`MAX_GPU_ELEMENTS`] elements. The message says what to do.
-pub fn check_gpu_size(x: &Tensor) -> Result<()> {
-    if x.device().is_cpu() { Ok(()) } else { check_gpu_dims(x.dims()) }
-}
-
-/// Refuses the shape of a tensor that the operations of a GPU cannot index.
-///
-/// # Errors
-/// As [`check_gpu_size`].
-pub fn check_gpu_dims(dims: &[usize]) -> Result<()> {
-    let count: usize = dims.iter().product();
-    if count <= MAX_GPU_ELEMENTS {
-        return Ok(());
-    }
-    bail!(
-        "a tensor of {dims:?} has {count} elements, and a GPU indexes at most {MAX_GPU_ELEMENTS}: generate fewer images \
-         at a time, or smaller ones"
-    )
 }
 
 /// `f` over all tokens of `inputs`, in parts small enough that no tensor of `width` channels exceeds what a GPU indexes. `f`
@@ -114,7 +86,7 @@ fn token_parts(batch: usize, tokens: usize, width: usize, most: usize) -> Vec<[u
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     /// FLUX's MLP over an 8192 x 8192 image.
     #[test]
@@ -146,15 +118,6 @@ mod tests {
             let values = |store: &candle_core::backprop::GradStore| store.get(&x).unwrap().to_vec3::<f32>().unwrap();
             assert_eq!(values(&gradients), values(&expected));
         }
-    }
-
-    #[test]
-    fn a_tensor_too_large_for_a_gpu_is_fine_on_a_cpu() {
-        let zero = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
-        check_gpu_size(&zero.broadcast_as((1 << 16, 1 << 16)).unwrap()).unwrap();
-        check_gpu_dims(&[2, 262_656, 3072]).unwrap();
-        let message = check_gpu_dims(&[4, 262_656, 3072]).unwrap_err().to_string();
-        assert!(message.contains("3227516928 elements") && message.contains("fewer images at a time"), "{message}");
     }
 
     fn arange(count: u32) -> Tensor {

@@ -10,6 +10,7 @@ pub mod cuda;
 mod gated;
 mod gelu;
 mod gemm;
+mod gpu_limit;
 mod joining;
 mod kernel;
 mod linear;
@@ -21,6 +22,7 @@ pub mod simd;
 
 pub use gated::gated_add;
 pub use gelu::gelu;
-pub use joining::{MAX_GPU_ELEMENTS, by_tokens, check_gpu_dims, check_gpu_size, concatenate, slice};
+pub use gpu_limit::{MAX_GPU_ELEMENTS, check_gpu_dims, check_gpu_size};
+pub use joining::{by_tokens, concatenate, slice};
 pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};

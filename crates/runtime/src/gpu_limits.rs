@@ -1,7 +1,8 @@
 //! What a GPU cannot compute, refused before anything is loaded.
 
-use crate::{Pipeline, Result, RuntimeError};
+use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
+use clearform_models::vae::AutoencoderSpec;
 use clearform_models::{ImageSize, MAX_GPU_ELEMENTS};
 
 /// Refuses dtypes that there is no attention kernel for.
@@ -22,17 +23,12 @@ fn check_gpu_dtype(dtype: DType) -> Result<()> {
     )))
 }
 
-impl Pipeline {
-    /// Refuses images whose decoding needs tensors that candle's operations cannot index on a GPU, before they are denoised.
-    ///
-    /// # Errors
-    /// [`RuntimeError::BadSetting`] with the figures.
-    pub fn check_decodable(&self, size: ImageSize) -> Result<()> {
-        match self.latent_spec.vae() {
-            Some(vae) if !self.device().is_cpu() => check_activation(vae.largest_activation(size), size),
-            _ => Ok(()),
-        }
-    }
+/// Refuses images whose decoding needs tensors that candle's operations cannot index on a GPU.
+///
+/// # Errors
+/// [`RuntimeError::BadSetting`] with the figures.
+pub(crate) fn check_decodable(device: &Device, vae: &dyn AutoencoderSpec, size: ImageSize) -> Result<()> {
+    if device.is_cpu() { Ok(()) } else { check_activation(vae.largest_activation(size), size) }
 }
 
 fn check_activation(elements: usize, ImageSize { height, width }: ImageSize) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The stages of a pipeline, one by one: encoding prompts, initial noise, schedule, conditions and guidance, decoding.
 
+use crate::gpu_limits::check_decodable;
 use crate::text::{PipelineTextEncoders, open_weights};
 use crate::{Pipeline, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
@@ -173,6 +174,14 @@ impl Pipeline {
             _ => return Ok(()),
         };
         Err(RuntimeError::BadSetting(reason.to_owned()))
+    }
+
+    /// Refuses images that cannot be decoded on the pipeline's device, before they are denoised.
+    ///
+    /// # Errors
+    /// The VAE needs a tensor that a GPU cannot index. The message has the largest size that works.
+    pub fn check_decodable(&self, size: ImageSize) -> Result<()> {
+        self.latent_spec.vae().map_or(Ok(()), |vae| check_decodable(self.device(), vae, size))
     }
 
     /// Loads the VAE, if the model has one, and decodes latents. One image at a time, since the VAE's activations are what

@@ -1,7 +1,7 @@
 //! [`concatenate`] and [`slice`] on a GPU: copies of rows by the driver, which count bytes in 64 bits.
 
 use super::address_of;
-use crate::joining::check_gpu_dims;
+use crate::gpu_limit::check_gpu_dims;
 use crate::row_copy::RowCopy;
 use candle_core::backend::{BackendDevice as _, BackendStorage};
 use candle_core::cuda_backend::WrapErr as _;
@@ -86,7 +86,8 @@ impl Concatenation {
         for (part, gradient) in parts.into_iter().zip(&mut gradients) {
             let length = part.dim(self.dim)?;
             if part.track_op() {
-                *gradient = Some(crate::slice(&grad, self.dim, start, length)?);
+                let cut = grad.narrow(self.dim, start, length)?;
+                *gradient = Some(slice(&grad, &cut, self.dim, start)?.unwrap_or(cut));
             }
             start += length;
         }
