@@ -173,7 +173,7 @@ fn kernels_of_one_capability_come_as_machine_code_too() {
 #[test]
 fn launches_of_8k_images_fit_the_device() {
     const TOKENS: usize = 512 * 512 + 512;
-    let positions: Vec<(i32, i32)> = (0..512 * 512).map(eight_by_eight).collect();
+    let positions = attention::tests::patches(512, 512);
     let text = attention::TextPadding::Whole(512);
     let sequence = attention::SequenceLayout { text, positions: &positions, pooled: 0, limit: Some(256) };
     let [by_query, by_key] = [attention::ListRows::Queries, attention::ListRows::Keys]
@@ -199,10 +199,4 @@ fn launches_of_8k_images_fit_the_device() {
     let last = by_query.work.iter().chain(&by_key.work).map(|work| (work.first + work.count) as usize).max();
     assert_eq!(last, Some(TOKENS));
     assert!(by_query.masks.len() / 128 <= 24 && by_query.entries.len() < 200_000, "one mask per relative position");
-}
-
-/// Row and column of an image token in the order of 8 x 8 patches, 64 patches in a row.
-fn eight_by_eight(token: i32) -> (i32, i32) {
-    let [patch, inside] = [token / 64, token % 64];
-    (patch / 64 * 8 + inside / 8, patch % 64 * 8 + inside % 8)
 }

@@ -51,4 +51,4 @@ pub const BACKWARD: Kernel = Kernel {
 };
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// Positions of a grid in the order of 8 x 8 patches.
-fn patches(height: i32, width: i32) -> Vec<(i32, i32)> {
+pub(crate) fn patches(height: i32, width: i32) -> Vec<(i32, i32)> {
     let patch = |top: i32, left: i32| {
         (top..height.min(top + 8)).flat_map(move |row| (left..width.min(left + 8)).map(move |column| (row, column)))
     };

@@ -23,7 +23,8 @@ use clearform_ops::simd::CpuFeatures;
 use operation::AttentionOp;
 use problem::Problem;
 
-/// Attention of a window by a fused kernel, for the dtypes that there is one for on the device. It is usually built by an [`AttentionPlan`](crate::AttentionPlan).
+/// Attention of a window by a fused kernel, for the dtypes that there is one for on the device. It is usually
+/// built by an [`AttentionPlan`](crate::AttentionPlan).
 #[derive(Debug, Clone)]
 pub struct TiledAttention {
     window: Window,

@@ -3,7 +3,7 @@
 use crate::evaluation::prompts_or_classes;
 use crate::observer::{Observer, Progress, Stage};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
     Activations, CheckpointDir, ClassifierFree, DistillSettings, Distilled, LearningRate, LossSettings, PairSpec,
@@ -12,7 +12,7 @@ use clearform_distill::{
 };
 use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize};
 use clearform_portable_model::DistillationRecord;
-use clearform_runtime::{Pipeline, TransformerCheckpoint};
+use clearform_runtime::{Pipeline, TransformerCheckpoint, default_dtype};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use std::path::Path;
 
@@ -184,7 +184,7 @@ fn sampling_spec(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Optio
         schedule: pipeline.schedule(settings.steps, &latents)?,
         image_ids: latents.image_ids,
         text_ids,
-        dtype: if device.is_cpu() { DType::F32 } else { DType::BF16 },
+        dtype: default_dtype(&device),
         device,
     })
 }

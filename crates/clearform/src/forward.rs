@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
 use clearform_plugin_host::{AdapterReport, ControlNetInput, ControlledDenoiser};
-use clearform_runtime::{ActiveControlNet, EditedTransformer, check_dtype};
+use clearform_runtime::{ActiveControlNet, EditedTransformer, check_dtype, default_dtype};
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,8 +74,7 @@ impl ForwardOptions {
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
     let device = options.device.open()?;
-    let default = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-    let dtype = options.dtype.map_or(default, Into::into);
+    let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let adapters = options.adapters.open()?;

@@ -5,6 +5,12 @@ use candle_core::{DType, Device};
 use clearform_models::vae::AutoencoderSpec;
 use clearform_models::{ImageSize, MAX_GPU_ELEMENTS};
 
+/// What a model computes in on `device` where nothing else is asked for: f32 on a CPU, and bf16 on a GPU, whose attention
+/// kernels take 16-bit values.
+pub fn default_dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
 /// Refuses dtypes that there is no attention kernel for.
 ///
 /// # Errors

@@ -43,7 +43,7 @@ pub use control::ControlImages;
 pub use control_concat::with_control;
 pub use error::{Result, RuntimeError};
 pub use generate::{GenerateRequest, PipelineStage};
-pub use gpu_limits::check_dtype;
+pub use gpu_limits::{check_dtype, default_dtype};
 pub use image::RgbImage;
 pub use image_batch::{ImageBatch, PreparedBatch};
 pub use images::{check_images, to_images};

@@ -2,7 +2,7 @@
 //! other components of a pipeline.
 
 use crate::files::{read_json, transformer_path};
-use crate::gpu_limits::check_dtype;
+use crate::gpu_limits::{check_dtype, default_dtype};
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
@@ -171,14 +171,14 @@ impl TransformerCheckpoint {
         PatchedSource::new(source, &self.edits, TRANSFORMER, self.low_rank)
     }
 
-    /// The dtype of its largest tensor if `device` computes in it, else f32 on a CPU and bf16 on a GPU. CPUs do not compute in
-    /// f16: there are no kernels for it, and some norms exceed its range. GPUs have no kernel for attention in f32.
+    /// The dtype of its largest tensor if `device` computes in it, else [`default_dtype`]. CPUs do not compute in f16: there
+    /// are no kernels for it, and some norms exceed its range.
     pub fn dtype(&self, device: &Device) -> DType {
         let tensors = self.canonical.tensors();
         let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
         let stored = largest.and_then(|info| DType::try_from(info.dtype).ok());
         let computes = |dtype: &DType| *dtype == DType::BF16 || (*dtype == DType::F16 && !device.is_cpu());
-        stored.filter(computes).unwrap_or(if device.is_cpu() { DType::F32 } else { DType::BF16 })
+        stored.filter(computes).unwrap_or_else(|| default_dtype(device))
     }
 
     /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes.

@@ -24,9 +24,7 @@ pub(crate) fn concatenate(tensors: &[&Tensor], dim: usize) -> Result<Option<Tens
     if rest.is_empty() || !tensors.iter().all(fits) {
         return Ok(None);
     }
-    let mut joined = first.dims().to_vec();
-    joined[dim] = tensors.iter().map(|x| x.dims()[dim]).sum();
-    check_gpu_dims(&joined)?;
+    check_gpu_dims(&joined_dims(&tensors.iter().map(|x| x.dims()).collect::<Vec<_>>(), dim))?;
     let contiguous = tensors.iter().map(|x| x.contiguous()).collect::<Result<Vec<Tensor>>>()?;
     let joined = match &contiguous[..] {
         [a, b] => a.apply_op2(b, Concatenation { dim })?,
@@ -55,6 +53,13 @@ fn is_copied(x: &Tensor) -> bool {
     x.device().is_cuda() && has_kernel_dtype && x.elem_count() > 0
 }
 
+/// The shape of tensors of `shapes` next to each other along dimension `dim`.
+fn joined_dims(shapes: &[&[usize]], dim: usize) -> Vec<usize> {
+    let mut joined = shapes[0].to_vec();
+    joined[dim] = shapes.iter().map(|shape| shape[dim]).sum();
+    joined
+}
+
 struct Concatenation {
     dim: usize,
 }
@@ -64,9 +69,7 @@ impl Concatenation {
         let device = parts[0].0.device().clone();
         let dtype = parts[0].0.dtype();
         let shapes = parts.map(|(_, layout)| layout.dims());
-        let mut joined = shapes[0].to_vec();
-        joined[self.dim] = shapes.iter().map(|shape| shape[self.dim]).sum();
-        let joined = Shape::from(joined);
+        let joined = Shape::from(joined_dims(&shapes, self.dim));
         // SAFETY: the copies below write every element.
         let out = unsafe { device.alloc_uninit(&joined, dtype) }?;
         let to = address_of(&out, &Layout::contiguous(&joined))?;
@@ -78,7 +81,7 @@ impl Concatenation {
         Ok((out, joined))
     }
 
-    /// The gradient of each of the parts, whose sizes along the dimension are `lengths`.
+    /// The gradient of each of the parts that is tracked.
     fn cut<const N: usize>(&self, parts: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         let grad = grad.contiguous()?;
         let mut start = 0;
