@@ -2,12 +2,15 @@
 
 use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
 use crate::distillation::{self, StudentSpec, TrainedStudent};
+use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
+use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{default_options, note_checkpoint, read_options};
+use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel};
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{ConversionPlan, ConversionReport, PatchedAttention, SourceHashes};
-use clearform_distill::{LossEntry, SampleSet};
+use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
 use clearform_runtime::{
@@ -106,7 +109,7 @@ pub struct ConvertReport {
 /// ```no_run
 /// use clearform::{ConvertOptions, TrainingOptions, convert};
 ///
-/// let training = TrainingOptions { steps: 2000, ..TrainingOptions::default() };
+/// let training = TrainingOptions { steps: Some(2000), ..TrainingOptions::default() };
 /// let options = ConvertOptions {
 ///     attention: "clear:r=8".parse()?,
 ///     training: Some(training),
@@ -118,11 +121,11 @@ pub struct ConvertReport {
 /// ```
 pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
     if let Some(training) = &options.training {
-        distillation::check_training(training, options.device)?;
+        check_training(training)?;
     }
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
-    if options.training.as_ref().is_some_and(|training| training.samples.is_none()) {
+    if options.training.as_ref().is_some_and(TrainingOptions::generates_samples) {
         let needed = source.edited.transformer.identified().components();
         distillation::require_components(&source.components.missing(needed))?;
     }
@@ -136,7 +139,8 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
         None => None,
     };
     let report = conversion.write(staging, trained.as_ref())?;
-    let model = WrittenModel::new(&options.output, &options.attention, report);
+    let record = trained.as_ref().map(|trained| &trained.record);
+    let model = WrittenModel::new(&options.output, &options.attention, report, record);
     Ok(ConvertReport { model, losses: trained.map(|trained| trained.distilled.entries).unwrap_or_default() })
 }
 
@@ -174,24 +178,27 @@ impl Conversion<'_> {
         staging: &StagingDir,
         adapters: &Adapters,
     ) -> Result<TrainedStudent> {
-        let samples = self.samples(training, staging, adapters)?;
+        let pipeline = self.pipeline(adapters)?;
         let teacher = &self.source.edited.transformer;
+        let training = ResolvedTraining::new(training, teacher, pipeline.as_ref())?;
+        announce(&Forecast::new(teacher, &self.options.attention, &training, self.options.device)?, self.observer);
+        let samples = TrainingSamples::gather(pipeline, &training, staging.work(), self.observer)?;
         let start = teacher.source();
         let folder = staging.work().join("training");
         let plan = &self.options.attention;
         let student = StudentSpec { plan, start: &start, folder: &folder, device: self.options.device };
-        distillation::train(teacher, student, &samples, training, self.observer)
+        distillation::train(teacher, student, &samples, &training, self.observer)
     }
 
-    fn samples(&mut self, training: &TrainingOptions, staging: &StagingDir, adapters: &Adapters) -> Result<SampleSet> {
-        if let Some(folder) = &training.samples {
-            return distillation::open_samples(folder);
+    /// The teacher's pipeline; `None` if a component of it is missing.
+    fn pipeline(&self, adapters: &Adapters) -> Result<Option<Pipeline>> {
+        let OpenSource { edited, components } = &self.source;
+        if !components.missing(edited.transformer.identified().components()).is_empty() {
+            return Ok(None);
         }
         let opened = default_options(None, self.options.device)?;
         let options = PipelineOptions { adapters: adapters.clone(), ..opened };
-        let OpenSource { edited, components } = &self.source;
-        let pipeline = Pipeline::of_opened(components.clone(), edited.clone(), options)?;
-        distillation::prepare_samples(&pipeline, training, &staging.work().join("samples"), self.observer)
+        Ok(Some(Pipeline::of_opened(components.clone(), edited.clone(), options)?))
     }
 
     fn write(&mut self, mut staging: StagingDir, trained: Option<&TrainedStudent>) -> Result<ConversionReport> {
@@ -199,6 +206,9 @@ impl Conversion<'_> {
         // Hashing the source runs in the background while the model is written.
         let hashes = SourceHashes::start(self.source.edited.transformer.checkpoint());
         let report = self.write_transformer(&conversion, &mut staging, trained)?;
+        if let Some(trained) = trained {
+            trained.write_report(&staging)?;
+        }
         merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
         let mut record = conversion.record(hashes.wait()?)?;
         record.adapter = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<_>>()?;

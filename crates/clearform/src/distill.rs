@@ -1,13 +1,15 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
 use crate::distillation::{self, StudentSpec};
+use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
+use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{open_original_pipeline, open_original_transformer, open_transformer};
+use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel};
 use clearform_convert::{ConversionPlan, PatchedAttention};
-use clearform_distill::SampleSet;
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, ReadOptions, TransformerCheckpoint};
+use clearform_runtime::{Components, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -70,7 +72,7 @@ impl DistillOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
-    distillation::check_training(&options.training, options.device)?;
+    check_training(&options.training)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
     let teacher = open_original_transformer(&options.teacher, &options.model)?;
@@ -80,35 +82,37 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(target, overwrite)?,
         false => StagingDir::begin(target, overwrite)?,
     };
-    let samples = samples(options, &teacher, &staging.work().join("samples"), observer)?;
+    let pipeline = teacher_pipeline(options, &teacher)?;
+    let training = ResolvedTraining::new(&options.training, &teacher, pipeline.as_ref())?;
+    announce(&Forecast::new(&teacher, &plan, &training, options.device)?, observer);
+    let samples = TrainingSamples::gather(pipeline, &training, staging.work(), observer)?;
     let start = student.source();
     let folder = staging.work().join("training");
     let spec = StudentSpec { plan: &plan, start: &start, folder: &folder, device: options.device };
-    let trained = distillation::train(&teacher, spec, &samples, &options.training, observer)?;
+    let trained = distillation::train(&teacher, spec, &samples, &training, observer)?;
     let distilled = PatchedAttention::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .with_components(vec![options.model.clone()], CopyMode::Copy);
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
+    trained.write_report(&staging)?;
     let mut record = conversion.record(model.record().source.clone())?;
-    record.distillation = Some(trained.record);
+    record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
-    Ok(WrittenModel::new(target, &plan, report))
+    Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))
 }
 
-fn samples(
-    options: &DistillOptions,
-    teacher: &TransformerCheckpoint,
-    folder: &Path,
-    observer: &mut dyn Observer,
-) -> Result<SampleSet> {
-    if let Some(folder) = &options.training.samples {
-        return distillation::open_samples(folder);
-    }
+/// The teacher's pipeline; `None` if a component of it is missing and samples need not be generated.
+fn teacher_pipeline(options: &DistillOptions, teacher: &TransformerCheckpoint) -> Result<Option<Pipeline>> {
     let extra = options.components.as_deref().unwrap_or(&options.model);
     let components = Components::new(&options.teacher, Some(extra));
     let components = components.with_embedded(teacher, &ReadOptions::default_options()?)?;
-    distillation::require_components(&components.missing(teacher.identified().components()))?;
-    let pipeline = open_original_pipeline(&options.teacher, &options.model, Some(extra), options.device)?;
-    distillation::prepare_samples(&pipeline, &options.training, folder, observer)
+    let missing = components.missing(teacher.identified().components());
+    if options.training.generates_samples() {
+        distillation::require_components(&missing)?;
+    }
+    if !missing.is_empty() {
+        return Ok(None);
+    }
+    open_original_pipeline(&options.teacher, &options.model, Some(extra), options.device).map(Some)
 }

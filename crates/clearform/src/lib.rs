@@ -23,6 +23,9 @@
 //! `--no-distill` is [`ConvertOptions::training`] without a value, and `--dtype f32` is [`FloatDtype::F32`]. To hold a model in memory
 //! for many images, open a [`Pipeline`] and [load](Pipeline::load) it.
 //!
+//! On a CPU, set the environment variable `CANDLE_NUM_THREADS` to 1 before the first call, as the command line does:
+//! candle's own threads otherwise take processors from ours, which makes training a small model half as fast.
+//!
 //! ```no_run
 //! use clearform::{ConvertOptions, GenerateOptions, Observer, Progress, Prompt, convert, generate};
 //! use std::ops::ControlFlow;
@@ -54,6 +57,7 @@ mod distillation;
 mod error;
 pub mod evaluation;
 mod export;
+mod forecast;
 mod forward;
 mod generate;
 mod inspect;
@@ -62,8 +66,12 @@ mod options;
 pub mod page;
 mod patch;
 mod plugins;
+mod recipe;
 mod sources;
+mod training_report;
+mod training_samples;
 mod transfer;
+mod verdict;
 mod verify;
 mod written_model;
 
@@ -74,14 +82,15 @@ pub use clearform_distill::{DistillError, LossEntry, SampleSet};
 pub use clearform_layout::{Inspection, LayoutError};
 pub use clearform_models::{FamilyRegistry, ImageSize, ModelError, Prompt};
 pub use clearform_plugin_host::{AdapterReport, ExampleResults, PluginError};
-pub use clearform_portable_model::{CopyMode, Overwrite, PortableModelError, VerifyReport};
+pub use clearform_portable_model::{
+    CopyMode, ImageVerdict, LevelErrors, Overwrite, PortableModelError, VerdictRecord, VerifyReport,
+};
 pub use clearform_runtime::png::GenerationParameters;
 pub use clearform_runtime::{Adapters, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError};
 pub use clearform_weights::WeightsError;
 pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};
 pub use convert::{ConvertOptions, ConvertReport, convert};
 pub use distill::{DistillOptions, distill};
-pub use distillation::prepare_samples;
 pub use error::{ClearformError, Result};
 pub use evaluation::EvaluationOptions;
 pub use export::{ExportOptions, ExportReport, export};
@@ -92,7 +101,9 @@ pub use observer::{Observer, Progress, Stage};
 pub use options::{ComputeDevice, FloatDtype, SourceOptions, TrainingOptions};
 pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
 pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};
+pub use recipe::{ModelSize, Recipe};
 pub use sources::parse_plan;
+pub use training_samples::prepare_samples;
 pub use transfer::{TransferCondition, TransferOptions, TransferReport, TransferStudy, transfer};
 pub use verify::verify;
 pub use written_model::WrittenModel;

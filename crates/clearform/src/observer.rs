@@ -32,11 +32,14 @@ pub struct Progress {
     pub total: usize,
     /// Loss of the last training step, while distilling.
     pub loss: Option<f64>,
+    /// What is left of the error before training on samples that are not trained on, a share, while distilling; `None`
+    /// before it is first measured.
+    pub held_out: Option<f64>,
 }
 
 impl Progress {
     pub(crate) fn new(stage: Stage, done: usize, total: usize) -> Self {
-        Self { stage, done, total, loss: None }
+        Self { stage, done, total, loss: None, held_out: None }
     }
 }
 

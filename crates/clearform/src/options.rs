@@ -50,32 +50,40 @@ pub enum FloatDtype {
     F16,
 }
 
-/// How a student is distilled. By default 128 samples and 1000 steps of batch 8 at a learning rate of 6e-4.
+/// How a student is distilled. What is `None` is chosen for the model, by [`Recipe`](crate::Recipe).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {
     /// A file of prompts to generate samples from, or class indices, one per line. `None`: built-in prompts, or evenly
     /// spread classes.
     pub prompts: Option<PathBuf>,
-    /// Samples from an earlier run, instead of new ones.
+    /// Folder of the samples: those of an earlier run, or new ones if it does not exist. `None` keeps them only until
+    /// the model is written.
     pub samples: Option<PathBuf>,
     /// Number of samples to generate.
-    pub sample_count: usize,
-    /// Denoising steps per sample; `None` is the variant's.
+    pub sample_count: Option<usize>,
+    /// Number of samples that are not trained on and on which the student is judged; 0 for no verdict.
+    pub held_out: usize,
+    /// Denoising steps per sample.
     pub sample_steps: Option<usize>,
     /// Width and height of the samples, in pixels; `None` is the model's native size.
     pub sample_size: Option<usize>,
     /// Optimizer steps.
-    pub steps: usize,
+    pub steps: Option<usize>,
+    /// Time to train in seconds, instead of a number of steps: as many steps as fit, by the time of the first ones.
+    pub time: Option<f64>,
     /// Samples per batch.
-    pub batch: usize,
+    pub batch: Option<usize>,
     /// Batches whose gradients are accumulated for one optimizer step.
     pub accumulate: usize,
     /// Peak learning rate.
-    pub learning_rate: f64,
+    pub learning_rate: Option<f64>,
+    /// Weights of the losses against the target, the teacher's prediction and its attention outputs (CLEAR, equation 6).
+    pub losses: Option<[f64; 3]>,
     /// Applies the attention loss to every Nth block (FLUX: every Nth single-stream block).
-    pub attention_every: usize,
-    /// Keeps every block's activations instead of recomputing them: faster, but needs more memory.
+    pub attention_every: Option<usize>,
+    /// Keeps every block's activations instead of recomputing them: faster, but needs more memory. Small models always
+    /// do.
     pub keep_activations: bool,
     /// Optimizer steps between checkpoints.
     pub checkpoint_every: usize,
@@ -90,19 +98,29 @@ impl Default for TrainingOptions {
         Self {
             prompts: None,
             samples: None,
-            sample_count: 128,
+            sample_count: None,
+            held_out: 16,
             sample_steps: None,
             sample_size: None,
-            steps: 1000,
-            batch: 8,
+            steps: None,
+            time: None,
+            batch: None,
             accumulate: 1,
-            learning_rate: 6e-4,
-            attention_every: 4,
+            learning_rate: None,
+            losses: None,
+            attention_every: None,
             keep_activations: false,
             checkpoint_every: 50,
             seed: 0,
             resume: false,
         }
+    }
+}
+
+impl TrainingOptions {
+    /// Whether samples are generated, which needs the whole pipeline: there are none from an earlier run.
+    pub fn generates_samples(&self) -> bool {
+        self.samples.as_ref().is_none_or(|folder| !folder.exists())
     }
 }
 

@@ -121,7 +121,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
     staging.finish(conversion.record(hashes.wait()?)?)?;
-    Ok(WrittenModel::new(output, patch.plan(), report))
+    Ok(WrittenModel::new(output, patch.plan(), report, None))
 }
 
 impl fmt::Display for ExtractedPatch {

@@ -2,6 +2,7 @@
 
 use clearform_attention::AttentionPlan;
 use clearform_convert::ConversionReport;
+use clearform_portable_model::{DistillationRecord, VerdictRecord};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,17 +17,26 @@ pub struct WrittenModel {
     /// What became of every tensor.
     #[serde(flatten)]
     pub report: ConversionReport,
+    /// How near it is to its teacher; `None` without distillation or without samples that are held out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<VerdictRecord>,
 }
 
 impl WrittenModel {
-    pub(crate) fn new(path: &Path, attention: &AttentionPlan, report: ConversionReport) -> Self {
-        Self { model: path.to_owned(), attention: attention.to_string(), report }
+    pub(crate) fn new(
+        path: &Path,
+        attention: &AttentionPlan,
+        report: ConversionReport,
+        distillation: Option<&DistillationRecord>,
+    ) -> Self {
+        let verdict = distillation.and_then(|record| record.verdict.clone());
+        Self { model: path.to_owned(), attention: attention.to_string(), report, verdict }
     }
 }
 
 impl fmt::Display for WrittenModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { model, attention, report } = self;
+        let Self { model, attention, report, verdict } = self;
         let used = report.load_report.used();
         let skipped = report.load_report.skipped().count();
         writeln!(f, "{}: attention {attention}, {} parameters", model.display(), report.parameters)?;
@@ -34,9 +44,10 @@ impl fmt::Display for WrittenModel {
         if !report.components.is_empty() {
             write!(f, "; with {}", report.components.join(", "))?;
         }
-        report.component_reports.iter().try_for_each(|(component, load_report)| {
+        for (component, load_report) in &report.component_reports {
             write!(f, "\n{component}, from the same file: {} tensors used", load_report.used())?;
-            write!(f, ", {} skipped", load_report.skipped().count())
-        })
+            write!(f, ", {} skipped", load_report.skipped().count())?;
+        }
+        verdict.iter().try_for_each(|verdict| write!(f, "\n{verdict}"))
     }
 }

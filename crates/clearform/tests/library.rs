@@ -46,11 +46,11 @@ impl Observer for Recorder {
 /// Two samples and two optimizer steps at a fourth of the native size.
 fn quick_training() -> TrainingOptions {
     TrainingOptions {
-        sample_count: 2,
+        sample_count: Some(2),
         sample_steps: Some(1),
         sample_size: Some(64),
-        steps: 2,
-        batch: 1,
+        steps: Some(2),
+        batch: Some(1),
         ..TrainingOptions::default()
     }
 }
@@ -74,7 +74,10 @@ fn a_model_is_converted_and_draws() {
     let output = folder.path().join("model");
     let mut recorder = Recorder::default();
     let report = convert(&quick_conversion(&output), &mut recorder).unwrap();
-    assert_eq!(recorder.stages, [Stage::Samples, Stage::Distilling, Stage::Writing]);
+    assert_eq!(
+        recorder.stages,
+        [Stage::Samples, Stage::Comparing, Stage::Distilling, Stage::Comparing, Stage::Writing]
+    );
     assert_eq!(report.losses.iter().map(|entry| entry.losses.total).collect::<Vec<_>>(), recorder.losses);
     assert_eq!((report.losses.len(), report.model.attention.as_str()), (2, "clear:r=3"));
     assert!(inspect(&output, &clearform::SourceOptions::default(), &mut ()).unwrap().is_complete());
@@ -121,8 +124,11 @@ fn settings_out_of_range_are_refused_before_anything_is_made() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("model");
     let cases = [
-        (TrainingOptions { steps: 0, ..quick_training() }, "setting steps: expected at least 1, found 0"),
-        (TrainingOptions { sample_count: 0, ..quick_training() }, "setting sample_count: expected at least 1, found 0"),
+        (TrainingOptions { steps: Some(0), ..quick_training() }, "setting steps: expected at least 1, found 0"),
+        (
+            TrainingOptions { sample_count: Some(0), ..quick_training() },
+            "setting sample_count: expected at least 1, found 0",
+        ),
     ];
     for (training, message) in cases {
         let options = ConvertOptions { training: Some(training), ..quick_conversion(&output) };

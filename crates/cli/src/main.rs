@@ -18,6 +18,7 @@ use std::process::ExitCode;
 
 /// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap).
 fn main() -> ExitCode {
+    use_one_thread_pool();
     let cli = Cli::parse();
     match run(&cli) {
         Ok(CommandOutcome::Complete) => ExitCode::SUCCESS,
@@ -26,6 +27,15 @@ fn main() -> ExitCode {
             output::print_message(format_args!("error: {}", error_message(&error)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// candle divides element-wise operations among threads of its own, which spin for a while after each of them and take
+/// the processors from ours.
+fn use_one_thread_pool() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: the process has one thread so far, so nothing reads the environment at the same time.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
 }
 

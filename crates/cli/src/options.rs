@@ -1,8 +1,8 @@
 //! From parsed arguments to the library's options.
 
 use crate::args::{
-    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, PluginSearchArgs, SamplingArgs, SourceArgs, TrainingArgs,
-    WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, Duration, LossWeights, PluginSearchArgs, SamplingArgs, SourceArgs,
+    TrainingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
@@ -45,12 +45,15 @@ impl From<&TrainingArgs> for TrainingOptions {
             prompts: args.prompts.clone(),
             samples: args.samples.clone(),
             sample_count: args.sample_count,
+            held_out: args.held_out,
             sample_steps: args.sample_steps,
             sample_size: args.sample_size,
             steps: args.steps,
+            time: args.time.map(|Duration(seconds)| seconds),
             batch: args.batch,
             accumulate: args.accumulate,
             learning_rate: args.lr,
+            losses: args.losses.map(|LossWeights(weights)| weights),
             attention_every: args.attention_every,
             keep_activations: args.keep_activations,
             checkpoint_every: args.checkpoint_every,

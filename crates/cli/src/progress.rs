@@ -39,7 +39,7 @@ impl Observer for ProgressBars {
         if progress.total > 0 {
             bar.set_position(progress.done as u64);
         }
-        bar.set_message(progress.loss.map_or(message.to_owned(), |loss| format!("loss {loss:.4}")));
+        bar.set_message(progress.loss.map_or(message.to_owned(), |loss| training_message(loss, progress.held_out)));
         ControlFlow::Continue(())
     }
 
@@ -55,6 +55,11 @@ impl Drop for ProgressBars {
     fn drop(&mut self) {
         self.clear();
     }
+}
+
+fn training_message(loss: f64, held_out: Option<f64>) -> String {
+    let left = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
+    format!("loss {loss:.4}{left}")
 }
 
 /// The label of a stage's bar, and what is said beside it.

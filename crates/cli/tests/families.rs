@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// those of an earlier run: the tests of clearform-distill compare losses with PyTorch's.
 fn distil(arguments: &[&str], model: &Path, losses: [f64; 2]) {
     let training = ["--radius", "2", "--steps", "6", "--sample-count", "6", "--sample-steps", "3", "--batch", "3"];
-    let further = ["--lr", "3e-3", "-o", text(model)];
+    let further = ["--lr", "3e-3", "--losses", "1,0.5,0.5", "--held-out", "0", "-o", text(model)];
     run(0, &[&["convert"], arguments, &training[..], &further[..]].concat());
     let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
     let loss = |key: &str| record["distillation"][key].as_float().unwrap();
@@ -204,7 +204,8 @@ fn distill_trains_as_convert_does() {
     let path = |name: &str| folder.path().join(name);
     let (original, at_once, bare, trained) = (path("original"), path("at-once"), path("bare"), path("trained"));
     assemble_pipeline(&repository(""), "dit", &original);
-    let training = ["--steps", "3", "--sample-count", "4", "--sample-steps", "2", "--batch", "2", "--seed", "5"];
+    let training =
+        "--steps 3 --sample-count 4 --sample-steps 2 --batch 2 --held-out 0 --seed 5".split(' ').collect::<Vec<_>>();
     run(0, &[&["convert", text(&original), "-o", text(&at_once), "--radius", "2"], &training[..]].concat());
     run(0, &["convert", text(&original), "-o", text(&bare), "--radius", "2", "--no-distill"]);
     let distill = ["distill", text(&bare), "--teacher", text(&original), "-o", text(&trained)];

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 /// Small enough for a test, long enough to be killed ten times.
 fn arguments<'a>(base: &'a str, model: &'a str) -> Vec<&'a str> {
-    let short = "--sample-count 4 --sample-steps 2 --sample-size 64 --steps 6 --batch 2 --checkpoint-every 1";
+    let short =
+        "--sample-count 4 --sample-steps 2 --sample-size 64 --steps 6 --batch 2 --checkpoint-every 1 --held-out 2";
     let convert = ["convert", base, "-o", model, "--radius", "3", "--attention-every", "2", "--threads", "2"];
     convert.into_iter().chain(short.split(' ')).collect()
 }

@@ -5,10 +5,12 @@
 //! whatever the depth. With enough memory [`Activations::Keep`] keeps the activations and saves the second run.
 
 use crate::{Activations, Batch, LossSettings, Result, TeacherStudent};
+use candle_core::backend::{BackendDevice as _, BackendStorage as _};
 use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Tensor, Var};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Shape, Tensor, Var};
 use clearform_attention::Attended;
 use clearform_models::{Denoiser, DenoiserInput, HiddenState, without_variance};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -33,6 +35,8 @@ pub struct Losses {
 /// Losses of `batch` and the gradients of their total. `activations` changes memory and time but not the result, which is
 /// equal bit for bit.
 ///
+/// The samples of a small model run separately, in parallel: its operations are too short to be shared by threads.
+///
 /// # Errors
 /// A watched layer that the model does not have, or a computation that a model or candle rejects.
 pub fn backward(
@@ -42,8 +46,23 @@ pub fn backward(
     activations: Activations,
 ) -> Result<(Losses, Gradients)> {
     let watched = settings.watched(models.student().layer_names())?;
-    let targets = TeacherTargets::compute(models.teacher(), &batch.input, &watched)?;
-    let (mut saved, last) = forward(models.student(), &batch.input, activations)?;
+    let parts = if models.is_small() { batch.split()? } else { vec![batch.clone()] };
+    let of_part = |part: &Batch| backward_part(models, part, settings, activations, &watched);
+    let found = parts.par_iter().map(of_part).collect::<Result<Vec<_>>>()?;
+    mean(found)
+}
+
+fn backward_part(
+    models: &TeacherStudent,
+    batch: &Batch,
+    settings: &LossSettings,
+    activations: Activations,
+    watched: &[usize],
+) -> Result<(Losses, Gradients)> {
+    // Nothing before the first block is trained, so teacher and student begin with the same state.
+    let embedded = detached(models.teacher().embed(&batch.input)?);
+    let targets = TeacherTargets::compute(models.teacher(), embedded.clone(), watched)?;
+    let (mut saved, last) = forward(models.student(), embedded, activations)?;
     let mut pass = BackwardPass {
         models,
         settings,
@@ -57,6 +76,41 @@ pub fn backward(
         gradient = pass.block(saved.len(), activation, &gradient)?;
     }
     Ok((pass.losses, pass.gradients))
+}
+
+/// The mean over parts of equal size, added in order, so that it does not depend on the number of threads.
+fn mean(parts: Vec<(Losses, Gradients)>) -> Result<(Losses, Gradients)> {
+    let share = 1.0 / parts.len() as f64;
+    let mut losses = Losses::default();
+    let mut sums = Gradients::new();
+    for (found, gradients) in parts {
+        losses.add(found, share);
+        add_gradients(&mut sums, gradients, share)?;
+    }
+    Ok((losses, sums))
+}
+
+/// Adds `share` times `gradients` to `sums`.
+pub(crate) fn add_gradients(sums: &mut Gradients, gradients: Gradients, share: f64) -> Result<()> {
+    for (name, gradient) in gradients {
+        let gradient = if share == 1.0 { gradient } else { (gradient * share)? };
+        let sum = match sums.remove(&name) {
+            Some(before) => (before + gradient)?,
+            None => gradient,
+        };
+        sums.insert(name, sum);
+    }
+    Ok(())
+}
+
+impl Losses {
+    /// Adds `share` times `other`.
+    pub(crate) fn add(&mut self, other: Self, share: f64) {
+        self.denoising += other.denoising * share;
+        self.prediction += other.prediction * share;
+        self.attention += other.attention * share;
+        self.total += other.total * share;
+    }
 }
 
 /// Mean squared difference between the predictions of two models on fixed inputs, summed in f64; 0 for no inputs.
@@ -81,8 +135,7 @@ struct TeacherTargets {
 }
 
 impl TeacherTargets {
-    fn compute(teacher: &dyn Denoiser, input: &DenoiserInput, watched: &[usize]) -> Result<Self> {
-        let mut state = teacher.embed(input)?;
+    fn compute(teacher: &dyn Denoiser, mut state: HiddenState, watched: &[usize]) -> Result<Self> {
         let mut attention = BTreeMap::new();
         for index in 0..teacher.block_count() {
             state = teacher.block(index, state)?;
@@ -102,13 +155,12 @@ enum SavedActivation {
     Graph(BlockInput, HiddenState),
 }
 
-/// Runs the student: what is saved of each block, and the output of the last block, detached from the graph.
+/// Runs the student's blocks: what is saved of each, and the output of the last one, detached from the graph.
 fn forward(
     student: &dyn Denoiser,
-    input: &DenoiserInput,
+    mut state: HiddenState,
     activations: Activations,
 ) -> Result<(Vec<SavedActivation>, HiddenState)> {
-    let mut state = detached(student.embed(input)?);
     let mut saved = Vec::with_capacity(student.block_count());
     for index in 0..student.block_count() {
         let output = match activations {
@@ -140,16 +192,37 @@ struct OutputGradient {
 }
 
 impl OutputGradient {
-    /// The inner product with `output`: a scalar whose gradient with respect to `output` is this one, since candle's
-    /// `backward` starts from a scalar.
-    fn inner_product(&self, output: &HiddenState) -> Result<Tensor> {
+    /// A scalar whose gradient with respect to `output` is this one, since candle's `backward` starts from a scalar.
+    fn seed(&self, output: &HiddenState) -> Result<Tensor> {
         let mut sum = Tensor::zeros((), DType::F32, output.image.device())?;
         for (value, gradient) in [(Some(&output.image), &self.image), (output.text.as_ref(), &self.text)] {
             if let (Some(value), Some(gradient)) = (value, gradient) {
-                sum = (sum + sum_of_rows(&(value * gradient)?)?)?;
+                sum = (sum + value.apply_op1(Seed(gradient.clone()))?)?;
             }
         }
         Ok(sum)
+    }
+}
+
+/// Stands for the inner product of a tensor with its gradient. Only the gradient is wanted, so the product is not
+/// computed: the value is 0.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((storage.device().zeros_impl(&Shape::from(()), DType::F32)?, Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }
 
@@ -217,7 +290,7 @@ impl BackwardPass<'_> {
                 (variables, self.models.student().block(index, entry)?)
             }
         };
-        let mut loss = gradient.inner_product(&output)?;
+        let mut loss = gradient.seed(&output)?;
         if let (Some(target), Some(attended)) = (self.targets.attention.remove(&index), &output.attention) {
             let term = (attention_distance(attended, &target)? / self.watched as f64)?;
             self.losses.attention += scalar(&term)?;

@@ -1,6 +1,7 @@
 //! [`Batches`]: the endless sequence of noised samples that a student is trained on, drawn with one random generator.
 
-use crate::samples::SampleIndex;
+use crate::sample_files::SampleIndex;
+use crate::sample_reader::SampleReader;
 use crate::settings::at_least_one;
 use crate::{DistillSettings, Precision, Result, SampleSet, Samples, TeacherStudent, Timesteps};
 use candle_core::{DType, Device, Tensor};
@@ -20,6 +21,7 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Batches<'a> {
     samples: &'a SampleSet,
+    reader: SampleReader<'a>,
     settings: &'a DistillSettings,
     process: NoiseProcess,
     device: Device,
@@ -50,7 +52,17 @@ impl Batch {
         Ok(Self { input: DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions }, target })
     }
 
-    fn in_precision(mut self, precision: Precision) -> Result<Self> {
+    /// Each sample as a batch of its own.
+    pub(crate) fn split(&self) -> Result<Vec<Self>> {
+        let sample = |index| {
+            let input = self.input.samples(index, 1)?;
+            Ok(Self { input, target: self.target.narrow(0, index, 1)? })
+        };
+        (0..self.input.batch()?).map(sample).collect()
+    }
+
+    /// The batch with latents in the dtype of the activations.
+    pub(crate) fn in_precision(mut self, precision: Precision) -> Result<Self> {
         if precision == Precision::Bf16 {
             self.input.latents = self.input.latents.to_dtype(DType::BF16)?;
         }
@@ -60,13 +72,17 @@ impl Batch {
 
 impl<'a> Batches<'a> {
     /// Batches of `samples` for `models` as `settings` say, starting from the state of `generator`.
+    ///
+    /// # Errors
+    /// A file of the set is missing or damaged.
     pub fn new(
         samples: &'a SampleSet,
         settings: &'a DistillSettings,
         models: &TeacherStudent,
         generator: TorchGenerator,
-    ) -> Self {
-        Self { samples, settings, process: models.process(), device: models.device(), generator }
+    ) -> Result<Self> {
+        let reader = SampleReader::holding(samples.files())?;
+        Ok(Self { samples, reader, settings, process: models.process(), device: models.device(), generator })
     }
 
     /// The next batch: samples drawn with replacement, each with a noise level and noise of its own. The order of the
@@ -79,7 +95,7 @@ impl<'a> Batches<'a> {
         let samples: Vec<usize> = (0..self.settings.batch).map(|_| self.generator.below(count) as usize).collect();
         let t = noise_levels(&mut self.generator, self.settings.timesteps, samples.len())?;
         let indices = self.drop_prompts(samples)?;
-        let Samples { latents, conditions } = self.samples.read_indices(&indices, &self.device)?;
+        let Samples { latents, conditions } = self.reader.read(&indices, &self.device)?;
         let noise = self.generator.randn(latents.shape())?.to_device(&self.device)?;
         let t = t.to_device(&self.device)?;
         Batch::noised(self.process, &latents, &noise, &t, conditions)?.in_precision(self.settings.precision)

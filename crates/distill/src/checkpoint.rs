@@ -73,6 +73,18 @@ impl TrainingState {
         Ok(clearform_weights::save(path, &all, &metadata)?)
     }
 
+    /// The settings of the state at `path`.
+    ///
+    /// # Errors
+    /// A file that is not a training state.
+    pub(crate) fn recorded_settings(path: &Path) -> Result<DistillSettings> {
+        let file = Checkpoint::open(path)?;
+        let found =
+            file.metadata().get(REQUIREMENTS).and_then(|text| serde_json::from_str::<ResumeRequirements>(text).ok());
+        let requirements = found.ok_or_else(|| bad(path, "not a training state of clearform".to_owned()))?;
+        Ok(requirements.settings)
+    }
+
     /// Reads the state at `path` to `device`.
     ///
     /// # Errors

@@ -18,8 +18,12 @@ mod batches;
 mod checkpoint;
 mod differences;
 mod error;
+mod held_out;
 mod loss_log;
 mod optimizer;
+mod sample_files;
+mod sample_reader;
+mod sample_settings;
 mod samples;
 mod schedule;
 mod settings;
@@ -29,9 +33,15 @@ mod train;
 pub use backward::{Gradients, Losses, backward, prediction_error};
 pub use batches::{Batch, Batches};
 pub use error::{DistillError, Result};
+pub use held_out::{HELD_OUT_LEVELS, HeldOut, PredictionErrors};
 pub use loss_log::LossEntry;
 pub use optimizer::{OptimizerState, clip_gradients};
-pub use samples::{ClassifierFree, SampleSet, SampleSettings, Samples, SamplingSpec};
+pub use sample_reader::Samples;
+pub use sample_settings::{ClassifierFree, SampleSettings};
+pub use samples::{SampleSet, SamplingSpec};
 pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
 pub use teacher_student::{PairSpec, TeacherStudent};
-pub use train::{CheckpointDir, Distilled, ResumeMode, TrainingOutcome, TrainingProgress, distill};
+pub use train::{
+    CheckpointDir, Distilled, ResumeMode, TrainingData, TrainingOutcome, TrainingProgress, distill, recorded_settings,
+    steps_within,
+};

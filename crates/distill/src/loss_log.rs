@@ -20,6 +20,9 @@ pub struct LossEntry {
     pub rate: f64,
     /// Seconds of training so far, over all runs.
     pub seconds: f64,
+    /// What is left of the error before training on samples that are not trained on, as a share of it; only at some steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
 }
 
 #[derive(Debug)]
@@ -71,6 +74,7 @@ mod tests {
             norm: 1.0,
             rate: 0.5,
             seconds: 2.0,
+            held_out: (step == 2).then_some(0.75),
         };
         let mut log = LossLog::open(&path, 0).unwrap();
         (1..=4).for_each(|step| log.add(entry(step)).unwrap());
@@ -90,9 +94,9 @@ mod tests {
                    {\"step\":2,\"flow\":0.5,\"prediction\":0.25,\"attention\":0.125,\"total\":0.6875,\"norm\":1.0,\"rate\":0.002,\"seconds\":7.0}\n";
         std::fs::write(&path, old).unwrap();
         let losses = Losses { denoising: 0.75, prediction: 0.5, attention: 0.25, total: 1.125 };
-        let first = LossEntry { step: 1, losses, norm: 2.0, rate: 0.001, seconds: 3.5 };
+        let first = LossEntry { step: 1, losses, norm: 2.0, rate: 0.001, seconds: 3.5, held_out: None };
         let losses = Losses { denoising: 0.5, prediction: 0.25, attention: 0.125, total: 0.6875 };
-        let second = LossEntry { step: 2, losses, norm: 1.0, rate: 0.002, seconds: 7.0 };
+        let second = LossEntry { step: 2, losses, norm: 1.0, rate: 0.002, seconds: 7.0, held_out: None };
         let mut log = LossLog::open(&path, 2).unwrap();
         let third = LossEntry { step: 3, ..second };
         log.add(third).unwrap();

@@ -5,73 +5,23 @@
 //! whole or absent, and each sample has a seed of its own, so generating a set can stop and resume at any file.
 
 use crate::differences::{differences, read_back};
+use crate::sample_files::{SampleFiles, SampleIndex, bad};
+use crate::sample_reader::{SampleReader, Samples};
 use crate::settings::at_least_one;
-use crate::{DistillError, Result};
+use crate::{ClassifierFree, DistillError, Result, SampleSettings};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Conditions, Denoiser, Prompt};
 use clearform_sampling::{Guidance, SamplingError, Schedule, Start, StepAction, StepProgress, TorchGenerator, denoise};
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, write_atomically};
+use clearform_weights::{InMemoryTensors, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Prompts that are encoded together. Text encoders are loaded once for each such chunk, so larger is faster, but its
 /// features are in memory together: 64 T5 prompts of 512 tokens take 0.5 GB in f32.
 const PROMPTS_AT_ONCE: usize = 64;
 const EDITION: u32 = 1;
-
-/// What a set contains and how it is generated.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SampleSettings {
-    /// The prompts; sample n has prompt n modulo their count.
-    pub prompts: Vec<Prompt>,
-    /// Samples in all.
-    pub count: usize,
-    /// Samples that are generated together and share a file.
-    pub batch: usize,
-    /// Width and height in pixels.
-    pub size: [usize; 2],
-    /// Denoising steps.
-    pub steps: usize,
-    /// Embedded guidance scale, for models that have one.
-    pub guidance: Option<f64>,
-    /// Classifier-free guidance, for models that use it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub classifier_free: Option<ClassifierFree>,
-    /// Seed of sample 0; sample n has `seed + n`.
-    pub seed: u64,
-}
-
-/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): two evaluations a step.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ClassifierFree {
-    /// Guidance scale; 1 is the conditional prediction alone.
-    pub scale: f64,
-    /// The unconditional (negative) prompt.
-    #[serde(rename = "without")]
-    pub unconditional: Prompt,
-    /// How many channels are guided, counted from the first; `None` guides all.
-    pub channels: Option<usize>,
-}
-
-/// A sample of a set, with its own prompt or the unconditional one.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SampleIndex {
-    /// Its index in the set.
-    pub sample: usize,
-    /// Whether the unconditional prompt replaces its own.
-    pub unconditional: bool,
-}
-
-impl SampleIndex {
-    /// A sample with its own prompt.
-    pub fn conditional(sample: usize) -> Self {
-        Self { sample, unconditional: false }
-    }
-}
 
 /// How latents are generated.
 #[derive(Debug, Clone)]
@@ -90,20 +40,10 @@ pub struct SamplingSpec {
     pub device: Device,
 }
 
-/// Samples read for training.
-#[derive(Debug, Clone)]
-pub struct Samples {
-    /// Latents, f32, (batch, ...) as the transformer takes them.
-    pub latents: Tensor,
-    /// The encoded prompts they were generated from.
-    pub conditions: Conditions,
-}
-
 /// A set of samples on disk.
 #[derive(Debug)]
 pub struct SampleSet {
-    folder: PathBuf,
-    settings: SampleSettings,
+    files: SampleFiles,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -124,13 +64,13 @@ impl SampleSet {
         if path.exists() {
             let found = Self::open(folder)?;
             let settings = read_back(&settings).map_err(|error| bad(&path, error.to_string()))?;
-            let differing = differences(&found.settings, &settings);
+            let differing = differences(found.settings(), &settings);
             return if differing.is_empty() { Ok(found) } else { Err(DistillError::OtherSettings { path, differing }) };
         }
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.to_owned(), source })?;
         let manifest = serde_json::to_vec_pretty(&SampleManifest { edition: EDITION, settings: settings.clone() });
         write_atomically(&path, &manifest.map_err(|error| bad(&path, error.to_string()))?)?;
-        Ok(Self { folder: folder.to_owned(), settings })
+        Ok(Self { files: SampleFiles { folder: folder.to_owned(), settings } })
     }
 
     /// Opens a set, complete or not.
@@ -147,17 +87,22 @@ impl SampleSet {
             return Err(bad(&path, reason));
         }
         check(&manifest.settings)?;
-        Ok(Self { folder: folder.to_owned(), settings: manifest.settings })
+        Ok(Self { files: SampleFiles { folder: folder.to_owned(), settings: manifest.settings } })
     }
 
     /// What the set contains once it is complete.
     pub fn settings(&self) -> &SampleSettings {
-        &self.settings
+        &self.files.settings
+    }
+
+    /// The files of the set.
+    pub(crate) fn files(&self) -> &SampleFiles {
+        &self.files
     }
 
     /// Whether every file exists.
     pub fn is_complete(&self) -> bool {
-        self.missing_prompts().is_empty() && self.ids_path().exists() && self.missing_batches().is_empty()
+        self.missing_prompts().is_empty() && self.files.ids_path().exists() && self.missing_batches().is_empty()
     }
 
     /// Encodes the prompts that are not encoded yet. `encode` returns conditions with a row for each prompt it is given.
@@ -168,7 +113,7 @@ impl SampleSet {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let prompts = self.prompts();
+        let prompts = self.files.prompts();
         // On resume the same chunks as without interruption, since the batch may change the last bits of an encoding.
         let chunks: BTreeSet<usize> =
             self.missing_prompts().into_iter().map(|prompt| prompt / PROMPTS_AT_ONCE).collect();
@@ -197,8 +142,9 @@ impl SampleSet {
     ) -> Result<()> {
         self.save_ids(sampling_spec)?;
         let missing = self.missing_batches();
-        let mut done = self.settings.count - missing.iter().map(|&batch| self.samples_of(batch).len()).sum::<usize>();
-        let mut go_on = |done| match progress(done, self.settings.count) {
+        let mut done =
+            self.files.settings.count - missing.iter().map(|&batch| self.samples_of(batch).len()).sum::<usize>();
+        let mut go_on = |done| match progress(done, self.files.settings.count) {
             ControlFlow::Continue(()) => StepAction::Continue,
             ControlFlow::Break(()) => StepAction::Cancel,
         };
@@ -218,15 +164,8 @@ impl SampleSet {
     /// # Errors
     /// A file is missing or belongs to another set.
     pub fn read(&self, samples: &[usize], device: &Device) -> Result<Samples> {
-        self.read_indices(&samples.iter().copied().map(SampleIndex::conditional).collect::<Vec<_>>(), device)
-    }
-
-    /// As [`Self::read`], where some samples may be unconditional.
-    pub(crate) fn read_indices(&self, indices: &[SampleIndex], device: &Device) -> Result<Samples> {
-        let rows = indices.iter().map(|index| self.latents(index.sample)).collect::<Result<Vec<_>>>()?;
-        let latents = Tensor::stack(&rows, 0)?.to_device(device)?;
-        let prompts: Vec<usize> = indices.iter().map(|index| self.prompt_of(*index)).collect();
-        Ok(Samples { latents, conditions: self.conditions(&prompts, device)? })
+        let indices: Vec<SampleIndex> = samples.iter().copied().map(SampleIndex::conditional).collect();
+        SampleReader::new(&self.files).read(&indices, device)
     }
 
     /// Saves row `row` of `encoded` as prompt `index`.
@@ -234,7 +173,7 @@ impl SampleSet {
         // Guidance scale and ids are the same for all prompts; they come from the settings and `ids.safetensors`.
         let tensors = encoded.per_sample().filter(|(name, _)| *name != "guidance");
         let rows = tensors.map(|(name, tensor)| Ok((name.to_owned(), tensor.get(row)?.contiguous()?)));
-        save(&self.prompt_path(index), rows.collect::<Result<InMemoryTensors>>()?)
+        save(&self.files.prompt_path(index), rows.collect::<Result<InMemoryTensors>>()?)
     }
 
     fn generate_batch(
@@ -245,24 +184,40 @@ impl SampleSet {
         hook: &mut dyn FnMut(&StepProgress) -> StepAction,
     ) -> Result<()> {
         let samples = self.samples_of(batch);
-        let noise = self.noise(&samples, sampling_spec)?;
-        let guidance = self.guidance(&samples, &sampling_spec.device)?;
-        let start = Start::from_noise(noise);
-        let latents = denoise(teacher, start, &sampling_spec.schedule, &guidance, hook)?;
-        let latents = latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
-        let prompts = samples.iter().map(|&sample| self.prompt_of(SampleIndex::conditional(sample)) as u32);
+        let latents = self.denoise(&samples, teacher, sampling_spec, hook)?;
+        let prompts = samples.iter().map(|&sample| self.files.prompt_of(SampleIndex::conditional(sample)) as u32);
         let prompts = Tensor::from_iter(prompts, &Device::Cpu)?;
         let tensors = [("latents".to_owned(), latents), ("prompt".to_owned(), prompts)];
-        save(&self.batch_path(batch), InMemoryTensors::from_iter(tensors))
+        save(&self.files.batch_path(batch), InMemoryTensors::from_iter(tensors))
+    }
+
+    /// What `denoiser` generates for some samples of the set, from their noise and prompts, without keeping it.
+    ///
+    /// # Shapes
+    /// Returns (samples, ...) as the transformer takes them, f32, on the CPU.
+    ///
+    /// # Errors
+    /// A prompt is not encoded, or denoising fails; [`SamplingError::Cancelled`].
+    pub fn denoise(
+        &self,
+        samples: &[usize],
+        denoiser: &dyn Denoiser,
+        sampling_spec: &SamplingSpec,
+        hook: &mut dyn FnMut(&StepProgress) -> StepAction,
+    ) -> Result<Tensor> {
+        let noise = self.noise(samples, sampling_spec)?;
+        let guidance = self.guidance(samples, &sampling_spec.device)?;
+        let latents = denoise(denoiser, Start::from_noise(noise), &sampling_spec.schedule, &guidance, hook)?;
+        Ok(latents.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?)
     }
 
     fn guidance(&self, samples: &[usize], device: &Device) -> Result<Guidance> {
         let conditions = |unconditional: bool| {
-            let prompt = |sample: &usize| self.prompt_of(SampleIndex { sample: *sample, unconditional });
-            self.conditions(&samples.iter().map(prompt).collect::<Vec<_>>(), device)
+            let prompt = |sample: &usize| self.files.prompt_of(SampleIndex { sample: *sample, unconditional });
+            SampleReader::new(&self.files).conditions(&samples.iter().map(prompt).collect::<Vec<_>>(), device)
         };
         let positive = conditions(false)?;
-        match &self.settings.classifier_free {
+        match &self.files.settings.classifier_free {
             None => Ok(Guidance::SingleEvaluation(positive)),
             Some(ClassifierFree { scale, channels, .. }) => {
                 Ok(Guidance::classifier_free(positive, conditions(true)?, *scale, *channels)?)
@@ -270,57 +225,10 @@ impl SampleSet {
         }
     }
 
-    /// The latents of one sample. Only its bytes are read: a batch of large images may take hundreds of megabytes.
-    fn latents(&self, sample: usize) -> Result<Tensor> {
-        let path = self.batch_path(sample / self.settings.batch);
-        let row = sample % self.settings.batch;
-        let file = Checkpoint::open(&path)?;
-        let info = file.info("latents").filter(|info| info.shape.first().is_some_and(|&rows| rows > row));
-        let info = info.ok_or_else(|| {
-            bad(&path, format!("does not contain sample {sample}; delete this file and rerun with --resume"))
-        })?;
-        let shape = &info.shape[1..];
-        let size = shape.iter().product::<usize>() * size_of::<f32>();
-        let bytes = file.read_range("latents", row * size..(row + 1) * size)?;
-        Ok(Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?)
-    }
-
-    fn conditions(&self, prompts: &[usize], device: &Device) -> Result<Conditions> {
-        let mut features = self.features(prompts)?;
-        let ids = Checkpoint::open(self.ids_path())?;
-        let read_ids = |name: &str| -> Result<Option<Tensor>> {
-            ids.info(name).map(|_| Ok(ids.tensor(name)?.to_device(device)?)).transpose()
-        };
-        let scale = |scale: f64| Tensor::new(vec![scale as f32; prompts.len()], device);
-        let shared = Conditions {
-            guidance: self.settings.guidance.map(scale).transpose()?,
-            image_ids: read_ids("image_ids")?,
-            text_ids: read_ids("text_ids")?,
-            ..Conditions::default()
-        };
-        shared.map_samples(|name, value| match features.remove(name) {
-            Some(rows) => Ok(Some(Tensor::stack(&rows, 0)?.to_device(device)?)),
-            None => Ok(value.clone()),
-        })
-    }
-
-    /// The stored tensors of `prompts` by name, one for each prompt.
-    fn features(&self, prompts: &[usize]) -> Result<BTreeMap<String, Vec<Tensor>>> {
-        let mut features: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-        for &prompt in prompts {
-            let file = Checkpoint::open(self.prompt_path(prompt))?;
-            for info in file.tensors() {
-                let tensor = file.tensor(&info.name)?;
-                features.entry(info.name).or_default().push(tensor);
-            }
-        }
-        Ok(features)
-    }
-
     /// Noise of `samples`. Each has a seed of its own, so that it does not depend on the batch it is generated in.
     fn noise(&self, samples: &[usize], sampling_spec: &SamplingSpec) -> Result<Tensor> {
         let noise_of = |&sample: &usize| {
-            let mut generator = TorchGenerator::new(self.settings.seed + sample as u64);
+            let mut generator = TorchGenerator::new(self.files.settings.seed + sample as u64);
             let noise = generator.randn(sampling_spec.shape.as_slice())?;
             Ok(noise.to_device(&sampling_spec.device)?.to_dtype(sampling_spec.dtype)?)
         };
@@ -330,50 +238,22 @@ impl SampleSet {
     fn save_ids(&self, sampling_spec: &SamplingSpec) -> Result<()> {
         let ids = [("image_ids", &sampling_spec.image_ids), ("text_ids", &sampling_spec.text_ids)];
         let ids = ids.into_iter().filter_map(|(name, ids)| Some((name.to_owned(), ids.clone()?)));
-        save(&self.ids_path(), ids.collect())
+        save(&self.files.ids_path(), ids.collect())
     }
 
     fn missing_prompts(&self) -> Vec<usize> {
-        let prompts = self.used_prompts() + usize::from(self.settings.classifier_free.is_some());
-        (0..prompts).filter(|&prompt| !self.prompt_path(prompt).exists()).collect()
-    }
-
-    /// All prompts that are encoded: those of samples, and last the unconditional one if there is one.
-    fn prompts(&self) -> Vec<Prompt> {
-        let unconditional = self.settings.classifier_free.iter().map(|guidance| guidance.unconditional.clone());
-        self.settings.prompts[..self.used_prompts()].iter().cloned().chain(unconditional).collect()
-    }
-
-    /// With fewer samples than prompts, the last prompts are not used.
-    fn used_prompts(&self) -> usize {
-        self.settings.prompts.len().min(self.settings.count)
+        let prompts = self.files.used_prompts() + usize::from(self.files.settings.classifier_free.is_some());
+        (0..prompts).filter(|&prompt| !self.files.prompt_path(prompt).exists()).collect()
     }
 
     fn missing_batches(&self) -> Vec<usize> {
-        let batches = self.settings.count.div_ceil(self.settings.batch);
-        (0..batches).filter(|&batch| !self.batch_path(batch).exists()).collect()
+        let batches = self.files.settings.count.div_ceil(self.files.settings.batch);
+        (0..batches).filter(|&batch| !self.files.batch_path(batch).exists()).collect()
     }
 
     fn samples_of(&self, batch: usize) -> Vec<usize> {
-        let first = batch * self.settings.batch;
-        (first..(first + self.settings.batch).min(self.settings.count)).collect()
-    }
-
-    /// The index of a sample's prompt in [`Self::prompts`].
-    fn prompt_of(&self, index: SampleIndex) -> usize {
-        if index.unconditional { self.used_prompts() } else { index.sample % self.settings.prompts.len() }
-    }
-
-    fn prompt_path(&self, prompt: usize) -> PathBuf {
-        self.folder.join(format!("prompt-{prompt:05}.safetensors"))
-    }
-
-    fn batch_path(&self, batch: usize) -> PathBuf {
-        self.folder.join(format!("batch-{batch:05}.safetensors"))
-    }
-
-    fn ids_path(&self) -> PathBuf {
-        self.folder.join("ids.safetensors")
+        let first = batch * self.files.settings.batch;
+        (first..(first + self.files.settings.batch).min(self.files.settings.count)).collect()
     }
 }
 
@@ -385,10 +265,6 @@ fn check(settings: &SampleSettings) -> Result<()> {
 
 fn save(path: &Path, tensors: InMemoryTensors) -> Result<()> {
     Ok(clearform_weights::save(path, &tensors, &BTreeMap::new())?)
-}
-
-fn bad(path: &Path, reason: String) -> DistillError {
-    DistillError::BadFile { path: path.to_owned(), reason }
 }
 
 #[cfg(test)]

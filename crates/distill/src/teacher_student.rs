@@ -3,9 +3,12 @@
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
-use clearform_models::{Architecture, Denoiser, DistilledLayer, NoiseProcess};
+use clearform_models::{Architecture, Denoiser, DistilledLayer, NoiseProcess, SeparateSamples};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use std::collections::BTreeMap;
+
+/// Trained parameters of a model whose samples run separately, at most: 16 MiB of gradients for each sample.
+const SMALL: usize = 1 << 22;
 
 /// What teacher and student are built from besides weights.
 #[derive(Clone, Copy)]
@@ -42,7 +45,11 @@ impl TeacherStudent {
             weights.insert(name.clone(), master.as_tensor().clone());
         }
         let student = spec.architecture.build(&weights, spec.plan)?;
-        Ok(Self { teacher: built, student, process: spec.architecture.pipeline().noise_process(), masters })
+        let parameters = teacher.iter().map(|(_, tensor)| tensor.elem_count()).sum();
+        let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
+        let teacher = SeparateSamples::if_small(built, parameters, &device);
+        let student = SeparateSamples::if_small(student, parameters, &device);
+        Ok(Self { teacher, student, process: spec.architecture.pipeline().noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -63,6 +70,13 @@ impl TeacherStudent {
     /// The device that both run on.
     pub fn device(&self) -> Device {
         self.masters.values().next().map_or(Device::Cpu, |master| master.device().clone())
+    }
+
+    /// Whether samples run separately, each on one thread. Each then has gradients of its own, so only where these are
+    /// small, and only on a CPU.
+    pub(crate) fn is_small(&self) -> bool {
+        let trained: usize = self.masters.values().map(|master| master.elem_count()).sum();
+        trained <= SMALL && self.device().is_cpu()
     }
 
     /// The trained parameters by name: f32 master copies, as in mixed-precision training.

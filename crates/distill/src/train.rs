@@ -1,12 +1,14 @@
 //! [`distill`]: the training loop. Everything that it needs to resume is in one file, which is written at intervals.
 
+use crate::backward::add_gradients;
 use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
 use crate::loss_log::LossLog;
 use crate::{
-    Batches, DistillError, DistillSettings, Gradients, LossEntry, Losses, OptimizerState, Result, SampleSet,
+    Batches, DistillError, DistillSettings, Gradients, HeldOut, LossEntry, Losses, OptimizerState, Result, SampleSet,
     TeacherStudent, backward, clip_gradients,
 };
 use candle_core::Tensor;
+use clearform_sampling::TorchGenerator;
 use clearform_weights::InMemoryTensors;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -59,7 +61,8 @@ pub enum TrainingOutcome {
 /// A trained student.
 #[derive(Debug)]
 pub struct Distilled {
-    /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters.
+    /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters. The student has
+    /// them too.
     pub tensors: InMemoryTensors,
     /// The loss log of all steps.
     pub entries: Vec<LossEntry>,
@@ -67,20 +70,32 @@ pub struct Distilled {
     pub seconds: f64,
 }
 
-/// Trains the student of `models` on `samples`. `observe` is called after each step and may stop the training.
+/// What a student is trained and judged on.
+#[derive(Clone, Copy)]
+pub struct TrainingData<'a> {
+    /// The samples of the training.
+    pub samples: &'a SampleSet,
+    /// Samples that are not trained on. The student's error on them is logged [`EVALUATIONS`] times.
+    pub held_out: Option<&'a HeldOut>,
+}
+
+/// How often the held-out error is measured during a training.
+pub const EVALUATIONS: usize = 20;
+
+/// Trains the student of `models` on `data`. `observe` is called after each step and may stop the training.
 ///
 /// # Errors
 /// A setting is out of range, the folder contains a training that must not be resumed or has other settings, or a loss is
 /// not finite.
 pub fn distill(
     models: &TeacherStudent,
-    samples: &SampleSet,
+    data: TrainingData<'_>,
     settings: &DistillSettings,
     checkpoint_dir: &CheckpointDir,
     observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
 ) -> Result<TrainingOutcome> {
     settings.check()?;
-    let mut training = TrainingRun::begin(models, samples, settings, checkpoint_dir)?;
+    let mut training = TrainingRun::begin(models, data, settings, checkpoint_dir)?;
     let start = Instant::now();
     let first = training.metadata.step;
     let earlier = training.metadata.seconds;
@@ -88,6 +103,7 @@ pub fn distill(
         let mut entry = training.step()?;
         entry.seconds = earlier + start.elapsed().as_secs_f64();
         training.metadata.seconds = entry.seconds;
+        entry.held_out = training.held_out_share()?;
         training.loss_log.add(entry)?;
         let left = start.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - first) as u32;
         let control = observe(&TrainingProgress { entry, steps: settings.steps, left });
@@ -102,10 +118,49 @@ pub fn distill(
     training.finish().map(TrainingOutcome::Finished)
 }
 
+/// The settings of the training in `checkpoint_dir` that would be resumed; `None` if there is none.
+///
+/// # Errors
+/// A file that is not a training state.
+pub fn recorded_settings(checkpoint_dir: &CheckpointDir) -> Result<Option<DistillSettings>> {
+    let path = checkpoint_dir.folder.join(STATE_FILE);
+    let is_resumed = checkpoint_dir.resume == ResumeMode::Resume && path.exists();
+    if is_resumed { TrainingState::recorded_settings(&path).map(Some) } else { Ok(None) }
+}
+
+/// The number of steps of `settings` that fit into `seconds`, by the time of a few trial steps, which train nothing; at
+/// least one.
+///
+/// # Errors
+/// Errors of a step.
+pub fn steps_within(
+    seconds: f64,
+    models: &TeacherStudent,
+    samples: &SampleSet,
+    settings: &DistillSettings,
+) -> Result<usize> {
+    let mut batches = Batches::new(samples, settings, models, TorchGenerator::new(settings.seed))?;
+    let mut shortest = f64::INFINITY;
+    for _ in 0..TRIAL_STEPS {
+        let batch = batches.draw()?;
+        let begun = Instant::now();
+        backward(models, &batch, &settings.loss, settings.activations)?;
+        shortest = shortest.min(begun.elapsed().as_secs_f64());
+    }
+    Ok(((seconds / (shortest * settings.accumulation as f64)) as usize).max(1))
+}
+
+/// Steps by which the time of a step is estimated. The first warms up.
+const TRIAL_STEPS: usize = 3;
+
+/// Name of the training state in its folder.
+const STATE_FILE: &str = "training.safetensors";
+
 struct TrainingRun<'a> {
     models: &'a TeacherStudent,
     settings: &'a DistillSettings,
     batches: Batches<'a>,
+    held_out: Option<&'a HeldOut>,
     optimizer: OptimizerState,
     average: BTreeMap<String, Tensor>,
     metadata: StateMetadata,
@@ -117,13 +172,14 @@ struct TrainingRun<'a> {
 impl<'a> TrainingRun<'a> {
     fn begin(
         models: &'a TeacherStudent,
-        samples: &'a SampleSet,
+        data: TrainingData<'a>,
         settings: &'a DistillSettings,
         checkpoint_dir: &CheckpointDir,
     ) -> Result<Self> {
+        let TrainingData { samples, held_out } = data;
         let folder = &checkpoint_dir.folder;
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
-        let path = folder.join("training.safetensors");
+        let path = folder.join(STATE_FILE);
         let requirements = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
         let state = match (path.exists(), checkpoint_dir.resume) {
             (true, ResumeMode::Resume) => resumed_state(&path, models, requirements)?,
@@ -134,9 +190,9 @@ impl<'a> TrainingRun<'a> {
             (false, _) => first_state(models, requirements)?,
         };
         let TrainingState { metadata, requirements, average, optimizer, .. } = state;
-        let batches = Batches::new(samples, settings, models, metadata.generator.clone());
+        let batches = Batches::new(samples, settings, models, metadata.generator.clone())?;
         let loss_log = LossLog::open(&folder.join("losses.jsonl"), metadata.step)?;
-        Ok(Self { models, settings, batches, optimizer, average, metadata, requirements, loss_log, path })
+        Ok(Self { models, settings, batches, held_out, optimizer, average, metadata, requirements, loss_log, path })
     }
 
     fn step(&mut self) -> Result<LossEntry> {
@@ -153,7 +209,7 @@ impl<'a> TrainingRun<'a> {
         self.metadata.step = step;
         self.update_average()?;
         // The caller measures the time, since it knows when the run began.
-        Ok(LossEntry { step, losses, norm, rate, seconds: 0.0 })
+        Ok(LossEntry { step, losses, norm, rate, seconds: 0.0, held_out: None })
     }
 
     /// Losses and gradients, averaged over the batches that make one step.
@@ -164,18 +220,8 @@ impl<'a> TrainingRun<'a> {
         for _ in 0..self.settings.accumulation {
             let (found, gradients) =
                 backward(self.models, &self.batches.draw()?, &self.settings.loss, self.settings.activations)?;
-            losses.denoising += found.denoising * share;
-            losses.prediction += found.prediction * share;
-            losses.attention += found.attention * share;
-            losses.total += found.total * share;
-            for (name, gradient) in gradients {
-                let gradient = (gradient * share)?;
-                let added = match sum.get(&name) {
-                    Some(before) => (before + gradient)?,
-                    None => gradient,
-                };
-                sum.insert(name, added);
-            }
+            losses.add(found, share);
+            add_gradients(&mut sum, gradients, share)?;
         }
         Ok((losses, sum))
     }
@@ -194,6 +240,26 @@ impl<'a> TrainingRun<'a> {
         Ok(())
     }
 
+    /// What is left of the held-out error, at the steps at which it is measured.
+    fn held_out_share(&self) -> Result<Option<f64>> {
+        let every = self.settings.steps.div_ceil(EVALUATIONS);
+        let is_due = self.metadata.step.is_multiple_of(every) || self.metadata.step == self.settings.steps;
+        let Some(held_out) = self.held_out.filter(|_| is_due) else { return Ok(None) };
+        self.with_result(|models| held_out.quick_share(models)).map(Some)
+    }
+
+    /// Calls `f` while the student has the weights that would be the result of the training now.
+    fn with_result<T>(&self, f: impl FnOnce(&TeacherStudent) -> Result<T>) -> Result<T> {
+        if self.average.is_empty() {
+            return f(self.models);
+        }
+        let masters = self.models.snapshot()?;
+        self.models.restore(&self.average)?;
+        let result = f(self.models);
+        self.models.restore(&masters)?;
+        result
+    }
+
     fn save(&mut self) -> Result<()> {
         self.metadata.generator = self.batches.generator().clone();
         let masters = self.models.masters().iter();
@@ -209,7 +275,10 @@ impl<'a> TrainingRun<'a> {
     }
 
     fn finish(self) -> Result<Distilled> {
-        let tensors = if self.average.is_empty() { self.models.snapshot()? } else { self.average };
+        if !self.average.is_empty() {
+            self.models.restore(&self.average)?;
+        }
+        let tensors = self.models.snapshot()?;
         let seconds = self.metadata.seconds;
         Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.loss_log.into_entries(), seconds })
     }

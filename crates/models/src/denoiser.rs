@@ -106,6 +106,29 @@ pub struct DenoiserInput {
     pub conditions: Conditions,
 }
 
+impl DenoiserInput {
+    /// Number of samples.
+    ///
+    /// # Errors
+    /// A timestep that is not one value per sample.
+    pub fn batch(&self) -> Result<usize> {
+        Ok(self.timestep.dims1()?)
+    }
+
+    /// The input of samples `start..start + count`.
+    ///
+    /// # Errors
+    /// The batch has fewer samples.
+    pub fn samples(&self, start: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            latents: self.latents.narrow(0, start, count)?,
+            timestep: self.timestep.narrow(0, start, count)?,
+            step_index: self.step_index,
+            conditions: self.conditions.samples(start, count)?,
+        })
+    }
+}
+
 /// Rotary position embeddings (RoFormer, arXiv 2104.09864): cosines and sines, each (tokens, head_dim / 2) in f32.
 #[derive(Debug, Clone)]
 pub struct Rotary {

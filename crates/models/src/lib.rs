@@ -26,6 +26,7 @@ mod noise_process;
 mod pipeline_spec;
 mod prompt;
 mod random_input;
+mod separate_samples;
 pub mod text;
 pub mod vae;
 mod weight_builder;
@@ -41,3 +42,4 @@ pub use noise_process::{NoiseProcess, Noised, alphas_cumprod, linear_betas, with
 pub use pipeline_spec::{PipelineSpec, StepSpacing};
 pub use prompt::{GuidanceKind, Prompt};
 pub use random_input::{InputSizes, random_input};
+pub use separate_samples::SeparateSamples;

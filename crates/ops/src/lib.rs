@@ -5,24 +5,33 @@
 //! fallback where there is no kernel. [`simd`] compiles arithmetic for several instruction sets. Nothing here knows a
 //! model.
 
+mod convolution;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod gated;
 mod gelu;
 mod gemm;
 mod gpu_limit;
+mod group_norm;
 mod joining;
 mod kernel;
 mod linear;
 mod norm;
 pub mod reference;
+mod rope;
 #[cfg(any(test, feature = "cuda"))]
 mod row_copy;
+mod silu;
 pub mod simd;
+mod strided_product;
 
+pub use convolution::convolution;
 pub use gated::gated_add;
 pub use gelu::gelu;
 pub use gpu_limit::{MAX_GPU_ELEMENTS, check_gpu_dims, check_gpu_size};
+pub use group_norm::group_norm;
 pub use joining::{by_tokens, concatenate, slice};
 pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};
+pub use rope::rope;
+pub use silu::{silu, swiglu};

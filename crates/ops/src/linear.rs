@@ -4,6 +4,7 @@ use crate::gemm::{self, GemmOperands, GemmShape};
 use crate::kernel::{contiguous, for_rows};
 use crate::reference;
 use crate::simd::{CpuFeatures, Element, Isa, SimdKernel, dispatch};
+use crate::strided_product::{StridedMatrix, strided_product};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
@@ -72,7 +73,7 @@ impl CustomOp2 for LinearOp {
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
         match by_gemm((x, lx), (w, lw), None)? {
             Some(out) => Ok((out, output_shape(lx, lw)?)),
-            None => product((x, lx), (w, lw)),
+            None => cpu_product((x, lx), (w, lw)),
         }
     }
 
@@ -106,7 +107,7 @@ impl CustomOp3 for LinearOp {
         if let Some(out) = by_gemm((x, lx), (w, lw), Some((b, lb)))? {
             return Ok((out, output_shape(lx, lw)?));
         }
-        let (mut out, shape) = product((x, lx), (w, lw))?;
+        let (mut out, shape) = cpu_product((x, lx), (w, lw))?;
         match (&mut out, b.to_dtype(lb, x.dtype())?) {
             (CpuStorage::F32(out), CpuStorage::F32(bias)) => add_rows(out, &bias),
             (CpuStorage::F64(out), CpuStorage::F64(bias)) => add_rows(out, &bias),
@@ -148,6 +149,17 @@ impl CustomOp3 for LinearOp {
     fn bwd(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, _: &Tensor, grad: &Tensor) -> Result<LinearGradients> {
         Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?, bias_gradient(bias, grad)?))
     }
+}
+
+/// x wᵀ on the CPU.
+fn cpu_product(x: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
+    let (CpuStorage::F32(_), CpuStorage::F32(_), true) = (x.0, weight.0, weight.1.is_contiguous()) else {
+        return product(x, weight);
+    };
+    let (outputs, inputs) = weight.1.shape().dims2()?;
+    let a = StridedMatrix::new(contiguous::<f32>(x.0, x.1)?, row_count(x.1), inputs);
+    let b = StridedMatrix::new(contiguous::<f32>(weight.0, weight.1)?, outputs, inputs);
+    Ok((CpuStorage::F32(strided_product(a, b.transposed())), output_shape(x.1, weight.1)?))
 }
 
 /// x wᵀ by candle, on any device.
@@ -262,8 +274,11 @@ fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<T
     let outputs = weight.dim(1)?;
     let shape = GemmShape { rows, inputs, outputs };
     let uses_gemm = grad.device().is_cpu() && shape.is_faster_than_candle(grad.dtype(), CpuFeatures::detect());
-    let gradient =
-        if uses_gemm { grad.apply_op2_no_bwd(&weight, &LinearInputGradient)? } else { grad.matmul(&weight)? };
+    let gradient = match (uses_gemm, is_f32_on_cpu(&grad)) {
+        (true, _) => grad.apply_op2_no_bwd(&weight, &LinearInputGradient)?,
+        (_, true) => grad.apply_op2_no_bwd(&weight, &InputGradientProduct)?,
+        _ => grad.matmul(&weight)?,
+    };
     gradient.reshape(x.shape()).map(Some)
 }
 
@@ -312,7 +327,50 @@ fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<
     }
     let x = x.to_dtype(dtype)?;
     let grad = grad.to_dtype(dtype)?;
-    grad.t()?.matmul(&x)?.to_dtype(weight.dtype()).map(Some)
+    let product = match is_f32_on_cpu(&grad) {
+        true => grad.detach().apply_op2_no_bwd(&x, &WeightGradientProduct)?,
+        false => grad.t()?.matmul(&x)?,
+    };
+    product.to_dtype(weight.dtype()).map(Some)
+}
+
+fn is_f32_on_cpu(x: &Tensor) -> bool {
+    x.dtype() == DType::F32 && x.device().is_cpu()
+}
+
+/// a b, of contiguous f32 matrices.
+struct InputGradientProduct;
+
+impl CustomOp2 for InputGradientProduct {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, columns) = (la.shape().dims2()?.0, lb.shape().dims2()?.1);
+        let product = strided_product(matrix(a, la)?, matrix(b, lb)?);
+        Ok((CpuStorage::F32(product), (rows, columns).into()))
+    }
+}
+
+/// aᵀ b, of contiguous f32 matrices.
+struct WeightGradientProduct;
+
+impl CustomOp2 for WeightGradientProduct {
+    fn name(&self) -> &'static str {
+        "transposed product"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, columns) = (la.shape().dims2()?.1, lb.shape().dims2()?.1);
+        let product = strided_product(matrix(a, la)?.transposed(), matrix(b, lb)?);
+        Ok((CpuStorage::F32(product), (rows, columns).into()))
+    }
+}
+
+fn matrix<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<StridedMatrix<'a>> {
+    let (rows, columns) = layout.shape().dims2()?;
+    Ok(StridedMatrix::new(contiguous::<f32>(storage, layout)?, rows, columns))
 }
 
 fn bias_gradient(bias: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

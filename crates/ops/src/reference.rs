@@ -1,7 +1,7 @@
 //! The operations in plain tensor algebra: the specification of the fused ones, which tests compare with them. All
 //! accept f64 and are differentiated by candle itself.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use clearform_weights::{BaseWeight, Weight};
 
 /// x (w + Σ scale · up · down)ᵀ + b.
@@ -66,6 +66,32 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(&weight.to_dtype(x.dtype())?)
+}
+
+/// Group norm over channels and pixels: (x - mean) / √(variance + eps) weight + bias, over each of `groups` groups of
+/// channels.
+///
+/// # Shapes
+/// x (batch, channels, ..), weight and bias (channels) -> as x.
+pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let (batch, channels) = (x.dim(0)?, x.dim(1)?);
+    // As torch does, in f32 where x has 16 bits.
+    let work = if x.dtype().size_in_bytes() < 4 { DType::F32 } else { x.dtype() };
+    let grouped = x.to_dtype(work)?.reshape((batch, groups, ()))?;
+    let centred = grouped.broadcast_sub(&grouped.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.reshape((batch, channels, ()))?;
+    let of_channels = |values: &Tensor| values.to_dtype(work)?.reshape((1, channels, 1));
+    let scaled = normed.broadcast_mul(&of_channels(weight)?)?.broadcast_add(&of_channels(bias)?)?;
+    scaled.reshape(x.shape())?.to_dtype(x.dtype())
+}
+
+/// silu(gate) · x (SwiGLU).
+///
+/// # Shapes
+/// gate and x of one shape -> the same.
+pub fn swiglu(gate: &Tensor, x: &Tensor) -> Result<Tensor> {
+    gate.silu()?.mul(&x.to_dtype(gate.dtype())?)
 }
 
 /// Rotates interleaved pairs (2i, 2i + 1) of the last dimension.

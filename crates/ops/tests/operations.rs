@@ -60,6 +60,28 @@ const CASES: &[Case] = &[
         constants: 2,
     },
     Case {
+        name: "rope",
+        fused: |a| ops::rope(&a[0], &a[1], &a[2]),
+        plain: |a| reference::rope(&a[0], &a[1], &a[2]),
+        shapes: &[&[2, 5, 3, 24], &[5, 12], &[5, 12]],
+        constants: 2,
+    },
+    Case {
+        name: "group_norm",
+        fused: |a| ops::group_norm(&a[0], 3, &a[1], &a[2], 1e-5),
+        plain: |a| reference::group_norm(&a[0], 3, &a[1], &a[2], 1e-5),
+        shapes: &[&[2, 6, 5, 7], &[6], &[6]],
+        constants: 0,
+    },
+    Case { name: "silu", fused: |a| ops::silu(&a[0]), plain: |a| a[0].silu(), shapes: &[&[3, 5, 7]], constants: 0 },
+    Case {
+        name: "swiglu",
+        fused: |a| ops::swiglu(&a[0], &a[1]),
+        plain: |a| reference::swiglu(&a[0], &a[1]),
+        shapes: &[&[3, 5, 7], &[3, 5, 7]],
+        constants: 0,
+    },
+    Case {
         name: "gated_add",
         fused: |a| ops::gated_add(&a[0], &a[1], &a[2]),
         plain: |a| reference::gated_add(&a[0], &a[1], &a[2]),
@@ -318,4 +340,24 @@ fn gelu_is_right_far_from_zero() {
     assert!(got[0].abs() < 1e-33 && got[1].abs() < 1e-33, "{got:?}");
     assert_eq!(got[3..], [0.0, 5.0 - 2.291_796_2e-7, 30.0, 1e4]);
     assert!((got[2] / -2.291_796_2e-7 - 1.0).abs() < 1e-5, "{:e}", got[2]);
+}
+
+/// Bands of an image that is wider and one that is narrower than a band, and kernels that reach over the border.
+#[test]
+fn convolutions_are_those_of_the_tensor_library() {
+    for (image, kernel) in
+        [([2, 4, 6, 7], 5), ([1, 3, 5, 600], 3), ([2, 2, 40, 30], 3), ([1, 5, 4, 4], 1), ([1, 1, 1, 2], 5)]
+    {
+        let x = noise(&image, 1).to_dtype(DType::F32).unwrap();
+        let weight = noise(&[3, image[1], kernel, kernel], 2).to_dtype(DType::F32).unwrap();
+        let bias = noise(&[3], 3);
+        let want = x.conv2d(&weight, kernel / 2, 1, 1, 1).unwrap();
+        let want = want.broadcast_add(&bias.to_dtype(DType::F32).unwrap().reshape((1, 3, 1, 1)).unwrap()).unwrap();
+        for (dtype, bound) in [(DType::F32, 1e-6), (DType::BF16, 1e-2), (DType::F64, 1e-6)] {
+            let got = ops::convolution(&x.to_dtype(dtype).unwrap(), &weight, Some(&bias)).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            let error = relative_error(&got, &want);
+            assert!(error <= bound, "{image:?}, kernel {kernel} in {dtype:?}: {error:e}");
+        }
+    }
 }

@@ -107,6 +107,9 @@ impl Denoiser for ControlledDenoiser<'_> {
     }
 
     fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
+        if self.controls.is_empty() {
+            return self.base.forward(input);
+        }
         let residuals = self.residuals(input).map_err(model_error)?;
         let mut state = self.base.embed(input)?;
         let to_tiles = |residual: &Residual| state.context.geometry.to_tiles(&residual.tensor);

@@ -15,9 +15,11 @@ mod error;
 mod model;
 mod record;
 mod staging;
+mod verdict;
 
 pub use component::ComponentData;
 pub use error::{PortableModelError, Result};
 pub use model::{PortableModel, VerifyReport, recorded_plan};
 pub use record::{AdapterRecord, DistillationRecord, FileRecord, ModelRecord, SourceRecord};
 pub use staging::{CopyMode, Overwrite, StagingDir};
+pub use verdict::{ImageVerdict, LevelErrors, VerdictRecord};

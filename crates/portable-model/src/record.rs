@@ -1,7 +1,7 @@
 //! [`ModelRecord`]: the contents of clearform.toml.
 
 use crate::error::at;
-use crate::{PortableModelError, Result};
+use crate::{PortableModelError, Result, VerdictRecord};
 use clearform_attention::AttentionPlan;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -84,6 +84,9 @@ pub struct DistillationRecord {
     pub first_loss: f64,
     /// Mean loss of the last tenth of the steps.
     pub last_loss: f64,
+    /// How near the model is to its teacher; `None` if it was not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<VerdictRecord>,
 }
 
 impl ModelRecord {
@@ -156,6 +159,7 @@ impl ModelRecord {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::{ImageVerdict, LevelErrors};
 
     /// A record as earlier versions wrote it.
     const OLD: &str = r#"edition = 1
@@ -206,6 +210,7 @@ sha256 = "11"
             seed: 1,
             first_loss: 2.0,
             last_loss: 0.5,
+            verdict: None,
         });
         record
     }
@@ -235,6 +240,27 @@ sha256 = "11"
         let read = ModelRecord::read(folder.path()).unwrap();
         assert_eq!(read, record());
         assert_eq!(read.plan().unwrap().to_string(), "clear:r=4.5,d=2");
+    }
+
+    #[test]
+    fn a_verdict_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut written = record();
+        let images =
+            ImageVerdict { count: 4, psnr_before: 12.5, psnr_after: 24.0, ssim_before: None, ssim_after: None };
+        let level = LevelErrors { noise: 0.1, power: 1.0, before: 0.5, after: 0.25 };
+        let verdict = VerdictRecord {
+            samples: 16,
+            power: 1.0,
+            error_before: 0.5,
+            error_after: 0.25,
+            level: vec![level.clone(), LevelErrors { noise: 0.3, ..level }],
+            images: Some(images),
+        };
+        assert_eq!((verdict.left(), verdict.of_power()), (0.5, 0.25));
+        written.distillation.as_mut().unwrap().verdict = Some(verdict);
+        written.write(folder.path()).unwrap();
+        assert_eq!(ModelRecord::read(folder.path()).unwrap(), written);
     }
 
     #[test]

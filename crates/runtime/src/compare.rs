@@ -15,6 +15,16 @@ pub fn psnr(first: &RgbImage, second: &RgbImage) -> Result<f64> {
     Ok(10.0 * (255.0 * 255.0 / mean).log10())
 }
 
+/// The PSNR of all images together, in dB: that of the mean of their mean squared errors.
+///
+/// # Errors
+/// [`RuntimeError::BadImage`] for images of different sizes.
+pub fn psnr_of_all(first: &[RgbImage], second: &[RgbImage]) -> Result<f64> {
+    let each = first.iter().zip(second).map(|(first, second)| psnr(first, second)).collect::<Result<Vec<_>>>()?;
+    let squared_error = |psnr: &f64| 10f64.powf(-psnr / 10.0);
+    Ok(-10.0 * (each.iter().map(squared_error).sum::<f64>() / each.len() as f64).log10())
+}
+
 /// Structural similarity (Wang, Bovik, Sheikh and Simoncelli, IEEE TIP 13(4), 2004) of the luma (ITU-R BT.601): mean
 /// over all positions of an 11 x 11 Gaussian window with sigma 1.5 that lie within the image, K1 = 0.01, K2 = 0.03,
 /// range 255.

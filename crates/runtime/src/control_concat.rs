@@ -27,14 +27,24 @@ pub(crate) fn channel_axis(latents: &Tensor) -> usize {
     if latents.rank() == 3 { 2 } else { 1 }
 }
 
+impl ControlConcat<'_> {
+    fn with_control(&self, input: &DenoiserInput) -> candle_core::Result<DenoiserInput> {
+        let Some(control) = &self.control else { return Ok(input.clone()) };
+        Ok(DenoiserInput { latents: with_control(&input.latents, control)?, ..input.clone() })
+    }
+}
+
 impl Denoiser for ControlConcat<'_> {
     fn layer_names(&self) -> &[String] {
         self.base.layer_names()
     }
 
     fn embed(&self, input: &DenoiserInput) -> clearform_models::Result<HiddenState> {
-        let Some(control) = &self.control else { return self.base.embed(input) };
-        self.base.embed(&DenoiserInput { latents: with_control(&input.latents, control)?, ..input.clone() })
+        self.base.embed(&self.with_control(input)?)
+    }
+
+    fn forward(&self, input: &DenoiserInput) -> clearform_models::Result<Tensor> {
+        self.base.forward(&self.with_control(input)?)
     }
 
     fn block(&self, index: usize, state: HiddenState) -> clearform_models::Result<HiddenState> {

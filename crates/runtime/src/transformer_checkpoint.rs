@@ -7,10 +7,10 @@ use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
-use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec};
+use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorInfo, TensorSource};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -189,11 +189,18 @@ impl TransformerCheckpoint {
         if let Some(dtype) = dtype {
             check_dtype(device, dtype)?;
         }
-        if dtype.is_none() && device.is_cpu() {
-            return Ok(self.architecture.build(&self.source(), plan)?);
-        }
-        let in_memory = InMemoryTensors::load(&self.canonical, dtype, device)?;
-        Ok(self.architecture.build(&self.edited(&in_memory), plan)?)
+        let denoiser = if dtype.is_none() && device.is_cpu() {
+            self.architecture.build(&self.source(), plan)?
+        } else {
+            let in_memory = InMemoryTensors::load(&self.canonical, dtype, device)?;
+            self.architecture.build(&self.edited(&in_memory), plan)?
+        };
+        Ok(SeparateSamples::if_small(denoiser, self.parameters(), device))
+    }
+
+    /// Number of parameters of the transformer.
+    pub fn parameters(&self) -> usize {
+        self.canonical.tensors().iter().map(TensorInfo::element_count).sum::<u64>() as usize
     }
 }
 

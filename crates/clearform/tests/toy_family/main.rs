@@ -50,7 +50,13 @@ fn a_toy_family_is_converted_and_draws() {
     assert!(inspection.is_complete(), "{inspection}");
 
     let output = folder.path().join("linear");
-    let training = TrainingOptions { sample_count: 4, sample_steps: Some(2), steps: 8, batch: 2, ..Default::default() };
+    let training = TrainingOptions {
+        sample_count: Some(4),
+        sample_steps: Some(2),
+        steps: Some(8),
+        batch: Some(2),
+        ..Default::default()
+    };
     let options = ConvertOptions {
         reading: reading(),
         attention: "clear:r=2".parse().unwrap(),

@@ -4,6 +4,7 @@ use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
 use super::{DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs};
 use clap::Args;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// `clearform convert`.
 #[derive(Debug, Args)]
@@ -82,34 +83,47 @@ pub struct TrainingArgs {
     /// classes].
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub prompts: Option<PathBuf>,
-    /// Samples from an earlier run, instead of new ones.
+    /// Folder of the samples: those of an earlier run, or new ones, which are kept there for further runs.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub samples: Option<PathBuf>,
-    /// Number of samples to generate.
-    #[arg(long, default_value_t = 128, value_name = "N", help_heading = DISTILLATION)]
-    pub sample_count: usize,
-    /// Denoising steps per sample [default: the variant's].
+    /// Number of samples to generate [default: by the model].
+    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
+    pub sample_count: Option<usize>,
+    /// Samples that are not trained on, for the verdict; 0 for no verdict.
+    #[arg(long, default_value_t = 16, value_name = "N", help_heading = DISTILLATION)]
+    pub held_out: usize,
+    /// Exit with 1 if more than this share of the held-out error is left, such as 0.1; the model is written all the same.
+    #[arg(long, value_name = "SHARE", help_heading = DISTILLATION)]
+    pub require_error: Option<f64>,
+    /// Denoising steps per sample [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]
     pub sample_steps: Option<usize>,
     /// Width and height of the samples, in pixels [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = DISTILLATION)]
     pub sample_size: Option<usize>,
-    /// Optimizer steps.
-    #[arg(long, default_value_t = 1000, value_name = "N", help_heading = DISTILLATION)]
-    pub steps: usize,
-    /// Samples per batch.
-    #[arg(long, default_value_t = 8, value_name = "N", help_heading = DISTILLATION)]
-    pub batch: usize,
+    /// Optimizer steps [default: by the model].
+    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
+    pub steps: Option<usize>,
+    /// Time to train, instead of a number of steps: 90s, 5m, 2h.
+    #[arg(long, value_name = "TIME", conflicts_with = "steps", help_heading = DISTILLATION)]
+    pub time: Option<Duration>,
+    /// Samples per batch [default: by the model].
+    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
+    pub batch: Option<usize>,
     /// Batches whose gradients are accumulated for one optimizer step.
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = DISTILLATION)]
     pub accumulate: usize,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 6e-4, value_name = "RATE", help_heading = DISTILLATION)]
-    pub lr: f64,
-    /// Apply the attention loss to every Nth block (FLUX: every Nth single-stream block).
-    #[arg(long, default_value_t = 4, value_name = "N", help_heading = DISTILLATION)]
-    pub attention_every: usize,
-    /// Keep every block's activations instead of recomputing them: faster, but needs more memory.
+    /// Peak learning rate [default: by the model].
+    #[arg(long, value_name = "RATE", help_heading = DISTILLATION)]
+    pub lr: Option<f64>,
+    /// Weights of the losses against the target, the teacher's prediction and its attention outputs [default: by the
+    /// model; the paper's are 1,0.5,0.5].
+    #[arg(long, value_name = "T,P,A", help_heading = DISTILLATION)]
+    pub losses: Option<LossWeights>,
+    /// Apply the attention loss to every Nth block (FLUX: every Nth single-stream block) [default: by the model].
+    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
+    pub attention_every: Option<usize>,
+    /// Keep every block's activations instead of recomputing them: faster, but needs more memory. Small models always do.
     #[arg(long, help_heading = DISTILLATION)]
     pub keep_activations: bool,
     /// Optimizer steps between checkpoints.
@@ -121,4 +135,36 @@ pub struct TrainingArgs {
     /// Resume an interrupted run.
     #[arg(long, help_heading = DISTILLATION)]
     pub resume: bool,
+}
+
+/// A time in seconds, written with its unit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Duration(pub f64);
+
+impl FromStr for Duration {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let units = [("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+        let found = units.iter().find_map(|(unit, seconds)| {
+            let number: f64 = text.strip_suffix(unit)?.parse().ok()?;
+            (number > 0.0 && number.is_finite()).then_some(Self(number * seconds))
+        });
+        found.ok_or_else(|| "expected a time with its unit: 90s, 5m, 2h".to_owned())
+    }
+}
+
+/// Three weights of losses, separated by commas.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossWeights(pub [f64; 3]);
+
+impl FromStr for LossWeights {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let weights: Vec<f64> = text.split(',').filter_map(|weight| weight.parse().ok()).collect();
+        let found = <[f64; 3]>::try_from(weights).ok();
+        let usable = |weights: &[f64; 3]| weights.iter().all(|weight| *weight >= 0.0 && weight.is_finite());
+        found.filter(usable).map(Self).ok_or_else(|| "expected three weights of at least 0, as 1,0.5,0.5".to_owned())
+    }
 }

@@ -1,10 +1,12 @@
 //! `clearform convert`: reads a checkpoint, replaces its attention, distils it and writes a portable model.
 
-use crate::args::ConvertArgs;
+use crate::args::{ConvertArgs, TrainingArgs};
 use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
-use clearform::{AttentionPlan, ConvertOptions, CopyMode, Radius, convert, inspect, parse_plan};
+use clearform::{
+    AttentionPlan, ConvertOptions, CopyMode, Radius, VerdictRecord, WrittenModel, convert, inspect, parse_plan,
+};
 
 /// Converts, or with `--dry-run` shows what would be done.
 pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
@@ -12,8 +14,20 @@ pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome
     if args.dry_run {
         return dry_run(&options, output);
     }
-    output.result(&convert(&options, &mut ProgressBars::default())?.model)?;
-    Ok(CommandOutcome::Complete)
+    let model = convert(&options, &mut ProgressBars::default())?.model;
+    output.result(&model)?;
+    Ok(within_required_error(&model, &args.training, output))
+}
+
+/// Whether the student is as near to its teacher as `--require-error` asks; says so if it is not.
+pub fn within_required_error(model: &WrittenModel, training: &TrainingArgs, output: &Output) -> CommandOutcome {
+    let Some(required) = training.require_error else { return CommandOutcome::Complete };
+    let left = model.verdict.as_ref().map(VerdictRecord::left);
+    if left.is_none_or(|left| left > required) {
+        let found = left.map_or("it was not measured".to_owned(), |left| format!("{left:.3} is left"));
+        output.note(format_args!("--require-error {required}: {found}; the model is written all the same"));
+    }
+    CommandOutcome::complete_if(left.is_some_and(|left| left <= required))
 }
 
 fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {

@@ -1,5 +1,6 @@
 //! `clearform distill`: trains a converted model further against the original it was made from.
 
+use super::convert::within_required_error;
 use crate::args::DistillArgs;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
@@ -14,6 +15,7 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
         device: args.running.device,
         ..DistillOptions::new(&args.model, &args.teacher)
     };
-    output.result(&distill(&options, &mut ProgressBars::default())?)?;
-    Ok(CommandOutcome::Complete)
+    let model = distill(&options, &mut ProgressBars::default())?;
+    output.result(&model)?;
+    Ok(within_required_error(&model, &args.training, output))
 }

@@ -93,7 +93,8 @@ impl DemoReport {
         }
         let series = |student| Series { name: StudentResult::name(student), values: &student.losses };
         let curves: Vec<Series> = self.students.iter().map(series).collect();
-        page.heading("Loss").svg(&chart(&curves), "Flow matching + ½ prediction + ½ attention, per step.");
+        page.heading("Loss")
+            .svg(&chart(&curves), "Mean squared error of the prediction against the teacher's, per step.");
         if let Some(transfer) = &self.transfer {
             transfer.write(&mut page, folder)?;
         }

@@ -11,7 +11,7 @@ use clearform::{
 };
 use clearform_distill::prediction_error;
 use clearform_models::{Denoiser, DenoiserInput};
-use clearform_runtime::compare::{psnr, retrieve};
+use clearform_runtime::compare::{psnr_of_all, retrieve};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -112,13 +112,11 @@ fn generate_samples(
 
 fn training_options(settings: &DemoSettings) -> TrainingOptions {
     TrainingOptions {
-        sample_count: SAMPLES,
+        sample_count: Some(SAMPLES),
         sample_steps: Some(SAMPLE_STEPS),
-        steps: settings.steps,
-        learning_rate: 1.4e-3,
-        attention_every: 2,
-        keep_activations: true,
+        steps: Some(settings.steps),
         checkpoint_every: 100,
+        held_out: 0, // the demo judges on names of its own
         ..TrainingOptions::default()
     }
 }
@@ -202,11 +200,7 @@ impl HeldOutSet {
         let error = prediction_error(self.teacher.as_ref(), student, &self.inputs)?;
         let latents = self.evaluation.watched_latents(&self.pipeline, student, observer)?;
         let images = self.evaluation.decode(&self.pipeline, &latents)?;
-        let pairs = self.images.iter().zip(&images);
-        let each = pairs.map(|(wanted, got)| psnr(wanted, got)).collect::<Result<Vec<_>, _>>()?;
-        // The PSNR of all images together: that of the mean of their mean squared errors.
-        let squared_error = |psnr: &f64| 10f64.powf(-psnr / 10.0);
-        let psnr = -10.0 * (each.iter().map(squared_error).sum::<f64>() / each.len() as f64).log10();
+        let psnr = psnr_of_all(&self.images, &images)?;
         Ok(HeldOutScores { error, psnr, images })
     }
 

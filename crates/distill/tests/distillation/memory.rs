@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
     CheckpointDir, DistillSettings, PairSpec, ResumeMode, SampleSet, SampleSettings, SamplingSpec, TeacherStudent,
-    TrainingOutcome, distill,
+    TrainingData, TrainingOutcome, distill,
 };
 use clearform_models::families::flux::Flux;
 use clearform_models::{Conditions, ModelFamily as _, Prompt};
@@ -43,7 +43,8 @@ fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };
     let checkpoint_dir =
         CheckpointDir { folder: folder.path().join("work"), checkpoint_every: 1, resume: ResumeMode::Fresh };
-    let outcome = distill(&models, &samples, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
+    let data = TrainingData { samples: &samples, held_out: None };
+    let outcome = distill(&models, data, &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(())).unwrap();
     assert!(matches!(outcome, TrainingOutcome::Finished(_)));
 
     let sizes = weights.iter().map(|(_, tensor)| (tensor.elem_count() * 2, tensor.elem_count() * 4));

@@ -99,7 +99,7 @@ fn a_tenth_of_a_guided_batch_is_unconditional() {
     let models = models("clear:r=2", DType::F32);
     let set = sample_set(folder.path(), guided_settings(), &models);
     let settings = DistillSettings { batch: 100, ..settings() };
-    let drawn = Batches::new(&set, &settings, &models, TorchGenerator::new(1)).draw().unwrap();
+    let drawn = Batches::new(&set, &settings, &models, TorchGenerator::new(1)).unwrap().draw().unwrap();
     let unconditional = values(&conditions("").pooled.unwrap());
     let known: Vec<Vec<f32>> = PROMPTS.iter().map(|prompt| values(&conditions(prompt).pooled.unwrap())).collect();
     let pooled = values(&drawn.input.conditions.pooled.unwrap());

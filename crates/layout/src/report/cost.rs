@@ -77,14 +77,14 @@ impl CostEstimate {
     fn at(side: usize, identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
         let edge = side / identified.pixels_per_token();
         let text = identified.variant.defaults.text_tokens;
-        let image = EstimatedImage { edge, text, pixels: side as f64 * side as f64 };
+        let tokens = edge.saturating_mul(edge);
+        let image = EstimatedImage { tokens: tokens as f64, text, pixels: side as f64 * side as f64 };
         let full = image.teraflop(flops, (edge as f64).powi(4));
         let with_radius = |radius| {
             let clear = image.teraflop(flops, near_pairs(edge, radius) as f64);
             ClearCost { radius_tokens: radius, teraflop_per_evaluation: clear, full_over_clear: full / clear }
         };
         let width = identified.size("width").unwrap_or(0);
-        let tokens = edge.saturating_mul(edge);
         let activations = tokens.saturating_add(text).saturating_mul(width).saturating_mul(ACTIVATIONS * 4);
         Self {
             side_pixels: side,
@@ -97,10 +97,26 @@ impl CostEstimate {
     }
 }
 
+/// 10^12 operations of one evaluation of the model on an image of `tokens` and `pixels`, in which `near` pairs of image
+/// tokens attend to each other. `None` if the family's manifest does not state what its weights are applied to.
+pub fn evaluation_teraflop(identified: &Identified, tokens: usize, pixels: usize, near: u64) -> Option<f64> {
+    let flops = FlopCount::of(identified.manifest(), identified.sizes());
+    let text = identified.variant.defaults.text_tokens;
+    let image = EstimatedImage { tokens: tokens as f64, text, pixels: pixels as f64 };
+    flops.is_known().then(|| image.teraflop(&flops, near as f64))
+}
+
+/// Parameters of the projections of the attention layers that are distilled, about: four of width x width in each.
+pub fn attention_parameters(identified: &Identified) -> f64 {
+    let flops = FlopCount::of(identified.manifest(), identified.sizes());
+    let width = identified.size("width").unwrap_or(0) as f64;
+    4.0 * width * (flops.attends_all + flops.attends_image)
+}
+
 /// The sizes that the cost of an evaluation depends on.
 struct EstimatedImage {
-    /// Image tokens along a side.
-    edge: usize,
+    /// Image tokens.
+    tokens: f64,
     /// Text tokens.
     text: usize,
     /// Pixels of the image.
@@ -110,7 +126,7 @@ struct EstimatedImage {
 impl EstimatedImage {
     /// 10^12 operations of an evaluation in which `near` pairs of image tokens attend to each other.
     fn teraflop(&self, flops: &FlopCount, near: f64) -> f64 {
-        let image = (self.edge as f64).powi(2);
+        let image = self.tokens;
         let text = self.text as f64;
         let weights = flops.image_token * image + flops.text_token * text + flops.pixel * self.pixels + flops.image;
         let all = near + image * text + text * (image + text);
@@ -155,7 +171,7 @@ mod tests {
             (512, 847_700.0, [3920.0, 5790.0, 13_090.0]),
         ];
         for (edge, full, clear) in printed {
-            let image = EstimatedImage { edge, text: 512, pixels: 0.0 };
+            let image = EstimatedImage { tokens: (edge as f64).powi(2), text: 512, pixels: 0.0 };
             let close = |counted: f64, printed: f64| {
                 assert!((counted * 1e3 / printed - 1.0).abs() < 0.02, "{edge}: {counted} Tflop, not {printed} Gflop");
             };

@@ -1,7 +1,9 @@
-//! [`Convolution`]: candle's `Conv2d`, computed in bands of rows where im2col of the whole image would be too large.
+//! [`Convolution`]: candle's `Conv2d`, computed in bands of rows where im2col of the whole image would be too large; and
+//! [`GroupNorm`].
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Conv2d, Conv2dConfig, Module};
+use clearform_ops::{convolution, group_norm};
 
 /// Elements of the im2col matrix on a GPU. candle's kernel indexes it with 32 bits, and 2^30 f32 values take 4 GB.
 const MAX_UNFOLDED: usize = 1 << 30;
@@ -46,7 +48,27 @@ impl Convolution {
 
 impl Module for Convolution {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let config = self.0.config();
+        let keeps_size = config.stride == 1 && config.dilation == 1 && config.groups == 1;
+        if x.device().is_cpu() && keeps_size && 2 * config.padding + 1 == self.0.weight().dim(2)? {
+            return convolution(x, self.0.weight(), self.0.bias());
+        }
         self.in_bands(x, if x.device().is_cuda() { MAX_UNFOLDED } else { usize::MAX })
+    }
+}
+
+/// `torch.nn.GroupNorm`.
+#[derive(Debug)]
+pub(crate) struct GroupNorm {
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub groups: usize,
+    pub eps: f64,
+}
+
+impl Module for GroupNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        group_norm(x, self.groups, &self.weight, &self.bias, self.eps)
     }
 }
 

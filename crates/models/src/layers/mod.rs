@@ -10,7 +10,7 @@ mod positions;
 
 pub(crate) use attention::{QkvProjections, attention, split_heads};
 pub(crate) use blocks::{Blocks, TransformerBlock};
-pub(crate) use convolution::Convolution;
+pub(crate) use convolution::{Convolution, GroupNorm};
 pub(crate) use embedding::{FeedForward, Mlp, modulation, sinusoidal_embedding};
 pub(crate) use inputs::{ForwardArguments, checked_batch, class_input, expect, grid, labels};
 pub(crate) use patches::{ChannelOrder, PatchEmbed, patchify, to_latents, unpatchify};

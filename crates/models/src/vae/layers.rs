@@ -1,10 +1,11 @@
 //! Layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and loading of convolutions and group norms.
 
 use crate::Result;
-use crate::layers::Convolution;
+use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::{D, Tensor};
-use candle_nn::{Conv2dConfig, GroupNorm, Module};
+use candle_nn::{Conv2dConfig, Module};
+use clearform_ops::silu;
 
 /// The epsilon of every norm in the autoencoder.
 const NORM_EPS: f64 = 1e-6;
@@ -44,7 +45,7 @@ pub(super) fn conv(
 pub(super) fn group_norm(builder: &WeightBuilder, channels: usize, groups: usize) -> Result<GroupNorm> {
     let weight = builder.shaped("weight", &[channels])?;
     let bias = builder.shaped("bias", &[channels])?;
-    Ok(GroupNorm::new(weight, bias, channels, groups, NORM_EPS)?)
+    Ok(GroupNorm { weight, bias, groups, eps: NORM_EPS })
 }
 
 impl Resnet {
@@ -69,7 +70,7 @@ impl Resnet {
     pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut inner = x.clone();
         for (norm, conv) in self.norms.iter().zip(&self.convs) {
-            inner = conv.forward(&norm.forward(&inner)?.silu()?)?;
+            inner = conv.forward(&silu(&norm.forward(&inner)?)?)?;
         }
         match &self.shortcut {
             Some(shortcut) => shortcut.forward(x)? + inner,

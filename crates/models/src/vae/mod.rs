@@ -7,11 +7,12 @@ mod layers;
 pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
 
 use crate::config_keys::{ConfigKeys, bad};
-use crate::layers::Convolution;
+use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
 use crate::{ImageSize, Result};
 use candle_core::{D, DType, Tensor};
-use candle_nn::{Conv2dConfig, GroupNorm, Module};
+use candle_nn::{Conv2dConfig, Module};
+use clearform_ops::silu;
 use clearform_weights::TensorSource;
 use layers::{Resnet, SpatialAttention, conv, group_norm};
 use serde_json::Value;
@@ -266,7 +267,7 @@ impl Encoder {
             }
         }
         let x = self.middle.forward(&x)?;
-        self.conv_out.forward(&self.norm_out.forward(&x)?.silu()?)
+        self.conv_out.forward(&silu(&self.norm_out.forward(&x)?)?)
     }
 }
 
@@ -301,7 +302,7 @@ impl Decoder {
                 x = smooth.forward(&x.upsample_nearest2d(2 * height, 2 * width)?)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.forward(&x)?.silu()?)
+        self.conv_out.forward(&silu(&self.norm_out.forward(&x)?)?)
     }
 }
 

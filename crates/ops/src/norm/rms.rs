@@ -3,8 +3,9 @@
 use super::sum_over;
 use crate::kernel::{self, CpuKernel, column_sums, for_rows};
 use crate::reference;
+use crate::rope::{RopeOp, RotaryAngles};
 use crate::simd::{Element, Isa, Real, SimdKernel, dispatch};
-use candle_core::{D, DType, Result, Shape, Tensor, bail};
+use candle_core::{D, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
 /// Root-mean-square norm over the last dimension, then rotary position embedding on interleaved pairs (RoFormer, eq.
@@ -23,20 +24,11 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
     if !kernel::supported(x) {
         return reference::rms_norm_rope(x, weight, cos, sin, eps);
     }
-    let (_, tokens, heads, head_dim) = x.dims4()?;
-    let table = [tokens, head_dim / 2];
-    if weight.dims() != [head_dim] || cos.dims() != table || sin.dims() != table || head_dim % 2 == 1 {
-        bail!(
-            "rms_norm_rope: x {:?}, weight {:?}, cos {:?}, sin {:?}",
-            x.dims(),
-            weight.dims(),
-            cos.dims(),
-            sin.dims()
-        );
+    let rotation = RotaryAngles::of(x, cos, sin)?;
+    if weight.dims() != [rotation.head_dim] {
+        bail!("rms_norm_rope: x {:?}, weight {:?}", x.dims(), weight.dims());
     }
-    let work = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let rotation = RotaryAngles { cos: cos.detach().to_dtype(work)?, sin: sin.detach().to_dtype(work)?, heads, tokens };
-    kernel::apply(RmsNormRopeOp { eps, head_dim, rotation }, &[x, &weight.to_dtype(x.dtype())?])
+    kernel::apply(RmsNormRopeOp { eps, rotation }, &[x, &weight.to_dtype(x.dtype())?])
 }
 
 /// Root-mean-square norm over the last dimension: x / √(mean x² + eps) · weight (`torch.nn.RMSNorm`).
@@ -135,30 +127,8 @@ impl CpuKernel for RmsNormWeightGradient {
     }
 }
 
-/// Cosines and sines for x (batch, tokens, heads, head_dim), (tokens, head_dim / 2) each.
-#[derive(Clone)]
-struct RotaryAngles {
-    cos: Tensor,
-    sin: Tensor,
-    heads: usize,
-    tokens: usize,
-}
-
-impl RotaryAngles {
-    fn tables<E: Element>(&self) -> Result<[Vec<E::Work>; 2]> {
-        Ok([self.cos.flatten_all()?.to_vec1()?, self.sin.flatten_all()?.to_vec1()?])
-    }
-
-    #[inline(always)]
-    fn angles<'a, T>(&self, [cos, sin]: &'a [Vec<T>; 2], row: usize, pairs: usize) -> (&'a [T], &'a [T]) {
-        let start = row / self.heads % self.tokens * pairs;
-        (&cos[start..][..pairs], &sin[start..][..pairs])
-    }
-}
-
 struct RmsNormRopeOp {
     eps: f64,
-    head_dim: usize,
     rotation: RotaryAngles,
 }
 
@@ -168,32 +138,15 @@ impl CpuKernel for RmsNormRopeOp {
     fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
         let mut out = vec![E::zero(); inputs[0].len()];
         let tables = &self.rotation.tables::<E>()?;
-        for_rows(&mut out, self.head_dim, |first, out| {
+        for_rows(&mut out, self.rotation.head_dim, |first, out| {
             dispatch(RmsNormRopeForward { op: self, first, out, x: inputs[0], weight: inputs[1], tables })
         });
         Ok(out)
     }
 
     fn backward(&self, args: &[&Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let unrotated = kernel::apply(Unrotate(self.rotation.clone(), self.head_dim), &[&grad.detach()])?;
-        RmsNormOp { eps: self.eps, width: self.head_dim }.gradients(args, &unrotated)
-    }
-}
-
-/// The inverse rotation, which is its transpose.
-struct Unrotate(RotaryAngles, usize);
-
-impl CpuKernel for Unrotate {
-    const NAME: &'static str = "rms_norm_rope gradient of the rotation";
-
-    fn forward<E: Element>(&self, inputs: &[&[E]]) -> Result<Vec<E>> {
-        let Self(rotation, head_dim) = self;
-        let mut out = inputs[0].to_vec();
-        let tables = &rotation.tables::<E>()?;
-        for_rows(&mut out, *head_dim, |first, out| {
-            dispatch(Unrotated { rotation, head_dim: *head_dim, first, out, tables })
-        });
-        Ok(out)
+        let unrotated = kernel::apply(RopeOp(self.rotation.inverse()?), &[&grad.detach()])?;
+        RmsNormOp { eps: self.eps, width: self.rotation.head_dim }.gradients(args, &unrotated)
     }
 }
 
@@ -240,10 +193,10 @@ impl<E: Element> SimdKernel for RmsNormRopeForward<'_, E> {
 
     #[inline(always)]
     fn run<L: Isa>(self) {
-        let width = self.op.head_dim;
+        let width = self.op.rotation.head_dim;
         let rows = self.x[self.first * width..].chunks_exact(width);
         for (row, (out, x)) in self.out.chunks_exact_mut(width).zip(rows).enumerate() {
-            let (cos, sin) = self.op.rotation.angles(self.tables, self.first + row, width / 2);
+            let (cos, sin) = self.op.rotation.row(self.tables, self.first + row);
             let factor = factor(x, self.op.eps);
             let pairs = out.chunks_exact_mut(2).zip(x.chunks_exact(2)).zip(self.weight.chunks_exact(2));
             for (((out, x), weight), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
@@ -251,31 +204,6 @@ impl<E: Element> SimdKernel for RmsNormRopeForward<'_, E> {
                 let odd = x[1].load() * factor * weight[1].load();
                 out[0] = E::store(even * *cos - odd * *sin);
                 out[1] = E::store(even * *sin + odd * *cos);
-            }
-        }
-    }
-}
-
-struct Unrotated<'a, E: Element> {
-    rotation: &'a RotaryAngles,
-    head_dim: usize,
-    first: usize,
-    out: &'a mut [E],
-    tables: &'a [Vec<E::Work>; 2],
-}
-
-impl<E: Element> SimdKernel for Unrotated<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Isa>(self) {
-        for (row, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
-            let (cos, sin) = self.rotation.angles(self.tables, self.first + row, self.head_dim / 2);
-            for (pair, (cos, sin)) in out.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
-                let even = pair[0].load();
-                let odd = pair[1].load();
-                pair[0] = E::store(even * *cos + odd * *sin);
-                pair[1] = E::store(odd * *cos - even * *sin);
             }
         }
     }

@@ -6,8 +6,7 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan, Qkv};
-use clearform_ops::reference::rope;
-use clearform_ops::{by_tokens, gated_add, modulated_layer_norm};
+use clearform_ops::{by_tokens, gated_add, modulated_layer_norm, rope, swiglu};
 use clearform_weights::TensorSource;
 
 /// PyTorch's default for `nn.LayerNorm`, which minRF's query and key norms keep.
@@ -96,7 +95,7 @@ impl MinrfBlock {
     /// SwiGLU (Shazeer, arXiv 2002.05202).
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, down, up] = &self.mlp;
-        let feed_forward = |[x]: [&Tensor; 1]| down.forward(&(gate.forward(x)?.silu()? * up.forward(x)?)?);
+        let feed_forward = |[x]: [&Tensor; 1]| down.forward(&swiglu(&gate.forward(x)?, &up.forward(x)?)?);
         Ok(by_tokens([x], down.inputs()?, feed_forward)?)
     }
 }

@@ -9,9 +9,8 @@ use crate::layers::{
 use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{BlockContext, Denoiser, DenoiserInput, HiddenState, Result, Rotary};
 use candle_core::{Device, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, GroupNorm, Module as _};
 use clearform_attention::{AttentionPlan, Geometries, Geometry};
-use clearform_ops::modulated_layer_norm;
+use clearform_ops::{convolution, group_norm, modulated_layer_norm, silu};
 use clearform_weights::TensorSource;
 use std::sync::Arc;
 
@@ -102,12 +101,8 @@ impl StemLayer {
     /// (batch, inputs, height, width) -> (batch, outputs, height, width).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let dtype = x.dtype();
-        let config = Conv2dConfig { padding: self.conv_weight.dim(2)? / 2, ..Conv2dConfig::default() };
-        let conv = Conv2d::new(self.conv_weight.to_dtype(dtype)?, Some(self.conv_bias.to_dtype(dtype)?), config);
-        let channels = self.norm_weight.dim(0)?;
-        let norm_weight = self.norm_weight.to_dtype(dtype)?;
-        let norm = GroupNorm::new(norm_weight, self.norm_bias.to_dtype(dtype)?, channels, GROUPS, GROUP_EPS)?;
-        Ok(norm.forward(&conv.forward(x)?.silu()?)?)
+        let x = convolution(x, &self.conv_weight.to_dtype(dtype)?, Some(&self.conv_bias.to_dtype(dtype)?))?;
+        Ok(group_norm(&silu(&x)?, GROUPS, &self.norm_weight, &self.norm_bias, GROUP_EPS)?)
     }
 }
 

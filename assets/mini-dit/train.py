@@ -1,0 +1,163 @@
+"""Makes mini-dit: a class-conditional DiT on pixels that draws digits, and the classifier that reads them.
+
+    python train.py --work WORK teacher classifier evaluate export
+
+The stages in their order; `teacher` can be stopped and started again, since its state lies in WORK. Versions:
+requirements.txt. The digits are those of scikit-learn (1797 of 8 x 8 pixels, UCI "Optical Recognition of Handwritten
+Digits", CC BY 4.0), enlarged to 32 x 32. `export` copies what was made beside this script.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE.parent / "mini-flux"), str(HERE.parents[1] / "tests/fixtures/minrf")]
+from dit_llama import DiTLlama  # noqa: E402
+from training import Plan, Training, log  # noqa: E402
+
+SIZE = 32
+CONFIG = dict(in_channels=1, input_size=SIZE, patch_size=2, dim=64, n_layers=6, n_heads=4, num_classes=10, norm_eps=1e-5)
+TEACHER = Plan("teacher", steps=1500, rate=2e-3, seed=1, warmup=100)
+CLASSIFIER = Plan("classifier", steps=2000, rate=2e-3, seed=2, warmup=50, save_every=1000)
+BATCH = 24
+DROPPED = 0.1  # share of labels that training replaces by "no class"
+STEPS, GUIDANCE = 50, 2.0
+TESTED = 360  # digits that the classifier is not trained on
+DRAWN = 20  # of each class, by which the teacher is judged
+
+
+def digits():
+    """(1797, 1, 32, 32) in -1..1, and their classes."""
+    data = load_digits()
+    small = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    large = F.interpolate(small, (SIZE, SIZE), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return large, torch.from_numpy(data.target)
+
+
+def train_teacher(work):
+    """Rectified flow with logit-normal noise levels, as minRF trains."""
+    torch.manual_seed(TEACHER.seed)
+    pictures, classes = digits()
+    model = DiTLlama(**CONFIG)
+    for block in [*model.layers, model.final_layer]:  # adaLN-zero
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(block.adaLN_modulation[1].bias)
+    training = Training(TEACHER, model.parameters(), work)
+    training.run(lambda step, generator: flow_loss(model, pictures, classes, generator))
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, work / "model.safetensors", {"format": "pt"})
+
+
+def flow_loss(model, pictures, classes, generator):
+    index = torch.randint(0, len(pictures), (BATCH,), generator=generator)
+    dropped = torch.rand(BATCH, generator=generator) < DROPPED
+    labels = torch.where(dropped, CONFIG["num_classes"], classes[index])
+    t = torch.randn(BATCH, generator=generator).sigmoid()
+    x0 = pictures[index]
+    noise = torch.randn(x0.shape, generator=generator)
+    levels = t.view(-1, 1, 1, 1)
+    return F.mse_loss(model((1 - levels) * x0 + levels * noise, t, labels), noise - x0)
+
+
+def new_classifier():
+    """Reads pictures averaged to 8 x 8."""
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def features(pictures):
+    return F.avg_pool2d(pictures, SIZE // 8).flatten(1)
+
+
+def train_classifier(work):
+    torch.manual_seed(CLASSIFIER.seed)
+    pictures, classes = digits()
+    x, y = features(pictures[TESTED:]), classes[TESTED:]
+    model = new_classifier()
+
+    def loss(_, generator):
+        index = torch.randint(0, len(x), (128,), generator=generator)
+        return F.cross_entropy(model(x[index] + 0.2 * torch.randn(128, 64, generator=generator)), y[index])
+
+    Training(CLASSIFIER, model.parameters(), work).run(loss)
+    right = (model(features(pictures[:TESTED])).argmax(1) == classes[:TESTED]).float().mean().item()
+    log(work, f"classifier reads {right:.3f} of the {TESTED} digits it was not trained on")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, work / "classifier.safetensors")
+
+
+@torch.no_grad()
+def draw(model, classes, seed=0, steps=STEPS, guidance=GUIDANCE):
+    """Pictures of `classes` by Euler steps with classifier-free guidance; picture i begins with the noise of seed + i."""
+    noise = [torch.randn(1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(classes))]
+    x = torch.stack(noise)
+    without = torch.full_like(classes, CONFIG["num_classes"])
+    for step in range(steps, 0, -1):
+        t = torch.full((2 * len(x),), step / steps)
+        conditional, unconditional = model(torch.cat([x, x]), t, torch.cat([classes, without])).chunk(2)
+        x = x - (unconditional + guidance * (conditional - unconditional)) / steps
+    return x
+
+
+def read_rightly(classifier, pictures, classes):
+    return (classifier(features(pictures)).argmax(1) == classes).float().mean().item()
+
+
+def load(folder):
+    """The teacher in f32, and the classifier."""
+    model, classifier = DiTLlama(**CONFIG), new_classifier()
+    weights = folder / "model" / "model.safetensors"
+    model.load_state_dict(load_file(weights if weights.exists() else folder / "model.safetensors"))
+    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+    return model.float().eval(), classifier.eval()
+
+
+def sheet(pictures, columns):
+    rows = [torch.cat(list(row), -1) for row in pictures[:, 0].split(columns)]
+    return Image.fromarray(((torch.cat(rows, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+def evaluate(work):
+    model, classifier = load(work)
+    classes = torch.arange(10).repeat_interleave(DRAWN)
+    drawn = draw(model, classes)
+    log(work, f"the classifier reads {read_rightly(classifier, drawn, classes):.3f} of {len(classes)} drawn digits")
+    pictures, _ = digits()
+    distance = torch.cdist(features(drawn), features(pictures)).min(1).values.mean() / 8
+    log(work, f"mean distance to the nearest training digit {distance:.3f} (RMS at 8 x 8)")
+    sheet(drawn, DRAWN).save(work / "contact-sheet.png", optimize=True)
+
+
+def export(work):
+    (HERE / "model").mkdir(exist_ok=True)
+    shutil.copy(work / "model.safetensors", HERE / "model")
+    config = json.dumps({"_class_name": "DiT_Llama", **CONFIG}, indent=2)
+    (HERE / "model" / "config.json").write_text(config + "\n")
+    for name in ("classifier.safetensors", "contact-sheet.png", "train.log"):
+        shutil.copy(work / name, HERE)
+
+
+STAGES = {"teacher": train_teacher, "classifier": train_classifier, "evaluate": evaluate, "export": export}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    for stage in options.stages:
+        STAGES[stage](options.work)
+
+
+if __name__ == "__main__":
+    main()

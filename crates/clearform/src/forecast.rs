@@ -1,0 +1,182 @@
+//! [`Forecast`]: what a distillation gains and what it takes, said before it starts.
+
+use crate::observer::Observer;
+use crate::recipe::ResolvedTraining;
+use crate::{ComputeDevice, Result};
+use candle_core::{DType, Device, Tensor};
+use clearform_attention::{AttentionPlan, Geometry, Policy, TokenGrid};
+use clearform_layout::{attention_parameters, evaluation_teraflop};
+use clearform_models::{InputSizes, random_input};
+use clearform_runtime::TransformerCheckpoint;
+use clearform_weights::{TensorInfo, TensorSource as _};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// What a distillation gains, and about what it takes. Times are for a CPU only.
+#[derive(Debug, Clone)]
+pub struct Forecast {
+    grid: TokenGrid,
+    plan: String,
+    /// The share of the image that a token sees on average.
+    seen: f64,
+    /// Operations of one evaluation with full attention, divided by those of the student.
+    gain: Option<f64>,
+    sampling: Option<Duration>,
+    training: Option<Duration>,
+    /// Peak memory of the training, in bytes.
+    memory: f64,
+}
+
+/// Time of a training step for each sample, in evaluations of the teacher: its own, the student's, and the backward,
+/// which computes gradients of all activations and of few weights. Measured on mini-dit and mini-flux.
+const STEP_EVALUATIONS: f64 = 3.3;
+
+/// The same where activations are recomputed.
+const RECOMPUTED_EVALUATIONS: f64 = 4.3;
+
+/// Share of the rate of a product of large matrices that an evaluation of a large model reaches.
+const RATE_SHARE: f64 = 0.7;
+
+/// Values of four bytes that a block holds for each token and each channel of its width, forward and backward.
+const ACTIVATIONS: f64 = 60.0;
+
+/// Bytes of a trained parameter: its f32 master, gradient and two moments.
+const TRAINED_BYTES: f64 = 16.0;
+
+/// Above this time the forecast says what else could be done.
+const LONG: Duration = Duration::from_secs(4 * 3600);
+
+impl Forecast {
+    /// The forecast of `training` a student of `transformer` with the attention of `plan`.
+    ///
+    /// # Errors
+    /// The model cannot be built.
+    pub fn new(
+        transformer: &TransformerCheckpoint,
+        plan: &AttentionPlan,
+        training: &ResolvedTraining,
+        device: ComputeDevice,
+    ) -> Result<Self> {
+        let identified = transformer.identified();
+        let pixels = training.size;
+        let grid = training.grid;
+        let all = (grid.tokens() * grid.tokens()) as u64;
+        let near = match plan.default_policy() {
+            Policy::Full => all,
+            Policy::Clear { radius, .. } => Geometry::new(vec![grid]).efficiency(radius).inside,
+        };
+        let teraflop = |near| evaluation_teraflop(identified, grid.tokens(), pixels.height * pixels.width, near);
+        let evaluation = match device {
+            ComputeDevice::Cpu if training.model.is_small() => Some(timed_evaluation(transformer, grid)?),
+            ComputeDevice::Cpu => teraflop(all).map(|teraflop| Duration::from_secs_f64(teraflop / measured_rate())),
+            ComputeDevice::Cuda(_) => None,
+        };
+        let step = if training.keeps_activations(device) { STEP_EVALUATIONS } else { RECOMPUTED_EVALUATIONS };
+        let evaluations = |count: f64| evaluation.map(|time| time.mul_f64(count));
+        Ok(Self {
+            grid,
+            plan: plan.to_string(),
+            seen: near as f64 / all as f64,
+            gain: teraflop(all).zip(teraflop(near)).map(|(full, clear)| full / clear),
+            sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
+            training: evaluations(training.trained_samples() * step),
+            memory: memory(transformer, training, grid.tokens(), device),
+        })
+    }
+
+    /// What the user should know before it starts.
+    pub fn notes(&self) -> Vec<String> {
+        let Self { grid, plan, seen, .. } = self;
+        let mut notes = vec![self.to_string()];
+        if *seen > 0.999 && plan != "full" {
+            notes.push(format!(
+                "warning: {plan} covers all of {} x {} tokens, so nothing would be gained; choose a smaller radius",
+                grid.height, grid.width
+            ));
+        }
+        let time = self.sampling.unwrap_or_default() + self.training.unwrap_or_default();
+        if time > LONG {
+            notes.push(
+                "this takes long here. What works at this size: an attention patch that somebody has distilled (patch \
+                 apply), fewer steps and samples (--steps, --sample-count), smaller samples (--sample-size), or a GPU"
+                    .to_owned(),
+            );
+        }
+        notes
+    }
+}
+
+/// Passes the notes on.
+pub fn announce(forecast: &Forecast, observer: &mut dyn Observer) {
+    forecast.notes().iter().for_each(|message| observer.note(message));
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { grid, plan, seen, gain, sampling, training, memory } = self;
+        write!(f, "{} x {} tokens: with {plan} a token sees {:.0}% of them", grid.height, grid.width, 100.0 * seen)?;
+        if let Some(gain) = gain {
+            write!(f, ", and an evaluation takes {gain:.2} times fewer operations")?;
+        }
+        if let (Some(sampling), Some(training)) = (sampling, training) {
+            write!(f, "; about {} for samples and {} for training", rounded(*sampling), rounded(*training))?;
+        }
+        write!(f, "; about {:.2} GB of memory", memory / 1e9)
+    }
+}
+
+/// A time in the unit that a person would use.
+fn rounded(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    let units = [("weeks", 604_800.0), ("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)];
+    match units.into_iter().find(|(_, unit)| seconds >= 2.0 * unit) {
+        Some((name, unit)) => format!("{:.0} {name}", seconds / unit),
+        None => format!("{seconds:.0} s"),
+    }
+}
+
+/// Time of an evaluation of one sample of a small model, where every thread evaluates another sample.
+fn timed_evaluation(transformer: &TransformerCheckpoint, grid: TokenGrid) -> Result<Duration> {
+    let text = transformer.identified().variant.defaults.text_tokens;
+    let denoiser = transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu)?;
+    let sizes = InputSizes { grid, text, dtype: DType::F32, device: Device::Cpu };
+    let input = random_input(transformer.architecture(), &sizes)?;
+    let mut times = Vec::new();
+    for _ in 0..4 {
+        let begun = Instant::now();
+        denoiser.forward(&input)?;
+        times.push(begun.elapsed());
+    }
+    Ok(times.into_iter().min().unwrap_or_default() / rayon::current_num_threads() as u32)
+}
+
+/// 10^12 operations a second of this machine in large models: most of the rate of a large product.
+fn measured_rate() -> f64 {
+    const EDGE: usize = 1024;
+    let product = || -> candle_core::Result<f64> {
+        let matrix = Tensor::ones((EDGE, EDGE), DType::F32, &Device::Cpu)?;
+        let begun = Instant::now();
+        matrix.matmul(&matrix)?;
+        Ok(2.0 * (EDGE as f64).powi(3) / begun.elapsed().as_secs_f64() / 1e12)
+    };
+    let rates = (0..3).filter_map(|_| product().ok());
+    RATE_SHARE * rates.fold(f64::MIN_POSITIVE, f64::max)
+}
+
+/// Weights as they are stored, what is kept for each trained parameter, the largest weight in f32 while it is used, and
+/// the activations of the samples that run at a time.
+fn memory(
+    transformer: &TransformerCheckpoint,
+    training: &ResolvedTraining,
+    tokens: usize,
+    device: ComputeDevice,
+) -> f64 {
+    let tensors = transformer.source().tensors();
+    let weights: u64 = tensors.iter().map(TensorInfo::byte_count).sum();
+    let largest = tensors.iter().map(TensorInfo::element_count).max().unwrap_or(0);
+    let samples = if training.model.is_small() { rayon::current_num_threads() } else { training.recipe.batch };
+    let blocks = if training.keeps_activations(device) { transformer.identified().depths().values().sum() } else { 1 };
+    let tokens = tokens + transformer.identified().variant.defaults.text_tokens;
+    let activations = (samples * blocks * tokens * training.model.width * 4) as f64 * ACTIVATIONS;
+    weights as f64 + TRAINED_BYTES * attention_parameters(transformer.identified()) + 4.0 * largest as f64 + activations
+}

@@ -1,0 +1,206 @@
+//! [`Recipe`]: how a student is trained where the user says nothing, by the size of its model.
+
+use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
+use clearform_attention::TokenGrid;
+use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
+use clearform_layout::SamplingDefaults;
+use clearform_models::ImageSize;
+use clearform_runtime::{Pipeline, TransformerCheckpoint};
+
+/// The settings of a distillation that depend on the model. docs/distillation.md has the study they come from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Samples per step.
+    pub batch: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Samples that the teacher generates.
+    pub sample_count: usize,
+    /// Denoising steps per sample, or the variant's if they are fewer.
+    pub sample_steps: usize,
+    /// Weights of the losses, and the layers whose attention outputs are compared.
+    pub loss: LossSettings,
+}
+
+/// The width of mini-dit, and the learning rate that repairs it best.
+const REFERENCE_WIDTH: usize = 64;
+const REFERENCE_RATE: f64 = 8e-3;
+
+/// Samples are training data, of which the number counts more than fine detail.
+const SAMPLE_STEPS: usize = 20;
+
+/// The size of a model, by which its recipe is chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct ModelSize {
+    /// Channels of a token.
+    pub width: usize,
+    /// Text tokens of a prompt; 0 for a model of classes.
+    pub text_tokens: usize,
+    /// Parameters.
+    pub parameters: usize,
+}
+
+impl ModelSize {
+    /// The size of `transformer`.
+    pub fn of(transformer: &TransformerCheckpoint) -> Self {
+        let identified = transformer.identified();
+        Self {
+            width: identified.size("width").unwrap_or(0),
+            text_tokens: identified.variant.defaults.text_tokens,
+            parameters: transformer.parameters(),
+        }
+    }
+
+    /// Whether every activation can be kept: those of a sample are a few megabytes.
+    pub fn is_small(self) -> bool {
+        self.parameters <= 16 << 20
+    }
+}
+
+impl Recipe {
+    /// The recipe for a model. The student learns the teacher's predictions alone: the denoising loss pulls it away from
+    /// them, and in a small model of classes the attention loss leaves a third more error. The learning rate falls with
+    /// the width, as Adam's steps change a wider layer's output by more.
+    pub fn for_model(size: ModelSize) -> Self {
+        let width = size.width.max(REFERENCE_WIDTH);
+        Self {
+            steps: 1000,
+            batch: 8,
+            learning_rate: REFERENCE_RATE * REFERENCE_WIDTH as f64 / width as f64,
+            sample_count: if size.text_tokens == 0 { 256 } else { 128 },
+            sample_steps: SAMPLE_STEPS,
+            loss: LossSettings { denoising: 0.0, prediction: 1.0, attention: 0.0, ..LossSettings::default() },
+        }
+    }
+
+    /// The recipe with what the options say.
+    fn with(self, options: &TrainingOptions) -> Self {
+        let every = options.attention_every.unwrap_or(self.loss.every);
+        let [denoising, prediction, attention] =
+            options.losses.unwrap_or([self.loss.denoising, self.loss.prediction, self.loss.attention]);
+        Self {
+            steps: options.steps.unwrap_or(self.steps),
+            batch: options.batch.unwrap_or(self.batch),
+            learning_rate: options.learning_rate.unwrap_or(self.learning_rate),
+            sample_count: options.sample_count.unwrap_or(self.sample_count),
+            sample_steps: options.sample_steps.unwrap_or(self.sample_steps),
+            loss: LossSettings { denoising, prediction, attention, every, layers: self.loss.layers },
+        }
+    }
+
+    fn settings(&self, options: &TrainingOptions) -> DistillSettings {
+        // Short runs warm up for a ninth of their steps, so that most steps train at the full rate.
+        let learning_rate =
+            LearningRate { peak: self.learning_rate, warmup: (self.steps / 9).min(20), ..Default::default() };
+        DistillSettings {
+            steps: self.steps,
+            batch: self.batch,
+            accumulation: options.accumulate,
+            learning_rate,
+            loss: self.loss.clone(),
+            seed: options.seed,
+            ..Default::default()
+        }
+    }
+}
+
+/// Options with everything decided.
+#[derive(Debug, Clone)]
+pub struct ResolvedTraining {
+    /// What the user asked for.
+    pub options: TrainingOptions,
+    /// What is done.
+    pub recipe: Recipe,
+    /// The model's size.
+    pub model: ModelSize,
+    /// Width and height of new samples, in pixels.
+    pub size: ImageSize,
+    /// Their image tokens.
+    pub grid: TokenGrid,
+}
+
+impl ResolvedTraining {
+    /// Decides what `options` leave open, for `transformer`. New samples are as `pipeline` generates them; without one
+    /// those of an earlier run are used as they are.
+    ///
+    /// # Errors
+    /// There are no samples of an earlier run.
+    pub fn new(
+        options: &TrainingOptions,
+        transformer: &TransformerCheckpoint,
+        pipeline: Option<&Pipeline>,
+    ) -> Result<Self> {
+        let model = ModelSize::of(transformer);
+        let mut recipe = Recipe::for_model(model).with(options);
+        let mut size = pipeline.map_or(ImageSize { height: 0, width: 0 }, Pipeline::native_size);
+        if let Some(edge) = options.sample_size {
+            size = ImageSize { height: edge, width: edge };
+        }
+        if let Some(folder) = options.samples.as_ref().filter(|folder| folder.exists()) {
+            let set = SampleSet::open(folder)?;
+            let [width, height] = set.settings().size;
+            size = ImageSize { height, width };
+            recipe.sample_count = set.settings().count;
+        }
+        let grid = token_grid(transformer, pipeline, size)?;
+        Ok(Self { options: options.clone(), recipe, model, size, grid })
+    }
+
+    /// Whether activations are kept rather than recomputed.
+    pub fn keeps_activations(&self, device: ComputeDevice) -> bool {
+        self.options.keep_activations || (self.model.is_small() && device == ComputeDevice::Cpu)
+    }
+
+    /// Denoising steps of a sample, for a model that usually takes `usual`.
+    pub fn sample_steps(&self, usual: usize) -> usize {
+        self.options.sample_steps.unwrap_or(self.recipe.sample_steps.min(usual))
+    }
+
+    /// Evaluations of the teacher for all samples, those that are held out included.
+    pub fn sampling_evaluations(&self, defaults: SamplingDefaults) -> f64 {
+        let steps = self.sample_steps(defaults.steps);
+        ((self.recipe.sample_count + self.options.held_out) * steps * defaults.evaluations) as f64
+    }
+
+    /// Samples of all training steps together.
+    pub fn trained_samples(&self) -> f64 {
+        (self.recipe.steps * self.recipe.batch * self.options.accumulate) as f64
+    }
+
+    /// The settings of the training loop.
+    pub fn settings(&self, device: ComputeDevice) -> DistillSettings {
+        let keep = self.keeps_activations(device);
+        DistillSettings {
+            precision: if device == ComputeDevice::Cpu { Precision::F32 } else { Precision::Bf16 },
+            activations: if keep { Activations::Keep } else { Activations::Recompute },
+            ..self.recipe.settings(&self.options)
+        }
+    }
+}
+
+/// The image tokens of an image. The pipeline knows by how much its VAE reduces an image, the transformer alone what is
+/// usual in its family.
+fn token_grid(transformer: &TransformerCheckpoint, pipeline: Option<&Pipeline>, size: ImageSize) -> Result<TokenGrid> {
+    let usual = transformer.identified().pixels_per_token();
+    let pixels = (size.height * size.width) as f64;
+    let tokens = pipeline.map(|pipeline| Ok::<_, ClearformError>(pipeline.initial_latents(0, 1, size)?.image_tokens));
+    let token = tokens.transpose()?.map_or(usual, |tokens| (pixels / tokens.max(1) as f64).sqrt().round() as usize);
+    Ok(TokenGrid::new(size.height.div_ceil(token.max(1)), size.width.div_ceil(token.max(1)))?)
+}
+
+/// Checks the settings of a training before anything is made for it.
+///
+/// # Errors
+/// A setting is out of range.
+pub fn check_training(options: &TrainingOptions) -> Result<()> {
+    let recipe = Recipe::for_model(ModelSize::default()).with(options);
+    if options.generates_samples() && recipe.sample_count == 0 {
+        return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
+    }
+    if options.time.is_some_and(|time| !time.is_finite() || time <= 0.0) {
+        return Err(ClearformError::bad_option("setting time: expected a number of seconds above 0"));
+    }
+    Ok(recipe.settings(options).check()?)
+}

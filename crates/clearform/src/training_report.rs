@@ -1,0 +1,76 @@
+//! The report on a training, as a page and as a section of the model's README.md.
+
+use crate::Result;
+use crate::chart::{Series, chart};
+use crate::distillation::TrainedStudent;
+use crate::error::WithContext as _;
+use crate::page::Page;
+use clearform_distill::LossEntry;
+use clearform_portable_model::{LevelErrors, StagingDir, VerdictRecord};
+use clearform_runtime::compare::contact_sheet;
+use clearform_runtime::png;
+
+/// The page's name in the model's folder.
+const FILE: &str = "distillation.html";
+
+impl TrainedStudent {
+    /// Writes the page into the model, and the verdict into its README.md.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn write_report(&self, staging: &StagingDir) -> Result<()> {
+        staging.write(FILE, self.page()?.render().as_bytes())?;
+        let Some(verdict) = &self.verdict else { return Ok(()) };
+        let path = staging.folder().join("README.md");
+        let readme = std::fs::read_to_string(&path).context(path.display())?;
+        let text = format!("{readme}\n## How near it is to its teacher\n\n{}\n", verdict.record);
+        Ok(staging.write("README.md", text.as_bytes())?)
+    }
+
+    fn page(&self) -> Result<Page> {
+        let mut page = Page::new("Distillation");
+        let record = &self.record;
+        page.paragraph(&format!(
+            "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.",
+            record.steps, record.batch, record.learning_rate, record.samples
+        ));
+        if let Some(verdict) = &self.verdict {
+            for line in verdict.record.to_string().lines() {
+                page.paragraph(line);
+            }
+            page.table(
+                &["noise level", "error before", "after", "left", "of the teacher's power"],
+                &rows(&verdict.record),
+            );
+            let sheet = contact_sheet(&verdict.images.each_ref().map(|row| row.iter().collect::<Vec<_>>()));
+            page.image(
+                &png::encode(&sheet, None)?,
+                "From the same noise. From top: the teacher, the student before and after.",
+            );
+        }
+        add_curves(&mut page, &self.distilled.entries);
+        Ok(page)
+    }
+}
+
+/// Loss and held-out error over the steps.
+fn add_curves(page: &mut Page, entries: &[LossEntry]) {
+    let losses: Vec<f64> = entries.iter().map(|entry| entry.losses.total).collect();
+    // A point that is not measured is no number, which the chart leaves out.
+    let held_out: Vec<f64> = entries.iter().map(|entry| entry.held_out.unwrap_or(f64::NAN)).collect();
+    let curves = [Series { name: "loss", values: &losses }, Series { name: "held-out error left", values: &held_out }];
+    page.heading("Training").svg(&chart(&curves), "Per step; the held-out error as a share of that before training.");
+}
+
+fn rows(verdict: &VerdictRecord) -> Vec<Vec<String>> {
+    let row = |level: &LevelErrors| {
+        vec![
+            format!("{:.1}", level.noise),
+            format!("{:.5}", level.before),
+            format!("{:.5}", level.after),
+            format!("{:.1}%", 100.0 * level.after / level.before),
+            format!("{:.2}%", 100.0 * level.after / level.power),
+        ]
+    };
+    verdict.level.iter().map(row).collect()
+}

@@ -1,0 +1,274 @@
+//! [`TrainingSamples`]: what the teacher generates for a training and for its verdict.
+
+use crate::evaluation::prompts_or_classes;
+use crate::observer::{Observer, Progress, Stage, note};
+use crate::recipe::ResolvedTraining;
+use crate::{ClearformError, Result, TrainingOptions};
+use candle_core::Tensor;
+use clearform_attention::AttentionPlan;
+use clearform_distill::{ClassifierFree, SampleSet, SampleSettings, SamplingSpec};
+use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize, Prompt};
+use clearform_runtime::{Pipeline, default_dtype};
+use std::path::Path;
+
+/// Image tokens of a batch of samples: 16 images of 256 px or one of 1024 px with FLUX's VAE. A larger batch would take
+/// more memory and be no faster.
+const BATCH_TOKENS: usize = 4096;
+
+/// Prompts for samples where the user gives none.
+const DEFAULT_PROMPTS: &str = include_str!("prompts.txt");
+
+/// Of this many prompts or more, every [`HELD_OUT_STRIDE`]th is held out; of fewer, training needs all.
+const ENOUGH_PROMPTS: usize = 16;
+const HELD_OUT_STRIDE: usize = 8;
+
+/// Added to the seed of samples that are held out, so that their noise is not that of a training sample.
+const HELD_OUT_SEED: u64 = 1_000_000;
+
+/// The samples of a training, and those on which the student is judged.
+pub struct TrainingSamples {
+    /// Trained on.
+    pub samples: SampleSet,
+    /// Not trained on; `None` if none were asked for or none can be generated.
+    pub held_out: Option<HeldOutSamples>,
+}
+
+/// Samples that are not trained on, and what a student generates its own with.
+pub struct HeldOutSamples {
+    /// The samples.
+    pub set: SampleSet,
+    /// How they were generated.
+    pub sampling_spec: SamplingSpec,
+    /// The teacher's pipeline.
+    pub pipeline: Pipeline,
+}
+
+impl TrainingSamples {
+    /// Opens the samples of an earlier run, or generates them in `work`. A `pipeline` is needed to generate.
+    ///
+    /// # Errors
+    /// As [`prepare_samples`] and [`open_samples`].
+    pub fn gather(
+        pipeline: Option<Pipeline>,
+        training: &ResolvedTraining,
+        work: &Path,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        let folder = training.options.samples.clone().unwrap_or_else(|| work.join("samples"));
+        let samples = match &pipeline {
+            Some(pipeline) if !(training.options.samples.is_some() && folder.exists()) => {
+                generate_samples(pipeline, training, &folder, observer)?
+            }
+            _ => open_samples(&folder)?,
+        };
+        let folder = folder.join(format!("held-out-{}", training.options.held_out));
+        let held_out = match pipeline {
+            _ if training.options.held_out == 0 => None,
+            Some(pipeline) if !pipeline.takes_control() => {
+                Some(HeldOutSamples::prepare(pipeline, training, &samples, &folder, observer)?)
+            }
+            _ => {
+                note(observer, "no verdict: the pipeline cannot generate samples to hold out");
+                None
+            }
+        };
+        Ok(Self { samples, held_out })
+    }
+}
+
+impl HeldOutSamples {
+    fn prepare(
+        pipeline: Pipeline,
+        training: &ResolvedTraining,
+        samples: &SampleSet,
+        folder: &Path,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        // Those of an earlier run stay what they are, whatever prompts this one has.
+        let set = match SampleSet::open(folder) {
+            Ok(set) => set,
+            Err(_) => SampleSet::create(folder, held_out_settings(&pipeline, training, samples)?)?,
+        };
+        let text_ids = fill(&pipeline, &set, observer)?;
+        let sampling_spec = sampling_spec(&pipeline, set.settings(), text_ids)?;
+        Ok(Self { set, sampling_spec, pipeline })
+    }
+
+    /// Width and height of the samples.
+    pub fn size(&self) -> ImageSize {
+        let [width, height] = self.set.settings().size;
+        ImageSize { height, width }
+    }
+}
+
+/// Samples like those of `samples`, of prompts that they do not have if there are any, and with other noise.
+fn held_out_settings(pipeline: &Pipeline, training: &ResolvedTraining, samples: &SampleSet) -> Result<SampleSettings> {
+    let trained = samples.settings();
+    let (_, held_out) = prompts(pipeline, training)?;
+    let unseen: Vec<Prompt> = held_out.iter().filter(|prompt| !trained.prompts.contains(prompt)).cloned().collect();
+    let prompts = if unseen.is_empty() { held_out } else { unseen };
+    let (count, seed) = (training.options.held_out, trained.seed + HELD_OUT_SEED);
+    Ok(SampleSettings { prompts, count, seed, ..trained.clone() })
+}
+
+/// The samples in `folder`; those that are missing there are generated.
+///
+/// # Errors
+/// If the folder holds samples of other settings, or the transformer needs a control image.
+pub fn prepare_samples(
+    pipeline: &Pipeline,
+    options: &TrainingOptions,
+    folder: &Path,
+    observer: &mut dyn Observer,
+) -> Result<SampleSet> {
+    let training = ResolvedTraining::new(options, pipeline.transformer(), Some(pipeline))?;
+    generate_samples(pipeline, &training, folder, observer)
+}
+
+fn generate_samples(
+    pipeline: &Pipeline,
+    training: &ResolvedTraining,
+    folder: &Path,
+    observer: &mut dyn Observer,
+) -> Result<SampleSet> {
+    let set = SampleSet::create(folder, sample_settings(pipeline, training, observer)?)?;
+    if set.is_complete() {
+        return Ok(set);
+    }
+    if pipeline.takes_control() {
+        let reason =
+            "the transformer needs a control image, but samples are generated from prompts alone; pass --samples";
+        return Err(ClearformError::bad_option(reason));
+    }
+    fill(pipeline, &set, observer)?;
+    Ok(set)
+}
+
+/// Generates what is missing in `set`. Returns the position ids of the text tokens, if the model takes them.
+fn fill(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Observer) -> Result<Option<Tensor>> {
+    let text_ids = encode_prompts(pipeline, set)?;
+    if !set.is_complete() {
+        let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
+        let spec = sampling_spec(pipeline, set.settings(), text_ids.clone())?;
+        let mut watch = |done, total| observer.progress(&Progress::new(Stage::Samples, done, total));
+        set.generate(teacher.as_ref(), &spec, &mut watch)?;
+    }
+    Ok(text_ids)
+}
+
+/// Encodes the prompts of `set` into its folder. Returns the position ids of the text tokens, if the model takes them.
+fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> Result<Option<Tensor>> {
+    let mut text_ids = None;
+    let [width, height] = set.settings().size;
+    set.encode(&mut |prompts| {
+        let encoded = pipeline.encode(prompts)?;
+        text_ids = Some(encoded.text_ids.clone());
+        let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
+        pipeline.add_size_conditions(&encoded, batch_spec)
+    })?;
+    match text_ids {
+        Some(text_ids) => Ok(text_ids),
+        // All prompts were encoded by an earlier run.
+        None => Ok(pipeline.encode(&set.settings().prompts[..1])?.text_ids),
+    }
+}
+
+/// Opens samples from an earlier run.
+///
+/// # Errors
+/// If some of them are missing.
+pub fn open_samples(folder: &Path) -> Result<SampleSet> {
+    let set = SampleSet::open(folder)?;
+    if !set.is_complete() {
+        let reason = format!("{}: the samples are incomplete; rerun the command that generated them", folder.display());
+        return Err(ClearformError::bad_option(reason));
+    }
+    Ok(set)
+}
+
+fn sample_settings(
+    pipeline: &Pipeline,
+    training: &ResolvedTraining,
+    observer: &mut dyn Observer,
+) -> Result<SampleSettings> {
+    let defaults = pipeline.transformer().identified().variant.defaults;
+    let (prompts, held_out) = prompts(pipeline, training)?;
+    if training.options.prompts.is_some() && !prompts.contains(&held_out[0]) {
+        let all = prompts.len() + held_out.len();
+        note(observer, format_args!("{} of {all} prompts are held out for the verdict", held_out.len()));
+    }
+    let size = training.size;
+    let latents = pipeline.initial_latents(0, 1, size)?;
+    let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
+    let scale = defaults.guidance;
+    let classifier_free = match pipeline.guidance_kind().clone() {
+        guidance_kind if !guidance_kind.guides(scale) => None,
+        GuidanceKind::ClassifierFree { unconditional, channels } => {
+            Some(ClassifierFree { scale, unconditional, channels })
+        }
+        GuidanceKind::Embedded => None,
+    };
+    Ok(SampleSettings {
+        prompts,
+        count: training.recipe.sample_count,
+        batch: (BATCH_TOKENS / latents.image_tokens).max(1),
+        size: [size.width, size.height],
+        steps: training.sample_steps(defaults.steps),
+        guidance: embeds_guidance.then_some(defaults.guidance),
+        classifier_free,
+        seed: training.options.seed,
+    })
+}
+
+/// The prompts to train on, and those to judge on. A class-conditional model is judged on the classes that it is trained
+/// on, with other noise, and so is a model with few prompts.
+fn prompts(pipeline: &Pipeline, training: &ResolvedTraining) -> Result<(Vec<Prompt>, Vec<Prompt>)> {
+    let path = training.options.prompts.as_deref();
+    let all = prompts_or_classes(pipeline, path, DEFAULT_PROMPTS, training.recipe.sample_count)?;
+    Ok(split_prompts(all, training.options.held_out))
+}
+
+fn split_prompts(all: Vec<Prompt>, held_out: usize) -> (Vec<Prompt>, Vec<Prompt>) {
+    if held_out == 0 || all.len() < ENOUGH_PROMPTS || matches!(all[0], Prompt::Class(_)) {
+        return (all.clone(), all);
+    }
+    let is_held_out =
+        |index: usize| index % HELD_OUT_STRIDE == HELD_OUT_STRIDE / 2 && index / HELD_OUT_STRIDE < held_out;
+    let (held_out, trained): (Vec<_>, Vec<_>) = all.into_iter().enumerate().partition(|(index, _)| is_held_out(*index));
+    let prompts = |numbered: Vec<(usize, Prompt)>| numbered.into_iter().map(|(_, prompt)| prompt).collect();
+    (prompts(trained), prompts(held_out))
+}
+
+/// Samples are generated in f32 on a CPU, and in bf16 on a GPU, whose attention kernels take 16-bit values.
+fn sampling_spec(pipeline: &Pipeline, settings: &SampleSettings, text_ids: Option<Tensor>) -> Result<SamplingSpec> {
+    let [width, height] = settings.size;
+    let latents = pipeline.initial_latents(0, 1, ImageSize { height, width })?;
+    let device = latents.tensor.device().clone();
+    Ok(SamplingSpec {
+        shape: latents.tensor.dims()[1..].to_vec(),
+        schedule: pipeline.schedule(settings.steps, &latents)?,
+        image_ids: latents.image_ids,
+        text_ids,
+        dtype: default_dtype(&device),
+        device,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_eighth_of_many_prompts_is_held_out() {
+        let texts = |range: std::ops::Range<usize>| range.map(|n| Prompt::Text(n.to_string())).collect::<Vec<_>>();
+        let text = |n: usize| Prompt::Text(n.to_string());
+        let (trained, held_out) = split_prompts(texts(0..20), 16);
+        assert_eq!((trained.len(), held_out), (18, vec![text(4), text(12)]));
+        let (trained, held_out) = split_prompts(texts(0..200), 16);
+        assert_eq!((trained.len(), held_out.len()), (184, 16));
+        assert!(trained.iter().all(|prompt| !held_out.contains(prompt)));
+        for (prompts, count) in [(texts(0..15), 16), (texts(0..200), 0), (vec![Prompt::Class(7); 20], 16)] {
+            assert_eq!(split_prompts(prompts.clone(), count), (prompts.clone(), prompts));
+        }
+    }
+}

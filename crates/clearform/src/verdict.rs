@@ -1,0 +1,189 @@
+//! [`Judge`]: measures how near a student is to its teacher before and after training, on samples it is not trained on.
+
+use crate::observer::{Observer, Progress, Stage};
+use crate::training_samples::HeldOutSamples;
+use crate::{ClearformError, Result};
+use candle_core::{Device, Tensor};
+use clearform_distill::{HELD_OUT_LEVELS, HeldOut, TeacherStudent};
+use clearform_models::Denoiser;
+use clearform_portable_model::{ImageVerdict, LevelErrors, VerdictRecord};
+use clearform_runtime::RgbImage;
+use clearform_runtime::compare::{psnr_of_all, ssim};
+use clearform_sampling::StepAction;
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+/// Image tokens of all images that are generated for a verdict: 16 of 256 tokens, as mini-flux has, or 4 of 4096.
+const FEW_TOKENS: usize = 256;
+const MANY_IMAGES: usize = 16;
+const FEW_IMAGES: usize = 4;
+
+/// What the student is compared with, and how it did before training.
+pub struct Judge<'a> {
+    samples: &'a HeldOutSamples,
+    held_out: HeldOut,
+    teacher: Vec<RgbImage>,
+    before: Vec<RgbImage>,
+}
+
+/// The figures, and the images that they were measured on.
+pub struct Verdict {
+    /// The figures.
+    pub record: VerdictRecord,
+    /// Rows of images from the same noise: the teacher's, the student's before training, and after.
+    pub images: [Vec<RgbImage>; 3],
+}
+
+impl<'a> Judge<'a> {
+    /// Judges the student of `models` as it is before training. What it generates is kept in `folder`, for a resumed run.
+    ///
+    /// # Errors
+    /// A model fails, or an image cannot be decoded; [`ClearformError::Cancelled`].
+    pub fn new(
+        models: &TeacherStudent,
+        samples: &'a HeldOutSamples,
+        folder: &Path,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        let held_out = HeldOut::new(models, &samples.set)?;
+        let mut judge = Self { samples, held_out, teacher: Vec::new(), before: Vec::new() };
+        let indices: Vec<usize> = (0..judge.image_count()?).collect();
+        let wanted = samples.set.read(&indices, &Device::Cpu)?.latents;
+        judge.teacher = judge.decode(&wanted)?;
+        let path = folder.join("undistilled.safetensors");
+        let before = if path.exists() {
+            Checkpoint::open(&path)?.tensor("latents")?
+        } else {
+            let latents = judge.generate(models.student(), observer)?;
+            let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
+            std::fs::create_dir_all(folder).map_err(|error| ClearformError::bad_option(error.to_string()))?;
+            clearform_weights::save(&path, &tensors, &BTreeMap::new())?;
+            latents
+        };
+        judge.before = judge.decode(&before)?;
+        Ok(judge)
+    }
+
+    /// The inputs on which training measures its progress.
+    pub fn held_out(&self) -> &HeldOut {
+        &self.held_out
+    }
+
+    /// Judges the student of `models` as it is now.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn verdict(self, models: &TeacherStudent, observer: &mut dyn Observer) -> Result<Verdict> {
+        let before = self.held_out.before();
+        let after = self.held_out.errors(models)?;
+        let level = |(index, noise): (usize, f64)| LevelErrors {
+            noise,
+            power: after.power[index],
+            before: before.levels[index],
+            after: after.levels[index],
+        };
+        let images = self.decode(&self.generate(models.student(), observer)?)?;
+        let record = VerdictRecord {
+            samples: self.samples.set.settings().count,
+            power: after.mean() / after.of_power(),
+            error_before: before.mean(),
+            error_after: after.mean(),
+            level: HELD_OUT_LEVELS.into_iter().enumerate().map(level).collect(),
+            images: Some(ImageVerdict {
+                count: images.len(),
+                psnr_before: psnr_of_all(&self.teacher, &self.before)?,
+                psnr_after: psnr_of_all(&self.teacher, &images)?,
+                ssim_before: mean_ssim(&self.teacher, &self.before),
+                ssim_after: mean_ssim(&self.teacher, &images),
+            }),
+        };
+        Ok(Verdict { record, images: [self.teacher, self.before, images] })
+    }
+
+    fn image_count(&self) -> Result<usize> {
+        let tokens = self.samples.pipeline.initial_latents(0, 1, self.samples.size())?.image_tokens;
+        let most = if tokens <= FEW_TOKENS { MANY_IMAGES } else { FEW_IMAGES };
+        Ok(most.min(self.samples.set.settings().count))
+    }
+
+    /// What `denoiser` generates from the noise of the first samples.
+    fn generate(&self, denoiser: &dyn Denoiser, observer: &mut dyn Observer) -> Result<Tensor> {
+        let HeldOutSamples { set, sampling_spec, .. } = self.samples;
+        let indices: Vec<usize> = (0..self.image_count()?).collect();
+        let mut generated = Vec::new();
+        for part in indices.chunks(set.settings().batch) {
+            let progress = Progress::new(Stage::Comparing, generated.len() * set.settings().batch, indices.len());
+            let mut hook = |_: &clearform_sampling::StepProgress| match observer.progress(&progress) {
+                ControlFlow::Continue(()) => StepAction::Continue,
+                ControlFlow::Break(()) => StepAction::Cancel,
+            };
+            generated.push(set.denoise(part, denoiser, sampling_spec, &mut hook)?);
+        }
+        Ok(Tensor::cat(&generated, 0)?)
+    }
+
+    fn decode(&self, latents: &Tensor) -> Result<Vec<RgbImage>> {
+        let latents = latents.to_device(&self.samples.sampling_spec.device)?;
+        let mut images = Vec::new();
+        for index in 0..latents.dim(0)? {
+            images.extend(self.samples.pipeline.decode(&latents.narrow(0, index, 1)?, self.samples.size())?);
+        }
+        Ok(images)
+    }
+}
+
+/// A student falls short if more than this share of the error is left, and ...
+const SHORT_LEFT: f64 = 0.15;
+/// ... the error is more than this share of the teacher's power: less cannot be seen in images.
+const SHORT_POWER: f64 = 0.01;
+
+/// A warning with advice, if the student falls short of its teacher.
+pub fn warning(record: &VerdictRecord, steps: usize) -> Option<String> {
+    let (left, of_power) = (record.left(), record.of_power());
+    if left > 1.0 {
+        return Some(format!("warning: training made the student worse: {left:.2} times the error; lower --lr"));
+    }
+    let falls_short = left > SHORT_LEFT && of_power > SHORT_POWER;
+    falls_short.then(|| {
+        format!(
+            "warning: the student falls short of its teacher: {:.0}% of the error is left, {:.1}% of the teacher's power. \
+             Train longer (--steps {} or --time), choose a larger radius, or add pooled context (--pool 4); distill \
+             continues from this model",
+            100.0 * left,
+            100.0 * of_power,
+            (2 * steps).max(1000)
+        )
+    })
+}
+
+/// `None` for images smaller than the window of SSIM.
+fn mean_ssim(wanted: &[RgbImage], got: &[RgbImage]) -> Option<f64> {
+    let values = wanted.iter().zip(got).map(|(wanted, got)| ssim(wanted, got).ok()).collect::<Option<Vec<_>>>()?;
+    Some(values.iter().sum::<f64>() / values.len() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_student_falls_short_by_share_and_by_power() {
+        let record = |error_before, error_after| VerdictRecord {
+            samples: 16,
+            power: 2.0,
+            error_before,
+            error_after,
+            level: Vec::new(),
+            images: None,
+        };
+        assert!(warning(&record(0.2, 0.02), 100).is_none(), "a tenth is left");
+        assert!(warning(&record(0.02, 0.015), 100).is_none(), "0.75% of the power");
+        let short = warning(&record(0.2, 0.1), 700).unwrap_or_default();
+        assert!(
+            short.contains("50% of the error is left, 5.0% of the teacher's power") && short.contains("--steps 1400")
+        );
+        assert!(warning(&record(0.2, 0.3), 100).unwrap_or_default().contains("1.50 times the error; lower --lr"));
+    }
+}

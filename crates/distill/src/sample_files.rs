@@ -1,0 +1,75 @@
+//! [`SampleFiles`]: the files of a sample set, and what is in which.
+
+use crate::{DistillError, SampleSettings};
+use clearform_models::Prompt;
+use std::path::{Path, PathBuf};
+
+/// A sample of a set, with its own prompt or the unconditional one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SampleIndex {
+    /// Its index in the set.
+    pub sample: usize,
+    /// Whether the unconditional prompt replaces its own.
+    pub unconditional: bool,
+}
+
+impl SampleIndex {
+    /// A sample with its own prompt.
+    pub fn conditional(sample: usize) -> Self {
+        Self { sample, unconditional: false }
+    }
+}
+
+/// The folder of a set and its settings.
+#[derive(Debug)]
+pub(crate) struct SampleFiles {
+    pub folder: PathBuf,
+    pub settings: SampleSettings,
+}
+
+impl SampleFiles {
+    /// All prompts that are encoded: those of samples, and last the unconditional one if there is one.
+    pub fn prompts(&self) -> Vec<Prompt> {
+        let unconditional = self.settings.classifier_free.iter().map(|guidance| guidance.unconditional.clone());
+        self.settings.prompts[..self.used_prompts()].iter().cloned().chain(unconditional).collect()
+    }
+
+    /// With fewer samples than prompts, the last prompts are not used.
+    pub fn used_prompts(&self) -> usize {
+        self.settings.prompts.len().min(self.settings.count)
+    }
+
+    /// Every file of a complete set, those that training reads most first.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let batches = (0..self.settings.count.div_ceil(self.settings.batch)).map(|batch| self.batch_path(batch));
+        let prompts = (0..self.prompts().len()).map(|prompt| self.prompt_path(prompt));
+        std::iter::once(self.ids_path()).chain(batches).chain(prompts)
+    }
+
+    /// The file of a sample's latents, and its row there.
+    pub fn place_of(&self, sample: usize) -> (PathBuf, usize) {
+        (self.batch_path(sample / self.settings.batch), sample % self.settings.batch)
+    }
+
+    /// The index of a sample's prompt in [`Self::prompts`].
+    pub fn prompt_of(&self, index: SampleIndex) -> usize {
+        if index.unconditional { self.used_prompts() } else { index.sample % self.settings.prompts.len() }
+    }
+
+    pub fn prompt_path(&self, prompt: usize) -> PathBuf {
+        self.folder.join(format!("prompt-{prompt:05}.safetensors"))
+    }
+
+    pub fn batch_path(&self, batch: usize) -> PathBuf {
+        self.folder.join(format!("batch-{batch:05}.safetensors"))
+    }
+
+    pub fn ids_path(&self) -> PathBuf {
+        self.folder.join("ids.safetensors")
+    }
+}
+
+/// An error about the file at `path`.
+pub(crate) fn bad(path: &Path, reason: String) -> DistillError {
+    DistillError::BadFile { path: path.to_owned(), reason }
+}

@@ -1,0 +1,121 @@
+//! [`convolution`]: a convolution as products over bands of the image, in parallel.
+
+use crate::kernel::contiguous;
+use crate::strided_product::{StridedMatrix, strided_product};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Pixels of a band, about: enough columns for a product at the full rate, and few enough that what is unfolded for it
+/// stays in a cache.
+const BAND: usize = 512;
+
+/// A square convolution with stride 1 (`torch.nn.functional.conv2d`), padded with zeros by half the kernel, so that the
+/// output has the size of the image. Nothing that is trained comes before one, so it has no backward: tracked arguments
+/// are left to candle, as are GPUs.
+///
+/// # Shapes
+/// x (batch, inputs, height, width), weight (outputs, inputs, k, k) with odd k, bias (outputs) -> (batch, outputs, height,
+/// width).
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (outputs, inputs, kernel, columns) = weight.dims4()?;
+    if x.dim(1)? != inputs || kernel != columns || kernel % 2 == 0 {
+        bail!("convolution: x {:?} does not match weight {:?}", x.dims(), weight.dims());
+    }
+    let is_own = x.device().is_cpu() && x.dtype() != DType::F64 && !x.track_op() && !weight.track_op();
+    let out = if is_own {
+        // Values of 16 bits are widened, since candle has no convolution of them on a CPU.
+        let [image, weight] = [x, weight].map(|tensor| tensor.to_dtype(DType::F32)?.contiguous());
+        image?.apply_op2_no_bwd(&weight?, &ConvolutionOp)?.to_dtype(x.dtype())?
+    } else {
+        x.conv2d(&weight.to_dtype(x.dtype())?, kernel / 2, 1, 1, 1)?
+    };
+    match bias {
+        None => Ok(out),
+        Some(bias) => out.broadcast_add(&bias.to_dtype(x.dtype())?.reshape((1, outputs, 1, 1))?),
+    }
+}
+
+struct ConvolutionOp;
+
+impl CustomOp2 for ConvolutionOp {
+    fn name(&self) -> &'static str {
+        "convolution"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (batch, inputs, height, width) = lx.shape().dims4()?;
+        let (outputs, _, kernel, _) = lw.shape().dims4()?;
+        let image = UnfoldedImage { inputs, height, width, kernel };
+        let x = contiguous::<f32>(x, lx)?;
+        let weight = StridedMatrix::new(contiguous::<f32>(w, lw)?, outputs, inputs * kernel * kernel);
+        let rows = BAND.div_ceil(width.max(1));
+        let bands: Vec<(usize, Range<usize>)> = (0..batch)
+            .flat_map(|sample| (0..height).step_by(rows).map(move |row| (sample, row..height.min(row + rows))))
+            .collect();
+        let product = |(sample, rows): &(usize, Range<usize>)| {
+            let unfolded = image.unfold(&x[sample * image.elements()..][..image.elements()], rows.clone());
+            let columns = rows.len() * width;
+            strided_product(weight, StridedMatrix::new(&unfolded, weight.columns, columns))
+        };
+        let products: Vec<Vec<f32>> = bands.par_iter().map(product).collect();
+        let mut out = vec![0.0; batch * outputs * height * width];
+        for ((sample, rows), product) in bands.into_iter().zip(products) {
+            let columns = rows.len() * width;
+            for (output, values) in product.chunks_exact(columns.max(1)).enumerate() {
+                let start = ((sample * outputs + output) * height + rows.start) * width;
+                out[start..start + columns].copy_from_slice(values);
+            }
+        }
+        Ok((CpuStorage::F32(out), (batch, outputs, height, width).into()))
+    }
+}
+
+/// The sizes of an image and of the kernel that passes over it.
+#[derive(Clone, Copy)]
+struct UnfoldedImage {
+    inputs: usize,
+    height: usize,
+    width: usize,
+    kernel: usize,
+}
+
+impl UnfoldedImage {
+    fn elements(self) -> usize {
+        self.inputs * self.height * self.width
+    }
+
+    /// What each weight is multiplied with in some rows of the output.
+    ///
+    /// # Shapes
+    /// x (inputs, height, width) -> (inputs · kernel · kernel, rows · width).
+    fn unfold(self, x: &[f32], rows: Range<usize>) -> Vec<f32> {
+        let Self { inputs, height, width, kernel } = self;
+        let reach = kernel / 2;
+        let mut unfolded = vec![0.0; inputs * kernel * kernel * rows.len() * width];
+        let mut rest = unfolded.as_mut_slice();
+        for (channel, dy, dx) in offsets(inputs, kernel) {
+            let (out, others) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
+            rest = others;
+            // Output column c reads column c + dx - reach, where that lies within the image.
+            let first = reach.saturating_sub(dx);
+            let last = (width + reach).saturating_sub(dx).min(width);
+            for (out, row) in out.chunks_exact_mut(width.max(1)).zip(rows.clone()) {
+                let Some(y) = (row + dy).checked_sub(reach).filter(|y| *y < height) else { continue };
+                if first < last {
+                    let start = (channel * height + y) * width + first + dx - reach;
+                    out[first..last].copy_from_slice(&x[start..start + last - first]);
+                }
+            }
+        }
+        unfolded
+    }
+}
+
+/// Channel, row and column of each weight of an output.
+fn offsets(inputs: usize, kernel: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..inputs).flat_map(move |channel| (0..kernel).flat_map(move |dy| (0..kernel).map(move |dx| (channel, dy, dx))))
+}

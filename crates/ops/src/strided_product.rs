@@ -1,0 +1,89 @@
+//! [`strided_product`]: a product in f32 by the crate `gemm`, which candle uses too. candle asks the system for the
+//! number of processors before each product, which takes longer than a small one.
+
+use rayon::current_num_threads;
+
+/// A matrix in memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StridedMatrix<'a> {
+    pub values: &'a [f32],
+    pub rows: usize,
+    pub columns: usize,
+    /// Elements from a row to the next, and from a column to the next.
+    pub strides: [usize; 2],
+}
+
+impl<'a> StridedMatrix<'a> {
+    /// A row-major matrix.
+    pub fn new(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self { values, rows, columns, strides: [columns, 1] }
+    }
+
+    /// The same values, transposed.
+    pub fn transposed(self) -> Self {
+        let Self { values, rows, columns, strides: [row, column] } = self;
+        Self { values, rows: columns, columns: rows, strides: [column, row] }
+    }
+
+    /// Whether every element lies within the values.
+    fn is_inside(self) -> bool {
+        let last = (self.rows - 1) * self.strides[0] + (self.columns - 1) * self.strides[1];
+        last < self.values.len()
+    }
+}
+
+/// a b, row-major.
+///
+/// # Panics
+/// Shapes that do not match, or matrices that are larger than their values.
+pub(crate) fn strided_product(a: StridedMatrix<'_>, b: StridedMatrix<'_>) -> Vec<f32> {
+    let mut out = vec![0.0; a.rows * b.columns];
+    if out.is_empty() || a.columns == 0 {
+        return out;
+    }
+    assert!(a.columns == b.rows && a.is_inside() && b.is_inside());
+    let [a_row, a_column] = a.strides.map(|stride| stride as isize);
+    let [b_row, b_column] = b.strides.map(|stride| stride as isize);
+    // SAFETY: all elements of a and b lie within their values, as checked above; out has a.rows rows of b.columns.
+    unsafe {
+        ::gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            out.as_mut_ptr(),
+            1,
+            b.columns as isize,
+            false,
+            a.values.as_ptr(),
+            a_column,
+            a_row,
+            b.values.as_ptr(),
+            b_column,
+            b_row,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            ::gemm::Parallelism::Rayon(current_num_threads()),
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposed_factors_give_the_product_by_hand() {
+        let a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]; // 2 x 3
+        let b = [1.0, 0.0, -1.0, 2.0, 1.0, 1.0]; // 3 x 2
+        let [left, right] = [StridedMatrix::new(&a, 2, 3), StridedMatrix::new(&b, 3, 2)];
+        assert_eq!(strided_product(left, right), [2.0, 7.0, 5.0, 16.0]);
+        // (a b)ᵀ = bᵀ aᵀ
+        assert_eq!(strided_product(right.transposed(), left.transposed()), [2.0, 5.0, 7.0, 16.0]);
+        let empty = StridedMatrix::new(&[], 2, 0);
+        assert_eq!(strided_product(empty, StridedMatrix::new(&[], 0, 2)), [0.0; 4]);
+    }
+}
