@@ -75,7 +75,7 @@ pub struct Distilled {
 pub struct TrainingData<'a> {
     /// The samples of the training.
     pub samples: &'a SampleSet,
-    /// Samples that are not trained on. The student's error on them is logged [`EVALUATIONS`] times.
+    /// Samples that are not trained on. The student's error on them is logged about twenty times.
     pub held_out: Option<&'a HeldOut>,
 }
 
