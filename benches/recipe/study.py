@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ TRAINED = {
     "attention+modulation": ("attention.", "adaLN_modulation."),
     "blocks": ("layers.",),
 }
-CACHE = Path("/tmp/clearform-study")
+CACHE = Path(tempfile.gettempdir()) / "clearform-study"  # what the teacher draws, for further lines
 HELD_OUT, HELD_OUT_SEED, NOISE_SEED = 64, 1_000_000, 1234
 DRAWN_EACH, DRAWN_SEED, DRAWN_STEPS = 20, 2_000_000, 25
 
@@ -44,7 +45,6 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ASSETS / "mini-dit")
     parser.add_argument("--radius", type=float, default=4.0)
-    parser.add_argument("--pool", type=int, default=0, help="also keys and values averaged over POOL x POOL tokens")
     parser.add_argument("--full", type=str, default="", help="layers that keep full attention, as 0,5")
     parser.add_argument("--shrink", type=float, default=0.0, help="share of the steps over which the radius shrinks from 11")
     parser.add_argument("--steps", type=int, default=1000)
@@ -71,7 +71,7 @@ def arguments():
 
 
 class Windows:
-    """Which keys each query sees: those whose distance is below the radius; with pooling also the means of cells."""
+    """Which keys each query sees: those whose distance is below the radius."""
 
     def __init__(self, side, radius):
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -91,11 +91,15 @@ def watch(model, every):
     return seen
 
 
+def noise(seed):
+    return torch.randn(1, mini_dit.SIZE, mini_dit.SIZE, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
 def drawn(model, count, seed, steps, trajectory=False):
     """Pictures of evenly spread classes with guidance, and with `trajectory` what led to each step, (steps, count, ...)."""
     classes = torch.arange(count) % mini_dit.CONFIG["num_classes"]
-    x = torch.stack([torch.randn(1, mini_dit.SIZE, mini_dit.SIZE, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+    x = torch.stack([noise(seed + index) for index in range(count)])
     without = torch.full_like(classes, mini_dit.CONFIG["num_classes"])
     visited = []
     for step in range(steps, 0, -1):
@@ -151,7 +155,7 @@ class Inputs:
 
 
 def held_out(options, teacher):
-    """Noised pictures of other seeds, half a tenth without a class."""
+    """Noised pictures of other seeds, with their classes."""
     pictures, classes = cached(f"{options.model.name}-held-out.pt", lambda: drawn(teacher, HELD_OUT, HELD_OUT_SEED, 20))
     generator = torch.Generator().manual_seed(NOISE_SEED)
     t = torch.rand(len(pictures), generator=generator)

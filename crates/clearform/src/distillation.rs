@@ -13,6 +13,7 @@ use clearform_distill::{
 use clearform_portable_model::DistillationRecord;
 use clearform_runtime::TransformerCheckpoint;
 use clearform_weights::{InMemoryTensors, TensorSource};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// Trains `student` on `samples` against `teacher`, and judges it on those that are held out.
@@ -31,36 +32,43 @@ pub fn train(
     let pair = TeacherStudent::build(spec, &weights, student.start)?;
     let held_out = samples.held_out.as_ref();
     let judge = held_out.map(|held_out| Judge::new(&pair, held_out, student.folder, observer)).transpose()?;
-    let options = &training.options;
-    let start = if options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
-    let checkpoint_dir =
-        CheckpointDir { folder: student.folder.to_owned(), checkpoint_every: options.checkpoint_every, resume: start };
+    let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
+    let checkpoint_every = training.options.checkpoint_every;
+    let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
     let mut settings = training.settings(student.device);
-    if let Some(seconds) = options.time {
+    if let Some(seconds) = training.options.time {
+        // A resumed training goes on with the steps that it began with.
         settings.steps = match recorded_settings(&checkpoint_dir)? {
             Some(recorded) => recorded.steps,
             None => steps_within(seconds, &pair, &samples.samples, &settings)?,
         };
         note(observer, format_args!("{} steps fit into the time", settings.steps));
     }
-    let mut held_out_share = None;
-    let mut watch = |progress: &TrainingProgress| {
-        let entry = progress.entry;
-        held_out_share = entry.held_out.or(held_out_share);
-        let counted = Progress::new(Stage::Distilling, entry.step, progress.steps);
-        observer.progress(&Progress { loss: Some(entry.losses.total), held_out: held_out_share, ..counted })
-    };
     let data = TrainingData { samples: &samples.samples, held_out: judge.as_ref().map(Judge::held_out) };
-    let TrainingOutcome::Finished(distilled) = distill(&pair, data, &settings, &checkpoint_dir, &mut watch)? else {
-        return Err(ClearformError::Cancelled);
+    let distilled = match distill(&pair, data, &settings, &checkpoint_dir, &mut progress_to(observer))? {
+        TrainingOutcome::Finished(distilled) => distilled,
+        TrainingOutcome::Stopped { .. } => return Err(ClearformError::Cancelled),
     };
     let verdict = judge.map(|judge| judge.verdict(&pair, observer)).transpose()?;
-    let mut record = distillation_record(&settings, &samples.samples, &distilled);
     if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, settings.steps)) {
         observer.note(&warning);
     }
-    record.verdict = verdict.as_ref().map(|verdict| verdict.record.clone());
+    let record = DistillationRecord {
+        verdict: verdict.as_ref().map(|verdict| verdict.record.clone()),
+        ..distillation_record(&settings, &samples.samples, &distilled)
+    };
     Ok(TrainedStudent { distilled, record, verdict })
+}
+
+/// Passes the progress of a training on. The held-out error is that of the last step at which it was measured.
+fn progress_to(observer: &mut dyn Observer) -> impl FnMut(&TrainingProgress) -> ControlFlow<()> + '_ {
+    let mut held_out = None;
+    move |progress: &TrainingProgress| {
+        let entry = progress.entry;
+        held_out = entry.held_out.or(held_out);
+        let counted = Progress::new(Stage::Distilling, entry.step, progress.steps);
+        observer.progress(&Progress { loss: Some(entry.losses.total), held_out, ..counted })
+    }
 }
 
 /// A student to train.

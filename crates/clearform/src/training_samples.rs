@@ -55,10 +55,11 @@ impl TrainingSamples {
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         let folder = training.options.samples.clone().unwrap_or_else(|| work.join("samples"));
+        // Those of an earlier run may have been interrupted.
+        let are_complete =
+            training.options.samples.is_some() && folder.exists() && SampleSet::open(&folder)?.is_complete();
         let samples = match &pipeline {
-            Some(pipeline) if !(training.options.samples.is_some() && folder.exists()) => {
-                generate_samples(pipeline, training, &folder, observer)?
-            }
+            Some(pipeline) if !are_complete => generate_samples(pipeline, training, &folder, observer)?,
             _ => open_samples(&folder)?,
         };
         let folder = folder.join(format!("held-out-{}", training.options.held_out));

@@ -1,8 +1,9 @@
 //! [`Judge`]: measures how near a student is to its teacher before and after training, on samples it is not trained on.
 
+use crate::Result;
+use crate::error::WithContext as _;
 use crate::observer::{Observer, Progress, Stage};
 use crate::training_samples::HeldOutSamples;
-use crate::{ClearformError, Result};
 use candle_core::{Device, Tensor};
 use clearform_distill::{HELD_OUT_LEVELS, HeldOut, TeacherStudent};
 use clearform_models::Denoiser;
@@ -40,7 +41,7 @@ impl<'a> Judge<'a> {
     /// Judges the student of `models` as it is before training. What it generates is kept in `folder`, for a resumed run.
     ///
     /// # Errors
-    /// A model fails, or an image cannot be decoded; [`ClearformError::Cancelled`].
+    /// A model fails, or an image cannot be decoded; [`ClearformError::Cancelled`](crate::ClearformError::Cancelled).
     pub fn new(
         models: &TeacherStudent,
         samples: &'a HeldOutSamples,
@@ -58,7 +59,7 @@ impl<'a> Judge<'a> {
         } else {
             let latents = judge.generate(models.student(), observer)?;
             let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
-            std::fs::create_dir_all(folder).map_err(|error| ClearformError::bad_option(error.to_string()))?;
+            std::fs::create_dir_all(folder).context(folder.display())?;
             clearform_weights::save(&path, &tensors, &BTreeMap::new())?;
             latents
         };
