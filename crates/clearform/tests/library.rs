@@ -47,6 +47,7 @@ impl Observer for Recorder {
 fn quick_training() -> TrainingOptions {
     TrainingOptions {
         sample_count: Some(2),
+        held_out: 2,
         sample_steps: Some(1),
         sample_size: Some(64),
         steps: Some(2),
