@@ -26,7 +26,12 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let options = ConvertOptions {
         attention: "clear:r=8".parse()?,
-        training: Some(TrainingOptions { steps: Some(steps), sample_count: Some(16), held_out: 4, ..TrainingOptions::default() }),
+        training: Some(TrainingOptions {
+            steps: Some(steps),
+            sample_count: Some(16),
+            held_out: 4,
+            ..TrainingOptions::default()
+        }),
         ..ConvertOptions::new(&source, &output)
     };
     let converted = convert(&options, &mut ())?;
