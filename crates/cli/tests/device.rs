@@ -98,7 +98,8 @@ fn losses_agree_with_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     assemble_pipeline(&repository(""), "sd3", &path("original"));
-    let training = "--radius 2 --steps 4 --sample-count 2 --sample-steps 2 --batch 2 --held-out 2";
+    // With the denoising loss, which is large: the difference of two predictions alone would be that of their rounding.
+    let training = "--radius 2 --steps 4 --sample-count 2 --sample-steps 2 --batch 2 --held-out 2 --losses 1,0.5,0.5";
     let training: Vec<&str> = training.split(' ').collect();
     let convert = |name: &str| {
         let (original, model) = (path("original"), path(name));
