@@ -226,7 +226,8 @@ impl EvaluationRun {
     }
 }
 
-fn step_action(flow: ControlFlow<()>) -> StepAction {
+/// What denoising does when a watcher says whether to go on.
+pub(crate) fn step_action(flow: ControlFlow<()>) -> StepAction {
     if flow.is_break() { StepAction::Cancel } else { StepAction::Continue }
 }
 

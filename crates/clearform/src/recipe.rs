@@ -4,7 +4,7 @@ use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use clearform_attention::TokenGrid;
 use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
 use clearform_layout::SamplingDefaults;
-use clearform_models::ImageSize;
+use clearform_models::{ImageSize, SeparateSamples};
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
 
 /// The settings of a distillation that depend on the model. docs/distillation.md has the study they come from.
@@ -53,9 +53,9 @@ impl ModelSize {
         }
     }
 
-    /// Whether every activation can be kept: those of a sample are a few megabytes.
+    /// Whether its samples run separately. Then every activation can be kept: those of a sample are a few megabytes.
     pub fn is_small(self) -> bool {
-        self.parameters <= 16 << 20
+        SeparateSamples::are_worth_it(self.parameters)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::error::WithContext as _;
+use crate::evaluation::step_action;
 use crate::observer::{Observer, Progress, Stage};
 use crate::training_samples::HeldOutSamples;
 use candle_core::{Device, Tensor};
@@ -10,10 +11,9 @@ use clearform_models::Denoiser;
 use clearform_portable_model::{ImageVerdict, LevelErrors, VerdictRecord};
 use clearform_runtime::RgbImage;
 use clearform_runtime::compare::{psnr_of_all, ssim};
-use clearform_sampling::StepAction;
+use clearform_sampling::StepProgress;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::Path;
 
 /// Image tokens of all images that are generated for a verdict: 16 of 256 tokens, as mini-flux has, or 4 of 4096.
@@ -88,7 +88,7 @@ impl<'a> Judge<'a> {
         let images = self.decode(&self.generate(models.student(), observer)?)?;
         let record = VerdictRecord {
             samples: self.samples.set.settings().count,
-            power: after.mean() / after.of_power(),
+            power: after.mean_power(),
             error_before: before.mean(),
             error_after: after.mean(),
             level: HELD_OUT_LEVELS.into_iter().enumerate().map(level).collect(),
@@ -109,17 +109,14 @@ impl<'a> Judge<'a> {
         Ok(most.min(self.samples.set.settings().count))
     }
 
-    /// What `denoiser` generates from the noise of the first samples.
+    /// What `denoiser` generates from the noise of the teacher's images.
     fn generate(&self, denoiser: &dyn Denoiser, observer: &mut dyn Observer) -> Result<Tensor> {
         let HeldOutSamples { set, sampling_spec, .. } = self.samples;
-        let indices: Vec<usize> = (0..self.image_count()?).collect();
+        let indices: Vec<usize> = (0..self.teacher.len()).collect();
         let mut generated = Vec::new();
         for part in indices.chunks(set.settings().batch) {
             let progress = Progress::new(Stage::Comparing, generated.len() * set.settings().batch, indices.len());
-            let mut hook = |_: &clearform_sampling::StepProgress| match observer.progress(&progress) {
-                ControlFlow::Continue(()) => StepAction::Continue,
-                ControlFlow::Break(()) => StepAction::Cancel,
-            };
+            let mut hook = |_: &StepProgress| step_action(observer.progress(&progress));
             generated.push(set.denoise(part, denoiser, sampling_spec, &mut hook)?);
         }
         Ok(Tensor::cat(&generated, 0)?)

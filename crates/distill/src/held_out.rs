@@ -45,9 +45,9 @@ impl PredictionErrors {
         mean(&self.levels)
     }
 
-    /// The mean squared error as a share of the teacher's power, over all levels.
-    pub fn of_power(&self) -> f64 {
-        self.mean() / mean(&self.power)
+    /// Mean square of the teacher's predictions over all levels.
+    pub fn mean_power(&self) -> f64 {
+        mean(&self.power)
     }
 }
 

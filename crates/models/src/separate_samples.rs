@@ -15,7 +15,12 @@ const SMALL: usize = 16 << 20;
 impl SeparateSamples {
     /// `denoiser`, with its samples separate if it is a model of few `parameters` on a CPU.
     pub fn if_small(denoiser: Box<dyn Denoiser>, parameters: usize, device: &Device) -> Box<dyn Denoiser> {
-        if parameters <= SMALL && device.is_cpu() { Box::new(Self(denoiser)) } else { denoiser }
+        if Self::are_worth_it(parameters) && device.is_cpu() { Box::new(Self(denoiser)) } else { denoiser }
+    }
+
+    /// Whether a model of so many `parameters` is small.
+    pub fn are_worth_it(parameters: usize) -> bool {
+        parameters <= SMALL
     }
 }
 
