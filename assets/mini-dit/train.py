@@ -11,6 +11,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,15 +27,28 @@ sys.path += [str(HERE.parent / "mini-flux"), str(HERE.parents[1] / "tests/fixtur
 from dit_llama import DiTLlama  # noqa: E402
 from training import Plan, Training, log  # noqa: E402
 
-SIZE = 32
-CONFIG = dict(in_channels=1, input_size=SIZE, patch_size=2, dim=64, n_layers=6, n_heads=4, num_classes=10, norm_eps=1e-5)
-TEACHER = Plan("teacher", steps=1500, rate=2e-3, seed=1, warmup=100)
-CLASSIFIER = Plan("classifier", steps=2000, rate=2e-3, seed=2, warmup=50, save_every=1000)
 BATCH = 24
 DROPPED = 0.1  # share of labels that training replaces by "no class"
 STEPS, GUIDANCE = 50, 2.0
-TESTED = 360  # digits that the classifier is not trained on
+SIZE = 32  # of a picture, in pixels
+CELL = 4  # pixels that the classifier averages, in each direction
 DRAWN = 20  # of each class, by which the teacher is judged
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a model draws, and how it and its classifier are trained on it."""
+
+    pictures: Callable  # returns (n, 1, SIZE, SIZE) in -1..1, and their classes
+    config: dict
+    teacher: Plan
+    classifier: Plan
+    hidden: int  # width of the classifier
+    tested: int  # pictures that the classifier is not trained on: the first
+
+    @property
+    def classes(self):
+        return self.config["num_classes"]
 
 
 def digits():
@@ -44,24 +59,36 @@ def digits():
     return large, torch.from_numpy(data.target)
 
 
-def train_teacher(work):
+DIGITS = Subject(
+    pictures=digits,
+    config=dict(
+        in_channels=1, input_size=SIZE, patch_size=2, dim=64, n_layers=6, n_heads=4, num_classes=10, norm_eps=1e-5
+    ),
+    teacher=Plan("teacher", steps=1500, rate=2e-3, seed=1, warmup=100),
+    classifier=Plan("classifier", steps=2000, rate=2e-3, seed=2, warmup=50, save_every=1000),
+    hidden=64,
+    tested=360,
+)
+
+
+def train_teacher(subject, work):
     """Rectified flow with logit-normal noise levels, as minRF trains."""
-    torch.manual_seed(TEACHER.seed)
-    pictures, classes = digits()
-    model = DiTLlama(**CONFIG)
+    torch.manual_seed(subject.teacher.seed)
+    pictures, classes = subject.pictures()
+    model = DiTLlama(**subject.config)
     for block in [*model.layers, model.final_layer]:  # adaLN-zero
         nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(block.adaLN_modulation[1].bias)
-    training = Training(TEACHER, model.parameters(), work)
-    training.run(lambda step, generator: flow_loss(model, pictures, classes, generator))
+    training = Training(subject.teacher, model.parameters(), work)
+    training.run(lambda step, generator: flow_loss(subject, model, pictures, classes, generator))
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, work / "model.safetensors", {"format": "pt"})
 
 
-def flow_loss(model, pictures, classes, generator):
+def flow_loss(subject, model, pictures, classes, generator):
     index = torch.randint(0, len(pictures), (BATCH,), generator=generator)
     dropped = torch.rand(BATCH, generator=generator) < DROPPED
-    labels = torch.where(dropped, CONFIG["num_classes"], classes[index])
+    labels = torch.where(dropped, subject.classes, classes[index])
     t = torch.randn(BATCH, generator=generator).sigmoid()
     x0 = pictures[index]
     noise = torch.randn(x0.shape, generator=generator)
@@ -69,37 +96,39 @@ def flow_loss(model, pictures, classes, generator):
     return F.mse_loss(model((1 - levels) * x0 + levels * noise, t, labels), noise - x0)
 
 
-def new_classifier():
-    """Reads pictures averaged to 8 x 8."""
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
 def features(pictures):
-    return F.avg_pool2d(pictures, SIZE // 8).flatten(1)
+    return F.avg_pool2d(pictures, CELL).flatten(1)
 
 
-def train_classifier(work):
-    torch.manual_seed(CLASSIFIER.seed)
-    pictures, classes = digits()
-    x, y = features(pictures[TESTED:]), classes[TESTED:]
-    model = new_classifier()
+def new_classifier(subject):
+    """Reads pictures of which each cell is averaged."""
+    cells = (SIZE // CELL) ** 2
+    return nn.Sequential(nn.Linear(cells, subject.hidden), nn.ReLU(), nn.Linear(subject.hidden, subject.classes))
+
+
+def train_classifier(subject, work):
+    torch.manual_seed(subject.classifier.seed)
+    pictures, classes = subject.pictures()
+    x, y = features(pictures[subject.tested :]), classes[subject.tested :]
+    model = new_classifier(subject)
 
     def loss(_, generator):
         index = torch.randint(0, len(x), (128,), generator=generator)
-        return F.cross_entropy(model(x[index] + 0.2 * torch.randn(128, 64, generator=generator)), y[index])
+        return F.cross_entropy(model(x[index] + 0.2 * torch.randn(128, x.shape[1], generator=generator)), y[index])
 
-    Training(CLASSIFIER, model.parameters(), work).run(loss)
-    right = (model(features(pictures[:TESTED])).argmax(1) == classes[:TESTED]).float().mean().item()
-    log(work, f"classifier reads {right:.3f} of the {TESTED} digits it was not trained on")
+    Training(subject.classifier, model.parameters(), work).run(loss)
+    tested = slice(0, subject.tested)
+    right = read_rightly(model, pictures[tested], classes[tested])
+    log(work, f"classifier reads {right:.3f} of the {subject.tested} pictures it was not trained on")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, work / "classifier.safetensors")
 
 
 @torch.no_grad()
-def draw(model, classes, seed=0, steps=STEPS, guidance=GUIDANCE):
+def draw(subject, model, classes, seed=0, steps=STEPS, guidance=GUIDANCE):
     """Pictures of `classes` by Euler steps with classifier-free guidance; picture i begins with the noise of seed + i."""
     noise = [torch.randn(1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(classes))]
     x = torch.stack(noise)
-    without = torch.full_like(classes, CONFIG["num_classes"])
+    without = torch.full_like(classes, subject.classes)
     for step in range(steps, 0, -1):
         t = torch.full((2 * len(x),), step / steps)
         conditional, unconditional = model(torch.cat([x, x]), t, torch.cat([classes, without])).chunk(2)
@@ -111,9 +140,9 @@ def read_rightly(classifier, pictures, classes):
     return (classifier(features(pictures)).argmax(1) == classes).float().mean().item()
 
 
-def load(folder):
+def load(subject, folder):
     """The teacher in f32, and the classifier."""
-    model, classifier = DiTLlama(**CONFIG), new_classifier()
+    model, classifier = DiTLlama(**subject.config), new_classifier(subject)
     weights = folder / "model" / "model.safetensors"
     model.load_state_dict(load_file(weights if weights.exists() else folder / "model.safetensors"))
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
@@ -125,22 +154,27 @@ def sheet(pictures, columns):
     return Image.fromarray(((torch.cat(rows, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def evaluate(work):
-    model, classifier = load(work)
-    classes = torch.arange(10).repeat_interleave(DRAWN)
-    drawn = draw(model, classes)
-    log(work, f"the classifier reads {read_rightly(classifier, drawn, classes):.3f} of {len(classes)} drawn digits")
-    pictures, _ = digits()
-    distance = torch.cdist(features(drawn), features(pictures)).min(1).values.mean() / 8
-    log(work, f"mean distance to the nearest training digit {distance:.3f} (RMS at 8 x 8)")
+def evaluate(subject, work):
+    model, classifier = load(subject, work)
+    classes = torch.arange(subject.classes).repeat_interleave(DRAWN)
+    drawn = torch.cat([draw(subject, model, part, seed=DRAWN * i) for i, part in enumerate(classes.split(DRAWN))])
+    log(work, f"the classifier reads {read_rightly(classifier, drawn, classes):.3f} of {len(classes)} drawn pictures")
+    pictures, _ = subject.pictures()
+    distance = torch.cdist(features(drawn), features(pictures)).min(1).values.mean() * CELL / SIZE
+    log(work, f"mean distance to the nearest training picture {distance:.3f} (RMS of averaged cells)")
     sheet(drawn, DRAWN).save(work / "contact-sheet.png", optimize=True)
 
 
-def export(work):
-    (HERE / "model").mkdir(exist_ok=True)
-    shutil.copy(work / "model.safetensors", HERE / "model")
-    config = json.dumps({"_class_name": "DiT_Llama", **CONFIG}, indent=2)
-    (HERE / "model" / "config.json").write_text(config + "\n")
+def write_model(subject, work, folder):
+    """A folder that clearform reads."""
+    folder.mkdir(exist_ok=True, parents=True)
+    shutil.copy(work / "model.safetensors", folder)
+    config = json.dumps({"_class_name": "DiT_Llama", **subject.config}, indent=2)
+    (folder / "config.json").write_text(config + "\n")
+
+
+def export(subject, work):
+    write_model(subject, work, HERE / "model")
     for name in ("classifier.safetensors", "contact-sheet.png", "train.log"):
         shutil.copy(work / name, HERE)
 
@@ -148,16 +182,17 @@ def export(work):
 STAGES = {"teacher": train_teacher, "classifier": train_classifier, "evaluate": evaluate, "export": export}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(subject, description, stages):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("stages", nargs="+", choices=stages)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     for stage in options.stages:
-        STAGES[stage](options.work)
+        stages[stage](subject, options.work)
 
 
 if __name__ == "__main__":
-    main()
+    main(DIGITS, __doc__, STAGES)

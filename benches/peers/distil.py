@@ -1,6 +1,6 @@
 """The peer of `clearform distill`: the same distillation in PyTorch and diffusers, on the same samples.
 
-    python distil.py BASE SAMPLES HELD_OUT --radius 4 --steps 120 --warmup 13 --every 2
+    python distil.py BASE SAMPLES HELD_OUT --radius 4 --steps 120 --warmup 13 --losses 1 0.5 0.5 --every 2
 
 Versions: torch 2.13, diffusers 0.35.2 or 0.42.1, safetensors. BASE is a FLUX pipeline folder. SAMPLES and HELD_OUT are
 folders that clearform made (set.json, prompt-*.safetensors, ids.safetensors, batch-*.safetensors); HELD_OUT has names
@@ -138,9 +138,12 @@ class Distillation:
         with torch.no_grad():
             taught, taught_attention = self.predict(self.teacher, inputs)
         own, own_attention = self.predict(self.student, inputs)
-        loss = ((own - target) ** 2).mean() + 0.5 * ((own - taught) ** 2).mean()
+        denoising, prediction, attention = self.arguments.losses
+        loss = denoising * ((own - target) ** 2).mean() + prediction * ((own - taught) ** 2).mean()
+        if attention == 0:
+            return loss
         terms = [((a - b) ** 2).mean() for a, b in zip(own_attention, taught_attention, strict=True)]
-        return loss + 0.5 * sum(terms) / len(terms)
+        return loss + attention * sum(terms) / len(terms)
 
     def draw(self, random):
         """In clearform's order: members one by one, levels, noise."""
@@ -197,14 +200,20 @@ def prediction_error(distillation, held_out, batch):
     return total / count
 
 
-@torch.no_grad()
-def pictures(distillation, model, held_out, vae, scheduler, steps):
-    """Fully sampled images of the held-out names, each from its own seed, in 0..1."""
-    height, width = 2 * distillation.clear.height, 2 * distillation.clear.width
-    channels = held_out.latents.shape[-1] // 4
+def packed_noise(held_out, height, width, channels):
+    """Noise of each held-out sample from a seed of its own, drawn as latents and packed to tokens."""
     one = lambda seed: torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(seed))
     noise = torch.cat([one(PICTURE_SEED + index) for index in range(held_out.count)])
-    x = noise.view(-1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(held_out.count, -1, channels * 4)
+    packed = noise.view(-1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return packed.reshape(held_out.count, -1, channels * 4)
+
+
+@torch.no_grad()
+def pictures(distillation, model, held_out, vae, scheduler, steps, noise=None):
+    """Fully sampled images of the held-out names in 0..1, each from its own noise."""
+    height, width = 2 * distillation.clear.height, 2 * distillation.clear.width
+    channels = held_out.latents.shape[-1] // 4
+    x = packed_noise(held_out, height, width, channels) if noise is None else noise
     config = scheduler.config
     mu = calculate_shift(x.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
@@ -234,6 +243,7 @@ def main():
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--floor", type=float, default=0.02, help="share of the learning rate left at the end")
+    parser.add_argument("--losses", type=float, nargs=3, default=(0.0, 1.0, 0.0), help="target, prediction, attention")
     parser.add_argument("--every", type=int, default=4, help="watch the attention of every so many-th single block")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture-steps", type=int, default=20)

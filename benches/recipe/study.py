@@ -1,9 +1,8 @@
 """Which recipe repairs a model whose attention was replaced by CLEAR windows: one line of the table in docs/distillation.md.
 
-    python study.py [--model mini-dit] --radius 4 --steps 1000 --rate 3e-3 --denoising 0 ...
+    python study.py [--subject letters --model WORK] --radius 4 --steps 1000 --rate 3e-3 --denoising 0 ...
 
-Versions: those of assets/mini-dit/requirements.txt. The teacher is assets/mini-dit or another DiT_Llama folder; the
-student is trained as clearform trains it, by the losses of CLEAR (arXiv 2412.16112, equation 6), on pictures that the
+Versions: those of assets/mini-dit/requirements.txt. The teacher is assets/mini-dit, or what letters.py made; the student is trained as clearform trains it, by the losses of CLEAR (arXiv 2412.16112, equation 6), on pictures that the
 teacher draws. Every other choice is an argument. Prints one JSON object:
 
 - error_before, error: mean squared error of the student's prediction against the teacher's on pictures that the
@@ -43,12 +42,14 @@ DRAWN_EACH, DRAWN_SEED, DRAWN_STEPS = 20, 2_000_000, 25
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", type=subject, default="digits", help="digits or letters")
     parser.add_argument("--model", type=Path, default=ASSETS / "mini-dit")
     parser.add_argument("--radius", type=float, default=4.0)
     parser.add_argument("--full", type=str, default="", help="layers that keep full attention, as 0,5")
     parser.add_argument("--shrink", type=float, default=0.0, help="share of the steps over which the radius shrinks from 11")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--floor", type=float, default=0.02)
     parser.add_argument("--denoising", type=float, default=1.0)
@@ -68,6 +69,14 @@ def arguments():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--errors-only", action="store_true", help="draw no pictures, which takes as long as 300 steps")
     return parser.parse_args()
+
+
+def subject(name):
+    if name == "digits":
+        return mini_dit.DIGITS
+    from letters import LETTERS  # needs matplotlib
+
+    return LETTERS
 
 
 class Windows:
@@ -96,11 +105,11 @@ def noise(seed):
 
 
 @torch.no_grad()
-def drawn(model, count, seed, steps, trajectory=False):
+def drawn(subject, model, count, seed, steps, trajectory=False):
     """Pictures of evenly spread classes with guidance, and with `trajectory` what led to each step, (steps, count, ...)."""
-    classes = torch.arange(count) % mini_dit.CONFIG["num_classes"]
+    classes = torch.arange(count) % subject.classes
     x = torch.stack([noise(seed + index) for index in range(count)])
-    without = torch.full_like(classes, mini_dit.CONFIG["num_classes"])
+    without = torch.full_like(classes, subject.classes)
     visited = []
     for step in range(steps, 0, -1):
         visited.append(x)
@@ -127,7 +136,9 @@ class Inputs:
 
     def __init__(self, options, teacher):
         name = f"{options.model.name}-{options.samples}-{options.sample_steps}.pt"
-        make = lambda: drawn(teacher, options.samples, options.seed, options.sample_steps, trajectory=True)
+        make = lambda: drawn(
+            options.subject, teacher, options.samples, options.seed, options.sample_steps, trajectory=True
+        )
         self.pictures, self.classes, self.visited = cached(name, make)
         self.options, self.generator = options, torch.Generator().manual_seed(options.seed)
 
@@ -136,7 +147,7 @@ class Inputs:
         index = torch.randint(0, len(self.pictures), (o.batch,), generator=g)
         labels = self.classes[index]
         dropped = torch.rand(o.batch, generator=g) < o.unconditional
-        labels = torch.where(dropped, mini_dit.CONFIG["num_classes"], labels)
+        labels = torch.where(dropped, o.subject.classes, labels)
         if o.inputs == "trajectories":
             step = torch.randint(0, o.sample_steps, (o.batch,), generator=g)
             return self.visited[step, index], 1 - step / o.sample_steps, labels, None
@@ -156,7 +167,8 @@ class Inputs:
 
 def held_out(options, teacher):
     """Noised pictures of other seeds, with their classes."""
-    pictures, classes = cached(f"{options.model.name}-held-out.pt", lambda: drawn(teacher, HELD_OUT, HELD_OUT_SEED, 20))
+    make = lambda: drawn(options.subject, teacher, HELD_OUT, HELD_OUT_SEED, 20)
+    pictures, classes = cached(f"{options.model.name}-held-out.pt", make)
     generator = torch.Generator().manual_seed(NOISE_SEED)
     t = torch.rand(len(pictures), generator=generator)
     noise = torch.randn(pictures.shape, generator=generator)
@@ -183,6 +195,12 @@ def set_masks(model, windows, options, radius=None):
         layer.attention.mask = None if index in full else windows.mask(radius)
 
 
+def new_optimizer(options, parameters):
+    if options.optimizer == "muon":
+        return torch.optim.Muon(parameters, options.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(parameters, options.rate, betas=(0.9, options.beta2), weight_decay=0.0)
+
+
 def train(options, teacher, student, windows):
     """Returns the seconds that training took."""
     prefixes = TRAINED[options.trained]
@@ -190,7 +208,7 @@ def train(options, teacher, student, windows):
         parameter.requires_grad_(any(part in name for part in prefixes) and name.startswith("layers."))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, options.rate, betas=(0.9, options.beta2), weight_decay=0.0)
+    optimizer = new_optimizer(options, parameters)
     wanted, got = watch(teacher, options.every), watch(student, options.every)
     inputs = Inputs(options, teacher)
     began = time.time()
@@ -224,8 +242,8 @@ def train(options, teacher, student, windows):
 
 
 def pictures_of(options, name, model):
-    count = DRAWN_EACH * mini_dit.CONFIG["num_classes"]
-    make = lambda: drawn(model, count, DRAWN_SEED, DRAWN_STEPS)
+    count = DRAWN_EACH * options.subject.classes
+    make = lambda: drawn(options.subject, model, count, DRAWN_SEED, DRAWN_STEPS)
     return cached(f"{options.model.name}-{name}.pt", make) if name else make()
 
 
@@ -240,7 +258,7 @@ def compare_pictures(options, teacher, student, classifier):
 def main():
     options = arguments()
     torch.set_num_threads(options.threads)
-    teacher, classifier = mini_dit.load(options.model)
+    teacher, classifier = mini_dit.load(options.subject, options.model)
     student = copy.deepcopy(teacher)
     windows = Windows(mini_dit.SIZE // 2, options.radius)
     set_masks(student, windows, options)
@@ -251,7 +269,7 @@ def main():
     set_masks(student, windows, options)
     after = error(teacher, student, checked)
     drawn = {} if options.errors_only else compare_pictures(options, teacher, student, classifier)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "subject"}
     print(json.dumps(settings | {
         "error_before": before, "error": after, "share": after / before, "seconds": seconds,
     } | drawn))

@@ -1,5 +1,6 @@
 //! Trains a student on samples and judges it, for `convert`, `distill` and `demo`.
 
+use crate::live_report::LiveReport;
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::recipe::ResolvedTraining;
 use crate::training_samples::TrainingSamples;
@@ -45,12 +46,18 @@ pub fn train(
         note(observer, format_args!("{} steps fit into the time", settings.steps));
     }
     let data = TrainingData { samples: &samples.samples, held_out: judge.as_ref().map(Judge::held_out) };
-    let distilled = match distill(&pair, data, &settings, &checkpoint_dir, &mut progress_to(observer))? {
+    let images_every = training.images_every(settings.steps);
+    let report = LiveReport::new(student.folder, judge.as_ref(), images_every);
+    note(observer, format_args!("what the training does is shown in {}", report.path().display()));
+    let mut watcher = TrainingWatcher { models: &pair, report, held_out: None, failed: None };
+    let outcome =
+        distill(&pair, data, &settings, &checkpoint_dir, &mut |progress| watcher.observe(progress, observer))?;
+    let distilled = match outcome {
         TrainingOutcome::Finished(distilled) => distilled,
-        TrainingOutcome::Stopped { .. } => return Err(ClearformError::Cancelled),
+        TrainingOutcome::Stopped { .. } => return Err(watcher.failed.unwrap_or(ClearformError::Cancelled)),
     };
     let verdict = judge.map(|judge| judge.verdict(&pair, observer)).transpose()?;
-    if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, settings.steps)) {
+    if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.entries.len())) {
         observer.note(&warning);
     }
     let record = DistillationRecord {
@@ -60,14 +67,26 @@ pub fn train(
     Ok(TrainedStudent { distilled, record, verdict })
 }
 
-/// Passes the progress of a training on. The held-out error is that of the last step at which it was measured.
-fn progress_to(observer: &mut dyn Observer) -> impl FnMut(&TrainingProgress) -> ControlFlow<()> + '_ {
-    let mut held_out = None;
-    move |progress: &TrainingProgress| {
+/// Passes the progress of a training on, to the user and to the live report.
+struct TrainingWatcher<'a> {
+    models: &'a TeacherStudent,
+    report: LiveReport<'a>,
+    /// The held-out error when it was last measured.
+    held_out: Option<f64>,
+    /// Why the report could not be written, which stops the training.
+    failed: Option<ClearformError>,
+}
+
+impl TrainingWatcher<'_> {
+    fn observe(&mut self, progress: &TrainingProgress<'_>, observer: &mut dyn Observer) -> ControlFlow<()> {
         let entry = progress.entry;
-        held_out = entry.held_out.or(held_out);
+        if let Err(error) = self.report.update(self.models, progress, observer) {
+            self.failed = Some(error);
+            return ControlFlow::Break(());
+        }
+        self.held_out = entry.held_out.or(self.held_out);
         let counted = Progress::new(Stage::Distilling, entry.step, progress.steps);
-        observer.progress(&Progress { loss: Some(entry.losses.total), held_out, ..counted })
+        observer.progress(&Progress { loss: Some(entry.losses.total), held_out: self.held_out, ..counted })
     }
 }
 
@@ -99,7 +118,7 @@ fn distillation_record(settings: &DistillSettings, samples: &SampleSet, distille
     // The last tenth of the steps: the loss of a single batch is noisy.
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
-        steps: settings.steps,
+        steps: distilled.entries.len(),
         batch: settings.batch * settings.accumulation,
         learning_rate: settings.learning_rate.peak,
         samples: samples.settings().count,

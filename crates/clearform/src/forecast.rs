@@ -67,7 +67,7 @@ impl Forecast {
         };
         let teraflop = |near| evaluation_teraflop(identified, grid.tokens(), pixels.height * pixels.width, near);
         let evaluation = match device {
-            ComputeDevice::Cpu if training.model.is_small() => Some(timed_evaluation(transformer, grid)?),
+            ComputeDevice::Cpu if training.model.is_small() => Some(timed_evaluation(transformer, training)?),
             ComputeDevice::Cpu => teraflop(all).map(|teraflop| Duration::from_secs_f64(teraflop / measured_rate())),
             ComputeDevice::Cuda(_) => None,
         };
@@ -136,8 +136,8 @@ fn rounded(time: Duration) -> String {
 }
 
 /// Time of an evaluation of one sample of a small model, where every thread evaluates another sample.
-fn timed_evaluation(transformer: &TransformerCheckpoint, grid: TokenGrid) -> Result<Duration> {
-    let text = transformer.identified().variant.defaults.text_tokens;
+fn timed_evaluation(transformer: &TransformerCheckpoint, training: &ResolvedTraining) -> Result<Duration> {
+    let (grid, text) = (training.grid, training.model.text_tokens);
     let denoiser = transformer.build(&AttentionPlan::full(), Some(DType::F32), &Device::Cpu)?;
     let sizes = InputSizes { grid, text, dtype: DType::F32, device: Device::Cpu };
     let input = random_input(transformer.architecture(), &sizes)?;
@@ -176,7 +176,7 @@ fn memory(
     let largest = tensors.iter().map(TensorInfo::element_count).max().unwrap_or(0);
     let samples = if training.model.is_small() { rayon::current_num_threads() } else { training.recipe.batch };
     let blocks = if training.keeps_activations(device) { transformer.identified().depths().values().sum() } else { 1 };
-    let tokens = tokens + transformer.identified().variant.defaults.text_tokens;
+    let tokens = tokens + training.model.text_tokens;
     let activations = (samples * blocks * tokens * training.model.width * 4) as f64 * ACTIVATIONS;
     weights as f64 + TRAINED_BYTES * attention_parameters(transformer.identified()) + 4.0 * largest as f64 + activations
 }

@@ -61,6 +61,7 @@ mod forecast;
 mod forward;
 mod generate;
 mod inspect;
+mod live_report;
 mod observer;
 mod options;
 pub mod page;

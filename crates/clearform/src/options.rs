@@ -70,6 +70,8 @@ pub struct TrainingOptions {
     pub sample_size: Option<usize>,
     /// Optimizer steps.
     pub steps: Option<usize>,
+    /// Ends the training when the error on held-out samples is flat. Steps or time are then the most that it may take.
+    pub until_flat: bool,
     /// Time to train in seconds, instead of a number of steps: as many steps as fit, by the time of the first ones.
     pub time: Option<f64>,
     /// Samples per batch.
@@ -87,6 +89,9 @@ pub struct TrainingOptions {
     pub keep_activations: bool,
     /// Optimizer steps between checkpoints.
     pub checkpoint_every: usize,
+    /// Optimizer steps between images of the student in the live report; 0 for none. `None`: a fifth of the steps in a
+    /// small model, else none.
+    pub images_every: Option<usize>,
     /// Seed of samples, noise and timesteps.
     pub seed: u64,
     /// Resumes an interrupted run.
@@ -103,6 +108,7 @@ impl Default for TrainingOptions {
             sample_steps: None,
             sample_size: None,
             steps: None,
+            until_flat: false,
             time: None,
             batch: None,
             accumulate: 1,
@@ -111,6 +117,7 @@ impl Default for TrainingOptions {
             attention_every: None,
             keep_activations: false,
             checkpoint_every: 50,
+            images_every: None,
             seed: 0,
             resume: false,
         }

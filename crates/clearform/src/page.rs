@@ -7,13 +7,20 @@ use base64::engine::general_purpose::STANDARD;
 #[derive(Debug)]
 pub struct Page {
     title: String,
+    head: String,
     body: String,
 }
 
 impl Page {
     /// An empty page.
     pub fn new(title: &str) -> Self {
-        Self { title: title.to_owned(), body: format!("<h1>{}</h1>\n", escape(title)) }
+        Self { title: title.to_owned(), head: String::new(), body: format!("<h1>{}</h1>\n", escape(title)) }
+    }
+
+    /// Lets a browser read the page again every `seconds`.
+    pub fn refresh(&mut self, seconds: usize) -> &mut Self {
+        self.head = format!("<meta http-equiv=refresh content={seconds}>");
+        self
     }
 
     /// Adds a section heading.
@@ -51,8 +58,9 @@ impl Page {
     pub fn render(&self) -> String {
         format!(
             "<!doctype html>\n<html lang=en><head><meta charset=utf-8>\
-             <meta name=viewport content=\"width=device-width,initial-scale=1\"><title>{}</title>\
+             <meta name=viewport content=\"width=device-width,initial-scale=1\">{}<title>{}</title>\
              <style>{STYLE}</style></head>\n<body><main>\n{}</main></body></html>\n",
+            self.head,
             escape(&self.title),
             self.body
         )

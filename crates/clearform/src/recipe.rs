@@ -4,7 +4,7 @@ use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use clearform_attention::TokenGrid;
 use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
 use clearform_layout::SamplingDefaults;
-use clearform_models::{ImageSize, SeparateSamples};
+use clearform_models::{ImageSize, Prompt, SeparateSamples};
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
 
 /// The settings of a distillation that depend on the model. docs/distillation.md has the study they come from.
@@ -41,6 +41,9 @@ pub struct ModelSize {
     /// Parameters.
     pub parameters: usize,
 }
+
+/// The most steps of a training that ends when its held-out error is flat.
+const MOST_STEPS: usize = 4000;
 
 impl ModelSize {
     /// The size of `transformer`.
@@ -81,7 +84,7 @@ impl Recipe {
         let [denoising, prediction, attention] =
             options.losses.unwrap_or([self.loss.denoising, self.loss.prediction, self.loss.attention]);
         Self {
-            steps: options.steps.unwrap_or(self.steps),
+            steps: options.steps.unwrap_or(if options.until_flat { MOST_STEPS } else { self.steps }),
             batch: options.batch.unwrap_or(self.batch),
             learning_rate: options.learning_rate.unwrap_or(self.learning_rate),
             sample_count: options.sample_count.unwrap_or(self.sample_count),
@@ -97,6 +100,7 @@ impl Recipe {
         DistillSettings {
             steps: self.steps,
             batch: self.batch,
+            until_flat: options.until_flat,
             accumulation: options.accumulate,
             learning_rate,
             loss: self.loss.clone(),
@@ -132,7 +136,12 @@ impl ResolvedTraining {
         transformer: &TransformerCheckpoint,
         pipeline: Option<&Pipeline>,
     ) -> Result<Self> {
-        let model = ModelSize::of(transformer);
+        let mut model = ModelSize::of(transformer);
+        if let Some(pipeline) = pipeline.filter(|_| model.text_tokens > 0 && model.is_small()) {
+            // A small model may have been trained with fewer tokens than its family has, and encodes a prompt at once.
+            let text = pipeline.encode(&[Prompt::Text(String::new())])?.text;
+            model.text_tokens = text.map_or(Ok(0), |text| text.dim(1))?;
+        }
         let mut recipe = Recipe::for_model(model).with(options);
         let mut size = pipeline.map_or(ImageSize { height: 0, width: 0 }, Pipeline::native_size);
         if let Some(edge) = options.sample_size {
@@ -151,6 +160,12 @@ impl ResolvedTraining {
     /// Whether activations are kept rather than recomputed.
     pub fn keeps_activations(&self, device: ComputeDevice) -> bool {
         self.options.keep_activations || (self.model.is_small() && device == ComputeDevice::Cpu)
+    }
+
+    /// Steps between images of the student in the live report of a training of `steps`; 0 for none.
+    pub fn images_every(&self, steps: usize) -> usize {
+        let by_default = if self.model.is_small() { steps.div_ceil(5) } else { 0 };
+        self.options.images_every.unwrap_or(by_default)
     }
 
     /// Denoising steps of a sample, for a model that usually takes `usual`.
@@ -198,6 +213,12 @@ pub fn check_training(options: &TrainingOptions) -> Result<()> {
     let recipe = Recipe::for_model(ModelSize::default()).with(options);
     if options.generates_samples() && recipe.sample_count == 0 {
         return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
+    }
+    if options.until_flat && options.held_out == 0 {
+        return Err(ClearformError::bad_option("setting until_flat: needs held-out samples, but held_out is 0"));
+    }
+    if options.steps.is_some() && options.time.is_some() {
+        return Err(ClearformError::bad_option("setting time: excludes setting steps; give one of them"));
     }
     if options.time.is_some_and(|time| !time.is_finite() || time <= 0.0) {
         return Err(ClearformError::bad_option("setting time: expected a number of seconds above 0"));

@@ -8,7 +8,7 @@ use crate::page::Page;
 use clearform_distill::LossEntry;
 use clearform_portable_model::{LevelErrors, StagingDir, VerdictRecord};
 use clearform_runtime::compare::contact_sheet;
-use clearform_runtime::png;
+use clearform_runtime::{RgbImage, png};
 
 /// The page's name in the model's folder.
 const FILE: &str = "distillation.html";
@@ -42,19 +42,23 @@ impl TrainedStudent {
                 &["noise level", "error before", "after", "left", "of the teacher's power"],
                 &rows(&verdict.record),
             );
-            let sheet = contact_sheet(&verdict.images.each_ref().map(|row| row.iter().collect::<Vec<_>>()));
-            page.image(
-                &png::encode(&sheet, None)?,
-                "From the same noise. From top: the teacher, the student before and after.",
-            );
+            let rows = verdict.images.each_ref().map(Vec::as_slice);
+            add_images(&mut page, rows, "From the same noise. From top: the teacher, the student before and after.")?;
         }
         add_curves(&mut page, &self.distilled.entries);
         Ok(page)
     }
 }
 
+/// Rows of images, the teacher's first.
+pub fn add_images(page: &mut Page, rows: [&[RgbImage]; 3], caption: &str) -> Result<()> {
+    let sheet = contact_sheet(&rows.map(|row| row.iter().collect::<Vec<_>>()));
+    page.image(&png::encode(&sheet, None)?, caption);
+    Ok(())
+}
+
 /// Loss and held-out error over the steps.
-fn add_curves(page: &mut Page, entries: &[LossEntry]) {
+pub fn add_curves(page: &mut Page, entries: &[LossEntry]) {
     let losses: Vec<f64> = entries.iter().map(|entry| entry.losses.total).collect();
     // A point that is not measured is no number, which the chart leaves out.
     let held_out: Vec<f64> = entries.iter().map(|entry| entry.held_out.unwrap_or(f64::NAN)).collect();

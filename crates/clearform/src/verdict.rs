@@ -57,7 +57,7 @@ impl<'a> Judge<'a> {
         let before = if path.exists() {
             Checkpoint::open(&path)?.tensor("latents")?
         } else {
-            let latents = judge.generate(models.student(), observer)?;
+            let latents = judge.generate(models.student(), judge.teacher.len(), observer)?;
             let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
             std::fs::create_dir_all(folder).context(folder.display())?;
             clearform_weights::save(&path, &tensors, &BTreeMap::new())?;
@@ -70,6 +70,24 @@ impl<'a> Judge<'a> {
     /// The inputs on which training measures its progress.
     pub fn held_out(&self) -> &HeldOut {
         &self.held_out
+    }
+
+    /// The teacher's images, and those of the student before training from the same noise.
+    pub fn images_before(&self) -> [&[RgbImage]; 2] {
+        [&self.teacher, &self.before]
+    }
+
+    /// What `denoiser` makes of the noise of the first `count` images, or of all if there are fewer.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn images_of(
+        &self,
+        denoiser: &dyn Denoiser,
+        count: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<RgbImage>> {
+        self.decode(&self.generate(denoiser, count.min(self.teacher.len()), observer)?)
     }
 
     /// Judges the student of `models` as it is now.
@@ -85,7 +103,7 @@ impl<'a> Judge<'a> {
             before: before.levels[index],
             after: after.levels[index],
         };
-        let images = self.decode(&self.generate(models.student(), observer)?)?;
+        let images = self.images_of(models.student(), self.teacher.len(), observer)?;
         let record = VerdictRecord {
             samples: self.samples.set.settings().count,
             power: after.mean_power(),
@@ -109,10 +127,10 @@ impl<'a> Judge<'a> {
         Ok(most.min(self.samples.set.settings().count))
     }
 
-    /// What `denoiser` generates from the noise of the teacher's images.
-    fn generate(&self, denoiser: &dyn Denoiser, observer: &mut dyn Observer) -> Result<Tensor> {
+    /// What `denoiser` generates from the noise of the first `count` of the teacher's images.
+    fn generate(&self, denoiser: &dyn Denoiser, count: usize, observer: &mut dyn Observer) -> Result<Tensor> {
         let HeldOutSamples { set, sampling_spec, .. } = self.samples;
-        let indices: Vec<usize> = (0..self.teacher.len()).collect();
+        let indices: Vec<usize> = (0..count).collect();
         let mut generated = Vec::new();
         for part in indices.chunks(set.settings().batch) {
             let progress = Progress::new(Stage::Comparing, generated.len() * set.settings().batch, indices.len());

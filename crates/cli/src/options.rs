@@ -2,7 +2,7 @@
 
 use crate::args::{
     AdapterArg, AdapterArgs, ApplyMode, DtypeArg, Duration, LossWeights, PluginSearchArgs, SamplingArgs, SourceArgs,
-    TrainingArgs, WeightAdapterArgs,
+    Steps, TrainingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
@@ -48,7 +48,8 @@ impl From<&TrainingArgs> for TrainingOptions {
             held_out: args.held_out,
             sample_steps: args.sample_steps,
             sample_size: args.sample_size,
-            steps: args.steps,
+            steps: args.steps.and_then(Steps::count),
+            until_flat: args.steps == Some(Steps::Auto),
             time: args.time.map(|Duration(seconds)| seconds),
             batch: args.batch,
             accumulate: args.accumulate,
@@ -57,6 +58,7 @@ impl From<&TrainingArgs> for TrainingOptions {
             attention_every: args.attention_every,
             keep_activations: args.keep_activations,
             checkpoint_every: args.checkpoint_every,
+            images_every: args.images_every,
             seed: args.seed,
             resume: args.resume,
         }

@@ -35,6 +35,9 @@ pub(crate) struct StateMetadata {
     pub step: usize,
     /// Seconds of training, over all runs.
     pub seconds: f64,
+    /// The step after which the held-out error was flat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flat_at: Option<usize>,
     /// State of the random generator that draws batches.
     pub generator: TorchGenerator,
 }
@@ -49,7 +52,7 @@ pub(crate) struct ResumeRequirements {
 impl StateMetadata {
     /// The state before the first step.
     pub(crate) fn new(seed: u64) -> Self {
-        Self { edition: EDITION, step: 0, seconds: 0.0, generator: TorchGenerator::new(seed) }
+        Self { edition: EDITION, step: 0, seconds: 0.0, flat_at: None, generator: TorchGenerator::new(seed) }
     }
 }
 

@@ -54,6 +54,10 @@ impl LossLog {
         Ok(())
     }
 
+    pub(crate) fn entries(&self) -> &[LossEntry] {
+        &self.entries
+    }
+
     pub(crate) fn into_entries(self) -> Vec<LossEntry> {
         self.entries
     }

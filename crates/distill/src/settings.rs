@@ -10,6 +10,10 @@ use std::fmt::Display;
 pub struct DistillSettings {
     /// Optimizer steps; 1000.
     pub steps: usize,
+    /// Whether the training ends when the error on held-out samples is flat; then [`Self::steps`] is the most. The
+    /// learning rate stays at its peak until then, and decays over a last quarter of the steps.
+    #[serde(skip_serializing_if = "is_false")]
+    pub until_flat: bool,
     /// Samples in one backward pass; 8.
     pub batch: usize,
     /// Backward passes whose mean gradient makes one step; 1.
@@ -137,6 +141,7 @@ impl Default for DistillSettings {
     fn default() -> Self {
         Self {
             steps: 1000,
+            until_flat: false,
             batch: 8,
             accumulation: 1,
             optimizer: Optimizer::default(),
@@ -196,6 +201,11 @@ impl DistillSettings {
         }
         Ok(())
     }
+}
+
+/// Settings that are off are not written, so that earlier versions read them.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl LossSettings {

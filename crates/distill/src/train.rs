@@ -3,6 +3,7 @@
 use crate::backward::add_gradients;
 use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
 use crate::loss_log::LossLog;
+use crate::schedule::{DecaySteps, is_flat};
 use crate::{
     Batches, DistillError, DistillSettings, Gradients, HeldOut, LossEntry, Losses, OptimizerState, Result, SampleSet,
     TeacherStudent, backward, clip_gradients,
@@ -37,10 +38,12 @@ pub enum ResumeMode {
 
 /// Passed to the observer after each step.
 #[derive(Debug, Clone, Copy)]
-pub struct TrainingProgress {
+pub struct TrainingProgress<'a> {
     /// The step's entry in the loss log.
     pub entry: LossEntry,
-    /// Steps in all.
+    /// Those of all steps so far.
+    pub entries: &'a [LossEntry],
+    /// Steps in all; the most, while it is open how many there will be.
     pub steps: usize,
     /// Time left, estimated from the mean time of the steps of this run.
     pub left: Duration,
@@ -82,6 +85,9 @@ pub struct TrainingData<'a> {
 /// How often the held-out error is measured during a training.
 pub const EVALUATIONS: usize = 20;
 
+/// The same where its end depends on it, by the most steps that it may have.
+const OPEN_EVALUATIONS: usize = 80;
+
 /// Trains the student of `models` on `data`. `observe` is called after each step and may stop the training.
 ///
 /// # Errors
@@ -92,22 +98,27 @@ pub fn distill(
     data: TrainingData<'_>,
     settings: &DistillSettings,
     checkpoint_dir: &CheckpointDir,
-    observe: &mut dyn FnMut(&TrainingProgress) -> ControlFlow<()>,
+    observe: &mut dyn FnMut(&TrainingProgress<'_>) -> ControlFlow<()>,
 ) -> Result<TrainingOutcome> {
     settings.check()?;
+    if settings.until_flat && data.held_out.is_none() {
+        return Err(DistillError::BadSetting { key: "until_flat", reason: "needs held-out samples".to_owned() });
+    }
     let mut training = TrainingRun::begin(models, data, settings, checkpoint_dir)?;
     let start = Instant::now();
     let first = training.metadata.step;
     let earlier = training.metadata.seconds;
-    while training.metadata.step < settings.steps {
+    while training.metadata.step < training.decay().end {
         let mut entry = training.step()?;
         entry.seconds = earlier + start.elapsed().as_secs_f64();
         training.metadata.seconds = entry.seconds;
         entry.held_out = training.held_out_share()?;
         training.loss_log.add(entry)?;
-        let left = start.elapsed() * (settings.steps - entry.step) as u32 / (entry.step - first) as u32;
-        let control = observe(&TrainingProgress { entry, steps: settings.steps, left });
-        let is_last = entry.step == settings.steps;
+        training.notice_flat();
+        let steps = training.decay().end;
+        let left = start.elapsed() * (steps - entry.step) as u32 / (entry.step - first) as u32;
+        let control = observe(&TrainingProgress { entry, entries: training.loss_log.entries(), steps, left });
+        let is_last = entry.step == steps;
         if control.is_break() || is_last || entry.step.is_multiple_of(checkpoint_dir.checkpoint_every.max(1)) {
             training.save()?;
         }
@@ -204,7 +215,7 @@ impl<'a> TrainingRun<'a> {
                 return Err(DistillError::NotFinite { step, what });
             }
         }
-        let rate = self.settings.learning_rate.at(self.metadata.step, self.settings.steps);
+        let rate = self.settings.learning_rate.at(self.metadata.step, self.decay());
         self.optimizer.step(self.settings.optimizer, rate, self.models.masters(), &gradients)?;
         self.metadata.step = step;
         self.update_average()?;
@@ -240,10 +251,25 @@ impl<'a> TrainingRun<'a> {
         Ok(())
     }
 
+    /// The steps over which the rate decays, as far as that is known.
+    fn decay(&self) -> DecaySteps {
+        let DistillSettings { steps, until_flat, .. } = *self.settings;
+        if until_flat { DecaySteps::final_of(self.metadata.flat_at, steps) } else { DecaySteps::whole(steps) }
+    }
+
+    /// Begins the decay of a training that ends when its held-out error is flat.
+    fn notice_flat(&mut self) {
+        let is_open = self.settings.until_flat && self.metadata.step < self.decay().from;
+        if is_open && is_flat(self.loss_log.entries()) {
+            self.metadata.flat_at = Some(self.metadata.step);
+        }
+    }
+
     /// What is left of the held-out error, at the steps at which it is measured.
     fn held_out_share(&self) -> Result<Option<f64>> {
-        let every = self.settings.steps.div_ceil(EVALUATIONS);
-        let is_due = self.metadata.step.is_multiple_of(every) || self.metadata.step == self.settings.steps;
+        let evaluations = if self.settings.until_flat { OPEN_EVALUATIONS } else { EVALUATIONS };
+        let every = self.settings.steps.div_ceil(evaluations);
+        let is_due = self.metadata.step.is_multiple_of(every) || self.metadata.step == self.decay().end;
         let Some(held_out) = self.held_out.filter(|_| is_due) else { return Ok(None) };
         self.with_result(|models| held_out.quick_share(models)).map(Some)
     }

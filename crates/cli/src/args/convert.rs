@@ -101,11 +101,11 @@ pub struct TrainingArgs {
     /// Width and height of the samples, in pixels [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = DISTILLATION)]
     pub sample_size: Option<usize>,
-    /// Optimizer steps [default: by the model].
-    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
-    pub steps: Option<usize>,
-    /// Time to train, instead of a number of steps: 90s, 5m, 2h.
-    #[arg(long, value_name = "TIME", conflicts_with = "steps", help_heading = DISTILLATION)]
+    /// Optimizer steps, or `auto`: until the error on held-out samples is flat [default: by the model].
+    #[arg(long, value_name = "N|auto", help_heading = DISTILLATION)]
+    pub steps: Option<Steps>,
+    /// Time to train, instead of a number of steps: 90s, 5m, 2h. With --steps auto, the most.
+    #[arg(long, value_name = "TIME", help_heading = DISTILLATION)]
     pub time: Option<Duration>,
     /// Samples per batch [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]
@@ -129,12 +129,46 @@ pub struct TrainingArgs {
     /// Optimizer steps between checkpoints.
     #[arg(long, default_value_t = 50, value_name = "N", help_heading = DISTILLATION)]
     pub checkpoint_every: usize,
+    /// Optimizer steps between images of the student in the live report; 0 for none [default: a fifth of the steps in a
+    /// small model, else none].
+    #[arg(long, value_name = "N", help_heading = DISTILLATION)]
+    pub images_every: Option<usize>,
     /// Seed of samples, noise and timesteps.
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = DISTILLATION)]
     pub seed: u64,
     /// Resume an interrupted run.
     #[arg(long, help_heading = DISTILLATION)]
     pub resume: bool,
+}
+
+/// How many steps a training has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Steps {
+    /// This many.
+    Count(usize),
+    /// Until the error on held-out samples is flat.
+    Auto,
+}
+
+impl FromStr for Steps {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            count => count.parse().map(Self::Count).map_err(|_| "expected a number or auto".to_owned()),
+        }
+    }
+}
+
+impl Steps {
+    /// The number, if there is one.
+    pub fn count(self) -> Option<usize> {
+        match self {
+            Self::Count(count) => Some(count),
+            Self::Auto => None,
+        }
+    }
 }
 
 /// A time in seconds, written with its unit.

@@ -289,3 +289,46 @@ fn a_time_is_turned_into_steps() {
     assert_eq!(steps_within(1e-9, &models, &set, &settings()).unwrap(), 1);
     assert!(steps_within(60.0, &models, &set, &settings()).unwrap() > 20);
 }
+
+/// A training whose end depends on the held-out error stops early, decays its rate before, and is resumed like any other.
+#[test]
+fn a_training_ends_when_the_held_out_error_is_flat() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let fresh = || models("clear:r=2", DType::F32);
+    let set = sample_set(&at("samples"), sample_settings(), &fresh());
+    let unseen = sample_set(&at("held-out"), SampleSettings { seed: 1000, ..sample_settings() }, &fresh());
+    let held_out = HeldOut::new(&fresh(), &unseen).unwrap();
+    let settings = DistillSettings {
+        steps: 400,
+        until_flat: true,
+        accumulation: 1,
+        ema: None,
+        loss: LossSettings { denoising: 0.0, attention: 0.0, ..LossSettings::default() },
+        ..settings()
+    };
+    let train = |name: &str, resume, stop_at: Option<usize>| {
+        let checkpoint_dir = CheckpointDir { folder: at(name), checkpoint_every: 1000, resume };
+        let data = TrainingData { samples: &set, held_out: Some(&held_out) };
+        let mut observe = |progress: &TrainingProgress| {
+            assert_eq!(progress.entries.last(), Some(&progress.entry));
+            if stop_at == Some(progress.entry.step) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        distill(&fresh(), data, &settings, &checkpoint_dir, &mut observe).unwrap()
+    };
+    let straight = finished(train("straight", ResumeMode::Fresh, None));
+    let steps = straight.entries.len();
+    assert!((80..400).contains(&steps), "{steps} steps");
+    let rates: Vec<f64> = straight.entries.iter().map(|entry| entry.rate).collect();
+    let constant = rates.iter().filter(|rate| **rate == 2e-3).count();
+    assert!((constant as f64 / steps as f64 - 0.75).abs() < 0.03, "{constant} of {steps} steps at the peak");
+    assert!(rates[steps - 1] < 1e-4 && straight.entries[steps - 1].held_out.is_some());
+
+    // Stopped after it was found flat: the decay goes on as it began.
+    train("stopped", ResumeMode::Fresh, Some(steps - 5));
+    assert_equal(&finished(train("stopped", ResumeMode::Resume, None)), &straight);
+
+    let checkpoint_dir = CheckpointDir { folder: at("blind"), checkpoint_every: 1, resume: ResumeMode::Fresh };
+    let blind = distill(&fresh(), on(&set), &settings, &checkpoint_dir, &mut |_| ControlFlow::Continue(()));
+    assert_eq!(blind.unwrap_err().to_string(), "setting until_flat: needs held-out samples");
+}
