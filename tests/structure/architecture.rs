@@ -15,7 +15,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("sampling", &["models"]),
     ("portable-model", &["attention", "layout", "weights"]),
     ("convert", &["attention", "layout", "portable-model", "weights"]),
-    ("distill", &["attention", "models", "sampling", "weights"]),
+    ("distill", &["attention", "models", "ops", "sampling", "weights"]),
     ("plugin-host", &["layout", "models", "plugin-abi", "weights"]),
     ("runtime", &["attention", "layout", "models", "plugin-host", "portable-model", "sampling", "weights"]),
     (

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use candle_core::{DType, Device};
+use clearform_distill::Precision;
 use clearform_models::FamilyRegistry;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -84,6 +85,8 @@ pub struct TrainingOptions {
     pub losses: Option<[f64; 3]>,
     /// Applies the attention loss to every Nth block (FLUX: every Nth single-stream block).
     pub attention_every: Option<usize>,
+    /// Dtype of activations during training; `None`: f32 on a CPU, bf16 on a GPU. Trained parameters are f32 in any case.
+    pub precision: Option<Precision>,
     /// Keeps every block's activations instead of recomputing them: faster, but needs more memory. Small models always
     /// do.
     pub keep_activations: bool,
@@ -115,6 +118,7 @@ impl Default for TrainingOptions {
             learning_rate: None,
             losses: None,
             attention_every: None,
+            precision: None,
             keep_activations: false,
             checkpoint_every: 50,
             images_every: None,

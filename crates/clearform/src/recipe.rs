@@ -24,9 +24,17 @@ pub struct Recipe {
     pub loss: LossSettings,
 }
 
-/// The width of mini-dit, and the learning rate that repairs it best.
-const REFERENCE_WIDTH: usize = 64;
-const REFERENCE_RATE: f64 = 8e-3;
+/// Learning rate times width: what mini-dit (64 wide) and mini-flux (192) learn best with. Adam's steps change a wider
+/// layer's output by more.
+const CLASS_RATE: f64 = 4e-3 * 64.0;
+const TEXT_RATE: f64 = 1e-3 * 192.0;
+
+/// Below this width the rate does not rise any further.
+const NARROW: usize = 64;
+
+/// Samples of all steps together. They teach more in many small batches than in few large ones.
+const TRAINED_SAMPLES: usize = 8000;
+const BATCH: usize = 2;
 
 /// Samples are training data, of which the number counts more than fine detail.
 const SAMPLE_STEPS: usize = 20;
@@ -42,8 +50,8 @@ pub struct ModelSize {
     pub parameters: usize,
 }
 
-/// The most steps of a training that ends when its held-out error is flat.
-const MOST_STEPS: usize = 4000;
+/// A training that ends when its held-out error is flat has at most so many times the steps of the recipe.
+const MOST_STEPS: usize = 4;
 
 impl ModelSize {
     /// The size of `transformer`.
@@ -64,14 +72,13 @@ impl ModelSize {
 
 impl Recipe {
     /// The recipe for a model. The student learns the teacher's predictions alone: the denoising loss pulls it away from
-    /// them, and in a small model of classes the attention loss leaves a third more error. The learning rate falls with
-    /// the width, as Adam's steps change a wider layer's output by more.
+    /// them, and in a small model of classes the attention loss leaves a third more error.
     pub fn for_model(size: ModelSize) -> Self {
-        let width = size.width.max(REFERENCE_WIDTH);
+        let rate = if size.text_tokens == 0 { CLASS_RATE } else { TEXT_RATE };
         Self {
-            steps: 1000,
-            batch: 8,
-            learning_rate: REFERENCE_RATE * REFERENCE_WIDTH as f64 / width as f64,
+            steps: TRAINED_SAMPLES / BATCH,
+            batch: BATCH,
+            learning_rate: rate / size.width.max(NARROW) as f64,
             sample_count: if size.text_tokens == 0 { 256 } else { 128 },
             sample_steps: SAMPLE_STEPS,
             loss: LossSettings { denoising: 0.0, prediction: 1.0, attention: 0.0, ..LossSettings::default() },
@@ -84,7 +91,7 @@ impl Recipe {
         let [denoising, prediction, attention] =
             options.losses.unwrap_or([self.loss.denoising, self.loss.prediction, self.loss.attention]);
         Self {
-            steps: options.steps.unwrap_or(if options.until_flat { MOST_STEPS } else { self.steps }),
+            steps: options.steps.unwrap_or(if options.until_flat { MOST_STEPS * self.steps } else { self.steps }),
             batch: options.batch.unwrap_or(self.batch),
             learning_rate: options.learning_rate.unwrap_or(self.learning_rate),
             sample_count: options.sample_count.unwrap_or(self.sample_count),
@@ -187,8 +194,9 @@ impl ResolvedTraining {
     /// The settings of the training loop.
     pub fn settings(&self, device: ComputeDevice) -> DistillSettings {
         let keep = self.keeps_activations(device);
+        let usual = if device == ComputeDevice::Cpu { Precision::F32 } else { Precision::Bf16 };
         DistillSettings {
-            precision: if device == ComputeDevice::Cpu { Precision::F32 } else { Precision::Bf16 },
+            precision: self.options.precision.unwrap_or(usual),
             activations: if keep { Activations::Keep } else { Activations::Recompute },
             ..self.recipe.settings(&self.options)
         }

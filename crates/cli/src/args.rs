@@ -19,7 +19,7 @@ pub use bench::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
 };
 pub use compare::{CompareArgs, SamplingArgs, TransferArgs};
-pub use convert::{ConvertArgs, DistillArgs, Duration, LossWeights, Steps, TrainingArgs};
+pub use convert::{ConvertArgs, DistillArgs, Duration, LossWeights, PrecisionArg, Steps, TrainingArgs};
 #[cfg(feature = "demo")]
 pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};

@@ -1,14 +1,14 @@
 //! From parsed arguments to the library's options.
 
 use crate::args::{
-    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, Duration, LossWeights, PluginSearchArgs, SamplingArgs, SourceArgs,
-    Steps, TrainingArgs, WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, Duration, LossWeights, PluginSearchArgs, PrecisionArg, SamplingArgs,
+    SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
 use clearform::{
-    AdapterKind, AdapterOptions, AdapterSpec, FloatDtype, LoraApplyMode, Overwrite, PluginOptions, SourceOptions,
-    TrainingOptions,
+    AdapterKind, AdapterOptions, AdapterSpec, FloatDtype, LoraApplyMode, Overwrite, PluginOptions, Precision,
+    SourceOptions, TrainingOptions,
 };
 
 /// What `--overwrite` allows.
@@ -39,6 +39,15 @@ impl From<DtypeArg> for FloatDtype {
     }
 }
 
+impl From<PrecisionArg> for Precision {
+    fn from(arg: PrecisionArg) -> Self {
+        match arg {
+            PrecisionArg::F32 => Self::F32,
+            PrecisionArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 impl From<&TrainingArgs> for TrainingOptions {
     fn from(args: &TrainingArgs) -> Self {
         Self {
@@ -56,6 +65,7 @@ impl From<&TrainingArgs> for TrainingOptions {
             learning_rate: args.lr,
             losses: args.losses.map(|LossWeights(weights)| weights),
             attention_every: args.attention_every,
+            precision: args.precision.map(Into::into),
             keep_activations: args.keep_activations,
             checkpoint_every: args.checkpoint_every,
             images_every: args.images_every,

@@ -1,10 +1,10 @@
 //! [`HeldOut`]: samples that training does not see, on which a student is judged.
 
+use crate::parallel::map_each;
 use crate::{Batch, Precision, Result, SampleSet, Samples, TeacherStudent};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Denoiser, DenoiserInput, without_variance};
 use clearform_sampling::TorchGenerator;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// Noise levels at which predictions are compared: the centres of five equal intervals of [0, 1].
@@ -77,7 +77,7 @@ impl HeldOut {
             let is_quick = sample % HELD_OUT_LEVELS.len() == level;
             Ok(HeldOutEntry { level, is_quick, input, target })
         };
-        let entries = each(models, inputs, entry)?;
+        let entries = map_each(inputs, models.is_small(), entry)?;
         let mut held_out = Self { entries, before: PredictionErrors::default(), quick_before: 0.0 };
         held_out.before = held_out.errors(models)?;
         held_out.quick_before = held_out.quick_error(models)?;
@@ -94,7 +94,7 @@ impl HeldOut {
     /// # Errors
     /// The student rejects an input.
     pub fn errors(&self, models: &TeacherStudent) -> Result<PredictionErrors> {
-        let found = each(models, self.entries.iter().collect(), |entry: &HeldOutEntry| {
+        let found = map_each(self.entries.iter().collect(), models.is_small(), |entry: &HeldOutEntry| {
             Ok((entry.level, entry.squared_error(models.student())?, mean_square(&entry.target)?))
         })?;
         let mut sums = PredictionErrors::default();
@@ -117,7 +117,7 @@ impl HeldOut {
 
     fn quick_error(&self, models: &TeacherStudent) -> Result<f64> {
         let entries = self.entries.iter().filter(|entry| entry.is_quick).collect();
-        Ok(mean(&each(models, entries, |entry: &HeldOutEntry| entry.squared_error(models.student()))?))
+        Ok(mean(&map_each(entries, models.is_small(), |entry: &HeldOutEntry| entry.squared_error(models.student()))?))
     }
 }
 
@@ -138,15 +138,6 @@ impl Default for PredictionErrors {
 fn prediction(denoiser: &dyn Denoiser, input: &DenoiserInput) -> Result<Tensor> {
     let predicted = without_variance(&denoiser.forward(input)?, &input.latents)?;
     Ok(predicted.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
-}
-
-/// Applies `f` to each item, in parallel where samples of the model run separately.
-fn each<T: Send, R: Send>(
-    models: &TeacherStudent,
-    items: Vec<T>,
-    f: impl Fn(T) -> Result<R> + Sync + Send,
-) -> Result<Vec<R>> {
-    if models.is_small() { items.into_par_iter().map(f).collect() } else { items.into_iter().map(f).collect() }
 }
 
 fn mean_square(tensor: &Tensor) -> Result<f64> {

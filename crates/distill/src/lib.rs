@@ -21,6 +21,7 @@ mod error;
 mod held_out;
 mod loss_log;
 mod optimizer;
+mod parallel;
 mod sample_files;
 mod sample_reader;
 mod sample_settings;

@@ -1,8 +1,10 @@
 //! [`OptimizerState`]: AdamW and plain gradient descent over f32 masters, and [`clip`]. candle's own optimizers keep their
 //! moments private; these are public, so that a checkpoint can save them.
 
+use crate::parallel::map_each;
 use crate::{Gradients, Optimizer, Result};
 use candle_core::{D, DType, Tensor, Var};
+use clearform_ops::{AdamState, AdamStep, adam_step};
 use std::collections::BTreeMap;
 
 /// What an optimizer remembers between steps.
@@ -29,43 +31,43 @@ impl OptimizerState {
         gradients: &Gradients,
     ) -> Result<()> {
         self.steps += 1;
-        for (name, gradient) in gradients {
-            let Some(master) = masters.get(name) else { continue };
-            let stepped = match optimizer {
-                Optimizer::Sgd => (master.as_tensor() - (gradient * rate)?)?,
-                Optimizer::AdamW { weight_decay, .. } => {
-                    let kept = (master.as_tensor() * (1.0 - rate * weight_decay))?;
-                    (kept - self.adam(optimizer, rate, name, gradient)?)?
-                }
+        let trained: Vec<_> =
+            gradients.iter().filter_map(|(name, gradient)| Some((name, masters.get(name)?, gradient))).collect();
+        let in_parallel = are_on_cpu(gradients);
+        let Optimizer::AdamW { beta1, beta2, epsilon, weight_decay } = optimizer else {
+            let descend = |(_, master, gradient): (&String, &Var, &Tensor)| {
+                Ok(master.set(&(master.as_tensor() - (gradient * rate)?)?.detach())?)
             };
-            master.set(&stepped.detach())?;
+            return map_each(trained, in_parallel, descend).map(drop);
+        };
+        let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
+        let step = AdamStep {
+            kept: 1.0 - rate * weight_decay,
+            rate: rate / correction(beta1),
+            beta1,
+            beta2,
+            correction: correction(beta2).sqrt(),
+            epsilon,
+        };
+        let adam = |(name, master, gradient): (&String, &Var, &Tensor)| {
+            let moment = |moments: &BTreeMap<String, Tensor>| {
+                moments.get(name).cloned().map_or_else(|| gradient.zeros_like(), Ok)
+            };
+            let state = AdamState {
+                parameter: master.as_detached_tensor(),
+                first: moment(&self.first)?,
+                second: moment(&self.second)?,
+            };
+            let stepped = adam_step(&state, gradient, step)?;
+            master.set(&stepped.parameter)?;
+            Ok((name.clone(), stepped))
+        };
+        for (name, stepped) in map_each(trained, in_parallel, adam)? {
+            self.first.insert(name.clone(), stepped.first);
+            self.second.insert(name, stepped.second);
         }
         Ok(())
     }
-
-    /// The step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), in the order of operations of torch:
-    /// rate / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε).
-    fn adam(&mut self, optimizer: Optimizer, rate: f64, name: &str, gradient: &Tensor) -> Result<Tensor> {
-        let Optimizer::AdamW { beta1, beta2, epsilon, .. } = optimizer else { return Ok(gradient.zeros_like()?) };
-        let first = moment(self.first.get(name), beta1, gradient)?;
-        let second = moment(self.second.get(name), beta2, &gradient.sqr()?)?;
-        let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
-        let denominator = ((second.sqrt()? / correction(beta2).sqrt())? + epsilon)?;
-        let step = ((&first / denominator)? * (rate / correction(beta1)))?;
-        self.first.insert(name.to_owned(), first);
-        self.second.insert(name.to_owned(), second);
-        Ok(step)
-    }
-}
-
-/// beta · before + (1 − beta) · value; `before` is 0 at the first step.
-fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Result<Tensor> {
-    let added = (value * (1.0 - beta))?;
-    let moment = match before {
-        Some(before) => ((before * beta)? + added)?,
-        None => added,
-    };
-    Ok(moment.detach())
 }
 
 /// Scales all gradients so that their common norm is at most `bound`, as `torch.nn.utils.clip_grad_norm_` does; returns
@@ -76,17 +78,25 @@ fn moment(before: Option<&Tensor>, beta: f64, value: &Tensor) -> candle_core::Re
 pub fn clip_gradients(gradients: &mut Gradients, bound: Option<f64>) -> Result<f64> {
     // Row by row, because candle reduces to a single value in one thread block; and one read of the result at the end,
     // because each read waits for the GPU.
-    let squares = |gradient: &Tensor| gradient.sqr()?.unsqueeze(0)?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all();
-    let squares = gradients.values().map(squares).collect::<candle_core::Result<Vec<_>>>()?;
+    let squares =
+        |gradient: &Tensor| Ok(gradient.sqr()?.unsqueeze(0)?.sum(D::Minus1)?.to_dtype(DType::F64)?.sum_all()?);
+    let in_parallel = are_on_cpu(gradients);
+    let squares = map_each(gradients.values().collect(), in_parallel, squares)?;
     let norm = match squares[..] {
         [] => 0.0,
         _ => Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt(),
     };
     let scale = bound.map_or(1.0, |bound| bound / (norm + 1e-6));
     if scale < 1.0 {
-        for gradient in gradients.values_mut() {
+        let rescale = |gradient: &mut Tensor| {
             *gradient = (&*gradient * scale)?;
-        }
+            Ok(())
+        };
+        map_each(gradients.values_mut().collect(), in_parallel, rescale)?;
     }
     Ok(norm)
+}
+
+fn are_on_cpu(gradients: &Gradients) -> bool {
+    gradients.values().all(|gradient| gradient.device().is_cpu())
 }

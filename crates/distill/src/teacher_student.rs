@@ -22,6 +22,9 @@ pub struct PairSpec<'a> {
 /// A teacher and its student.
 pub struct TeacherStudent {
     teacher: Box<dyn Denoiser>,
+    /// Records its operations for gradients.
+    trained: Box<dyn Denoiser>,
+    /// The same, with the same masters, but records nothing.
     student: Box<dyn Denoiser>,
     process: NoiseProcess,
     masters: BTreeMap<String, Var>,
@@ -40,16 +43,18 @@ impl TeacherStudent {
         for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
-        let mut weights = teacher.clone();
-        for (name, master) in &masters {
-            weights.insert(name.clone(), master.as_tensor().clone());
-        }
-        let student = spec.architecture.build(&weights, spec.plan)?;
+        let student = |value: fn(&Var) -> Tensor| {
+            let mut weights = teacher.clone();
+            masters.iter().for_each(|(name, master)| weights.insert(name.clone(), value(master)));
+            spec.architecture.build(&weights, spec.plan)
+        };
+        let trained = student(|master| master.as_tensor().clone())?;
+        let student = student(Var::as_detached_tensor)?;
         let parameters = teacher.iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
-        let teacher = SeparateSamples::if_small(built, parameters, &device);
-        let student = SeparateSamples::if_small(student, parameters, &device);
-        Ok(Self { teacher, student, process: spec.architecture.pipeline().noise_process(), masters })
+        let [teacher, trained, student] =
+            [built, trained, student].map(|denoiser| SeparateSamples::if_small(denoiser, parameters, &device));
+        Ok(Self { teacher, trained, student, process: spec.architecture.pipeline().noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -57,7 +62,12 @@ impl TeacherStudent {
         self.teacher.as_ref()
     }
 
-    /// The model that learns. It computes with the current values of the masters.
+    /// The model that learns, with gradients.
+    pub fn trained(&self) -> &dyn Denoiser {
+        self.trained.as_ref()
+    }
+
+    /// The model that learns, to be evaluated. It computes with the current values of the masters.
     pub fn student(&self) -> &dyn Denoiser {
         self.student.as_ref()
     }

@@ -5,6 +5,7 @@
 //! fallback where there is no kernel. [`simd`] compiles arithmetic for several instruction sets. Nothing here knows a
 //! model.
 
+mod adam;
 mod convolution;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -25,6 +26,7 @@ mod silu;
 pub mod simd;
 mod strided_product;
 
+pub use adam::{AdamState, AdamStep, adam_step};
 pub use convolution::convolution;
 pub use gated::gated_add;
 pub use gelu::gelu;

@@ -1,6 +1,7 @@
 //! The operations in plain tensor algebra: the specification of the fused ones, which tests compare with them. All
 //! accept f64 and are differentiated by candle itself.
 
+use crate::{AdamState, AdamStep};
 use candle_core::{D, DType, Result, Tensor};
 use clearform_weights::{BaseWeight, Weight};
 
@@ -16,6 +17,20 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         sum = (sum + (product * term.scale)?)?;
     }
     dense_linear(x, &sum, bias)
+}
+
+/// A step of Adam.
+///
+/// # Shapes
+/// All of one shape.
+pub fn adam_step(state: &AdamState, gradient: &Tensor, step: AdamStep) -> Result<AdamState> {
+    let moment = |before: &Tensor, beta: f64, value: &Tensor| (before * beta)? + (value * (1.0 - beta))?;
+    let first = moment(&state.first, step.beta1, gradient)?;
+    let second = moment(&state.second, step.beta2, &gradient.sqr()?)?;
+    let denominator = ((second.sqrt()? / step.correction)? + step.epsilon)?;
+    let change = ((&first / denominator)? * step.rate)?;
+    let parameter = ((&state.parameter * step.kept)? - change)?;
+    Ok(AdamState { parameter: parameter.detach(), first: first.detach(), second: second.detach() })
 }
 
 /// x wᵀ + b.

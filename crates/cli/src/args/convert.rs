@@ -2,7 +2,7 @@
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
 use super::{DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -123,6 +123,10 @@ pub struct TrainingArgs {
     /// Apply the attention loss to every Nth block (FLUX: every Nth single-stream block) [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]
     pub attention_every: Option<usize>,
+    /// Dtype of activations during training; trained parameters are f32 in any case [default: f32 on a CPU, bf16 on a
+    /// GPU].
+    #[arg(long, value_enum, value_name = "DTYPE", help_heading = DISTILLATION)]
+    pub precision: Option<PrecisionArg>,
     /// Keep every block's activations instead of recomputing them: faster, but needs more memory. Small models always do.
     #[arg(long, help_heading = DISTILLATION)]
     pub keep_activations: bool,
@@ -139,6 +143,15 @@ pub struct TrainingArgs {
     /// Resume an interrupted run.
     #[arg(long, help_heading = DISTILLATION)]
     pub resume: bool,
+}
+
+/// Dtype of activations during training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
 }
 
 /// How many steps a training has.

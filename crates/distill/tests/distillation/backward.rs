@@ -1,7 +1,7 @@
 //! Backward block by block compared with one backward pass through the whole model, and the memory of teacher and student.
 
 use crate::support::{architecture, batch, models, steps, values, weights};
-use candle_core::{DType, Tensor, TensorId};
+use candle_core::{DType, Tensor};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
 use clearform_models::{
@@ -29,7 +29,7 @@ fn square(a: &Tensor, b: &Tensor) -> Tensor {
 /// The total loss with every layer watched, in one graph.
 fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
     let (teacher, teacher_attention) = run(models.teacher(), batch);
-    let (student, student_attention) = run(models.student(), batch);
+    let (student, student_attention) = run(models.trained(), batch);
     let denoising = (square(&student, &batch.target) / student.elem_count() as f64).unwrap();
     let prediction = (square(&student, &teacher) / student.elem_count() as f64).unwrap();
     let mut loss = (denoising + (prediction * 0.5).unwrap()).unwrap();
@@ -45,7 +45,7 @@ fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
 #[test]
 fn block_by_block_is_plain_backward() {
     let models = models("clear:r=2,d=2", DType::F32);
-    let layers = Some(models.student().layer_names().to_vec());
+    let layers = Some(models.trained().layer_names().to_vec());
     let batch = batch(&steps(), 1);
     let plain = plain_loss(&models, &batch);
     let loss = LossSettings { layers, ..LossSettings::default() };
@@ -85,10 +85,10 @@ fn a_student_with_full_attention_is_its_teacher() {
     assert!((error - 0.108_92).abs() < 2e-4, "{error}");
 }
 
-/// FLUX, recording the size of every tensor that it reads.
+/// FLUX, recording the size of every tensor that it reads, by the address of its storage.
 struct RecordingFlux {
     flux: Box<dyn Architecture>,
-    held: Mutex<HashMap<TensorId, usize>>,
+    held: Mutex<HashMap<usize, usize>>,
 }
 
 struct RecordingSource<'a>(&'a dyn TensorSource, &'a RecordingFlux);
@@ -105,7 +105,7 @@ impl TensorSource for RecordingSource<'_> {
     }
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
         let tensor = self.0.tensor(name)?;
-        self.1.held.lock().unwrap().insert(tensor.id(), bytes(&tensor));
+        self.1.held.lock().unwrap().insert(address(&tensor), bytes(&tensor));
         Ok(tensor)
     }
 }
@@ -126,6 +126,10 @@ impl Architecture for RecordingFlux {
     fn pipeline(&self) -> &dyn PipelineSpec {
         self.flux.pipeline()
     }
+}
+
+fn address(tensor: &Tensor) -> usize {
+    std::ptr::from_ref(&*tensor.storage_and_layout().0).addr()
 }
 
 fn bytes(tensor: &Tensor) -> usize {

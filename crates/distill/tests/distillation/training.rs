@@ -193,6 +193,9 @@ fn the_loss_falls_and_the_student_approaches_its_teacher() {
     let inputs = set.noised(FLOW, 77, 4, &Device::Cpu).unwrap();
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
     let before = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
+    // What records its operations keeps the activations of a whole generation.
+    let recorded = [models.student(), models.trained()].map(|model| model.forward(&inputs[0]).unwrap().track_op());
+    assert_eq!(recorded, [false, true]);
     // The teacher's weights are random, so it is far from denoising: that term would hide what the student learns of it.
     let loss = LossSettings { denoising: 0.0, ..LossSettings::default() };
     let settings = DistillSettings { steps: 60, batch: 4, accumulation: 1, ema: None, loss, ..settings() };
