@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "recipe")]
@@ -70,8 +69,7 @@ class MiniDit:
         study.set_masks(self.student, study.Windows(study.mini_dit.SIZE // 2, radius), Namespace(full=""))
 
     def read(self, model):
-        tensors = [load_file(path) for path in sorted((model / "transformer").glob("*.safetensors"))]
-        self.student.load_state_dict({name: value.float() for part in tensors for name, value in part.items()})
+        study.read(self.student, model)
 
     def predict(self, model, level, noise):
         noised = (1 - level) * self.latents + level * noise

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 sys.path.insert(0, str(ASSETS / "mini-dit"))
@@ -44,6 +45,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", type=subject, default="digits", help="digits or letters")
     parser.add_argument("--model", type=Path, default=ASSETS / "mini-dit")
+    parser.add_argument("--student", type=Path, help="a model that clearform distilled with --radius, instead of training")
     parser.add_argument("--radius", type=float, default=4.0)
     parser.add_argument("--full", type=str, default="", help="layers that keep full attention, as 0,5")
     parser.add_argument("--shrink", type=float, default=0.0, help="share of the steps over which the radius shrinks from 11")
@@ -195,6 +197,13 @@ def set_masks(model, windows, options, radius=None):
         layer.attention.mask = None if index in full else windows.mask(radius)
 
 
+def read(student, folder):
+    """Takes the weights of a portable model."""
+    tensors = [load_file(path) for path in sorted((folder / "transformer").glob("*.safetensors"))]
+    student.load_state_dict({name: value.float() for part in tensors for name, value in part.items()})
+    return 0.0
+
+
 def new_optimizer(options, parameters):
     if options.optimizer == "muon":
         return torch.optim.Muon(parameters, options.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -265,7 +274,7 @@ def main():
     checked = held_out(options, teacher)
     before = error(teacher, student, checked)
     torch.manual_seed(options.seed)
-    seconds = train(options, teacher, student, windows)
+    seconds = read(student, options.student) if options.student else train(options, teacher, student, windows)
     set_masks(student, windows, options)
     after = error(teacher, student, checked)
     drawn = {} if options.errors_only else compare_pictures(options, teacher, student, classifier)

@@ -13,7 +13,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 4, value_name = "D", help_heading = ATTENTION)]
     pub pool: usize,
     /// Distillation steps per student.
-    #[arg(long, default_value_t = 150, value_name = "N", help_heading = DISTILLATION)]
+    #[arg(long, default_value_t = 1000, value_name = "N", help_heading = DISTILLATION)]
     pub steps: usize,
     /// Where plugins are; without any the demo leaves out the adapters.
     #[command(flatten)]
