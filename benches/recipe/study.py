@@ -69,6 +69,7 @@ def arguments():
     parser.add_argument("--trained", choices=TRAINED, default="attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="activations in bf16")
     parser.add_argument("--errors-only", action="store_true", help="draw no pictures, which takes as long as 300 steps")
     return parser.parse_args()
 
@@ -228,9 +229,10 @@ def train(options, teacher, student, windows):
         for group in optimizer.param_groups:
             group["lr"] = rate(options, step)
         x, t, labels, target = inputs.draw()
-        with torch.no_grad():
-            teacher_prediction = teacher(x, t, labels)
-        prediction = student(x, t, labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            with torch.no_grad():
+                teacher_prediction = teacher(x, t, labels).float()
+            prediction = student(x, t, labels).float()
         loss = options.prediction * F.mse_loss(prediction, teacher_prediction)
         if target is not None and options.denoising:
             loss = loss + options.denoising * F.mse_loss(prediction, target)

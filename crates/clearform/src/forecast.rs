@@ -5,7 +5,7 @@ use crate::recipe::ResolvedTraining;
 use crate::{ComputeDevice, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{AttentionPlan, Geometry, Policy, TokenGrid};
-use clearform_layout::{attention_parameters, evaluation_teraflop};
+use clearform_layout::{Identified, attention_parameters, evaluation_teraflop};
 use clearform_models::{InputSizes, random_input};
 use clearform_runtime::TransformerCheckpoint;
 use clearform_weights::{TensorInfo, TensorSource as _};
@@ -19,6 +19,8 @@ pub struct Forecast {
     plan: String,
     /// The share of the image that a token sees on average.
     seen: f64,
+    /// What is said if the windows of all blocks together do not reach across the image.
+    short_reach: Option<String>,
     /// Operations of one evaluation with full attention, divided by those of the student.
     gain: Option<f64>,
     sampling: Option<Duration>,
@@ -39,6 +41,13 @@ const RATE_SHARE: f64 = 0.7;
 
 /// Values of four bytes that a block holds for each token and each channel of its width, forward and backward.
 const ACTIVATIONS: f64 = 60.0;
+
+/// The same where the activations of every block are kept, so that backward adds those of one block alone. Measured on
+/// mini-dit and mini-flux.
+const KEPT_ACTIVATIONS: f64 = 36.0;
+
+/// Memory of the program itself, in bytes.
+const PROGRAM: f64 = 26e6;
 
 /// Bytes of a trained parameter: its f32 master, gradient and two moments.
 const TRAINED_BYTES: f64 = 16.0;
@@ -77,6 +86,7 @@ impl Forecast {
             grid,
             plan: plan.to_string(),
             seen: near as f64 / all as f64,
+            short_reach: short_reach(plan, training, transformer.identified(), grid),
             gain: teraflop(all).zip(teraflop(near)).map(|(full, clear)| full / clear),
             sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
             training: evaluations(training.trained_samples() * step),
@@ -86,8 +96,9 @@ impl Forecast {
 
     /// What the user should know before it starts.
     pub fn notes(&self) -> Vec<String> {
-        let Self { grid, plan, seen, .. } = self;
+        let Self { grid, plan, seen, short_reach, .. } = self;
         let mut notes = vec![self.to_string()];
+        notes.extend(short_reach.clone());
         if *seen > 0.999 && plan != "full" {
             notes.push(format!(
                 "warning: {plan} covers all of {} x {} tokens, so nothing would be gained; choose a smaller radius",
@@ -113,16 +124,43 @@ pub fn announce(forecast: &Forecast, observer: &mut dyn Observer) {
 
 impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { grid, plan, seen, gain, sampling, training, memory } = self;
+        let Self { grid, plan, seen, gain, sampling, training, memory, .. } = self;
         write!(f, "{} x {} tokens: with {plan} a token sees {:.0}% of them", grid.height, grid.width, 100.0 * seen)?;
         if let Some(gain) = gain {
             write!(f, ", and an evaluation takes {gain:.2} times fewer operations")?;
         }
         if let (Some(sampling), Some(training)) = (sampling, training) {
-            write!(f, "; about {} for samples and {} for training", rounded(*sampling), rounded(*training))?;
+            f.write_str("; about ")?;
+            if !sampling.is_zero() {
+                write!(f, "{} for samples and ", rounded(*sampling))?;
+            }
+            write!(f, "{} for training", rounded(*training))?;
         }
-        write!(f, "; about {:.2} GB of memory", memory / 1e9)
+        let (memory, unit) = if *memory < 1e9 { (memory / 1e6, "MB") } else { (memory / 1e9, "GB") };
+        write!(f, "; about {memory:.*} {unit} of memory", if unit == "GB" { 1 } else { 0 })
     }
+}
+
+/// Without text and pooled context, what one side of an image has to do with the other passes through the windows of one
+/// block after another, each of which carries it by less than the radius.
+fn short_reach(
+    plan: &AttentionPlan,
+    training: &ResolvedTraining,
+    identified: &Identified,
+    grid: TokenGrid,
+) -> Option<String> {
+    let Policy::Clear { radius, pool: None } = plan.default_policy() else { return None };
+    let blocks: usize = identified.depths().values().sum();
+    let diagonal = ((grid.height * grid.height + grid.width * grid.width) as f64).sqrt();
+    let needed = (diagonal / blocks as f64).ceil();
+    (training.model.text_tokens == 0 && radius.tokens() < needed).then(|| {
+        format!(
+            "warning: {blocks} blocks of {plan} carry information over {:.0} tokens, less than the diagonal of the image \
+             ({diagonal:.0}), and no text carries it further; choose --radius {needed:.0} or more, or add pooled context \
+             (--pool 4)",
+            blocks as f64 * radius.tokens()
+        )
+    })
 }
 
 /// A time in the unit that a person would use.
@@ -174,9 +212,16 @@ fn memory(
     let tensors = transformer.source().tensors();
     let weights: u64 = tensors.iter().map(TensorInfo::byte_count).sum();
     let largest = tensors.iter().map(TensorInfo::element_count).max().unwrap_or(0);
-    let samples = if training.model.is_small() { rayon::current_num_threads() } else { training.recipe.batch };
-    let blocks = if training.keeps_activations(device) { transformer.identified().depths().values().sum() } else { 1 };
+    let batch = training.recipe.batch;
+    let samples = if training.model.is_small() { rayon::current_num_threads().min(batch) } else { batch };
+    let depth: usize = transformer.identified().depths().values().sum();
+    let (blocks, values) =
+        if training.keeps_activations(device) { (depth, KEPT_ACTIVATIONS) } else { (1, ACTIVATIONS) };
     let tokens = tokens + training.model.text_tokens;
-    let activations = (samples * blocks * tokens * training.model.width * 4) as f64 * ACTIVATIONS;
-    weights as f64 + TRAINED_BYTES * attention_parameters(transformer.identified()) + 4.0 * largest as f64 + activations
+    let activations = (samples * blocks * tokens * training.model.width * 4) as f64 * values;
+    PROGRAM
+        + weights as f64
+        + TRAINED_BYTES * attention_parameters(transformer.identified())
+        + 4.0 * largest as f64
+        + activations
 }

@@ -69,6 +69,7 @@ mod patch;
 mod plugins;
 mod recipe;
 mod sources;
+mod training_page;
 mod training_report;
 mod training_samples;
 mod transfer;

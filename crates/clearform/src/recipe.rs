@@ -36,6 +36,9 @@ const NARROW: usize = 64;
 const TRAINED_SAMPLES: usize = 8000;
 const BATCH: usize = 2;
 
+/// Between images of the live report, by default.
+const FEWEST_STEPS: usize = 20;
+
 /// Samples are training data, of which the number counts more than fine detail.
 const SAMPLE_STEPS: usize = 20;
 
@@ -176,7 +179,7 @@ impl ResolvedTraining {
 
     /// Steps between images of the student in the live report of a training of `steps`; 0 for none.
     pub fn images_every(&self, steps: usize) -> usize {
-        let by_default = if self.model.is_small() { steps.div_ceil(5) } else { 0 };
+        let by_default = if self.model.is_small() { steps.div_ceil(5).max(FEWEST_STEPS) } else { 0 };
         self.options.images_every.unwrap_or(by_default)
     }
 
@@ -185,8 +188,11 @@ impl ResolvedTraining {
         self.options.sample_steps.unwrap_or(self.recipe.sample_steps.min(usual))
     }
 
-    /// Evaluations of the teacher for all samples, those that are held out included.
+    /// Evaluations of the teacher for all samples, those that are held out included; 0 if there are samples already.
     pub fn sampling_evaluations(&self, defaults: SamplingDefaults) -> f64 {
+        if !self.options.generates_samples() {
+            return 0.0;
+        }
         let steps = self.sample_steps(defaults.steps);
         ((self.recipe.sample_count + self.options.held_out) * steps * defaults.evaluations) as f64
     }

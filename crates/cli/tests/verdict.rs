@@ -87,3 +87,23 @@ fn a_time_needs_its_unit() {
     let message = stderr_of(2, &["convert", "a", "-o", "b", "--losses", "1,2"]);
     assert!(message.contains("expected three weights"), "{message}");
 }
+
+#[test]
+fn an_open_end_needs_held_out_samples_and_excludes_nothing_else() {
+    let teacher = repository(TEACHER);
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let refused = |code, options: &str| {
+        let arguments = ["convert", text(&teacher), "-o", text(&model)];
+        stderr_of(code, &arguments.into_iter().chain(options.split(' ')).collect::<Vec<_>>())
+    };
+    assert!(refused(1, "--steps auto --held-out 0").contains("needs held-out samples"));
+    assert!(refused(1, "--steps 5 --time 1m").contains("excludes setting steps"));
+    assert!(refused(2, "--steps some").contains("expected a number or auto"));
+    assert!(!model.exists());
+    // The time is then the most that it may take.
+    let short = "--radius 4 --steps auto --time 2s --sample-count 8 --sample-steps 4 --held-out 2 --images-every 0";
+    let arguments = ["convert", text(&teacher), "-o", text(&model)];
+    let noted = stderr_of(0, &arguments.into_iter().chain(short.split(' ')).collect::<Vec<_>>());
+    assert!(noted.contains("steps fit into the time"), "{noted}");
+}

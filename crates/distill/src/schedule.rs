@@ -100,12 +100,12 @@ mod tests {
                 norm: 1.0,
                 rate: 1.0,
                 seconds: 0.0,
-                held_out: (step % 10 == 0).then(|| error(step)),
+                held_out: step.is_multiple_of(10).then(|| error(step)),
             };
             (1..=10 * count).map(entry).collect()
         };
         let falling = |step: usize| 1.0 / step as f64;
-        let settling = |step: usize| 0.1 + 10.0 * falling(step) + if step % 20 == 0 { 0.01 } else { 0.0 };
+        let settling = |step: usize| 0.1 + 10.0 * falling(step) + if step.is_multiple_of(20) { 0.01 } else { 0.0 };
         assert!(!is_flat(&curve(&falling, 100)));
         assert!(!is_flat(&curve(&settling, 11)), "not measured often enough");
         assert!(!is_flat(&curve(&settling, 12)), "it still falls");

@@ -214,4 +214,12 @@ pub trait Denoiser: Send + Sync {
         }
         self.head(&state)
     }
+
+    /// The forward of each input, such as both evaluations of classifier-free guidance.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    fn forward_each(&self, inputs: &[DenoiserInput]) -> Result<Vec<Tensor>> {
+        inputs.iter().map(|input| self.forward(input)).collect()
+    }
 }

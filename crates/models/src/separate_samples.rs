@@ -43,11 +43,68 @@ impl Denoiser for SeparateSamples {
 
     fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
         let batch = input.batch()?;
-        if batch < 2 {
+        if batch == 1 {
             return self.0.forward(input);
         }
-        let sample = |index| self.0.forward(&input.samples(index, 1)?);
-        let predictions = (0..batch).into_par_iter().map(sample).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&predictions, 0)?)
+        Ok(self.forward_each(std::slice::from_ref(input))?.remove(0))
+    }
+
+    fn forward_each(&self, inputs: &[DenoiserInput]) -> Result<Vec<Tensor>> {
+        let batches = inputs.iter().map(DenoiserInput::batch).collect::<Result<Vec<_>>>()?;
+        let samples =
+            inputs.iter().zip(&batches).flat_map(|(input, batch)| (0..*batch).map(|index| input.samples(index, 1)));
+        let samples = samples.collect::<Result<Vec<_>>>()?;
+        let mut predictions =
+            samples.par_iter().map(|sample| self.0.forward(sample)).collect::<Result<Vec<_>>>()?.into_iter();
+        let of_input = |batch| Ok(Tensor::cat(&predictions.by_ref().take(batch).collect::<Vec<_>>(), 0)?);
+        batches.into_iter().map(of_input).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{Conditions, ModelError, StepIndex};
+
+    /// Adds the class to the latents of a single sample.
+    struct OneByOne;
+
+    impl Denoiser for OneByOne {
+        fn layer_names(&self) -> &[String] {
+            &[]
+        }
+        fn embed(&self, _: &DenoiserInput) -> Result<HiddenState> {
+            Err(ModelError::BadInput { name: "latents".to_owned(), reason: "not embedded here".to_owned() })
+        }
+        fn block(&self, _: usize, state: HiddenState) -> Result<HiddenState> {
+            Ok(state)
+        }
+        fn head(&self, state: &HiddenState) -> Result<Tensor> {
+            Ok(state.image.clone())
+        }
+        fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
+            assert_eq!(input.batch()?, 1);
+            Ok(input.latents.broadcast_add(&input.conditions.classes.clone().unwrap())?)
+        }
+    }
+
+    #[test]
+    fn predictions_come_back_by_input_and_in_order() {
+        let input = |classes: &[f32]| {
+            let classes = Tensor::new(classes, &Device::Cpu).unwrap();
+            DenoiserInput {
+                latents: (classes.reshape(((), 1)).unwrap() * 10.0).unwrap(),
+                timestep: classes.clone(),
+                step_index: StepIndex::default(),
+                conditions: Conditions { classes: Some(classes), ..Conditions::default() },
+            }
+        };
+        let small = SeparateSamples::if_small(Box::new(OneByOne), 1, &Device::Cpu);
+        let values = |tensor: &Tensor| tensor.to_vec2::<f32>().unwrap();
+        assert_eq!(values(&small.forward(&input(&[4.0])).unwrap()), [[44.0]]);
+        let found = small.forward_each(&[input(&[1.0, 2.0]), input(&[3.0])]).unwrap();
+        assert_eq!(found.iter().map(values).collect::<Vec<_>>(), [vec![vec![11.0], vec![22.0]], vec![vec![33.0]]]);
+        assert_eq!(values(&small.forward(&input(&[1.0, 2.0])).unwrap()), [[11.0], [22.0]]);
     }
 }

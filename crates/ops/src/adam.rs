@@ -1,35 +1,7 @@
 //! [`adam_step`]: one pass over a parameter, its gradient and its moments.
 
-use crate::reference;
+use crate::reference::{self, AdamState, AdamStep};
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
-
-/// The numbers of a step of Adam with decoupled weight decay.
-#[derive(Debug, Clone, Copy)]
-pub struct AdamStep {
-    /// The parameter is multiplied by this: 1 − rate · weight decay.
-    pub kept: f64,
-    /// The learning rate over 1 − β₁ᵗ.
-    pub rate: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// √(1 − β₂ᵗ).
-    pub correction: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-}
-
-/// A parameter and its moments.
-#[derive(Debug, Clone)]
-pub struct AdamState {
-    /// The parameter.
-    pub parameter: Tensor,
-    /// Running mean of its gradients.
-    pub first: Tensor,
-    /// Running mean of their squares.
-    pub second: Tensor,
-}
 
 /// A step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in the order of operations of `torch.optim.AdamW`:
 /// m and v are moved towards the gradient and its square, the parameter by −rate · m / (√v / correction + ε).

@@ -26,7 +26,7 @@ mod silu;
 pub mod simd;
 mod strided_product;
 
-pub use adam::{AdamState, AdamStep, adam_step};
+pub use adam::adam_step;
 pub use convolution::convolution;
 pub use gated::gated_add;
 pub use gelu::gelu;
@@ -35,5 +35,6 @@ pub use group_norm::group_norm;
 pub use joining::{by_tokens, concatenate, slice};
 pub use linear::{dense_linear, linear};
 pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};
+pub use reference::{AdamState, AdamStep};
 pub use rope::rope;
 pub use silu::{silu, swiglu};

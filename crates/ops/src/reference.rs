@@ -1,7 +1,6 @@
 //! The operations in plain tensor algebra: the specification of the fused ones, which tests compare with them. All
 //! accept f64 and are differentiated by candle itself.
 
-use crate::{AdamState, AdamStep};
 use candle_core::{D, DType, Result, Tensor};
 use clearform_weights::{BaseWeight, Weight};
 
@@ -17,6 +16,34 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         sum = (sum + (product * term.scale)?)?;
     }
     dense_linear(x, &sum, bias)
+}
+
+/// The numbers of a step of Adam with decoupled weight decay.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamStep {
+    /// The parameter is multiplied by this: 1 − rate · weight decay.
+    pub kept: f64,
+    /// The learning rate over 1 − β₁ᵗ.
+    pub rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// √(1 − β₂ᵗ).
+    pub correction: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+}
+
+/// A parameter and its moments.
+#[derive(Debug, Clone)]
+pub struct AdamState {
+    /// The parameter.
+    pub parameter: Tensor,
+    /// Running mean of its gradients.
+    pub first: Tensor,
+    /// Running mean of their squares.
+    pub second: Tensor,
 }
 
 /// A step of Adam.

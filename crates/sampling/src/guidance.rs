@@ -80,24 +80,23 @@ impl Guidance {
         timestep: &Tensor,
         step_index: StepIndex,
     ) -> Result<Tensor> {
-        let evaluate = |conditions: &Conditions| {
-            let input = DenoiserInput {
-                latents: latents.clone(),
-                timestep: timestep.clone(),
-                step_index,
-                conditions: conditions.clone(),
-            };
-            Ok(without_variance(&denoiser.forward(&input)?, latents)?)
+        let input = |conditions: &Conditions| DenoiserInput {
+            latents: latents.clone(),
+            timestep: timestep.clone(),
+            step_index,
+            conditions: conditions.clone(),
         };
         match self {
-            Self::SingleEvaluation(conditions) => evaluate(conditions),
-            Self::ClassifierFree { positive, negative, scale, channels: None } => {
-                extrapolate(&evaluate(positive)?, &evaluate(negative)?, *scale)
+            Self::SingleEvaluation(conditions) => {
+                Ok(without_variance(&denoiser.forward(&input(conditions))?, latents)?)
             }
-            Self::ClassifierFree { positive, negative, scale, channels: Some(channels) } => {
-                let positive = evaluate(positive)?;
-                let negative = evaluate(negative)?;
-                extrapolate_channels(*channels, &positive, &negative, *scale)
+            Self::ClassifierFree { positive, negative, scale, channels } => {
+                let predictions = denoiser.forward_each(&[input(positive), input(negative)])?;
+                let [positive, negative] = [0, 1].map(|index| without_variance(&predictions[index], latents));
+                match channels {
+                    None => extrapolate(&positive?, &negative?, *scale),
+                    Some(channels) => extrapolate_channels(*channels, &positive?, &negative?, *scale),
+                }
             }
         }
     }
