@@ -3,8 +3,8 @@
     python families.py WORK --clearform target/release/clearform --seeds 0 1
 
 Versions: torch 2.13, diffusers 0.42.1, transformers 5.24, safetensors 0.8. WORK gets a folder for each family and seed,
-which replaces an earlier one: a tiny model of 12 x 12 image tokens, what `clearform convert` makes of it with its
-default recipe, and the samples. The peer is the same distillation on the same samples, with the same draws of members,
+which replaces an earlier one: a tiny model of 12 x 12 image tokens, what `clearform convert` makes of it by the
+prediction loss, and the samples. The peer is the same distillation on the same samples, with the same draws of members,
 noise levels, prompts left out and noise, and the same trained parameters: q, k, v and out of the image's windowed
 attention. A seed is that of the model, the samples and the training.
 
@@ -311,7 +311,8 @@ class Peer:
 def convert(options, folder, source, seed):
     """What clearform records of a distillation. Its samples are in `folder`, its progress in a file there."""
     command = [options.clearform, "convert", *source, "-o", folder / "out", "--radius", RADIUS, "--seed", seed,
-               "--steps", options.steps, "--samples", folder / "samples", "--images-every", 0, "--threads", 1]
+               "--steps", options.steps, "--batch", 8, "--lr", 8e-3, "--losses", "0,1,0",
+               "--samples", folder / "samples", "--images-every", 0, "--threads", 1]
     with open(folder / "convert.log", "w") as log:
         subprocess.run(list(map(str, command)), stdout=log, stderr=log, check=True)
     return tomllib.loads((folder / "out/clearform.toml").read_text())["distillation"]

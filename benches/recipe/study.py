@@ -2,8 +2,9 @@
 
     python study.py [--subject letters --model WORK] --radius 4 --steps 1000 --rate 3e-3 --denoising 0 ...
 
-Versions: those of assets/mini-dit/requirements.txt. The teacher is assets/mini-dit, or what letters.py made; the student is trained as clearform trains it, by the losses of CLEAR (arXiv 2412.16112, equation 6), on pictures that the
-teacher draws. Every other choice is an argument. Prints one JSON object:
+Versions: those of assets/mini-dit/requirements.txt. The teacher is assets/mini-dit, or what letters.py made; the student
+is trained as clearform trains it, by the losses of CLEAR (arXiv 2412.16112, equation 6), on pictures that the teacher
+draws. Every other choice is an argument. Prints one JSON object:
 
 - error_before, error: mean squared error of the student's prediction against the teacher's on pictures that the
   training has not seen, at uniform noise levels, before and after; share: their ratio

@@ -52,10 +52,10 @@ pub fn train(
     let mut watcher = TrainingWatcher { models: &pair, report, held_out: None, failed: None };
     let outcome =
         distill(&pair, data, &settings, &checkpoint_dir, &mut |progress| watcher.observe(progress, observer))?;
-    let distilled = match outcome {
-        TrainingOutcome::Finished(distilled) => distilled,
-        TrainingOutcome::Stopped { .. } => return Err(watcher.failed.unwrap_or(ClearformError::Cancelled)),
-    };
+    if let Some(error) = watcher.failed {
+        return Err(error);
+    }
+    let TrainingOutcome::Finished(distilled) = outcome else { return Err(ClearformError::Cancelled) };
     let verdict = judge.map(|judge| judge.verdict(&pair, observer)).transpose()?;
     if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.entries.len())) {
         observer.note(&warning);

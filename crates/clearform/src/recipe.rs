@@ -36,7 +36,10 @@ const NARROW: usize = 64;
 const TRAINED_SAMPLES: usize = 8000;
 const BATCH: usize = 2;
 
-/// Between images of the live report, by default.
+/// A training that ends when its held-out error is flat has at most so many times the steps of the recipe.
+const MOST_STEPS: usize = 4;
+
+/// Steps between images of the live report, at least, by default.
 const FEWEST_STEPS: usize = 20;
 
 /// Samples are training data, of which the number counts more than fine detail.
@@ -52,9 +55,6 @@ pub struct ModelSize {
     /// Parameters.
     pub parameters: usize,
 }
-
-/// A training that ends when its held-out error is flat has at most so many times the steps of the recipe.
-const MOST_STEPS: usize = 4;
 
 impl ModelSize {
     /// The size of `transformer`.

@@ -47,7 +47,7 @@ fn classify(pictures: &Tensor) -> candle_core::Result<Vec<u32>> {
 }
 
 #[test]
-#[ignore = "takes ten minutes"]
+#[ignore = "takes minutes"]
 fn the_defaults_repair_a_model_without_text() {
     let teacher = assets("model");
     let folder = tempfile::tempdir().unwrap();

@@ -259,8 +259,10 @@ impl<'a> TrainingRun<'a> {
 
     /// Begins the decay of a training that ends when its held-out error is flat.
     fn notice_flat(&mut self) {
+        let entries = self.loss_log.entries();
+        let is_measured = entries.last().is_some_and(|entry| entry.held_out.is_some());
         let is_open = self.settings.until_flat && self.metadata.step < self.decay().from;
-        if is_open && is_flat(self.loss_log.entries()) {
+        if is_open && is_measured && is_flat(entries) {
             self.metadata.flat_at = Some(self.metadata.step);
         }
     }
