@@ -51,6 +51,12 @@ class Subject:
         return self.config["num_classes"]
 
 
+def config(dim, layers, classes):
+    """Sizes of a DiT_Llama."""
+    sizes = dict(dim=dim, n_layers=layers, n_heads=4, num_classes=classes)
+    return dict(in_channels=1, input_size=SIZE, patch_size=2, **sizes, norm_eps=1e-5)
+
+
 def digits():
     """(1797, 1, 32, 32) in -1..1, and their classes."""
     data = load_digits()
@@ -61,9 +67,7 @@ def digits():
 
 DIGITS = Subject(
     pictures=digits,
-    config=dict(
-        in_channels=1, input_size=SIZE, patch_size=2, dim=64, n_layers=6, n_heads=4, num_classes=10, norm_eps=1e-5
-    ),
+    config=config(dim=64, layers=6, classes=10),
     teacher=Plan("teacher", steps=1500, rate=2e-3, seed=1, warmup=100),
     classifier=Plan("classifier", steps=2000, rate=2e-3, seed=2, warmup=50, save_every=1000),
     hidden=64,

@@ -4,7 +4,7 @@
 
 Draws the letters A to Z, rendered here with the fonts that matplotlib brings (DejaVu, STIX, Computer Modern), moved,
 turned and scaled at random. Versions: assets/mini-dit/requirements.txt, and matplotlib 3.10. WORK/model is then a folder
-that clearform converts, and study.py takes `--model letters:WORK`. Neither the recipe nor the defaults were chosen on it,
+that clearform converts, and study.py takes `--subject letters --model WORK`. Neither the recipe nor the defaults were chosen on it,
 and the weights are not committed.
 """
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "assets/mini-dit"))
-from train import SIZE, Plan, Subject, evaluate, main, train_classifier, train_teacher, write_model  # noqa: E402
+from train import SIZE, Plan, Subject, config, evaluate, main, train_classifier, train_teacher, write_model  # noqa: E402
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
 EACH = 10  # pictures of a letter in a font
@@ -52,9 +52,7 @@ def rendered(path, letter, chance):
 
 LETTERS = Subject(
     pictures=letters,
-    config=dict(
-        in_channels=1, input_size=SIZE, patch_size=2, dim=128, n_layers=4, n_heads=4, num_classes=26, norm_eps=1e-5
-    ),
+    config=config(dim=128, layers=4, classes=26),
     teacher=Plan("teacher", steps=1500, rate=1.5e-3, seed=1, warmup=100),
     classifier=Plan("classifier", steps=3000, rate=2e-3, seed=2, warmup=50, save_every=1000),
     hidden=128,
