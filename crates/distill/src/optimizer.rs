@@ -50,15 +50,7 @@ impl OptimizerState {
             epsilon,
         };
         let adam = |(name, master, gradient): (&String, &Var, &Tensor)| {
-            let moment = |moments: &BTreeMap<String, Tensor>| {
-                moments.get(name).cloned().map_or_else(|| gradient.zeros_like(), Ok)
-            };
-            let state = AdamState {
-                parameter: master.as_detached_tensor(),
-                first: moment(&self.first)?,
-                second: moment(&self.second)?,
-            };
-            let stepped = adam_step(&state, gradient, step)?;
+            let stepped = adam_step(&self.state_of(name, master, gradient)?, gradient, step)?;
             master.set(&stepped.parameter)?;
             Ok((name.clone(), stepped))
         };
@@ -67,6 +59,17 @@ impl OptimizerState {
             self.second.insert(name, stepped.second);
         }
         Ok(())
+    }
+
+    /// A master with its moments, which are 0 before the first step.
+    fn state_of(&self, name: &str, master: &Var, gradient: &Tensor) -> Result<AdamState> {
+        let moment =
+            |moments: &BTreeMap<String, Tensor>| moments.get(name).cloned().map_or_else(|| gradient.zeros_like(), Ok);
+        Ok(AdamState {
+            parameter: master.as_detached_tensor(),
+            first: moment(&self.first)?,
+            second: moment(&self.second)?,
+        })
     }
 }
 
