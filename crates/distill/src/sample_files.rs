@@ -56,14 +56,17 @@ impl SampleFiles {
         if index.unconditional { self.used_prompts() } else { index.sample % self.settings.prompts.len() }
     }
 
+    /// The file that holds the embeddings of prompt number `prompt`.
     pub fn prompt_path(&self, prompt: usize) -> PathBuf {
         self.folder.join(format!("prompt-{prompt:05}.safetensors"))
     }
 
+    /// The file that holds the latents of batch number `batch`.
     pub fn batch_path(&self, batch: usize) -> PathBuf {
         self.folder.join(format!("batch-{batch:05}.safetensors"))
     }
 
+    /// The file that holds the position ids, which all samples share.
     pub fn ids_path(&self) -> PathBuf {
         self.folder.join("ids.safetensors")
     }

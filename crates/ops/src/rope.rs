@@ -51,6 +51,7 @@ impl RotaryAngles {
         Ok(Self { sin: self.sin.neg()?, ..self.clone() })
     }
 
+    /// The cosines and sines, each (tokens · head_dim / 2), in the type that rows of `E` are rotated in.
     pub fn tables<E: Element>(&self) -> Result<[Vec<E::Work>; 2]> {
         Ok([self.cos.flatten_all()?.to_vec1()?, self.sin.flatten_all()?.to_vec1()?])
     }
