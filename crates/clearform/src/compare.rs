@@ -7,7 +7,7 @@ use crate::page::Page;
 use crate::sources::{open_original_pipeline, open_pipeline};
 use crate::{ComputeDevice, Result};
 use clearform_models::Prompt;
-use clearform_runtime::compare::{contact_sheet, psnr, ssim};
+use clearform_runtime::image_metrics::{contact_sheet, psnr, ssim};
 use clearform_runtime::{RgbImage, png};
 use serde::{Deserialize, Serialize};
 use std::fmt;

@@ -1,15 +1,15 @@
 //! [`convert`]: from a checkpoint to a portable model: reads it, replaces its attention, distils it and writes it.
 
 use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
-use crate::distillation::{self, StudentSpec, TrainedStudent};
 use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{default_options, note_checkpoint, read_options};
+use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel};
 use clearform_attention::{AttentionPlan, Radius};
-use clearform_convert::{ConversionPlan, ConversionReport, PatchedAttention, SourceHashes};
+use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
@@ -127,7 +127,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
     let source = OpenSource::open(options, &adapters, observer)?;
     if options.training.as_ref().is_some_and(TrainingOptions::generates_samples) {
         let needed = source.edited.transformer.identified().components();
-        distillation::require_components(&source.components.missing(needed))?;
+        training::require_components(&source.components.missing(needed))?;
     }
     let staging = match options.training.as_ref().is_some_and(|training| training.resume) {
         true => StagingDir::resume(&options.output, options.overwrite)?,
@@ -187,7 +187,7 @@ impl Conversion<'_> {
         let folder = staging.work().join("training");
         let plan = &self.options.attention;
         let student = StudentSpec { plan, start: &start, folder: &folder, device: self.options.device };
-        distillation::train(teacher, student, &samples, &training, self.observer)
+        training::train(teacher, student, &samples, &training, self.observer)
     }
 
     /// The teacher's pipeline; `None` if a component of it is missing.
@@ -230,7 +230,7 @@ impl Conversion<'_> {
             |done: u64, total: u64| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
         Ok(match trained {
             Some(trained) => {
-                let distilled = PatchedAttention::new(&source, &trained.distilled.tensors);
+                let distilled = AttentionOverlay::new(&source, &trained.distilled.tensors);
                 conversion.apply(&distilled, transformer.load_report(), staging, &mut watch)?
             }
             None => conversion.apply(&source, transformer.load_report(), staging, &mut watch)?,

@@ -1,13 +1,13 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
-use crate::distillation::{self, StudentSpec};
 use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{open_original_pipeline, open_original_transformer, open_transformer};
+use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel};
-use clearform_convert::{ConversionPlan, PatchedAttention};
+use clearform_convert::{AttentionOverlay, ConversionPlan};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{Components, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
@@ -89,8 +89,8 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let start = student.source();
     let folder = staging.work().join("training");
     let spec = StudentSpec { plan: &plan, start: &start, folder: &folder, device: options.device };
-    let trained = distillation::train(&teacher, spec, &samples, &training, observer)?;
-    let distilled = PatchedAttention::new(&start, &trained.distilled.tensors);
+    let trained = training::train(&teacher, spec, &samples, &training, observer)?;
+    let distilled = AttentionOverlay::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .with_components(vec![options.model.clone()], CopyMode::Copy);
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
@@ -109,7 +109,7 @@ fn teacher_pipeline(options: &DistillOptions, teacher: &TransformerCheckpoint) -
     let components = components.with_embedded(teacher, &ReadOptions::default_options()?)?;
     let missing = components.missing(teacher.identified().components());
     if options.training.generates_samples() {
-        distillation::require_components(&missing)?;
+        training::require_components(&missing)?;
     }
     if !missing.is_empty() {
         return Ok(None);

@@ -3,7 +3,7 @@
 use crate::observer::{Observer, note};
 use crate::sources::{note_checkpoint, open_transformer_with, read_options};
 use crate::{ClearformError, Result, SourceOptions};
-use clearform_convert::PatchedAttention;
+use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};
 use serde::{Deserialize, Serialize};
@@ -58,7 +58,7 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     let layout = layout(transformer.identified(), &options.layout);
     let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
     let computed = transformer.architecture().computed_tensors(layout)?;
-    let file = PatchedAttention::new(&exported, &computed);
+    let file = AttentionOverlay::new(&exported, &computed);
     let plan = clearform_portable_model::recorded_plan(&options.model)?;
     save(&options.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     if let Some(plan) = plan {

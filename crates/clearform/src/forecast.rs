@@ -117,7 +117,7 @@ impl Forecast {
     }
 }
 
-/// Passes the notes on.
+/// Tells the observer the forecast's notes.
 pub fn announce(forecast: &Forecast, observer: &mut dyn Observer) {
     forecast.notes().iter().for_each(|message| observer.note(message));
 }

@@ -2,10 +2,10 @@
 
 use crate::Result;
 use crate::error::WithContext as _;
+use crate::judge::Judge;
 use crate::observer::Observer;
 use crate::page::Page;
 use crate::training_page::{add_curves, add_images};
-use crate::verdict::Judge;
 use clearform_distill::{TeacherStudent, TrainingProgress};
 use clearform_runtime::RgbImage;
 use std::path::{Path, PathBuf};

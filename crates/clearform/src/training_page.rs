@@ -4,7 +4,7 @@ use crate::Result;
 use crate::chart::{Series, chart};
 use crate::page::Page;
 use clearform_distill::LossEntry;
-use clearform_runtime::compare::contact_sheet;
+use clearform_runtime::image_metrics::contact_sheet;
 use clearform_runtime::{RgbImage, png};
 
 /// Rows of images, the teacher's first.

@@ -1,9 +1,9 @@
 //! The report on a training, as a page and as a section of the model's README.md.
 
 use crate::Result;
-use crate::distillation::TrainedStudent;
 use crate::error::WithContext as _;
 use crate::page::Page;
+use crate::training::TrainedStudent;
 use crate::training_page::{add_curves, add_images};
 use clearform_portable_model::{LevelErrors, StagingDir, VerdictRecord};
 

@@ -13,7 +13,7 @@ use candle_core::DType;
 use clearform_attention::AttentionPlan;
 use clearform_convert::PatchMode;
 use clearform_portable_model::{Overwrite, recorded_plan};
-use clearform_runtime::compare::{contact_sheet, psnr, retrieve, ssim};
+use clearform_runtime::image_metrics::{contact_sheet, psnr, retrieve, ssim};
 use clearform_runtime::{Adapters, Pipeline, PipelineOptions, RgbImage, png};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -58,8 +58,8 @@ impl TransferOptions {
     }
 }
 
-/// Measures what carries over from a model to its linear version, on a CPU in f32: differences then come from the attention
-/// alone, not from bf16 rounding. Writes `report.html`, `report.json` and contact sheets.
+/// Measures what carries over from a model to its linear version, by default on a CPU in f32: differences then come
+/// from the attention alone, not from bf16 rounding. Writes `report.html`, `report.json` and contact sheets.
 ///
 /// # Errors
 /// A model or adapter cannot be opened, the fine-tune cannot be patched, or the report cannot be written;

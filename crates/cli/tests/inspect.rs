@@ -247,7 +247,7 @@ fn evaluations_per_step_agree_with_the_models() {
         let architecture =
             FamilyRegistry::default().get(found["family"].as_str().unwrap()).unwrap().parse(&found["config"]).unwrap();
         let defaults = &found["variant"]["defaults"];
-        let guidance_kind = architecture.pipeline().guidance_kind();
+        let guidance_kind = architecture.pipeline_spec().guidance_kind();
         let evaluations = if guidance_kind.guides(defaults["guidance"].as_f64().unwrap()) { 2 } else { 1 };
         assert_eq!(defaults["evaluations"], evaluations, "{name} {arguments:?}");
     }

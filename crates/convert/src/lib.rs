@@ -15,6 +15,6 @@ mod plan;
 mod source_hashes;
 
 pub use error::{ConvertError, Result};
-pub use patch::{AttentionPatch, PatchMode, PatchedAttention};
+pub use patch::{AttentionOverlay, AttentionPatch, PatchMode};
 pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER_FILE};
 pub use source_hashes::SourceHashes;

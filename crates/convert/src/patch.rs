@@ -112,7 +112,7 @@ impl AttentionPatch {
         target: &'a dyn TensorSource,
         mode: PatchMode,
         base: Option<&'a dyn TensorSource>,
-    ) -> Result<PatchedAttention<'a>> {
+    ) -> Result<AttentionOverlay<'a>> {
         for info in self.tensors.tensors().iter().filter(|info| !is_learned(&info.name)) {
             check_shape(info, target, "the model")?;
         }
@@ -123,7 +123,7 @@ impl AttentionPatch {
                 return Err(ConvertError::DoesNotFit("shift needs the teacher; pass --base TEACHER".into()));
             }
         };
-        Ok(PatchedAttention { target, patch: &self.tensors, base })
+        Ok(AttentionOverlay { target, patch: &self.tensors, base })
     }
 
     fn check_base<'a>(&self, base: &'a dyn TensorSource) -> Result<&'a dyn TensorSource> {
@@ -139,14 +139,15 @@ impl AttentionPatch {
     }
 }
 
-/// A model with a patch applied. Each tensor is computed when it is read.
-pub struct PatchedAttention<'a> {
+/// A transformer with an attention patch over it, or with the attention that was just distilled. Each tensor is computed
+/// when it is read.
+pub struct AttentionOverlay<'a> {
     target: &'a dyn TensorSource,
     patch: &'a dyn TensorSource,
     base: Option<&'a dyn TensorSource>,
 }
 
-impl<'a> PatchedAttention<'a> {
+impl<'a> AttentionOverlay<'a> {
     /// `target` with its tensors replaced by those of `changed`, in the dtypes of `target`. Tensors of `changed` that
     /// `target` does not have are added.
     pub fn new(target: &'a dyn TensorSource, changed: &'a dyn TensorSource) -> Self {
@@ -154,7 +155,7 @@ impl<'a> PatchedAttention<'a> {
     }
 }
 
-impl TensorSource for PatchedAttention<'_> {
+impl TensorSource for AttentionOverlay<'_> {
     fn tensors(&self) -> Vec<TensorInfo> {
         let mut infos: BTreeMap<String, TensorInfo> =
             self.patch.tensors().into_iter().map(|info| (info.name.clone(), info)).collect();
@@ -174,7 +175,7 @@ impl TensorSource for PatchedAttention<'_> {
     }
 }
 
-impl PatchedAttention<'_> {
+impl AttentionOverlay<'_> {
     fn patched(&self, name: &str) -> clearform_weights::Result<Tensor> {
         let student = self.patch.tensor(name)?;
         let info = self.info(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })?;

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, PatchedAttention, SourceHashes, TRANSFORMER_FILE};
+use clearform_convert::{AttentionOverlay, AttentionPatch, ConversionPlan, PatchMode, SourceHashes, TRANSFORMER_FILE};
 use clearform_layout::{Dequantized, Hints, Identified, Manifests, detect};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
 use clearform_weights::{
@@ -133,7 +133,7 @@ fn a_patch_turns_the_teacher_into_the_student() {
     let plan = ConversionPlan::new(&identified, attention.clone());
     let model = folder.path().join("model");
     let canonical = identified.canonical(&checkpoint);
-    let added = write(&plan, &checkpoint, &PatchedAttention::new(&canonical, &trained), &model);
+    let added = write(&plan, &checkpoint, &AttentionOverlay::new(&canonical, &trained), &model);
     assert_eq!(added.len(), 2, "the third spatial weight was trained");
 
     let (student, kind) = open(&model.join("transformer"));

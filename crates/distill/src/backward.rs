@@ -45,7 +45,7 @@ pub fn backward(
     settings: &LossSettings,
     activations: Activations,
 ) -> Result<(Losses, Gradients)> {
-    let watched = settings.watched(models.trained().layer_names())?;
+    let watched = settings.watched(models.student_with_gradients().layer_names())?;
     let parts = if models.is_small() { batch.split()? } else { vec![batch.clone()] };
     let of_part = |part: &Batch| backward_part(models, part, settings, activations, &watched);
     let found = parts.par_iter().map(of_part).collect::<Result<Vec<_>>>()?;
@@ -62,7 +62,7 @@ fn backward_part(
     // Nothing before the first block is trained, so teacher and student begin with the same state.
     let embedded = detached(models.teacher().embed(&batch.input)?);
     let targets = TeacherTargets::compute(models.teacher(), embedded.clone(), watched)?;
-    let (mut saved, last) = forward(models.trained(), embedded, activations)?;
+    let (mut saved, last) = forward(models.student_with_gradients(), embedded, activations)?;
     let mut pass = BackwardPass {
         models,
         settings,
@@ -267,7 +267,7 @@ struct BackwardPass<'a> {
 impl BackwardPass<'_> {
     fn head(&mut self, last: HiddenState, target: &Tensor) -> Result<OutputGradient> {
         let (variables, state) = BlockInput::variables(last)?;
-        let prediction = self.models.trained().head(&state)?.to_dtype(DType::F32)?;
+        let prediction = self.models.student_with_gradients().head(&state)?.to_dtype(DType::F32)?;
         let denoising = mean_square(&without_variance(&prediction, target)?, target)?;
         let distance = mean_square(&prediction, &self.targets.prediction)?;
         self.losses.denoising = scalar(&denoising)?;
@@ -287,7 +287,7 @@ impl BackwardPass<'_> {
             SavedActivation::Graph(variables, output) => (variables, output),
             SavedActivation::Input(entry) => {
                 let (variables, entry) = BlockInput::of_block(index, entry)?;
-                (variables, self.models.trained().block(index, entry)?)
+                (variables, self.models.student_with_gradients().block(index, entry)?)
             }
         };
         let mut loss = gradient.seed(&output)?;

@@ -15,21 +15,21 @@
 
 mod backward;
 mod batches;
-mod checkpoint;
 mod differences;
 mod error;
 mod held_out;
+mod learning_rate;
 mod loss_log;
 mod optimizer;
 mod parallel;
 mod sample_files;
 mod sample_reader;
+mod sample_set;
 mod sample_settings;
-mod samples;
-mod schedule;
 mod settings;
 mod teacher_student;
 mod train;
+mod training_state;
 
 pub use backward::{Gradients, Losses, backward, prediction_error};
 pub use batches::{Batch, Batches};
@@ -38,8 +38,8 @@ pub use held_out::{HELD_OUT_LEVELS, HeldOut, PredictionErrors};
 pub use loss_log::LossEntry;
 pub use optimizer::{OptimizerState, clip_gradients};
 pub use sample_reader::Samples;
+pub use sample_set::{SampleSet, SamplingSpec};
 pub use sample_settings::{ClassifierFree, SampleSettings};
-pub use samples::{SampleSet, SamplingSpec};
 pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
 pub use teacher_student::{PairSpec, TeacherStudent};
 pub use train::{

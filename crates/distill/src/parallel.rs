@@ -1,4 +1,4 @@
-//! [`map_each`]: the same for many independent things.
+//! [`map_each`]: a function applied to each item, on all threads if that pays.
 
 use crate::Result;
 use rayon::prelude::*;

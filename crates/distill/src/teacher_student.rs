@@ -54,7 +54,7 @@ impl TeacherStudent {
         let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
         let [teacher, trained, student] =
             [built, trained, student].map(|denoiser| SeparateSamples::if_small(denoiser, parameters, &device));
-        Ok(Self { teacher, trained, student, process: spec.architecture.pipeline().noise_process(), masters })
+        Ok(Self { teacher, trained, student, process: spec.architecture.pipeline_spec().noise_process(), masters })
     }
 
     /// The model that is learned from.
@@ -62,8 +62,8 @@ impl TeacherStudent {
         self.teacher.as_ref()
     }
 
-    /// The model that learns, with gradients.
-    pub fn trained(&self) -> &dyn Denoiser {
+    /// The model that learns; it records its operations.
+    pub fn student_with_gradients(&self) -> &dyn Denoiser {
         self.trained.as_ref()
     }
 

@@ -1,9 +1,9 @@
 //! [`distill`]: the training loop. Everything that it needs to resume is in one file, which is written at intervals.
 
 use crate::backward::add_gradients;
-use crate::checkpoint::{ResumeRequirements, StateMetadata, TrainingState};
+use crate::learning_rate::{DecaySteps, is_flat};
 use crate::loss_log::LossLog;
-use crate::schedule::{DecaySteps, is_flat};
+use crate::training_state::{ResumeRequirements, StateMetadata, TrainingState};
 use crate::{
     Batches, DistillError, DistillSettings, Gradients, HeldOut, LossEntry, Losses, OptimizerState, Result, SampleSet,
     TeacherStudent, backward, clip_gradients,

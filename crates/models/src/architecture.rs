@@ -13,7 +13,7 @@ pub trait ModelFamily: Send + Sync {
     /// Name as in the manifests ("flux").
     fn name(&self) -> &'static str;
 
-    /// Reads the config.json of a transformer of this family. Nothing else in the workspace reads it.
+    /// Reads the config.json of a transformer of this family.
     ///
     /// # Errors
     /// A key of the wrong type, or sizes that contradict each other.
@@ -52,7 +52,7 @@ pub trait Architecture: Send + Sync {
     }
 
     /// The pipeline that runs the transformer.
-    fn pipeline(&self) -> &dyn PipelineSpec;
+    fn pipeline_spec(&self) -> &dyn PipelineSpec;
 }
 
 /// Channels of a transformer's inputs.

@@ -23,7 +23,7 @@ pub struct InputSizes {
 /// Not enough memory on the device.
 pub fn random_input(architecture: &dyn Architecture, sizes: &InputSizes) -> Result<DenoiserInput> {
     let channels = architecture.input_channels();
-    let pipeline = architecture.pipeline();
+    let pipeline = architecture.pipeline_spec();
     let patch_size = pipeline.patch_size();
     let grid = sizes.grid;
     let text = sizes.text;

@@ -30,7 +30,7 @@ pub struct BaseModel<'a> {
     pub attention: &'a str,
 }
 
-/// Kind of control.
+/// What a ControlNet takes: pixels or latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControlKind {
     /// Latents, packed like the model's own: (batch, image tokens, channels).

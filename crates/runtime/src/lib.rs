@@ -16,7 +16,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
-pub mod compare;
 mod components;
 mod control;
 mod control_concat;
@@ -26,6 +25,7 @@ mod generate;
 mod gpu_limits;
 mod held_weights;
 mod image_batch;
+pub mod image_metrics;
 mod images;
 mod latent_spec;
 mod loaded_pipeline;

@@ -137,9 +137,9 @@ impl TransformerCheckpoint {
         self.architecture.as_ref()
     }
 
-    /// The pipeline that runs it.
+    /// What its pipeline does, as far as the family decides it.
     pub fn pipeline_spec(&self) -> &dyn PipelineSpec {
-        self.architecture.pipeline()
+        self.architecture.pipeline_spec()
     }
 
     /// What the checkpoint was identified as, with the defaults of its variant.

@@ -74,7 +74,7 @@ impl Architecture for ToyArchitecture {
         InputChannels { latents: 1, text: None, pooled: None }
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

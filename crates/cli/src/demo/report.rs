@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clearform::TransferReport;
 use clearform::chart::{Series, chart};
 use clearform::page::Page;
-use clearform_runtime::compare::contact_sheet;
+use clearform_runtime::image_metrics::contact_sheet;
 use clearform_runtime::{RgbImage, png};
 use serde::Serialize;
 use std::fmt;

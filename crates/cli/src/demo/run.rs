@@ -11,7 +11,7 @@ use clearform::{
 };
 use clearform_distill::prediction_error;
 use clearform_models::{Denoiser, DenoiserInput};
-use clearform_runtime::compare::{psnr_of_all, retrieve};
+use clearform_runtime::image_metrics::{psnr_of_all, retrieve};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 

@@ -29,7 +29,7 @@ fn square(a: &Tensor, b: &Tensor) -> Tensor {
 /// The total loss with every layer watched, in one graph.
 fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
     let (teacher, teacher_attention) = run(models.teacher(), batch);
-    let (student, student_attention) = run(models.trained(), batch);
+    let (student, student_attention) = run(models.student_with_gradients(), batch);
     let denoising = (square(&student, &batch.target) / student.elem_count() as f64).unwrap();
     let prediction = (square(&student, &teacher) / student.elem_count() as f64).unwrap();
     let mut loss = (denoising + (prediction * 0.5).unwrap()).unwrap();
@@ -45,7 +45,7 @@ fn plain_loss(models: &TeacherStudent, batch: &Batch) -> Tensor {
 #[test]
 fn block_by_block_is_plain_backward() {
     let models = models("clear:r=2,d=2", DType::F32);
-    let layers = Some(models.trained().layer_names().to_vec());
+    let layers = Some(models.student_with_gradients().layer_names().to_vec());
     let batch = batch(&steps(), 1);
     let plain = plain_loss(&models, &batch);
     let loss = LossSettings { layers, ..LossSettings::default() };
@@ -123,8 +123,8 @@ impl Architecture for RecordingFlux {
     fn input_channels(&self) -> InputChannels {
         self.flux.input_channels()
     }
-    fn pipeline(&self) -> &dyn PipelineSpec {
-        self.flux.pipeline()
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
+        self.flux.pipeline_spec()
     }
 }
 

@@ -194,7 +194,8 @@ fn the_loss_falls_and_the_student_approaches_its_teacher() {
     assert_eq!(inputs.iter().map(|input| input.latents.dim(0).unwrap()).collect::<Vec<_>>(), [4, 3]);
     let before = prediction_error(models.teacher(), models.student(), &inputs).unwrap();
     // What records its operations keeps the activations of a whole generation.
-    let recorded = [models.student(), models.trained()].map(|model| model.forward(&inputs[0]).unwrap().track_op());
+    let recorded =
+        [models.student(), models.student_with_gradients()].map(|model| model.forward(&inputs[0]).unwrap().track_op());
     assert_eq!(recorded, [false, true]);
     // The teacher's weights are random, so it is far from denoising: that term would hide what the student learns of it.
     let loss = LossSettings { denoising: 0.0, ..LossSettings::default() };

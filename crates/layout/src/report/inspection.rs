@@ -144,7 +144,7 @@ impl Inspection {
         self.complete
     }
 
-    /// What is wrong.
+    /// The tensors that are missing, misshapen or not understood; those that are used are not listed.
     pub fn load_report(&self) -> LoadReport {
         let unmatched =
             |tensor: &UnusedTensor| (tensor.name.clone(), TensorOutcome::Unmatched { reason: tensor.reason.clone() });

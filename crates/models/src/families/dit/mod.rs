@@ -63,7 +63,7 @@ impl Architecture for DitConfig {
         Ok(InMemoryTensors::from_iter([("pos_embed".to_owned(), positions)]))
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

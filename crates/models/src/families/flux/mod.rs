@@ -88,7 +88,7 @@ impl Architecture for FluxConfig {
         InputChannels { latents, text: Some(self.text_channels), pooled: Some(self.pooled_channels) }
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

@@ -54,7 +54,7 @@ impl Architecture for MinrfConfig {
         InputChannels::of_class_model(self.in_channels)
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

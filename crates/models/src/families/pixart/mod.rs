@@ -72,7 +72,7 @@ impl Architecture for PixartConfig {
         InputChannels { latents: self.in_channels, text: Some(self.text_channels), pooled: None }
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

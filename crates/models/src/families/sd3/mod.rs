@@ -82,7 +82,7 @@ impl Architecture for Sd3Config {
         InputChannels { latents: self.in_channels, text, pooled: Some(self.pooled_channels) }
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

@@ -64,7 +64,7 @@ impl Architecture for SitConfig {
         self.0.computed_tensors(layout)
     }
 
-    fn pipeline(&self) -> &dyn PipelineSpec {
+    fn pipeline_spec(&self) -> &dyn PipelineSpec {
         self
     }
 }

@@ -1,10 +1,10 @@
 //! Trains a student on samples and judges it, for `convert`, `distill` and `demo`.
 
+use crate::judge::{Judge, Verdict, warning};
 use crate::live_report::LiveReport;
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::recipe::ResolvedTraining;
 use crate::training_samples::TrainingSamples;
-use crate::verdict::{Judge, Verdict, warning};
 use crate::{ClearformError, ComputeDevice, Result};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{

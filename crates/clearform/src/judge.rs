@@ -10,7 +10,7 @@ use clearform_distill::{HELD_OUT_LEVELS, HeldOut, TeacherStudent};
 use clearform_models::Denoiser;
 use clearform_portable_model::{ImageVerdict, LevelErrors, VerdictRecord};
 use clearform_runtime::RgbImage;
-use clearform_runtime::compare::{psnr_of_all, ssim};
+use clearform_runtime::image_metrics::{psnr_of_all, ssim};
 use clearform_sampling::StepProgress;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use std::collections::BTreeMap;
