@@ -297,9 +297,9 @@ mod tests {
     }
 
     #[test]
-    fn the_best_instruction_set_is_the_last_one_available() {
+    fn the_fastest_instruction_set_is_one_of_those_available() {
         let available: Vec<CpuFeatures> = CpuFeatures::available().collect();
-        assert_eq!(available.last(), Some(&CpuFeatures::detect()));
+        assert!(available.contains(&CpuFeatures::detect()));
         assert!(available.windows(2).all(|pair| pair[0] != pair[1]));
     }
 }
