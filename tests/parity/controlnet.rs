@@ -41,7 +41,7 @@ fn residuals_equal_those_of_diffusers() {
             let controlnet = &open(&[(net, 1.0)], plan).unwrap()[0].controlnet;
             let control = control(net);
             let mode = mode(net);
-            let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None };
+            let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None, embedded: None };
             let residuals = controlnet.residuals(&input, controls).unwrap();
             assert_eq!(residuals.len(), residuals_of(net).len(), "{net}");
             for (residual, (kind, blocks)) in residuals.iter().zip(residuals_of(net)) {
@@ -106,12 +106,13 @@ fn a_net_is_active_within_its_interval() {
 #[test]
 fn invalid_inputs_are_errors_that_give_the_reason() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
-    let error =
-        Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
+    let opened = Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap();
+    let error = opened[0].require_mode().unwrap_err().to_string();
     assert!(error.contains("a union ControlNet with 4 modes: pass ,mode=N, 0 to 3, found none"), "{error}");
     let controlnet = &open(&[("one-two", 1.0)], "full").unwrap()[0].controlnet;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
-    let error = controlnet.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
+    let controls = Controls { control: &narrow, mode: None, guidance: None, embedded: None };
+    let error = controlnet.residuals(&input(), controls).unwrap_err();
     assert!(error.to_string().contains("expected 20 tokens of 16 channels, found [1, 20, 8]"), "{error}");
     let error = open(&[("one-two", 1.0)], "banana").unwrap_err();
     assert!(error.contains("attention \"banana\""), "{error}");
