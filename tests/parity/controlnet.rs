@@ -12,6 +12,7 @@ use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, Stren
 use clearform_runtime::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, TransformerCheckpoint,
 };
+use serde_json::{Value, json as value};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use support::{assert_close, fixture, json, registry, tensors};
@@ -128,6 +129,35 @@ fn invalid_inputs_are_errors_that_give_the_reason() {
         error.contains("width: expected 48 as in the model, found 8: the ControlNet is for another model"),
         "{error}"
     );
+}
+
+/// Another value of a setting is refused, and a setting that is not understood is named.
+#[test]
+fn no_key_of_a_config_is_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let changed = |net: &str, key: &str, value: Value| {
+        let mut config = json(&format!("controlnet/{net}/config.json"));
+        config[key] = value;
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let weights = "diffusion_pytorch_model.safetensors";
+        std::fs::copy(fixture(&format!("controlnet/{net}")).join(weights), folder.path().join(weights)).unwrap();
+        let schedule = ControlNetSchedule::default();
+        let request = AdapterRequest { path: folder.path().to_owned(), schedule, ..AdapterRequest::default() };
+        Adapters::open(&[request], &registry()).unwrap().open_controlnets(&base()).map_err(|error| error.to_string())
+    };
+    for (net, key, value, expected) in [
+        ("union", "num_mode", value!(5), "\"num_mode\" is 5 in config.json, 4 from"),
+        ("one-two", "num_mode", value!(4), "controlnet_mode_embedder.weight\" is missing"),
+        ("hint", "conditioning_embedding_channels", value!(5), "is 5 in config.json, 4 from"),
+        ("hint", "patch_size", value!(1), "patch_size: expected 2 for a ControlNet that takes pixels, found 1"),
+        ("one-two", "guidance_embeds", value!(false), "\"guidance_embeds\" is false in config.json, true from"),
+    ] {
+        let error = changed(net, key, value).unwrap_err();
+        assert!(error.contains(expected), "{net} {key}: {error}");
+    }
+    assert_eq!(changed("one-two", "patch_size", value!(1)).unwrap()[0].controlnet.notes(), Vec::<String>::new());
+    let notes = changed("one-two", "theta", value!(1e4)).unwrap()[0].controlnet.notes();
+    assert!(notes.len() == 1 && notes[0].contains("the key \"theta\" is not understood and not used"), "{notes:?}");
 }
 
 fn predict(plan: &str, controlnets: &[ActiveControlNet], step_index: StepIndex) -> Tensor {
