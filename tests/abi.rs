@@ -83,12 +83,37 @@ fn a_plugin_in_c_edits_weights_as_the_example_in_rust_does() {
 #[test]
 fn a_controlnet_in_c_adds_its_constant() {
     let (registry, folder) = registry_with("constant.c", &[]);
-    let path = folder.path().join("constant.safetensors");
+    check_constant(&registry, folder.path());
+}
+
+/// abi/first-revision has the header before ClearformBranchInfo and ClearformStep grew.
+#[test]
+fn a_controlnet_built_with_the_first_revision_still_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let library = library_of("constant.c", folder.path());
+    let source = abi_folder().join("constant.c");
+    cc_with(&abi_folder().join("first-revision"), "-std=c99", &["-shared", "-fPIC"], &source, &library);
+    check_constant(&PluginRegistry::scan(&[folder.path().to_owned()]).unwrap(), folder.path());
+    let checked = check_plugin(&plugin_at(&library).unwrap()).unwrap();
+    assert!(checked.to_string().ends_with("1 of 1 examples passed"), "{checked}");
+}
+
+/// Checks the plugin of constant.c, which adds the same tensor after blocks 0 and 1.
+fn check_constant(registry: &PluginRegistry, folder: &Path) {
+    let path = folder.join("constant.safetensors");
     let constant = factors(48);
     save(&path, [("constant_residual".to_owned(), constant.clone())]);
     let request = AdapterRequest { path, ..AdapterRequest::default() };
-    let active = Adapters::open(&[request], &registry).unwrap().open_controlnets(&base()).unwrap().remove(0);
-    let expected = ControlInput { kind: ControlKind::Latents, channels: 16, modes: 0, range: [-1.0, 1.0] };
+    let active = Adapters::open(&[request], registry).unwrap().open_controlnets(&base()).unwrap().remove(0);
+    let expected = ControlInput {
+        kind: ControlKind::Latents,
+        channels: 16,
+        modes: 0,
+        range: [-1.0, 1.0],
+        unshifted: false,
+        zero_pooled: false,
+        embedded_latents: false,
+    };
     assert_eq!(active.controlnet.input(), expected);
     let denoiser = denoiser(&base());
     let input = input();
@@ -275,10 +300,19 @@ fn registry_with(source: &str, flags: &[&str]) -> (PluginRegistry, TempDir) {
 
 /// Builds tests/abi/`source` into `folder`.
 fn compile(source: &str, flags: &[&str], folder: &Path) -> PathBuf {
-    let library = folder.join(format!("lib{}.{DLL_EXTENSION}", source.strip_suffix(".c").unwrap()));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("abi").join(source);
+    let library = library_of(source, folder);
+    let source = abi_folder().join(source);
     cc("-std=c99", &[&["-shared", "-fPIC"][..], flags].concat(), &source, &library);
     library
+}
+
+/// The library of tests/abi/`source` in `folder`.
+fn library_of(source: &str, folder: &Path) -> PathBuf {
+    folder.join(format!("lib{}.{DLL_EXTENSION}", source.strip_suffix(".c").unwrap()))
+}
+
+fn abi_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("abi")
 }
 
 /// The compiler flag for a build that writes events to the file at `path`.
@@ -288,7 +322,17 @@ fn trace_flag(path: &Path) -> String {
 
 /// Runs the C compiler, which must not print a warning.
 fn cc(standard: &str, flags: &[&str], source: &Path, output: &Path) {
-    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/plugin-abi/include");
+    cc_with(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/plugin-abi/include"),
+        standard,
+        flags,
+        source,
+        output,
+    );
+}
+
+/// As [`cc`], with the header in the folder `include`.
+fn cc_with(include: &Path, standard: &str, flags: &[&str], source: &Path, output: &Path) {
     let mut command = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
     command.args([standard, "-Wall", "-Wextra", "-Werror", "-I"]).arg(include).args(flags);
     let done = command.arg(source).arg("-o").arg(output).output().expect("a C compiler: cc, or the one in CC");
@@ -306,12 +350,13 @@ mod header {
         ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformEdit, ClearformEditTensors, ClearformFile,
         ClearformGiveResidual, ClearformHost, ClearformPair, ClearformPlugin, ClearformStep, ClearformTensorInfo,
         ClearformText, DESCRIPTION_BEGIN, DESCRIPTION_END, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE,
-        EDIT_SCALE, ENTRY_SYMBOL, FAILED, LOG_ERROR, LOG_INFO, LOG_WARNING, OK, WHOLE_PARAMETER,
+        EDIT_SCALE, EMBEDDED_LATENTS, ENTRY_SYMBOL, FAILED, LOG_ERROR, LOG_INFO, LOG_WARNING, OK, UNSHIFTED_CONTROL,
+        WHOLE_PARAMETER, ZERO_POOLED,
     };
     use std::mem::offset_of;
     use std::process::Command;
 
-    const CONSTANTS: [(&str, i128); 26] = [
+    const CONSTANTS: [(&str, i128); 29] = [
         ("CLEARFORM_ABI_MAJOR", ABI_MAJOR as i128),
         ("CLEARFORM_OK", OK as i128),
         ("CLEARFORM_FAILED", FAILED as i128),
@@ -326,6 +371,9 @@ mod header {
         ("CLEARFORM_WHOLE_PARAMETER", WHOLE_PARAMETER as i128),
         ("CLEARFORM_CONTROL_LATENTS", CONTROL_LATENTS as i128),
         ("CLEARFORM_CONTROL_PIXELS", CONTROL_PIXELS as i128),
+        ("CLEARFORM_UNSHIFTED_CONTROL", UNSHIFTED_CONTROL as i128),
+        ("CLEARFORM_ZERO_POOLED", ZERO_POOLED as i128),
+        ("CLEARFORM_EMBEDDED_LATENTS", EMBEDDED_LATENTS as i128),
         ("DLPACK_MAJOR_VERSION", VERSION.major as i128),
         ("DLPACK_MINOR_VERSION", VERSION.minor as i128),
         ("DLPACK_FLAG_BITMASK_READ_ONLY", FLAG_READ_ONLY as i128),
@@ -395,9 +443,10 @@ mod header {
             struct_size, reserved, open, close, edit_count, edit, edit_tensors, skipped,
         }
         ClearformBase { struct_size, reserved, family, config, attention }
-        ClearformBranchInfo { struct_size, control, channels, modes, low, high }
+        ClearformBranchInfo { struct_size, control, channels, modes, low, high, flags, reserved }
         ClearformStep {
             struct_size, reserved, latents, timestep, text, pooled, guidance, image_ids, text_ids, control, mode,
+            embedded,
         }
         ClearformBranchTable { struct_size, reserved, open, close, info, residuals }
     }

@@ -12,6 +12,7 @@ use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, Stren
 use clearform_runtime::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, ReadOptions, TransformerCheckpoint,
 };
+use serde_json::{Value, json as value};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use support::{assert_close, fixture, json, registry, tensors};
@@ -41,7 +42,7 @@ fn residuals_equal_those_of_diffusers() {
             let controlnet = &open(&[(net, 1.0)], plan).unwrap()[0].controlnet;
             let control = control(net);
             let mode = mode(net);
-            let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None };
+            let controls = Controls { control: &control, mode: mode.as_ref(), guidance: None, embedded: None };
             let residuals = controlnet.residuals(&input, controls).unwrap();
             assert_eq!(residuals.len(), residuals_of(net).len(), "{net}");
             for (residual, (kind, blocks)) in residuals.iter().zip(residuals_of(net)) {
@@ -106,12 +107,13 @@ fn a_net_is_active_within_its_interval() {
 #[test]
 fn invalid_inputs_are_errors_that_give_the_reason() {
     let without_mode = AdapterRequest { path: net("union"), ..AdapterRequest::default() };
-    let error =
-        Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap_err().to_string();
+    let opened = Adapters::open(&[without_mode], &registry()).unwrap().open_controlnets(&base()).unwrap();
+    let error = opened[0].require_mode().unwrap_err().to_string();
     assert!(error.contains("a union ControlNet with 4 modes: pass ,mode=N, 0 to 3, found none"), "{error}");
     let controlnet = &open(&[("one-two", 1.0)], "full").unwrap()[0].controlnet;
     let narrow = control("one-two").narrow(2, 0, 8).unwrap();
-    let error = controlnet.residuals(&input(), Controls { control: &narrow, mode: None, guidance: None }).unwrap_err();
+    let controls = Controls { control: &narrow, mode: None, guidance: None, embedded: None };
+    let error = controlnet.residuals(&input(), controls).unwrap_err();
     assert!(error.to_string().contains("expected 20 tokens of 16 channels, found [1, 20, 8]"), "{error}");
     let error = open(&[("one-two", 1.0)], "banana").unwrap_err();
     assert!(error.contains("attention \"banana\""), "{error}");
@@ -127,6 +129,35 @@ fn invalid_inputs_are_errors_that_give_the_reason() {
         error.contains("width: expected 48 as in the model, found 8: the ControlNet is for another model"),
         "{error}"
     );
+}
+
+/// Another value of a setting is refused, and a setting that is not understood is named.
+#[test]
+fn no_key_of_a_config_is_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let changed = |net: &str, key: &str, value: Value| {
+        let mut config = json(&format!("controlnet/{net}/config.json"));
+        config[key] = value;
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let weights = "diffusion_pytorch_model.safetensors";
+        std::fs::copy(fixture(&format!("controlnet/{net}")).join(weights), folder.path().join(weights)).unwrap();
+        let schedule = ControlNetSchedule::default();
+        let request = AdapterRequest { path: folder.path().to_owned(), schedule, ..AdapterRequest::default() };
+        Adapters::open(&[request], &registry()).unwrap().open_controlnets(&base()).map_err(|error| error.to_string())
+    };
+    for (net, key, value, expected) in [
+        ("union", "num_mode", value!(5), "\"num_mode\" is 5 in config.json, 4 from"),
+        ("one-two", "num_mode", value!(4), "controlnet_mode_embedder.weight\" is missing"),
+        ("hint", "conditioning_embedding_channels", value!(5), "is 5 in config.json, 4 from"),
+        ("hint", "patch_size", value!(1), "patch_size: expected 2 for a ControlNet that takes pixels, found 1"),
+        ("one-two", "guidance_embeds", value!(false), "\"guidance_embeds\" is false in config.json, true from"),
+    ] {
+        let error = changed(net, key, value).unwrap_err();
+        assert!(error.contains(expected), "{net} {key}: {error}");
+    }
+    assert_eq!(changed("one-two", "patch_size", value!(1)).unwrap()[0].controlnet.notes(), Vec::<String>::new());
+    let notes = changed("one-two", "theta", value!(1e4)).unwrap()[0].controlnet.notes();
+    assert!(notes.len() == 1 && notes[0].contains("the key \"theta\" is not understood and not used"), "{notes:?}");
 }
 
 fn predict(plan: &str, controlnets: &[ActiveControlNet], step_index: StepIndex) -> Tensor {

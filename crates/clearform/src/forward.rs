@@ -117,7 +117,8 @@ fn inputs(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<String,
 }
 
 /// Removes the ControlNets' inputs from `inputs`: `controlnet_cond_0` is that of the first, `controlnet_cond` that of
-/// every ControlNet without its own. A mode that no ControlNet takes is ignored, as in diffusers.
+/// every ControlNet without its own; `controlnet_mode` likewise. A mode that no ControlNet takes is ignored, as in
+/// diffusers.
 fn take_controls(
     controlnets: &[ActiveControlNet],
     inputs: &mut BTreeMap<String, Tensor>,
@@ -135,10 +136,11 @@ fn take_controls(
         let path = active.controlnet.path().display();
         let missing = || format!("--inputs: {path} takes the input {CONTROL:?}, which is missing");
         let control = input_of(CONTROL, index).ok_or_else(|| ClearformError::BadOption(missing()))?;
+        let mode = input_of(MODE, index);
         controls.push(ControlNetInput {
             controlnet: active.controlnet.clone(),
+            mode: mode_of(active, mode, &control)?,
             control,
-            mode: input_of(MODE, index),
             guidance: None,
             scale: active.scale,
             interval: active.schedule.interval,
@@ -146,6 +148,30 @@ fn take_controls(
     }
     inputs.retain(|name, _| !used.contains(name));
     Ok(controls)
+}
+
+/// The mode of each sample of `control`, for a union ControlNet: that of its setting `mode=N`, or `input`.
+fn mode_of(active: &ActiveControlNet, input: Option<Tensor>, control: &Tensor) -> Result<Option<Tensor>> {
+    if active.controlnet.input().modes == 0 {
+        return Ok(None);
+    }
+    let path = active.controlnet.path().display();
+    match (active.schedule.mode, input) {
+        (None, None) => {
+            let reason = format!("{path}: a union ControlNet takes a mode: pass ,mode=N or the input {MODE:?}");
+            Err(ClearformError::BadOption(reason))
+        }
+        (None, Some(input)) => Ok(Some(input)),
+        (Some(mode), None) => Ok(Some(Tensor::full(mode as i64, (control.dim(0)?, 1), control.device())?)),
+        (Some(mode), Some(input)) => {
+            let found: Vec<f64> = input.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
+            if found.iter().all(|found| *found == mode as f64) {
+                return Ok(Some(input));
+            }
+            let reason = format!("{path}: mode={mode}, but the input {MODE:?} is {found:?}; state one of them");
+            Err(ClearformError::BadOption(reason))
+        }
+    }
 }
 
 /// Inputs of ControlNets, named as in forward() of the diffusers class.

@@ -286,10 +286,20 @@ typedef struct {
 
 /* ---- Interface clearform.branch/1: a network beside the model computes residuals for its blocks at each step ---- */
 
-/* The control is latents, packed like the model's own: (batch, image tokens, channels). */
+/* The control is latents in the form of the model's own: (batch, image tokens, channels) where the model takes packed
+ * latents, else (batch, channels, height, width). */
 #define CLEARFORM_CONTROL_LATENTS 1
 /* The control is an image, (batch, 3, height, width). */
 #define CLEARFORM_CONTROL_PIXELS 2
+
+/* Flags of ClearformBranchInfo. A host whose struct is too short for them knows none: then a branch that needs one fails
+ * in `info`. */
+/* Control latents are scaled as the model's own, but not shifted. */
+#define CLEARFORM_UNSHIFTED_CONTROL 1
+/* The pooled text of every step is zero. */
+#define CLEARFORM_ZERO_POOLED 2
+/* The branch takes ClearformStep's `embedded`. */
+#define CLEARFORM_EMBEDDED_LATENTS 4
 
 /* The model that the branch runs beside. Borrowed for the call of `open`, with its texts. */
 typedef struct {
@@ -308,6 +318,8 @@ typedef struct {
     uint32_t modes;       /* Number of modes of a union ControlNet; 0 if it has none. */
     double low;           /* Pixel value for black; the input of the VAE if the control is latents. */
     double high;          /* Pixel value for white. */
+    uint32_t flags;       /* CLEARFORM_UNSHIFTED_CONTROL and so on, or zero. The first revision ends before it. */
+    uint32_t reserved;    /* Zero. */
 } ClearformBranchInfo;
 
 /* The input of one evaluation, on the CPU, with the shapes of the forward method of the family's diffusers class. It is
@@ -315,7 +327,9 @@ typedef struct {
 typedef struct {
     uint32_t struct_size;                      /* Size of this struct in bytes. */
     uint32_t reserved;                         /* Zero. */
-    const DLManagedTensorVersioned *latents;   /* Noisy latents, (batch, image tokens, channels). */
+    /* Noisy latents: (batch, image tokens, channels) where the model takes packed latents, else (batch, channels,
+     * height, width). */
+    const DLManagedTensorVersioned *latents;
     const DLManagedTensorVersioned *timestep;  /* (batch). */
     const DLManagedTensorVersioned *text;      /* Text embeddings, (batch, text tokens, channels). */
     const DLManagedTensorVersioned *pooled;    /* Pooled text embeddings, (batch, channels). */
@@ -324,6 +338,9 @@ typedef struct {
     const DLManagedTensorVersioned *text_ids;  /* Positions of the text tokens, (text tokens, 3). */
     const DLManagedTensorVersioned *control;   /* The control, as ClearformBranchInfo describes it. */
     const DLManagedTensorVersioned *mode;      /* Mode of each image, (batch, 1), 64-bit integers. */
+    /* The latents as the model embeds them before its first block, (batch, image tokens, width) in raster order. Null
+     * without CLEARFORM_EMBEDDED_LATENTS. The first revision ends before it. */
+    const DLManagedTensorVersioned *embedded;
 } ClearformStep;
 
 /* Passes a residual, (batch, image tokens, width) in raster order, to the host, with the indexes of the model's blocks

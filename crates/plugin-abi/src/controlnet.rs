@@ -4,10 +4,18 @@ use crate::dlpack::DLManagedTensorVersioned;
 use crate::host::{ClearformFile, ClearformHost, ClearformText};
 use std::ffi::c_void;
 
-/// The control is latents, packed like the model's own: (batch, image tokens, channels).
+/// The control is latents in the form of the model's own: (batch, image tokens, channels) where the model takes packed
+/// latents, else (batch, channels, height, width).
 pub const CONTROL_LATENTS: u32 = 1;
 /// The control is an image, (batch, 3, height, width).
 pub const CONTROL_PIXELS: u32 = 2;
+
+/// Flag of [`ClearformBranchInfo`]: control latents are scaled as the model's own, but not shifted.
+pub const UNSHIFTED_CONTROL: u32 = 1;
+/// Flag of [`ClearformBranchInfo`]: the pooled text of every step is zero.
+pub const ZERO_POOLED: u32 = 2;
+/// Flag of [`ClearformBranchInfo`]: the network takes [`ClearformStep::embedded`].
+pub const EMBEDDED_LATENTS: u32 = 4;
 
 /// The model that the ControlNet runs beside. Borrowed for the call of `open`, with its texts.
 #[repr(C)]
@@ -41,6 +49,10 @@ pub struct ClearformBranchInfo {
     pub low: f64,
     /// Pixel value for white.
     pub high: f64,
+    /// [`UNSHIFTED_CONTROL`] and so on, or zero. The first revision of the interface ends before this field.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// The input of one evaluation, on the CPU, with the shapes of the forward method of the family's diffusers class. It
@@ -52,7 +64,8 @@ pub struct ClearformStep {
     pub struct_size: u32,
     /// Zero.
     pub reserved: u32,
-    /// Noisy latents, (batch, image tokens, channels).
+    /// Noisy latents: (batch, image tokens, channels) where the model takes packed latents, else (batch, channels,
+    /// height, width).
     pub latents: *const DLManagedTensorVersioned,
     /// (batch).
     pub timestep: *const DLManagedTensorVersioned,
@@ -70,6 +83,41 @@ pub struct ClearformStep {
     pub control: *const DLManagedTensorVersioned,
     /// Mode of each image, (batch, 1), 64-bit integers.
     pub mode: *const DLManagedTensorVersioned,
+    /// The latents as the model embeds them before its first block, (batch, image tokens, width) in raster order. Null
+    /// without [`EMBEDDED_LATENTS`]. The first revision of the interface ends before this field.
+    pub embedded: *const DLManagedTensorVersioned,
+}
+
+impl ClearformBranchInfo {
+    /// An info whose size is set and everything else zero, as the host passes it.
+    pub const EMPTY: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        control: 0,
+        channels: 0,
+        modes: 0,
+        low: 0.0,
+        high: 0.0,
+        flags: 0,
+        reserved: 0,
+    };
+}
+
+impl ClearformStep {
+    /// A step whose size is set and whose tensors are all null.
+    pub const EMPTY: Self = Self {
+        struct_size: size_of::<Self>() as u32,
+        reserved: 0,
+        latents: std::ptr::null(),
+        timestep: std::ptr::null(),
+        text: std::ptr::null(),
+        pooled: std::ptr::null(),
+        guidance: std::ptr::null(),
+        image_ids: std::ptr::null(),
+        text_ids: std::ptr::null(),
+        control: std::ptr::null(),
+        mode: std::ptr::null(),
+        embedded: std::ptr::null(),
+    };
 }
 
 /// Passes a residual, (batch, image tokens, width) in raster order, to the host, with the indexes of the model's blocks

@@ -35,7 +35,7 @@ pub mod tensor;
 
 pub use controlnet::{
     CONTROL_LATENTS, CONTROL_PIXELS, ClearformBase, ClearformBranchInfo, ClearformBranchTable, ClearformGiveResidual,
-    ClearformStep,
+    ClearformStep, EMBEDDED_LATENTS, UNSHIFTED_CONTROL, ZERO_POOLED,
 };
 pub use edits::{
     ClearformAdapterTable, ClearformEdit, ClearformEditTensors, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK,

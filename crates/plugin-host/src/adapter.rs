@@ -53,7 +53,8 @@ impl Adapter {
         let table: ClearformAdapterTable = unsafe { plugin.table() }?;
         let open = plugin.function("open", table.open)?;
         plugin.function("close", table.close)?;
-        let file = PluginFile::new(file);
+        let config = file.config().map_or_else(String::new, ToString::to_string);
+        let file = PluginFile::new(file, config)?;
         let mut instance = std::ptr::null_mut();
         // SAFETY: host and file outlive the instance.
         let status = unsafe { open(plugin.host(), file.table(), &raw mut instance) };

@@ -94,7 +94,8 @@ fn run_controlnet(plugin: &Plugin, example: &Example) -> Result<()> {
     let base = BaseModel { family, config: &config, attention: "full" };
     let controlnet = ControlNet::open(plugin, Arc::new(folder.file(example)?), base)?;
     let step = example.step.as_ref().ok_or_else(|| failed("the example has no step"))?;
-    let controls = Controls { control: &ones(&step.control)?, mode: None, guidance: None };
+    let embedded = step.embedded.as_deref().map(ones).transpose()?;
+    let controls = Controls { control: &ones(&step.control)?, mode: None, guidance: None, embedded: embedded.as_ref() };
     let residuals = controlnet.residuals(&input(step)?, controls)?;
     let blocks: Vec<_> = residuals.iter().map(|residual| residual.blocks.clone()).collect();
     match blocks == step.residuals {
@@ -128,7 +129,7 @@ fn input(step: &ExampleStep) -> Result<DenoiserInput> {
         text_ids: Some(Tensor::zeros((tokens, 3), DType::F32, &Device::Cpu)?),
         ..Conditions::default()
     };
-    let latents = ones(&[1, rows * columns, step.channels])?;
+    let latents = ones(step.latents.as_deref().unwrap_or(&[1, rows * columns, step.channels]))?;
     let timestep = (ones(&[1])? * 0.5)?;
     Ok(DenoiserInput { latents, timestep, step_index: StepIndex::default(), conditions })
 }

@@ -28,9 +28,20 @@ pub struct ControlNetInput {
 pub struct ControlledDenoiser<'a> {
     base: &'a dyn Denoiser,
     controls: Vec<ControlNetInput>,
-    /// Classifier-free guidance evaluates the same latents twice. The second evaluation reuses the residuals of the
-    /// first, as in diffusers' pipelines.
-    cached_residuals: Mutex<Option<(EvaluationKey, Arc<Vec<Residual>>)>>,
+    reuse: ResidualReuse,
+    /// With [`ResidualReuse::WithinStep`].
+    last_residuals: Mutex<Option<(EvaluationKey, Arc<Vec<Residual>>)>>,
+}
+
+/// Which residuals the second evaluation of classifier-free guidance gets, which has the latents of the first and
+/// another prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ResidualReuse {
+    /// Its own, of its own prompt: diffusers' StableDiffusion3ControlNetPipeline.
+    #[default]
+    Never,
+    /// Those of the first: FluxControlNetPipeline, which controls the negative prompt so.
+    WithinStep,
 }
 
 /// Identifies an evaluation: the tensors of its latents and timestep.
@@ -39,27 +50,37 @@ type EvaluationKey = [TensorId; 2];
 impl<'a> ControlledDenoiser<'a> {
     /// `base` with `controls`. Without any it computes the same as `base`.
     pub fn new(base: &'a dyn Denoiser, controls: Vec<ControlNetInput>) -> Self {
-        Self { base, controls, cached_residuals: Mutex::default() }
+        Self { base, controls, reuse: ResidualReuse::default(), last_residuals: Mutex::default() }
     }
 
-    fn residuals(&self, input: &DenoiserInput) -> Result<Arc<Vec<Residual>>> {
+    /// With other residuals for the second evaluation of a step.
+    #[must_use]
+    pub fn reusing(self, reuse: ResidualReuse) -> Self {
+        Self { reuse, ..self }
+    }
+
+    fn residuals(&self, input: &DenoiserInput, state: &HiddenState) -> Result<Arc<Vec<Residual>>> {
+        if self.reuse == ResidualReuse::Never {
+            return Ok(Arc::new(self.compute_residuals(input, state)?));
+        }
         let key: EvaluationKey = [input.latents.id(), input.timestep.id()];
-        let mut cached = self.cached_residuals.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*cached {
+        let mut last = self.last_residuals.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
             Some((known, residuals)) if *known == key => Ok(residuals.clone()),
             _ => {
-                let residuals = Arc::new(self.compute_residuals(input)?);
-                *cached = Some((key, residuals.clone()));
+                let residuals = Arc::new(self.compute_residuals(input, state)?);
+                *last = Some((key, residuals.clone()));
                 Ok(residuals)
             }
         }
     }
 
-    fn compute_residuals(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
+    /// `state` is that before the first block.
+    fn compute_residuals(&self, input: &DenoiserInput, state: &HiddenState) -> Result<Vec<Residual>> {
         let block_count = self.base.block_count();
         let mut residuals = Vec::new();
         for control in self.controls.iter().filter(|control| control.is_active_at(input.step_index)) {
-            residuals.extend(control.residuals(input)?);
+            residuals.extend(control.residuals(input, state)?);
         }
         match residuals.iter().flat_map(|residual| &residual.blocks).find(|block| **block >= block_count) {
             None => Ok(residuals),
@@ -78,9 +99,12 @@ impl ControlNetInput {
         progress(index) >= self.interval[0] && progress(index + 1) <= self.interval[1]
     }
 
-    fn residuals(&self, input: &DenoiserInput) -> Result<Vec<Residual>> {
+    fn residuals(&self, input: &DenoiserInput, state: &HiddenState) -> Result<Vec<Residual>> {
         let Self { control, mode, guidance, .. } = self;
-        let controls = Controls { control, mode: mode.as_ref(), guidance: guidance.as_ref() };
+        let to_raster = || state.context.geometry.to_raster(&state.image);
+        let embedded = self.controlnet.input().embedded_latents.then(to_raster).transpose()?;
+        let controls =
+            Controls { control, mode: mode.as_ref(), guidance: guidance.as_ref(), embedded: embedded.as_ref() };
         let scaled = |Residual { tensor, blocks }| -> Result<Residual> {
             let tensor = (tensor.to_device(input.latents.device())? * self.scale)?;
             Ok(Residual { tensor: tensor.to_dtype(input.latents.dtype())?, blocks })
@@ -110,8 +134,8 @@ impl Denoiser for ControlledDenoiser<'_> {
         if self.controls.is_empty() {
             return self.base.forward(input);
         }
-        let residuals = self.residuals(input).map_err(model_error)?;
         let mut state = self.base.embed(input)?;
+        let residuals = self.residuals(input, &state).map_err(model_error)?;
         let to_tiles = |residual: &Residual| state.context.geometry.to_tiles(&residual.tensor);
         let tiled = residuals.iter().map(to_tiles).collect::<candle_core::Result<Vec<_>>>()?;
         for index in 0..self.base.block_count() {

@@ -11,7 +11,7 @@ use clearform_plugin_abi::dlpack::DLManagedTensorVersioned;
 use clearform_plugin_abi::tensor::OwnedTensor;
 use clearform_plugin_abi::{
     CONTROL_LATENTS, CONTROL_PIXELS, CONTROLNET_INTERFACE, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
-    ClearformStep, ClearformText, FAILED, OK,
+    ClearformStep, ClearformText, EMBEDDED_LATENTS, FAILED, OK, UNSHIFTED_CONTROL, ZERO_POOLED,
 };
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -33,7 +33,8 @@ pub struct BaseModel<'a> {
 /// What a ControlNet takes: pixels or latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControlKind {
-    /// Latents, packed like the model's own: (batch, image tokens, channels).
+    /// Latents in the form of the model's own: (batch, image tokens, channels) where it takes packed latents, else
+    /// (batch, channels, height, width).
     Latents,
     /// An image, (batch, 3, height, width).
     Pixels,
@@ -50,6 +51,12 @@ pub struct ControlInput {
     pub modes: usize,
     /// Pixel values for black and white; the input of the VAE if the control is latents.
     pub range: [f64; 2],
+    /// Whether control latents are scaled as the model's own, but not shifted.
+    pub unshifted: bool,
+    /// Whether the pooled text that it gets is zero.
+    pub zero_pooled: bool,
+    /// Whether it takes the latents as the model embeds them, [`Controls::embedded`].
+    pub embedded_latents: bool,
 }
 
 /// The input of a ControlNet at one evaluation, in addition to the model's own.
@@ -61,6 +68,8 @@ pub struct Controls<'a> {
     pub mode: Option<&'a Tensor>,
     /// Guidance scale, (batch), if the model's own input has none.
     pub guidance: Option<&'a Tensor>,
+    /// The latents as the model embeds them, (batch, image tokens, width) in raster order.
+    pub embedded: Option<&'a Tensor>,
 }
 
 /// A residual, and the blocks of the model whose image stream it is added to.
@@ -99,7 +108,8 @@ impl ControlNet {
         let open = plugin.function("open", table.open)?;
         plugin.function("close", table.close)?;
         plugin.function("residuals", table.residuals)?;
-        let file = PluginFile::new(file);
+        let own_config = file.config().map_or_else(String::new, ToString::to_string);
+        let file = PluginFile::new(file, own_config)?;
         let config = base.config.to_string();
         let base = base.to_c(&config);
         let mut instance = std::ptr::null_mut();
@@ -109,8 +119,7 @@ impl ControlNet {
             let reason = file.explain(reason);
             PluginError::BadAdapter { adapter: file.path().to_owned(), reason }
         })?;
-        let unknown = ControlInput { kind: ControlKind::Latents, channels: 0, modes: 0, range: [0.0, 1.0] };
-        let mut controlnet = Self { plugin, table, instance, file, input: unknown };
+        let mut controlnet = Self { plugin, table, instance, file, input: ControlInput::UNKNOWN };
         controlnet.input = controlnet.read_input()?;
         Ok(controlnet)
     }
@@ -125,9 +134,10 @@ impl ControlNet {
         self.file.path()
     }
 
-    /// The plugin's messages to the user since the last call.
+    /// The plugin's messages to the user since the last call, with the path of the file.
     pub fn notes(&self) -> Vec<String> {
-        self.plugin.notes()
+        let notes = self.plugin.notes().into_iter();
+        notes.map(|note| format!("{}: {note}", self.path().display())).collect()
     }
 
     /// The residuals of one evaluation, unscaled.
@@ -136,7 +146,7 @@ impl ControlNet {
     /// The plugin cannot use the input, or violates the plugin interface.
     pub fn residuals(&self, input: &DenoiserInput, controls: Controls) -> Result<Vec<Residual>> {
         let residuals = self.plugin.function("residuals", self.table.residuals)?;
-        let tensors = StepTensors::new(input, controls)?;
+        let tensors = StepTensors::new(input, controls, self.input.zero_pooled)?;
         let step = tensors.step();
         let mut received = ReceivedResiduals::default();
         // SAFETY: the instance is open; the step's tensors and `received` outlive the call.
@@ -152,25 +162,53 @@ impl ControlNet {
 
     fn read_input(&self) -> Result<ControlInput> {
         let describe = self.plugin.function("info", self.table.info)?;
-        let struct_size = size_of::<ClearformBranchInfo>() as u32;
-        let mut info = ClearformBranchInfo { struct_size, control: 0, channels: 0, modes: 0, low: 0.0, high: 1.0 };
+        let mut info = ClearformBranchInfo { high: 1.0, ..ClearformBranchInfo::EMPTY };
         // SAFETY: the instance is open, and the struct is ours.
         let status = unsafe { describe(self.instance, &raw mut info) };
         self.plugin.check_status(status).map_err(|reason| self.error(reason))?;
-        let kind = match info.control {
-            CONTROL_LATENTS => ControlKind::Latents,
-            CONTROL_PIXELS => ControlKind::Pixels,
-            other => {
-                let reason = format!("expected a control of kind 1 (latents) or 2 (pixels), found {other}");
-                return Err(self.plugin.error(reason));
-            }
-        };
-        let range = [info.low, info.high];
-        Ok(ControlInput { kind, channels: info.channels as usize, modes: info.modes as usize, range })
+        ControlInput::of(&info).map_err(|reason| self.plugin.error(reason))
     }
 
     fn error(&self, reason: String) -> PluginError {
         PluginError::BadAdapter { adapter: self.path().to_owned(), reason: self.file.explain(reason) }
+    }
+}
+
+impl ControlInput {
+    /// Before the plugin has described it.
+    const UNKNOWN: Self = Self {
+        kind: ControlKind::Latents,
+        channels: 0,
+        modes: 0,
+        range: [0.0, 1.0],
+        unshifted: false,
+        zero_pooled: false,
+        embedded_latents: false,
+    };
+
+    /// What `info` describes; the error says what is wrong with it.
+    fn of(info: &ClearformBranchInfo) -> std::result::Result<Self, String> {
+        let kind = match info.control {
+            CONTROL_LATENTS => ControlKind::Latents,
+            CONTROL_PIXELS => ControlKind::Pixels,
+            other => return Err(format!("expected a control of kind 1 (latents) or 2 (pixels), found {other}")),
+        };
+        let unknown = info.flags & !(UNSHIFTED_CONTROL | ZERO_POOLED | EMBEDDED_LATENTS);
+        if unknown != 0 {
+            return Err(format!(
+                "it asks for inputs that this version does not know (flags {unknown:#x}): get a newer one"
+            ));
+        }
+        let has = |flag: u32| info.flags & flag != 0;
+        Ok(Self {
+            kind,
+            channels: info.channels as usize,
+            modes: info.modes as usize,
+            range: [info.low, info.high],
+            unshifted: has(UNSHIFTED_CONTROL),
+            zero_pooled: has(ZERO_POOLED),
+            embedded_latents: has(EMBEDDED_LATENTS),
+        })
     }
 }
 
@@ -257,22 +295,25 @@ struct StepTensors {
     text_ids: Option<OwnedTensor>,
     control: OwnedTensor,
     mode: Option<OwnedTensor>,
+    embedded: Option<OwnedTensor>,
 }
 
 impl StepTensors {
-    fn new(input: &DenoiserInput, controls: Controls) -> Result<Self> {
+    fn new(input: &DenoiserInput, controls: Controls, zero_pooled: bool) -> Result<Self> {
         let conditions = &input.conditions;
+        let zeros = conditions.pooled.as_ref().filter(|_| zero_pooled).map(Tensor::zeros_like).transpose()?;
         let optional = |tensor: Option<&Tensor>| tensor.map(OwnedTensor::from_candle).transpose();
         Ok(Self {
             latents: OwnedTensor::from_candle(&input.latents)?,
             timestep: OwnedTensor::from_candle(&input.timestep)?,
             text: optional(conditions.text.as_ref())?,
-            pooled: optional(conditions.pooled.as_ref())?,
+            pooled: optional(zeros.as_ref().or(conditions.pooled.as_ref()))?,
             guidance: optional(conditions.guidance.as_ref().or(controls.guidance))?,
             image_ids: optional(conditions.image_ids.as_ref())?,
             text_ids: optional(conditions.text_ids.as_ref())?,
             control: OwnedTensor::from_candle(controls.control)?,
             mode: optional(controls.mode)?,
+            embedded: optional(controls.embedded)?,
         })
     }
 
@@ -280,8 +321,6 @@ impl StepTensors {
     fn step(&self) -> ClearformStep {
         let pointer = |tensor: &Option<OwnedTensor>| tensor.as_ref().map_or(std::ptr::null(), OwnedTensor::as_ptr);
         ClearformStep {
-            struct_size: size_of::<ClearformStep>() as u32,
-            reserved: 0,
             latents: self.latents.as_ptr(),
             timestep: self.timestep.as_ptr(),
             text: pointer(&self.text),
@@ -291,6 +330,31 @@ impl StepTensors {
             text_ids: pointer(&self.text_ids),
             control: self.control.as_ptr(),
             mode: pointer(&self.mode),
+            embedded: pointer(&self.embedded),
+            ..ClearformStep::EMPTY
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_say_what_a_controlnet_takes() {
+        let info = |flags| ClearformBranchInfo { control: CONTROL_LATENTS, flags, ..ClearformBranchInfo::EMPTY };
+        let taken = |flags| {
+            let input = ControlInput::of(&info(flags)).unwrap();
+            [input.unshifted, input.zero_pooled, input.embedded_latents]
+        };
+        assert_eq!(taken(0), [false; 3]);
+        assert_eq!(taken(UNSHIFTED_CONTROL), [true, false, false]);
+        assert_eq!(taken(ZERO_POOLED), [false, true, false]);
+        assert_eq!(taken(EMBEDDED_LATENTS), [false, false, true]);
+        let error = ControlInput::of(&info(EMBEDDED_LATENTS | 0x100)).unwrap_err();
+        assert!(error.contains("flags 0x100"), "{error}");
+        let error = ControlInput::of(&ClearformBranchInfo::EMPTY).unwrap_err();
+        assert!(error.contains("expected a control of kind 1 (latents) or 2 (pixels), found 0"), "{error}");
     }
 }

@@ -72,6 +72,10 @@ pub struct ExampleStep {
     pub grid: [usize; 2],
     /// Channels of a latent token.
     pub channels: usize,
+    /// Shape of the latents, for models that do not take them packed into tokens.
+    pub latents: Option<Vec<usize>>,
+    /// Shape of the latents as the model embeds them, for a ControlNet that takes them so.
+    pub embedded: Option<Vec<usize>>,
     /// Tokens and channels of the text.
     pub text: [usize; 2],
     /// Channels of the pooled text.

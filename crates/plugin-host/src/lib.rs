@@ -36,7 +36,7 @@ pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, PluginEn
 pub use adapter::Adapter;
 pub use adapter_report::AdapterReport;
 pub use check::{ExampleResults, check_plugin};
-pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser};
+pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser, ResidualReuse};
 pub use controlnet::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
 pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim};
 pub use edit::{Edit, EditKind};

@@ -167,7 +167,8 @@ impl Adapters {
         Ok(EditedTransformer { transformer, edits, reports })
     }
 
-    /// Opens the ControlNets for `transformer`.
+    /// Opens the ControlNets for `transformer`. Union ControlNets may still lack a mode:
+    /// [`ActiveControlNet::require_mode`].
     ///
     /// # Errors
     /// The plugin rejects a file, the file belongs to another model, or interval or mode are invalid.
@@ -202,17 +203,31 @@ impl PendingControlNet {
             return bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}"));
         }
         match (controlnet.input().modes, mode) {
-            (0, None) => {}
             (0, Some(_)) => return bad("it has no modes; remove ,mode=N".to_owned()),
-            (modes, Some(mode)) if mode < modes => {}
-            (modes, found) => {
-                let found = found.map_or("none".to_owned(), |mode| mode.to_string());
-                return bad(format!(
-                    "a union ControlNet with {modes} modes: pass ,mode=N, 0 to {}, found {found}",
-                    modes - 1
-                ));
-            }
+            (modes, Some(mode)) if mode >= modes => return bad(wrong_mode(modes, &mode.to_string())),
+            _ => {}
         }
         Ok(ActiveControlNet { controlnet, scale: self.request.strength.overall, schedule: self.request.schedule })
     }
+}
+
+impl ActiveControlNet {
+    /// Checks that a union ControlNet has a mode.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn require_mode(&self) -> Result<()> {
+        match (self.controlnet.input().modes, self.schedule.mode) {
+            (0, _) | (_, Some(_)) => Ok(()),
+            (modes, None) => Err(RuntimeError::BadSetting(format!(
+                "{}: {}",
+                self.controlnet.path().display(),
+                wrong_mode(modes, "none")
+            ))),
+        }
+    }
+}
+
+fn wrong_mode(modes: usize, found: &str) -> String {
+    format!("a union ControlNet with {modes} modes: pass ,mode=N, 0 to {}, found {found}", modes - 1)
 }

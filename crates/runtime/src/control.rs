@@ -5,8 +5,9 @@ use crate::control_concat::channel_axis;
 use crate::stages::repeat;
 use crate::{Pipeline, Result, RuntimeError};
 use candle_core::{DType, Device, Tensor};
+use clearform_models::vae::Autoencoder;
 use clearform_models::{BatchSpec, ImageSize};
-use clearform_plugin_host::{ControlKind, ControlNetInput};
+use clearform_plugin_host::{ControlInput, ControlKind, ControlNetInput};
 use image::RgbImage;
 use image::imageops::{FilterType, resize};
 
@@ -88,16 +89,20 @@ impl Pipeline {
     fn control_values(&self, active: &ActiveControlNet, images: &[RgbImage], size: ImageSize) -> Result<Tensor> {
         let input = active.controlnet.input();
         let pixels = all_pixels(images, size, input.range)?;
-        let control = match input.kind {
-            ControlKind::Pixels => pixels,
-            ControlKind::Latents => self.encode_image(&pixels)?,
+        let control = match input {
+            ControlInput { kind: ControlKind::Pixels, .. } => pixels,
+            ControlInput { unshifted: true, .. } => {
+                self.encode_image(&pixels, |vae, image| vae.encode_unshifted(image))?
+            }
+            _ => self.encode_image(&pixels, |vae, image| vae.encode(image))?,
         };
         let channels = control.dim(channel_axis(&control))?;
         if channels == input.channels {
             return Ok(control);
         }
         Err(RuntimeError::BadSetting(format!(
-            "{}: expected a control image of {} channels, found {channels}: the ControlNet belongs to another model",
+            "{}: expected a control image of {} channels, found {channels}: the ControlNet belongs to another model, or \
+             takes a mask too (inpainting), which is not supported",
             active.controlnet.path().display(),
             input.channels
         )))
@@ -113,26 +118,33 @@ impl Pipeline {
             (false, _) => Ok(None),
             (true, []) => Err(missing_control()),
             (true, images) => {
-                let latents = self.encode_image(&all_pixels(images, batch_spec.size, VAE_RANGE)?)?;
+                let pixels = all_pixels(images, batch_spec.size, VAE_RANGE)?;
+                let latents = self.encode_image(&pixels, |vae, image| vae.encode(image))?;
                 repeat(&latents, batch_spec.batch).map(Some)
             }
         }
     }
 
-    /// The means of the VAE's latents, packed if the transformer takes them so. One image at a time, as they are decoded.
+    /// The means of the VAE's latents as `encode` gives them, packed if the transformer takes them so. One image at a time,
+    /// as they are decoded.
     ///
     /// # Shapes
     /// (batch, 3, height, width) -> (batch, image tokens, channels) or (batch, channels, height, width).
-    fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
+    fn encode_image(
+        &self,
+        pixels: &Tensor,
+        encode: impl Fn(&dyn Autoencoder, &Tensor) -> clearform_models::Result<Tensor>,
+    ) -> Result<Tensor> {
         let vae = self.autoencoder()?.ok_or_else(|| {
             RuntimeError::BadSetting("control images: this model has no VAE to encode them with".to_owned())
         })?;
         let (batch, _, height, width) = pixels.dims4()?;
         self.check_decodable(ImageSize { height, width })?;
-        let encode = |index| -> Result<Tensor> {
-            Ok(vae.encode(&pixels.narrow(0, index, 1)?.contiguous()?.to_device(self.device())?)?)
+        let encode_one = |index| -> Result<Tensor> {
+            let image = pixels.narrow(0, index, 1)?.contiguous()?.to_device(self.device())?;
+            Ok(encode(vae.as_ref(), &image)?)
         };
-        let latents = Tensor::cat(&(0..batch).map(encode).collect::<Result<Vec<_>>>()?, 0)?;
+        let latents = Tensor::cat(&(0..batch).map(encode_one).collect::<Result<Vec<_>>>()?, 0)?;
         Ok(self.transformer().pipeline_spec().pack(&latents)?.0)
     }
 }

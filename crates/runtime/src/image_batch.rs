@@ -5,8 +5,8 @@ use crate::control::ControlImages;
 use crate::control_concat::ControlConcat;
 use crate::{EncodedPrompts, GuidanceScales, InitialLatents, Pipeline, Result};
 use candle_core::Tensor;
-use clearform_models::{BatchSpec, Denoiser};
-use clearform_plugin_host::{ControlNetInput, ControlledDenoiser};
+use clearform_models::{BatchSpec, Denoiser, GuidanceKind};
+use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, ResidualReuse};
 use clearform_sampling::{Guidance, Schedule, Start, StepAction, StepProgress, denoise};
 
 /// Images that are denoised together.
@@ -32,6 +32,7 @@ pub struct PreparedBatch {
     /// Latents of the transformer's own control image.
     control: Option<Tensor>,
     controlnets: Vec<ControlNetInput>,
+    reuse: ResidualReuse,
 }
 
 impl Pipeline {
@@ -46,6 +47,10 @@ impl Pipeline {
             guidance: self.guidance(&prompts, &latents, scales)?,
             control: self.control_latents(&controls, batch_spec)?,
             controlnets: self.controlnet_inputs(&controls, batch_spec)?,
+            reuse: match self.guidance_kind() {
+                GuidanceKind::Embedded => ResidualReuse::WithinStep,
+                GuidanceKind::ClassifierFree { .. } => ResidualReuse::Never,
+            },
             start: Start::from_noise(latents.tensor),
             schedule,
         })
@@ -53,6 +58,11 @@ impl Pipeline {
 }
 
 impl PreparedBatch {
+    /// The inputs of the ControlNets.
+    pub fn controlnets(&self) -> &[ControlNetInput] {
+        &self.controlnets
+    }
+
     /// Denoises the batch with `transformer`, which the pipeline loaded. `hook` is called after each step.
     ///
     /// # Shapes
@@ -66,7 +76,7 @@ impl PreparedBatch {
         hook: &mut dyn FnMut(&StepProgress) -> StepAction,
     ) -> Result<Tensor> {
         let with_control = ControlConcat { base: transformer, control: self.control };
-        let denoiser = ControlledDenoiser::new(&with_control, self.controlnets);
+        let denoiser = ControlledDenoiser::new(&with_control, self.controlnets).reusing(self.reuse);
         Ok(denoise(&denoiser, self.start, &self.schedule, &self.guidance, hook)?)
     }
 }

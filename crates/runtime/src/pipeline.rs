@@ -98,6 +98,7 @@ impl Pipeline {
         }
         let plan = options.plan.clone().unwrap_or_else(AttentionPlan::full);
         let controlnets = options.adapters.open_controlnets(&transformer)?;
+        controlnets.iter().try_for_each(ActiveControlNet::require_mode)?;
         let scheduler = scheduler(&components, &transformer)?;
         let guidance_kind = transformer.pipeline_spec().guidance_kind().with_channels(options.guided_channels);
         let latent_spec = LatentSpec::new(&components, &transformer)?;

@@ -1,10 +1,11 @@
-//! [`InjectionRule`]: which of the model's blocks each residual is added to, as in diffusers' `FluxTransformer2DModel`.
+//! Which of the model's blocks each residual is added to: [`FluxInjection`] as in diffusers' `FluxTransformer2DModel`,
+//! [`sd3_blocks`] as in `SD3Transformer2DModel`.
 
 use candle_core::Tensor;
 use clearform_models::families::flux::{FluxConfig, FluxControlNet, FluxResiduals};
 
-/// The rule for one ControlNet and one model.
-pub struct InjectionRule {
+/// The rule for one ControlNet and one FLUX model.
+pub struct FluxInjection {
     double_blocks: usize,
     single_blocks: usize,
     rule: BlockRule,
@@ -19,7 +20,7 @@ enum BlockRule {
     Repeat,
 }
 
-impl InjectionRule {
+impl FluxInjection {
     /// The rule for `net` beside a model with the config `base`.
     pub fn new(net: &FluxControlNet, base: &FluxConfig) -> Self {
         let rule = if net.takes_pixels() { BlockRule::Repeat } else { BlockRule::Spread };
@@ -50,6 +51,20 @@ impl BlockRule {
     }
 }
 
+/// The blocks of each of `residuals` residuals in an SD3 model of `blocks` blocks: block i gets residual
+/// i / (blocks / residuals), rounded down. The last block, which does not update the text, gets none.
+pub fn sd3_blocks(residuals: usize, blocks: usize) -> Vec<Vec<u32>> {
+    let mut blocks_of = vec![Vec::new(); residuals];
+    // In f64 as Python computes it: the quotients are rounded, and then the index is.
+    let interval = blocks as f64 / residuals as f64;
+    for block in 0..blocks.saturating_sub(1) {
+        if let Some(blocks) = blocks_of.get_mut((block as f64 / interval) as usize) {
+            blocks.push(block as u32);
+        }
+    }
+    blocks_of
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,5 +81,17 @@ mod tests {
     #[test]
     fn few_residuals_repeat() {
         assert_eq!(BlockRule::Repeat.blocks(2, 5, 0), [vec![0, 2, 4], vec![1, 3]]);
+    }
+
+    #[test]
+    fn the_last_block_of_sd3_gets_nothing() {
+        assert_eq!(sd3_blocks(2, 5), [vec![0, 1, 2], vec![3]]);
+        assert_eq!(sd3_blocks(3, 5), [vec![0, 1], vec![2, 3], vec![]]);
+        assert_eq!(sd3_blocks(4, 2), [vec![0], vec![], vec![], vec![]]);
+        assert_eq!(sd3_blocks(0, 5), Vec::<Vec<u32>>::new());
+        assert_eq!(sd3_blocks(1, 0), [Vec::<u32>::new()]);
+        // SD 3.5 large with Stability's ControlNets: two blocks each, but for the last.
+        let counts: Vec<usize> = sd3_blocks(19, 38).iter().map(Vec::len).collect();
+        assert_eq!((counts[..18].iter().all(|count| *count == 2), counts[18]), (true, 1));
     }
 }

@@ -26,6 +26,11 @@ impl FileSource {
         }
         Ok(Self { file, tensors })
     }
+
+    /// The file.
+    pub fn file(&self) -> &AdapterFile {
+        &self.file
+    }
 }
 
 impl TensorSource for FileSource {

@@ -220,6 +220,13 @@ impl Identified {
         &self.manifest.components
     }
 
+    /// Keys of its config.json that are no settings of the family. Keys of diffusers' own begin with an underscore.
+    pub fn unknown_keys(&self) -> Vec<&str> {
+        let is_setting = |key: &str| self.manifest.settings.iter().any(|setting| setting.key == key && !setting.hidden);
+        let keys = self.config.as_object().into_iter().flat_map(Map::keys).map(String::as_str);
+        keys.filter(|key| !key.starts_with('_') && !is_setting(key)).collect()
+    }
+
     /// Components that its pipeline may lack.
     pub fn optional_components(&self) -> &[String] {
         &self.manifest.optional_components

@@ -139,6 +139,15 @@ impl Manifests {
         Ok(self)
     }
 
+    /// Adds the manifest `text`, as [`Self::with_file`] does; `origin` is its name in errors.
+    ///
+    /// # Errors
+    /// [`LayoutError::BadManifest`] if it is invalid.
+    pub fn with_text(mut self, origin: &str, text: &str) -> Result<Self> {
+        self.add(origin, text)?;
+        Ok(self)
+    }
+
     /// Checks that `source` is not one of the models that are refused whatever family they are of, such as an adapter
     /// or a model in an unsupported quantisation.
     ///

@@ -26,13 +26,25 @@ impl PatchEmbed {
         Ok(Self { projection: builder.linear("proj")?.flattened()?, patch_size })
     }
 
+    /// Channels that it takes.
+    pub(crate) fn channels(&self) -> Result<usize> {
+        Ok(self.projection.inputs()? / (self.patch_size * self.patch_size))
+    }
+
+    /// Tokens of `latents` in raster order.
+    ///
+    /// # Shapes
+    /// latents (batch, channels, height, width) -> (batch, tokens, inner width).
+    pub(crate) fn tokens(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(self.projection.forward(&patchify(latents, self.patch_size)?)?)
+    }
+
     /// Tokens of `latents` in raster order, plus `positions`.
     ///
     /// # Shapes
     /// latents (batch, channels, height, width), positions (1, tokens, inner width) -> (batch, tokens, inner width).
     pub(crate) fn forward(&self, latents: &Tensor, positions: &Tensor) -> Result<Tensor> {
-        let tokens = self.projection.forward(&patchify(latents, self.patch_size)?)?;
-        Ok(tokens.broadcast_add(&positions.to_dtype(latents.dtype())?)?)
+        Ok(self.tokens(latents)?.broadcast_add(&positions.to_dtype(latents.dtype())?)?)
     }
 }
 

@@ -18,6 +18,15 @@ pub trait Autoencoder: Send + Sync {
     /// A rank or number of channels that is not that of an image.
     fn encode(&self, images: &Tensor) -> Result<Tensor>;
 
+    /// As [`Self::encode`], but scaled only and not shifted, as some ControlNets take their control.
+    ///
+    /// # Shapes
+    /// As [`Self::encode`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor>;
+
     /// Images of scaled latents. Values are about -1..1 and not clamped.
     ///
     /// # Shapes
@@ -77,6 +86,10 @@ pub fn autoencoder(config: &Value) -> Result<Box<dyn AutoencoderSpec>> {
 impl Autoencoder for AutoencoderKl {
     fn encode(&self, images: &Tensor) -> Result<Tensor> {
         Self::encode(self, images)
+    }
+
+    fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor> {
+        Self::encode_unshifted(self, images)
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {

@@ -152,6 +152,18 @@ impl AutoencoderKl {
         Ok(((mean - self.config.shift)? * self.config.scale)?)
     }
 
+    /// As [`Self::encode`] without the shift: mean · scale.
+    ///
+    /// # Shapes
+    /// As [`Self::encode`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor> {
+        let [mean, _] = self.moments(images)?;
+        Ok((mean * self.config.scale)?)
+    }
+
     /// Mean and log-variance of the unscaled latents of `images`, clamped to -30..20 as in
     /// `DiagonalGaussianDistribution`.
     ///

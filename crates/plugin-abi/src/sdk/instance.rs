@@ -78,3 +78,17 @@ pub(super) unsafe fn copy_to_host<T>(out: *mut T, value: T, size: u32) {
     // The host owns what was copied.
     std::mem::forget(value);
 }
+
+/// A copy of the host's struct, as far as the host knows it; the rest is that of `empty`: an older host has a shorter
+/// struct.
+///
+/// # Safety
+/// `pointer` is valid for as many bytes as its first field, a u32, states, and any bytes of the host are a valid `T`.
+pub(super) unsafe fn copy_from_host<T>(pointer: *const T, mut empty: T) -> T {
+    // SAFETY: guaranteed by the caller.
+    let size = unsafe { *pointer.cast::<u32>() } as usize;
+    let bytes = size.min(size_of::<T>());
+    // SAFETY: guaranteed by the caller; `empty` has at least as many bytes.
+    unsafe { std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut empty).cast::<u8>(), bytes) };
+    empty
+}

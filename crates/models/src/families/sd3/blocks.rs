@@ -1,4 +1,4 @@
-//! [`JointBlock`]: diffusers' `JointTransformerBlock`.
+//! [`JointBlock`] and [`ImageBlock`]: diffusers' `JointTransformerBlock` and `SD3SingleTransformerBlock`.
 
 use super::config::Sd3Config;
 use crate::layers::{FeedForward, NORM_EPS, QkvProjections, TransformerBlock, attention, modulation};
@@ -21,7 +21,14 @@ pub(crate) struct JointBlock {
     attention: Box<dyn Attention>,
 }
 
-/// attn2 of a block with dual attention, over the image only.
+/// diffusers' `SD3SingleTransformerBlock`, of ControlNets that take no text.
+pub(super) struct ImageBlock {
+    modulation: Linear,
+    attention: SelfAttention,
+    mlp: FeedForward,
+}
+
+/// Attention over the image only: attn2 of a block with dual attention, and the attention of an [`ImageBlock`].
 struct SelfAttention {
     projections: QkvProjections,
     out: Linear,
@@ -64,14 +71,8 @@ impl TransformerBlock for JointBlock {
         let heads = config.heads;
         let builder = WeightBuilder::root(source).pp(&name);
         let joint = builder.pp("attn");
-        let second_attention = || -> Result<SelfAttention> {
-            let attn2 = builder.pp("attn2");
-            Ok(SelfAttention {
-                projections: QkvProjections::load(&attn2, IMAGE, IMAGE_NORMS, heads)?,
-                out: attn2.linear("to_out.0")?,
-                attention: attention(plan, &format!("{name}.attn2"), source)?,
-            })
-        };
+        let second_attention =
+            || SelfAttention::load(&builder.pp("attn2"), heads, plan, &format!("{name}.attn2"), source);
         Ok(Self {
             modulation: builder.linear("norm1.linear")?,
             projections: QkvProjections::load(&joint, IMAGE, IMAGE_NORMS, heads)?,
@@ -117,7 +118,46 @@ impl JointBlock {
     }
 }
 
+impl TransformerBlock for ImageBlock {
+    type Config = Sd3Config;
+
+    fn load(config: &Sd3Config, source: &dyn TensorSource, plan: &AttentionPlan, index: usize) -> Result<Self> {
+        let name = block_name(index);
+        let builder = WeightBuilder::root(source).pp(&name);
+        let layer = format!("{name}.attn");
+        Ok(Self {
+            modulation: builder.linear("norm1.linear")?,
+            attention: SelfAttention::load(&builder.pp("attn"), config.heads, plan, &layer, source)?,
+            mlp: FeedForward::load(&builder.pp("ff"))?,
+        })
+    }
+}
+
+impl ImageBlock {
+    pub(super) fn forward(&self, state: HiddenState) -> Result<HiddenState> {
+        let [shift, scale, gate, mlp @ ..] = modulation::<6>(&self.modulation, &state.context.conditioning)?;
+        let normed = modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?;
+        let attended = self.attention.forward(&normed, &state.context.geometry)?;
+        let image = feed_forward(&gated_add(&state.image, &gate, &attended)?, &self.mlp, &mlp)?;
+        Ok(HiddenState { image, ..state })
+    }
+}
+
 impl SelfAttention {
+    fn load(
+        builder: &WeightBuilder,
+        heads: usize,
+        plan: &AttentionPlan,
+        layer: &str,
+        source: &dyn TensorSource,
+    ) -> Result<Self> {
+        Ok(Self {
+            projections: QkvProjections::load(builder, IMAGE, IMAGE_NORMS, heads)?,
+            out: builder.linear("to_out.0")?,
+            attention: attention(plan, layer, source)?,
+        })
+    }
+
     /// # Shapes
     /// x (batch, image tokens, width) -> as x.
     fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {

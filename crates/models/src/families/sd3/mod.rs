@@ -1,13 +1,17 @@
 //! Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): joint attention of image and text (MMDiT), with
 //! sinusoidal position embeddings.
 //!
-//! Follows diffusers' `SD3Transformer2DModel` and `StableDiffusion3Pipeline`; canonical tensor names are the class's.
+//! Follows diffusers' `SD3Transformer2DModel`, `SD3ControlNetModel` and `StableDiffusion3Pipeline`; the canonical tensor
+//! names are those of the classes.
 
 pub(super) mod blocks;
 mod config;
+mod controlnet;
+mod embedders;
 mod model;
 
 pub use config::Sd3Config;
+pub use controlnet::{Sd3ControlNet, Sd3ControlNetConfig};
 pub use model::Sd3Transformer;
 
 use crate::layers::ForwardArguments;
