@@ -99,7 +99,8 @@ impl ControlNet {
         let open = plugin.function("open", table.open)?;
         plugin.function("close", table.close)?;
         plugin.function("residuals", table.residuals)?;
-        let file = PluginFile::new(file);
+        let own_config = file.config().map_or_else(String::new, ToString::to_string);
+        let file = PluginFile::new(file, own_config)?;
         let config = base.config.to_string();
         let base = base.to_c(&config);
         let mut instance = std::ptr::null_mut();

@@ -1,6 +1,8 @@
 //! [`PluginFile`]: an adapter's checkpoint as the C struct that a plugin receives. Tensors are read on request.
 
+use crate::{PluginError, Result};
 use candle_core::DType;
+use clearform_layout::Dequantized;
 use clearform_plugin_abi::dlpack::{DLDataType, DLManagedTensorVersioned};
 use clearform_plugin_abi::tensor::{ElementType, OwnedTensor};
 use clearform_plugin_abi::{ClearformFile, ClearformPair, ClearformTensorInfo, ClearformText, FAILED, OK};
@@ -18,7 +20,7 @@ pub(crate) struct PluginFile {
 
 /// What the pointers of the C struct point to.
 struct FileContents {
-    checkpoint: Arc<Checkpoint>,
+    checkpoint: Dequantized<Arc<Checkpoint>>,
     names: Vec<String>,
     /// `infos` points to them.
     _shapes: Vec<Vec<i64>>,
@@ -30,9 +32,16 @@ struct FileContents {
 }
 
 impl PluginFile {
-    /// Prepares `checkpoint` for a plugin.
-    pub fn new(checkpoint: Arc<Checkpoint>) -> Self {
-        let contents = Arc::new(FileContents::new(checkpoint));
+    /// Prepares `checkpoint` for a plugin, with the text of its configuration. fp8 tensors are widened as those of a
+    /// model are.
+    ///
+    /// # Errors
+    /// A tensor is stored in a format that cannot be computed with.
+    pub fn new(checkpoint: Arc<Checkpoint>, config: String) -> Result<Self> {
+        let path = checkpoint.path().to_owned();
+        let bad_adapter = |reason: String| PluginError::BadAdapter { adapter: path.clone(), reason };
+        let checkpoint = Dequantized::whole(checkpoint).map_err(|error| bad_adapter(error.to_string()))?;
+        let contents = Arc::new(FileContents::new(checkpoint, config).map_err(bad_adapter)?);
         let table = ClearformFile {
             struct_size: size_of::<ClearformFile>() as u32,
             reserved: 0,
@@ -44,7 +53,7 @@ impl PluginFile {
             config: ClearformText::new(&contents.config),
             read: Some(read),
         };
-        Self { table: Box::new(table), contents }
+        Ok(Self { table: Box::new(table), contents })
     }
 
     /// The C struct, valid as long as `self` is.
@@ -59,7 +68,7 @@ impl PluginFile {
 
     /// Path of the file or folder.
     pub fn path(&self) -> &Path {
-        self.contents.checkpoint.path()
+        self.contents.checkpoint.source().path()
     }
 
     /// Appends the cause of the last failed read to `reason`, if there was one.
@@ -81,18 +90,18 @@ unsafe impl Send for FileContents {}
 unsafe impl Sync for FileContents {}
 
 impl FileContents {
-    fn new(checkpoint: Arc<Checkpoint>) -> Self {
+    fn new(checkpoint: Dequantized<Arc<Checkpoint>>, config: String) -> std::result::Result<Self, String> {
         let tensors = checkpoint.tensors();
+        tensors.iter().try_for_each(check_dtype)?;
         let names: Vec<String> = tensors.iter().map(|info| info.name.clone()).collect();
         let shapes: Vec<Vec<i64>> = tensors.iter().map(c_shape).collect();
         let infos = tensors.iter().zip(&names).zip(&shapes);
         let infos = infos.map(|((info, name), shape)| tensor_info(name, shape, info.dtype)).collect();
-        let pairs = checkpoint.metadata().iter();
+        let pairs = checkpoint.source().metadata().iter();
         let pairs = pairs
             .map(|(key, value)| ClearformPair { key: ClearformText::new(key), value: ClearformText::new(value) })
             .collect();
-        let config = checkpoint.config().map_or_else(String::new, ToString::to_string);
-        Self { names, _shapes: shapes, infos, pairs, config, read_error: Mutex::default(), checkpoint }
+        Ok(Self { names, _shapes: shapes, infos, pairs, config, read_error: Mutex::default(), checkpoint })
     }
 
     fn read(&self, index: usize) -> std::result::Result<OwnedTensor, WeightsError> {
@@ -108,6 +117,17 @@ impl FileContents {
 
     fn read_error(&self) -> MutexGuard<'_, Option<String>> {
         self.read_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything that is lent to a plugin can be computed with.
+fn check_dtype(info: &TensorInfo) -> std::result::Result<(), String> {
+    match element_type(info.dtype) {
+        Some(_) => Ok(()),
+        None => Err(format!(
+            "tensor {:?} is stored in {:?}, which cannot be computed with: use the file in bf16, fp16, fp32 or fp8",
+            info.name, info.dtype
+        )),
     }
 }
 

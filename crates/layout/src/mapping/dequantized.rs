@@ -107,9 +107,22 @@ impl<S: TensorSource> Dequantized<S> {
     pub fn new(source: S, manifests: &Manifests) -> Result<Self> {
         let mut infos = source.tensors();
         infos.retain(|info| manifests.unsupported.component(&info.name).is_none());
+        Self::of_tensors(source, &infos)
+    }
+
+    /// `source` with all its fp8 tensors as bf16: for files that hold no components of a pipeline, such as adapters.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn whole(source: S) -> Result<Self> {
+        let infos = source.tensors();
+        Self::of_tensors(source, &infos)
+    }
+
+    fn of_tensors(source: S, infos: &[TensorInfo]) -> Result<Self> {
         let weights = infos.iter().filter_map(|info| Some((info.name.clone(), Fp8Weight::unscaled(info)?))).collect();
         let mut dequantized = Self { source, weights, scale_tensors: BTreeMap::new() };
-        for info in &infos {
+        for info in infos {
             if let Some((module, role)) = role_of(&info.name) {
                 dequantized.add_scale_tensor(info, module, role)?;
             }
