@@ -432,9 +432,18 @@ fn loras_of_a_patch_embedding_are_applied_as_convolutions() {
 fn text_encoders_are_found_by_every_writers_prefix() {
     let folder = tempfile::tempdir().unwrap();
     assemble_pipeline(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(), "sd3", folder.path());
-    let flux = fixture("components/generation4");
     let clip = "text_model.encoder.layers.0.self_attn.q_proj";
     let t5 = "encoder.block.0.layer.0.SelfAttention.q";
+    // The text encoders of a FLUX, as far as the file edits them.
+    let flux = tempfile::tempdir().unwrap();
+    for (component, name, shape) in [
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight", [20, 12]),
+        ("text_encoder_2", &format!("{t5}.weight"), [20, 20]),
+    ] {
+        std::fs::create_dir(flux.path().join(component)).unwrap();
+        let path = flux.path().join(component).join("model.safetensors");
+        save(&path, &[(name.to_owned(), seeded(name, &shape, ""))].into());
+    }
     let cases: [(&Path, &str, &[(&str, &str, &str)]); 3] = [
         (
             folder.path(),
@@ -451,7 +460,7 @@ fn text_encoders_are_found_by_every_writers_prefix() {
             &[("text_encoder_2", clip, "lora_te2_text_model_encoder_layers_0_self_attn_q_proj")],
         ),
         (
-            &flux,
+            flux.path(),
             "onetrainer-short",
             &[
                 ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", "clip_l.text_model.encoder.layers.0.mlp.fc1"),
