@@ -11,14 +11,14 @@ use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, W
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
-use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
-use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, StagingDir};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
+use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, SourceRecord, StagingDir};
 use clearform_runtime::{
     Adapters, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions, TransformerCheckpoint,
 };
 use clearform_weights::{Checkpoint, digest};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Window radius where none is given, in tokens. The paper's choice for 1024 px (section 4.1).
 const DEFAULT_RADIUS: f64 = 16.0;
@@ -258,8 +258,12 @@ fn merge_into_components(components: &Components, edits: &WeightEdits, staging: 
 }
 
 fn adapter_record(adapter: &AdapterSpec) -> Result<AdapterRecord> {
-    let name = adapter.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let checkpoint = Checkpoint::open(&adapter.path)?;
-    let sha256 = digest(&checkpoint.files()[0].path)?.sha256;
-    Ok(AdapterRecord { name, sha256, strength: adapter.strength })
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut files = Vec::new();
+    for path in adapter_files(&Checkpoint::open(&adapter.path)?) {
+        files.push(SourceRecord { name: name(&path), sha256: digest(&path)?.sha256 });
+    }
+    let sha256 = files.remove(0).sha256;
+    let blocks = adapter.block_strengths.iter().cloned().collect();
+    Ok(AdapterRecord { name: name(&adapter.path), sha256, strength: adapter.strength, blocks, file: files })
 }

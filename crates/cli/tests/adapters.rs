@@ -50,6 +50,76 @@ fn a_lora_is_applied_and_reported() {
     assert_close("off", &forward(tiny.path(), &lora_inputs(), &["--lora", &nowhere]).0, &plain, 1e-6);
 }
 
+/// "double" and "single" are in the names of the original layout, and select blocks of a LoRA in diffusers' names too.
+#[test]
+fn strengths_of_blocks_may_have_the_names_of_any_layout() {
+    let tiny = Tiny::new();
+    let run =
+        |setting: &str| forward(tiny.path(), &lora_inputs(), &["--lora", &format!("{}{setting}", lora("peft"))]).0;
+    let others = "x_embedder=0,context_embedder=0,time_text_embed=0,norm_out=0,proj_out=0";
+    let plain = forward(tiny.path(), &lora_inputs(), &[]).0;
+    assert_close("off", &run(&format!(":double=0,single=0,{others}")), &plain, 1e-6);
+    // The same blocks by diffusers' names.
+    let original = run(":0.8:double=1,single=0.5");
+    let own = run(":0.8:single_transformer_blocks=0.5");
+    assert_close("single", &original, &own, 1e-6);
+    assert!(relative_error(&original, &run(":0.8")).unwrap() > 1e-3);
+}
+
+/// Files that are no LoRAs, with what each is told.
+#[test]
+fn other_kinds_of_files_are_named() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    let (input, output, adapter) = (path("in.safetensors"), path("out.safetensors"), path("adapter.safetensors"));
+    candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
+    let plugins = plugins();
+    let told = |adapter: &Path, flag: &str| {
+        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+        let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins, flag, text(adapter)]].concat());
+        assert!(!message.contains("panicked") && !output.exists(), "{message}");
+        message
+    };
+    let controlnet = told(&repository("tests/fixtures/controlnet/one-two"), "--lora");
+    assert!(controlnet.contains("opens it as a ControlNet: give it with --controlnet"), "{controlnet}");
+    let style = told(Path::new(&lora("peft")), "--controlnet");
+    assert!(style.contains("give it with --lora"), "{style}");
+    for (names, expected) in [
+        (
+            &["lora_unet_double_blocks_0_img_attn_qkv.oft_blocks", "lora_unet_double_blocks_0_img_attn_qkv.alpha"][..],
+            "this is an OFT",
+        ),
+        (&["base_model.model.a.oft_R.weight"], "this is an OFT"),
+        (&["lora_unet_a.on_input", "lora_unet_a.weight"], "this is an IA3"),
+        (&["base_model.model.a.ia3_l"], "this is an IA3"),
+        (&["base_model.model.a.vera_lambda_b"], "this is a GLoRA or VeRA"),
+        (&["emb_params"], "this is a textual inversion"),
+        (&["clip_g", "clip_l"], "this is a textual inversion"),
+        (&["<cat-toy>"], "this is a textual inversion"),
+        (
+            &["unet.up_blocks.0.attentions.0.to_q.lora_A.weight", "unet.up_blocks.0.attentions.0.to_q.lora_B.weight"],
+            "U-Net (1.5, 2 or XL; B-LoRAs",
+        ),
+        (
+            &[
+                "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
+                "lora_unet_input_blocks_4_1_proj_in.lora_up.weight",
+            ],
+            "U-Net (1.5, 2 or XL",
+        ),
+    ] {
+        let tensor = |name: &&str| ((*name).to_owned(), Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap());
+        candle_core::safetensors::save(&names.iter().map(tensor).collect::<HashMap<_, _>>(), &adapter).unwrap();
+        let message = told(&adapter, "--lora");
+        assert!(message.contains(expected), "{names:?}: {message}");
+    }
+    std::fs::write(&adapter, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n").unwrap();
+    for flag in ["--lora", "--controlnet", "--adapter"] {
+        let pointer = told(&adapter, flag);
+        assert!(pointer.contains("this is a git-lfs pointer, not the file itself: run `git lfs pull`"), "{pointer}");
+    }
+}
+
 #[test]
 fn unmatched_adapter_tensors_exit_1() {
     let (tiny, broken) = (Tiny::new(), lora("broken"));
@@ -143,6 +213,42 @@ fn convert_merges_a_lora() {
     assert_close("text encoder", &merged.to_dtype(DType::F32).unwrap(), &wanted, 1e-6);
 }
 
+/// The record of a merged adapter has the hash of every file that decides what it does, and strengths by block.
+#[test]
+fn the_record_of_a_merged_adapter_is_complete() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let (adapter, model, plugins) = (folder.path().join("style"), folder.path().join("model"), plugins());
+    std::fs::create_dir(&adapter).unwrap();
+    let shards = ["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"];
+    let stored = fixture(repository("tests/fixtures/lora/users/peft-folder-alpha/adapter_model.safetensors"));
+    let mut weight_map = serde_json::Map::new();
+    for (shard, module) in shards.iter().zip([".to_q.", ".proj_out."]) {
+        let tensors = stored.iter().filter(|(name, _)| name.contains(module));
+        let tensors: HashMap<_, _> = tensors.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        weight_map.extend(tensors.keys().map(|name| (name.clone(), (*shard).into())));
+        candle_core::safetensors::save(&tensors, adapter.join(shard)).unwrap();
+    }
+    let index = adapter.join("adapter_model.safetensors.index.json");
+    std::fs::write(&index, serde_json::json!({"weight_map": weight_map}).to_string()).unwrap();
+    let config = repository("tests/fixtures/lora/users/peft-folder-alpha/adapter_config.json");
+    std::fs::copy(config, adapter.join("adapter_config.json")).unwrap();
+    let given = format!("{}:0.5:double=1,single=0.25", text(&index));
+    let convert = ["convert", text(tiny.path()), "-o", text(&model), "--attention", "full", "--no-distill"];
+    run(0, &[&convert[..], &["--lora", &given, "--plugin-dir", &plugins]].concat());
+    let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
+    let record = record["adapter"][0].as_table().unwrap();
+    assert_eq!(record["strength"].as_float(), Some(0.5));
+    let blocks = record["blocks"].as_table().unwrap();
+    assert_eq!((blocks["double"].as_float(), blocks["single"].as_float()), (Some(1.0), Some(0.25)));
+    let digest = |name: &str| clearform_weights::digest(adapter.join(name)).unwrap().sha256;
+    assert_eq!(record["sha256"].as_str(), Some(digest(shards[0]).as_str()));
+    let further = record["file"].as_array().unwrap();
+    for (file, name) in further.iter().zip([shards[1], "adapter_config.json"]) {
+        assert_eq!((file["name"].as_str(), file["sha256"].as_str()), (Some(name), Some(digest(name).as_str())));
+    }
+    assert_eq!(further.len(), 2);
+}
+
 fn encoder(model: &Path) -> std::collections::BTreeMap<String, Tensor> {
     fixture(model.join("text_encoder/model.safetensors"))
 }
@@ -159,10 +265,10 @@ fn damaged_adapters_are_refused_with_a_message() {
         (&[("proj_out.lora_A.weight", &[2, 48])], "the factor that belongs to it is missing from the file"),
         (
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])],
-            "expected tensors for a weight of 16 x 48",
+            "\"proj_out.lora_A.weight\" [2, 48], \"proj_out.lora_B.weight\" [16, 3]",
         ),
         (&[("proj_out.lora_A.weight", &[0, 48]), ("proj_out.lora_B.weight", &[16, 0])], "have rank 0"),
-        (&[("proj_out.lora_A.weight", &[48]), ("proj_out.lora_B.weight", &[16])], "16 x 1"),
+        (&[("proj_out.lora_A.weight", &[48]), ("proj_out.lora_B.weight", &[16])], "its factors do not fit together"),
         (&[("proj_out.lora_A.weight", &[]), ("proj_out.lora_B.weight", &[])], "1 x 1"),
         (
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 2]), ("proj_out.alpha", &[2])],
@@ -180,7 +286,7 @@ fn damaged_adapters_are_refused_with_a_message() {
                 ("proj_out.hada_w2_a", &[16, 2]),
                 ("proj_out.hada_w2_b", &[2, 48]),
             ],
-            "shape mismatch in matmul",
+            "its factors do not fit together",
         ),
         (&[("proj_out.lokr_w1", &[4, 4])], "only one of the two factors of a LoKr"),
         (&[("proj_out.lokr_w1", &[0, 4]), ("proj_out.lokr_w2", &[4, 12])], "0 x 48"),

@@ -197,7 +197,8 @@ typedef struct {
     size_t tensor_count;                /* Number of tensors. */
     const ClearformPair *metadata;      /* Metadata of the file. Owned by the file. */
     size_t metadata_count;              /* Number of pairs. */
-    ClearformText config;               /* The config.json next to the file, or empty. Owned by the file. */
+    ClearformText config;               /* The config.json next to the file; of an adapter, peft's adapter_config.json
+                                           if there is one. Else empty. Owned by the file. */
     /* Reads tensor `index` into CPU memory, row-major, and stores it in `tensor` if it succeeds. The plugin owns the
      * tensor: it calls the deleter, or passes the tensor on to the host. */
     int32_t (*read)(void *context, size_t index, DLManagedTensorVersioned **tensor);

@@ -103,7 +103,7 @@ pub struct ClearformFile {
     pub metadata: *const ClearformPair,
     /// Number of pairs.
     pub metadata_count: usize,
-    /// The config.json next to the file, or empty.
+    /// The config.json next to the file; of an adapter, peft's adapter_config.json if there is one. Else empty.
     pub config: ClearformText,
     /// Reads tensor `index` into CPU memory, row-major, and stores it in `tensor` if it succeeds. The plugin owns the
     /// tensor: it calls the deleter, or passes the tensor on to the host.

@@ -1,11 +1,12 @@
 //! [`Adapter`]: an adapter file opened by a plugin of `clearform.adapter/1`, as a list of edits. Applying the edits to
 //! a model is the task of [`WeightEdits`](crate::WeightEdits) and [`PatchedSource`](crate::PatchedSource).
 
+use crate::adapter_config::AdapterConfig;
 use crate::edit::{Edit, EditKind, EditValues};
 use crate::file::PluginFile;
 use crate::loaded_plugin::LoadedPlugin;
 use crate::tensors::receive;
-use crate::{Plugin, PluginError, Result};
+use crate::{Description, Plugin, PluginError, Result};
 use candle_core::Tensor;
 use clearform_plugin_abi::{ADAPTER_INTERFACE, ClearformAdapterTable, ClearformEdit, ClearformEditTensors, OK};
 use clearform_weights::Checkpoint;
@@ -21,11 +22,14 @@ const WRONG_TENSORS: &str = "the plugin returned the wrong tensors for this kind
 
 /// An adapter file that a plugin has opened.
 pub struct Adapter {
+    description: Description,
     plugin: LoadedPlugin,
     table: ClearformAdapterTable,
     instance: *mut c_void,
     /// Borrowed by the instance, which `drop` closes before this is dropped.
     file: PluginFile,
+    /// What the user should know about its files.
+    note: Option<String>,
     edits: Vec<Edit>,
     skipped: Vec<(usize, String)>,
     /// The values of one edit: those of a fused layer are needed once for each canonical tensor that it covers.
@@ -48,12 +52,14 @@ impl Adapter {
     /// # Errors
     /// The plugin violates the plugin interface, or rejects the file.
     pub fn open(plugin: &Plugin, file: Arc<Checkpoint>) -> Result<Self> {
+        let description = plugin.description.clone();
         let plugin = LoadedPlugin::load(plugin, ADAPTER_INTERFACE)?;
         // SAFETY: this is the table of the plugin's interface.
         let table: ClearformAdapterTable = unsafe { plugin.table() }?;
         let open = plugin.function("open", table.open)?;
         plugin.function("close", table.close)?;
-        let config = file.config().map_or_else(String::new, ToString::to_string);
+        let AdapterConfig { text, note } = AdapterConfig::of(&file)?;
+        let config = text.or_else(|| file.config().map(ToString::to_string)).unwrap_or_default();
         let file = PluginFile::new(file, config)?;
         let mut instance = std::ptr::null_mut();
         // SAFETY: host and file outlive the instance.
@@ -63,7 +69,8 @@ impl Adapter {
             PluginError::BadAdapter { adapter: file.path().to_owned(), reason }
         })?;
         let cached_values = Mutex::default();
-        let mut adapter = Self { plugin, table, instance, file, edits: Vec::new(), skipped: Vec::new(), cached_values };
+        let (edits, skipped) = (Vec::new(), Vec::new());
+        let mut adapter = Self { description, plugin, table, instance, file, note, edits, skipped, cached_values };
         adapter.edits = adapter.read_edits()?;
         adapter.skipped = adapter.read_skipped()?;
         Ok(adapter)
@@ -89,9 +96,14 @@ impl Adapter {
         self.file.path()
     }
 
-    /// The plugin's messages to the user since the last call.
+    /// What the user should know about its files, and the plugin's messages since the last call.
     pub fn notes(&self) -> Vec<String> {
-        self.plugin.notes()
+        self.note.iter().cloned().chain(self.plugin.notes()).collect()
+    }
+
+    /// What the tensor `name` of the file is, if the plugin knows it as a kind that it does not apply.
+    pub(crate) fn refusal(&self, name: &str) -> Option<&str> {
+        self.description.refusal(name)
     }
 
     /// The tensors of edit `index`, checked against its shape, and its magnitude.

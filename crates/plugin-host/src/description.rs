@@ -25,6 +25,9 @@ pub struct Description {
     pub summary: String,
     /// The plugin opens a file that matches any of these.
     pub claims: Vec<FileClaim>,
+    /// Files that are often taken for its own, with the reasons why it does not open them.
+    #[serde(default)]
+    pub refused: Vec<RefusedFile>,
     /// Small files that it must open, for `clearform plugins check`.
     #[serde(default, rename = "example")]
     pub examples: Vec<Example>,
@@ -42,6 +45,16 @@ pub struct FileClaim {
     pub none: Vec<String>,
     /// These keys have values that match.
     pub metadata: BTreeMap<String, String>,
+}
+
+/// A kind of file that a plugin knows and does not open.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefusedFile {
+    /// Patterns of tensor names; the file has one of them.
+    pub any: Vec<String>,
+    /// What the file is, and what to do.
+    pub reason: String,
 }
 
 /// A small file, and what the plugin must make of it.
@@ -117,6 +130,12 @@ impl Description {
         Some(text.and_then(Self::parse))
     }
 
+    /// Why the plugin does not open a file with the tensor `name`, if it knows the kind of file.
+    pub fn refusal(&self, name: &str) -> Option<&str> {
+        let is_of = |kind: &&RefusedFile| kind.any.iter().any(|pattern| glob(pattern, name));
+        self.refused.iter().find(is_of).map(|kind| kind.reason.as_str())
+    }
+
     /// Whether the plugin claims a file with these tensor `names` and this `metadata`.
     pub fn claims(&self, names: &BTreeSet<&str>, metadata: &BTreeMap<String, String>) -> bool {
         self.claims.iter().any(|claim| claim.matches(names, metadata))
@@ -154,6 +173,9 @@ mod tests {
         none = ["*.shift"]
         [[claims]]
         metadata = { kind = "sc*" }
+        [[refused]]
+        any = ["*.factor", "factors"]
+        reason = "this is a table of factors: convert it"
     "#;
 
     #[test]
@@ -165,6 +187,14 @@ mod tests {
         assert!(Description::find(b"\x7fELF\0junk").is_none());
         let broken = [DESCRIPTION_BEGIN.as_bytes(), b"id = 3", DESCRIPTION_END.as_bytes()].concat();
         assert!(Description::find(&broken).unwrap().unwrap_err().contains("its description"));
+    }
+
+    #[test]
+    fn a_kind_of_file_that_is_not_opened_is_named() {
+        let description = Description::parse(TEXT).unwrap();
+        let reason = Some("this is a table of factors: convert it");
+        assert_eq!((description.refusal("a.factor"), description.refusal("factors")), (reason, reason));
+        assert_eq!(description.refusal("a.scale"), None);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! everything that a plugin returns is checked here. File formats of adapters are the plugins' business.
 
 mod adapter;
+mod adapter_config;
 mod adapter_report;
 mod check;
 mod controlled_denoiser;
@@ -34,11 +35,12 @@ mod weight_edits;
 pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, PluginEntry};
 
 pub use adapter::Adapter;
+pub use adapter_config::adapter_files;
 pub use adapter_report::AdapterReport;
 pub use check::{ExampleResults, check_plugin};
 pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser, ResidualReuse};
 pub use controlnet::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
-pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim};
+pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim, RefusedFile};
 pub use edit::{Edit, EditKind};
 pub use error::{PluginError, Result};
 pub use origin::PluginOrigin;

@@ -10,6 +10,7 @@ use clearform_weights::{
 };
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How low-rank edits are applied to a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,17 +43,45 @@ impl<'a, S: TensorSource> PatchedSource<'a, S> {
     /// Whether every edit of the tensor `name` is a low-rank term to keep beside it.
     fn keeps_terms(&self, name: &str) -> bool {
         let columns = self.source.info(name).map(|info| info.shape.iter().skip(1).product::<usize>());
-        let is_term = |edit: &PlacedEdit| edit.is_low_rank_term() && Some(edit.columns) == columns;
+        let is_term = |edit: &PlacedEdit| edit.is_low_rank_term() && Some(edit.columns) <= columns;
         self.mode == LowRankMode::Separate && self.edits(name).iter().all(is_term)
     }
 
     fn edited(&self, name: &str) -> Result<Tensor> {
         let stored = self.source.tensor(name)?;
+        let dtype = stored.dtype();
+        Ok(self.with_edits(stored, self.edits(name))?.to_dtype(dtype)?)
+    }
+
+    /// `stored` with some of its edits, in f32.
+    fn with_edits(&self, stored: Tensor, edits: &[PlacedEdit]) -> Result<Tensor> {
         let mut tensor = stored.to_dtype(DType::F32)?;
-        for edit in self.edits(name) {
-            tensor = edit.apply(&tensor)?;
+        for edit in edits {
+            tensor = edit.apply(&tensor, || self.column_norms(edit))?;
         }
-        Ok(tensor.to_dtype(stored.dtype())?)
+        Ok(tensor)
+    }
+
+    /// The norms of the columns of the whole parameter that `edit` edits, before they are set (DoRA). A fused parameter
+    /// is several tensors here, each of which may have had other edits before.
+    ///
+    /// # Shapes
+    /// The result is (columns).
+    fn column_norms(&self, edit: &PlacedEdit) -> Result<Tensor> {
+        let mut squares: Option<Tensor> = None;
+        for part in edit.whole.iter() {
+            let edits = self.edits(&part.canonical);
+            let before = edits.iter().position(|other| other.is_same(edit)).unwrap_or(edits.len());
+            let stored = self.source.tensor(&part.canonical)?;
+            let weight = self.with_edits(stored, &edits[..before])?;
+            let sum = edit.column_squares(&weight, &part.rows)?;
+            squares = Some(match squares {
+                Some(others) => (others + sum)?,
+                None => sum,
+            });
+        }
+        let squares = squares.ok_or_else(|| edit.adapter.edit_error(edit.edit(), "it sets norms of no rows"))?;
+        Ok(squares.sqrt()?)
     }
 
     fn describe(&self, mut info: TensorInfo) -> TensorInfo {
@@ -131,20 +160,27 @@ impl PlacedEdit {
             return Err(self.adapter.edit_error(self.edit(), "it is low-rank, but has no factors"));
         };
         let up = scatter_rows(&matrix(&up)?, &self.rows, weight.dim(0)?)?;
+        let down = widen(&matrix(&down)?, weight.elem_count() / weight.dim(0)?.max(1))?;
         let like_weight = |factor: Tensor| factor.to_dtype(weight.dtype())?.to_device(weight.device());
         let scale = self.strength * self.edit().scale;
-        Ok(LowRank { down: like_weight(matrix(&down)?)?, up: like_weight(up)?, scale })
+        Ok(LowRank { down: like_weight(down)?, up: like_weight(up)?, scale })
     }
 
-    /// The edited tensor, in f32.
-    fn apply(&self, tensor: &Tensor) -> Result<Tensor> {
+    fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.adapter, &other.adapter) && self.edit == other.edit
+    }
+
+    /// The edited tensor, in f32. `column_norms` are those of the whole parameter before they are set.
+    fn apply(&self, tensor: &Tensor, column_norms: impl Fn() -> Result<Tensor>) -> Result<Tensor> {
         let (values, magnitude) = self.values_in_f32(tensor.device())?;
         let widened = widen(tensor, self.columns)?;
-        let weight = widened.reshape((widened.dims().first().copied().unwrap_or(1), ()))?;
+        let weight = matrix(&widened)?;
+        let magnitude = magnitude.map(|magnitude| self.magnitude(&magnitude, &widened, column_norms)).transpose()?;
         let edited = map_rows(&weight, &self.rows, |rows, from| {
             let edited = self.edit_rows(&rows, &values, from)?;
             let edited = match &magnitude {
-                Some(magnitude) => self.set_norms(&edited, magnitude, from)?,
+                Some(Magnitude::OfRows(wanted)) => set_row_norms(&edited, &wanted.narrow(0, from.start, from.len())?)?,
+                Some(Magnitude::OfColumns(factors)) => edited.broadcast_mul(factors)?,
                 None => edited,
             };
             // At full strength the difference is not formed, so that a replacement keeps its exact values.
@@ -183,26 +219,60 @@ impl PlacedEdit {
         }
     }
 
-    /// Rescales the rows of `weight` to the norms in `magnitude` (DoRA, arXiv 2402.09353, eq. 5); or its columns, if
-    /// there is one norm for each column.
-    fn set_norms(&self, weight: &Tensor, magnitude: &Tensor, from: &Range<usize>) -> Result<Tensor> {
-        let [rows, columns] = self.edit().shape;
-        let by_row = magnitude.elem_count() == rows && !(magnitude.dims().len() == 2 && magnitude.dims()[0] == 1);
-        if by_row {
-            let wanted = magnitude.reshape((rows, 1))?.narrow(0, from.start, from.len())?;
-            let norms = weight.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-            return Ok(weight.broadcast_mul(&(wanted / norms)?)?);
+    /// The magnitude of the edit (DoRA, arXiv 2402.09353, eq. 5) for `weight`, whose rows may be a part of the parameter's.
+    fn magnitude(
+        &self,
+        magnitude: &Tensor,
+        weight: &Tensor,
+        column_norms: impl Fn() -> Result<Tensor>,
+    ) -> Result<Magnitude> {
+        let rows = self.edit().shape[0];
+        let count = magnitude.elem_count();
+        if count == rows && (magnitude.rank() < 2 || magnitude.dim(0)? == rows) {
+            return Ok(Magnitude::OfRows(magnitude.reshape((rows, 1))?));
         }
-        // The norm of a column needs all its rows, so they must be together in one tensor.
-        if magnitude.elem_count() != columns || from.len() != rows {
+        let [channels, columns] = [weight.dims().get(1).copied().unwrap_or(1), self.columns];
+        if count != channels || count == 0 {
             let found = magnitude.dims();
-            let reason =
-                format!("expected a magnitude for {rows} rows, or {columns} columns of one tensor, found {found:?}");
+            let reason = format!("expected a magnitude for {rows} rows or {channels} columns, found {found:?}");
             return Err(self.adapter.edit_error(self.edit(), &reason));
         }
-        let norms = weight.sqr()?.sum_keepdim(0)?.sqrt()?;
-        Ok(weight.broadcast_mul(&(magnitude.reshape((1, columns))? / norms)?)?)
+        // A channel of a convolution is several columns with one norm.
+        let norms = column_norms()?.reshape((channels, ()))?.sqr()?.sum_keepdim(1)?.sqrt()?;
+        let factors = (magnitude.reshape((channels, 1))? / norms)?;
+        Ok(Magnitude::OfColumns(factors.broadcast_as((channels, columns / channels))?.reshape((1, columns))?))
     }
+
+    /// The sums of the squares of the columns of some rows of `weight`, edited at full strength.
+    ///
+    /// # Shapes
+    /// weight (rows, ..) -> (columns).
+    fn column_squares(&self, weight: &Tensor, rows: &[EditedRows]) -> Result<Tensor> {
+        let (values, _) = self.values_in_f32(weight.device())?;
+        let weight = matrix(&widen(weight, self.columns)?)?;
+        let squares = rows.iter().map(|EditedRows { from, to }| -> Result<Tensor> {
+            let edited = self.edit_rows(&weight.narrow(0, *to, from.len())?, &values, from)?;
+            Ok(edited.sqr()?.sum_keepdim(0)?)
+        });
+        Ok(Tensor::cat(&squares.collect::<Result<Vec<_>>>()?, 0)?.sum(0)?)
+    }
+}
+
+/// The norms that an edit sets.
+enum Magnitude {
+    /// The norm of each row, (rows, 1).
+    OfRows(Tensor),
+    /// What each column is multiplied by to have its norm, (1, columns).
+    OfColumns(Tensor),
+}
+
+/// Rescales rows to norms.
+///
+/// # Shapes
+/// weight (rows, columns), norms (rows, 1) -> as weight.
+fn set_row_norms(weight: &Tensor, norms: &Tensor) -> Result<Tensor> {
+    let found = weight.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+    Ok(weight.broadcast_mul(&(norms / found)?)?)
 }
 
 /// `weight` with `edit` applied to the given rows.

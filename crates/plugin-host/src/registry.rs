@@ -1,11 +1,18 @@
 //! [`PluginRegistry`]: the available plugins, and the choice of the one that opens an adapter. Nothing is loaded here.
 
 use crate::{Description, PluginError, PluginOrigin, Result};
-use clearform_plugin_abi::PluginEntry;
+use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, PluginEntry};
 use clearform_weights::{Checkpoint, TensorSource};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+
+/// What the files of each interface are, and the option that takes them.
+const KINDS: [(&str, (&str, &str)); 2] = [
+    (ADAPTER_INTERFACE, ("an edit of weights, such as a LoRA", "--lora")),
+    (CONTROLNET_INTERFACE, ("a ControlNet", "--controlnet")),
+];
+const UNKNOWN_KIND: (&str, &str) = ("another kind of adapter", "--adapter");
 
 /// A plugin with its description.
 #[derive(Debug, Clone)]
@@ -111,7 +118,11 @@ impl PluginRegistry {
     fn why_none_fits(&self, candidates: &[&Plugin], choice: &PluginChoice, names: &BTreeSet<&str>) -> String {
         if let [plugin, ..] = candidates {
             let Description { id, interface, .. } = &plugin.description;
-            return format!("the plugin {id:?} opens it, but has the interface {interface:?}: pass it with --adapter");
+            let (kind, flag) = KINDS.iter().find(|(known, ..)| interface == known).map_or(UNKNOWN_KIND, |kind| kind.1);
+            return format!("the plugin {id:?} opens it as {kind}: give it with {flag}");
+        }
+        if let Some(reason) = self.refusal(names) {
+            return reason.to_owned();
         }
         let available = match self.plugins.is_empty() {
             true => "there are no plugins: pass their folder with --plugin-dir".to_owned(),
@@ -124,6 +135,12 @@ impl PluginRegistry {
                 format!("no plugin recognises this file, with tensors such as {first:?}; {available}")
             }
         }
+    }
+
+    /// What a file with the tensors `names` is that a plugin knows and does not open.
+    fn refusal<'a>(&'a self, names: &BTreeSet<&str>) -> Option<&'a str> {
+        let refusal = |plugin: &'a Plugin| names.iter().find_map(|name| plugin.description.refusal(name));
+        self.plugins.iter().find_map(refusal)
     }
 
     fn add_library(&mut self, path: PathBuf) -> Result<()> {
@@ -216,9 +233,7 @@ fn is_model(folder: &Path) -> bool {
 mod tests {
     use super::*;
     use candle_core::{DType, Device, Tensor};
-    use clearform_plugin_abi::{
-        ADAPTER_INTERFACE, CONTROLNET_INTERFACE, ClearformHost, ClearformPlugin, DESCRIPTION_BEGIN, DESCRIPTION_END,
-    };
+    use clearform_plugin_abi::{ClearformHost, ClearformPlugin, DESCRIPTION_BEGIN, DESCRIPTION_END};
     use clearform_weights::InMemoryTensors;
     use std::collections::BTreeMap;
 
@@ -261,7 +276,10 @@ mod tests {
         assert_eq!(chosen(choice(None, None)).unwrap(), "lora");
         assert_eq!(chosen(choice(None, Some("net"))).unwrap(), "net");
         let error = |choice: PluginChoice| chosen(choice).unwrap_err().to_string();
-        assert!(error(choice(Some(CONTROLNET_INTERFACE), None)).contains("pass it with --adapter"));
+        let lora = error(choice(Some(CONTROLNET_INTERFACE), None));
+        assert!(lora.ends_with("opens it as an edit of weights, such as a LoRA: give it with --lora"), "{lora}");
+        let net = error(choice(Some(ADAPTER_INTERFACE), Some("net")));
+        assert!(net.ends_with("opens it as a ControlNet: give it with --controlnet"), "{net}");
         assert!(error(choice(None, Some("x"))).contains("there is no plugin \"x\"; available plugins: lora, net"));
         let disabled = PluginRegistry::disabled().choose(&adapter, &choice(None, None)).unwrap_err();
         assert!(disabled.to_string().contains("--no-plugins"));

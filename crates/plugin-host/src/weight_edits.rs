@@ -34,8 +34,17 @@ pub(crate) struct PlacedEdit {
     pub strength: f64,
     /// Which rows of the tensor are edited.
     pub rows: Vec<EditedRows>,
-    /// Elements of a row after the edit.
+    /// Elements of a row of the edit.
     pub columns: usize,
+    /// All rows of the parameter, if the edit sets norms: those of columns are taken over all of them.
+    pub whole: Arc<[PartOfParameter]>,
+}
+
+/// The rows of a parameter that one canonical tensor has.
+#[derive(Debug, Clone)]
+pub(crate) struct PartOfParameter {
+    pub canonical: String,
+    pub rows: Vec<EditedRows>,
 }
 
 /// Consecutive rows of a canonical tensor that are edited.
@@ -68,8 +77,8 @@ impl ComponentParameters {
         self
     }
 
-    /// The component and the parameter that `edit` names, or why there is none.
-    fn find(&self, edit: &Edit) -> Result<(&str, &LayoutParameter), NotPlaced> {
+    /// The parameter that `edit` names, or why there is none.
+    fn find(&self, edit: &Edit) -> Result<FoundParameter<'_>, NotPlaced> {
         let is_named = |name: &&String| clearform_layout::glob(&edit.component, name);
         let mut named = self.components.iter().filter(|(name, _)| is_named(name)).peekable();
         if named.peek().is_none() {
@@ -78,9 +87,37 @@ impl ComponentParameters {
                 None => NotPlaced::Unmatched(format!("the model has no component {:?}", edit.component)),
             });
         }
-        let found = named.find_map(|(name, parameters)| Some((name.as_str(), parameters.find(&edit.parameter)?)));
+        let found = named.find_map(|(component, parameters)| {
+            let parameter = parameters.find(&edit.parameter)?;
+            Some(FoundParameter { component, parameter, parameters })
+        });
         let unknown = || format!("the component {:?} has no parameter {:?}", edit.component, edit.parameter);
         found.ok_or_else(|| NotPlaced::Unmatched(unknown()))
+    }
+}
+
+/// The parameter that an edit names.
+#[derive(Clone, Copy)]
+struct FoundParameter<'a> {
+    component: &'a str,
+    parameter: &'a LayoutParameter,
+    /// All parameters of the component.
+    parameters: &'a ParameterMap,
+}
+
+impl<'a> FoundParameter<'a> {
+    /// The names in every layout of the parameters with rows of `canonical`, itself one of them.
+    fn names(&self, canonical: &'a str) -> Vec<&'a str> {
+        let mut names: Vec<&str> = self.parameters.names(canonical).collect();
+        names.extend([canonical, &self.parameter.name]);
+        names
+    }
+
+    /// The same names with the component in front, of all canonical tensors.
+    fn qualified_names(&self) -> Vec<String> {
+        let canonical = self.parameter.segments.iter().map(|segment| segment.canonical.as_str());
+        let names = canonical.flat_map(|canonical| self.names(canonical));
+        names.map(|name| format!("{}.{name}", self.component)).collect()
     }
 }
 
@@ -99,17 +136,19 @@ struct PlacementCount {
     edited: Vec<String>,
     skipped: BTreeMap<usize, String>,
     unmatched: BTreeMap<usize, String>,
+    notes: Vec<String>,
 }
 
 impl PlacementCount {
-    fn count(&mut self, edit: &Edit, found: Result<(&str, &LayoutParameter), NotPlaced>) {
+    fn count(&mut self, edit: &Edit, found: Result<FoundParameter, NotPlaced>) {
         let sources = edit.sources.iter().copied();
         match found {
-            Ok((component, parameter)) => {
+            Ok(found) => {
+                let FoundParameter { component, parameter, .. } = found;
                 self.modules.insert(format!("{component}.{}", module(&parameter.name)));
-                let canonical = parameter.segments.iter().map(|segment| &segment.canonical);
-                self.edited.extend(canonical.chain([&parameter.name]).map(|name| format!("{component}.{name}")));
+                self.edited.extend(found.qualified_names());
                 self.applied.extend(sources);
+                self.notes.extend(padding_note(edit, parameter));
             }
             Err(NotPlaced::Skipped(reason)) => self.skipped.extend(sources.map(|index| (index, reason.clone()))),
             Err(NotPlaced::Unmatched(reason)) => self.unmatched.extend(sources.map(|index| (index, reason.clone()))),
@@ -125,6 +164,11 @@ impl PlacementCount {
                 self.unmatched.entry(index).or_insert_with(|| "the plugin does not recognise it".to_owned());
             }
         }
+        for (index, reason) in &mut self.unmatched {
+            if let Some(known) = adapter.refusal(&names[*index]) {
+                *reason = known.to_owned();
+            }
+        }
         self.applied.retain(|index| !self.unmatched.contains_key(index));
         let by_name = |reasons: BTreeMap<usize, String>| {
             reasons.into_iter().map(|(index, reason)| (names[index].clone(), reason)).collect()
@@ -137,7 +181,7 @@ impl PlacementCount {
             skipped: by_name(self.skipped),
             unmatched: by_name(self.unmatched),
             idle: scaled.strength.unmatched(&self.edited).into_iter().map(str::to_owned).collect(),
-            notes: adapter.notes(),
+            notes: adapter.notes().into_iter().chain(self.notes).collect(),
         }
     }
 }
@@ -165,29 +209,26 @@ impl WeightEdits {
         let mut count = PlacementCount::default();
         count.skipped.extend(adapter.skipped().iter().cloned());
         for (index, edit) in adapter.edits().iter().enumerate() {
-            let found = components.find(edit).and_then(|(component, parameter)| {
-                self.add(scaled, index, component, parameter).map_err(NotPlaced::Unmatched)?;
-                Ok((component, parameter))
+            let found = components.find(edit).and_then(|found| {
+                self.add(scaled, index, found).map_err(NotPlaced::Unmatched)?;
+                Ok(found)
             });
             count.count(edit, found);
         }
         count.report(scaled)
     }
 
-    /// Adds edit `index` to every canonical tensor that contains edited rows of `parameter`.
-    fn add(
-        &mut self,
-        scaled: &ScaledAdapter,
-        index: usize,
-        component: &str,
-        parameter: &LayoutParameter,
-    ) -> Result<(), String> {
+    /// Adds edit `index` to every canonical tensor that contains edited rows of the parameter.
+    fn add(&mut self, scaled: &ScaledAdapter, index: usize, found: FoundParameter) -> Result<(), String> {
         let edit = &scaled.adapter.edits()[index];
-        for (canonical, rows) in canonical_rows(parameter, edited_rows(edit, parameter)?) {
-            let strength = scaled.strength.factor(component, &[canonical, &parameter.name]);
+        let edited = edited_rows(edit, found.parameter)?;
+        let whole: Arc<[PartOfParameter]> = if edit.decomposed { whole(found.parameter, &edited) } else { [].into() };
+        for (canonical, rows) in canonical_rows(found.parameter, edited) {
+            let strength = scaled.strength.factor(found.component, &found.names(canonical));
             let adapter = scaled.adapter.clone();
-            let placed = PlacedEdit { adapter, edit: index, strength, rows, columns: edit.shape[1] };
-            let edits = self.components.entry(component.to_owned()).or_default();
+            let columns = edit.shape[1];
+            let placed = PlacedEdit { adapter, edit: index, strength, rows, columns, whole: whole.clone() };
+            let edits = self.components.entry(found.component.to_owned()).or_default();
             edits.entry(canonical.to_owned()).or_default().push(placed);
         }
         Ok(())
@@ -208,8 +249,41 @@ fn canonical_rows(parameter: &LayoutParameter, edited: Range<usize>) -> BTreeMap
     rows
 }
 
+/// Where the rows `edited` of `parameter` are, each of them once: copies of a row count once in a norm.
+fn whole(parameter: &LayoutParameter, edited: &Range<usize>) -> Arc<[PartOfParameter]> {
+    let mut once = LayoutParameter { segments: Vec::new(), ..parameter.clone() };
+    let mut covered = 0;
+    for segment in &parameter.segments {
+        if segment.from.start >= covered {
+            covered = segment.from.end;
+            once.segments.push(segment.clone());
+        }
+    }
+    let parts = canonical_rows(&once, edited.clone()).into_iter();
+    parts.map(|(canonical, rows)| PartOfParameter { canonical: canonical.to_owned(), rows }).collect()
+}
+
+/// A note on an edit that was made for the plain model of the family.
+fn padding_note(edit: &Edit, parameter: &LayoutParameter) -> Option<String> {
+    let columns = parameter.shape.iter().skip(1).product::<usize>();
+    let narrower = parameter.plain_columns.is_some_and(|plain| plain == edit.shape[1]) && plain_edit(edit);
+    narrower.then(|| {
+        format!(
+            "{:?} takes {columns} channels and the adapter has {}: it was made for the plain model, and is padded with \
+             zeros for the others",
+            parameter.name, edit.shape[1]
+        )
+    })
+}
+
+/// Whether an edit of the plain model has a meaning for a model with further input channels. A norm of rows that were
+/// shorter has none.
+fn plain_edit(edit: &Edit) -> bool {
+    matches!(edit.kind, EditKind::LowRank | EditKind::Delta) && !edit.decomposed && edit.first_row.is_none()
+}
+
 /// The rows of `parameter` that `edit` covers. An edit of a whole matrix may also add columns; whether the model
-/// accepts the new size is checked later.
+/// accepts the new size is checked later. One that was made for the plain model of the family may have fewer.
 fn edited_rows(edit: &Edit, parameter: &LayoutParameter) -> Result<Range<usize>, String> {
     let rows = parameter.shape.first().copied().unwrap_or(1);
     let columns = parameter.shape.iter().skip(1).product::<usize>();
@@ -223,7 +297,8 @@ fn edited_rows(edit: &Edit, parameter: &LayoutParameter) -> Result<Range<usize>,
     let can_widen = can_widen && matches!(edit.kind, EditKind::LowRank | EditKind::Delta | EditKind::Replace);
     // A factor applies to its whole row, so the columns of a scaling edit do not matter.
     let columns_fit = edit_columns == columns || edit.kind == EditKind::Scale;
-    if rows_fit && (columns_fit || (can_widen && edit_columns > columns)) {
+    let is_plain = parameter.plain_columns == Some(edit_columns) && plain_edit(edit);
+    if rows_fit && (columns_fit || is_plain || (can_widen && edit_columns > columns)) {
         return Ok(first..first + edit_rows);
     }
     Err(format!(

@@ -4,6 +4,7 @@ use crate::error::at;
 use crate::{PortableModelError, Result, VerdictRecord};
 use clearform_attention::AttentionPlan;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Edition of the format; this is the only one so far. A model with another edition needs another version of clearform.
@@ -50,10 +51,16 @@ pub struct SourceRecord {
 pub struct AdapterRecord {
     /// Its file's name, without folders.
     pub name: String,
-    /// SHA-256 of its bytes, hexadecimal.
+    /// SHA-256 of its bytes, hexadecimal; of its first file, if it has several.
     pub sha256: String,
     /// The factor it was applied with.
     pub strength: f64,
+    /// Further factors for blocks, by a text that their names contain.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub blocks: BTreeMap<String, f64>,
+    /// Its other files: further shards, and peft's adapter_config.json.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub file: Vec<SourceRecord>,
 }
 
 /// A file of a model.
@@ -215,6 +222,11 @@ sha256 = "11"
         record
     }
 
+    fn adapter() -> AdapterRecord {
+        let [name, sha256] = ["style.safetensors", "22"].map(str::to_owned);
+        AdapterRecord { name, sha256, strength: 0.75, blocks: BTreeMap::new(), file: Vec::new() }
+    }
+
     #[test]
     fn a_record_of_an_earlier_version_is_read() {
         let folder = tempfile::tempdir().unwrap();
@@ -223,7 +235,7 @@ sha256 = "11"
         let mut wanted = record();
         wanted.version = "0.1.0".to_owned();
         wanted.attention = read.attention.clone();
-        wanted.adapter.push(AdapterRecord { name: "style.safetensors".into(), sha256: "22".into(), strength: 0.75 });
+        wanted.adapter.push(adapter());
         assert_eq!(read, wanted);
         let plan = read.plan().unwrap();
         assert_eq!(plan.policy("transformer_blocks.0.attn").to_string(), "full");
@@ -236,9 +248,13 @@ sha256 = "11"
     #[test]
     fn a_written_record_reads_back() {
         let folder = tempfile::tempdir().unwrap();
-        record().write(folder.path()).unwrap();
+        let shard = SourceRecord { name: "adapter_config.json".into(), sha256: "33".into() };
+        let blocks = BTreeMap::from([("double".to_owned(), 1.0), ("single".to_owned(), 0.5)]);
+        let mut written = record();
+        written.adapter.push(AdapterRecord { blocks, file: vec![shard], ..adapter() });
+        written.write(folder.path()).unwrap();
         let read = ModelRecord::read(folder.path()).unwrap();
-        assert_eq!(read, record());
+        assert_eq!(read, written);
         assert_eq!(read.plan().unwrap().to_string(), "clear:r=4.5,d=2");
     }
 

@@ -20,7 +20,11 @@ const MOST_DIMENSIONS: usize = 32;
 const LARGEST_FILE: u64 = 100_000_000;
 
 /// Reads a JSON file of at most 100 MB.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+///
+/// # Errors
+/// [`WeightsError::Io`] if the file cannot be read, [`WeightsError::BadFile`] if it is not the JSON expected; a file that
+/// is something else, such as a git-lfs pointer, is named.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let io = |source| WeightsError::Io { path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(io)?;
     if !metadata.is_file() || metadata.len() > LARGEST_FILE {

@@ -29,6 +29,7 @@ pub use checkpoint::{Checkpoint, StoredTensor, opened_checkpoints};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
+pub use json::read_json;
 pub use source::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource};
 pub use stream::Digest;
 pub use tensor_file::TensorFile;

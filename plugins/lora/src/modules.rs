@@ -1,8 +1,9 @@
 //! [`FileEdits`]: groups the tensors of a file by module, and turns each module into edits.
 
 use crate::names::{TensorName, TensorRole};
-use crate::recipes::{EditForm, EditRecipe, matrix_shape};
-use crate::settings::PeftSettings;
+use crate::peft_config::RankedModule;
+use crate::recipes::{EditForm, EditRecipe, FactoredMatrix, StoredMagnitude, check_float, matrix_shape};
+use crate::settings::{PeftSettings, Stated};
 use candle_core::DType;
 use clearform_plugin_abi::sdk::{AdapterFile, EditOperation, FileTensor, ParameterEdit, Result};
 use clearform_plugin_abi::tensor::OwnedTensor;
@@ -15,6 +16,8 @@ pub struct FileEdits {
     pub recipes: Vec<EditRecipe>,
     /// Reasons by index.
     pub skipped: BTreeMap<usize, &'static str>,
+    /// What the user should know about the settings of the file.
+    pub notes: Vec<String>,
 }
 
 /// The tensors of one module, by role.
@@ -34,6 +37,9 @@ const SINGLE_TENSOR_EDITS: [(TensorRole, &str, EditOperation); 4] = [
     (TensorRole::Parameter, "", EditOperation::Replace),
 ];
 
+/// Relative difference of scales that are the same: alphas are often stored in half precision.
+const SAME_SCALE: f64 = 1e-2;
+
 const SHAPE_IS_REDUNDANT: &str = "its factors have the same information";
 
 impl FileEdits {
@@ -43,31 +49,34 @@ impl FileEdits {
     /// A module is incomplete, a tensor exists twice, or a form is not supported.
     pub fn read(file: &AdapterFile) -> Result<Self> {
         let infos = file.tensors();
+        let modules = modules(&infos)?;
         let settings = PeftSettings::read(file)?;
-        let mut edits = Self::default();
-        for module in modules(&infos)? {
-            edits.add(&module, file, &settings)?;
+        let ranked: Vec<RankedModule> = modules.iter().map(LoraModule::ranked).collect();
+        let mut edits = Self { notes: settings.notes(&ranked)?, ..Self::default() };
+        for module in &modules {
+            edits.add(module, file, &settings).map_err(|reason| format!("module {:?}: {reason}", module.name))?;
         }
         Ok(edits)
     }
 
     fn add(&mut self, module: &LoraModule, file: &AdapterFile, settings: &PeftSettings) -> Result<()> {
-        module.check_supported()?;
         self.skipped.extend(module.get(TensorRole::Shape).map(|index| (index, SHAPE_IS_REDUNDANT)));
-        if let Some((form, rank)) = module.product()? {
-            let scale = module.scale(rank, file, settings)?;
-            self.add_product(module, form, scale);
+        if let Some(form) = module.product()? {
+            form.check(module.infos)?;
+            module.check_dora(&form, settings)?;
+            let scale = module.scale(form.rank(module.infos), file, settings)?;
+            self.add_product(module, form, scale)?;
         }
         for (role, parameter, operation) in SINGLE_TENSOR_EDITS {
             if let Some(index) = module.get(role) {
-                self.push(module.edit(parameter, operation, &[index]), EditForm::Value(index), None);
+                self.push_value(module.edit(parameter, operation, &[index]), &module.infos[index], index)?;
             }
         }
         Ok(())
     }
 
     /// Adds the edit of the weight, and that of the bias if there is one.
-    fn add_product(&mut self, module: &LoraModule, form: EditForm, scale: f64) {
+    fn add_product(&mut self, module: &LoraModule, form: EditForm, scale: f64) -> Result<()> {
         let operation = match form {
             EditForm::LowRank { .. } => EditOperation::LowRank { scale },
             _ => EditOperation::Delta { scale },
@@ -75,15 +84,23 @@ impl FileEdits {
         let sources: Vec<usize> = form.indexes().into_iter().chain(module.get(TensorRole::Alpha)).collect();
         let shape = form.shape(module.infos);
         let edit = ParameterEdit { shape, ..module.edit("weight", operation, &sources) };
-        self.push(edit, form, module.get(TensorRole::Magnitude));
+        self.push(edit, form, module.magnitude());
         if let Some(bias) = module.get(TensorRole::UpBias) {
-            self.push(module.edit("bias", EditOperation::Delta { scale }, &[bias]), EditForm::Value(bias), None);
+            self.push_value(module.edit("bias", EditOperation::Delta { scale }, &[bias]), &module.infos[bias], bias)?;
         }
+        Ok(())
     }
 
-    fn push(&mut self, mut edit: ParameterEdit, form: EditForm, magnitude: Option<usize>) {
+    /// Adds an edit that uses the tensor at `index` as it is.
+    fn push_value(&mut self, edit: ParameterEdit, info: &FileTensor, index: usize) -> Result<()> {
+        check_float(info)?;
+        self.push(edit, EditForm::Value(FactoredMatrix::Whole(index)), None);
+        Ok(())
+    }
+
+    fn push(&mut self, mut edit: ParameterEdit, form: EditForm, magnitude: Option<StoredMagnitude>) {
         edit.decomposed = magnitude.is_some();
-        edit.sources.extend(magnitude);
+        edit.sources.extend(magnitude.map(|magnitude| magnitude.index));
         self.edits.push(edit);
         self.recipes.push(EditRecipe { form, magnitude });
     }
@@ -110,59 +127,62 @@ impl LoraModule<'_> {
         self.tensors.get(&role).copied()
     }
 
-    fn check_supported(&self) -> Result<()> {
-        match self.get(TensorRole::Tucker) {
-            None => Ok(()),
-            Some(index) => Err(format!(
-                "{:?}: Tucker-decomposed convolutions are not supported: no transformer that clearform knows has them",
-                self.infos[index].name
-            )),
-        }
+    fn magnitude(&self) -> Option<StoredMagnitude> {
+        let index = self.get(TensorRole::Magnitude)?;
+        Some(StoredMagnitude::new(index, &self.infos[index]))
     }
 
-    /// The product that changes the weight, with its rank if it has one; none if the module has no product.
-    fn product(&self) -> Result<Option<(EditForm, Option<usize>)>> {
+    fn ranked(&self) -> RankedModule<'_> {
+        let form = self.product().ok().flatten();
+        let rank = form.and_then(|form| form.rank(self.infos));
+        RankedModule { component: self.component, name: &self.name, rank }
+    }
+
+    /// The product that changes the weight; none if the module has no product.
+    fn product(&self) -> Result<Option<EditForm>> {
         if let Some((down, up)) = self.pair(TensorRole::Down, TensorRole::Up)? {
-            return Ok(Some((EditForm::LowRank { down, up }, self.rows(down))));
+            return Ok(Some(match self.get(TensorRole::Mid) {
+                Some(core) => EditForm::Value(FactoredMatrix::Core { core, up, down }),
+                None => EditForm::LowRank { down, up },
+            }));
         }
-        match self.hadamard()? {
-            Some(hadamard) => Ok(Some(hadamard)),
-            None => self.kronecker(),
-        }
-    }
-
-    fn hadamard(&self) -> Result<Option<(EditForm, Option<usize>)>> {
-        let w1 = self.pair(TensorRole::HadaW1A, TensorRole::HadaW1B)?;
-        let w2 = self.pair(TensorRole::HadaW2A, TensorRole::HadaW2B)?;
-        match (w1, w2) {
-            (Some((a1, b1)), Some((a2, b2))) => {
-                Ok(Some((EditForm::Hadamard { w1: [a1, b1], w2: [a2, b2] }, self.rows(b1))))
-            }
-            (None, None) => Ok(None),
-            _ => Err(format!("module {:?} has only one of the two products of a LoHa", self.name)),
-        }
-    }
-
-    fn kronecker(&self) -> Result<Option<(EditForm, Option<usize>)>> {
-        let w1 = self.kronecker_factor(TensorRole::LokrW1, TensorRole::LokrW1A, TensorRole::LokrW1B)?;
-        let w2 = self.kronecker_factor(TensorRole::LokrW2, TensorRole::LokrW2A, TensorRole::LokrW2B)?;
-        match (w1, w2) {
-            (Some(w1), Some(w2)) => {
-                // A factor has a rank if it is itself a product. If both are whole there is none, and alpha has no
-                // meaning.
-                let rank = [&w2, &w1].into_iter().find_map(|factor| factor.get(1)).and_then(|b| self.rows(*b));
-                Ok(Some((EditForm::Kronecker { w1, w2 }, rank)))
-            }
-            (None, None) => Ok(None),
-            _ => Err(format!("module {:?} has only one of the two factors of a LoKr", self.name)),
+        let hada = [
+            self.product_factor(TensorRole::HadaW1A, TensorRole::HadaW1B, Some(TensorRole::HadaT1))?,
+            self.product_factor(TensorRole::HadaW2A, TensorRole::HadaW2B, Some(TensorRole::HadaT2))?,
+        ];
+        let lokr = [
+            self.factor(TensorRole::LokrW1, TensorRole::LokrW1A, TensorRole::LokrW1B, None)?,
+            self.factor(TensorRole::LokrW2, TensorRole::LokrW2A, TensorRole::LokrW2B, Some(TensorRole::LokrT2))?,
+        ];
+        match (hada, lokr) {
+            ([Some(w1), Some(w2)], _) => Ok(Some(EditForm::Hadamard([w1, w2]))),
+            ([None, None], [Some(w1), Some(w2)]) => Ok(Some(EditForm::Kronecker([w1, w2]))),
+            ([None, None], [None, None]) => Ok(None),
+            ([None, None], _) => Err("it has only one of the two factors of a LoKr".to_owned()),
+            _ => Err("it has only one of the two products of a LoHa".to_owned()),
         }
     }
 
-    fn kronecker_factor(&self, whole: TensorRole, a: TensorRole, b: TensorRole) -> Result<Option<Vec<usize>>> {
-        Ok(match self.get(whole) {
-            Some(index) => Some(vec![index]),
-            None => self.pair(a, b)?.map(|(a, b)| vec![a, b]),
-        })
+    /// A factor that is one tensor, or a product.
+    fn factor(
+        &self,
+        whole: TensorRole,
+        a: TensorRole,
+        b: TensorRole,
+        core: Option<TensorRole>,
+    ) -> Result<Option<FactoredMatrix>> {
+        match self.get(whole) {
+            Some(index) => Ok(Some(FactoredMatrix::Whole(index))),
+            None => self.product_factor(a, b, core),
+        }
+    }
+
+    fn product_factor(&self, a: TensorRole, b: TensorRole, core: Option<TensorRole>) -> Result<Option<FactoredMatrix>> {
+        let core = core.and_then(|core| self.get(core));
+        Ok(self.pair(a, b)?.map(|(a, b)| match core {
+            Some(core) => FactoredMatrix::Tucker { core, outputs: a, inputs: b },
+            None => FactoredMatrix::Product { a, b },
+        }))
     }
 
     /// Two factors that belong together.
@@ -176,22 +196,44 @@ impl LoraModule<'_> {
         }
     }
 
-    fn rows(&self, index: usize) -> Option<usize> {
-        self.infos[index].shape.first().copied()
+    /// The magnitude must fit the weight, and the settings must not contradict that there is one.
+    fn check_dora(&self, form: &EditForm, settings: &PeftSettings) -> Result<()> {
+        let magnitude = self.magnitude();
+        for Stated { value, origin } in settings.use_dora(self.component) {
+            match (value, magnitude) {
+                (true, None) => {
+                    return Err(format!("{origin}: use_dora is true, but the file has no magnitude for it"));
+                }
+                (false, Some(magnitude)) => {
+                    let name = &self.infos[magnitude.index].name;
+                    return Err(format!("{origin}: use_dora is false, but the file has the magnitude {name:?}"));
+                }
+                _ => {}
+            }
+        }
+        let shape = form.shape(self.infos);
+        magnitude.map_or(Ok(()), |magnitude| magnitude.check(&self.infos[magnitude.index], shape))
     }
 
-    /// The scale from peft's settings, or else alpha / rank with the alpha in the file, or else 1.
+    /// The scale from peft's settings or from the file's alpha, 1 without either. All that state one must agree.
     fn scale(&self, rank: Option<usize>, file: &AdapterFile, settings: &PeftSettings) -> Result<f64> {
-        let Some(rank) = rank else { return Ok(1.0) };
-        if rank == 0 {
-            return Err(format!("module {:?}: its factors have rank 0", self.name));
+        if rank == Some(0) {
+            return Err("its factors have rank 0".to_owned());
         }
-        if let Some(scale) = settings.scale(self.component, &self.name, rank) {
-            return Ok(scale);
+        let mut stated = settings.scales(self.component, &self.name, rank)?;
+        if let (Some(index), Some(rank)) = (self.get(TensorRole::Alpha), rank) {
+            let name = &self.infos[index].name;
+            let value = scalar(&file.read(index)?, name)? / rank as f64;
+            stated.push(Stated { value, origin: format!("{name:?}") });
         }
-        match self.get(TensorRole::Alpha) {
-            Some(index) => Ok(scalar(&file.read(index)?, &self.infos[index].name)? / rank as f64),
-            None => Ok(1.0),
+        let Some(first) = stated.first() else { return Ok(1.0) };
+        let differs = |other: &&Stated<f64>| (other.value - first.value).abs() > SAME_SCALE * first.value.abs();
+        match stated.iter().find(differs) {
+            None => Ok(first.value),
+            Some(other) => Err(format!(
+                "{} gives the scale {}, and {} gives {}: remove the wrong one",
+                first.origin, first.value, other.origin, other.value
+            )),
         }
     }
 

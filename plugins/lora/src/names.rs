@@ -34,15 +34,18 @@ pub enum TensorRole {
     Parameter,
     /// Shape of a widened weight, which also follows from its factors.
     Shape,
-    /// Middle factor of a Tucker-decomposed convolution.
-    Tucker,
+    /// Cores of Tucker-decomposed convolutions: of a LoRA, of the products of a LoHa, of the second factor of a LoKr.
+    Mid,
+    HadaT1,
+    HadaT2,
+    LokrT2,
 }
 
-/// Endings of names, with their roles. The first match counts.
+/// Endings of names, with their roles. The first match counts. Some files have an underscore in place of the first dot.
 const ENDINGS: &[(&str, TensorRole)] = &[
     (".lora_down.weight", TensorRole::Down),
     (".lora_up.weight", TensorRole::Up),
-    (".lora_mid.weight", TensorRole::Tucker),
+    (".lora_mid.weight", TensorRole::Mid),
     (".lora_A.weight", TensorRole::Down),
     (".lora_B.weight", TensorRole::Up),
     (".lora_B.bias", TensorRole::UpBias),
@@ -62,15 +65,15 @@ const ENDINGS: &[(&str, TensorRole)] = &[
     (".hada_w1_b", TensorRole::HadaW1B),
     (".hada_w2_a", TensorRole::HadaW2A),
     (".hada_w2_b", TensorRole::HadaW2B),
-    (".hada_t1", TensorRole::Tucker),
-    (".hada_t2", TensorRole::Tucker),
+    (".hada_t1", TensorRole::HadaT1),
+    (".hada_t2", TensorRole::HadaT2),
     (".lokr_w1", TensorRole::LokrW1),
     (".lokr_w1_a", TensorRole::LokrW1A),
     (".lokr_w1_b", TensorRole::LokrW1B),
     (".lokr_w2", TensorRole::LokrW2),
     (".lokr_w2_a", TensorRole::LokrW2A),
     (".lokr_w2_b", TensorRole::LokrW2B),
-    (".lokr_t2", TensorRole::Tucker),
+    (".lokr_t2", TensorRole::LokrT2),
     (".diff", TensorRole::Diff),
     (".diff_b", TensorRole::DiffBias),
     (".w_norm", TensorRole::Diff),
@@ -79,18 +82,20 @@ const ENDINGS: &[(&str, TensorRole)] = &[
     (".reshape_weight", TensorRole::Shape),
 ];
 
+/// T5 is the first text encoder in one family, the second in another and the third in a third, so its component is a
+/// pattern.
+const T5: &str = "text_encoder*";
+
 /// Prefixes of names, with their components. The first match counts; without a prefix, a name belongs to the
-/// transformer. T5 is the second text encoder in one family and the third in another, so its component is a pattern.
+/// transformer.
 const PREFIXES: &[(&str, &str)] = &[
     ("lora_unet_", "transformer"),
     ("lora_transformer_", "transformer"),
     ("lycoris_", "transformer"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
-    ("lora_te3_", "text_encoder_*"),
+    ("lora_te3_", T5),
     ("lora_te_", "text_encoder"),
-    ("text_encoders.clip_l.transformer.", "text_encoder"),
-    ("text_encoders.t5xxl.transformer.", "text_encoder_*"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),
@@ -100,6 +105,11 @@ const PREFIXES: &[(&str, &str)] = &[
     ("transformer.", "transformer"),
     ("unet.", "transformer"),
 ];
+
+/// ComfyUI's and OneTrainer's names of text encoders, with their components. ComfyUI writes "text_encoders." before
+/// and "transformer." after them, or one of the two.
+const TEXT_ENCODERS: &[(&str, &str)] =
+    &[("clip_l.", "text_encoder"), ("clip_g.", "text_encoder_2"), ("t5xxl.", T5), ("t5.", T5)];
 
 /// XLabs' names for FLUX's projections, with the modules that they edit. In double blocks, 1 is the image stream and 2
 /// the text stream. In single blocks, q, k and v are the first rows of linear1.
@@ -133,9 +143,8 @@ impl TensorName {
             return Some(xlabs);
         }
         let rest = without_adapter_name(rest);
-        let ending = ENDINGS.iter().find(|(ending, _)| rest.len() > ending.len() && rest.ends_with(ending));
-        let (module, role) = match ending {
-            Some((ending, role)) => (&rest[..rest.len() - ending.len()], *role),
+        let (module, role) = match split_ending(&rest) {
+            Some(split) => split,
             None if is_parameter(&rest) => (rest.as_str(), TensorRole::Parameter),
             None => return None,
         };
@@ -143,10 +152,29 @@ impl TensorName {
     }
 }
 
-/// The component of the pipeline, and the rest of the name.
+/// The component of the pipeline, and the rest of the name. peft's own prefix may follow the component's.
 fn component(name: &str) -> (&'static str, &str) {
     let found = PREFIXES.iter().find_map(|(prefix, component)| Some((*component, name.strip_prefix(prefix)?)));
-    found.unwrap_or(("transformer", name))
+    let (component, rest) = found.or_else(|| text_encoder(name)).unwrap_or(("transformer", name));
+    (component, rest.strip_prefix("base_model.model.").unwrap_or(rest))
+}
+
+/// The component of a text encoder by ComfyUI's or OneTrainer's name, and the rest of the name.
+fn text_encoder(name: &str) -> Option<(&'static str, &str)> {
+    let name = name.strip_prefix("text_encoders.").unwrap_or(name);
+    let found = TEXT_ENCODERS.iter().find_map(|(encoder, component)| Some((*component, name.strip_prefix(encoder)?)));
+    found.map(|(component, rest)| (component, rest.strip_prefix("transformer.").unwrap_or(rest)))
+}
+
+/// The module and the role of a tensor, by the ending of its name.
+fn split_ending(name: &str) -> Option<(&str, TensorRole)> {
+    let with_dot = |(ending, role): &(&str, TensorRole)| Some((name.strip_suffix(ending)?, *role));
+    let joined = |(ending, role): &(&str, TensorRole)| {
+        let module = name.strip_suffix(ending.strip_prefix('.')?)?.strip_suffix('_')?;
+        Some((module, *role))
+    };
+    let found = ENDINGS.iter().find_map(with_dot).or_else(|| ENDINGS.iter().find_map(joined));
+    found.filter(|(module, _)| !module.is_empty())
 }
 
 /// A name in XLabs' format.
@@ -202,7 +230,7 @@ mod tests {
             ),
             (
                 "lora_te3_encoder_block_0_layer_0_SelfAttention_q.alpha",
-                "text_encoder_*",
+                "text_encoder*",
                 "encoder_block_0_layer_0_SelfAttention_q",
                 TensorRole::Alpha,
             ),
@@ -234,6 +262,30 @@ mod tests {
         }
         let single = TensorName::parse("diffusion_model.single_blocks.4.processor.qkv_lora.up.weight").unwrap();
         assert_eq!((single.module.as_str(), single.first_rows), ("single_blocks.4.linear1", true));
+    }
+
+    /// Every ending may be joined to the module, and every writer's prefix of a text encoder is known.
+    #[test]
+    fn joined_endings_and_prefixes_of_text_encoders_are_split() {
+        for (ending, role) in ENDINGS.iter().filter(|(ending, _)| ending.starts_with('.')) {
+            let name = format!("lora_transformer_a_to_q_{}", &ending[1..]);
+            let parsed = TensorName::parse(&name).unwrap_or_else(|| panic!("{name}"));
+            assert_eq!((parsed.module.as_str(), parsed.role), ("a_to_q", *role), "{name}");
+        }
+        let encoders = [("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", T5), ("t5", T5)];
+        for (encoder, component) in encoders {
+            for name in [
+                format!("{encoder}.a.b"),
+                format!("{encoder}.transformer.a.b"),
+                format!("text_encoders.{encoder}.a.b"),
+                format!("text_encoders.{encoder}.transformer.a.b"),
+            ] {
+                let parsed = TensorName::parse(&format!("{name}.lora_up.weight")).unwrap();
+                assert_eq!((parsed.component, parsed.module.as_str()), (component, "a.b"), "{name}");
+            }
+        }
+        let nested = TensorName::parse("transformer.base_model.model.a.b.lora_A.weight").unwrap();
+        assert_eq!((nested.component, nested.module.as_str()), ("transformer", "a.b"));
     }
 
     #[test]

@@ -85,6 +85,9 @@ struct RawLayout {
     /// For a layout without rules: canonical names by the foreign names that differ from them.
     #[serde(default)]
     rename: BTreeMap<String, String>,
+    /// Names that adapters have for tensors of this layout, with those that the layout has.
+    #[serde(default)]
+    adapter_names: BTreeMap<String, String>,
     /// Further names that are dropped, and why.
     #[serde(default)]
     drop: BTreeMap<String, String>,
@@ -126,6 +129,8 @@ pub(crate) struct Layout {
     pub inward: Vec<MappingStep>,
     /// From canonical names to this layout.
     pub outward: Vec<MappingStep>,
+    /// (name in adapters, name in this layout).
+    pub adapter_names: Vec<(Pattern, Pattern)>,
     pub settings: Map<String, Value>,
 }
 
@@ -334,6 +339,7 @@ impl FamilyManifest {
             (Some(_), Some(_)) => return Err(format!("layout {:?} has both rules and like", raw.name)),
         };
         rules.extend(raw.drop.into_iter().map(|(name, reason)| MappingRule::drop(vec![Pattern::new(&name)], reason)));
+        let adapter_names = raw.adapter_names.iter().map(|(alias, name)| (Pattern::new(alias), Pattern::new(name)));
         let (inward, outward): (Vec<_>, Vec<_>) = rules.into_iter().map(|rule| (rule.inward, rule.outward)).unzip();
         Ok(Layout {
             name: raw.name,
@@ -343,6 +349,7 @@ impl FamilyManifest {
             settings: raw.settings,
             inward,
             outward: outward.into_iter().flatten().collect(),
+            adapter_names: adapter_names.collect(),
         })
     }
 }

@@ -2,10 +2,11 @@
 //! to find the weights that they change.
 
 use crate::manifest::config_values::ConfigValues;
-use crate::manifest::family::FamilyManifest;
+use crate::manifest::family::{FamilyManifest, Layout};
+use crate::manifest::shape::ExpectedTensor;
 use crate::mapping::{Mapping, MappingContext};
 use clearform_weights::{Dtype, TensorInfo};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// A range of a parameter's rows and the canonical rows that they are.
@@ -28,6 +29,9 @@ pub struct LayoutParameter {
     pub shape: Vec<usize>,
     /// Its rows in canonical tensors. If several canonical tensors are copies of the parameter, each has its segments.
     pub segments: Vec<RowSegment>,
+    /// Elements of a row in the plain model of the family, if this one takes further channels of a control image or a
+    /// mask.
+    pub plain_columns: Option<usize>,
 }
 
 /// Every parameter of a model by its names in all layouts.
@@ -35,6 +39,9 @@ pub struct LayoutParameter {
 pub struct ParameterMap {
     /// By name, with underscores in place of dots as in LoRA files of kohya.
     parameters: BTreeMap<String, LayoutParameter>,
+    /// The parts of fused parameters by their numbers, as in LoRA files of OneTrainer: "qkv.0" is the query's. They have
+    /// no names in any layout.
+    parts: BTreeMap<String, LayoutParameter>,
     /// With underscores too, longest first.
     prefixes: Vec<String>,
 }
@@ -50,6 +57,7 @@ impl ParameterMap {
         });
         let canonical: Vec<_> = canonical.map(|info| (info.name.clone(), info)).collect();
         let context = MappingContext { family: manifest, sizes: Some(sizes) };
+        let plain_columns = plain_columns(manifest, sizes);
         for layout in &manifest.layouts {
             map.prefixes.extend(layout.prefixes.iter().map(|prefix| underscored(prefix)));
             let foreign = Mapping::new(&layout.outward, &canonical, context).tensors.into_values();
@@ -57,13 +65,27 @@ impl ParameterMap {
             let inward = Mapping::new(&layout.inward, &foreign, context);
             for (name, info) in foreign {
                 let segments = segments(&name, &inward);
-                let parameter = LayoutParameter { name: name.clone(), shape: info.shape, segments };
-                map.parameters.entry(underscored(&name)).or_insert(parameter);
+                let plain_columns = segments.first().and_then(|one| plain_columns.get(&one.canonical)).copied();
+                let parameter = LayoutParameter { name, shape: info.shape, segments, plain_columns };
+                map.add(parameter, layout);
             }
         }
         map.prefixes.sort_by_key(|prefix| std::cmp::Reverse(prefix.len()));
         map.prefixes.dedup();
         map
+    }
+
+    /// Adds a parameter of `layout` under its name, its further names in adapters, and its parts.
+    fn add(&mut self, parameter: LayoutParameter, layout: &Layout) {
+        for part in parts(&parameter) {
+            self.parts.entry(underscored(&part.name)).or_insert(part);
+        }
+        for (alias, name) in &layout.adapter_names {
+            if let Some(captures) = name.captures(&parameter.name) {
+                self.parts.entry(underscored(&alias.fill(captures))).or_insert_with(|| parameter.clone());
+            }
+        }
+        self.parameters.entry(underscored(&parameter.name)).or_insert(parameter);
     }
 
     /// The parameter `name` of any layout, with dots or underscores and with any prefix of the layouts.
@@ -77,7 +99,7 @@ impl ParameterMap {
 
     fn find_underscored(&self, name: &str) -> Option<&LayoutParameter> {
         let stripped = self.prefixes.iter().filter_map(|prefix| name.strip_prefix(prefix.as_str()));
-        stripped.filter_map(|name| self.parameters.get(name)).next()
+        stripped.filter_map(|name| self.parameters.get(name).or_else(|| self.parts.get(name))).next()
     }
 
     /// The names in all layouts of the parameters that have rows of `canonical`.
@@ -93,10 +115,12 @@ impl ParameterMap {
             let rows = info.shape.first().copied().unwrap_or(1);
             let segments = vec![RowSegment { from: 0..rows, canonical: info.name.clone(), to: 0 }];
             let key = underscored(info.name.strip_prefix(prefix).unwrap_or(&info.name));
-            (key, LayoutParameter { name: info.name.clone(), shape: info.shape.clone(), segments })
+            let shape = info.shape.clone();
+            (key, LayoutParameter { name: info.name.clone(), shape, segments, plain_columns: None })
         };
         Self {
             parameters: tensors.iter().map(keyed_parameter).collect(),
+            parts: BTreeMap::new(),
             prefixes: vec![underscored(prefix), String::new()],
         }
     }
@@ -121,6 +145,41 @@ fn segments(name: &str, inward: &Mapping) -> Vec<RowSegment> {
     }
     segments.sort_by_key(|segment| (segment.from.start, segment.to));
     segments
+}
+
+/// The parts of a parameter that the canonical model has as tensors of their own, called `<module>.<number>.weight`;
+/// none if it is a whole tensor.
+fn parts(parameter: &LayoutParameter) -> Vec<LayoutParameter> {
+    let LayoutParameter { name, shape, segments, .. } = parameter;
+    let names: BTreeSet<&String> = segments.iter().map(|segment| &segment.canonical).collect();
+    let follow_each_other = segments.windows(2).all(|pair| pair[0].from.end == pair[1].from.start);
+    let (Some((module, kind)), true) = (name.rsplit_once('.'), follow_each_other) else { return Vec::new() };
+    if segments.len() < 2 || names.len() < segments.len() {
+        return Vec::new();
+    }
+    let part = |(number, segment): (usize, &RowSegment)| {
+        let rows = segment.from.len();
+        let shape = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
+        let segments = vec![RowSegment { from: 0..rows, ..segment.clone() }];
+        LayoutParameter { name: format!("{module}.{number}.{kind}"), shape, segments, plain_columns: None }
+    };
+    segments.iter().enumerate().map(part).collect()
+}
+
+/// Elements of a row of the tensors that have fewer in the plain model of the family, which takes as many channels as
+/// it predicts.
+fn plain_columns(manifest: &FamilyManifest, sizes: &ConfigValues) -> BTreeMap<String, usize> {
+    let [inputs, outputs] = ["in_channels", "out_channels"].map(|key| sizes.integer(key));
+    let Some(outputs) = outputs.filter(|outputs| inputs.is_some_and(|inputs| inputs > *outputs)) else {
+        return BTreeMap::new();
+    };
+    let mut plain = sizes.clone();
+    plain.set("in_channels".to_owned(), outputs.into());
+    let widened = manifest.expected(sizes).into_iter().zip(manifest.expected(&plain));
+    let narrower = widened.filter(|(actual, plain)| actual.shape != plain.shape).map(|(_, plain)| plain);
+    let columns =
+        |plain: ExpectedTensor| Some((plain.name, plain.shape.into_iter().skip(1).product::<Option<usize>>()?));
+    narrower.filter_map(columns).collect()
 }
 
 fn underscored(name: &str) -> String {

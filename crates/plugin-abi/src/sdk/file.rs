@@ -59,7 +59,7 @@ impl AdapterFile {
         unsafe { found.value.as_str() }.map(str::to_owned)
     }
 
-    /// The config.json next to the file.
+    /// The config.json next to the file; of an adapter, peft's adapter_config.json if there is one.
     pub fn config(&self) -> Option<String> {
         // SAFETY: the text is valid as long as the file is.
         unsafe { self.table().config.as_str() }.filter(|text| !text.is_empty()).map(str::to_owned)
