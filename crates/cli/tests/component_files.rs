@@ -308,7 +308,7 @@ fn a_wrong_or_missing_file_is_named_with_what_to_do() {
         (&["--clip-g", text(&t5)], &["clip_g", "clip_l", "t5xxl", "vae"]),
         (&["--t5xxl", text(&both.path("none.gguf"))], &["none.gguf"]),
         (&["--t5xxl", text(&t5)], &["scheduler is missing", "--components DIR"]),
-        (&["--components", text(&others)], &["text_encoder", "num_attention_heads"]),
+        (&["--components", text(&others)], &["others/text_encoder: no .safetensors"]),
     ] {
         let message = ask(options);
         assert!(parts.iter().all(|part| message.contains(part)), "{options:?}: {message}");

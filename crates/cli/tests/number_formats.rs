@@ -77,13 +77,14 @@ const COMMANDS: [&str; 9] = [
     "export MODEL --to bfl -o OUTPUT",
     "forward MODEL --inputs INPUTS -o OUTPUT",
     "verify PORTABLE",
-    "patch extract MODEL --base PLAIN -o OUTPUT",
-    "patch extract PLAIN --base MODEL -o OUTPUT",
+    "patch extract PORTABLE --base PLAIN -o OUTPUT",
+    "patch extract PLAIN-PORTABLE --base MODEL -o OUTPUT",
 ];
 
 #[test]
 fn every_format_is_computed_with_or_refused_by_every_command() {
     let plain = Tiny::new();
+    let plain_portable = portable_model(&weights_of(plain.path()), plain.path());
     for dtype in COMPUTED.into_iter().chain(REFUSED) {
         let tiny = stored_in(dtype);
         let folder = tempfile::tempdir().unwrap();
@@ -96,6 +97,7 @@ fn every_format_is_computed_with_or_refused_by_every_command() {
                 "MODEL" => tiny.path().to_owned(),
                 "PLAIN" => plain.path().to_owned(),
                 "PORTABLE" => portable.clone(),
+                "PLAIN-PORTABLE" => plain_portable.clone(),
                 "INPUTS" => inputs.clone(),
                 "OUTPUT" => target.clone(),
                 word => word.into(),
