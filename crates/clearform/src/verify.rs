@@ -5,8 +5,8 @@ use clearform_portable_model::{PortableModel, VerifyReport};
 use clearform_runtime::Components;
 use std::path::Path;
 
-/// Checks every recorded file of the portable model `model` against its size and hash, and, if all match, that the weights
-/// of its transformer and its other components can be computed with.
+/// Checks every recorded file of the portable model `model` against its size and hash, and, if all match, that the
+/// weights of its transformer and its other components can be computed with.
 ///
 /// # Errors
 /// `model` is not a portable model, a file cannot be read, or weights are in a form that is not computed with.

@@ -1,5 +1,5 @@
-//! Components in files of their own, in the forms that ComfyUI, OpenCLIP and llama.cpp give them, generate what the same
-//! components in folders do.
+//! Components in files of their own, in the forms that ComfyUI, OpenCLIP and llama.cpp give them, generate what the
+//! same components in folders do.
 #![allow(clippy::unwrap_used)]
 
 mod common;

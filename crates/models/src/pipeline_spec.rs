@@ -25,8 +25,8 @@ pub trait PipelineSpec: Send + Sync {
         None
     }
 
-    /// The size in which an image of `size` is generated, before it is resized: some pipelines take only sizes of training
-    /// (`use_resolution_binning`).
+    /// The size in which an image of `size` is generated, before it is resized: some pipelines take only sizes of
+    /// training (`use_resolution_binning`).
     fn generated_size(&self, size: ImageSize) -> ImageSize {
         size
     }

@@ -53,16 +53,16 @@ impl Components {
         }
     }
 
-    /// Takes these components from files of their own. They are opened by [`Self::with_embedded`], since the family decides
-    /// which component each is.
+    /// Takes these components from files of their own. They are opened by [`Self::with_embedded`], since the family
+    /// decides which component each is.
     #[must_use]
     pub fn with_files(mut self, files: &ComponentFiles) -> Self {
         self.own_paths = files.clone();
         self
     }
 
-    /// Adds the components in the file of `transformer`, which is read as `reading` says, and those in files of their own.
-    /// The tensors of each are checked against the rules of its class.
+    /// Adds the components in the file of `transformer`, which is read as `reading` says, and those in files of their
+    /// own. The tensors of each are checked against the rules of its class.
     ///
     /// # Errors
     /// A file has another component or is one that the family does not have; tensors of a component are missing, have a
@@ -189,8 +189,8 @@ impl Components {
         path.exists().then(|| read(&path)).transpose()
     }
 
-    /// The components in folders or in `file`, which is that of the transformer `identified`, whose weights cannot be used,
-    /// and why. What only a config.json tells, which may be elsewhere, is not asked for.
+    /// The components in folders or in `file`, which is that of the transformer `identified`, whose weights cannot be
+    /// used, and why. What only a config.json tells, which may be elsewhere, is not asked for.
     pub fn unusable(&self, identified: &Identified, file: &Arc<Checkpoint>) -> Vec<UnusableComponent> {
         let unusable = |name: &str, reason: String| UnusableComponent { name: name.to_owned(), reason };
         let embedded = identified.components_in(file.as_ref()).into_iter().filter_map(|component| {

@@ -6,7 +6,8 @@
 //!   transformer and VAE in sequence and releases each before the next, as `enable_model_cpu_offload` would. Its
 //!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
 //! - [`LoadedPipeline`] keeps them in memory instead, for many images.
-//! - [`Components`] finds the components of a pipeline in folders, in a single-file checkpoint or in files of their own.
+//! - [`Components`] finds the components of a pipeline in folders, in a single-file checkpoint or in files of their
+//!   own.
 //! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.
 //! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
 //! - [`png`] writes images with their parameters, [`compare`] measures how similar images are.

@@ -176,8 +176,8 @@ impl Pipeline {
         Err(RuntimeError::BadSetting(reason.to_owned()))
     }
 
-    /// The size in which an image of `size` is generated before it is resized to `size`: with resolution binning, the size
-    /// of training nearest in aspect ratio, for families whose pipelines do so.
+    /// The size in which an image of `size` is generated before it is resized to `size`: with resolution binning, the
+    /// size of training nearest in aspect ratio, for families whose pipelines do so.
     pub fn generated_size(&self, size: ImageSize) -> ImageSize {
         match self.options.resolution_binning {
             true => self.transformer.pipeline_spec().generated_size(size),

@@ -1,4 +1,5 @@
-//! [`hub_snapshot`]: where the files are in the cache of a model hub (`models--org--name`), which huggingface_hub writes.
+//! [`hub_snapshot`]: where the files are in the cache of a model hub (`models--org--name`), which huggingface_hub
+//! writes.
 
 use std::path::{Path, PathBuf};
 
@@ -7,8 +8,9 @@ const SNAPSHOTS: &str = "snapshots";
 /// The file that names the current snapshot.
 const CURRENT: &str = "refs/main";
 
-/// The folder with the files of a model, where `folder` is the root of its cache: the snapshot that `refs/main` names, or
-/// the only one. `None` if `folder` is not the root of a cache, or if there is more than one snapshot to choose from.
+/// The folder with the files of a model, where `folder` is the root of its cache: the snapshot that `refs/main` names,
+/// or the only one. `None` if `folder` is not the root of a cache, or if there is more than one snapshot to choose
+/// from.
 pub fn hub_snapshot(folder: &Path) -> Option<PathBuf> {
     let snapshots = folder.join(SNAPSHOTS);
     let current = std::fs::read_to_string(folder.join(CURRENT)).unwrap_or_default();

@@ -40,8 +40,8 @@ pub struct GenerateArgs {
     /// Image height [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
     pub height: Option<usize>,
-    /// Generate images of PixArt in the size asked for, not in the nearest size of its training (use_resolution_binning in
-    /// diffusers).
+    /// Generate images of PixArt in the size asked for, not in the nearest size of its training (use_resolution_binning
+    /// in diffusers).
     #[arg(long, help_heading = SAMPLING)]
     pub no_resolution_binning: bool,
     /// Denoising steps (num_inference_steps in diffusers) [default: the variant's].

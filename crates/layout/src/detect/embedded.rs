@@ -1,6 +1,6 @@
 //! [`EmbeddedComponent`]: a component of a pipeline in the same file as its transformer, or in one of its own, and
-//! [`OpenComponent`], the same under its canonical names. The rules of its kind are in `manifests/components/`, in the same notation as
-//! families.
+//! [`OpenComponent`], the same under its canonical names. The rules of its kind are in `manifests/components/`, in the
+//! same notation as families.
 
 use crate::detect::hints::Hints;
 use crate::detect::{Identified, Sidecar, detect_dequantized};

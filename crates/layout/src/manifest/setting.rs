@@ -47,7 +47,8 @@ pub(crate) struct Setting {
     /// The values of `present` in place of true and false; `no` is null by default if there is a `yes`.
     yes: Option<Value>,
     no: Option<Value>,
-    /// Dimensions, as [tensor, axis]: the value is the size that most of them have. A negative axis counts from the end.
+    /// Dimensions, as [tensor, axis]: the value is the size that most of them have. A negative axis counts from the
+    /// end.
     #[serde(default)]
     extent: Vec<(String, isize)>,
     /// A product of earlier settings.

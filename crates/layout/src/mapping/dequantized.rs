@@ -126,8 +126,8 @@ impl<S: TensorSource> Dequantized<S> {
         &self.source
     }
 
-    /// Checks that it is not one of the models that are refused whatever family they are of, such as an adapter or a model
-    /// in an unsupported quantisation, and that its weights and biases can be computed with.
+    /// Checks that it is not one of the models that are refused whatever family they are of, such as an adapter or a
+    /// model in an unsupported quantisation, and that its weights and biases can be computed with.
     ///
     /// # Errors
     /// [`LayoutError::Unsupported`], which names what it is, or [`LayoutError::Incomplete`] with the weights.

@@ -46,8 +46,8 @@ pub struct StorageFormat {
 /// What a checkpoint holds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
-    /// Whether no tensor is missing, misshapen, uncomputable or not understood, nothing is contradicted, and no component
-    /// is unusable.
+    /// Whether no tensor is missing, misshapen, uncomputable or not understood, nothing is contradicted, and no
+    /// component is unusable.
     pub complete: bool,
     /// Name of the family.
     pub family: String,

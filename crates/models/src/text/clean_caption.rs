@@ -1,9 +1,9 @@
-//! [`CaptionCleaner`]: captions as PixArt's pipelines clean them before they are encoded (`clean_caption`, which is on by
-//! default there).
+//! [`CaptionCleaner`]: captions as PixArt's pipelines clean them before they are encoded (`clean_caption`, which is on
+//! by default there).
 //!
-//! The rules are those of diffusers' `PixArtAlphaPipeline._clean_caption`. What it asks other libraries for is done here as
-//! far as prompts have it: of BeautifulSoup tags and the usual named characters, of ftfy ligatures, wide characters and
-//! control characters. Text in a wrong encoding stays as it is.
+//! The rules are those of diffusers' `PixArtAlphaPipeline._clean_caption`. What it asks other libraries for is done
+//! here as far as prompts have it: of BeautifulSoup tags and the usual named characters, of ftfy ligatures, wide
+//! characters and control characters. Text in a wrong encoding stays as it is.
 
 use crate::{ModelError, Result};
 use fancy_regex::Regex;
@@ -23,7 +23,10 @@ const CLUTTER: &[Rule] = &[
     (r"@[\w\d]+\b", ""),
     (r"[\x{31c0}-\x{31ff}\x{3200}-\x{4dff}\x{4e00}-\x{9fff}]+", ""),
     (
-        r"[\x{002D}\x{058A}\x{05BE}\x{1400}\x{1806}\x{2010}-\x{2015}\x{2E17}\x{2E1A}\x{2E3A}\x{2E3B}\x{2E40}\x{301C}\x{3030}\x{30A0}\x{FE31}\x{FE32}\x{FE58}\x{FE63}\x{FF0D}]+",
+        concat!(
+            r"[\x{002D}\x{058A}\x{05BE}\x{1400}\x{1806}\x{2010}-\x{2015}\x{2E17}\x{2E1A}\x{2E3A}\x{2E3B}",
+            r"\x{2E40}\x{301C}\x{3030}\x{30A0}\x{FE31}\x{FE32}\x{FE58}\x{FE63}\x{FF0D}]+"
+        ),
         "-",
     ),
     ("[`´«»“”¨]", "\""),

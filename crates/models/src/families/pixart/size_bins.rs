@@ -46,8 +46,8 @@ const LARGE_BINS: [(f64, usize, usize); 7] =
 const SAMPLE_SIZES: [usize; 4] = [32, 64, 128, LARGE];
 const LARGE: usize = 256;
 
-/// The size of training nearest in aspect ratio to `size`, for a model trained on latents of `sample_size`. Models of other
-/// sizes have no bins: `size` itself.
+/// The size of training nearest in aspect ratio to `size`, for a model trained on latents of `sample_size`. Models of
+/// other sizes have no bins: `size` itself.
 pub(super) fn nearest_bin(size: ImageSize, sample_size: usize) -> ImageSize {
     let ratio = size.height as f64 / size.width as f64;
     let more = if sample_size == LARGE { &LARGE_BINS[..] } else { &[] };
