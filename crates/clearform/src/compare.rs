@@ -62,7 +62,7 @@ impl CompareOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<ComparisonReport> {
-    let components = options.evaluation.components.as_deref();
+    let components = options.evaluation.extra_components();
     let teacher = open_original_pipeline(&options.teacher, &options.student, components, options.device)?;
     let student = open_pipeline(&options.student, components, options.device)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;

@@ -4,7 +4,7 @@ use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
 use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
-use crate::sources::{default_options, note_checkpoint, read_options};
+use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel};
@@ -14,7 +14,8 @@ use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
 use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, SourceRecord, StagingDir};
 use clearform_runtime::{
-    Adapters, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions, TransformerCheckpoint,
+    Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
+    TransformerCheckpoint,
 };
 use clearform_weights::{Checkpoint, digest};
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct ConvertOptions {
     /// A diffusers folder with the components that the source lacks.
     #[serde(default)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence.
+    #[serde(default)]
+    pub component_files: ComponentFiles,
     /// LoRAs that are merged into the model before it is distilled.
     #[serde(default)]
     pub adapters: AdapterOptions,
@@ -79,12 +83,19 @@ impl ConvertOptions {
             attention: default_attention(),
             training: default_training(),
             components: None,
+            component_files: ComponentFiles::default(),
             adapters: AdapterOptions::default(),
             dtype: None,
             copy_mode: CopyMode::default(),
             overwrite: Overwrite::default(),
             device: ComputeDevice::default(),
         }
+    }
+}
+
+impl ConvertOptions {
+    fn extra_components(&self) -> ExtraComponents<'_> {
+        ExtraComponents { folder: self.components.as_deref(), files: &self.component_files }
     }
 }
 
@@ -154,10 +165,11 @@ impl OpenSource {
     /// Opens the source, with the adapters that are merged into it.
     fn open(options: &ConvertOptions, adapters: &Adapters, observer: &mut dyn Observer) -> Result<Self> {
         let reading = read_options(&options.reading)?;
-        let components = Components::new(&options.source, options.components.as_deref());
+        let components = options.extra_components().of(&options.source);
         let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
         note_checkpoint(transformer.checkpoint(), observer);
         let components = components.with_embedded(&transformer, &reading)?;
+        components.check_weights(transformer.identified().all_components())?;
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
         note_reports(&edited.reports, &[], observer);
         Ok(Self { edited, components })
@@ -196,7 +208,7 @@ impl Conversion<'_> {
         if !components.missing(edited.transformer.identified().components()).is_empty() {
             return Ok(None);
         }
-        let opened = default_options(None, self.options.device)?;
+        let opened = default_options(self.options.extra_components(), self.options.device)?;
         let options = PipelineOptions { adapters: adapters.clone(), ..opened };
         Ok(Some(Pipeline::of_opened(components.clone(), edited.clone(), options)?))
     }

@@ -3,13 +3,13 @@
 use crate::forecast::{Forecast, announce};
 use crate::observer::{Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
-use crate::sources::{open_original_pipeline, open_original_transformer, open_transformer};
+use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
 use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
 use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel};
 use clearform_convert::{AttentionOverlay, ConversionPlan};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, Pipeline, ReadOptions, TransformerCheckpoint};
+use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +30,9 @@ pub struct DistillOptions {
     /// A diffusers folder with the components that the teacher lacks; `None` is `model`.
     #[serde(default)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence.
+    #[serde(default)]
+    pub component_files: ComponentFiles,
     /// Where the student is trained.
     #[serde(default)]
     pub device: ComputeDevice,
@@ -44,6 +47,7 @@ impl DistillOptions {
             output: None,
             training: TrainingOptions::default(),
             components: None,
+            component_files: ComponentFiles::default(),
             device: ComputeDevice::default(),
         }
     }
@@ -104,9 +108,9 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
 
 /// The teacher's pipeline; `None` if a component of it is missing and samples need not be generated.
 fn teacher_pipeline(options: &DistillOptions, teacher: &TransformerCheckpoint) -> Result<Option<Pipeline>> {
-    let extra = options.components.as_deref().unwrap_or(&options.model);
-    let components = Components::new(&options.teacher, Some(extra));
-    let components = components.with_embedded(teacher, &ReadOptions::default_options()?)?;
+    let folder = options.components.as_deref().unwrap_or(&options.model);
+    let extra = ExtraComponents { folder: Some(folder), files: &options.component_files };
+    let components = extra.of(&options.teacher).with_embedded(teacher, &ReadOptions::default_options()?)?;
     let missing = components.missing(teacher.identified().components());
     if options.training.generates_samples() {
         training::require_components(&missing)?;
@@ -114,5 +118,5 @@ fn teacher_pipeline(options: &DistillOptions, teacher: &TransformerCheckpoint) -
     if !missing.is_empty() {
         return Ok(None);
     }
-    open_original_pipeline(&options.teacher, &options.model, Some(extra), options.device).map(Some)
+    open_original_pipeline(&options.teacher, &options.model, extra, options.device).map(Some)
 }

@@ -4,10 +4,13 @@
 use crate::adapters::control_images_per_prompt;
 use crate::error::WithContext as _;
 use crate::observer::{Observer, Progress, Stage};
+use crate::sources::ExtraComponents;
 use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
 use clearform_models::{BatchSpec, Denoiser, DenoiserInput, GuidanceKind, ImageSize, Noised, Prompt, StepIndex};
-use clearform_runtime::{EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, Pipeline, RgbImage, with_control};
+use clearform_runtime::{
+    ComponentFiles, EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, Pipeline, RgbImage, with_control,
+};
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -25,6 +28,8 @@ pub struct EvaluationOptions {
     pub prompts: Option<PathBuf>,
     /// A diffusers folder with the components that the models lack.
     pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence.
+    pub component_files: ComponentFiles,
     /// Control images, for transformers and ControlNets that take one: one for each prompt, or one for all.
     pub control_images: Vec<PathBuf>,
     /// Width and height of the images, in pixels; `None` is the model's native size.
@@ -100,6 +105,13 @@ fn parse_class(path: &Path, line: &str) -> Result<Prompt> {
         let path = path.display();
         ClearformError::bad_option(format!("{path}: expected class indices, one per line, found {line:?}"))
     })
+}
+
+impl EvaluationOptions {
+    /// Where components come from that the models lack.
+    pub(crate) fn extra_components(&self) -> ExtraComponents<'_> {
+        ExtraComponents { folder: self.components.as_deref(), files: &self.component_files }
+    }
 }
 
 impl EvaluationRun {

@@ -2,14 +2,14 @@
 
 use crate::adapters::{AdapterOptions, load_control_images, note_reports};
 use crate::observer::{Observer, Progress, Stage, note};
-use crate::sources::{default_options, read_options};
+use crate::sources::{ExtraComponents, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
 use clearform_models::{ImageSize, Prompt};
 use clearform_plugin_host::AdapterReport;
 use clearform_runtime::png::{self, GenerationParameters};
-use clearform_runtime::{GenerateRequest, Pipeline, PipelineOptions, PipelineStage, RgbImage};
+use clearform_runtime::{ComponentFiles, GenerateRequest, Pipeline, PipelineOptions, PipelineStage, RgbImage};
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -32,6 +32,9 @@ pub struct GenerateOptions {
     /// A diffusers folder with the components that the model lacks.
     #[serde(default)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence.
+    #[serde(default)]
+    pub component_files: ComponentFiles,
     /// Attention plan; `None` is the model's own.
     #[serde(default)]
     pub attention: Option<AttentionPlan>,
@@ -56,6 +59,10 @@ pub struct GenerateOptions {
     /// Seed: the noise is that of `torch.Generator("cpu").manual_seed(seed)`.
     #[serde(default)]
     pub seed: u64,
+    /// Whether a model whose pipeline generates in the sizes of its training does so, and resizes (PixArt;
+    /// `use_resolution_binning` in diffusers).
+    #[serde(default = "with_binning")]
+    pub resolution_binning: bool,
     /// Number of images.
     #[serde(default = "one_image")]
     pub batch: usize,
@@ -77,6 +84,10 @@ fn no_guidance() -> f64 {
     1.0
 }
 
+fn with_binning() -> bool {
+    true
+}
+
 fn one_image() -> usize {
     1
 }
@@ -90,6 +101,7 @@ impl GenerateOptions {
             negative_prompt: None,
             reading: SourceOptions::default(),
             components: None,
+            component_files: ComponentFiles::default(),
             attention: None,
             width: None,
             height: None,
@@ -98,6 +110,7 @@ impl GenerateOptions {
             true_cfg_scale: no_guidance(),
             guided_channels: None,
             seed: 0,
+            resolution_binning: with_binning(),
             batch: one_image(),
             adapters: AdapterOptions::default(),
             control_images: Vec::new(),
@@ -107,13 +120,15 @@ impl GenerateOptions {
     }
 
     fn pipeline_options(&self) -> Result<PipelineOptions> {
+        let components = ExtraComponents { folder: self.components.as_deref(), files: &self.component_files };
         Ok(PipelineOptions {
             plan: self.attention.clone(),
             dtype: self.dtype.map(Into::into),
             reading: read_options(&self.reading)?,
             guided_channels: self.guided_channels,
+            resolution_binning: self.resolution_binning,
             adapters: self.adapters.open()?,
-            ..default_options(self.components.as_deref(), self.device)?
+            ..default_options(components, self.device)?
         })
     }
 
@@ -192,10 +207,27 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
     pipeline.notes().iter().for_each(|text| note(observer, text));
     note_reports(pipeline.adapter_reports(), pipeline.controlnets(), observer);
     let request = options.request(&pipeline)?;
+    note_binning(&pipeline, &request, observer);
     let images = pipeline.generate(&request, &mut |stage| watch(stage, observer))?;
     let parameters = (0..images.len()).map(|index| parameters(options, &request, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
     Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })
+}
+
+/// Notes that images are generated in another size than was asked for.
+fn note_binning(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut dyn Observer) {
+    let Some(size) = request.size else { return };
+    let generated = pipeline.generated_size(size);
+    if generated != size {
+        note(
+            observer,
+            format_args!(
+                "{} x {} is generated as {} x {}, the size of training nearest to it, and resized; \
+                 --no-resolution-binning generates it as it is",
+                size.width, size.height, generated.width, generated.height
+            ),
+        );
+    }
 }
 
 /// Passes a stage on to `observer`.

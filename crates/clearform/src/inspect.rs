@@ -9,7 +9,7 @@ use clearform_runtime::Components;
 use std::path::Path;
 
 /// Identifies the transformer of `source`, a diffusers folder, single file or portable model, and says what became of
-/// each tensor and what the model costs to run. Reads headers only.
+/// each tensor and what the model costs to run, and which of its components cannot be used. Reads headers only.
 ///
 /// # Errors
 /// A file is damaged, or of no known family.
@@ -24,10 +24,12 @@ use std::path::Path;
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observer) -> Result<Inspection> {
-    let path = Components::new(source, None).transformer_path();
+    let components = Components::new(source, None);
+    let path = components.transformer_path();
     let options = read_options(reading)?;
     let checkpoint = Dequantized::open(&path, &options.manifests)?;
     let identified = detect(&checkpoint, &options.manifests, &options.hints).context(path.display())?;
     note_checkpoint(checkpoint.source(), observer);
-    Ok(Inspection::of(&identified, &checkpoint))
+    let components = components.unusable(&identified, checkpoint.source());
+    Ok(Inspection::of(&identified, &checkpoint).with_unusable(components))
 }

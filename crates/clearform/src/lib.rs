@@ -88,7 +88,9 @@ pub use clearform_portable_model::{
     CopyMode, ImageVerdict, LevelErrors, Overwrite, PortableModelError, VerdictRecord, VerifyReport,
 };
 pub use clearform_runtime::png::GenerationParameters;
-pub use clearform_runtime::{Adapters, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError};
+pub use clearform_runtime::{
+    Adapters, ComponentFiles, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError,
+};
 pub use clearform_weights::WeightsError;
 pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};
 pub use convert::{ConvertOptions, ConvertReport, convert};

@@ -112,6 +112,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let source = transformer.source();
     let patched = patch.apply_to(&source, *mode, base)?;
     let components = Components::new(checkpoint, None).with_embedded(&transformer, &reading)?;
+    components.check_weights(transformer.identified().all_components())?;
     let folders = checkpoint.is_dir().then(|| checkpoint.to_owned()).into_iter().collect();
     let conversion = ConversionPlan::new(transformer.identified(), patch.plan().clone())
         .with_components(folders, CopyMode::Copy)

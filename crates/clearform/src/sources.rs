@@ -2,11 +2,11 @@
 
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
-use crate::{ComputeDevice, Result, SourceOptions};
+use crate::{ClearformError, ComputeDevice, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Manifests};
-use clearform_runtime::{Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
-use clearform_weights::Checkpoint;
+use clearform_runtime::{ComponentFiles, Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
+use clearform_weights::{Checkpoint, lfs_pointer};
 use serde_json::Value;
 use std::path::Path;
 
@@ -18,18 +18,38 @@ pub(crate) fn read_options(options: &SourceOptions) -> Result<ReadOptions> {
         None => embedded,
     };
     let config = options.config.as_deref().map(read_json).transpose()?;
-    let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config };
+    let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config, ..Hints::default() };
     Ok(ReadOptions { manifests, hints, allow_unmatched: options.allow_unmatched, families: options.families })
 }
 
+/// Where the components come from that a model lacks.
+#[derive(Clone, Copy)]
+pub(crate) struct ExtraComponents<'a> {
+    /// A diffusers folder.
+    pub folder: Option<&'a Path>,
+    /// Files of one component each.
+    pub files: &'a ComponentFiles,
+}
+
+impl ExtraComponents<'_> {
+    /// The components of `model` with these.
+    pub fn of(self, model: &Path) -> Components {
+        Components::new(model, self.folder).with_files(self.files)
+    }
+}
+
 /// Options to open a pipeline with its own attention plan and dtype, and without adapters.
-pub(crate) fn default_options(components: Option<&Path>, device: ComputeDevice) -> Result<PipelineOptions> {
-    let components = components.map(Path::to_owned);
-    Ok(PipelineOptions { components, device: device.open()?, ..PipelineOptions::default_options()? })
+pub(crate) fn default_options(components: ExtraComponents, device: ComputeDevice) -> Result<PipelineOptions> {
+    Ok(PipelineOptions {
+        components: components.folder.map(Path::to_owned),
+        component_files: components.files.clone(),
+        device: device.open()?,
+        ..PipelineOptions::default_options()?
+    })
 }
 
 /// Opens `model` with [`default_options`].
-pub(crate) fn open_pipeline(model: &Path, components: Option<&Path>, device: ComputeDevice) -> Result<Pipeline> {
+pub(crate) fn open_pipeline(model: &Path, components: ExtraComponents, device: ComputeDevice) -> Result<Pipeline> {
     Ok(Pipeline::open(model, default_options(components, device)?)?)
 }
 
@@ -37,7 +57,7 @@ pub(crate) fn open_pipeline(model: &Path, components: Option<&Path>, device: Com
 pub(crate) fn open_original_pipeline(
     original: &Path,
     model: &Path,
-    components: Option<&Path>,
+    components: ExtraComponents,
     device: ComputeDevice,
 ) -> Result<Pipeline> {
     let reading = ReadOptions::default_options()?.of_original(original, model)?;
@@ -82,5 +102,8 @@ pub fn parse_plan(text: &str) -> Result<AttentionPlan> {
 
 fn read_json(path: &Path) -> Result<Value> {
     let bytes = std::fs::read(path).context(path.display())?;
+    if let Some(reason) = lfs_pointer(&bytes) {
+        return Err(ClearformError::bad_option(format!("{}: {reason}", path.display())));
+    }
     serde_json::from_slice(&bytes).context(format_args!("{}: expected JSON", path.display()))
 }

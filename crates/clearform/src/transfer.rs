@@ -79,7 +79,7 @@ impl TransferOptions {
 /// ```
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
-    let opening = in_exact_dtype(default_options(options.evaluation.components.as_deref(), options.device)?);
+    let opening = in_exact_dtype(default_options(options.evaluation.extra_components(), options.device)?);
     let evaluation = EvaluationRun::new(&options.evaluation, &Pipeline::open(&options.teacher, opening.clone())?)?;
     let control_images = evaluation.control_images.clone();
     let study = TransferStudy {

@@ -2,12 +2,14 @@
 
 use crate::Result;
 use clearform_portable_model::{PortableModel, VerifyReport};
+use clearform_runtime::Components;
 use std::path::Path;
 
-/// Checks every recorded file of the portable model `model` against its size and hash.
+/// Checks every recorded file of the portable model `model` against its size and hash, and, if all match, that the
+/// weights of its transformer and its other components can be computed with.
 ///
 /// # Errors
-/// `model` is not a portable model, or a file cannot be read.
+/// `model` is not a portable model, a file cannot be read, or weights are in a form that is not computed with.
 ///
 /// # Example
 /// ```no_run
@@ -16,5 +18,9 @@ use std::path::Path;
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn verify(model: &Path) -> Result<VerifyReport> {
-    Ok(PortableModel::verify(model)?)
+    let report = PortableModel::verify(model)?;
+    if report.is_intact() {
+        Components::new(model, None).check_all_weights()?;
+    }
+    Ok(report)
 }

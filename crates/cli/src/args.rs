@@ -3,6 +3,7 @@
 mod adapters;
 mod bench;
 mod compare;
+mod component_files;
 mod convert;
 #[cfg(feature = "demo")]
 mod demo;
@@ -19,6 +20,7 @@ pub use bench::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
 };
 pub use compare::{CompareArgs, SamplingArgs, TransferArgs};
+pub use component_files::ComponentFileArgs;
 pub use convert::{ConvertArgs, DistillArgs, Duration, LossWeights, PrecisionArg, Steps, TrainingArgs};
 #[cfg(feature = "demo")]
 pub use demo::DemoArgs;

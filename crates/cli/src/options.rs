@@ -1,14 +1,14 @@
 //! From parsed arguments to the library's options.
 
 use crate::args::{
-    AdapterArg, AdapterArgs, ApplyMode, DtypeArg, Duration, LossWeights, PluginSearchArgs, PrecisionArg, SamplingArgs,
-    SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, ComponentFileArgs, DtypeArg, Duration, LossWeights, PluginSearchArgs,
+    PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
 use clearform::{
-    AdapterKind, AdapterOptions, AdapterSpec, FloatDtype, LoraApplyMode, Overwrite, PluginOptions, Precision,
-    SourceOptions, TrainingOptions,
+    AdapterKind, AdapterOptions, AdapterSpec, ComponentFiles, FloatDtype, LoraApplyMode, Overwrite, PluginOptions,
+    Precision, SourceOptions, TrainingOptions,
 };
 
 /// What `--overwrite` allows.
@@ -80,10 +80,22 @@ impl From<&SamplingArgs> for EvaluationOptions {
         Self {
             prompts: args.prompts.clone(),
             components: args.components.clone(),
+            component_files: (&args.component_files).into(),
             control_images: args.control_image.clone(),
             size: args.size,
             steps: args.steps,
             seed: args.seed,
+        }
+    }
+}
+
+impl From<&ComponentFileArgs> for ComponentFiles {
+    fn from(args: &ComponentFileArgs) -> Self {
+        Self {
+            vae: args.vae.clone(),
+            clip_l: args.clip_l.clone(),
+            clip_g: args.clip_g.clone(),
+            t5xxl: args.t5xxl.clone(),
         }
     }
 }

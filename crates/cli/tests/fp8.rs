@@ -5,40 +5,10 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::fixture;
-use clearform_weights::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
-use common::{Tiny, json, repository, run, stderr_of, text};
+use clearform_weights::{Dtype, InMemoryTensors, TensorSource, save};
+use common::{RawTensors, Tiny, json, repository, run, stderr_of, text};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-
-/// Tensors of any dtype as raw bytes; candle has no F8_E5M2.
-#[derive(Clone, Default)]
-struct RawTensors(BTreeMap<String, RawTensor>);
-
-impl TensorSource for RawTensors {
-    fn tensors(&self) -> Vec<TensorInfo> {
-        self.0.keys().filter_map(|name| self.info(name)).collect()
-    }
-
-    fn info(&self, name: &str) -> Option<TensorInfo> {
-        let RawTensor { dtype, shape, .. } = self.0.get(name)?;
-        Some(TensorInfo { name: name.to_owned(), dtype: *dtype, shape: shape.clone() })
-    }
-
-    fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
-        self.0.get(name).cloned().ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
-    }
-}
-
-impl RawTensors {
-    fn put(&mut self, name: String, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) {
-        self.0.insert(name, RawTensor { dtype, shape: shape.to_vec(), bytes });
-    }
-
-    fn put_tensor(&mut self, name: &str, tensor: Tensor) {
-        let raw = InMemoryTensors::from_iter([(name.to_owned(), tensor)]).read(name).unwrap();
-        self.0.insert(name.to_owned(), raw);
-    }
-}
 
 /// A convention for storing fp8.
 struct Form {

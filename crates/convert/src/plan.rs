@@ -1,11 +1,11 @@
 //! [`ConversionPlan`]: what a conversion writes, and [writing](ConversionPlan::apply) it, one tensor at a time.
 
 use crate::{ConvertError, Result};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Identified, LoadReport};
 use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, SourceRecord, StagingDir};
-use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource};
+use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
@@ -163,7 +163,7 @@ impl ConversionPlan {
     /// Writes or copies every component that is found, and returns their names.
     fn write_components(&self, stage: &mut StagingDir) -> Result<Vec<String>> {
         let mut written = Vec::new();
-        for name in self.component_names() {
+        for name in self.identified.all_components() {
             if let Some(component) = self.data_of(name) {
                 component.write(stage)?;
                 written.push(name.clone());
@@ -189,11 +189,6 @@ impl ConversionPlan {
         class.is_null() || *class == self.identified.config["_class_name"]
     }
 
-    /// Names of all components that the pipeline has or may have beside its transformer.
-    fn component_names(&self) -> impl Iterator<Item = &String> {
-        self.identified.components().iter().chain(self.identified.optional_components())
-    }
-
     fn data_of(&self, name: &str) -> Option<&ComponentData> {
         self.component_data.iter().find(|component| component.name == name)
     }
@@ -204,7 +199,7 @@ impl ConversionPlan {
     }
 
     fn component_bytes(&self) -> u64 {
-        let copied = self.component_names().filter(|name| self.data_of(name).is_none());
+        let copied = self.identified.all_components().filter(|name| self.data_of(name).is_none());
         let folders = copied.filter_map(|name| self.find(name));
         let entries = folders.flat_map(|folder| walkdir::WalkDir::new(folder).follow_links(true));
         let copied: u64 = entries
@@ -238,11 +233,27 @@ fn layer_of(name: &str) -> Option<String> {
     name.strip_suffix(".processor.spatial_weight").map(str::to_owned)
 }
 
+/// Refuses a conversion to f16 that makes a finite value infinite: f16 ends at 65504.
+fn check_range(name: &str, stored: &Tensor, converted: &Tensor) -> clearform_weights::Result<()> {
+    if converted.dtype() != DType::F16 || converted.elem_count() == 0 {
+        return Ok(());
+    }
+    let largest = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let before = largest(stored)?;
+    if before.is_finite() && largest(converted)?.is_infinite() {
+        let reason = format!("its largest value, {before:e}, does not fit f16, which ends at 65504: write bf16 or f32");
+        return Err(WeightsError::BadTensor { name: name.to_owned(), reason });
+    }
+    Ok(())
+}
+
 /// `tensor` converted to the dtype of `info`, where it is another.
 fn in_dtype_of(info: &TensorInfo, tensor: RawTensor) -> clearform_weights::Result<RawTensor> {
     if tensor.dtype == info.dtype {
         return Ok(tensor);
     }
-    let converted = tensor.to_tensor(&info.name)?.to_dtype(DType::try_from(info.dtype)?)?;
+    let stored = tensor.to_tensor(&info.name)?;
+    let converted = stored.to_dtype(DType::try_from(info.dtype)?)?;
+    check_range(&info.name, &stored, &converted)?;
     InMemoryTensors::from_iter([(info.name.clone(), converted)]).read(&info.name)
 }

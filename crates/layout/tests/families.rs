@@ -350,6 +350,43 @@ fn empty_captions_distinguish_pixart_sigma_from_alpha() {
     }
 }
 
+/// Without the empty caption, the scale of positions tells Sigma's smallest model, or the pipeline, or the user.
+#[test]
+fn the_smallest_pixart_sigma_is_told_or_asked_about() {
+    let model = published("pixart-sigma");
+    let source = model.canonical();
+    let authors = model.foreign("original");
+    let stated = |variant: Option<&str>, pipeline: Option<&str>| Hints {
+        variant: variant.map(str::to_owned),
+        pipeline: pipeline.map(str::to_owned),
+        ..Hints::default()
+    };
+    let asks = "choose another with --variant pixart-sigma";
+    for (scale, hints, variant, tokens, note) in [
+        (json!(null), Hints::default(), "pixart-alpha", 120, asks),
+        (json!(1), Hints::default(), "pixart-alpha", 120, asks),
+        (json!(0.5), Hints::default(), "pixart-sigma", 300, ""),
+        (json!(null), stated(None, Some("PixArtSigmaPipeline")), "pixart-sigma", 300, ""),
+        (json!(null), stated(None, Some("PixArtAlphaPipeline")), "pixart-alpha", 120, ""),
+        (json!(null), stated(Some("pixart-sigma"), None), "pixart-sigma", 300, ""),
+        (json!(null), stated(Some("pixart-alpha"), Some("PixArtSigmaPipeline")), "pixart-alpha", 120, ""),
+    ] {
+        let mut config = model.config.clone();
+        config["sample_size"] = 32.into();
+        config["interpolation_scale"] = scale.clone();
+        let found = detect(&source, Some(&config), &hints).unwrap();
+        let case = format!("{scale} {hints:?}: {:?}", found.notes);
+        assert_eq!((found.variant.name.as_str(), found.variant.defaults.text_tokens), (variant, tokens), "{case}");
+        let ambiguity = found.notes.iter().find(|note| note.contains("--variant")).map_or("", String::as_str);
+        assert!(ambiguity.contains(note) && ambiguity.is_empty() == note.is_empty(), "{case}");
+        assert_eq!(found.config["interpolation_scale"], scale, "{case}");
+        let of_authors = json!({ "sample_size": 32 });
+        let found = detect(&authors, Some(&of_authors), &hints).unwrap();
+        let expected = if found.variant.name == "pixart-sigma" { json!(0.5) } else { Value::Null };
+        assert_eq!(found.config["interpolation_scale"], expected, "{case}");
+    }
+}
+
 /// DiT and SiT have the same tensors.
 #[test]
 fn dit_and_sit_are_distinguished_by_class_or_by_hint() {

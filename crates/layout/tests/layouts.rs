@@ -53,6 +53,54 @@ proptest! {
     }
 }
 
+/// The tensors as GGUF lists them: without leading extents of 1.
+fn as_in_gguf(source: &Fake) -> Fake {
+    let mut trimmed = Fake::default();
+    for (name, info) in &source.tensors {
+        let ones = info.shape.iter().take_while(|extent| **extent == 1).count();
+        trimmed.put(name, &info.shape[ones.min(info.shape.len().saturating_sub(1))..]);
+    }
+    trimmed
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn leading_extents_of_one_are_restored(dims in dims()) {
+        for family in FAMILIES {
+            let model = Model::new(family, dims);
+            let all = model.canonical();
+            for layout in manifests().layouts(family) {
+                let source = model.foreign(&layout);
+                let trimmed = as_in_gguf(&source);
+                let (identified, canonical) = model.open(&trimmed);
+                prop_assert_eq!(&identified.config, &model.config);
+                let canonical = canonical.require_complete().unwrap();
+                prop_assert_eq!(canonical.tensors(), all.tensors());
+                let (_, plain) = model.open(&source);
+                for name in all.tensors.keys() {
+                    prop_assert_eq!(canonical.read(name).unwrap(), plain.read(name).unwrap());
+                }
+            }
+        }
+    }
+}
+
+/// Positions that are computed and not used still show the size of the images.
+#[test]
+fn sizes_are_read_from_positions_with_and_without_their_leading_extent() {
+    for shape in [&[1, 64, 24][..], &[64, 24]] {
+        let model = Model::new("pixart", SMALL);
+        let mut source = model.foreign("original");
+        source.put("pos_embed", shape);
+        let mut config = model.config.clone();
+        config.as_object_mut().unwrap().remove("sample_size");
+        let identified = detect(&source, Some(&config), &Hints::default()).unwrap();
+        assert_eq!(identified.config["sample_size"], 16, "{shape:?}");
+    }
+}
+
 /// Every input is used, and every output has one input. Outputs hold the inputs' bytes, once for each copy.
 fn used_once(source: &Fake, canonical: &CanonicalSource<&Fake>) {
     let outcomes = &canonical.load_report().outcomes;

@@ -4,7 +4,9 @@
 mod common;
 
 use clearform_layout::{Hints, LayoutError};
+use clearform_weights::Dtype;
 use common::{Fake, TINY, detect};
+use serde_json::json;
 
 fn message(source: &Fake) -> String {
     let error = detect(source, None, &Hints::default()).unwrap_err();
@@ -41,6 +43,11 @@ fn known_models_adapters_and_components_are_named() {
         ("U-Net", &["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]),
         ("a VAE", &["decoder.conv_in.weight", "encoder.conv_in.weight"]),
         ("T5 text encoder", &["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"]),
+        ("T5 text encoder", &["enc.blk.0.attn_q.weight", "token_embd.weight"]),
+        ("CLIP text encoder", &["transformer.resblocks.0.attn.in_proj_weight", "ln_final.weight"]),
+        ("a language model", &["blk.0.attn_q.weight", "token_embd.weight"]),
+        ("MLX", &["transformer_blocks.0.attn.to_q.scales", "transformer_blocks.0.attn.to_q.biases"]),
+        ("mxfp4", &["layers.0.mlp.down_proj_blocks", "layers.0.mlp.down_proj_scales"]),
         ("CLIP text encoder", &["text_model.embeddings.token_embedding.weight"]),
     ];
     for (expected, names) in cases {
@@ -59,12 +66,30 @@ fn a_quantised_flux_is_not_taken_for_an_unquantised_one() {
         ("bitsandbytes", "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"),
         ("SVDQuant", "transformer_blocks.0.attn.to_q.wscales"),
         ("GPTQ", "double_blocks.0.img_attn.qkv.qweight"),
+        ("SDNQ", "double_blocks.0.img_attn.qkv.zero_point"),
+        ("SDNQ", "double_blocks.0.img_attn.qkv.scale"),
+        ("SDNQ", "double_blocks.0.img_attn.qkv.svd_up"),
+        ("quanto", "double_blocks.0.img_attn.qkv.weight._data"),
+        ("torchao", "double_blocks.0.img_attn.qkv.weight:qdata"),
     ] {
         let mut source = TINY.foreign("bfl");
         source.put(marker, &[1]);
         let message = message(&source);
         assert!(message.contains(expected) && message.contains("use the bf16"), "{marker}: {message}");
     }
+}
+
+/// A quantised model may have the names of the plain one; its config.json says what it is.
+#[test]
+fn a_quantised_model_is_named_by_its_config() {
+    let mut source = TINY.diffusers();
+    let mut config = TINY.config();
+    config["quantization_config"] = json!({ "quant_method": "sdnq" });
+    assert!(detect(&source, Some(&config), &Hints::default()).is_ok(), "its weights are plain");
+    let name = "transformer_blocks.0.attn.to_q.weight";
+    source.tensors.get_mut(name).unwrap().dtype = Dtype::I8;
+    let error = detect(&source, Some(&config), &Hints::default()).unwrap_err().to_string();
+    assert!(error.contains("quantised with \"sdnq\"") && error.contains(name) && error.contains("I8"), "{error}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! [`PipelineSpec`]: what the pipeline around a diffusion transformer does, as far as it depends on the family.
 
 use crate::text::TextEncoders;
-use crate::{BatchSpec, Conditions, GuidanceKind, NoiseProcess, Prompt, Result};
+use crate::{BatchSpec, Conditions, GuidanceKind, ImageSize, NoiseProcess, Prompt, Result};
 use candle_core::{Device, Tensor};
 
 /// The family's part of a diffusers pipeline: encoding, guidance, noise process, and the form of latents.
@@ -23,6 +23,12 @@ pub trait PipelineSpec: Send + Sync {
     /// Width and height of the training images in latent pixels (or image pixels), if the config states it.
     fn sample_size(&self) -> Option<usize> {
         None
+    }
+
+    /// The size in which an image of `size` is generated, before it is resized: some pipelines take only sizes of
+    /// training (`use_resolution_binning`).
+    fn generated_size(&self, size: ImageSize) -> ImageSize {
+        size
     }
 
     /// Encodes prompts with the text encoders of the pipeline, or turns classes into labels.

@@ -1,25 +1,33 @@
-//! [`Components`]: finds the components of a pipeline, in folders or in the transformer's single-file checkpoint, and reads
-//! their configs and weights the same way from both.
+//! [`Components`]: finds the components of a pipeline, in folders, in files of their own or in the transformer's
+//! single-file checkpoint, and reads their configs and weights the same way from all.
 
+use crate::component_files::ComponentFiles;
 use crate::files::{read, read_json, read_text, transformer_path};
 use crate::{ReadOptions, Result, RuntimeError, TransformerCheckpoint};
-use clearform_layout::{Dequantized, EmbeddedComponent, LayoutError, Manifests, OpenComponent};
+use clearform_layout::{
+    Dequantized, EmbeddedComponent, Identified, LayoutError, Manifests, OpenComponent, UnusableComponent,
+};
 use clearform_portable_model::ComponentData;
-use clearform_weights::{Checkpoint, TensorSource};
+use clearform_weights::{Checkpoint, TensorSource, hub_snapshot};
 use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The folders and files that are searched for components, in this order: the model's folder, the transformer's
-/// single-file checkpoint, the folder of `--components`.
+/// The folders and files that are searched for components, in this order: files of their own, the model's folder, the
+/// transformer's single-file checkpoint, the folder of `--components`.
 #[derive(Debug, Clone)]
 pub struct Components {
     model: PathBuf,
     extra: Option<PathBuf>,
+    own_paths: ComponentFiles,
+    own_files: Vec<SingleFile>,
     file: Option<SingleFile>,
+    /// The options that take files, by component; known once the family is.
+    options: BTreeMap<String, String>,
 }
 
-/// A checkpoint that contains other components beside its transformer.
+/// A checkpoint that contains components.
 #[derive(Debug, Clone)]
 struct SingleFile {
     checkpoint: Arc<Checkpoint>,
@@ -28,38 +36,74 @@ struct SingleFile {
 }
 
 const CONFIG: &str = "config.json";
+/// How the names of components without tensors begin.
+const WITHOUT_WEIGHTS: [&str; 2] = ["tokenizer", "scheduler"];
 
 impl Components {
     /// Searches `model` and then `extra`. Either may be a pipeline folder or any folder that contains components; `model`
     /// may also be a transformer alone, a folder or a file.
     pub fn new(model: &Path, extra: Option<&Path>) -> Self {
-        Self { model: model.to_owned(), extra: extra.map(Path::to_owned), file: None }
+        Self {
+            model: model.to_owned(),
+            extra: extra.map(Path::to_owned),
+            own_paths: ComponentFiles::default(),
+            own_files: Vec::new(),
+            file: None,
+            options: BTreeMap::new(),
+        }
     }
 
-    /// Adds the components in the file of `transformer`, which is read as `reading` says. The tensors of each are checked
-    /// against the rules of its class.
+    /// Takes these components from files of their own. They are opened by [`Self::with_embedded`], since the family
+    /// decides which component each is.
+    #[must_use]
+    pub fn with_files(mut self, files: &ComponentFiles) -> Self {
+        self.own_paths = files.clone();
+        self
+    }
+
+    /// Adds the components in the file of `transformer`, which is read as `reading` says, and those in files of their
+    /// own. The tensors of each are checked against the rules of its class.
     ///
     /// # Errors
-    /// Tensors of a component are missing, have a wrong shape or are unknown.
+    /// A file has another component or is one that the family does not have; tensors of a component are missing, have a
+    /// wrong shape or are unknown.
     pub fn with_embedded(mut self, transformer: &TransformerCheckpoint, reading: &ReadOptions) -> Result<Self> {
         let checkpoint = transformer.checkpoint();
+        let identified = transformer.identified();
         self.file = Some(SingleFile {
             checkpoint: checkpoint.clone(),
-            components: transformer.identified().components_in(checkpoint.as_ref()),
+            components: identified.components_in(checkpoint.as_ref()),
             allow_unmatched: reading.allow_unmatched,
         });
+        let options = identified.component_files().into_iter();
+        self.options = options.map(|(called, name)| (name.to_owned(), option_of(called))).collect();
+        let own_files =
+            self.own_paths.given().map(|(called, path)| SingleFile::open(called, path, identified, reading));
+        self.own_files = own_files.collect::<Result<_>>()?;
         self.open_embedded()?;
         Ok(self)
     }
 
-    /// The components that are taken from the transformer's file.
+    /// The components that are taken from files: the transformer's or their own.
     ///
     /// # Errors
     /// Tensors of a component are missing, have a wrong shape or are unknown.
     pub fn open_embedded(&self) -> Result<Vec<ComponentData>> {
-        let names = self.file.iter().flat_map(|file| &file.components).map(|component| component.name.as_str());
-        let found = names.filter_map(|name| self.find_embedded(name));
+        let files = self.own_files.iter().chain(&self.file);
+        let names: BTreeSet<&str> =
+            files.flat_map(|file| &file.components).map(|component| component.name.as_str()).collect();
+        let found = names.into_iter().filter_map(|name| self.find_embedded(name));
         found.map(|(file, component)| self.open(file, component)).collect()
+    }
+
+    /// Checks that the weights of all components in `names` that exist can be computed with. Only headers are read.
+    ///
+    /// # Errors
+    /// A component is damaged, incomplete, or stored in a form that is not read, such as that of a quantised model.
+    pub fn check_weights<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> Result<()> {
+        let has_weights = |name: &&String| !WITHOUT_WEIGHTS.iter().any(|start| name.starts_with(start));
+        let mut names = names.into_iter().filter(has_weights).filter(|name| self.has(name));
+        names.try_for_each(|name| self.weights(name).map(drop))
     }
 
     /// Whether component `name` exists.
@@ -89,7 +133,7 @@ impl Components {
         let folder = self.folder(name)?;
         let manifests = Manifests::embedded()?;
         let weights = Dequantized::open(&folder, &manifests)?;
-        manifests.accept(&weights).map_err(|error| bad_component(&folder, &error))?;
+        weights.accept(&manifests).map_err(|error| bad_component(&folder, &error))?;
         Ok(Box::new(weights))
     }
 
@@ -145,10 +189,42 @@ impl Components {
         path.exists().then(|| read(&path)).transpose()
     }
 
-    /// Component `name` in the transformer's file, unless the model's own folder contains it.
+    /// The components in folders or in `file`, which is that of the transformer `identified`, whose weights cannot be
+    /// used, and why. What only a config.json tells, which may be elsewhere, is not asked for.
+    pub fn unusable(&self, identified: &Identified, file: &Arc<Checkpoint>) -> Vec<UnusableComponent> {
+        let unusable = |name: &str, reason: String| UnusableComponent { name: name.to_owned(), reason };
+        let embedded = identified.components_in(file.as_ref()).into_iter().filter_map(|component| {
+            let opened = component.open(file.clone(), None).and_then(|opened| opened.tensors.require_complete());
+            match opened {
+                Ok(_) | Err(LayoutError::Ambiguous { .. }) => None,
+                Err(error) => Some(unusable(&component.name, error.to_string())),
+            }
+        });
+        let in_folders = identified.all_components().filter(|name| self.has(name)).filter_map(|name| {
+            let checked = self.check_weights([name]);
+            checked.err().map(|error| unusable(name, error.to_string()))
+        });
+        embedded.chain(in_folders).collect()
+    }
+
+    /// As [`Self::check_weights`], for all folders of the model that have a config.json, the transformer's among them.
+    ///
+    /// # Errors
+    /// As [`Self::check_weights`], or the model's folder cannot be read.
+    pub fn check_all_weights(&self) -> Result<()> {
+        let io = |source| RuntimeError::Io { path: self.model.clone(), source };
+        let entries = std::fs::read_dir(&self.model).map_err(io)?.collect::<std::io::Result<Vec<_>>>().map_err(io)?;
+        let has_config = |entry: &std::fs::DirEntry| entry.path().join(CONFIG).exists();
+        let names =
+            entries.iter().filter(|entry| has_config(entry)).filter_map(|entry| entry.file_name().into_string().ok());
+        self.check_weights(&names.collect::<BTreeSet<_>>())
+    }
+
+    /// Component `name` in a file of its own, or in the transformer's file, unless the model's own folder contains it.
     fn find_embedded(&self, name: &str) -> Option<(&SingleFile, &EmbeddedComponent)> {
-        let file = self.file.as_ref().filter(|_| !self.model.join(name).is_dir())?;
-        file.components.iter().find(|component| component.name == name).map(|component| (file, component))
+        let embedding = self.file.as_ref().filter(|_| !self.model.join(name).is_dir());
+        let mut files = self.own_files.iter().chain(embedding);
+        files.find_map(|file| Some((file, file.components.iter().find(|component| component.name == name)?)))
     }
 
     fn open(&self, file: &SingleFile, embedded: &EmbeddedComponent) -> Result<ComponentData> {
@@ -178,8 +254,35 @@ impl Components {
     }
 
     fn missing_component(&self, name: &str) -> RuntimeError {
-        let searched = self.roots().map(|root| root.display().to_string()).collect::<Vec<_>>().join(" and ");
-        RuntimeError::MissingComponent { name: name.to_owned(), searched }
+        let searched = self.roots().map(describe_root).collect::<Vec<_>>().join(" and ");
+        let option = self.options.get(name).map(|option| format!(", or its file with {option}")).unwrap_or_default();
+        RuntimeError::MissingComponent { name: name.to_owned(), searched, option }
+    }
+}
+
+impl SingleFile {
+    /// Opens the file of one component, which users call `called`.
+    fn open(called: &str, path: &Path, identified: &Identified, reading: &ReadOptions) -> Result<Self> {
+        let checkpoint = Arc::new(Checkpoint::open(path)?);
+        let component = identified.component_in_own_file(called, checkpoint.as_ref());
+        let component = component.map_err(|error| RuntimeError::BadComponent {
+            path: path.to_owned(),
+            reason: format!("given with {}: {error}", option_of(called)),
+        })?;
+        Ok(Self { checkpoint, components: vec![component], allow_unmatched: reading.allow_unmatched })
+    }
+}
+
+/// The command's option for a file that users call `called`.
+fn option_of(called: &str) -> String {
+    format!("--{}", called.replace('_', "-"))
+}
+
+/// A folder that was searched. The root of a hub cache contains none itself.
+fn describe_root(root: &Path) -> String {
+    match hub_snapshot(root) {
+        None => root.display().to_string(),
+        Some(snapshot) => format!("{} (the root of a hub cache: pass {})", root.display(), snapshot.display()),
     }
 }
 

@@ -17,13 +17,15 @@ pub enum RuntimeError {
     /// A component of the pipeline is missing.
     #[error(
         "{name} is missing; searched {searched}. To take it from another model of the same family, pass --components DIR \
-         with the diffusers folder of that model"
+         with the diffusers folder of that model{option}"
     )]
     MissingComponent {
         /// The name of its folder in a diffusers pipeline.
         name: String,
         /// The folders that were searched.
         searched: String,
+        /// The option that takes a file of the component, with a comma before it; empty if there is none.
+        option: String,
     },
     /// A component of the pipeline exists, but cannot be used.
     #[error("{path}: {reason}", path = path.display())]

@@ -1,6 +1,7 @@
 //! Small files of a model, and where its transformer is.
 
 use crate::{Result, RuntimeError};
+use clearform_weights::lfs_pointer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -16,7 +17,7 @@ pub(crate) fn transformer_path(model: &Path) -> PathBuf {
 /// The bytes of a config or vocabulary.
 ///
 /// # Errors
-/// The file is missing or larger than such files are.
+/// The file is missing, larger than such files are, or only a git-lfs pointer.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let io = |source| RuntimeError::Io { path: path.to_owned(), source };
     let size = std::fs::metadata(path).map_err(io)?.len();
@@ -24,7 +25,11 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
         let reason = format!("expected a small file, found {size} bytes");
         return Err(RuntimeError::BadComponent { path: path.to_owned(), reason });
     }
-    std::fs::read(path).map_err(io)
+    let bytes = std::fs::read(path).map_err(io)?;
+    match lfs_pointer(&bytes) {
+        None => Ok(bytes),
+        Some(reason) => Err(RuntimeError::BadComponent { path: path.to_owned(), reason }),
+    }
 }
 
 /// The value of a JSON file.

@@ -1,7 +1,8 @@
 //! [`Pipeline::generate`]: all stages in a row. Each component is loaded when its stage begins and released when it ends,
 //! unless the pipeline is a [`LoadedPipeline`](crate::LoadedPipeline).
 
-use crate::{GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images};
+use crate::images::resize_and_crop;
+use crate::{GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
 use clearform_models::{ImageSize, Prompt};
 use clearform_sampling::{SamplingError, Schedule, StepAction, StepProgress};
 use image::RgbImage;
@@ -56,7 +57,8 @@ impl Pipeline {
         hook: &mut dyn FnMut(&PipelineStage) -> StepAction,
     ) -> Result<Vec<RgbImage>> {
         let (latents, schedule) = self.start(request)?;
-        let size = latents.size;
+        let generated = latents.size;
+        let size = self.requested_size(request);
         let controls = self.control_images(&request.control_images)?;
         let scales = request.scales();
         self.check_guidance(scales)?;
@@ -68,14 +70,18 @@ impl Pipeline {
         let denoised = batch.denoise(transformer.as_ref(), &mut |step| hook(&PipelineStage::Step(step)))?;
         drop(transformer);
         enter(hook, &PipelineStage::Decoding)?;
-        let images = self.decode(&denoised, size)?;
+        let images = to_images(&resize_and_crop(&self.decode_values(&denoised, generated)?, size)?)?;
         check_images(&images)?;
         Ok(images)
     }
 
+    fn requested_size(&self, request: &GenerateRequest) -> ImageSize {
+        request.size.unwrap_or(self.native_size())
+    }
+
     /// Initial noise and schedule of `request`: what shows first whether its settings fit the model.
     fn start(&self, request: &GenerateRequest) -> Result<(InitialLatents, Schedule)> {
-        let size = request.size.unwrap_or(self.native_size());
+        let size = self.generated_size(self.requested_size(request));
         self.check_decodable(size)?;
         let latents = self.initial_latents(request.seed, request.batch, size)?;
         let schedule = self.schedule(request.steps, &latents)?;

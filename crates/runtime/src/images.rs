@@ -24,6 +24,44 @@ pub fn to_images(decoded: &Tensor) -> Result<Vec<RgbImage>> {
     (0..batch).map(|index| to_image(&pixels.get(index)?.to_vec1()?, ImageSize { height, width }, index)).collect()
 }
 
+/// Images scaled to cover `size` and cut to it from the middle, as diffusers' `resize_and_crop_tensor`: bilinear, with
+/// corners not aligned and without smoothing.
+///
+/// # Shapes
+/// (batch, channels, height, width) in f32 -> (batch, channels, size.height, size.width).
+pub(crate) fn resize_and_crop(images: &Tensor, size: ImageSize) -> Result<Tensor> {
+    let (_, _, height, width) = images.dims4()?;
+    if (ImageSize { height, width }) == size {
+        return Ok(images.clone());
+    }
+    let ratio = (size.height as f64 / height as f64).max(size.width as f64 / width as f64);
+    let covering = |edge: usize, wanted: usize| ((edge as f64 * ratio) as usize).max(wanted);
+    let (tall, wide) = (covering(height, size.height), covering(width, size.width));
+    let resized = interpolate(&interpolate(images, 2, tall)?, 3, wide)?;
+    let rows = resized.narrow(2, (tall - size.height) / 2, size.height)?;
+    Ok(rows.narrow(3, (wide - size.width) / 2, size.width)?.contiguous()?)
+}
+
+/// Linear interpolation along `axis` to `count` values.
+fn interpolate(images: &Tensor, axis: usize, count: usize) -> Result<Tensor> {
+    let stored = images.dim(axis)?;
+    if stored == count {
+        return Ok(images.clone());
+    }
+    let scale = stored as f32 / count as f32;
+    let place = |at: usize| (scale * (at as f32 + 0.5) - 0.5).max(0.0);
+    let lower: Vec<u32> = (0..count).map(|at| (place(at) as u32).min(stored as u32 - 1)).collect();
+    let upper: Vec<u32> = lower.iter().map(|at| (at + 1).min(stored as u32 - 1)).collect();
+    let weights: Vec<f32> = lower.iter().enumerate().map(|(at, lower)| place(at) - *lower as f32).collect();
+    let mut shape = vec![1; images.rank()];
+    shape[axis] = count;
+    let device = images.device();
+    let values = |indices: Vec<u32>| images.index_select(&Tensor::new(indices, device)?, axis);
+    let weights = Tensor::from_vec(weights, shape, device)?;
+    let (lower, upper) = (values(lower)?, values(upper)?);
+    Ok((&lower + (upper - &lower)?.broadcast_mul(&weights)?)?)
+}
+
 /// Refuses images of a single colour, which only broken weights generate.
 ///
 /// # Errors
@@ -91,6 +129,29 @@ mod tests {
         let bytes: Vec<&[u8]> = images.iter().map(|image| image.as_raw().as_slice()).collect();
         assert_eq!(bytes, [[0, 0, 0, 128, 128, 128, 191, 191, 191], [255, 255, 255, 255, 255, 255, 0, 0, 0]]);
         assert!(to_images(&values.reshape((1, 2, 1, 3)).unwrap()).unwrap_err().to_string().contains("found 2"));
+    }
+
+    /// torch: PixArtImageProcessor.resize_and_crop_tensor(torch.arange(24.).reshape(1, 1, 4, 6), width, height)
+    #[test]
+    fn images_are_resized_as_diffusers_does() {
+        let image = Tensor::arange(0_f32, 24.0, &Device::Cpu).unwrap().reshape((1, 1, 4, 6)).unwrap();
+        let resized = |height, width| {
+            let resized = resize_and_crop(&image, ImageSize { height, width }).unwrap();
+            resized.squeeze(0).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let cases: [(usize, usize, &[[f32; 3]]); 3] = [
+            (3, 3, &[[1.25, 2.75, 4.25], [9.25, 10.75, 12.25], [17.25, 18.75, 20.25]]),
+            (2, 6, &[[6.0, 7.0, 8.0], [12.0, 13.0, 14.0]]),
+            (7, 4, &[[1.6, 2.2, 2.8], [3.742_857_5, 4.342_857_4, 4.942_857_7], [7.171_429, 7.771_428_6, 8.371_428]]),
+        ];
+        for (height, width, expected) in cases {
+            let found = resized(height, width);
+            assert_eq!((found.len(), found[0].len()), (height, width));
+            for (found, expected) in found.iter().zip(expected) {
+                let nearest = |(found, expected): (&f32, &f32)| (found - expected).abs() < 1e-5;
+                assert!(found.iter().zip(expected).all(nearest), "{found:?} {expected:?}");
+            }
+        }
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!   transformer and VAE in sequence and releases each before the next, as `enable_model_cpu_offload` would. Its
 //!   stages ([`Pipeline::encode`], [`Pipeline::schedule`], [`Pipeline::decode`], ...) can also be called one by one.
 //! - [`LoadedPipeline`] keeps them in memory instead, for many images.
-//! - [`Components`] finds the components of a pipeline in folders or in a single-file checkpoint.
+//! - [`Components`] finds the components of a pipeline in folders, in a single-file checkpoint or in files of their
+//!   own.
 //! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.
 //! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
 //! - [`png`] writes images with their parameters, [`compare`] measures how similar images are.
@@ -16,6 +17,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
+mod component_files;
 mod components;
 mod control;
 mod control_concat;
@@ -38,6 +40,7 @@ mod transformer_checkpoint;
 pub use adapters::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,
 };
+pub use component_files::ComponentFiles;
 pub use components::Components;
 pub use control::ControlImages;
 pub use control_concat::with_control;

@@ -5,7 +5,7 @@ use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::gpu_limits::check_dtype;
 use crate::held_weights::HeldWeights;
 use crate::latent_spec::LatentSpec;
-use crate::{Components, ReadOptions, Result, TransformerCheckpoint};
+use crate::{ComponentFiles, Components, ReadOptions, Result, TransformerCheckpoint};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_models::{GuidanceKind, ImageSize, NoiseProcess};
@@ -22,6 +22,8 @@ pub struct PipelineOptions {
     pub reading: ReadOptions,
     /// A folder with the components that the model lacks.
     pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence over those of the model.
+    pub component_files: ComponentFiles,
     /// The attention of each layer. `None` is what a portable model records, and full attention for other models.
     pub plan: Option<AttentionPlan>,
     /// Dtype of the transformer and the latents. `None` is that of [`TransformerCheckpoint::dtype`].
@@ -32,6 +34,9 @@ pub struct PipelineOptions {
     pub guided_channels: Option<usize>,
     /// LoRAs and ControlNets.
     pub adapters: Adapters,
+    /// Whether [`Pipeline::generate`] generates in the sizes of training where the family's pipeline does, and resizes
+    /// (`use_resolution_binning` in diffusers).
+    pub resolution_binning: bool,
 }
 
 impl PipelineOptions {
@@ -43,11 +48,13 @@ impl PipelineOptions {
         Ok(Self {
             reading: ReadOptions::default_options()?,
             components: None,
+            component_files: ComponentFiles::default(),
             plan: None,
             dtype: None,
             device: Device::Cpu,
             guided_channels: None,
             adapters: Adapters::default(),
+            resolution_binning: true,
         })
     }
 }
@@ -75,7 +82,7 @@ impl Pipeline {
     /// A component is missing (the message names the option that adds it) or damaged, or an adapter does not fit.
     pub fn open(model: &Path, options: PipelineOptions) -> Result<Self> {
         let recorded = recorded_plan(model)?;
-        let components = Components::new(model, options.components.as_deref());
+        let components = Components::new(model, options.components.as_deref()).with_files(&options.component_files);
         let reading = options.reading.clone().recorded(model)?;
         let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
         let components = components.with_embedded(&transformer, &reading)?;
@@ -187,11 +194,7 @@ impl Pipeline {
 /// The model's scheduler if it has one, else the one its family was published with.
 fn scheduler(components: &Components, transformer: &TransformerCheckpoint) -> Result<Scheduler> {
     let identified = transformer.identified();
-    let has_one = identified
-        .components()
-        .iter()
-        .chain(identified.optional_components())
-        .any(|component| component == "scheduler");
+    let has_one = identified.all_components().any(|component| component == "scheduler");
     if !has_one || components.folder("scheduler").is_err() {
         return Ok(Scheduler::default_for(transformer.pipeline_spec().noise_process()));
     }

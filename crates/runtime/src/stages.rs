@@ -176,6 +176,15 @@ impl Pipeline {
         Err(RuntimeError::BadSetting(reason.to_owned()))
     }
 
+    /// The size in which an image of `size` is generated before it is resized to `size`: with resolution binning, the
+    /// size of training nearest in aspect ratio, for families whose pipelines do so.
+    pub fn generated_size(&self, size: ImageSize) -> ImageSize {
+        match self.options.resolution_binning {
+            true => self.transformer.pipeline_spec().generated_size(size),
+            false => size,
+        }
+    }
+
     /// Refuses images that cannot be decoded on the pipeline's device, before they are denoised.
     ///
     /// # Errors
@@ -193,13 +202,18 @@ impl Pipeline {
     /// # Errors
     /// The latents are not of this size, or an image contains NaN.
     pub fn decode(&self, latents: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
+        to_images(&self.decode_values(latents, size)?)
+    }
+
+    /// As [`Self::decode`], the values of the images, (batch, channels, height, width) from -1 to 1.
+    pub(crate) fn decode_values(&self, latents: &Tensor, size: ImageSize) -> Result<Tensor> {
         let [_, height, width] = self.latent_spec.latent_shape(size)?;
         let latents = self.transformer.pipeline_spec().unpack(latents, height, width)?.to_dtype(DType::F32)?;
         self.check_decodable(size)?;
-        let Some(vae) = self.autoencoder()? else { return to_images(&latents) };
+        let Some(vae) = self.autoencoder()? else { return Ok(latents) };
         let decode_image = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(decode_image).collect::<clearform_models::Result<Vec<_>>>()?;
-        to_images(&Tensor::cat(&decoded, 0)?)
+        Ok(Tensor::cat(&decoded, 0)?)
     }
 
     /// The transformer with the plan and dtype of the options, from memory if the pipeline is loaded.

@@ -97,6 +97,13 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
+    /// The class of the pipeline whose folder contains this folder, if its `model_index.json` states it.
+    pub fn pipeline_class(&self) -> Option<String> {
+        let index = self.path.parent().filter(|_| self.path.is_dir())?.join("model_index.json");
+        let index: Value = json::read_json(&index).ok()?;
+        index["_class_name"].as_str().map(str::to_owned)
+    }
+
     /// How the tensor `name` is stored.
     pub fn stored(&self, name: &str) -> Option<StoredTensor> {
         let (_, entry) = self.tensors.get(name)?;
@@ -219,7 +226,7 @@ fn list_files(path: &Path) -> Result<FolderContents> {
     } else if path.to_string_lossy().ends_with(".index.json") {
         FolderContents::of_index(path.to_owned())
     } else {
-        Ok(FolderContents::of_file(path.to_owned()))
+        FolderContents::of_named_file(path.to_owned())
     }
 }
 

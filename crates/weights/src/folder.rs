@@ -3,7 +3,7 @@
 //! Only the index is opened, no tensor file.
 
 use crate::json::{UniqueKeys, read_json};
-use crate::{Result, WeightsError};
+use crate::{Result, WeightsError, hub_cache};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ impl FolderContents {
                 return Ok(contents.with_note_on_others(&names));
             }
         }
-        Err(bad(folder, nothing_found(&names)))
+        Err(bad(folder, nothing_found(folder, &names)))
     }
 
     /// Adds a note that names other files with standard names, such as another variant of the same model.
@@ -78,9 +78,23 @@ impl FolderContents {
         self
     }
 
+    /// The file that a user names. One shard of several is not a model.
+    pub fn of_named_file(path: PathBuf) -> Result<Self> {
+        match lone_shard(&path) {
+            Some((number, count)) if count > 1 => Err(bad(&path, shard_remedy(&path, number, count))),
+            _ => Ok(Self::of_file(path)),
+        }
+    }
+
     /// One file, whatever its name.
-    pub fn of_file(path: PathBuf) -> Self {
+    fn of_file(path: PathBuf) -> Self {
         Self { files: vec![path], index: None, notes: Vec::new() }
+    }
+
+    /// All shards of a model without an index.
+    fn of_shards(folder: &Path, names: &[impl AsRef<Path>]) -> Self {
+        let files = names.iter().map(|name| folder.join(name)).collect();
+        Self { files, index: None, notes: Vec::new() }
     }
 
     /// The shards that an index names.
@@ -137,11 +151,8 @@ fn find_variant(folder: &Path, names: &BTreeSet<String>, stem: &str, ending: &st
         (_, [file]) if numbers[0].is_none_or(|shard| shard == (1, 1)) => {
             Ok(Some(FolderContents::of_file(folder.join(file))))
         }
-        _ if all_shards(&numbers) => {
-            let files = files.iter().map(|name| folder.join(name)).collect();
-            Ok(Some(FolderContents { files, index: None, notes: Vec::new() }))
-        }
-        _ => Err(bad(folder, format!("{files:?} are not one complete sharded model: shards or the index are missing"))),
+        _ if all_shards(&numbers) => Ok(Some(FolderContents::of_shards(folder, &files))),
+        _ => Err(bad(folder, incomplete(&files))),
     }
 }
 
@@ -151,9 +162,26 @@ fn find_only_file(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> 
     let files: Vec<&str> = names.iter().map(String::as_str).filter(has_ending).collect();
     match files[..] {
         [] => Ok(None),
-        [only] => Ok(Some(FolderContents::of_file(folder.join(only)))),
+        [only] => FolderContents::of_named_file(folder.join(only)).map(Some),
+        _ if files.iter().all(|file| lone_shard(Path::new(file)).is_some()) && !are_one_model(&files) => {
+            Err(bad(folder, incomplete(&files)))
+        }
+        _ if are_one_model(&files) => Ok(Some(FolderContents::of_shards(folder, &files))),
         _ => Err(bad(folder, format!("several tensor files, none with a standard name: pass one of {files:?}"))),
     }
+}
+
+fn incomplete(files: &[impl std::fmt::Debug]) -> String {
+    format!("{files:?} are not one complete sharded model: shards or the index are missing")
+}
+
+/// Whether `names` are all the shards of one model, in order.
+fn are_one_model(names: &[&str]) -> bool {
+    let numbers: Vec<_> = names.iter().map(|name| lone_shard(Path::new(name))).collect();
+    let stem = |name: &str| {
+        name.rsplit_once("-of-").and_then(|(rest, _)| rest.rsplit_once('-')).map(|(stem, _)| stem.to_owned())
+    };
+    all_shards(&numbers) && names.iter().all(|name| stem(name) == stem(names[0]))
 }
 
 /// (number, count) of a name that ends with `-00002-of-00003` and `ending`.
@@ -161,6 +189,24 @@ fn shard_number(name: &str, ending: &str) -> Option<(usize, usize)> {
     let (rest, count) = name.strip_suffix(ending)?.rsplit_once("-of-")?;
     let (_, number) = rest.rsplit_once('-')?;
     Some((number.parse().ok()?, count.parse().ok()?))
+}
+
+/// (number, count) if the name of `path` is that of a shard.
+fn lone_shard(path: &Path) -> Option<(usize, usize)> {
+    let name = path.file_name()?.to_str()?;
+    FORMATS.iter().flat_map(|format| format.endings).find_map(|ending| shard_number(name, ending))
+}
+
+/// What to do with one shard alone: the others may lie beside it.
+fn shard_remedy(path: &Path, number: usize, count: usize) -> String {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let others = names_in(folder).unwrap_or_default().into_iter().filter_map(|name| lone_shard(Path::new(&name)));
+    let present: BTreeSet<usize> = others.filter(|shard| shard.1 == count).map(|shard| shard.0).collect();
+    let remedy = match present.len() == count {
+        true => format!("pass the folder that holds them, {}", folder.display()),
+        false => format!("put all {count} and their index in one folder, and pass that folder"),
+    };
+    format!("this is shard {number} of {count}, not a whole model: {remedy}")
 }
 
 fn all_shards(numbers: &[Option<(usize, usize)>]) -> bool {
@@ -184,7 +230,10 @@ fn names_in(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-fn nothing_found(names: &BTreeSet<String>) -> String {
+fn nothing_found(folder: &Path, names: &BTreeSet<String>) -> String {
+    if let Some(cached) = hub_cache::describe(folder) {
+        return cached;
+    }
     if names.contains("transformer") {
         return "no tensor file in this folder: it is a pipeline folder; the model is in \"transformer\"".to_owned();
     }

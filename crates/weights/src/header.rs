@@ -86,7 +86,8 @@ struct RawEntry {
 
 #[derive(Debug, Default)]
 struct RawHeader {
-    metadata: Option<UniqueKeys<String>>,
+    /// `None` until the key is read, whose value may be null.
+    metadata: Option<Option<UniqueKeys<String>>>,
     tensors: UniqueKeys<RawEntry>,
 }
 
@@ -101,7 +102,7 @@ impl RawHeader {
         }
         check_end(end, size - start)?;
         let tensors = self.tensors.0.into_iter().map(|(name, raw)| (name, raw.placed(start))).collect();
-        Ok(Header { metadata: self.metadata.unwrap_or_default().0, tensors, notes: Vec::new() })
+        Ok(Header { metadata: self.metadata.flatten().unwrap_or_default().0, tensors, notes: Vec::new() })
     }
 }
 

@@ -7,6 +7,12 @@ use std::ops::{Deref, Range};
 
 pub use safetensors::Dtype;
 
+/// Whether models compute with weights of `dtype`, which they may convert first: the floating-point dtypes of PyTorch
+/// that hold plain values. Integers, booleans and 4-bit floats are quantised forms, whose values need scales.
+pub fn is_weight_dtype(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
 /// A tensor's name, dtype and shape, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use clearform_weights::{
-    Checkpoint, Digest, Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, digest, save,
+    Checkpoint, Digest, Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, digest,
+    hub_snapshot, save,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -144,6 +145,77 @@ fn folders_open_as_the_libraries_save_them() {
         assert_eq!(checkpoint.config().unwrap()["_class_name"], "X", "{what}");
         assert_eq!(checkpoint.read(&names[names.len() - 1]).unwrap(), tensor(Dtype::F32, &[2], 9), "{what}");
     }
+}
+
+/// The safetensors library reads a null as no metadata.
+#[test]
+fn metadata_may_be_null() {
+    let header = r#"{"__metadata__":null,"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[7]].concat();
+    assert!(safetensors::SafeTensors::deserialize(&bytes).is_ok());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("null.safetensors");
+    std::fs::write(&path, bytes).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert!(checkpoint.metadata().is_empty());
+    assert_eq!(checkpoint.read("a").unwrap().bytes, [7]);
+}
+
+/// Shards under any name are one model if all are there, and none is one alone.
+#[test]
+fn shards_are_read_together_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let shard = |number: usize| folder.path().join(format!("flux1-dev-0000{number}-of-00003.safetensors"));
+    for (number, name) in [(1, "a"), (2, "b")] {
+        write(&shard(number), &[(name, tensor(Dtype::F32, &[2], 9))]);
+    }
+    for path in [shard(2), folder.path().to_owned()] {
+        let message = Checkpoint::open(&path).unwrap_err().to_string();
+        let expected = if path.is_dir() { ["are not one complete", "missing"] } else { ["shard 2 of 3", "put all 3"] };
+        assert!(expected.iter().all(|part| message.contains(part)), "{message}");
+    }
+    write(&shard(3), &[("c", tensor(Dtype::F32, &[2], 9))]);
+    let message = Checkpoint::open(shard(2)).unwrap_err().to_string();
+    assert!(message.contains("pass the folder that holds them") && message.contains("shard 2 of 3"), "{message}");
+    let names: Vec<String> =
+        Checkpoint::open(folder.path()).unwrap().tensors().into_iter().map(|info| info.name).collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    write(&folder.path().join("whole-00001-of-00001.safetensors"), &[("d", tensor(Dtype::F32, &[2], 9))]);
+    assert_eq!(Checkpoint::open(folder.path().join("whole-00001-of-00001.safetensors")).unwrap().tensors().len(), 1);
+}
+
+#[test]
+fn a_folder_knows_the_class_of_its_pipeline() {
+    let pipeline = tempfile::tempdir().unwrap();
+    let folder = pipeline.path().join("transformer");
+    std::fs::create_dir(&folder).unwrap();
+    let file = folder.join("model.safetensors");
+    write(&file, &[("a", tensor(Dtype::F32, &[2], 9))]);
+    let class = |path: &Path| Checkpoint::open(path).unwrap().pipeline_class();
+    assert_eq!(class(&folder), None);
+    std::fs::write(pipeline.path().join("model_index.json"), r#"{"_class_name":"FluxPipeline"}"#).unwrap();
+    assert_eq!((class(&folder), class(&file)), (Some("FluxPipeline".to_owned()), None));
+}
+
+/// A hub keeps the files of a model in snapshots.
+#[test]
+fn the_root_of_a_hub_cache_is_named_with_its_snapshot() {
+    let hub = tempfile::tempdir().unwrap();
+    let root = hub.path().join("models--org--name");
+    for commit in ["0a1b", "2c3d"] {
+        std::fs::create_dir_all(root.join("snapshots").join(commit)).unwrap();
+    }
+    std::fs::create_dir_all(root.join("refs")).unwrap();
+    let message = |path: &std::path::Path| Checkpoint::open(path).unwrap_err().to_string();
+    assert!(message(&root).contains("pass one of the folders in \"snapshots\""), "{}", message(&root));
+    for (main, expected) in [("2c3d\n", Some("2c3d")), ("../../..", None)] {
+        std::fs::write(root.join("refs/main"), main).unwrap();
+        assert_eq!(hub_snapshot(&root), expected.map(|commit| root.join("snapshots").join(commit)));
+    }
+    std::fs::write(root.join("refs/main"), "2c3d").unwrap();
+    assert!(message(&root).contains("snapshots/2c3d: pass that folder"), "{}", message(&root));
+    assert!(message(hub.path()).contains("\"models--org--name\"/snapshots/COMMIT"), "{}", message(hub.path()));
+    assert_eq!(hub_snapshot(hub.path()), None);
 }
 
 /// (files of a folder, the one that is read, the others that the note names)

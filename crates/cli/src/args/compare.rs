@@ -1,7 +1,7 @@
 //! The arguments of `clearform compare` and `clearform transfer`.
 
 use super::headings::{INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, DeviceArgs};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -58,6 +58,9 @@ pub struct SamplingArgs {
     /// Diffusers folder with the components that the models lack.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own.
+    #[command(flatten)]
+    pub component_files: ComponentFileArgs,
     /// Control image, for ControlNets and for transformers that take one themselves: one per prompt, or one for all.
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub control_image: Vec<PathBuf>,

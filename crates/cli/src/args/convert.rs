@@ -1,7 +1,7 @@
 //! The arguments of `clearform convert` and `clearform distill`.
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
-use super::{DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs};
+use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -79,6 +79,9 @@ pub struct TrainingArgs {
     /// Diffusers folder with the VAE, text encoders, tokenizers and scheduler that the source lacks.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own.
+    #[command(flatten)]
+    pub component_files: ComponentFileArgs,
     /// Prompts to generate samples from, or class indices, one per line [default: built-in prompts, or evenly spread
     /// classes].
     #[arg(long, value_name = "FILE", help_heading = INPUT)]

@@ -1,7 +1,7 @@
 //! The arguments of `clearform generate` and `clearform forward`.
 
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, DeviceArgs, DtypeArg, SourceArgs};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -28,6 +28,9 @@ pub struct GenerateArgs {
     /// Diffusers folder with the components that the model lacks.
     #[arg(long, value_name = "DIR", help_heading = INPUT)]
     pub components: Option<PathBuf>,
+    /// Components in files of their own.
+    #[command(flatten)]
+    pub component_files: ComponentFileArgs,
     /// Attention plan: `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer [default: the model's own].
     #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
     pub attention: Option<String>,
@@ -37,6 +40,10 @@ pub struct GenerateArgs {
     /// Image height [default: the model's native size].
     #[arg(long, value_name = "PIXELS", help_heading = SAMPLING)]
     pub height: Option<usize>,
+    /// Generate images of PixArt in the size asked for, not in the nearest size of its training (use_resolution_binning
+    /// in diffusers).
+    #[arg(long, help_heading = SAMPLING)]
+    pub no_resolution_binning: bool,
     /// Denoising steps (num_inference_steps in diffusers) [default: the variant's].
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub steps: Option<usize>,

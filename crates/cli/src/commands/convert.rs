@@ -40,6 +40,7 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
         attention,
         training: (!args.no_distill).then(|| (&args.training).into()),
         components: args.training.components.clone(),
+        component_files: (&args.training.component_files).into(),
         adapters: args.adapters.options()?,
         dtype: args.dtype.map(Into::into),
         copy_mode: if args.link { CopyMode::Link } else { CopyMode::Copy },

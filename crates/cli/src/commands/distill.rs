@@ -12,6 +12,7 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
         output: args.output.clone(),
         training: (&args.training).into(),
         components: args.training.components.clone(),
+        component_files: (&args.training.component_files).into(),
         device: args.running.device,
         ..DistillOptions::new(&args.model, &args.teacher)
     };

@@ -1,8 +1,11 @@
 //! Runs the command, and provides small models to run it on.
 #![allow(dead_code)]
 
+pub mod forms;
+
 use candle_core::{DType, Tensor};
 use clearform_testkit::fixture;
+use clearform_weights::{Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError};
 use serde_json::Value;
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -69,6 +72,36 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
+/// Tensors of any dtype as raw bytes; candle has no F8_E5M2.
+#[derive(Clone, Default)]
+pub struct RawTensors(pub BTreeMap<String, RawTensor>);
+
+impl TensorSource for RawTensors {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.0.keys().filter_map(|name| self.info(name)).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let RawTensor { dtype, shape, .. } = self.0.get(name)?;
+        Some(TensorInfo { name: name.to_owned(), dtype: *dtype, shape: shape.clone() })
+    }
+
+    fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
+        self.0.get(name).cloned().ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+    }
+}
+
+impl RawTensors {
+    pub fn put(&mut self, name: String, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) {
+        self.0.insert(name, RawTensor { dtype, shape: shape.to_vec(), bytes });
+    }
+
+    pub fn put_tensor(&mut self, name: &str, tensor: Tensor) {
+        let raw = InMemoryTensors::from_iter([(name.to_owned(), tensor)]).read(name).unwrap();
+        self.0.insert(name.to_owned(), raw);
+    }
+}
+
 /// A tiny FLUX transformer with random weights from diffusers, in f32, in a folder as `save_pretrained` writes it.
 pub struct Tiny {
     folder: tempfile::TempDir,
@@ -104,15 +137,20 @@ pub fn forward(model: &Path, further: &[&str]) -> Tensor {
     forward_with(model, further, &[])
 }
 
-/// As [`forward`], with environment variables.
-pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) -> Tensor {
-    let folder = tempfile::tempdir().unwrap();
+/// Writes the inputs of [`Tiny`]'s fixture to `path`.
+pub fn save_inputs(path: &Path) {
     let cases = fixture(repository("tests/fixtures/flux/head24/cases.safetensors"));
     let prefix = "5x8/input/";
     let inputs: HashMap<String, Tensor> =
         cases.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
+    candle_core::safetensors::save(&inputs, path).unwrap();
+}
+
+/// As [`forward`], with environment variables.
+pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) -> Tensor {
+    let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
-    candle_core::safetensors::save(&inputs, &input).unwrap();
+    save_inputs(&input);
     let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output)];
     run_with(0, &[&arguments, further].concat(), variables);
     fixture(&output)["sample"].clone()

@@ -39,7 +39,6 @@ pub(crate) fn choose(
     manifests: &Manifests,
     hints: &Hints,
 ) -> Result<Candidate> {
-    manifests.unsupported.refuse(names)?;
     let families = allowed_families(manifests, hints)?;
     let candidates: Vec<Candidate> = families.iter().flat_map(|family| candidates(family, names)).collect();
     let (matching, others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(Candidate::matches);

@@ -9,6 +9,8 @@ pub struct Hints {
     pub family: Option<String>,
     /// The variant, in place of the detected one.
     pub variant: Option<String>,
+    /// The class of its pipeline in diffusers, by default that of the model_index.json beside its folder.
+    pub pipeline: Option<String>,
     /// A config.json to use in place of the checkpoint's.
     pub config: Option<Value>,
 }

@@ -20,10 +20,10 @@ use crate::manifest::shape::ExpectedTensor;
 use crate::manifest::unsupported::UnsupportedModels;
 use crate::mapping::assembly::{CanonicalSource, ExportedSource, MappedSource};
 use crate::mapping::dequantized::{Dequantized, ScaleTensor};
-use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome};
+use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
 use crate::mapping::parameter_map::ParameterMap;
 use crate::mapping::{Mapping, MappingContext};
-use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource, is_weight_dtype};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -68,7 +68,9 @@ pub struct Identified {
 /// [`LayoutError::Ambiguous`] if a setting that changes the result cannot be determined.
 pub fn detect(checkpoint: &Dequantized<Arc<Checkpoint>>, manifests: &Manifests, hints: &Hints) -> Result<Identified> {
     let files = checkpoint.source();
-    detect_dequantized(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, hints)
+    let pipeline = hints.pipeline.clone().or_else(|| files.pipeline_class());
+    let hints = Hints { pipeline, ..hints.clone() };
+    detect_dequantized(checkpoint, Sidecar { config: files.config(), metadata: files.metadata() }, manifests, &hints)
 }
 
 /// Identifies any dequantized source.
@@ -97,10 +99,15 @@ pub fn detect_source(
     let infos = source.tensors();
     let names: BTreeSet<&str> = infos.iter().map(|info| info.name.as_str()).collect();
     let config = hints.config.as_ref().or(sidecar.config);
-    let declared = DeclaredConfig { config, metadata: sidecar.metadata, layout: None, remedy: manifests.remedy };
+    let declared =
+        DeclaredConfig { config, metadata: sidecar.metadata, layout: None, variant: None, remedy: manifests.remedy };
+    manifests.unsupported.refuse(&names)?;
+    refuse_quantised(&infos, config)?;
     let mut candidate = choose::choose(&names, declared, manifests, hints)?;
     let tensors = tensors_without_sizes(&candidate, infos);
-    let declared_with_layout = DeclaredConfig { layout: Some(&candidate.layout().settings), ..declared };
+    let variant_settings = candidate.family.variant_settings(hints.variant.as_deref(), hints.pipeline.as_deref());
+    let declared_with_layout =
+        DeclaredConfig { layout: Some(&candidate.layout().settings), variant: variant_settings, ..declared };
     let resolved = ResolvedConfig::new(&candidate.family.settings, &tensors, declared_with_layout);
     let mut resolved = resolved.map_err(|error| candidate.explain(error))?;
     check_class(&candidate.family, &mut resolved, declared, hints);
@@ -110,12 +117,27 @@ pub fn detect_source(
     Ok(candidate.identified(resolved, variant, declared, &manifests.unsupported))
 }
 
+/// Refuses a model that config.json calls quantised and whose weights are. Their names may be those of the plain model.
+fn refuse_quantised(infos: &[TensorInfo], config: Option<&Value>) -> Result<()> {
+    let method = config.and_then(|config| config.get("quantization_config")?.get("quant_method")?.as_str());
+    let is_packed = |info: &&TensorInfo| info.name.ends_with(".weight") && !is_weight_dtype(info.dtype);
+    match (method, infos.iter().find(is_packed)) {
+        (Some(method), Some(weight)) => Err(LayoutError::Unsupported {
+            name: format!("a model quantised with {method:?}"),
+            evidence: format!("quantization_config in config.json, and tensor {:?} in {:?}", weight.name, weight.dtype),
+            remedy: "use the bf16 or fp16 file of the same model".to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The tensors as far as they can be mapped before the sizes are known, to read the sizes from. Dropped tensors are
 /// included: positions that are not used still show the image size.
 fn tensors_without_sizes(candidate: &Candidate, infos: Vec<TensorInfo>) -> TensorsByName {
     let (inputs, _) = split_by_prefix(infos, &candidate.prefix);
     let context = MappingContext { family: &candidate.family, sizes: None };
-    let mapping = Mapping::new(&candidate.layout().inward, &inputs, context);
+    let mut mapping = Mapping::new(&candidate.layout().inward, &inputs, context);
+    mapping.restore_ranks(&candidate.family);
     let tensors = mapping.dropped.into_iter().chain(mapping.tensors);
     tensors.map(|(name, tensor)| (name, tensor.info)).collect()
 }
@@ -126,6 +148,7 @@ impl Identified {
         let (inputs, outside) = split_by_prefix(source.tensors(), &self.prefix);
         let context = MappingContext { family: &self.manifest, sizes: Some(&self.sizes) };
         let mut mapping = Mapping::new(&self.found_layout().inward, &inputs, context);
+        mapping.restore_ranks(&self.manifest);
         for name in outside {
             mapping
                 .outcomes
@@ -133,6 +156,8 @@ impl Identified {
         }
         let mut load_report = LoadReport { contradictions: self.conflicts.clone(), ..LoadReport::default() };
         self.check_shapes(&mut mapping, &mut load_report);
+        let used = inputs.iter().filter(|(_, info)| mapping.is_used(&info.name));
+        load_report.uncomputable = used.filter_map(|(_, info)| UncomputableTensor::of(info)).collect();
         self.skip_components(&mut mapping.outcomes);
         self.report_scales(&mut mapping.outcomes);
         load_report.outcomes = mapping.outcomes;
@@ -230,6 +255,11 @@ impl Identified {
     /// Components that its pipeline may lack.
     pub fn optional_components(&self) -> &[String] {
         &self.manifest.optional_components
+    }
+
+    /// All components that its pipeline may have besides the transformer.
+    pub fn all_components(&self) -> impl Iterator<Item = &String> {
+        self.components().iter().chain(self.optional_components())
     }
 
     pub(crate) fn manifest(&self) -> &FamilyManifest {
@@ -381,13 +411,18 @@ fn check_class(family: &FamilyManifest, resolved: &mut ResolvedConfig, declared:
 }
 
 fn variant(family: &FamilyManifest, resolved: &mut ResolvedConfig, hints: &Hints) -> Result<Variant> {
-    let fitting = family.variants(&resolved.sizes);
+    let mut fitting = family.variants(&resolved.sizes);
     if let Some(name) = &hints.variant {
         let choices = family.variant_names();
         if !fitting.iter().any(|variant| variant.name == *name) {
             resolved.notes.push(format!("the tensors do not fit the requested variant {name:?}"));
         }
         return family.variant(name).ok_or(LayoutError::NoSuch { kind: "variant", name: name.clone(), choices });
+    }
+    let is_in =
+        |variant: &Variant| hints.pipeline.as_ref().is_some_and(|class| family.is_in_pipeline(&variant.name, class));
+    if fitting.iter().any(is_in) {
+        fitting.retain(is_in);
     }
     if let [first, second, ..] = &fitting[..] {
         let names: Vec<&str> = fitting.iter().map(|variant| variant.name.as_str()).collect();

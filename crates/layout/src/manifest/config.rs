@@ -22,6 +22,8 @@ pub(crate) struct DeclaredConfig<'a> {
     pub remedy: &'static str,
     /// Settings that all files of the layout have, if nothing else declares them.
     pub layout: Option<&'a Map<String, Value>>,
+    /// Settings of the variant that the user or the pipeline names, if nothing else declares them.
+    pub variant: Option<&'a Map<String, Value>>,
 }
 
 impl DeclaredConfig<'_> {
@@ -68,7 +70,7 @@ impl ResolvedConfig {
     /// In order of precedence: the declared value, what the tensors show, what may be assumed.
     fn resolve(&mut self, setting: &Setting, tensors: &TensorsByName, declared: DeclaredConfig) -> Result<()> {
         let found = setting.find(tensors, &self.sizes);
-        let value = match (declared.get(&setting.key), found) {
+        let value = match (declared.get(setting.declared_as()), found) {
             (Some((declared, origin)), found) => {
                 setting.check_declared(&declared, found.as_ref().map(|(found, _)| found), origin)?;
                 if let Some((found, witness)) = found.filter(|(found, _)| !equal(found, &declared)) {
@@ -95,7 +97,13 @@ impl ResolvedConfig {
     fn assume(&mut self, setting: &Setting, declared: DeclaredConfig) -> Result<Value> {
         let key = &setting.key;
         if let Some(value) = declared.layout.and_then(|settings| settings.get(key)) {
-            self.evidence.push(format!("{key} {value}, as in every file of this layout"));
+            if !setting.hidden {
+                self.evidence.push(format!("{key} {value}, as in every file of this layout"));
+            }
+            return Ok(value.clone());
+        }
+        if let Some(value) = declared.variant.and_then(|settings| settings.get(key)) {
+            self.evidence.push(format!("{key} {value}, as in every model of this variant"));
             return Ok(value.clone());
         }
         let value = match setting.published(&self.sizes, declared.remedy) {

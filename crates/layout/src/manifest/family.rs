@@ -1,6 +1,7 @@
 //! [`FamilyManifest`]: one family's settings, tensors, layouts, variants and components, read from its manifest.
 
 use crate::manifest::config_values::ConfigValues;
+use crate::manifest::one_or_many::OneOrMany;
 use crate::manifest::pattern::Pattern;
 use crate::manifest::rule::{MappingRule, MappingStep, RawMappingRule};
 use crate::manifest::setting::Setting;
@@ -104,6 +105,11 @@ struct RawVariant {
     conditions: Map<String, Value>,
     #[serde(default)]
     defaults: RawSamplingDefaults,
+    /// Settings that no tensor shows, where the user or the pipeline says that it is this variant.
+    #[serde(default)]
+    settings: Map<String, Value>,
+    /// The class of its pipeline in diffusers, where that tells it from another variant with the same tensors.
+    pipeline: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
@@ -171,8 +177,10 @@ pub(crate) struct RawComponent {
     /// Tensors that the family does not use, and why.
     #[serde(default)]
     pub unused: BTreeMap<String, String>,
-    /// A tensor that is the identity matrix in this family, and a tensor with as many rows.
-    pub identity: Option<[String; 2]>,
+    /// A tensor that is the identity matrix in this family, and a tensor with as many rows: a pair for each layout.
+    pub identity: Option<OneOrMany<[String; 2]>>,
+    /// What users call a file that holds the component alone, as stable-diffusion.cpp's options do.
+    pub file: Option<String>,
 }
 
 /// A component in a family's files, with the rules of its kind.
@@ -283,6 +291,11 @@ impl FamilyManifest {
         expected.shape.into_iter().collect()
     }
 
+    /// The number of dimensions that the canonical tensor `name` has in a model of any size.
+    pub fn rank_of(&self, name: &str) -> Option<usize> {
+        self.tensors.iter().find_map(|rule| rule.rank_of(name))
+    }
+
     /// Keys of the settings that count blocks.
     pub fn depths(&self) -> impl Iterator<Item = &str> {
         self.settings.iter().filter(|setting| setting.blocks.is_some()).map(|setting| setting.key.as_str())
@@ -292,6 +305,21 @@ impl FamilyManifest {
     pub fn variants(&self, sizes: &ConfigValues) -> Vec<Variant> {
         let fitting = self.variants.iter().filter(|variant| sizes.satisfies(&variant.conditions));
         fitting.map(|variant| self.with_defaults(&variant.name, variant.defaults)).collect()
+    }
+
+    /// Settings of the variant called `name`, or of the only one in pipelines of the class `pipeline`.
+    pub fn variant_settings(&self, name: Option<&str>, pipeline: Option<&str>) -> Option<&Map<String, Value>> {
+        let is_meant = |variant: &&RawVariant| match name {
+            Some(name) => variant.name == name,
+            None => pipeline.is_some() && variant.pipeline.as_deref() == pipeline,
+        };
+        self.variants.iter().find(is_meant).map(|variant| &variant.settings)
+    }
+
+    /// Whether the variant called `name` is that of pipelines of the class `pipeline`.
+    pub fn is_in_pipeline(&self, name: &str, pipeline: &str) -> bool {
+        let is_in = |variant: &RawVariant| variant.name == name && variant.pipeline.as_deref() == Some(pipeline);
+        self.variants.iter().any(is_in)
     }
 
     /// The variant called `name`, whatever the sizes.

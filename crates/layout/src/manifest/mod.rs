@@ -10,7 +10,7 @@ pub(crate) mod config_values;
 pub(crate) mod conflict;
 pub(crate) mod evidence;
 pub(crate) mod family;
-mod one_or_many;
+pub(crate) mod one_or_many;
 pub(crate) mod pattern;
 mod per_block;
 pub(crate) mod rule;
@@ -23,7 +23,7 @@ use crate::manifest::config::{DeclaredConfig, ResolvedConfig};
 use crate::manifest::family::{FamilyManifest, RawFamily};
 use crate::manifest::shape::ExpectedTensor;
 use crate::manifest::unsupported::UnsupportedModels;
-use clearform_weights::{TensorSource, WeightsError};
+use clearform_weights::WeightsError;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -148,16 +148,6 @@ impl Manifests {
         Ok(self)
     }
 
-    /// Checks that `source` is not one of the models that are refused whatever family they are of, such as an adapter
-    /// or a model in an unsupported quantisation.
-    ///
-    /// # Errors
-    /// [`LayoutError::Unsupported`], which names what it is.
-    pub fn accept(&self, source: &dyn TensorSource) -> Result<()> {
-        let tensors = source.tensors();
-        self.unsupported.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())
-    }
-
     /// Names of the families.
     pub fn families(&self) -> Vec<String> {
         self.families.iter().map(|family| family.name.clone()).collect()
@@ -181,7 +171,13 @@ impl Manifests {
             choices: self.families(),
         })?;
         let metadata = BTreeMap::new();
-        let declared = DeclaredConfig { config: Some(config), metadata: &metadata, layout: None, remedy: self.remedy };
+        let declared = DeclaredConfig {
+            config: Some(config),
+            metadata: &metadata,
+            layout: None,
+            variant: None,
+            remedy: self.remedy,
+        };
         let resolved = ResolvedConfig::new(&known.settings, &BTreeMap::new(), declared)?;
         Ok(known.expected(&resolved.sizes))
     }

@@ -1,21 +1,21 @@
-//! [`OneOrMany`]: a name or a list of names in a manifest.
+//! [`OneOrMany`]: an entry or a list of entries in a manifest, most often names.
 
 use serde::Deserialize;
 
-/// A name, or a list of them.
+/// An entry, or a list of them.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-pub(crate) enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
+pub(crate) enum OneOrMany<T = String> {
+    One(T),
+    Many(Vec<T>),
 }
 
-impl OneOrMany {
-    /// All names.
-    pub fn all(&self) -> &[String] {
+impl<T> OneOrMany<T> {
+    /// All entries.
+    pub fn all(&self) -> &[T] {
         match self {
-            Self::One(name) => std::slice::from_ref(name),
-            Self::Many(names) => names,
+            Self::One(entry) => std::slice::from_ref(entry),
+            Self::Many(entries) => entries,
         }
     }
 }

@@ -29,12 +29,14 @@ pub(crate) struct RawMappingRule {
     mirrored: bool,
 }
 
-/// A reordering of rows that is its own inverse.
+/// A reordering of values that is its own inverse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Reorder {
     /// The second half of the rows before the first.
     SwapHalves,
+    /// Rows as columns.
+    Transpose,
 }
 
 /// How inputs become outputs.

@@ -32,6 +32,8 @@ pub(crate) struct Setting {
     /// Whether it is only used in the manifest and not part of config.json.
     #[serde(default)]
     pub hidden: bool,
+    /// The key of config.json that declares it, if that is another.
+    declared: Option<String>,
     /// The value in every model of the family.
     value: Option<Value>,
     /// Prefixes of tensor names: the value is the number of blocks in them.
@@ -45,9 +47,10 @@ pub(crate) struct Setting {
     /// The values of `present` in place of true and false; `no` is null by default if there is a `yes`.
     yes: Option<Value>,
     no: Option<Value>,
-    /// Dimensions, as [tensor, axis]: the value is the size that most of them have.
+    /// Dimensions, as [tensor, axis]: the value is the size that most of them have. A negative axis counts from the
+    /// end.
     #[serde(default)]
-    extent: Vec<(String, usize)>,
+    extent: Vec<(String, isize)>,
     /// A product of earlier settings.
     size: Option<SizeExpr>,
     over: Option<SizeExpr>,
@@ -82,6 +85,11 @@ struct PublishedValue {
 }
 
 impl Setting {
+    /// The key of config.json that declares it.
+    pub fn declared_as(&self) -> &str {
+        self.declared.as_ref().unwrap_or(&self.key)
+    }
+
     /// Whether it is a list of block numbers.
     pub fn lists_blocks(&self) -> bool {
         self.numbers.is_some() || self.list.as_ref().is_some_and(PerBlockList::lists_block_numbers)
@@ -138,7 +146,7 @@ impl Setting {
                 tensors.range(tensor.clone()..=tensor.clone())
             };
             let voters = range.filter(|(name, _)| pattern.captures(name).is_some());
-            votes.extend(voters.filter_map(|(name, tensor)| Some((*tensor.shape.get(*axis)?, name.as_str()))));
+            votes.extend(voters.filter_map(|(name, tensor)| Some((extent(&tensor.shape, *axis)?, name.as_str()))));
         }
         vote(votes).map(|(value, name)| (value, format!("the shape of {name:?}")))
     }
@@ -244,4 +252,9 @@ fn finite(declared: &Value) -> Option<String> {
 fn positive(declared: &Value) -> Option<String> {
     let is_positive = declared.as_f64().is_some_and(|number| number > 0.0 && number.is_finite());
     (!is_positive).then(|| "a number above 0".to_owned())
+}
+/// The size of a dimension; a negative `axis` counts from the last.
+fn extent(shape: &[usize], axis: isize) -> Option<usize> {
+    let axis = if axis < 0 { shape.len().checked_add_signed(axis) } else { usize::try_from(axis).ok() };
+    shape.get(axis?).copied()
 }

@@ -162,9 +162,18 @@ impl TensorRule {
         BlockFilter { only: self.only.clone(), except: self.except.clone() }
     }
 
+    /// The number of dimensions of the tensor `name`, if this is its rule.
+    pub fn rank_of(&self, name: &str) -> Option<usize> {
+        Some(self.rank(Pattern::new(&self.name).captures(name)?))
+    }
+
+    fn rank(&self, captures: Captures) -> usize {
+        if captures.parameter == Some(ParameterKind::Bias) { 1 } else { self.shape.len() }
+    }
+
     fn fill(&self, pattern: &Pattern, captures: Captures, sizes: &ConfigValues) -> ExpectedTensor {
-        let dimensions = if captures.parameter == Some(ParameterKind::Bias) { 1 } else { self.shape.len() };
-        let shape = self.shape[..dimensions].iter().map(|size| size.value_in(captures.number, sizes)).collect();
+        let shape =
+            self.shape[..self.rank(captures)].iter().map(|size| size.value_in(captures.number, sizes)).collect();
         ExpectedTensor { name: pattern.fill(captures), shape, optional: self.optional }
     }
 }

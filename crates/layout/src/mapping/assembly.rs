@@ -2,7 +2,7 @@
 //! read.
 //!
 //! Renaming, splitting, joining and swapping rows, copying and reshaping are the same operation here: an output is a
-//! sequence of byte ranges of inputs. Values are never interpreted.
+//! sequence of byte ranges of inputs, which may be transposed when they are read. Values are never interpreted.
 
 use crate::error::{LayoutError, Result};
 use crate::mapping::load_report::{LoadReport, TensorOutcome};
@@ -111,6 +111,7 @@ impl<S: TensorSource> TensorSource for MappedSource<S> {
                 bytes.extend(piece);
             }
         }
+        let bytes = if assembly.transposed { transpose(&bytes, info) } else { bytes };
         Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
     }
 
@@ -135,6 +136,8 @@ pub(crate) struct TensorAssembly {
     original: Option<String>,
     /// Inputs that must be equal to `original`.
     duplicates: Vec<String>,
+    /// Whether the pieces are the matrix with rows as columns.
+    transposed: bool,
 }
 
 /// A range of bytes of an input.
@@ -152,6 +155,7 @@ impl TensorAssembly {
             pieces: vec![ByteSlice { tensor: input.name.clone(), bytes: 0..size(input) }],
             original: Some(input.name.clone()),
             duplicates: Vec::new(),
+            transposed: false,
         }
     }
 
@@ -174,6 +178,18 @@ impl TensorAssembly {
         };
         let pieces = [&second.pieces[..], &first.pieces[..]].concat();
         Ok(Self { pieces, original: None, ..Self::whole(input, name) })
+    }
+
+    /// The matrix `input` with its rows as columns.
+    pub fn transposed(input: &TensorInfo, name: &str) -> std::result::Result<Self, String> {
+        let whole = Self::whole(input, name);
+        match &input.shape[..] {
+            [rows, columns] if input.dtype.bitsize().is_multiple_of(8) => {
+                let info = TensorInfo { shape: vec![*columns, *rows], ..whole.info };
+                Ok(Self { info, original: None, transposed: true, ..whole })
+            }
+            _ => Err(format!("its shape {:?} in {:?} cannot be transposed", input.shape, input.dtype)),
+        }
     }
 
     /// `input` split by rows into tensors called `names`, in the proportions `shares`.
@@ -210,7 +226,7 @@ impl TensorAssembly {
         let mut info = TensorInfo { name: name.to_owned(), ..(*first).clone() };
         info.shape[0] = inputs.iter().map(|input| rows(input)).sum();
         let pieces = inputs.iter().flat_map(|input| Self::whole(input, name).pieces).collect();
-        Ok(Self { info, pieces, original: None, duplicates: Vec::new() })
+        Ok(Self { info, pieces, original: None, duplicates: Vec::new(), transposed: false })
     }
 
     fn rows(input: &TensorInfo, name: &str, rows: Range<usize>) -> Self {
@@ -218,7 +234,13 @@ impl TensorAssembly {
         let row = size(input) / input.shape[0];
         info.shape[0] = rows.len();
         let pieces = vec![ByteSlice { tensor: input.name.clone(), bytes: rows.start * row..rows.end * row }];
-        Self { info, pieces, original: None, duplicates: Vec::new() }
+        Self { info, pieces, original: None, duplicates: Vec::new(), transposed: false }
+    }
+
+    /// Adds extents of 1 before the others until the tensor has `rank` of them.
+    pub fn extend_to(&mut self, rank: usize) {
+        let missing = rank.saturating_sub(self.info.shape.len());
+        self.info.shape.splice(0..0, std::iter::repeat_n(1, missing));
     }
 
     /// (name, assembly) with `prefix` before the name.
@@ -236,6 +258,14 @@ impl TensorAssembly {
     pub fn first_input(&self) -> &str {
         self.pieces.first().map_or("", |piece| &piece.tensor)
     }
+}
+
+/// The values of a matrix that becomes `info`, whose columns are its rows.
+fn transpose(bytes: &[u8], info: &TensorInfo) -> Vec<u8> {
+    let [rows, columns] = info.shape[..] else { return bytes.to_vec() };
+    let width = info.dtype.bitsize() / 8;
+    let value = |row: usize, column: usize| &bytes[(column * rows + row) * width..][..width];
+    (0..rows).flat_map(|row| (0..columns).flat_map(move |column| value(row, column))).copied().collect()
 }
 
 fn size(info: &TensorInfo) -> usize {

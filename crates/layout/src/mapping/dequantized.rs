@@ -6,8 +6,11 @@
 
 use crate::error::{LayoutError, Result};
 use crate::manifest::Manifests;
+use crate::mapping::load_report::{LoadReport, UncomputableTensor};
 use candle_core::{DType, Tensor};
-use clearform_weights::{Checkpoint, Dtype, Fp8, RawTensor, StoredTensor, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{
+    Checkpoint, Dtype, Fp8, RawTensor, StoredTensor, TensorInfo, TensorSource, WeightsError, is_weight_dtype,
+};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -136,6 +139,20 @@ impl<S: TensorSource> Dequantized<S> {
         &self.source
     }
 
+    /// Checks that it is not one of the models that are refused whatever family they are of, such as an adapter or a
+    /// model in an unsupported quantisation, and that its weights and biases can be computed with.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unsupported`], which names what it is, or [`LayoutError::Incomplete`] with the weights.
+    pub fn accept(&self, manifests: &Manifests) -> Result<()> {
+        let tensors = self.tensors();
+        manifests.unsupported.refuse(&tensors.iter().map(|info| info.name.as_str()).collect())?;
+        let is_parameter = |info: &&TensorInfo| info.name.ends_with("weight") || info.name.ends_with("bias");
+        let uncomputable = tensors.iter().filter(is_parameter).filter_map(UncomputableTensor::of).collect();
+        let report = LoadReport { uncomputable, ..LoadReport::default() };
+        if report.is_sufficient() { Ok(()) } else { Err(LayoutError::Incomplete(Box::new(report))) }
+    }
+
     /// The tensors that are hidden.
     pub(crate) fn scale_tensors(&self) -> &BTreeMap<String, ScaleTensor> {
         &self.scale_tensors
@@ -180,7 +197,7 @@ impl<S: TensorSource> Dequantized<S> {
                 fp8.scaled = true;
                 Ok(ScaleTensor::ScaleOf(name.clone()))
             }
-            None if is_full_precision(*dtype) && matches!(scales, Scales::PerTensor(1.0)) => {
+            None if is_weight_dtype(*dtype) && matches!(scales, Scales::PerTensor(1.0)) => {
                 Ok(ScaleTensor::Unused("a scale of 1 of a weight that is not fp8"))
             }
             None => {
@@ -356,10 +373,6 @@ fn role_of(name: &str) -> Option<(&str, &'static ScaleRole)> {
 /// Elements of a tensor; `None` if their number overflows.
 fn element_count(info: &TensorInfo) -> Option<usize> {
     info.shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size))
-}
-
-fn is_full_precision(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
 fn bad(name: &str, reason: String) -> LayoutError {

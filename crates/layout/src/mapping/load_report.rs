@@ -3,6 +3,7 @@
 use crate::manifest::conflict::ConfigConflict;
 use crate::manifest::shape::ExpectedTensor;
 use crate::mapping::suggestions::Suggestions;
+use clearform_weights::{TensorInfo, is_weight_dtype};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,6 +15,10 @@ const MOST_SEARCHED: usize = 300;
 const MOST_LISTED: usize = 3;
 /// Problems that the message of an error lists.
 const MOST_PROBLEMS: usize = 8;
+
+/// The number formats of weights, and what to do about others.
+const COMPUTABLE: &str = "F64, F32, F16, BF16, F8_E4M3 or F8_E5M2";
+const REMEDY: &str = "it belongs to a quantised model, so use the bf16, fp16, fp8 or GGUF file of the same model";
 
 /// What became of an input tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -57,6 +62,15 @@ pub struct ShapeMismatch {
     pub from: String,
 }
 
+/// A tensor that the model uses, in a number format that models do not compute with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct UncomputableTensor {
+    /// Its name in the file.
+    pub name: String,
+    /// Its format.
+    pub found: String,
+}
+
 /// The outcome of every input tensor, and what is missing or wrong.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct LoadReport {
@@ -66,6 +80,8 @@ pub struct LoadReport {
     pub missing: Vec<MissingTensor>,
     /// Tensors with the wrong shape.
     pub misshapen: Vec<ShapeMismatch>,
+    /// Tensors in number formats that are not computed with, such as those of quantised models.
+    pub uncomputable: Vec<UncomputableTensor>,
     /// Settings for which config.json and the tensors have different values.
     pub contradictions: Vec<ConfigConflict>,
     /// Similar names: for a missing tensor an unknown one of the file, for an unknown tensor one that the model has.
@@ -73,14 +89,15 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
-    /// Whether nothing is missing, misshapen, unmatched or contradicted.
+    /// Whether nothing is missing, misshapen, uncomputable, unmatched or contradicted.
     pub fn is_complete(&self) -> bool {
         self.is_sufficient() && self.unmatched().next().is_none()
     }
 
-    /// Whether nothing is missing, misshapen or contradicted.
+    /// Whether nothing is missing, misshapen, uncomputable or contradicted.
     pub fn is_sufficient(&self) -> bool {
-        self.missing.is_empty() && self.misshapen.is_empty() && self.contradictions.is_empty()
+        let has_all = self.missing.is_empty() && self.misshapen.is_empty();
+        has_all && self.uncomputable.is_empty() && self.contradictions.is_empty()
     }
 
     /// Tensors that are not understood, with reasons.
@@ -112,7 +129,8 @@ impl LoadReport {
             |(name, reason)| format!("tensor {name:?} is not understood: {reason}{}", self.hint(name));
         let unmatched = self.unmatched().map(describe_unmatched);
         let contradictions = self.contradictions.iter().map(ToString::to_string);
-        contradictions.chain(missing).chain(misshapen).chain(unmatched).collect()
+        let uncomputable = self.uncomputable.iter().map(ToString::to_string);
+        contradictions.chain(missing).chain(misshapen).chain(uncomputable).chain(unmatched).collect()
     }
 
     /// Searches for names similar to those of unknown and missing tensors. `known` are all names that the model has in
@@ -175,6 +193,24 @@ impl MissingTensor {
     /// Its name in the layout of the checkpoint.
     pub fn in_file(&self) -> &str {
         self.foreign.as_ref().unwrap_or(&self.name)
+    }
+}
+
+impl UncomputableTensor {
+    /// The tensor `info` of a file, unless models compute with its dtype.
+    pub(crate) fn of(info: &TensorInfo) -> Option<Self> {
+        let found = format!("{:?}", info.dtype);
+        (!is_weight_dtype(info.dtype)).then(|| Self { name: info.name.clone(), found })
+    }
+}
+
+impl fmt::Display for UncomputableTensor {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { name, found } = self;
+        write!(
+            f,
+            "tensor {name:?} is stored in {found}, which cannot be computed with: expected {COMPUTABLE}; {REMEDY}"
+        )
     }
 }
 

@@ -74,6 +74,18 @@ impl Mapping {
         mapping
     }
 
+    /// Gives tensors the leading extents of 1 that the family's shapes have: GGUF drops them.
+    pub fn restore_ranks(&mut self, family: &FamilyManifest) {
+        for (name, tensor) in &mut self.tensors {
+            tensor.extend_to(family.rank_of(name).unwrap_or(0));
+        }
+    }
+
+    /// Whether the input `name` became a tensor of the model.
+    pub fn is_used(&self, name: &str) -> bool {
+        matches!(self.outcomes.get(name), Some(TensorOutcome::Used { .. }))
+    }
+
     fn apply_step(&mut self, step: &MappingStep, captures: Captures, group: &StepInputs, context: MappingContext) {
         let outcome = match step.apply(captures, group, context) {
             Ok(outputs) => self.add_outputs(outputs, &step.kind),
@@ -152,6 +164,7 @@ impl MappingStep {
                 let output = match edit {
                     None => TensorAssembly::whole(input, name),
                     Some(Reorder::SwapHalves) => TensorAssembly::swapped(input, name)?,
+                    Some(Reorder::Transpose) => TensorAssembly::transposed(input, name)?,
                 };
                 reshape.apply(output, context).map(|output| vec![output])
             }

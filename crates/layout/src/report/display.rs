@@ -119,11 +119,14 @@ impl Inspection {
         });
         let contradictions = self.contradictions.iter().map(ToString::to_string);
         let misshapen = self.misshapen.iter().map(ToString::to_string);
+        let uncomputable = self.uncomputable.iter().map(ToString::to_string);
         [
             few("conflict", contradictions.collect()),
             few("missing", missing.collect()),
             few("wrong shape", misshapen.collect()),
+            few("format", uncomputable.collect()),
             few("unmatched", unmatched.collect()),
+            few("component", self.unusable_components.iter().map(ToString::to_string).collect()),
         ]
         .concat()
     }

@@ -5,13 +5,23 @@ use crate::manifest::conflict::ConfigConflict;
 use crate::manifest::family::Variant;
 use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
-use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome};
+use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
 use crate::report::cost::CostEstimate;
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
+
+/// A component of the pipeline that cannot be used, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct UnusableComponent {
+    /// The name of its folder in a diffusers pipeline.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
 
 /// A tensor in the file that is not used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -36,7 +46,8 @@ pub struct StorageFormat {
 /// What a checkpoint holds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
-    /// Whether no tensor is missing, misshapen or not understood, and nothing is contradicted.
+    /// Whether no tensor is missing, misshapen, uncomputable or not understood, nothing is contradicted, and no
+    /// component is unusable.
     pub complete: bool,
     /// Name of the family.
     pub family: String,
@@ -58,6 +69,8 @@ pub struct Inspection {
     pub stored: Vec<StorageFormat>,
     /// Components of its pipeline in the same file.
     pub components: Vec<String>,
+    /// Components of its pipeline, in the same file or in folders beside it, whose weights cannot be used.
+    pub unusable_components: Vec<UnusableComponent>,
     /// Number of input tensors that are used.
     pub used: usize,
     /// The config.json of diffusers.
@@ -72,6 +85,8 @@ pub struct Inspection {
     pub missing: Vec<MissingTensor>,
     /// Tensors with the wrong shape.
     pub misshapen: Vec<ShapeMismatch>,
+    /// Tensors in number formats that are not computed with.
+    pub uncomputable: Vec<UncomputableTensor>,
     /// Tensors that are not understood.
     pub unmatched: Vec<UnusedTensor>,
     /// Similar names of missing tensors and of those that are not understood.
@@ -107,6 +122,7 @@ impl Inspection {
             dtypes: histogram(&tensors),
             stored: Vec::new(),
             components: components.into_iter().map(|component| component.name).collect(),
+            unusable_components: Vec::new(),
             used: load_report.used(),
             config: identified.config.clone(),
             evidence: identified.evidence.clone(),
@@ -114,6 +130,7 @@ impl Inspection {
             contradictions: load_report.contradictions.clone(),
             missing: load_report.missing.clone(),
             misshapen: load_report.misshapen.clone(),
+            uncomputable: load_report.uncomputable.clone(),
             unmatched: unused(load_report.unmatched()),
             suggestions: load_report.suggestions.clone(),
             skipped: unused(load_report.skipped()),
@@ -139,6 +156,14 @@ impl Inspection {
         Self { stored, ..Self::new(identified, &canonical) }
     }
 
+    /// Adds the components that cannot be used.
+    #[must_use]
+    pub fn with_unusable(mut self, components: Vec<UnusableComponent>) -> Self {
+        self.complete &= components.is_empty();
+        self.unusable_components = components;
+        self
+    }
+
     /// Whether the model is complete and every tensor is understood.
     pub fn is_complete(&self) -> bool {
         self.complete
@@ -152,6 +177,7 @@ impl Inspection {
             outcomes: self.unmatched.iter().map(unmatched).collect(),
             missing: self.missing.clone(),
             misshapen: self.misshapen.clone(),
+            uncomputable: self.uncomputable.clone(),
             contradictions: self.contradictions.clone(),
             suggestions: self.suggestions.clone(),
         }
@@ -159,7 +185,14 @@ impl Inspection {
 
     /// What is wrong, a line each.
     pub fn problems(&self) -> Vec<String> {
-        self.load_report().problems()
+        let components = self.unusable_components.iter().map(ToString::to_string);
+        self.load_report().problems().into_iter().chain(components).collect()
+    }
+}
+
+impl fmt::Display for UnusableComponent {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.reason)
     }
 }
 

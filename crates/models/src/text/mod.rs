@@ -4,6 +4,7 @@
 //! A family asks [`TextEncoders`] for what it needs, by component and class; [`TEXT_ENCODERS`] lists the classes. The
 //! encoders compute in f32 whatever the dtype of the weights.
 
+mod clean_caption;
 mod clip;
 mod encoder;
 mod encoder_classes;
@@ -14,6 +15,7 @@ mod tokenizer_config;
 mod tokenizers;
 mod validation;
 
+pub use clean_caption::CaptionCleaner;
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
 pub use encoder::{EncodedText, Padding, TextEncoder, TextEncoderFiles, TextEncoders, TextRequest, TokenCount};
 pub use encoder_classes::{TEXT_ENCODERS, TextEncoderClass};

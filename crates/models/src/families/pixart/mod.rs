@@ -8,13 +8,15 @@ pub(super) mod blocks;
 mod config;
 mod cross;
 mod model;
+mod size_bins;
 
 pub use config::PixartConfig;
 pub use model::PixartTransformer;
 
+use self::size_bins::nearest_bin;
 use crate::layers::ForwardArguments;
 use crate::prompt::texts;
-use crate::text::{Padding, TextEncoders, TextRequest, TokenCount};
+use crate::text::{CaptionCleaner, Padding, TextEncoders, TextRequest, TokenCount};
 use crate::{
     Architecture, BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, ImageSize,
     InputChannels, ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex,
@@ -94,10 +96,14 @@ impl PipelineSpec for PixartConfig {
         Some(self.sample_size)
     }
 
-    /// T5 with an attention mask, of the prompt in lower case: `encode_prompt` with `clean_caption` off.
+    fn generated_size(&self, size: ImageSize) -> ImageSize {
+        nearest_bin(size, self.sample_size)
+    }
+
+    /// T5 with an attention mask, of the cleaned prompt: `encode_prompt` with `clean_caption` on, which is the default.
     fn encode(&self, prompts: &[Prompt], encoders: &dyn TextEncoders) -> Result<Conditions> {
-        let prompts: Vec<String> =
-            texts(prompts)?.iter().map(|prompt| prompt.to_lowercase().trim().to_owned()).collect();
+        let cleaner = CaptionCleaner::new()?;
+        let prompts = texts(prompts)?.iter().map(|prompt| cleaner.clean(prompt)).collect::<Result<Vec<_>>>()?;
         let is_alpha = self.size_conditions;
         let request = TextRequest {
             component: "text_encoder",
