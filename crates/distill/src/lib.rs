@@ -39,7 +39,7 @@ pub use loss_log::LossEntry;
 pub use optimizer::{OptimizerState, clip_gradients};
 pub use sample_reader::Samples;
 pub use sample_settings::{ClassifierFree, SampleSettings};
-pub use samples::{SampleSet, SamplingSpec};
+pub use samples::{SampleSet, SamplesDone, SamplingSpec};
 pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
 pub use teacher_student::{PairSpec, TeacherStudent};
 pub use train::{
