@@ -173,7 +173,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(&options.output, options.overwrite)?,
         false => StagingDir::begin(&options.output, options.overwrite)?,
     };
-    run_record::keep(options, staging.work())?;
+    let _kept = options.training.is_some().then(|| run_record::keep(options, staging.work())).transpose()?;
     let mut conversion = Conversion { options, source, observer };
     let trained = match &options.training {
         Some(training) => Some(conversion.train(training, &staging, &adapters)?),

@@ -97,7 +97,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(target, overwrite)?,
         false => StagingDir::begin(target, overwrite)?,
     };
-    run_record::keep(options, staging.work())?;
+    let _kept = run_record::keep(options, staging.work())?;
     let pipeline = teacher_pipeline(options, &teacher)?;
     let training = ResolvedTraining::new(&options.training, &teacher, pipeline.as_ref())?;
     announce(&Forecast::new(&teacher, &plan, &training, options.device)?, observer);

@@ -20,7 +20,7 @@ pub fn prepare_file(path: &Path) -> Result<()> {
         return Err(ClearformError::bad_option(format!("{}: is a folder; expected a file name", path.display())));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    prepare_folder(folder.unwrap_or(Path::new(".")))
+    prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
 }
 
 /// As [`prepare_file`], for an image, whose format the name states.

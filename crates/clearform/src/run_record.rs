@@ -5,7 +5,7 @@ use crate::{ClearformError, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const FILE: &str = "options.json";
 
@@ -24,12 +24,32 @@ const FREE: [&str; 11] = [
     "keep_activations",
 ];
 
+/// The options of a run under way. Dropped while there is no work to resume, it takes them away.
+#[must_use]
+pub struct KeptOptions {
+    work: PathBuf,
+}
+
 /// Keeps `options` in the folder `work`.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn keep(options: &impl Serialize, work: &Path) -> Result<()> {
-    Ok(clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(options)?)?)
+pub fn keep(options: &impl Serialize, work: &Path) -> Result<KeptOptions> {
+    let kept = KeptOptions { work: work.to_owned() };
+    clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(options)?)?;
+    Ok(kept)
+}
+
+impl Drop for KeptOptions {
+    fn drop(&mut self) {
+        /// The folder of the model's files, which are not resumed.
+        const STAGE: &str = "stage";
+        let mut entries = std::fs::read_dir(&self.work).into_iter().flatten().flatten();
+        if entries.all(|entry| entry.file_name() == FILE || entry.file_name() == STAGE) {
+            let _ = std::fs::remove_file(self.work.join(FILE));
+            let _ = std::fs::remove_dir(&self.work);
+        }
+    }
 }
 
 /// The options with which the interrupted run in `work` goes on: those that it was begun with, except for what it may
@@ -94,7 +114,7 @@ mod tests {
         assert!(resumed(&usual, &usual, folder.path()).unwrap().is_none());
         let begun =
             TrainingOptions { steps: Some(7), seed: 3, learning_rate: Some(3e-3), ..TrainingOptions::default() };
-        keep(&options("clear:r=4,d=2", begun.clone()), folder.path()).unwrap();
+        let _kept = keep(&options("clear:r=4,d=2", begun.clone()), folder.path()).unwrap();
         let resume = TrainingOptions { resume: true, checkpoint_every: 5, ..TrainingOptions::default() };
         let goes_on = resumed(&options("clear:r=16", resume), &usual, folder.path()).unwrap().unwrap();
         let wanted = TrainingOptions { resume: true, checkpoint_every: 5, ..begun };
@@ -106,7 +126,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let usual = ConvertOptions::new("a", "b");
         let steps = |steps| TrainingOptions { steps: Some(steps), ..TrainingOptions::default() };
-        keep(&options("clear:r=4", steps(7)), folder.path()).unwrap();
+        let _kept = keep(&options("clear:r=4", steps(7)), folder.path()).unwrap();
         for (given, says) in [
             (options("clear:r=8", steps(7)), "begun with attention \"clear:r=4\", found \"clear:r=8\""),
             (options("clear:r=4", steps(8)), "begun with steps 7, found 8"),
