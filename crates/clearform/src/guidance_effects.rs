@@ -81,8 +81,7 @@ mod tests {
     #[test]
     fn what_does_not_act_is_said_and_not_recorded() {
         let free = GuidanceKind::ClassifierFree { unconditional: Prompt::Text(String::new()), channels: None };
-        let flags = [false, true];
-        let all = flags.iter().flat_map(|a| flags.iter().flat_map(move |b| flags.iter().map(move |c| [*a, *b, *c])));
+        let all = (0..8u8).map(|bits| [1, 2, 4].map(|bit| bits & bit != 0));
         for [scale, negative_prompt, channels] in all {
             let given = GivenGuidance { scale, negative_prompt, channels };
             for (guidance, true_cfg, embeds) in

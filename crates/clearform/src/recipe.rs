@@ -183,7 +183,10 @@ impl ResolvedTraining {
             (sample_size.is_some(), "--sample-size"),
         ];
         for (_, flag) in given.iter().filter(|(is_given, _)| *is_given) {
-            note(observer, format_args!("{flag} has no effect: the samples in {} are used as they are", folder.display()));
+            note(
+                observer,
+                format_args!("{flag} has no effect: the samples in {} are used as they are", folder.display()),
+            );
         }
     }
 
