@@ -234,6 +234,6 @@ mod tests {
                 assert_is_accepted(line.split(" #").next().unwrap_or(line).trim());
             }
         }
-        assert!(commands >= 40, "{commands}");
+        assert!(commands >= 35, "{commands}");
     }
 }
