@@ -4,10 +4,10 @@
 
 mod support;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::{ImageSize, Prompt};
-use clearform_runtime::{Adapters, GenerateRequest, Pipeline, PipelineOptions, ReadOptions};
+use clearform_runtime::{GenerateRequest, Pipeline, PipelineOptions};
 use clearform_sampling::{Guidance, Start, StepAction, denoise};
 use clearform_weights::Checkpoint;
 use serde_json::Value;
@@ -82,13 +82,9 @@ impl<'a> Expected<'a> {
 fn pipeline() -> Pipeline {
     let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../assets/mini-flux/base");
     let options = PipelineOptions {
-        reading: ReadOptions::default_options().unwrap(),
-        components: None,
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
-        device: Device::Cpu,
-        guided_channels: None,
-        adapters: Adapters::default(),
+        ..PipelineOptions::default_options().unwrap()
     };
     Pipeline::open(&model, options).unwrap()
 }

@@ -7,9 +7,7 @@ mod support;
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::{ImageSize, Prompt};
-use clearform_runtime::{
-    Adapters, ControlImages, GenerateRequest, GuidanceScales, ImageBatch, Pipeline, PipelineOptions, ReadOptions,
-};
+use clearform_runtime::{ControlImages, GenerateRequest, GuidanceScales, ImageBatch, Pipeline, PipelineOptions};
 use clearform_sampling::{StepAction, StepProgress};
 use clearform_testkit::assemble_pipeline;
 use serde_json::Value;
@@ -118,13 +116,9 @@ fn assemble(name: &str) -> TempDir {
 
 fn pipeline(model: &Path) -> Pipeline {
     let options = PipelineOptions {
-        reading: ReadOptions::default_options().unwrap(),
-        components: None,
         plan: Some(AttentionPlan::full()),
         dtype: Some(DType::F32),
-        device: Device::Cpu,
-        guided_channels: None,
-        adapters: Adapters::default(),
+        ..PipelineOptions::default_options().unwrap()
     };
     Pipeline::open(model, options).unwrap()
 }

@@ -184,6 +184,29 @@ impl AdapterOptions {
     }
 }
 
+impl AdapterOptions {
+    /// Whether one of them may be a ControlNet, which takes control images.
+    pub(crate) fn may_take_control(&self) -> bool {
+        self.adapters.iter().any(|adapter| adapter.kind != AdapterKind::Lora)
+    }
+
+    /// What is said of settings for adapters of which there are none.
+    pub(crate) fn without_effect(&self) -> Vec<String> {
+        let has = |kind| self.adapters.iter().any(|adapter| [kind, AdapterKind::Any].contains(&adapter.kind));
+        let is_set = [
+            (self.apply_mode != LoraApplyMode::default(), AdapterKind::Lora, "--lora-apply-mode"),
+            (self.allow_partial && !has(AdapterKind::ControlNet), AdapterKind::Lora, "--allow-partial"),
+            (
+                self.controlnet_attention.as_ref().is_some_and(|plan| plan != "full"),
+                AdapterKind::ControlNet,
+                "--controlnet-attention",
+            ),
+        ];
+        let idle = is_set.into_iter().filter(|(is_set, kind, _)| *is_set && !has(*kind));
+        idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag())).collect()
+    }
+}
+
 /// As command-line options, with file names instead of paths.
 impl fmt::Display for AdapterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

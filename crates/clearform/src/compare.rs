@@ -1,17 +1,17 @@
 //! [`compare`]: generates images with teacher and student from the same seeds, and compares them.
 
-use crate::error::WithContext as _;
+use crate::comparison_report::{ComparedImages, ComparedModel, ComparisonReport};
 use crate::evaluation::{EvaluationOptions, EvaluationRun, attention_errors};
 use crate::observer::{Observer, Progress, Stage};
-use crate::page::Page;
-use crate::sources::{open_original_pipeline, open_pipeline};
-use crate::{ComputeDevice, Result};
-use clearform_models::Prompt;
-use clearform_runtime::image_metrics::{contact_sheet, psnr, ssim};
-use clearform_runtime::{RgbImage, png};
+use crate::sources::{ExtraComponents, open_original_pipeline, open_pipeline};
+use crate::{ClearformError, ComputeDevice, Result, prepare_folder};
+use candle_core::Tensor;
+use clearform_attention::AttentionPlan;
+use clearform_models::Denoiser;
+use clearform_runtime::{EncodedPrompts, Pipeline};
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Images on which attention is compared layer by layer: the error averages over all their tokens, so a few suffice.
 const LAYER_IMAGES: usize = 4;
@@ -45,9 +45,31 @@ impl CompareOptions {
             device: ComputeDevice::default(),
         }
     }
+
+    /// The components that were given, or those of the folder `other`.
+    fn or_of<'a>(&'a self, other: &'a Path) -> ExtraComponents<'a> {
+        let given = self.evaluation.extra_components();
+        ExtraComponents { folder: given.folder.or_else(|| other.is_dir().then_some(other)), ..given }
+    }
+
+    /// Teacher and student. What one lacks beside its transformer is the other's.
+    fn open(&self) -> Result<[Pipeline; 2]> {
+        let teacher = open_original_pipeline(&self.teacher, &self.student, self.or_of(&self.student), self.device)?;
+        let student = open_pipeline(&self.student, self.or_of(&self.teacher), self.device)?;
+        if *teacher.plan() != AttentionPlan::full() && *student.plan() == AttentionPlan::full() {
+            return Err(ClearformError::bad_option(format!(
+                "{}: has attention {}, and {} has full attention: expected the original first, then the linear model",
+                self.teacher.display(),
+                teacher.plan(),
+                self.student.display()
+            )));
+        }
+        Ok([teacher, student])
+    }
 }
 
-/// Generates the same images with both models, and writes a report on how similar they are.
+/// Generates the same images with both models, and with the teacher under the student's attention, and writes a report
+/// on how similar they are.
 ///
 /// # Errors
 /// A model cannot be opened or run, or the report cannot be written;
@@ -62,121 +84,66 @@ impl CompareOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<ComparisonReport> {
-    let components = options.evaluation.extra_components();
-    let teacher = open_original_pipeline(&options.teacher, &options.student, components, options.device)?;
-    let student = open_pipeline(&options.student, components, options.device)?;
+    prepare_folder(&options.output)?;
+    let [teacher, student] = options.open()?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
-    let mut done = 0;
-    let total = 2 * evaluation.prompts.len();
-    let mut advance = |count: usize| {
-        done += count;
-        observer.progress(&Progress::new(Stage::Comparing, done, total))
-    };
+    evaluation.check_control_images(teacher.takes_control())?;
+    let has_undistilled = teacher.plan() != student.plan();
+    let total = evaluation.prompts.len() * if has_undistilled { 3 } else { 2 };
+    let prompts = [evaluation.encode(&teacher, observer)?, evaluation.encode(&student, &mut ())?];
+    let mut comparison = Comparison { evaluation: &evaluation, observer, done: 0, total };
+
     let original = teacher.load_transformer(teacher.plan(), None)?;
+    let (wanted, teacher_seconds) = comparison.generate(&teacher, &prompts[0], original.as_ref())?;
+    let undistilled = match has_undistilled {
+        true => {
+            let windowed = teacher.load_transformer(student.plan(), None)?;
+            let (latents, _) = comparison.generate(&teacher, &prompts[0], windowed.as_ref())?;
+            Some(evaluation.decode(&teacher, &latents)?)
+        }
+        false => None,
+    };
     let linear = student.load_transformer(student.plan(), None)?;
-    let wanted = evaluation.generate_latents(&teacher, original.as_ref(), &mut advance)?;
-    let got = evaluation.generate_latents(&student, linear.as_ref(), &mut advance)?;
+    let (got, student_seconds) = comparison.generate(&student, &prompts[1], linear.as_ref())?;
+
     let input = evaluation.halfway_input(&teacher, &wanted, evaluation.prompts.len().min(LAYER_IMAGES))?;
     let attention_error = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
-    let images = [evaluation.decode(&teacher, &wanted)?, evaluation.decode(&student, &got)?];
-    let report = ComparisonReport::new(&evaluation, &images, attention_error)?;
+    let images = ComparedImages {
+        teacher: evaluation.decode(&teacher, &wanted)?,
+        undistilled,
+        student: evaluation.decode(&student, &got)?,
+    };
+    let models = [
+        ComparedModel::new(&options.teacher, teacher.plan(), teacher_seconds),
+        ComparedModel::new(&options.student, student.plan(), student_seconds),
+    ];
+    let report = ComparisonReport::new(&evaluation, models, &images, attention_error)?;
     report.write(&options.output, &images)?;
     Ok(report)
 }
 
-/// How similar the two models are.
-#[derive(Debug, Clone, Serialize)]
-pub struct ComparisonReport {
-    /// Denoising steps.
-    pub steps: usize,
-    /// Seed of the first image.
-    pub seed: u64,
-    /// Mean PSNR, in dB.
-    pub psnr: f64,
-    /// Mean SSIM.
-    pub ssim: f64,
-    /// Each prompt.
-    #[serde(rename = "pictures")]
-    pub images: Vec<ImagePair>,
-    /// Relative error of each layer's attention output, by layer name.
-    pub attention_error: Vec<(String, f64)>,
+/// A comparison under way.
+struct Comparison<'a> {
+    evaluation: &'a EvaluationRun,
+    observer: &'a mut dyn Observer,
+    done: usize,
+    total: usize,
 }
 
-/// How similar the images of one prompt are.
-#[derive(Debug, Clone, Serialize)]
-pub struct ImagePair {
-    /// The prompt.
-    pub prompt: String,
-    /// PSNR, in dB.
-    pub psnr: f64,
-    /// SSIM.
-    pub ssim: f64,
-}
-
-impl ImagePair {
-    fn new(prompt: &Prompt, wanted: &RgbImage, got: &RgbImage) -> Result<Self> {
-        Ok(Self { prompt: prompt.to_string(), psnr: psnr(wanted, got)?, ssim: ssim(wanted, got)? })
-    }
-
-    fn row(&self) -> Vec<String> {
-        vec![self.prompt.clone(), format!("{:.2}", self.psnr), format!("{:.3}", self.ssim)]
-    }
-}
-
-impl ComparisonReport {
-    /// Compares the teacher's images with the student's.
-    fn new(
-        evaluation: &EvaluationRun,
-        [wanted, got]: &[Vec<RgbImage>; 2],
-        attention_error: Vec<(String, f64)>,
-    ) -> Result<Self> {
-        let pairs = evaluation.prompts.iter().zip(wanted.iter().zip(got));
-        let pairs = pairs.map(|(prompt, (wanted, got))| ImagePair::new(prompt, wanted, got));
-        let images = pairs.collect::<Result<Vec<_>>>()?;
-        let mean = |value: fn(&ImagePair) -> f64| images.iter().map(value).sum::<f64>() / images.len() as f64;
-        let psnr = mean(|pair| pair.psnr);
-        let ssim = mean(|pair| pair.ssim);
-        Ok(Self { steps: evaluation.steps, seed: evaluation.seed, psnr, ssim, images, attention_error })
-    }
-
-    /// Writes `report.html`, `report.json` and the contact sheet `sheet.png`.
-    fn write(&self, folder: &Path, images: &[Vec<RgbImage>; 2]) -> Result<()> {
-        std::fs::create_dir_all(folder).context(folder.display())?;
-        let sheet = contact_sheet(&images.each_ref().map(|row| row.iter().collect::<Vec<_>>()));
-        let sheet = png::encode(&sheet, None)?;
-        let page = self.page(&sheet);
-        clearform_weights::write_atomically(folder.join("sheet.png"), &sheet)?;
-        clearform_weights::write_atomically(folder.join("report.json"), &serde_json::to_vec_pretty(self)?)?;
-        Ok(clearform_weights::write_atomically(folder.join("report.html"), page.render().as_bytes())?)
-    }
-
-    fn page(&self, sheet: &[u8]) -> Page {
-        let mut page = Page::new("Teacher and student, side by side");
-        page.paragraph(&format!(
-            "{} prompts, {} steps, the same initial noise. Mean PSNR {:.2} dB, mean SSIM {:.3}.",
-            self.images.len(),
-            self.steps,
-            self.psnr,
-            self.ssim
-        ));
-        page.image(sheet, "Top: the teacher. Bottom: the linear model.");
-        let rows: Vec<_> = self.images.iter().map(ImagePair::row).collect();
-        page.heading("Images").table(&["prompt", "PSNR, dB", "SSIM"], &rows);
-        page.heading("Attention error per layer").paragraph(
-            "Relative error of each layer's attention output at noise level 0.5, including errors from earlier layers.",
-        );
-        let row = |(layer, error): &(String, f64)| vec![layer.clone(), format!("{:.1}%", 100.0 * error)];
-        let rows: Vec<_> = self.attention_error.iter().map(row).collect();
-        page.table(&["layer", "relative error"], &rows);
-        page
-    }
-}
-
-impl fmt::Display for ComparisonReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for pair in &self.images {
-            writeln!(f, "{:6.2} dB  SSIM {:.3}  {}", pair.psnr, pair.ssim, pair.prompt)?;
-        }
-        write!(f, "{:6.2} dB  SSIM {:.3}  mean of {}", self.psnr, self.ssim, self.images.len())
+impl Comparison<'_> {
+    /// The latents of all images, and the seconds that each took.
+    fn generate(
+        &mut self,
+        pipeline: &Pipeline,
+        prompts: &EncodedPrompts,
+        denoiser: &dyn Denoiser,
+    ) -> Result<(Tensor, f64)> {
+        let begun = Instant::now();
+        let mut advance = |count: usize| {
+            self.done += count;
+            self.observer.progress(&Progress::new(Stage::Comparing, self.done, self.total))
+        };
+        let latents = self.evaluation.generate_latents(pipeline, prompts, denoiser, &mut advance)?;
+        Ok((latents, begun.elapsed().as_secs_f64() / self.evaluation.prompts.len() as f64))
     }
 }

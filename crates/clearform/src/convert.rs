@@ -2,17 +2,19 @@
 
 use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
 use crate::forecast::{Forecast, announce};
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::TrainingSamples;
-use crate::{ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel};
+use crate::{
+    ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel, run_record,
+};
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
-use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, SourceRecord, StagingDir};
+use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, SourceRecord, StagingDir, recorded_plan};
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
@@ -97,6 +99,39 @@ impl ConvertOptions {
     fn extra_components(&self) -> ExtraComponents<'_> {
         ExtraComponents { folder: self.components.as_deref(), files: &self.component_files }
     }
+
+    /// The options of the run that is resumed, if one is.
+    fn resumed(&self, observer: &mut dyn Observer) -> Result<Option<Self>> {
+        if !self.training.as_ref().is_some_and(|training| training.resume) {
+            return Ok(None);
+        }
+        let usual = Self::new(&self.source, &self.output);
+        let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(&self.output))?;
+        if resumed.as_ref().is_some_and(|resumed| resumed != self) {
+            note(observer, "the run goes on with the options that it was begun with");
+        }
+        Ok(resumed)
+    }
+
+    /// Refuses a linear model as the teacher, and says what has no effect.
+    fn check_source(&self, observer: &mut dyn Observer) -> Result<()> {
+        self.adapters.without_effect().iter().for_each(|text| note(observer, text));
+        let Some(plan) = recorded_plan(&self.source)?.filter(|plan| *plan != AttentionPlan::full()) else {
+            return Ok(());
+        };
+        let source = self.source.display();
+        if self.training.is_some() {
+            return Err(ClearformError::bad_option(format!(
+                "{source}: is a linear model already (attention {plan}), and no teacher; convert the original, or \
+                 train this one further with `clearform distill {source} --teacher ORIGINAL -o FOLDER`"
+            )));
+        }
+        note(
+            observer,
+            format_args!("{source}: its weights are those for attention {plan}, not for {}", self.attention),
+        );
+        Ok(())
+    }
 }
 
 /// The result of [`convert`].
@@ -131,9 +166,12 @@ pub struct ConvertReport {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
+    let resumed = options.resumed(observer)?;
+    let options = resumed.as_ref().unwrap_or(options);
     if let Some(training) = &options.training {
         check_training(training)?;
     }
+    options.check_source(observer)?;
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
     if options.training.as_ref().is_some_and(TrainingOptions::generates_samples) {
@@ -144,6 +182,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(&options.output, options.overwrite)?,
         false => StagingDir::begin(&options.output, options.overwrite)?,
     };
+    let _kept = options.training.is_some().then(|| run_record::keep(options, staging.work())).transpose()?;
     let mut conversion = Conversion { options, source, observer };
     let trained = match &options.training {
         Some(training) => Some(conversion.train(training, &staging, &adapters)?),
@@ -254,6 +293,7 @@ impl Conversion<'_> {
         let folders = source.is_dir().then(|| source.clone()).into_iter();
         let folders = folders.chain(self.options.components.clone()).collect();
         Ok(ConversionPlan::new(self.source.edited.transformer.identified(), attention.clone())
+            .made_from(source.clone())
             .with_dtype(dtype.map(Into::into))
             .with_components(folders, *copy_mode)
             .with_component_data(self.source.components.open_embedded()?))

@@ -1,12 +1,12 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
 use crate::forecast::{Forecast, announce};
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
 use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
-use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel};
+use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
 use clearform_convert::{AttentionOverlay, ConversionPlan};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
@@ -59,6 +59,19 @@ impl DistillOptions {
             _ => (&self.model, Overwrite::PortableModel),
         }
     }
+
+    /// The options of the run that is resumed, if one is.
+    fn resumed(&self, observer: &mut dyn Observer) -> Result<Option<Self>> {
+        if !self.training.resume {
+            return Ok(None);
+        }
+        let usual = Self::new(&self.model, &self.teacher);
+        let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(self.target().0))?;
+        if resumed.as_ref().is_some_and(|resumed| resumed != self) {
+            note(observer, "the run goes on with the options that it was begun with");
+        }
+        Ok(resumed)
+    }
 }
 
 /// Trains a portable model and writes it.
@@ -76,6 +89,8 @@ impl DistillOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
+    let resumed = options.resumed(observer)?;
+    let options = resumed.as_ref().unwrap_or(options);
     check_training(&options.training)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
@@ -86,6 +101,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(target, overwrite)?,
         false => StagingDir::begin(target, overwrite)?,
     };
+    let _kept = run_record::keep(options, staging.work())?;
     let pipeline = teacher_pipeline(options, &teacher)?;
     let training = ResolvedTraining::new(&options.training, &teacher, pipeline.as_ref())?;
     announce(&Forecast::new(&teacher, &plan, &training, options.device)?, observer);
@@ -96,6 +112,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let trained = training::train(&teacher, spec, &samples, &training, observer)?;
     let distilled = AttentionOverlay::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
+        .made_from(options.teacher.clone())
         .with_components(vec![options.model.clone()], CopyMode::Copy);
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;

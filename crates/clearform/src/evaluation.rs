@@ -3,7 +3,7 @@
 
 use crate::adapters::control_images_per_prompt;
 use crate::error::WithContext as _;
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{Observer, Progress, Stage, note};
 use crate::sources::ExtraComponents;
 use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
@@ -24,7 +24,8 @@ const BATCH_TOKENS: usize = 4096;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvaluationOptions {
-    /// A file of prompts, or class indices, one per line; `None` is a few built-in ones.
+    /// A file of prompts, or class indices, one per line, with comments in lines that begin with `#`; `None` is a few
+    /// built-in ones.
     pub prompts: Option<PathBuf>,
     /// A diffusers folder with the components that the models lack.
     pub components: Option<PathBuf>,
@@ -60,8 +61,8 @@ pub struct EvaluationRun {
 /// Prompts where the user gives none. A class-conditional model generates as many classes instead.
 const DEFAULT_PROMPTS: [&str; 4] = ["a red apple", "a cat", "a lighthouse at dawn", "a bowl of soup"];
 
-/// The prompts in the file at `path`, one per line. Without a file: those of `defaults`, or, for a class-conditional
-/// model, up to `max_classes` classes, evenly spread.
+/// The prompts in the file at `path`, one per line; lines that begin with `#` are comments. Without a file: those of
+/// `defaults`, or, for a class-conditional model, up to `max_classes` classes, evenly spread.
 ///
 /// # Errors
 /// If the file cannot be read or is empty, or holds anything but class indices for a class-conditional model.
@@ -87,10 +88,10 @@ pub fn prompts_or_classes(
     }
 }
 
-/// The prompts in the file at `path`, one per line; empty lines are skipped.
+/// The prompts in the file at `path`, one per line; empty lines and comments are skipped.
 fn read_prompts(path: &Path, parse: fn(&Path, &str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path).context(path.display())?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let prompts = lines.map(|line| parse(path, line)).collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {
         false => Ok(prompts),
@@ -135,9 +136,30 @@ impl EvaluationRun {
         })
     }
 
+    /// Refuses control images if nothing takes them.
+    ///
+    /// # Errors
+    /// There are some, and `are_taken` is false.
+    pub fn check_control_images(&self, are_taken: bool) -> Result<()> {
+        if are_taken || self.control_images.is_empty() {
+            return Ok(());
+        }
+        Err(ClearformError::bad_option("--control-image: neither the models nor a ControlNet take one; leave it out"))
+    }
+
     /// The prompts as text.
     pub fn prompt_texts(&self) -> Vec<String> {
         self.prompts.iter().map(Prompt::to_string).collect()
+    }
+
+    /// Encodes the prompts. What the text encoders cut is noted.
+    ///
+    /// # Errors
+    /// If a prompt cannot be encoded.
+    pub fn encode(&self, pipeline: &Pipeline, observer: &mut dyn Observer) -> Result<EncodedPrompts> {
+        let prompts = pipeline.encode_prompts(&self.prompts, None)?;
+        prompts.truncated.iter().for_each(|prompt| note(observer, prompt));
+        Ok(prompts)
     }
 
     /// Denoises an image for every prompt; `advance` is called with the number of images finished since the last call,
@@ -147,19 +169,19 @@ impl EvaluationRun {
     /// Returns latents, (prompts, ..) as the transformer takes them, in f32.
     ///
     /// # Errors
-    /// If a prompt cannot be encoded, or the transformer fails; [`ClearformError::Cancelled`].
+    /// If the transformer fails; [`ClearformError::Cancelled`].
     pub fn generate_latents(
         &self,
         pipeline: &Pipeline,
+        prompts: &EncodedPrompts,
         denoiser: &dyn Denoiser,
         advance: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Tensor> {
-        let prompts = pipeline.encode_prompts(&self.prompts, None)?;
         let batch = (BATCH_TOKENS / self.initial_noise(pipeline, 0, 1)?.image_tokens).max(1);
         let mut generated = Vec::new();
         for start in (0..self.prompts.len()).step_by(batch) {
             let count = batch.min(self.prompts.len() - start);
-            let batch = pipeline.prepare(self.batch(pipeline, &prompts, start, count)?)?;
+            let batch = pipeline.prepare(self.batch(pipeline, prompts, start, count)?)?;
             let latents = batch.denoise(denoiser, &mut |_| step_action(advance(0)))?;
             generated.push(latents.to_dtype(DType::F32)?);
             if advance(count).is_break() {
@@ -169,22 +191,23 @@ impl EvaluationRun {
         Ok(Tensor::cat(&generated, 0)?)
     }
 
-    /// [`Self::generate_latents`], with its progress passed to `observer`.
+    /// Encodes the prompts, and [generates](Self::generate_latents) latents with its progress passed to `observer`.
     ///
     /// # Errors
-    /// As [`Self::generate_latents`].
+    /// As [`Self::encode`] and [`Self::generate_latents`].
     pub fn watched_latents(
         &self,
         pipeline: &Pipeline,
         denoiser: &dyn Denoiser,
         observer: &mut dyn Observer,
     ) -> Result<Tensor> {
+        let prompts = self.encode(pipeline, observer)?;
         let mut done = 0;
         let mut advance = |count: usize| {
             done += count;
             observer.progress(&Progress::new(Stage::Comparing, done, self.prompts.len()))
         };
-        self.generate_latents(pipeline, denoiser, &mut advance)
+        self.generate_latents(pipeline, &prompts, denoiser, &mut advance)
     }
 
     /// Images `start..start + count` as one batch.

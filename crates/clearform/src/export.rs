@@ -2,7 +2,7 @@
 
 use crate::observer::{Observer, note};
 use crate::sources::{note_checkpoint, open_transformer_with, read_options};
-use crate::{ClearformError, Result, SourceOptions};
+use crate::{ClearformError, Result, SourceOptions, prepare_file};
 use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
 use clearform_weights::{TensorSource as _, save};
@@ -52,6 +52,7 @@ impl ExportOptions {
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
     check_target(options)?;
+    prepare_file(&options.output)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);

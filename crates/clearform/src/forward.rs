@@ -4,7 +4,7 @@ use crate::adapters::{AdapterOptions, note_reports};
 use crate::error::WithContext as _;
 use crate::observer::Observer;
 use crate::sources::{open_transformer_with, read_options};
-use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
+use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, prepare_file};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
@@ -73,6 +73,7 @@ impl ForwardOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
+    prepare_file(&options.output)?;
     let device = options.device.open()?;
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;
@@ -82,6 +83,7 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     let EditedTransformer { transformer, reports, .. } = adapters.apply_to(transformer, None, &reading.manifests)?;
     let controlnets = adapters.open_controlnets(&transformer)?;
     note_reports(&reports, &controlnets, observer);
+    options.adapters.without_effect().iter().for_each(|text| observer.note(text));
     let plan = match &options.attention {
         Some(plan) => plan.clone(),
         None => clearform_portable_model::recorded_plan(&options.model)?.unwrap_or_else(AttentionPlan::full),

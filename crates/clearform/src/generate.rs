@@ -1,6 +1,7 @@
 //! [`generate`]: images from a prompt or a class.
 
 use crate::adapters::{AdapterOptions, load_control_images, note_reports};
+use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::sources::{ExtraComponents, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
@@ -8,8 +9,11 @@ use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
 use clearform_models::{ImageSize, Prompt};
 use clearform_plugin_host::AdapterReport;
-use clearform_runtime::png::{self, GenerationParameters};
-use clearform_runtime::{ComponentFiles, GenerateRequest, Pipeline, PipelineOptions, PipelineStage, RgbImage};
+use clearform_portable_model::recorded_plan;
+use clearform_runtime::{
+    ComponentFiles, GenerateRequest, GenerationParameters, GuidanceScales, Pipeline, PipelineOptions, PipelineStage,
+    RgbImage, image_file,
+};
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -151,7 +155,55 @@ impl GenerateOptions {
     }
 }
 
-/// Images, with what a PNG file records about them.
+impl GenerateOptions {
+    fn guidance_effects(&self, request: &GenerateRequest, pipeline: &Pipeline) -> Result<GuidanceEffects> {
+        let given = GivenGuidance {
+            scale: self.guidance.is_some(),
+            negative_prompt: self.negative_prompt.is_some(),
+            channels: self.guided_channels.is_some(),
+        };
+        let scales = GuidanceScales { guidance: request.guidance, true_cfg: request.true_cfg_scale };
+        Ok(GuidanceEffects::of(given, scales, pipeline.guidance_kind(), pipeline.embeds_guidance()?))
+    }
+
+    /// What the user may not expect of the other settings.
+    fn notes(&self, request: &GenerateRequest, pipeline: &Pipeline) -> Result<Vec<String>> {
+        let size = request.size.unwrap_or(pipeline.native_size());
+        let images = self.control_images.iter().zip(&request.control_images);
+        let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
+        notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
+        notes.extend(self.adapters.without_effect());
+        Ok(notes)
+    }
+
+    /// A student draws well with the attention that it was distilled for.
+    fn other_plan(&self, plan: &AttentionPlan) -> Result<Option<String>> {
+        let own = recorded_plan(&self.model)?.unwrap_or_else(AttentionPlan::full);
+        let is_usual = *plan == own || *plan == AttentionPlan::full();
+        Ok((!is_usual).then(|| {
+            format!(
+                "the model's weights are those for attention {own}; it was not distilled for {plan}, so its images are \
+                 worse"
+            )
+        }))
+    }
+}
+
+/// What is said of a control image of another shape.
+fn reshaped(path: &Path, image: &RgbImage, size: ImageSize) -> Option<String> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let is_like = (width * size.height).abs_diff(height * size.width) <= size.height.max(size.width);
+    (!is_like).then(|| {
+        format!(
+            "{}: {width} x {height} px, but the image has {} x {}; it is resized, which changes its shape",
+            path.display(),
+            size.width,
+            size.height
+        )
+    })
+}
+
+/// Images, with what their files record about them.
 #[derive(Debug)]
 pub struct GeneratedImages {
     /// The images.
@@ -165,17 +217,17 @@ pub struct GeneratedImages {
 }
 
 impl GeneratedImages {
-    /// Writes each image as PNG with its parameters.
+    /// Writes each image with its parameters, as PNG, JPEG or WebP by the name.
     ///
     /// # Errors
-    /// A file cannot be written, or there are not as many paths as images.
+    /// A file cannot be written or has another extension, or there are not as many paths as images.
     pub fn save(&self, paths: &[PathBuf]) -> Result<()> {
         if paths.len() != self.images.len() {
             let reason = format!("expected a path for each of {} images, found {}", self.images.len(), paths.len());
             return Err(ClearformError::BadOption(reason));
         }
         for (path, (image, parameters)) in paths.iter().zip(self.images.iter().zip(&self.parameters)) {
-            png::save(path, image, parameters)?;
+            image_file::save(path, image, parameters)?;
         }
         Ok(())
     }
@@ -206,10 +258,15 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
     let pipeline = Pipeline::open(&options.model, options.pipeline_options()?)?;
     pipeline.notes().iter().for_each(|text| note(observer, text));
     note_reports(pipeline.adapter_reports(), pipeline.controlnets(), observer);
-    let request = options.request(&pipeline)?;
+    let mut request = options.request(&pipeline)?;
     note_binning(&pipeline, &request, observer);
+    let effects = options.guidance_effects(&request, &pipeline)?;
+    request.negative = request.negative.filter(|_| effects.negative_prompt);
+    for text in effects.notes.iter().chain(&options.notes(&request, &pipeline)?) {
+        note(observer, text);
+    }
     let images = pipeline.generate(&request, &mut |stage| watch(stage, observer))?;
-    let parameters = (0..images.len()).map(|index| parameters(options, &request, &pipeline, index)).collect();
+    let parameters = (0..images.len()).map(|index| parameters(options, &request, &effects, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
     Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })
 }
@@ -234,7 +291,10 @@ fn note_binning(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut d
 fn watch(stage: &PipelineStage, observer: &mut dyn Observer) -> StepAction {
     let progress = match stage {
         PipelineStage::Encoding => Progress::new(Stage::Encoding, 0, 0),
-        PipelineStage::Loading => Progress::new(Stage::Loading, 0, 0),
+        PipelineStage::Loading(truncated) => {
+            truncated.iter().for_each(|prompt| note(observer, prompt));
+            Progress::new(Stage::Loading, 0, 0)
+        }
         PipelineStage::Step(step) => Progress::new(Stage::Denoising, step.done, step.steps),
         PipelineStage::Decoding => Progress::new(Stage::Decoding, 0, 0),
     };
@@ -247,16 +307,17 @@ fn watch(stage: &PipelineStage, observer: &mut dyn Observer) -> StepAction {
 fn parameters(
     options: &GenerateOptions,
     request: &GenerateRequest,
+    effects: &GuidanceEffects,
     pipeline: &Pipeline,
     index: usize,
 ) -> GenerationParameters {
     GenerationParameters {
         prompt: request.prompt.to_string(),
-        negative_prompt: options.negative_prompt.clone().unwrap_or_default(),
+        negative_prompt: request.negative.as_ref().map(ToString::to_string).unwrap_or_default(),
         seed: request.seed,
         steps: request.steps,
-        guidance: request.guidance,
-        true_cfg_scale: request.true_cfg_scale,
+        guidance: effects.guidance,
+        true_cfg_scale: effects.true_cfg_scale,
         size: request.size.unwrap_or(pipeline.native_size()),
         model: file_name(&options.model),
         attention: pipeline.plan().to_string(),

@@ -51,6 +51,7 @@ pub mod bench;
 mod bundled_plugins;
 pub mod chart;
 mod compare;
+mod comparison_report;
 mod convert;
 mod distill;
 mod error;
@@ -59,15 +60,18 @@ mod export;
 mod forecast;
 mod forward;
 mod generate;
+mod guidance_effects;
 mod inspect;
 mod judge;
 mod live_report;
 mod observer;
 mod options;
+mod output_place;
 pub mod page;
 mod patch;
 mod plugins;
 mod recipe;
+mod run_record;
 mod sources;
 mod training;
 mod training_page;
@@ -87,12 +91,13 @@ pub use clearform_plugin_host::{AdapterReport, ExampleResults, PluginError};
 pub use clearform_portable_model::{
     CopyMode, ImageVerdict, LevelErrors, Overwrite, PortableModelError, VerdictRecord, VerifyReport,
 };
-pub use clearform_runtime::png::GenerationParameters;
+pub use clearform_runtime::image_file::read_parameters;
 pub use clearform_runtime::{
-    Adapters, ComponentFiles, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError,
+    Adapters, ComponentFiles, GenerationParameters, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError,
 };
 pub use clearform_weights::WeightsError;
-pub use compare::{CompareOptions, ComparisonReport, ImagePair, compare};
+pub use compare::{CompareOptions, compare};
+pub use comparison_report::{ComparedModel, ComparisonReport, ImagePair};
 pub use convert::{ConvertOptions, ConvertReport, convert};
 pub use distill::{DistillOptions, distill};
 pub use error::{ClearformError, Result};
@@ -103,6 +108,7 @@ pub use generate::{GenerateOptions, GeneratedImages, generate};
 pub use inspect::inspect;
 pub use observer::{Observer, Progress, Stage};
 pub use options::{ComputeDevice, FloatDtype, SourceOptions, TrainingOptions};
+pub use output_place::{prepare_file, prepare_folder, prepare_image};
 pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
 pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};
 pub use recipe::{ModelSize, Recipe};

@@ -5,7 +5,8 @@ use std::ops::ControlFlow;
 
 /// Watches a long call: its progress, and messages for the user. It may cancel. `()` watches nothing.
 pub trait Observer {
-    /// Called as work proceeds, after every denoising or training step at the latest; `done` counts finished units only. [`ControlFlow::Break`] cancels: the call returns
+    /// Called as work proceeds, after every denoising or training step at the latest; `done` counts finished units
+    /// only. [`ControlFlow::Break`] cancels: the call returns
     /// [`ClearformError::Cancelled`](crate::ClearformError::Cancelled) and leaves nothing half-written. Samples and
     /// training checkpoints stay, so that the same call with `resume` continues.
     fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
@@ -30,6 +31,8 @@ pub struct Progress {
     pub done: usize,
     /// All units of the stage; 0 for stages that are not counted.
     pub total: usize,
+    /// How much of the stage is done, from 0 to 1, with the part of the units that are under way.
+    pub fraction: f64,
     /// Loss of the last training step, while distilling.
     pub loss: Option<f64>,
     /// What is left of the error before training on samples that are not trained on, a share, while distilling; `None`
@@ -39,7 +42,12 @@ pub struct Progress {
 
 impl Progress {
     pub(crate) fn new(stage: Stage, done: usize, total: usize) -> Self {
-        Self { stage, done, total, loss: None, held_out: None }
+        Self { done, total, fraction: done as f64 / total.max(1) as f64, ..Self::of_stage(stage) }
+    }
+
+    /// The beginning of `stage`.
+    pub fn of_stage(stage: Stage) -> Self {
+        Self { stage, done: 0, total: 0, fraction: 0.0, loss: None, held_out: None }
     }
 }
 

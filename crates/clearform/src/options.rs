@@ -28,7 +28,7 @@ pub struct SourceOptions {
     pub families: FamilyRegistry,
 }
 
-/// A device to compute on. Written as `cpu` or `cuda:N`.
+/// A device to compute on. Written as `cpu` or `cuda:N`; `cuda` is `cuda:0`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ComputeDevice {
@@ -55,8 +55,8 @@ pub enum FloatDtype {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {
-    /// A file of prompts to generate samples from, or class indices, one per line. `None`: built-in prompts, or evenly
-    /// spread classes.
+    /// A file of prompts to generate samples from, or class indices, one per line, with comments in lines that begin
+    /// with `#`. `None`: built-in prompts, or evenly spread classes.
     pub prompts: Option<PathBuf>,
     /// Folder of the samples: those of an earlier run, or new ones if it does not exist. `None` keeps them only until
     /// the model is written.
@@ -166,8 +166,12 @@ impl FromStr for ComputeDevice {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let cuda = || text.strip_prefix("cuda:")?.parse().ok().map(Self::Cuda);
-        let device = if text == "cpu" { Some(Self::Cpu) } else { cuda() };
-        device.ok_or_else(|| "expected cpu or cuda:N".to_owned())
+        let device = match text {
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            _ => cuda(),
+        };
+        device.ok_or_else(|| "expected cpu, cuda or cuda:N".to_owned())
     }
 }
 

@@ -115,6 +115,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     components.check_weights(transformer.identified().all_components())?;
     let folders = checkpoint.is_dir().then(|| checkpoint.to_owned()).into_iter().collect();
     let conversion = ConversionPlan::new(transformer.identified(), patch.plan().clone())
+        .made_from(checkpoint.clone())
         .with_components(folders, CopyMode::Copy)
         .with_component_data(components.open_embedded()?);
     let hashes = SourceHashes::start(transformer.checkpoint());

@@ -1,11 +1,13 @@
 //! [`Recipe`]: how a student is trained where the user says nothing, by the size of its model.
 
+use crate::observer::{Observer, note};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use clearform_attention::TokenGrid;
 use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
 use clearform_layout::SamplingDefaults;
 use clearform_models::{ImageSize, Prompt, SeparateSamples};
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
+use std::path::Path;
 
 /// The settings of a distillation that depend on the model. docs/distillation.md has the study they come from.
 #[derive(Debug, Clone, PartialEq)]
@@ -170,6 +172,22 @@ impl ResolvedTraining {
         }
         let grid = token_grid(transformer, pipeline, size)?;
         Ok(Self { options: options.clone(), recipe, model, size, grid })
+    }
+
+    /// Says which options have no effect, as the samples in `folder` are used as they are.
+    pub fn note_unused(&self, folder: &Path, observer: &mut dyn Observer) {
+        let TrainingOptions { sample_count, sample_steps, sample_size, .. } = self.options;
+        let given = [
+            (sample_count.is_some(), "--sample-count"),
+            (sample_steps.is_some(), "--sample-steps"),
+            (sample_size.is_some(), "--sample-size"),
+        ];
+        for (_, flag) in given.iter().filter(|(is_given, _)| *is_given) {
+            note(
+                observer,
+                format_args!("{flag} has no effect: the samples in {} are used as they are", folder.display()),
+            );
+        }
     }
 
     /// Whether activations are kept rather than recomputed.

@@ -64,7 +64,14 @@ pub fn train(
         verdict: verdict.as_ref().map(|verdict| verdict.record.clone()),
         ..distillation_record(&settings, &samples.samples, &distilled)
     };
-    Ok(TrainedStudent { distilled, record, verdict })
+    Ok(TrainedStudent { distilled, record, verdict, prompts: named_prompts(&samples.samples) })
+}
+
+/// The first of the prompts, which the model's README.md names.
+fn named_prompts(samples: &SampleSet) -> Vec<String> {
+    /// How many of them.
+    const NAMED: usize = 4;
+    samples.settings().prompts.iter().take(NAMED).map(ToString::to_string).collect()
 }
 
 /// Passes the progress of a training on, to the user and to the live report.
@@ -111,6 +118,8 @@ pub struct TrainedStudent {
     pub record: DistillationRecord,
     /// How near it is to the teacher; `None` if no samples were held out.
     pub verdict: Option<Verdict>,
+    /// Some of the prompts or classes that it was trained on.
+    pub prompts: Vec<String>,
 }
 
 fn distillation_record(settings: &DistillSettings, samples: &SampleSet, distilled: &Distilled) -> DistillationRecord {

@@ -11,26 +11,38 @@ use clearform_portable_model::{LevelErrors, StagingDir, VerdictRecord};
 const FILE: &str = "distillation.html";
 
 impl TrainedStudent {
-    /// Writes the page into the model, and the verdict into its README.md.
+    /// Writes the page into the model, and what was trained and the verdict into its README.md.
     ///
     /// # Errors
     /// A file cannot be written.
     pub fn write_report(&self, staging: &StagingDir) -> Result<()> {
         staging.write(FILE, self.page()?.render().as_bytes())?;
-        let Some(verdict) = &self.verdict else { return Ok(()) };
         let path = staging.folder().join("README.md");
         let readme = std::fs::read_to_string(&path).context(path.display())?;
-        let text = format!("{readme}\n## How near it is to its teacher\n\n{}\n", verdict.record);
+        let verdict = match &self.verdict {
+            Some(verdict) => format!("\n## How near it is to its teacher\n\n{}\n", verdict.record),
+            None => String::new(),
+        };
+        let prompts: Vec<String> = self.prompts.iter().map(|prompt| format!("{prompt:?}")).collect();
+        let text = format!(
+            "{readme}\n## How it was distilled\n\n{} They show, among others: {}.\n{verdict}",
+            self.summary(),
+            prompts.join(", ")
+        );
         Ok(staging.write("README.md", text.as_bytes())?)
+    }
+
+    fn summary(&self) -> String {
+        let record = &self.record;
+        format!(
+            "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.",
+            record.steps, record.batch, record.learning_rate, record.samples
+        )
     }
 
     fn page(&self) -> Result<Page> {
         let mut page = Page::new("Distillation");
-        let record = &self.record;
-        page.paragraph(&format!(
-            "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.",
-            record.steps, record.batch, record.learning_rate, record.samples
-        ));
+        page.paragraph(&self.summary());
         if let Some(verdict) = &self.verdict {
             for line in verdict.record.to_string().lines() {
                 page.paragraph(line);

@@ -6,8 +6,8 @@ use crate::recipe::ResolvedTraining;
 use crate::{ClearformError, Result, TrainingOptions};
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_distill::{ClassifierFree, SampleSet, SampleSettings, SamplingSpec};
-use clearform_models::{BatchSpec, Conditions, GuidanceKind, ImageSize, Prompt};
+use clearform_distill::{ClassifierFree, SampleSet, SampleSettings, SamplesDone, SamplingSpec};
+use clearform_models::{BatchSpec, GuidanceKind, ImageSize, Prompt};
 use clearform_runtime::{Pipeline, default_dtype};
 use std::path::Path;
 
@@ -58,6 +58,9 @@ impl TrainingSamples {
         // Those of an earlier run may have been interrupted.
         let are_complete =
             training.options.samples.is_some() && folder.exists() && SampleSet::open(&folder)?.is_complete();
+        if are_complete {
+            training.note_unused(&folder, observer);
+        }
         let samples = match &pipeline {
             Some(pipeline) if !are_complete => generate_samples(pipeline, training, &folder, observer)?,
             _ => open_samples(&folder)?,
@@ -147,26 +150,31 @@ fn generate_samples(
 
 /// Generates what is missing in `set`. Returns the position ids of the text tokens, if the model takes them.
 fn fill(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Observer) -> Result<Option<Tensor>> {
-    let text_ids = encode_prompts(pipeline, set)?;
+    let text_ids = encode_prompts(pipeline, set, observer)?;
     if !set.is_complete() {
         let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
         let spec = sampling_spec(pipeline, set.settings(), text_ids.clone())?;
-        let mut watch = |done, total| observer.progress(&Progress::new(Stage::Samples, done, total));
-        set.generate(teacher.as_ref(), &spec, &mut watch)?;
+        let mut watch = |SamplesDone { done, total, fraction }| {
+            observer.progress(&Progress { fraction, ..Progress::new(Stage::Samples, done, total) })
+        };
+        set.generate_watched(teacher.as_ref(), &spec, &mut watch)?;
     }
     Ok(text_ids)
 }
 
 /// Encodes the prompts of `set` into its folder. Returns the position ids of the text tokens, if the model takes them.
-fn encode_prompts(pipeline: &Pipeline, set: &SampleSet) -> Result<Option<Tensor>> {
+fn encode_prompts(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Observer) -> Result<Option<Tensor>> {
     let mut text_ids = None;
+    let mut too_long = Vec::new();
     let [width, height] = set.settings().size;
     set.encode(&mut |prompts| {
-        let encoded = pipeline.encode(prompts)?;
+        let (encoded, truncated) = pipeline.encode_and_count(prompts)?;
+        too_long.extend(truncated);
         text_ids = Some(encoded.text_ids.clone());
         let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
         pipeline.add_size_conditions(&encoded, batch_spec)
     })?;
+    too_long.iter().for_each(|prompt| note(observer, prompt));
     match text_ids {
         Some(text_ids) => Ok(text_ids),
         // All prompts were encoded by an earlier run.
@@ -200,7 +208,7 @@ fn sample_settings(
     }
     let size = training.size;
     let latents = pipeline.initial_latents(0, 1, size)?;
-    let embeds_guidance = pipeline.conditions(&Conditions::default(), &latents, 0.0)?.guidance.is_some();
+    let embeds_guidance = pipeline.embeds_guidance()?;
     let scale = defaults.guidance;
     let classifier_free = match pipeline.guidance_kind().clone() {
         guidance_kind if !guidance_kind.guides(scale) => None,

@@ -8,7 +8,7 @@ use crate::observer::{Observer, note};
 use crate::page::Page;
 use crate::patch::{PatchOptions, apply_patch, extract_patch};
 use crate::sources::default_options;
-use crate::{ClearformError, ComputeDevice, Result};
+use crate::{ClearformError, ComputeDevice, Result, prepare_folder};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
 use clearform_convert::PatchMode;
@@ -80,7 +80,10 @@ impl TransferOptions {
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
     let opening = in_exact_dtype(default_options(options.evaluation.extra_components(), options.device)?);
-    let evaluation = EvaluationRun::new(&options.evaluation, &Pipeline::open(&options.teacher, opening.clone())?)?;
+    prepare_folder(folder)?;
+    let teacher = Pipeline::open(&options.teacher, opening.clone())?;
+    let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
+    evaluation.check_control_images(teacher.takes_control() || options.adapters.may_take_control())?;
     let control_images = evaluation.control_images.clone();
     let study = TransferStudy {
         teacher: &options.teacher,
@@ -92,7 +95,6 @@ pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Resul
         options: opening,
         folder,
     };
-    std::fs::create_dir_all(folder).context(folder.display())?;
     let report = study.run(observer)?;
     let mut page = Page::new("What carries over to the linear model");
     report.write(&mut page, folder)?;

@@ -11,6 +11,7 @@ mod device;
 mod files;
 mod generate;
 mod headings;
+mod numbers;
 mod patch;
 
 pub use adapters::{
@@ -27,10 +28,12 @@ pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
+pub use numbers::{SeedArg, finite};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use headings::{GENERAL, INPUT};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Make pre-trained diffusion transformers linear: read a checkpoint, replace its attention, distil it, run it.
@@ -46,7 +49,7 @@ pub struct Cli {
     pub json: bool,
     /// Worker threads [default: one per core].
     #[arg(long, global = true, value_name = "N", help_heading = GENERAL)]
-    pub threads: Option<usize>,
+    pub threads: Option<NonZeroUsize>,
     // clap's own flags would come first, in a group without a heading.
     /// Print help.
     #[arg(short, long, global = true, action = ArgAction::Help, help_heading = GENERAL)]
@@ -159,6 +162,30 @@ mod tests {
         }
     }
 
+    /// Every flag that takes a number, alone or in a list.
+    #[test]
+    fn numbers_that_are_none_are_refused() {
+        let mut flags = 0;
+        for command in leaves(&built()) {
+            for arg in command.get_arguments().filter(|arg| is_number(arg)) {
+                flags += 1;
+                for value in ["nan", "NaN", "inf", "-inf", "infinity", "1e999"] {
+                    let flag = format!("--{}={value}", arg.get_long().unwrap());
+                    let error = command.clone().try_get_matches_from([command.get_name(), &flag]).unwrap_err();
+                    let text = error.to_string();
+                    assert!(text.contains("invalid value") && text.contains(value), "{flag}: {text}");
+                }
+            }
+        }
+        assert!(flags >= 8, "{flags}");
+    }
+
+    fn is_number(arg: &clap::Arg) -> bool {
+        use std::any::TypeId;
+        let types = [TypeId::of::<f64>(), TypeId::of::<LossWeights>(), TypeId::of::<Duration>()];
+        types.iter().any(|number| arg.get_value_parser().type_id() == *number)
+    }
+
     #[test]
     fn every_command_has_an_example() {
         for command in leaves(&built()) {
@@ -180,13 +207,35 @@ mod tests {
         let general = if cfg!(feature = "demo") { 5 } else { 4 };
         assert_eq!(examples.len(), general + COMMANDS);
         for example in examples {
-            // Only prompts are quoted, and they hold several words.
-            let quoted = example
-                .split('"')
-                .enumerate()
-                .flat_map(|(at, text)| if at % 2 == 1 { vec![text] } else { text.split_whitespace().collect() });
-            let parsed = Cli::try_parse_from(std::iter::once("clearform").chain(quoted));
-            assert!(parsed.is_ok(), "{example}: {}", parsed.unwrap_err());
+            assert_is_accepted(&example);
         }
+    }
+
+    fn assert_is_accepted(example: &str) {
+        // Only prompts are quoted, and they hold several words.
+        let quoted = example
+            .split('"')
+            .enumerate()
+            .flat_map(|(at, text)| if at % 2 == 1 { vec![text] } else { text.split_whitespace().collect() });
+        let parsed = Cli::try_parse_from(std::iter::once("clearform").chain(quoted));
+        assert!(parsed.is_ok(), "{example}: {}", parsed.unwrap_err());
+    }
+
+    /// The commands of README.md and the guide.
+    #[test]
+    fn the_guide_shows_commands_that_are_accepted() {
+        let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let pages = repository.join("docs").read_dir().unwrap().map(|page| page.unwrap().path());
+        let pages = pages.filter(|page| page.extension().is_some_and(|extension| extension == "md"));
+        let mut commands = 0;
+        for page in pages.chain([repository.join("README.md"), repository.join("plugins/README.md")]) {
+            let text = std::fs::read_to_string(&page).unwrap();
+            let blocks = text.split("```").skip(1).step_by(2).filter_map(|block| block.strip_prefix("sh\n"));
+            for line in blocks.flat_map(str::lines).filter_map(|line| line.strip_prefix("clearform ")) {
+                commands += 1;
+                assert_is_accepted(line.split(" #").next().unwrap_or(line).trim());
+            }
+        }
+        assert!(commands >= 35, "{commands}");
     }
 }

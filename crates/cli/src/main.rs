@@ -7,22 +7,31 @@ mod commands;
 #[cfg(feature = "demo")]
 mod demo;
 mod image_names;
+mod interrupt;
 mod options;
 mod output;
 mod progress;
+mod progress_log;
+mod usage_tips;
 
 use args::{Cli, Command};
 use clap::Parser as _;
+use clearform::ClearformError;
 use output::{CommandOutcome, Format, Output};
 use std::process::ExitCode;
 
-/// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap).
+/// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap); 130
+/// interrupted.
 fn main() -> ExitCode {
     use_one_thread_pool();
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| usage_tips::corrected(error).exit());
     match run(&cli) {
         Ok(CommandOutcome::Complete) => ExitCode::SUCCESS,
         Ok(CommandOutcome::Partial) => ExitCode::FAILURE,
+        // Where it stopped was said when it did.
+        Err(error) if matches!(error.downcast_ref::<ClearformError>(), Some(ClearformError::Cancelled)) => {
+            interrupt::EXIT_CODE.into()
+        }
         Err(error) => {
             output::print_message(format_args!("error: {}", error_message(&error)));
             ExitCode::FAILURE
@@ -54,7 +63,7 @@ fn error_message(error: &anyhow::Error) -> String {
 
 fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
     if let Some(threads) = cli.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
     }
     let output = Output::new(if cli.json { Format::Json } else { Format::Text });
     match &cli.command {

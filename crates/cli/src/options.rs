@@ -84,7 +84,7 @@ impl From<&SamplingArgs> for EvaluationOptions {
             control_images: args.control_image.clone(),
             size: args.size,
             steps: args.steps,
-            seed: args.seed,
+            seed: args.seed.number,
         }
     }
 }
@@ -124,6 +124,11 @@ impl WeightAdapterArgs {
 }
 
 impl AdapterArgs {
+    /// Whether none is given.
+    pub fn is_empty(&self) -> bool {
+        self.weights.lora.is_empty() && self.adapter.is_empty() && self.controlnet.is_empty()
+    }
+
     /// Adapters of every kind: LoRAs, ControlNets, then the others.
     pub fn options(&self) -> anyhow::Result<AdapterOptions> {
         let mut options = self.weights.options()?;

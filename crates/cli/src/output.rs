@@ -1,5 +1,6 @@
 //! [`Output`]: results go to stdout; messages and progress go to stderr.
 
+use crate::args::SeedArg;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{ErrorKind, Write as _};
@@ -58,6 +59,13 @@ impl Output {
         match writeln!(std::io::stdout(), "{text}") {
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
             written => Ok(written?),
+        }
+    }
+
+    /// Says which seed was drawn, if one was.
+    pub fn note_seed(&self, seed: SeedArg) {
+        if seed.is_drawn {
+            self.note(format_args!("seed {seed}"));
         }
     }
 

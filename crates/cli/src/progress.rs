@@ -1,27 +1,51 @@
-//! [`ProgressBars`]: shows the library's progress on stderr, one bar per stage.
+//! [`ProgressBars`]: shows the library's progress on stderr: one bar per stage on a terminal, else a line now and then.
 
+use crate::interrupt;
 use crate::output::print_message;
+use crate::progress_log::ProgressLog;
 use clearform::{Observer, Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
+use std::time::Instant;
 
-/// One bar at a time; hidden when stderr is not a terminal.
-#[derive(Default)]
+/// Length of a bar: units may be finished in part.
+const LENGTH: u64 = 1000;
+
+const MEBIBYTE: f64 = (1 << 20) as f64;
+
+/// One bar at a time, or lines.
 pub struct ProgressBars {
     current: Option<(&'static str, ProgressBar)>,
+    /// Where stderr is no terminal.
+    log: Option<ProgressLog>,
+    can_resume: bool,
+    is_interrupted: bool,
+}
+
+impl Default for ProgressBars {
+    fn default() -> Self {
+        Self::new(false)
+    }
 }
 
 impl ProgressBars {
+    fn new(can_resume: bool) -> Self {
+        let log = (!std::io::stderr().is_terminal()).then(ProgressLog::default);
+        Self { current: None, log, can_resume, is_interrupted: false }
+    }
+
+    /// For a command that goes on with `--resume` after an interrupt.
+    pub fn resumable() -> Self {
+        Self::new(true)
+    }
+
     /// The bar `label`; a bar of another label is removed first.
-    fn bar(&mut self, label: &'static str, length: usize) -> &ProgressBar {
+    fn bar(&mut self, label: &'static str) -> &ProgressBar {
         if self.current.as_ref().is_some_and(|(current, _)| *current != label) {
             self.clear();
         }
         let (_, bar) = self.current.get_or_insert_with(|| (label, new_bar(label)));
-        // Stages that are not counted leave the bar as it is.
-        if length > 0 {
-            bar.set_length(length as u64);
-        }
         bar
     }
 
@@ -30,16 +54,43 @@ impl ProgressBars {
             bar.finish_and_clear();
         }
     }
+
+    fn show(&mut self, progress: &Progress) {
+        let label = label(progress.stage);
+        let text = text(progress);
+        if let Some(log) = &mut self.log {
+            if let Some(line) = log.line(label, progress, &text, Instant::now()) {
+                print_message(line);
+            }
+            return;
+        }
+        let bar = self.bar(label);
+        // Stages that are not counted leave the bar as it is.
+        if progress.total > 0 {
+            bar.set_position((progress.fraction * LENGTH as f64) as u64);
+        }
+        bar.set_message(text);
+    }
+
+    /// Says once where the command stops.
+    fn stop(&mut self, progress: &Progress) -> ControlFlow<()> {
+        if !self.is_interrupted {
+            self.is_interrupted = true;
+            self.clear();
+            let advice = if self.can_resume { "continue with --resume" } else { "nothing was written" };
+            print_message(format_args!("interrupted {}; {advice}", place(progress)));
+        }
+        ControlFlow::Break(())
+    }
 }
 
 impl Observer for ProgressBars {
     fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
-        let (label, message) = texts(progress.stage);
-        let bar = self.bar(label, progress.total);
-        if progress.total > 0 {
-            bar.set_position(progress.done as u64);
+        interrupt::watch();
+        if interrupt::is_requested() {
+            return self.stop(progress);
         }
-        bar.set_message(progress.loss.map_or(message.to_owned(), |loss| training_message(loss, progress.held_out)));
+        self.show(progress);
         ControlFlow::Continue(())
     }
 
@@ -57,28 +108,70 @@ impl Drop for ProgressBars {
     }
 }
 
-fn training_message(loss: f64, held_out: Option<f64>) -> String {
-    let left = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
-    format!("loss {loss:.4}{left}")
-}
-
-/// The label of a stage's bar, and what is said beside it.
-fn texts(stage: Stage) -> (&'static str, &'static str) {
+/// Where a command was interrupted.
+fn place(Progress { stage, done, total, .. }: &Progress) -> String {
     match stage {
-        Stage::Writing => ("writing", ""),
-        Stage::Samples => ("samples", ""),
-        Stage::Distilling => ("distilling", ""),
-        Stage::Encoding => ("generating", "encoding the prompt"),
-        Stage::Loading => ("generating", "loading the transformer"),
-        Stage::Denoising | Stage::Comparing => ("generating", ""),
-        Stage::Decoding => ("generating", "decoding"),
+        Stage::Distilling | Stage::Denoising => format!("at step {done} of {total}"),
+        Stage::Samples => format!("after {done} of {total} samples"),
+        Stage::Comparing => format!("after {done} of {total} images"),
+        Stage::Writing => "while writing".to_owned(),
+        Stage::Encoding | Stage::Loading | Stage::Decoding => format!("while {}", text(&Progress::of_stage(*stage))),
     }
 }
 
+/// The label of a stage's bar.
+fn label(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Writing => "writing",
+        Stage::Samples => "samples",
+        Stage::Distilling => "distilling",
+        Stage::Encoding | Stage::Loading | Stage::Denoising | Stage::Comparing | Stage::Decoding => "generating",
+    }
+}
+
+/// What is said beside the bar: how much is done, and the figures of a training.
+fn text(progress: &Progress) -> String {
+    let Progress { stage, done, total, loss, held_out, .. } = progress;
+    let mebibytes = |bytes: usize| bytes as f64 / MEBIBYTE;
+    let counted = match stage {
+        Stage::Encoding => "encoding the prompt".to_owned(),
+        Stage::Loading => "loading the transformer".to_owned(),
+        Stage::Decoding => "decoding".to_owned(),
+        Stage::Writing => format!("{:.1} of {:.1} MiB", mebibytes(*done), mebibytes(*total)),
+        _ => format!("{done}/{total}"),
+    };
+    let loss = loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
+    let left = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
+    format!("{counted}{loss}{left}")
+}
+
 fn new_bar(label: &'static str) -> ProgressBar {
-    let bar = ProgressBar::new(0).with_prefix(label);
-    match ProgressStyle::with_template("{prefix:>12} {bar:32} {pos}/{len} {eta:>5} {msg}") {
+    let bar = ProgressBar::new(LENGTH).with_prefix(label);
+    match ProgressStyle::with_template("{prefix:>12} {bar:32} {eta:>5} {msg}") {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(stage: Stage, done: usize, total: usize) -> Progress {
+        Progress { done, total, ..Progress::of_stage(stage) }
+    }
+
+    #[test]
+    fn an_interrupt_names_its_place() {
+        assert_eq!(place(&progress(Stage::Distilling, 85, 4000)), "at step 85 of 4000");
+        assert_eq!(place(&progress(Stage::Samples, 16, 128)), "after 16 of 128 samples");
+        assert_eq!(place(&progress(Stage::Decoding, 0, 0)), "while decoding");
+    }
+
+    #[test]
+    fn what_is_written_is_said_in_mebibytes() {
+        assert_eq!(text(&progress(Stage::Writing, 3 << 19, 4 << 20)), "1.5 of 4.0 MiB");
+        let training = Progress { loss: Some(0.5), held_out: Some(0.25), ..progress(Stage::Distilling, 3, 9) };
+        assert_eq!(text(&training), "3/9, loss 0.5000, 25% of the held-out error left");
     }
 }

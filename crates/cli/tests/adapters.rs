@@ -394,8 +394,18 @@ fn generate_applies_a_control_lora() {
     }
     let generate = |lora: &str, more: &[&str]| {
         let (output, lora) = (path("out.png"), path(lora));
-        let arguments =
-            ["generate", text(&base), "hedgehog", "--steps", "2", "-o", text(&output), "--lora", text(&lora)];
+        let arguments = [
+            "generate",
+            text(&base),
+            "hedgehog",
+            "--steps",
+            "2",
+            "-o",
+            text(&output),
+            "--lora",
+            text(&lora),
+            "--overwrite",
+        ];
         let done = clearform(&[&arguments[..], &["--plugin-dir", &plugins], more].concat()).output().unwrap();
         let message = String::from_utf8_lossy(&done.stderr).into_owned();
         done.status.success().then(|| image::open(&output).unwrap().to_rgb8()).ok_or(message)

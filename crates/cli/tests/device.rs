@@ -57,7 +57,10 @@ fn a_batch_agrees_with_the_cpu() {
     let image = folder.path().join("%d.png");
     let run = || {
         let size = ["--width", "64", "--height", "64", "--steps", "2", "--seed", "3", "--batch", "2"];
-        common::run(0, &[&["generate", text(&original), "a red apple", "-o", text(&image)], &size[..]].concat());
+        common::run(
+            0,
+            &[&["generate", text(&original), "a red apple", "--overwrite", "-o", text(&image)], &size[..]].concat(),
+        );
         [0, 1].map(|number| image::open(folder.path().join(format!("{number}.png"))).unwrap().to_rgb8())
     };
     let wanted = on_cpu(run);

@@ -29,7 +29,7 @@ fn distil(arguments: &[&str], model: &Path, losses: [f64; 2]) {
 /// Generates an image.
 fn generate(model: &Path, arguments: &[&str]) -> RgbImage {
     let path = model.with_extension("png");
-    run(0, &[&["generate", text(model), "-o", text(&path)], arguments].concat());
+    run(0, &[&["generate", text(model), "--overwrite", "-o", text(&path)], arguments].concat());
     image::open(&path).unwrap().to_rgb8()
 }
 
@@ -63,11 +63,16 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
     assert_eq!(found, serde_json::from_slice::<serde_json::Value>(&written).unwrap());
     let pairs = found["pictures"].as_array().unwrap();
     assert_eq!(pairs.len(), 4);
+    for (role, path) in [("teacher", original), ("student", model)] {
+        assert_eq!(found[role]["name"], path.file_name().unwrap().to_str().unwrap());
+    }
+    let seconds = |role: &str| found[role]["seconds"].as_f64().unwrap();
+    assert!((found["speedup"].as_f64().unwrap() - seconds("teacher") / seconds("student")).abs() < 1e-9);
     let page = std::fs::read_to_string(report.join("report.html")).unwrap();
     assert!(pairs.iter().all(|pair| page.contains(pair["prompt"].as_str().unwrap())));
 
     let sheet = image::open(report.join("sheet.png")).unwrap().to_rgb8();
-    let (width, height) = ((sheet.width() - GAP) / 4 - GAP, (sheet.height() - GAP) / 2 - GAP);
+    let (width, height) = ((sheet.width() - GAP) / 4 - GAP, (sheet.height() - GAP) / 3 - GAP);
     let tile = |column: usize, row: u32| {
         let left = GAP + column as u32 * (width + GAP);
         image::imageops::crop_imm(&sheet, left, GAP + row * (height + GAP), width, height).to_image()
@@ -78,6 +83,11 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
         assert!((0.0..1.0).contains(&pair["ssim"].as_f64().unwrap()), "{pair}");
     }
     assert!((found["psnr"].as_f64().unwrap() - measured.iter().sum::<f64>() / 4.0).abs() < 1e-6);
+    let undistilled: Vec<f64> = (0..4).map(|column| psnr(&tile(column, 0), &tile(column, 2))).collect();
+    assert!((found["undistilled"][0].as_f64().unwrap() - undistilled.iter().sum::<f64>() / 4.0).abs() < 1e-6);
+    // The other way round is surely a mistake.
+    let swapped = stderr_of(1, &["compare", text(model), text(original), "-o", text(&report), "--steps", "2"]);
+    assert!(swapped.contains("expected the original first"), "{swapped}");
     // The seed of the second prompt is 1. `compare` runs a batch, whose sums round differently.
     let second = [prompt, &["--steps", "2", "--seed", "1"]].concat();
     for (row, model) in [original, model].into_iter().enumerate() {
@@ -179,7 +189,8 @@ fn loras_apply_to_every_family() {
         let generate = |model: &str, more: &[&str]| {
             let model = path(model);
             let image = path("image.png");
-            let base = ["generate", text(&model), "--steps", "2", "--attention", "full", "-o", text(&image)];
+            let base =
+                ["generate", text(&model), "--steps", "2", "--attention", "full", "--overwrite", "-o", text(&image)];
             let message = stderr_of(0, &[&base[..], prompt, more].concat());
             (image::open(&image).unwrap().to_rgb8(), message)
         };
@@ -214,8 +225,10 @@ fn distill_trains_as_convert_does() {
     assert!(weights(&trained) == weights(&at_once));
     assert!(weights(&trained) != weights(&bare), "nothing was trained");
     run(0, &["verify", text(&trained)]);
-    // Without --output the model itself is replaced.
-    run(0, &[&distill[..4], &training].concat());
+    // The model itself is replaced only if that is asked for.
+    let message = stderr_of(2, &[&distill[..4], &training].concat());
+    assert!(message.contains("--output <DIR>") && weights(&bare) != weights(&at_once), "{message}");
+    run(0, &[&distill[..4], &["--overwrite"], &training].concat());
     assert!(weights(&bare) == weights(&at_once));
 }
 

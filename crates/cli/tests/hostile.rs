@@ -74,6 +74,7 @@ impl Workspace {
             "INPUTS" => self.path("inputs.safetensors"),
             "MODEL" => self.path("model"),
             "OUTPUT" => self.path("output"),
+            "IMAGE" => self.path("output.png"),
             "PIPELINE" => repository("assets/mini-flux/base"),
             "PIPELINE-WITH-TOKENIZER" => self.pipeline_with(file),
             "PLUGINS" => plugin_folder(),
@@ -116,7 +117,7 @@ fn every_hostile_file_is_refused_with_its_message() {
         assert!(stderr.contains(&says), "{path}: {stderr:?} does not contain {says:?}");
         assert!(!stdout.contains(is_control) && !stderr.contains(is_control), "{path}: {stdout:?} {stderr:?}");
     }
-    assert!(!workspace.path("output").exists());
+    assert!(!workspace.path("output").exists() && !workspace.path("output.png").exists());
     assert!(!Path::new("/tmp/clearform-was-here").exists(), "a pickle ran a command");
 }
 

@@ -51,3 +51,40 @@ fn a_killed_conversion_resumes_bit_for_bit() {
 fn kill_time(length: Duration, kill: u32) -> Duration {
     length * (kill * 7 % 10 + 1) / 12
 }
+
+/// Ctrl-C stops after a step; `--resume` needs none of the options again.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversion_says_where_it_stopped_and_resumes_without_options() {
+    let base = repository("assets/mini-flux/base");
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let convert = ["convert", text(&base), "-o", text(&model)];
+    let long =
+        "--radius 3 --sample-count 2 --sample-steps 1 --sample-size 64 --steps 400 --batch 1 --held-out 0 --lr 2e-3";
+    let arguments: Vec<&str> = convert.into_iter().chain(long.split(' ')).collect();
+    let child = clearform(&arguments).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let begun = folder.path().join("model.work/training");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !begun.exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("interrupted at step ") && said.contains("of 400; continue with --resume"), "{said}");
+    assert!(!said.contains("error"), "{said}");
+    assert!(!model.exists());
+
+    // Another radius would be another student.
+    let refused = common::stderr_of(1, &[&convert[..], &["--resume", "--radius", "4"]].concat());
+    assert!(refused.contains("the run was begun with attention \"clear:r=3\", found \"clear:r=4\""), "{refused}");
+    run(0, &[&convert[..], &["--resume"]].concat());
+    let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
+    let distillation = &record["distillation"];
+    assert_eq!((distillation["steps"].as_integer(), distillation["batch"].as_integer()), (Some(400), Some(1)));
+    assert_eq!(record["attention"]["default"].as_str(), Some("clear:r=3"));
+}

@@ -10,6 +10,7 @@
 //! model; the folder format itself is `clearform_portable_model`.
 
 mod error;
+mod model_card;
 mod patch;
 mod plan;
 mod source_hashes;

@@ -1,5 +1,6 @@
 //! [`ConversionPlan`]: what a conversion writes, and [writing](ConversionPlan::apply) it, one tensor at a time.
 
+use crate::model_card::ModelCard;
 use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
@@ -22,6 +23,7 @@ pub struct ConversionPlan {
     component_folders: Vec<PathBuf>,
     copy_mode: CopyMode,
     component_data: Vec<ComponentData>,
+    source: Option<PathBuf>,
 }
 
 /// What was written.
@@ -49,7 +51,15 @@ impl ConversionPlan {
             component_folders: Vec::new(),
             copy_mode: CopyMode::Copy,
             component_data: Vec::new(),
+            source: None,
         }
+    }
+
+    /// Names the model that the transformer was read from in README.md.
+    #[must_use]
+    pub fn made_from(mut self, source: PathBuf) -> Self {
+        self.source = Some(source);
+        self
     }
 
     /// Writes floating-point tensors in this dtype; `None` keeps the source's.
@@ -101,7 +111,9 @@ impl ConversionPlan {
         stage.check_disk_space(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
         self.write_transformer(canonical, &added, &tensors, stage, progress)?;
         let components = self.write_components(stage)?;
-        stage.write("README.md", self.readme().as_bytes())?;
+        let source = self.source.as_deref();
+        let card = ModelCard { identified: &self.identified, attention: &self.attention, source };
+        stage.write("README.md", card.text().as_bytes())?;
         Ok(ConversionReport {
             load_report: load_report.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
@@ -208,23 +220,6 @@ impl ConversionPlan {
             .map(|metadata| metadata.len())
             .sum();
         copied + self.component_data.iter().map(ComponentData::byte_count).sum::<u64>()
-    }
-
-    /// Contents of the model's README.md.
-    fn readme(&self) -> String {
-        format!(
-            "# A linear {family} model\n\n\
-             This folder contains a {family} diffusion transformer (variant {variant}) that clearform has converted to \
-             run with this attention: `{plan}`. clearform.toml contains the source files, the settings of the \
-             distillation, and the size and hash of every file.\n\n\
-             Run it with `clearform generate FOLDER \"PROMPT\"`, or with `--class N` if it is a class-conditional model. \
-             diffusers can load the folder too if it has the class in transformer/config.json. It then runs the \
-             transformer with full attention, which is neither linear nor what it was distilled for, unless CLEAR's \
-             attention processors are set.\n",
-            family = self.identified.family,
-            variant = self.identified.variant.name,
-            plan = self.attention,
-        )
     }
 }
 

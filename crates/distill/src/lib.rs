@@ -38,7 +38,7 @@ pub use held_out::{HELD_OUT_LEVELS, HeldOut, PredictionErrors};
 pub use loss_log::LossEntry;
 pub use optimizer::{OptimizerState, clip_gradients};
 pub use sample_reader::Samples;
-pub use sample_set::{SampleSet, SamplingSpec};
+pub use sample_set::{SampleSet, SamplesDone, SamplingSpec};
 pub use sample_settings::{ClassifierFree, SampleSettings};
 pub use settings::{Activations, Decay, DistillSettings, LearningRate, LossSettings, Optimizer, Precision, Timesteps};
 pub use teacher_student::{PairSpec, TeacherStudent};

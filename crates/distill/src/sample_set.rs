@@ -40,6 +40,17 @@ pub struct SamplingSpec {
     pub device: Device,
 }
 
+/// How far the generation of a set is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplesDone {
+    /// Finished samples.
+    pub done: usize,
+    /// All samples.
+    pub total: usize,
+    /// The share that is done, with the part of the batch that is being denoised.
+    pub fraction: f64,
+}
+
 /// A set of samples on disk.
 #[derive(Debug)]
 pub struct SampleSet {
@@ -140,19 +151,37 @@ impl SampleSet {
         sampling_spec: &SamplingSpec,
         progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<()> {
+        self.generate_watched(teacher, sampling_spec, &mut |samples| progress(samples.done, samples.total))
+    }
+
+    /// As [`Self::generate`], with the part of a batch that is denoised.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn generate_watched(
+        &self,
+        teacher: &dyn Denoiser,
+        sampling_spec: &SamplingSpec,
+        progress: &mut dyn FnMut(SamplesDone) -> ControlFlow<()>,
+    ) -> Result<()> {
         self.save_ids(sampling_spec)?;
         let missing = self.missing_batches();
-        let mut done =
-            self.files.settings.count - missing.iter().map(|&batch| self.samples_of(batch).len()).sum::<usize>();
-        let mut go_on = |done| match progress(done, self.files.settings.count) {
-            ControlFlow::Continue(()) => StepAction::Continue,
-            ControlFlow::Break(()) => StepAction::Cancel,
+        let total = self.files.settings.count;
+        let mut done = total - missing.iter().map(|&batch| self.samples_of(batch).len()).sum::<usize>();
+        let mut go_on = |done: usize, part: f64| {
+            let fraction = (done as f64 + part) / total.max(1) as f64;
+            match progress(SamplesDone { done, total, fraction }) {
+                ControlFlow::Continue(()) => StepAction::Continue,
+                ControlFlow::Break(()) => StepAction::Cancel,
+            }
         };
-        let _ = go_on(done);
+        let _ = go_on(done, 0.0);
         for batch in missing {
-            self.generate_batch(batch, teacher, sampling_spec, &mut |_| go_on(done))?;
-            done += self.samples_of(batch).len();
-            if let StepAction::Cancel = go_on(done) {
+            let samples = self.samples_of(batch).len();
+            let part = |step: &StepProgress| samples as f64 * step.done as f64 / step.steps as f64;
+            self.generate_batch(batch, teacher, sampling_spec, &mut |step| go_on(done, part(step)))?;
+            done += samples;
+            if let StepAction::Cancel = go_on(done, 0.0) {
                 return Err(SamplingError::Cancelled.into());
             }
         }

@@ -128,6 +128,10 @@ impl ModelRecord {
     /// The file is missing, has another edition, or is not a record.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(Self::FILE);
+        if folder.exists() && !path.exists() {
+            let reason = "is not a portable model: it has no clearform.toml, which `clearform convert` writes";
+            return Err(PortableModelError::Invalid { path: folder.to_owned(), reason: reason.to_owned() });
+        }
         let text = std::fs::read_to_string(&path).map_err(at(&path))?;
         let invalid = |reason: String| PortableModelError::Invalid { path: path.clone(), reason };
         let table: toml::Table = text.parse().map_err(|error: toml::de::Error| invalid(error.to_string()))?;

@@ -35,6 +35,13 @@ pub struct StagingDir {
 }
 
 impl StagingDir {
+    /// The folder `target.work/`, in which `target` is assembled.
+    pub fn work_of(target: &Path) -> PathBuf {
+        let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
+        name.push(".work");
+        target.with_file_name(name)
+    }
+
     /// Starts work on `target` in the folder `target.work/`.
     ///
     /// # Errors
@@ -210,9 +217,7 @@ pub enum Overwrite {
 /// The work folder of `target`, if the target may be written.
 fn work_folder(target: &Path, overwrite: Overwrite) -> Result<PathBuf> {
     check_target(target, overwrite)?;
-    let mut name = target.file_name().unwrap_or(target.as_os_str()).to_owned();
-    name.push(".work");
-    Ok(target.with_file_name(name))
+    Ok(StagingDir::work_of(target))
 }
 
 fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {

@@ -3,6 +3,7 @@
 
 use crate::images::resize_and_crop;
 use crate::{GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
+use clearform_models::text::TruncatedPrompt;
 use clearform_models::{ImageSize, Prompt};
 use clearform_sampling::{SamplingError, Schedule, StepAction, StepProgress};
 use image::RgbImage;
@@ -37,8 +38,8 @@ pub struct GenerateRequest {
 pub enum PipelineStage<'a> {
     /// Loading text encoders and encoding prompts.
     Encoding,
-    /// Loading the transformer.
-    Loading,
+    /// Loading the transformer, the prompts are encoded; some may have been too long.
+    Loading(&'a [TruncatedPrompt]),
     /// A denoising step is done.
     Step(&'a StepProgress<'a>),
     /// Loading the VAE and decoding.
@@ -64,7 +65,7 @@ impl Pipeline {
         self.check_guidance(scales)?;
         enter(hook, &PipelineStage::Encoding)?;
         let prompts = self.encode_prompts(std::slice::from_ref(&request.prompt), request.negative.as_ref())?;
-        enter(hook, &PipelineStage::Loading)?;
+        enter(hook, &PipelineStage::Loading(&prompts.truncated))?;
         let batch = self.prepare(ImageBatch { latents, prompts, schedule, scales, controls })?;
         let transformer = self.own_transformer()?;
         let denoised = batch.denoise(transformer.as_ref(), &mut |step| hook(&PipelineStage::Step(step)))?;

@@ -10,7 +10,7 @@
 //!   own.
 //! - [`TransformerCheckpoint`] is an identified checkpoint that is not loaded yet.
 //! - [`Adapters`] are LoRA files and ControlNets, opened by plugins.
-//! - [`png`] writes images with their parameters, [`compare`] measures how similar images are.
+//! - [`image_file`] writes images with their parameters, [`image_metrics`] measures how similar images are.
 //!
 //! This crate knows where files are. What they compute is in `clearform_models`, the denoising loop in
 //! `clearform_sampling`.
@@ -22,15 +22,18 @@ mod components;
 mod control;
 mod control_concat;
 mod error;
+mod exif;
 mod files;
 mod generate;
 mod gpu_limits;
 mod held_weights;
 mod image_batch;
+pub mod image_file;
 pub mod image_metrics;
 mod images;
 mod latent_spec;
 mod loaded_pipeline;
+mod parameters;
 mod pipeline;
 pub mod png;
 mod stages;
@@ -51,6 +54,7 @@ pub use image::RgbImage;
 pub use image_batch::{ImageBatch, PreparedBatch};
 pub use images::{check_images, to_images};
 pub use loaded_pipeline::LoadedPipeline;
+pub use parameters::GenerationParameters;
 pub use pipeline::{Pipeline, PipelineOptions};
 pub use stages::{EncodedPrompts, GuidanceScales, InitialLatents};
 pub use transformer_checkpoint::{ReadOptions, TransformerCheckpoint};

@@ -5,10 +5,12 @@ use crate::text::{PipelineTextEncoders, open_weights};
 use crate::{Pipeline, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
+use clearform_models::text::TruncatedPrompt;
 use clearform_models::vae::Autoencoder;
 use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, ImageSize, Prompt};
 use clearform_sampling::{Guidance, Schedule, TorchGenerator};
 use image::RgbImage;
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Noise in the form that the transformer takes.
@@ -31,6 +33,8 @@ pub struct EncodedPrompts {
     pub positive: Conditions,
     /// One row: the negative or unconditional prompt; `None` where there is none.
     pub negative: Option<Conditions>,
+    /// Prompts of which a text encoder reads only the beginning.
+    pub truncated: Vec<TruncatedPrompt>,
 }
 
 /// Guidance scales.
@@ -58,6 +62,14 @@ impl Pipeline {
     /// # Errors
     /// A text encoder is missing or damaged, or the model does not take such prompts (text or classes).
     pub fn encode(&self, prompts: &[Prompt]) -> Result<Conditions> {
+        Ok(self.encode_and_count(prompts)?.0)
+    }
+
+    /// As [`Self::encode`], with the prompts of which a text encoder reads only the beginning.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_and_count(&self, prompts: &[Prompt]) -> Result<(Conditions, Vec<TruncatedPrompt>)> {
         if prompts.is_empty() {
             return Err(RuntimeError::BadSetting("prompts: expected at least one, found none".to_owned()));
         }
@@ -66,8 +78,10 @@ impl Pipeline {
             edits: &self.edits,
             device: &self.options.device,
             held: self.held.as_ref().map(|held| &held.encoders),
+            truncated: RefCell::default(),
         };
-        Ok(self.transformer.pipeline_spec().encode(prompts, &encoders)?)
+        let conditions = self.transformer.pipeline_spec().encode(prompts, &encoders)?;
+        Ok((conditions, encoders.truncated.into_inner()))
     }
 
     /// Loads the transformer with `plan` and `dtype` instead of those of the options.
@@ -123,6 +137,15 @@ impl Pipeline {
         Ok(spec.add_size_conditions(conditions, batch_spec, &self.options.device)?)
     }
 
+    /// Whether the transformer takes the guidance scale as an input.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn embeds_guidance(&self) -> Result<bool> {
+        let batch_spec = BatchSpec { size: self.native_size(), batch: 1, guidance: 0.0 };
+        Ok(self.add_size_conditions(&Conditions::default(), batch_spec)?.guidance.is_some())
+    }
+
     /// Encodes `prompts`, and what guidance extrapolates from: `negative`, or in families with classifier-free guidance
     /// their unconditional prompt.
     ///
@@ -134,10 +157,10 @@ impl Pipeline {
             GuidanceKind::Embedded => negative,
         };
         let all: Vec<Prompt> = prompts.iter().chain(negative).cloned().collect();
-        let encoded = self.encode(&all)?;
+        let (encoded, truncated) = self.encode_and_count(&all)?;
         let count = prompts.len();
         let negative = negative.map(|_| encoded.samples(count, 1)).transpose()?;
-        Ok(EncodedPrompts { positive: encoded.samples(0, count)?, negative })
+        Ok(EncodedPrompts { positive: encoded.samples(0, count)?, negative, truncated })
     }
 
     /// The guidance of every step. Every command chooses it here.

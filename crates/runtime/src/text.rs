@@ -7,10 +7,12 @@ use candle_core::{DType, Device};
 use clearform_models::ModelError;
 use clearform_models::text::{
     EncodedText, TEXT_ENCODERS, TextEncoder, TextEncoderClass, TextEncoderFiles, TextEncoders, TextRequest,
+    TruncatedPrompt,
 };
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_weights::{InMemoryTensors, TensorSource};
 use serde_json::Value;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -21,6 +23,8 @@ pub(crate) struct PipelineTextEncoders<'a> {
     pub device: &'a Device,
     /// Encoders that stay in memory, if the pipeline is loaded.
     pub held: Option<&'a Held<BTreeMap<&'static str, Arc<dyn TextEncoder>>>>,
+    /// What was cut off prompts so far: families return conditions alone.
+    pub truncated: RefCell<Vec<TruncatedPrompt>>,
 }
 
 /// The weights of the VAE with the edits of adapters, ready to be built on `device`. Low-rank edits are merged, since
@@ -49,7 +53,9 @@ impl TextEncoders for PipelineTextEncoders<'_> {
             Some(held) => held.with(|encoders| self.get_or_load(encoders, request)),
             None => self.load(request),
         };
-        encoder.map_err(model_error)?.encode(prompts, request)
+        let encoded = encoder.map_err(model_error)?.encode(prompts, request)?;
+        self.truncated.borrow_mut().extend(encoded.truncated.iter().cloned());
+        Ok(encoded)
     }
 }
 

@@ -234,10 +234,18 @@ fn nothing_found(folder: &Path, names: &BTreeSet<String>) -> String {
     if let Some(cached) = hub_cache::describe(folder) {
         return cached;
     }
+    /// Files of a folder that is a model.
+    const OF_MODELS: [&str; 3] = ["model_index.json", "clearform.toml", "diffusion_pytorch_model.safetensors"];
+    let is_model = |name: &&String| OF_MODELS.iter().any(|file| folder.join(name).join(file).is_file());
+    let models: Vec<&str> = names.iter().filter(is_model).map(String::as_str).collect();
     if names.contains("transformer") {
         return "no tensor file in this folder: it is a pipeline folder; the model is in \"transformer\"".to_owned();
     }
-    "no .safetensors, torch.save or .gguf file in this folder".to_owned()
+    let nothing = "no .safetensors, torch.save or .gguf file in this folder";
+    match models.is_empty() {
+        true => nothing.to_owned(),
+        false => format!("{nothing}; the models in it are {models:?}: give one of them"),
+    }
 }
 
 fn bad(path: &Path, reason: String) -> WeightsError {

@@ -1,7 +1,7 @@
 //! The arguments of `clearform bench`.
 
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
-use super::{DeviceArgs, DtypeArg, SourceArgs};
+use super::{DeviceArgs, DtypeArg, SourceArgs, finite};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -44,7 +44,7 @@ pub struct AttentionBenchArgs {
     #[arg(long, default_value_t = 128, value_name = "N", help_heading = INPUT)]
     pub head_dim: usize,
     /// Window radius, in tokens.
-    #[arg(long, default_value_t = 16.0, value_name = "R", help_heading = ATTENTION)]
+    #[arg(long, default_value_t = 16.0, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
     pub radius: f64,
     /// Attention plan, instead of --radius: `full` or `clear:r=R[,d=D]`.
     #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
@@ -136,7 +136,14 @@ pub struct TilesBenchArgs {
     )]
     pub grid: Vec<String>,
     /// Window radius in tokens; several separated by commas.
-    #[arg(long, default_value = "8,16,32", value_delimiter = ',', value_name = "R", help_heading = ATTENTION)]
+    #[arg(
+        long,
+        default_value = "8,16,32",
+        value_delimiter = ',',
+        value_parser = finite,
+        value_name = "R",
+        help_heading = ATTENTION
+    )]
     pub radius: Vec<f64>,
     /// Tiles of queries and of keys, or `cpu` and `gpu` for those of clearform's kernels; several separated by commas.
     #[arg(

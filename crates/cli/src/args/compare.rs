@@ -1,7 +1,7 @@
 //! The arguments of `clearform compare` and `clearform transfer`.
 
 use super::headings::{INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, ComponentFileArgs, DeviceArgs};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, SeedArg};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -52,7 +52,7 @@ pub struct TransferArgs {
 /// What two models generate from the same noise.
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
-    /// Prompts, or class indices, one per line [default: a few built-in ones].
+    /// Prompts, or class indices, one per line; lines that begin with # are comments [default: a few built-in ones].
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub prompts: Option<PathBuf>,
     /// Diffusers folder with the components that the models lack.
@@ -70,7 +70,7 @@ pub struct SamplingArgs {
     /// Denoising steps [default: the variant's].
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub steps: Option<usize>,
-    /// Seed of the first prompt; each following prompt's is one higher.
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = SAMPLING)]
-    pub seed: u64,
+    /// Seed of the first prompt, or `random`; each following prompt's is one higher.
+    #[arg(long, default_value_t = SeedArg::default(), value_name = "N", help_heading = SAMPLING)]
+    pub seed: SeedArg,
 }

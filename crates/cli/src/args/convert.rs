@@ -1,10 +1,34 @@
 //! The arguments of `clearform convert` and `clearform distill`.
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
-use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs};
+use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs, finite};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
+
+/// What has no effect without a training.
+const OF_TRAINING: [&str; 20] = [
+    "prompts",
+    "samples",
+    "sample_count",
+    "held_out",
+    "require_error",
+    "sample_steps",
+    "sample_size",
+    "steps",
+    "time",
+    "batch",
+    "accumulate",
+    "lr",
+    "losses",
+    "attention_every",
+    "precision",
+    "keep_activations",
+    "checkpoint_every",
+    "images_every",
+    "seed",
+    "resume",
+];
 
 /// `clearform convert`.
 #[derive(Debug, Args)]
@@ -16,7 +40,7 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub reading: SourceArgs,
     /// Window radius, in tokens.
-    #[arg(long, default_value_t = 16.0, value_name = "R", help_heading = ATTENTION)]
+    #[arg(long, default_value_t = 16.0, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
     pub radius: f64,
     /// Also attend to the whole image, averaged over D x D cells.
     #[arg(long, value_name = "D", help_heading = ATTENTION)]
@@ -25,7 +49,7 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "PLAN", conflicts_with_all = ["radius", "pool"], help_heading = ATTENTION)]
     pub attention: Option<String>,
     /// Replace the attention without distilling.
-    #[arg(long, conflicts_with = "steps", help_heading = DISTILLATION)]
+    #[arg(long, conflicts_with_all = OF_TRAINING, help_heading = DISTILLATION)]
     pub no_distill: bool,
     /// How the student is distilled.
     #[command(flatten)]
@@ -55,7 +79,7 @@ pub struct ConvertArgs {
 
 /// `clearform distill`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  clearform distill FLUX.1-dev-clear --teacher FLUX.1-dev --steps 2000")]
+#[command(after_help = "Example:\n  clearform distill FLUX.1-dev-clear --teacher FLUX.1-dev --steps 2000 -o longer")]
 pub struct DistillArgs {
     /// Portable model to train further.
     pub model: PathBuf,
@@ -65,9 +89,12 @@ pub struct DistillArgs {
     /// How the student is distilled.
     #[command(flatten)]
     pub training: TrainingArgs,
-    /// Folder to write the distilled model to [default: MODEL is replaced].
-    #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
+    /// Folder to write the distilled model to.
+    #[arg(short, long, value_name = "DIR", required_unless_present = "overwrite", help_heading = OUTPUT)]
     pub output: Option<PathBuf>,
+    /// Replace MODEL.
+    #[arg(long, conflicts_with = "output", help_heading = OUTPUT)]
+    pub overwrite: bool,
     /// Where the student is trained.
     #[command(flatten)]
     pub running: DeviceArgs,
@@ -82,8 +109,8 @@ pub struct TrainingArgs {
     /// Components in files of their own.
     #[command(flatten)]
     pub component_files: ComponentFileArgs,
-    /// Prompts to generate samples from, or class indices, one per line [default: built-in prompts, or evenly spread
-    /// classes].
+    /// Prompts to generate samples from, or class indices, one per line; lines that begin with # are comments [default:
+    /// built-in prompts, or evenly spread classes].
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub prompts: Option<PathBuf>,
     /// Folder of the samples: those of an earlier run, or new ones, which are kept there for further runs.
@@ -96,7 +123,7 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 16, value_name = "N", help_heading = DISTILLATION)]
     pub held_out: usize,
     /// Exit with 1 if more than this share of the held-out error is left, such as 0.1; the model is written all the same.
-    #[arg(long, value_name = "SHARE", help_heading = DISTILLATION)]
+    #[arg(long, value_parser = finite, value_name = "SHARE", help_heading = DISTILLATION)]
     pub require_error: Option<f64>,
     /// Denoising steps per sample [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]
@@ -117,7 +144,7 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = DISTILLATION)]
     pub accumulate: usize,
     /// Peak learning rate [default: by the model].
-    #[arg(long, value_name = "RATE", help_heading = DISTILLATION)]
+    #[arg(long, value_parser = finite, value_name = "RATE", help_heading = DISTILLATION)]
     pub lr: Option<f64>,
     /// Weights of the losses against the target, the teacher's prediction and its attention outputs [default: by the
     /// model; the paper's are 1,0.5,0.5].
@@ -143,7 +170,7 @@ pub struct TrainingArgs {
     /// Seed of samples, noise and timesteps.
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = DISTILLATION)]
     pub seed: u64,
-    /// Resume an interrupted run.
+    /// Resume an interrupted run, with the options that it was begun with.
     #[arg(long, help_heading = DISTILLATION)]
     pub resume: bool,
 }
@@ -212,8 +239,8 @@ impl FromStr for LossWeights {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let weights: Vec<f64> = text.split(',').filter_map(|weight| weight.parse().ok()).collect();
-        let found = <[f64; 3]>::try_from(weights).ok();
+        let weights: Option<Vec<f64>> = text.split(',').map(|weight| weight.parse().ok()).collect();
+        let found = weights.and_then(|weights| <[f64; 3]>::try_from(weights).ok());
         let usable = |weights: &[f64; 3]| weights.iter().all(|weight| *weight >= 0.0 && weight.is_finite());
         found.filter(usable).map(Self).ok_or_else(|| "expected three weights of at least 0, as 1,0.5,0.5".to_owned())
     }

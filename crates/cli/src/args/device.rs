@@ -18,7 +18,7 @@ pub enum DtypeArg {
 /// The device that a model runs on.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct DeviceArgs {
-    /// Device: `cpu`, or `cuda:N` in a build with the feature `cuda`.
+    /// Device: `cpu`, or in a build with the feature `cuda` also `cuda:N` (`cuda` is `cuda:0`).
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = DEVICE)]
     pub device: ComputeDevice,
 }

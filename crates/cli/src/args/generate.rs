@@ -1,7 +1,7 @@
 //! The arguments of `clearform generate` and `clearform forward`.
 
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, SeedArg, SourceArgs, finite};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -14,11 +14,15 @@ pub struct GenerateArgs {
     /// Portable model or diffusers folder.
     pub model: PathBuf,
     /// What the image shows, for text-to-image models.
-    #[arg(required_unless_present = "class")]
+    #[arg(required_unless_present_any = ["class", "from_metadata"])]
     pub prompt: Option<String>,
     /// Class to generate, for class-conditional models.
     #[arg(long, value_name = "N", conflicts_with = "prompt", help_heading = INPUT)]
     pub class: Option<u32>,
+    /// Take prompt, seed, size, steps, guidance and attention from an image that clearform or AUTOMATIC1111's web UI
+    /// wrote; what is given beside it counts more.
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub from_metadata: Option<PathBuf>,
     /// What the image should not show; needs classifier-free guidance.
     #[arg(long, value_name = "PROMPT", help_heading = INPUT)]
     pub negative_prompt: Option<String>,
@@ -45,32 +49,37 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = SAMPLING)]
     pub no_resolution_binning: bool,
     /// Denoising steps (num_inference_steps in diffusers) [default: the variant's].
-    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    #[arg(long, alias = "num-inference-steps", value_name = "N", help_heading = SAMPLING)]
     pub steps: Option<usize>,
     /// Guidance scale (guidance_scale in diffusers) [default: the variant's].
-    #[arg(long, value_name = "SCALE", help_heading = SAMPLING)]
+    #[arg(long, alias = "guidance-scale", value_parser = finite, value_name = "SCALE", help_heading = SAMPLING)]
     pub guidance: Option<f64>,
-    /// Classifier-free guidance scale, as true_cfg_scale in diffusers.
-    #[arg(long, default_value_t = 1.0, value_name = "SCALE", help_heading = SAMPLING)]
-    pub true_cfg_scale: f64,
+    /// Classifier-free guidance scale, as true_cfg_scale in diffusers; acts above 1 with a negative prompt [default:
+    /// 1].
+    #[arg(long, value_parser = finite, value_name = "SCALE", help_heading = SAMPLING)]
+    pub true_cfg_scale: Option<f64>,
     /// Apply classifier-free guidance to the first N channels only (Facebook's DiT code uses 3).
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub guided_channels: Option<usize>,
-    /// Seed: the noise is that of torch.Generator("cpu").manual_seed(N).
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = SAMPLING)]
-    pub seed: u64,
-    /// Number of images.
-    #[arg(long, default_value_t = 1, value_name = "N", help_heading = SAMPLING)]
-    pub batch: usize,
+    /// Seed: the noise is that of torch.Generator("cpu").manual_seed(N); `random` draws one and prints it [default: 0].
+    #[arg(long, value_name = "N|random", help_heading = SAMPLING)]
+    pub seed: Option<SeedArg>,
+    /// Number of images [default: 1].
+    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    pub batch: Option<usize>,
     /// Adapters applied to the model.
     #[command(flatten)]
     pub adapters: AdapterArgs,
     /// Control image: first for a Control or Fill transformer itself, then one per ControlNet, or one for all.
     #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
     pub control_image: Vec<PathBuf>,
-    /// PNG file to write; for several images a pattern with a number (`out-%03d.png`).
+    /// PNG, JPEG or WebP file to write, by its extension; for several images a pattern with a number (`out-%03d.png`).
+    /// Where it exists, the next number is taken.
     #[arg(short, long, default_value = "out.png", value_name = "FILE", help_heading = OUTPUT)]
     pub output: String,
+    /// Replace images that exist.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
     /// Where the model runs.
     #[command(flatten)]
     pub running: DeviceArgs,

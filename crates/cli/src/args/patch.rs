@@ -1,5 +1,6 @@
 //! The arguments of `clearform patch`.
 
+use super::finite;
 use super::headings::{ATTENTION, INPUT, OUTPUT};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -55,7 +56,7 @@ pub struct PatchApplyArgs {
     #[arg(long, value_enum, default_value = "replace", help_heading = ATTENTION)]
     pub mode: PatchModeArg,
     /// Window radius in tokens, for a patch that does not state it.
-    #[arg(long, value_name = "R", help_heading = ATTENTION)]
+    #[arg(long, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
     pub radius: Option<f64>,
     /// Folder to write the portable model to.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]

@@ -7,6 +7,7 @@ use clearform::{CompareOptions, compare};
 
 /// Writes the report, and prints its figures.
 pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    output.note_seed(args.sampling.seed);
     let options = CompareOptions {
         evaluation: (&args.sampling).into(),
         device: args.running.device,

@@ -14,7 +14,7 @@ pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome
     if args.dry_run {
         return dry_run(&options, output);
     }
-    let model = convert(&options, &mut ProgressBars::default())?.model;
+    let model = convert(&options, &mut ProgressBars::resumable())?.model;
     output.result(&model)?;
     Ok(within_required_error(&model, &args.training, output))
 }

@@ -16,7 +16,7 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
         device: args.running.device,
         ..DistillOptions::new(&args.model, &args.teacher)
     };
-    let model = distill(&options, &mut ProgressBars::default())?;
+    let model = distill(&options, &mut ProgressBars::resumable())?;
     output.result(&model)?;
     Ok(within_required_error(&model, &args.training, output))
 }

@@ -4,49 +4,100 @@ use crate::args::GenerateArgs;
 use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
-use clearform::{GenerateOptions, Prompt, generate, parse_plan};
+use clearform::{
+    AttentionPlan, GenerateOptions, GenerationParameters, Prompt, generate, parse_plan, prepare_image, read_parameters,
+};
 use clearform_plugin_host::AdapterReport;
 use serde::Serialize;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Generates the images and writes them as PNG files.
+/// Generates the images and writes them as their names say.
 pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
-    let names = image_names(&args.output, args.batch)?;
-    let generated = generate(&options(args)?, &mut ProgressBars::default())?;
+    let recorded = args.from_metadata.as_deref().map(read_parameters).transpose()?;
+    let options = options(args, recorded.as_ref())?;
+    output.note_seed(args.seed.unwrap_or_default());
+    for text in recorded.iter().flat_map(|recorded| not_taken(recorded, args)) {
+        output.note(text);
+    }
+    let names = image_names(&args.output, options.batch, |path| !args.overwrite && path.exists())?;
+    names.iter().try_for_each(|name| prepare_image(name))?;
+    if names.len() == 1 && names[0] != Path::new(&args.output) && Path::new(&args.output).exists() {
+        output.note(format_args!("{} exists, so the image is {}", args.output, names[0].display()));
+    }
+    let generated = generate(&options, &mut ProgressBars::default())?;
     generated.save(&names)?;
     output.result(&SavedImages {
         images: names,
         attention: generated.attention,
-        seed: args.seed,
+        seed: options.seed,
         adapters: generated.adapters,
     })?;
     Ok(CommandOutcome::Complete)
 }
 
-fn options(args: &GenerateArgs) -> anyhow::Result<GenerateOptions> {
-    let prompt = args.class.map(Prompt::Class).unwrap_or(Prompt::Text(args.prompt.clone().unwrap_or_default()));
+/// What was given, and for the rest what `recorded` says.
+fn options(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> anyhow::Result<GenerateOptions> {
+    let negative = recorded.map(|recorded| recorded.negative_prompt.clone()).filter(|prompt| !prompt.is_empty());
+    let seed = args.seed.map(|seed| seed.number).or(recorded.map(|recorded| recorded.seed));
     Ok(GenerateOptions {
-        negative_prompt: args.negative_prompt.clone(),
+        negative_prompt: args.negative_prompt.clone().or(negative),
         reading: (&args.reading).into(),
         components: args.components.clone(),
         component_files: (&args.component_files).into(),
-        attention: args.attention.as_deref().map(parse_plan).transpose()?,
-        width: args.width,
-        height: args.height,
+        attention: match &args.attention {
+            Some(text) => Some(parse_plan(text)?),
+            None => recorded.and_then(recorded_plan),
+        },
+        width: args.width.or(recorded.map(|recorded| recorded.size.width)),
+        height: args.height.or(recorded.map(|recorded| recorded.size.height)),
         resolution_binning: !args.no_resolution_binning,
-        steps: args.steps,
-        guidance: args.guidance,
-        true_cfg_scale: args.true_cfg_scale,
+        steps: args.steps.or(recorded.map(|recorded| recorded.steps)),
+        guidance: args.guidance.or(recorded.and_then(|recorded| recorded.guidance)),
+        true_cfg_scale: args.true_cfg_scale.or(recorded.and_then(|recorded| recorded.true_cfg_scale)).unwrap_or(1.0),
         guided_channels: args.guided_channels,
-        seed: args.seed,
-        batch: args.batch,
+        seed: seed.unwrap_or_default(),
+        batch: args.batch.or(recorded.map(|recorded| recorded.batch)).unwrap_or(1),
         adapters: args.adapters.options()?,
         control_images: args.control_image.clone(),
         device: args.running.device,
         dtype: args.dtype.map(Into::into),
-        ..GenerateOptions::new(&args.model, prompt)
+        ..GenerateOptions::new(&args.model, prompt(args, recorded))
     })
+}
+
+fn prompt(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> Prompt {
+    let recorded = recorded.map(|recorded| recorded.prompt.clone()).unwrap_or_default();
+    match (args.class, &args.prompt) {
+        (Some(class), _) => Prompt::Class(class),
+        (None, Some(prompt)) => Prompt::Text(prompt.clone()),
+        // As a class is recorded.
+        (None, None) => match recorded.strip_prefix("class ").and_then(|class| class.parse().ok()) {
+            Some(class) => Prompt::Class(class),
+            None => Prompt::Text(recorded),
+        },
+    }
+}
+
+/// The recorded plan; a plan of several policies is recorded by a summary, which cannot be read back.
+fn recorded_plan(recorded: &GenerationParameters) -> Option<AttentionPlan> {
+    recorded.attention.parse().ok()
+}
+
+/// What is recorded in an image and not taken from it.
+fn not_taken(recorded: &GenerationParameters, args: &GenerateArgs) -> Vec<String> {
+    let name = args.model.file_name().unwrap_or(args.model.as_os_str()).to_string_lossy();
+    let mut notes = Vec::new();
+    if !recorded.model.is_empty() && recorded.model != name {
+        notes.push(format!("the image was made with the model {}", recorded.model));
+    }
+    if !recorded.adapters.is_empty() && args.adapters.is_empty() {
+        notes.push(format!("the image was made with {}; give the adapters again", recorded.adapters));
+    }
+    if !recorded.attention.is_empty() && args.attention.is_none() && recorded_plan(recorded).is_none() {
+        notes.push(format!("the image was made with attention {}, and the model's own is used", recorded.attention));
+    }
+    notes
 }
 
 #[derive(Debug, Serialize)]

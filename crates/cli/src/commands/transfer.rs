@@ -7,6 +7,7 @@ use clearform::{TransferOptions, transfer};
 
 /// Runs the study and writes its report.
 pub fn run(args: &TransferArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    output.note_seed(args.sampling.seed);
     let options = TransferOptions {
         fine_tune: args.fine_tune.clone(),
         evaluation: (&args.sampling).into(),

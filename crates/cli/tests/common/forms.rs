@@ -141,13 +141,13 @@ impl BothForms {
 
     pub fn generate_from_file(&self) -> Vec<u8> {
         let image = self.path("file.png");
-        self.on_file(0, &["generate", "a red apple"], &[&SAMPLING[..], &["-o", text(&image)]].concat());
+        self.on_file(0, &["generate", "a red apple"], &[&SAMPLING[..], &["--overwrite", "-o", text(&image)]].concat());
         pixels(&image)
     }
 
     pub fn generate(&self, model: &Path) -> Vec<u8> {
         let image = self.path("folder.png");
-        run(0, &[&["generate", text(model), "a red apple", "-o", text(&image)], &SAMPLING[..]].concat());
+        run(0, &[&["generate", text(model), "a red apple", "--overwrite", "-o", text(&image)], &SAMPLING[..]].concat());
         pixels(&image)
     }
 }

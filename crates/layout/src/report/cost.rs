@@ -48,6 +48,22 @@ pub struct CostEstimate {
     pub clear: Vec<ClearCost>,
 }
 
+/// What the pipeline around a transformer says about the size of its images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PipelineScale {
+    /// Side in pixels of the images that it was trained on, if it is known.
+    pub native_side: Option<usize>,
+    /// Side in pixels of a token.
+    pub pixels_per_token: usize,
+}
+
+impl PipelineScale {
+    /// What is usual in the family.
+    pub fn usual(identified: &Identified) -> Self {
+        Self { native_side: None, pixels_per_token: identified.pixels_per_token() }
+    }
+}
+
 /// The cost of one evaluation with CLEAR attention.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClearCost {
@@ -62,20 +78,21 @@ pub struct ClearCost {
 impl CostEstimate {
     /// Estimates for the size that a model was trained on and for larger ones that it can generate. `weight_bytes` is
     /// the size of its weights. Empty if the family's manifest does not state what its weights are applied to.
-    pub fn of(identified: &Identified, weight_bytes: u64) -> Vec<Self> {
+    pub fn of(identified: &Identified, weight_bytes: u64, scale: PipelineScale) -> Vec<Self> {
         let manifest = identified.manifest();
         let sizes = identified.sizes();
         let flops = FlopCount::of(manifest, sizes);
-        let token = identified.pixels_per_token();
-        let first = manifest.trained_side(sizes).unwrap_or(USUAL_SIDE).clamp(token, MOST_SIDE.max(token));
+        let token = scale.pixels_per_token;
+        let first =
+            manifest.trained_side(sizes).or(scale.native_side).unwrap_or(USUAL_SIDE).clamp(token, MOST_SIDE.max(token));
         let most = manifest.largest_side(sizes).unwrap_or(MOST_SIDE).max(first);
         let sides = MULTIPLES.map(|multiple| first.saturating_mul(multiple)).into_iter();
         let possible = sides.filter(|side| *side <= most && flops.is_known());
-        possible.map(|side| Self::at(side, identified, &flops, weight_bytes)).collect()
+        possible.map(|side| Self::at([side, token], identified, &flops, weight_bytes)).collect()
     }
 
-    fn at(side: usize, identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
-        let edge = side / identified.pixels_per_token();
+    fn at([side, token]: [usize; 2], identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
+        let edge = side / token;
         let text = identified.variant.defaults.text_tokens;
         let tokens = edge.saturating_mul(edge);
         let image = EstimatedImage { tokens: tokens as f64, text, pixels: side as f64 * side as f64 };

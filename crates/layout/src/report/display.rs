@@ -48,6 +48,7 @@ impl Inspection {
         });
         lines.extend(reasons.iter().map(|(reason, count)| ("skipped", format!("{count}: {reason}"))));
         lines.extend(self.storage_lines());
+        lines.extend(self.component_line());
         lines.extend(self.evidence.iter().map(|line| ("evidence", line.clone())));
         lines.extend(self.notes.iter().map(|line| ("note", line.clone())));
         lines
@@ -63,6 +64,12 @@ impl Inspection {
     fn layout_line(&self) -> String {
         let prefix = if self.prefix.is_empty() { String::new() } else { format!(", prefix {:?}", self.prefix) };
         format!("{}{prefix}", self.layout)
+    }
+
+    fn component_line(&self) -> Option<(&'static str, String)> {
+        let sizes: Vec<String> =
+            self.component_bytes.iter().map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
+        (!sizes.is_empty()).then(|| ("beside it", format!("{}; each is loaded for its stage alone", sizes.join(", "))))
     }
 
     /// How the tensors are stored, and how they are read if that differs.
@@ -148,7 +155,7 @@ fn row(estimate: &CostEstimate, factor: f64) -> String {
     for clear in &estimate.clear {
         let cost = figures(clear.teraflop_per_evaluation * factor);
         let ratio = format!("{}x", figures(clear.full_over_clear));
-        row += &format!("{cost:>10}{ratio:>6}");
+        row += &format!("{cost:>9} {ratio:>6}");
     }
     row
 }

@@ -6,7 +6,7 @@ use crate::manifest::family::Variant;
 use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
 use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
-use crate::report::cost::CostEstimate;
+use crate::report::cost::{CostEstimate, PipelineScale};
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
@@ -99,6 +99,8 @@ pub struct Inspection {
     pub largest_side_pixels: Option<usize>,
     /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
+    /// Bytes of the weights of the other components in its pipeline, each of which is loaded for its stage alone.
+    pub component_bytes: BTreeMap<String, u64>,
 }
 
 impl Inspection {
@@ -136,7 +138,24 @@ impl Inspection {
             skipped: unused(load_report.skipped()),
             trained_side_pixels: manifest.trained_side(sizes),
             largest_side_pixels: manifest.largest_side(sizes),
-            estimates: CostEstimate::of(identified, bytes),
+            estimates: CostEstimate::of(identified, bytes, PipelineScale::usual(identified)),
+            component_bytes: BTreeMap::new(),
+        }
+    }
+
+    /// The same with what its pipeline shows: the size of its images, and the bytes of its components' weights.
+    #[must_use]
+    pub fn in_pipeline(
+        self,
+        identified: &Identified,
+        scale: PipelineScale,
+        component_bytes: BTreeMap<String, u64>,
+    ) -> Self {
+        Self {
+            trained_side_pixels: self.trained_side_pixels.or(scale.native_side),
+            estimates: CostEstimate::of(identified, self.bytes, scale),
+            component_bytes,
+            ..self
         }
     }
 

@@ -4,6 +4,7 @@ use crate::Result;
 use candle_core::{Device, Tensor};
 use clearform_weights::TensorSource;
 use serde_json::Value;
+use std::fmt;
 
 /// A text encoder with its tokenizer, its weights loaded.
 pub trait TextEncoder: Send + Sync {
@@ -60,6 +61,38 @@ pub struct EncodedText {
     pub projected: Option<Tensor>,
     /// 1 for tokens and 0 for padding, (prompts, tokens); only with [`Padding::Masked`].
     pub mask: Option<Tensor>,
+    /// Prompts that were longer than the encoder takes.
+    pub truncated: Vec<TruncatedPrompt>,
+}
+
+/// A prompt of which a text encoder reads only the beginning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TruncatedPrompt {
+    /// The text encoder's component and class.
+    pub encoder: [&'static str; 2],
+    /// The prompt.
+    pub prompt: String,
+    /// Its tokens, with those that mark start and end.
+    pub tokens: usize,
+    /// How many of them the encoder takes.
+    pub limit: usize,
+}
+
+/// Characters of a prompt by which a message names it.
+const QUOTED: usize = 40;
+
+impl fmt::Display for TruncatedPrompt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { encoder: [component, class], prompt, tokens, limit } = self;
+        let begin: String = prompt.chars().take(QUOTED).collect();
+        let more = if begin.len() < prompt.len() { "..." } else { "" };
+        let cut = tokens - limit;
+        write!(
+            f,
+            "{component} ({class}) takes {limit} tokens; the prompt {begin:?}{more} has {tokens}: the last {cut} are \
+             cut"
+        )
+    }
 }
 
 /// The files of a text encoder and its tokenizer. This crate opens none itself.
@@ -102,6 +135,23 @@ pub trait TextEncoders {
     /// # Errors
     /// The encoder is not available.
     fn encode(&self, prompts: &[String], request: &TextRequest) -> Result<EncodedText>;
+}
+
+impl TextRequest {
+    /// Those of `prompts` that have more than `limit` tokens, as `count` counts them.
+    pub(super) fn truncated(
+        &self,
+        prompts: &[String],
+        limit: usize,
+        count: impl Fn(&str) -> Result<usize>,
+    ) -> Result<Vec<TruncatedPrompt>> {
+        let counted = prompts.iter().map(|prompt| Ok((prompt, count(prompt)?))).collect::<Result<Vec<_>>>()?;
+        let too_long = counted.into_iter().filter(|(_, tokens)| *tokens > limit);
+        let encoder = [self.component, self.class];
+        let truncated =
+            |(prompt, tokens): (&String, usize)| TruncatedPrompt { encoder, prompt: prompt.clone(), tokens, limit };
+        Ok(too_long.map(truncated).collect())
+    }
 }
 
 impl TokenCount {

@@ -17,7 +17,9 @@ mod validation;
 
 pub use clean_caption::CaptionCleaner;
 pub use clip::{ClipConfig, ClipEncoded, ClipText};
-pub use encoder::{EncodedText, Padding, TextEncoder, TextEncoderFiles, TextEncoders, TextRequest, TokenCount};
+pub use encoder::{
+    EncodedText, Padding, TextEncoder, TextEncoderFiles, TextEncoders, TextRequest, TokenCount, TruncatedPrompt,
+};
 pub use encoder_classes::{TEXT_ENCODERS, TextEncoderClass};
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizers::{ClipTokenizer, T5Tokenizer};

@@ -58,9 +58,11 @@ impl TextEncoder for ClipPromptEncoder {
         }
         let length = request.tokens.resolve(self.tokenizer.max_length(), Some(self.max_tokens));
         let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt, length)).collect::<Result<Vec<_>>>()?;
+        let truncated = request.truncated(prompts, length, |prompt| self.tokenizer.count(prompt))?;
         let ClipEncoded { hidden, penultimate, pooled, projected } =
             self.encoder.encode(&Tensor::new(ids, &self.device)?)?;
-        Ok(EncodedText { hidden, penultimate: Some(penultimate), pooled: Some(pooled), projected, mask: None })
+        let (penultimate, pooled) = (Some(penultimate), Some(pooled));
+        Ok(EncodedText { hidden, penultimate, pooled, projected, mask: None, truncated })
     }
 }
 
@@ -68,11 +70,12 @@ impl TextEncoder for T5PromptEncoder {
     fn encode(&self, prompts: &[String], request: &TextRequest) -> Result<EncodedText> {
         let tokens = request.tokens.resolve(self.model_max_length, None);
         let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt, tokens)).collect::<Result<Vec<_>>>()?;
+        let truncated = request.truncated(prompts, tokens, |prompt| self.tokenizer.count(prompt))?;
         let (hidden, mask) = match request.padding {
             Padding::Attended => (self.encoder.encode(&Tensor::new(ids, &self.device)?, None)?, None),
             Padding::Masked => self.encode_masked(ids, tokens)?,
         };
-        Ok(EncodedText { hidden, penultimate: None, pooled: None, projected: None, mask })
+        Ok(EncodedText { hidden, penultimate: None, pooled: None, projected: None, mask, truncated })
     }
 }
 

@@ -65,6 +65,14 @@ impl ClipTokenizer {
         self.padded.encode(prompt, max_length)
     }
 
+    /// The number of tokens of `prompt` with start and end, before it is truncated or padded.
+    ///
+    /// # Errors
+    /// The tokenizer cannot process the text.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        Ok(self.padded.all_ids(prompt)?.len())
+    }
+
     /// `model_max_length` of tokenizer_config.json, the length that the text encoder was trained with.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
@@ -102,6 +110,14 @@ impl T5Tokenizer {
     pub fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
         self.padded.encode(prompt, max_length)
     }
+
+    /// The number of tokens of `prompt` with its end, before it is truncated or padded.
+    ///
+    /// # Errors
+    /// The tokenizer cannot process the text.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        Ok(self.padded.all_ids(prompt)?.len())
+    }
 }
 
 impl PaddedTokenizer {
@@ -115,8 +131,7 @@ impl PaddedTokenizer {
     }
 
     fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
-        let encoding = catch_panics(|| self.tokenizer.encode_fast(prompt, true)).map_err(ModelError::Tokenizer)?;
-        let mut ids = encoding.get_ids().to_vec();
+        let mut ids = self.all_ids(prompt)?;
         if max_length < 2 {
             return Err(ModelError::Tokenizer(format!("expected a length of at least 2, found {max_length}")));
         }
@@ -127,6 +142,12 @@ impl PaddedTokenizer {
         }
         ids.resize(max_length, self.pad);
         Ok(ids)
+    }
+
+    /// The ids of `prompt`, neither truncated nor padded.
+    fn all_ids(&self, prompt: &str) -> Result<Vec<u32>> {
+        let encoding = catch_panics(|| self.tokenizer.encode_fast(prompt, true)).map_err(ModelError::Tokenizer)?;
+        Ok(encoding.get_ids().to_vec())
     }
 }
 
@@ -217,6 +238,7 @@ mod tests {
     fn a_long_prompt_keeps_its_end_token() {
         let tokenizer = ClipTokenizer::from_vocabulary(VOCAB, MERGES, None).unwrap();
         assert_eq!(tokenizer.encode("a b a b a b", 4).unwrap(), [5, 2, 3, 6]);
+        assert_eq!(tokenizer.count("a b a b a b").unwrap(), 8);
         let error = tokenizer.encode("a", 1).unwrap_err().to_string();
         assert!(error.contains("expected a length of at least 2, found 1"), "{error}");
     }

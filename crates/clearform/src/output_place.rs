@@ -1,0 +1,46 @@
+//! Whether outputs can be written, before anything is computed for them.
+
+use crate::error::WithContext as _;
+use crate::{ClearformError, Result};
+use clearform_runtime::image_file::ImageFormat;
+use std::path::Path;
+
+/// What other programs call their output.
+const STDOUT: &str = "-";
+
+/// Makes the folder of the file `path`, and checks that the file can be written.
+///
+/// # Errors
+/// `path` is a folder or `-`, or its folder cannot be made or written to.
+pub fn prepare_file(path: &Path) -> Result<()> {
+    if path == Path::new(STDOUT) {
+        return Err(ClearformError::bad_option("-o -: results are written to files, not to stdout; give a file name"));
+    }
+    if path.is_dir() {
+        return Err(ClearformError::bad_option(format!("{}: is a folder; expected a file name", path.display())));
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
+}
+
+/// As [`prepare_file`], for an image, whose format the name states.
+///
+/// # Errors
+/// As [`prepare_file`], or the name ends otherwise than in .png, .jpg, .jpeg or .webp.
+pub fn prepare_image(path: &Path) -> Result<()> {
+    if path != Path::new(STDOUT) {
+        ImageFormat::of(path)?;
+    }
+    prepare_file(path)
+}
+
+/// Makes the folder `folder`, and checks that files can be written to it.
+///
+/// # Errors
+/// It cannot be made or written to.
+pub fn prepare_folder(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).context(folder.display())?;
+    let probe = folder.join(format!(".clearform-{}", std::process::id()));
+    let written = std::fs::write(&probe, []).and_then(|()| std::fs::remove_file(&probe));
+    written.context(format_args!("{}: cannot be written to", folder.display()))
+}

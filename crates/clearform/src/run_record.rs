@@ -1,0 +1,138 @@
+//! The options of a run that may be interrupted, kept in its work folder: resuming needs none of them again.
+
+use crate::error::WithContext as _;
+use crate::{ClearformError, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "options.json";
+
+/// What a resumed run may change, or is always told: it does not change the result.
+const FREE: [&str; 11] = [
+    "source",
+    "model",
+    "teacher",
+    "output",
+    "resume",
+    "device",
+    "overwrite",
+    "copy_mode",
+    "checkpoint_every",
+    "images_every",
+    "keep_activations",
+];
+
+/// The options of a run under way. Dropped while there is no work to resume, it takes them away.
+#[must_use]
+pub struct KeptOptions {
+    work: PathBuf,
+}
+
+/// Keeps `options` in the folder `work`.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn keep(options: &impl Serialize, work: &Path) -> Result<KeptOptions> {
+    let kept = KeptOptions { work: work.to_owned() };
+    clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(options)?)?;
+    Ok(kept)
+}
+
+impl Drop for KeptOptions {
+    fn drop(&mut self) {
+        /// The folder of the model's files, which are not resumed.
+        const STAGE: &str = "stage";
+        let mut entries = std::fs::read_dir(&self.work).into_iter().flatten().flatten();
+        if entries.all(|entry| entry.file_name() == FILE || entry.file_name() == STAGE) {
+            let _ = std::fs::remove_file(self.work.join(FILE));
+            let _ = std::fs::remove_dir(&self.work);
+        }
+    }
+}
+
+/// The options with which the interrupted run in `work` goes on: those that it was begun with, except for what it may
+/// change. `None` if there is no such run. `usual` are the options of a user who says nothing.
+///
+/// # Errors
+/// `given` states another value of an option that must stay, or the kept options cannot be read.
+pub fn resumed<T: Serialize + DeserializeOwned>(given: &T, usual: &T, work: &Path) -> Result<Option<T>> {
+    let path = work.join(FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let kept: Value = serde_json::from_slice(&std::fs::read(&path).context(path.display())?).context(path.display())?;
+    let merged = merge("", kept, serde_json::to_value(given)?, &serde_json::to_value(usual)?);
+    let merged = merged.map_err(|reason| {
+        let path = path.display();
+        ClearformError::bad_option(format!(
+            "{path}: {reason}; leave the option out, or delete the folder to start over"
+        ))
+    })?;
+    Ok(Some(serde_json::from_value(merged).context(path.display())?))
+}
+
+/// The value of option `key` to go on with.
+fn merge(key: &str, kept: Value, given: Value, usual: &Value) -> std::result::Result<Value, String> {
+    match (kept, given) {
+        (Value::Object(mut kept), Value::Object(given)) => {
+            let mut merged = Map::new();
+            for (key, given) in given {
+                let value = match kept.remove(&key) {
+                    Some(kept) => merge(&key, kept, given, &usual[&key])?,
+                    None => given,
+                };
+                merged.insert(key, value);
+            }
+            Ok(Value::Object(merged))
+        }
+        (_, given) if FREE.contains(&key) => Ok(given),
+        (kept, given) if given == *usual || given == kept => Ok(kept),
+        (kept, given) => Err(format!("the run was begun with {key} {kept}, found {given}")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{ConvertOptions, TrainingOptions};
+
+    fn options(attention: &str, training: TrainingOptions) -> ConvertOptions {
+        ConvertOptions {
+            attention: attention.parse().unwrap(),
+            training: Some(training),
+            ..ConvertOptions::new("a", "b")
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_knows_its_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let usual = ConvertOptions::new("a", "b");
+        assert!(resumed(&usual, &usual, folder.path()).unwrap().is_none());
+        let begun =
+            TrainingOptions { steps: Some(7), seed: 3, learning_rate: Some(3e-3), ..TrainingOptions::default() };
+        let _kept = keep(&options("clear:r=4,d=2", begun.clone()), folder.path()).unwrap();
+        let resume = TrainingOptions { resume: true, checkpoint_every: 5, ..TrainingOptions::default() };
+        let goes_on = resumed(&options("clear:r=16", resume), &usual, folder.path()).unwrap().unwrap();
+        let wanted = TrainingOptions { resume: true, checkpoint_every: 5, ..begun };
+        assert_eq!(goes_on, options("clear:r=4,d=2", wanted));
+    }
+
+    #[test]
+    fn other_settings_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let usual = ConvertOptions::new("a", "b");
+        let steps = |steps| TrainingOptions { steps: Some(steps), ..TrainingOptions::default() };
+        let _kept = keep(&options("clear:r=4", steps(7)), folder.path()).unwrap();
+        for (given, says) in [
+            (options("clear:r=8", steps(7)), "begun with attention \"clear:r=4\", found \"clear:r=8\""),
+            (options("clear:r=4", steps(8)), "begun with steps 7, found 8"),
+        ] {
+            let error = resumed(&given, &usual, folder.path()).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("options.json"), "{error}");
+        }
+    }
+}

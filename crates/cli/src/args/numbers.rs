@@ -1,0 +1,54 @@
+//! Numbers on the command line.
+
+use std::fmt;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::str::FromStr;
+
+/// A number that is neither infinite nor NaN.
+pub fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "expected a finite number".to_owned())
+}
+
+/// The seed of noise: a number, or `random`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SeedArg {
+    /// The number.
+    pub number: u64,
+    /// Whether it was drawn.
+    pub is_drawn: bool,
+}
+
+impl FromStr for SeedArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            // In the range that every program takes.
+            "random" => Ok(Self { number: RandomState::new().build_hasher().finish() >> 32, is_drawn: true }),
+            number => {
+                let number = number.parse().map_err(|_| "expected a number or random".to_owned())?;
+                Ok(Self { number, is_drawn: false })
+            }
+        }
+    }
+}
+
+impl fmt::Display for SeedArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.number.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_is_a_number_or_drawn() {
+        assert_eq!("7".parse(), Ok(SeedArg { number: 7, is_drawn: false }));
+        let drawn: Vec<SeedArg> = (0..3).map(|_| "random".parse().unwrap()).collect();
+        assert!(drawn.iter().all(|seed| seed.is_drawn && seed.number <= u64::from(u32::MAX)));
+        assert!(drawn[0] != drawn[1] || drawn[1] != drawn[2]);
+        assert!("-1".parse::<SeedArg>().is_err());
+    }
+}

@@ -1,0 +1,337 @@
+//! Settings: those without effect are said and not recorded, and images carry those that they were made with.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use clearform_runtime::GenerationParameters;
+use clearform_runtime::image_file::read_parameters;
+use clearform_testkit::assemble_pipeline;
+use common::{Tiny, json, repository, run, stderr_of, text};
+use std::path::{Path, PathBuf};
+
+const BASE: &str = "assets/mini-flux/base";
+
+/// As few computations as an image takes.
+const QUICK: [&str; 6] = ["--width", "64", "--height", "64", "--steps", "1"];
+
+/// Generates an image with mini-flux; what is said, and the image's parameters.
+fn generated(folder: &Path, more: &[&str]) -> (String, GenerationParameters) {
+    let image = folder.join("out.png");
+    let base = repository(BASE);
+    let arguments = ["generate", text(&base), "cat face", "--overwrite", "-o", text(&image)];
+    let said = stderr_of(0, &[&arguments, &QUICK[..], more].concat());
+    (said, read_parameters(&image).unwrap())
+}
+
+#[test]
+fn settings_without_effect_are_said_and_not_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &[&str]); 8] = [
+        (&[], &[]),
+        (&["--guidance", "5"], &["--guidance has no effect: this model takes no guidance scale"]),
+        (&["--negative-prompt", "dog"], &["--negative-prompt has no effect with --true-cfg-scale 1"]),
+        (&["--true-cfg-scale", "4"], &["--true-cfg-scale 4 has no effect without --negative-prompt"]),
+        (&["--lora-apply-mode", "immediately"], &["--lora-apply-mode has no effect without --lora"]),
+        (&["--controlnet-attention", "clear:r=4"], &["--controlnet-attention has no effect without --controlnet"]),
+        (&["--allow-partial"], &["--allow-partial has no effect without --lora"]),
+        (&["--attention", "clear:r=3"], &["it was not distilled for clear:r=3"]),
+    ];
+    for (more, expected) in cases {
+        let (said, recorded) = generated(folder.path(), more);
+        assert_eq!(said.lines().count(), expected.len(), "{more:?}: {said}");
+        assert!(expected.iter().all(|expected| said.contains(expected)), "{more:?}: {said}");
+        assert_eq!((recorded.guidance, recorded.true_cfg_scale), (None, Some(1.0)), "{more:?}");
+        assert_eq!(recorded.negative_prompt, "", "{more:?}");
+    }
+    let (said, recorded) = generated(folder.path(), &["--negative-prompt", "dog", "--true-cfg-scale", "4"]);
+    assert_eq!(said, "");
+    assert_eq!((recorded.negative_prompt.as_str(), recorded.true_cfg_scale), ("dog", Some(4.0)));
+}
+
+/// Families with classifier-free guidance.
+#[test]
+fn guidance_that_is_off_is_said() {
+    for family in ["dit", "pixart", "sd3"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, image) = (folder.path().join("model"), folder.path().join("out.png"));
+        assemble_pipeline(&repository(""), family, &model);
+        let (prompt, off): (&[&str], &[&str]) = match family {
+            "dit" => (&["--class", "3"], &["--guided-channels", "3"]),
+            _ => (&["a red apple"], &["--negative-prompt", "a cat"]),
+        };
+        let generate = |guidance: &str| {
+            let arguments = ["generate", text(&model), "--steps", "1", "--overwrite", "-o", text(&image)];
+            let said = stderr_of(0, &[&arguments, prompt, off, &["--guidance", guidance]].concat());
+            (said, read_parameters(&image).unwrap())
+        };
+        let (said, recorded) = generate("1");
+        assert!(said.contains(&format!("{} has no effect", off[0])), "{family}: {said}");
+        assert_eq!((recorded.guidance, recorded.negative_prompt.as_str()), (Some(1.0), ""), "{family}");
+        let (said, recorded) = generate("4");
+        assert!(!said.contains("has no effect"), "{family}: {said}");
+        assert_eq!((recorded.guidance, recorded.true_cfg_scale), (Some(4.0), None), "{family}");
+    }
+}
+
+/// mini-flux's encoders take 16 tokens. CLIP marks start and end of a prompt, T5 its end.
+#[test]
+fn cut_prompts_are_told_with_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = repository(BASE);
+    let generate = |words: usize| {
+        let prompt = vec!["cat"; words].join(" ");
+        let image = folder.path().join("out.png");
+        let arguments = ["generate", text(&base), &prompt, "--overwrite", "-o", text(&image)];
+        stderr_of(0, &[&arguments, &QUICK[..]].concat())
+    };
+    // Two tokens for each word, as transformers' tokenizers count too.
+    assert_eq!(generate(7), "");
+    for words in [8, 20] {
+        let said = generate(words);
+        for (encoder, marks) in [("text_encoder (CLIPTextModel)", 2), ("text_encoder_2 (T5EncoderModel)", 1)] {
+            let tokens = 2 * words + marks;
+            let line = said.lines().find(|line| line.starts_with(encoder)).unwrap();
+            assert!(line.contains(&format!("has {tokens}: the last {} are cut", tokens - 16)), "{line}");
+        }
+    }
+}
+
+#[test]
+fn images_are_written_as_their_names_say_and_generated_again_from_their_parameters() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = repository(BASE);
+    let path = |name: &str| folder.path().join(name);
+    let pixels = |name: &str| image::load_from_memory(&std::fs::read(path(name)).unwrap()).unwrap().to_rgb8();
+    let settings = [&QUICK[..], &["--seed", "7", "--attention", "clear:r=2"]].concat();
+    let starts: [(&str, &[u8]); 3] = [("a.png", b"\x89PNG"), ("new/b.jpg", b"\xff\xd8"), ("c.webp", b"RIFF")];
+    for (name, start) in starts {
+        run(0, &[&["generate", text(&base), "cat face", "-o", text(&path(name))], &settings[..]].concat());
+        assert!(std::fs::read(path(name)).unwrap().starts_with(start), "{name}");
+        let again = path(&format!("again-{}.png", &name[name.len() - 3..]));
+        run(0, &["generate", text(&base), "--from-metadata", text(&path(name)), "-o", text(&again)]);
+        assert_eq!(image::open(&again).unwrap().to_rgb8(), pixels("a.png"), "{name}");
+    }
+    assert_eq!(pixels("c.webp"), pixels("a.png"));
+    // What is given counts more.
+    let (first, other) = (path("a.png"), path("other.png"));
+    let arguments = ["generate", text(&base), "--from-metadata", text(&first), "--seed", "8", "-o", text(&other)];
+    assert_eq!(json(0, &arguments)["seed"], 8);
+    assert_ne!(pixels("other.png"), pixels("a.png"));
+}
+
+/// Before anything is computed: the model does not even exist.
+#[test]
+fn outputs_that_cannot_be_written_are_refused_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |output: &str| stderr_of(1, &["generate", "no-model", "a cat", "-o", output]);
+    assert!(refused("-").contains("-o -: results are written to files"));
+    let directory = text(folder.path()).to_owned();
+    for name in ["out", "out.gif", "out.png.bak"] {
+        let said = refused(&format!("{directory}/{name}"));
+        assert!(said.contains("expected a file name that ends in .png, .jpg, .jpeg or .webp"), "{said}");
+    }
+    let said = refused("/sys/clearform/out.png");
+    assert!(said.contains("/sys/clearform"), "{said}");
+    let forward = ["forward", "no-model", "--inputs", "none", "-o"];
+    let said = stderr_of(1, &[&forward[..], &["/sys/clearform/out.safetensors"]].concat());
+    assert!(said.contains("/sys/clearform"), "{said}");
+    let said = stderr_of(1, &[&forward[..], &[&directory]].concat());
+    assert!(said.contains("is a folder; expected a file name"), "{said}");
+    let said = stderr_of(1, &["compare", "no-model", "no-model", "-o", "/sys/clearform"]);
+    assert!(said.contains("/sys/clearform"), "{said}");
+}
+
+#[test]
+fn images_that_exist_are_kept_unless_overwrite_is_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = repository(BASE);
+    let image = folder.path().join("out.png");
+    let arguments = [&["generate", text(&base), "cat face", "-o", text(&image)], &QUICK[..]].concat();
+    let saved = |more: &[&str]| json(0, &[&arguments[..], more].concat())["pictures"].clone();
+    let expected = |names: &[&str]| -> serde_json::Value {
+        names.iter().map(|name| serde_json::Value::from(text(&folder.path().join(name)))).collect()
+    };
+    assert_eq!(saved(&[]), expected(&["out.png"]));
+    let first = std::fs::read(&image).unwrap();
+    assert_eq!(saved(&["--seed", "1"]), expected(&["out-001.png"]));
+    assert_eq!(std::fs::read(&image).unwrap(), first);
+    assert_eq!(saved(&["--seed", "1", "--batch", "2"]), expected(&["out-002.png", "out-003.png"]));
+    assert_eq!(saved(&["--seed", "1", "--overwrite"]), expected(&["out.png"]));
+    assert_ne!(std::fs::read(&image).unwrap(), first);
+}
+
+#[test]
+fn a_random_seed_is_printed_and_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    let (said, recorded) = generated(folder.path(), &["--seed", "random"]);
+    assert_eq!(said.trim(), format!("seed {}", recorded.seed));
+}
+
+#[test]
+fn a_control_image_of_another_shape_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let edges = folder.path().join("edges.png");
+    let mut control = image::RgbImage::new(128, 64);
+    control.put_pixel(3, 3, image::Rgb([255; 3]));
+    control.save(&edges).unwrap();
+    let controlnet = repository("assets/mini-flux/controlnet");
+    let (said, _) = generated(folder.path(), &["--controlnet", text(&controlnet), "--control-image", text(&edges)]);
+    assert!(said.contains("edges.png: 128 x 64 px, but the image has 64 x 64; it is resized"), "{said}");
+}
+
+#[test]
+fn comments_in_a_prompts_file_are_no_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, prompts) = (repository(BASE), folder.path().join("prompts.txt"));
+    std::fs::write(&prompts, "# animals\ncat face\n\n  # and\n hedgehog \n").unwrap();
+    let report = folder.path().join("report");
+    let arguments = ["compare", text(&base), text(&base), "--prompts", text(&prompts), "-o", text(&report)];
+    let found = json(0, &[&arguments[..], &["--size", "64", "--steps", "1"]].concat());
+    let names: Vec<&str> =
+        found["pictures"].as_array().unwrap().iter().map(|pair| pair["prompt"].as_str().unwrap()).collect();
+    assert_eq!(names, ["cat face", "hedgehog"]);
+    std::fs::write(&prompts, "# nothing\n").unwrap();
+    assert!(stderr_of(1, &arguments).contains("expected prompts, one per line, found none"));
+}
+
+#[test]
+fn numbers_out_of_range_are_wrong_usage() {
+    for wrong in [["--threads", "0"], ["--guidance", "nan"], ["--true-cfg-scale", "inf"], ["--seed", "-1"]] {
+        run(2, &[&["generate", "model", "a cat"], &wrong[..]].concat());
+    }
+    for wrong in [["--losses", "1,x,0.5,0.5"], ["--lr", "nan"], ["--radius", "inf"]] {
+        run(2, &[&["convert", "a", "-o", "b"], &wrong[..]].concat());
+    }
+}
+
+/// A model converted without its pipeline is compared with the teacher's parts.
+#[test]
+fn compare_takes_the_teachers_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, student, report) = (repository(BASE), folder.path().join("student"), folder.path().join("report"));
+    let transformer = base.join("transformer");
+    run(0, &["convert", text(&transformer), "-o", text(&student), "--radius", "2", "--no-distill"]);
+    assert!(!student.join("scheduler").exists());
+    let size = ["--size", "64", "--steps", "1"];
+    let compare = ["compare", text(&base), text(&student), "-o", text(&report)];
+    let printed = run(0, &[&compare[..], &size].concat());
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    // Its weights are the teacher's, so it draws what the teacher draws with this attention.
+    assert!(printed.contains("undistilled") && printed.contains("The student"), "{printed}");
+    let found: serde_json::Value = serde_json::from_slice(&std::fs::read(report.join("report.json")).unwrap()).unwrap();
+    assert_eq!(found["undistilled"][0], found["psnr"]);
+    assert_eq!((&found["teacher"]["attention"], &found["student"]["attention"]), (&"full".into(), &"clear:r=2".into()));
+    let page = std::fs::read_to_string(report.join("report.html")).unwrap();
+    for expected in ["teacher: base", "student: student", "s per image", "64 x 64 px", "PSNR is"] {
+        assert!(page.contains(expected), "{expected}");
+    }
+}
+
+#[test]
+fn a_linear_model_is_no_teacher() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    let (linear, again) = (path("linear"), path("again"));
+    run(0, &["convert", text(tiny.path()), "-o", text(&linear), "--radius", "3", "--no-distill"]);
+    let convert = ["convert", text(&linear), "-o", text(&again), "--radius", "4"];
+    let said = stderr_of(1, &convert);
+    assert!(
+        said.contains("is a linear model already (attention clear:r=3)") && said.contains("clearform distill"),
+        "{said}"
+    );
+    let said = stderr_of(0, &[&convert[..], &["--no-distill"]].concat());
+    assert!(said.contains("its weights are those for attention clear:r=3, not for clear:r=4"), "{said}");
+}
+
+/// The variant "custom" is what no published variant fits: there is nothing to say about it.
+#[test]
+fn the_variant_custom_is_not_asked_for() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let (model, file) = (folder.path().join("model"), folder.path().join("file.safetensors"));
+    let said = stderr_of(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill"]);
+    let exported = stderr_of(0, &["export", text(&model), "--to", "bfl", "-o", text(&file)]);
+    assert!(!said.contains("variant") && !exported.contains("variant"), "{said}{exported}");
+    assert_eq!(json(0, &["inspect", text(&model)])["variant"]["name"], "custom");
+    let base = repository(BASE);
+    let converted = folder.path().join("converted");
+    run(0, &["convert", text(&base), "-o", text(&converted), "--radius", "3", "--no-distill"]);
+    let image = folder.path().join("out.png");
+    let said = stderr_of(0, &[&["generate", text(&converted), "cat face", "-o", text(&image)], &QUICK[..]].concat());
+    assert_eq!(said, "");
+}
+
+#[test]
+fn places_that_are_no_models_are_named() {
+    let said = stderr_of(1, &["verify", text(&repository(BASE))]);
+    assert!(said.contains("base: is not a portable model: it has no clearform.toml"), "{said}");
+    let said = stderr_of(1, &["inspect", text(&repository("assets/mini-flux"))]);
+    assert!(said.contains("the models in it are [\"base\"") && said.contains("give one of them"), "{said}");
+    let said = stderr_of(1, &["forward", "no-model", "--inputs", "none", "-o", "none", "--device", "cuda"]);
+    assert!(!said.contains("expected cpu"), "{said}");
+}
+
+/// With the front matter that hubs read, and what a reader wants to know.
+#[test]
+fn a_model_has_a_card() {
+    let folder = tempfile::tempdir().unwrap();
+    let cached = folder.path().join("models--some-body--mini-flux/snapshots/0123");
+    copy(&repository(BASE), &cached);
+    std::fs::write(cached.join("README.md"), "---\nlicense: apache-2.0\ntags:\n- icons\n---\n# mini-flux\n").unwrap();
+    let model = folder.path().join("linear");
+    run(0, &["convert", text(&cached), "-o", text(&model), "--radius", "3", "--no-distill"]);
+    let card = std::fs::read_to_string(model.join("README.md")).unwrap();
+    let (front, text) = card.strip_prefix("---\n").unwrap().split_once("\n---\n").unwrap();
+    for line in ["license: apache-2.0", "base_model: some-body/mini-flux", "pipeline_tag: text-to-image", "- clearform"]
+    {
+        assert!(front.lines().any(|found| found == line), "{line} in {front}");
+    }
+    for expected in ["`clear:r=3`", "clearform generate", "full attention", "set_attn_processor"] {
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap().map(|entry| entry.unwrap()) {
+        let target: PathBuf = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// The files that the guide shows.
+#[test]
+fn plans_and_manifests_of_the_guide_are_read() {
+    let page = std::fs::read_to_string(repository("docs/formats.md")).unwrap();
+    let blocks: Vec<&str> = page.split("```toml\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file.toml");
+    std::fs::write(&file, blocks[0]).unwrap();
+    let plan = clearform::parse_plan(text(&file)).unwrap();
+    assert_eq!(plan.policy("single_transformer_blocks.37.attn").to_string(), "clear:r=32");
+    std::fs::write(&file, blocks[1]).unwrap();
+    let tiny = Tiny::new();
+    let said = stderr_of(1, &["inspect", text(tiny.path()), "--manifest", text(&file), "--variant", "nothing"]);
+    assert!(said.contains("\"my-finetune\"") && said.contains("\"schnell\""), "{said}");
+}
+
+/// The table begins with the size of the pipeline: mini-flux draws 128 px with a VAE that reduces them by 4.
+#[test]
+fn inspect_shows_the_pipeline_around_a_model() {
+    let found = json(0, &["inspect", text(&repository(BASE))]);
+    assert_eq!([&found["trained_side_pixels"], &found["estimates"][0]["side_pixels"]], [128, 128]);
+    assert_eq!(found["estimates"][0]["image_tokens"], 256);
+    for component in ["text_encoder", "text_encoder_2", "vae"] {
+        let folder = repository(BASE).join(component);
+        let files = folder.read_dir().unwrap().map(|file| file.unwrap());
+        let bytes = files.filter(|file| file.path().extension().is_some_and(|form| form == "safetensors"));
+        let bytes: u64 = bytes.map(|file| std::fs::metadata(file.path()).unwrap().len()).sum();
+        assert_eq!(found["component_bytes"][component], bytes, "{component}");
+    }
+    // Columns stay apart, however large their numbers are.
+    let printed = String::from_utf8(run(0, &["inspect", text(&repository(BASE))]).stdout).unwrap();
+    let rows: Vec<&str> = printed.lines().filter(|line| line.contains(" px ") && line.contains("x ")).collect();
+    assert!(!rows.is_empty() && rows.iter().all(|row| row.split_whitespace().count() == 12), "{printed}");
+}
