@@ -261,10 +261,10 @@ fn every_stored_format_is_read_or_named() {
     let write = |dtype: &str, bytes: &dyn Fn(f64) -> Vec<u8>| {
         let of = |values: &[f64]| values.iter().flat_map(|value| bytes(*value)).collect::<Vec<u8>>();
         let (down, up) = (of(&down), of(&up));
-        let info = |shape: [usize; 2], from: usize, to: usize| json_of!({"dtype": dtype, "shape": shape, "data_offsets": [from, to]});
+        let info = |shape: [usize; 2], at: [usize; 2]| json_of!({"dtype": dtype, "shape": shape, "data_offsets": at});
         let header = json_of!({
-            format!("{name}.lora_A.weight"): info([rank, size], 0, down.len()),
-            format!("{name}.lora_B.weight"): info([size, rank], down.len(), down.len() + up.len()),
+            format!("{name}.lora_A.weight"): info([rank, size], [0, down.len()]),
+            format!("{name}.lora_B.weight"): info([size, rank], [down.len(), down.len() + up.len()]),
         });
         let header = header.to_string();
         let length = (header.len() as u64).to_le_bytes().to_vec();

@@ -219,7 +219,8 @@ impl PlacedEdit {
         }
     }
 
-    /// The magnitude of the edit (DoRA, arXiv 2402.09353, eq. 5) for `weight`, whose rows may be a part of the parameter's.
+    /// The magnitude of the edit (DoRA, arXiv 2402.09353, eq. 5) for `weight`, whose rows may be a part of the
+    /// parameter's.
     fn magnitude(
         &self,
         magnitude: &Tensor,

@@ -125,7 +125,8 @@ impl PeftConfig {
         Ok(self.ranks.value(module)?.or(self.rank))
     }
 
-    /// The scale of `module` with factors of `rank`. peft divides by the rank that is stated, whatever the factors have.
+    /// The scale of `module` with factors of `rank`. peft divides by the rank that is stated, whatever the factors
+    /// have.
     pub fn scale(&self, module: &str, rank: Option<usize>) -> Result<f64> {
         let rank = self.stated_rank(module)?.or(rank.map(|rank| rank as f64)).unwrap_or(DEFAULT);
         let alpha = self.alphas.value(module)?.or(self.alpha).unwrap_or(DEFAULT);

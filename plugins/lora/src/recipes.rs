@@ -43,7 +43,8 @@ pub enum FactoredMatrix {
     Whole(usize),
     /// a · b.
     Product { a: usize, b: usize },
-    /// The weight of a convolution from a core (rank, rank, height, width) and factors (rank, outputs) and (rank, inputs).
+    /// The weight of a convolution from a core (rank, rank, height, width) and factors (rank, outputs) and
+    /// (rank, inputs).
     Tucker { core: usize, outputs: usize, inputs: usize },
     /// The same with `up` (outputs, rank, 1, 1) in place of its transpose (LoCon).
     Core { core: usize, up: usize, down: usize },

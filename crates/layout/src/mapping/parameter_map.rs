@@ -39,8 +39,8 @@ pub struct LayoutParameter {
 pub struct ParameterMap {
     /// By name, with underscores in place of dots as in LoRA files of kohya.
     parameters: BTreeMap<String, LayoutParameter>,
-    /// The parts of fused parameters by their numbers, as in LoRA files of OneTrainer: "qkv.0" is the query's. They have
-    /// no names in any layout.
+    /// The parts of fused parameters by their numbers, as in LoRA files of OneTrainer ("qkv.0" is the query's), and
+    /// other names that only adapters have.
     parts: BTreeMap<String, LayoutParameter>,
     /// With underscores too, longest first.
     prefixes: Vec<String>,
