@@ -298,7 +298,9 @@ fn every_stored_format_is_read_or_named() {
         write(dtype, &|_| vec![1; bytes]);
         let error = model.edited(&path, LowRankMode::Separate).err().unwrap_or_else(|| panic!("{dtype} is applied"));
         let names = error.contains(&format!("{name}.lora_A.weight")) && error.contains("bf16, fp16, fp32 or fp8");
-        assert!(names && error.to_lowercase().contains(&dtype.to_lowercase()), "{dtype}: {error}");
+        // The host lends plugins narrower signed integers as I64.
+        let lent = if ["I16", "I32"].contains(&dtype) { "I64" } else { dtype };
+        assert!(names && error.to_lowercase().contains(&lent.to_lowercase()), "{dtype}: {error}");
     }
 }
 
@@ -444,7 +446,9 @@ fn text_encoders_are_found_by_every_writers_prefix() {
         let path = flux.path().join(component).join("model.safetensors");
         save(&path, &[(name.to_owned(), seeded(name, &shape, ""))].into());
     }
-    let cases: [(&Path, &str, &[(&str, &str, &str)]); 3] = [
+    /// A component, its module, and the module's name in the file.
+    type Named<'a> = (&'a str, &'a str, &'a str);
+    let cases: [(&Path, &str, &[Named]); 3] = [
         (
             folder.path(),
             "comfy-clip-g",

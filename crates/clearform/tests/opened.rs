@@ -20,10 +20,10 @@ fn each_source_is_opened_once() {
         call();
         opened_checkpoints() - before
     };
-    // The transformer.
-    assert_eq!(opened(&mut || drop(inspect(&base, &SourceOptions::default(), &mut ()).unwrap())), 1, "inspect");
+    // The transformer, and two text encoders and the VAE for their number formats.
+    assert_eq!(opened(&mut || drop(inspect(&base, &SourceOptions::default(), &mut ()).unwrap())), 4, "inspect");
     let conversion = ConvertOptions { training: None, ..ConvertOptions::new(&base, &model) };
-    assert_eq!(opened(&mut || drop(convert(&conversion, &mut ()).unwrap())), 1, "convert");
+    assert_eq!(opened(&mut || drop(convert(&conversion, &mut ()).unwrap())), 4, "convert");
     // The transformer, two text encoders and the VAE.
     let prompt = Prompt::Text("cat face".to_owned());
     let image =
