@@ -12,7 +12,7 @@ use std::path::Path;
 pub enum ImageFormat {
     /// PNG, without loss.
     Png,
-    /// JPEG, with quality [`JPEG_QUALITY`].
+    /// JPEG, with quality 95.
     Jpeg,
     /// WebP, without loss.
     WebP,

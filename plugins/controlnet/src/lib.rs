@@ -2,9 +2,9 @@
 //! and in that of XLabs, and for Stable Diffusion 3 in the format of diffusers' `SD3ControlNetModel` (InstantX,
 //! Stability) and in Stability's own.
 //!
-//! The networks themselves are in `clearform_models`. This crate reads their files ([`identified_file`], `flux.toml`,
-//! `sd3.toml`), and decides which blocks of the model each residual is added to ([`injection`]). A family is a file
-//! that implements [`ControlNetwork`] and a line in [`FAMILIES`].
+//! The networks themselves are in `clearform_models`. This crate reads their files (`identified_file.rs`, `flux.toml`,
+//! `sd3.toml`), and decides which blocks of the model each residual is added to (`injection.rs`). A family is a file
+//! that implements `ControlNetwork` and a line in `FAMILIES`.
 //!
 //! This crate is linked into programs; `library/` exports it as a shared library.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
