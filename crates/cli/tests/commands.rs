@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
-use common::{Tiny, expected, forward, json, run, stderr_of, text};
+use common::{Tiny, clearform, expected, forward, json, repository, run, stderr_of, text};
 use serde_json::Value;
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
@@ -27,6 +27,28 @@ fn inspect_reports_the_family_and_its_size() {
     assert_eq!(found["depth"]["num_layers"], 2);
     let parameters: usize = tiny.tensors.values().map(Tensor::elem_count).sum();
     assert_eq!(found["parameters"], parameters);
+}
+
+/// Every file and folder of the fixtures and assets that `inspect` calls complete is converted, and passes `verify`.
+#[test]
+fn what_is_complete_can_be_converted_and_verified() {
+    let work = tempfile::tempdir().unwrap();
+    let mut folders = vec![repository("tests/fixtures"), repository("assets")];
+    let mut complete = 0;
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path.clone());
+            }
+            if clearform(&["inspect", text(&path)]).output().unwrap().status.success() {
+                complete += 1;
+                let model = work.path().join(complete.to_string());
+                run(0, &["convert", text(&path), "--no-distill", "--radius", "3", "-o", text(&model)]);
+                run(0, &["verify", text(&model)]);
+            }
+        }
+    }
+    assert!(complete >= 8, "{complete}");
 }
 
 #[test]

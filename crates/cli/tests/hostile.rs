@@ -101,6 +101,14 @@ fn is_control(character: char) -> bool {
     character.is_control() && character != '\n' || ('\u{202a}'..='\u{202e}').contains(&character)
 }
 
+/// Whether a command says that something is complete, written or applied.
+fn claims_success(output: &str) -> bool {
+    output.lines().any(|line| {
+        ["complete", "written to", "verified"].iter().any(|claim| line.starts_with(claim))
+            || line.contains(": applied ") && !line.contains(": applied 0 of")
+    })
+}
+
 #[test]
 fn every_hostile_file_is_refused_with_its_message() {
     let cases = cases();
@@ -115,6 +123,7 @@ fn every_hostile_file_is_refused_with_its_message() {
         assert!(start.elapsed() < LONGEST, "{path} took {:?}", start.elapsed());
         assert_eq!(status.code(), Some(1), "{path}\n{stdout}\n{stderr}");
         assert!(stderr.contains(&says), "{path}: {stderr:?} does not contain {says:?}");
+        assert!(!claims_success(&stdout) && !claims_success(&stderr), "{path}: {stdout:?} {stderr:?}");
         assert!(!stdout.contains(is_control) && !stderr.contains(is_control), "{path}: {stdout:?} {stderr:?}");
     }
     assert!(!workspace.path("output").exists() && !workspace.path("output.png").exists());
