@@ -107,9 +107,7 @@ impl ConvertOptions {
         }
         let usual = Self::new(&self.source, &self.output);
         let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(&self.output))?;
-        if resumed.as_ref().is_some_and(|resumed| resumed != self) {
-            note(observer, "the run goes on with the options that it was begun with");
-        }
+        run_record::say(resumed.as_ref(), self, observer);
         Ok(resumed)
     }
 
@@ -126,10 +124,12 @@ impl ConvertOptions {
                  train this one further with `clearform distill {source} --teacher ORIGINAL -o FOLDER`"
             )));
         }
-        note(
-            observer,
-            format_args!("{source}: its weights are those for attention {plan}, not for {}", self.attention),
-        );
+        if plan != self.attention {
+            note(
+                observer,
+                format_args!("{source}: its weights are those for attention {plan}, not for {}", self.attention),
+            );
+        }
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
 use crate::forecast::{Forecast, announce};
-use crate::observer::{Observer, Progress, Stage, note};
+use crate::observer::{Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
 use crate::training::{self, StudentSpec};
@@ -67,9 +67,7 @@ impl DistillOptions {
         }
         let usual = Self::new(&self.model, &self.teacher);
         let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(self.target().0))?;
-        if resumed.as_ref().is_some_and(|resumed| resumed != self) {
-            note(observer, "the run goes on with the options that it was begun with");
-        }
+        run_record::say(resumed.as_ref(), self, observer);
         Ok(resumed)
     }
 }

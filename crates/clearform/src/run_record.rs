@@ -1,6 +1,7 @@
 //! The options of a run that may be interrupted, kept in its work folder: resuming needs none of them again.
 
 use crate::error::WithContext as _;
+use crate::observer::{Observer, note};
 use crate::{ClearformError, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -71,6 +72,15 @@ pub fn resumed<T: Serialize + DeserializeOwned>(given: &T, usual: &T, work: &Pat
         ))
     })?;
     Ok(Some(serde_json::from_value(merged).context(path.display())?))
+}
+
+/// Says which options a run goes on with, where it should resume one and its own are `given`.
+pub fn say<T: PartialEq>(resumed: Option<&T>, given: &T, observer: &mut dyn Observer) {
+    match resumed {
+        None => note(observer, "there is no interrupted run to resume: a new one begins"),
+        Some(resumed) if resumed != given => note(observer, "the run goes on with the options that it was begun with"),
+        Some(_) => {}
+    }
 }
 
 /// The value of option `key` to go on with.

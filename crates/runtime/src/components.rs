@@ -65,9 +65,16 @@ impl Components {
     /// own. The tensors of each are checked against the rules of its class.
     ///
     /// # Errors
-    /// A file has another component or is one that the family does not have; tensors of a component are missing, have a
-    /// wrong shape or are unknown.
+    /// The extra components are no folder; a file has another component or is one that the family does not have; tensors
+    /// of a component are missing, have a wrong shape or are unknown.
     pub fn with_embedded(mut self, transformer: &TransformerCheckpoint, reading: &ReadOptions) -> Result<Self> {
+        if let Some(extra) = self.extra.as_deref().filter(|extra| !extra.is_dir()) {
+            return Err(RuntimeError::BadSetting(format!(
+                "components {}: expected a folder, such as a pipeline in the format of diffusers; files of one component \
+                 each have options of their own",
+                extra.display()
+            )));
+        }
         let checkpoint = transformer.checkpoint();
         let identified = transformer.identified();
         self.file = Some(SingleFile {

@@ -245,11 +245,12 @@ impl Identified {
         &self.manifest.components
     }
 
-    /// Keys of its config.json that are no settings of the family. Keys of diffusers' own begin with an underscore.
+    /// Keys of its config.json that are set and no settings of the family. Keys of diffusers' own begin with an
+    /// underscore.
     pub fn unknown_keys(&self) -> Vec<&str> {
         let is_setting = |key: &str| self.manifest.settings.iter().any(|setting| setting.key == key && !setting.hidden);
-        let keys = self.config.as_object().into_iter().flat_map(Map::keys).map(String::as_str);
-        keys.filter(|key| !key.starts_with('_') && !is_setting(key)).collect()
+        let set = self.config.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+        set.map(|(key, _)| key.as_str()).filter(|key| !key.starts_with('_') && !is_setting(key)).collect()
     }
 
     /// Components that its pipeline may lack.
