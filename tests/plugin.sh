@@ -13,7 +13,7 @@ sed 's/^id = "example"/id = "mine"/' plugins/example/plugin.toml > "$work/plugin
 cp plugins/example/src/lib.rs "$work/src/"
 cp Cargo.lock "$work/"
 cargo build --quiet --manifest-path "$work/Cargo.toml" --target-dir "$target/out-of-tree"
-cargo build --quiet --workspace --bin clearform # as cargo test built it
+cargo test --quiet --workspace --no-run --test plugins # the program with the features that the tests built it with
 library=$(find "$target/out-of-tree/debug" -maxdepth 1 -name '*mine.so' -o -maxdepth 1 -name '*mine.dylib' | head -1)
 "$target/debug/clearform" plugins check "$library" | tee "$work/check"
 grep -q '^mine ' "$work/check" && grep -q '1 of 1 examples passed' "$work/check"
