@@ -28,7 +28,7 @@ pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
-pub use numbers::{SeedArg, finite, share};
+pub use numbers::{SeedArg, finite};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
 
 use clap::{ArgAction, Args, Parser, Subcommand};

@@ -1,7 +1,7 @@
 //! The arguments of `clearform convert` and `clearform distill`.
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
-use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs, finite, share};
+use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs, finite};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -123,7 +123,7 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 16, value_name = "N", help_heading = DISTILLATION)]
     pub held_out: usize,
     /// Exit with 1 if more than this share of the held-out error is left, such as 0.1; the model is written all the same.
-    #[arg(long, value_parser = share, value_name = "SHARE", help_heading = DISTILLATION)]
+    #[arg(long, value_parser = finite, value_name = "SHARE", help_heading = DISTILLATION)]
     pub require_error: Option<f64>,
     /// Denoising steps per sample [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]

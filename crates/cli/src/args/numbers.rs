@@ -9,14 +9,6 @@ pub fn finite(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "expected a finite number".to_owned())
 }
 
-/// A share from 0 to 1.
-pub fn share(text: &str) -> Result<f64, String> {
-    finite(text)
-        .ok()
-        .filter(|share| (0.0..=1.0).contains(share))
-        .ok_or_else(|| "expected a share from 0 to 1".to_owned())
-}
-
 /// The seed of noise: a number, or `random`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SeedArg {
