@@ -182,9 +182,7 @@ impl AdapterOptions {
         }
         Ok(adapters)
     }
-}
 
-impl AdapterOptions {
     /// Whether one of them may be a ControlNet, which takes control images.
     pub(crate) fn may_take_control(&self) -> bool {
         self.adapters.iter().any(|adapter| adapter.kind != AdapterKind::Lora)

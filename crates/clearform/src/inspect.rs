@@ -32,8 +32,9 @@ pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observ
     let checkpoint = Dequantized::open(&path, &options.manifests)?;
     let identified = detect(&checkpoint, &options.manifests, &options.hints).context(path.display())?;
     note_checkpoint(checkpoint.source(), observer);
-    let names = identified.components().iter().chain(identified.optional_components());
-    let sizes = names.filter_map(|name| Some((name.clone(), weight_bytes(&components.folder(name).ok()?))));
+    let sizes = identified
+        .all_components()
+        .filter_map(|name| Some((name.clone(), weight_bytes(&components.folder(name).ok()?))));
     let sizes = sizes.filter(|(_, bytes)| *bytes > 0).collect();
     let inspection = Inspection::of(&identified, &checkpoint)
         .in_pipeline(&identified, pipeline_scale(&components, &identified), sizes)

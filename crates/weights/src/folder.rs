@@ -163,10 +163,8 @@ fn find_only_file(folder: &Path, names: &BTreeSet<String>, endings: &[&str]) -> 
     match files[..] {
         [] => Ok(None),
         [only] => FolderContents::of_named_file(folder.join(only)).map(Some),
-        _ if files.iter().all(|file| lone_shard(Path::new(file)).is_some()) && !are_one_model(&files) => {
-            Err(bad(folder, incomplete(&files)))
-        }
         _ if are_one_model(&files) => Ok(Some(FolderContents::of_shards(folder, &files))),
+        _ if files.iter().all(|file| lone_shard(Path::new(file)).is_some()) => Err(bad(folder, incomplete(&files))),
         _ => Err(bad(folder, format!("several tensor files, none with a standard name: pass one of {files:?}"))),
     }
 }

@@ -7,7 +7,7 @@ use clearform_layout::{CanonicalSource, Hints, Identified, LayoutError, Manifest
 use clearform_models::ModelError;
 use clearform_plugin_abi::LOG_WARNING;
 use clearform_plugin_abi::sdk::{AdapterFile, Result};
-use clearform_weights::{Dtype, TensorSource};
+use clearform_weights::TensorSource;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -70,7 +70,6 @@ impl IdentifiedFile {
         plan: &AttentionPlan,
     ) -> Result<T> {
         let canonical = self.identified.canonical(&self.source).require_complete().map_err(message)?;
-        check_floats(&canonical)?;
         build(&canonical, plan).map_err(model_message)
     }
 
@@ -88,18 +87,6 @@ impl IdentifiedFile {
             [value] => Ok(Some(value)),
             _ => Err(format!("{name:?}: expected one value, found the shape {:?}", tensor.dims())),
         }
-    }
-}
-
-/// Whole numbers in place of weights are those of a quantisation.
-fn check_floats(source: &dyn TensorSource) -> Result<()> {
-    let is_float = |dtype| matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
-    match source.tensors().into_iter().find(|info| !is_float(info.dtype)) {
-        None => Ok(()),
-        Some(info) => Err(format!(
-            "tensor {:?} is stored in {:?}, which cannot be computed with: use the file in bf16, fp16, fp32 or fp8",
-            info.name, info.dtype
-        )),
     }
 }
 
