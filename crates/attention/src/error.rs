@@ -12,6 +12,16 @@ pub enum AttentionError {
         /// What is wrong with it, and what was expected.
         reason: String,
     },
+    /// An attention plan that names a layer which the model does not have.
+    #[error("attention plan: the model has no layer {layer:?}; it has {count}, such as {example:?}")]
+    UnknownLayer {
+        /// The layer.
+        layer: String,
+        /// How many layers the model has.
+        count: usize,
+        /// One of them.
+        example: String,
+    },
     /// An invalid radius.
     #[error("radius {0}: expected a finite number above 0, in tokens, whose square is above 0 too")]
     BadRadius(f64),

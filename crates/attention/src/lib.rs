@@ -30,7 +30,7 @@ pub use fused::TiledAttention;
 pub use geometries::Geometries;
 pub use geometry::Geometry;
 pub use grid::{TileShape, TokenGrid};
-pub use plan::AttentionPlan;
+pub use plan::{AttentionPlan, learning_layer};
 pub use policies::{POLICIES, Policy, PolicyForm};
 pub use tile_efficiency::TileEfficiency;
 pub use traits::{Attended, Attention, Qkv};

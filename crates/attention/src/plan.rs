@@ -4,7 +4,7 @@ use crate::fused::TiledAttention;
 use crate::{Attention, AttentionError, Policy, Radius, Window, pooled_context};
 use candle_core::{Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -84,6 +84,21 @@ impl AttentionPlan {
             Policy::Clear { radius, .. } => Some(radius),
         };
         Ok(Box::new(TiledAttention::new(Window { radius, pool })))
+    }
+
+    /// Refuses a plan that names a layer which is none of `layers`, those of a model.
+    ///
+    /// # Errors
+    /// [`AttentionError::UnknownLayer`] for the first such layer.
+    pub fn check_layers(&self, layers: &BTreeSet<String>) -> std::result::Result<(), AttentionError> {
+        match self.layers.keys().find(|layer| !layers.contains(*layer)) {
+            None => Ok(()),
+            Some(layer) => Err(AttentionError::UnknownLayer {
+                layer: layer.clone(),
+                count: layers.len(),
+                example: layers.first().cloned().unwrap_or_default(),
+            }),
+        }
     }
 
     /// Parses `default = "clear:r=16"` and a table `[layers]` of names and policies.
@@ -171,8 +186,16 @@ impl PlanTable {
     }
 }
 
+/// How the name of a learned tensor ends, as CLEAR's authors have it.
+const LEARNED: &str = ".processor.spatial_weight";
+
 fn learned_name(layer: &str) -> String {
-    format!("{layer}.processor.spatial_weight")
+    format!("{layer}{LEARNED}")
+}
+
+/// The layer that learns the tensor `name`; `None` if the teacher has that tensor too.
+pub fn learning_layer(name: &str) -> Option<&str> {
+    name.strip_suffix(LEARNED)
 }
 
 fn checked(found: Option<Tensor>, initial: Tensor, name: &str) -> Result<Tensor> {

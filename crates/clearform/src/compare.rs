@@ -1,13 +1,14 @@
 //! [`compare`]: generates images with teacher and student from the same seeds, and compares them.
 
-use crate::comparison_report::{ComparedImages, ComparedModel, ComparisonReport};
+use crate::compared_pair::{ComparedPair, PairMember};
+use crate::comparison_report::{ComparedImages, ComparedModel, ComparisonReport, MeasuredPair};
 use crate::evaluation::{EvaluationOptions, EvaluationRun, attention_errors};
 use crate::observer::{Observer, Progress, Stage};
+use crate::output_place::prepare_report;
 use crate::sources::{ExtraComponents, open_original_pipeline, open_pipeline};
-use crate::{ClearformError, ComputeDevice, Result, prepare_folder};
-use candle_core::Tensor;
-use clearform_attention::AttentionPlan;
-use clearform_models::Denoiser;
+use crate::{ComputeDevice, Result};
+use candle_core::{Device, Tensor};
+use clearform_models::{Denoiser, DenoiserInput};
 use clearform_runtime::{EncodedPrompts, Pipeline};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,9 @@ pub struct CompareOptions {
     /// Where both run.
     #[serde(default)]
     pub device: ComputeDevice,
+    /// Whether an earlier report in the folder is replaced.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 impl CompareOptions {
@@ -43,6 +47,7 @@ impl CompareOptions {
             output: output.into(),
             evaluation: EvaluationOptions::default(),
             device: ComputeDevice::default(),
+            replace: false,
         }
     }
 
@@ -53,17 +58,14 @@ impl CompareOptions {
     }
 
     /// Teacher and student. What one lacks beside its transformer is the other's.
-    fn open(&self) -> Result<[Pipeline; 2]> {
+    fn open(&self, observer: &mut dyn Observer) -> Result<[Pipeline; 2]> {
         let teacher = open_original_pipeline(&self.teacher, &self.student, self.or_of(&self.student), self.device)?;
         let student = open_pipeline(&self.student, self.or_of(&self.teacher), self.device)?;
-        if *teacher.plan() != AttentionPlan::full() && *student.plan() == AttentionPlan::full() {
-            return Err(ClearformError::bad_option(format!(
-                "{}: has attention {}, and {} has full attention: expected the original first, then the linear model",
-                self.teacher.display(),
-                teacher.plan(),
-                self.student.display()
-            )));
-        }
+        let pair = ComparedPair {
+            teacher: PairMember::new(&self.teacher, &teacher),
+            student: PairMember::new(&self.student, &student),
+        };
+        pair.check(observer)?;
         Ok([teacher, student])
     }
 }
@@ -84,8 +86,8 @@ impl CompareOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<ComparisonReport> {
-    prepare_folder(&options.output)?;
-    let [teacher, student] = options.open()?;
+    prepare_report(&options.output, options.replace)?;
+    let [teacher, student] = options.open(observer)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control())?;
     let has_undistilled = teacher.plan() != student.plan();
@@ -107,7 +109,10 @@ pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<
     let (got, student_seconds) = comparison.generate(&student, &prompts[1], linear.as_ref())?;
 
     let input = evaluation.halfway_input(&teacher, &wanted, evaluation.prompts.len().min(LAYER_IMAGES))?;
-    let attention_error = attention_errors(original.as_ref(), linear.as_ref(), &input)?;
+    let measured = MeasuredPair {
+        attention_error: attention_errors(original.as_ref(), linear.as_ref(), &input)?,
+        speedup: speedup(original.as_ref(), linear.as_ref(), &input)?,
+    };
     let images = ComparedImages {
         teacher: evaluation.decode(&teacher, &wanted)?,
         undistilled,
@@ -117,9 +122,26 @@ pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<
         ComparedModel::new(&options.teacher, teacher.plan(), teacher_seconds),
         ComparedModel::new(&options.student, student.plan(), student_seconds),
     ];
-    let report = ComparisonReport::new(&evaluation, models, &images, attention_error)?;
+    let report = ComparisonReport::new(&evaluation, models, &images, measured)?;
     report.write(&options.output, &images)?;
     Ok(report)
+}
+
+/// The time of an evaluation by `teacher` divided by `student`'s. Both are timed in turn, so that what else the machine
+/// does slows both alike.
+fn speedup(teacher: &dyn Denoiser, student: &dyn Denoiser, input: &DenoiserInput) -> Result<f64> {
+    /// Evaluations of each, of which the fastest counts.
+    const TIMED: usize = 3;
+    let mut fastest = [f64::INFINITY; 2];
+    for _ in 0..TIMED {
+        for (model, fastest) in [teacher, student].into_iter().zip(&mut fastest) {
+            let begun = Instant::now();
+            // A GPU has finished when its result arrives.
+            model.forward(input)?.to_device(&Device::Cpu)?;
+            *fastest = fastest.min(begun.elapsed().as_secs_f64());
+        }
+    }
+    Ok(fastest[0] / fastest[1].max(f64::MIN_POSITIVE))
 }
 
 /// A comparison under way.

@@ -41,7 +41,7 @@ pub struct ComparisonReport {
     /// Mean PSNR and SSIM of the teacher's weights under the student's attention: what distillation began with. `None`
     /// if both have the same attention.
     pub undistilled: Option<[f64; 2]>,
-    /// The teacher's time for an image divided by the student's.
+    /// The teacher's time for an evaluation divided by the student's, timed in turn.
     pub speedup: f64,
     /// Each prompt.
     #[serde(rename = "pictures")]
@@ -70,6 +70,14 @@ pub struct ImagePair {
     pub psnr: f64,
     /// SSIM.
     pub ssim: f64,
+}
+
+/// What is measured on the models themselves.
+pub(crate) struct MeasuredPair {
+    /// Relative error of each layer's attention output, by layer name.
+    pub attention_error: Vec<(String, f64)>,
+    /// The teacher's time for an evaluation divided by the student's.
+    pub speedup: f64,
 }
 
 /// The images of the models, each in the order of the prompts.
@@ -138,14 +146,14 @@ impl ComparisonReport {
         evaluation: &EvaluationRun,
         [teacher, student]: [ComparedModel; 2],
         images: &ComparedImages,
-        attention_error: Vec<(String, f64)>,
+        measured: MeasuredPair,
     ) -> Result<Self> {
         let ([psnr, ssim], pairs) = compared(&evaluation.prompts, &images.teacher, &images.student)?;
         let undistilled = images.undistilled.as_ref();
         let undistilled =
             undistilled.map(|got| -> Result<[f64; 2]> { Ok(compared(&evaluation.prompts, &images.teacher, got)?.0) });
         Ok(Self {
-            speedup: teacher.seconds / student.seconds.max(f64::MIN_POSITIVE),
+            speedup: measured.speedup,
             teacher,
             student,
             size: [evaluation.size.width, evaluation.size.height],
@@ -155,7 +163,7 @@ impl ComparisonReport {
             ssim,
             undistilled: undistilled.transpose()?,
             images: pairs,
-            attention_error,
+            attention_error: measured.attention_error,
         })
     }
 
@@ -180,15 +188,22 @@ impl ComparisonReport {
             true => format!(" Undistilled it has {psnr:.1} dB."),
             false => format!(" Undistilled it has {psnr:.1} dB, so the distillation did harm."),
         });
-        let speed = match self.speedup >= 1.0 {
-            true => format!("{:.2} times as fast", self.speedup),
-            false => format!("{:.2} times slower", 1.0 / self.speedup),
-        };
         let [width, height] = self.size;
         format!(
-            "The student {likeness} ({:.1} dB, SSIM {:.3}).{gained} At {width} x {height} px it is {speed}.",
-            self.psnr, self.ssim
+            "The student {likeness} ({:.1} dB, SSIM {:.3}).{gained} At {width} x {height} px it is {}.",
+            self.psnr,
+            self.ssim,
+            self.speed()
         )
+    }
+
+    /// How fast the student is beside the teacher.
+    fn speed(&self) -> String {
+        match self.speedup {
+            0.97..1.03 => "as fast as its teacher".to_owned(),
+            1.03.. => format!("{:.2} times as fast as its teacher", self.speedup),
+            _ => format!("slower than its teacher, by a factor of {:.2}", 1.0 / self.speedup),
+        }
     }
 
     fn page(&self, images: &ComparedImages) -> Result<Page> {

@@ -2,11 +2,13 @@
 
 use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
 use crate::forecast::{Forecast, announce};
+use crate::inspect::pipeline_scale;
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::TrainingSamples;
+use crate::window_gain::WindowGain;
 use crate::{
     ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel, run_record,
 };
@@ -14,7 +16,10 @@ use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
-use clearform_portable_model::{AdapterRecord, CopyMode, Overwrite, SourceRecord, StagingDir, recorded_plan};
+use clearform_portable_model::{
+    AdapterRecord, CopyMode, DistillationRecord, ModelRecord, Overwrite, PortableModel, SourceRecord, StagingDir,
+    recorded_plan,
+};
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
@@ -175,8 +180,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
     if options.training.as_ref().is_some_and(TrainingOptions::generates_samples) {
-        let needed = source.edited.transformer.identified().components();
-        training::require_components(&source.components.missing(needed))?;
+        source.require_components()?;
     }
     let staging = match options.training.as_ref().is_some_and(|training| training.resume) {
         true => StagingDir::resume(&options.output, options.overwrite)?,
@@ -186,12 +190,40 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
     let mut conversion = Conversion { options, source, observer };
     let trained = match &options.training {
         Some(training) => Some(conversion.train(training, &staging, &adapters)?),
-        None => None,
+        None => {
+            conversion.source.gain(&options.attention)?.announce(conversion.observer);
+            None
+        }
     };
     let report = conversion.write(staging, trained.as_ref())?;
     let record = trained.as_ref().map(|trained| &trained.record);
     let model = WrittenModel::new(&options.output, &options.attention, report, record);
     Ok(ConvertReport { model, losses: trained.map(|trained| trained.distilled.entries).unwrap_or_default() })
+}
+
+/// Tells `observer` what the conversion would gain and about what it would take. Writes nothing.
+///
+/// # Errors
+/// As [`convert`], before anything is computed.
+pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<()> {
+    options.training.iter().try_for_each(check_training)?;
+    options.check_source(observer)?;
+    let adapters = options.adapters.open()?;
+    let source = OpenSource::open(options, &adapters, observer)?;
+    let mut conversion = Conversion { options, source, observer };
+    let pipeline = conversion.pipeline(&adapters)?;
+    match &options.training {
+        Some(training) if pipeline.is_some() || !training.generates_samples() => {
+            conversion.forecast(training, pipeline.as_ref())?;
+        }
+        training => {
+            conversion.source.gain(&options.attention)?.announce(conversion.observer);
+            if training.is_some() {
+                conversion.source.require_components()?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The source, and where the components of its pipeline are.
@@ -211,7 +243,20 @@ impl OpenSource {
         components.check_weights(transformer.identified().all_components())?;
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
         note_reports(&edited.reports, &[], observer);
+        edited.transformer.check_plan(&options.attention)?;
         Ok(Self { edited, components })
+    }
+
+    /// What `plan` gains at the size that the model was trained on.
+    fn gain(&self, plan: &AttentionPlan) -> Result<WindowGain> {
+        let identified = self.edited.transformer.identified();
+        WindowGain::at_native_size(identified, pipeline_scale(&self.components, identified), plan)
+    }
+
+    /// Checks that the components are there that generate samples.
+    fn require_components(&self) -> Result<()> {
+        let needed = self.edited.transformer.identified().components();
+        training::require_components(&self.components.missing(needed))
     }
 }
 
@@ -230,15 +275,22 @@ impl Conversion<'_> {
         adapters: &Adapters,
     ) -> Result<TrainedStudent> {
         let pipeline = self.pipeline(adapters)?;
+        let training = self.forecast(training, pipeline.as_ref())?;
         let teacher = &self.source.edited.transformer;
-        let training = ResolvedTraining::new(training, teacher, pipeline.as_ref())?;
-        announce(&Forecast::new(teacher, &self.options.attention, &training, self.options.device)?, self.observer);
         let samples = TrainingSamples::gather(pipeline, &training, staging.work(), self.observer)?;
         let start = teacher.source();
         let folder = staging.work().join("training");
         let plan = &self.options.attention;
         let student = StudentSpec { plan, start: &start, folder: &folder, device: self.options.device };
         training::train(teacher, student, &samples, &training, self.observer)
+    }
+
+    /// Decides what the options leave open, and tells the observer what the training gains and takes.
+    fn forecast(&mut self, training: &TrainingOptions, pipeline: Option<&Pipeline>) -> Result<ResolvedTraining> {
+        let teacher = &self.source.edited.transformer;
+        let training = ResolvedTraining::new(training, teacher, pipeline)?;
+        announce(&Forecast::new(teacher, &self.options.attention, &training, self.options.device)?, self.observer);
+        Ok(training)
     }
 
     /// The teacher's pipeline; `None` if a component of it is missing.
@@ -262,10 +314,25 @@ impl Conversion<'_> {
         }
         merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
         let mut record = conversion.record(hashes.wait()?)?;
-        record.adapter = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<_>>()?;
-        record.distillation = trained.map(|trained| trained.record.clone());
+        let merged = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<Vec<_>>>()?;
+        let distilled = trained.map(|trained| trained.record.clone());
+        record.distillation = distilled.or(self.earlier_distillation()?.filter(|_| merged.is_empty()));
+        record.adapter = self.earlier_adapters()?;
+        record.adapter.extend(merged);
         staging.finish(record)?;
         Ok(report)
+    }
+
+    /// How the source was distilled, if it was and keeps its attention.
+    fn earlier_distillation(&self) -> Result<Option<DistillationRecord>> {
+        let Some(earlier) = earlier_record(&self.options.source)? else { return Ok(None) };
+        let keeps_attention = earlier.plan()? == self.options.attention;
+        Ok(earlier.distillation.filter(|_| keeps_attention))
+    }
+
+    /// The adapters that were merged into the source before.
+    fn earlier_adapters(&self) -> Result<Vec<AdapterRecord>> {
+        Ok(earlier_record(&self.options.source)?.map_or(Vec::new(), |earlier| earlier.adapter))
     }
 
     fn write_transformer(
@@ -298,6 +365,12 @@ impl Conversion<'_> {
             .with_components(folders, *copy_mode)
             .with_component_data(self.source.components.open_embedded()?))
     }
+}
+
+/// The record of `source`, if it is a portable model.
+fn earlier_record(source: &Path) -> Result<Option<ModelRecord>> {
+    let is_portable_model = PortableModel::is_portable_model(source);
+    Ok(is_portable_model.then(|| ModelRecord::read(source)).transpose()?)
 }
 
 /// Rewrites the components other than the transformer that adapters edit.

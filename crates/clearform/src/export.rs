@@ -2,9 +2,11 @@
 
 use crate::observer::{Observer, note};
 use crate::sources::{note_checkpoint, open_transformer_with, read_options};
-use crate::{ClearformError, Result, SourceOptions, prepare_file};
+use crate::{ClearformError, Result, SourceOptions, prepare_tensor_file};
+use clearform_attention::AttentionPlan;
 use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
+use clearform_portable_model::{PLAN_METADATA, recorded_plan};
 use clearform_weights::{TensorSource as _, save};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -37,7 +39,7 @@ impl ExportOptions {
     }
 }
 
-/// Writes the transformer to one file. The file cannot hold the attention plan, which is therefore noted.
+/// Writes the transformer to one file, whose metadata hold the attention plan.
 ///
 /// # Errors
 /// The model is incomplete, the layout is none of its family, or the file exists or cannot be written.
@@ -52,7 +54,7 @@ impl ExportOptions {
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
     check_target(options)?;
-    prepare_file(&options.output)?;
+    prepare_tensor_file(&options.output)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);
@@ -60,11 +62,10 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
     let computed = transformer.architecture().computed_tensors(layout)?;
     let file = AttentionOverlay::new(&exported, &computed);
-    let plan = clearform_portable_model::recorded_plan(&options.model)?;
-    save(&options.output, &file, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    let plan = recorded_plan(&options.model)?.filter(|plan| *plan != AttentionPlan::full());
+    save(&options.output, &file, &metadata(plan.as_ref()))?;
     if let Some(plan) = plan {
-        let text = format_args!("the file does not record the attention plan; run it with --attention {plan}");
-        note(observer, text);
+        note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));
     }
     Ok(ExportReport {
         file: options.output.clone(),
@@ -75,6 +76,12 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
         written: file.tensors().len(),
         bytes: std::fs::metadata(&options.output)?.len(),
     })
+}
+
+/// What other programs expect, and the attention plan, with which [`generate`](crate::generate) runs the file.
+fn metadata(plan: Option<&AttentionPlan>) -> BTreeMap<String, String> {
+    let plan = plan.map(|plan| (PLAN_METADATA.to_owned(), plan.to_toml()));
+    [("format".to_owned(), "pt".to_owned())].into_iter().chain(plan).collect()
 }
 
 /// Refuses a target that exists, unless it may be replaced.

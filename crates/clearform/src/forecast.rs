@@ -2,10 +2,11 @@
 
 use crate::observer::Observer;
 use crate::recipe::ResolvedTraining;
+use crate::window_gain::{WindowGain, pairs};
 use crate::{ComputeDevice, Result};
 use candle_core::{DType, Device, Tensor};
-use clearform_attention::{AttentionPlan, Geometry, Policy, TokenGrid};
-use clearform_layout::{Identified, attention_parameters, evaluation_teraflop};
+use clearform_attention::AttentionPlan;
+use clearform_layout::{attention_parameters, evaluation_teraflop};
 use clearform_models::{InputSizes, random_input};
 use clearform_runtime::TransformerCheckpoint;
 use clearform_weights::{TensorInfo, TensorSource as _};
@@ -15,14 +16,7 @@ use std::time::{Duration, Instant};
 /// What a distillation gains, and about what it takes. Times are for a CPU only.
 #[derive(Debug, Clone)]
 pub struct Forecast {
-    grid: TokenGrid,
-    plan: String,
-    /// The share of the image that a token sees on average.
-    seen: f64,
-    /// What is said if the windows of all blocks together do not reach across the image.
-    short_reach: Option<String>,
-    /// Operations of one evaluation with full attention, divided by those of the student.
-    gain: Option<f64>,
+    gain: WindowGain,
     sampling: Option<Duration>,
     training: Option<Duration>,
     /// Peak memory of the training, in bytes.
@@ -69,25 +63,17 @@ impl Forecast {
         let identified = transformer.identified();
         let pixels = training.size;
         let grid = training.grid;
-        let all = (grid.tokens() * grid.tokens()) as u64;
-        let near = match plan.default_policy() {
-            Policy::Full => all,
-            Policy::Clear { radius, .. } => Geometry::new(vec![grid]).efficiency(radius).inside,
-        };
-        let teraflop = |near| evaluation_teraflop(identified, grid.tokens(), pixels.height * pixels.width, near);
+        let pixels = pixels.height * pixels.width;
+        let full = || evaluation_teraflop(identified, grid.tokens(), pixels, pairs(grid));
         let evaluation = match device {
             ComputeDevice::Cpu if training.model.is_small() => Some(timed_evaluation(transformer, training)?),
-            ComputeDevice::Cpu => teraflop(all).map(|teraflop| Duration::from_secs_f64(teraflop / measured_rate())),
+            ComputeDevice::Cpu => full().map(|teraflop| Duration::from_secs_f64(teraflop / measured_rate())),
             ComputeDevice::Cuda(_) => None,
         };
         let step = if training.keeps_activations(device) { STEP_EVALUATIONS } else { RECOMPUTED_EVALUATIONS };
         let evaluations = |count: f64| evaluation.map(|time| time.mul_f64(count));
         Ok(Self {
-            grid,
-            plan: plan.to_string(),
-            seen: near as f64 / all as f64,
-            short_reach: short_reach(plan, training, transformer.identified(), grid),
-            gain: teraflop(all).zip(teraflop(near)).map(|(full, clear)| full / clear),
+            gain: WindowGain::new(identified, plan, grid, pixels, training.model.text_tokens),
             sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
             training: evaluations(training.trained_samples() * step),
             memory: memory(transformer, training, grid.tokens(), device),
@@ -96,15 +82,8 @@ impl Forecast {
 
     /// What the user should know before it starts.
     pub fn notes(&self) -> Vec<String> {
-        let Self { grid, plan, seen, short_reach, .. } = self;
         let mut notes = vec![self.to_string()];
-        notes.extend(short_reach.clone());
-        if *seen > 0.999 && plan != "full" {
-            notes.push(format!(
-                "warning: {plan} covers all of {} x {} tokens, so nothing would be gained; choose a smaller radius",
-                grid.height, grid.width
-            ));
-        }
+        notes.extend(self.gain.warnings());
         let time = self.sampling.unwrap_or_default() + self.training.unwrap_or_default();
         if time > LONG {
             notes.push(
@@ -124,11 +103,8 @@ pub fn announce(forecast: &Forecast, observer: &mut dyn Observer) {
 
 impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { grid, plan, seen, gain, sampling, training, memory, .. } = self;
-        write!(f, "{} x {} tokens: with {plan} a token sees {:.0}% of them", grid.height, grid.width, 100.0 * seen)?;
-        if let Some(gain) = gain {
-            write!(f, ", and an evaluation takes {gain:.2} times fewer operations")?;
-        }
+        let Self { gain, sampling, training, memory } = self;
+        write!(f, "{gain}")?;
         if let (Some(sampling), Some(training)) = (sampling, training) {
             f.write_str("; about ")?;
             if !sampling.is_zero() {
@@ -139,28 +115,6 @@ impl fmt::Display for Forecast {
         let (memory, unit) = if *memory < 1e9 { (memory / 1e6, "MB") } else { (memory / 1e9, "GB") };
         write!(f, "; about {memory:.*} {unit} of memory", if unit == "GB" { 1 } else { 0 })
     }
-}
-
-/// Without text and pooled context, what one side of an image has to do with the other passes through the windows of one
-/// block after another, each of which carries it by less than the radius.
-fn short_reach(
-    plan: &AttentionPlan,
-    training: &ResolvedTraining,
-    identified: &Identified,
-    grid: TokenGrid,
-) -> Option<String> {
-    let Policy::Clear { radius, pool: None } = plan.default_policy() else { return None };
-    let blocks: usize = identified.depths().values().sum();
-    let diagonal = ((grid.height * grid.height + grid.width * grid.width) as f64).sqrt();
-    let needed = (diagonal / blocks as f64).ceil();
-    (training.model.text_tokens == 0 && radius.tokens() < needed).then(|| {
-        format!(
-            "warning: {blocks} blocks of {plan} carry information over {:.0} tokens, less than the diagonal of the image \
-             ({diagonal:.0}), and no text carries it further; choose --radius {needed:.0} or more, or add pooled context \
-             (--pool 4)",
-            blocks as f64 * radius.tokens()
-        )
-    })
 }
 
 /// A time in the unit that a person would use.

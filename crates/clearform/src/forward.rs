@@ -4,7 +4,7 @@ use crate::adapters::{AdapterOptions, note_reports};
 use crate::error::WithContext as _;
 use crate::observer::Observer;
 use crate::sources::{open_transformer_with, read_options};
-use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, prepare_file};
+use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, prepare_tensor_file};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
@@ -73,7 +73,7 @@ impl ForwardOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
-    prepare_file(&options.output)?;
+    prepare_tensor_file(&options.output)?;
     let device = options.device.open()?;
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;

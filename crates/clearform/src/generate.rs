@@ -179,12 +179,12 @@ impl GenerateOptions {
     /// A student draws well with the attention that it was distilled for.
     fn other_plan(&self, plan: &AttentionPlan) -> Result<Option<String>> {
         let own = recorded_plan(&self.model)?.unwrap_or_else(AttentionPlan::full);
-        let is_usual = *plan == own || *plan == AttentionPlan::full();
-        Ok((!is_usual).then(|| {
-            format!(
+        Ok((*plan != own).then(|| match *plan == AttentionPlan::full() {
+            true => format!("the model's weights are those for attention {own}, not those of the original"),
+            false => format!(
                 "the model's weights are those for attention {own}; it was not distilled for {plan}, so its images are \
                  worse"
-            )
+            ),
         }))
     }
 }

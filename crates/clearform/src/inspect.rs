@@ -59,7 +59,7 @@ fn weight_bytes(folder: &Path) -> u64 {
 
 /// How much the VAE reduces an image, and the side in pixels of the images that it was trained on, if there is one
 /// whose config can be read.
-fn pipeline_scale(components: &Components, identified: &Identified) -> PipelineScale {
+pub(crate) fn pipeline_scale(components: &Components, identified: &Identified) -> PipelineScale {
     /// By how much the VAE of a family's published models reduces an image.
     const USUAL_DOWNSCALE: usize = 8;
     let usual = PipelineScale::usual(identified);

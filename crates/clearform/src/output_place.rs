@@ -23,6 +23,21 @@ pub fn prepare_file(path: &Path) -> Result<()> {
     prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
 }
 
+/// As [`prepare_file`], for a safetensors file.
+///
+/// # Errors
+/// As [`prepare_file`], or the name ends otherwise than in .safetensors.
+pub fn prepare_tensor_file(path: &Path) -> Result<()> {
+    let is_named_so = path.extension().is_some_and(|extension| extension == "safetensors");
+    if !is_named_so && path != Path::new(STDOUT) && !path.is_dir() {
+        return Err(ClearformError::bad_option(format!(
+            "{}: tensors are written as safetensors; expected a name that ends in .safetensors",
+            path.display()
+        )));
+    }
+    prepare_file(path)
+}
+
 /// As [`prepare_file`], for an image, whose format the name states.
 ///
 /// # Errors
@@ -32,6 +47,21 @@ pub fn prepare_image(path: &Path) -> Result<()> {
         ImageFormat::of(path)?;
     }
     prepare_file(path)
+}
+
+/// As [`prepare_folder`], for a report. An earlier one is replaced only if `replace` allows it.
+///
+/// # Errors
+/// As [`prepare_folder`], or there is a report already.
+pub fn prepare_report(folder: &Path, replace: bool) -> Result<()> {
+    let report = folder.join("report.html");
+    if report.exists() && !replace {
+        return Err(ClearformError::bad_option(format!(
+            "{}: already exists; pass --overwrite to replace it or choose another folder",
+            report.display()
+        )));
+    }
+    prepare_folder(folder)
 }
 
 /// Makes the folder `folder`, and checks that files can be written to it.

@@ -1,14 +1,15 @@
 //! [`extract_patch`] and [`apply_patch`]: distilled attention as one file, and onto other checkpoints.
 
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{Observer, Progress, Stage, note};
+use crate::output_place::prepare_tensor_file;
 use crate::sources::{
-    note_checkpoint, open_original_transformer, open_transformer, open_transformer_with, read_options,
+    ExtraComponents, note_checkpoint, open_original_transformer, open_transformer, open_transformer_with, read_options,
 };
-use crate::{Result, SourceOptions, WrittenModel};
-use clearform_attention::Radius;
-use clearform_convert::{AttentionPatch, ConversionPlan, PatchMode, SourceHashes};
-use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
-use clearform_runtime::{Components, TransformerCheckpoint};
+use crate::{ClearformError, Result, SourceOptions, WrittenModel};
+use clearform_attention::{AttentionPlan, Radius};
+use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes};
+use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir, recorded_plan};
+use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
 use clearform_weights::TensorSource;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -26,7 +27,7 @@ pub struct ExtractedPatch {
 /// Writes the distilled attention of the portable model `model`, made from `base`, to the safetensors file `path`.
 ///
 /// # Errors
-/// A model cannot be read, or nothing was distilled.
+/// A model cannot be read, nothing was distilled, or `model` was not made from `base`.
 ///
 /// # Example
 /// ```no_run
@@ -34,16 +35,48 @@ pub struct ExtractedPatch {
 ///     "FLUX.1-dev-clear".as_ref(),
 ///     "FLUX.1-dev".as_ref(),
 ///     "clear-r16.safetensors".as_ref(),
+///     &mut (),
 /// )?;
 /// println!("{patch}");
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
-pub fn extract_patch(model: &Path, base: &Path, path: &Path) -> Result<ExtractedPatch> {
+pub fn extract_patch(model: &Path, base: &Path, path: &Path, observer: &mut dyn Observer) -> Result<ExtractedPatch> {
+    prepare_tensor_file(path)?;
     let record = PortableModel::open(model)?.record().clone();
     let student = open_transformer(model)?;
-    let base = open_original_transformer(base, model)?;
-    let tensors = AttentionPatch::extract(&student.source(), &base.source(), &record.family, &record.plan()?, path)?;
+    let teacher = open_original_transformer(base, model)?;
+    check_base([model, base], [&student, &teacher], &record, observer)?;
+    let tensors = AttentionPatch::extract(&student.source(), &teacher.source(), &record.family, &record.plan()?, path)?;
     Ok(ExtractedPatch { patch: path.to_owned(), tensors })
+}
+
+/// Refuses a base from which the model was not made, and notes that it may be a variant of that.
+fn check_base(
+    [model, base]: [&Path; 2],
+    [student, teacher]: [&TransformerCheckpoint; 2],
+    record: &ModelRecord,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let Some(difference) = BaseDifference::largest(&student.source(), &teacher.source())? else { return Ok(()) };
+    let [model, base] = [model, base].map(Path::display);
+    if difference.is_of_another_model() {
+        let merged = match record.adapter.is_empty() {
+            true => "",
+            false => "; adapters were merged into the model, so its base is the original with the same adapters merged",
+        };
+        return Err(ClearformError::bad_option(format!(
+            "{base}: is not the model that {model} was distilled from: {difference}, and distillation changes attention \
+             alone{merged}"
+        )));
+    }
+    note(
+        observer,
+        format_args!(
+            "warning: {base} is a variant of the model that {model} was distilled from, or another number format of it: \
+             {difference}; the patch holds what they differ by in attention, too"
+        ),
+    );
+    Ok(())
 }
 
 /// What [`apply_patch`] does.
@@ -65,6 +98,12 @@ pub struct PatchOptions {
     /// Window radius in tokens, for a patch that does not state it.
     #[serde(default)]
     pub radius: Option<f64>,
+    /// A diffusers folder with the components that the checkpoint lacks; by default that of the base.
+    #[serde(default)]
+    pub components: Option<PathBuf>,
+    /// Components in files of their own, which take precedence.
+    #[serde(default)]
+    pub component_files: ComponentFiles,
     /// Whether an existing portable model is replaced.
     #[serde(default)]
     pub overwrite: Overwrite,
@@ -80,7 +119,28 @@ impl PatchOptions {
             mode: PatchMode::default(),
             base: None,
             radius: None,
+            components: None,
+            component_files: ComponentFiles::default(),
             overwrite: Overwrite::default(),
+        }
+    }
+
+    /// Where the components come from that the checkpoint lacks.
+    fn extra_components(&self) -> ExtraComponents<'_> {
+        let of_base = self.base.as_deref().filter(|base| base.is_dir());
+        ExtraComponents { folder: self.components.as_deref().or(of_base), files: &self.component_files }
+    }
+
+    /// Refuses to add what distillation changed to a model that is distilled already.
+    fn check_checkpoint(&self) -> Result<()> {
+        let plan = recorded_plan(&self.checkpoint)?.filter(|plan| *plan != AttentionPlan::full());
+        match plan.filter(|_| self.mode == PatchMode::Shift) {
+            None => Ok(()),
+            Some(plan) => Err(ClearformError::bad_option(format!(
+                "{}: is a linear model already (attention {plan}), and shifting it would add what distillation changed \
+                 twice; apply the patch to the model that it was made from",
+                self.checkpoint.display()
+            ))),
         }
     }
 }
@@ -101,6 +161,7 @@ impl PatchOptions {
 /// ```
 pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
     let PatchOptions { checkpoint, output, mode, overwrite, .. } = options;
+    options.check_checkpoint()?;
     let patch = AttentionPatch::open(&options.patch, options.radius.map(Radius::new).transpose()?)?;
     let base = options.base.as_deref().map(open_transformer).transpose()?;
     let base = base.as_ref().map(TransformerCheckpoint::source);
@@ -111,9 +172,11 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     note_checkpoint(transformer.checkpoint(), observer);
     let source = transformer.source();
     let patched = patch.apply_to(&source, *mode, base)?;
-    let components = Components::new(checkpoint, None).with_embedded(&transformer, &reading)?;
+    let extra = options.extra_components();
+    let components = extra.of(checkpoint).with_embedded(&transformer, &reading)?;
     components.check_weights(transformer.identified().all_components())?;
-    let folders = checkpoint.is_dir().then(|| checkpoint.to_owned()).into_iter().collect();
+    let folders = [checkpoint.is_dir().then_some(checkpoint.as_path()), extra.folder];
+    let folders = folders.into_iter().flatten().map(Path::to_owned).collect();
     let conversion = ConversionPlan::new(transformer.identified(), patch.plan().clone())
         .made_from(checkpoint.clone())
         .with_components(folders, CopyMode::Copy)

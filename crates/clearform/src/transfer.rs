@@ -2,13 +2,15 @@
 //! same noise: alone, with the weights of a fine-tune, and with adapters that were trained for the original.
 
 use crate::adapters::AdapterOptions;
+use crate::compared_pair::{ComparedPair, PairMember};
 use crate::error::WithContext as _;
 use crate::evaluation::{EvaluationOptions, EvaluationRun};
 use crate::observer::{Observer, note};
+use crate::output_place::prepare_report;
 use crate::page::Page;
 use crate::patch::{PatchOptions, apply_patch, extract_patch};
-use crate::sources::default_options;
-use crate::{ClearformError, ComputeDevice, Result, prepare_folder};
+use crate::sources::{default_options, open_transformer};
+use crate::{ClearformError, ComputeDevice, Result};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
 use clearform_convert::PatchMode;
@@ -41,6 +43,9 @@ pub struct TransferOptions {
     /// Where both run.
     #[serde(default)]
     pub device: ComputeDevice,
+    /// Whether an earlier report in the folder is replaced.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 impl TransferOptions {
@@ -54,7 +59,19 @@ impl TransferOptions {
             evaluation: EvaluationOptions::default(),
             adapters: AdapterOptions::default(),
             device: ComputeDevice::default(),
+            replace: false,
         }
+    }
+}
+
+impl TransferOptions {
+    /// Refuses models in the wrong order, and notes that the student was made from another teacher.
+    fn check_pair(&self, teacher: &Pipeline, observer: &mut dyn Observer) -> Result<()> {
+        let transformer = open_transformer(&self.student)?;
+        let plan = recorded_plan(&self.student)?.unwrap_or_else(AttentionPlan::full);
+        let teacher = PairMember::new(&self.teacher, teacher);
+        let student = PairMember { path: &self.student, plan: &plan, transformer: &transformer };
+        ComparedPair { teacher, student }.check(observer)
     }
 }
 
@@ -80,8 +97,9 @@ impl TransferOptions {
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
     let opening = in_exact_dtype(default_options(options.evaluation.extra_components(), options.device)?);
-    prepare_folder(folder)?;
+    prepare_report(folder, options.replace)?;
     let teacher = Pipeline::open(&options.teacher, opening.clone())?;
+    options.check_pair(&teacher, observer)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control() || options.adapters.may_take_control())?;
     let control_images = evaluation.control_images.clone();
@@ -264,7 +282,7 @@ impl TransferStudy<'_> {
         let Some(fine_tune) = self.fine_tune else { return Ok(Vec::new()) };
         std::fs::create_dir_all(self.folder).context(self.folder.display())?;
         let file = self.folder.join("attention.safetensors");
-        extract_patch(self.student, self.teacher, &file)?;
+        extract_patch(self.student, self.teacher, &file, observer)?;
         let mut models = Vec::new();
         for (name, mode) in [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)] {
             let output = self.folder.join(format!("fine-tune-{name}"));

@@ -44,6 +44,10 @@ impl fmt::Display for WrittenModel {
         if !report.components.is_empty() {
             write!(f, "; with {}", report.components.join(", "))?;
         }
+        if !report.missing_components.is_empty() {
+            write!(f, "\nwithout {}: ", report.missing_components.join(", "))?;
+            f.write_str("generate takes them from a pipeline of the same family with --components DIR")?;
+        }
         for (component, load_report) in &report.component_reports {
             write!(f, "\n{component}, from the same file: {} tensors used", load_report.used())?;
             write!(f, ", {} skipped", load_report.skipped().count())?;

@@ -29,7 +29,7 @@ pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
 pub use numbers::{SeedArg, finite};
-pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
+pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use headings::{GENERAL, INPUT};

@@ -5,10 +5,12 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
-use common::{Tiny, clearform, expected, forward, json, repository, run, stderr_of, text};
+use common::{Tiny, clearform, expected, forward, json, repository, run, runs_on_gpu, stderr_of, text};
 use serde_json::Value;
 
 const QUERY: &str = "transformer_blocks.0.attn.to_q.weight";
+const EMBEDDER: &str = "x_embedder.weight";
+const BASE: &str = "assets/mini-flux/base";
 
 #[test]
 fn wrong_usage_exits_2() {
@@ -152,6 +154,95 @@ fn a_patch_carries_attention_to_a_fine_tune() {
     assert_close("replace", &apply("replace", &[]), &student.tensors[QUERY], 1e-7);
     let shifted = apply("shift", &["--base", text(base.path())]);
     assert_close("shift", &shifted, &(&tuned + 0.25).unwrap(), 1e-6);
+
+    let output = path("again");
+    let again = ["patch", "apply", text(&patch), "-o", text(&output), "--mode", "shift", "--base"];
+    for shifted in [path("shift"), student.path().to_owned()] {
+        let said = stderr_of(1, &[&again[..], &[text(base.path()), "--to", text(&shifted)]].concat());
+        assert!(said.contains("twice"), "{said}");
+    }
+    let mut other = Tiny::new();
+    other.tensors.insert(EMBEDDER.into(), (&other.tensors[EMBEDDER] * 1.5).unwrap());
+    other.save();
+    let said = stderr_of(1, &["patch", "extract", text(&model), "--base", text(other.path()), "-o", text(&patch)]);
+    assert!(said.contains("is not the model that") && said.contains(EMBEDDER), "{said}");
+    let said = stderr_of(1, &["patch", "extract", text(&model), "--base", text(base.path()), "-o", "p.bin"]);
+    assert!(said.contains("expected a name that ends in .safetensors"), "{said}");
+}
+
+/// A fine-tune in a single file gets the pipeline's other components from the patch's base, or lacks them in words.
+#[test]
+fn a_patched_fine_tune_has_the_components_of_the_base() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (base, model, patch) = (repository(BASE), path("model"), path("patch.safetensors"));
+    let mut student = fixture(base.join("transformer/diffusion_pytorch_model.safetensors"));
+    student.insert(QUERY.into(), (&student[QUERY] + 0.25).unwrap());
+    let file = path("student.safetensors");
+    candle_core::safetensors::save(&student.into_iter().collect(), &file).unwrap();
+    let config = base.join("transformer/config.json");
+    let reading = ["--config", text(&config), "--radius", "4", "--no-distill"];
+    let written = run(0, &[&["convert", text(&file), "-o", text(&model)], &reading[..]].concat());
+    let written = String::from_utf8(written.stdout).unwrap();
+    assert!(written.contains("without scheduler, text_encoder") && written.contains("with --components"), "{written}");
+    run(0, &["patch", "extract", text(&model), "--base", text(&base), "-o", text(&patch)]);
+    let (tuned, output) = (base.join("transformer"), path("output"));
+    let apply = ["patch", "apply", text(&patch), "--to", text(&tuned), "-o", text(&output), "--mode", "shift"];
+    let found = json(0, &[&apply[..], &["--base", text(&base)]].concat());
+    assert_eq!(found["missing_components"], serde_json::json!([]));
+    let image = path("image.png");
+    run(
+        0,
+        &["generate", text(&output), "a cat", "--steps", "1", "--width", "32", "--height", "32", "-o", text(&image)],
+    );
+}
+
+/// What is converted again without training keeps what is known of its distillation and its adapters.
+#[test]
+fn a_conversion_of_a_linear_model_keeps_its_record() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let model = folder.path().join("model");
+    run(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill"]);
+    let record = model.join("clearform.toml");
+    let known = "[[adapter]]\nname = \"style.safetensors\"\nsha256 = \"22\"\nstrength = 0.75\n\n[distillation]\nsteps = 7\n\
+                 batch = 8\nlearning_rate = 0.5\nsamples = 16\nseed = 1\nfirst_loss = 2.0\nlast_loss = 0.5\n\n[[file]]";
+    let text_of_record = std::fs::read_to_string(&record).unwrap().replacen("[[file]]", known, 1);
+    std::fs::write(&record, text_of_record).unwrap();
+    let convert = |radius: &str| {
+        let output = folder.path().join(radius);
+        run(0, &["convert", text(&model), "-o", text(&output), "--radius", radius, "--no-distill", "--dtype", "bf16"]);
+        std::fs::read_to_string(output.join("clearform.toml")).unwrap()
+    };
+    let same = convert("3");
+    assert!(same.contains("steps = 7") && same.contains("style.safetensors"), "{same}");
+    let other = convert("4");
+    assert!(!other.contains("steps = 7") && other.contains("style.safetensors"), "{other}");
+}
+
+#[test]
+fn a_plan_with_a_layer_that_the_model_lacks_is_refused() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let (plan, model) = (folder.path().join("plan.toml"), folder.path().join("model"));
+    std::fs::write(&plan, "default = \"clear:r=3\"\n\n[layers]\n\"transformer_blocks.90.attn\" = \"full\"\n").unwrap();
+    let said =
+        stderr_of(1, &["convert", text(tiny.path()), "-o", text(&model), "--attention", text(&plan), "--no-distill"]);
+    assert!(said.contains("has no layer \"transformer_blocks.90.attn\"") && said.contains("such as"), "{said}");
+    assert!(!model.exists() && !folder.path().join("model.work").exists());
+}
+
+/// Before anything is written, and also where nothing is trained, the gain of the windows is said.
+#[test]
+fn a_conversion_says_what_its_windows_gain() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let base = repository("assets/mini-dit/model");
+    let convert = ["convert", text(&base), "-o", text(&model), "--radius", "32"];
+    for more in ["--dry-run", "--no-distill"] {
+        let said = stderr_of(0, &[&convert[..], &[more]].concat());
+        let expected = "16 x 16 tokens: with clear:r=32 a token sees 100% of them";
+        assert!(said.contains(expected) && said.contains("nothing would be gained"), "{more}: {said}");
+        assert_eq!(said.contains("for training"), more == "--dry-run" && !runs_on_gpu(), "{said}");
+    }
 }
 
 #[test]

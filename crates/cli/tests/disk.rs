@@ -23,11 +23,12 @@ fn entries(folder: &Path) -> usize {
 fn a_full_disk_leaves_nothing_behind() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let (model, output) = (text(tiny.path()), folder.path().join("out"));
+    let file = folder.path().join("out.safetensors");
     let cases = repository("tests/fixtures/flux/head24/cases.safetensors");
     let large = [
         vec!["convert", model, "--no-distill", "-o", text(&output)],
         vec!["convert", model, "--no-distill", "--dtype", "bf16", "-o", text(&output)],
-        vec!["export", model, "--to", "bfl", "-o", text(&output)],
+        vec!["export", model, "--to", "bfl", "-o", text(&file)],
         vec!["convert", model, "--samples", text(&cases), "-o", text(&output)],
     ];
     for arguments in &large {
@@ -59,7 +60,8 @@ fn a_folder_that_cannot_be_written_is_named() {
     let tiny = Tiny::new();
     let folder = "/sys/clearform";
     for arguments in [["convert", "--no-distill"], ["export", "--to=bfl"]] {
-        let stderr = stderr_of(1, &[arguments[0], text(tiny.path()), arguments[1], "-o", folder]);
+        let target = format!("{folder}/out.safetensors");
+        let stderr = stderr_of(1, &[arguments[0], text(tiny.path()), arguments[1], "-o", &target]);
         assert!(stderr.contains(folder), "{stderr}");
         assert!(["denied", "permitted", "Read-only"].iter().any(|reason| stderr.contains(reason)), "{stderr}");
     }

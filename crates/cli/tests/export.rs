@@ -4,9 +4,9 @@
 mod common;
 
 use candle_core::Tensor;
-use clearform_testkit::{assemble_pipeline, seeded_file};
+use clearform_testkit::{assemble_pipeline, assert_close, seeded_file};
 use clearform_weights::{Checkpoint, RawTensor, TensorSource};
-use common::{Tiny, json, repository, run, stderr_of, text};
+use common::{Tiny, forward, json, repository, run, stderr_of, text};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -32,7 +32,10 @@ fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &st
     assert_eq!(done["used"].as_u64().unwrap(), original.len() as u64);
     run(0, &[&["export", text(&file), "--to", "diffusers", "-o", text(&back)], reading].concat());
     assert!(tensors(&back) == original, "{layout}: differs after two exports");
-    run(0, &[&["convert", text(&file), "--no-distill", "-o", text(&converted)], reading].concat());
+    run(
+        0,
+        &[&["convert", text(&file), "--no-distill", "--attention", "full", "-o", text(&converted)], reading].concat(),
+    );
     assert!(tensors(&converted.join("transformer")) == original, "{layout}: differs after convert");
     run(0, &["export", text(&converted), "--to", layout, "-o", text(&path("again.safetensors"))]);
     assert!(std::fs::read(path("again.safetensors")).unwrap() == std::fs::read(&file).unwrap(), "{layout}: again");
@@ -80,7 +83,10 @@ fn dit_round_trips_through_its_authors_layout() {
     std::fs::write(path("config.json"), r#"{"attention_head_dim": 16}"#).unwrap();
     let (file, model, config) = (path("facebook.safetensors"), path("model"), path("config.json"));
     let reading = ["--family", "dit", "--config", text(&config)];
-    run(0, &[&["convert", text(&file), "-o", text(&model), "--no-distill"], &reading[..]].concat());
+    run(
+        0,
+        &[&["convert", text(&file), "-o", text(&model), "--no-distill", "--attention", "full"], &reading[..]].concat(),
+    );
     let config = model.join("transformer/config.json");
     let reading = ["--family", "dit", "--config", text(&config)];
     check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"), &reading);
@@ -98,11 +104,11 @@ fn dit_round_trips_through_its_authors_layout() {
 
     // The authors' layout has one embedder for all blocks; separately trained copies do not fit in.
     assemble_pipeline(&repository(""), "dit", &path("apart"));
-    let message = stderr_of(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none"))]);
+    let message = stderr_of(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none.safetensors"))]);
     assert!(message.contains("timestep_embedder") && message.contains("stores both as one tensor"), "{message}");
     let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
     let unfinished = names.filter(|name| name.to_string_lossy().ends_with(".part"));
-    assert!(!path("none").exists() && unfinished.count() == 0);
+    assert!(!path("none.safetensors").exists() && unfinished.count() == 0);
 }
 
 #[test]
@@ -123,15 +129,17 @@ fn existing_files_are_kept_and_wrong_layouts_are_answered_with_the_choices() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
-/// The file contains the tensors of pooled attention, but not the plan; a note says so.
+/// The file contains the tensors of pooled attention, and in its metadata the plan, with which it is run.
 #[test]
 fn a_portable_model_is_exported_with_its_pooling_tensors() {
     let (folder, tiny) = (tempfile::tempdir().unwrap(), Tiny::new());
     let (model, file) = (folder.path().join("model"), folder.path().join("file.safetensors"));
     run(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--pool", "2", "--no-distill"]);
     let message = stderr_of(0, &["export", text(&model), "--to", "original", "-o", text(&file)]);
-    assert!(message.contains("clear:r=3,d=2") && message.contains("--attention"), "{message}");
+    assert!(message.contains("hold the plan clear:r=3,d=2"), "{message}");
     let config = repository("tests/fixtures/flux/head24/config.json");
+    let ran = forward(&file, &["--config", text(&config)]);
+    assert_close("its recorded plan", &ran, &forward(&model, &[]), 0.0);
     let back = folder.path().join("back.safetensors");
     run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back), "--config", text(&config)]);
     let original = tensors(&model.join("transformer"));

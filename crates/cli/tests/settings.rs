@@ -191,7 +191,8 @@ fn comments_in_a_prompts_file_are_no_prompts() {
         found["pictures"].as_array().unwrap().iter().map(|pair| pair["prompt"].as_str().unwrap()).collect();
     assert_eq!(names, ["cat face", "hedgehog"]);
     std::fs::write(&prompts, "# nothing\n").unwrap();
-    assert!(stderr_of(1, &arguments).contains("expected prompts, one per line, found none"));
+    let said = stderr_of(1, &[&arguments[..], &["--overwrite"]].concat());
+    assert!(said.contains("expected prompts, one per line, found none"), "{said}");
 }
 
 #[test]

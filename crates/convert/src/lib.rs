@@ -16,6 +16,6 @@ mod plan;
 mod source_hashes;
 
 pub use error::{ConvertError, Result};
-pub use patch::{AttentionOverlay, AttentionPatch, PatchMode};
+pub use patch::{AttentionOverlay, AttentionPatch, BaseDifference, PatchMode};
 pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER_FILE};
 pub use source_hashes::SourceHashes;

@@ -5,11 +5,13 @@
 
 use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
-use clearform_attention::{AttentionPlan, Policy, Radius};
+use clearform_attention::{AttentionPlan, Policy, Radius, learning_layer};
+use clearform_portable_model::PLAN_METADATA;
 use clearform_weights::{Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::Path;
 
 /// How a patch is applied to a model.
@@ -32,10 +34,9 @@ pub struct AttentionPatch {
     base: Option<String>,
 }
 
-// Keys and values of the metadata of the safetensors file.
+// Keys and values of the metadata of the safetensors file, beside PLAN_METADATA.
 const KIND: &str = "clearform.kind";
 const PATCH: &str = "attention-patch";
-const PLAN: &str = "clearform.attention";
 const FAMILY: &str = "clearform.family";
 const BASE: &str = "clearform.base_sha256";
 
@@ -72,7 +73,7 @@ impl AttentionPatch {
     /// Opens a patch. `radius` is required if neither the metadata nor the file's name contains it.
     ///
     /// # Errors
-    /// The file is not a patch, or the radius is unknown.
+    /// The file is not a patch, or the radius is unknown or another than the recorded one.
     pub fn open(path: &Path, radius: Option<Radius>) -> Result<Self> {
         let tensors = Checkpoint::open(path)?;
         let bad = |reason: String| ConvertError::BadPatch { path: path.to_owned(), reason };
@@ -82,11 +83,23 @@ impl AttentionPatch {
                 foreign.name
             )));
         }
-        let plan = match (tensors.metadata().get(PLAN), radius) {
-            (Some(text), None) => AttentionPlan::from_toml(text)?,
-            (_, Some(radius)) => AttentionPlan::clear(radius, pool_of(&tensors)),
-            (None, None) => plan_of_name(path)
-                .ok_or_else(|| bad("has no metadata, and its name contains no radius; pass --radius R".to_owned()))?,
+        let recorded = match tensors.metadata().get(PLAN_METADATA) {
+            Some(text) => Some(AttentionPlan::from_toml(text)?),
+            None => plan_of_name(path),
+        };
+        let plan = match (recorded, radius) {
+            (Some(plan), Some(radius)) if radius_of(&plan) != Some(radius) => {
+                return Err(bad(format!(
+                    "was distilled for {plan}, not for radius {}; leave --radius out. Other windows can be tried with \
+                     `generate --attention`",
+                    radius.tokens()
+                )));
+            }
+            (Some(plan), _) => plan,
+            (None, Some(radius)) => AttentionPlan::clear(radius, pool_of(&tensors)),
+            (None, None) => {
+                return Err(bad("has no metadata, and its name contains no radius; pass --radius R".to_owned()));
+            }
         };
         let base = tensors.metadata().get(BASE).cloned();
         Ok(Self { tensors, plan, base })
@@ -106,7 +119,7 @@ impl AttentionPatch {
     ///
     /// # Errors
     /// [`ConvertError::DoesNotFit`] if the target lacks a tensor of the patch or has it in another shape, if the base is
-    /// missing, or if it is not the teacher that the patch was distilled from.
+    /// missing, if it is not the teacher that the patch was distilled from, or if the target is shifted already.
     pub fn apply_to<'a>(
         &'a self,
         target: &'a dyn TensorSource,
@@ -118,12 +131,29 @@ impl AttentionPatch {
         }
         let base = match (mode, base) {
             (PatchMode::Replace, _) => None,
-            (PatchMode::Shift, Some(base)) => Some(self.check_base(base)?),
+            (PatchMode::Shift, Some(base)) => {
+                self.check_unpatched(target)?;
+                Some(self.check_base(base)?)
+            }
             (PatchMode::Shift, None) => {
                 return Err(ConvertError::DoesNotFit("shift needs the teacher; pass --base TEACHER".into()));
             }
         };
         Ok(AttentionOverlay { target, patch: &self.tensors, base })
+    }
+
+    /// Refuses to shift the model that the patch was extracted from.
+    fn check_unpatched(&self, target: &dyn TensorSource) -> Result<()> {
+        let mut names = self.tensors.tensors().into_iter().map(|info| info.name).filter(|name| !is_learned(name));
+        let differs = |name: String| is_changed(&name, &target.tensor(&name)?, &self.tensors);
+        match names.next().map(differs).transpose()? {
+            Some(false) => Err(ConvertError::DoesNotFit(
+                "the model has the patch's attention already, and shifting it would add the change twice; apply the patch \
+                 to the model as it was before"
+                    .into(),
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn check_base<'a>(&self, base: &'a dyn TensorSource) -> Result<&'a dyn TensorSource> {
@@ -205,7 +235,62 @@ const PROJECTIONS: [&str; 8] = [".to_q.", ".to_k.", ".to_v.", ".to_out.", ".wq."
 
 /// Whether `name` is a pooling weight, which the teacher does not have.
 fn is_learned(name: &str) -> bool {
-    name.ends_with(".processor.spatial_weight")
+    learning_layer(name).is_some()
+}
+
+/// A tensor in which a model differs from the one that it should have been distilled from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BaseDifference {
+    /// Its name.
+    pub tensor: String,
+    /// The norm of the difference as a share of that of the base; infinite if the base has no such tensor.
+    pub share: f64,
+}
+
+impl BaseDifference {
+    /// Above this share, another number format cannot be the reason.
+    const FORMAT: f64 = 0.1;
+
+    /// The tensor beside attention that differs the most between `model` and `base`. There is none if `model` was
+    /// distilled from `base`, since distillation changes attention alone.
+    ///
+    /// # Errors
+    /// A tensor cannot be read.
+    pub fn largest(model: &dyn TensorSource, base: &dyn TensorSource) -> Result<Option<Self>> {
+        let mut largest: Option<Self> = None;
+        for TensorInfo { name, shape, .. } in model.tensors().into_iter().filter(|info| !is_attention(&info.name)) {
+            let share = match base.info(&name).is_some_and(|found| found.shape == shape) {
+                true => relative_difference(&model.tensor(&name)?, &base.tensor(&name)?)?,
+                false => f64::INFINITY,
+            };
+            if share > largest.as_ref().map_or(0.0, |largest| largest.share) {
+                largest = Some(Self { tensor: name, share });
+            }
+        }
+        Ok(largest)
+    }
+
+    /// Whether the two are surely different models.
+    pub fn is_of_another_model(&self) -> bool {
+        self.share > Self::FORMAT
+    }
+}
+
+impl fmt::Display for BaseDifference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.share.is_finite() {
+            true => write!(f, "tensor {:?} differs by {:.2}%", self.tensor, 100.0 * self.share),
+            false => write!(f, "it has no tensor {:?} of that shape", self.tensor),
+        }
+    }
+}
+
+/// The norm of the difference as a share of that of `base`, which is rounded to the dtype of `tensor` first.
+fn relative_difference(tensor: &Tensor, base: &Tensor) -> Result<f64> {
+    let norm = |tensor: &Tensor| -> Result<f64> { Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt()) };
+    let base = base.to_dtype(tensor.dtype())?.to_dtype(DType::F32)?;
+    let difference = norm(&(tensor.to_dtype(DType::F32)? - &base)?)?;
+    Ok(if difference == 0.0 { 0.0 } else { difference / norm(&base)? })
 }
 
 fn attention_names(source: &dyn TensorSource) -> BTreeSet<String> {
@@ -252,7 +337,7 @@ fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String
     let mut metadata = BTreeMap::from([
         (KIND.to_owned(), PATCH.to_owned()),
         (FAMILY.to_owned(), family.to_owned()),
-        (PLAN.to_owned(), plan.to_toml()),
+        (PLAN_METADATA.to_owned(), plan.to_toml()),
         (BASE.to_owned(), base),
     ]);
     if let Policy::Clear { radius, pool } = plan.default_policy() {
@@ -260,6 +345,14 @@ fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String
         metadata.extend(pool.map(|pool| ("clearform.pool".to_owned(), pool.to_string())));
     }
     metadata
+}
+
+/// The radius of all layers of `plan`.
+fn radius_of(plan: &AttentionPlan) -> Option<Radius> {
+    match plan.default_policy() {
+        Policy::Clear { radius, .. } => Some(radius),
+        Policy::Full => None,
+    }
 }
 
 /// The pooling factor d, from the shape (1, 1, 1, d, 1, d, 1) of a pooling weight.
@@ -329,6 +422,38 @@ mod tests {
         let error = |base| patch.apply_to(&target, PatchMode::Shift, base).err().unwrap().to_string();
         assert!(error(None).contains("pass --base TEACHER"));
         assert!(error(Some(&other)).contains("not the teacher"));
+    }
+
+    #[test]
+    fn a_student_is_not_shifted_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let patch = AttentionPatch::open(&extracted(folder.path()), None).unwrap();
+        let [student, teacher] = [5.0, 2.0].map(|query| model(query, DType::F32));
+        let error = patch.apply_to(&student, PatchMode::Shift, Some(&teacher)).err().unwrap().to_string();
+        assert!(error.contains("would add the change twice"), "{error}");
+        assert!(patch.apply_to(&student, PatchMode::Replace, None).is_ok());
+    }
+
+    #[test]
+    fn a_radius_beside_the_recorded_one_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = extracted(folder.path());
+        let error = AttentionPatch::open(&path, Some(Radius::new(9.0).unwrap())).unwrap_err().to_string();
+        assert!(error.contains("was distilled for clear:r=3, not for radius 9"), "{error}");
+        assert!(AttentionPatch::open(&path, Some(Radius::new(3.0).unwrap())).is_ok());
+    }
+
+    #[test]
+    fn a_model_shares_what_is_not_attention_with_its_base() {
+        let base = model(2.0, DType::F32);
+        let largest = |model: &InMemoryTensors, base: &InMemoryTensors| BaseDifference::largest(model, base).unwrap();
+        assert_eq!(largest(&model(5.0, DType::BF16), &base), None);
+        let other: InMemoryTensors =
+            [(OTHER.to_owned(), Tensor::full(8f32, (2, 2), &Device::Cpu).unwrap())].into_iter().collect();
+        let found = largest(&other, &base).unwrap();
+        assert!(found.tensor == OTHER && (found.share - 1.0 / 9.0).abs() < 1e-6 && found.is_of_another_model());
+        assert_eq!(found.to_string(), "tensor \"x_embedder.weight\" differs by 11.11%");
+        assert_eq!(largest(&base, &InMemoryTensors::default()).unwrap().share, f64::INFINITY);
     }
 
     #[test]

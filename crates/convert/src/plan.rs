@@ -3,7 +3,7 @@
 use crate::model_card::ModelCard;
 use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{Identified, LoadReport};
 use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, SourceRecord, StagingDir};
 use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError};
@@ -35,6 +35,8 @@ pub struct ConversionReport {
     pub added: Vec<String>,
     /// The other components of the pipeline that the model contains.
     pub components: Vec<String>,
+    /// Those that its pipeline needs and it lacks.
+    pub missing_components: Vec<String>,
     /// What became of each tensor of the components that were not copied as files, by component.
     pub component_reports: BTreeMap<String, LoadReport>,
     /// Elements of all tensors of the transformer.
@@ -117,6 +119,7 @@ impl ConversionPlan {
         Ok(ConversionReport {
             load_report: load_report.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
+            missing_components: self.missing(&components),
             components,
             component_reports: self
                 .component_data
@@ -130,7 +133,8 @@ impl ConversionPlan {
     /// Learned tensors of the attention plan that the source lacks.
     fn added(&self, source: &dyn TensorSource) -> Result<InMemoryTensors> {
         let optional = self.identified.expected().into_iter().filter(|tensor| tensor.optional);
-        let layers: BTreeSet<String> = optional.filter_map(|tensor| layer_of(&tensor.name)).collect();
+        let layers: BTreeSet<String> =
+            optional.filter_map(|tensor| Some(learning_layer(&tensor.name)?.to_owned())).collect();
         let learned = layers.iter().filter_map(|layer| self.attention.learned(layer).transpose());
         let learned = learned.collect::<candle_core::Result<Vec<_>>>()?;
         Ok(learned.into_iter().filter(|(name, _)| source.info(name).is_none()).collect())
@@ -193,6 +197,11 @@ impl ConversionPlan {
         Ok(written)
     }
 
+    /// The components that the pipeline needs and that are none of `written`.
+    fn missing(&self, written: &[String]) -> Vec<String> {
+        self.identified.components().iter().filter(|name| !written.contains(name)).cloned().collect()
+    }
+
     /// Whether a model_index.json names the class of this transformer. Components may be taken from another pipeline, whose
     /// index must not be copied.
     fn fits_index(&self, index: &[u8]) -> bool {
@@ -221,11 +230,6 @@ impl ConversionPlan {
             .sum();
         copied + self.component_data.iter().map(ComponentData::byte_count).sum::<u64>()
     }
-}
-
-/// The attention layer that a learned tensor belongs to.
-fn layer_of(name: &str) -> Option<String> {
-    name.strip_suffix(".processor.spatial_weight").map(str::to_owned)
 }
 
 /// Refuses a conversion to f16 that makes a finite value infinite: f16 ends at 65504.

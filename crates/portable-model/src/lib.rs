@@ -19,7 +19,7 @@ mod verdict;
 
 pub use component::ComponentData;
 pub use error::{PortableModelError, Result};
-pub use model::{PortableModel, VerifyReport, recorded_plan};
+pub use model::{PLAN_METADATA, PortableModel, VerifyReport, recorded_plan};
 pub use record::{AdapterRecord, DistillationRecord, FileRecord, ModelRecord, SourceRecord};
 pub use staging::{CopyMode, Overwrite, StagingDir};
 pub use verdict::{ImageVerdict, LevelErrors, VerdictRecord};

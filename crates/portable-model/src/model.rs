@@ -6,7 +6,7 @@
 use crate::staging::paths_of;
 use crate::{ModelRecord, PortableModelError, Result};
 use clearform_attention::AttentionPlan;
-use clearform_weights::digest;
+use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -19,16 +19,23 @@ pub struct PortableModel {
     record: ModelRecord,
 }
 
-/// The attention plan that is recorded for the model at `path`; `None` if it is not a portable model. Opening it checks
-/// the sizes of its files.
+/// Key of a safetensors file's metadata: the attention plan of the transformer in it, in TOML.
+pub const PLAN_METADATA: &str = "clearform.attention";
+
+/// The attention plan that is recorded for the model at `path`, in its clearform.toml or in the metadata of its single
+/// file; `None` if there is none. Opening a portable model checks the sizes of its files.
 ///
 /// # Errors
-/// As [`PortableModel::open`].
+/// As [`PortableModel::open`], or what the metadata holds is no plan.
 pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
-    match PortableModel::is_portable_model(path) {
-        true => Ok(Some(PortableModel::open(path)?.record().plan()?)),
-        false => Ok(None),
+    if PortableModel::is_portable_model(path) {
+        return Ok(Some(PortableModel::open(path)?.record().plan()?));
     }
+    let is_file = path.extension().is_some_and(|extension| extension == "safetensors");
+    // A damaged file is reported where its tensors are read.
+    let Some(file) = is_file.then(|| Checkpoint::open(path).ok()).flatten() else { return Ok(None) };
+    let plan = file.metadata().get(PLAN_METADATA).map(|text| AttentionPlan::from_toml(text));
+    plan.transpose().map_err(|error| PortableModelError::Invalid { path: path.to_owned(), reason: error.to_string() })
 }
 
 impl PortableModel {

@@ -104,6 +104,7 @@ impl Pipeline {
             check_dtype(&options.device, dtype)?;
         }
         let plan = options.plan.clone().unwrap_or_else(AttentionPlan::full);
+        transformer.check_plan(&plan)?;
         let controlnets = options.adapters.open_controlnets(&transformer)?;
         controlnets.iter().try_for_each(ActiveControlNet::require_mode)?;
         let scheduler = scheduler(&components, &transformer)?;

@@ -5,7 +5,7 @@ use crate::files::{read_json, transformer_path};
 use crate::gpu_limits::{check_dtype, default_dtype};
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
 use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
@@ -181,11 +181,22 @@ impl TransformerCheckpoint {
         stored.filter(computes).unwrap_or_else(|| default_dtype(device))
     }
 
+    /// Refuses a plan that names a layer which the model does not have.
+    ///
+    /// # Errors
+    /// [`RuntimeError::BadSetting`], which names the layer.
+    pub fn check_plan(&self, plan: &AttentionPlan) -> Result<()> {
+        let names = self.identified.expected().into_iter().map(|tensor| tensor.name);
+        let layers = names.filter_map(|name| Some(learning_layer(&name)?.to_owned())).collect();
+        plan.check_layers(&layers).map_err(|error| RuntimeError::BadSetting(error.to_string()))
+    }
+
     /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes.
     ///
     /// # Errors
     /// A file cannot be read, the plan does not fit the model, or the device has no attention kernel for `dtype`.
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
+        self.check_plan(plan)?;
         if let Some(dtype) = dtype {
             check_dtype(device, dtype)?;
         }

@@ -19,6 +19,9 @@ pub struct CompareArgs {
     /// Folder to write the report to.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: PathBuf,
+    /// Replace an earlier report in the folder.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
     /// Where both run.
     #[command(flatten)]
     pub running: DeviceArgs,
@@ -44,6 +47,9 @@ pub struct TransferArgs {
     /// Folder to write the report and the patched fine-tunes to.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: PathBuf,
+    /// Replace an earlier report in the folder.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
     /// Where both run.
     #[command(flatten)]
     pub running: DeviceArgs,

@@ -1,7 +1,7 @@
 //! The arguments of `clearform patch`.
 
-use super::finite;
 use super::headings::{ATTENTION, INPUT, OUTPUT};
+use super::{ComponentFileArgs, finite};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -52,6 +52,12 @@ pub struct PatchApplyArgs {
     /// The patch's teacher, for `--mode shift`.
     #[arg(long, value_name = "MODEL", help_heading = INPUT)]
     pub base: Option<PathBuf>,
+    /// Diffusers folder with the components that the checkpoint lacks [default: the base, if it is a folder].
+    #[arg(long, value_name = "DIR", help_heading = INPUT)]
+    pub components: Option<PathBuf>,
+    /// Components in files of their own.
+    #[command(flatten)]
+    pub component_files: ComponentFileArgs,
     /// How the patch is applied.
     #[arg(long, value_enum, default_value = "replace", help_heading = ATTENTION)]
     pub mode: PatchModeArg,

@@ -11,6 +11,7 @@ pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome
     let options = CompareOptions {
         evaluation: (&args.sampling).into(),
         device: args.running.device,
+        replace: args.overwrite,
         ..CompareOptions::new(&args.teacher, &args.student, &args.output)
     };
     output.result(&compare(&options, &mut ProgressBars::default())?)?;

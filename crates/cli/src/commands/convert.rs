@@ -6,6 +6,7 @@ use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
     AttentionPlan, ConvertOptions, CopyMode, Radius, VerdictRecord, WrittenModel, convert, inspect, parse_plan,
+    preview_conversion,
 };
 
 /// Converts, or with `--dry-run` shows what would be done.
@@ -55,5 +56,8 @@ fn dry_run(options: &ConvertOptions, output: &Output) -> anyhow::Result<CommandO
     let ConvertOptions { attention, output: target, .. } = options;
     output.note(format_args!("would write {} with attention {attention}", target.display()));
     output.result(&inspection)?;
+    if inspection.is_complete() {
+        preview_conversion(options, &mut ProgressBars::default())?;
+    }
     Ok(CommandOutcome::complete_if(inspection.is_complete()))
 }

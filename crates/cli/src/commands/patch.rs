@@ -1,6 +1,6 @@
 //! `clearform patch`: extracts the distilled attention of a model, and applies it to another.
 
-use crate::args::{PatchAction, PatchApplyArgs, PatchArgs, PatchModeArg};
+use crate::args::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
@@ -9,7 +9,9 @@ use clearform::{PatchMode, PatchOptions, apply_patch, extract_patch};
 /// Extracts or applies a patch.
 pub fn run(args: &PatchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
-        PatchAction::Extract(args) => output.result(&extract_patch(&args.model, &args.base, &args.output)?)?,
+        PatchAction::Extract(PatchExtractArgs { model, base, output: path }) => {
+            output.result(&extract_patch(model, base, path, &mut ProgressBars::default())?)?;
+        }
         PatchAction::Apply(args) => output.result(&apply_patch(&options(args), &mut ProgressBars::default())?)?,
     }
     Ok(CommandOutcome::Complete)
@@ -24,6 +26,8 @@ fn options(args: &PatchApplyArgs) -> PatchOptions {
         mode,
         base: args.base.clone(),
         radius: args.radius,
+        components: args.components.clone(),
+        component_files: (&args.component_files).into(),
         overwrite: overwrite_if(args.overwrite),
         ..PatchOptions::new(&args.patch, &args.to, &args.output)
     }

@@ -13,6 +13,7 @@ pub fn run(args: &TransferArgs, output: &Output) -> anyhow::Result<CommandOutcom
         evaluation: (&args.sampling).into(),
         adapters: args.adapters.options()?,
         device: args.running.device,
+        replace: args.overwrite,
         ..TransferOptions::new(&args.teacher, &args.student, &args.output)
     };
     output.result(&transfer(&options, &mut ProgressBars::default())?)?;

@@ -62,6 +62,11 @@ impl PipelineScale {
     pub fn usual(identified: &Identified) -> Self {
         Self { native_side: None, pixels_per_token: identified.pixels_per_token() }
     }
+
+    /// Side in pixels of the images that the model was trained on, or of those that are usual.
+    pub fn side(&self, identified: &Identified) -> usize {
+        identified.manifest().trained_side(identified.sizes()).or(self.native_side).unwrap_or(USUAL_SIDE)
+    }
 }
 
 /// The cost of one evaluation with CLEAR attention.
@@ -83,8 +88,7 @@ impl CostEstimate {
         let sizes = identified.sizes();
         let flops = FlopCount::of(manifest, sizes);
         let token = scale.pixels_per_token;
-        let first =
-            manifest.trained_side(sizes).or(scale.native_side).unwrap_or(USUAL_SIDE).clamp(token, MOST_SIDE.max(token));
+        let first = scale.side(identified).clamp(token, MOST_SIDE.max(token));
         let most = manifest.largest_side(sizes).unwrap_or(MOST_SIDE).max(first);
         let sides = MULTIPLES.map(|multiple| first.saturating_mul(multiple)).into_iter();
         let possible = sides.filter(|side| *side <= most && flops.is_known());
