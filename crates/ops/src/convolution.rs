@@ -1,7 +1,10 @@
-//! [`convolution`]: a convolution as products over bands of the image, in parallel.
+//! [`convolution`], [`activated_convolution`] and [`upsampled_convolution`]: convolutions as products over parts of the
+//! image, in parallel.
 
 use crate::kernel::contiguous;
 use crate::strided_product::{StridedMatrix, strided_product};
+use crate::winograd::{ChannelAffine, WinogradOp};
+use crate::{reference, silu};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -21,12 +24,11 @@ const BAND: usize = 512;
 /// # Errors
 /// Shapes that contradict each other.
 pub fn convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (outputs, inputs, kernel, columns) = weight.dims4()?;
-    if x.dim(1)? != inputs || kernel != columns || kernel % 2 == 0 {
-        bail!("convolution: x {:?} does not match weight {:?}", x.dims(), weight.dims());
+    let kernel = check(x, weight)?;
+    if kernel == 3 && is_own(x, weight) {
+        return winograd(WinogradOp::default(), x, weight, bias, None);
     }
-    let is_own = x.device().is_cpu() && x.dtype() != DType::F64 && !x.track_op() && !weight.track_op();
-    let out = if is_own {
+    let out = if is_own(x, weight) {
         // Values of 16 bits are widened, since candle has no convolution of them on a CPU.
         let [image, weight] = [x, weight].map(|tensor| tensor.to_dtype(DType::F32)?.contiguous());
         image?.apply_op2_no_bwd(&weight?, &ConvolutionOp)?.to_dtype(x.dtype())?
@@ -35,8 +37,88 @@ pub fn convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
     };
     match bias {
         None => Ok(out),
-        Some(bias) => out.broadcast_add(&bias.to_dtype(x.dtype())?.reshape((1, outputs, 1, 1))?),
+        Some(bias) => out.broadcast_add(&bias.to_dtype(x.dtype())?.reshape((1, (), 1, 1))?),
     }
+}
+
+/// [`convolution`] of silu(x · scale + shift) with a 3 x 3 kernel, plus `residual`: half of a residual block, whose group
+/// norm is the scale and shift. The activation is computed where it is read and never stored.
+///
+/// # Shapes
+/// x and weight as for [`convolution`], `activation` for each sample and input channel, residual of the output's shape ->
+/// as [`convolution`].
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn activated_convolution(
+    x: &Tensor,
+    activation: &ChannelAffine,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let kernel = check(x, weight)?;
+    let channels = x.dim(0)? * x.dim(1)?;
+    if activation.scales.len() != channels || activation.shifts.len() != channels {
+        bail!("activated convolution: x {:?}, {} scales", x.dims(), activation.scales.len());
+    }
+    if kernel == 3 && is_own(x, weight) {
+        let op = WinogradOp { activation: Some(activation.clone()), ..WinogradOp::default() };
+        return winograd(op, x, weight, bias, residual);
+    }
+    let out = convolution(&silu(&reference::channel_affine(x, activation)?)?, weight, bias)?;
+    residual.map_or(Ok(out.clone()), |residual| residual + &out)
+}
+
+/// [`convolution`] with a 3 x 3 kernel of the image enlarged twofold by repeating pixels (`torch.nn.Upsample` with
+/// scale_factor 2, mode nearest), which is never stored.
+///
+/// # Shapes
+/// x (batch, inputs, height, width), weight and bias as for [`convolution`] -> (batch, outputs, 2 height, 2 width).
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn upsampled_convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if check(x, weight)? == 3 && is_own(x, weight) {
+        return winograd(WinogradOp { upsample: true, ..WinogradOp::default() }, x, weight, bias, None);
+    }
+    let (_, _, height, width) = x.dims4()?;
+    convolution(&x.upsample_nearest2d(2 * height, 2 * width)?, weight, bias)
+}
+
+/// The edge of the kernel.
+fn check(x: &Tensor, weight: &Tensor) -> Result<usize> {
+    let (_, inputs, kernel, columns) = weight.dims4()?;
+    if x.dim(1)? != inputs || kernel != columns || kernel % 2 == 0 {
+        bail!("convolution: x {:?} does not match weight {:?}", x.dims(), weight.dims());
+    }
+    Ok(kernel)
+}
+
+/// Whether the operations here compute it. The others are candle's.
+fn is_own(x: &Tensor, weight: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() != DType::F64 && !x.track_op() && !weight.track_op()
+}
+
+fn winograd(
+    op: WinogradOp,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let widened = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
+    let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1()).transpose()?;
+    if bias.as_ref().is_some_and(|bias| bias.len() != weight.dims()[0]) {
+        bail!("convolution: weight {:?} and a bias of another size", weight.dims());
+    }
+    let op = WinogradOp { bias, ..op };
+    let [image, weight] = [widened(x)?, widened(weight)?];
+    let out = match residual {
+        None => image.apply_op2_no_bwd(&weight, &op)?,
+        Some(residual) => image.apply_op3_no_bwd(&weight, &widened(residual)?, &op)?,
+    };
+    out.to_dtype(x.dtype())
 }
 
 struct ConvolutionOp;

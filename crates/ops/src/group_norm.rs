@@ -1,9 +1,10 @@
-//! [`group_norm`]: normalises groups of channels, in parallel over groups.
+//! [`group_norm`]: normalises groups of channels, in parallel over groups; and [`GroupMoments`], what it normalises by.
 
 use crate::kernel::{self, CpuKernel};
 use crate::reference;
-use crate::simd::Element;
-use candle_core::{Result, Tensor, bail};
+use crate::simd::{Element, Isa, Real as _, SimdKernel, dispatch};
+use crate::winograd::ChannelAffine;
+use candle_core::{D, DType, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 /// Group norm over channels and pixels (Wu and He, arXiv 1803.08494; `torch.nn.GroupNorm`). Sums are accumulated in f64.
@@ -58,19 +59,150 @@ impl CpuKernel for GroupNormOp {
 impl GroupNormOp {
     /// Mean and 1 / √(variance + eps) of a group.
     fn statistics<E: Element>(&self, values: &[E]) -> (f64, f64) {
-        let mean = sum_of(values, |value| value) / values.len() as f64;
-        let variance = sum_of(values, |value| (value - mean) * (value - mean)) / values.len() as f64;
-        (mean, 1.0 / (variance + self.eps).sqrt())
+        let moments = Moments::of(values);
+        (moments.mean, 1.0 / (moments.variance + self.eps).sqrt())
     }
 }
 
-/// Sum of `map` of each value, in eight partial sums that a processor adds side by side.
-fn sum_of<E: Element>(values: &[E], map: impl Fn(f64) -> f64) -> f64 {
-    let mut sums = [0.0; 8];
-    let chunks = values.chunks_exact(8);
-    let rest: f64 = chunks.remainder().iter().map(|value| map(value.to_f64())).sum();
-    for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += map(value.to_f64()));
+/// Mean and variance of some values.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Moments {
+    count: f64,
+    mean: f64,
+    variance: f64,
+}
+
+impl Moments {
+    fn of<E: Element>(values: &[E]) -> Self {
+        let count = values.len() as f64;
+        let [sum, squares] = dispatch(PowerSums { values });
+        let mean = sum / count.max(1.0);
+        Self { count, mean, variance: (squares / count.max(1.0) - mean * mean).max(0.0) }
     }
-    sums.iter().sum::<f64>() + rest
+
+    /// Those of both together (Chan, Golub and LeVeque, 1983, equation 2.1).
+    fn and(self, other: Self) -> Self {
+        let count = self.count + other.count;
+        if count == 0.0 {
+            return self;
+        }
+        let share = other.count / count;
+        let difference = other.mean - self.mean;
+        let within = self.variance * (1.0 - share) + other.variance * share;
+        let between = difference * difference * share * (1.0 - share);
+        Self { count, mean: self.mean + difference * share, variance: within + between }
+    }
+}
+
+/// Σ x and Σ x², in eight partial sums that a processor adds side by side.
+struct PowerSums<'a, E> {
+    values: &'a [E],
+}
+
+impl<E: Element> SimdKernel for PowerSums<'_, E> {
+    type Output = [f64; 2];
+
+    #[inline(always)]
+    fn run<L: Isa>(self) -> [f64; 2] {
+        let mut sums = [[0.0; 8]; 2];
+        let (chunks, rest) = self.values.as_chunks::<8>();
+        for chunk in chunks {
+            for (lane, value) in chunk.iter().enumerate() {
+                let value = value.to_f64();
+                sums[0][lane] += value;
+                sums[1][lane] = value.times_plus::<L>(value, sums[1][lane]);
+            }
+        }
+        let rest = rest.iter().map(|value| value.to_f64());
+        let rest = rest.fold([0.0; 2], |[sum, squares], value| [sum + value, squares + value * value]);
+        [sums[0].iter().sum::<f64>() + rest[0], sums[1].iter().sum::<f64>() + rest[1]]
+    }
+}
+
+/// Means and variances of the groups of channels of each sample. Those of several parts of an image can be joined.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupMoments {
+    groups: usize,
+    /// (batch, groups).
+    moments: Vec<Moments>,
+}
+
+impl GroupMoments {
+    /// Those of `x`.
+    ///
+    /// # Shapes
+    /// x (batch, channels, height, width), with `groups` a divisor of channels.
+    ///
+    /// # Errors
+    /// Another number of dimensions, or groups that do not divide the channels.
+    pub fn of(x: &Tensor, groups: usize) -> Result<Self> {
+        let (batch, channels, height, width) = x.dims4()?;
+        if groups == 0 || channels % groups != 0 {
+            bail!("group norm: {channels} channels in {groups} groups");
+        }
+        let size = channels / groups * height * width;
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        if !x.device().is_cpu() {
+            return Self::on_device(&x.reshape((batch * groups, size))?, groups);
+        }
+        let (storage, layout) = x.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("group norm: expected a tensor on the CPU") };
+        let values = kernel::contiguous::<f32>(storage, layout)?;
+        let moments = if size == 0 {
+            vec![Moments::default(); batch * groups]
+        } else {
+            values.par_chunks(size).map(Moments::of).collect()
+        };
+        Ok(Self { groups, moments })
+    }
+
+    /// # Shapes
+    /// x (batch · groups, values).
+    fn on_device(x: &Tensor, groups: usize) -> Result<Self> {
+        let means = x.mean_keepdim(D::Minus1)?;
+        let variances = x.broadcast_sub(&means)?.sqr()?.mean(D::Minus1)?.to_vec1::<f32>()?;
+        let count = x.dim(1)? as f64;
+        let means = means.flatten_all()?.to_vec1::<f32>()?.into_iter().zip(variances);
+        let moments = |(mean, variance)| Moments { count, mean: f64::from(mean), variance: f64::from(variance) };
+        Ok(Self { groups, moments: means.map(moments).collect() })
+    }
+
+    /// Those of the samples of both together, sample by sample.
+    ///
+    /// # Errors
+    /// Another number of samples or groups.
+    pub fn and(&self, other: &Self) -> Result<Self> {
+        if self.groups != other.groups || self.moments.len() != other.moments.len() {
+            bail!("group norm: {} and {} groups cannot be joined", self.moments.len(), other.moments.len());
+        }
+        let joined = self.moments.iter().zip(&other.moments).map(|(a, b)| a.and(*b));
+        Ok(Self { groups: self.groups, moments: joined.collect() })
+    }
+
+    /// What a group norm with these moments does to each channel.
+    ///
+    /// # Shapes
+    /// weight and bias (channels).
+    ///
+    /// # Errors
+    /// A number of channels that the groups do not divide.
+    pub fn affine(&self, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<ChannelAffine> {
+        let [weight, bias] = [weight, bias].map(|tensor| tensor.to_dtype(DType::F32)?.to_vec1::<f32>());
+        let (weight, bias) = (weight?, bias?);
+        if weight.len() != bias.len() || weight.len() % self.groups != 0 {
+            bail!("group norm: weight ({}), bias ({}), {} groups", weight.len(), bias.len(), self.groups);
+        }
+        let size = weight.len() / self.groups;
+        let mut affine = ChannelAffine { scales: Vec::new(), shifts: Vec::new() };
+        for (index, moments) in self.moments.iter().enumerate() {
+            let factor = 1.0 / (moments.variance + eps).sqrt();
+            let first = index % self.groups * size;
+            for channel in first..first + size {
+                let scale = f64::from(weight[channel]) * factor;
+                affine.scales.push(scale as f32);
+                affine.shifts.push((f64::from(bias[channel]) - moments.mean * scale) as f32);
+            }
+        }
+        Ok(affine)
+    }
 }

@@ -1,6 +1,7 @@
 //! The operations in plain tensor algebra: the specification of the fused ones, which tests compare with them. All
 //! accept f64 and are differentiated by candle itself.
 
+use crate::winograd::ChannelAffine;
 use candle_core::{D, DType, Result, Tensor};
 use clearform_weights::{BaseWeight, Weight};
 
@@ -108,6 +109,19 @@ pub fn rms_norm_rope(x: &Tensor, weight: &Tensor, cos: &Tensor, sin: &Tensor, ep
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(&weight.to_dtype(x.dtype())?)
+}
+
+/// x · scale + shift, for each channel of each sample.
+///
+/// # Shapes
+/// x (batch, channels, height, width) -> as x.
+///
+/// # Errors
+/// Shapes that contradict each other.
+pub fn channel_affine(x: &Tensor, affine: &ChannelAffine) -> Result<Tensor> {
+    let (batch, channels, ..) = x.dims4()?;
+    let tensor = |values: &[f32]| Tensor::from_slice(values, (batch, channels, 1, 1), x.device())?.to_dtype(x.dtype());
+    x.broadcast_mul(&tensor(&affine.scales)?)?.broadcast_add(&tensor(&affine.shifts)?)
 }
 
 /// Group norm over channels and pixels: (x - mean) / √(variance + eps) weight + bias, over each of `groups` groups of

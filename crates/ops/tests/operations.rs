@@ -361,3 +361,57 @@ fn convolutions_are_those_of_the_tensor_library() {
         }
     }
 }
+
+/// Sizes with whole and cut tiles, one and several blocks, both of a few rows and of part of a row.
+const IMAGES: [[usize; 4]; 6] =
+    [[2, 4, 6, 7], [1, 3, 5, 1100], [1, 40, 33, 50], [1, 2, 1, 1], [1, 1, 2, 3], [1, 300, 4, 270]];
+
+#[test]
+fn an_activated_convolution_is_that_of_the_activated_image() {
+    for image in IMAGES {
+        let [batch, channels, height, width] = image;
+        let f32 = |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::F32).unwrap();
+        let (x, weight, bias) = (f32(&image, 1), f32(&[5, channels, 3, 3], 2), f32(&[5], 3));
+        let residual = f32(&[batch, 5, height, width], 4);
+        let values = |seed| f32(&[batch * channels], seed).to_vec1::<f32>().unwrap();
+        let activation = ops::ChannelAffine { scales: values(5), shifts: values(6) };
+        let activated = ops::reference::channel_affine(&x, &activation).unwrap().silu().unwrap();
+        let want = activated.conv2d(&weight, 1, 1, 1, 1).unwrap();
+        let want = (want.broadcast_add(&bias.reshape((1, 5, 1, 1)).unwrap()).unwrap() + &residual).unwrap();
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 2e-2), (DType::F64, 2e-6)] {
+            let [x, residual] = [&x, &residual].map(|tensor| tensor.to_dtype(dtype).unwrap());
+            let got = ops::activated_convolution(&x, &activation, &weight, Some(&bias), Some(&residual)).unwrap();
+            let error = relative_error(&got, &want);
+            assert!(got.dtype() == dtype && error <= bound, "{image:?} in {dtype:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn an_upsampled_convolution_is_that_of_the_enlarged_image() {
+    for image in IMAGES {
+        let f32 = |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::F32).unwrap();
+        let (x, weight, bias) = (f32(&image, 1), f32(&[5, image[1], 3, 3], 2), f32(&[5], 3));
+        let enlarged = x.upsample_nearest2d(2 * image[2], 2 * image[3]).unwrap();
+        let want = enlarged.conv2d(&weight, 1, 1, 1, 1).unwrap();
+        let want = want.broadcast_add(&bias.reshape((1, 5, 1, 1)).unwrap()).unwrap();
+        let got = ops::upsampled_convolution(&x, &weight, Some(&bias)).unwrap();
+        let error = relative_error(&got, &want);
+        assert!(error <= 2e-6, "{image:?}: {error:e}");
+    }
+}
+
+/// Moments of two halves of an image together are those of the whole, and what they do to channels is the group norm.
+#[test]
+fn joined_moments_give_the_group_norm() {
+    let x = (noise(&[2, 6, 8, 5], 1) * 3.0).unwrap().affine(1.0, 40.0).unwrap().to_dtype(DType::F32).unwrap();
+    let [weight, bias] = [2, 3].map(|seed| noise(&[6], seed).to_dtype(DType::F32).unwrap());
+    let half = |first, rows| ops::GroupMoments::of(&x.narrow(2, first, rows).unwrap(), 3).unwrap();
+    let joined = half(0, 3).and(&half(3, 5)).unwrap();
+    let affine = joined.affine(&weight, &bias, 1e-6).unwrap();
+    let got = ops::reference::channel_affine(&x, &affine).unwrap();
+    let want = ops::reference::group_norm(&x.to_dtype(DType::F64).unwrap(), 3, &weight, &bias, 1e-6).unwrap();
+    let error = relative_error(&got, &want);
+    assert!(error < 3e-6, "{error:e}");
+    assert!(half(0, 3).and(&ops::GroupMoments::of(&x, 2).unwrap()).is_err());
+}
