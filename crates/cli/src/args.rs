@@ -19,6 +19,7 @@ pub use adapters::{
 };
 pub use bench::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
+    VaeBenchArgs,
 };
 pub use compare::{CompareArgs, SamplingArgs, TransferArgs};
 pub use component_files::ComponentFileArgs;

@@ -25,6 +25,7 @@ mod row_copy;
 mod silu;
 pub mod simd;
 mod strided_product;
+mod wide_attention;
 mod winograd;
 
 pub use adam::adam_step;
@@ -39,4 +40,5 @@ pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};
 pub use reference::{AdamState, AdamStep};
 pub use rope::rope;
 pub use silu::{silu, swiglu};
+pub use wide_attention::wide_attention;
 pub use winograd::ChannelAffine;

@@ -415,3 +415,22 @@ fn joined_moments_give_the_group_norm() {
     assert!(error < 3e-6, "{error:e}");
     assert!(half(0, 3).and(&ops::GroupMoments::of(&x, 2).unwrap()).is_err());
 }
+
+/// Fewer and more queries and keys than a block has, and scores far apart.
+#[test]
+fn wide_attention_is_softmax_attention() {
+    for ([batch, queries, keys, channels], spread) in
+        [([2, 3, 5, 7], 1.0), ([1, 130, 4100, 24], 4.0), ([1, 300, 33, 64], 30.0), ([1, 1, 1, 1], 1.0)]
+    {
+        let f32 = |count, seed| noise(&[batch, count, channels], seed).to_dtype(DType::F32).unwrap();
+        let (query, key, value) = ((f32(queries, 1) * spread).unwrap(), f32(keys, 2), f32(keys, 3));
+        let scores = (query.matmul(&key.t().unwrap()).unwrap() / (channels as f64).sqrt()).unwrap();
+        let weights = scores.broadcast_sub(&scores.max_keepdim(2).unwrap()).unwrap().exp().unwrap();
+        let weights = weights.broadcast_div(&weights.sum_keepdim(2).unwrap()).unwrap();
+        let want = weights.matmul(&value).unwrap();
+        let error = relative_error(&ops::wide_attention(&query, &key, &value).unwrap(), &want);
+        assert!(error < 3e-6, "{batch} x {queries} x {keys} x {channels}: {error:e}");
+    }
+    let empty = noise(&[1, 0, 4], 1);
+    assert!(ops::wide_attention(&noise(&[1, 2, 4], 1), &empty, &empty).is_err());
+}

@@ -3,10 +3,12 @@
 mod attention;
 mod step;
 mod tiles;
+mod vae;
 
 pub use attention::{AttentionBench, AttentionTiming, bench_attention};
 pub use step::{ModelBench, StepBench, StepRow, StepTable, StepTiming, bench_model, bench_step};
 pub use tiles::{TileRow, TileTable, TilesBench, bench_tiles};
+pub use vae::{VaeBench, VaeRow, VaeTable, bench_vae};
 
 use crate::{ClearformError, Result};
 use candle_core::Device;

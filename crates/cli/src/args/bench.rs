@@ -22,6 +22,8 @@ pub enum BenchCommand {
     Step(StepBenchArgs),
     /// Time one evaluation of a model at several sizes and with several attention plans.
     Model(ModelBenchArgs),
+    /// Time the decoding of random latents at several sizes.
+    Vae(VaeBenchArgs),
     /// Count how much of what attention computes lies inside the disc; nothing is timed.
     #[command(alias = "share")]
     Tiles(TilesBenchArgs),
@@ -120,6 +122,23 @@ pub struct ModelBenchArgs {
     /// What is the same for every evaluation.
     #[command(flatten)]
     pub timing: TimingArgs,
+}
+
+/// `clearform bench vae`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  clearform bench vae FLUX.1-dev --size 512,1024")]
+pub struct VaeBenchArgs {
+    /// Portable model or diffusers folder.
+    pub model: PathBuf,
+    /// Width and height of the images, in pixels; several separated by commas.
+    #[arg(long, default_value = "512,1024", value_delimiter = ',', value_name = "PIXELS", help_heading = INPUT)]
+    pub size: Vec<usize>,
+    /// Timed runs, after one warm-up run.
+    #[arg(long, default_value_t = 3, value_name = "N", help_heading = TIMING)]
+    pub repeat: usize,
+    /// Where it runs.
+    #[command(flatten)]
+    pub running: DeviceArgs,
 }
 
 /// `clearform bench tiles`. The defaults give the table of tiles that CLEAR's kernel is compared with.

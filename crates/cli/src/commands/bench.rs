@@ -2,11 +2,12 @@
 
 use crate::args::{
     AttentionBenchArgs, BenchArgs, BenchCommand, ModelBenchArgs, StepBenchArgs, TilesBenchArgs, TimingArgs,
+    VaeBenchArgs,
 };
 use crate::output::{CommandOutcome, Output};
 use clearform::bench::{
-    AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, bench_attention, bench_model, bench_step,
-    bench_tiles,
+    AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, VaeBench, bench_attention, bench_model, bench_step,
+    bench_tiles, bench_vae,
 };
 use clearform::{AttentionPlan, Radius, parse_plan};
 
@@ -16,6 +17,7 @@ pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> 
         BenchCommand::Attention(args) => output.result(&bench_attention(&attention(args)?)?)?,
         BenchCommand::Step(args) => output.result(&bench_step(&step(args)?)?)?,
         BenchCommand::Model(args) => output.result(&bench_model(&model(args)?)?)?,
+        BenchCommand::Vae(args) => output.result(&bench_vae(&vae(args))?)?,
         BenchCommand::Tiles(args) => output.result(&bench_tiles(&tiles(args))?)?,
     }
     Ok(CommandOutcome::Complete)
@@ -59,6 +61,11 @@ fn model(args: &ModelBenchArgs) -> anyhow::Result<ModelBench> {
         plans: args.attention.iter().map(|text| parse_plan(text)).collect::<Result<_, _>>()?,
         timing: timing(&args.timing),
     })
+}
+
+fn vae(args: &VaeBenchArgs) -> VaeBench {
+    let VaeBenchArgs { model, size, repeat, running } = args;
+    VaeBench { model: model.clone(), sizes: size.clone(), repeat: *repeat, device: running.device }
 }
 
 fn tiles(args: &TilesBenchArgs) -> TilesBench {

@@ -3,7 +3,10 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Conv2d, Conv2dConfig, Module};
-use clearform_ops::{convolution, group_norm};
+use clearform_ops::reference::channel_affine;
+use clearform_ops::{
+    ChannelAffine, GroupMoments, activated_convolution, convolution, group_norm, silu, upsampled_convolution,
+};
 
 /// Elements of the im2col matrix on a GPU. candle's kernel indexes it with 32 bits, and 2^30 f32 values take 4 GB.
 const MAX_UNFOLDED: usize = 1 << 30;
@@ -15,6 +18,42 @@ pub(crate) struct Convolution(Conv2d);
 impl Convolution {
     pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, config: Conv2dConfig) -> Self {
         Self(Conv2d::new(weight, bias, config))
+    }
+
+    /// The convolution of silu(x · scale + shift), plus `residual`.
+    ///
+    /// # Shapes
+    /// As the module's; residual as the output.
+    pub(crate) fn of_activated(
+        &self,
+        x: &Tensor,
+        activation: &ChannelAffine,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        if self.is_own(x) {
+            return activated_convolution(x, activation, self.0.weight(), self.0.bias(), residual);
+        }
+        let out = self.forward(&silu(&channel_affine(x, activation)?)?)?;
+        residual.map_or(Ok(out.clone()), |residual| residual + &out)
+    }
+
+    /// The convolution of `x` enlarged twofold by repeating pixels.
+    ///
+    /// # Shapes
+    /// (batch, inputs, height, width) -> (batch, outputs, 2 height, 2 width).
+    pub(crate) fn of_upsampled(&self, x: &Tensor) -> Result<Tensor> {
+        if self.is_own(x) {
+            return upsampled_convolution(x, self.0.weight(), self.0.bias());
+        }
+        let (_, _, height, width) = x.dims4()?;
+        self.forward(&x.upsample_nearest2d(2 * height, 2 * width)?)
+    }
+
+    /// Whether the operations of `clearform_ops` compute it.
+    fn is_own(&self, x: &Tensor) -> bool {
+        let config = self.0.config();
+        let keeps_size = config.stride == 1 && config.dilation == 1 && config.groups == 1;
+        x.device().is_cpu() && keeps_size && self.0.weight().dims().last() == Some(&(2 * config.padding + 1))
     }
 
     /// Computes as many output rows at a time as unfold to at most `max_unfolded` elements. Bands overlap by the
@@ -48,9 +87,7 @@ impl Convolution {
 
 impl Module for Convolution {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let config = self.0.config();
-        let keeps_size = config.stride == 1 && config.dilation == 1 && config.groups == 1;
-        if x.device().is_cpu() && keeps_size && 2 * config.padding + 1 == self.0.weight().dim(2)? {
+        if self.is_own(x) {
             return convolution(x, self.0.weight(), self.0.bias());
         }
         self.in_bands(x, if x.device().is_cuda() { MAX_UNFOLDED } else { usize::MAX })
@@ -64,6 +101,13 @@ pub(crate) struct GroupNorm {
     pub bias: Tensor,
     pub groups: usize,
     pub eps: f64,
+}
+
+impl GroupNorm {
+    /// What it does to each channel of images with these moments.
+    pub(crate) fn affine(&self, moments: &GroupMoments) -> Result<ChannelAffine> {
+        moments.affine(&self.weight, &self.bias, self.eps)
+    }
 }
 
 impl Module for GroupNorm {

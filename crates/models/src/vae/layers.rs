@@ -1,18 +1,16 @@
 //! Layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and loading of convolutions and group norms.
 
+use super::part::{NormMoments, Part};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::{Linear, WeightBuilder};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use candle_nn::{Conv2dConfig, Module};
-use clearform_ops::silu;
+use clearform_ops::reference::channel_affine;
+use clearform_ops::wide_attention;
 
 /// The epsilon of every norm in the autoencoder.
 const NORM_EPS: f64 = 1e-6;
-/// Queries that attend at a time. The scores of a whole image would not fit in memory: at 128 x 128 latent pixels they
-/// take 1 GB.
-const QUERIES: usize = 1024;
-
 /// diffusers' `ResnetBlock2D` without a timestep embedding: two convolutions after group norm and SiLU, and a shortcut.
 #[derive(Debug)]
 pub(super) struct Resnet {
@@ -29,6 +27,15 @@ pub(super) struct SpatialAttention {
     key: Linear,
     value: Linear,
     out: Linear,
+}
+
+/// What the pixels of an image attend to.
+#[derive(Debug, Clone)]
+pub(super) struct AttentionContext {
+    /// (batch or 1, pixels, channels).
+    keys: Tensor,
+    /// (batch or 1, pixels, channels).
+    values: Tensor,
 }
 
 /// Loads a square convolution of shape [inputs, outputs, kernel].
@@ -67,15 +74,16 @@ impl Resnet {
 
     /// # Shapes
     /// (batch, inputs, height, width) -> (batch, outputs, height, width).
-    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut inner = x.clone();
-        for (norm, conv) in self.norms.iter().zip(&self.convs) {
-            inner = conv.forward(&silu(&norm.forward(&inner)?)?)?;
-        }
-        match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x)? + inner,
-            None => x + inner,
-        }
+    pub(super) fn forward(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+        let [first, second] = &self.convs;
+        let inner = first.of_activated(&part.x, &moments.affine(&self.norms[0], &part)?, None)?;
+        let residual = match &self.shortcut {
+            Some(shortcut) => shortcut.forward(&part.x)?,
+            None => part.x,
+        };
+        let inner = Part { x: inner, margins: part.margins };
+        let x = second.of_activated(&inner.x, &moments.affine(&self.norms[1], &inner)?, Some(&residual))?;
+        Ok(Part { x, ..inner })
     }
 }
 
@@ -90,21 +98,38 @@ impl SpatialAttention {
         })
     }
 
+    /// The normalised pixels.
+    ///
     /// # Shapes
-    /// (batch, channels, height, width) -> the same.
-    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (batch, channels, height, width) = x.dims4()?;
-        let tokens = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (batch, pixels, channels)
-        let query = (self.query.forward(&tokens)? / (channels as f64).sqrt())?;
-        let key = self.key.forward(&tokens)?.transpose(1, 2)?.contiguous()?; // (batch, channels, pixels)
-        let value = self.value.forward(&tokens)?;
-        let mut chunks = Vec::new();
-        for start in (0..height * width).step_by(QUERIES) {
-            let chunk = query.narrow(1, start, QUERIES.min(height * width - start))?.contiguous()?;
-            chunks.push(candle_nn::ops::softmax(&chunk.matmul(&key)?, D::Minus1)?.matmul(&value)?);
-        }
-        let attended = self.out.forward(&Tensor::cat(&chunks, 1)?)?; // (batch, pixels, channels)
-        x + attended.transpose(1, 2)?.reshape((batch, channels, height, width))?
+    /// (batch, channels, height, width) -> (batch, pixels, channels).
+    pub(super) fn tokens(&self, part: &Part, moments: &mut dyn NormMoments) -> candle_core::Result<Tensor> {
+        let normal = channel_affine(&part.x, &moments.affine(&self.norm, part)?)?;
+        normal.flatten_from(2)?.transpose(1, 2)?.contiguous()
+    }
+
+    /// What pixels attend to.
+    ///
+    /// # Shapes
+    /// tokens (batch, pixels, channels).
+    pub(super) fn context(&self, tokens: &Tensor) -> candle_core::Result<AttentionContext> {
+        Ok(AttentionContext { keys: self.key.forward(tokens)?, values: self.value.forward(tokens)? })
+    }
+
+    /// `x` plus what its tokens attend to.
+    ///
+    /// # Shapes
+    /// x (batch, channels, height, width) and its tokens -> as x.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        tokens: &Tensor,
+        context: &AttentionContext,
+    ) -> candle_core::Result<Tensor> {
+        let (batch, pixels, channels) = tokens.dims3()?;
+        let query = self.query.forward(tokens)?.reshape((context.keys.dim(0)?, (), channels))?;
+        let attended = self.out.forward(&wide_attention(&query, &context.keys, &context.values)?)?;
+        let attended = attended.reshape((batch, pixels, channels))?;
+        x + attended.transpose(1, 2)?.reshape(x.dims())?
     }
 }
 
@@ -119,12 +144,13 @@ fn layer(builder: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::vae::part::OwnMoments;
     use candle_core::{DType, Device};
     use clearform_weights::InMemoryTensors;
 
-    /// With zero scores every pixel gets the mean of all, whether in one chunk of queries or in two.
+    /// With zero scores every pixel gets the mean of all.
     #[test]
-    fn chunked_attention_equals_attention() {
+    fn attention_without_preference_is_the_mean() {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
         let eye = Tensor::eye(2, DType::F32, &Device::Cpu).unwrap();
         let ones = Tensor::ones(2, DType::F32, &Device::Cpu).unwrap();
@@ -136,8 +162,10 @@ mod tests {
         ];
         let source: InMemoryTensors = tensors.chain(norm).collect();
         let attention = SpatialAttention::load(&WeightBuilder::root(&source), 2, 2).unwrap();
-        let x = Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap();
-        let added = (attention.forward(&x).unwrap() - &x).unwrap();
+        let part = Part::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
+        let tokens = attention.tokens(&part, &mut OwnMoments).unwrap();
+        let context = attention.context(&tokens).unwrap();
+        let added = (attention.forward(&part.x, &tokens, &context).unwrap() - &part.x).unwrap();
         for (channel, mean) in [(0, 3f32), (1, -1.)] {
             let added = added.get(0).unwrap().get(channel).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert!(added.iter().all(|value| (value - mean).abs() < 1e-4));

@@ -3,6 +3,7 @@
 
 mod autoencoder;
 mod layers;
+mod part;
 
 pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
 
@@ -12,9 +13,9 @@ use crate::weight_builder::WeightBuilder;
 use crate::{ImageSize, Result};
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Conv2dConfig, Module};
-use clearform_ops::silu;
 use clearform_weights::TensorSource;
 use layers::{Resnet, SpatialAttention, conv, group_norm};
+use part::{NormMoments, OwnMoments, Part};
 use serde_json::Value;
 
 /// Sizes of an `AutoencoderKL` and the scaling of its latents, from its config.json.
@@ -270,16 +271,18 @@ impl Encoder {
     }
 
     fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = self.conv_in.forward(images)?;
+        let moments = &mut OwnMoments;
+        let mut part = Part::whole(self.conv_in.forward(images)?);
         for level in &self.levels {
-            x = level.resnets(&x)?;
+            part = level.resnets(part, moments)?;
             if let Some(halve) = &level.resample {
                 // diffusers' `Downsample2D` pads only the right and bottom edges.
-                x = halve.forward(&x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?)?;
+                let padded = part.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
+                part = Part::whole(halve.forward(&padded)?);
             }
         }
-        let x = self.middle.forward(&x)?;
-        self.conv_out.forward(&silu(&self.norm_out.forward(&x)?)?)
+        let part = self.middle.forward(part, moments)?;
+        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
     }
 }
 
@@ -306,15 +309,15 @@ impl Decoder {
     }
 
     fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = self.middle.forward(&self.conv_in.forward(latents)?)?;
+        let moments = &mut OwnMoments;
+        let mut part = self.middle.forward(Part::whole(self.conv_in.forward(latents)?), moments)?;
         for level in &self.levels {
-            x = level.resnets(&x)?;
+            part = level.resnets(part, moments)?;
             if let Some(smooth) = &level.resample {
-                let (_, _, height, width) = x.dims4()?;
-                x = smooth.forward(&x.upsample_nearest2d(2 * height, 2 * width)?)?;
+                part = part.enlarged(|x| smooth.of_upsampled(x))?;
             }
         }
-        self.conv_out.forward(&silu(&self.norm_out.forward(&x)?)?)
+        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
     }
 }
 
@@ -329,8 +332,8 @@ impl ResolutionLevel {
         Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
     }
 
-    fn resnets(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.resnets.iter().try_fold(x.clone(), |x, resnet| resnet.forward(&x))
+    fn resnets(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+        self.resnets.iter().try_fold(part, |part, resnet| resnet.forward(part, moments))
     }
 }
 
@@ -344,13 +347,13 @@ impl MidBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let x = self.first.forward(x)?;
-        let x = match &self.attention {
-            Some(attention) => attention.forward(&x)?,
-            None => x,
-        };
-        self.second.forward(&x)
+    fn forward(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+        let mut part = self.first.forward(part, moments)?;
+        if let Some(attention) = &self.attention {
+            let tokens = attention.tokens(&part, moments)?;
+            part.x = attention.forward(&part.x, &tokens, &attention.context(&tokens)?)?;
+        }
+        self.second.forward(part, moments)
     }
 }
 

@@ -1,0 +1,71 @@
+//! [`bench_vae`]: times the decoding of random latents.
+
+use super::median_ms;
+use crate::{ClearformError, ComputeDevice, Result};
+use candle_core::{DType, Tensor};
+use clearform_models::vae::autoencoder;
+use clearform_runtime::Components;
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+
+/// An autoencoder at several sizes.
+#[derive(Debug, Clone)]
+pub struct VaeBench {
+    /// Portable model or diffusers folder.
+    pub model: PathBuf,
+    /// Width and height of the images, in pixels.
+    pub sizes: Vec<usize>,
+    /// Timed runs, after one warm-up run.
+    pub repeat: usize,
+    /// Where it runs.
+    pub device: ComputeDevice,
+}
+
+/// Times the decoding of random latents by the autoencoder of a model.
+///
+/// # Errors
+/// The autoencoder cannot be read, or a size is no multiple of its reduction.
+pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
+    let components = Components::new(&bench.model, None);
+    let spec = autoencoder(&components.config("vae")?)?;
+    let device = bench.device.open()?;
+    let vae = spec.build(components.weights("vae")?.as_ref())?;
+    let row = |size: &usize| {
+        if *size == 0 || size % spec.downscale() != 0 {
+            let reason = format!("--size {size}: expected a positive multiple of {}", spec.downscale());
+            return Err(ClearformError::BadOption(reason));
+        }
+        let edge = size / spec.downscale();
+        let latents =
+            Tensor::randn(0f32, 1.0, (1, spec.latent_channels(), edge, edge), &device)?.to_dtype(DType::F32)?;
+        let median_ms = median_ms(bench.repeat, &device, || Ok(vae.decode(&latents).map(drop)?))?;
+        Ok(VaeRow { size: *size, median_ms })
+    };
+    Ok(VaeTable { rows: bench.sizes.iter().map(row).collect::<Result<_>>()? })
+}
+
+/// One decoding.
+#[derive(Debug, Serialize)]
+pub struct VaeRow {
+    /// Width and height of the image, in pixels.
+    pub size: usize,
+    /// Median, in milliseconds.
+    pub median_ms: f64,
+}
+
+/// The result of [`bench_vae`].
+#[derive(Debug, Serialize)]
+pub struct VaeTable {
+    /// One row per size.
+    pub rows: Vec<VaeRow>,
+}
+
+impl fmt::Display for VaeTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = |f: &mut fmt::Formatter<'_>, row: &VaeRow| {
+            writeln!(f, "{:>5} x {:<5}  median {:>10.1} ms", row.size, row.size, row.median_ms)
+        };
+        self.rows.iter().try_for_each(|row| line(f, row))
+    }
+}

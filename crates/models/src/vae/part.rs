@@ -1,0 +1,64 @@
+//! [`Part`]: a part of an image on its way through the decoder, and [`NormMoments`], what its group norms go by.
+
+use crate::layers::GroupNorm;
+use candle_core::{Result, Tensor};
+use clearform_ops::{ChannelAffine, GroupMoments};
+
+/// Pixels above, below, left and right of a part that are only there because convolutions read them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Margins {
+    pub rows: [usize; 2],
+    pub columns: [usize; 2],
+}
+
+/// A part of an image, or of several.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    /// (batch, channels, height, width), with the margins.
+    pub x: Tensor,
+    pub margins: Margins,
+}
+
+impl Part {
+    /// A whole image, which has no margins.
+    pub fn whole(x: Tensor) -> Self {
+        Self { x, margins: Margins::default() }
+    }
+
+    /// The part with margins of at most `most` pixels.
+    pub fn cropped(self, most: usize) -> Result<Self> {
+        let Margins { rows, columns } = self.margins;
+        let margins = Margins { rows: rows.map(|side| side.min(most)), columns: columns.map(|side| side.min(most)) };
+        if margins == self.margins {
+            return Ok(self);
+        }
+        let crop = |x: &Tensor, dimension: usize, [before, after]: [usize; 2], kept: [usize; 2]| {
+            let [first, last] = [before - kept[0], after - kept[1]];
+            x.narrow(dimension, first, x.dim(dimension)? - first - last)
+        };
+        let x = crop(&crop(&self.x, 2, rows, margins.rows)?, 3, columns, margins.columns)?.contiguous()?;
+        Ok(Self { x, margins })
+    }
+
+    /// The part after `enlarge` has doubled its height and width.
+    pub fn enlarged(self, enlarge: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let Margins { rows, columns } = self.margins;
+        let margins = Margins { rows: rows.map(|side| 2 * side), columns: columns.map(|side| 2 * side) };
+        Ok(Self { x: enlarge(&self.x)?, margins })
+    }
+}
+
+/// Where the group norms of a decoder take their means and variances from.
+pub(super) trait NormMoments {
+    /// What `norm` does to each channel of `part`.
+    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine>;
+}
+
+/// Those of each image itself.
+pub(super) struct OwnMoments;
+
+impl NormMoments for OwnMoments {
+    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine> {
+        norm.affine(&GroupMoments::of(&part.x, norm.groups)?)
+    }
+}
