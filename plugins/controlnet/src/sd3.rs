@@ -77,7 +77,8 @@ impl ControlNetwork for Sd3Network {
             control: CONTROL_LATENTS,
             channels: config.control_channels() as u32,
             range: self.range,
-            unshifted: config.zero_pooled,
+            // The pipeline for inpainting shifts the latents of every control image.
+            unshifted: config.zero_pooled && config.extra_channels == 0,
             zero_pooled: config.zero_pooled,
             embedded_latents: !config.embeds_latents,
             ..ControlSpec::default()

@@ -3,7 +3,7 @@
 
 use crate::manifest::family::{SamplingDefaults, Variant};
 use crate::mapping::UNKNOWN;
-use crate::report::cost::CostEstimate;
+use crate::report::cost::{CostEstimate, DistillationEstimate};
 use crate::report::inspection::{Inspection, UnusedTensor};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -56,9 +56,10 @@ impl Inspection {
 
     fn family_line(&self) -> String {
         let Variant { name, defaults } = &self.variant;
+        let guidance = self.takes_guidance.then(|| format!(", guidance {}", defaults.guidance)).unwrap_or_default();
         let text =
             if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
-        format!("{}, variant {name} ({} steps, guidance {}{text})", self.family, defaults.steps, defaults.guidance)
+        format!("{}, variant {name} ({} steps{guidance}{text})", self.family, defaults.steps)
     }
 
     fn layout_line(&self) -> String {
@@ -69,7 +70,7 @@ impl Inspection {
     fn component_line(&self) -> Option<(&'static str, String)> {
         let sizes: Vec<String> =
             self.component_bytes.iter().map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
-        (!sizes.is_empty()).then(|| ("beside it", format!("{}; each is loaded for its stage alone", sizes.join(", "))))
+        (!sizes.is_empty()).then(|| ("beside it", format!("{} in memory, each for its stage alone", sizes.join(", "))))
     }
 
     /// How the tensors are stored, and how they are read if that differs.
@@ -100,7 +101,13 @@ impl Inspection {
         let radii: String = radii.map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens))).collect();
         writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "image", "tokens", "memory", "full")?;
         self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
+        self.distillation_line().iter().try_for_each(|line| wrap(f, "distilling", line))?;
         self.limits().iter().try_for_each(|limit| wrap(f, "note", limit))
+    }
+
+    fn distillation_line(&self) -> Option<String> {
+        let DistillationEstimate { memory_bytes, batch, side_pixels } = self.distillation?;
+        Some(format!("about {} of memory, with {batch} samples of {side_pixels} px per step", size(memory_bytes)))
     }
 
     fn evaluations(&self) -> String {
