@@ -121,7 +121,7 @@ fn tags(prompt: &str) -> Vec<(ForeignSyntax, &str)> {
 fn weighted_words(prompt: &str) -> Vec<(ForeignSyntax, &str)> {
     let weighted = |(end, _)| {
         let start = prompt[..end].rfind('(')?;
-        let (words, weight) = prompt[start + 1..end].rsplit_once(':')?;
+        let (words, weight) = prompt[start + 1..end].rsplit_once(':').filter(|(words, _)| !words.contains(')'))?;
         let is_weighted = words.trim_end().ends_with(|last: char| !last.is_ascii_digit()) && is_number(weight.trim());
         is_weighted.then(|| (ForeignSyntax::WordWeight, &prompt[start..=end]))
     };

@@ -341,7 +341,7 @@ fn inspect_shows_the_pipeline_around_a_model() {
     for (component, file) in
         [("text_encoder", "model"), ("text_encoder_2", "model"), ("vae", "diffusion_pytorch_model")]
     {
-        let tensors = Checkpoint::open(&repository(BASE).join(component).join(format!("{file}.safetensors"))).unwrap();
+        let tensors = Checkpoint::open(repository(BASE).join(component).join(format!("{file}.safetensors"))).unwrap();
         let bytes = |info: &TensorInfo| if component == "vae" { 4 * info.element_count() } else { info.byte_count() };
         let bytes: u64 = tensors.tensors().iter().map(bytes).sum();
         assert_eq!(found["component_bytes"][component], bytes, "{component}");

@@ -13,6 +13,7 @@ const MOST_LINES: usize = 20;
 /// Columns of a line, and of the word at its left.
 const COLUMNS: usize = 100;
 const WORD: usize = 12;
+const MEBIBYTE: f64 = (1 << 20) as f64;
 /// From this many Tflop on, costs are printed in Tflop, below in Gflop.
 const TERA: f64 = 1.0;
 
@@ -56,7 +57,7 @@ impl Inspection {
 
     fn family_line(&self) -> String {
         let Variant { name, defaults } = &self.variant;
-        let guidance = self.takes_guidance.then(|| format!(", guidance {}", defaults.guidance)).unwrap_or_default();
+        let guidance = if self.takes_guidance { format!(", guidance {}", defaults.guidance) } else { String::new() };
         let text =
             if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
         format!("{}, variant {name} ({} steps{guidance}{text})", self.family, defaults.steps)
@@ -107,7 +108,10 @@ impl Inspection {
 
     fn distillation_line(&self) -> Option<String> {
         let DistillationEstimate { memory_bytes, batch, side_pixels } = self.distillation?;
-        Some(format!("about {} of memory, with {batch} samples of {side_pixels} px per step", size(memory_bytes)))
+        Some(format!(
+            "about {} of memory, with {batch} samples of {side_pixels} px per step",
+            rounded_size(memory_bytes)
+        ))
     }
 
     fn evaluations(&self) -> String {
@@ -210,6 +214,12 @@ fn quantity(number: u64) -> String {
 }
 
 fn size(bytes: u64) -> String {
-    let mebibytes = bytes as f64 / (1 << 20) as f64;
+    let mebibytes = bytes as f64 / MEBIBYTE;
     if mebibytes < 1024.0 { format!("{mebibytes:.1} MiB") } else { format!("{:.2} GiB", mebibytes / 1024.0) }
+}
+
+/// A size that is only about right.
+fn rounded_size(bytes: u64) -> String {
+    let mebibytes = bytes as f64 / MEBIBYTE;
+    if mebibytes < 1024.0 { format!("{mebibytes:.0} MiB") } else { format!("{:.1} GiB", mebibytes / 1024.0) }
 }
