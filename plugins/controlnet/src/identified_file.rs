@@ -55,6 +55,11 @@ impl IdentifiedFile {
         &self.identified.config
     }
 
+    /// The shape of the tensor `name`, if the file has it.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        Some(self.source.info(name)?.shape)
+    }
+
     /// Shows a message to the user; `level` is [`LOG_WARNING`] and so on.
     pub fn log(&self, level: u32, message: &str) {
         self.source.file().log(level, message);
