@@ -182,6 +182,26 @@ fn without_a_config_the_sizes_are_those_of_the_tensors_and_the_model() {
     }
 }
 
+/// A net for inpainting takes a mask whether or not its config.json says so, and one whose config.json denies it is refused.
+#[test]
+fn the_channel_of_a_mask_is_found_in_the_tensors() {
+    let models = Models::new();
+    let input = |net: &str| models.open(net, 1.0, "full").map(|net| net.controlnet.input());
+    for value in [Some(json!(1)), None, Some(json!(0))] {
+        let mut changed = config("inpaint");
+        changed.as_object_mut().unwrap().remove("extra_conditioning_channels");
+        value.iter().for_each(|value| changed["extra_conditioning_channels"] = value.clone());
+        models.write("changed", changed, seeded("inpaint"));
+        match (input("changed"), value == Some(json!(0))) {
+            (Ok(input), false) => assert_eq!((input.channels, input.unshifted, input.zero_pooled), (17, false, true)),
+            (Err(error), true) => assert!(error.contains("expected 16 of the latents and 0 more"), "{error}"),
+            (found, _) => panic!("{value:?}: {found:?}"),
+        }
+    }
+    std::fs::remove_file(models.path("inpaint/config.json")).unwrap();
+    assert_eq!(input("inpaint").unwrap().channels, 17);
+}
+
 /// Each setting of config.json that could change the result: another value is refused, or gives another result, or it
 /// is named as not understood.
 #[test]

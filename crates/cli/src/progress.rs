@@ -8,7 +8,7 @@ use clearform::{Observer, Progress, Stage, StageNumber};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Length of a bar: units may be finished in part.
 const LENGTH: u64 = 1000;
@@ -61,8 +61,7 @@ impl ProgressBars {
         let label = numbered_label(progress);
         let now = Instant::now();
         let left = self.clock.left(&label, progress, now);
-        let left = left.map(|left| format!(", {} left", minutes(left))).unwrap_or_default();
-        let text = text(progress) + &left;
+        let text = text(progress, left);
         if let Some(log) = &mut self.log {
             if let Some(line) = log.line(&label, &text, now) {
                 print_message(line);
@@ -120,7 +119,9 @@ fn place(Progress { stage, done, total, .. }: &Progress) -> String {
         Stage::Samples => format!("after {done} of {total} samples"),
         Stage::Comparing => format!("after {done} of {total} images"),
         Stage::Writing => "while writing".to_owned(),
-        Stage::Encoding | Stage::Loading | Stage::Decoding => format!("while {}", text(&Progress::of_stage(*stage))),
+        Stage::Encoding | Stage::Loading | Stage::Decoding => {
+            format!("while {}", text(&Progress::of_stage(*stage), None))
+        }
     }
 }
 
@@ -143,9 +144,9 @@ fn numbered_label(progress: &Progress) -> String {
     }
 }
 
-/// What is said beside the bar: how much is done, and the figures of a training. Samples and images are finished many at a
-/// time, so their share is said.
-fn text(progress: &Progress) -> String {
+/// What is said beside the bar: how much is done, the time that is left, and the figures of a training. Samples and images
+/// are finished many at a time, so their share is said.
+fn text(progress: &Progress, left: Option<Duration>) -> String {
     let Progress { stage, done, total, loss, held_out, .. } = progress;
     let mebibytes = |bytes: usize| bytes as f64 / MEBIBYTE;
     let counted = match stage {
@@ -157,14 +158,15 @@ fn text(progress: &Progress) -> String {
         Stage::Comparing => format!("{:.0}% of {total} images", 100.0 * progress.fraction),
         Stage::Distilling | Stage::Denoising => format!("{done}/{total}"),
     };
+    let time = left.map(|left| format!(", {} left", minutes(left))).unwrap_or_default();
     let loss = loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-    let left = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
-    format!("{counted}{loss}{left}")
+    let error = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
+    format!("{counted}{time}{loss}{error}")
 }
 
 fn new_bar(label: &str) -> ProgressBar {
     let bar = ProgressBar::new(LENGTH).with_prefix(label.to_owned());
-    match ProgressStyle::with_template("{prefix:>12} {bar:32} {msg}") {
+    match ProgressStyle::with_template("{prefix:>12} {bar:24} {msg}") {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
@@ -195,10 +197,11 @@ mod tests {
 
     #[test]
     fn what_is_written_is_said_in_mebibytes() {
-        assert_eq!(text(&progress(Stage::Writing, 3 << 19, 4 << 20)), "1.5 of 4.0 MiB");
+        assert_eq!(text(&progress(Stage::Writing, 3 << 19, 4 << 20), None), "1.5 of 4.0 MiB");
         let samples = Progress { fraction: 0.07, ..progress(Stage::Samples, 0, 128) };
-        assert_eq!(text(&samples), "7% of 128 samples");
+        assert_eq!(text(&samples, None), "7% of 128 samples");
         let training = Progress { loss: Some(0.5), held_out: Some(0.25), ..progress(Stage::Distilling, 3, 9) };
-        assert_eq!(text(&training), "3/9, loss 0.5000, 25% of the held-out error left");
+        let left = Some(Duration::from_secs(7));
+        assert_eq!(text(&training, left), "3/9, 7 s left, loss 0.5000, 25% of the held-out error left");
     }
 }

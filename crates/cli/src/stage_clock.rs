@@ -14,18 +14,26 @@ struct StageBegin {
     at: Instant,
     /// What was done when it began: a resumed run goes on in the middle.
     first: f64,
+    /// What was done when it was last seen.
+    last: f64,
 }
 
 impl StageClock {
     /// The time that is left of the stage `label` at `now`, if it goes on as it did since it began; `None` before something
     /// is done.
     pub fn left(&mut self, label: &str, progress: &Progress, now: Instant) -> Option<Duration> {
+        let fraction = progress.fraction;
         let begin = match &mut self.begin {
-            Some(begin) if begin.label == label => begin,
-            _ => self.begin.insert(StageBegin { label: label.to_owned(), at: now, first: progress.fraction }),
+            // Samples to hold out begin where those to train on were done.
+            Some(begin) if begin.label == label && begin.last <= fraction => begin,
+            _ => {
+                let begin = StageBegin { label: label.to_owned(), at: now, first: fraction, last: fraction };
+                self.begin.insert(begin)
+            }
         };
-        let done = progress.fraction - begin.first;
-        (done > 0.0).then(|| (now - begin.at).mul_f64((1.0 - progress.fraction).max(0.0) / done))
+        begin.last = fraction;
+        let done = fraction - begin.first;
+        (done > 0.0).then(|| (now - begin.at).mul_f64((1.0 - fraction).max(0.0) / done))
     }
 }
 
@@ -57,5 +65,8 @@ mod tests {
         assert_eq!(left("distilling", 60, 0.9).as_deref(), Some("15 s"));
         assert_eq!(left("writing", 100, 0.0), None);
         assert_eq!(left("writing", 3700, 0.25).as_deref(), Some("3 h 0 min"));
+        // The same stage once more.
+        assert_eq!(left("writing", 4000, 0.0), None);
+        assert_eq!(left("writing", 4010, 0.5).as_deref(), Some("10 s"));
     }
 }
