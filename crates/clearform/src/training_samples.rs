@@ -203,10 +203,11 @@ fn sample_settings(
 ) -> Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
     let (prompts, held_out) = prompts(pipeline, training)?;
-    foreign_syntax_notes(&texts(&prompts)).iter().for_each(|text| note(observer, text));
+    let unseen = held_out.iter().filter(|prompt| !prompts.contains(prompt)).cloned();
+    let all: Vec<Prompt> = prompts.iter().cloned().chain(unseen).collect();
+    foreign_syntax_notes(&texts(&all)).iter().for_each(|text| note(observer, text));
     if training.options.prompts.is_some() && !prompts.contains(&held_out[0]) {
-        let all = prompts.len() + held_out.len();
-        note(observer, format_args!("{} of {all} prompts are held out for the verdict", held_out.len()));
+        note(observer, format_args!("{} of {} prompts are held out for the verdict", held_out.len(), all.len()));
     }
     let size = training.size;
     let latents = pipeline.initial_latents(0, 1, size)?;
