@@ -182,7 +182,8 @@ fn without_a_config_the_sizes_are_those_of_the_tensors_and_the_model() {
     }
 }
 
-/// A net for inpainting takes a mask whether or not its config.json says so, and one whose config.json denies it is refused.
+/// A net for inpainting takes a mask whether or not its config.json says so, and one whose config.json denies it is
+/// refused.
 #[test]
 fn the_channel_of_a_mask_is_found_in_the_tensors() {
     let models = Models::new();

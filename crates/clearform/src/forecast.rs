@@ -224,8 +224,8 @@ pub struct TrainingBatch {
 }
 
 /// About the most memory in bytes that the training of a model with these `tensors` takes: weights as they are stored,
-/// what is kept for each trained parameter, the largest weight in f32 while it is used, and the activations of the samples
-/// that run at a time.
+/// what is kept for each trained parameter, the largest weight in f32 while it is used, and the activations of the
+/// samples that run at a time.
 pub fn training_memory(identified: &Identified, tensors: &[TensorInfo], batch: TrainingBatch) -> f64 {
     let TrainingBatch { model, samples, image_tokens, keeps_activations } = batch;
     let weights: u64 = tensors.iter().map(TensorInfo::byte_count).sum();

@@ -110,7 +110,8 @@ impl<'a> NumberedStages<'a> {
         Self { observer, stages, current: 0 }
     }
 
-    /// The number of `stage`, which is the one under way or a later one. Stages that an earlier run has done are passed over.
+    /// The number of `stage`, which is the one under way or a later one. Stages that an earlier run has done are passed
+    /// over.
     fn number(&mut self, stage: Stage) -> Option<StageNumber> {
         self.current += self.stages[self.current..].iter().position(|later| *later == stage)?;
         let total = self.stages.len();

@@ -1,4 +1,5 @@
-//! What a user may not expect of prompts: ends that text encoders cut, and syntax of other programs that is read as text.
+//! What a user may not expect of prompts: ends that text encoders cut, and syntax of other programs that is read as
+//! text.
 
 use crate::observer::{Observer, note};
 use clearform_models::Prompt;
@@ -23,8 +24,8 @@ pub fn note_truncated(truncated: &[TruncatedPrompt], total: usize, observer: &mu
         note(
             observer,
             format_args!(
-                "{component} ({class}): {} of {total} prompts are longer than the {} tokens that it takes; their ends are \
-                 cut (most: {most} tokens)",
+                "{component} ({class}): {} of {total} prompts are longer than the {} tokens that it takes; their ends \
+                 are cut (most: {most} tokens)",
                 prompts.len(),
                 prompts[0].limit
             ),
@@ -195,8 +196,8 @@ mod tests {
         assert_eq!(
             notes.0,
             [
-                "text_encoder (Model): 19 of 24 prompts are longer than the 77 tokens that it takes; their ends are cut \
-                 (most: 19 tokens)",
+                "text_encoder (Model): 19 of 24 prompts are longer than the 77 tokens that it takes; their ends are \
+                 cut (most: 19 tokens)",
                 "text_encoder_2 (Model) takes 512 tokens; the prompt \"a cat\" has 600: the last 88 are cut",
             ]
         );

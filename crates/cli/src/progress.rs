@@ -144,8 +144,8 @@ fn numbered_label(progress: &Progress) -> String {
     }
 }
 
-/// What is said beside the bar: how much is done, the time that is left, and the figures of a training. Samples and images
-/// are finished many at a time, so their share is said.
+/// What is said beside the bar: how much is done, the time that is left, and the figures of a training. Samples and
+/// images are finished many at a time, so their share is said.
 fn text(progress: &Progress, left: Option<Duration>) -> String {
     let Progress { stage, done, total, loss, held_out, .. } = progress;
     let mebibytes = |bytes: usize| bytes as f64 / MEBIBYTE;

@@ -19,8 +19,8 @@ struct StageBegin {
 }
 
 impl StageClock {
-    /// The time that is left of the stage `label` at `now`, if it goes on as it did since it began; `None` before something
-    /// is done.
+    /// The time that is left of the stage `label` at `now`, if it goes on as it did since it began; `None` before
+    /// something is done.
     pub fn left(&mut self, label: &str, progress: &Progress, now: Instant) -> Option<Duration> {
         let fraction = progress.fraction;
         let begin = match &mut self.begin {

@@ -376,7 +376,8 @@ fn inspect_knows_the_memory_of_a_distillation() {
     }
 }
 
-/// Of many prompts those that are cut are counted, and syntax that other programs take is noted, in every set of prompts.
+/// Of many prompts those that are cut are counted, and syntax that other programs take is noted, in every set of
+/// prompts.
 #[test]
 fn prompts_that_are_not_read_as_they_are_written_are_told() {
     let folder = tempfile::tempdir().unwrap();

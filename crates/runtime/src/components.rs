@@ -194,8 +194,9 @@ impl Components {
         path.exists().then(|| read(&path)).transpose()
     }
 
-    /// For each component in folders or in `file`, which is that of the transformer `identified`, the bytes that its weights
-    /// take in memory, or why they cannot be used. What only a config.json tells, which may be elsewhere, is not asked for.
+    /// For each component in folders or in `file`, which is that of the transformer `identified`, the bytes that its
+    /// weights take in memory, or why they cannot be used. What only a config.json tells, which may be elsewhere, is
+    /// not asked for.
     pub fn weight_bytes(
         &self,
         identified: &Identified,

@@ -36,8 +36,8 @@ impl Pipeline {
         if expected == 0 && found > 0 {
             let taken = if self.takes_control() { "the model takes one" } else { "the model takes none" };
             return Err(RuntimeError::BadSetting(format!(
-                "--control-image: {taken}, and there is no ControlNet for {found}: pass one with --controlnet FILE, or leave \
-                 the image out"
+                "--control-image: {taken}, and there is no ControlNet for {found}: pass one with --controlnet FILE, or \
+                 leave the image out"
             )));
         }
         if found != expected && found != 1 {
@@ -58,8 +58,8 @@ impl Pipeline {
         match (taking, mask) {
             (Some(active), None) => Err(missing_mask(active)),
             (None, Some(_)) => Err(RuntimeError::BadSetting(
-                "--control-mask: no ControlNet takes a mask; pass one for inpainting with --controlnet FILE, or leave the \
-                 mask out"
+                "--control-mask: no ControlNet takes a mask; pass one for inpainting with --controlnet FILE, or leave \
+                 the mask out"
                     .to_owned(),
             )),
             _ => Ok(()),
@@ -213,8 +213,8 @@ fn missing_control() -> RuntimeError {
 
 fn missing_mask(active: &ActiveControlNet) -> RuntimeError {
     RuntimeError::BadSetting(format!(
-        "{}: the ControlNet takes a mask beside the control image (inpainting): pass --control-mask FILE to generate, white \
-         where the image is painted anew",
+        "{}: the ControlNet takes a mask beside the control image (inpainting): pass --control-mask FILE to generate, \
+         white where the image is painted anew",
         active.controlnet.path().display()
     ))
 }

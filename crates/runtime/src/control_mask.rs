@@ -1,5 +1,5 @@
-//! Masks of ControlNets for inpainting, as diffusers' `StableDiffusion3ControlNetInpaintingPipeline` prepares them: what is
-//! painted anew is covered in the control image, and what is kept is a further channel of its latents.
+//! Masks of ControlNets for inpainting, as diffusers' `StableDiffusion3ControlNetInpaintingPipeline` prepares them:
+//! what is painted anew is covered in the control image, and what is kept is a further channel of its latents.
 
 use crate::Result;
 use crate::images::resized;
@@ -37,8 +37,8 @@ pub(crate) fn covered(pixels: &Tensor, mask: &Tensor) -> Result<Tensor> {
 /// `latents` with a channel that is 1 where the image is kept: the mask at the first pixel of each latent one.
 ///
 /// # Shapes
-/// latents (images, channels, height, width), mask (1, 1, height · factor, width · factor) -> (images, channels + 1, height,
-/// width).
+/// latents (images, channels, height, width), mask (1, 1, height · factor, width · factor) -> (images, channels + 1,
+/// height, width).
 pub(crate) fn with_kept(latents: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (images, _, height, width) = latents.dims4()?;
     let mut kept = mask.affine(-1.0, 1.0)?;

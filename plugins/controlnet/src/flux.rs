@@ -44,8 +44,8 @@ pub fn open(file: &IdentifiedFile, base: &Value, plan: &AttentionPlan) -> Result
 fn check_control_channels(file: &IdentifiedFile, in_channels: usize) -> Result<()> {
     match file.shape(CONTROL_EMBEDDER).as_deref() {
         Some(&[_, found]) if found > in_channels => Err(format!(
-            "{CONTROL_EMBEDDER:?} takes {found} channels, {} more than the latents: ControlNets of FLUX.1 that take a mask too \
-             (inpainting) are not supported",
+            "{CONTROL_EMBEDDER:?} takes {found} channels, {} more than the latents: ControlNets of FLUX.1 that take a \
+             mask too (inpainting) are not supported",
             found - in_channels
         )),
         _ => Ok(()),

@@ -44,8 +44,8 @@ pub fn open(file: &IdentifiedFile, base: &Value, plan: &AttentionPlan) -> Result
     Ok(Box::new(Sd3Network { net, blocks, range }))
 }
 
-/// The config with one more channel for a mask, if the tensors have it and config.json does not say: nets for inpainting
-/// are older than the key.
+/// The config with one more channel for a mask, if the tensors have it and config.json does not say: nets for
+/// inpainting are older than the key.
 fn with_mask(config: Sd3ControlNetConfig, file: &IdentifiedFile) -> Sd3ControlNetConfig {
     let channels = file.shape(CONTROL_EMBEDDER).and_then(|shape| shape.get(1).copied());
     let has_mask = channels == Some(config.sizes.in_channels + 1) && !file.states("extra_conditioning_channels");

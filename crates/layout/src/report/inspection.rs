@@ -101,8 +101,8 @@ pub struct Inspection {
     pub largest_side_pixels: Option<usize>,
     /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
-    /// Bytes of memory that the weights of the other components in its pipeline take, each of which is loaded for its stage
-    /// alone.
+    /// Bytes of memory that the weights of the other components in its pipeline take, each of which is loaded for its
+    /// stage alone.
     pub component_bytes: BTreeMap<String, u64>,
     /// What distilling it takes, if that is known.
     pub distillation: Option<DistillationEstimate>,
