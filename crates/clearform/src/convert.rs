@@ -3,7 +3,7 @@
 use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
 use crate::forecast::{Forecast, announce};
 use crate::inspect::pipeline_scale;
-use crate::observer::{Observer, Progress, Stage, note};
+use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
@@ -173,6 +173,7 @@ pub struct ConvertReport {
 pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
     let resumed = options.resumed(observer)?;
     let options = resumed.as_ref().unwrap_or(options);
+    let observer = &mut NumberedStages::of_conversion(observer, options.training.as_ref());
     if let Some(training) = &options.training {
         check_training(training)?;
     }

@@ -16,7 +16,9 @@ pub fn prepare_file(path: &Path) -> Result<()> {
     if path == Path::new(STDOUT) {
         return Err(ClearformError::bad_option("-o -: results are written to files, not to stdout; give a file name"));
     }
-    if path.is_dir() {
+    // "o/" is a folder, also if it does not exist yet.
+    let ends_as_folder = path.to_string_lossy().ends_with(std::path::is_separator);
+    if path.is_dir() || ends_as_folder {
         return Err(ClearformError::bad_option(format!("{}: is a folder; expected a file name", path.display())));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());

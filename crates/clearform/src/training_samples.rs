@@ -2,6 +2,7 @@
 
 use crate::evaluation::prompts_or_classes;
 use crate::observer::{Observer, Progress, Stage, note};
+use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::recipe::ResolvedTraining;
 use crate::{ClearformError, Result, TrainingOptions};
 use candle_core::Tensor;
@@ -174,7 +175,7 @@ fn encode_prompts(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Obser
         let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
         pipeline.add_size_conditions(&encoded, batch_spec)
     })?;
-    too_long.iter().for_each(|prompt| note(observer, prompt));
+    note_truncated(&too_long, set.settings().prompts.len(), observer);
     match text_ids {
         Some(text_ids) => Ok(text_ids),
         // All prompts were encoded by an earlier run.
@@ -202,9 +203,11 @@ fn sample_settings(
 ) -> Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
     let (prompts, held_out) = prompts(pipeline, training)?;
+    let unseen = held_out.iter().filter(|prompt| !prompts.contains(prompt)).cloned();
+    let all: Vec<Prompt> = prompts.iter().cloned().chain(unseen).collect();
+    foreign_syntax_notes(&texts(&all)).iter().for_each(|text| note(observer, text));
     if training.options.prompts.is_some() && !prompts.contains(&held_out[0]) {
-        let all = prompts.len() + held_out.len();
-        note(observer, format_args!("{} of {all} prompts are held out for the verdict", held_out.len()));
+        note(observer, format_args!("{} of {} prompts are held out for the verdict", held_out.len(), all.len()));
     }
     let size = training.size;
     let latents = pipeline.initial_latents(0, 1, size)?;

@@ -12,6 +12,7 @@ mod options;
 mod output;
 mod progress;
 mod progress_log;
+mod stage_clock;
 mod usage_tips;
 
 use args::{Cli, Command};

@@ -104,7 +104,8 @@ fn dit_round_trips_through_its_authors_layout() {
 
     // The authors' layout has one embedder for all blocks; separately trained copies do not fit in.
     assemble_pipeline(&repository(""), "dit", &path("apart"));
-    let message = stderr_of(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none.safetensors"))]);
+    let message =
+        stderr_of(1, &["export", text(&path("apart")), "--to", "original", "-o", text(&path("none.safetensors"))]);
     assert!(message.contains("timestep_embedder") && message.contains("stores both as one tensor"), "{message}");
     let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
     let unfinished = names.filter(|name| name.to_string_lossy().ends_with(".part"));
