@@ -1,7 +1,7 @@
 //! [`Adapter`]: an adapter file opened by a plugin of `clearform.adapter/1`, as a list of edits. Applying the edits to
 //! a model is the task of [`WeightEdits`](crate::WeightEdits) and [`PatchedSource`](crate::PatchedSource).
 
-use crate::adapter_config::AdapterConfig;
+use crate::adapter_config::{AdapterConfig, component_of};
 use crate::edit::{Edit, EditKind, EditValues};
 use crate::file::PluginFile;
 use crate::loaded_plugin::LoadedPlugin;
@@ -72,6 +72,9 @@ impl Adapter {
         let (edits, skipped) = (Vec::new(), Vec::new());
         let mut adapter = Self { description, plugin, table, instance, file, note, edits, skipped, cached_values };
         adapter.edits = adapter.read_edits()?;
+        if let Some(component) = component_of(adapter.path()) {
+            adapter.edits.iter_mut().for_each(|edit| edit.set_component(&component));
+        }
         adapter.skipped = adapter.read_skipped()?;
         Ok(adapter)
     }

@@ -43,10 +43,48 @@ impl AdapterConfig {
     }
 }
 
-/// The files that decide what `adapter` does: those of its tensors, and its adapter_config.json.
-pub fn adapter_files(adapter: &Checkpoint) -> Vec<PathBuf> {
-    let config = config_file(adapter.path()).filter(|_| !belongs_to_another(adapter.path()));
-    adapter.files().iter().map(|file| file.path.clone()).chain(config).collect()
+/// The files that decide what the adapter at `path` does: those of its tensors, and its adapter_config.json; of every
+/// part of it.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn adapter_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for part in adapter_parts(path) {
+        let tensors = Checkpoint::open(&part)?;
+        files.extend(tensors.files().iter().map(|file| file.path.clone()));
+        files.extend(config_file(&part).filter(|_| !belongs_to_another(&part)));
+    }
+    Ok(files)
+}
+
+/// The parts of the adapter at `path`: of a folder without tensors the folders of components in which peft saved one
+/// each, such as `transformer` and `text_encoder`; else `path` itself.
+pub fn adapter_parts(path: &Path) -> Vec<PathBuf> {
+    let entries = || std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut parts: Vec<PathBuf> = entries().filter(|part| component_folder(part).is_some()).collect();
+    parts.sort();
+    if parts.is_empty() || entries().any(|entry| is_adapter(&entry)) { vec![path.to_owned()] } else { parts }
+}
+
+/// The component that the adapter at `path` was saved for: the name of its folder, if peft saved it there by component.
+pub(crate) fn component_of(path: &Path) -> Option<String> {
+    let folder = if path.is_dir() { path } else { path.parent()? };
+    component_folder(folder).filter(|_| !belongs_to_another(path))
+}
+
+/// The name of `folder`, if it is that of a component and peft's configuration of an adapter is in it.
+fn component_folder(folder: &Path) -> Option<String> {
+    /// Further components are text encoders.
+    const COMPONENTS: [&str; 3] = ["transformer", "unet", "vae"];
+    let real = folder.canonicalize().ok()?;
+    let name = real.file_name()?.to_str()?;
+    let is_component = COMPONENTS.contains(&name) || name.starts_with("text_encoder");
+    (is_component && folder.join(FILE_NAME).is_file()).then(|| name.to_owned())
+}
+
+fn is_adapter(path: &Path) -> bool {
+    path.extension().is_some_and(|end| EXTENSIONS.iter().any(|known| end == *known))
 }
 
 /// The adapter_config.json in the folder of the adapter at `path`, a file or a folder.
@@ -62,7 +100,6 @@ fn belongs_to_another(path: &Path) -> bool {
         return false;
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let is_adapter = |other: &Path| other.extension().is_some_and(|end| EXTENSIONS.iter().any(|known| end == *known));
     let others = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     others.into_iter().any(|other| is_adapter(&other) && other.file_name() != path.file_name())
 }
@@ -96,7 +133,7 @@ mod tests {
         assert!(config("adapter_model.safetensors").text.is_some());
         let other = config("other.safetensors");
         assert!(other.text.is_none() && other.note.unwrap().contains("there are several adapters in its folder"));
-        let files = |name: &str| adapter_files(&Checkpoint::open(path(name)).unwrap()).len();
+        let files = |name: &str| adapter_files(&path(name)).unwrap().len();
         assert_eq!((files("adapter_model.safetensors"), files("other.safetensors")), (2, 1));
         std::fs::remove_file(path("adapter_model.safetensors")).unwrap();
         assert!(config("other.safetensors").text.is_some());
