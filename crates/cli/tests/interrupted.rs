@@ -66,7 +66,10 @@ fn samples_of_another_model_are_named_with_the_ways_out() {
     let drawn =
         format!("the samples in {} were drawn by another model, FLUX.1-schnell, and not by base", text(&samples));
     assert!(said.contains(&drawn), "{said}");
-    assert!(said.contains(&format!("choose another -o, or delete {} to draw them anew", text(&samples))), "{said}");
+    assert!(
+        said.contains(&format!("choose another -o or --samples, or delete {} to draw them anew", text(&samples))),
+        "{said}"
+    );
 }
 
 /// Ctrl-C stops after a step; `--resume` needs none of the options again.

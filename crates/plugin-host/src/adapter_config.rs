@@ -61,10 +61,31 @@ pub fn adapter_files(path: &Path) -> Result<Vec<PathBuf>> {
 /// The parts of the adapter at `path`: of a folder without tensors the folders of components in which peft saved one
 /// each, such as `transformer` and `text_encoder`; else `path` itself.
 pub fn adapter_parts(path: &Path) -> Vec<PathBuf> {
-    let entries = || std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut parts: Vec<PathBuf> = entries().filter(|part| component_folder(part).is_some()).collect();
-    parts.sort();
-    if parts.is_empty() || entries().any(|entry| is_adapter(&entry)) { vec![path.to_owned()] } else { parts }
+    let parts = component_folders(path);
+    if parts.is_empty() || entries(path).any(|entry| is_adapter(&entry)) { vec![path.to_owned()] } else { parts }
+}
+
+/// The folders of components within the folder `path` that hold an adapter.
+fn component_folders(path: &Path) -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = entries(path).filter(|folder| component_folder(folder).is_some()).collect();
+    folders.sort();
+    folders
+}
+
+/// A note that names the adapters of components in the folder `adapter`, if it has tensors of its own, which are read.
+pub(crate) fn unread_parts(adapter: &Path) -> Option<String> {
+    let folders = component_folders(adapter);
+    let names: Vec<&OsStr> = folders.iter().filter_map(|folder| folder.file_name()).collect();
+    (!names.is_empty()).then(|| {
+        format!(
+            "the tensors in {} are read, not those in its folders {names:?}: give each on its own",
+            adapter.display()
+        )
+    })
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
 /// The component that the adapter at `path` was saved for: the name of its folder, if peft saved it there by component.
@@ -79,7 +100,9 @@ fn component_folder(folder: &Path) -> Option<String> {
     const COMPONENTS: [&str; 3] = ["transformer", "unet", "vae"];
     let real = folder.canonicalize().ok()?;
     let name = real.file_name()?.to_str()?;
-    let is_component = COMPONENTS.contains(&name) || name.starts_with("text_encoder");
+    let number = |rest: &str| rest.strip_prefix('_').is_some_and(|number| number.parse::<u8>().is_ok());
+    let is_encoder = name.strip_prefix("text_encoder").is_some_and(|rest| rest.is_empty() || number(rest));
+    let is_component = COMPONENTS.contains(&name) || is_encoder;
     (is_component && folder.join(FILE_NAME).is_file()).then(|| name.to_owned())
 }
 
@@ -100,8 +123,7 @@ fn belongs_to_another(path: &Path) -> bool {
         return false;
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let others = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    others.into_iter().any(|other| is_adapter(&other) && other.file_name() != path.file_name())
+    entries(folder).any(|other| is_adapter(&other) && other.file_name() != path.file_name())
 }
 
 #[cfg(test)]
@@ -116,6 +138,31 @@ mod tests {
         let tensor = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
         let source = InMemoryTensors::from_iter([("a".to_owned(), tensor)]);
         clearform_weights::save(path, &source, &BTreeMap::new()).unwrap();
+    }
+
+    #[test]
+    fn an_adapter_has_a_part_for_each_folder_of_a_component() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in ["transformer", "text_encoder", "text_encoder_2", "text_encoder_of_mine", "vae"] {
+            std::fs::create_dir(path(name)).unwrap();
+            write(&path(name).join("adapter_model.safetensors"));
+            if name != "vae" {
+                std::fs::write(path(name).join(FILE_NAME), "{}").unwrap();
+            }
+        }
+        let parts = ["text_encoder", "text_encoder_2", "transformer"].map(path);
+        assert_eq!(adapter_parts(folder.path()), parts);
+        assert_eq!(adapter_parts(&parts[0]), [parts[0].clone()]);
+        assert_eq!(adapter_files(folder.path()).unwrap().len(), 6);
+        assert_eq!(component_of(&parts[1].join("adapter_model.safetensors")).as_deref(), Some("text_encoder_2"));
+        assert_eq!(component_of(&path("text_encoder_of_mine")), None);
+        assert_eq!(unread_parts(&parts[0]), None);
+        // Tensors of its own are read alone, and the others named.
+        write(&path("lora.safetensors"));
+        assert_eq!(adapter_parts(folder.path()), [folder.path().to_owned()]);
+        let note = unread_parts(folder.path()).unwrap();
+        assert!(note.contains(r#"["text_encoder", "text_encoder_2", "transformer"]: give each on its own"#), "{note}");
     }
 
     #[test]
