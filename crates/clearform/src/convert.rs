@@ -17,14 +17,14 @@ use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, Sour
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
 use clearform_portable_model::{
-    AdapterRecord, CopyMode, DistillationRecord, ModelRecord, Overwrite, PortableModel, SourceRecord, StagingDir,
-    recorded_plan,
+    AdapterRecord, ComponentRecord, CopyMode, DistillationRecord, ModelRecord, Overwrite, PortableModel, SourceRecord,
+    StagingDir, recorded_plan,
 };
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
 };
-use clearform_weights::{Checkpoint, digest};
+use clearform_weights::digest;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -315,6 +315,7 @@ impl Conversion<'_> {
         }
         merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
         let mut record = conversion.record(hashes.wait()?)?;
+        record.component = self.source.components.in_own_files().map(component_record).collect::<Result<_>>()?;
         let merged = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<Vec<_>>>()?;
         let distilled = trained.map(|trained| trained.record.clone());
         record.distillation = distilled.or(self.earlier_distillation()?.filter(|_| merged.is_empty()));
@@ -383,11 +384,20 @@ fn merge_into_components(components: &Components, edits: &WeightEdits, staging: 
     Ok(())
 }
 
+fn component_record((name, path): (&str, &Path)) -> Result<ComponentRecord> {
+    let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(ComponentRecord { name: name.to_owned(), file, sha256: digest(path)?.sha256 })
+}
+
 fn adapter_record(adapter: &AdapterSpec) -> Result<AdapterRecord> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut files = Vec::new();
-    for path in adapter_files(&Checkpoint::open(&adapter.path)?) {
-        files.push(SourceRecord { name: name(&path), sha256: digest(&path)?.sha256 });
+    for path in adapter_files(&adapter.path)? {
+        let name = match path.strip_prefix(&adapter.path) {
+            Ok(part) if part.iter().count() > 1 => part.to_string_lossy().into_owned(),
+            _ => name(&path),
+        };
+        files.push(SourceRecord { name, sha256: digest(&path)?.sha256 });
     }
     let sha256 = files.remove(0).sha256;
     let blocks = adapter.block_strengths.iter().cloned().collect();

@@ -117,6 +117,8 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
     trained.write_report(&staging)?;
     let mut record = conversion.record(model.record().source.clone())?;
+    record.component = model.record().component.clone();
+    record.adapter = model.record().adapter.clone();
     record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))

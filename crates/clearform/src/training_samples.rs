@@ -66,6 +66,9 @@ impl TrainingSamples {
             Some(pipeline) if !are_complete => generate_samples(pipeline, training, &folder, observer)?,
             _ => open_samples(&folder)?,
         };
+        if let Some(pipeline) = &pipeline {
+            note_teacher(&samples, &teacher_name(pipeline), &folder, observer);
+        }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
         let held_out = match pipeline {
             _ if training.options.held_out == 0 => None,
@@ -136,7 +139,8 @@ fn generate_samples(
     folder: &Path,
     observer: &mut dyn Observer,
 ) -> Result<SampleSet> {
-    let set = SampleSet::create(folder, sample_settings(pipeline, training, observer)?)?;
+    let settings = sample_settings(pipeline, training, observer)?;
+    let set = SampleSet::create_for(folder, settings, &teacher_name(pipeline))?;
     if set.is_complete() {
         return Ok(set);
     }
@@ -147,6 +151,20 @@ fn generate_samples(
     }
     fill(pipeline, &set, observer)?;
     Ok(set)
+}
+
+/// What users call the model of `pipeline`: the last part of its path.
+fn teacher_name(pipeline: &Pipeline) -> String {
+    let path = pipeline.transformer().checkpoint().path();
+    let model = if path.ends_with("transformer") { path.parent().unwrap_or(path) } else { path };
+    let model = model.canonicalize().unwrap_or_else(|_| model.to_owned());
+    model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned()
+}
+
+fn note_teacher(samples: &SampleSet, teacher: &str, folder: &Path, observer: &mut dyn Observer) {
+    if let Some(recorded) = samples.teacher().filter(|recorded| *recorded != teacher) {
+        note(observer, format_args!("the samples in {} were drawn by {recorded}", folder.display()));
+    }
 }
 
 /// Generates what is missing in `set`. Returns the position ids of the text tokens, if the model takes them.

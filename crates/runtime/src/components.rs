@@ -102,6 +102,15 @@ impl Components {
         found.map(|(file, component)| self.open(file, component)).collect()
     }
 
+    /// The components that are taken from files of their own, with their files.
+    pub fn in_own_files(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.own_files.iter().flat_map(|file| {
+            let paths = file.checkpoint.files().iter().map(|stored| stored.path.as_path());
+            let names = file.components.iter().map(|component| component.name.as_str());
+            names.flat_map(move |name| paths.clone().map(move |path| (name, path)))
+        })
+    }
+
     /// Checks that the weights of all components in `names` that exist can be computed with. Only headers are read.
     ///
     /// # Errors
