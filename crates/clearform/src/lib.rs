@@ -53,6 +53,7 @@ pub mod chart;
 mod compare;
 mod compared_pair;
 mod comparison_report;
+mod conversion_record;
 mod convert;
 mod distill;
 mod error;
