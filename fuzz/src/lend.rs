@@ -28,7 +28,7 @@ pub fn open_adapter(
     let Some(file) = with_offsets(bytes) else { return };
     let Ok(checkpoint) = Checkpoint::open(SCRATCH.write("adapter.safetensors", &file)) else { return };
     let host = host();
-    let file = PluginFile::new(Arc::new(checkpoint));
+    let Ok(file) = PluginFile::new(Arc::new(checkpoint), String::new()) else { return };
     let mut instance = std::ptr::null_mut();
     if open(&raw const host, file.table(), &raw mut instance) == OK {
         use_instance(instance, file.names().len());

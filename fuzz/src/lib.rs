@@ -4,6 +4,9 @@
 
 pub mod lend;
 
+// What file.rs of the host, which `lend` includes, finds in its own crate.
+use clearform_plugin_host::{PluginError, Result};
+
 use clearform_weights::{Checkpoint, TensorSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;

@@ -499,6 +499,56 @@ fn text_encoders_are_found_by_every_writers_prefix() {
     }
 }
 
+/// peft's names do not tell the encoder: the folder does, or else the shapes of the weights.
+#[test]
+fn text_encoders_under_pefts_names_are_found_by_folder_or_shape() {
+    let pipeline = tempfile::tempdir().unwrap();
+    assemble_pipeline(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(), "sd3", pipeline.path());
+    let components = Components::new(pipeline.path(), None);
+    let model = Model::flux();
+    let module = "text_model.encoder.layers.0.self_attn.q_proj";
+    let edited = |path: PathBuf| {
+        let request = AdapterRequest { path, ..AdapterRequest::default() };
+        let adapters = Adapters::open(&[request], &registry()).unwrap();
+        let edited = adapters.apply_to(model.checkpoint(), Some(&components), &model.reading().manifests);
+        edited.map_err(|error| error.to_string())
+    };
+    for (name, component) in [("clip-l", "text_encoder"), ("clip-g", "text_encoder_2")] {
+        let folder = fixture(&format!("lora/peft-folders/{name}"));
+        let file = in_f64(&Checkpoint::open(&folder).unwrap());
+        let stored = Checkpoint::open(pipeline.path().join(component)).unwrap();
+        let base = in_f64(&stored);
+        let prefix = format!("base_model.model.{module}");
+        let merged = with_loras(&base, &file, PEFT, &[(module, &prefix, 1.5)]);
+        let name = format!("{module}.weight");
+        for path in [folder.clone(), folder.join("adapter_model.safetensors")] {
+            let edited = edited(path).unwrap();
+            let stored = Checkpoint::open(pipeline.path().join(component)).unwrap();
+            let patched = PatchedSource::new(stored, &edited.edits, component, LowRankMode::Fused);
+            assert_close(&f64_of(&patched.tensor(&name).unwrap()), &merged[&name], BOUND, component);
+            assert!(support::relative_error(&merged[&name], &base[&name]) > 0.05, "{name}");
+        }
+    }
+    // The folder's name counts more than the shape, and two encoders that fit alike need it.
+    let copied = tempfile::tempdir().unwrap();
+    let wrong = copied.path().join("text_encoder");
+    std::fs::create_dir(&wrong).unwrap();
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::copy(fixture("lora/peft-folders/clip-g").join(file), wrong.join(file)).unwrap();
+    }
+    let error = edited(wrong).err().unwrap();
+    assert!(error.contains("expected 6 x 6") && error.contains("found 8 x 8"), "{error}");
+    for file in ["config.json", "model.safetensors"] {
+        let [from, to] = ["text_encoder_2", "text_encoder"].map(|component| pipeline.path().join(component).join(file));
+        std::fs::copy(from, to).unwrap();
+    }
+    let error = edited(fixture("lora/peft-folders/clip-g")).err().unwrap();
+    assert!(
+        error.contains("it fits \"text_encoder\" and \"text_encoder_2\" alike: put the file into a folder"),
+        "{error}"
+    );
+}
+
 /// A form of adapter on one module.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum AdapterForm {

@@ -10,8 +10,8 @@ use clearform_attention::AttentionPlan;
 use clearform_models::{Denoiser, DenoiserInput, ImageSize, Prompt};
 use clearform_plugin_host::{ControlNetInput, ControlledDenoiser, Controls, PluginError, Strength};
 use clearform_runtime::{
-    ActiveControlNet, AdapterRequest, Adapters, GenerateRequest, GuidanceScales, ImageBatch, Pipeline, PipelineOptions,
-    ReadOptions, TransformerCheckpoint,
+    ActiveControlNet, AdapterRequest, Adapters, ControlImages, GenerateRequest, GuidanceScales, ImageBatch, Pipeline,
+    PipelineOptions, ReadOptions, RgbImage, TransformerCheckpoint,
 };
 use clearform_sampling::StepAction;
 use clearform_testkit::{assemble_pipeline, seeded_file};
@@ -36,7 +36,7 @@ struct Models(TempDir);
 impl Models {
     fn new() -> Self {
         let models = Self(tempfile::tempdir().unwrap());
-        for name in ["base", "instantx", "medium35", "large35"] {
+        for name in ["base", "instantx", "medium35", "large35", "inpaint"] {
             models.write(name, config(name), seeded(name));
         }
         models
@@ -182,6 +182,27 @@ fn without_a_config_the_sizes_are_those_of_the_tensors_and_the_model() {
     }
 }
 
+/// A net for inpainting takes a mask whether or not its config.json says so, and one whose config.json denies it is
+/// refused.
+#[test]
+fn the_channel_of_a_mask_is_found_in_the_tensors() {
+    let models = Models::new();
+    let input = |net: &str| models.open(net, 1.0, "full").map(|net| net.controlnet.input());
+    for value in [Some(json!(1)), None, Some(json!(0))] {
+        let mut changed = config("inpaint");
+        changed.as_object_mut().unwrap().remove("extra_conditioning_channels");
+        value.iter().for_each(|value| changed["extra_conditioning_channels"] = value.clone());
+        models.write("changed", changed, seeded("inpaint"));
+        match (input("changed"), value == Some(json!(0))) {
+            (Ok(input), false) => assert_eq!((input.channels, input.unshifted, input.zero_pooled), (17, false, true)),
+            (Err(error), true) => assert!(error.contains("expected 16 of the latents and 0 more"), "{error}"),
+            (found, _) => panic!("{value:?}: {found:?}"),
+        }
+    }
+    std::fs::remove_file(models.path("inpaint/config.json")).unwrap();
+    assert_eq!(input("inpaint").unwrap().channels, 17);
+}
+
 /// Each setting of config.json that could change the result: another value is refused, or gives another result, or it
 /// is named as not understood.
 #[test]
@@ -280,14 +301,16 @@ fn the_pipeline_equals_that_of_diffusers() {
     let folder = tempfile::tempdir().unwrap();
     assemble_pipeline(&fixture("").join("../.."), "sd3", folder.path());
     let expected = tensors("controlnet-sd3/pipeline.safetensors");
-    let request = request();
-    for net in ["instantx", "large35"] {
+    for net in ["instantx", "large35", "inpaint"] {
+        let control_mask = (net == "inpaint").then(|| image("mask.png"));
+        let request = GenerateRequest { control_mask, ..request() };
         let pipeline = pipeline(folder.path(), adapter(&models.path(net), scale()));
         let latents = pipeline.initial_latents(request.seed, 1, request.size.unwrap()).unwrap();
         let prompts =
             pipeline.encode_prompts(std::slice::from_ref(&request.prompt), request.negative.as_ref()).unwrap();
         let schedule = pipeline.schedule(request.steps, &latents).unwrap();
-        let controls = pipeline.control_images(&request.control_images).unwrap();
+        let images = pipeline.control_images(&request.control_images).unwrap();
+        let controls = ControlImages { mask: request.control_mask.clone(), ..images };
         let scales = GuidanceScales::new(request.guidance);
         let batch = pipeline.prepare(ImageBatch { latents, prompts, schedule, scales, controls }).unwrap();
         let control = &batch.controlnets()[0].control;
@@ -296,6 +319,27 @@ fn the_pipeline_equals_that_of_diffusers() {
         let last = batch.denoise(denoiser.as_ref(), &mut |_| StepAction::Continue).unwrap();
         assert_close(&last, &expected[&format!("{net}/latents")], LATENTS_BOUND, &format!("{net}: latents"));
         pipeline.generate(&request, &mut |_| StepAction::Continue).unwrap();
+    }
+}
+
+/// A mask without a net that takes one, and the reverse, are named before anything is computed.
+#[test]
+fn a_mask_belongs_to_a_net_for_inpainting() {
+    let models = Models::new();
+    let folder = tempfile::tempdir().unwrap();
+    assemble_pipeline(&fixture("").join("../.."), "sd3", folder.path());
+    for (net, control_mask, expected) in [
+        (
+            "inpaint",
+            None,
+            "inpaint: the ControlNet takes a mask beside the control image (inpainting): pass --control-mask",
+        ),
+        ("instantx", Some(image("mask.png")), "--control-mask: no ControlNet takes a mask"),
+    ] {
+        let pipeline = pipeline(folder.path(), adapter(&models.path(net), scale()));
+        let request = GenerateRequest { control_mask, ..request() };
+        let error = pipeline.generate(&request, &mut |_| panic!("computed")).unwrap_err().to_string();
+        assert!(error.contains(expected), "{net}: {error}");
     }
 }
 
@@ -322,8 +366,13 @@ fn request() -> GenerateRequest {
         true_cfg_scale: 1.0,
         seed: request["seed"].as_u64().unwrap(),
         batch: 1,
-        control_images: vec![image::open(fixture("controlnet-sd3/control.png")).unwrap().to_rgb8()],
+        control_images: vec![image("control.png")],
+        control_mask: None,
     }
+}
+
+fn image(name: &str) -> RgbImage {
+    image::open(fixture("controlnet-sd3").join(name)).unwrap().to_rgb8()
 }
 
 fn scale() -> f64 {

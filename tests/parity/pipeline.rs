@@ -107,5 +107,6 @@ fn request(image: &Value) -> GenerateRequest {
         seed: integer("seed"),
         batch: image["batch"].as_u64().map_or(1, |batch| batch as usize),
         control_images: Vec::new(),
+        control_mask: None,
     }
 }

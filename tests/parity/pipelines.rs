@@ -144,5 +144,6 @@ fn request(name: &str) -> GenerateRequest {
         seed: integer("seed").unwrap(),
         batch: 1,
         control_images: Vec::new(),
+        control_mask: None,
     }
 }

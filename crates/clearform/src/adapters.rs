@@ -248,13 +248,13 @@ pub(crate) fn note_reports(reports: &[AdapterReport], controlnets: &[ActiveContr
     controlnets.iter().flat_map(|active| active.controlnet.notes()).for_each(|text| note(observer, text));
 }
 
-/// Reads control images.
+/// Reads the images that are given with the option `flag`.
 ///
 /// # Errors
 /// A file is not an image.
-pub(crate) fn load_control_images(paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
+pub(crate) fn load_control_images(flag: &str, paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
     let load = |path: &PathBuf| -> Result<RgbImage> {
-        Ok(image::open(path).context(format_args!("--control-image {}", path.display()))?.to_rgb8())
+        Ok(image::open(path).context(format_args!("{flag} {}", path.display()))?.to_rgb8())
     };
     paths.iter().map(load).collect()
 }
@@ -264,7 +264,7 @@ pub(crate) fn load_control_images(paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
 /// # Errors
 /// Any other number of images.
 pub(crate) fn control_images_per_prompt(paths: &[PathBuf], count: usize) -> Result<Vec<RgbImage>> {
-    let images = load_control_images(paths)?;
+    let images = load_control_images("--control-image", paths)?;
     match images.len() {
         1 => Ok(vec![images[0].clone(); count]),
         found if found == 0 || found == count => Ok(images),

@@ -1,9 +1,10 @@
 //! [`convert`]: from a checkpoint to a portable model: reads it, replaces its attention, distils it and writes it.
 
-use crate::adapters::{AdapterOptions, AdapterSpec, note_reports};
+use crate::adapters::{AdapterOptions, note_reports};
+use crate::conversion_record::ConversionHistory;
 use crate::forecast::{Forecast, announce};
 use crate::inspect::pipeline_scale;
-use crate::observer::{Observer, Progress, Stage, note};
+use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
@@ -15,18 +16,14 @@ use crate::{
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
-use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits, adapter_files};
-use clearform_portable_model::{
-    AdapterRecord, CopyMode, DistillationRecord, ModelRecord, Overwrite, PortableModel, SourceRecord, StagingDir,
-    recorded_plan,
-};
+use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
+use clearform_portable_model::{CopyMode, Overwrite, StagingDir, recorded_plan};
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
 };
-use clearform_weights::{Checkpoint, digest};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Window radius where none is given, in tokens. The paper's choice for 1024 px (section 4.1).
 const DEFAULT_RADIUS: f64 = 16.0;
@@ -173,6 +170,7 @@ pub struct ConvertReport {
 pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertReport> {
     let resumed = options.resumed(observer)?;
     let options = resumed.as_ref().unwrap_or(options);
+    let observer = &mut NumberedStages::of_conversion(observer, options.training.as_ref());
     if let Some(training) = &options.training {
         check_training(training)?;
     }
@@ -314,25 +312,15 @@ impl Conversion<'_> {
         }
         merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
         let mut record = conversion.record(hashes.wait()?)?;
-        let merged = self.options.adapters.adapters.iter().map(adapter_record).collect::<Result<Vec<_>>>()?;
-        let distilled = trained.map(|trained| trained.record.clone());
-        record.distillation = distilled.or(self.earlier_distillation()?.filter(|_| merged.is_empty()));
-        record.adapter = self.earlier_adapters()?;
-        record.adapter.extend(merged);
+        let history = ConversionHistory {
+            source: &self.options.source,
+            components: &self.source.components,
+            adapters: &self.options.adapters,
+            distilled: trained.map(|trained| trained.record.clone()),
+        };
+        history.add_to(&mut record)?;
         staging.finish(record)?;
         Ok(report)
-    }
-
-    /// How the source was distilled, if it was and keeps its attention.
-    fn earlier_distillation(&self) -> Result<Option<DistillationRecord>> {
-        let Some(earlier) = earlier_record(&self.options.source)? else { return Ok(None) };
-        let keeps_attention = earlier.plan()? == self.options.attention;
-        Ok(earlier.distillation.filter(|_| keeps_attention))
-    }
-
-    /// The adapters that were merged into the source before.
-    fn earlier_adapters(&self) -> Result<Vec<AdapterRecord>> {
-        Ok(earlier_record(&self.options.source)?.map_or(Vec::new(), |earlier| earlier.adapter))
     }
 
     fn write_transformer(
@@ -367,12 +355,6 @@ impl Conversion<'_> {
     }
 }
 
-/// The record of `source`, if it is a portable model.
-fn earlier_record(source: &Path) -> Result<Option<ModelRecord>> {
-    let is_portable_model = PortableModel::is_portable_model(source);
-    Ok(is_portable_model.then(|| ModelRecord::read(source)).transpose()?)
-}
-
 /// Rewrites the components other than the transformer that adapters edit.
 fn merge_into_components(components: &Components, edits: &WeightEdits, staging: &mut StagingDir) -> Result<()> {
     for component in EDITABLE_COMPONENTS.into_iter().filter(|component| edits.affects(component)) {
@@ -380,15 +362,4 @@ fn merge_into_components(components: &Components, edits: &WeightEdits, staging: 
         staging.replace_tensors(component, &PatchedSource::new(stored, edits, component, LowRankMode::Fused))?;
     }
     Ok(())
-}
-
-fn adapter_record(adapter: &AdapterSpec) -> Result<AdapterRecord> {
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut files = Vec::new();
-    for path in adapter_files(&Checkpoint::open(&adapter.path)?) {
-        files.push(SourceRecord { name: name(&path), sha256: digest(&path)?.sha256 });
-    }
-    let sha256 = files.remove(0).sha256;
-    let blocks = adapter.block_strengths.iter().cloned().collect();
-    Ok(AdapterRecord { name: name(&adapter.path), sha256, strength: adapter.strength, blocks, file: files })
 }

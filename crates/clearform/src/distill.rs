@@ -1,7 +1,7 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
 use crate::forecast::{Forecast, announce};
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{NumberedStages, Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
 use crate::training::{self, StudentSpec};
@@ -89,6 +89,7 @@ impl DistillOptions {
 pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<WrittenModel> {
     let resumed = options.resumed(observer)?;
     let options = resumed.as_ref().unwrap_or(options);
+    let observer = &mut NumberedStages::of_conversion(observer, Some(&options.training));
     check_training(&options.training)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
@@ -116,6 +117,8 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
     trained.write_report(&staging)?;
     let mut record = conversion.record(model.record().source.clone())?;
+    record.component = model.record().component.clone();
+    record.adapter = model.record().adapter.clone();
     record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))

@@ -4,6 +4,7 @@
 use crate::adapters::control_images_per_prompt;
 use crate::error::WithContext as _;
 use crate::observer::{Observer, Progress, Stage, note};
+use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::sources::ExtraComponents;
 use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
@@ -152,13 +153,14 @@ impl EvaluationRun {
         self.prompts.iter().map(Prompt::to_string).collect()
     }
 
-    /// Encodes the prompts. What the text encoders cut is noted.
+    /// Encodes the prompts. What the text encoders cut is noted, and what other programs would not read as text.
     ///
     /// # Errors
     /// If a prompt cannot be encoded.
     pub fn encode(&self, pipeline: &Pipeline, observer: &mut dyn Observer) -> Result<EncodedPrompts> {
         let prompts = pipeline.encode_prompts(&self.prompts, None)?;
-        prompts.truncated.iter().for_each(|prompt| note(observer, prompt));
+        note_truncated(&prompts.truncated, self.prompts.len(), observer);
+        foreign_syntax_notes(&texts(&self.prompts)).iter().for_each(|text| note(observer, text));
         Ok(prompts)
     }
 

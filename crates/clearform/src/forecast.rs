@@ -1,12 +1,12 @@
 //! [`Forecast`]: what a distillation gains and what it takes, said before it starts.
 
 use crate::observer::Observer;
-use crate::recipe::ResolvedTraining;
+use crate::recipe::{ModelSize, ResolvedTraining};
 use crate::window_gain::{WindowGain, pairs};
 use crate::{ComputeDevice, Result};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
-use clearform_layout::{attention_parameters, evaluation_teraflop};
+use clearform_layout::{Identified, attention_parameters, evaluation_teraflop};
 use clearform_models::{InputSizes, random_input};
 use clearform_runtime::TransformerCheckpoint;
 use clearform_weights::{TensorInfo, TensorSource as _};
@@ -76,7 +76,16 @@ impl Forecast {
             gain: WindowGain::new(identified, plan, grid, pixels, training.model.text_tokens),
             sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
             training: evaluations(training.trained_samples() * step),
-            memory: memory(transformer, training, grid.tokens(), device),
+            memory: training_memory(
+                identified,
+                &transformer.source().tensors(),
+                TrainingBatch {
+                    model: training.model,
+                    samples: training.recipe.batch,
+                    image_tokens: grid.tokens(),
+                    keeps_activations: training.keeps_activations(device),
+                },
+            ),
         })
     }
 
@@ -155,27 +164,30 @@ fn measured_rate() -> f64 {
     RATE_SHARE * rates.fold(f64::MIN_POSITIVE, f64::max)
 }
 
-/// Weights as they are stored, what is kept for each trained parameter, the largest weight in f32 while it is used, and
-/// the activations of the samples that run at a time.
-fn memory(
-    transformer: &TransformerCheckpoint,
-    training: &ResolvedTraining,
-    tokens: usize,
-    device: ComputeDevice,
-) -> f64 {
-    let tensors = transformer.source().tensors();
+/// What memory depends on in a training, besides the weights.
+#[derive(Clone, Copy)]
+pub struct TrainingBatch {
+    /// The size of the model.
+    pub model: ModelSize,
+    /// Samples per batch.
+    pub samples: usize,
+    /// Image tokens of a sample.
+    pub image_tokens: usize,
+    /// Whether activations are kept rather than recomputed.
+    pub keeps_activations: bool,
+}
+
+/// About the most memory in bytes that the training of a model with these `tensors` takes: weights as they are stored,
+/// what is kept for each trained parameter, the largest weight in f32 while it is used, and the activations of the
+/// samples that run at a time.
+pub fn training_memory(identified: &Identified, tensors: &[TensorInfo], batch: TrainingBatch) -> f64 {
+    let TrainingBatch { model, samples, image_tokens, keeps_activations } = batch;
     let weights: u64 = tensors.iter().map(TensorInfo::byte_count).sum();
     let largest = tensors.iter().map(TensorInfo::element_count).max().unwrap_or(0);
-    let batch = training.recipe.batch;
-    let samples = if training.model.is_small() { rayon::current_num_threads().min(batch) } else { batch };
-    let depth: usize = transformer.identified().depths().values().sum();
-    let (blocks, values) =
-        if training.keeps_activations(device) { (depth, KEPT_ACTIVATIONS) } else { (1, ACTIVATIONS) };
-    let tokens = tokens + training.model.text_tokens;
-    let activations = (samples * blocks * tokens * training.model.width * 4) as f64 * values;
-    PROGRAM
-        + weights as f64
-        + TRAINED_BYTES * attention_parameters(transformer.identified())
-        + 4.0 * largest as f64
-        + activations
+    let samples = if model.is_small() { rayon::current_num_threads().min(samples) } else { samples };
+    let depth: usize = identified.depths().values().sum();
+    let (blocks, values) = if keeps_activations { (depth, KEPT_ACTIVATIONS) } else { (1, ACTIVATIONS) };
+    let tokens = image_tokens + model.text_tokens;
+    let activations = (samples * blocks * tokens * model.width * 4) as f64 * values;
+    PROGRAM + weights as f64 + TRAINED_BYTES * attention_parameters(identified) + 4.0 * largest as f64 + activations
 }

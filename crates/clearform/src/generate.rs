@@ -3,6 +3,7 @@
 use crate::adapters::{AdapterOptions, load_control_images, note_reports};
 use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
+use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::sources::{ExtraComponents, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
@@ -76,6 +77,9 @@ pub struct GenerateOptions {
     /// Control images: first that of the transformer itself if it takes one, then one per ControlNet, or one for all.
     #[serde(default)]
     pub control_images: Vec<PathBuf>,
+    /// Mask for ControlNets for inpainting: white is painted anew, black is kept as in the control image.
+    #[serde(default)]
+    pub control_mask: Option<PathBuf>,
     /// Where the model runs.
     #[serde(default)]
     pub device: ComputeDevice,
@@ -118,6 +122,7 @@ impl GenerateOptions {
             batch: one_image(),
             adapters: AdapterOptions::default(),
             control_images: Vec::new(),
+            control_mask: None,
             device: ComputeDevice::default(),
             dtype: None,
         }
@@ -150,7 +155,8 @@ impl GenerateOptions {
             true_cfg_scale: self.true_cfg_scale,
             seed: self.seed,
             batch: self.batch,
-            control_images: load_control_images(&self.control_images)?,
+            control_images: load_control_images("--control-image", &self.control_images)?,
+            control_mask: load_control_images("--control-mask", self.control_mask.as_slice())?.pop(),
         })
     }
 }
@@ -169,10 +175,13 @@ impl GenerateOptions {
     /// What the user may not expect of the other settings.
     fn notes(&self, request: &GenerateRequest, pipeline: &Pipeline) -> Result<Vec<String>> {
         let size = request.size.unwrap_or(pipeline.native_size());
-        let images = self.control_images.iter().zip(&request.control_images);
+        let paths = self.control_images.iter().chain(&self.control_mask);
+        let images = paths.zip(request.control_images.iter().chain(&request.control_mask));
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
         notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
         notes.extend(self.adapters.without_effect());
+        let prompts = texts(std::slice::from_ref(&self.prompt)).into_iter().chain(self.negative_prompt.as_deref());
+        notes.extend(prompts.flat_map(|prompt| foreign_syntax_notes(&[prompt])));
         Ok(notes)
     }
 
@@ -292,7 +301,7 @@ fn watch(stage: &PipelineStage, observer: &mut dyn Observer) -> StepAction {
     let progress = match stage {
         PipelineStage::Encoding => Progress::new(Stage::Encoding, 0, 0),
         PipelineStage::Loading(truncated) => {
-            truncated.iter().for_each(|prompt| note(observer, prompt));
+            note_truncated(truncated, truncated.len(), observer);
             Progress::new(Stage::Loading, 0, 0)
         }
         PipelineStage::Step(step) => Progress::new(Stage::Denoising, step.done, step.steps),

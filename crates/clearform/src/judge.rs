@@ -133,8 +133,12 @@ impl<'a> Judge<'a> {
         let indices: Vec<usize> = (0..count).collect();
         let mut generated = Vec::new();
         for part in indices.chunks(set.settings().batch) {
-            let progress = Progress::new(Stage::Comparing, generated.len() * set.settings().batch, indices.len());
-            let mut hook = |_: &StepProgress| step_action(observer.progress(&progress));
+            let counted = Progress::new(Stage::Comparing, generated.len() * set.settings().batch, indices.len());
+            let mut hook = |step: &StepProgress| {
+                let denoised = (part.len() * step.done) as f64 / (step.steps * indices.len()) as f64;
+                let fraction = counted.fraction + denoised;
+                step_action(observer.progress(&Progress { fraction, ..counted }))
+            };
             generated.push(set.denoise(part, denoiser, sampling_spec, &mut hook)?);
         }
         Ok(Tensor::cat(&generated, 0)?)

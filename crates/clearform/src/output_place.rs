@@ -13,14 +13,21 @@ const STDOUT: &str = "-";
 /// # Errors
 /// `path` is a folder or `-`, or its folder cannot be made or written to.
 pub fn prepare_file(path: &Path) -> Result<()> {
+    check_is_file(path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
+}
+
+fn check_is_file(path: &Path) -> Result<()> {
     if path == Path::new(STDOUT) {
         return Err(ClearformError::bad_option("-o -: results are written to files, not to stdout; give a file name"));
     }
-    if path.is_dir() {
+    // "o/" is a folder, also if it does not exist yet.
+    let ends_as_folder = path.to_string_lossy().ends_with(std::path::is_separator);
+    if path.is_dir() || ends_as_folder {
         return Err(ClearformError::bad_option(format!("{}: is a folder; expected a file name", path.display())));
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
+    Ok(())
 }
 
 /// As [`prepare_file`], for a safetensors file.
@@ -28,8 +35,8 @@ pub fn prepare_file(path: &Path) -> Result<()> {
 /// # Errors
 /// As [`prepare_file`], or the name ends otherwise than in .safetensors.
 pub fn prepare_tensor_file(path: &Path) -> Result<()> {
-    let is_named_so = path.extension().is_some_and(|extension| extension == "safetensors");
-    if !is_named_so && path != Path::new(STDOUT) && !path.is_dir() {
+    check_is_file(path)?;
+    if path.extension().is_none_or(|extension| extension != "safetensors") {
         return Err(ClearformError::bad_option(format!(
             "{}: tensors are written as safetensors; expected a name that ends in .safetensors",
             path.display()

@@ -4,7 +4,7 @@ use crate::observer::{Observer, note};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use clearform_attention::TokenGrid;
 use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
-use clearform_layout::SamplingDefaults;
+use clearform_layout::{Identified, SamplingDefaults};
 use clearform_models::{ImageSize, Prompt, SeparateSamples};
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
 use std::path::Path;
@@ -59,13 +59,12 @@ pub struct ModelSize {
 }
 
 impl ModelSize {
-    /// The size of `transformer`.
-    pub fn of(transformer: &TransformerCheckpoint) -> Self {
-        let identified = transformer.identified();
+    /// The size of a model of so many parameters, with as many text tokens as its variant usually has.
+    pub fn new(identified: &Identified, parameters: usize) -> Self {
         Self {
             width: identified.size("width").unwrap_or(0),
             text_tokens: identified.variant.defaults.text_tokens,
-            parameters: transformer.parameters(),
+            parameters,
         }
     }
 
@@ -153,7 +152,7 @@ impl ResolvedTraining {
         transformer: &TransformerCheckpoint,
         pipeline: Option<&Pipeline>,
     ) -> Result<Self> {
-        let mut model = ModelSize::of(transformer);
+        let mut model = ModelSize::new(transformer.identified(), transformer.parameters());
         if let Some(pipeline) = pipeline.filter(|_| model.text_tokens > 0 && model.is_small()) {
             // A small model may have been trained with fewer tokens than its family has, and encodes a prompt at once.
             let text = pipeline.encode(&[Prompt::Text(String::new())])?.text;

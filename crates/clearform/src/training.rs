@@ -2,7 +2,7 @@
 
 use crate::judge::{Judge, Verdict, warning};
 use crate::live_report::LiveReport;
-use crate::observer::{Observer, Progress, Stage, note};
+use crate::observer::{Observer, Progress, Stage, StandingProgress, note};
 use crate::recipe::ResolvedTraining;
 use crate::training_samples::TrainingSamples;
 use crate::{ClearformError, ComputeDevice, Result};
@@ -87,13 +87,14 @@ struct TrainingWatcher<'a> {
 impl TrainingWatcher<'_> {
     fn observe(&mut self, progress: &TrainingProgress<'_>, observer: &mut dyn Observer) -> ControlFlow<()> {
         let entry = progress.entry;
-        if let Err(error) = self.report.update(self.models, progress, observer) {
+        self.held_out = entry.held_out.or(self.held_out);
+        let counted = Progress::new(Stage::Distilling, entry.step, progress.steps);
+        let shown = Progress { loss: Some(entry.losses.total), held_out: self.held_out, ..counted };
+        if let Err(error) = self.report.update(self.models, progress, &mut StandingProgress { observer, shown }) {
             self.failed = Some(error);
             return ControlFlow::Break(());
         }
-        self.held_out = entry.held_out.or(self.held_out);
-        let counted = Progress::new(Stage::Distilling, entry.step, progress.steps);
-        observer.progress(&Progress { loss: Some(entry.losses.total), held_out: self.held_out, ..counted })
+        observer.progress(&shown)
     }
 }
 

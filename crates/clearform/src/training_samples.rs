@@ -2,6 +2,7 @@
 
 use crate::evaluation::prompts_or_classes;
 use crate::observer::{Observer, Progress, Stage, note};
+use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::recipe::ResolvedTraining;
 use crate::{ClearformError, Result, TrainingOptions};
 use candle_core::Tensor;
@@ -65,6 +66,9 @@ impl TrainingSamples {
             Some(pipeline) if !are_complete => generate_samples(pipeline, training, &folder, observer)?,
             _ => open_samples(&folder)?,
         };
+        if let Some(pipeline) = &pipeline {
+            note_teacher(&samples, &teacher_name(pipeline), &folder, observer);
+        }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
         let held_out = match pipeline {
             _ if training.options.held_out == 0 => None,
@@ -135,7 +139,8 @@ fn generate_samples(
     folder: &Path,
     observer: &mut dyn Observer,
 ) -> Result<SampleSet> {
-    let set = SampleSet::create(folder, sample_settings(pipeline, training, observer)?)?;
+    let settings = sample_settings(pipeline, training, observer)?;
+    let set = SampleSet::create_for(folder, settings, &teacher_name(pipeline))?;
     if set.is_complete() {
         return Ok(set);
     }
@@ -146,6 +151,20 @@ fn generate_samples(
     }
     fill(pipeline, &set, observer)?;
     Ok(set)
+}
+
+/// What users call the model of `pipeline`: the last part of its path.
+fn teacher_name(pipeline: &Pipeline) -> String {
+    let path = pipeline.transformer().checkpoint().path();
+    let model = if path.ends_with("transformer") { path.parent().unwrap_or(path) } else { path };
+    let model = model.canonicalize().unwrap_or_else(|_| model.to_owned());
+    model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned()
+}
+
+fn note_teacher(samples: &SampleSet, teacher: &str, folder: &Path, observer: &mut dyn Observer) {
+    if let Some(recorded) = samples.teacher().filter(|recorded| *recorded != teacher) {
+        note(observer, format_args!("the samples in {} were drawn by {recorded}", folder.display()));
+    }
 }
 
 /// Generates what is missing in `set`. Returns the position ids of the text tokens, if the model takes them.
@@ -174,7 +193,7 @@ fn encode_prompts(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Obser
         let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
         pipeline.add_size_conditions(&encoded, batch_spec)
     })?;
-    too_long.iter().for_each(|prompt| note(observer, prompt));
+    note_truncated(&too_long, set.settings().prompts.len(), observer);
     match text_ids {
         Some(text_ids) => Ok(text_ids),
         // All prompts were encoded by an earlier run.
@@ -202,9 +221,11 @@ fn sample_settings(
 ) -> Result<SampleSettings> {
     let defaults = pipeline.transformer().identified().variant.defaults;
     let (prompts, held_out) = prompts(pipeline, training)?;
+    let unseen = held_out.iter().filter(|prompt| !prompts.contains(prompt)).cloned();
+    let all: Vec<Prompt> = prompts.iter().cloned().chain(unseen).collect();
+    foreign_syntax_notes(&texts(&all)).iter().for_each(|text| note(observer, text));
     if training.options.prompts.is_some() && !prompts.contains(&held_out[0]) {
-        let all = prompts.len() + held_out.len();
-        note(observer, format_args!("{} of {all} prompts are held out for the verdict", held_out.len()));
+        note(observer, format_args!("{} of {} prompts are held out for the verdict", held_out.len(), all.len()));
     }
     let size = training.size;
     let latents = pipeline.initial_latents(0, 1, size)?;

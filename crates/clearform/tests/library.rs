@@ -161,6 +161,10 @@ fn options_are_serde_values_with_defaults() {
     let adapters = r#"{"adapters": [{"path": "style.safetensors", "kind": "lora", "strength": 0.5}]}"#;
     let adapters: AdapterOptions = serde_json::from_str(adapters).unwrap();
     assert_eq!(adapters.to_string(), "--lora style.safetensors:0.5");
+    // NaN is no JSON, but a value of the library's.
+    let spec = AdapterSpec::new("style.safetensors", AdapterKind::Lora).with_strength(f64::NAN);
+    let error = AdapterOptions::new([spec]).open().unwrap_err().to_string();
+    assert!(error.contains("style.safetensors: the strength: expected a number from -1000 to 1000"), "{error}");
 }
 
 /// A transformer that takes a control image itself, as FLUX.1-Canny does: mini-flux with a LoRA that widens its input.

@@ -41,6 +41,7 @@ fn each_source_is_opened_once() {
         seed: 0,
         batch: 1,
         control_images: Vec::new(),
+        control_mask: None,
     };
     let wanted = generate(&image, &mut ()).unwrap().images;
     let loaded = Pipeline::open(&model, PipelineOptions::default_options().unwrap()).unwrap().load().unwrap();

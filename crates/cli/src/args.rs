@@ -29,12 +29,11 @@ pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
-pub use numbers::{SeedArg, finite};
+pub use numbers::{SeedArg, ThreadCount, finite};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{Arg, ArgAction, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use headings::{GENERAL, INPUT};
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Make pre-trained diffusion transformers linear: read a checkpoint, replace its attention, distil it, run it.
@@ -50,7 +49,7 @@ pub struct Cli {
     pub json: bool,
     /// Worker threads [default: one per core].
     #[arg(long, global = true, value_name = "N", help_heading = GENERAL)]
-    pub threads: Option<NonZeroUsize>,
+    pub threads: Option<ThreadCount>,
     // clap's own flags would come first, in a group without a heading.
     /// Print help.
     #[arg(short, long, global = true, action = ArgAction::Help, help_heading = GENERAL)]
@@ -58,6 +57,25 @@ pub struct Cli {
     /// Print the version.
     #[arg(short = 'V', long, global = true, action = ArgAction::Version, help_heading = GENERAL)]
     version: Option<bool>,
+}
+
+impl Cli {
+    /// Parses the command line `arguments`, the program's name first. A negative number after an option is its value, as
+    /// in `--seed -1`, and never a flag.
+    ///
+    /// # Errors
+    /// The arguments are not those of a command, or help is asked for.
+    pub fn parse_from_arguments(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> clap::error::Result<Self> {
+        let mut command = with_negative_numbers(Self::command());
+        let matches = command.try_get_matches_from_mut(arguments)?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
+}
+
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let takes_value = |arg: &Arg| !arg.is_positional() && arg.get_action().takes_values();
+    let allow = |arg: Arg| if takes_value(&arg) { arg.allow_negative_numbers(true) } else { arg };
+    command.mut_args(allow).mut_subcommands(with_negative_numbers)
 }
 
 const DEMO_EXAMPLE: &str = if cfg!(feature = "demo") { "  clearform demo -o demo\n" } else { "" };
@@ -123,7 +141,6 @@ pub struct SourceArgs {
 mod tests {
     use super::headings::{ADAPTERS, ATTENTION, DEVICE, DISTILLATION, GENERAL, INPUT, OUTPUT, SAMPLING, TIMING};
     use super::*;
-    use clap::CommandFactory as _;
 
     /// Commands that have no subcommands.
     const COMMANDS: usize = if cfg!(feature = "demo") { 18 } else { 17 };

@@ -14,8 +14,12 @@ const DIGITS: usize = 3;
 /// as needed are free, and a single `out.png` becomes `out-001.png`.
 ///
 /// # Errors
-/// A pattern other than `%d` or `%0Nd`, or no free numbers.
+/// A folder, a pattern other than `%d` or `%0Nd`, or no free numbers.
 pub fn image_names(pattern: &str, batch: usize, is_taken: impl Fn(&Path) -> bool) -> anyhow::Result<Vec<PathBuf>> {
+    if pattern.ends_with(std::path::is_separator) || Path::new(pattern).is_dir() {
+        let example = Path::new(pattern).join("out.png");
+        bail!("-o {pattern}: is a folder; expected a file name, such as {}", example.display());
+    }
     let (name, first) = match NumberedName::parse(pattern)? {
         Some(name) => (name, 0),
         None if batch == 1 && !is_taken(Path::new(pattern)) => return Ok(vec![PathBuf::from(pattern)]),
@@ -75,6 +79,10 @@ mod tests {
         assert_eq!(names("a/%03d.png", 2, &[]), ["a/000.png", "a/001.png"]);
         assert_eq!(names("x-%d.png", 1, &[]), ["x-0.png"]);
         assert!(image_names("x-%s.png", 1, |_| false).is_err());
+        for (folder, batch) in [("o/", 1), ("o/", 2), ("/", 1), (".", 2)] {
+            let error = image_names(folder, batch, |_| false).unwrap_err().to_string();
+            assert!(error.contains("is a folder; expected a file name, such as"), "{error}");
+        }
     }
 
     #[test]

@@ -12,10 +12,10 @@ mod options;
 mod output;
 mod progress;
 mod progress_log;
+mod stage_clock;
 mod usage_tips;
 
-use args::{Cli, Command};
-use clap::Parser as _;
+use args::{Cli, Command, ThreadCount};
 use clearform::ClearformError;
 use output::{CommandOutcome, Format, Output};
 use std::process::ExitCode;
@@ -24,7 +24,8 @@ use std::process::ExitCode;
 /// interrupted.
 fn main() -> ExitCode {
     use_one_thread_pool();
-    let cli = Cli::try_parse().unwrap_or_else(|error| usage_tips::corrected(error).exit());
+    let cli =
+        Cli::parse_from_arguments(std::env::args_os()).unwrap_or_else(|error| usage_tips::corrected(error).exit());
     match run(&cli) {
         Ok(CommandOutcome::Complete) => ExitCode::SUCCESS,
         Ok(CommandOutcome::Partial) => ExitCode::FAILURE,
@@ -62,8 +63,8 @@ fn error_message(error: &anyhow::Error) -> String {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<CommandOutcome> {
-    if let Some(threads) = cli.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+    if let Some(ThreadCount(threads)) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     let output = Output::new(if cli.json { Format::Json } else { Format::Text });
     match &cli.command {

@@ -145,7 +145,7 @@ impl AdapterArgs {
 fn adapter_spec(arg: &AdapterArg, kind: AdapterKind) -> anyhow::Result<AdapterSpec> {
     let mut spec = AdapterSpec::new(&arg.path, kind).with_strength(arg.strength.unwrap_or(1.0));
     for (key, value) in &arg.settings {
-        let number = || value.parse::<f64>().ok().filter(|number| number.is_finite());
+        let number = || value.parse::<f64>().ok();
         let not_a_number = || format!("{}: {key}={value}: expected a number", arg.path.display());
         match (key.as_str(), kind == AdapterKind::ControlNet) {
             ("plugin", _) => spec.plugin = Some(value.clone()),

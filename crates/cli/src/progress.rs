@@ -3,11 +3,12 @@
 use crate::interrupt;
 use crate::output::print_message;
 use crate::progress_log::ProgressLog;
-use clearform::{Observer, Progress, Stage};
+use crate::stage_clock::{StageClock, minutes};
+use clearform::{Observer, Progress, Stage, StageNumber};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Length of a bar: units may be finished in part.
 const LENGTH: u64 = 1000;
@@ -16,7 +17,8 @@ const MEBIBYTE: f64 = (1 << 20) as f64;
 
 /// One bar at a time, or lines.
 pub struct ProgressBars {
-    current: Option<(&'static str, ProgressBar)>,
+    current: Option<(String, ProgressBar)>,
+    clock: StageClock,
     /// Where stderr is no terminal.
     log: Option<ProgressLog>,
     can_resume: bool,
@@ -32,7 +34,7 @@ impl Default for ProgressBars {
 impl ProgressBars {
     fn new(can_resume: bool) -> Self {
         let log = (!std::io::stderr().is_terminal()).then(ProgressLog::default);
-        Self { current: None, log, can_resume, is_interrupted: false }
+        Self { current: None, clock: StageClock::default(), log, can_resume, is_interrupted: false }
     }
 
     /// For a command that goes on with `--resume` after an interrupt.
@@ -41,11 +43,11 @@ impl ProgressBars {
     }
 
     /// The bar `label`; a bar of another label is removed first.
-    fn bar(&mut self, label: &'static str) -> &ProgressBar {
-        if self.current.as_ref().is_some_and(|(current, _)| *current != label) {
+    fn bar(&mut self, label: &str) -> &ProgressBar {
+        if self.current.as_ref().is_some_and(|(current, _)| current != label) {
             self.clear();
         }
-        let (_, bar) = self.current.get_or_insert_with(|| (label, new_bar(label)));
+        let (_, bar) = self.current.get_or_insert_with(|| (label.to_owned(), new_bar(label)));
         bar
     }
 
@@ -56,15 +58,17 @@ impl ProgressBars {
     }
 
     fn show(&mut self, progress: &Progress) {
-        let label = label(progress.stage);
-        let text = text(progress);
+        let label = numbered_label(progress);
+        let now = Instant::now();
+        let left = self.clock.left(&label, progress, now);
+        let text = text(progress, left);
         if let Some(log) = &mut self.log {
-            if let Some(line) = log.line(label, progress, &text, Instant::now()) {
+            if let Some(line) = log.line(&label, &text, now) {
                 print_message(line);
             }
             return;
         }
-        let bar = self.bar(label);
+        let bar = self.bar(&label);
         // Stages that are not counted leave the bar as it is.
         if progress.total > 0 {
             bar.set_position((progress.fraction * LENGTH as f64) as u64);
@@ -115,7 +119,9 @@ fn place(Progress { stage, done, total, .. }: &Progress) -> String {
         Stage::Samples => format!("after {done} of {total} samples"),
         Stage::Comparing => format!("after {done} of {total} images"),
         Stage::Writing => "while writing".to_owned(),
-        Stage::Encoding | Stage::Loading | Stage::Decoding => format!("while {}", text(&Progress::of_stage(*stage))),
+        Stage::Encoding | Stage::Loading | Stage::Decoding => {
+            format!("while {}", text(&Progress::of_stage(*stage), None))
+        }
     }
 }
 
@@ -129,8 +135,18 @@ fn label(stage: Stage) -> &'static str {
     }
 }
 
-/// What is said beside the bar: how much is done, and the figures of a training.
-fn text(progress: &Progress) -> String {
+/// The label of a stage with its number among those of the command, if they are numbered.
+fn numbered_label(progress: &Progress) -> String {
+    let label = label(progress.stage);
+    match progress.number {
+        Some(StageNumber { number, total }) => format!("{label} (stage {number} of {total})"),
+        None => label.to_owned(),
+    }
+}
+
+/// What is said beside the bar: how much is done, the time that is left, and the figures of a training. Samples and
+/// images are finished many at a time, so their share is said.
+fn text(progress: &Progress, left: Option<Duration>) -> String {
     let Progress { stage, done, total, loss, held_out, .. } = progress;
     let mebibytes = |bytes: usize| bytes as f64 / MEBIBYTE;
     let counted = match stage {
@@ -138,16 +154,19 @@ fn text(progress: &Progress) -> String {
         Stage::Loading => "loading the transformer".to_owned(),
         Stage::Decoding => "decoding".to_owned(),
         Stage::Writing => format!("{:.1} of {:.1} MiB", mebibytes(*done), mebibytes(*total)),
-        _ => format!("{done}/{total}"),
+        Stage::Samples => format!("{:.0}% of {total} samples", 100.0 * progress.fraction),
+        Stage::Comparing => format!("{:.0}% of {total} images", 100.0 * progress.fraction),
+        Stage::Distilling | Stage::Denoising => format!("{done}/{total}"),
     };
+    let time = left.map(|left| format!(", {} left", minutes(left))).unwrap_or_default();
     let loss = loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-    let left = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
-    format!("{counted}{loss}{left}")
+    let error = held_out.map(|share| format!(", {:.0}% of the held-out error left", 100.0 * share)).unwrap_or_default();
+    format!("{counted}{time}{loss}{error}")
 }
 
-fn new_bar(label: &'static str) -> ProgressBar {
-    let bar = ProgressBar::new(LENGTH).with_prefix(label);
-    match ProgressStyle::with_template("{prefix:>12} {bar:32} {eta:>5} {msg}") {
+fn new_bar(label: &str) -> ProgressBar {
+    let bar = ProgressBar::new(LENGTH).with_prefix(label.to_owned());
+    match ProgressStyle::with_template("{prefix:>12} {bar:24} {msg}") {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
@@ -169,9 +188,20 @@ mod tests {
     }
 
     #[test]
+    fn stages_of_a_command_are_numbered() {
+        let training = progress(Stage::Distilling, 3, 9);
+        assert_eq!(numbered_label(&training), "distilling");
+        let number = Some(StageNumber { number: 3, total: 5 });
+        assert_eq!(numbered_label(&Progress { number, ..training }), "distilling (stage 3 of 5)");
+    }
+
+    #[test]
     fn what_is_written_is_said_in_mebibytes() {
-        assert_eq!(text(&progress(Stage::Writing, 3 << 19, 4 << 20)), "1.5 of 4.0 MiB");
+        assert_eq!(text(&progress(Stage::Writing, 3 << 19, 4 << 20), None), "1.5 of 4.0 MiB");
+        let samples = Progress { fraction: 0.07, ..progress(Stage::Samples, 0, 128) };
+        assert_eq!(text(&samples, None), "7% of 128 samples");
         let training = Progress { loss: Some(0.5), held_out: Some(0.25), ..progress(Stage::Distilling, 3, 9) };
-        assert_eq!(text(&training), "3/9, loss 0.5000, 25% of the held-out error left");
+        let left = Some(Duration::from_secs(7));
+        assert_eq!(text(&training, left), "3/9, 7 s left, loss 0.5000, 25% of the held-out error left");
     }
 }

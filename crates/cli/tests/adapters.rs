@@ -5,8 +5,9 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture, plugin_folder, relative_error};
+use clearform_weights::Dtype;
 use common::{Tiny, clearform, json, repository, run, stderr_of, text};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// The folder of the plugins' libraries.
@@ -145,6 +146,128 @@ fn unmatched_adapter_tensors_exit_1() {
     assert!(relative_error(&wanted, &forward(tiny.path(), &lora_inputs(), &[]).0).unwrap() > 1e-2);
     let off = stderr_of(1, &[&arguments[..], &["--no-plugins"]].concat());
     assert!(off.contains("plugins are disabled (--no-plugins)"), "{off}");
+}
+
+/// What `forward` says of adapters that it refuses, with further arguments.
+fn refused(adapter: &str, more: &[&str]) -> String {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
+    let plugins = plugins();
+    let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--lora", adapter];
+    let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins], more].concat());
+    assert!(!message.contains("panicked") && !output.exists(), "{message}");
+    message
+}
+
+/// `forward` loads no text encoders, so nothing of this LoRA has an effect there.
+#[test]
+fn an_adapter_of_which_nothing_is_applied_is_refused() {
+    for more in [&[][..], &["--allow-partial"]] {
+        let message = refused(&lora("users/text-encoder-lora/kohya-te2"), more);
+        assert!(message.contains(": applied 0 of 3 tensors to 0 modules"), "{message}");
+        assert!(message.contains("no text encoder is loaded"), "{message}");
+        assert!(message.contains("nothing of it can be applied here: leave it out"), "{message}");
+    }
+}
+
+#[test]
+fn strengths_out_of_range_are_named() {
+    for (setting, found) in [
+        (":nan", "the strength: expected a number from -1000 to 1000, found NaN"),
+        (":-inf", "found -inf"),
+        (":1e30", "found 1e30"),
+        (":0.5:double=inf", "the strength of \"double\": expected a number from -1000 to 1000, found inf"),
+        (":double=1,single=-1001", "the strength of \"single\": expected a number from -1000 to 1000, found -1001"),
+        (":single=x", "single=x: expected a number"),
+    ] {
+        let message = refused(&format!("{}{setting}", lora("kohya")), &[]);
+        assert!(message.contains("kohya.safetensors: ") && message.contains(found), "{message}");
+    }
+}
+
+/// Every number format of safetensors that no weight can be computed with.
+#[test]
+fn a_lora_in_another_number_format_is_refused_with_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adapter.safetensors");
+    for dtype in [
+        Dtype::BOOL,
+        Dtype::F4,
+        Dtype::F6_E2M3,
+        Dtype::F6_E3M2,
+        Dtype::U8,
+        Dtype::I8,
+        Dtype::F8_E8M0,
+        Dtype::I16,
+        Dtype::U16,
+        Dtype::I32,
+        Dtype::U32,
+        Dtype::I64,
+        Dtype::U64,
+        Dtype::C64,
+    ] {
+        let mut tensors = common::RawTensors::default();
+        for (name, shape) in [("proj_out.lora_A.weight", [8, 48]), ("proj_out.lora_B.weight", [16, 8])] {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            tensors.put(name.to_owned(), dtype, &shape, vec![0; bytes]);
+        }
+        clearform_weights::save(&path, &tensors, &BTreeMap::new()).unwrap();
+        let message = refused(text(&path), &[]).to_lowercase();
+        assert!(message.contains("\"proj_out.lora_a.weight\""), "{message}");
+        let name = format!("{dtype:?}").to_lowercase();
+        let says = [format!("stored in {name}"), format!("found {name}")];
+        assert!(says.iter().any(|says| message.contains(says)), "{name}: {message}");
+    }
+}
+
+/// peft's folders of a FLUX, one for each component, as one adapter.
+#[test]
+fn peft_folders_by_component_are_merged_and_recorded() {
+    let (tiny, folder, plugins) = (Tiny::new(), tempfile::tempdir().unwrap(), plugins());
+    let folders = repository("tests/fixtures/lora/peft-folders");
+    let (adapter, model) = (folders.join("flux"), folder.path().join("model"));
+    let components = repository("tests/fixtures/components/generation4");
+    let convert = ["convert", text(tiny.path()), "-o", text(&model), "--attention", "full", "--no-distill"];
+    let more = ["--plugin-dir", &plugins, "--components", text(&components), "--lora", text(&adapter)];
+    let message = stderr_of(0, &[&convert[..], &more].concat());
+    assert!(message.contains("peft-folders/flux: applied 8 of 8 tensors to 4 modules"), "{message}");
+    let stored = |component: &str, file: &str| fixture(model.join(component).join(file));
+    let merged = [
+        ("transformer/", stored("transformer", "diffusion_pytorch_model.safetensors")),
+        ("text_encoder/", stored("text_encoder", "model.safetensors")),
+        ("text_encoder_2/", stored("text_encoder_2", "model.safetensors")),
+    ];
+    for (name, expected) in fixture(folders.join("expected.safetensors")) {
+        let (prefix, tensors) = merged.iter().find(|(prefix, _)| name.starts_with(prefix)).unwrap();
+        let own = &name[prefix.len()..];
+        let found = tensors.get(own).unwrap_or_else(|| &tensors[&format!("text_model.{own}")]);
+        assert_close(&name, &found.to_dtype(DType::F32).unwrap(), &expected, 1e-6);
+    }
+    let record: toml::Table = std::fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
+    let record = record["adapter"][0].as_table().unwrap();
+    let names: Vec<&str> = record["file"].as_array().unwrap().iter().filter_map(|file| file["name"].as_str()).collect();
+    assert_eq!(record["name"].as_str(), Some("flux"));
+    assert_eq!(
+        names,
+        [
+            "text_encoder/adapter_config.json",
+            "text_encoder_2/adapter_model.safetensors",
+            "text_encoder_2/adapter_config.json",
+            "transformer/adapter_model.safetensors",
+            "transformer/adapter_config.json",
+        ]
+    );
+    let message = refused(text(&adapter.join("text_encoder")), &[]);
+    assert!(message.contains("text_encoder: applied 0 of 2 tensors"), "{message}");
+    // Of a folder with all components `forward` applies the transformer's part, wherever its strengths fit.
+    let half = format!("{}:0.5:double=1,norm_out=0.5", text(&adapter));
+    let (_, message) = forward(tiny.path(), &lora_inputs(), &["--lora", &half]);
+    assert!(message.contains("applied 4 of 8 tensors to 2 modules"), "{message}");
+    assert!(
+        message.contains("\"text_encoder/base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight\""),
+        "{message}"
+    );
 }
 
 #[test]

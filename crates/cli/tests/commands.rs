@@ -108,6 +108,15 @@ fn a_converted_model_runs_its_recorded_plan_and_verifies() {
     run(0, &["inspect", text(&model)]);
     let again = stderr_of(1, &convert);
     assert!(again.contains("already exists; pass --overwrite"), "{again}");
+    for within in ["inner", "transformer/deep/inner", "../model/inner"] {
+        let inner = model.join(within);
+        let refused = stderr_of(1, &["convert", text(tiny.path()), "-o", text(&inner), "--no-distill"]);
+        assert!(
+            refused.contains("inner: is inside the portable model ") && refused.contains("choose a folder outside"),
+            "{refused}"
+        );
+    }
+    run(0, &["verify", text(&model)]);
     std::fs::write(model.join("README.md"), "changed").unwrap();
     let report = json(1, &["verify", text(&model)]);
     assert_eq!(report["changed"][0], "README.md");

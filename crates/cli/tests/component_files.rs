@@ -9,7 +9,7 @@ use clearform_testkit::fixture;
 use clearform_weights::{InMemoryTensors, TensorSource, save};
 use common::forms::{BothForms, FLUX, SAMPLING, SD3, Tensors, as_in_comfyui, pixels, same_bits};
 use common::{run, stderr_of, text};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -282,6 +282,16 @@ fn converting_from_files_writes_the_components() {
         assert!(got.iter().all(equal), "{name}");
     }
     assert_eq!(both.generate(&model), both.generate(&both.path("folders")));
+    let record: toml::Table = fs::read_to_string(model.join("clearform.toml")).unwrap().parse().unwrap();
+    let recorded = record["component"].as_array().unwrap().iter().map(|component| {
+        let field = |key: &str| component[key].as_str().unwrap().to_owned();
+        (field("name"), field("file"), field("sha256"))
+    });
+    let given = FLUX_FORMS[1].iter().map(|(_, component, _, file)| {
+        let sha256 = clearform_weights::digest(both.path(file)).unwrap().sha256;
+        ((*component).to_owned(), (*file).to_owned(), sha256)
+    });
+    assert_eq!(recorded.collect::<BTreeSet<_>>(), given.collect::<BTreeSet<_>>());
     let (prompts, report) = (both.path("prompts.txt"), both.path("report"));
     fs::write(&prompts, "a red apple\n").unwrap();
     let compare = ["compare", text(&both.path("folders")), text(&model), "-o", text(&report)].map(str::to_owned);

@@ -19,6 +19,11 @@ fn check(case: &'static Case) {
     let found = json(0, &["inspect", text(&file), "--config", text(&config)]);
     let names: Vec<&str> = case.components.iter().map(|(component, _)| *component).collect();
     assert_eq!(found["components"], serde_json::json!(names));
+    // Those whose sizes only a config.json tells are left out.
+    let in_folders = json(0, &["inspect", text(&both.path("folders"))])["component_bytes"].clone();
+    let in_file = found["component_bytes"].as_object().unwrap();
+    assert!(!in_file.is_empty() && in_file.iter().all(|(name, bytes)| *bytes == in_folders[name]), "{found}");
+    assert_eq!(in_folders.as_object().unwrap().len(), names.len());
     assert_eq!(both.generate_from_file(), both.generate(&both.path("folders")), "{}", case.family);
 
     let model = both.path("model");

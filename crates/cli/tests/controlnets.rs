@@ -177,6 +177,23 @@ fn controlnets_of_stable_diffusion_3_agree_with_diffusers() {
 }
 
 /// A key of config.json that the class does not have is named.
+/// FLUX's ControlNets for inpainting, for which diffusers has no pipeline.
+#[test]
+fn a_mask_beside_packed_latents_is_refused() {
+    let case = Case::flux();
+    let mut tensors: HashMap<String, Tensor> =
+        fixture(case.fixtures.join("one-two/diffusion_pytorch_model.safetensors")).into_iter().collect();
+    let embedder = tensors["controlnet_x_embedder.weight"].clone();
+    let mask = Tensor::zeros((embedder.dim(0).unwrap(), 4), embedder.dtype(), &Device::Cpu).unwrap();
+    tensors.insert("controlnet_x_embedder.weight".to_owned(), Tensor::cat(&[&embedder, &mask], 1).unwrap());
+    case.write("inpaint", "one-two", &tensors);
+    let message = case.error(&case.inputs, &["--controlnet", text(&case.path("inpaint"))]);
+    assert!(
+        message.contains("takes 20 channels, 4 more than the latents") && message.contains("inpainting"),
+        "{message}"
+    );
+}
+
 #[test]
 fn an_unknown_key_is_named() {
     let case = Case::sd3();

@@ -222,12 +222,19 @@ fn distill_trains_as_convert_does() {
         "--steps 3 --sample-count 4 --sample-steps 2 --batch 2 --held-out 0 --seed 5".split(' ').collect::<Vec<_>>();
     run(0, &[&["convert", text(&original), "-o", text(&at_once), "--radius", "2"], &training[..]].concat());
     run(0, &["convert", text(&original), "-o", text(&bare), "--radius", "2", "--no-distill"]);
+    // What the record says of the model's parts stays.
+    let parts = "\n[[component]]\nname = \"vae\"\nfile = \"ae.safetensors\"\nsha256 = \"00\"\n\n[[adapter]]\nname = \
+                 \"style.safetensors\"\nsha256 = \"11\"\nstrength = 0.5\n";
+    let record = |model: &Path| std::fs::read_to_string(model.join("clearform.toml")).unwrap();
+    std::fs::write(bare.join("clearform.toml"), record(&bare) + parts).unwrap();
     let distill = ["distill", text(&bare), "--teacher", text(&original), "-o", text(&trained)];
     run(0, &[&distill[..], &training].concat());
     let weights = |model: &Path| std::fs::read(model.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
     assert!(weights(&trained) == weights(&at_once));
     assert!(weights(&trained) != weights(&bare), "nothing was trained");
     run(0, &["verify", text(&trained)]);
+    let kept = record(&trained);
+    assert!(kept.contains("file = \"ae.safetensors\"") && kept.contains("name = \"style.safetensors\""), "{kept}");
     // The model itself is replaced only if that is asked for.
     let message = stderr_of(2, &[&distill[..4], &training].concat());
     assert!(message.contains("--output <DIR>") && weights(&bare) != weights(&at_once), "{message}");

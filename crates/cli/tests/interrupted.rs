@@ -52,6 +52,26 @@ fn kill_time(length: Duration, kill: u32) -> Duration {
     length * (kill * 7 % 10 + 1) / 12
 }
 
+/// Samples in the work folder that another model has drawn.
+#[test]
+fn samples_of_another_model_are_named_with_the_ways_out() {
+    let base = repository("assets/mini-flux/base");
+    let folder = tempfile::tempdir().unwrap();
+    let (model, samples) = (folder.path().join("model"), folder.path().join("model.work/samples"));
+    std::fs::create_dir_all(&samples).unwrap();
+    let settings = r#"{"edition": 1, "teacher": "FLUX.1-schnell", "prompts": ["a cat"], "count": 2, "batch": 2,
+        "size": [64, 64], "steps": 1, "guidance": null, "seed": 0}"#;
+    std::fs::write(samples.join("set.json"), settings).unwrap();
+    let said = common::stderr_of(1, &[&arguments(text(&base), text(&model))[..], &["--resume"]].concat());
+    let drawn =
+        format!("the samples in {} were drawn by another model, FLUX.1-schnell, and not by base", text(&samples));
+    assert!(said.contains(&drawn), "{said}");
+    assert!(
+        said.contains(&format!("choose another -o or --samples, or delete {} to draw them anew", text(&samples))),
+        "{said}"
+    );
+}
+
 /// Ctrl-C stops after a step; `--resume` needs none of the options again.
 #[cfg(unix)]
 #[test]

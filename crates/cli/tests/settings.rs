@@ -6,6 +6,7 @@ mod common;
 use clearform_runtime::GenerationParameters;
 use clearform_runtime::image_file::read_parameters;
 use clearform_testkit::assemble_pipeline;
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource as _};
 use common::{Tiny, json, repository, run, stderr_of, text};
 use std::path::{Path, PathBuf};
 
@@ -130,13 +131,19 @@ fn outputs_that_cannot_be_written_are_refused_first() {
         let said = refused(&format!("{directory}/{name}"));
         assert!(said.contains("expected a file name that ends in .png, .jpg, .jpeg or .webp"), "{said}");
     }
+    for name in ["", "new/"] {
+        let said = refused(&format!("{directory}/{name}"));
+        assert!(said.contains("is a folder; expected a file name, such as") && said.contains("out.png"), "{said}");
+    }
     let said = refused("/sys/clearform/out.png");
     assert!(said.contains("/sys/clearform"), "{said}");
     let forward = ["forward", "no-model", "--inputs", "none", "-o"];
     let said = stderr_of(1, &[&forward[..], &["/sys/clearform/out.safetensors"]].concat());
     assert!(said.contains("/sys/clearform"), "{said}");
-    let said = stderr_of(1, &[&forward[..], &[&directory]].concat());
-    assert!(said.contains("is a folder; expected a file name"), "{said}");
+    for folder in [directory.clone(), format!("{directory}/new/")] {
+        let said = stderr_of(1, &[&forward[..], &[&folder]].concat());
+        assert!(said.contains("is a folder; expected a file name"), "{said}");
+    }
     let said = stderr_of(1, &["compare", "no-model", "no-model", "-o", "/sys/clearform"]);
     assert!(said.contains("/sys/clearform"), "{said}");
 }
@@ -158,6 +165,13 @@ fn images_that_exist_are_kept_unless_overwrite_is_given() {
     assert_eq!(saved(&["--seed", "1", "--batch", "2"]), expected(&["out-002.png", "out-003.png"]));
     assert_eq!(saved(&["--seed", "1", "--overwrite"]), expected(&["out.png"]));
     assert_ne!(std::fs::read(&image).unwrap(), first);
+    // The name is announced when the image is certain to be made.
+    let announced = |code, more: &[&str]| stderr_of(code, &[&arguments[..], more].concat());
+    assert!(announced(0, &[]).contains("out.png exists, so the image is"));
+    for (model, more) in [(text(&base), &["--control-image", text(&image)][..]), ("no-model", &[])] {
+        let arguments = [&["generate", model, "cat", "-o", text(&image)], &QUICK[..], more].concat();
+        assert!(!stderr_of(1, &arguments).contains("exists, so the image is"));
+    }
 }
 
 #[test]
@@ -324,15 +338,92 @@ fn inspect_shows_the_pipeline_around_a_model() {
     let found = json(0, &["inspect", text(&repository(BASE))]);
     assert_eq!([&found["trained_side_pixels"], &found["estimates"][0]["side_pixels"]], [128, 128]);
     assert_eq!(found["estimates"][0]["image_tokens"], 256);
-    for component in ["text_encoder", "text_encoder_2", "vae"] {
-        let folder = repository(BASE).join(component);
-        let files = folder.read_dir().unwrap().map(|file| file.unwrap());
-        let bytes = files.filter(|file| file.path().extension().is_some_and(|form| form == "safetensors"));
-        let bytes: u64 = bytes.map(|file| std::fs::metadata(file.path()).unwrap().len()).sum();
+    // Weights in memory: encoders as they are stored, the VAE in f32.
+    for (component, file) in
+        [("text_encoder", "model"), ("text_encoder_2", "model"), ("vae", "diffusion_pytorch_model")]
+    {
+        let tensors = Checkpoint::open(repository(BASE).join(component).join(format!("{file}.safetensors"))).unwrap();
+        let bytes = |info: &TensorInfo| if component == "vae" { 4 * info.element_count() } else { info.byte_count() };
+        let bytes: u64 = tensors.tensors().iter().map(bytes).sum();
         assert_eq!(found["component_bytes"][component], bytes, "{component}");
     }
+    // mini-flux takes no guidance scale, and its prompts have 16 tokens.
+    assert_eq!((&found["takes_guidance"], &found["estimates"][0]["text_tokens"]), (&false.into(), &16.into()));
     // Columns stay apart, however large their numbers are.
     let printed = String::from_utf8(run(0, &["inspect", text(&repository(BASE))]).stdout).unwrap();
-    let rows: Vec<&str> = printed.lines().filter(|line| line.contains(" px ") && line.contains("x ")).collect();
+    let rows: Vec<&str> = printed.lines().filter(|line| line.starts_with(' ') && line.contains(" px ")).collect();
     assert!(!rows.is_empty() && rows.iter().all(|row| row.split_whitespace().count() == 12), "{printed}");
+    assert!(printed.contains(" steps, 16 text tokens)") && !printed.contains("guidance"), "{printed}");
+    let dit = json(0, &["inspect", text(&repository("assets/mini-dit/model"))]);
+    assert_eq!(dit["takes_guidance"], true);
+}
+
+/// What `inspect` says about a distillation is what `convert` forecasts, for a model of text and one of classes.
+#[test]
+fn inspect_knows_the_memory_of_a_distillation() {
+    let folder = tempfile::tempdir().unwrap();
+    for (index, model) in [BASE, "assets/mini-dit/model"].into_iter().enumerate() {
+        let (source, target) = (repository(model), folder.path().join(index.to_string()));
+        let inspected = ["inspect", text(&source), "--threads", "2"];
+        let found = json(0, &inspected)["distillation"].clone();
+        let megabytes = found["memory_bytes"].as_u64().unwrap() as f64 / 1e6;
+        let convert = ["convert", text(&source), "-o", text(&target), "--radius", "3", "--threads", "2"];
+        let short = ["--steps", "1", "--sample-count", "1", "--sample-steps", "1", "--held-out", "0"];
+        let said = stderr_of(0, &[&convert[..], &short].concat());
+        assert!(said.contains(&format!("; about {megabytes:.0} MB of memory")), "{model}: {found} but {said}");
+        let printed = String::from_utf8(run(0, &inspected).stdout).unwrap();
+        let line = format!("of memory, with {} samples of {} px per step", found["batch"], found["side_pixels"]);
+        assert!(printed.lines().any(|text| text.starts_with("distilling") && text.ends_with(&line)), "{printed}");
+    }
+}
+
+/// Of many prompts those that are cut are counted, and syntax that other programs take is noted, in every set of
+/// prompts.
+#[test]
+fn prompts_that_are_not_read_as_they_are_written_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, prompts, report) = (repository(BASE), folder.path().join("prompts.txt"), folder.path().join("report"));
+    let long = ["cat"; 10].join(" ");
+    std::fs::write(&prompts, format!("{}cat <lora:style:0.8>\na (red:1.2) cat\n", format!("{long}\n").repeat(4)))
+        .unwrap();
+    let compare = ["compare", text(&base), text(&base), "--prompts", text(&prompts), "-o", text(&report)];
+    let model = folder.path().join("model");
+    let convert = ["convert", text(&base), "-o", text(&model), "--radius", "3", "--prompts", text(&prompts)];
+    let short =
+        ["--steps", "1", "--sample-count", "6", "--sample-steps", "1", "--sample-size", "64", "--held-out", "0"];
+    for command in [[&compare[..], &["--size", "64", "--steps", "1"]].concat(), [&convert[..], &short].concat()] {
+        let said = stderr_of(0, &command);
+        for expected in [
+            "text_encoder (CLIPTextModel): ",
+            "text_encoder_2 (T5EncoderModel): ",
+            "prompts are longer than the 16 tokens that it takes; their ends are cut (most: ",
+            "1 of 6 prompts has \"<lora:style:0.8>\", read as text: LoRAs are given with --lora FILE:0.8",
+            "1 of 6 prompts has \"(red:1.2)\", read as text: weights of words are not supported",
+        ] {
+            assert!(said.contains(expected), "{expected} in {said}");
+        }
+        assert!(!said.contains(&long), "{said}");
+    }
+    let image = folder.path().join("out.png");
+    let generate = ["generate", text(&base), "cat <lyco:a:1>", "-o", text(&image)];
+    let said = stderr_of(0, &[&generate[..], &QUICK].concat());
+    assert!(said.contains("the prompt has \"<lyco:a:1>\", read as text: LoRAs are given with --lora FILE:1"), "{said}");
+}
+
+#[test]
+fn what_a_control_image_is_for_is_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, edges) = (repository(BASE), folder.path().join("edges.png"));
+    image::RgbImage::new(64, 64).save(&edges).unwrap();
+    let image = folder.path().join("out.png");
+    let generate = [&["generate", text(&base), "cat", "-o", text(&image)], &QUICK[..]].concat();
+    let said = stderr_of(1, &[&generate[..], &["--control-image", text(&edges)]].concat());
+    assert!(
+        said.contains("the model takes none, and there is no ControlNet for 1: pass one with --controlnet FILE"),
+        "{said}"
+    );
+    let controlnet = repository("assets/mini-flux/controlnet");
+    let controlled = [&generate[..], &["--controlnet", text(&controlnet), "--control-image", text(&edges)]].concat();
+    let said = stderr_of(1, &[&controlled[..], &["--control-mask", text(&edges)]].concat());
+    assert!(said.contains("--control-mask: no ControlNet takes a mask"), "{said}");
 }

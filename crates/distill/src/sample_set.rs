@@ -22,6 +22,8 @@ use std::path::Path;
 /// features are in memory together: 64 T5 prompts of 512 tokens take 0.5 GB in f32.
 const PROMPTS_AT_ONCE: usize = 64;
 const EDITION: u32 = 1;
+/// Name of the file with the settings.
+const FILE: &str = "set.json";
 
 /// How latents are generated.
 #[derive(Debug, Clone)]
@@ -55,11 +57,15 @@ pub struct SamplesDone {
 #[derive(Debug)]
 pub struct SampleSet {
     files: SampleFiles,
+    /// The model that generates it, if that was recorded.
+    teacher: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct SampleManifest {
     edition: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    teacher: Option<String>,
     #[serde(flatten)]
     settings: SampleSettings,
 }
@@ -70,18 +76,44 @@ impl SampleSet {
     /// # Errors
     /// [`DistillError::OtherSettings`] if it was created with other settings.
     pub fn create(folder: &Path, settings: SampleSettings) -> Result<Self> {
+        Self::create_or_open(folder, settings, None)
+    }
+
+    /// As [`Self::create`], and records that the model called `teacher` generates the set.
+    ///
+    /// # Errors
+    /// [`DistillError::OtherSettings`] if it was created with other settings, [`DistillError::OtherTeacher`] if these
+    /// are those of another model.
+    pub fn create_for(folder: &Path, settings: SampleSettings, teacher: &str) -> Result<Self> {
+        Self::create_or_open(folder, settings, Some(teacher.to_owned()))
+    }
+
+    fn create_or_open(folder: &Path, settings: SampleSettings, teacher: Option<String>) -> Result<Self> {
         check(&settings)?;
-        let path = folder.join("set.json");
+        let path = folder.join(FILE);
         if path.exists() {
-            let found = Self::open(folder)?;
-            let settings = read_back(&settings).map_err(|error| bad(&path, error.to_string()))?;
-            let differing = differences(found.settings(), &settings);
-            return if differing.is_empty() { Ok(found) } else { Err(DistillError::OtherSettings { path, differing }) };
+            return Self::open(folder)?.require(&settings, teacher);
         }
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.to_owned(), source })?;
-        let manifest = serde_json::to_vec_pretty(&SampleManifest { edition: EDITION, settings: settings.clone() });
-        write_atomically(&path, &manifest.map_err(|error| bad(&path, error.to_string()))?)?;
-        Ok(Self { files: SampleFiles { folder: folder.to_owned(), settings } })
+        let manifest = SampleManifest { edition: EDITION, teacher: teacher.clone(), settings: settings.clone() };
+        let manifest = serde_json::to_vec_pretty(&manifest).map_err(|error| bad(&path, error.to_string()))?;
+        write_atomically(&path, &manifest)?;
+        Ok(Self { files: SampleFiles { folder: folder.to_owned(), settings }, teacher })
+    }
+
+    /// The set itself, if it has these settings.
+    fn require(self, settings: &SampleSettings, teacher: Option<String>) -> Result<Self> {
+        let folder = self.files.folder.clone();
+        let path = folder.join(FILE);
+        let settings = read_back(settings).map_err(|error| bad(&path, error.to_string()))?;
+        let differing = differences(self.settings(), &settings);
+        match (differing.as_str(), &self.teacher, teacher) {
+            ("", ..) => Ok(self),
+            (_, Some(recorded), Some(teacher)) if *recorded != teacher => {
+                Err(DistillError::OtherTeacher { folder, recorded: recorded.clone(), teacher, differing })
+            }
+            _ => Err(DistillError::OtherSettings { path, differing }),
+        }
     }
 
     /// Opens a set, complete or not.
@@ -89,7 +121,7 @@ impl SampleSet {
     /// # Errors
     /// There is none, or a newer version created it.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("set.json");
+        let path = folder.join(FILE);
         let text = std::fs::read(&path).map_err(|source| DistillError::Io { path: path.clone(), source })?;
         let manifest: SampleManifest = serde_json::from_slice(&text)
             .map_err(|error| bad(&path, format!("not a sample set that this version can read: {error}")))?;
@@ -98,7 +130,13 @@ impl SampleSet {
             return Err(bad(&path, reason));
         }
         check(&manifest.settings)?;
-        Ok(Self { files: SampleFiles { folder: folder.to_owned(), settings: manifest.settings } })
+        let files = SampleFiles { folder: folder.to_owned(), settings: manifest.settings };
+        Ok(Self { files, teacher: manifest.teacher })
+    }
+
+    /// The model that generates the set, if that was recorded.
+    pub fn teacher(&self) -> Option<&str> {
+        self.teacher.as_deref()
     }
 
     /// What the set contains once it is complete.
@@ -375,5 +413,19 @@ mod tests {
         );
         let other = ClassifierFree { scale: 4.2, unconditional: Prompt::Class(1000), channels: Some(3) };
         assert!(create(settings(None, Some(other))).contains("(classifier_free.scale: 4.1, now 4.2)"));
+    }
+
+    #[test]
+    fn a_set_of_another_model_is_refused_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let create = |guidance, teacher| SampleSet::create_for(folder.path(), settings(guidance, None), teacher);
+        assert_eq!(create(Some(3.5), "dev").unwrap().teacher(), Some("dev"));
+        assert_eq!(SampleSet::open(folder.path()).unwrap().teacher(), Some("dev"));
+        let error = create(None, "schnell").unwrap_err().to_string();
+        let folder = folder.path().display();
+        let drawn = format!("the samples in {folder} were drawn by another model, dev, and not by schnell");
+        assert!(error.starts_with(&drawn) && error.ends_with(&format!("delete {folder} to draw them anew")), "{error}");
+        let same = create(None, "dev").unwrap_err().to_string();
+        assert!(same.contains("was created with other settings (guidance: 3.5, now null)"), "{same}");
     }
 }

@@ -47,5 +47,7 @@ pub use mapping::dequantized::Dequantized;
 pub use mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
 pub use mapping::parameter_map::{LayoutParameter, ParameterMap, RowSegment};
 pub use mapping::prefix_view::PrefixView;
-pub use report::cost::{ClearCost, CostEstimate, PipelineScale, attention_parameters, evaluation_teraflop};
+pub use report::cost::{
+    ClearCost, CostEstimate, DistillationEstimate, PipelineScale, attention_parameters, evaluation_teraflop,
+};
 pub use report::inspection::{Inspection, StorageFormat, UnusableComponent, UnusedTensor};

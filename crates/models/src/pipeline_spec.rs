@@ -54,6 +54,16 @@ pub trait PipelineSpec: Send + Sync {
         Ok(conditions)
     }
 
+    /// Whether the transformer takes the guidance scale as an input.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    fn embeds_guidance(&self) -> Result<bool> {
+        let size = ImageSize { height: self.patch_size(), width: self.patch_size() };
+        let batch_spec = BatchSpec { size, batch: 1, guidance: 0.0 };
+        Ok(self.add_size_conditions(Conditions::default(), batch_spec, &Device::Cpu)?.guidance.is_some())
+    }
+
     /// Converts latents to the transformer's input, and computes the ids of the image tokens where the family has them
     /// (`FluxPipeline._pack_latents`).
     ///

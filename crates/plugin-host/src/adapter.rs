@@ -1,7 +1,7 @@
 //! [`Adapter`]: an adapter file opened by a plugin of `clearform.adapter/1`, as a list of edits. Applying the edits to
 //! a model is the task of [`WeightEdits`](crate::WeightEdits) and [`PatchedSource`](crate::PatchedSource).
 
-use crate::adapter_config::AdapterConfig;
+use crate::adapter_config::{AdapterConfig, component_of, unread_parts};
 use crate::edit::{Edit, EditKind, EditValues};
 use crate::file::PluginFile;
 use crate::loaded_plugin::LoadedPlugin;
@@ -29,7 +29,7 @@ pub struct Adapter {
     /// Borrowed by the instance, which `drop` closes before this is dropped.
     file: PluginFile,
     /// What the user should know about its files.
-    note: Option<String>,
+    file_notes: Vec<String>,
     edits: Vec<Edit>,
     skipped: Vec<(usize, String)>,
     /// The values of one edit: those of a fused layer are needed once for each canonical tensor that it covers.
@@ -60,6 +60,7 @@ impl Adapter {
         plugin.function("close", table.close)?;
         let AdapterConfig { text, note } = AdapterConfig::of(&file)?;
         let config = text.or_else(|| file.config().map(ToString::to_string)).unwrap_or_default();
+        let file_notes = note.into_iter().chain(unread_parts(file.path())).collect();
         let file = PluginFile::new(file, config)?;
         let mut instance = std::ptr::null_mut();
         // SAFETY: host and file outlive the instance.
@@ -70,8 +71,12 @@ impl Adapter {
         })?;
         let cached_values = Mutex::default();
         let (edits, skipped) = (Vec::new(), Vec::new());
-        let mut adapter = Self { description, plugin, table, instance, file, note, edits, skipped, cached_values };
+        let mut adapter =
+            Self { description, plugin, table, instance, file, file_notes, edits, skipped, cached_values };
         adapter.edits = adapter.read_edits()?;
+        if let Some(component) = component_of(adapter.path()) {
+            adapter.edits.iter_mut().for_each(|edit| edit.set_component(&component));
+        }
         adapter.skipped = adapter.read_skipped()?;
         Ok(adapter)
     }
@@ -98,7 +103,7 @@ impl Adapter {
 
     /// What the user should know about its files, and the plugin's messages since the last call.
     pub fn notes(&self) -> Vec<String> {
-        self.note.iter().cloned().chain(self.plugin.notes()).collect()
+        self.file_notes.iter().cloned().chain(self.plugin.notes()).collect()
     }
 
     /// What the tensor `name` of the file is, if the plugin knows it as a kind that it does not apply.

@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Unmatched tensors that the printed report lists one by one.
 const MAX_LISTED: usize = 8;
 
 /// What became of an adapter's tensors.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct AdapterReport {
     /// Path of the adapter.
     pub adapter: PathBuf,
@@ -29,6 +29,29 @@ pub struct AdapterReport {
 }
 
 impl AdapterReport {
+    /// The report on the adapter at `adapter`, whose parts have the reports `parts`. Tensors of several parts are named
+    /// with their part's folder; a strength has no effect if it has none in any part.
+    pub fn of_parts(adapter: &Path, mut parts: Vec<Self>) -> Self {
+        if parts.len() == 1 {
+            return parts.remove(0);
+        }
+        let idle = parts.first().map(|part| part.idle.clone()).unwrap_or_default();
+        let is_idle = |text: &String| parts.iter().all(|part| part.idle.contains(text));
+        let idle = idle.into_iter().filter(is_idle).collect();
+        let mut whole = Self { adapter: adapter.to_owned(), idle, ..Self::default() };
+        for part in parts {
+            let folder = part.adapter.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let named = |(name, reason): (String, String)| (format!("{folder}/{name}"), reason);
+            whole.tensors += part.tensors;
+            whole.applied += part.applied;
+            whole.modules += part.modules;
+            whole.skipped.extend(part.skipped.into_iter().map(named));
+            whole.unmatched.extend(part.unmatched.into_iter().map(named));
+            whole.notes.extend(part.notes);
+        }
+        whole
+    }
+
     /// Whether every tensor is applied or skipped for a reason, and every strength has an effect.
     pub fn is_complete(&self) -> bool {
         self.unmatched.is_empty() && self.idle.is_empty()

@@ -2,6 +2,7 @@
 //! is checked here.
 
 use candle_core::Tensor;
+use clearform_layout::glob;
 use clearform_plugin_abi::{
     ClearformEdit, EDIT_DECOMPOSED, EDIT_DELTA, EDIT_LOW_RANK, EDIT_REPLACE, EDIT_SCALE, WHOLE_PARAMETER,
 };
@@ -80,6 +81,14 @@ impl Edit {
             // SAFETY: guaranteed by the caller.
             sources: unsafe { sources(raw, tensors) }?,
         })
+    }
+
+    /// Moves the edit to `component`, for which its file was saved, unless its name states another text encoder. Names
+    /// without a component are taken for the transformer's.
+    pub(crate) fn set_component(&mut self, component: &str) {
+        if self.component == "transformer" || glob(&self.component, component) {
+            component.clone_into(&mut self.component);
+        }
     }
 
     /// The parameter with its component in front.

@@ -71,12 +71,12 @@ impl PluginFile {
         self.contents.checkpoint.source().path()
     }
 
-    /// Appends the cause of the last failed read to `reason`, if there was one.
+    /// Appends the cause of the last failed read to `reason`, if there was one, and how the tensors that it names are
+    /// stored if they are lent otherwise.
     pub fn explain(&self, reason: String) -> String {
-        match self.contents.read_error().take() {
-            Some(cause) => format!("{reason}: {cause}"),
-            None => reason,
-        }
+        let stored = self.contents.stored_otherwise(&reason);
+        let cause = self.contents.read_error().take().map(|cause| format!(": {cause}")).unwrap_or_default();
+        format!("{reason}{cause}{stored}")
     }
 }
 
@@ -116,6 +116,15 @@ impl FileContents {
             reason: format!("dtype {:?} is not supported by the plugin interface", raw.dtype),
         })?;
         Ok(OwnedTensor::new(raw.bytes, element, &raw.shape))
+    }
+
+    /// The stored dtypes of tensors named in `text` that plugins see in another.
+    fn stored_otherwise(&self, text: &str) -> String {
+        let tensors = self.checkpoint.tensors().into_iter();
+        let named = tensors.filter(|info| is_short(info.dtype) && text.contains(&format!("{:?}", info.name)));
+        let lent =
+            named.map(|info| format!(" ({:?} is stored in {:?}, which plugins see as i64)", info.name, info.dtype));
+        lent.collect()
     }
 
     fn read_error(&self) -> MutexGuard<'_, Option<String>> {

@@ -35,7 +35,7 @@ mod weight_edits;
 pub use clearform_plugin_abi::{ADAPTER_INTERFACE, CONTROLNET_INTERFACE, PluginEntry};
 
 pub use adapter::Adapter;
-pub use adapter_config::adapter_files;
+pub use adapter_config::{adapter_files, adapter_parts};
 pub use adapter_report::AdapterReport;
 pub use check::{ExampleResults, check_plugin};
 pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser, ResidualReuse};

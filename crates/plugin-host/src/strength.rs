@@ -10,6 +10,9 @@ pub struct Strength {
     pub blocks: Vec<(String, f64)>,
 }
 
+/// The largest factor, of either sign. Adapters are trained for 1; far larger ones only make a model overflow.
+const LARGEST: f64 = 1000.0;
+
 impl Default for Strength {
     fn default() -> Self {
         Self { overall: 1.0, blocks: Vec::new() }
@@ -17,6 +20,21 @@ impl Default for Strength {
 }
 
 impl Strength {
+    /// Checks that every factor is a number that a model can be computed with.
+    ///
+    /// # Errors
+    /// Which factor is not, and what is expected.
+    pub fn check(&self) -> Result<(), String> {
+        let overall = std::iter::once((String::new(), self.overall));
+        let blocks = self.blocks.iter().map(|(text, factor)| (format!(" of {text:?}"), *factor));
+        match overall.chain(blocks).find(|(_, factor)| !(-LARGEST..=LARGEST).contains(factor)) {
+            None => Ok(()),
+            Some((of, found)) => {
+                Err(format!("the strength{of}: expected a number from -{LARGEST} to {LARGEST}, found {found:?}"))
+            }
+        }
+    }
+
     /// The factor for a parameter of `component`, given its names in different layouts: the overall factor, times that
     /// of the longest text in `blocks` that one of the names contains.
     pub(crate) fn factor(&self, component: &str, names: &[&str]) -> f64 {
@@ -46,6 +64,19 @@ fn contains(name: &str, text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_strength_is_a_number_of_ordinary_size() {
+        let strength = |overall, block| Strength { overall, blocks: vec![("double".to_owned(), block)] };
+        for factor in [0.0, 1.0, -1000.0, 1000.0] {
+            assert_eq!(strength(factor, factor).check(), Ok(()));
+        }
+        for (factor, found) in [(f64::NAN, "NaN"), (f64::NEG_INFINITY, "-inf"), (1e30, "1e30"), (-1000.5, "-1000.5")] {
+            let expected = format!(": expected a number from -1000 to 1000, found {found}");
+            assert_eq!(strength(factor, 1.0).check(), Err(format!("the strength{expected}")));
+            assert_eq!(strength(1.0, factor).check(), Err(format!("the strength of \"double\"{expected}")));
+        }
+    }
 
     #[test]
     fn the_longest_matching_text_decides() {

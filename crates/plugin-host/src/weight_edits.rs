@@ -87,12 +87,27 @@ impl ComponentParameters {
                 None => NotPlaced::Unmatched(format!("the model has no component {:?}", edit.component)),
             });
         }
-        let found = named.find_map(|(component, parameters)| {
+        let found = named.filter_map(|(component, parameters)| {
             let parameter = parameters.find(&edit.parameter)?;
             Some(FoundParameter { component, parameter, parameters })
         });
-        let unknown = || format!("the component {:?} has no parameter {:?}", edit.component, edit.parameter);
-        found.ok_or_else(|| NotPlaced::Unmatched(unknown()))
+        only_fitting(edit, &found.collect::<Vec<_>>()).map_err(NotPlaced::Unmatched)
+    }
+}
+
+/// The one of the parameters with the name in `edit` that it fits, or the only one.
+fn only_fitting<'a>(edit: &Edit, found: &[FoundParameter<'a>]) -> Result<FoundParameter<'a>, String> {
+    let fits = |found: &&FoundParameter| edited_rows(edit, found.parameter).is_ok();
+    let fitting: Vec<&FoundParameter> = found.iter().filter(fits).collect();
+    match (fitting.as_slice(), found) {
+        ([only], _) => Ok(**only),
+        ([], [only, ..]) => Ok(*only),
+        ([], []) => Err(format!("the component {:?} has no parameter {:?}", edit.component, edit.parameter)),
+        ([first, second, ..], _) => Err(format!(
+            "it fits {:?} and {:?} alike: put the file into a folder with the name of one of them, beside its \
+             adapter_config.json",
+            first.component, second.component
+        )),
     }
 }
 

@@ -26,6 +26,9 @@ pub struct ModelRecord {
     /// The files that the model was made from.
     #[serde(default)]
     pub source: Vec<SourceRecord>,
+    /// The components that came from files of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub component: Vec<ComponentRecord>,
     /// Adapters that were merged into the weights, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapter: Vec<AdapterRecord>,
@@ -42,6 +45,17 @@ pub struct ModelRecord {
 pub struct SourceRecord {
     /// Its name, without folders.
     pub name: String,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
+}
+
+/// A component that a model has from a file of its own, and not from the source or a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ComponentRecord {
+    /// The component, such as `text_encoder`.
+    pub name: String,
+    /// The file's name, without folders.
+    pub file: String,
     /// SHA-256 of its bytes, hexadecimal.
     pub sha256: String,
 }
@@ -116,6 +130,7 @@ impl ModelRecord {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attention,
             source: Vec::new(),
+            component: Vec::new(),
             adapter: Vec::new(),
             distillation: None,
             file: Vec::new(),
@@ -256,6 +271,8 @@ sha256 = "11"
         let blocks = BTreeMap::from([("double".to_owned(), 1.0), ("single".to_owned(), 0.5)]);
         let mut written = record();
         written.adapter.push(AdapterRecord { blocks, file: vec![shard], ..adapter() });
+        let [name, file, sha256] = ["vae", "ae.safetensors", "44"].map(str::to_owned);
+        written.component.push(ComponentRecord { name, file, sha256 });
         written.write(folder.path()).unwrap();
         let read = ModelRecord::read(folder.path()).unwrap();
         assert_eq!(read, written);

@@ -221,6 +221,13 @@ fn work_folder(target: &Path, overwrite: Overwrite) -> Result<PathBuf> {
 }
 
 fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
+    if let Some(model) = surrounding_model(target) {
+        let reason = format!(
+            "is inside the portable model {}, whose files are recorded: choose a folder outside of it",
+            model.display()
+        );
+        return Err(already_exists(target, &reason));
+    }
     if !target.exists() {
         return Ok(());
     }
@@ -235,6 +242,14 @@ fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
             "already exists and is not a portable model, so --overwrite does not replace it; choose another name",
         )),
     }
+}
+
+/// The portable model that `target` would be within.
+fn surrounding_model(target: &Path) -> Option<PathBuf> {
+    let target = std::path::absolute(target).ok()?;
+    // Of what exists, links are followed.
+    let parent = target.ancestors().skip(1).find_map(|folder| folder.canonicalize().ok())?;
+    parent.ancestors().find(|folder| folder.join(ModelRecord::FILE).is_file()).map(Path::to_owned)
 }
 
 fn already_exists(path: &Path, reason: &str) -> PortableModelError {

@@ -5,7 +5,7 @@ use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
 use clearform_layout::{Manifests, ParameterMap};
 use clearform_plugin_host::{
     Adapter, AdapterReport, BaseModel, CONTROLNET_INTERFACE, ComponentParameters, ControlNet, LowRankMode, Plugin,
-    PluginChoice, PluginRegistry, ScaledAdapter, Strength, WeightEdits,
+    PluginChoice, PluginRegistry, ScaledAdapter, Strength, WeightEdits, adapter_parts,
 };
 use clearform_weights::{Checkpoint, TensorSource as _};
 use std::path::PathBuf;
@@ -33,6 +33,12 @@ pub struct ControlNetSchedule {
     pub mode: Option<usize>,
 }
 
+impl AdapterRequest {
+    fn bad_setting(&self, reason: &str) -> RuntimeError {
+        RuntimeError::BadSetting(format!("{}: {reason}", self.path.display()))
+    }
+}
+
 impl Default for ControlNetSchedule {
     fn default() -> Self {
         Self { interval: [0.0, 1.0], mode: None }
@@ -42,7 +48,7 @@ impl Default for ControlNetSchedule {
 /// Adapters with open files.
 #[derive(Debug, Clone)]
 pub struct Adapters {
-    weights: Vec<ScaledAdapter>,
+    weights: Vec<WeightAdapter>,
     controlnets: Vec<PendingControlNet>,
     /// Whether low-rank edits are merged into the weights or added to the outputs of layers.
     pub low_rank: LowRankMode,
@@ -50,6 +56,13 @@ pub struct Adapters {
     pub allow_partial: bool,
     /// The attention of ControlNets, as the value of `--attention`.
     pub controlnet_attention: String,
+}
+
+/// An adapter that edits weights, in one or several parts: peft saves one for each component.
+#[derive(Debug, Clone)]
+struct WeightAdapter {
+    path: PathBuf,
+    parts: Vec<ScaledAdapter>,
 }
 
 /// The file of a ControlNet, which its plugin opens once the model is known.
@@ -101,23 +114,35 @@ impl Adapters {
     /// Opens the files of `requests`. Only the plugins that they need are loaded.
     ///
     /// # Errors
-    /// A file is damaged, no plugin opens it, or the plugin rejects it.
+    /// A strength is out of range, a file is damaged, no plugin opens it, or the plugin rejects it.
     pub fn open(requests: &[AdapterRequest], registry: &PluginRegistry) -> Result<Self> {
         let mut adapters = Self::default();
         for request in requests {
-            let file = Arc::new(Checkpoint::open(&request.path)?);
+            request.strength.check().map_err(|reason| request.bad_setting(&reason))?;
+            adapters.add(request, registry)?;
+        }
+        Ok(adapters)
+    }
+
+    fn add(&mut self, request: &AdapterRequest, registry: &PluginRegistry) -> Result<()> {
+        let mut parts = Vec::new();
+        for part in adapter_parts(&request.path) {
+            let file = Arc::new(Checkpoint::open(&part)?);
             let plugin = registry.choose(&file, &request.choice)?.clone();
             match plugin.description.interface.as_str() {
                 CONTROLNET_INTERFACE => {
-                    adapters.controlnets.push(PendingControlNet { plugin, file, request: request.clone() })
+                    self.controlnets.push(PendingControlNet { plugin, file, request: request.clone() })
                 }
                 _ => {
                     let adapter = Arc::new(Adapter::open(&plugin, file)?);
-                    adapters.weights.push(ScaledAdapter { adapter, strength: request.strength.clone() });
+                    parts.push(ScaledAdapter { adapter, strength: request.strength.clone() });
                 }
             }
         }
-        Ok(adapters)
+        if !parts.is_empty() {
+            self.weights.push(WeightAdapter { path: request.path.clone(), parts });
+        }
+        Ok(())
     }
 
     /// Whether there are none.
@@ -145,8 +170,8 @@ impl Adapters {
     /// Applies the weight edits to `transformer`, and to the other components of its pipeline if `components` are given.
     ///
     /// # Errors
-    /// Tensors of an adapter have no counterpart and [`Self::allow_partial`] is not set, or an edit changes a shape that is
-    /// fixed.
+    /// Nothing of an adapter is applied; tensors of one have no counterpart and [`Self::allow_partial`] is not set; or an
+    /// edit changes a shape that is fixed.
     pub fn apply_to(
         &self,
         transformer: TransformerCheckpoint,
@@ -157,14 +182,30 @@ impl Adapters {
             let transformer = Arc::new(transformer);
             return Ok(EditedTransformer { transformer, edits: Arc::default(), reports: Vec::new() });
         }
-        let (edits, reports) = WeightEdits::place(&self.weights, &editable_parameters(&transformer, components)?);
-        match reports.iter().find(|report| !report.is_complete()) {
-            Some(report) if !self.allow_partial => return Err(RuntimeError::PartialAdapter(report.to_string())),
-            _ => {}
-        }
+        let parts: Vec<ScaledAdapter> = self.weights.iter().flat_map(|adapter| adapter.parts.clone()).collect();
+        let (edits, reports) = WeightEdits::place(&parts, &editable_parameters(&transformer, components)?);
+        let reports = self.whole(reports);
+        reports.iter().try_for_each(|report| self.check(report))?;
         let edits = Arc::new(edits);
         let transformer = Arc::new(transformer.patched(edits.clone(), self.low_rank, manifests)?);
         Ok(EditedTransformer { transformer, edits, reports })
+    }
+
+    /// One report for each adapter, from those of all parts.
+    fn whole(&self, reports: Vec<AdapterReport>) -> Vec<AdapterReport> {
+        let mut reports = reports.into_iter();
+        let whole = |WeightAdapter { path, parts }: &WeightAdapter| {
+            AdapterReport::of_parts(path, reports.by_ref().take(parts.len()).collect())
+        };
+        self.weights.iter().map(whole).collect()
+    }
+
+    fn check(&self, report: &AdapterReport) -> Result<()> {
+        match report.applied {
+            0 => Err(RuntimeError::UnusedAdapter(report.to_string())),
+            _ if report.is_complete() || self.allow_partial => Ok(()),
+            _ => Err(RuntimeError::PartialAdapter(report.to_string())),
+        }
     }
 
     /// Opens the ControlNets for `transformer`. Union ControlNets may still lack a mode:
@@ -198,7 +239,7 @@ impl PendingControlNet {
     fn open(&self, base: BaseModel) -> Result<ActiveControlNet> {
         let controlnet = Arc::new(ControlNet::open(&self.plugin, self.file.clone(), base)?);
         let ControlNetSchedule { interval: [start, end], mode } = self.request.schedule;
-        let bad = |reason: String| Err(RuntimeError::BadSetting(format!("{}: {reason}", self.request.path.display())));
+        let bad = |reason: String| Err(self.request.bad_setting(&reason));
         if !(0.0 <= start && start <= end && end <= 1.0) {
             return bad(format!("start and end: expected 0 <= start <= end <= 1, found {start} and {end}"));
         }

@@ -4,11 +4,9 @@
 use crate::component_files::ComponentFiles;
 use crate::files::{read, read_json, read_text, transformer_path};
 use crate::{ReadOptions, Result, RuntimeError, TransformerCheckpoint};
-use clearform_layout::{
-    Dequantized, EmbeddedComponent, Identified, LayoutError, Manifests, OpenComponent, UnusableComponent,
-};
+use clearform_layout::{Dequantized, EmbeddedComponent, Identified, LayoutError, Manifests, OpenComponent};
 use clearform_portable_model::ComponentData;
-use clearform_weights::{Checkpoint, TensorSource, hub_snapshot};
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource, hub_snapshot};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -36,6 +34,7 @@ struct SingleFile {
 }
 
 const CONFIG: &str = "config.json";
+const VAE: &str = "vae";
 /// How the names of components without tensors begin.
 const WITHOUT_WEIGHTS: [&str; 2] = ["tokenizer", "scheduler"];
 
@@ -103,13 +102,21 @@ impl Components {
         found.map(|(file, component)| self.open(file, component)).collect()
     }
 
+    /// The components that are taken from files of their own, with their files.
+    pub fn in_own_files(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.own_files.iter().flat_map(|file| {
+            let paths = file.checkpoint.files().iter().map(|stored| stored.path.as_path());
+            let names = file.components.iter().map(|component| component.name.as_str());
+            names.flat_map(move |name| paths.clone().map(move |path| (name, path)))
+        })
+    }
+
     /// Checks that the weights of all components in `names` that exist can be computed with. Only headers are read.
     ///
     /// # Errors
     /// A component is damaged, incomplete, or stored in a form that is not read, such as that of a quantised model.
     pub fn check_weights<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> Result<()> {
-        let has_weights = |name: &&String| !WITHOUT_WEIGHTS.iter().any(|start| name.starts_with(start));
-        let mut names = names.into_iter().filter(has_weights).filter(|name| self.has(name));
+        let mut names = names.into_iter().filter(|name| has_weights(name) && self.has(name));
         names.try_for_each(|name| self.weights(name).map(drop))
     }
 
@@ -196,20 +203,26 @@ impl Components {
         path.exists().then(|| read(&path)).transpose()
     }
 
-    /// The components in folders or in `file`, which is that of the transformer `identified`, whose weights cannot be
-    /// used, and why. What only a config.json tells, which may be elsewhere, is not asked for.
-    pub fn unusable(&self, identified: &Identified, file: &Arc<Checkpoint>) -> Vec<UnusableComponent> {
-        let unusable = |name: &str, reason: String| UnusableComponent { name: name.to_owned(), reason };
+    /// For each component in folders or in `file`, which is that of the transformer `identified`, the bytes that its
+    /// weights take in memory, or why they cannot be used. What only a config.json tells, which may be elsewhere, is
+    /// not asked for.
+    pub fn weight_bytes(
+        &self,
+        identified: &Identified,
+        file: &Arc<Checkpoint>,
+    ) -> BTreeMap<String, std::result::Result<u64, String>> {
         let embedded = identified.components_in(file.as_ref()).into_iter().filter_map(|component| {
             let opened = component.open(file.clone(), None).and_then(|opened| opened.tensors.require_complete());
-            match opened {
-                Ok(_) | Err(LayoutError::Ambiguous { .. }) => None,
-                Err(error) => Some(unusable(&component.name, error.to_string())),
-            }
+            let bytes = match opened {
+                Ok(tensors) => Ok(bytes_in_memory(&component.name, &tensors)),
+                Err(LayoutError::Ambiguous { .. }) => return None,
+                Err(error) => Err(error.to_string()),
+            };
+            Some((component.name, bytes))
         });
-        let in_folders = identified.all_components().filter(|name| self.has(name)).filter_map(|name| {
-            let checked = self.check_weights([name]);
-            checked.err().map(|error| unusable(name, error.to_string()))
+        let in_folders = identified.all_components().filter(|name| has_weights(name) && self.has(name)).map(|name| {
+            let bytes = self.weights(name).map(|weights| bytes_in_memory(name, weights.as_ref()));
+            (name.clone(), bytes.map_err(|error| error.to_string()))
         });
         embedded.chain(in_folders).collect()
     }
@@ -283,6 +296,18 @@ impl SingleFile {
 /// The command's option for a file that users call `called`.
 fn option_of(called: &str) -> String {
     format!("--{}", called.replace('_', "-"))
+}
+
+/// Whether component `name` has tensors.
+fn has_weights(name: &str) -> bool {
+    !WITHOUT_WEIGHTS.iter().any(|start| name.starts_with(start))
+}
+
+/// What the weights of component `name` take while it runs: those of the VAE in f32, others as they are stored.
+fn bytes_in_memory(name: &str, weights: &dyn TensorSource) -> u64 {
+    let tensors = weights.tensors();
+    let bytes = if name == VAE { |info: &TensorInfo| 4 * info.element_count() } else { TensorInfo::byte_count };
+    tensors.iter().map(bytes).sum()
 }
 
 /// A folder that was searched. The root of a hub cache contains none itself.

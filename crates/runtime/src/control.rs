@@ -2,6 +2,8 @@
 
 use crate::adapters::ActiveControlNet;
 use crate::control_concat::channel_axis;
+use crate::control_mask::{covered, mask_values, with_kept};
+use crate::images::resized;
 use crate::stages::repeat;
 use crate::{Pipeline, Result, RuntimeError};
 use candle_core::{DType, Device, Tensor};
@@ -9,7 +11,6 @@ use clearform_models::vae::Autoencoder;
 use clearform_models::{BatchSpec, ImageSize};
 use clearform_plugin_host::{ControlInput, ControlKind, ControlNetInput};
 use image::RgbImage;
-use image::imageops::{FilterType, resize};
 
 /// Images that steer a batch. Each list has one image for the whole batch, or one for each of its images.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +19,8 @@ pub struct ControlImages {
     pub transformer: Vec<RgbImage>,
     /// Those of each ControlNet, in order.
     pub controlnets: Vec<Vec<RgbImage>>,
+    /// Where ControlNets for inpainting paint anew (white) or keep the control image (black).
+    pub mask: Option<RgbImage>,
 }
 
 impl Pipeline {
@@ -30,19 +33,49 @@ impl Pipeline {
         let (transformer, others) = self.split_control_images(images)?;
         let found = others.len();
         let expected = self.controlnets().len();
-        if found != expected && (found != 1 || expected == 0) {
+        if expected == 0 && found > 0 {
+            let taken = if self.takes_control() { "the model takes one" } else { "the model takes none" };
+            return Err(RuntimeError::BadSetting(format!(
+                "--control-image: {taken}, and there is no ControlNet for {found}: pass one with --controlnet FILE, or \
+                 leave the image out"
+            )));
+        }
+        if found != expected && found != 1 {
             return Err(RuntimeError::BadSetting(format!(
                 "control images: expected {expected}, one for each ControlNet (--control-image), found {found}"
             )));
         }
         let controlnets = (0..expected).map(|index| vec![others[index.min(found - 1)].clone()]).collect();
-        Ok(ControlImages { transformer: transformer.into_iter().cloned().collect(), controlnets })
+        Ok(ControlImages { transformer: transformer.into_iter().cloned().collect(), controlnets, mask: None })
+    }
+
+    /// Checks that there is a mask if, and only if, a ControlNet takes one.
+    ///
+    /// # Errors
+    /// A mask that none takes, or none for a ControlNet that takes one.
+    pub fn check_mask(&self, mask: Option<&RgbImage>) -> Result<()> {
+        let taking = self.controlnets().iter().find(|active| self.takes_mask(active));
+        match (taking, mask) {
+            (Some(active), None) => Err(missing_mask(active)),
+            (None, Some(_)) => Err(RuntimeError::BadSetting(
+                "--control-mask: no ControlNet takes a mask; pass one for inpainting with --controlnet FILE, or leave \
+                 the mask out"
+                    .to_owned(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a ControlNet takes a mask beside the latents of its control image.
+    fn takes_mask(&self, active: &ActiveControlNet) -> bool {
+        let ControlInput { kind, channels, .. } = active.controlnet.input();
+        kind == ControlKind::Latents && channels == self.latent_spec.channels() + 1
     }
 
     /// Gives `images`, one for each image of a batch or one for all, to everything that takes a control image.
     pub fn shared_control_images(&self, images: &[RgbImage]) -> ControlImages {
         let transformer = if self.takes_control() { images.to_vec() } else { Vec::new() };
-        ControlImages { transformer, controlnets: vec![images.to_vec(); self.controlnets().len()] }
+        ControlImages { transformer, controlnets: vec![images.to_vec(); self.controlnets().len()], mask: None }
     }
 
     /// The image of the transformer itself, if it takes one, and the images of the ControlNets.
@@ -64,16 +97,21 @@ impl Pipeline {
         batch_spec: BatchSpec,
     ) -> Result<Vec<ControlNetInput>> {
         let pairs = self.controlnets().iter().zip(&controls.controlnets);
-        pairs.map(|(active, images)| self.controlnet_input(active, images, batch_spec)).collect()
+        let mask = controls.mask.as_ref();
+        pairs.map(|(active, images)| self.controlnet_input(active, images, mask, batch_spec)).collect()
     }
 
     fn controlnet_input(
         &self,
         active: &ActiveControlNet,
         images: &[RgbImage],
+        mask: Option<&RgbImage>,
         BatchSpec { size, batch, guidance }: BatchSpec,
     ) -> Result<ControlNetInput> {
-        let control = self.control_values(active, images, size)?;
+        let control = match self.takes_mask(active) {
+            true => self.masked_control(active, images, mask.ok_or_else(|| missing_mask(active))?, size)?,
+            false => self.control_values(active, images, size)?,
+        };
         let mode = active.schedule.mode.map(|mode| Tensor::full(mode as i64, (batch, 1), &Device::Cpu)).transpose()?;
         Ok(ControlNetInput {
             controlnet: active.controlnet.clone(),
@@ -85,16 +123,35 @@ impl Pipeline {
         })
     }
 
+    /// Latents of `images` without what is painted anew, and the mask, (images, channels, height, width).
+    fn masked_control(
+        &self,
+        active: &ActiveControlNet,
+        images: &[RgbImage],
+        mask: &RgbImage,
+        size: ImageSize,
+    ) -> Result<Tensor> {
+        let input = active.controlnet.input();
+        let mask = mask_values(mask, size)?;
+        let pixels = covered(&all_pixels(images, size, input.range)?, &mask)?;
+        with_kept(&self.encode_control(&pixels, input)?, &mask)
+    }
+
+    /// Latents of a control image in the form that the ControlNet takes.
+    fn encode_control(&self, pixels: &Tensor, input: ControlInput) -> Result<Tensor> {
+        match input.unshifted {
+            true => self.encode_image(pixels, |vae, image| vae.encode_unshifted(image)),
+            false => self.encode_image(pixels, |vae, image| vae.encode(image)),
+        }
+    }
+
     /// Pixels or latents of `images`, as the ControlNet takes them, (images, ...).
     fn control_values(&self, active: &ActiveControlNet, images: &[RgbImage], size: ImageSize) -> Result<Tensor> {
         let input = active.controlnet.input();
         let pixels = all_pixels(images, size, input.range)?;
-        let control = match input {
-            ControlInput { kind: ControlKind::Pixels, .. } => pixels,
-            ControlInput { unshifted: true, .. } => {
-                self.encode_image(&pixels, |vae, image| vae.encode_unshifted(image))?
-            }
-            _ => self.encode_image(&pixels, |vae, image| vae.encode(image))?,
+        let control = match input.kind {
+            ControlKind::Pixels => pixels,
+            ControlKind::Latents => self.encode_control(&pixels, input)?,
         };
         let channels = control.dim(channel_axis(&control))?;
         if channels == input.channels {
@@ -102,7 +159,7 @@ impl Pipeline {
         }
         Err(RuntimeError::BadSetting(format!(
             "{}: expected a control image of {} channels, found {channels}: the ControlNet belongs to another model, or \
-             takes a mask too (inpainting), which is not supported",
+             takes more than an image and a mask, which is not supported",
             active.controlnet.path().display(),
             input.channels
         )))
@@ -154,6 +211,14 @@ fn missing_control() -> RuntimeError {
     RuntimeError::BadSetting(reason.to_owned())
 }
 
+fn missing_mask(active: &ActiveControlNet) -> RuntimeError {
+    RuntimeError::BadSetting(format!(
+        "{}: the ControlNet takes a mask beside the control image (inpainting): pass --control-mask FILE to generate, \
+         white where the image is painted anew",
+        active.controlnet.path().display()
+    ))
+}
+
 /// [`pixels`] of several images, (images, 3, height, width).
 fn all_pixels(images: &[RgbImage], size: ImageSize, range: [f64; 2]) -> Result<Tensor> {
     if images.is_empty() {
@@ -167,19 +232,12 @@ fn all_pixels(images: &[RgbImage], size: ImageSize, range: [f64; 2]) -> Result<T
 /// The values of black and white in the VAE's input.
 const VAE_RANGE: [f64; 2] = [-1.0, 1.0];
 
-/// An image resized to `size`, with black and white at the ends of the range. Lanczos is the filter of diffusers'
-/// `VaeImageProcessor`.
+/// An image resized to `size`, with black and white at the ends of the range.
 ///
 /// # Shapes
 /// The result is (1, 3, height, width), f32.
 fn pixels(image: &RgbImage, size: ImageSize, [low, high]: [f64; 2]) -> Result<Tensor> {
-    let width = size.width as u32;
-    let height = size.height as u32;
-    let resized = match image.dimensions() == (width, height) {
-        true => image.clone(),
-        false => resize(image, width, height, FilterType::Lanczos3),
-    };
-    let bytes = Tensor::from_vec(resized.into_raw(), (1, size.height, size.width, 3), &Device::Cpu)?;
+    let bytes = Tensor::from_vec(resized(image, size).into_raw(), (1, size.height, size.width, 3), &Device::Cpu)?;
     let values = bytes.to_dtype(DType::F32)?.affine((high - low) / 255.0, low)?;
     Ok(values.permute((0, 3, 1, 2))?.contiguous()?)
 }

@@ -41,6 +41,9 @@ pub enum RuntimeError {
     /// An image that must not be saved or cannot be compared, or a file without parameters of clearform.
     #[error("image: {0}")]
     BadImage(String),
+    /// No tensor of an adapter edits the model.
+    #[error("{0}\n  nothing of it can be applied here: leave it out, or give it with the model that it was made for")]
+    UnusedAdapter(String),
     /// Tensors of an adapter have no counterpart in the model.
     #[error("{0}\n  pass --allow-partial to continue without them")]
     PartialAdapter(String),

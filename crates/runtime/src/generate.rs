@@ -2,7 +2,7 @@
 //! unless the pipeline is a [`LoadedPipeline`](crate::LoadedPipeline).
 
 use crate::images::resize_and_crop;
-use crate::{GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
+use crate::{ControlImages, GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
 use clearform_models::text::TruncatedPrompt;
 use clearform_models::{ImageSize, Prompt};
 use clearform_sampling::{SamplingError, Schedule, StepAction, StepProgress};
@@ -31,6 +31,8 @@ pub struct GenerateRequest {
     /// Control images: first that of the transformer itself if it takes one, then those of the ControlNets in their order.
     /// A single image serves all ControlNets.
     pub control_images: Vec<RgbImage>,
+    /// Mask for ControlNets for inpainting: white is painted anew, black is kept.
+    pub control_mask: Option<RgbImage>,
 }
 
 /// The stage that [`Pipeline::generate`] is in.
@@ -60,7 +62,9 @@ impl Pipeline {
         let (latents, schedule) = self.start(request)?;
         let generated = latents.size;
         let size = self.requested_size(request);
-        let controls = self.control_images(&request.control_images)?;
+        self.check_mask(request.control_mask.as_ref())?;
+        let images = self.control_images(&request.control_images)?;
+        let controls = ControlImages { mask: request.control_mask.clone(), ..images };
         let scales = request.scales();
         self.check_guidance(scales)?;
         enter(hook, &PipelineStage::Encoding)?;

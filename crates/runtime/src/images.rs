@@ -4,6 +4,7 @@ use crate::{Result, RuntimeError};
 use candle_core::{DType, Tensor};
 use clearform_models::ImageSize;
 use image::RgbImage;
+use image::imageops::{FilterType, resize};
 
 /// Converts the VAE's output to images as diffusers' `VaeImageProcessor` does: x / 2 + 0.5, clamped to 0..1, times 255,
 /// rounded half to even.
@@ -22,6 +23,15 @@ pub fn to_images(decoded: &Tensor) -> Result<Vec<RgbImage>> {
     };
     let pixels = decoded.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_from(1)?; // (batch, height width 3)
     (0..batch).map(|index| to_image(&pixels.get(index)?.to_vec1()?, ImageSize { height, width }, index)).collect()
+}
+
+/// `image` in another size. Lanczos is the filter of diffusers' `VaeImageProcessor`.
+pub(crate) fn resized(image: &RgbImage, size: ImageSize) -> RgbImage {
+    let (width, height) = (size.width as u32, size.height as u32);
+    match image.dimensions() == (width, height) {
+        true => image.clone(),
+        false => resize(image, width, height, FilterType::Lanczos3),
+    }
 }
 
 /// Images scaled to cover `size` and cut to it from the middle, as diffusers' `resize_and_crop_tensor`: bilinear, with
@@ -80,8 +90,8 @@ pub fn check_images(images: &[RgbImage]) -> Result<()> {
 fn to_image(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage> {
     if values.iter().any(|value| !value.is_finite()) {
         return Err(RuntimeError::BadImage(format!(
-            "number {} contains NaN or infinity, so nothing was saved. Likely causes: damaged weights, or a dtype whose \
-             range is too small for this model; try --dtype f32, on a CPU",
+            "number {} contains NaN or infinity, so nothing was saved. Likely causes: damaged weights, an adapter \
+             that is too strong, or a dtype whose range is too small for this model; try --dtype f32, on a CPU",
             index + 1
         )));
     }

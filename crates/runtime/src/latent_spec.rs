@@ -42,6 +42,11 @@ impl LatentSpec {
         self.vae.as_deref()
     }
 
+    /// Channels of the latents of an image, or of its pixels.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
     /// The image size that the model was trained on.
     pub fn native_size(&self) -> ImageSize {
         self.native_size

@@ -21,6 +21,7 @@ mod component_files;
 mod components;
 mod control;
 mod control_concat;
+mod control_mask;
 mod error;
 mod exif;
 mod files;

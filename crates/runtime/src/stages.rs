@@ -142,8 +142,7 @@ impl Pipeline {
     /// # Errors
     /// A tensor operation failed.
     pub fn embeds_guidance(&self) -> Result<bool> {
-        let batch_spec = BatchSpec { size: self.native_size(), batch: 1, guidance: 0.0 };
-        Ok(self.add_size_conditions(&Conditions::default(), batch_spec)?.guidance.is_some())
+        Ok(self.transformer.pipeline_spec().embeds_guidance()?)
     }
 
     /// Encodes `prompts`, and what guidance extrapolates from: `negative`, or in families with classifier-free guidance

@@ -20,8 +20,9 @@ pub enum SamplingError {
     BadState(String),
     /// The model's prediction contains NaN or infinity.
     #[error(
-        "step {step} of {steps}: the model's prediction contains NaN or infinity. Likely causes: damaged weights, or a \
-         dtype too narrow for this model; check the file with `verify`, or try --dtype f32, on a CPU"
+        "step {step} of {steps}: the model's prediction contains NaN or infinity. Likely causes: damaged weights, an \
+         adapter that is too strong, or a dtype too narrow for this model; check the file with `verify`, or try --dtype \
+         f32, on a CPU"
     )]
     NotFinite {
         /// The step, counted from 1.

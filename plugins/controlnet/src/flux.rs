@@ -16,6 +16,9 @@ struct FluxNetwork {
     injection: FluxInjection,
 }
 
+/// Embeds the control.
+const CONTROL_EMBEDDER: &str = "controlnet_x_embedder.weight";
+
 /// Opens a ControlNet for a model with the config.json `base`.
 ///
 /// # Errors
@@ -23,6 +26,7 @@ struct FluxNetwork {
 pub fn open(file: &IdentifiedFile, base: &Value, plan: &AttentionPlan) -> Result<Box<dyn ControlNetwork>> {
     let base = FluxConfig::new(base).map_err(|error| format!("the model's config: {error}"))?;
     let config = FluxConfig::new(file.config()).map_err(model_message)?;
+    check_control_channels(file, config.in_channels)?;
     let net = file.build(|source, plan| FluxControlNet::build(config, source, plan), plan)?;
     check_patch_size(&net, file.config())?;
     // Residuals are added to the model's tokens, and both take the same text embeddings.
@@ -34,6 +38,18 @@ pub fn open(file: &IdentifiedFile, base: &Value, plan: &AttentionPlan) -> Result
     ])?;
     let injection = FluxInjection::new(&net, &base);
     Ok(Box::new(FluxNetwork { net, injection }))
+}
+
+/// Refuses a net that takes a mask beside the latents: diffusers has no pipeline for such nets of FLUX.
+fn check_control_channels(file: &IdentifiedFile, in_channels: usize) -> Result<()> {
+    match file.shape(CONTROL_EMBEDDER).as_deref() {
+        Some(&[_, found]) if found > in_channels => Err(format!(
+            "{CONTROL_EMBEDDER:?} takes {found} channels, {} more than the latents: ControlNets of FLUX.1 that take a \
+             mask too (inpainting) are not supported",
+            found - in_channels
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The features of an image are packed into tokens of 2 x 2, as the latents are.

@@ -18,6 +18,8 @@ const SD3: &str = include_str!("../sd3.toml");
 pub struct IdentifiedFile {
     source: FileSource,
     identified: Identified,
+    /// Its config.json as it was found.
+    stated: Option<Value>,
 }
 
 impl IdentifiedFile {
@@ -37,7 +39,7 @@ impl IdentifiedFile {
         for key in identified.unknown_keys() {
             source.file().log(LOG_WARNING, &format!("config.json: the key {key:?} is not understood and not used"));
         }
-        Ok(Self { source, identified })
+        Ok(Self { source, identified, stated: config })
     }
 
     /// Name of the ControlNet's family.
@@ -53,6 +55,16 @@ impl IdentifiedFile {
     /// Its complete config.json.
     pub fn config(&self) -> &Value {
         &self.identified.config
+    }
+
+    /// Whether its config.json has the key `key`.
+    pub fn states(&self, key: &str) -> bool {
+        self.stated.as_ref().is_some_and(|config| config.get(key).is_some())
+    }
+
+    /// The shape of the tensor `name`, if the file has it.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        Some(self.source.info(name)?.shape)
     }
 
     /// Shows a message to the user; `level` is [`LOG_WARNING`] and so on.

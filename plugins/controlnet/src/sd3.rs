@@ -19,6 +19,8 @@ struct Sd3Network {
     range: [f64; 2],
 }
 
+/// Embeds the control.
+const CONTROL_EMBEDDER: &str = "pos_embed_input.proj.weight";
 /// The tensor in which Stability's files say what their control is.
 const CONTROL_TYPE: &str = "control_type";
 /// Its value for edges.
@@ -33,13 +35,22 @@ const CANNY_RANGE: [f64; 2] = [0.5, 128.0];
 /// A tensor that is missing or unknown, a setting that is not supported, or a ControlNet for another model.
 pub fn open(file: &IdentifiedFile, base: &Value, plan: &AttentionPlan) -> Result<Box<dyn ControlNetwork>> {
     let base = Sd3Config::new(base).map_err(|error| format!("the model's config: {error}"))?;
-    let config = Sd3ControlNetConfig::new(file.config()).map_err(model_message)?;
+    let config = with_mask(Sd3ControlNetConfig::new(file.config()).map_err(model_message)?, file);
     let net = file.build(|source, plan| Sd3ControlNet::build(config, source, plan), plan)?;
     let config = net.config();
     check_config(config, &base)?;
     let blocks = sd3_blocks(config.sizes.blocks, base.blocks);
     let range = pixel_range(file, config)?;
     Ok(Box::new(Sd3Network { net, blocks, range }))
+}
+
+/// The config with one more channel for a mask, if the tensors have it and config.json does not say: nets for
+/// inpainting are older than the key.
+fn with_mask(config: Sd3ControlNetConfig, file: &IdentifiedFile) -> Sd3ControlNetConfig {
+    let channels = file.shape(CONTROL_EMBEDDER).and_then(|shape| shape.get(1).copied());
+    let has_mask = channels == Some(config.sizes.in_channels + 1) && !file.states("extra_conditioning_channels");
+    let extra_channels = if has_mask { 1 } else { config.extra_channels };
+    Sd3ControlNetConfig { extra_channels, ..config }
 }
 
 /// Residuals are added to the model's tokens, and both take the same latents and text embeddings.
@@ -77,7 +88,8 @@ impl ControlNetwork for Sd3Network {
             control: CONTROL_LATENTS,
             channels: config.control_channels() as u32,
             range: self.range,
-            unshifted: config.zero_pooled,
+            // The pipeline for inpainting shifts the latents of every control image.
+            unshifted: config.zero_pooled && config.extra_channels == 0,
             zero_pooled: config.zero_pooled,
             embedded_latents: !config.embeds_latents,
             ..ControlSpec::default()

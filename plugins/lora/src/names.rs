@@ -82,9 +82,14 @@ const ENDINGS: &[(&str, TensorRole)] = &[
     (".reshape_weight", TensorRole::Shape),
 ];
 
-/// T5 is the first text encoder in one family, the second in another and the third in a third, so its component is a
-/// pattern.
-const T5: &str = "text_encoder*";
+/// Any text encoder. T5 is the first in one family, the second in another and the third in a third; peft's names do
+/// not tell the encoder.
+const ANY_TEXT_ENCODER: &str = "text_encoder*";
+
+/// How the modules of text encoders begin in CLIP and T5 of transformers. No transformer has such modules.
+const ENCODER_MODULES: [&str; 3] = ["text_model.", "encoder.", "text_projection."];
+/// peft's prefix of every name.
+const PEFT: &str = "base_model.model.";
 
 /// Prefixes of names, with their components. The first match counts; without a prefix, a name belongs to the
 /// transformer.
@@ -94,12 +99,11 @@ const PREFIXES: &[(&str, &str)] = &[
     ("lycoris_", "transformer"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
-    ("lora_te3_", T5),
+    ("lora_te3_", ANY_TEXT_ENCODER),
     ("lora_te_", "text_encoder"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),
-    ("base_model.model.", "transformer"),
     ("model.diffusion_model.", "transformer"),
     ("diffusion_model.", "transformer"),
     ("transformer.", "transformer"),
@@ -108,8 +112,12 @@ const PREFIXES: &[(&str, &str)] = &[
 
 /// ComfyUI's and OneTrainer's names of text encoders, with their components. ComfyUI writes "text_encoders." before
 /// and "transformer." after them, or one of the two.
-const TEXT_ENCODERS: &[(&str, &str)] =
-    &[("clip_l.", "text_encoder"), ("clip_g.", "text_encoder_2"), ("t5xxl.", T5), ("t5.", T5)];
+const TEXT_ENCODERS: &[(&str, &str)] = &[
+    ("clip_l.", "text_encoder"),
+    ("clip_g.", "text_encoder_2"),
+    ("t5xxl.", ANY_TEXT_ENCODER),
+    ("t5.", ANY_TEXT_ENCODER),
+];
 
 /// XLabs' names for FLUX's projections, with the modules that they edit. In double blocks, 1 is the image stream and 2
 /// the text stream. In single blocks, q, k and v are the first rows of linear1.
@@ -154,9 +162,13 @@ impl TensorName {
 
 /// The component of the pipeline, and the rest of the name. peft's own prefix may follow the component's.
 fn component(name: &str) -> (&'static str, &str) {
+    if let Some(module) = name.strip_prefix(PEFT) {
+        let is_encoder = ENCODER_MODULES.iter().any(|start| module.starts_with(start));
+        return (if is_encoder { ANY_TEXT_ENCODER } else { "transformer" }, module);
+    }
     let found = PREFIXES.iter().find_map(|(prefix, component)| Some((*component, name.strip_prefix(prefix)?)));
     let (component, rest) = found.or_else(|| text_encoder(name)).unwrap_or(("transformer", name));
-    (component, rest.strip_prefix("base_model.model.").unwrap_or(rest))
+    (component, rest.strip_prefix(PEFT).unwrap_or(rest))
 }
 
 /// The component of a text encoder by ComfyUI's or OneTrainer's name, and the rest of the name.
@@ -219,6 +231,18 @@ mod tests {
                 TensorRole::Down,
             ),
             ("base_model.model.x_embedder.lora_B.default.weight", "transformer", "x_embedder", TensorRole::Up),
+            (
+                "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+                "text_encoder*",
+                "text_model.encoder.layers.0.mlp.fc1",
+                TensorRole::Down,
+            ),
+            (
+                "base_model.model.encoder.layers.0.mlp.fc1.alpha",
+                "text_encoder*",
+                "encoder.layers.0.mlp.fc1",
+                TensorRole::Alpha,
+            ),
             ("base_model.model.x_embedder.lora_B.my.style.bias", "transformer", "x_embedder", TensorRole::UpBias),
             ("transformer.proj_out.lora_magnitude_vector", "transformer", "proj_out", TensorRole::Magnitude),
             ("proj_out.lora_magnitude_vector.default.weight", "transformer", "proj_out", TensorRole::Magnitude),
@@ -272,7 +296,12 @@ mod tests {
             let parsed = TensorName::parse(&name).unwrap_or_else(|| panic!("{name}"));
             assert_eq!((parsed.module.as_str(), parsed.role), ("a_to_q", *role), "{name}");
         }
-        let encoders = [("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", T5), ("t5", T5)];
+        let encoders = [
+            ("clip_l", "text_encoder"),
+            ("clip_g", "text_encoder_2"),
+            ("t5xxl", ANY_TEXT_ENCODER),
+            ("t5", ANY_TEXT_ENCODER),
+        ];
         for (encoder, component) in encoders {
             for name in [
                 format!("{encoder}.a.b"),

@@ -127,7 +127,7 @@ impl AdapterArg {
         for item in rest.split([':', ',']) {
             match (item.split_once('='), item.parse::<f64>()) {
                 (Some((key, value)), _) if is_key(key) => parsed.settings.push((key.to_owned(), value.to_owned())),
-                (None, Ok(weight)) if weight.is_finite() && parsed.strength.is_none() => parsed.strength = Some(weight),
+                (None, Ok(weight)) if parsed.strength.is_none() => parsed.strength = Some(weight),
                 _ => return None,
             }
         }
@@ -146,11 +146,13 @@ mod tests {
     #[test]
     fn adapters_parse_into_path_strength_and_settings() {
         type Case<'a> = (&'a str, &'a str, Option<f64>, &'a [(&'a str, &'a str)]);
-        let cases: [Case; 8] = [
+        let cases: [Case; 9] = [
             ("a.safetensors", "a.safetensors", None, &[]),
             ("a.safetensors:0.8", "a.safetensors", Some(0.8), &[]),
             ("a:0.8:double=1,single=0.5", "a", Some(0.8), &[("double", "1"), ("single", "0.5")]),
             ("a:-1", "a", Some(-1.0), &[]),
+            // Out of range, which the library says.
+            ("a:inf", "a", Some(f64::INFINITY), &[]),
             ("a,plugin=example", "a", None, &[("plugin", "example")]),
             ("C:/x, y/a:1,plugin=lora", "C:/x, y/a", Some(1.0), &[("plugin", "lora")]),
             ("net:start=0.2,end=0.8,mode=3", "net", None, &[("start", "0.2"), ("end", "0.8"), ("mode", "3")]),

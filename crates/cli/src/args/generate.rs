@@ -73,6 +73,9 @@ pub struct GenerateArgs {
     /// Control image: first for a Control or Fill transformer itself, then one per ControlNet, or one for all.
     #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
     pub control_image: Vec<PathBuf>,
+    /// Mask for a ControlNet for inpainting: white is painted anew, black is kept as in the control image.
+    #[arg(long, value_name = "FILE", help_heading = ADAPTERS)]
+    pub control_mask: Option<PathBuf>,
     /// PNG, JPEG or WebP file to write, by its extension; for several images a pattern with a number (`out-%03d.png`).
     /// Where it exists, the next number is taken.
     #[arg(short, long, default_value = "out.png", value_name = "FILE", help_heading = OUTPUT)]

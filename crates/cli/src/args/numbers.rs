@@ -9,6 +9,24 @@ pub fn finite(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "expected a finite number".to_owned())
 }
 
+/// A number of threads, at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ThreadCount(pub usize);
+
+impl FromStr for ThreadCount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(0) => {
+                Err("no threads would compute nothing: pass 1 or more, or leave it out for one per core".to_owned())
+            }
+            Ok(count) => Ok(Self(count)),
+            Err(_) => Err("expected a whole number of threads, 1 or more".to_owned()),
+        }
+    }
+}
+
 /// The seed of noise: a number, or `random`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SeedArg {
@@ -26,7 +44,8 @@ impl FromStr for SeedArg {
             // In the range that every program takes.
             "random" => Ok(Self { number: RandomState::new().build_hasher().finish() >> 32, is_drawn: true }),
             number => {
-                let number = number.parse().map_err(|_| "expected a number or random".to_owned())?;
+                let expected = || "expected a whole number, 0 or more, or random to draw one".to_owned();
+                let number = number.parse().map_err(|_| expected())?;
                 Ok(Self { number, is_drawn: false })
             }
         }
@@ -49,6 +68,13 @@ mod tests {
         let drawn: Vec<SeedArg> = (0..3).map(|_| "random".parse().unwrap()).collect();
         assert!(drawn.iter().all(|seed| seed.is_drawn && seed.number <= u64::from(u32::MAX)));
         assert!(drawn[0] != drawn[1] || drawn[1] != drawn[2]);
-        assert!("-1".parse::<SeedArg>().is_err());
+        assert!("-1".parse::<SeedArg>().unwrap_err().contains("random to draw one"));
+    }
+
+    #[test]
+    fn no_threads_are_refused() {
+        assert_eq!("2".parse(), Ok(ThreadCount(2)));
+        assert!("0".parse::<ThreadCount>().unwrap_err().contains("leave it out for one per core"));
+        assert!("-1".parse::<ThreadCount>().is_err() && "x".parse::<ThreadCount>().is_err());
     }
 }

@@ -5,11 +5,13 @@ use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
-    AttentionPlan, GenerateOptions, GenerationParameters, Prompt, generate, parse_plan, prepare_image, read_parameters,
+    AttentionPlan, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, generate, parse_plan,
+    prepare_image, read_parameters,
 };
 use clearform_plugin_host::AdapterReport;
 use serde::Serialize;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 /// Generates the images and writes them as their names say.
@@ -22,10 +24,9 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
     }
     let names = image_names(&args.output, options.batch, |path| !args.overwrite && path.exists())?;
     names.iter().try_for_each(|name| prepare_image(name))?;
-    if names.len() == 1 && names[0] != Path::new(&args.output) && Path::new(&args.output).exists() {
-        output.note(format_args!("{} exists, so the image is {}", args.output, names[0].display()));
-    }
-    let generated = generate(&options, &mut ProgressBars::default())?;
+    let is_other = names.len() == 1 && names[0] != Path::new(&args.output) && Path::new(&args.output).exists();
+    let name = is_other.then(|| format!("{} exists, so the image is {}", args.output, names[0].display()));
+    let generated = generate(&options, &mut NamedImage { bars: ProgressBars::default(), name })?;
     generated.save(&names)?;
     output.result(&SavedImages {
         images: names,
@@ -34,6 +35,25 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
         adapters: generated.adapters,
     })?;
     Ok(CommandOutcome::Complete)
+}
+
+/// Says how the image is named once work begins: until then the model or a setting may be refused.
+struct NamedImage {
+    bars: ProgressBars,
+    name: Option<String>,
+}
+
+impl Observer for NamedImage {
+    fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
+        if let Some(name) = self.name.take() {
+            self.bars.note(&name);
+        }
+        self.bars.progress(progress)
+    }
+
+    fn note(&mut self, message: &str) {
+        self.bars.note(message);
+    }
 }
 
 /// What was given, and for the rest what `recorded` says.
@@ -60,6 +80,7 @@ fn options(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> anyh
         batch: args.batch.or(recorded.map(|recorded| recorded.batch)).unwrap_or(1),
         adapters: args.adapters.options()?,
         control_images: args.control_image.clone(),
+        control_mask: args.control_mask.clone(),
         device: args.running.device,
         dtype: args.dtype.map(Into::into),
         ..GenerateOptions::new(&args.model, prompt(args, recorded))

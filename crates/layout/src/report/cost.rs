@@ -48,25 +48,42 @@ pub struct CostEstimate {
     pub clear: Vec<ClearCost>,
 }
 
-/// What the pipeline around a transformer says about the size of its images.
+/// What the pipeline around a transformer says about the sizes of its images and prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PipelineScale {
     /// Side in pixels of the images that it was trained on, if it is known.
     pub native_side: Option<usize>,
     /// Side in pixels of a token.
     pub pixels_per_token: usize,
+    /// Text tokens of a prompt; 0 if the family takes no text.
+    pub text_tokens: usize,
 }
 
 impl PipelineScale {
     /// What is usual in the family.
     pub fn usual(identified: &Identified) -> Self {
-        Self { native_side: None, pixels_per_token: identified.pixels_per_token() }
+        Self {
+            native_side: None,
+            pixels_per_token: identified.pixels_per_token(),
+            text_tokens: identified.variant.defaults.text_tokens,
+        }
     }
 
     /// Side in pixels of the images that the model was trained on, or of those that are usual.
     pub fn side(&self, identified: &Identified) -> usize {
         identified.manifest().trained_side(identified.sizes()).or(self.native_side).unwrap_or(USUAL_SIDE)
     }
+}
+
+/// What distilling a model takes with the usual settings; not measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DistillationEstimate {
+    /// Peak memory in bytes.
+    pub memory_bytes: u64,
+    /// Samples per step.
+    pub batch: usize,
+    /// Side of the square samples in pixels.
+    pub side_pixels: usize,
 }
 
 /// The cost of one evaluation with CLEAR attention.
@@ -92,12 +109,12 @@ impl CostEstimate {
         let most = manifest.largest_side(sizes).unwrap_or(MOST_SIDE).max(first);
         let sides = MULTIPLES.map(|multiple| first.saturating_mul(multiple)).into_iter();
         let possible = sides.filter(|side| *side <= most && flops.is_known());
-        possible.map(|side| Self::at([side, token], identified, &flops, weight_bytes)).collect()
+        possible.map(|side| Self::at(side, scale, identified, &flops, weight_bytes)).collect()
     }
 
-    fn at([side, token]: [usize; 2], identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
-        let edge = side / token;
-        let text = identified.variant.defaults.text_tokens;
+    fn at(side: usize, scale: PipelineScale, identified: &Identified, flops: &FlopCount, weight_bytes: u64) -> Self {
+        let edge = side / scale.pixels_per_token;
+        let text = scale.text_tokens;
         let tokens = edge.saturating_mul(edge);
         let image = EstimatedImage { tokens: tokens as f64, text, pixels: side as f64 * side as f64 };
         let full = image.teraflop(flops, (edge as f64).powi(4));

@@ -3,7 +3,7 @@
 
 use crate::manifest::family::{SamplingDefaults, Variant};
 use crate::mapping::UNKNOWN;
-use crate::report::cost::CostEstimate;
+use crate::report::cost::{CostEstimate, DistillationEstimate};
 use crate::report::inspection::{Inspection, UnusedTensor};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,6 +13,7 @@ const MOST_LINES: usize = 20;
 /// Columns of a line, and of the word at its left.
 const COLUMNS: usize = 100;
 const WORD: usize = 12;
+const MEBIBYTE: f64 = (1 << 20) as f64;
 /// From this many Tflop on, costs are printed in Tflop, below in Gflop.
 const TERA: f64 = 1.0;
 
@@ -56,9 +57,10 @@ impl Inspection {
 
     fn family_line(&self) -> String {
         let Variant { name, defaults } = &self.variant;
+        let guidance = if self.takes_guidance { format!(", guidance {}", defaults.guidance) } else { String::new() };
         let text =
             if defaults.text_tokens > 0 { format!(", {} text tokens", defaults.text_tokens) } else { String::new() };
-        format!("{}, variant {name} ({} steps, guidance {}{text})", self.family, defaults.steps, defaults.guidance)
+        format!("{}, variant {name} ({} steps{guidance}{text})", self.family, defaults.steps)
     }
 
     fn layout_line(&self) -> String {
@@ -69,7 +71,7 @@ impl Inspection {
     fn component_line(&self) -> Option<(&'static str, String)> {
         let sizes: Vec<String> =
             self.component_bytes.iter().map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
-        (!sizes.is_empty()).then(|| ("beside it", format!("{}; each is loaded for its stage alone", sizes.join(", "))))
+        (!sizes.is_empty()).then(|| ("beside it", format!("{} in memory, each for its stage alone", sizes.join(", "))))
     }
 
     /// How the tensors are stored, and how they are read if that differs.
@@ -100,7 +102,16 @@ impl Inspection {
         let radii: String = radii.map(|clear| format!("{:>16}", format!("CLEAR r={}", clear.radius_tokens))).collect();
         writeln!(f, "{:>9} {:>8} {:>11} {:>9}{radii}", "image", "tokens", "memory", "full")?;
         self.estimates.iter().try_for_each(|estimate| writeln!(f, "{}", row(estimate, factor)))?;
+        self.distillation_line().iter().try_for_each(|line| wrap(f, "distilling", line))?;
         self.limits().iter().try_for_each(|limit| wrap(f, "note", limit))
+    }
+
+    fn distillation_line(&self) -> Option<String> {
+        let DistillationEstimate { memory_bytes, batch, side_pixels } = self.distillation?;
+        Some(format!(
+            "about {} of memory, with {batch} samples of {side_pixels} px per step",
+            rounded_size(memory_bytes)
+        ))
     }
 
     fn evaluations(&self) -> String {
@@ -203,6 +214,12 @@ fn quantity(number: u64) -> String {
 }
 
 fn size(bytes: u64) -> String {
-    let mebibytes = bytes as f64 / (1 << 20) as f64;
+    let mebibytes = bytes as f64 / MEBIBYTE;
     if mebibytes < 1024.0 { format!("{mebibytes:.1} MiB") } else { format!("{:.2} GiB", mebibytes / 1024.0) }
+}
+
+/// A size that is only about right.
+fn rounded_size(bytes: u64) -> String {
+    let mebibytes = bytes as f64 / MEBIBYTE;
+    if mebibytes < 1024.0 { format!("{mebibytes:.0} MiB") } else { format!("{:.1} GiB", mebibytes / 1024.0) }
 }

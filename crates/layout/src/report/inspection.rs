@@ -6,7 +6,7 @@ use crate::manifest::family::Variant;
 use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
 use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
-use crate::report::cost::{CostEstimate, PipelineScale};
+use crate::report::cost::{CostEstimate, DistillationEstimate, PipelineScale};
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
 use serde::Serialize;
 use serde_json::Value;
@@ -53,6 +53,8 @@ pub struct Inspection {
     pub family: String,
     /// The variant and its defaults.
     pub variant: Variant,
+    /// Whether a guidance scale acts on it: FLUX.1 schnell and models distilled like it take none.
+    pub takes_guidance: bool,
     /// Name of the layout.
     pub layout: String,
     /// What every name begins with.
@@ -99,8 +101,11 @@ pub struct Inspection {
     pub largest_side_pixels: Option<usize>,
     /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
-    /// Bytes of the weights of the other components in its pipeline, each of which is loaded for its stage alone.
+    /// Bytes of memory that the weights of the other components in its pipeline take, each of which is loaded for its
+    /// stage alone.
     pub component_bytes: BTreeMap<String, u64>,
+    /// What distilling it takes, if that is known.
+    pub distillation: Option<DistillationEstimate>,
 }
 
 impl Inspection {
@@ -116,6 +121,7 @@ impl Inspection {
             complete: load_report.is_complete(),
             family: identified.family.clone(),
             variant: identified.variant.clone(),
+            takes_guidance: true,
             layout: identified.layout.clone(),
             prefix: identified.prefix.clone(),
             depth: identified.depths(),
@@ -140,10 +146,12 @@ impl Inspection {
             largest_side_pixels: manifest.largest_side(sizes),
             estimates: CostEstimate::of(identified, bytes, PipelineScale::usual(identified)),
             component_bytes: BTreeMap::new(),
+            distillation: None,
         }
     }
 
-    /// The same with what its pipeline shows: the size of its images, and the bytes of its components' weights.
+    /// The same with what its pipeline shows: the sizes of its images and prompts, and the bytes of its components'
+    /// weights.
     #[must_use]
     pub fn in_pipeline(
         self,
@@ -151,7 +159,10 @@ impl Inspection {
         scale: PipelineScale,
         component_bytes: BTreeMap<String, u64>,
     ) -> Self {
+        let mut variant = self.variant;
+        variant.defaults.text_tokens = scale.text_tokens;
         Self {
+            variant,
             trained_side_pixels: self.trained_side_pixels.or(scale.native_side),
             estimates: CostEstimate::of(identified, self.bytes, scale),
             component_bytes,

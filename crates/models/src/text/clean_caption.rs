@@ -2,10 +2,12 @@
 //! by default there).
 //!
 //! The rules are those of diffusers' `PixArtAlphaPipeline._clean_caption`. What it asks other libraries for is done
-//! here as far as prompts have it: of BeautifulSoup tags and the usual named characters, of ftfy ligatures, wide
-//! characters and control characters. Text in a wrong encoding stays as it is.
+//! here as far as prompts have it: BeautifulSoup's part in `html_text`, ftfy's in `fix_text` and `mojibake`.
 
-use crate::{ModelError, Result};
+use super::fix_text::TextRepair;
+use super::html_text::{unescaped, without_tags};
+use super::mojibake::bad_rule;
+use crate::Result;
 use fancy_regex::Regex;
 
 /// A pattern, and what replaces it.
@@ -71,39 +73,11 @@ const NOISE: &[Rule] = &[
 const JOINERS: [char; 2] = ['-', '_'];
 const MOST_JOINERS: usize = 3;
 
-/// Named characters of HTML that captions have.
-const NAMED: [(&str, &str); 22] = [
-    ("amp", "&"),
-    ("lt", "<"),
-    ("gt", ">"),
-    ("quot", "\""),
-    ("apos", "'"),
-    ("nbsp", "\u{a0}"),
-    ("copy", "©"),
-    ("reg", "®"),
-    ("trade", "™"),
-    ("deg", "°"),
-    ("hellip", "…"),
-    ("mdash", "—"),
-    ("ndash", "–"),
-    ("lsquo", "‘"),
-    ("rsquo", "’"),
-    ("ldquo", "“"),
-    ("rdquo", "”"),
-    ("laquo", "«"),
-    ("raquo", "»"),
-    ("bull", "•"),
-    ("middot", "·"),
-    ("times", "×"),
-];
-
-/// The latin ligatures that fonts draw, from U+FB00 on.
-const LIGATURES: [&str; 7] = ["ff", "fi", "fl", "ffi", "ffl", "ſt", "st"];
-
 /// The rules of `clean_caption`, ready to be applied.
 pub struct CaptionCleaner {
     addresses: Vec<(Regex, &'static str)>,
     clutter: Vec<(Regex, &'static str)>,
+    repair: TextRepair,
     noise: Vec<(Regex, &'static str)>,
 }
 
@@ -113,7 +87,12 @@ impl CaptionCleaner {
     /// # Errors
     /// A rule is not a regular expression.
     pub fn new() -> Result<Self> {
-        Ok(Self { addresses: compiled(ADDRESSES)?, clutter: compiled(CLUTTER)?, noise: compiled(NOISE)? })
+        Ok(Self {
+            addresses: compiled(ADDRESSES)?,
+            clutter: compiled(CLUTTER)?,
+            repair: TextRepair::new()?,
+            noise: compiled(NOISE)?,
+        })
     }
 
     /// The caption in lower case, without what is no description of an image. The pipelines clean a caption twice.
@@ -131,7 +110,7 @@ impl CaptionCleaner {
         if caption.matches(JOINERS).count() > MOST_JOINERS {
             caption = caption.replace(JOINERS, " ");
         }
-        let caption = unescaped(&unescaped(&plain_characters(&caption)));
+        let caption = unescaped(&unescaped(&self.repair.repaired(&caption)?));
         Ok(replaced(caption, &self.noise)?.trim().to_owned())
     }
 }
@@ -147,10 +126,6 @@ fn replaced(caption: String, rules: &[(Regex, &'static str)]) -> Result<String> 
     })
 }
 
-fn bad_rule(error: fancy_regex::Error) -> ModelError {
-    ModelError::bad_input("prompt", format!("it cannot be cleaned: {error}"))
-}
-
 /// The text that a URL quotes: `+` is a space, %41 is A.
 fn unquoted(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
@@ -162,77 +137,6 @@ fn unquoted(text: &str) -> String {
         rest = if quoted.is_some() { &after[2..] } else { after };
     }
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// The text of an HTML page: no tags and no comments, and its characters instead of their names.
-fn without_tags(page: &str) -> String {
-    let mut text = String::with_capacity(page.len());
-    let mut rest = page;
-    while let Some(start) = rest.find('<') {
-        let tag = &rest[start..];
-        let is_tag = tag[1..].starts_with(|next: char| next.is_ascii_alphabetic() || "/!?".contains(next));
-        let end = if tag.starts_with("<!--") { tag.find("-->").map(|end| end + 2) } else { tag.find('>') };
-        let taken = match end.filter(|_| is_tag) {
-            Some(end) => {
-                text.push_str(&rest[..start]);
-                start + end + 1
-            }
-            None => {
-                text.push_str(&rest[..=start]);
-                start + 1
-            }
-        };
-        rest = &rest[taken..];
-    }
-    unescaped(&(text + rest))
-}
-
-/// The text with characters in place of their names and numbers in HTML, as `&eacute;` and `&#233;`.
-fn unescaped(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(start) = rest.find('&') {
-        plain.push_str(&rest[..start]);
-        let (name, after) = rest[start + 1..].split_once(';').unwrap_or_default();
-        match character(name) {
-            Some(character) => {
-                plain.push_str(&character);
-                rest = after;
-            }
-            None => {
-                plain.push('&');
-                rest = &rest[start + 1..];
-            }
-        }
-    }
-    plain + rest
-}
-
-fn character(name: &str) -> Option<String> {
-    if let Some((_, character)) = NAMED.iter().find(|named| named.0 == name) {
-        return Some((*character).to_owned());
-    }
-    let number = name.strip_prefix('#')?;
-    let code = match number.strip_prefix('x') {
-        Some(digits) => u32::from_str_radix(digits, 16).ok()?,
-        None => number.parse().ok()?,
-    };
-    char::from_u32(code).map(String::from)
-}
-
-/// Ligatures and wide letters as plain ones, without control characters.
-fn plain_characters(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '\u{fb00}'..='\u{fb06}' => plain.push_str(LIGATURES[character as usize - 0xfb00]),
-            '\u{ff01}'..='\u{ff5e}' => plain.extend(char::from_u32(character as u32 - 0xfee0)),
-            '\u{3000}' => plain.push(' '),
-            _ if character.is_control() && !character.is_whitespace() => {}
-            _ => plain.push(character),
-        }
-    }
-    plain
 }
 
 #[cfg(test)]
@@ -253,10 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_html_and_quoting_stay_text() {
-        assert_eq!(without_tags("a <b"), "a <b");
-        assert_eq!(without_tags("<!-- a > b -->c</p>d"), "cd");
-        assert_eq!(unescaped("&#x41;&#65;&#99999999;&none;&"), "AA&#99999999;&none;&");
+    fn what_is_not_quoted_stays_text() {
         assert_eq!(unquoted("100% %zz %e9 a+b"), "100% %zz \u{fffd} a b");
     }
 }
