@@ -6,7 +6,9 @@ mod support;
 
 use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
 use clearform_models::vae::{AutoencoderKl, VaeConfig};
+use clearform_testkit::seeded;
 use serde_json::Value;
+use std::ops::ControlFlow;
 use support::{assert_close, bytes, json, tensors, weights};
 
 const BOUND: f64 = 1e-4;
@@ -45,11 +47,8 @@ fn vae_with_older_names() {
 }
 
 fn check_vae(name: &str) {
-    let folder = format!("components/generation5/{name}");
-    let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
-    let source = weights(&format!("{folder}/diffusion_pytorch_model.safetensors"));
-    let vae = AutoencoderKl::build(config, &source).unwrap();
-    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    let vae = vae(name);
+    let expected = tensors(&format!("components/generation5/{name}/expected.safetensors"));
     let [mean, log_variance] = vae.moments(&expected["pictures"]).unwrap();
     assert_close(&mean, &expected["mean"], BOUND, "mean");
     assert_close(&log_variance, &expected["logvar"], BOUND, "log-variance");
@@ -162,5 +161,29 @@ fn check_tokens(generation: &str, kind: &str, encode: impl Fn(&str, usize) -> Ve
     for (prompt, ids) in prompts.iter().zip(&expected) {
         let got: Vec<Value> = encode(prompt.as_str().unwrap(), length).into_iter().map(Value::from).collect();
         assert_eq!(&got, ids.as_array().unwrap(), "{prompt}");
+    }
+}
+
+fn vae(name: &str) -> AutoencoderKl {
+    let folder = format!("components/generation5/{name}");
+    let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
+    AutoencoderKl::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors"))).unwrap()
+}
+
+/// Several tiles in each direction, the last of them cut.
+#[test]
+fn tiles_are_parts_of_the_image() {
+    for name in ["vae-quant", "vae-flux", "vae-plain"] {
+        let vae = vae(name);
+        let latents = seeded("latents", &[1, vae.config().latent_channels, 50, 61], "tiles/");
+        let mut seen = Vec::new();
+        let tiled = vae.decode_in_tiles(&latents, 24, &mut |progress| {
+            seen.push((progress.done, progress.total));
+            ControlFlow::Continue(())
+        });
+        assert_close(&tiled.unwrap().unwrap(), &vae.decode(&latents).unwrap(), 1e-5, name);
+        assert_eq!(seen, (1..=9).map(|done| (done, 9)).collect::<Vec<_>>());
+        let cancelled = vae.decode_in_tiles(&latents, 24, &mut |_| ControlFlow::Break(())).unwrap();
+        assert!(cancelled.is_none());
     }
 }

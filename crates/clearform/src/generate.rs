@@ -8,6 +8,7 @@ use crate::sources::{ExtraComponents, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
+use clearform_models::vae::VaeTiling;
 use clearform_models::{ImageSize, Prompt};
 use clearform_plugin_host::AdapterReport;
 use clearform_portable_model::recorded_plan;
@@ -68,6 +69,9 @@ pub struct GenerateOptions {
     /// `use_resolution_binning` in diffusers).
     #[serde(default = "with_binning")]
     pub resolution_binning: bool,
+    /// Whether and how images are decoded in tiles.
+    #[serde(default)]
+    pub vae_tiling: VaeTiling,
     /// Number of images.
     #[serde(default = "one_image")]
     pub batch: usize,
@@ -119,6 +123,7 @@ impl GenerateOptions {
             guided_channels: None,
             seed: 0,
             resolution_binning: with_binning(),
+            vae_tiling: VaeTiling::default(),
             batch: one_image(),
             adapters: AdapterOptions::default(),
             control_images: Vec::new(),
@@ -135,6 +140,7 @@ impl GenerateOptions {
             dtype: self.dtype.map(Into::into),
             reading: read_options(&self.reading)?,
             guided_channels: self.guided_channels,
+            vae_tiling: self.vae_tiling,
             resolution_binning: self.resolution_binning,
             adapters: self.adapters.open()?,
             ..default_options(components, self.device)?
@@ -305,7 +311,9 @@ fn watch(stage: &PipelineStage, observer: &mut dyn Observer) -> StepAction {
             Progress::new(Stage::Loading, 0, 0)
         }
         PipelineStage::Step(step) => Progress::new(Stage::Denoising, step.done, step.steps),
-        PipelineStage::Decoding => Progress::new(Stage::Decoding, 0, 0),
+        PipelineStage::Decoding(tiles) => tiles.map_or(Progress::new(Stage::Decoding, 0, 0), |tiles| {
+            Progress::new(Stage::Decoding, tiles.done, tiles.total)
+        }),
     };
     match observer.progress(&progress) {
         ControlFlow::Continue(()) => StepAction::Continue,

@@ -152,6 +152,7 @@ fn text(progress: &Progress, left: Option<Duration>) -> String {
     let counted = match stage {
         Stage::Encoding => "encoding the prompt".to_owned(),
         Stage::Loading => "loading the transformer".to_owned(),
+        Stage::Decoding if *total > 0 => format!("decoding, tile {done} of {total}"),
         Stage::Decoding => "decoding".to_owned(),
         Stage::Writing => format!("{:.1} of {:.1} MiB", mebibytes(*done), mebibytes(*total)),
         Stage::Samples => format!("{:.0}% of {total} samples", 100.0 * progress.fraction),

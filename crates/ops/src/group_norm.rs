@@ -179,6 +179,17 @@ impl GroupMoments {
         Ok(Self { groups: self.groups, moments: joined.collect() })
     }
 
+    /// Those of all samples together, as of one.
+    #[must_use]
+    pub fn pooled(&self) -> Self {
+        let mut moments = vec![Moments::default(); self.groups];
+        for (index, sample) in self.moments.iter().enumerate() {
+            let group = &mut moments[index % self.groups];
+            *group = group.and(*sample);
+        }
+        Self { groups: self.groups, moments }
+    }
+
     /// What a group norm with these moments does to each channel.
     ///
     /// # Shapes

@@ -1,4 +1,4 @@
-//! [`strided_product`]: a product in f32 by the crate `gemm`, which candle uses too. candle asks the system for the
+//! [`strided_product`] and [`block_product`]: products in f32 by the crate `gemm`, which candle uses too. candle asks the system for the
 //! number of processors before each product, which takes longer than a small one.
 
 use rayon::current_num_threads;
@@ -69,6 +69,42 @@ pub(crate) fn strided_product(a: StridedMatrix<'_>, b: StridedMatrix<'_>) -> Vec
         );
     }
     out
+}
+
+/// out = out · keep + a b · scale on this thread, with out (rows, columns), a (rows, inner) and b (inner, columns), all
+/// row-major.
+pub(crate) fn block_product(
+    out: &mut [f32],
+    [rows, inner, columns]: [usize; 3],
+    a: &[f32],
+    b: &[f32],
+    [keep, scale]: [f32; 2],
+) {
+    assert!(out.len() == rows * columns && a.len() == rows * inner && b.len() == inner * columns);
+    // SAFETY: the matrices have exactly these sizes.
+    unsafe {
+        ::gemm::gemm(
+            rows,
+            columns,
+            inner,
+            out.as_mut_ptr(),
+            1,
+            columns as isize,
+            keep != 0.0,
+            a.as_ptr(),
+            1,
+            inner as isize,
+            b.as_ptr(),
+            1,
+            columns as isize,
+            keep,
+            scale,
+            false,
+            false,
+            false,
+            ::gemm::Parallelism::None,
+        );
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use crate::kernel::contiguous;
 use crate::simd::{Isa, Real as _, SimdKernel, dispatch};
+use crate::strided_product::block_product;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -29,8 +30,7 @@ pub fn wide_attention(query: &Tensor, keys: &Tensor, values: &Tensor) -> Result<
     if !query.device().is_cpu() {
         return in_chunks(query, keys, values);
     }
-    // Rows of keys are read beside each other.
-    let [q, k, v] = [query, &keys.t()?, values].map(|tensor| tensor.to_dtype(DType::F32)?.contiguous());
+    let [q, k, v] = [query, keys, values].map(|tensor| tensor.to_dtype(DType::F32)?.contiguous());
     q?.apply_op3_no_bwd(&k?, &v?, &WideAttention)?.to_dtype(query.dtype())
 }
 
@@ -66,15 +66,30 @@ impl CustomOp3 for WideAttention {
     ) -> Result<(CpuStorage, Shape)> {
         let (_, queries, channels) = lq.shape().dims3()?;
         let [q, k, v] = [contiguous::<f32>(q, lq)?, contiguous::<f32>(k, lk)?, contiguous::<f32>(v, lv)?];
-        let keys = lk.dims()[2] * channels;
+        let keys = lk.dims()[1] * channels;
         let mut out = vec![0.0; q.len()];
         let samples = out.chunks_mut((queries * channels).max(1)).zip(q.chunks((queries * channels).max(1)));
         for ((out, q), (k, v)) in samples.zip(k.chunks(keys.max(1)).zip(v.chunks(keys.max(1)))) {
+            let k = transposed_blocks(k, channels);
             let blocks = out.par_chunks_mut(QUERIES * channels).zip(q.par_chunks(QUERIES * channels));
-            blocks.for_each(|(out, query)| QueryBlock::new(out, query, channels).attend(k, v));
+            blocks.for_each(|(out, query)| QueryBlock::new(out, query, channels).attend(&k, v));
         }
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
+}
+
+/// The keys of each block, transposed: (blocks, channels, keys of the block). All keys transposed at once would have rows
+/// that are a power of two apart, which share few lines of a cache.
+fn transposed_blocks(keys: &[f32], channels: usize) -> Vec<f32> {
+    let mut out = vec![0.0; keys.len()];
+    let size = KEYS * channels;
+    out.par_chunks_mut(size).zip(keys.par_chunks(size)).for_each(|(out, keys)| {
+        let width = keys.len() / channels;
+        for (index, key) in keys.chunks_exact(channels).enumerate() {
+            out[index..].iter_mut().step_by(width).zip(key).for_each(|(out, value)| *out = *value);
+        }
+    });
+    out
 }
 
 /// Up to [`QUERIES`] queries, and what they have attended to so far.
@@ -94,61 +109,23 @@ impl<'a> QueryBlock<'a> {
     }
 
     /// # Shapes
-    /// keys (channels, keys), values (keys, channels).
+    /// keys as [`transposed_blocks`], values (keys, channels).
     fn attend(mut self, keys: &[f32], values: &[f32]) {
         let Self { channels, .. } = self;
         let count = self.sums.len();
-        let all = keys.len() / channels;
-        let mut scores = vec![0.0; count * KEYS.min(all)];
+        let mut scores = vec![0.0; count * KEYS.min(keys.len() / channels)];
         let scale = 1.0 / (channels as f32).sqrt();
-        for (chunk, values) in values.chunks(KEYS * channels).enumerate() {
+        for (keys, values) in keys.chunks(KEYS * channels).zip(values.chunks(KEYS * channels)) {
             let width = values.len() / channels;
             let scores = &mut scores[..count * width];
-            multiply(scores, [count, channels, width], self.query, (&keys[chunk * KEYS..], all), [0.0, scale]);
+            block_product(scores, [count, channels, width], self.query, keys, [0.0, scale]);
             let [highest, sums] = [&mut self.highest, &mut self.sums];
             dispatch(OnlineSoftmax { scores, width, highest, sums, out: self.out, channels });
-            multiply(self.out, [count, width, channels], scores, (values, channels), [1.0, 1.0]);
+            block_product(self.out, [count, width, channels], scores, values, [1.0, 1.0]);
         }
         for (row, sum) in self.out.chunks_exact_mut(channels).zip(&self.sums) {
             row.iter_mut().for_each(|value| *value /= sum);
         }
-    }
-}
-
-/// out = out · keep + a b · scale on this thread, with out (rows, columns) and a (rows, inner) row-major, and b (inner,
-/// columns), of which a row begins `b_step` values after the one before.
-fn multiply(
-    out: &mut [f32],
-    [rows, inner, columns]: [usize; 3],
-    a: &[f32],
-    (b, b_step): (&[f32], usize),
-    [keep, scale]: [f32; 2],
-) {
-    assert!(out.len() == rows * columns && a.len() == rows * inner);
-    assert!(b.len() >= (inner - 1) * b_step + columns);
-    // SAFETY: the matrices have these sizes, as checked above.
-    unsafe {
-        ::gemm::gemm(
-            rows,
-            columns,
-            inner,
-            out.as_mut_ptr(),
-            1,
-            columns as isize,
-            keep != 0.0,
-            a.as_ptr(),
-            1,
-            inner as isize,
-            b.as_ptr(),
-            1,
-            b_step as isize,
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            ::gemm::Parallelism::None,
-        );
     }
 }
 

@@ -7,6 +7,7 @@
 
 use crate::kernel::contiguous;
 use crate::simd::{Isa, Real as _, SimdKernel, dispatch};
+use crate::strided_product::block_product;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -243,38 +244,9 @@ impl Problem<'_> {
         let matrices = products.chunks_exact_mut(outputs * tiles);
         let filters = self.filters.0.chunks_exact(outputs * inputs);
         for ((out, filter), x) in matrices.zip(filters).zip(transformed.chunks_exact(inputs * tiles)) {
-            row_major_product(filter, x, out, [outputs, inputs, tiles]);
+            block_product(out, [outputs, inputs, tiles], filter, x, [0.0, 1.0]);
         }
         products
-    }
-}
-
-/// out = a b on this thread, with a (rows, inner) and b (inner, columns), all row-major.
-fn row_major_product(a: &[f32], b: &[f32], out: &mut [f32], [rows, inner, columns]: [usize; 3]) {
-    assert!(a.len() == rows * inner && b.len() == inner * columns && out.len() == rows * columns);
-    // SAFETY: the matrices have exactly these sizes.
-    unsafe {
-        ::gemm::gemm(
-            rows,
-            columns,
-            inner,
-            out.as_mut_ptr(),
-            1,
-            columns as isize,
-            false,
-            a.as_ptr(),
-            1,
-            inner as isize,
-            b.as_ptr(),
-            1,
-            columns as isize,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            ::gemm::Parallelism::None,
-        );
     }
 }
 

@@ -4,9 +4,11 @@
 use crate::images::resize_and_crop;
 use crate::{ControlImages, GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
 use clearform_models::text::TruncatedPrompt;
+use clearform_models::vae::TileProgress;
 use clearform_models::{ImageSize, Prompt};
 use clearform_sampling::{SamplingError, Schedule, StepAction, StepProgress};
 use image::RgbImage;
+use std::ops::ControlFlow;
 
 /// The arguments of [`Pipeline::generate`].
 #[derive(Debug, Clone, PartialEq)]
@@ -44,8 +46,8 @@ pub enum PipelineStage<'a> {
     Loading(&'a [TruncatedPrompt]),
     /// A denoising step is done.
     Step(&'a StepProgress<'a>),
-    /// Loading the VAE and decoding.
-    Decoding,
+    /// Loading the VAE and decoding; with how many tiles are decoded, of an image that is decoded in tiles.
+    Decoding(Option<TileProgress>),
 }
 
 impl Pipeline {
@@ -74,8 +76,13 @@ impl Pipeline {
         let transformer = self.own_transformer()?;
         let denoised = batch.denoise(transformer.as_ref(), &mut |step| hook(&PipelineStage::Step(step)))?;
         drop(transformer);
-        enter(hook, &PipelineStage::Decoding)?;
-        let images = to_images(&resize_and_crop(&self.decode_values(&denoised, generated)?, size)?)?;
+        enter(hook, &PipelineStage::Decoding(None))?;
+        let mut watch = |tiles| match hook(&PipelineStage::Decoding(Some(tiles))) {
+            StepAction::Cancel => ControlFlow::Break(()),
+            StepAction::Continue | StepAction::Replace(_) => ControlFlow::Continue(()),
+        };
+        let decoded = self.decode_values(&denoised, generated, &mut watch)?;
+        let images = to_images(&resize_and_crop(&decoded, size)?)?;
         check_images(&images)?;
         Ok(images)
     }

@@ -2,7 +2,7 @@
 
 use crate::{Result, RuntimeError};
 use candle_core::{DType, Device};
-use clearform_models::vae::AutoencoderSpec;
+use clearform_models::vae::{AutoencoderSpec, VaeTiling};
 use clearform_models::{ImageSize, MAX_GPU_ELEMENTS};
 
 /// What a model computes in on `device` where nothing else is asked for: f32 on a CPU, and bf16 on a GPU, whose attention
@@ -29,12 +29,21 @@ fn check_gpu_dtype(dtype: DType) -> Result<()> {
     )))
 }
 
-/// Refuses images whose decoding needs tensors that candle's operations cannot index on a GPU.
+/// Refuses images whose decoding needs tensors that candle's operations cannot index on a GPU. Tiles are small enough.
 ///
 /// # Errors
 /// [`RuntimeError::BadSetting`] with the figures.
-pub(crate) fn check_decodable(device: &Device, vae: &dyn AutoencoderSpec, size: ImageSize) -> Result<()> {
-    if device.is_cpu() { Ok(()) } else { check_activation(vae.largest_activation(size), size) }
+pub(crate) fn check_decodable(
+    device: &Device,
+    vae: &dyn AutoencoderSpec,
+    tiling: VaeTiling,
+    size: ImageSize,
+) -> Result<()> {
+    if device.is_cpu() || tiling.tile(vae, size).is_some() {
+        Ok(())
+    } else {
+        check_activation(vae.largest_activation(size), size)
+    }
 }
 
 fn check_activation(elements: usize, ImageSize { height, width }: ImageSize) -> Result<()> {
@@ -45,7 +54,7 @@ fn check_activation(elements: usize, ImageSize { height, width }: ImageSize) -> 
     let [most_width, most_height] = [width, height].map(|edge| (edge as f64 * factor) as usize / 16 * 16);
     Err(RuntimeError::BadSetting(format!(
         "{width}x{height} pixels: the VAE needs a tensor of {elements} elements to decode them, and a GPU indexes at most \
-         {MAX_GPU_ELEMENTS}; choose at most {most_width}x{most_height}, or pass --device cpu"
+         {MAX_GPU_ELEMENTS}; choose at most {most_width}x{most_height}, or pass --vae-tiling on or --device cpu"
     )))
 }
 

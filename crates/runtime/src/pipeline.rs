@@ -8,6 +8,7 @@ use crate::latent_spec::LatentSpec;
 use crate::{ComponentFiles, Components, ReadOptions, Result, TransformerCheckpoint};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
+use clearform_models::vae::VaeTiling;
 use clearform_models::{GuidanceKind, ImageSize, NoiseProcess};
 use clearform_plugin_host::{AdapterReport, WeightEdits};
 use clearform_portable_model::recorded_plan;
@@ -37,6 +38,8 @@ pub struct PipelineOptions {
     /// Whether [`Pipeline::generate`] generates in the sizes of training where the family's pipeline does, and resizes
     /// (`use_resolution_binning` in diffusers).
     pub resolution_binning: bool,
+    /// Whether and how the VAE decodes images in tiles.
+    pub vae_tiling: VaeTiling,
 }
 
 impl PipelineOptions {
@@ -55,6 +58,7 @@ impl PipelineOptions {
             guided_channels: None,
             adapters: Adapters::default(),
             resolution_binning: true,
+            vae_tiling: VaeTiling::default(),
         })
     }
 }

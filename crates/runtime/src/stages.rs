@@ -6,11 +6,12 @@ use crate::{Pipeline, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::text::TruncatedPrompt;
-use clearform_models::vae::Autoencoder;
+use clearform_models::vae::{Autoencoder, TileProgress};
 use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, ImageSize, Prompt};
-use clearform_sampling::{Guidance, Schedule, TorchGenerator};
+use clearform_sampling::{Guidance, SamplingError, Schedule, TorchGenerator};
 use image::RgbImage;
 use std::cell::RefCell;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Noise in the form that the transformer takes.
@@ -212,7 +213,7 @@ impl Pipeline {
     /// # Errors
     /// The VAE needs a tensor that a GPU cannot index. The message has the largest size that works.
     pub fn check_decodable(&self, size: ImageSize) -> Result<()> {
-        self.latent_spec.vae().map_or(Ok(()), |vae| check_decodable(self.device(), vae, size))
+        self.latent_spec.vae().map_or(Ok(()), |vae| check_decodable(self.device(), vae, self.options.vae_tiling, size))
     }
 
     /// Loads the VAE, if the model has one, and decodes latents. One image at a time, since the VAE's activations are what
@@ -224,15 +225,28 @@ impl Pipeline {
     /// # Errors
     /// The latents are not of this size, or an image contains NaN.
     pub fn decode(&self, latents: &Tensor, size: ImageSize) -> Result<Vec<RgbImage>> {
-        to_images(&self.decode_values(latents, size)?)
+        to_images(&self.decode_values(latents, size, &mut |_| ControlFlow::Continue(()))?)
     }
 
-    /// As [`Self::decode`], the values of the images, (batch, channels, height, width) from -1 to 1.
-    pub(crate) fn decode_values(&self, latents: &Tensor, size: ImageSize) -> Result<Tensor> {
+    /// As [`Self::decode`], the values of the images, (batch, channels, height, width) from -1 to 1. `progress` is called
+    /// after each tile, if there are any.
+    ///
+    /// # Errors
+    /// As [`Self::decode`]; [`SamplingError::Cancelled`] if `progress` cancels.
+    pub(crate) fn decode_values(
+        &self,
+        latents: &Tensor,
+        size: ImageSize,
+        progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+    ) -> Result<Tensor> {
         let [_, height, width] = self.latent_spec.latent_shape(size)?;
         let latents = self.transformer.pipeline_spec().unpack(latents, height, width)?.to_dtype(DType::F32)?;
         self.check_decodable(size)?;
         let Some(vae) = self.autoencoder()? else { return Ok(latents) };
+        let tile = self.latent_spec.vae().and_then(|spec| self.options.vae_tiling.tile(spec, size));
+        if let Some(tile) = tile {
+            return vae.decode_in_tiles(&latents, tile, progress)?.ok_or_else(|| SamplingError::Cancelled.into());
+        }
         let decode_image = |index| vae.decode(&latents.narrow(0, index, 1)?);
         let decoded = (0..latents.dim(0)?).map(decode_image).collect::<clearform_models::Result<Vec<_>>>()?;
         Ok(Tensor::cat(&decoded, 0)?)

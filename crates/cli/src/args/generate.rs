@@ -3,6 +3,7 @@
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
 use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, SeedArg, SourceArgs, finite};
 use clap::Args;
+use clearform::TilingMode;
 use std::path::PathBuf;
 
 /// `clearform generate`.
@@ -67,6 +68,12 @@ pub struct GenerateArgs {
     /// Number of images [default: 1].
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub batch: Option<usize>,
+    /// Decode the image in tiles: auto (where the whole would take more than about 3 GB of memory), on or off.
+    #[arg(long, default_value_t, value_name = "auto|on|off", help_heading = DEVICE)]
+    pub vae_tiling: TilingMode,
+    /// Width and height of these tiles [default: 768].
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(64..), help_heading = DEVICE)]
+    pub vae_tile_size: Option<u32>,
     /// Adapters applied to the model.
     #[command(flatten)]
     pub adapters: AdapterArgs,

@@ -1,11 +1,12 @@
 //! [`Autoencoder`]: images to latents and back, whatever the class, and [`AUTOENCODERS`], the list of classes.
 
-use super::{AutoencoderKl, VaeConfig};
+use super::{AutoencoderKl, TileProgress, VaeConfig};
 use crate::config_keys::{ConfigKeys, bad};
 use crate::{ImageSize, Result};
 use candle_core::Tensor;
 use clearform_weights::TensorSource;
 use serde_json::Value;
+use std::ops::ControlFlow;
 
 /// An autoencoder with its weights loaded.
 pub trait Autoencoder: Send + Sync {
@@ -35,6 +36,21 @@ pub trait Autoencoder: Send + Sync {
     /// # Errors
     /// Another number of channels.
     fn decode(&self, latents: &Tensor) -> Result<Tensor>;
+
+    /// As [`Self::decode`], in tiles of `tile` latent pixels a side, whose memory does not grow with the image.
+    /// `progress` is called after each tile and may cancel, which gives `None`.
+    ///
+    /// # Shapes
+    /// As [`Self::decode`], on the CPU.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    fn decode_in_tiles(
+        &self,
+        latents: &Tensor,
+        tile: usize,
+        progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+    ) -> Result<Option<Tensor>>;
 }
 
 /// An autoencoder of given sizes, without weights.
@@ -94,6 +110,15 @@ impl Autoencoder for AutoencoderKl {
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         Self::decode(self, latents)
+    }
+
+    fn decode_in_tiles(
+        &self,
+        latents: &Tensor,
+        tile: usize,
+        progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+    ) -> Result<Option<Tensor>> {
+        Self::decode_in_tiles(self, latents, tile, progress)
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) struct SpatialAttention {
 }
 
 /// What the pixels of an image attend to.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct AttentionContext {
     /// (batch or 1, pixels, channels).
     keys: Tensor,

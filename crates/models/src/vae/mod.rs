@@ -2,21 +2,30 @@
 //! section 3.1). It computes in f32 whatever the dtype of the weights.
 
 mod autoencoder;
+mod decoder;
+mod encoder;
 mod layers;
+mod levels;
 mod part;
+mod tiles;
+mod tiling;
 
 pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
+pub use tiles::TileProgress;
+pub use tiling::{TilingMode, VaeTiling};
 
 use crate::config_keys::{ConfigKeys, bad};
-use crate::layers::{Convolution, GroupNorm};
+use crate::layers::Convolution;
 use crate::weight_builder::WeightBuilder;
 use crate::{ImageSize, Result};
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Conv2dConfig, Module};
 use clearform_weights::TensorSource;
-use layers::{Resnet, SpatialAttention, conv, group_norm};
-use part::{NormMoments, OwnMoments, Part};
+use decoder::Decoder;
+use encoder::Encoder;
+use layers::conv;
 use serde_json::Value;
+use std::ops::ControlFlow;
 
 /// Sizes of an `AutoencoderKL` and the scaling of its latents, from its config.json.
 #[derive(Debug, Clone, PartialEq)]
@@ -191,169 +200,40 @@ impl AutoencoderKl {
     /// # Errors
     /// A number of channels that is not [`VaeConfig::latent_channels`].
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(self.decoder.forward(&self.unscaled(latents)?)?)
+    }
+
+    /// As [`Self::decode`], in tiles of `tile` latent pixels a side, which take as much memory whatever the size of the
+    /// image. `progress` is called after each tile and may cancel, which gives `None`.
+    ///
+    /// Tiles are computed with the pixels around them that convolutions read, and share the means and variances of group
+    /// norms and what they attend to, so there are no seams. For images of up to 128 x 128 latent pixels these are those
+    /// of the whole image; of larger ones, samples of it.
+    ///
+    /// # Shapes
+    /// As [`Self::decode`], on the CPU.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_in_tiles(
+        &self,
+        latents: &Tensor,
+        tile: usize,
+        progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+    ) -> Result<Option<Tensor>> {
+        let raw = self.unscaled(latents)?;
+        let decode = |index| tiles::decode(&self.decoder, &raw.narrow(0, index, 1)?, tile, progress);
+        let images: Option<Vec<Tensor>> = (0..raw.dim(0)?).map(decode).collect::<candle_core::Result<_>>()?;
+        Ok(images.map(|images| Tensor::cat(&images, 0)).transpose()?)
+    }
+
+    /// Latents as the decoder takes them.
+    fn unscaled(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
         let raw = ((latents.to_dtype(DType::F32)? / self.config.scale)? + self.config.shift)?;
-        let raw = match &self.post_quant {
-            Some(post_quant) => post_quant.forward(&raw)?,
-            None => raw,
-        };
-        Ok(self.decoder.forward(&raw)?)
-    }
-}
-
-/// diffusers' `Encoder`.
-#[derive(Debug)]
-struct Encoder {
-    conv_in: Convolution,
-    levels: Vec<ResolutionLevel>,
-    middle: MidBlock,
-    norm_out: GroupNorm,
-    conv_out: Convolution,
-}
-
-/// diffusers' `Decoder`.
-#[derive(Debug)]
-struct Decoder {
-    conv_in: Convolution,
-    middle: MidBlock,
-    levels: Vec<ResolutionLevel>,
-    norm_out: GroupNorm,
-    conv_out: Convolution,
-}
-
-/// diffusers' `DownEncoderBlock2D` or `UpDecoderBlock2D`: residual blocks, then the convolution of the downsampler or
-/// upsampler, which all levels but the last have.
-#[derive(Debug)]
-struct ResolutionLevel {
-    resnets: Vec<Resnet>,
-    resample: Option<Convolution>,
-}
-
-/// diffusers' `UNetMidBlock2D`.
-#[derive(Debug)]
-struct MidBlock {
-    first: Resnet,
-    attention: Option<SpatialAttention>,
-    second: Resnet,
-}
-
-/// Sizes of a [`ResolutionLevel`]: channels in and out, residual blocks, groups, and the name and kind of its
-/// convolution.
-struct ResolutionLevelShape {
-    channels: [usize; 2],
-    blocks: usize,
-    groups: usize,
-    resample: Option<(&'static str, Conv2dConfig)>,
-}
-
-const SAME_SIZE: Conv2dConfig = Conv2dConfig { padding: 1, stride: 1, dilation: 1, groups: 1, cudnn_fwd_algo: None };
-const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME_SIZE };
-
-impl Encoder {
-    fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
-        let channels = &config.level_channels;
-        let last = config.level_channels.len() - 1;
-        let level = |index: usize| {
-            let shape = ResolutionLevelShape {
-                channels: [channels[index.saturating_sub(1)], channels[index]],
-                blocks: config.level_blocks,
-                groups: config.groups,
-                resample: (index < last).then_some(("downsamplers.0.conv", HALVING)),
-            };
-            ResolutionLevel::load(&builder.pp(format!("down_blocks.{index}")), &shape)
-        };
-        Ok(Self {
-            conv_in: conv(&builder.pp("conv_in"), [config.image_channels[0], channels[0], 3], SAME_SIZE)?,
-            levels: (0..=last).map(level).collect::<Result<_>>()?,
-            middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
-            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME_SIZE)?,
-        })
-    }
-
-    fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
-        let moments = &mut OwnMoments;
-        let mut part = Part::whole(self.conv_in.forward(images)?);
-        for level in &self.levels {
-            part = level.resnets(part, moments)?;
-            if let Some(halve) = &level.resample {
-                // diffusers' `Downsample2D` pads only the right and bottom edges.
-                let padded = part.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
-                part = Part::whole(halve.forward(&padded)?);
-            }
+        match &self.post_quant {
+            Some(post_quant) => post_quant.forward(&raw),
+            None => Ok(raw),
         }
-        let part = self.middle.forward(part, moments)?;
-        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
-    }
-}
-
-impl Decoder {
-    fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
-        let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
-        let last = channels.len() - 1;
-        let level = |index: usize| {
-            let shape = ResolutionLevelShape {
-                channels: [channels[index.saturating_sub(1)], channels[index]],
-                blocks: config.level_blocks + 1,
-                groups: config.groups,
-                resample: (index < last).then_some(("upsamplers.0.conv", SAME_SIZE)),
-            };
-            ResolutionLevel::load(&builder.pp(format!("up_blocks.{index}")), &shape)
-        };
-        Ok(Self {
-            conv_in: conv(&builder.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME_SIZE)?,
-            middle: MidBlock::load(&builder.pp("mid_block"), channels[0], config)?,
-            levels: (0..=last).map(level).collect::<Result<_>>()?,
-            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
-            conv_out: conv(&builder.pp("conv_out"), [channels[last], config.image_channels[1], 3], SAME_SIZE)?,
-        })
-    }
-
-    fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
-        let moments = &mut OwnMoments;
-        let mut part = self.middle.forward(Part::whole(self.conv_in.forward(latents)?), moments)?;
-        for level in &self.levels {
-            part = level.resnets(part, moments)?;
-            if let Some(smooth) = &level.resample {
-                part = part.enlarged(|x| smooth.of_upsampled(x))?;
-            }
-        }
-        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
-    }
-}
-
-impl ResolutionLevel {
-    fn load(builder: &WeightBuilder, shape: &ResolutionLevelShape) -> Result<Self> {
-        let [inputs, outputs] = shape.channels;
-        let resnet = |index: usize| {
-            let channels = [if index == 0 { inputs } else { outputs }, outputs];
-            Resnet::load(&builder.pp(format!("resnets.{index}")), channels, shape.groups)
-        };
-        let resample = shape.resample.map(|(name, config)| conv(&builder.pp(name), [outputs, outputs, 3], config));
-        Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
-    }
-
-    fn resnets(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
-        self.resnets.iter().try_fold(part, |part, resnet| resnet.forward(part, moments))
-    }
-}
-
-impl MidBlock {
-    fn load(builder: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
-        let attention = || SpatialAttention::load(&builder.pp("attentions.0"), channels, config.groups);
-        Ok(Self {
-            first: Resnet::load(&builder.pp("resnets.0"), [channels; 2], config.groups)?,
-            attention: config.attention.then(attention).transpose()?,
-            second: Resnet::load(&builder.pp("resnets.1"), [channels; 2], config.groups)?,
-        })
-    }
-
-    fn forward(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
-        let mut part = self.first.forward(part, moments)?;
-        if let Some(attention) = &self.attention {
-            let tokens = attention.tokens(&part, moments)?;
-            part.x = attention.forward(&part.x, &tokens, &attention.context(&tokens)?)?;
-        }
-        self.second.forward(part, moments)
     }
 }
 

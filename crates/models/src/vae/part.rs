@@ -62,3 +62,31 @@ impl NormMoments for OwnMoments {
         norm.affine(&GroupMoments::of(&part.x, norm.groups)?)
     }
 }
+
+/// Those of several parts together, without their margins. It keeps what each norm did, in the order of the decoder.
+#[derive(Default)]
+pub(super) struct SharedMoments {
+    pub affines: Vec<ChannelAffine>,
+}
+
+impl NormMoments for SharedMoments {
+    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine> {
+        let moments = GroupMoments::of(&part.clone().cropped(0)?.x, norm.groups)?.pooled();
+        let shared = norm.affine(&moments)?;
+        let parts = part.x.dim(0)?;
+        self.affines.push(shared.clone());
+        Ok(ChannelAffine { scales: shared.scales.repeat(parts), shifts: shared.shifts.repeat(parts) })
+    }
+}
+
+/// What [`SharedMoments`] kept, for one part after the other.
+pub(super) struct KeptMoments<'a>(pub std::slice::Iter<'a, ChannelAffine>);
+
+impl NormMoments for KeptMoments<'_> {
+    fn affine(&mut self, _: &GroupNorm, _: &Part) -> Result<ChannelAffine> {
+        match self.0.next() {
+            Some(affine) => Ok(affine.clone()),
+            None => candle_core::bail!("a group norm whose means and variances were not measured"),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! [`Decoder`]: latents to images.
+
+use super::VaeConfig;
+use super::layers::{AttentionContext, conv, group_norm};
+use super::levels::{MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
+use super::part::{NormMoments, OwnMoments, Part};
+use crate::Result;
+use crate::layers::{Convolution, GroupNorm};
+use crate::weight_builder::WeightBuilder;
+use candle_core::Tensor;
+use candle_nn::Module as _;
+
+/// diffusers' `Decoder`.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    conv_in: Convolution,
+    middle: MidBlock,
+    levels: Vec<ResolutionLevel>,
+    norm_out: GroupNorm,
+    conv_out: Convolution,
+}
+
+impl Decoder {
+    pub fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
+        let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
+        let last = channels.len() - 1;
+        let level = |index: usize| {
+            let shape = ResolutionLevelShape {
+                channels: [channels[index.saturating_sub(1)], channels[index]],
+                blocks: config.level_blocks + 1,
+                groups: config.groups,
+                resample: (index < last).then_some(("upsamplers.0.conv", SAME_SIZE)),
+            };
+            ResolutionLevel::load(&builder.pp(format!("up_blocks.{index}")), &shape)
+        };
+        Ok(Self {
+            conv_in: conv(&builder.pp("conv_in"), [config.latent_channels, channels[0], 3], SAME_SIZE)?,
+            middle: MidBlock::load(&builder.pp("mid_block"), channels[0], config)?,
+            levels: (0..=last).map(level).collect::<Result<_>>()?,
+            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], config.image_channels[1], 3], SAME_SIZE)?,
+        })
+    }
+
+    /// The image of latents that are decoded whole.
+    ///
+    /// # Shapes
+    /// latents (batch, channels, height, width) -> (batch, 3, height · upscale, width · upscale).
+    pub fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
+        let entered = self.enter(Part::whole(latents.clone()), &mut OwnMoments)?;
+        let context = entered.tokens.as_ref().map(|tokens| self.middle.context(tokens)).transpose()?.flatten();
+        Ok(self.leave(entered, context.as_ref(), &mut OwnMoments)?.x)
+    }
+
+    /// The part of the decoder before its attention.
+    pub fn enter(&self, latents: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
+        let part = Part { x: self.conv_in.forward(&latents.x)?, ..latents };
+        let (part, tokens) = self.middle.enter(part, moments)?;
+        Ok(Entered { part, tokens })
+    }
+
+    /// The part of the decoder from its attention on. Of a part of an image, margins are cropped as soon as nothing that
+    /// remains reads them.
+    pub fn leave(
+        &self,
+        entered: Entered,
+        context: Option<&AttentionContext>,
+        moments: &mut dyn NormMoments,
+    ) -> candle_core::Result<Part> {
+        let Entered { part, tokens } = entered;
+        let mut part = self.middle.leave(part, tokens.as_ref().zip(context), moments)?;
+        for (level, reach) in self.levels.iter().zip(self.reach().levels) {
+            part = level.resnets(part.cropped(reach.before)?, moments)?;
+            if let Some(smooth) = &level.resample {
+                part = part.cropped(reach.after)?.enlarged(|x| smooth.of_upsampled(x))?;
+            }
+        }
+        let x = self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)?;
+        Part { x, ..part }.cropped(0)
+    }
+
+    /// What pixels attend to, of the tokens of an image.
+    pub fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
+        self.middle.context(tokens)
+    }
+
+    /// How far around a pixel the decoder reads, attention apart.
+    pub fn reach(&self) -> Reach {
+        /// Convolutions of a residual block, each of which reads one pixel further.
+        const RESNET: usize = 2;
+        let mut levels = Vec::new();
+        let mut after = 1; // conv_out
+        for level in self.levels.iter().rev() {
+            if level.resample.is_some() {
+                // The convolution reads a pixel of the enlarged image.
+                after = (after + 1usize).div_ceil(2);
+            }
+            let before = after + RESNET * level.resnets.len();
+            levels.push(LevelReach { before, after });
+            after = before;
+        }
+        levels.reverse();
+        let attention = after + RESNET;
+        Reach { latents: attention + RESNET + 1, enter: RESNET + 1, levels }
+    }
+}
+
+/// A part of an image in the middle of the decoder.
+pub(super) struct Entered {
+    pub part: Part,
+    /// Its pixels as attention reads them, if the decoder has one.
+    pub tokens: Option<Tensor>,
+}
+
+/// How many pixels around a part are read to compute it.
+#[derive(Debug, PartialEq)]
+pub(super) struct Reach {
+    /// Latent pixels, by the whole decoder.
+    pub latents: usize,
+    /// Latent pixels, by [`Decoder::enter`].
+    pub enter: usize,
+    levels: Vec<LevelReach>,
+}
+
+/// Pixels of a level that are read before and after its residual blocks.
+#[derive(Debug, PartialEq)]
+struct LevelReach {
+    before: usize,
+    after: usize,
+}

@@ -1,0 +1,61 @@
+//! [`Encoder`]: images to moments of latents.
+
+use super::VaeConfig;
+use super::layers::{conv, group_norm};
+use super::levels::{HALVING, MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
+use super::part::{NormMoments as _, OwnMoments, Part};
+use crate::Result;
+use crate::layers::{Convolution, GroupNorm};
+use crate::weight_builder::WeightBuilder;
+use candle_core::{D, Tensor};
+use candle_nn::Module as _;
+
+/// diffusers' `Encoder`.
+#[derive(Debug)]
+pub(super) struct Encoder {
+    conv_in: Convolution,
+    levels: Vec<ResolutionLevel>,
+    middle: MidBlock,
+    norm_out: GroupNorm,
+    conv_out: Convolution,
+}
+
+impl Encoder {
+    pub fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
+        let channels = &config.level_channels;
+        let last = config.level_channels.len() - 1;
+        let level = |index: usize| {
+            let shape = ResolutionLevelShape {
+                channels: [channels[index.saturating_sub(1)], channels[index]],
+                blocks: config.level_blocks,
+                groups: config.groups,
+                resample: (index < last).then_some(("downsamplers.0.conv", HALVING)),
+            };
+            ResolutionLevel::load(&builder.pp(format!("down_blocks.{index}")), &shape)
+        };
+        Ok(Self {
+            conv_in: conv(&builder.pp("conv_in"), [config.image_channels[0], channels[0], 3], SAME_SIZE)?,
+            levels: (0..=last).map(level).collect::<Result<_>>()?,
+            middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
+            norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
+            conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME_SIZE)?,
+        })
+    }
+
+    /// # Shapes
+    /// images (batch, 3, height, width) -> (batch, 2 latent channels, height / downscale, width / downscale).
+    pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
+        let moments = &mut OwnMoments;
+        let mut part = Part::whole(self.conv_in.forward(images)?);
+        for level in &self.levels {
+            part = level.resnets(part, moments)?;
+            if let Some(halve) = &level.resample {
+                // diffusers' `Downsample2D` pads only the right and bottom edges.
+                let padded = part.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
+                part = Part::whole(halve.forward(&padded)?);
+            }
+        }
+        let part = self.middle.forward(part, moments)?;
+        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
+    }
+}
