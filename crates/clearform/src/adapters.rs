@@ -201,7 +201,10 @@ impl AdapterOptions {
             ),
         ];
         let idle = is_set.into_iter().filter(|(is_set, kind, _)| *is_set && !has(*kind));
-        idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag())).collect()
+        let idle = idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag()));
+        let off =
+            self.adapters.iter().filter(|adapter| adapter.kind != AdapterKind::ControlNet && adapter.strength == 0.0);
+        idle.chain(off.map(|off| format!("{}: has no effect at strength 0", off.path.display()))).collect()
     }
 }
 

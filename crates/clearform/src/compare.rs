@@ -57,16 +57,17 @@ impl CompareOptions {
         ExtraComponents { folder: given.folder.or_else(|| other.is_dir().then_some(other)), ..given }
     }
 
-    /// Teacher and student. What one lacks beside its transformer is the other's.
-    fn open(&self, observer: &mut dyn Observer) -> Result<[Pipeline; 2]> {
+    /// Teacher and student, and whether one was made from the other. What one lacks beside its transformer is the
+    /// other's.
+    fn open(&self, observer: &mut dyn Observer) -> Result<([Pipeline; 2], bool)> {
         let teacher = open_original_pipeline(&self.teacher, &self.student, self.or_of(&self.student), self.device)?;
         let student = open_pipeline(&self.student, self.or_of(&self.teacher), self.device)?;
         let pair = ComparedPair {
             teacher: PairMember::new(&self.teacher, &teacher),
             student: PairMember::new(&self.student, &student),
         };
-        pair.check(observer)?;
-        Ok([teacher, student])
+        let is_pair = pair.check(observer)?;
+        Ok(([teacher, student], is_pair))
     }
 }
 
@@ -87,7 +88,7 @@ impl CompareOptions {
 /// ```
 pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<ComparisonReport> {
     prepare_report(&options.output, options.replace)?;
-    let [teacher, student] = options.open(observer)?;
+    let ([teacher, student], is_pair) = options.open(observer)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control())?;
     let has_undistilled = teacher.plan() != student.plan();
@@ -112,6 +113,7 @@ pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<
     let measured = MeasuredPair {
         attention_error: attention_errors(original.as_ref(), linear.as_ref(), &input)?,
         speedup: speedup(original.as_ref(), linear.as_ref(), &input)?,
+        is_pair,
     };
     let images = ComparedImages {
         teacher: evaluation.decode(&teacher, &wanted)?,

@@ -29,8 +29,9 @@ pub(crate) struct ComparedPair<'a> {
 }
 
 impl ComparedPair<'_> {
-    /// Refuses models in the wrong order, and notes that the student was made from another teacher.
-    pub fn check(&self, observer: &mut dyn Observer) -> Result<()> {
+    /// Refuses models in the wrong order. Whether the student was made from the teacher; notes it if it was not, or if
+    /// both are one model.
+    pub fn check(&self, observer: &mut dyn Observer) -> Result<bool> {
         let Self { teacher, student } = self;
         if *teacher.plan != AttentionPlan::full() && *student.plan == AttentionPlan::full() {
             return Err(ClearformError::bad_option(format!(
@@ -40,8 +41,12 @@ impl ComparedPair<'_> {
                 student.path.display()
             )));
         }
-        if let Some(difference) = BaseDifference::largest(&student.transformer.source(), &teacher.transformer.source())?
-        {
+        let canonical = |path: &Path| path.canonicalize().ok();
+        if canonical(teacher.path) == canonical(student.path) {
+            note(observer, format_args!("warning: {} is compared with itself", teacher.path.display()));
+        }
+        let difference = BaseDifference::largest(&student.transformer.source(), &teacher.transformer.source())?;
+        if let Some(difference) = &difference {
             note(
                 observer,
                 format_args!(
@@ -52,6 +57,6 @@ impl ComparedPair<'_> {
                 ),
             );
         }
-        Ok(())
+        Ok(difference.is_none())
     }
 }

@@ -48,6 +48,9 @@ pub struct ComparisonReport {
     pub images: Vec<ImagePair>,
     /// Relative error of each layer's attention output, by layer name.
     pub attention_error: Vec<(String, f64)>,
+    /// Whether the student was made from the teacher. Otherwise the undistilled images say nothing of its distillation.
+    #[serde(skip)]
+    is_pair: bool,
 }
 
 /// One of the models.
@@ -78,6 +81,8 @@ pub(crate) struct MeasuredPair {
     pub attention_error: Vec<(String, f64)>,
     /// The teacher's time for an evaluation divided by the student's.
     pub speedup: f64,
+    /// Whether the student was made from the teacher.
+    pub is_pair: bool,
 }
 
 /// The images of the models, each in the order of the prompts.
@@ -164,6 +169,7 @@ impl ComparisonReport {
             undistilled: undistilled.transpose()?,
             images: pairs,
             attention_error: measured.attention_error,
+            is_pair: measured.is_pair,
         })
     }
 
@@ -184,10 +190,11 @@ impl ComparisonReport {
             15.0.. => "draws the same things as its teacher in other ways",
             _ => "draws other pictures than its teacher",
         };
-        let gained = self.undistilled.map_or(String::new(), |[psnr, _]| match self.psnr >= psnr {
-            true => format!(" Undistilled it has {psnr:.1} dB."),
-            false => format!(" Undistilled it has {psnr:.1} dB, so the distillation did harm."),
-        });
+        let gained =
+            self.undistilled.filter(|_| self.is_pair).map_or(String::new(), |[psnr, _]| match self.psnr >= psnr {
+                true => format!(" Undistilled it has {psnr:.1} dB."),
+                false => format!(" Undistilled it has {psnr:.1} dB, so the distillation did harm."),
+            });
         let [width, height] = self.size;
         format!(
             "The student {likeness} ({:.1} dB, SSIM {:.3}).{gained} At {width} x {height} px it is {}.",

@@ -17,7 +17,7 @@ use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
-use clearform_portable_model::{CopyMode, Overwrite, StagingDir, recorded_plan};
+use clearform_portable_model::{CopyMode, Overwrite, StagingDir, check_target, recorded_plan};
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
@@ -206,6 +206,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
 pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<()> {
     options.training.iter().try_for_each(check_training)?;
     options.check_source(observer)?;
+    check_target(&options.output, options.overwrite)?;
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
     let mut conversion = Conversion { options, source, observer };

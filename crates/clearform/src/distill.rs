@@ -6,9 +6,10 @@ use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
 use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
-use crate::{ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
+use crate::{ClearformError, ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
+use clearform_attention::AttentionPlan;
 use clearform_convert::{AttentionOverlay, ConversionPlan};
-use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
+use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir, recorded_plan};
 use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -93,6 +94,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     check_training(&options.training)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
+    check_teacher(&options.teacher)?;
     let teacher = open_original_transformer(&options.teacher, &options.model)?;
     let student = open_transformer(&options.model)?;
     let (target, overwrite) = options.target();
@@ -122,6 +124,17 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))
+}
+
+/// Refuses a linear model as the teacher.
+fn check_teacher(teacher: &Path) -> Result<()> {
+    match recorded_plan(teacher)?.filter(|plan| *plan != AttentionPlan::full()) {
+        None => Ok(()),
+        Some(plan) => Err(ClearformError::bad_option(format!(
+            "{}: is a linear model (attention {plan}), and no teacher; expected the original model",
+            teacher.display()
+        ))),
+    }
 }
 
 /// The teacher's pipeline; `None` if a component of it is missing and samples need not be generated.

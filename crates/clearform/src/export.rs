@@ -67,6 +67,11 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     if let Some(plan) = plan {
         note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));
     }
+    if transformer.identified().variant.name == "custom" {
+        let text = "the file may not tell all sizes of a model of none of the published variants; where it does not, read \
+                    it with --config and the config.json of the model's transformer";
+        note(observer, text);
+    }
     Ok(ExportReport {
         file: options.output.clone(),
         family: transformer.identified().family.clone(),

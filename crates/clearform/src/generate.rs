@@ -9,12 +9,12 @@ use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
 use clearform_models::vae::VaeTiling;
-use clearform_models::{ImageSize, Prompt};
-use clearform_plugin_host::AdapterReport;
+use clearform_models::{ImageSize, Prompt, StepIndex};
+use clearform_plugin_host::{AdapterReport, is_within};
 use clearform_portable_model::recorded_plan;
 use clearform_runtime::{
-    ComponentFiles, GenerateRequest, GenerationParameters, GuidanceScales, Pipeline, PipelineOptions, PipelineStage,
-    RgbImage, image_file,
+    ActiveControlNet, ComponentFiles, ControlNetSchedule, GenerateRequest, GenerationParameters, GuidanceScales,
+    Pipeline, PipelineOptions, PipelineStage, RgbImage, image_file,
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
@@ -186,6 +186,7 @@ impl GenerateOptions {
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
         notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
         notes.extend(self.adapters.without_effect());
+        notes.extend(pipeline.controlnets().iter().filter_map(|active| idle(active, request.steps)));
         let prompts = texts(std::slice::from_ref(&self.prompt)).into_iter().chain(self.negative_prompt.as_deref());
         notes.extend(prompts.flat_map(|prompt| foreign_syntax_notes(&[prompt])));
         Ok(notes)
@@ -202,6 +203,19 @@ impl GenerateOptions {
             ),
         }))
     }
+}
+
+/// What is said of a ControlNet that acts in none of the steps.
+fn idle(active: &ActiveControlNet, steps: usize) -> Option<String> {
+    let ControlNetSchedule { interval: [start, end], .. } = active.schedule;
+    let acts = (0..steps).any(|index| is_within(StepIndex { index, steps }, [start, end]));
+    (!acts || active.scale == 0.0).then(|| {
+        format!(
+            "{}: has no effect: with strength {}, start={start} and end={end} it acts in none of {steps} steps",
+            active.controlnet.path().display(),
+            active.scale
+        )
+    })
 }
 
 /// What is said of a control image of another shape.

@@ -2,6 +2,7 @@
 
 use crate::error::WithContext as _;
 use crate::{ClearformError, Result};
+use clearform_portable_model::surrounding_model;
 use clearform_runtime::image_file::ImageFormat;
 use std::path::Path;
 
@@ -74,8 +75,15 @@ pub fn prepare_report(folder: &Path, replace: bool) -> Result<()> {
 /// Makes the folder `folder`, and checks that files can be written to it.
 ///
 /// # Errors
-/// It cannot be made or written to.
+/// It cannot be made or written to, or lies within a portable model.
 pub fn prepare_folder(folder: &Path) -> Result<()> {
+    if let Some(model) = surrounding_model(&folder.join(STDOUT)) {
+        return Err(ClearformError::bad_option(format!(
+            "{}: is inside the portable model {}, whose files are recorded: choose a folder outside of it",
+            folder.display(),
+            model.display()
+        )));
+    }
     std::fs::create_dir_all(folder).context(folder.display())?;
     let probe = folder.join(format!(".clearform-{}", std::process::id()));
     let written = std::fs::write(&probe, []).and_then(|()| std::fs::remove_file(&probe));

@@ -71,7 +71,7 @@ impl TransferOptions {
         let plan = recorded_plan(&self.student)?.unwrap_or_else(AttentionPlan::full);
         let teacher = PairMember::new(&self.teacher, teacher);
         let student = PairMember { path: &self.student, plan: &plan, transformer: &transformer };
-        ComparedPair { teacher, student }.check(observer)
+        ComparedPair { teacher, student }.check(observer).map(drop)
     }
 }
 

@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     /// Commands that have no subcommands.
-    const COMMANDS: usize = if cfg!(feature = "demo") { 18 } else { 17 };
+    const COMMANDS: usize = if cfg!(feature = "demo") { 19 } else { 18 };
 
     const ORDER: [&str; 9] = [INPUT, ATTENTION, DISTILLATION, SAMPLING, ADAPTERS, TIMING, OUTPUT, DEVICE, GENERAL];
 

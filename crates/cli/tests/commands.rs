@@ -106,8 +106,16 @@ fn a_converted_model_runs_its_recorded_plan_and_verifies() {
     assert_close("full", &forward(&model, &["--attention", "full"]), &expected("full"), 2e-5);
     run(0, &["verify", text(&model)]);
     run(0, &["inspect", text(&model)]);
-    let again = stderr_of(1, &convert);
-    assert!(again.contains("already exists; pass --overwrite"), "{again}");
+    for more in [&[][..], &["--dry-run"]] {
+        let again = stderr_of(1, &[&convert[..], more].concat());
+        assert!(again.contains("already exists; pass --overwrite"), "{again}");
+    }
+    let inside = model.join("file.safetensors");
+    let refused = stderr_of(1, &["export", text(&model), "--to", "bfl", "-o", text(&inside)]);
+    assert!(refused.contains("is inside the portable model"), "{refused}");
+    let output = folder.path().join("distilled");
+    let refused = stderr_of(1, &["distill", text(&model), "--teacher", text(&model), "-o", text(&output)]);
+    assert!(refused.contains("is a linear model (attention clear:r=3), and no teacher"), "{refused}");
     for within in ["inner", "transformer/deep/inner", "../model/inner"] {
         let inner = model.join(within);
         let refused = stderr_of(1, &["convert", text(tiny.path()), "-o", text(&inner), "--no-distill"]);

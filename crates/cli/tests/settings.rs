@@ -265,7 +265,7 @@ fn the_variant_custom_is_not_asked_for() {
     let (model, file) = (folder.path().join("model"), folder.path().join("file.safetensors"));
     let said = stderr_of(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill"]);
     let exported = stderr_of(0, &["export", text(&model), "--to", "bfl", "-o", text(&file)]);
-    assert!(!said.contains("variant") && !exported.contains("variant"), "{said}{exported}");
+    assert!(!said.contains("variant") && !exported.contains("requested variant"), "{said}{exported}");
     assert_eq!(json(0, &["inspect", text(&model)])["variant"]["name"], "custom");
     let base = repository(BASE);
     let converted = folder.path().join("converted");
@@ -426,4 +426,24 @@ fn what_a_control_image_is_for_is_asked() {
     let controlled = [&generate[..], &["--controlnet", text(&controlnet), "--control-image", text(&edges)]].concat();
     let said = stderr_of(1, &[&controlled[..], &["--control-mask", text(&edges)]].concat());
     assert!(said.contains("--control-mask: no ControlNet takes a mask"), "{said}");
+}
+
+/// What acts in no step, or with strength 0, changes nothing.
+#[test]
+fn adapters_without_effect_are_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let assets = repository("assets/mini-flux");
+    let [base, lora, net, image] = ["base", "lora", "controlnet", "references.png"].map(|name| assets.join(name));
+    let output = folder.path().join("out.png");
+    let generate = |more: &[&str]| {
+        let common = ["generate", text(&base), "cat face", "-o", text(&output), "--overwrite"];
+        stderr_of(0, &[&common[..], &QUICK[..], more].concat())
+    };
+    let said = generate(&["--lora", &format!("{}:0", text(&lora))]);
+    assert!(said.contains("has no effect at strength 0"), "{said}");
+    let never = format!("{}:0.7:start=0.1,end=0.2", text(&net));
+    let said = generate(&["--controlnet", &never, "--control-image", text(&image)]);
+    assert!(said.contains("start=0.1 and end=0.2 it acts in none of"), "{said}");
+    let said = stderr_of(1, &["generate", text(&base), "-o", text(&output)]);
+    assert!(said.contains("pass a prompt, --class N"), "{said}");
 }

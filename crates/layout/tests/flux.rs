@@ -147,7 +147,8 @@ fn a_variant_may_be_requested() {
     let kontext = request("kontext").unwrap();
     assert_eq!((kontext.variant.name.as_str(), kontext.variant.defaults.guidance), ("kontext", 2.5));
     assert_eq!(kontext.notes, request("dev").unwrap().notes);
-    let note = "the tensors do not fit the requested variant \"fill\"".to_owned();
+    let note =
+        "the tensors do not fit the requested variant \"fill\"; its sampling defaults are used all the same".to_owned();
     assert!(request("fill").unwrap().notes.contains(&note));
     let error = request("dve").unwrap_err().to_string();
     assert!(error.starts_with("unknown variant \"dve\"; choose one of [\"dev\", "), "{error}");

@@ -120,7 +120,7 @@ impl<'a> QueryBlock<'a> {
             let scores = &mut scores[..count * width];
             block_product(scores, [count, channels, width], self.query, keys, [0.0, scale]);
             let [highest, sums] = [&mut self.highest, &mut self.sums];
-            dispatch(OnlineSoftmax { scores, width, highest, sums, out: self.out, channels });
+            dispatch(BlockSoftmax { scores, width, highest, sums, out: self.out, channels });
             block_product(self.out, [count, width, channels], scores, values, [1.0, 1.0]);
         }
         for (row, sum) in self.out.chunks_exact_mut(channels).zip(&self.sums) {
@@ -131,7 +131,7 @@ impl<'a> QueryBlock<'a> {
 
 /// Turns scores into weights relative to the highest score so far, to which it scales what was summed before (Milakov
 /// and Gimelshein, arXiv 1805.02867, algorithm 3).
-struct OnlineSoftmax<'a> {
+struct BlockSoftmax<'a> {
     /// (queries, width).
     scores: &'a mut [f32],
     width: usize,
@@ -142,7 +142,7 @@ struct OnlineSoftmax<'a> {
     channels: usize,
 }
 
-impl SimdKernel for OnlineSoftmax<'_> {
+impl SimdKernel for BlockSoftmax<'_> {
     type Output = ();
 
     #[inline(always)]

@@ -90,7 +90,7 @@ impl WinogradOp {
             bail!("convolution: the residual is not of the shape {shape:?} of the output");
         }
         if !out.is_empty() {
-            let problem = Problem { op: self, filters, inputs, outputs, size: [height, width] };
+            let problem = WinogradProblem { op: self, filters, inputs, outputs, size: [height, width] };
             problem.convolve(x, residual, &mut out);
         }
         Ok((CpuStorage::F32(out), shape.into()))
@@ -148,7 +148,7 @@ impl Block {
     }
 }
 
-struct Problem<'a> {
+struct WinogradProblem<'a> {
     op: &'a WinogradOp,
     filters: Filters,
     inputs: usize,
@@ -171,7 +171,7 @@ impl SharedOutput {
     }
 }
 
-impl Problem<'_> {
+impl WinogradProblem<'_> {
     fn output_size(&self) -> [usize; 2] {
         self.size.map(|edge| if self.op.upsample { 2 * edge } else { edge })
     }

@@ -92,11 +92,16 @@ impl<'a> ControlledDenoiser<'a> {
     }
 }
 
+/// Whether the whole step is within an interval, start and end as fractions of all steps, which is the rule of
+/// diffusers.
+pub fn is_within(StepIndex { index, steps }: StepIndex, [start, end]: [f64; 2]) -> bool {
+    let progress = |index: usize| index as f64 / steps.max(1) as f64;
+    progress(index) >= start && progress(index + 1) <= end
+}
+
 impl ControlNetInput {
-    /// Whether the whole step is within the interval, which is the rule of diffusers.
-    fn is_active_at(&self, StepIndex { index, steps }: StepIndex) -> bool {
-        let progress = |index: usize| index as f64 / steps.max(1) as f64;
-        progress(index) >= self.interval[0] && progress(index + 1) <= self.interval[1]
+    fn is_active_at(&self, step: StepIndex) -> bool {
+        is_within(step, self.interval)
     }
 
     fn residuals(&self, input: &DenoiserInput, state: &HiddenState) -> Result<Vec<Residual>> {

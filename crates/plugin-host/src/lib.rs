@@ -38,7 +38,7 @@ pub use adapter::Adapter;
 pub use adapter_config::{adapter_files, adapter_parts};
 pub use adapter_report::AdapterReport;
 pub use check::{ExampleResults, check_plugin};
-pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser, ResidualReuse};
+pub use controlled_denoiser::{ControlNetInput, ControlledDenoiser, ResidualReuse, is_within};
 pub use controlnet::{BaseModel, ControlInput, ControlKind, ControlNet, Controls, Residual};
 pub use description::{Description, Example, ExampleBase, ExampleStep, FileClaim, RefusedFile};
 pub use edit::{Edit, EditKind};

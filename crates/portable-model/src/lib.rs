@@ -21,5 +21,5 @@ pub use component::ComponentData;
 pub use error::{PortableModelError, Result};
 pub use model::{PLAN_METADATA, PortableModel, VerifyReport, recorded_plan};
 pub use record::{AdapterRecord, ComponentRecord, DistillationRecord, FileRecord, ModelRecord, SourceRecord};
-pub use staging::{CopyMode, Overwrite, StagingDir};
+pub use staging::{CopyMode, Overwrite, StagingDir, check_target, surrounding_model};
 pub use verdict::{ImageVerdict, LevelErrors, VerdictRecord};

@@ -220,7 +220,11 @@ fn work_folder(target: &Path, overwrite: Overwrite) -> Result<PathBuf> {
     Ok(StagingDir::work_of(target))
 }
 
-fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
+/// Refuses a folder that exists and may not be replaced, or that lies within a portable model.
+///
+/// # Errors
+/// [`PortableModelError::AlreadyExists`].
+pub fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
     if let Some(model) = surrounding_model(target) {
         let reason = format!(
             "is inside the portable model {}, whose files are recorded: choose a folder outside of it",
@@ -245,7 +249,7 @@ fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
 }
 
 /// The portable model that `target` would be within.
-fn surrounding_model(target: &Path) -> Option<PathBuf> {
+pub fn surrounding_model(target: &Path) -> Option<PathBuf> {
     let target = std::path::absolute(target).ok()?;
     // Of what exists, links are followed.
     let parent = target.ancestors().skip(1).find_map(|folder| folder.canonicalize().ok())?;

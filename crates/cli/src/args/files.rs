@@ -19,7 +19,7 @@ pub struct InspectArgs {
 
 /// `clearform export`.
 #[derive(Debug, Args)]
-#[command(after_help = "The file holds weights only; the attention plan is not recorded in it.\n\n\
+#[command(after_help = "The file's metadata hold the attention plan, which other programs do not read.\n\n\
                         Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors")]
 pub struct ExportArgs {
     /// Portable model, diffusers folder or single file.

@@ -14,8 +14,7 @@ use std::path::PathBuf;
 pub struct GenerateArgs {
     /// Portable model or diffusers folder.
     pub model: PathBuf,
-    /// What the image shows, for text-to-image models.
-    #[arg(required_unless_present_any = ["class", "from_metadata"])]
+    /// What the image shows; --class for class-conditional models, or --from-metadata, stand in its place.
     pub prompt: Option<String>,
     /// Class to generate, for class-conditional models.
     #[arg(long, value_name = "N", conflicts_with = "prompt", help_heading = INPUT)]

@@ -13,6 +13,9 @@ pub fn finite(text: &str) -> Result<f64, String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThreadCount(pub usize);
 
+/// Above any machine's cores: so many threads would only wait for each other.
+const MOST_THREADS: usize = 1024;
+
 impl FromStr for ThreadCount {
     type Err = String;
 
@@ -21,6 +24,9 @@ impl FromStr for ThreadCount {
             Ok(0) => {
                 Err("no threads would compute nothing: pass 1 or more, or leave it out for one per core".to_owned())
             }
+            Ok(count) if count > MOST_THREADS => Err(format!(
+                "expected at most {MOST_THREADS}, usually the number of cores; leave it out for one per core"
+            )),
             Ok(count) => Ok(Self(count)),
             Err(_) => Err("expected a whole number of threads, 1 or more".to_owned()),
         }
@@ -74,6 +80,7 @@ mod tests {
     #[test]
     fn no_threads_are_refused() {
         assert_eq!("2".parse(), Ok(ThreadCount(2)));
+        assert!("9999".parse::<ThreadCount>().unwrap_err().contains("at most 1024"));
         assert!("0".parse::<ThreadCount>().unwrap_err().contains("leave it out for one per core"));
         assert!("-1".parse::<ThreadCount>().is_err() && "x".parse::<ThreadCount>().is_err());
     }

@@ -17,6 +17,11 @@ use std::path::{Path, PathBuf};
 /// Generates the images and writes them as their names say.
 pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let recorded = args.from_metadata.as_deref().map(read_parameters).transpose()?;
+    if args.prompt.is_none() && args.class.is_none() && recorded.is_none() {
+        anyhow::bail!(
+            "what to generate: pass a prompt, --class N for a class-conditional model, or --from-metadata FILE"
+        );
+    }
     let options = options(args, recorded.as_ref())?;
     output.note_seed(args.seed.unwrap_or_default());
     for text in recorded.iter().flat_map(|recorded| not_taken(recorded, args)) {

@@ -416,7 +416,9 @@ fn variant(family: &FamilyManifest, resolved: &mut ResolvedConfig, hints: &Hints
     if let Some(name) = &hints.variant {
         let choices = family.variant_names();
         if !fitting.iter().any(|variant| variant.name == *name) {
-            resolved.notes.push(format!("the tensors do not fit the requested variant {name:?}"));
+            resolved.notes.push(format!(
+                "the tensors do not fit the requested variant {name:?}; its sampling defaults are used all the same"
+            ));
         }
         return family.variant(name).ok_or(LayoutError::NoSuch { kind: "variant", name: name.clone(), choices });
     }

@@ -3,7 +3,7 @@
 use super::VaeConfig;
 use super::layers::{AttentionContext, conv, group_norm};
 use super::levels::{MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
-use super::part::{NormMoments, OwnMoments, Part};
+use super::padded_tile::{NormMoments, OwnMoments, PaddedTile};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
@@ -47,14 +47,14 @@ impl Decoder {
     /// # Shapes
     /// latents (batch, channels, height, width) -> (batch, 3, height · upscale, width · upscale).
     pub fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
-        let entered = self.enter(Part::whole(latents.clone()), &mut OwnMoments)?;
+        let entered = self.enter(PaddedTile::whole(latents.clone()), &mut OwnMoments)?;
         let context = entered.tokens.as_ref().map(|tokens| self.middle.context(tokens)).transpose()?.flatten();
         Ok(self.leave(entered, context.as_ref(), &mut OwnMoments)?.x)
     }
 
     /// The part of the decoder before its attention.
-    pub fn enter(&self, latents: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
-        let part = Part { x: self.conv_in.forward(&latents.x)?, ..latents };
+    pub fn enter(&self, latents: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
+        let part = PaddedTile { x: self.conv_in.forward(&latents.x)?, ..latents };
         let (part, tokens) = self.middle.enter(part, moments)?;
         Ok(Entered { part, tokens })
     }
@@ -66,7 +66,7 @@ impl Decoder {
         entered: Entered,
         context: Option<&AttentionContext>,
         moments: &mut dyn NormMoments,
-    ) -> candle_core::Result<Part> {
+    ) -> candle_core::Result<PaddedTile> {
         let Entered { part, tokens } = entered;
         let mut part = self.middle.leave(part, tokens.as_ref().zip(context), moments)?;
         for (level, reach) in self.levels.iter().zip(self.reach().levels) {
@@ -76,7 +76,7 @@ impl Decoder {
             }
         }
         let x = self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)?;
-        Part { x, ..part }.cropped(0)
+        PaddedTile { x, ..part }.cropped(0)
     }
 
     /// What pixels attend to, of the tokens of an image.
@@ -107,7 +107,7 @@ impl Decoder {
 
 /// A part of an image in the middle of the decoder.
 pub(super) struct Entered {
-    pub part: Part,
+    pub part: PaddedTile,
     /// Its pixels as attention reads them, if the decoder has one.
     pub tokens: Option<Tensor>,
 }

@@ -3,7 +3,7 @@
 use super::VaeConfig;
 use super::layers::{conv, group_norm};
 use super::levels::{HALVING, MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
-use super::part::{NormMoments as _, OwnMoments, Part};
+use super::padded_tile::{NormMoments as _, OwnMoments, PaddedTile};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
@@ -46,13 +46,13 @@ impl Encoder {
     /// images (batch, 3, height, width) -> (batch, 2 latent channels, height / downscale, width / downscale).
     pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
         let moments = &mut OwnMoments;
-        let mut part = Part::whole(self.conv_in.forward(images)?);
+        let mut part = PaddedTile::whole(self.conv_in.forward(images)?);
         for level in &self.levels {
             part = level.resnets(part, moments)?;
             if let Some(halve) = &level.resample {
                 // diffusers' `Downsample2D` pads only the right and bottom edges.
                 let padded = part.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
-                part = Part::whole(halve.forward(&padded)?);
+                part = PaddedTile::whole(halve.forward(&padded)?);
             }
         }
         let part = self.middle.forward(part, moments)?;

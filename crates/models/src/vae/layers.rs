@@ -1,6 +1,6 @@
 //! Layers of the autoencoder: [`Resnet`], [`SpatialAttention`], and loading of convolutions and group norms.
 
-use super::part::{NormMoments, Part};
+use super::padded_tile::{NormMoments, PaddedTile};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::{Linear, WeightBuilder};
@@ -74,16 +74,16 @@ impl Resnet {
 
     /// # Shapes
     /// (batch, inputs, height, width) -> (batch, outputs, height, width).
-    pub(super) fn forward(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+    pub(super) fn forward(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
         let [first, second] = &self.convs;
         let inner = first.of_activated(&part.x, &moments.affine(&self.norms[0], &part)?, None)?;
         let residual = match &self.shortcut {
             Some(shortcut) => shortcut.forward(&part.x)?,
             None => part.x,
         };
-        let inner = Part { x: inner, margins: part.margins };
+        let inner = PaddedTile { x: inner, margins: part.margins };
         let x = second.of_activated(&inner.x, &moments.affine(&self.norms[1], &inner)?, Some(&residual))?;
-        Ok(Part { x, ..inner })
+        Ok(PaddedTile { x, ..inner })
     }
 }
 
@@ -102,7 +102,7 @@ impl SpatialAttention {
     ///
     /// # Shapes
     /// (batch, channels, height, width) -> (batch, pixels, channels).
-    pub(super) fn tokens(&self, part: &Part, moments: &mut dyn NormMoments) -> candle_core::Result<Tensor> {
+    pub(super) fn tokens(&self, part: &PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Tensor> {
         let normal = channel_affine(&part.x, &moments.affine(&self.norm, part)?)?;
         normal.flatten_from(2)?.transpose(1, 2)?.contiguous()
     }
@@ -144,7 +144,7 @@ fn layer(builder: &WeightBuilder, names: [&str; 2]) -> Result<Linear> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::vae::part::OwnMoments;
+    use crate::vae::padded_tile::OwnMoments;
     use candle_core::{DType, Device};
     use clearform_weights::InMemoryTensors;
 
@@ -162,7 +162,7 @@ mod tests {
         ];
         let source: InMemoryTensors = tensors.chain(norm).collect();
         let attention = SpatialAttention::load(&WeightBuilder::root(&source), 2, 2).unwrap();
-        let part = Part::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
+        let part = PaddedTile::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
         let tokens = attention.tokens(&part, &mut OwnMoments).unwrap();
         let context = attention.context(&tokens).unwrap();
         let added = (attention.forward(&part.x, &tokens, &context).unwrap() - &part.x).unwrap();

@@ -2,7 +2,7 @@
 
 use super::VaeConfig;
 use super::layers::{AttentionContext, Resnet, SpatialAttention, conv};
-use super::part::{NormMoments, Part};
+use super::padded_tile::{NormMoments, PaddedTile};
 use crate::Result;
 use crate::layers::Convolution;
 use crate::weight_builder::WeightBuilder;
@@ -49,7 +49,7 @@ impl ResolutionLevel {
         Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
     }
 
-    pub fn resnets(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+    pub fn resnets(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
         self.resnets.iter().try_fold(part, |part, resnet| resnet.forward(part, moments))
     }
 }
@@ -64,14 +64,18 @@ impl MidBlock {
         })
     }
 
-    pub fn forward(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<Part> {
+    pub fn forward(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
         let (part, tokens) = self.enter(part, moments)?;
         let context = tokens.as_ref().map(|tokens| self.context(tokens)).transpose()?.flatten();
         self.leave(part, tokens.as_ref().zip(context.as_ref()), moments)
     }
 
     /// The first residual block, and its pixels as attention reads them.
-    pub fn enter(&self, part: Part, moments: &mut dyn NormMoments) -> candle_core::Result<(Part, Option<Tensor>)> {
+    pub fn enter(
+        &self,
+        part: PaddedTile,
+        moments: &mut dyn NormMoments,
+    ) -> candle_core::Result<(PaddedTile, Option<Tensor>)> {
         let part = self.first.forward(part, moments)?;
         let tokens = self.attention.as_ref().map(|attention| attention.tokens(&part, moments)).transpose()?;
         Ok((part, tokens))
@@ -85,10 +89,10 @@ impl MidBlock {
     /// Attention, and the second residual block.
     pub fn leave(
         &self,
-        mut part: Part,
+        mut part: PaddedTile,
         attended: Option<(&Tensor, &AttentionContext)>,
         moments: &mut dyn NormMoments,
-    ) -> candle_core::Result<Part> {
+    ) -> candle_core::Result<PaddedTile> {
         if let Some((attention, (tokens, context))) = self.attention.as_ref().zip(attended) {
             part.x = attention.forward(&part.x, tokens, context)?;
         }

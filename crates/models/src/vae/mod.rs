@@ -6,7 +6,7 @@ mod decoder;
 mod encoder;
 mod layers;
 mod levels;
-mod part;
+mod padded_tile;
 mod tiles;
 mod tiling;
 

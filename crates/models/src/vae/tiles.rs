@@ -7,7 +7,7 @@
 
 use super::decoder::Decoder;
 use super::layers::AttentionContext;
-use super::part::{KeptMoments, Margins, Part, SharedMoments};
+use super::padded_tile::{KeptMoments, Margins, PaddedTile, SharedMoments};
 use candle_core::{Device, Result, Tensor};
 use clearform_ops::ChannelAffine;
 use std::ops::{ControlFlow, Range};
@@ -68,7 +68,7 @@ struct Area {
 
 impl Area {
     /// The area of `latents`, with up to `reach` pixels around it.
-    fn part(&self, latents: &Tensor, reach: usize) -> Result<Part> {
+    fn part(&self, latents: &Tensor, reach: usize) -> Result<PaddedTile> {
         let (_, _, height, width) = latents.dims4()?;
         let margins = |range: &Range<usize>, edge: usize| [range.start.min(reach), (edge - range.end).min(reach)];
         let margins = Margins { rows: margins(&self.rows, height), columns: margins(&self.columns, width) };
@@ -76,7 +76,7 @@ impl Area {
             x.narrow(dimension, range.start - before, range.len() + before + after)
         };
         let x = narrow(&narrow(latents, 2, &self.rows, margins.rows)?, 3, &self.columns, margins.columns)?;
-        Ok(Part { x: x.contiguous()?, margins })
+        Ok(PaddedTile { x: x.contiguous()?, margins })
     }
 }
 
@@ -112,10 +112,10 @@ impl<'a> TiledDecoder<'a> {
 
 /// Parts of an image that stand for all of it, as samples of a batch, with `reach` pixels around them. Of a small image
 /// that is the whole.
-fn samples(latents: &Tensor, reach: usize) -> Result<Part> {
+fn samples(latents: &Tensor, reach: usize) -> Result<PaddedTile> {
     let (_, _, height, width) = latents.dims4()?;
     if height * width <= SAMPLED {
-        return Ok(Part::whole(latents.clone()));
+        return Ok(PaddedTile::whole(latents.clone()));
     }
     // As many along each side as the sides are long, and 16 in all.
     let across = ((SAMPLES * width) as f64 / height as f64).sqrt().round().clamp(1.0, SAMPLES as f64) as usize;
@@ -126,14 +126,14 @@ fn samples(latents: &Tensor, reach: usize) -> Result<Part> {
     let parts = parts.map(|area| area.part(latents, reach)).collect::<Result<Vec<_>>>()?;
     let margins = parts[0].margins;
     let tensors: Vec<&Tensor> = parts.iter().map(|part| &part.x).collect();
-    Ok(Part { x: Tensor::cat(&tensors, 0)?, margins })
+    Ok(PaddedTile { x: Tensor::cat(&tensors, 0)?, margins })
 }
 
 /// `count` ranges of an edge, spread evenly and all with the same margins of `reach`; the whole of a short edge.
 fn spread(edge: usize, count: usize, reach: usize) -> Vec<Range<usize>> {
     let length = SAMPLE_EDGE + 2 * reach;
     if edge <= length {
-        return vec![0..edge];
+        return std::iter::once(0..edge).collect();
     }
     let first = |index: usize| match count {
         0 | 1 => (edge - length) / 2,
@@ -165,7 +165,7 @@ fn context(
 }
 
 /// The tokens of `part`, which is that of `area`, whose row and column in the image are multiples of `step`.
-fn sampled_tokens(area: &Area, part: &Part, step: usize) -> Result<Vec<u32>> {
+fn sampled_tokens(area: &Area, part: &PaddedTile, step: usize) -> Result<Vec<u32>> {
     let width = part.x.dim(3)?;
     let Margins { rows: [above, _], columns: [left, _] } = part.margins;
     let is_sampled = |index: &usize| index.is_multiple_of(step);

@@ -1,4 +1,4 @@
-//! [`Part`]: a part of an image on its way through the decoder, and [`NormMoments`], what its group norms go by.
+//! [`PaddedTile`]: a part of an image on its way through the decoder, and [`NormMoments`], what its group norms go by.
 
 use crate::layers::GroupNorm;
 use candle_core::{Result, Tensor};
@@ -13,13 +13,13 @@ pub(super) struct Margins {
 
 /// A part of an image, or of several.
 #[derive(Debug, Clone)]
-pub(super) struct Part {
+pub(super) struct PaddedTile {
     /// (batch, channels, height, width), with the margins.
     pub x: Tensor,
     pub margins: Margins,
 }
 
-impl Part {
+impl PaddedTile {
     /// A whole image, which has no margins.
     pub fn whole(x: Tensor) -> Self {
         Self { x, margins: Margins::default() }
@@ -51,14 +51,14 @@ impl Part {
 /// Where the group norms of a decoder take their means and variances from.
 pub(super) trait NormMoments {
     /// What `norm` does to each channel of `part`.
-    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine>;
+    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine>;
 }
 
 /// Those of each image itself.
 pub(super) struct OwnMoments;
 
 impl NormMoments for OwnMoments {
-    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine> {
+    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine> {
         norm.affine(&GroupMoments::of(&part.x, norm.groups)?)
     }
 }
@@ -70,7 +70,7 @@ pub(super) struct SharedMoments {
 }
 
 impl NormMoments for SharedMoments {
-    fn affine(&mut self, norm: &GroupNorm, part: &Part) -> Result<ChannelAffine> {
+    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine> {
         let moments = GroupMoments::of(&part.clone().cropped(0)?.x, norm.groups)?.pooled();
         let shared = norm.affine(&moments)?;
         let parts = part.x.dim(0)?;
@@ -83,7 +83,7 @@ impl NormMoments for SharedMoments {
 pub(super) struct KeptMoments<'a>(pub std::slice::Iter<'a, ChannelAffine>);
 
 impl NormMoments for KeptMoments<'_> {
-    fn affine(&mut self, _: &GroupNorm, _: &Part) -> Result<ChannelAffine> {
+    fn affine(&mut self, _: &GroupNorm, _: &PaddedTile) -> Result<ChannelAffine> {
         match self.0.next() {
             Some(affine) => Ok(affine.clone()),
             None => candle_core::bail!("a group norm whose means and variances were not measured"),
