@@ -32,7 +32,7 @@ pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
     let device = bench.device.open()?;
     let vae = spec.build(components.weights("vae")?.as_ref())?;
     let row = |size: &usize| {
-        if *size == 0 || size % spec.downscale() != 0 {
+        if *size == 0 || !size.is_multiple_of(spec.downscale()) {
             let reason = format!("--size {size}: expected a positive multiple of {}", spec.downscale());
             return Err(ClearformError::BadOption(reason));
         }

@@ -67,12 +67,6 @@ pub struct GenerateArgs {
     /// Number of images [default: 1].
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub batch: Option<usize>,
-    /// Decode the image in tiles: auto (where the whole would take more than about 3 GB of memory), on or off.
-    #[arg(long, default_value_t, value_name = "auto|on|off", help_heading = DEVICE)]
-    pub vae_tiling: TilingMode,
-    /// Width and height of these tiles [default: 768].
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(64..), help_heading = DEVICE)]
-    pub vae_tile_size: Option<u32>,
     /// Adapters applied to the model.
     #[command(flatten)]
     pub adapters: AdapterArgs,
@@ -95,6 +89,12 @@ pub struct GenerateArgs {
     /// Dtype to compute in [default: the file's; on a GPU bf16 for files in f32].
     #[arg(long, value_enum, help_heading = DEVICE)]
     pub dtype: Option<DtypeArg>,
+    /// Decode the image in tiles: auto (where the whole would take more than about 3 GB of memory), on or off.
+    #[arg(long, default_value_t, value_name = "auto|on|off", help_heading = DEVICE)]
+    pub vae_tiling: TilingMode,
+    /// Width and height of these tiles [default: 768].
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(64..), help_heading = DEVICE)]
+    pub vae_tile_size: Option<u32>,
 }
 
 /// `clearform forward`.
