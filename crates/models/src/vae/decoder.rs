@@ -84,6 +84,11 @@ impl Decoder {
         self.middle.context(tokens)
     }
 
+    /// Channels of the pixels that are attended to.
+    pub fn attended_channels(&self) -> usize {
+        self.conv_in.outputs()
+    }
+
     /// How far around a pixel the decoder reads, attention apart.
     pub fn reach(&self) -> Reach {
         /// Convolutions of a residual block, each of which reads one pixel further.

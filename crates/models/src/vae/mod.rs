@@ -26,6 +26,8 @@ use encoder::Encoder;
 use layers::conv;
 use serde_json::Value;
 use std::ops::ControlFlow;
+use tiles::TileSizes;
+use tiling::MOST_VALUES;
 
 /// Sizes of an `AutoencoderKL` and the scaling of its latents, from its config.json.
 #[derive(Debug, Clone, PartialEq)]
@@ -207,8 +209,8 @@ impl AutoencoderKl {
     /// image. `progress` is called after each tile and may cancel, which gives `None`.
     ///
     /// Tiles are computed with the pixels around them that convolutions read, and share the means and variances of group
-    /// norms and what they attend to, so there are no seams. For images of up to 128 x 128 latent pixels these are those
-    /// of the whole image; of larger ones, samples of it.
+    /// norms and what they attend to, so there are no seams. These are those of the whole image where it can be decoded
+    /// whole in about 3 GB, and of samples of it where it cannot.
     ///
     /// # Shapes
     /// As [`Self::decode`], on the CPU.
@@ -222,9 +224,18 @@ impl AutoencoderKl {
         progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
     ) -> Result<Option<Tensor>> {
         let raw = self.unscaled(latents)?;
-        let decode = |index| tiles::decode(&self.decoder, &raw.narrow(0, index, 1)?, tile, progress);
+        let sizes = TileSizes { tile, measured: self.measured_pixels(latents)? };
+        let decode = |index| tiles::decode(&self.decoder, &raw.narrow(0, index, 1)?, sizes, progress);
         let images: Option<Vec<Tensor>> = (0..raw.dim(0)?).map(decode).collect::<candle_core::Result<_>>()?;
         Ok(images.map(|images| Tensor::cat(&images, 0)).transpose()?)
+    }
+
+    /// Latent pixels, at most, that fit into memory at a time.
+    fn measured_pixels(&self, latents: &Tensor) -> candle_core::Result<usize> {
+        let (_, _, height, width) = latents.dims4()?;
+        let [image_height, image_width] = [height, width].map(|edge| edge * self.config.downscale());
+        let values = self.config.largest_activation(ImageSize { height: image_height, width: image_width });
+        Ok((MOST_VALUES as f64 / values.max(1) as f64 * (height * width) as f64) as usize)
     }
 
     /// Latents as the decoder takes them.

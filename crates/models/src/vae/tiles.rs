@@ -12,13 +12,22 @@ use candle_core::{Device, Result, Tensor};
 use clearform_ops::ChannelAffine;
 use std::ops::{ControlFlow, Range};
 
-/// Latent pixels, at most, that group norms are measured on and that are attended to: 1024 x 1024 pixels of most models,
-/// up to which the whole image is measured.
-const SAMPLED: usize = 128 * 128;
-
-/// Samples of an image that is larger: 16 of 32 x 32, spread evenly, so that every part of the picture has one near.
+/// Samples of an image that is too large to be measured whole: spread evenly, so that every part of the picture has one
+/// near.
 const SAMPLES: usize = 16;
-const SAMPLE_EDGE: usize = 32;
+
+/// Channels of all pixels together, at most, that are attended to: 128 x 128 latent pixels of most models. More would
+/// take longer than all convolutions.
+const ATTENDED: usize = 128 * 128 * 512;
+
+/// The sizes of a decoding in tiles, in latent pixels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TileSizes {
+    /// Side of a tile.
+    pub tile: usize,
+    /// How many are measured at a time, at most. Of an image with no more the whole is measured.
+    pub measured: usize,
+}
 
 /// How far the decoding of an image has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,22 +38,22 @@ pub struct TileProgress {
     pub total: usize,
 }
 
-/// Decodes `latents` in tiles of `tile` latent pixels a side. `None` if `progress` cancels.
+/// Decodes `latents` in tiles. `None` if `progress` cancels.
 ///
 /// # Shapes
 /// latents (1, channels, height, width) -> (1, 3, height · upscale, width · upscale) on the CPU.
 pub(super) fn decode(
     decoder: &Decoder,
     latents: &Tensor,
-    tile: usize,
+    sizes: TileSizes,
     progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
 ) -> Result<Option<Tensor>> {
     let (_, _, height, width) = latents.dims4()?;
-    let starts = |edge: usize| (0..edge).step_by(tile).map(move |start| start..edge.min(start + tile));
+    let starts = |edge: usize| (0..edge).step_by(sizes.tile).map(move |start| start..edge.min(start + sizes.tile));
     let tiles: Vec<Area> = starts(height)
         .flat_map(|rows| starts(width).map(move |columns| Area { rows: rows.clone(), columns }))
         .collect();
-    let tiled = TiledDecoder::new(decoder, latents, &tiles)?;
+    let tiled = TiledDecoder::new(decoder, latents, &tiles, sizes.measured)?;
     let mut rows = Vec::new();
     let mut row = Vec::new();
     for (index, area) in tiles.iter().enumerate() {
@@ -92,9 +101,9 @@ struct TiledDecoder<'a> {
 
 impl<'a> TiledDecoder<'a> {
     /// Measures what `tiles` share.
-    fn new(decoder: &'a Decoder, latents: &'a Tensor, tiles: &[Area]) -> Result<Self> {
+    fn new(decoder: &'a Decoder, latents: &'a Tensor, tiles: &[Area], measured: usize) -> Result<Self> {
         let reach = decoder.reach();
-        let samples = samples(latents, reach.latents)?;
+        let samples = samples(latents, reach.latents, measured)?;
         let mut moments = SharedMoments::default();
         let entered = decoder.enter(samples, &mut moments)?;
         let before = std::mem::take(&mut moments.affines);
@@ -111,15 +120,18 @@ impl<'a> TiledDecoder<'a> {
 }
 
 /// Parts of an image that stand for all of it, as samples of a batch, with `reach` pixels around them. Of a small image
-/// that is the whole.
-fn samples(latents: &Tensor, reach: usize) -> Result<PaddedTile> {
+/// of at most `measured` pixels that is the whole.
+fn samples(latents: &Tensor, reach: usize, measured: usize) -> Result<PaddedTile> {
     let (_, _, height, width) = latents.dims4()?;
-    if height * width <= SAMPLED {
+    if height * width <= measured {
         return Ok(PaddedTile::whole(latents.clone()));
     }
+    // With the pixels around them that the last levels still read, samples are a little larger.
+    let length = ((measured as f64 / SAMPLES as f64).sqrt() as usize).saturating_sub(2).max(1);
     // As many along each side as the sides are long, and 16 in all.
     let across = ((SAMPLES * width) as f64 / height as f64).sqrt().round().clamp(1.0, SAMPLES as f64) as usize;
-    let [rows, columns] = [spread(height, SAMPLES / across, reach), spread(width, across, reach)];
+    let rows = SampleRanges { count: SAMPLES / across, length, reach }.along(height);
+    let columns = SampleRanges { count: across, length, reach }.along(width);
     let parts = rows
         .iter()
         .flat_map(|rows| columns.iter().map(|columns| Area { rows: rows.clone(), columns: columns.clone() }));
@@ -129,17 +141,28 @@ fn samples(latents: &Tensor, reach: usize) -> Result<PaddedTile> {
     Ok(PaddedTile { x: Tensor::cat(&tensors, 0)?, margins })
 }
 
-/// `count` ranges of an edge, spread evenly and all with the same margins of `reach`; the whole of a short edge.
-fn spread(edge: usize, count: usize, reach: usize) -> Vec<Range<usize>> {
-    let length = SAMPLE_EDGE + 2 * reach;
-    if edge <= length {
-        return std::iter::once(0..edge).collect();
+/// The samples along one side of an image.
+struct SampleRanges {
+    count: usize,
+    length: usize,
+    /// Pixels around each.
+    reach: usize,
+}
+
+impl SampleRanges {
+    /// Ranges of an edge, spread evenly and all with the same margins; the whole of a short edge.
+    fn along(self, edge: usize) -> Vec<Range<usize>> {
+        let Self { count, length, reach } = self;
+        let padded = length + 2 * reach;
+        if edge <= padded {
+            return std::iter::once(0..edge).collect();
+        }
+        let first = |index: usize| match count {
+            0 | 1 => (edge - padded) / 2,
+            _ => index * (edge - padded) / (count - 1),
+        };
+        (0..count.max(1)).map(|index| first(index) + reach..first(index) + reach + length).collect()
     }
-    let first = |index: usize| match count {
-        0 | 1 => (edge - length) / 2,
-        _ => index * (edge - length) / (count - 1),
-    };
-    (0..count.max(1)).map(|index| first(index) + reach..first(index) + reach + SAMPLE_EDGE).collect()
 }
 
 /// What every pixel attends to: pixels in equal steps over the image, or all of a small one.
@@ -150,7 +173,8 @@ fn context(
     affines: &[ChannelAffine],
 ) -> Result<Option<AttentionContext>> {
     let (_, _, height, width) = latents.dims4()?;
-    let step = (1..).find(|step| height.div_ceil(*step) * width.div_ceil(*step) <= SAMPLED).unwrap_or(1);
+    let most = ATTENDED / decoder.attended_channels().max(1);
+    let step = (1..).find(|step| height.div_ceil(*step) * width.div_ceil(*step) <= most).unwrap_or(1);
     let mut attended = Vec::new();
     for area in tiles {
         let mut moments = KeptMoments(affines.iter());
@@ -176,4 +200,50 @@ fn sampled_tokens(area: &Area, part: &PaddedTile, step: usize) -> Result<Vec<u32
             area.columns.clone().filter(is_sampled).map(move |column| (start + column - area.columns.start) as u32)
         })
         .collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::vae::{AutoencoderKl, VaeConfig};
+    use clearform_weights::Checkpoint;
+    use std::path::Path;
+
+    fn autoencoder() -> AutoencoderKl {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/components/generation5/vae-flux");
+        let config = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+        AutoencoderKl::build(VaeConfig::new(&config).unwrap(), &Checkpoint::open(&folder).unwrap()).unwrap()
+    }
+
+    /// Noise is everywhere alike, so samples of it measure what the whole does, but for chance.
+    #[test]
+    fn tiles_of_an_image_that_is_sampled_are_near_it_and_have_no_seams() {
+        let vae = autoencoder();
+        let latents = Tensor::randn(0f32, 1.0, (1, vae.config().latent_channels, 96, 96), &Device::Cpu).unwrap();
+        let whole = vae.decoder.forward(&latents).unwrap();
+        let sizes = TileSizes { tile: 40, measured: 96 * 96 / 4 };
+        let tiled = decode(&vae.decoder, &latents, sizes, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
+        assert_eq!(tiled.dims(), whole.dims());
+        let difference = (&tiled - &whole).unwrap();
+        let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let share = norm(&difference) / norm(&whole);
+        assert!(share > 0.0 && share < 0.1, "{share}");
+        // Across a seam the difference changes as little as elsewhere.
+        let edge = 40 * vae.config().downscale();
+        let height = whole.dim(2).unwrap();
+        let upper = difference.narrow(2, 0, height - 1).unwrap();
+        let steps = (difference.narrow(2, 1, height - 1).unwrap() - upper).unwrap();
+        let seam = norm(&steps.narrow(2, edge - 1, 1).unwrap());
+        let usual = norm(&steps) / (height as f32 - 1.0).sqrt();
+        assert!(seam < 2.0 * usual, "{seam} at the seam, {usual} elsewhere");
+    }
+
+    #[test]
+    fn samples_are_spread_over_an_edge() {
+        let ranges = |edge| SampleRanges { count: 3, length: 10, reach: 4 }.along(edge);
+        assert_eq!(ranges(100), [4..14, 45..55, 86..96]);
+        assert_eq!(ranges(18), [0..18]);
+        assert_eq!(SampleRanges { count: 1, length: 10, reach: 4 }.along(100), [45..55]);
+    }
 }

@@ -36,7 +36,7 @@ const TILE: usize = 768;
 
 /// Values of the largest activation of an image that is decoded whole: those of 1024 x 1024 pixels in FLUX's VAE and a
 /// tenth more. About two of them are held at a time.
-const MOST_VALUES: usize = 300_000_000;
+pub(super) const MOST_VALUES: usize = 300_000_000;
 
 impl VaeTiling {
     /// Latent pixels along the side of a tile of an image of this size; `None` if it is decoded whole.
