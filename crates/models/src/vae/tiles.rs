@@ -241,9 +241,12 @@ mod tests {
 
     #[test]
     fn samples_are_spread_over_an_edge() {
-        let ranges = |edge| SampleRanges { count: 3, length: 10, reach: 4 }.along(edge);
-        assert_eq!(ranges(100), [4..14, 45..55, 86..96]);
-        assert_eq!(ranges(18), [0..18]);
-        assert_eq!(SampleRanges { count: 1, length: 10, reach: 4 }.along(100), [45..55]);
+        let starts = |count, edge| {
+            let ranges = SampleRanges { count, length: 10, reach: 4 }.along(edge);
+            ranges.into_iter().map(|range| (range.start, range.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(starts(3, 100), [(4, 14), (45, 55), (86, 96)]);
+        assert_eq!(starts(3, 18), [(0, 18)]);
+        assert_eq!(starts(1, 100), [(45, 55)]);
     }
 }
