@@ -6,7 +6,7 @@ use crate::forecast::{Forecast, announce};
 use crate::inspect::pipeline_scale;
 use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
-use crate::sources::{ExtraComponents, default_options, note_checkpoint, read_options};
+use crate::sources::{ExtraComponents, default_options, linear_plan, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::TrainingSamples;
 use crate::window_gain::WindowGain;
@@ -17,7 +17,7 @@ use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
-use clearform_portable_model::{CopyMode, Overwrite, StagingDir, check_target, recorded_plan};
+use clearform_portable_model::{CopyMode, Overwrite, StagingDir, check_target};
 use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
@@ -116,7 +116,7 @@ impl ConvertOptions {
     /// Refuses a linear model as the teacher, and says what has no effect.
     fn check_source(&self, observer: &mut dyn Observer) -> Result<()> {
         self.adapters.without_effect().iter().for_each(|text| note(observer, text));
-        let Some(plan) = recorded_plan(&self.source)?.filter(|plan| *plan != AttentionPlan::full()) else {
+        let Some(plan) = linear_plan(&self.source)? else {
             return Ok(());
         };
         let source = self.source.display();

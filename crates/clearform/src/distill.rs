@@ -3,13 +3,14 @@
 use crate::forecast::{Forecast, announce};
 use crate::observer::{NumberedStages, Observer, Progress, Stage};
 use crate::recipe::{ResolvedTraining, check_training};
-use crate::sources::{ExtraComponents, open_original_pipeline, open_original_transformer, open_transformer};
+use crate::sources::{
+    ExtraComponents, linear_plan, open_original_pipeline, open_original_transformer, open_transformer,
+};
 use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
-use clearform_attention::AttentionPlan;
 use clearform_convert::{AttentionOverlay, ConversionPlan};
-use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir, recorded_plan};
+use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -128,7 +129,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
 
 /// Refuses a linear model as the teacher.
 fn check_teacher(teacher: &Path) -> Result<()> {
-    match recorded_plan(teacher)?.filter(|plan| *plan != AttentionPlan::full()) {
+    match linear_plan(teacher)? {
         None => Ok(()),
         Some(plan) => Err(ClearformError::bad_option(format!(
             "{}: is a linear model (attention {plan}), and no teacher; expected the original model",

@@ -1,12 +1,12 @@
 //! [`export`]: writes the transformer to one file, with the tensor names of another layout.
 
 use crate::observer::{Observer, note};
-use crate::sources::{note_checkpoint, open_transformer_with, read_options};
+use crate::sources::{linear_plan, note_checkpoint, open_transformer_with, read_options};
 use crate::{ClearformError, Result, SourceOptions, prepare_tensor_file};
 use clearform_attention::AttentionPlan;
 use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
-use clearform_portable_model::{PLAN_METADATA, recorded_plan};
+use clearform_portable_model::PLAN_METADATA;
 use clearform_weights::{TensorSource as _, save};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -62,7 +62,7 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
     let computed = transformer.architecture().computed_tensors(layout)?;
     let file = AttentionOverlay::new(&exported, &computed);
-    let plan = recorded_plan(&options.model)?.filter(|plan| *plan != AttentionPlan::full());
+    let plan = linear_plan(&options.model)?;
     save(&options.output, &file, &metadata(plan.as_ref()))?;
     if let Some(plan) = plan {
         note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));

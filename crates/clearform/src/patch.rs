@@ -3,12 +3,13 @@
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::prepare_tensor_file;
 use crate::sources::{
-    ExtraComponents, note_checkpoint, open_original_transformer, open_transformer, open_transformer_with, read_options,
+    ExtraComponents, linear_plan, note_checkpoint, open_original_transformer, open_transformer, open_transformer_with,
+    read_options,
 };
 use crate::{ClearformError, Result, SourceOptions, WrittenModel};
-use clearform_attention::{AttentionPlan, Radius};
+use clearform_attention::Radius;
 use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes};
-use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir, recorded_plan};
+use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
 use clearform_weights::TensorSource;
 use serde::{Deserialize, Serialize};
@@ -133,7 +134,7 @@ impl PatchOptions {
 
     /// Refuses to add what distillation changed to a model that is distilled already.
     fn check_checkpoint(&self) -> Result<()> {
-        let plan = recorded_plan(&self.checkpoint)?.filter(|plan| *plan != AttentionPlan::full());
+        let plan = linear_plan(&self.checkpoint)?;
         match plan.filter(|_| self.mode == PatchMode::Shift) {
             None => Ok(()),
             Some(plan) => Err(ClearformError::bad_option(format!(

@@ -5,6 +5,7 @@ use crate::observer::{Observer, note};
 use crate::{ClearformError, ComputeDevice, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Manifests};
+use clearform_portable_model::recorded_plan;
 use clearform_runtime::{ComponentFiles, Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
 use clearform_weights::{Checkpoint, lfs_pointer};
 use serde_json::Value;
@@ -78,6 +79,11 @@ pub(crate) fn open_original_transformer(original: &Path, model: &Path) -> Result
 pub(crate) fn open_transformer_with(model: &Path, options: &ReadOptions) -> Result<TransformerCheckpoint> {
     let path = Components::new(model, None).transformer_path();
     Ok(TransformerCheckpoint::open(&path, options)?)
+}
+
+/// The plan that the model at `path` records, if it is a linear model.
+pub(crate) fn linear_plan(path: &Path) -> Result<Option<AttentionPlan>> {
+    Ok(recorded_plan(path)?.filter(|plan| *plan != AttentionPlan::full()))
 }
 
 /// Passes on what was noted while the checkpoint was opened, such as which of its state dicts was read.
