@@ -228,11 +228,7 @@ impl WinogradProblem<'_> {
             [&activation.scales[channels.clone()], &activation.shifts[channels]]
         });
         let image = InputImage { x: &x[..inputs * size], size: self.size, activation };
-        if self.op.upsample {
-            dispatch(TransformEnlarged { image, block, inputs, out: &mut out });
-        } else {
-            dispatch(TransformInput { image, block, inputs, out: &mut out });
-        }
+        dispatch(TransformInput { image, block, inputs, upsample: self.op.upsample, out: &mut out });
         out
     }
 
@@ -285,10 +281,12 @@ impl InputImage<'_> {
     }
 }
 
+/// Bᵀ d B of the tiles d of a block, for each channel.
 struct TransformInput<'a> {
     image: InputImage<'a>,
     block: &'a Block,
     inputs: usize,
+    upsample: bool,
     out: &'a mut [f32],
 }
 
@@ -297,7 +295,14 @@ impl SimdKernel for TransformInput<'_> {
 
     #[inline(always)]
     fn run<L: Isa>(self) {
-        let Self { image, block, inputs, out } = self;
+        if self.upsample { self.transform_enlarged::<L>() } else { self.transform::<L>() }
+    }
+}
+
+impl TransformInput<'_> {
+    #[inline(always)]
+    fn transform<L: Isa>(self) {
+        let Self { image, block, inputs, out, .. } = self;
         let columns = block.columns.len();
         let tiles = block.tiles();
         let half = columns + 1;
@@ -328,32 +333,10 @@ impl SimdKernel for TransformInput<'_> {
             }
         }
     }
-}
-
-/// Rows of Bᵀ: point = d[first] + sign · d[second].
-const COMBINATIONS: [[i8; 3]; 4] = [[0, 2, -1], [1, 2, 1], [2, 1, -1], [1, 3, -1]];
-
-/// out = a + sign · b.
-#[inline(always)]
-fn combine(a: &[f32], b: &[f32], sign: f32, out: &mut [f32]) {
-    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-        *out = a + sign * b;
-    }
-}
-
-struct TransformEnlarged<'a> {
-    image: InputImage<'a>,
-    block: &'a Block,
-    inputs: usize,
-    out: &'a mut [f32],
-}
-
-impl SimdKernel for TransformEnlarged<'_> {
-    type Output = ();
 
     #[inline(always)]
-    fn run<L: Isa>(self) {
-        let Self { image, block, inputs, out } = self;
+    fn transform_enlarged<L: Isa>(self) {
+        let Self { image, block, inputs, out, .. } = self;
         let columns = block.columns.len();
         let tiles = block.tiles();
         let length = columns + 2;
@@ -375,6 +358,17 @@ impl SimdKernel for TransformEnlarged<'_> {
                 }
             }
         }
+    }
+}
+
+/// Rows of Bᵀ: point = d[first] + sign · d[second].
+const COMBINATIONS: [[i8; 3]; 4] = [[0, 2, -1], [1, 2, 1], [2, 1, -1], [1, 3, -1]];
+
+/// out = a + sign · b.
+#[inline(always)]
+fn combine(a: &[f32], b: &[f32], sign: f32, out: &mut [f32]) {
+    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+        *out = a + sign * b;
     }
 }
 
