@@ -5,7 +5,7 @@
 mod support;
 
 use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
-use clearform_models::vae::{AutoencoderKl, VaeConfig};
+use clearform_models::vae::{Autoencoder, AutoencoderKl, AutoencoderTiny, TinyConfig, VaeConfig};
 use clearform_testkit::seeded;
 use serde_json::Value;
 use std::ops::ControlFlow;
@@ -168,6 +168,29 @@ fn vae(name: &str) -> AutoencoderKl {
     let folder = format!("components/generation5/{name}");
     let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
     AutoencoderKl::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors"))).unwrap()
+}
+
+fn tiny_vae() -> AutoencoderTiny {
+    let folder = "components/generation5/vae-tiny";
+    let config = TinyConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
+    AutoencoderTiny::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors"))).unwrap()
+}
+
+#[test]
+fn tiny_autoencoder() {
+    let vae = tiny_vae();
+    let expected = tensors("components/generation5/vae-tiny/expected.safetensors");
+    assert_close(&vae.encode(&expected["pictures"]).unwrap(), &expected["latents"], BOUND, "latents");
+    let decoded = vae.decode(&expected["latents"]).unwrap();
+    assert_close(&decoded, &expected["decoded"], BOUND, "decoded");
+    let latents = seeded("latents", &[2, 16, 25, 31], "tiles/");
+    let whole = vae.decode(&latents).unwrap();
+    for tile in [4, 7, 24] {
+        let tiled = vae.decode_in_tiles(&latents, tile, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
+        assert_close(&tiled, &whole, 1e-5, "tiles");
+    }
+    let cancelled = vae.decode_in_tiles(&latents, 24, &mut |_| ControlFlow::Break(())).unwrap();
+    assert!(cancelled.is_none());
 }
 
 /// Several tiles in each direction, the last of them cut.

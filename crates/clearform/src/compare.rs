@@ -87,7 +87,7 @@ impl CompareOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn compare(options: &CompareOptions, observer: &mut dyn Observer) -> Result<ComparisonReport> {
-    prepare_report(&options.output, options.replace)?;
+    let _folder = prepare_report(&options.output, options.replace)?;
     let ([teacher, student], is_pair) = options.open(observer)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control())?;

@@ -8,7 +8,7 @@ use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, linear_plan, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
-use crate::training_samples::TrainingSamples;
+use crate::training_samples::{TrainingSamples, sample_settings};
 use crate::window_gain::WindowGain;
 use crate::{
     ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel, run_record,
@@ -213,7 +213,10 @@ pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer)
     let pipeline = conversion.pipeline(&adapters)?;
     match &options.training {
         Some(training) if pipeline.is_some() || !training.generates_samples() => {
-            conversion.forecast(training, pipeline.as_ref())?;
+            let training = conversion.forecast(training, pipeline.as_ref())?;
+            if let Some(pipeline) = &pipeline {
+                sample_settings(pipeline, &training, conversion.observer)?;
+            }
         }
         training => {
             conversion.source.gain(&options.attention)?.announce(conversion.observer);

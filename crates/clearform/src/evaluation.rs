@@ -8,7 +8,7 @@ use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::sources::ExtraComponents;
 use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
-use clearform_models::{BatchSpec, Denoiser, DenoiserInput, GuidanceKind, ImageSize, Noised, Prompt, StepIndex};
+use clearform_models::{BatchSpec, Denoiser, DenoiserInput, ImageSize, Noised, Prompt, StepIndex};
 use clearform_runtime::{
     ComponentFiles, EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, Pipeline, RgbImage, with_control,
 };
@@ -73,14 +73,9 @@ pub fn prompts_or_classes(
     defaults: &str,
     max_classes: usize,
 ) -> Result<Vec<Prompt>> {
-    // The class after the last one stands for "no class", so its index is the number of classes.
-    let class_count = match pipeline.guidance_kind() {
-        GuidanceKind::ClassifierFree { unconditional: Prompt::Class(count), .. } => Some(*count),
-        _ => None,
-    };
-    match (path, class_count) {
-        (Some(path), Some(_)) => read_prompts(path, parse_class),
-        (Some(path), None) => read_prompts(path, |_, line| Ok(Prompt::Text(line.to_owned()))),
+    match (path, pipeline.class_count()) {
+        (Some(path), Some(count)) => read_prompts(path, |line| parse_class(path, line, count)),
+        (Some(path), None) => read_prompts(path, |line| Ok(Prompt::Text(line.to_owned()))),
         (None, Some(count)) => {
             let generated = count.min(max_classes.max(1) as u32);
             Ok((0..generated).map(|index| Prompt::Class(index * count / generated)).collect())
@@ -90,10 +85,10 @@ pub fn prompts_or_classes(
 }
 
 /// The prompts in the file at `path`, one per line; empty lines and comments are skipped.
-fn read_prompts(path: &Path, parse: fn(&Path, &str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
+fn read_prompts(path: &Path, parse: impl Fn(&str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path).context(path.display())?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let prompts = lines.map(|line| parse(path, line)).collect::<Result<Vec<_>>>()?;
+    let prompts = lines.map(parse).collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {
         false => Ok(prompts),
         true => {
@@ -102,10 +97,13 @@ fn read_prompts(path: &Path, parse: fn(&Path, &str) -> Result<Prompt>) -> Result
     }
 }
 
-fn parse_class(path: &Path, line: &str) -> Result<Prompt> {
-    line.parse().map(Prompt::Class).map_err(|_| {
-        let path = path.display();
-        ClearformError::bad_option(format!("{path}: expected class indices, one per line, found {line:?}"))
+fn parse_class(path: &Path, line: &str, count: u32) -> Result<Prompt> {
+    let class = line.parse().ok().filter(|class| *class < count);
+    class.map(Prompt::Class).ok_or_else(|| {
+        let (path, last) = (path.display(), count - 1);
+        ClearformError::bad_option(format!(
+            "{path}: expected class indices of 0 to {last}, one per line, found {line:?}"
+        ))
     })
 }
 

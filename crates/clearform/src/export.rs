@@ -7,8 +7,9 @@ use clearform_attention::AttentionPlan;
 use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
 use clearform_portable_model::PLAN_METADATA;
-use clearform_weights::{TensorSource as _, save};
+use clearform_weights::{CONFIG_METADATA, TensorSource as _, save};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -39,7 +40,7 @@ impl ExportOptions {
     }
 }
 
-/// Writes the transformer to one file, whose metadata hold the attention plan.
+/// Writes the transformer to one file, whose metadata hold its config.json and the attention plan.
 ///
 /// # Errors
 /// The model is incomplete, the layout is none of its family, or the file exists or cannot be written.
@@ -54,7 +55,7 @@ impl ExportOptions {
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
     check_target(options)?;
-    prepare_tensor_file(&options.output)?;
+    let _folder = prepare_tensor_file(&options.output)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);
@@ -63,14 +64,9 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     let computed = transformer.architecture().computed_tensors(layout)?;
     let file = AttentionOverlay::new(&exported, &computed);
     let plan = linear_plan(&options.model)?;
-    save(&options.output, &file, &metadata(plan.as_ref()))?;
+    save(&options.output, &file, &metadata(transformer.config(), plan.as_ref()))?;
     if let Some(plan) = plan {
         note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));
-    }
-    if transformer.identified().variant.name == "custom" {
-        let text = "the file may not tell all sizes of a model of none of the published variants; where it does not, read \
-                    it with --config and the config.json of the model's transformer";
-        note(observer, text);
     }
     Ok(ExportReport {
         file: options.output.clone(),
@@ -83,10 +79,12 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     })
 }
 
-/// What other programs expect, and the attention plan, with which [`generate`](crate::generate) runs the file.
-fn metadata(plan: Option<&AttentionPlan>) -> BTreeMap<String, String> {
-    let plan = plan.map(|plan| (PLAN_METADATA.to_owned(), plan.to_toml()));
-    [("format".to_owned(), "pt".to_owned())].into_iter().chain(plan).collect()
+/// What other programs expect, and what reading the file again takes: the sizes that its tensors do not tell, and the
+/// attention plan.
+fn metadata(config: &Value, plan: Option<&AttentionPlan>) -> BTreeMap<String, String> {
+    let ours = [Some((CONFIG_METADATA, config.to_string())), plan.map(|plan| (PLAN_METADATA, plan.to_toml()))];
+    let all = [("format", "pt".to_owned())].into_iter().chain(ours.into_iter().flatten());
+    all.map(|(key, text)| (key.to_owned(), text)).collect()
 }
 
 /// Refuses a target that exists, unless it may be replaced.

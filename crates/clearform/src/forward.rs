@@ -73,7 +73,7 @@ impl ForwardOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
-    prepare_tensor_file(&options.output)?;
+    let _folder = prepare_tensor_file(&options.output)?;
     let device = options.device.open()?;
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;

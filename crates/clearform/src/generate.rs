@@ -304,6 +304,10 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
 fn note_binning(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut dyn Observer) {
     let Some(size) = request.size else { return };
     let generated = pipeline.generated_size(size);
+    if !pipeline.bins_resolutions() && pipeline.transformer().pipeline_spec().generated_size(size) == size {
+        let text = "--no-resolution-binning has no effect: the image is generated in the size asked for in any case";
+        note(observer, text);
+    }
     if generated != size {
         note(
             observer,

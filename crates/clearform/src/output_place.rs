@@ -4,16 +4,25 @@ use crate::error::WithContext as _;
 use crate::{ClearformError, Result};
 use clearform_portable_model::surrounding_model;
 use clearform_runtime::image_file::ImageFormat;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What other programs call their output.
 const STDOUT: &str = "-";
+
+/// The folder of an output. When this is dropped, what was made of the folder is removed again if nothing was written to
+/// it.
+#[derive(Debug)]
+#[must_use = "the folder is removed again when this is dropped"]
+pub struct OutputFolder {
+    /// The folders that were made, the innermost first.
+    made: Vec<PathBuf>,
+}
 
 /// Makes the folder of the file `path`, and checks that the file can be written.
 ///
 /// # Errors
 /// `path` is a folder or `-`, or its folder cannot be made or written to.
-pub fn prepare_file(path: &Path) -> Result<()> {
+pub fn prepare_file(path: &Path) -> Result<OutputFolder> {
     check_is_file(path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     prepare_folder(folder.unwrap_or(Path::new("."))).context(path.display())
@@ -35,7 +44,7 @@ fn check_is_file(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`prepare_file`], or the name ends otherwise than in .safetensors.
-pub fn prepare_tensor_file(path: &Path) -> Result<()> {
+pub fn prepare_tensor_file(path: &Path) -> Result<OutputFolder> {
     check_is_file(path)?;
     if path.extension().is_none_or(|extension| extension != "safetensors") {
         return Err(ClearformError::bad_option(format!(
@@ -50,7 +59,7 @@ pub fn prepare_tensor_file(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`prepare_file`], or the name ends otherwise than in .png, .jpg, .jpeg or .webp.
-pub fn prepare_image(path: &Path) -> Result<()> {
+pub fn prepare_image(path: &Path) -> Result<OutputFolder> {
     if path != Path::new(STDOUT) {
         ImageFormat::of(path)?;
     }
@@ -61,7 +70,7 @@ pub fn prepare_image(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`prepare_folder`], or there is a report already.
-pub fn prepare_report(folder: &Path, replace: bool) -> Result<()> {
+pub fn prepare_report(folder: &Path, replace: bool) -> Result<OutputFolder> {
     let report = folder.join("report.html");
     if report.exists() && !replace {
         return Err(ClearformError::bad_option(format!(
@@ -76,7 +85,7 @@ pub fn prepare_report(folder: &Path, replace: bool) -> Result<()> {
 ///
 /// # Errors
 /// It cannot be made or written to, or lies within a portable model.
-pub fn prepare_folder(folder: &Path) -> Result<()> {
+pub fn prepare_folder(folder: &Path) -> Result<OutputFolder> {
     if let Some(model) = surrounding_model(&folder.join(STDOUT)) {
         return Err(ClearformError::bad_option(format!(
             "{}: is inside the portable model {}, whose files are recorded: choose a folder outside of it",
@@ -84,8 +93,25 @@ pub fn prepare_folder(folder: &Path) -> Result<()> {
             model.display()
         )));
     }
-    std::fs::create_dir_all(folder).context(folder.display())?;
+    let made = OutputFolder::make(folder)?;
     let probe = folder.join(format!(".clearform-{}", std::process::id()));
     let written = std::fs::write(&probe, []).and_then(|()| std::fs::remove_file(&probe));
-    written.context(format_args!("{}: cannot be written to", folder.display()))
+    written.context(format_args!("{}: cannot be written to", folder.display()))?;
+    Ok(made)
+}
+
+impl OutputFolder {
+    fn make(folder: &Path) -> Result<Self> {
+        let missing = folder.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
+        let made = Self { made: missing.map(Path::to_owned).collect() };
+        std::fs::create_dir_all(folder).context(folder.display())?;
+        Ok(made)
+    }
+}
+
+impl Drop for OutputFolder {
+    fn drop(&mut self) {
+        // A folder with something in it is not removed.
+        let _ = self.made.iter().try_for_each(std::fs::remove_dir);
+    }
 }

@@ -42,7 +42,7 @@ pub struct ExtractedPatch {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn extract_patch(model: &Path, base: &Path, path: &Path, observer: &mut dyn Observer) -> Result<ExtractedPatch> {
-    prepare_tensor_file(path)?;
+    let _folder = prepare_tensor_file(path)?;
     let record = PortableModel::open(model)?.record().clone();
     let student = open_transformer(model)?;
     let teacher = open_original_transformer(base, model)?;
@@ -132,6 +132,20 @@ impl PatchOptions {
         ExtraComponents { folder: self.components.as_deref().or(of_base), files: &self.component_files }
     }
 
+    /// Why the checkpoint is no model of the patch's family: it may be one of another family.
+    fn explained(&self, error: ClearformError, patch: &AttentionPatch) -> ClearformError {
+        let (Ok(found), Some(family)) = (open_transformer(&self.checkpoint), patch.family()) else { return error };
+        match &found.identified().family {
+            found if found == family => error,
+            found => ClearformError::bad_option(format!(
+                "{}: is a model of the family {found}, and the patch {} is for the family {family}; apply it to a model of \
+                 that family",
+                self.checkpoint.display(),
+                self.patch.display()
+            )),
+        }
+    }
+
     /// Refuses to add what distillation changed to a model that is distilled already.
     fn check_checkpoint(&self) -> Result<()> {
         let plan = linear_plan(&self.checkpoint)?;
@@ -169,7 +183,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let base = base.as_ref().map(|base| base as &dyn TensorSource);
     let reading = SourceOptions { family: patch.family().map(str::to_owned), ..SourceOptions::default() };
     let reading = read_options(&reading)?;
-    let transformer = open_transformer_with(checkpoint, &reading)?;
+    let transformer = open_transformer_with(checkpoint, &reading).map_err(|error| options.explained(error, &patch))?;
     note_checkpoint(transformer.checkpoint(), observer);
     let source = transformer.source();
     let patched = patch.apply_to(&source, *mode, base)?;

@@ -28,7 +28,7 @@ pub fn check_plugin(plugin: &Path, options: &PluginOptions) -> Result<PluginChec
 }
 
 fn find_plugin(wanted: &Path, options: &PluginOptions) -> Result<Plugin> {
-    if wanted.exists() {
+    if wanted.is_file() {
         return Ok(plugin_at(wanted)?);
     }
     let registry = plugin_registry(options)?;

@@ -214,7 +214,11 @@ pub fn open_samples(folder: &Path) -> Result<SampleSet> {
     Ok(set)
 }
 
-fn sample_settings(
+/// How the samples of `training` are generated. Reads the prompts; generates nothing.
+///
+/// # Errors
+/// The prompts cannot be read, or are none for the model.
+pub fn sample_settings(
     pipeline: &Pipeline,
     training: &ResolvedTraining,
     observer: &mut dyn Observer,

@@ -97,7 +97,7 @@ impl TransferOptions {
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
     let opening = in_exact_dtype(default_options(options.evaluation.extra_components(), options.device)?);
-    prepare_report(folder, options.replace)?;
+    let _made = prepare_report(folder, options.replace)?;
     let teacher = Pipeline::open(&options.teacher, opening.clone())?;
     options.check_pair(&teacher, observer)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;

@@ -26,6 +26,7 @@ mod signals {
     const TEXT: &[u8] = b"\nstopping after this step; interrupt again to stop at once\n";
     const SIGNALS: [libc::c_int; 2] = [libc::SIGINT, libc::SIGTERM];
 
+    /// Lets an interrupt request a stop.
     pub fn handle() {
         let handler = on_signal as extern "C" fn(libc::c_int);
         for signal in SIGNALS {
@@ -47,5 +48,6 @@ mod signals {
 
 #[cfg(not(unix))]
 mod signals {
+    /// There are no signals to handle here.
     pub fn handle() {}
 }

@@ -93,6 +93,7 @@ impl From<&ComponentFileArgs> for ComponentFiles {
     fn from(args: &ComponentFileArgs) -> Self {
         Self {
             vae: args.vae.clone(),
+            tae: args.tae.clone(),
             clip_l: args.clip_l.clone(),
             clip_g: args.clip_g.clone(),
             t5xxl: args.t5xxl.clone(),
@@ -124,11 +125,6 @@ impl WeightAdapterArgs {
 }
 
 impl AdapterArgs {
-    /// Whether none is given.
-    pub fn is_empty(&self) -> bool {
-        self.weights.lora.is_empty() && self.adapter.is_empty() && self.controlnet.is_empty()
-    }
-
     /// Adapters of every kind: LoRAs, ControlNets, then the others.
     pub fn options(&self) -> anyhow::Result<AdapterOptions> {
         let mut options = self.weights.options()?;

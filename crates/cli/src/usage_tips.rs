@@ -4,14 +4,18 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 const PROMPT: &str = "the prompt follows the model: clearform generate MODEL \"PROMPT\"";
 
+const LORA: &str = "a LoRA's strength follows its file: --lora FILE:0.8";
+
 /// Flags of diffusers, stable-diffusion.cpp and the web UIs, and what does the same here.
-const ELSEWHERE: [(&str, &str); 17] = [
+const ELSEWHERE: [(&str, &str); 19] = [
     ("--sampler", "the model's own scheduler is used; --steps sets its number of steps"),
     ("--sampling-method", "the model's own scheduler is used; --steps sets its number of steps"),
     ("--scheduler", "the model's own scheduler is used; --steps sets its number of steps"),
     ("--cfg-scale", "--guidance, or --true-cfg-scale for FLUX with a negative prompt"),
     ("--strength", "images are made from noise only; a LoRA's strength follows its file: --lora FILE:0.8"),
     ("--init-img", "images are made from noise only"),
+    ("--lora-scale", LORA),
+    ("--lora-strength", LORA),
     ("--prompt", PROMPT),
     ("--lora-model-dir", "--lora FILE"),
     ("-p", PROMPT),

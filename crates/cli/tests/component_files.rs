@@ -5,10 +5,10 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use clearform_testkit::fixture;
+use clearform_testkit::{fixture, seeded};
 use clearform_weights::{InMemoryTensors, TensorSource, save};
 use common::forms::{BothForms, FLUX, SAMPLING, SD3, Tensors, as_in_comfyui, pixels, same_bits};
-use common::{run, stderr_of, text};
+use common::{repository, run, stderr_of, text};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -331,4 +331,118 @@ fn a_wrong_or_missing_file_is_named_with_what_to_do() {
     assert!(message.contains("--vae: this is a T5 text encoder"), "{message}");
     let message = stderr_of(1, &["inspect", text(&t5)]);
     assert!(message.contains("a T5 text encoder") && message.contains("with --t5xxl"), "{message}");
+}
+
+/// The tensors of TAESD, whose latents have as many channels as those of mini-flux, with seeded values.
+fn taesd() -> Tensors {
+    let block = |layer: usize| [0, 2, 4].map(|conv| format!("layers.{layer}.conv.{conv}"));
+    let blocks = |layers: &[usize]| layers.iter().flat_map(|layer| block(*layer)).collect::<Vec<_>>();
+    let mut tensors = Tensors::new();
+    let mut add = |name: String, outputs: usize, inputs: usize, has_bias: bool| {
+        let weight = format!("{name}.weight");
+        tensors.insert(weight.clone(), seeded(&weight, &[outputs, inputs, 3, 3], "taesd/"));
+        if has_bias {
+            let bias = format!("{name}.bias");
+            tensors.insert(bias.clone(), seeded(&bias, &[outputs], "taesd/"));
+        }
+    };
+    for name in blocks(&[1, 3, 4, 5, 7, 8, 9, 11, 12, 13]) {
+        add(format!("encoder.{name}"), 64, 64, true);
+    }
+    for name in blocks(&[2, 3, 4, 7, 8, 9, 12, 13, 14, 17]) {
+        add(format!("decoder.{name}"), 64, 64, true);
+    }
+    for name in ["encoder.layers.2", "encoder.layers.6", "encoder.layers.10"] {
+        add(name.to_owned(), 64, 64, false);
+    }
+    for name in ["decoder.layers.6", "decoder.layers.11", "decoder.layers.16"] {
+        add(name.to_owned(), 64, 64, false);
+    }
+    add("encoder.layers.0".to_owned(), 64, 3, true);
+    add("encoder.layers.14".to_owned(), 4, 64, true);
+    add("decoder.layers.0".to_owned(), 64, 4, true);
+    add("decoder.layers.18".to_owned(), 3, 64, true);
+    tensors
+}
+
+/// The half `side` of a tiny autoencoder as its author names it: in the decoder the layer that squashes latents counts.
+fn half(tensors: &Tensors, side: &str) -> Tensors {
+    let own = tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(side)?, tensor)));
+    let renamed = own.map(|(name, tensor)| {
+        let (layer, rest) = name.strip_prefix(".layers.").unwrap().split_once('.').unwrap();
+        let layer = layer.parse::<usize>().unwrap() + usize::from(side == "decoder");
+        (format!("{layer}.{rest}"), tensor.clone())
+    });
+    renamed.collect()
+}
+
+/// In diffusers' names, and as ComfyUI takes it. A portable model may have it too.
+#[test]
+fn a_tiny_autoencoder_decodes_in_place_of_the_vae() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = repository("assets/mini-flux/base");
+    let both = taesd();
+    let decoder: Tensors = both.clone().into_iter().filter(|(name, _)| name.starts_with("decoder")).collect();
+    let mut images = Vec::new();
+    for (name, tensors) in [("both", &both), ("decoder", &decoder), ("author", &half(&both, "decoder"))] {
+        let (file, image) = (path(&format!("{name}.safetensors")), path(&format!("{name}.png")));
+        write(&file, tensors);
+        run(
+            0,
+            &[
+                "generate",
+                text(&base),
+                "cat",
+                "--steps=1",
+                "--width=64",
+                "--height=64",
+                "--tae",
+                text(&file),
+                "-o",
+                text(&image),
+            ],
+        );
+        images.push(pixels(&image));
+    }
+    assert!(images.iter().all(|image| *image == images[0]));
+    let (file, model, image) = (path("decoder.safetensors"), path("model"), path("converted.png"));
+    let full =
+        ["convert", text(&base), "--attention", "full", "--no-distill", "--tae", text(&file), "-o", text(&model)];
+    run(0, &full);
+    run(0, &["generate", text(&model), "cat", "--steps=1", "--width=64", "--height=64", "-o", text(&image)]);
+    assert_eq!(pixels(&image), images[0]);
+    let encoder = path("encoder.safetensors");
+    write(&encoder, &half(&both, "encoder"));
+    let refused = |flag: &str, file: &Path| {
+        stderr_of(1, &["generate", text(&base), "cat", flag, text(file), "-o", text(&path("none.png"))])
+    };
+    let said = refused("--tae", &encoder);
+    assert!(
+        said.contains("the encoder of a tiny autoencoder") && said.contains("takes the file with the decoder"),
+        "{said}"
+    );
+    let said = refused("--vae", &file);
+    assert!(said.contains("a tiny autoencoder") && said.contains("this file with --tae"), "{said}");
+    let said = refused("--lora", &file);
+    assert!(said.contains("the file is a tiny autoencoder"), "{said}");
+    // A control image needs the encoder.
+    let (net, control) = (repository("assets/mini-flux/controlnet"), repository("assets/mini-flux/references.png"));
+    let said = stderr_of(
+        1,
+        &[
+            "generate",
+            text(&base),
+            "cat",
+            "--tae",
+            text(&file),
+            "--controlnet",
+            text(&net),
+            "--control-image",
+            text(&control),
+            "-o",
+            text(&path("none.png")),
+        ],
+    );
+    assert!(said.contains("has a decoder alone"), "{said}");
 }

@@ -15,8 +15,9 @@ fn tensors(path: &Path) -> BTreeMap<String, RawTensor> {
     file.tensors().into_iter().map(|info| (info.name.clone(), file.read(&info.name).unwrap())).collect()
 }
 
-/// Exports `model` to `layout`, whose files have a tensor `witness`, and back with `export` and with `convert`.
-fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &str), reading: &[&str]) {
+/// Exports `model` to `layout`, whose files have a tensor `witness`, and back with `export` and with `convert`. What the
+/// tensors do not tell is in the file's metadata.
+fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &str)) {
     let path = |name: &str| folder.join(format!("{layout}-{name}"));
     let (file, back, converted) = (path("file.safetensors"), path("back.safetensors"), path("model"));
     let done = json(0, &["export", text(model), "--to", layout, "-o", text(&file)]);
@@ -24,18 +25,19 @@ fn check(model: &Path, folder: &Path, (layout, found, witness): (&str, &str, &st
     let exported = tensors(&file);
     assert!(exported.contains_key(witness), "{layout}: {:?}", exported.keys());
     assert_eq!(done["written"].as_u64().unwrap(), exported.len() as u64);
-    assert_eq!(Checkpoint::open(&file).unwrap().metadata(), &BTreeMap::from([("format".into(), "pt".into())]));
-    let inspected = json(0, &[&["inspect", text(&file)], reading].concat());
+    let opened = Checkpoint::open(&file).unwrap();
+    assert_eq!(opened.metadata().keys().collect::<Vec<_>>(), ["clearform.config", "format"]);
+    let config: serde_json::Value = serde_json::from_str(&opened.metadata()["clearform.config"]).unwrap();
+    assert_eq!(opened.config(), Some(&config));
+    let inspected = json(0, &["inspect", text(&file)]);
     assert_eq!((&inspected["layout"], &inspected["complete"]), (&found.into(), &true.into()));
+    assert_eq!(inspected["config"], config);
 
     let original = tensors(&model.join("transformer"));
     assert_eq!(done["used"].as_u64().unwrap(), original.len() as u64);
-    run(0, &[&["export", text(&file), "--to", "diffusers", "-o", text(&back)], reading].concat());
+    run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back)]);
     assert!(tensors(&back) == original, "{layout}: differs after two exports");
-    run(
-        0,
-        &[&["convert", text(&file), "--no-distill", "--attention", "full", "-o", text(&converted)], reading].concat(),
-    );
+    run(0, &["convert", text(&file), "--no-distill", "--attention", "full", "-o", text(&converted)]);
     assert!(tensors(&converted.join("transformer")) == original, "{layout}: differs after convert");
     run(0, &["export", text(&converted), "--to", layout, "-o", text(&path("again.safetensors"))]);
     assert!(std::fs::read(path("again.safetensors")).unwrap() == std::fs::read(&file).unwrap(), "{layout}: again");
@@ -47,14 +49,13 @@ fn flux_round_trips_through_every_layout() {
     let model = folder.path().join("pipeline");
     std::fs::create_dir(&model).unwrap();
     std::fs::rename(tiny.path(), model.join("transformer")).unwrap();
-    let config = repository("tests/fixtures/flux/head24/config.json");
     for case in [
         ("original", "bfl", "double_blocks.1.img_attn.norm.key_norm.scale"),
         ("bfl", "bfl", "single_blocks.0.linear1.weight"),
         ("comfy", "comfy", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"),
         ("diffusers", "diffusers", "single_transformer_blocks.0.proj_mlp.weight"),
     ] {
-        check(&model, folder.path(), case, &["--config", text(&config)]);
+        check(&model, folder.path(), case);
     }
 }
 
@@ -63,12 +64,11 @@ fn sd3_round_trips_through_every_layout() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("pipeline");
     assemble_pipeline(&repository(""), "sd3", &model);
-    let config = model.join("transformer/config.json");
     for case in [
         ("original", "original", "joint_blocks.0.x_block.attn.qkv.weight"),
         ("comfy", "comfy", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
     ] {
-        check(&model, folder.path(), case, &["--config", text(&config)]);
+        check(&model, folder.path(), case);
     }
 }
 
@@ -87,9 +87,7 @@ fn dit_round_trips_through_its_authors_layout() {
         0,
         &[&["convert", text(&file), "-o", text(&model), "--no-distill", "--attention", "full"], &reading[..]].concat(),
     );
-    let config = model.join("transformer/config.json");
-    let reading = ["--family", "dit", "--config", text(&config)];
-    check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"), &reading);
+    check(&model, folder.path(), ("original", "original", "blocks.0.attn.qkv.weight"));
     let (mut original, mut exported) = (tensors(&file), tensors(&path("original-file.safetensors")));
     // The positions are computed on export: diffusers does not store them, and Facebook's code needs them.
     let stored = original.remove("pos_embed").unwrap();
@@ -138,11 +136,10 @@ fn a_portable_model_is_exported_with_its_pooling_tensors() {
     run(0, &["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--pool", "2", "--no-distill"]);
     let message = stderr_of(0, &["export", text(&model), "--to", "original", "-o", text(&file)]);
     assert!(message.contains("hold the plan clear:r=3,d=2"), "{message}");
-    let config = repository("tests/fixtures/flux/head24/config.json");
-    let ran = forward(&file, &["--config", text(&config)]);
+    let ran = forward(&file, &[]);
     assert_close("its recorded plan", &ran, &forward(&model, &[]), 0.0);
     let back = folder.path().join("back.safetensors");
-    run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back), "--config", text(&config)]);
+    run(0, &["export", text(&file), "--to", "diffusers", "-o", text(&back)]);
     let original = tensors(&model.join("transformer"));
     assert!(original.contains_key("transformer_blocks.0.attn.processor.spatial_weight") && tensors(&back) == original);
 }

@@ -27,7 +27,7 @@ fn generated(folder: &Path, more: &[&str]) -> (String, GenerationParameters) {
 #[test]
 fn settings_without_effect_are_said_and_not_recorded() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &[&str]); 8] = [
+    let cases: [(&[&str], &[&str]); 9] = [
         (&[], &[]),
         (&["--guidance", "5"], &["--guidance has no effect: this model takes no guidance scale"]),
         (&["--negative-prompt", "dog"], &["--negative-prompt has no effect with --true-cfg-scale 1"]),
@@ -35,6 +35,7 @@ fn settings_without_effect_are_said_and_not_recorded() {
         (&["--lora-apply-mode", "immediately"], &["--lora-apply-mode has no effect without --lora"]),
         (&["--controlnet-attention", "clear:r=4"], &["--controlnet-attention has no effect without --controlnet"]),
         (&["--allow-partial"], &["--allow-partial has no effect without --lora"]),
+        (&["--no-resolution-binning"], &["--no-resolution-binning has no effect"]),
         (&["--attention", "clear:r=3"], &["it was not distilled for clear:r=3"]),
     ];
     for (more, expected) in cases {
@@ -146,6 +147,52 @@ fn outputs_that_cannot_be_written_are_refused_first() {
     }
     let said = stderr_of(1, &["compare", "no-model", "no-model", "-o", "/sys/clearform"]);
     assert!(said.contains("/sys/clearform"), "{said}");
+}
+
+#[test]
+fn a_failed_command_leaves_no_empty_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = |name: &str| text(&folder.path().join("new/folder").join(name)).to_owned();
+    let (image, report, tensors) = (output("out.png"), output("report"), output("out.safetensors"));
+    for arguments in [
+        ["generate", "no-model", "a cat", "-o", &image],
+        ["compare", "no-model", "no-model", "-o", &report],
+        ["transfer", "no-model", "no-model", "-o", &report],
+        ["export", "no-model", "--to=bfl", "-o", &tensors],
+    ] {
+        stderr_of(1, &arguments);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{arguments:?}");
+    }
+}
+
+/// A class, a prompt in the model's place, and what will not be measured or learnt.
+#[test]
+fn settings_that_cannot_be_meant_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dit, flux) = (repository("assets/mini-dit/model"), repository(BASE));
+    let path = |name: &str| text(&folder.path().join(name)).to_owned();
+    let (image, model, classes, lora) = (path("out.png"), path("model"), path("classes.txt"), path("vae.safetensors"));
+    std::fs::write(&classes, "3\n10\n").unwrap();
+    std::fs::copy(flux.join("vae/diffusion_pytorch_model.safetensors"), &lora).unwrap();
+    let convert = ["convert", text(&dit), "-o", &model, "--radius", "4", "--dry-run"];
+    let cases: [(&[&str], &str); 7] = [
+        (&["generate", text(&dit), "--class", "10", "-o", &image], "class: expected 0 to 9, found 10"),
+        (&["generate", "a cat", text(&flux), "-o", &image], "the model comes before the prompt"),
+        (
+            &[&convert[..], &["--prompts", &classes]].concat(),
+            "expected class indices of 0 to 9, one per line, found \"10\"",
+        ),
+        (&[&convert[..], &["--prompts", "none.txt"]].concat(), "none.txt"),
+        (&[&convert[..], &["--losses", "0,0,0"]].concat(), "setting loss: expected weights of 0 or more"),
+        (&[&convert[..], &["--require-error", "0.1", "--held-out", "0"]].concat(), "but --held-out is 0"),
+        (&["generate", text(&flux), "a cat", "--lora", &lora, "-o", &image], "the file is a VAE"),
+    ];
+    for (arguments, expected) in cases {
+        let said = stderr_of(1, arguments);
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+        let shown = run(1, arguments).stdout;
+        assert!(shown.is_empty(), "{arguments:?}: {}", String::from_utf8_lossy(&shown));
+    }
 }
 
 #[test]

@@ -187,6 +187,7 @@ impl DistillSettings {
         at_least_one("batch", self.batch)?;
         at_least_one("accumulation", self.accumulation)?;
         at_least_one("loss.every", self.loss.every)?;
+        self.loss.check()?;
         let peak = self.learning_rate.peak;
         let clip = self.clip.unwrap_or(1.0);
         let ema = self.ema.unwrap_or(0.0);
@@ -209,6 +210,16 @@ fn is_false(value: &bool) -> bool {
 }
 
 impl LossSettings {
+    /// Checks that something is learnt.
+    fn check(&self) -> Result<()> {
+        let weights = [self.denoising, self.prediction, self.attention];
+        let is_usable = weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);
+        match is_usable && weights.iter().any(|weight| *weight > 0.0) {
+            true => Ok(()),
+            false => out_of_range("loss", "weights of 0 or more, of which one is above 0", format_args!("{weights:?}")),
+        }
+    }
+
     /// Indices into `layers` (all layers of the model, in order) of the watched ones, whose attention outputs are compared:
     /// the named layers, else one of every [`Self::every`] single-stream layers, or of all layers if none is single-stream.
     ///
@@ -268,11 +279,17 @@ mod tests {
     #[test]
     fn values_out_of_range_are_refused() {
         assert!(DistillSettings::default().check().is_ok());
+        let nothing = LossSettings { denoising: 0.0, prediction: 0.0, attention: 0.0, ..Default::default() };
         for (key, settings) in [
             ("steps", DistillSettings { steps: 0, ..Default::default() }),
             ("batch", DistillSettings { batch: 0, ..Default::default() }),
             ("clip", DistillSettings { clip: Some(f64::NAN), ..Default::default() }),
             ("ema", DistillSettings { ema: Some(1.0), ..Default::default() }),
+            (
+                "loss",
+                DistillSettings { loss: LossSettings { prediction: -1.0, ..Default::default() }, ..Default::default() },
+            ),
+            ("loss", DistillSettings { loss: nothing, ..Default::default() }),
         ] {
             let error = settings.check().unwrap_err().to_string();
             assert!(error.starts_with(&format!("setting {key}: expected")), "{error}");

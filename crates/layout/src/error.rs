@@ -40,7 +40,7 @@ pub enum LayoutError {
         reason: String,
     },
     /// No manifest has the requested name.
-    #[error("unknown {kind} {name:?}; choose one of {choices:?}")]
+    #[error("unknown {kind} {name:?}; {}", if choices.is_empty() { "there is none".to_owned() } else { format!("choose one of {choices:?}") })]
     NoSuch {
         /// Family, variant or layout.
         kind: &'static str,

@@ -258,7 +258,7 @@ fn broken_manifests_are_explained() {
         ("edition = 1", "missing field `family`"),
         (
             "edition = 1\nfamily = \"flux\"\n[[component]]\nname = \"a\"\nkind = \"b\"\nprefixes = [\"a.\"]",
-            "component \"a\" is of the unknown kind \"b\"; use one of [\"clip\", \"t5\", \"vae\"]",
+            "component \"a\" is of the unknown kind \"b\"; use one of [\"clip\", \"t5\", \"tae\", \"vae\"]",
         ),
         ("edition = 2\nfamily = \"x\"\nclass = \"X\"", "upgrade"),
         ("edition = 1\nfamily = \"x\"", "needs a class"),

@@ -2,10 +2,10 @@
 
 use crate::transformer_checkpoint::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
-use clearform_layout::{Manifests, ParameterMap};
+use clearform_layout::{Hints, Identified, LayoutError, Manifests, ParameterMap, Sidecar, detect_source};
 use clearform_plugin_host::{
     Adapter, AdapterReport, BaseModel, CONTROLNET_INTERFACE, ComponentParameters, ControlNet, LowRankMode, Plugin,
-    PluginChoice, PluginRegistry, ScaledAdapter, Strength, WeightEdits, adapter_parts,
+    PluginChoice, PluginError, PluginRegistry, ScaledAdapter, Strength, WeightEdits, adapter_parts,
 };
 use clearform_weights::{Checkpoint, TensorSource as _};
 use std::path::PathBuf;
@@ -128,7 +128,8 @@ impl Adapters {
         let mut parts = Vec::new();
         for part in adapter_parts(&request.path) {
             let file = Arc::new(Checkpoint::open(&part)?);
-            let plugin = registry.choose(&file, &request.choice)?.clone();
+            let plugin =
+                registry.choose(&file, &request.choice).map_err(|error| with_what_it_is(error, &file))?.clone();
             match plugin.description.interface.as_str() {
                 CONTROLNET_INTERFACE => {
                     self.controlnets.push(PendingControlNet { plugin, file, request: request.clone() })
@@ -219,6 +220,19 @@ impl Adapters {
             BaseModel { family: &identified.family, config: &identified.config, attention: &self.controlnet_attention };
         self.controlnets.iter().map(|pending| pending.open(base)).collect()
     }
+}
+
+/// The error that no plugin opens `file`, with what the file is if it is known: users mistake models for adapters.
+fn with_what_it_is(error: PluginError, file: &Checkpoint) -> PluginError {
+    let PluginError::NoPlugin { adapter, reason } = error else { return error };
+    let sidecar = Sidecar { config: file.config(), metadata: file.metadata() };
+    let found = Manifests::embedded().and_then(|known| detect_source(file, sidecar, &known, &Hints::default()));
+    let reason = match found {
+        Ok(Identified { family, .. }) => format!("{reason}; the file is a model of the family {family}"),
+        Err(LayoutError::Unsupported { name, .. }) => format!("{reason}; the file is {name}"),
+        Err(_) => reason,
+    };
+    PluginError::NoPlugin { adapter, reason }
 }
 
 /// The parameters that adapters may edit, by component.

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 pub struct ComponentFiles {
     /// The VAE, such as ae.safetensors.
     pub vae: Option<PathBuf>,
+    /// A tiny autoencoder in place of the VAE, such as taef1_decoder.safetensors.
+    pub tae: Option<PathBuf>,
     /// The text encoder of CLIP-L, such as clip_l.safetensors.
     pub clip_l: Option<PathBuf>,
     /// The text encoder of OpenCLIP bigG, such as clip_g.safetensors.
@@ -21,7 +23,13 @@ pub struct ComponentFiles {
 impl ComponentFiles {
     /// The files that are given, with what manifests call them.
     pub(crate) fn given(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        let all = [("vae", &self.vae), ("clip_l", &self.clip_l), ("clip_g", &self.clip_g), ("t5xxl", &self.t5xxl)];
+        let all = [
+            ("vae", &self.vae),
+            ("tae", &self.tae),
+            ("clip_l", &self.clip_l),
+            ("clip_g", &self.clip_g),
+            ("t5xxl", &self.t5xxl),
+        ];
         all.into_iter().filter_map(|(called, path)| Some((called, path.as_deref()?)))
     }
 }

@@ -2,7 +2,9 @@
 //! unless the pipeline is a [`LoadedPipeline`](crate::LoadedPipeline).
 
 use crate::images::resize_and_crop;
-use crate::{ControlImages, GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, check_images, to_images};
+use crate::{
+    ControlImages, GuidanceScales, ImageBatch, InitialLatents, Pipeline, Result, RuntimeError, check_images, to_images,
+};
 use clearform_models::text::TruncatedPrompt;
 use clearform_models::vae::TileProgress;
 use clearform_models::{ImageSize, Prompt};
@@ -61,6 +63,7 @@ impl Pipeline {
         request: &GenerateRequest,
         hook: &mut dyn FnMut(&PipelineStage) -> StepAction,
     ) -> Result<Vec<RgbImage>> {
+        self.check_class(&request.prompt)?;
         let (latents, schedule) = self.start(request)?;
         let generated = latents.size;
         let size = self.requested_size(request);
@@ -85,6 +88,16 @@ impl Pipeline {
         let images = to_images(&resize_and_crop(&decoded, size)?)?;
         check_images(&images)?;
         Ok(images)
+    }
+
+    /// Refuses the label of no class, which the text of an image would call a class.
+    fn check_class(&self, prompt: &Prompt) -> Result<()> {
+        match (prompt, self.class_count()) {
+            (Prompt::Class(class), Some(count)) if *class >= count => {
+                Err(RuntimeError::BadSetting(format!("class: expected 0 to {}, found {class}", count - 1)))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn requested_size(&self, request: &GenerateRequest) -> ImageSize {

@@ -9,7 +9,7 @@ use crate::{ComponentFiles, Components, ReadOptions, Result, TransformerCheckpoi
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::VaeTiling;
-use clearform_models::{GuidanceKind, ImageSize, NoiseProcess};
+use clearform_models::{GuidanceKind, ImageSize, NoiseProcess, Prompt};
 use clearform_plugin_host::{AdapterReport, WeightEdits};
 use clearform_portable_model::recorded_plan;
 use clearform_sampling::Scheduler;
@@ -147,6 +147,15 @@ impl Pipeline {
     /// How a guidance scale acts on this model.
     pub fn guidance_kind(&self) -> &GuidanceKind {
         &self.guidance_kind
+    }
+
+    /// The number of classes of a class-conditional model.
+    pub fn class_count(&self) -> Option<u32> {
+        // The label after the last one stands for no class.
+        match self.guidance_kind {
+            GuidanceKind::ClassifierFree { unconditional: Prompt::Class(count), .. } => Some(count),
+            _ => None,
+        }
     }
 
     /// The noise process that the model was trained for.

@@ -199,10 +199,15 @@ impl Pipeline {
         Err(RuntimeError::BadSetting(reason.to_owned()))
     }
 
+    /// Whether families whose pipelines generate in the sizes of their training do so.
+    pub fn bins_resolutions(&self) -> bool {
+        self.options.resolution_binning
+    }
+
     /// The size in which an image of `size` is generated before it is resized to `size`: with resolution binning, the
     /// size of training nearest in aspect ratio, for families whose pipelines do so.
     pub fn generated_size(&self, size: ImageSize) -> ImageSize {
-        match self.options.resolution_binning {
+        match self.bins_resolutions() {
             true => self.transformer.pipeline_spec().generated_size(size),
             false => size,
         }

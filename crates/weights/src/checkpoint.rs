@@ -16,6 +16,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// How the names begin that diffusers and transformers give their files.
 const LIBRARY_NAMES: [&str; 4] = ["diffusion_pytorch_model", "model.", "model-", "pytorch_model"];
 
+/// Key of a safetensors file's metadata: the config.json of the model in it, as JSON.
+pub const CONFIG_METADATA: &str = "clearform.config";
+
 static OPENED: AtomicUsize = AtomicUsize::new(0);
 
 /// How many checkpoints this process has opened. A command should open each file or folder once, and tests hold it to
@@ -74,6 +77,9 @@ impl Checkpoint {
             checkpoint.check_index(index)?;
         }
         checkpoint.unwrap_names()?;
+        if checkpoint.config.is_none() {
+            checkpoint.config = checkpoint.recorded_config()?;
+        }
         Ok(checkpoint)
     }
 
@@ -92,7 +98,8 @@ impl Checkpoint {
         &self.metadata
     }
 
-    /// The `config.json` that belongs to the tensors.
+    /// The `config.json` that belongs to the tensors: that of their folder, or what the metadata have under
+    /// [`CONFIG_METADATA`].
     pub fn config(&self) -> Option<&Value> {
         self.config.as_ref()
     }
@@ -117,6 +124,12 @@ impl Checkpoint {
     /// quantised formats are read as F32.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// The config.json in the metadata, which `clearform export` writes.
+    fn recorded_config(&self) -> Result<Option<Value>> {
+        let config = self.metadata.get(CONFIG_METADATA).map(|text| serde_json::from_str(text));
+        config.transpose().map_err(|error| bad(&self.path, format!("metadata {CONFIG_METADATA:?}: {error}")))
     }
 
     fn add_file(&mut self, path: PathBuf) -> Result<()> {

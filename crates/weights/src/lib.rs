@@ -26,7 +26,7 @@ mod torch;
 mod weight;
 mod writer;
 
-pub use checkpoint::{Checkpoint, StoredTensor, opened_checkpoints};
+pub use checkpoint::{CONFIG_METADATA, Checkpoint, StoredTensor, opened_checkpoints};
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;

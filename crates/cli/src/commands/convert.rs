@@ -11,6 +11,7 @@ use clearform::{
 
 /// Converts, or with `--dry-run` shows what would be done.
 pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    check_required_error(&args.training)?;
     let options = options(args)?;
     if args.dry_run {
         return dry_run(&options, output);
@@ -18,6 +19,14 @@ pub fn run(args: &ConvertArgs, output: &Output) -> anyhow::Result<CommandOutcome
     let model = convert(&options, &mut ProgressBars::resumable())?.model;
     output.result(&model)?;
     Ok(within_required_error(&model, &args.training, output))
+}
+
+/// Refuses to require an error that will not be measured.
+pub fn check_required_error(training: &TrainingArgs) -> anyhow::Result<()> {
+    if training.require_error.is_some() && training.held_out == 0 {
+        anyhow::bail!("--require-error: is measured on held-out samples, but --held-out is 0; leave one of them out");
+    }
+    Ok(())
 }
 
 /// Whether the student is as near to its teacher as `--require-error` asks; says so if it is not.
@@ -53,11 +62,12 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
 
 fn dry_run(options: &ConvertOptions, output: &Output) -> anyhow::Result<CommandOutcome> {
     let inspection = inspect(&options.source, &options.reading, &mut ProgressBars::default())?;
-    let ConvertOptions { attention, output: target, .. } = options;
-    output.note(format_args!("would write {} with attention {attention}", target.display()));
-    output.result(&inspection)?;
+    // What cannot be converted is not called complete.
     if inspection.is_complete() {
         preview_conversion(options, &mut ProgressBars::default())?;
     }
+    let ConvertOptions { attention, output: target, .. } = options;
+    output.note(format_args!("would write {} with attention {attention}", target.display()));
+    output.result(&inspection)?;
     Ok(CommandOutcome::complete_if(inspection.is_complete()))
 }

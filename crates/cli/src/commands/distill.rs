@@ -1,6 +1,6 @@
 //! `clearform distill`: trains a converted model further against the original it was made from.
 
-use super::convert::within_required_error;
+use super::convert::{check_required_error, within_required_error};
 use crate::args::DistillArgs;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
@@ -8,6 +8,7 @@ use clearform::{DistillOptions, distill};
 
 /// Trains the model and writes it to the output folder, or replaces it.
 pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
+    check_required_error(&args.training)?;
     let options = DistillOptions {
         output: args.output.clone(),
         training: (&args.training).into(),

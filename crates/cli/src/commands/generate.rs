@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 /// Generates the images and writes them as their names say.
 pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     let recorded = args.from_metadata.as_deref().map(read_parameters).transpose()?;
+    check_order(args)?;
     if args.prompt.is_none() && args.class.is_none() && recorded.is_none() {
         anyhow::bail!(
             "what to generate: pass a prompt, --class N for a class-conditional model, or --from-metadata FILE"
@@ -24,11 +25,11 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
     }
     let options = options(args, recorded.as_ref())?;
     output.note_seed(args.seed.unwrap_or_default());
-    for text in recorded.iter().flat_map(|recorded| not_taken(recorded, args)) {
+    for text in recorded.iter().flat_map(|recorded| not_taken(recorded, args, &options)) {
         output.note(text);
     }
     let names = image_names(&args.output, options.batch, |path| !args.overwrite && path.exists())?;
-    names.iter().try_for_each(|name| prepare_image(name))?;
+    let _folders = names.iter().map(|name| prepare_image(name)).collect::<clearform::Result<Vec<_>>>()?;
     let is_other = names.len() == 1 && names[0] != Path::new(&args.output) && Path::new(&args.output).exists();
     let name = is_other.then(|| format!("{} exists, so the image is {}", args.output, names[0].display()));
     let generated = generate(&options, &mut NamedImage { bars: ProgressBars::default(), name })?;
@@ -40,6 +41,18 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
         adapters: generated.adapters,
     })?;
     Ok(CommandOutcome::Complete)
+}
+
+/// Refuses a prompt in the place of the model.
+fn check_order(args: &GenerateArgs) -> anyhow::Result<()> {
+    let model = args.prompt.as_ref().filter(|prompt| Path::new(prompt).exists() && !args.model.exists());
+    match model {
+        Some(model) => anyhow::bail!(
+            "{}: no such model, but {model} exists; the model comes before the prompt: clearform generate MODEL \"PROMPT\"",
+            args.model.display()
+        ),
+        None => Ok(()),
+    }
 }
 
 /// Says how the image is named once work begins: until then the model or a setting may be refused.
@@ -112,14 +125,16 @@ fn recorded_plan(recorded: &GenerationParameters) -> Option<AttentionPlan> {
 }
 
 /// What is recorded in an image and not taken from it.
-fn not_taken(recorded: &GenerationParameters, args: &GenerateArgs) -> Vec<String> {
+fn not_taken(recorded: &GenerationParameters, args: &GenerateArgs, options: &GenerateOptions) -> Vec<String> {
     let name = args.model.file_name().unwrap_or(args.model.as_os_str()).to_string_lossy();
     let mut notes = Vec::new();
     if !recorded.model.is_empty() && recorded.model != name {
         notes.push(format!("the image was made with the model {}", recorded.model));
     }
-    if !recorded.adapters.is_empty() && args.adapters.is_empty() {
-        notes.push(format!("the image was made with {}; give the adapters again", recorded.adapters));
+    let adapters = options.adapters.to_string();
+    if !recorded.adapters.is_empty() && recorded.adapters != adapters {
+        let given = if adapters.is_empty() { "none is given" } else { &format!("{adapters} is given") };
+        notes.push(format!("the image was made with {}; {given}", recorded.adapters));
     }
     if !recorded.attention.is_empty() && args.attention.is_none() && recorded_plan(recorded).is_none() {
         notes.push(format!("the image was made with attention {}, and the model's own is used", recorded.attention));

@@ -48,6 +48,7 @@ const EMBEDDED: &[(&str, &str)] = &[
 const COMPONENT_KINDS: &[(&str, &str)] = &[
     ("components/clip.toml", include_str!("../../../../manifests/components/clip.toml")),
     ("components/t5.toml", include_str!("../../../../manifests/components/t5.toml")),
+    ("components/tae.toml", include_str!("../../../../manifests/components/tae.toml")),
     ("components/vae.toml", include_str!("../../../../manifests/components/vae.toml")),
 ];
 const REMEDY: &str = "pass the model's config.json with --config";

@@ -21,6 +21,7 @@ pub(super) struct Decoder {
 }
 
 impl Decoder {
+    /// Reads the weights of the decoder that `config` describes.
     pub fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let channels: Vec<usize> = config.level_channels.iter().rev().copied().collect();
         let last = channels.len() - 1;
@@ -54,9 +55,9 @@ impl Decoder {
 
     /// The part of the decoder before its attention.
     pub fn enter(&self, latents: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
-        let part = PaddedTile { x: self.conv_in.forward(&latents.x)?, ..latents };
-        let (part, tokens) = self.middle.enter(part, moments)?;
-        Ok(Entered { part, tokens })
+        let tile = PaddedTile { x: self.conv_in.forward(&latents.x)?, ..latents };
+        let (tile, tokens) = self.middle.enter(tile, moments)?;
+        Ok(Entered { tile, tokens })
     }
 
     /// The part of the decoder from its attention on. Of a part of an image, margins are cropped as soon as nothing that
@@ -67,16 +68,16 @@ impl Decoder {
         context: Option<&AttentionContext>,
         moments: &mut dyn NormMoments,
     ) -> candle_core::Result<PaddedTile> {
-        let Entered { part, tokens } = entered;
-        let mut part = self.middle.leave(part, tokens.as_ref().zip(context), moments)?;
+        let Entered { tile, tokens } = entered;
+        let mut tile = self.middle.leave(tile, tokens.as_ref().zip(context), moments)?;
         for (level, reach) in self.levels.iter().zip(self.reach().levels) {
-            part = level.resnets(part.cropped(reach.before)?, moments)?;
+            tile = level.resnets(tile.cropped(reach.before)?, moments)?;
             if let Some(smooth) = &level.resample {
-                part = part.cropped(reach.after)?.enlarged(|x| smooth.of_upsampled(x))?;
+                tile = tile.cropped(reach.after)?.enlarged(|x| smooth.of_upsampled(x))?;
             }
         }
-        let x = self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)?;
-        PaddedTile { x, ..part }.cropped(0)
+        let x = self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)?;
+        PaddedTile { x, ..tile }.cropped(0)
     }
 
     /// What pixels attend to, of the tokens of an image.
@@ -112,7 +113,7 @@ impl Decoder {
 
 /// A part of an image in the middle of the decoder.
 pub(super) struct Entered {
-    pub part: PaddedTile,
+    pub tile: PaddedTile,
     /// Its pixels as attention reads them, if the decoder has one.
     pub tokens: Option<Tensor>,
 }

@@ -21,6 +21,7 @@ pub(super) struct Encoder {
 }
 
 impl Encoder {
+    /// Reads the weights of the encoder that `config` describes.
     pub fn load(builder: &WeightBuilder, config: &VaeConfig) -> Result<Self> {
         let channels = &config.level_channels;
         let last = config.level_channels.len() - 1;
@@ -46,16 +47,16 @@ impl Encoder {
     /// images (batch, 3, height, width) -> (batch, 2 latent channels, height / downscale, width / downscale).
     pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
         let moments = &mut OwnMoments;
-        let mut part = PaddedTile::whole(self.conv_in.forward(images)?);
+        let mut tile = PaddedTile::whole(self.conv_in.forward(images)?);
         for level in &self.levels {
-            part = level.resnets(part, moments)?;
+            tile = level.resnets(tile, moments)?;
             if let Some(halve) = &level.resample {
                 // diffusers' `Downsample2D` pads only the right and bottom edges.
-                let padded = part.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
-                part = PaddedTile::whole(halve.forward(&padded)?);
+                let padded = tile.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
+                tile = PaddedTile::whole(halve.forward(&padded)?);
             }
         }
-        let part = self.middle.forward(part, moments)?;
-        self.conv_out.of_activated(&part.x, &moments.affine(&self.norm_out, &part)?, None)
+        let tile = self.middle.forward(tile, moments)?;
+        self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)
     }
 }

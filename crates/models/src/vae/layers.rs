@@ -74,14 +74,14 @@ impl Resnet {
 
     /// # Shapes
     /// (batch, inputs, height, width) -> (batch, outputs, height, width).
-    pub(super) fn forward(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
+    pub(super) fn forward(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
         let [first, second] = &self.convs;
-        let inner = first.of_activated(&part.x, &moments.affine(&self.norms[0], &part)?, None)?;
+        let inner = first.of_activated(&tile.x, &moments.affine(&self.norms[0], &tile)?, None)?;
         let residual = match &self.shortcut {
-            Some(shortcut) => shortcut.forward(&part.x)?,
-            None => part.x,
+            Some(shortcut) => shortcut.forward(&tile.x)?,
+            None => tile.x,
         };
-        let inner = PaddedTile { x: inner, margins: part.margins };
+        let inner = PaddedTile { x: inner, margins: tile.margins };
         let x = second.of_activated(&inner.x, &moments.affine(&self.norms[1], &inner)?, Some(&residual))?;
         Ok(PaddedTile { x, ..inner })
     }
@@ -102,8 +102,8 @@ impl SpatialAttention {
     ///
     /// # Shapes
     /// (batch, channels, height, width) -> (batch, pixels, channels).
-    pub(super) fn tokens(&self, part: &PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Tensor> {
-        let normal = channel_affine(&part.x, &moments.affine(&self.norm, part)?)?;
+    pub(super) fn tokens(&self, tile: &PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Tensor> {
+        let normal = channel_affine(&tile.x, &moments.affine(&self.norm, tile)?)?;
         normal.flatten_from(2)?.transpose(1, 2)?.contiguous()
     }
 
@@ -162,10 +162,10 @@ mod tests {
         ];
         let source: InMemoryTensors = tensors.chain(norm).collect();
         let attention = SpatialAttention::load(&WeightBuilder::root(&source), 2, 2).unwrap();
-        let part = PaddedTile::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
-        let tokens = attention.tokens(&part, &mut OwnMoments).unwrap();
+        let tile = PaddedTile::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
+        let tokens = attention.tokens(&tile, &mut OwnMoments).unwrap();
         let context = attention.context(&tokens).unwrap();
-        let added = (attention.forward(&part.x, &tokens, &context).unwrap() - &part.x).unwrap();
+        let added = (attention.forward(&tile.x, &tokens, &context).unwrap() - &tile.x).unwrap();
         for (channel, mean) in [(0, 3f32), (1, -1.)] {
             let added = added.get(0).unwrap().get(channel).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert!(added.iter().all(|value| (value - mean).abs() < 1e-4));

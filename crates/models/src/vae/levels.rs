@@ -39,6 +39,7 @@ pub(super) const SAME_SIZE: Conv2dConfig =
 pub(super) const HALVING: Conv2dConfig = Conv2dConfig { padding: 0, stride: 2, ..SAME_SIZE };
 
 impl ResolutionLevel {
+    /// Reads the weights of a level of `shape`.
     pub fn load(builder: &WeightBuilder, shape: &ResolutionLevelShape) -> Result<Self> {
         let [inputs, outputs] = shape.channels;
         let resnet = |index: usize| {
@@ -49,12 +50,14 @@ impl ResolutionLevel {
         Ok(Self { resnets: (0..shape.blocks).map(resnet).collect::<Result<_>>()?, resample: resample.transpose()? })
     }
 
-    pub fn resnets(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
-        self.resnets.iter().try_fold(part, |part, resnet| resnet.forward(part, moments))
+    /// The residual blocks of the level, in their order.
+    pub fn resnets(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
+        self.resnets.iter().try_fold(tile, |tile, resnet| resnet.forward(tile, moments))
     }
 }
 
 impl MidBlock {
+    /// Reads the weights of a block of `channels`.
     pub fn load(builder: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
         let attention = || SpatialAttention::load(&builder.pp("attentions.0"), channels, config.groups);
         Ok(Self {
@@ -64,21 +67,22 @@ impl MidBlock {
         })
     }
 
-    pub fn forward(&self, part: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
-        let (part, tokens) = self.enter(part, moments)?;
+    /// The whole block, for an image in one tile.
+    pub fn forward(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
+        let (tile, tokens) = self.enter(tile, moments)?;
         let context = tokens.as_ref().map(|tokens| self.context(tokens)).transpose()?.flatten();
-        self.leave(part, tokens.as_ref().zip(context.as_ref()), moments)
+        self.leave(tile, tokens.as_ref().zip(context.as_ref()), moments)
     }
 
     /// The first residual block, and its pixels as attention reads them.
     pub fn enter(
         &self,
-        part: PaddedTile,
+        tile: PaddedTile,
         moments: &mut dyn NormMoments,
     ) -> candle_core::Result<(PaddedTile, Option<Tensor>)> {
-        let part = self.first.forward(part, moments)?;
-        let tokens = self.attention.as_ref().map(|attention| attention.tokens(&part, moments)).transpose()?;
-        Ok((part, tokens))
+        let tile = self.first.forward(tile, moments)?;
+        let tokens = self.attention.as_ref().map(|attention| attention.tokens(&tile, moments)).transpose()?;
+        Ok((tile, tokens))
     }
 
     /// What pixels attend to, of the tokens of an image; `None` without attention.
@@ -89,13 +93,13 @@ impl MidBlock {
     /// Attention, and the second residual block.
     pub fn leave(
         &self,
-        mut part: PaddedTile,
+        mut tile: PaddedTile,
         attended: Option<(&Tensor, &AttentionContext)>,
         moments: &mut dyn NormMoments,
     ) -> candle_core::Result<PaddedTile> {
         if let Some((attention, (tokens, context))) = self.attention.as_ref().zip(attended) {
-            part.x = attention.forward(&part.x, tokens, context)?;
+            tile.x = attention.forward(&tile.x, tokens, context)?;
         }
-        self.second.forward(part, moments)
+        self.second.forward(tile, moments)
     }
 }

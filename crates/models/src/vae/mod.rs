@@ -1,7 +1,8 @@
 //! [`AutoencoderKl`]: diffusers' `AutoencoderKL`, images to latents and back (latent diffusion, arXiv 2112.10752,
-//! section 3.1). It computes in f32 whatever the dtype of the weights.
+//! section 3.1), and [`AutoencoderTiny`]. They compute in f32 whatever the dtype of the weights.
 
 mod autoencoder;
+mod autoencoder_classes;
 mod decoder;
 mod encoder;
 mod layers;
@@ -9,10 +10,13 @@ mod levels;
 mod padded_tile;
 mod tiles;
 mod tiling;
+mod tiny;
 
-pub use autoencoder::{AUTOENCODERS, Autoencoder, AutoencoderClass, AutoencoderSpec, autoencoder};
+pub use autoencoder::{Autoencoder, AutoencoderSpec};
+pub use autoencoder_classes::{AUTOENCODERS, AutoencoderClass, autoencoder};
 pub use tiles::TileProgress;
 pub use tiling::{TilingMode, VaeTiling};
+pub use tiny::{AutoencoderTiny, TinyConfig};
 
 use crate::config_keys::{ConfigKeys, bad};
 use crate::layers::Convolution;

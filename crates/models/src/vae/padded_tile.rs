@@ -50,16 +50,16 @@ impl PaddedTile {
 
 /// Where the group norms of a decoder take their means and variances from.
 pub(super) trait NormMoments {
-    /// What `norm` does to each channel of `part`.
-    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine>;
+    /// What `norm` does to each channel of `tile`.
+    fn affine(&mut self, norm: &GroupNorm, tile: &PaddedTile) -> Result<ChannelAffine>;
 }
 
 /// Those of each image itself.
 pub(super) struct OwnMoments;
 
 impl NormMoments for OwnMoments {
-    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine> {
-        norm.affine(&GroupMoments::of(&part.x, norm.groups)?)
+    fn affine(&mut self, norm: &GroupNorm, tile: &PaddedTile) -> Result<ChannelAffine> {
+        norm.affine(&GroupMoments::of(&tile.x, norm.groups)?)
     }
 }
 
@@ -70,23 +70,65 @@ pub(super) struct SharedMoments {
 }
 
 impl NormMoments for SharedMoments {
-    fn affine(&mut self, norm: &GroupNorm, part: &PaddedTile) -> Result<ChannelAffine> {
-        let moments = GroupMoments::of(&part.clone().cropped(0)?.x, norm.groups)?.pooled();
+    fn affine(&mut self, norm: &GroupNorm, tile: &PaddedTile) -> Result<ChannelAffine> {
+        let moments = GroupMoments::of(&tile.clone().cropped(0)?.x, norm.groups)?.pooled();
         let shared = norm.affine(&moments)?;
-        let parts = part.x.dim(0)?;
+        let parts = tile.x.dim(0)?;
         self.affines.push(shared.clone());
         Ok(ChannelAffine { scales: shared.scales.repeat(parts), shifts: shared.shifts.repeat(parts) })
     }
 }
 
-/// What [`SharedMoments`] kept, for one part after the other.
+/// Those that were measured before, while what they should have been is measured: that of all tiles together.
+pub(super) struct RemeasuredMoments<'a> {
+    /// What each norm goes by, in the order of the decoder.
+    pub used: &'a [ChannelAffine],
+    /// The moments of the tiles so far, without their margins.
+    pub moments: Vec<GroupMoments>,
+    /// What each norm does by them.
+    pub affines: Vec<ChannelAffine>,
+    next: usize,
+}
+
+impl<'a> RemeasuredMoments<'a> {
+    pub fn new(used: &'a [ChannelAffine]) -> Self {
+        Self { used, moments: Vec::new(), affines: used.to_vec(), next: 0 }
+    }
+
+    /// Begins with the first norm again, for the next tile.
+    pub fn restart(&mut self) -> &mut Self {
+        self.next = 0;
+        self
+    }
+}
+
+impl NormMoments for RemeasuredMoments<'_> {
+    fn affine(&mut self, norm: &GroupNorm, tile: &PaddedTile) -> Result<ChannelAffine> {
+        let index = self.next;
+        self.next += 1;
+        let Some(used) = self.used.get(index) else { return unmeasured() };
+        let own = GroupMoments::of(&tile.clone().cropped(0)?.x, norm.groups)?;
+        match self.moments.get_mut(index) {
+            Some(moments) => *moments = moments.and(&own)?,
+            None => self.moments.push(own),
+        }
+        self.affines[index] = norm.affine(&self.moments[index])?;
+        Ok(used.clone())
+    }
+}
+
+fn unmeasured<T>() -> Result<T> {
+    candle_core::bail!("a group norm whose means and variances were not measured")
+}
+
+/// What was measured, for one part after the other.
 pub(super) struct KeptMoments<'a>(pub std::slice::Iter<'a, ChannelAffine>);
 
 impl NormMoments for KeptMoments<'_> {
     fn affine(&mut self, _: &GroupNorm, _: &PaddedTile) -> Result<ChannelAffine> {
         match self.0.next() {
             Some(affine) => Ok(affine.clone()),
-            None => candle_core::bail!("a group norm whose means and variances were not measured"),
+            None => unmeasured(),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! [`decode`]: an image in tiles whose memory does not grow with it.
 //!
 //! Convolutions read a few pixels around a tile, so those are computed with it and dropped. Two things need the whole
-//! image: the means and variances of group norms, and attention. Both come from a first pass over samples of it, all
-//! tiles share them, and so nothing is to be seen where tiles meet. Blending overlapping tiles, as diffusers does, hides
+//! image: the means and variances of group norms, and attention. Both come from a first pass, all tiles share them, and so
+//! nothing is to be seen where tiles meet. The first pass goes over the whole image if that fits into memory, else over
+//! samples of it and then, with what these gave, over all tiles. Blending overlapping tiles, as diffusers does, hides
 //! the edges between tiles that differ; here they do not.
 
 use super::decoder::Decoder;
 use super::layers::AttentionContext;
-use super::padded_tile::{KeptMoments, Margins, PaddedTile, SharedMoments};
+use super::padded_tile::{KeptMoments, Margins, PaddedTile, RemeasuredMoments, SharedMoments};
 use candle_core::{Device, Result, Tensor};
 use clearform_ops::ChannelAffine;
 use std::ops::{ControlFlow, Range};
@@ -29,12 +30,20 @@ pub(super) struct TileSizes {
     pub measured: usize,
 }
 
+impl TileSizes {
+    /// Whether all of `latents` is measured.
+    fn measures_whole(&self, latents: &Tensor) -> Result<bool> {
+        let (_, _, height, width) = latents.dims4()?;
+        Ok(height * width <= self.measured)
+    }
+}
+
 /// How far the decoding of an image has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TileProgress {
-    /// Tiles that are decoded.
+    /// Tiles that are done.
     pub done: usize,
-    /// All tiles.
+    /// All tiles; of an image that does not fit into memory twice as many, since each is measured first.
     pub total: usize,
 }
 
@@ -48,16 +57,31 @@ pub(super) fn decode(
     sizes: TileSizes,
     progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
 ) -> Result<Option<Tensor>> {
-    let (_, _, height, width) = latents.dims4()?;
-    let starts = |edge: usize| (0..edge).step_by(sizes.tile).map(move |start| start..edge.min(start + sizes.tile));
-    let tiles: Vec<Area> = starts(height)
-        .flat_map(|rows| starts(width).map(move |columns| Area { rows: rows.clone(), columns }))
-        .collect();
-    let tiled = TiledDecoder::new(decoder, latents, &tiles, sizes.measured)?;
+    let tiles = Area::tiles(latents, sizes.tile)?;
+    let mut decoder = TiledDecoder::new(decoder, latents, &tiles, sizes.measured)?;
+    let passes = if sizes.measures_whole(latents)? { 1 } else { 2 };
+    let total = passes * tiles.len();
+    if passes > 1 && decoder.remeasure(&tiles, &mut |done| progress(TileProgress { done, total }))?.is_break() {
+        return Ok(None);
+    }
+    let measured = total - tiles.len();
+    assemble(latents, &tiles, &|area| decoder.decode(area), &mut |TileProgress { done, .. }| {
+        progress(TileProgress { done: measured + done, total })
+    })
+}
+
+/// The image whose `tiles`, areas of `latents` row by row, `decode` decodes. `None` if `progress` cancels.
+pub(super) fn assemble(
+    latents: &Tensor,
+    tiles: &[Area],
+    decode: &dyn Fn(&Area) -> Result<Tensor>,
+    progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+) -> Result<Option<Tensor>> {
+    let width = latents.dim(3)?;
     let mut rows = Vec::new();
     let mut row = Vec::new();
     for (index, area) in tiles.iter().enumerate() {
-        row.push(tiled.decode(area)?);
+        row.push(decode(area)?);
         if area.columns.end == width {
             rows.push(Tensor::cat(&std::mem::take(&mut row), 3)?);
         }
@@ -70,14 +94,22 @@ pub(super) fn decode(
 
 /// An area of an image, in latent pixels.
 #[derive(Debug, Clone, PartialEq)]
-struct Area {
+pub(super) struct Area {
     rows: Range<usize>,
     columns: Range<usize>,
 }
 
 impl Area {
+    /// The tiles of `tile` pixels a side that make up `latents`, row by row.
+    pub fn tiles(latents: &Tensor, tile: usize) -> Result<Vec<Self>> {
+        let (_, _, height, width) = latents.dims4()?;
+        let starts = |edge: usize| (0..edge).step_by(tile).map(move |start| start..edge.min(start + tile));
+        let in_row = |rows: Range<usize>| starts(width).map(move |columns| Self { rows: rows.clone(), columns });
+        Ok(starts(height).flat_map(in_row).collect())
+    }
+
     /// The area of `latents`, with up to `reach` pixels around it.
-    fn part(&self, latents: &Tensor, reach: usize) -> Result<PaddedTile> {
+    pub fn tile(&self, latents: &Tensor, reach: usize) -> Result<PaddedTile> {
         let (_, _, height, width) = latents.dims4()?;
         let margins = |range: &Range<usize>, edge: usize| [range.start.min(reach), (edge - range.end).min(reach)];
         let margins = Margins { rows: margins(&self.rows, height), columns: margins(&self.columns, width) };
@@ -112,9 +144,31 @@ impl<'a> TiledDecoder<'a> {
         Ok(Self { decoder, latents, reach: reach.latents, affines: [before, moments.affines], context })
     }
 
+    /// Measures all of `tiles` in the place of samples. A norm is measured with what those before it were measured to
+    /// be, so this is not exactly what the whole image has, but near it. `progress` has the number of tiles that are
+    /// measured, and may cancel.
+    fn remeasure(
+        &mut self,
+        tiles: &[Area],
+        progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        let used = self.affines.clone();
+        let [mut before, mut after] = used.each_ref().map(|used| RemeasuredMoments::new(used));
+        for (index, area) in tiles.iter().enumerate() {
+            let entered = self.decoder.enter(area.tile(self.latents, self.reach)?, before.restart())?;
+            self.decoder.leave(entered, self.context.as_ref(), after.restart())?;
+            if progress(index + 1).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        self.context = context(self.decoder, self.latents, tiles, &before.affines)?;
+        self.affines = [before.affines, after.affines];
+        Ok(ControlFlow::Continue(()))
+    }
+
     fn decode(&self, area: &Area) -> Result<Tensor> {
         let [before, after] = self.affines.each_ref().map(|affines| KeptMoments(affines.iter()));
-        let entered = self.decoder.enter(area.part(self.latents, self.reach)?, &mut { before })?;
+        let entered = self.decoder.enter(area.tile(self.latents, self.reach)?, &mut { before })?;
         self.decoder.leave(entered, self.context.as_ref(), &mut { after })?.x.to_device(&Device::Cpu)
     }
 }
@@ -135,9 +189,9 @@ fn samples(latents: &Tensor, reach: usize, measured: usize) -> Result<PaddedTile
     let parts = rows
         .iter()
         .flat_map(|rows| columns.iter().map(|columns| Area { rows: rows.clone(), columns: columns.clone() }));
-    let parts = parts.map(|area| area.part(latents, reach)).collect::<Result<Vec<_>>>()?;
+    let parts = parts.map(|area| area.tile(latents, reach)).collect::<Result<Vec<_>>>()?;
     let margins = parts[0].margins;
-    let tensors: Vec<&Tensor> = parts.iter().map(|part| &part.x).collect();
+    let tensors: Vec<&Tensor> = parts.iter().map(|tile| &tile.x).collect();
     Ok(PaddedTile { x: Tensor::cat(&tensors, 0)?, margins })
 }
 
@@ -178,9 +232,9 @@ fn context(
     let mut attended = Vec::new();
     for area in tiles {
         let mut moments = KeptMoments(affines.iter());
-        let entered = decoder.enter(area.part(latents, decoder.reach().enter)?, &mut moments)?;
+        let entered = decoder.enter(area.tile(latents, decoder.reach().enter)?, &mut moments)?;
         let Some(tokens) = entered.tokens else { return Ok(None) };
-        let indices = sampled_tokens(area, &entered.part, step)?;
+        let indices = sampled_tokens(area, &entered.tile, step)?;
         if !indices.is_empty() {
             attended.push(tokens.index_select(&Tensor::new(indices, latents.device())?, 1)?);
         }
@@ -189,9 +243,9 @@ fn context(
 }
 
 /// The tokens of `part`, which is that of `area`, whose row and column in the image are multiples of `step`.
-fn sampled_tokens(area: &Area, part: &PaddedTile, step: usize) -> Result<Vec<u32>> {
-    let width = part.x.dim(3)?;
-    let Margins { rows: [above, _], columns: [left, _] } = part.margins;
+fn sampled_tokens(area: &Area, tile: &PaddedTile, step: usize) -> Result<Vec<u32>> {
+    let width = tile.x.dim(3)?;
+    let Margins { rows: [above, _], columns: [left, _] } = tile.margins;
     let is_sampled = |index: &usize| index.is_multiple_of(step);
     let rows = area.rows.clone().filter(is_sampled);
     Ok(rows
