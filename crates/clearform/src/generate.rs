@@ -14,7 +14,7 @@ use clearform_plugin_host::{AdapterReport, is_within};
 use clearform_portable_model::recorded_plan;
 use clearform_runtime::{
     ActiveControlNet, ComponentFiles, ControlNetSchedule, GenerateRequest, GenerationParameters, GuidanceScales,
-    Pipeline, PipelineOptions, PipelineStage, RgbImage, image_file,
+    MemoryOptions, Pipeline, PipelineOptions, PipelineStage, Residency, RgbImage, image_file,
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
@@ -90,6 +90,9 @@ pub struct GenerateOptions {
     /// Dtype to compute in; `None` is the file's.
     #[serde(default)]
     pub dtype: Option<FloatDtype>,
+    /// How much memory may be taken.
+    #[serde(default)]
+    pub memory: MemoryOptions,
 }
 
 fn no_guidance() -> f64 {
@@ -130,6 +133,7 @@ impl GenerateOptions {
             control_mask: None,
             device: ComputeDevice::default(),
             dtype: None,
+            memory: MemoryOptions::default(),
         }
     }
 
@@ -141,6 +145,7 @@ impl GenerateOptions {
             reading: read_options(&self.reading)?,
             guided_channels: self.guided_channels,
             vae_tiling: self.vae_tiling,
+            memory: self.memory,
             resolution_binning: self.resolution_binning,
             adapters: self.adapters.open()?,
             ..default_options(components, self.device)?
@@ -294,6 +299,7 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
     for text in effects.notes.iter().chain(&options.notes(&request, &pipeline)?) {
         note(observer, text);
     }
+    note_memory(&pipeline, &request, observer)?;
     let images = pipeline.generate(&request, &mut |stage| watch(stage, observer))?;
     let parameters = (0..images.len()).map(|index| parameters(options, &request, &effects, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
@@ -318,6 +324,21 @@ fn note_binning(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut d
             ),
         );
     }
+}
+
+/// Peak memory from which the plan is said: below it nobody needs to plan.
+const PLANNED: u64 = 4 << 30;
+
+/// Tells what the image takes, where that is much or blocks are streamed. What does not fit is refused here, before
+/// anything is loaded.
+fn note_memory(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<()> {
+    let size = pipeline.generated_size(request.size.unwrap_or(pipeline.native_size()));
+    let plan = pipeline.memory_plan(size, request.batch)?;
+    let streams = plan.stages.iter().any(|stage| stage.residency == Residency::Streamed);
+    if streams || plan.peak() > PLANNED {
+        note(observer, plan);
+    }
+    Ok(())
 }
 
 /// Passes a stage on to `observer`.

@@ -98,7 +98,8 @@ pub use clearform_portable_model::{
 };
 pub use clearform_runtime::image_file::read_parameters;
 pub use clearform_runtime::{
-    Adapters, ComponentFiles, GenerationParameters, LoadedPipeline, Pipeline, PipelineOptions, RgbImage, RuntimeError,
+    Adapters, ComponentFiles, GenerationParameters, LoadedPipeline, MemoryOptions, OffloadMode, Pipeline,
+    PipelineOptions, Residency, RgbImage, RuntimeError,
 };
 pub use clearform_weights::WeightsError;
 pub use compare::{CompareOptions, compare};

@@ -11,6 +11,7 @@ mod device;
 mod files;
 mod generate;
 mod headings;
+mod memory;
 mod numbers;
 mod patch;
 
@@ -29,6 +30,7 @@ pub use demo::DemoArgs;
 pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
+pub use memory::MemoryArgs;
 pub use numbers::{SeedArg, ThreadCount, finite};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 

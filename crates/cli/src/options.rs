@@ -1,14 +1,14 @@
 //! From parsed arguments to the library's options.
 
 use crate::args::{
-    AdapterArg, AdapterArgs, ApplyMode, ComponentFileArgs, DtypeArg, Duration, LossWeights, PluginSearchArgs,
-    PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
+    AdapterArg, AdapterArgs, ApplyMode, ComponentFileArgs, DtypeArg, Duration, LossWeights, MemoryArgs,
+    PluginSearchArgs, PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
 use clearform::{
-    AdapterKind, AdapterOptions, AdapterSpec, ComponentFiles, FloatDtype, LoraApplyMode, Overwrite, PluginOptions,
-    Precision, SourceOptions, TrainingOptions,
+    AdapterKind, AdapterOptions, AdapterSpec, ComponentFiles, FloatDtype, LoraApplyMode, MemoryOptions, Overwrite,
+    PluginOptions, Precision, SourceOptions, TrainingOptions,
 };
 
 /// What `--overwrite` allows.
@@ -86,6 +86,12 @@ impl From<&SamplingArgs> for EvaluationOptions {
             steps: args.steps,
             seed: args.seed.number,
         }
+    }
+}
+
+impl From<&MemoryArgs> for MemoryOptions {
+    fn from(args: &MemoryArgs) -> Self {
+        Self { limit: args.max_memory.0, offload: args.offload }
     }
 }
 

@@ -46,12 +46,19 @@ impl<'a> WeightBuilder<'a> {
     /// As [`Self::tensor`]; fails unless its shape is `shape`.
     pub(crate) fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.tensor(name)?;
-        self.expect_shape(name, &tensor, shape)?;
+        self.expect_shape(name, tensor.dims(), shape)?;
         Ok(tensor)
     }
 
-    fn expect_shape(&self, name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
-        let found = tensor.dims();
+    /// The tensor `name` as it is stored, with the edits of adapters in it; fails unless its shape is `shape`.
+    pub(crate) fn base_weight(&self, name: &str, shape: &[usize]) -> Result<BaseWeight> {
+        let Weight { base, low_rank } = self.source.weight(&self.full_name(name))?;
+        let base = if low_rank.is_empty() { base } else { BaseWeight::Dense(self.tensor(name)?) };
+        self.expect_shape(name, &base.shape(), shape)?;
+        Ok(base)
+    }
+
+    fn expect_shape(&self, name: &str, found: &[usize], shape: &[usize]) -> Result<()> {
         if found == shape {
             return Ok(());
         }
@@ -70,15 +77,18 @@ impl<'a> WeightBuilder<'a> {
     pub(crate) fn shaped_linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
         let builder = self.pp(name);
         let weight = builder.weight()?;
-        let BaseWeight::Dense(base) = &weight.base;
-        builder.expect_shape("weight", base, &shape)?;
+        builder.expect_shape("weight", &weight.base.shape(), &shape)?;
         Ok(Linear { weight, bias: None })
     }
 
     /// The tensor "weight" with its low-rank terms, which keep their dtype.
     fn weight(&self) -> Result<Weight> {
-        let Weight { base: BaseWeight::Dense(base), low_rank } = self.source.weight(&self.full_name("weight"))?;
-        Ok(Weight { base: BaseWeight::Dense(self.converted(base)?), low_rank })
+        let Weight { base, low_rank } = self.source.weight(&self.full_name("weight"))?;
+        let base = match base {
+            BaseWeight::Dense(tensor) => BaseWeight::Dense(self.converted(tensor)?),
+            quantized @ BaseWeight::Quantized(_) => quantized,
+        };
+        Ok(Weight { base, low_rank })
     }
 
     /// Does not touch tensors that have the dtype already: a conversion makes a new tensor, and a trained one must stay
@@ -101,19 +111,22 @@ impl Linear {
     /// # Shapes
     /// weight (outputs, channels, height, width) -> (outputs, channels · height · width).
     pub(crate) fn flattened(self) -> candle_core::Result<Self> {
-        let BaseWeight::Dense(base) = self.weight.base;
+        let base = match self.weight.base {
+            BaseWeight::Dense(tensor) => BaseWeight::Dense(tensor.flatten_from(1)?),
+            // A matrix is flat already.
+            quantized @ BaseWeight::Quantized(_) => quantized,
+        };
         let flat = |LowRank { down, up, scale }: LowRank| -> candle_core::Result<LowRank> {
             Ok(LowRank { down: down.flatten_from(1)?, up: up.flatten_from(1)?, scale })
         };
         let low_rank = self.weight.low_rank.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
-        let weight = Weight { base: BaseWeight::Dense(base.flatten_from(1)?), low_rank };
+        let weight = Weight { base, low_rank };
         Ok(Self { weight, bias: self.bias })
     }
 
     /// Channels that it takes.
-    pub(crate) fn inputs(&self) -> candle_core::Result<usize> {
-        let BaseWeight::Dense(base) = &self.weight.base;
-        base.dim(1)
+    pub(crate) fn inputs(&self) -> usize {
+        self.weight.base.shape().get(1).copied().unwrap_or(0)
     }
 
     /// # Shapes

@@ -18,6 +18,7 @@ mod joining;
 mod kernel;
 mod linear;
 mod norm;
+mod quantized_linear;
 pub mod reference;
 mod rope;
 #[cfg(any(test, feature = "cuda"))]

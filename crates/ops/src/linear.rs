@@ -1,7 +1,9 @@
-//! [`linear`]: a linear layer over a [`Weight`]; [`dense_linear`]: over a tensor, which may be frozen.
+//! [`linear`]: a linear layer over a [`Weight`]; [`dense_linear`]: over a tensor, which may be frozen. Quantised weights are
+//! in `quantized_linear.rs`.
 
-use crate::gemm::{self, GemmOperands, GemmShape};
+use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
 use crate::kernel::{contiguous, for_rows};
+use crate::quantized_linear::quantized_linear;
 use crate::reference;
 use crate::simd::{CpuFeatures, Element, Isa, SimdKernel, dispatch};
 use crate::strided_product::{StridedMatrix, strided_product};
@@ -24,8 +26,10 @@ use std::borrow::Cow;
 /// # Errors
 /// Shapes that contradict each other.
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-    let BaseWeight::Dense(base) = &weight.base;
-    let mut y = dense_linear(x, base, bias)?;
+    let mut y = match &weight.base {
+        BaseWeight::Dense(base) => dense_linear(x, base, bias)?,
+        BaseWeight::Quantized(matrix) => quantized_linear(x, matrix, bias)?,
+    };
     for LowRank { down, up, scale } in &weight.low_rank {
         let inner = (dense_linear(x, down, None)? * *scale)?; // (.., rank)
         y = (y + dense_linear(&inner, up, None)?)?;
@@ -179,13 +183,18 @@ fn product<S: BackendStorage>(x: (&S, &Layout), weight: (&S, &Layout)) -> Result
 
 /// Shape of x wᵀ.
 fn output_shape(x: &Layout, weight: &Layout) -> Result<Shape> {
-    let mut shape = x.dims().to_vec();
-    shape.pop();
-    shape.push(weight.shape().dims2()?.0);
-    Ok(shape.into())
+    Ok(with_channels(x, weight.shape().dims2()?.0))
 }
 
-type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
+/// The shape of x with `channels` channels.
+pub(crate) fn with_channels(x: &Layout, channels: usize) -> Shape {
+    let mut shape = x.dims().to_vec();
+    shape.pop();
+    shape.push(channels);
+    shape.into()
+}
+
+pub(crate) type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
 
 /// x wᵀ + b by [`gemm`], or none where candle is faster.
 fn by_gemm(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
@@ -212,7 +221,7 @@ fn by_gemm_of<E: Element<Work = f32>>(
     let x = elements::<E>(x)?;
     let weight = elements::<E>(weight)?;
     let bias = bias.map(elements::<E>).transpose()?;
-    let operands = GemmOperands { x: &x, weight: &weight, bias: bias.as_deref() };
+    let operands = GemmOperands { x: &x, weight: WeightRows::Dense(&weight), bias: bias.as_deref() };
     Ok(E::to_cpu_storage_owned(gemm::product(operands, shape, features)))
 }
 
@@ -231,7 +240,7 @@ fn elements<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Re
 }
 
 /// Rows of x, counted from its shape because they may be empty.
-fn row_count(x: &Layout) -> usize {
+pub(crate) fn row_count(x: &Layout) -> usize {
     x.dims().iter().rev().skip(1).product()
 }
 
@@ -242,7 +251,7 @@ fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) ->
     Ok((sum, shape))
 }
 
-fn add_rows<E: Element>(out: &mut [E], bias: &[E]) {
+pub(crate) fn add_rows<E: Element>(out: &mut [E], bias: &[E]) {
     for_rows(out, bias.len(), |_, out| dispatch(AddRows { out, bias }));
 }
 

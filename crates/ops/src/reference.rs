@@ -10,7 +10,15 @@ use clearform_weights::{BaseWeight, Weight};
 /// # Shapes
 /// x (.., inputs), weight (outputs, inputs), bias (outputs) -> (.., outputs).
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-    let BaseWeight::Dense(base) = &weight.base;
+    let base = match &weight.base {
+        BaseWeight::Dense(base) => base.clone(),
+        BaseWeight::Quantized(matrix) => {
+            let [rows, columns] = matrix.shape();
+            let mut values = vec![0.0; rows * columns];
+            matrix.dequantize(0, &mut values);
+            Tensor::from_vec(values, (rows, columns), x.device())?
+        }
+    };
     let mut sum = base.to_dtype(x.dtype())?;
     for term in &weight.low_rank {
         let product = term.up.to_dtype(x.dtype())?.matmul(&term.down.to_dtype(x.dtype())?)?;

@@ -38,13 +38,23 @@ impl<'a> StridedMatrix<'a> {
 /// Shapes that do not match, or matrices that are larger than their values.
 pub(crate) fn strided_product(a: StridedMatrix<'_>, b: StridedMatrix<'_>) -> Vec<f32> {
     let mut out = vec![0.0; a.rows * b.columns];
-    if out.is_empty() || a.columns == 0 {
-        return out;
+    strided_product_to(&mut out, b.columns, a, b);
+    out
+}
+
+/// Writes a b to `out`, whose rows begin `step` elements apart. With no columns of a it leaves `out` as it is.
+///
+/// # Panics
+/// As [`strided_product`], or `out` is too short.
+pub(crate) fn strided_product_to(out: &mut [f32], step: usize, a: StridedMatrix<'_>, b: StridedMatrix<'_>) {
+    if a.rows == 0 || b.columns == 0 || a.columns == 0 {
+        return;
     }
     assert!(a.columns == b.rows && a.is_inside() && b.is_inside());
+    assert!(step >= b.columns && (a.rows - 1) * step + b.columns <= out.len());
     let [a_row, a_column] = a.strides.map(|stride| stride as isize);
     let [b_row, b_column] = b.strides.map(|stride| stride as isize);
-    // SAFETY: all elements of a and b lie within their values, as checked above; out has a.rows rows of b.columns.
+    // SAFETY: all elements of a, b and out lie within their values, as checked above.
     unsafe {
         ::gemm::gemm(
             a.rows,
@@ -52,7 +62,7 @@ pub(crate) fn strided_product(a: StridedMatrix<'_>, b: StridedMatrix<'_>) -> Vec
             a.columns,
             out.as_mut_ptr(),
             1,
-            b.columns as isize,
+            step as isize,
             false,
             a.values.as_ptr(),
             a_column,
@@ -68,7 +78,6 @@ pub(crate) fn strided_product(a: StridedMatrix<'_>, b: StridedMatrix<'_>) -> Vec
             ::gemm::Parallelism::Rayon(current_num_threads()),
         );
     }
-    out
 }
 
 /// out = out · keep + a b · scale on this thread, with out (rows, columns), a (rows, inner) and b (inner, columns), all

@@ -6,9 +6,9 @@ use crate::weight_edits::{EditedRows, PlacedEdit, WeightEdits};
 use crate::{PluginError, Result};
 use candle_core::{D, DType, Device, Tensor};
 use clearform_weights::{
-    BaseWeight, InMemoryTensors, LowRank, RawTensor, TensorInfo, TensorSource, Weight, WeightsError,
+    BaseWeight, InMemoryTensors, LowRank, QuantizedMatrix, RawTensor, TensorInfo, TensorSource, Weight, WeightsError,
 };
-use std::collections::BTreeMap;
+use std::borrow::Borrow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,21 +23,24 @@ pub enum LowRankMode {
     Fused,
 }
 
-/// A source with the edits of one component of a pipeline.
-pub struct PatchedSource<'a, S> {
+/// A source with the edits of one component of a pipeline, which it borrows or shares.
+#[derive(Clone)]
+pub struct PatchedSource<S, E = Arc<WeightEdits>> {
     source: S,
-    edits: Option<&'a BTreeMap<String, Vec<PlacedEdit>>>,
+    edits: E,
+    component: String,
     mode: LowRankMode,
 }
 
-impl<'a, S: TensorSource> PatchedSource<'a, S> {
+impl<S: TensorSource, E: Borrow<WeightEdits>> PatchedSource<S, E> {
     /// Applies the edits of `component` to `source`.
-    pub fn new(source: S, edits: &'a WeightEdits, component: &str, mode: LowRankMode) -> Self {
-        Self { source, edits: edits.component(component), mode }
+    pub fn new(source: S, edits: E, component: &str, mode: LowRankMode) -> Self {
+        Self { source, edits, component: component.to_owned(), mode }
     }
 
-    fn edits(&self, name: &str) -> &'a [PlacedEdit] {
-        self.edits.and_then(|edits| edits.get(name)).map_or(&[], Vec::as_slice)
+    fn edits(&self, name: &str) -> &[PlacedEdit] {
+        let edits = self.edits.borrow().component(&self.component);
+        edits.and_then(|edits| edits.get(name)).map_or(&[], Vec::as_slice)
     }
 
     /// Whether every edit of the tensor `name` is a low-rank term to keep beside it.
@@ -93,7 +96,7 @@ impl<'a, S: TensorSource> PatchedSource<'a, S> {
     }
 }
 
-impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
+impl<S: TensorSource, E: Borrow<WeightEdits> + Send + Sync> TensorSource for PatchedSource<S, E> {
     fn tensors(&self) -> Vec<TensorInfo> {
         self.source.tensors().into_iter().map(|info| self.describe(info)).collect()
     }
@@ -128,11 +131,18 @@ impl<S: TensorSource> TensorSource for PatchedSource<'_, S> {
             return self.tensor(name).map(Weight::from);
         }
         let mut weight = self.source.weight(name)?;
-        let BaseWeight::Dense(base) = &weight.base;
         for edit in self.edits(name) {
-            weight.low_rank.push(edit.low_rank_term(base).map_err(|error| weights_error(name, error))?);
+            let term = edit.low_rank_term(&weight.base).map_err(|error| weights_error(name, error))?;
+            weight.low_rank.push(term);
         }
         Ok(weight)
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
+        match self.edits(name) {
+            [] => self.source.quantized_rows(name, rows),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -154,14 +164,15 @@ impl PlacedEdit {
         self.edit().kind == EditKind::LowRank && !self.edit().decomposed
     }
 
-    /// The edit as a term for `weight`, in its dtype and on its device.
-    fn low_rank_term(&self, weight: &Tensor) -> Result<LowRank> {
+    /// The edit as a term for `weight`, on its device.
+    fn low_rank_term(&self, weight: &BaseWeight) -> Result<LowRank> {
         let (EditValues::LowRank { down, up }, _) = self.adapter.values(self.edit)? else {
             return Err(self.adapter.edit_error(self.edit(), "it is low-rank, but has no factors"));
         };
-        let up = scatter_rows(&matrix(&up)?, &self.rows, weight.dim(0)?)?;
-        let down = widen(&matrix(&down)?, weight.elem_count() / weight.dim(0)?.max(1))?;
-        let like_weight = |factor: Tensor| factor.to_dtype(weight.dtype())?.to_device(weight.device());
+        let shape = weight.shape();
+        let up = scatter_rows(&matrix(&up)?, &self.rows, shape.first().copied().unwrap_or(1))?;
+        let down = widen(&matrix(&down)?, shape.iter().skip(1).product())?;
+        let like_weight = |factor: Tensor| factor.to_dtype(weight.term_dtype())?.to_device(weight.device());
         let scale = self.strength * self.edit().scale;
         Ok(LowRank { down: like_weight(down)?, up: like_weight(up)?, scale })
     }

@@ -35,6 +35,9 @@ pub enum RuntimeError {
         /// What was expected, what was found and what to do.
         reason: String,
     },
+    /// What was asked for does not fit into memory.
+    #[error("not enough memory: {0}")]
+    NotEnoughMemory(String),
     /// A setting that the model cannot use.
     #[error("{0}")]
     BadSetting(String),

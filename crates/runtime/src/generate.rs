@@ -76,7 +76,7 @@ impl Pipeline {
         let prompts = self.encode_prompts(std::slice::from_ref(&request.prompt), request.negative.as_ref())?;
         enter(hook, &PipelineStage::Loading(&prompts.truncated))?;
         let batch = self.prepare(ImageBatch { latents, prompts, schedule, scales, controls })?;
-        let transformer = self.own_transformer()?;
+        let transformer = self.own_transformer(generated, request.batch)?;
         let denoised = batch.denoise(transformer.as_ref(), &mut |step| hook(&PipelineStage::Step(step)))?;
         drop(transformer);
         enter(hook, &PipelineStage::Decoding(None))?;

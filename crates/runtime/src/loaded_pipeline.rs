@@ -17,7 +17,7 @@ impl Pipeline {
     /// Weights cannot be read.
     pub fn load(mut self) -> Result<LoadedPipeline> {
         self.held = Some(HeldWeights::default());
-        self.own_transformer()?;
+        self.own_transformer(self.native_size(), 1)?;
         self.autoencoder()?;
         Ok(LoadedPipeline(self))
     }

@@ -5,7 +5,7 @@ use crate::adapters::{ActiveControlNet, Adapters, EditedTransformer};
 use crate::gpu_limits::check_dtype;
 use crate::held_weights::HeldWeights;
 use crate::latent_spec::LatentSpec;
-use crate::{ComponentFiles, Components, ReadOptions, Result, TransformerCheckpoint};
+use crate::{ComponentFiles, Components, MemoryOptions, ReadOptions, Result, TransformerCheckpoint};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::VaeTiling;
@@ -40,6 +40,8 @@ pub struct PipelineOptions {
     pub resolution_binning: bool,
     /// Whether and how the VAE decodes images in tiles.
     pub vae_tiling: VaeTiling,
+    /// How much memory may be taken.
+    pub memory: MemoryOptions,
 }
 
 impl PipelineOptions {
@@ -59,6 +61,7 @@ impl PipelineOptions {
             adapters: Adapters::default(),
             resolution_binning: true,
             vae_tiling: VaeTiling::default(),
+            memory: MemoryOptions::default(),
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::gpu_limits::check_decodable;
 use crate::text::{PipelineTextEncoders, open_weights};
-use crate::{Pipeline, Result, RuntimeError, to_images};
+use crate::{Pipeline, PipelineOptions, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::text::TruncatedPrompt;
@@ -78,6 +78,7 @@ impl Pipeline {
             components: &self.components,
             edits: &self.edits,
             device: &self.options.device,
+            memory: self.options.memory,
             held: self.held.as_ref().map(|held| &held.encoders),
             truncated: RefCell::default(),
         };
@@ -85,12 +86,13 @@ impl Pipeline {
         Ok((conditions, encoders.truncated.into_inner()))
     }
 
-    /// Loads the transformer with `plan` and `dtype` instead of those of the options.
+    /// Loads the transformer with `plan` and `dtype` instead of those of the options, for one image of its native size.
     ///
     /// # Errors
-    /// A tensor is missing or has a wrong shape.
+    /// A tensor is missing or has a wrong shape, or the transformer does not fit into memory.
     pub fn load_transformer(&self, plan: &AttentionPlan, dtype: Option<DType>) -> Result<Box<dyn Denoiser>> {
-        self.transformer.build(plan, dtype, &self.options.device)
+        let residency = self.transformer_residency(self.native_size(), 1)?;
+        self.transformer.build_with(plan, dtype, &self.options.device, residency)
     }
 
     /// The noise that diffusers generates with `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` for the
@@ -257,9 +259,14 @@ impl Pipeline {
         Ok(Tensor::cat(&decoded, 0)?)
     }
 
-    /// The transformer with the plan and dtype of the options, from memory if the pipeline is loaded.
-    pub(crate) fn own_transformer(&self) -> Result<Arc<dyn Denoiser>> {
-        let load = || self.load_transformer(self.plan(), self.options.dtype).map(Arc::from);
+    /// The transformer with the plan and dtype of the options, for `batch` images of `size`; from memory if the pipeline is
+    /// loaded.
+    pub(crate) fn own_transformer(&self, size: ImageSize, batch: usize) -> Result<Arc<dyn Denoiser>> {
+        let load = || {
+            let residency = self.transformer_residency(size, batch)?;
+            let PipelineOptions { dtype, device, .. } = &self.options;
+            self.transformer.build_with(self.plan(), *dtype, device, residency).map(Arc::from)
+        };
         match &self.held {
             Some(held) => held.transformer.get_or_load(load),
             None => load(),

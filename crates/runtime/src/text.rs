@@ -2,7 +2,8 @@
 //! call. How their outputs are combined is up to the family.
 
 use crate::held_weights::Held;
-use crate::{Components, Result, RuntimeError};
+use crate::pipeline_memory::planned_encoder;
+use crate::{Components, MemoryOptions, MemoryPlan, Residency, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_models::ModelError;
 use clearform_models::text::{
@@ -10,7 +11,7 @@ use clearform_models::text::{
     TruncatedPrompt,
 };
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_weights::{InMemoryTensors, StreamedSource, TensorSource};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,8 +20,9 @@ use std::sync::Arc;
 /// The text encoders of a pipeline, with the edits of adapters.
 pub(crate) struct PipelineTextEncoders<'a> {
     pub components: &'a Components,
-    pub edits: &'a WeightEdits,
+    pub edits: &'a Arc<WeightEdits>,
     pub device: &'a Device,
+    pub memory: MemoryOptions,
     /// Encoders that stay in memory, if the pipeline is loaded.
     pub held: Option<&'a Held<BTreeMap<&'static str, Arc<dyn TextEncoder>>>>,
     /// What was cut off prompts so far: families return conditions alone.
@@ -62,8 +64,18 @@ impl TextEncoders for PipelineTextEncoders<'_> {
 impl PipelineTextEncoders<'_> {
     /// Loads the encoder that `request` names.
     fn load(&self, request: &TextRequest) -> Result<Arc<dyn TextEncoder>> {
-        let load = self.class(request)?.load;
-        Ok(load(&EncoderComponent { encoders: self, component: request.component })?.into())
+        let TextEncoderClass { load, streams, .. } = self.class(request)?;
+        let residency = if *streams { self.residency(request.component)? } else { Residency::InMemory };
+        Ok(load(&EncoderComponent { encoders: self, component: request.component, residency })?.into())
+    }
+
+    /// Where the blocks of the encoder `component` are while it runs.
+    fn residency(&self, component: &str) -> Result<Residency> {
+        if !self.device.is_cpu() {
+            return Ok(Residency::InMemory);
+        }
+        let planned = planned_encoder(self.components, component)?;
+        Ok(MemoryPlan::fit(vec![planned], self.memory)?.residency(component))
     }
 
     fn get_or_load(
@@ -101,6 +113,7 @@ impl PipelineTextEncoders<'_> {
 struct EncoderComponent<'a> {
     encoders: &'a PipelineTextEncoders<'a>,
     component: &'static str,
+    residency: Residency,
 }
 
 impl EncoderComponent<'_> {
@@ -119,13 +132,17 @@ impl EncoderComponent<'_> {
     }
 
     /// Weights in their stored dtype, which encoders convert where they use them, with low-rank edits beside them.
-    fn open_weights(&self) -> Result<PatchedSource<'_, Box<dyn TensorSource>>> {
+    fn open_weights(&self) -> Result<Box<dyn TensorSource>> {
         let PipelineTextEncoders { components, edits, device, .. } = *self.encoders;
         let mut stored = components.weights(self.component)?;
         if !device.is_cpu() {
             stored = Box::new(InMemoryTensors::load(&stored, None, device)?);
         }
-        Ok(PatchedSource::new(stored, edits, self.component, LowRankMode::Separate))
+        let patched = PatchedSource::new(stored, edits.clone(), self.component, LowRankMode::Separate);
+        Ok(match self.residency {
+            Residency::InMemory => Box::new(patched),
+            Residency::Streamed => Box::new(StreamedSource(Arc::new(patched))),
+        })
     }
 }
 
@@ -135,7 +152,7 @@ impl TextEncoderFiles for EncoderComponent<'_> {
     }
 
     fn weights(&self) -> clearform_models::Result<Box<dyn TensorSource + '_>> {
-        Ok(Box::new(self.open_weights().map_err(model_error)?))
+        self.open_weights().map_err(model_error)
     }
 
     fn tokenizer_file(&self, name: &str) -> clearform_models::Result<Option<Vec<u8>>> {

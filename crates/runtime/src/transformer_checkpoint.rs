@@ -3,15 +3,16 @@
 
 use crate::files::{read_json, transformer_path};
 use crate::gpu_limits::{check_dtype, default_dtype};
-use crate::{Result, RuntimeError};
+use crate::{Residency, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
 use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorInfo, TensorSource};
+use clearform_weights::{Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,9 +34,68 @@ pub struct TransformerCheckpoint {
     architecture: Box<dyn Architecture>,
     families: FamilyRegistry,
     identified: Identified,
-    canonical: CanonicalSource<Dequantized<Arc<Checkpoint>>>,
+    canonical: Arc<CanonicalSource<Dequantized<Arc<Checkpoint>>>>,
     edits: Arc<WeightEdits>,
     low_rank: LowRankMode,
+}
+
+/// Bytes of a component's weights as they are held in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct WeightBytes {
+    /// All of them.
+    pub total: u64,
+    /// Those of the largest block.
+    pub largest_block: u64,
+    /// Those of no block.
+    pub outside: u64,
+}
+
+impl WeightBytes {
+    /// Those of `source`, whose plain tensors are converted to `dtype`.
+    pub fn of(source: &dyn TensorSource, dtype: Option<DType>) -> Self {
+        let mut blocks: BTreeMap<String, u64> = BTreeMap::new();
+        let mut bytes = Self::default();
+        for info in source.tensors() {
+            let held = held_bytes(source, &info, dtype);
+            bytes.total += held;
+            match block_of(&info.name) {
+                Some(block) => *blocks.entry(block.to_owned()).or_default() += held,
+                None => bytes.outside += held,
+            }
+        }
+        Self { largest_block: blocks.into_values().max().unwrap_or(0), ..bytes }
+    }
+
+    /// What is in memory while blocks are streamed: one that computes and the next.
+    pub fn streamed(self) -> u64 {
+        self.total.min(self.outside + 2 * self.largest_block)
+    }
+}
+
+fn held_bytes(source: &dyn TensorSource, info: &TensorInfo, dtype: Option<DType>) -> u64 {
+    let first_row = match info.shape[..] {
+        [1.., _] => source.quantized_rows(&info.name, 0..1).ok().flatten(),
+        _ => None,
+    };
+    match (first_row, dtype) {
+        (Some(row), _) => info.shape[0] as u64 * row.byte_count() as u64,
+        (None, Some(dtype)) => info.element_count() * dtype.size_in_bytes() as u64,
+        (None, None) => info.byte_count(),
+    }
+}
+
+/// The block that a tensor belongs to: what its name begins with, up to the first number.
+fn block_of(name: &str) -> Option<&str> {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let mut end = 0;
+    for part in name.split('.') {
+        end += part.len();
+        if is_number(part) {
+            return Some(&name[..end]);
+        }
+        end += 1;
+    }
+    None
 }
 
 /// The name of this component in a pipeline, which adapters use.
@@ -107,7 +167,7 @@ impl TransformerCheckpoint {
             architecture,
             families,
             identified,
-            canonical,
+            canonical: Arc::new(canonical),
             edits: Arc::default(),
             low_rank: LowRankMode::default(),
         })
@@ -163,22 +223,31 @@ impl TransformerCheckpoint {
     }
 
     /// Its tensors under canonical names, with the edits of adapters applied.
-    pub fn source(&self) -> impl TensorSource + '_ {
-        self.edited(&self.canonical)
+    pub fn source(&self) -> impl TensorSource + use<> {
+        self.edited(self.canonical.clone())
     }
 
-    fn edited<S: TensorSource>(&self, source: S) -> PatchedSource<'_, S> {
-        PatchedSource::new(source, &self.edits, TRANSFORMER, self.low_rank)
+    fn edited<S: TensorSource>(&self, source: S) -> PatchedSource<S> {
+        PatchedSource::new(source, self.edits.clone(), TRANSFORMER, self.low_rank)
     }
 
-    /// The dtype of its largest tensor if `device` computes in it, else [`default_dtype`]. CPUs do not compute in f16: there
-    /// are no kernels for it, and some norms exceed its range.
+    /// The dtype of its largest tensor if `device` computes in it, bf16 if that is quantised, else [`default_dtype`]. CPUs
+    /// do not compute in f16: there are no kernels for it, and some norms exceed its range.
     pub fn dtype(&self, device: &Device) -> DType {
         let tensors = self.canonical.tensors();
         let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
-        let stored = largest.and_then(|info| DType::try_from(info.dtype).ok());
+        let stored = largest.and_then(|info| match self.is_quantized(info) {
+            true => Some(DType::BF16),
+            false => DType::try_from(info.dtype).ok(),
+        });
         let computes = |dtype: &DType| *dtype == DType::BF16 || (*dtype == DType::F16 && !device.is_cpu());
         stored.filter(computes).unwrap_or_else(|| default_dtype(device))
+    }
+
+    /// Whether the tensor `info` is a matrix that stays quantised in memory.
+    fn is_quantized(&self, info: &TensorInfo) -> bool {
+        let first_row = || self.canonical.quantized_rows(&info.name, 0..1).ok().flatten();
+        matches!(info.shape[..], [1.., _]) && first_row().is_some()
     }
 
     /// Refuses a plan that names a layer which the model does not have.
@@ -191,22 +260,44 @@ impl TransformerCheckpoint {
         plan.check_layers(&layers).map_err(|error| RuntimeError::BadSetting(error.to_string()))
     }
 
-    /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes.
+    /// As [`Self::build_with`], with all weights in memory.
+    ///
+    /// # Errors
+    /// As [`Self::build_with`].
+    pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
+        self.build_with(plan, dtype, device, Residency::InMemory)
+    }
+
+    /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes; on a CPU quantised
+    /// matrices stay quantised in any case. On a GPU all weights are in its memory.
     ///
     /// # Errors
     /// A file cannot be read, the plan does not fit the model, or the device has no attention kernel for `dtype`.
-    pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
+    pub fn build_with(
+        &self,
+        plan: &AttentionPlan,
+        dtype: Option<DType>,
+        device: &Device,
+        residency: Residency,
+    ) -> Result<Box<dyn Denoiser>> {
         self.check_plan(plan)?;
         if let Some(dtype) = dtype {
             check_dtype(device, dtype)?;
         }
-        let denoiser = if dtype.is_none() && device.is_cpu() {
-            self.architecture.build(&self.source(), plan)?
-        } else {
+        if !device.is_cpu() {
             let in_memory = InMemoryTensors::load(&self.canonical, dtype, device)?;
-            self.architecture.build(&self.edited(&in_memory), plan)?
-        };
-        Ok(SeparateSamples::if_small(denoiser, self.parameters(), device))
+            return Ok(self.architecture.build(&self.edited(in_memory), plan)?);
+        }
+        let source = self.edited(ConvertedSource::new(self.canonical.clone(), dtype));
+        if residency == Residency::Streamed {
+            return Ok(self.architecture.build(&StreamedSource(Arc::new(source)), plan)?);
+        }
+        Ok(SeparateSamples::if_small(self.architecture.build(&source, plan)?, self.parameters(), device))
+    }
+
+    /// Bytes of its weights as [`Self::build_with`] holds them.
+    pub(crate) fn weight_bytes(&self, dtype: Option<DType>) -> WeightBytes {
+        WeightBytes::of(&self.canonical, dtype)
     }
 
     /// Number of parameters of the transformer.

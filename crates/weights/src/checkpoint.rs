@@ -6,7 +6,10 @@
 use crate::folder::{FolderContents, ShardIndex};
 use crate::header::{Header, HeaderEntry};
 use crate::module_prefixes::unwrapped;
-use crate::{RawTensor, Result, TensorFile, TensorInfo, TensorSource, WeightsError, gguf, json, torch};
+use crate::{
+    QuantizedFormat, QuantizedMatrix, RawTensor, Result, TensorFile, TensorInfo, TensorSource, WeightsError, gguf,
+    json, torch,
+};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -218,6 +221,15 @@ impl TensorSource for Checkpoint {
             return Err(WeightsError::BadTensor { name: name.to_owned(), reason });
         }
         file.read_view(&entry.view, range.start as u64..range.end as u64)
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<QuantizedMatrix>> {
+        let (file, entry) = self.find(name)?;
+        let (Some((format, _)), [count, columns]) = (entry.view.blocks(), &entry.shape[..]) else { return Ok(None) };
+        let format = QuantizedFormat::Blocks(format);
+        let Some(row) = format.row_bytes(*columns).filter(|_| rows.end <= *count) else { return Ok(None) };
+        let bytes = file.read_blocks(&entry.view, (rows.start * row) as u64..(rows.end * row) as u64)?;
+        QuantizedMatrix::new(format, [rows.len(), *columns], bytes, Vec::new()).map(Some)
     }
 }
 

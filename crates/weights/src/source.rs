@@ -1,9 +1,10 @@
 //! [`TensorSource`]: the trait through which models, layouts and writers read tensors, from a file or from memory.
 
-use crate::{Result, Weight, WeightsError};
+use crate::{QuantizedMatrix, Result, Weight, WeightsError};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 pub use safetensors::Dtype;
 
@@ -85,13 +86,34 @@ pub trait TensorSource: Send + Sync {
         self.read(name)?.to_tensor(name)
     }
 
-    /// The same tensor as a [`Weight`] to multiply by, whose low-rank terms may be beside it instead of in it. Most
-    /// sources have no terms.
+    /// Some rows of the matrix `name` as they are stored, if that is a quantised format; `None` of other tensors, and
+    /// where values are not those of the file. Sources that present the tensors of another pass its rows on.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<QuantizedMatrix>> {
+        let _ = (name, rows);
+        Ok(None)
+    }
+
+    /// Itself, if a model shall read its blocks from it again and again while it runs, instead of keeping them
+    /// ([`StreamedSource`](crate::StreamedSource)).
+    fn streamed(&self) -> Option<Arc<dyn TensorSource>> {
+        None
+    }
+
+    /// The same tensor as a [`Weight`] to multiply by: a matrix in a quantised format stays in it, and low-rank terms
+    /// may be beside it instead of in it. Most sources have no terms.
     ///
     /// # Errors
     /// As [`Self::tensor`].
     fn weight(&self, name: &str) -> Result<Weight> {
-        self.tensor(name).map(Weight::from)
+        let shape = self.info(name).map(|info| info.shape).unwrap_or_default();
+        let quantized = match shape[..] {
+            [rows, _] => self.quantized_rows(name, 0..rows)?,
+            _ => None,
+        };
+        quantized.map_or_else(|| self.tensor(name).map(Weight::from), |matrix| Ok(matrix.into()))
     }
 }
 
@@ -121,12 +143,30 @@ where
         (**self).tensor(name)
     }
 
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<QuantizedMatrix>> {
+        (**self).quantized_rows(name, rows)
+    }
+
+    fn streamed(&self) -> Option<Arc<dyn TensorSource>> {
+        (**self).streamed()
+    }
+
     fn weight(&self, name: &str) -> Result<Weight> {
         (**self).weight(name)
     }
 }
 
 impl RawTensor {
+    /// The values of `tensor`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn of(tensor: &Tensor) -> Result<Self> {
+        use safetensors::View;
+        let bytes = tensor.contiguous()?.data().into_owned();
+        Ok(Self { dtype: tensor.dtype().into(), shape: tensor.dims().to_vec(), bytes })
+    }
+
     /// Copies the values into a tensor on the CPU; `name` is only used in the error.
     ///
     /// # Errors
@@ -189,11 +229,7 @@ impl TensorSource for InMemoryTensors {
     }
 
     fn read(&self, name: &str) -> Result<RawTensor> {
-        use safetensors::View;
-        let tensor = self.tensor(name)?;
-        let TensorInfo { dtype, shape, .. } = describe(name, &tensor);
-        let bytes = tensor.contiguous()?.data().into_owned();
-        Ok(RawTensor { dtype, shape, bytes })
+        RawTensor::of(&self.tensor(name)?)
     }
 
     fn tensor(&self, name: &str) -> Result<Tensor> {

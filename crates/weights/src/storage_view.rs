@@ -97,6 +97,11 @@ impl StorageView {
         }
     }
 
+    /// Reads the stored bytes `range` of a view of all blocks of a record, without unpacking them.
+    pub fn read_blocks(&self, file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
+        files::read_at(file, self.record.bytes.start + range.start, (range.end - range.start) as usize)
+    }
+
     /// Reads everything between the first and the last row of `range` at once and picks the values from it: reading
     /// each run by itself could take millions of reads. `rows` is (bytes of a row, stride between rows, axes within a
     /// row).

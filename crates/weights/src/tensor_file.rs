@@ -39,6 +39,11 @@ impl TensorFile {
         self.with_path(view.read(&self.file, range))
     }
 
+    /// Reads the stored bytes `range` of the quantised blocks that `view` covers.
+    pub(crate) fn read_blocks(&self, view: &StorageView, range: Range<u64>) -> Result<Vec<u8>> {
+        self.with_path(view.read_blocks(&self.file, range))
+    }
+
     /// Reads all of `record`, unpacked.
     pub(crate) fn read_record(&self, record: &FileRange) -> Result<Vec<u8>> {
         self.with_path(record.read(&self.file, 0..record.size))

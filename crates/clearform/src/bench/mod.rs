@@ -1,11 +1,13 @@
 //! Timings on this machine. BENCHMARKS.md compares them with those of other implementations.
 
 mod attention;
+mod random_weights;
 mod step;
 mod tiles;
 mod vae;
 
 pub use attention::{AttentionBench, AttentionTiming, bench_attention};
+pub use random_weights::WeightFormat;
 pub use step::{ModelBench, StepBench, StepRow, StepTable, StepTiming, bench_model, bench_step};
 pub use tiles::{TileRow, TileTable, TilesBench, bench_tiles};
 pub use vae::{VaeBench, VaeRow, VaeTable, bench_vae};

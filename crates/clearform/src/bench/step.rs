@@ -1,19 +1,21 @@
 //! [`bench_step`] and [`bench_model`]: time one evaluation of a transformer on random inputs.
 
+use super::random_weights::{RandomWeights, WeightFormat};
 use super::{median_ms, parse_grid};
 use crate::sources::{open_transformer_with, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 use clearform_attention::AttentionPlan;
 use clearform_layout::Manifests;
 use clearform_models::families::flux::Flux;
 use clearform_models::{Architecture, InputSizes, ModelFamily as _, random_input};
-use clearform_runtime::check_dtype;
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_runtime::{Residency, check_dtype};
+use clearform_weights::{InMemoryTensors, StreamedSource, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// How one evaluation on random inputs is timed.
 #[derive(Debug, Clone)]
@@ -43,6 +45,10 @@ pub struct StepBench {
     pub grid: String,
     /// Attention plan.
     pub attention: AttentionPlan,
+    /// How the weights are stored; `None` is in the dtype to compute in.
+    pub format: Option<WeightFormat>,
+    /// Where the weights of its blocks are while it runs.
+    pub residency: Residency,
     /// How it is timed.
     pub timing: StepTiming,
 }
@@ -71,9 +77,15 @@ pub fn bench_step(bench: &StepBench) -> Result<StepRow> {
     let timing = &bench.timing;
     let device = timing.device.open()?;
     check_dtype(&device, timing.dtype.into())?;
-    let weights = random_weights(&config, timing.dtype.into(), &device)?;
+    let format = bench.format.unwrap_or(WeightFormat::Dense(timing.dtype.into()));
+    let random = RandomWeights::new(Manifests::embedded()?.expected(Flux.name(), &config)?, format)?;
+    let weights: Box<dyn TensorSource> = match bench.residency {
+        _ if !device.is_cpu() => Box::new(InMemoryTensors::load(&random, Some(timing.dtype.into()), &device)?),
+        Residency::InMemory => Box::new(random),
+        Residency::Streamed => Box::new(StreamedSource(Arc::new(random))),
+    };
     let architecture = Flux.parse(&config)?;
-    let model = StepModel { architecture: architecture.as_ref(), weights: &weights, timing, device };
+    let model = StepModel { architecture: architecture.as_ref(), weights: weights.as_ref(), timing, device };
     let grids = std::slice::from_ref(&bench.grid);
     Ok(model.rows(&bench.attention, grids)?.remove(0))
 }
@@ -109,16 +121,6 @@ fn config(bench: &StepBench) -> Result<Value> {
         "attention_head_dim": head_dim, "num_attention_heads": width / head_dim,
         "width": width, "axes_dims_rope": [head_dim - 2 * axis, axis, axis],
     }))
-}
-
-fn random_weights(config: &Value, dtype: DType, device: &Device) -> Result<InMemoryTensors> {
-    let expected = Manifests::embedded()?.expected(Flux.name(), config)?;
-    let random = |shape: Vec<usize>| Tensor::randn(0f32, 0.02, shape, device)?.to_dtype(dtype);
-    let tensors = expected.into_iter().filter(|tensor| !tensor.optional);
-    let shapes =
-        tensors.filter_map(|tensor| Some((tensor.name, tensor.shape.into_iter().collect::<Option<Vec<_>>>()?)));
-    let weights = shapes.map(|(name, shape)| Ok((name, random(shape)?)));
-    Ok(InMemoryTensors::from_iter(weights.collect::<Result<Vec<_>>>()?))
 }
 
 /// A transformer, and how it is timed.

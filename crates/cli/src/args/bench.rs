@@ -3,6 +3,7 @@
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
 use super::{DeviceArgs, DtypeArg, SourceArgs, finite};
 use clap::{Args, Subcommand};
+use clearform::bench::WeightFormat;
 use std::path::PathBuf;
 
 /// `clearform bench`.
@@ -87,6 +88,12 @@ pub struct StepBenchArgs {
     /// Attention plan: `full`, `clear:r=R[,d=D]`, or a TOML file with a plan per layer.
     #[arg(long, default_value = "clear:r=16", value_name = "PLAN", help_heading = ATTENTION)]
     pub attention: String,
+    /// How the weights are stored: f32, bf16, fp8_e4m3fn, q8_0, q4_k and so on [default: the dtype to compute in].
+    #[arg(long, value_name = "FORMAT", help_heading = INPUT)]
+    pub format: Option<WeightFormat>,
+    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
+    #[arg(long, help_heading = DEVICE)]
+    pub streamed: bool,
     /// What is the same for every evaluation.
     #[command(flatten)]
     pub timing: TimingArgs,

@@ -1,7 +1,7 @@
 //! The arguments of `clearform generate` and `clearform forward`.
 
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, SeedArg, SourceArgs, finite};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SeedArg, SourceArgs, finite};
 use clap::Args;
 use clearform::TilingMode;
 use std::path::PathBuf;
@@ -95,6 +95,9 @@ pub struct GenerateArgs {
     /// Width and height of these tiles [default: 768].
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(64..), help_heading = DEVICE)]
     pub vae_tile_size: Option<u32>,
+    /// How much memory may be taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `clearform forward`.

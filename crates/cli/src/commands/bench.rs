@@ -9,7 +9,7 @@ use clearform::bench::{
     AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, VaeBench, bench_attention, bench_model, bench_step,
     bench_tiles, bench_vae,
 };
-use clearform::{AttentionPlan, Radius, parse_plan};
+use clearform::{AttentionPlan, Radius, Residency, parse_plan};
 
 /// Runs one of the benchmarks.
 pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
@@ -49,6 +49,8 @@ fn step(args: &StepBenchArgs) -> anyhow::Result<StepBench> {
         single: args.single,
         grid: args.grid.clone(),
         attention: parse_plan(&args.attention)?,
+        format: args.format,
+        residency: if args.streamed { Residency::Streamed } else { Residency::InMemory },
         timing: timing(&args.timing),
     })
 }

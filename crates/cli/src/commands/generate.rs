@@ -102,6 +102,7 @@ fn options(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> anyh
         control_mask: args.control_mask.clone(),
         device: args.running.device,
         dtype: args.dtype.map(Into::into),
+        memory: (&args.memory).into(),
         ..GenerateOptions::new(&args.model, prompt(args, recorded))
     })
 }

@@ -7,7 +7,7 @@
 use crate::error::{LayoutError, Result};
 use crate::mapping::load_report::{LoadReport, TensorOutcome};
 use candle_core::Tensor;
-use clearform_weights::{RawTensor, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{QuantizedMatrix, RawTensor, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -73,6 +73,16 @@ impl<S: TensorSource> MappedSource<S> {
         self.tensors.get(name).ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
     }
 
+    /// The rows of an input that `piece` of a matrix is; `None` if it is none of its rows.
+    fn rows_of(&self, piece: &ByteSlice, assembly: &TensorAssembly) -> Option<Range<usize>> {
+        let input = self.source.info(&piece.tensor)?;
+        let ([_, columns], [rows, input_columns]) = (&assembly.info.shape[..], &input.shape[..]) else { return None };
+        let row = size(&input).checked_div(*rows).filter(|row| *row > 0)?;
+        let is_rows = columns == input_columns && !assembly.transposed;
+        let is_whole = piece.bytes.start.is_multiple_of(row) && piece.bytes.end.is_multiple_of(row);
+        (is_rows && is_whole).then(|| piece.bytes.start / row..piece.bytes.end / row)
+    }
+
     /// Tensors that the layout stores once must be equal, or values would be lost silently.
     fn check_duplicates(&self, assembly: &TensorAssembly) -> std::result::Result<(), WeightsError> {
         let (Some(original), false) = (&assembly.original, assembly.duplicates.is_empty()) else { return Ok(()) };
@@ -113,6 +123,25 @@ impl<S: TensorSource> TensorSource for MappedSource<S> {
         }
         let bytes = if assembly.transposed { transpose(&bytes, info) } else { bytes };
         Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+    }
+
+    /// Rows that are whole rows of inputs keep their format.
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
+        let assembly = self.find(name)?;
+        self.check_duplicates(assembly)?;
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for piece in &assembly.pieces {
+            let Some(own) = self.rows_of(piece, assembly) else { return Ok(None) };
+            let wanted = rows.start.clamp(first, first + own.len())..rows.end.clamp(first, first + own.len());
+            if !wanted.is_empty() {
+                let wanted = own.start + wanted.start - first..own.start + wanted.end - first;
+                let Some(part) = self.source.quantized_rows(&piece.tensor, wanted)? else { return Ok(None) };
+                parts.push(part);
+            }
+            first += own.len();
+        }
+        Ok(QuantizedMatrix::joined(parts))
     }
 
     /// A tensor that is a whole input shares its storage with the source.

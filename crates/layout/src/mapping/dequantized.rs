@@ -9,7 +9,8 @@ use crate::manifest::Manifests;
 use crate::mapping::load_report::{LoadReport, UncomputableTensor};
 use candle_core::{DType, Tensor};
 use clearform_weights::{
-    Checkpoint, Dtype, Fp8, RawTensor, StoredTensor, TensorInfo, TensorSource, WeightsError, is_weight_dtype,
+    Checkpoint, Dtype, Fp8, QuantizedFormat, QuantizedMatrix, RawTensor, StoredTensor, TensorInfo, TensorSource,
+    WeightsError, is_weight_dtype,
 };
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -314,6 +315,18 @@ impl<S: TensorSource> TensorSource for Dequantized<S> {
         Ok(bytes)
     }
 
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
+        self.check_visible(name)?;
+        let Some(weight) = self.weights.get(name) else { return self.source.quantized_rows(name, rows) };
+        match self.source.info(name).map(|info| info.shape).unwrap_or_default()[..] {
+            [count, columns] if rows.end <= count => {
+                let bytes = self.source.read_range(name, rows.start * columns..rows.end * columns)?;
+                weight.rows(&rows, columns, bytes).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
     fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
         self.check_visible(name)?;
         match self.weights.contains_key(name) {
@@ -340,6 +353,15 @@ impl Fp8Weight {
     /// The tensor `info` as an fp8 weight without a scale, if it is fp8.
     fn unscaled(info: &TensorInfo) -> Option<Self> {
         Some(Self { format: Fp8::of(info.dtype)?, scales: Scales::PerTensor(1.0), scaled: false })
+    }
+
+    /// The rows `rows` of a matrix, whose values are `bytes`.
+    fn rows(&self, rows: &Range<usize>, columns: usize, bytes: Vec<u8>) -> clearform_weights::Result<QuantizedMatrix> {
+        let scales = match &self.scales {
+            Scales::PerTensor(scale) => vec![*scale],
+            Scales::PerRow { scales, .. } => scales[rows.clone()].to_vec(),
+        };
+        QuantizedMatrix::new(QuantizedFormat::Fp8(self.format), [rows.len(), columns], bytes, scales)
     }
 
     /// The values of `stored`, a range of the tensor that begins at its element `first`.

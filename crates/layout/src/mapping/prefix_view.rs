@@ -1,7 +1,7 @@
 //! [`PrefixView`]: the tensors of a source whose names have a prefix, under their names without it.
 
 use candle_core::{DType, Device, Tensor};
-use clearform_weights::{InMemoryTensors, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{InMemoryTensors, QuantizedMatrix, RawTensor, Result, TensorInfo, TensorSource, WeightsError};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -97,6 +97,13 @@ impl<S: TensorSource> TensorSource for PrefixView<S> {
         match self.added.info(name) {
             Some(_) => self.added.tensor(name),
             None => self.source.tensor(&self.in_source(name)?),
+        }
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<QuantizedMatrix>> {
+        match self.added.info(name) {
+            Some(_) => Ok(None),
+            None => self.source.quantized_rows(&self.in_source(name)?, rows),
         }
     }
 }

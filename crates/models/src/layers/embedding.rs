@@ -37,7 +37,7 @@ impl FeedForward {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        by_tokens([x], self.down.inputs()?, |[x]| self.down.forward(&gelu(&self.up.forward(x)?)?))
+        by_tokens([x], self.down.inputs(), |[x]| self.down.forward(&gelu(&self.up.forward(x)?)?))
     }
 }
 

@@ -28,7 +28,7 @@ impl PatchEmbed {
 
     /// Channels that it takes.
     pub(crate) fn channels(&self) -> Result<usize> {
-        Ok(self.projection.inputs()? / (self.patch_size * self.patch_size))
+        Ok(self.projection.inputs() / (self.patch_size * self.patch_size))
     }
 
     /// Tokens of `latents` in raster order.

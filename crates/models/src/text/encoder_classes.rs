@@ -8,12 +8,14 @@ use crate::Result;
 pub struct TextEncoderClass {
     /// Its names in transformers, as in the key `architectures` of config.json.
     pub names: &'static [&'static str],
+    /// Whether it reads its blocks one by one from a source that is streamed.
+    pub streams: bool,
     /// Loads one.
     pub load: fn(&dyn TextEncoderFiles) -> Result<Box<dyn TextEncoder>>,
 }
 
 /// Every class of text encoders.
 pub const TEXT_ENCODERS: &[TextEncoderClass] = &[
-    TextEncoderClass { names: &["CLIPTextModel", "CLIPTextModelWithProjection"], load: load_clip },
-    TextEncoderClass { names: &["T5EncoderModel", "T5ForConditionalGeneration"], load: load_t5 },
+    TextEncoderClass { names: &["CLIPTextModel", "CLIPTextModelWithProjection"], streams: false, load: load_clip },
+    TextEncoderClass { names: &["T5EncoderModel", "T5ForConditionalGeneration"], streams: true, load: load_t5 },
 ];

@@ -7,10 +7,11 @@ mod relative_position;
 use super::checked_ids;
 use crate::Result;
 use crate::config_keys::{ConfigKeys, bad};
-use crate::layers::expect;
+use crate::layers::{Blocks, TokenEmbedding, expect};
 use crate::weight_builder::WeightBuilder;
 use block::{ScoreBias, T5Block, T5LayerNorm};
 use candle_core::{DType, Tensor};
+use clearform_attention::AttentionPlan;
 use clearform_weights::TensorSource;
 use relative_position::RelativePositions;
 use serde_json::Value;
@@ -53,15 +54,15 @@ enum T5Activation {
     Silu,
 }
 
-/// The encoder of T5, transformers' `T5EncoderModel`. It computes in f32; weights keep their stored dtype.
-#[derive(Debug)]
+/// The encoder of T5, transformers' `T5EncoderModel`. It computes in f32; weights stay in memory as they are stored, or
+/// the blocks are streamed.
 pub struct T5Encoder {
     config: T5Config,
     /// (vocabulary, width).
-    embedding: Tensor,
+    embedding: TokenEmbedding,
     /// Those of the first block.
     positions: RelativePositions,
-    blocks: Vec<T5Block>,
+    blocks: Blocks<T5Block>,
     final_norm: T5LayerNorm,
 }
 
@@ -125,11 +126,10 @@ impl T5Encoder {
         let encoder = root.pp("encoder");
         let is_tied = !root.has(EMBEDDING) && root.has(TIED_EMBEDDING);
         let embedding = if is_tied { TIED_EMBEDDING } else { EMBEDDING };
-        let block = |index| T5Block::load(&encoder.pp("block").pp(index), &config, index);
         Ok(Self {
-            embedding: root.shaped(embedding, &[config.vocabulary, config.width])?,
+            embedding: TokenEmbedding::load(&root, embedding, [config.vocabulary, config.width])?,
             positions: RelativePositions::load(&encoder.pp("block.0.layer.0.SelfAttention"), &config)?,
-            blocks: (0..config.blocks).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::load(config.blocks, &config, source, &AttentionPlan::full())?,
             final_norm: T5LayerNorm::load(&encoder.pp("final_layer_norm"), &config)?,
             config,
         })
@@ -159,10 +159,11 @@ impl T5Encoder {
 
     fn encode_part(&self, ids: &Tensor, mask: Option<Tensor>) -> Result<Tensor> {
         let (batch, tokens) = ids.dims2()?;
-        let embedded = self.embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(DType::F32)?;
+        let embedded = self.embedding.rows(&ids.flatten_all()?)?;
         let mut x = embedded.reshape((batch, tokens, ()))?;
         let mut bias = ScoreBias { positions: self.positions.bias(tokens)?, mask };
-        for block in &self.blocks {
+        for index in 0..self.config.blocks {
+            let block = self.blocks.get(index)?;
             if let Some(positions) = block.positions() {
                 bias.positions = positions.bias(tokens)?;
             }

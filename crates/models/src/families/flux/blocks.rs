@@ -165,7 +165,7 @@ impl SingleBlock {
             let mlp = gelu(&self.mlp.forward(normed)?)?; // (batch, tokens, 4 width)
             self.out.forward(&concatenate(&[attended, &mlp], 2)?)
         };
-        Ok(by_tokens([&attended, normed], self.out.inputs()?, project)?)
+        Ok(by_tokens([&attended, normed], self.out.inputs(), project)?)
     }
 }
 

@@ -96,7 +96,7 @@ impl MinrfBlock {
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, down, up] = &self.mlp;
         let feed_forward = |[x]: [&Tensor; 1]| down.forward(&swiglu(&gate.forward(x)?, &up.forward(x)?)?);
-        Ok(by_tokens([x], down.inputs()?, feed_forward)?)
+        Ok(by_tokens([x], down.inputs(), feed_forward)?)
     }
 }
 

@@ -3,10 +3,13 @@
 use super::relative_position::RelativePositions;
 use super::{T5Activation, T5Config};
 use crate::Result;
+use crate::layers::TransformerBlock;
 use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::Tensor;
 use candle_nn::ops::softmax_last_dim;
+use clearform_attention::AttentionPlan;
 use clearform_ops::{gelu, rms_norm};
+use clearform_weights::TensorSource;
 
 /// Elements of the scores that are in memory at a time, 16 MiB in f32: those of 16 heads at 512 tokens.
 const SCORES_AT_ONCE: usize = 1 << 22;
@@ -57,14 +60,18 @@ pub(super) struct T5LayerNorm {
     eps: f64,
 }
 
-impl T5Block {
-    /// Loads the block `index` of `builder`.
-    pub(super) fn load(builder: &WeightBuilder, config: &T5Config, index: usize) -> Result<Self> {
-        let layers = builder.pp("layer");
+/// The plan of transformers' attention has no say here.
+impl TransformerBlock for T5Block {
+    type Config = T5Config;
+
+    fn load(config: &T5Config, source: &dyn TensorSource, _: &AttentionPlan, index: usize) -> Result<Self> {
+        let layers = WeightBuilder::root(source).pp("encoder.block").pp(index).pp("layer");
         let attention = T5Attention::load(&layers.pp("0"), config, index)?;
         Ok(Self { attention, mlp: T5FeedForward::load(&layers.pp("1"), config)? })
     }
+}
 
+impl T5Block {
     /// The block's own relative positions, if it is not the first and has some; they hold for the blocks after it too.
     pub(super) fn positions(&self) -> Option<&RelativePositions> {
         self.attention.positions.as_ref()

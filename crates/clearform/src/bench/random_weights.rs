@@ -1,0 +1,208 @@
+//! [`RandomWeights`]: the weights of a model of given shapes, made up as they are read, in any format that files have.
+
+use crate::{ClearformError, Result};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use clearform_layout::ExpectedTensor;
+use clearform_weights::{Fp8, QuantizedFormat, QuantizedMatrix, RawTensor, TensorInfo, TensorSource, WeightsError};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+/// Different values; tensors repeat them, each from another place on.
+const POOL: usize = 1 << 16;
+
+/// Standard deviation of the values.
+const SPREAD: f64 = 0.02;
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum WeightFormat {
+    /// In a dtype that is computed with.
+    Dense(DType),
+    /// Matrices in fp8 or in GGUF's blocks, the rest in f32.
+    Quantized(QuantizedFormat),
+}
+
+/// Names of formats, as stable-diffusion.cpp's `--type` has them.
+const FORMATS: [(&str, WeightFormat); 14] = [
+    ("f32", WeightFormat::Dense(DType::F32)),
+    ("bf16", WeightFormat::Dense(DType::BF16)),
+    ("fp8_e4m3fn", WeightFormat::Quantized(QuantizedFormat::Fp8(Fp8::E4M3))),
+    ("fp8_e5m2", WeightFormat::Quantized(QuantizedFormat::Fp8(Fp8::E5M2))),
+    ("q4_0", blocks(GgmlDType::Q4_0)),
+    ("q4_1", blocks(GgmlDType::Q4_1)),
+    ("q5_0", blocks(GgmlDType::Q5_0)),
+    ("q5_1", blocks(GgmlDType::Q5_1)),
+    ("q8_0", blocks(GgmlDType::Q8_0)),
+    ("q2_k", blocks(GgmlDType::Q2K)),
+    ("q3_k", blocks(GgmlDType::Q3K)),
+    ("q4_k", blocks(GgmlDType::Q4K)),
+    ("q5_k", blocks(GgmlDType::Q5K)),
+    ("q6_k", blocks(GgmlDType::Q6K)),
+];
+
+const fn blocks(format: GgmlDType) -> WeightFormat {
+    WeightFormat::Quantized(QuantizedFormat::Blocks(format))
+}
+
+impl FromStr for WeightFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let wanted = text.to_ascii_lowercase();
+        let found = FORMATS.iter().find(|(name, _)| *name == wanted);
+        let names = || FORMATS.map(|(name, _)| name).join(", ");
+        found.map(|(_, format)| *format).ok_or_else(|| format!("expected one of {}", names()))
+    }
+}
+
+impl TryFrom<String> for WeightFormat {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<WeightFormat> for String {
+    fn from(format: WeightFormat) -> Self {
+        format.to_string()
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(FORMATS.iter().find(|(_, format)| format == self).map_or("other", |(name, _)| name))
+    }
+}
+
+/// Random tensors of given names and shapes.
+pub struct RandomWeights {
+    shapes: BTreeMap<String, Vec<usize>>,
+    format: WeightFormat,
+    values: Vec<f32>,
+    /// The values in the format; empty if it is a dtype.
+    blocks: Vec<u8>,
+}
+
+impl RandomWeights {
+    /// The tensors `expected` of a model, those apart that it may lack.
+    ///
+    /// # Errors
+    /// A tensor whose shape is not determined.
+    pub fn new(expected: Vec<ExpectedTensor>, format: WeightFormat) -> Result<Self> {
+        let shape = |tensor: ExpectedTensor| {
+            let shape: Option<Vec<usize>> = tensor.shape.into_iter().collect();
+            let named = shape.map(|shape| (tensor.name.clone(), shape));
+            named.ok_or_else(|| ClearformError::bad_option(format!("{}: its shape is not determined", tensor.name)))
+        };
+        let needed = expected.into_iter().filter(|tensor| !tensor.optional);
+        let values = Tensor::randn(0.0, SPREAD, POOL, &Device::Cpu)?.to_dtype(DType::F32)?;
+        let blocks = match format {
+            WeightFormat::Dense(_) => Vec::new(),
+            WeightFormat::Quantized(QuantizedFormat::Blocks(format)) => {
+                QTensor::quantize(&values, format)?.data()?.to_vec()
+            }
+            // Values of about 1, to which a scale is given.
+            WeightFormat::Quantized(QuantizedFormat::Fp8(_)) => {
+                (0..POOL).map(|index| (index * 89 % 112) as u8).collect()
+            }
+        };
+        let values = values.to_vec1()?;
+        Ok(Self { shapes: needed.map(shape).collect::<Result<_>>()?, format, values, blocks })
+    }
+
+    fn shape(&self, name: &str) -> clearform_weights::Result<&[usize]> {
+        let missing = || WeightsError::Missing { name: name.to_owned() };
+        self.shapes.get(name).map(Vec::as_slice).ok_or_else(missing)
+    }
+
+    fn dtype(&self) -> DType {
+        match self.format {
+            WeightFormat::Dense(dtype) => dtype,
+            WeightFormat::Quantized(_) => DType::F32,
+        }
+    }
+}
+
+impl TensorSource for RandomWeights {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.shapes.keys().filter_map(|name| self.info(name)).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let shape = self.shapes.get(name)?.clone();
+        Some(TensorInfo { name: name.to_owned(), dtype: self.dtype().into(), shape })
+    }
+
+    fn read(&self, name: &str) -> clearform_weights::Result<RawTensor> {
+        RawTensor::of(&self.tensor(name)?)
+    }
+
+    fn tensor(&self, name: &str) -> clearform_weights::Result<Tensor> {
+        let shape = self.shape(name)?;
+        let count = shape.iter().product();
+        let values = repeated(&self.values, start(name), count);
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype())?)
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
+        let (WeightFormat::Quantized(format), [_, columns]) = (self.format, self.shape(name)?) else { return Ok(None) };
+        let Some(row) = format.row_bytes(*columns) else { return Ok(None) };
+        let (block, scales) = match format {
+            QuantizedFormat::Blocks(format) => (format.type_size(), Vec::new()),
+            QuantizedFormat::Fp8(_) => (1, vec![SPREAD as f32]),
+        };
+        let first = (start(name) * block + rows.start * row) % self.blocks.len();
+        let bytes = repeated(&self.blocks, first, rows.len() * row);
+        QuantizedMatrix::new(format, [rows.len(), *columns], bytes, scales).map(Some)
+    }
+}
+
+/// `count` values of `pool` from `first` on, which begins again at its end.
+fn repeated<T: Copy>(pool: &[T], first: usize, count: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(count);
+    let mut rest = &pool[first..];
+    while values.len() < count {
+        values.extend_from_slice(&rest[..rest.len().min(count - values.len())]);
+        rest = pool;
+    }
+    values
+}
+
+/// Where in the pool a tensor begins.
+fn start(name: &str) -> usize {
+    name.bytes().fold(7, |sum: usize, byte| (sum * 31 + usize::from(byte)) % (POOL / 256))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_are_in_the_format_and_the_rest_in_f32() {
+        let expected = |name: &str, shape: &[usize]| ExpectedTensor {
+            name: name.to_owned(),
+            shape: shape.iter().copied().map(Some).collect(),
+            optional: false,
+        };
+        for (name, format) in FORMATS {
+            assert_eq!(name.parse::<WeightFormat>().unwrap().to_string(), name);
+            let tensors = vec![expected("a.weight", &[300, 512]), expected("a.bias", &[300])];
+            let weights = RandomWeights::new(tensors, format).unwrap();
+            assert_eq!(weights.tensor("a.bias").unwrap().dims(), [300]);
+            let matrix = weights.quantized_rows("a.weight", 2..300).unwrap();
+            assert_eq!(matrix.is_some(), matches!(format, WeightFormat::Quantized(_)));
+            let values = matrix.map_or_else(|| weights.tensor("a.weight"), |matrix| matrix.to_tensor()).unwrap();
+            let values = values.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let spread = (values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32).sqrt();
+            assert!(spread > 0.005 && spread < 5.0, "{name}: {spread}");
+        }
+        assert!("q9_0".parse::<WeightFormat>().unwrap_err().contains("q8_0"));
+    }
+}

@@ -1,0 +1,222 @@
+//! [`MemoryPlan`]: what of a pipeline is in memory at a time. It is decided and forecast before anything is loaded, so that
+//! what does not fit is refused with figures instead of ending in the middle.
+
+use crate::components::Components;
+use crate::system_memory::available_memory;
+use crate::transformer_checkpoint::WeightBytes;
+use crate::{Result, RuntimeError};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Where the weights of a model's blocks are while it runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Residency {
+    /// In memory.
+    #[default]
+    InMemory,
+    /// In the file, from which each block is read when it is its turn.
+    Streamed,
+}
+
+/// How much memory may be taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryOptions {
+    /// Bytes, at most; `None` is what the system leaves.
+    pub limit: Option<u64>,
+    /// When blocks are streamed.
+    pub offload: OffloadMode,
+}
+
+/// When the blocks of transformers and text encoders are read from the file again and again instead of being kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OffloadMode {
+    /// Never.
+    Never,
+    /// Where they would not fit into memory.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+}
+
+/// What a pipeline takes, stage by stage, each of which is released before the next.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MemoryPlan {
+    /// Its stages.
+    pub stages: Vec<StageMemory>,
+    /// Bytes that may be taken; `None` if nothing says so.
+    pub limit: Option<u64>,
+}
+
+/// What a stage takes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageMemory {
+    /// The component that it runs.
+    pub component: String,
+    /// Where its weights are.
+    pub residency: Residency,
+    /// Bytes of weights that are in memory at a time.
+    pub weights: u64,
+    /// Bytes beside the weights.
+    pub activations: u64,
+}
+
+/// A component as the plan needs to know it.
+pub(crate) struct PlannedComponent {
+    pub name: String,
+    pub weights: WeightBytes,
+    pub activations: u64,
+    pub can_stream: bool,
+}
+
+/// The program, the images and what else stays, in bytes.
+const PROGRAM: u64 = 100 << 20;
+
+impl MemoryPlan {
+    /// The plan for `components` in this order.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotEnoughMemory`] if one fits in no way.
+    pub(crate) fn fit(components: Vec<PlannedComponent>, options: MemoryOptions) -> Result<Self> {
+        let limit = options.limit.or_else(available_memory);
+        let stages = components.into_iter().map(|component| component.stage(limit, options.offload)).collect();
+        let plan = Self { stages, limit };
+        match plan.stages.iter().find(|stage| limit.is_some_and(|limit| stage.bytes() > limit)) {
+            None => Ok(plan),
+            Some(stage) => Err(RuntimeError::NotEnoughMemory(plan.refusal(stage, options))),
+        }
+    }
+
+    /// Where the weights of `component` are.
+    pub fn residency(&self, component: &str) -> Residency {
+        let stage = self.stages.iter().find(|stage| stage.component == component);
+        stage.map_or(Residency::InMemory, |stage| stage.residency)
+    }
+
+    /// The most bytes at a time.
+    pub fn peak(&self) -> u64 {
+        self.stages.iter().map(StageMemory::bytes).max().unwrap_or(PROGRAM)
+    }
+
+    fn refusal(&self, stage: &StageMemory, options: MemoryOptions) -> String {
+        let StageMemory { component, weights, activations, residency } = stage;
+        let [needed, weights, activations] = [stage.bytes(), *weights, *activations].map(Bytes);
+        let limit = Bytes(self.limit.unwrap_or_default());
+        let source = if options.limit.is_some() { "--max-memory" } else { "the system" };
+        let mut advice = vec!["a smaller --width and --height", "a file in a smaller format such as Q4_K"];
+        if *residency == Residency::InMemory {
+            advice.insert(0, "--offload always");
+        }
+        format!(
+            "{component} takes about {needed} ({weights} of weights, {activations} of activations), but {source} leaves \
+             {limit}; pass {}",
+            advice.join(", or ")
+        )
+    }
+}
+
+impl StageMemory {
+    /// Bytes that the process takes in this stage.
+    pub fn bytes(&self) -> u64 {
+        PROGRAM + self.weights + self.activations
+    }
+}
+
+impl PlannedComponent {
+    fn stage(self, limit: Option<u64>, offload: OffloadMode) -> StageMemory {
+        let Self { name, weights, activations, can_stream } = self;
+        let fits = limit.is_none_or(|limit| PROGRAM + weights.total + activations <= limit);
+        let streams = can_stream
+            && match offload {
+                OffloadMode::Never => false,
+                OffloadMode::Auto => !fits,
+                OffloadMode::Always => true,
+            };
+        let residency = if streams { Residency::Streamed } else { Residency::InMemory };
+        let weights = if streams { weights.streamed() } else { weights.total };
+        StageMemory { component: name, residency, weights, activations }
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stages = self.stages.iter().map(|stage| {
+            let streamed = if stage.residency == Residency::Streamed { ", its blocks streamed" } else { "" };
+            format!("{} {}{streamed}", stage.component, Bytes(stage.bytes()))
+        });
+        write!(f, "about {} of memory at most: {}", Bytes(self.peak()), stages.collect::<Vec<_>>().join("; "))
+    }
+}
+
+/// A number of bytes, in words.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 as f64 {
+            bytes if bytes >= 1e9 => write!(f, "{:.1} GB", bytes / 1e9),
+            bytes => write!(f, "{:.0} MB", bytes / 1e6),
+        }
+    }
+}
+
+impl FromStr for OffloadMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "never" => Ok(Self::Never),
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            _ => Err("expected never, auto or always".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for OffloadMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Never => "never",
+            Self::Auto => "auto",
+            Self::Always => "always",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn component(activations: u64) -> PlannedComponent {
+        let weights = WeightBytes { total: 10 << 30, largest_block: 1 << 30, outside: 2 << 30 };
+        PlannedComponent { name: "transformer".to_owned(), weights, activations, can_stream: true }
+    }
+
+    fn plan(activations: u64, limit: u64, offload: OffloadMode) -> Result<MemoryPlan> {
+        MemoryPlan::fit(vec![component(activations)], MemoryOptions { limit: Some(limit << 30), offload })
+    }
+
+    #[test]
+    fn blocks_are_streamed_where_they_do_not_fit() {
+        let residency = |limit, offload| plan(1 << 30, limit, offload).unwrap().residency("transformer");
+        assert_eq!(residency(12, OffloadMode::Auto), Residency::InMemory);
+        assert_eq!(residency(11, OffloadMode::Auto), Residency::Streamed);
+        assert_eq!(residency(12, OffloadMode::Always), Residency::Streamed);
+        assert_eq!(residency(12, OffloadMode::Never), Residency::InMemory);
+        assert_eq!(plan(1 << 30, 12, OffloadMode::Always).unwrap().peak(), PROGRAM + (5 << 30));
+    }
+
+    #[test]
+    fn what_fits_in_no_way_is_refused_with_figures() {
+        let message = |error: RuntimeError| error.to_string();
+        let said = message(plan(8 << 30, 11, OffloadMode::Auto).unwrap_err());
+        assert!(said.contains("transformer takes about 13.0 GB (4.3 GB of weights, 8.6 GB of activations)"), "{said}");
+        assert!(said.contains("--max-memory leaves 11.8 GB") && !said.contains("--offload"), "{said}");
+        let said = message(plan(1 << 30, 11, OffloadMode::Never).unwrap_err());
+        assert!(said.contains("pass --offload always, or a smaller"), "{said}");
+    }
+}
