@@ -9,6 +9,7 @@ mod demo;
 mod image_names;
 mod interrupt;
 mod options;
+mod out_of_memory;
 mod output;
 mod progress;
 mod progress_log;
@@ -17,8 +18,12 @@ mod usage_tips;
 
 use args::{Cli, Command, ThreadCount};
 use clearform::ClearformError;
+use out_of_memory::OutOfMemory;
 use output::{CommandOutcome, Format, Output};
 use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: OutOfMemory = OutOfMemory;
 
 /// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap); 130
 /// interrupted.

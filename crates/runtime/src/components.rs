@@ -4,9 +4,10 @@
 use crate::component_files::ComponentFiles;
 use crate::files::{read, read_json, read_text, transformer_path};
 use crate::{ReadOptions, Result, RuntimeError, TransformerCheckpoint};
+use candle_core::DType;
 use clearform_layout::{Dequantized, EmbeddedComponent, Identified, LayoutError, Manifests, OpenComponent};
 use clearform_portable_model::ComponentData;
-use clearform_weights::{Checkpoint, TensorInfo, TensorSource, hub_snapshot};
+use clearform_weights::{Checkpoint, TensorSource, held_bytes, hub_snapshot};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -305,9 +306,8 @@ fn has_weights(name: &str) -> bool {
 
 /// What the weights of component `name` take while it runs: those of the VAE in f32, others as they are stored.
 fn bytes_in_memory(name: &str, weights: &dyn TensorSource) -> u64 {
-    let tensors = weights.tensors();
-    let bytes = if name == VAE { |info: &TensorInfo| 4 * info.element_count() } else { TensorInfo::byte_count };
-    tensors.iter().map(bytes).sum()
+    let dtype = (name == VAE).then_some(DType::F32);
+    weights.tensors().iter().map(|info| held_bytes(weights, info, dtype)).sum()
 }
 
 /// A folder that was searched. The root of a hub cache contains none itself.

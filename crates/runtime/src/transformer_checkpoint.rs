@@ -10,7 +10,9 @@ use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadRepo
 use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
-use clearform_weights::{Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource};
+use clearform_weights::{
+    Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, held_bytes, is_quantized,
+};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -69,18 +71,6 @@ impl WeightBytes {
     /// What is in memory while blocks are streamed: one that computes and the next.
     pub fn streamed(self) -> u64 {
         self.total.min(self.outside + 2 * self.largest_block)
-    }
-}
-
-fn held_bytes(source: &dyn TensorSource, info: &TensorInfo, dtype: Option<DType>) -> u64 {
-    let first_row = match info.shape[..] {
-        [1.., _] => source.quantized_rows(&info.name, 0..1).ok().flatten(),
-        _ => None,
-    };
-    match (first_row, dtype) {
-        (Some(row), _) => info.shape[0] as u64 * row.byte_count() as u64,
-        (None, Some(dtype)) => info.element_count() * dtype.size_in_bytes() as u64,
-        (None, None) => info.byte_count(),
     }
 }
 
@@ -236,18 +226,12 @@ impl TransformerCheckpoint {
     pub fn dtype(&self, device: &Device) -> DType {
         let tensors = self.canonical.tensors();
         let largest = tensors.iter().max_by_key(|info| info.shape.iter().product::<usize>());
-        let stored = largest.and_then(|info| match self.is_quantized(info) {
+        let stored = largest.and_then(|info| match is_quantized(&self.canonical, info) {
             true => Some(DType::BF16),
             false => DType::try_from(info.dtype).ok(),
         });
         let computes = |dtype: &DType| *dtype == DType::BF16 || (*dtype == DType::F16 && !device.is_cpu());
         stored.filter(computes).unwrap_or_else(|| default_dtype(device))
-    }
-
-    /// Whether the tensor `info` is a matrix that stays quantised in memory.
-    fn is_quantized(&self, info: &TensorInfo) -> bool {
-        let first_row = || self.canonical.quantized_rows(&info.name, 0..1).ok().flatten();
-        matches!(info.shape[..], [1.., _]) && first_row().is_some()
     }
 
     /// Refuses a plan that names a layer which the model does not have.

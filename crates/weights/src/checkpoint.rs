@@ -124,7 +124,7 @@ impl Checkpoint {
     }
 
     /// What the user should know: which state dict of a training file was chosen, what else the files hold, and which
-    /// quantised formats are read as F32.
+    /// quantised formats they have.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }

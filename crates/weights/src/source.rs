@@ -117,6 +117,29 @@ pub trait TensorSource: Send + Sync {
     }
 }
 
+/// Whether the tensor `info` of `source` is a matrix that stays quantised in memory. Its first row is read.
+pub fn is_quantized(source: &dyn TensorSource, info: &TensorInfo) -> bool {
+    quantized_row(source, info).is_some()
+}
+
+/// Bytes that the tensor `info` of `source` takes in memory: as it is stored if it is quantised, else in `dtype` or in its
+/// own. The first row of a matrix is read.
+pub fn held_bytes(source: &dyn TensorSource, info: &TensorInfo, dtype: Option<DType>) -> u64 {
+    match (quantized_row(source, info), dtype) {
+        (Some(row), _) => info.shape[0] as u64 * row.byte_count() as u64,
+        (None, Some(dtype)) => info.element_count() * dtype.size_in_bytes() as u64,
+        (None, None) => info.byte_count(),
+    }
+}
+
+fn quantized_row(source: &dyn TensorSource, info: &TensorInfo) -> Option<QuantizedMatrix> {
+    match info.shape[..] {
+        // A tensor that cannot be read is reported where it is.
+        [1.., _] => source.quantized_rows(&info.name, 0..1).ok().flatten(),
+        _ => None,
+    }
+}
+
 /// References and shared pointers to a source are sources.
 impl<P> TensorSource for P
 where

@@ -67,11 +67,11 @@ fn short_strings_are_metadata_and_quantised_types_are_noted() {
     let formats = Checkpoint::open(fixture("formats.gguf")).unwrap();
     let texts: Vec<(&str, &str)> = formats.metadata().iter().map(|(key, text)| (&key[..], &text[..])).collect();
     assert_eq!(texts, [("general.architecture", "flux"), ("test.text", "übung")]);
-    let all = "quantised tensors are read as F32: 1 of Q2_K, 1 of Q3_K, 1 of Q4_0, 1 of Q4_1, 1 of Q4_K, 1 of Q5_0, \
+    let all = "quantised tensors: 1 of Q2_K, 1 of Q3_K, 1 of Q4_0, 1 of Q4_1, 1 of Q4_K, 1 of Q5_0, \
                1 of Q5_1, 1 of Q5_K, 1 of Q6_K, 1 of Q8_0";
     assert_eq!(formats.notes(), [all]);
     let shapes = Checkpoint::open(fixture("shapes.gguf")).unwrap();
-    assert_eq!(shapes.notes(), ["quantised tensors are read as F32: 1 of Q4_K, 1 of Q8_0"]);
+    assert_eq!(shapes.notes(), ["quantised tensors: 1 of Q4_K, 1 of Q8_0"]);
     let bare = Checkpoint::open(fixture("bare.gguf")).unwrap();
     assert!(bare.metadata().is_empty());
 }

@@ -7,7 +7,7 @@ use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
 use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
 use crate::report::cost::{CostEstimate, DistillationEstimate, PipelineScale};
-use clearform_weights::{Checkpoint, TensorInfo, TensorSource};
+use clearform_weights::{Checkpoint, TensorInfo, TensorSource, held_bytes};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -99,6 +99,8 @@ pub struct Inspection {
     pub trained_side_pixels: Option<usize>,
     /// Side in pixels of the largest image that it can generate, if there is a limit.
     pub largest_side_pixels: Option<usize>,
+    /// Bytes of its weights in memory, where quantised ones stay as they are stored.
+    pub held_bytes: u64,
     /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
     /// Bytes of memory that the weights of the other components in its pipeline take, each of which is loaded for its
@@ -114,6 +116,7 @@ impl Inspection {
         let load_report = canonical.load_report();
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(TensorInfo::byte_count).sum();
+        let held_bytes = tensors.iter().map(|info| held_bytes(canonical, info, None)).sum();
         let manifest = identified.manifest();
         let sizes = identified.sizes();
         let components = identified.components_in(canonical.source());
@@ -144,7 +147,8 @@ impl Inspection {
             skipped: unused(load_report.skipped()),
             trained_side_pixels: manifest.trained_side(sizes),
             largest_side_pixels: manifest.largest_side(sizes),
-            estimates: CostEstimate::of(identified, bytes, PipelineScale::usual(identified)),
+            held_bytes,
+            estimates: CostEstimate::of(identified, held_bytes, PipelineScale::usual(identified)),
             component_bytes: BTreeMap::new(),
             distillation: None,
         }
@@ -164,7 +168,7 @@ impl Inspection {
         Self {
             variant,
             trained_side_pixels: self.trained_side_pixels.or(scale.native_side),
-            estimates: CostEstimate::of(identified, self.bytes, scale),
+            estimates: CostEstimate::of(identified, self.held_bytes, scale),
             component_bytes,
             ..self
         }

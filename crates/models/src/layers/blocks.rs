@@ -94,7 +94,9 @@ impl<B: TransformerBlock> StreamedBlocks<B> {
         if self.count > 1 {
             let next = (index + 1) % self.count;
             let loader = self.loader.clone();
-            state.next = Some((next, thread::spawn(move || loader.load(next))));
+            // Without a thread the next block is read when it is asked for.
+            let reading = thread::Builder::new().name("next block".to_owned()).spawn(move || loader.load(next));
+            state.next = reading.ok().map(|reading| (next, reading));
         }
         Ok(block)
     }

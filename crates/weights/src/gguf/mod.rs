@@ -114,7 +114,7 @@ fn quantisation_note(listed: &[GgufTensor]) -> Option<String> {
         *counts.entry(tensor.format).or_default() += 1;
     }
     let counts: Vec<String> = counts.iter().map(|(format, count)| format!("{count} of {format}")).collect();
-    (!counts.is_empty()).then(|| format!("quantised tensors are read as F32: {}", counts.join(", ")))
+    (!counts.is_empty()).then(|| format!("quantised tensors: {}", counts.join(", ")))
 }
 
 fn bad_tensor(file: &TensorFile, name: &str, reason: impl std::fmt::Display) -> WeightsError {
