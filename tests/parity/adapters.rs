@@ -487,7 +487,7 @@ fn text_encoders_are_found_by_every_writers_prefix() {
             let base = in_f64(&stored);
             let alpha = file.get(&format!("{prefix}.alpha")).map_or(2.0, |alpha| alpha.to_scalar::<f64>().unwrap());
             let merged = with_loras(&base, &file, KOHYA, &[(module, prefix, alpha / 2.0)]);
-            let patched = PatchedSource::new(stored, &edited.edits, component, LowRankMode::Fused);
+            let patched = PatchedSource::new(stored, edited.edits.clone(), component, LowRankMode::Fused);
             assert_close(
                 &f64_of(&patched.tensor(&name).unwrap()),
                 &merged[&name],
@@ -524,7 +524,7 @@ fn text_encoders_under_pefts_names_are_found_by_folder_or_shape() {
         for path in [folder.clone(), folder.join("adapter_model.safetensors")] {
             let edited = edited(path).unwrap();
             let stored = Checkpoint::open(pipeline.path().join(component)).unwrap();
-            let patched = PatchedSource::new(stored, &edited.edits, component, LowRankMode::Fused);
+            let patched = PatchedSource::new(stored, edited.edits.clone(), component, LowRankMode::Fused);
             assert_close(&f64_of(&patched.tensor(&name).unwrap()), &merged[&name], BOUND, component);
             assert!(support::relative_error(&merged[&name], &base[&name]) > 0.05, "{name}");
         }

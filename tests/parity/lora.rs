@@ -173,11 +173,11 @@ fn text_encoders_are_edited_too() {
     let config = |name: &str| json(&format!("components/generation4/{name}/config.json"));
 
     let fused = LowRankMode::Fused;
-    let clip = PatchedSource::new(component("text_encoder"), &edited.edits, "text_encoder", fused);
+    let clip = PatchedSource::new(component("text_encoder"), edited.edits.clone(), "text_encoder", fused);
     let clip = ClipText::build(ClipConfig::new(&config("text_encoder")).unwrap(), &clip).unwrap();
     assert_close(&clip.encode(&ids("text_encoder")).unwrap().pooled, &expected["kohya_te/pooled"], BOUND, "CLIP");
     for mode in [LowRankMode::Fused, LowRankMode::Separate] {
-        let t5 = PatchedSource::new(component("text_encoder_2"), &edited.edits, "text_encoder_2", mode);
+        let t5 = PatchedSource::new(component("text_encoder_2"), edited.edits.clone(), "text_encoder_2", mode);
         let t5 = T5Encoder::build(T5Config::new(&config("text_encoder_2")).unwrap(), &t5).unwrap();
         let hidden = t5.encode(&ids("text_encoder_2"), None).unwrap();
         assert_close(&hidden, &expected["kohya_te/hidden"], BOUND, &format!("T5, {mode:?}"));
@@ -193,7 +193,9 @@ fn a_patched_source_writes_the_weights_that_it_computes_with() {
     let written = source.read(name).unwrap().to_tensor(name).unwrap();
     let computed = source.tensor(name).unwrap();
     assert_close(&written, &computed, 0.0, name);
-    let Weight { base: BaseWeight::Dense(base), low_rank: terms } = source.weight(name).unwrap();
+    let Weight { base: BaseWeight::Dense(base), low_rank: terms } = source.weight(name).unwrap() else {
+        panic!("{name}")
+    };
     assert_eq!(terms.len(), 1);
     let product =
         (terms[0].up.to_dtype(DType::F32).unwrap().matmul(&terms[0].down.to_dtype(DType::F32).unwrap()).unwrap()

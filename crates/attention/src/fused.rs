@@ -66,9 +66,10 @@ impl TiledAttention {
 }
 
 impl Attention for TiledAttention {
-    fn attend(&self, image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<Attended> {
+    fn attend(&self, image: Qkv, text: Option<Qkv>, geometry: &Geometry) -> Result<Attended> {
+        let has_text = text.is_some();
         let sequence = JointSequence::new(image, text, geometry, &self.window)?;
-        sequence.split(&self.attend_joint(&sequence, geometry)?, text.is_some())
+        sequence.split(&self.attend_joint(&sequence, geometry)?, has_text)
     }
 }
 

@@ -13,9 +13,10 @@ use candle_core::{D, Result, Tensor};
 ///
 /// # Errors
 /// Shapes that contradict each other or `geometry`.
-pub fn attend(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Attended> {
+pub fn attend(image: Qkv, text: Option<Qkv>, geometry: &Geometry, window: &Window) -> Result<Attended> {
+    let has_text = text.is_some();
     let sequence = JointSequence::new(image, text, geometry, window)?;
-    sequence.split(&attend_joint(&sequence, geometry, window)?, text.is_some())
+    sequence.split(&attend_joint(&sequence, geometry, window)?, has_text)
 }
 
 /// The same for all queries of a sequence.

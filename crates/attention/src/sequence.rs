@@ -17,21 +17,27 @@ pub(crate) struct JointSequence {
 }
 
 impl JointSequence {
-    /// Concatenates the streams, and pools context where the window has it.
+    /// Concatenates the streams, and pools context where the window has it. Each tensor is released once it is
+    /// concatenated.
     ///
     /// # Errors
     /// Shapes that contradict each other or `geometry`.
-    pub fn new(image: &Qkv, text: Option<&Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
-        check(image, text, geometry)?;
+    pub fn new(image: Qkv, text: Option<Qkv>, geometry: &Geometry, window: &Window) -> Result<Self> {
+        check(&image, text.as_ref(), geometry)?;
         let pooled =
             |x: &Tensor| window.pool.as_ref().map(|weight| pooled_context::pooled(x, weight, geometry)).transpose();
         let pooled_key = pooled(&image.key)?;
         let pooled_value = pooled(&image.value)?;
+        let text_tokens = text.as_ref().map_or(Ok(0), |text| text.query.dim(1))?;
+        let [text_query, text_key, text_value] = match text {
+            Some(Qkv { query, key, value }) => [query, key, value].map(Some),
+            None => [None, None, None],
+        };
         Ok(Self {
-            query: joined(&[text.map(|text| &text.query), Some(&image.query)])?,
-            key: joined(&[text.map(|text| &text.key), Some(&image.key), pooled_key.as_ref()])?,
-            value: joined(&[text.map(|text| &text.value), Some(&image.value), pooled_value.as_ref()])?,
-            text: text.map_or(Ok(0), |text| text.query.dim(1))?,
+            query: joined([text_query, Some(image.query), None])?,
+            key: joined([text_key, Some(image.key), pooled_key])?,
+            value: joined([text_value, Some(image.value), pooled_value])?,
+            text: text_tokens,
             image: geometry.tokens(),
         })
     }
@@ -49,11 +55,11 @@ impl JointSequence {
     }
 }
 
-fn joined(parts: &[Option<&Tensor>]) -> Result<Tensor> {
-    let parts: Vec<&Tensor> = parts.iter().copied().flatten().filter(|part| part.elem_count() > 0).collect();
-    match parts[..] {
+fn joined(parts: [Option<Tensor>; 3]) -> Result<Tensor> {
+    let parts: Vec<Tensor> = parts.into_iter().flatten().filter(|part| part.elem_count() > 0).collect();
+    match &parts[..] {
         [part] => Ok(part.clone()),
-        _ => concatenate(&parts, 1),
+        _ => concatenate(&parts.iter().collect::<Vec<_>>(), 1),
     }
 }
 

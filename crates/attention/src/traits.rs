@@ -32,9 +32,10 @@ pub struct Attended {
 /// Attention of one layer: softmax(q kᵀ / √head_dim) v over the keys that its policy lets each query attend to.
 pub trait Attention: Send + Sync {
     /// Attends; differentiable in every tensor of `image` and `text`. The streams are separate arguments, so that the
-    /// order in which a model concatenates them does not matter.
+    /// order in which a model concatenates them does not matter. Their tensors are taken, and released as soon as they
+    /// are concatenated: of a large image they are what takes most memory.
     ///
     /// # Errors
     /// Shapes that contradict each other or `geometry`.
-    fn attend(&self, image: &Qkv, text: Option<&Qkv>, geometry: &Geometry) -> Result<Attended>;
+    fn attend(&self, image: Qkv, text: Option<Qkv>, geometry: &Geometry) -> Result<Attended>;
 }

@@ -60,7 +60,7 @@ impl Call {
     }
 
     fn attend(&self) -> Tensor {
-        self.attention.attend(&self.image, Some(&self.text), &self.geometry).unwrap().image
+        self.attention.attend(self.image.clone(), Some(self.text.clone()), &self.geometry).unwrap().image
     }
 
     /// Number of allocations and peak bytes of a call, after a first one that makes the lists.

@@ -160,6 +160,7 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         let kept: u64 =
             found["stored"].as_array().unwrap().iter().map(|format| format["bytes"].as_u64().unwrap()).sum();
         assert_eq!(kept, kept_bytes, "{format:?}");
+        assert_eq!(found["held_bytes"], kept_bytes, "{format:?}: quantised weights stay so in memory");
 
         let full = forward(&file, &config);
         assert_close("full", &full, &forward(&plain, &config), 0.0);

@@ -48,6 +48,7 @@ pub use mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorO
 pub use mapping::parameter_map::{LayoutParameter, ParameterMap, RowSegment};
 pub use mapping::prefix_view::PrefixView;
 pub use report::cost::{
-    ClearCost, CostEstimate, DistillationEstimate, PipelineScale, attention_parameters, evaluation_teraflop,
+    ClearCost, CostEstimate, DistillationEstimate, PipelineScale, WeightMemory, activation_bytes, attention_parameters,
+    evaluation_teraflop,
 };
 pub use report::inspection::{Inspection, StorageFormat, UnusableComponent, UnusedTensor};

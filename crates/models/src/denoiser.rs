@@ -210,7 +210,8 @@ pub trait Denoiser: Send + Sync {
     fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
         let mut state = self.embed(input)?;
         for index in 0..self.block_count() {
-            state = self.block(index, state)?;
+            // Nobody looks at what the block before attended to.
+            state = self.block(index, HiddenState { attention: None, ..state })?;
         }
         self.head(&state)
     }

@@ -1,8 +1,12 @@
 //! [`concatenate`] and [`slice`]: tensors joined and cut along a dimension; [`by_tokens`]: a computation in parts, for
-//! tensors that a GPU could not index ([`MAX_GPU_ELEMENTS`]).
+//! tensors that a GPU could not index ([`MAX_GPU_ELEMENTS`]) or that would fill the memory.
 
 use crate::gpu_limit::MAX_GPU_ELEMENTS;
 use candle_core::{Result, Tensor};
+
+/// Elements of a tensor on the CPU that is computed at once, at most: 256 MiB in bf16. Parts of so many rows take as long
+/// as the whole; a weight is packed for each of them, which is 1% of its product.
+const MAX_CPU_ELEMENTS: usize = 1 << 27;
 
 /// `tensors` next to each other along dimension `dim` (`torch.cat`); differentiable.
 ///
@@ -32,8 +36,8 @@ pub fn slice(x: &Tensor, dim: usize, start: usize, length: usize) -> Result<Tens
     Ok(part)
 }
 
-/// `f` over all tokens of `inputs`, in parts small enough that no tensor of `width` channels exceeds what a GPU indexes. `f`
-/// computes each token alone.
+/// `f` over all tokens of `inputs`, in parts small enough that no tensor of `width` channels exceeds what a GPU indexes, or
+/// on a CPU a small share of the memory. `f` computes each token alone, so the result is the same.
 ///
 /// # Shapes
 /// inputs (batch, tokens, ..) -> (batch, tokens, ..).
@@ -46,7 +50,7 @@ pub fn by_tokens<const N: usize>(
     f: impl Fn([&Tensor; N]) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let on_cpu = inputs.iter().all(|x| x.device().is_cpu());
-    in_parts(inputs, width, if on_cpu { usize::MAX } else { MAX_GPU_ELEMENTS }, f)
+    in_parts(inputs, width, if on_cpu { MAX_CPU_ELEMENTS } else { MAX_GPU_ELEMENTS }, f)
 }
 
 fn in_parts<const N: usize>(

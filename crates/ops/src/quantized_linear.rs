@@ -6,6 +6,7 @@ use crate::kernel::contiguous;
 use crate::linear::{StorageRef, add_rows, row_count, with_channels};
 use crate::simd::{CpuFeatures, Element};
 use crate::strided_product::{StridedMatrix, strided_product_to};
+use candle_core::backend::BackendStorage as _;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use clearform_weights::QuantizedMatrix;
 use half::bf16;

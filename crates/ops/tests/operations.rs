@@ -1,9 +1,10 @@
 //! Every operation compared with its reference, its gradients with finite differences, and frozen arguments.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_ops::{self as ops, reference};
-use clearform_weights::{BaseWeight, LowRank, Weight};
+use clearform_weights::{BaseWeight, Fp8, LowRank, QuantizedFormat, QuantizedMatrix, Weight};
 
 type Operation = fn(&[Tensor]) -> Result<Tensor>;
 
@@ -433,4 +434,39 @@ fn wide_attention_is_softmax_attention() {
     }
     let empty = noise(&[1, 0, 4], 1);
     assert!(ops::wide_attention(&noise(&[1, 2, 4], 1), &empty, &empty).is_err());
+}
+
+/// In every format, for few rows of x and for many, with and without a bias.
+#[test]
+fn a_quantised_weight_multiplies_as_what_it_stands_for() {
+    let (inputs, outputs) = (256, 75);
+    let weight = noise(&[outputs, inputs], 1).to_dtype(DType::F32).unwrap();
+    let blocks = [GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::Q8_0, GgmlDType::Q3K, GgmlDType::Q4K, GgmlDType::Q6K];
+    let of_blocks = |format: GgmlDType| {
+        let bytes = QTensor::quantize(&weight, format).unwrap().data().unwrap().to_vec();
+        QuantizedMatrix::new(QuantizedFormat::Blocks(format), [outputs, inputs], bytes, Vec::new()).unwrap()
+    };
+    let bytes = (0..outputs * inputs).map(|index| (index * 89 % 112) as u8).collect();
+    let scales = (0..outputs).map(|row| 0.1 + row as f32 / 50.0).collect();
+    let fp8 = QuantizedMatrix::new(QuantizedFormat::Fp8(Fp8::E4M3), [outputs, inputs], bytes, scales).unwrap();
+    for matrix in blocks.map(of_blocks).into_iter().chain([fp8]) {
+        let plain = Weight::from(matrix.to_tensor().unwrap());
+        let format = matrix.format();
+        let quantised = Weight::from(matrix);
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 6e-3)] {
+            for rows in [1, 8, 9, 130] {
+                let x = noise(&[2, rows, inputs], 3).to_dtype(dtype).unwrap();
+                let bias = noise(&[outputs], 4).to_dtype(DType::F32).unwrap();
+                for bias in [None, Some(&bias)] {
+                    let got = ops::linear(&x, &quantised, bias).unwrap();
+                    let exact = bias.map(|bias| bias.to_dtype(DType::F32).unwrap());
+                    let want = reference::linear(&x.to_dtype(DType::F32).unwrap(), &plain, exact.as_ref()).unwrap();
+                    let error = relative_error(&got, &want);
+                    assert!(error < bound && got.dtype() == dtype, "{format:?}, {dtype:?}, {rows} rows: {error}");
+                    let known = reference::linear(&x.to_dtype(DType::F32).unwrap(), &quantised, exact.as_ref());
+                    assert_eq!(relative_error(&known.unwrap(), &want), 0.0);
+                }
+            }
+        }
+    }
 }

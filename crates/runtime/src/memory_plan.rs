@@ -1,7 +1,6 @@
 //! [`MemoryPlan`]: what of a pipeline is in memory at a time. It is decided and forecast before anything is loaded, so that
 //! what does not fit is refused with figures instead of ending in the middle.
 
-use crate::components::Components;
 use crate::system_memory::available_memory;
 use crate::transformer_checkpoint::WeightBytes;
 use crate::{Result, RuntimeError};

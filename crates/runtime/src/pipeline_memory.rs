@@ -4,12 +4,9 @@ use crate::memory_plan::PlannedComponent;
 use crate::transformer_checkpoint::{TRANSFORMER, WeightBytes};
 use crate::{Components, MemoryPlan, Pipeline, Residency, Result};
 use candle_core::DType;
+use clearform_layout::activation_bytes;
 use clearform_models::ImageSize;
 use clearform_models::text::TEXT_ENCODERS;
-
-/// Bytes of activations for each token and each channel of a transformer's width, by the dtype that they are in.
-/// Measured as the peak of a step of FLUX of 1 + 2 blocks, 3072 wide.
-const ACTIVATION_BYTES: [(DType, u64); 2] = [(DType::BF16, 30), (DType::F32, 60)];
 
 /// Bytes that a text encoder takes beside its weights: T5-XXL's largest weight in f32, and the activations of a few
 /// prompts.
@@ -52,14 +49,12 @@ impl Pipeline {
 
     fn planned_transformer(&self, size: ImageSize, batch: usize) -> Result<PlannedComponent> {
         let identified = self.transformer.identified();
-        let width = identified.size("width").unwrap_or(0) as u64;
+        let width = identified.size("width").unwrap_or(0);
         let tokens = self.latent_spec.image_tokens(size)? + identified.variant.defaults.text_tokens;
-        let bytes = ACTIVATION_BYTES.iter().find(|(dtype, _)| *dtype == self.dtype());
-        let bytes = bytes.map_or(ACTIVATION_BYTES[1].1, |(_, bytes)| *bytes);
         Ok(PlannedComponent {
             name: TRANSFORMER.to_owned(),
             weights: self.transformer.weight_bytes(self.options.dtype),
-            activations: (batch * tokens) as u64 * width * bytes,
+            activations: activation_bytes(batch * tokens, width, self.dtype().size_in_bytes()),
             can_stream: true,
         })
     }

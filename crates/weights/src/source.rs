@@ -135,7 +135,7 @@ pub fn held_bytes(source: &dyn TensorSource, info: &TensorInfo, dtype: Option<DT
 fn quantized_row(source: &dyn TensorSource, info: &TensorInfo) -> Option<QuantizedMatrix> {
     match info.shape[..] {
         // A tensor that cannot be read is reported where it is.
-        [1.., _] => source.quantized_rows(&info.name, 0..1).ok().flatten(),
+        [rows, _] if rows > 0 => source.quantized_rows(&info.name, 0..1).ok().flatten(),
         _ => None,
     }
 }

@@ -39,12 +39,13 @@ impl Inputs {
     fn plain(&self, dtype: DType) -> Vec<f64> {
         let image = self.image.converted(dtype);
         let text = self.text.converted(dtype);
-        let out = reference::attend(&image, Some(&text), &self.geometry, &self.window).unwrap();
+        let out = reference::attend(image, Some(text), &self.geometry, &self.window).unwrap();
         elements(&Tensor::cat(&[&out.text.unwrap(), &out.image], 1).unwrap())
     }
 
     fn problem<E: Element>(&self, features: CpuFeatures) -> (Problem, [Vec<E>; 3]) {
-        let sequence = JointSequence::new(&self.image, Some(&self.text), &self.geometry, &self.window).unwrap();
+        let sequence =
+            JointSequence::new(self.image.clone(), Some(self.text.clone()), &self.geometry, &self.window).unwrap();
         let values = |x: &Tensor| x.flatten_all().unwrap().to_dtype(E::DTYPE).unwrap().to_vec1::<E>().unwrap();
         let problem = Problem::new(&sequence, &self.geometry, self.window.radius, features).unwrap();
         (problem, [&sequence.query, &sequence.key, &sequence.value].map(values))

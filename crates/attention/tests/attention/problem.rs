@@ -144,18 +144,17 @@ fn qkv(tensors: &[Tensor]) -> Qkv {
 /// The fused kernel with the instruction set of the case.
 pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
     let attention = TiledAttention::new(inputs.window(tensors)).with_features(inputs.case.features);
-    attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
+    attention.attend(qkv(&tensors[3..]), inputs.text(tensors), &inputs.geometry)
 }
 
 /// The attention that the plan builds.
 pub fn planned(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
     let attention = plan(&inputs.case).build("layer", &|_: &str| Ok(tensors.get(6).cloned()))?;
-    attention.attend(&qkv(&tensors[3..]), inputs.text(tensors).as_ref(), &inputs.geometry)
+    attention.attend(qkv(&tensors[3..]), inputs.text(tensors), &inputs.geometry)
 }
 
 pub fn plain(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let text = inputs.text(tensors);
-    reference::attend(&qkv(&tensors[3..]), text.as_ref(), &inputs.geometry, &inputs.window(tensors))
+    reference::attend(qkv(&tensors[3..]), inputs.text(tensors), &inputs.geometry, &inputs.window(tensors))
 }
 
 pub fn elements(x: &Tensor) -> Vec<f64> {

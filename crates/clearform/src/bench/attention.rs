@@ -79,7 +79,7 @@ impl AttentionCase {
 
     /// One call, with its backward pass if `backward` is set.
     fn attend(&self) -> Result<()> {
-        let attended = self.attention.attend(&self.image, self.text.as_ref(), &self.geometry)?;
+        let attended = self.attention.attend(self.image.clone(), self.text.clone(), &self.geometry)?;
         if self.backward {
             let image = attended.image.sum_all()?;
             let loss = match &attended.text {

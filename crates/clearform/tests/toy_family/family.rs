@@ -134,7 +134,7 @@ impl Denoiser for ToyTransformer {
         };
         let [query, key, value, out] = &self.projections;
         let qkv = Qkv { query: projected(query)?, key: projected(key)?, value: projected(value)? };
-        let attended = self.attention.attend(&qkv, None, &state.context.geometry)?;
+        let attended = self.attention.attend(qkv, None, &state.context.geometry)?;
         let image = (&state.image + attended.image.flatten_from(D::Minus2)?.broadcast_matmul(&out.t()?)?)?;
         Ok(HiddenState { image, attention: Some(attended), ..state })
     }

@@ -25,6 +25,11 @@ pub fn clearform(arguments: &[&str]) -> Command {
     command
 }
 
+/// The program that [`clearform`] runs.
+pub fn program() -> PathBuf {
+    clearform(&[]).get_program().into()
+}
+
 /// Whether [`clearform`] runs models on a GPU or a simulated one.
 pub fn runs_on_gpu() -> bool {
     !ON_CPU.get() && std::env::var_os("CLEARFORM_PROGRAM").is_some()

@@ -6,8 +6,8 @@ use crate::manifest::family::Variant;
 use crate::mapping::assembly::CanonicalSource;
 use crate::mapping::dequantized::Dequantized;
 use crate::mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
-use crate::report::cost::{CostEstimate, DistillationEstimate, PipelineScale};
-use clearform_weights::{Checkpoint, TensorInfo, TensorSource, held_bytes};
+use crate::report::cost::{CostEstimate, DistillationEstimate, PipelineScale, WeightMemory};
+use clearform_weights::{Checkpoint, Dtype, TensorInfo, TensorSource, held_bytes, is_quantized};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -101,6 +101,8 @@ pub struct Inspection {
     pub largest_side_pixels: Option<usize>,
     /// Bytes of its weights in memory, where quantised ones stay as they are stored.
     pub held_bytes: u64,
+    /// Bytes of an activation on a CPU: 2 in bf16, 4 in f32.
+    pub value_bytes: usize,
     /// Estimated cost of images; nothing was measured.
     pub estimates: Vec<CostEstimate>,
     /// Bytes of memory that the weights of the other components in its pipeline take, each of which is loaded for its
@@ -117,6 +119,7 @@ impl Inspection {
         let tensors = canonical.tensors();
         let bytes = tensors.iter().map(TensorInfo::byte_count).sum();
         let held_bytes = tensors.iter().map(|info| held_bytes(canonical, info, None)).sum();
+        let weights = WeightMemory { bytes: held_bytes, value_bytes: value_bytes(canonical, &tensors) };
         let manifest = identified.manifest();
         let sizes = identified.sizes();
         let components = identified.components_in(canonical.source());
@@ -148,7 +151,8 @@ impl Inspection {
             trained_side_pixels: manifest.trained_side(sizes),
             largest_side_pixels: manifest.largest_side(sizes),
             held_bytes,
-            estimates: CostEstimate::of(identified, held_bytes, PipelineScale::usual(identified)),
+            value_bytes: weights.value_bytes,
+            estimates: CostEstimate::of(identified, weights, PipelineScale::usual(identified)),
             component_bytes: BTreeMap::new(),
             distillation: None,
         }
@@ -168,7 +172,11 @@ impl Inspection {
         Self {
             variant,
             trained_side_pixels: self.trained_side_pixels.or(scale.native_side),
-            estimates: CostEstimate::of(identified, self.held_bytes, scale),
+            estimates: CostEstimate::of(
+                identified,
+                WeightMemory { bytes: self.held_bytes, value_bytes: self.value_bytes },
+                scale,
+            ),
             component_bytes,
             ..self
         }
@@ -239,4 +247,13 @@ fn histogram(tensors: &[TensorInfo]) -> BTreeMap<String, usize> {
         *counts.entry(format!("{:?}", info.dtype)).or_default() += 1;
         counts
     })
+}
+
+/// Bytes of an activation on a CPU: a model whose largest tensor is quantised or in bf16 is computed in bf16.
+fn value_bytes(source: &dyn TensorSource, tensors: &[TensorInfo]) -> usize {
+    let largest = tensors.iter().max_by_key(|info| info.element_count());
+    match largest.is_some_and(|info| info.dtype == Dtype::BF16 || is_quantized(source, info)) {
+        true => 2,
+        false => 4,
+    }
 }

@@ -36,17 +36,12 @@ impl QkvProjections {
     /// # Shapes
     /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Qkv> {
-        let query = split_heads(&self.query.forward(x)?, self.heads)?;
-        let key = split_heads(&self.key.forward(x)?, self.heads)?;
-        let value = split_heads(&self.value.forward(x)?, self.heads)?;
-        match &self.norms {
-            None => Ok(Qkv { query, key, value }),
-            Some([query_norm, key_norm]) => Ok(Qkv {
-                query: rms_norm(&query, query_norm, super::NORM_EPS)?,
-                key: rms_norm(&key, key_norm, super::NORM_EPS)?,
-                value,
-            }),
-        }
+        let by_head = |projection: &Linear| split_heads(&projection.forward(x)?, self.heads);
+        let normed = |projection: &Linear, index: usize| match &self.norms {
+            None => by_head(projection),
+            Some(norms) => Ok(rms_norm(&by_head(projection)?, &norms[index], super::NORM_EPS)?),
+        };
+        Ok(Qkv { query: normed(&self.query, 0)?, key: normed(&self.key, 1)?, value: by_head(&self.value)? })
     }
 }
 

@@ -58,7 +58,7 @@ impl DitBlock {
         let conditioning = self.conditioning(&state)?;
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = modulation::<6>(&self.modulation, &conditioning)?;
         let qkv = self.projections.forward(&modulated_layer_norm(&state.image, &shift, &scale, NORM_EPS)?)?;
-        let attended = self.attention.attend(&qkv, None, &state.context.geometry)?;
+        let attended = self.attention.attend(qkv, None, &state.context.geometry)?;
 
         let image = gated_add(&state.image, &gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         let normed = modulated_layer_norm(&image, &mlp_shift, &mlp_scale, self.mlp_eps)?;

@@ -119,7 +119,7 @@ impl DoubleBlock {
 
         let image_qkv = self.image.qkv(&state.image, &image_modulation, &rotary.image)?;
         let text_qkv = self.text.qkv(text, &text_modulation, &rotary.text)?;
-        let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
+        let attended = self.attention.attend(image_qkv, Some(text_qkv), &context.geometry)?;
 
         let image = self.image.finish(&state.image, &attended.image, &image_modulation)?;
         let text = self.text.finish(text, attended_text(&attended)?, &text_modulation)?;
@@ -148,7 +148,7 @@ impl SingleBlock {
 
         let image_qkv = self.projections.forward(&image_normed, &rotary.image)?;
         let text_qkv = self.projections.forward(&text_normed, &rotary.text)?;
-        let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
+        let attended = self.attention.attend(image_qkv, Some(text_qkv), &context.geometry)?;
 
         let image = gated_add(&state.image, &gate, &self.project(&attended.image, &image_normed)?)?;
         let text = gated_add(text, &gate, &self.project(attended_text(&attended)?, &text_normed)?)?;
@@ -212,11 +212,13 @@ impl RotatedQkv {
     /// x (batch, tokens, width) -> each (batch, tokens, heads, head_dim).
     fn forward(&self, x: &Tensor, (cos, sin): &CosSin) -> Result<Qkv> {
         let heads = x.dim(2)? / self.query_norm.dim(0)?.max(1);
-        let query = split_heads(&self.query.forward(x)?, heads)?;
-        let key = split_heads(&self.key.forward(x)?, heads)?;
+        let rotated = |projection: &Linear, norm: &Tensor| {
+            let heads = split_heads(&projection.forward(x)?, heads)?;
+            Ok::<_, ModelError>(rms_norm_rope(&heads, norm, cos, sin, NORM_EPS)?)
+        };
         Ok(Qkv {
-            query: rms_norm_rope(&query, &self.query_norm, cos, sin, NORM_EPS)?,
-            key: rms_norm_rope(&key, &self.key_norm, cos, sin, NORM_EPS)?,
+            query: rotated(&self.query, &self.query_norm)?,
+            key: rotated(&self.key, &self.key_norm)?,
             value: split_heads(&self.value.forward(x)?, heads)?,
         })
     }

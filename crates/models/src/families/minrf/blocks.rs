@@ -68,7 +68,7 @@ impl MinrfBlock {
             modulation::<6>(&self.modulation, &context.conditioning)?;
         let rotary = context.rotary.as_ref().ok_or_else(|| ModelError::missing_input("hidden_states"))?;
         let qkv = self.qkv(&self.attention_norm.modulated(&state.image, &shift, &scale)?, &rotary.image)?;
-        let attended = self.attention.attend(&qkv, None, &context.geometry)?;
+        let attended = self.attention.attend(qkv, None, &context.geometry)?;
 
         let image = gated_add(&state.image, &gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         let normed = self.mlp_norm.modulated(&image, &mlp_shift, &mlp_scale)?;

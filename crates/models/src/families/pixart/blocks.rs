@@ -57,7 +57,7 @@ impl PixartBlock {
             return Err(ModelError::bad_input("index", format!("expected six modulation rows, found {}", rows.len())));
         };
         let qkv = self.projections.forward(&modulated_layer_norm(&state.image, shift, scale, self.norm_eps)?)?;
-        let attended = self.attention.attend(&qkv, None, &context.geometry)?;
+        let attended = self.attention.attend(qkv, None, &context.geometry)?;
 
         let image = gated_add(&state.image, gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         let image = (&image + self.cross.forward(&image, &text.tokens, text.mask.as_ref())?)?;

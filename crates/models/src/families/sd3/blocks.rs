@@ -95,7 +95,7 @@ impl JointBlock {
         let image_qkv = self.projections.forward(&modulated_layer_norm(&state.image, shift, scale, NORM_EPS)?)?;
         let text_modulation = self.text.modulation(&context.conditioning)?;
         let text_qkv = self.text.qkv(text, &text_modulation)?;
-        let attended = self.attention.attend(&image_qkv, Some(&text_qkv), &context.geometry)?;
+        let attended = self.attention.attend(image_qkv, Some(text_qkv), &context.geometry)?;
 
         let mut image = gated_add(&state.image, gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
         if let (Some(attention), Some([shift, scale, gate])) = (&self.second_attention, &modulation.second_attention) {
@@ -161,7 +161,7 @@ impl SelfAttention {
     /// # Shapes
     /// x (batch, image tokens, width) -> as x.
     fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {
-        let attended = self.attention.attend(&self.projections.forward(x)?, None, geometry)?;
+        let attended = self.attention.attend(self.projections.forward(x)?, None, geometry)?;
         Ok(self.out.forward(&attended.image.flatten_from(2)?)?)
     }
 }
