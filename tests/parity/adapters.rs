@@ -504,10 +504,10 @@ fn text_encoders_are_found_by_every_writers_prefix() {
 fn text_encoders_under_pefts_names_are_found_by_folder_or_shape() {
     let pipeline = tempfile::tempdir().unwrap();
     assemble_pipeline(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(), "sd3", pipeline.path());
-    let components = Components::new(pipeline.path(), None);
     let model = Model::flux();
     let module = "text_model.encoder.layers.0.self_attn.q_proj";
     let edited = |path: PathBuf| {
+        let components = Components::new(pipeline.path(), None);
         let request = AdapterRequest { path, ..AdapterRequest::default() };
         let adapters = Adapters::open(&[request], &registry()).unwrap();
         let edited = adapters.apply_to(model.checkpoint(), Some(&components), &model.reading().manifests);

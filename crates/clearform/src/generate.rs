@@ -326,7 +326,7 @@ fn note_binning(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut d
     }
 }
 
-/// Peak memory from which the plan is said: below it nobody needs to plan.
+/// Peak memory from which the plan is said: every machine has less than that to spare.
 const PLANNED: u64 = 4 << 30;
 
 /// Tells what the image takes, where that is much or blocks are streamed. What does not fit is refused here, before

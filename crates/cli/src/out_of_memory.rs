@@ -66,7 +66,7 @@ fn decimal(mut number: usize, digits: &mut [u8; 20]) -> &[u8] {
 #[cfg(unix)]
 fn write_to_stderr(texts: &[&[u8]]) {
     for text in texts {
-        // SAFETY: the bytes are readable. If they cannot be written, there is nobody to tell.
+        // SAFETY: the bytes are readable. If they cannot be written, nothing else can be done.
         let _ = unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
     }
 }

@@ -121,12 +121,15 @@ fn check(form: &Form) {
         json(0, &[&["inspect", text(&reference)], &reading[..]].concat())["dtypes"]["BF16"]
     );
     let scaled = if form.scale.is_some() { count } else { 0 };
-    let note = format!("{count} fp8 tensors are read as bf16, {scaled} of them times their scales");
+    let note = format!("{count} tensors are in fp8, {scaled} of them with scales");
     assert!(found["notes"].as_array().unwrap().contains(&note.into()), "{}", found["notes"]);
 
     let wanted = sample(&reference, &reading, folder.path());
     assert!(wanted.iter().all(|value| value.is_finite()) && wanted.iter().any(|value| *value != 0.0));
-    assert_eq!(sample(&source, &reading, folder.path()), wanted);
+    // In f32 the sums of a weight that stays fp8 are those of its parts.
+    let of_source = sample(&source, &reading, folder.path());
+    let error = of_source.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(error < 2e-6 * wanted.iter().fold(0.0, |largest, value| value.abs().max(largest)), "{error}");
     let convert = |from: &Path, to: &Path| {
         run(0, &[&["convert", text(from), "-o", text(to), "--radius", "3", "--no-distill"], &reading[..]].concat());
         std::fs::read(to.join("transformer/diffusion_pytorch_model.safetensors")).unwrap()

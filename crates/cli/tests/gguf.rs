@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_layout::{Dequantized, Hints, Manifests, detect};
 use clearform_testkit::assert_close;
 use clearform_weights::{InMemoryTensors, TensorSource};
+use common::forms::pixels;
 use common::{Tiny, expected, forward, json, repository, run, stderr_of, text};
 use std::collections::HashMap;
 use std::path::Path;
@@ -160,10 +161,10 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         let kept: u64 =
             found["stored"].as_array().unwrap().iter().map(|format| format["bytes"].as_u64().unwrap()).sum();
         assert_eq!(kept, kept_bytes, "{format:?}");
-        assert_eq!(found["held_bytes"], kept_bytes, "{format:?}: quantised weights stay so in memory");
 
         let full = forward(&file, &config);
-        assert_close("full", &full, &forward(&plain, &config), 0.0);
+        // In f32 the sums of a weight that stays quantised are those of its parts.
+        assert_close("full", &full, &forward(&plain, &config), if format == Format::Q8 { 1e-6 } else { 0.0 });
         assert_close("full, by diffusers", &full, &expected("full"), rounding);
         let convert = ["convert", text(&file), "-o", text(&model), "--radius", "3", "--no-distill"];
         let message = stderr_of(0, &[&convert[..], &config].concat());
@@ -172,4 +173,50 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         assert_close("converted", &forward(&model, &[]), &linear, 0.0);
         run(0, &["verify", text(&model)]);
     }
+}
+
+/// mini-flux, whose rows are whole blocks. Activations are bf16 by default, and f32 in `forward`.
+#[test]
+fn quantised_matrices_stay_so_in_memory_and_draw() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = repository("assets/mini-flux/base");
+    let (exported, file, plain) = (path("bfl.safetensors"), path("q8.gguf"), path("plain.safetensors"));
+    run(0, &["export", text(&base), "--to", "bfl", "-o", text(&exported)]);
+    let tensors = candle_core::safetensors::load(&exported, &candle_core::Device::Cpu).unwrap();
+    let in_f32 = tensors.into_iter().map(|(name, tensor)| (name, tensor.to_dtype(DType::F32).unwrap()));
+    let written: HashMap<_, _> = in_f32.map(|(name, tensor)| (name, Written::new(&tensor, Format::Q8))).collect();
+    write(&file, &written);
+    let stored: u64 = written.values().map(|tensor| tensor.bytes.len() as u64).sum();
+    let rounded: HashMap<_, _> = written.into_iter().map(|(name, tensor)| (name, tensor.rounded)).collect();
+    candle_core::safetensors::save(&rounded, &plain).unwrap();
+
+    let config = base.join("transformer/config.json");
+    let reading = ["--config", text(&config)];
+    let found = json(0, &[&["inspect", text(&file)], &reading[..]].concat());
+    let (held, bytes) = (found["held_bytes"].as_u64().unwrap(), found["bytes"].as_u64().unwrap());
+    assert_eq!(found["value_bytes"], 2);
+    assert!(held < stored * 11 / 10 && bytes > 3 * held, "{held} of {bytes} bytes, {stored} stored");
+
+    let drawn = |model: &Path, more: &[&str]| {
+        let image = path("image.png");
+        let size = ["--width", "64", "--height", "64", "--steps", "4", "--overwrite"];
+        let generate = ["generate", text(model), "cat face", "--components", text(&base), "-o", text(&image)];
+        run(0, &[&generate[..], &reading, &size, more].concat());
+        pixels(&image)
+    };
+    let quantised = drawn(&file, &[]);
+    assert!(quantised == drawn(&file, &["--offload", "always"]), "streamed");
+    let difference = |other: &[u8]| {
+        let sum: u64 = quantised.iter().zip(other).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        sum as f64 / other.len() as f64
+    };
+    // Only the activations are rounded to bf16.
+    let of_plain = difference(&drawn(&plain, &["--dtype", "f32"]));
+    assert!(of_plain < 2.0, "{of_plain} of 255");
+    let lora = repository("assets/mini-flux/lora");
+    let [with_lora, plain_with_lora] =
+        [&file, &plain].map(|model| drawn(model, &["--dtype", "f32", "--lora", text(&lora)]));
+    let sum: u64 = with_lora.iter().zip(&plain_with_lora).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+    assert!(with_lora != quantised && sum < with_lora.len() as u64 / 100, "{sum}");
 }

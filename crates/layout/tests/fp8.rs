@@ -236,7 +236,7 @@ fn every_scale_of_a_flux_has_an_outcome() {
     assert_eq!((skipped("activations"), skipped("marker"), skipped("text encoder")), (matrices, 1, 2));
     assert_eq!(found.skipped.len(), matrices + 3);
     assert_eq!((&plain.skipped[..], plain.dtypes.get("BF16")), (&[][..], Some(&plain.dtypes.values().sum())));
-    let note = format!("{matrices} fp8 tensors are read as bf16, {matrices} of them times their scales");
+    let note = format!("{matrices} tensors are in fp8, {matrices} of them with scales");
     assert!(found.notes.contains(&note), "{:?}", found.notes);
 }
 

@@ -210,7 +210,7 @@ pub trait Denoiser: Send + Sync {
     fn forward(&self, input: &DenoiserInput) -> Result<Tensor> {
         let mut state = self.embed(input)?;
         for index in 0..self.block_count() {
-            // Nobody looks at what the block before attended to.
+            // What the block before attended to is of no use any more.
             state = self.block(index, HiddenState { attention: None, ..state })?;
         }
         self.head(&state)

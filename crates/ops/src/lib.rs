@@ -17,6 +17,7 @@ mod group_norm;
 mod joining;
 mod kernel;
 mod linear;
+mod matrix_rows;
 mod norm;
 mod quantized_linear;
 pub mod reference;

@@ -2,10 +2,11 @@
 //! in `quantized_linear.rs`.
 
 use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
-use crate::kernel::{contiguous, for_rows};
+use crate::kernel::contiguous;
+use crate::matrix_rows::{StorageRef, add_rows, row_count, with_channels};
 use crate::quantized_linear::quantized_linear;
 use crate::reference;
-use crate::simd::{CpuFeatures, Element, Isa, SimdKernel, dispatch};
+use crate::simd::{CpuFeatures, Element};
 use crate::strided_product::{StridedMatrix, strided_product};
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -186,16 +187,6 @@ fn output_shape(x: &Layout, weight: &Layout) -> Result<Shape> {
     Ok(with_channels(x, weight.shape().dims2()?.0))
 }
 
-/// The shape of x with `channels` channels.
-pub(crate) fn with_channels(x: &Layout, channels: usize) -> Shape {
-    let mut shape = x.dims().to_vec();
-    shape.pop();
-    shape.push(channels);
-    shape.into()
-}
-
-pub(crate) type StorageRef<'a> = (&'a CpuStorage, &'a Layout);
-
 /// x wᵀ + b by [`gemm`], or none where candle is faster.
 fn by_gemm(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
     let (outputs, inputs) = weight.1.shape().dims2()?;
@@ -239,38 +230,11 @@ fn elements<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Re
     }
 }
 
-/// Rows of x, counted from its shape because they may be empty.
-pub(crate) fn row_count(x: &Layout) -> usize {
-    x.dims().iter().rev().skip(1).product()
-}
-
 fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) -> Result<(S, Shape)> {
     let converted = bias.0.to_dtype(bias.1, out.dtype())?;
     let broadcast = Layout::contiguous(bias.1.shape()).broadcast_as(shape.clone())?;
     let sum = out.binary_impl::<op::Add>(&converted, &Layout::contiguous(shape.clone()), &broadcast)?;
     Ok((sum, shape))
-}
-
-pub(crate) fn add_rows<E: Element>(out: &mut [E], bias: &[E]) {
-    for_rows(out, bias.len(), |_, out| dispatch(AddRows { out, bias }));
-}
-
-struct AddRows<'a, E> {
-    out: &'a mut [E],
-    bias: &'a [E],
-}
-
-impl<E: Element> SimdKernel for AddRows<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Isa>(self) {
-        for out in self.out.chunks_exact_mut(self.bias.len()) {
-            for (out, bias) in out.iter_mut().zip(self.bias) {
-                *out = E::store(out.load() + bias.load());
-            }
-        }
-    }
 }
 
 fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -3,7 +3,7 @@
 
 use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
 use crate::kernel::contiguous;
-use crate::linear::{StorageRef, add_rows, row_count, with_channels};
+use crate::matrix_rows::{StorageRef, add_rows, row_count, with_channels};
 use crate::simd::{CpuFeatures, Element};
 use crate::strided_product::{StridedMatrix, strided_product_to};
 use candle_core::backend::BackendStorage as _;

@@ -11,7 +11,7 @@ use clearform_weights::{Checkpoint, TensorSource, held_bytes, hub_snapshot};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The folders and files that are searched for components, in this order: files of their own, the model's folder, the
 /// transformer's single-file checkpoint, the folder of `--components`.
@@ -24,7 +24,12 @@ pub struct Components {
     file: Option<SingleFile>,
     /// The options that take files, by component; known once the family is.
     options: BTreeMap<String, String>,
+    /// The weights in folders that were opened, of which copies of this share each.
+    opened: Arc<Mutex<BTreeMap<PathBuf, FolderWeights>>>,
 }
+
+/// The weights in the folder of a component. They are not read.
+type FolderWeights = Arc<Dequantized<Arc<Checkpoint>>>;
 
 /// A checkpoint that contains components.
 #[derive(Debug, Clone)]
@@ -50,6 +55,7 @@ impl Components {
             own_files: Vec::new(),
             file: None,
             options: BTreeMap::new(),
+            opened: Arc::default(),
         }
     }
 
@@ -145,11 +151,20 @@ impl Components {
         if let Some((file, component)) = self.find_embedded(name) {
             return Ok(self.open(file, component)?.tensors);
         }
-        let folder = self.folder(name)?;
+        Ok(Box::new(self.open_folder(self.folder(name)?)?))
+    }
+
+    /// The weights in the folder of a component, which is opened at the first call.
+    fn open_folder(&self, folder: PathBuf) -> Result<FolderWeights> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(weights) = opened.get(&folder) {
+            return Ok(weights.clone());
+        }
         let manifests = Manifests::embedded()?;
-        let weights = Dequantized::open(&folder, &manifests)?;
+        let weights = Arc::new(Dequantized::open(&folder, &manifests)?);
         weights.accept(&manifests).map_err(|error| bad_component(&folder, &error))?;
-        Ok(Box::new(weights))
+        opened.insert(folder, weights.clone());
+        Ok(weights)
     }
 
     /// The folder of component `name`.

@@ -43,6 +43,7 @@ mod stages;
 mod system_memory;
 mod text;
 mod transformer_checkpoint;
+mod weight_bytes;
 
 pub use adapters::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,

@@ -2,7 +2,7 @@
 //! what does not fit is refused with figures instead of ending in the middle.
 
 use crate::system_memory::available_memory;
-use crate::transformer_checkpoint::WeightBytes;
+use crate::weight_bytes::WeightBytes;
 use crate::{Result, RuntimeError};
 use serde::{Deserialize, Serialize};
 use std::fmt;

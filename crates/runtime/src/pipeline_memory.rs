@@ -1,7 +1,8 @@
 //! [`Pipeline::memory_plan`]: what the components of a pipeline take.
 
 use crate::memory_plan::PlannedComponent;
-use crate::transformer_checkpoint::{TRANSFORMER, WeightBytes};
+use crate::transformer_checkpoint::TRANSFORMER;
+use crate::weight_bytes::WeightBytes;
 use crate::{Components, MemoryPlan, Pipeline, Residency, Result};
 use candle_core::DType;
 use clearform_layout::activation_bytes;

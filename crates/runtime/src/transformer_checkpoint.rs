@@ -3,18 +3,18 @@
 
 use crate::files::{read_json, transformer_path};
 use crate::gpu_limits::{check_dtype, default_dtype};
+use crate::weight_bytes::WeightBytes;
 use crate::{Residency, Result, RuntimeError};
 use candle_core::{DType, Device};
 use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
-use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples};
+use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples, SharedPasses};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
 use clearform_weights::{
-    Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, held_bytes, is_quantized,
+    Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, is_quantized,
 };
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,53 +39,6 @@ pub struct TransformerCheckpoint {
     canonical: Arc<CanonicalSource<Dequantized<Arc<Checkpoint>>>>,
     edits: Arc<WeightEdits>,
     low_rank: LowRankMode,
-}
-
-/// Bytes of a component's weights as they are held in memory.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct WeightBytes {
-    /// All of them.
-    pub total: u64,
-    /// Those of the largest block.
-    pub largest_block: u64,
-    /// Those of no block.
-    pub outside: u64,
-}
-
-impl WeightBytes {
-    /// Those of `source`, whose plain tensors are converted to `dtype`.
-    pub fn of(source: &dyn TensorSource, dtype: Option<DType>) -> Self {
-        let mut blocks: BTreeMap<String, u64> = BTreeMap::new();
-        let mut bytes = Self::default();
-        for info in source.tensors() {
-            let held = held_bytes(source, &info, dtype);
-            bytes.total += held;
-            match block_of(&info.name) {
-                Some(block) => *blocks.entry(block.to_owned()).or_default() += held,
-                None => bytes.outside += held,
-            }
-        }
-        Self { largest_block: blocks.into_values().max().unwrap_or(0), ..bytes }
-    }
-
-    /// What is in memory while blocks are streamed: one that computes and the next.
-    pub fn streamed(self) -> u64 {
-        self.total.min(self.outside + 2 * self.largest_block)
-    }
-}
-
-/// The block that a tensor belongs to: what its name begins with, up to the first number.
-fn block_of(name: &str) -> Option<&str> {
-    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    let mut end = 0;
-    for part in name.split('.') {
-        end += part.len();
-        if is_number(part) {
-            return Some(&name[..end]);
-        }
-        end += 1;
-    }
-    None
 }
 
 /// The name of this component in a pipeline, which adapters use.
@@ -274,7 +227,8 @@ impl TransformerCheckpoint {
         }
         let source = self.edited(ConvertedSource::new(self.canonical.clone(), dtype));
         if residency == Residency::Streamed {
-            return Ok(self.architecture.build(&StreamedSource(Arc::new(source)), plan)?);
+            let denoiser = self.architecture.build(&StreamedSource(Arc::new(source)), plan)?;
+            return Ok(Box::new(SharedPasses(denoiser)));
         }
         Ok(SeparateSamples::if_small(self.architecture.build(&source, plan)?, self.parameters(), device))
     }

@@ -109,7 +109,7 @@ impl RandomWeights {
             }
             // Values of about 1, to which a scale is given.
             WeightFormat::Quantized(QuantizedFormat::Fp8(_)) => {
-                (0..POOL).map(|index| (index * 89 % 112) as u8).collect()
+                (0..POOL).map(|index| (index * 89 % 64) as u8).collect()
             }
         };
         let values = values.to_vec1()?;

@@ -91,12 +91,12 @@ pub struct StepBenchArgs {
     /// How the weights are stored: f32, bf16, fp8_e4m3fn, q8_0, q4_k and so on [default: the dtype to compute in].
     #[arg(long, value_name = "FORMAT", help_heading = INPUT)]
     pub format: Option<WeightFormat>,
-    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
-    #[arg(long, help_heading = DEVICE)]
-    pub streamed: bool,
     /// What is the same for every evaluation.
     #[command(flatten)]
     pub timing: TimingArgs,
+    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
+    #[arg(long, help_heading = DEVICE)]
+    pub streamed: bool,
 }
 
 /// `clearform bench model`.

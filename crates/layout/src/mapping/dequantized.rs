@@ -163,7 +163,7 @@ impl<S: TensorSource> Dequantized<S> {
     pub(crate) fn note(&self) -> Option<String> {
         let scaled = self.weights.values().filter(|weight| weight.scaled).count();
         let fp8 = self.weights.len();
-        (fp8 > 0).then(|| format!("{fp8} fp8 tensors are read as bf16, {scaled} of them times their scales"))
+        (fp8 > 0).then(|| format!("{fp8} tensors are in fp8, {scaled} of them with scales"))
     }
 
     /// Hides a tensor that belongs to fp8 weights, and applies it if it is a scale. One that fits no weight stays in

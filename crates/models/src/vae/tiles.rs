@@ -282,7 +282,7 @@ mod tests {
         let difference = (&tiled - &whole).unwrap();
         let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
         let share = norm(&difference) / norm(&whole);
-        assert!(share > 0.0 && share < 0.1, "{share}");
+        assert!(share > 0.0 && share < 0.15, "{share}");
         // Across a seam the difference changes as little as elsewhere.
         let edge = 40 * vae.config().downscale();
         let height = whole.dim(2).unwrap();
