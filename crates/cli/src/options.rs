@@ -2,13 +2,13 @@
 
 use crate::args::{
     AdapterArg, AdapterArgs, ApplyMode, ComponentFileArgs, DtypeArg, Duration, LossWeights, MemoryArgs,
-    PluginSearchArgs, PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, WeightAdapterArgs,
+    PluginSearchArgs, PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, VaeTilingArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
 use clearform::{
     AdapterKind, AdapterOptions, AdapterSpec, ComponentFiles, FloatDtype, LoraApplyMode, MemoryOptions, Overwrite,
-    PluginOptions, Precision, SourceOptions, TrainingOptions,
+    PluginOptions, Precision, SourceOptions, TrainingOptions, VaeTiling,
 };
 
 /// What `--overwrite` allows.
@@ -86,6 +86,12 @@ impl From<&SamplingArgs> for EvaluationOptions {
             steps: args.steps,
             seed: args.seed.number,
         }
+    }
+}
+
+impl From<&VaeTilingArgs> for VaeTiling {
+    fn from(args: &VaeTilingArgs) -> Self {
+        Self { mode: args.vae_tiling, tile_size: args.vae_tile_size.map(|size| size as usize) }
     }
 }
 

@@ -25,10 +25,13 @@ fn parse_grid(option: &str, text: &str) -> Result<TokenGrid> {
     Ok(TokenGrid::new(height, width)?)
 }
 
-/// Median milliseconds of `repeat` calls of `work`, after one warm-up call. A call ends when `device` is idle again.
+/// Median milliseconds of `repeat` calls of `work`, after one warm-up call; of the first call alone if `repeat` is 0. A call
+/// ends when `device` is idle again.
 fn median_ms(repeat: usize, device: &Device, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-    work()?;
-    device.synchronize()?;
+    if repeat > 0 {
+        work()?;
+        device.synchronize()?;
+    }
     let mut timed = || {
         let start = Instant::now();
         work()?;

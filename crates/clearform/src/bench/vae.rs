@@ -3,10 +3,12 @@
 use super::median_ms;
 use crate::{ClearformError, ComputeDevice, Result};
 use candle_core::{DType, Tensor};
-use clearform_models::vae::autoencoder;
+use clearform_models::ImageSize;
+use clearform_models::vae::{VaeTiling, autoencoder};
 use clearform_runtime::Components;
 use serde::Serialize;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// An autoencoder at several sizes.
@@ -16,7 +18,9 @@ pub struct VaeBench {
     pub model: PathBuf,
     /// Width and height of the images, in pixels.
     pub sizes: Vec<usize>,
-    /// Timed runs, after one warm-up run.
+    /// Whether and how images are decoded in tiles.
+    pub tiling: VaeTiling,
+    /// Timed runs, after one warm-up run; 0 times the first.
     pub repeat: usize,
     /// Where it runs.
     pub device: ComputeDevice,
@@ -39,7 +43,14 @@ pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
         let edge = size / spec.downscale();
         let latents =
             Tensor::randn(0f32, 1.0, (1, spec.latent_channels(), edge, edge), &device)?.to_dtype(DType::F32)?;
-        let median_ms = median_ms(bench.repeat, &device, || Ok(vae.decode(&latents).map(drop)?))?;
+        let tile = bench.tiling.tile(spec.as_ref(), ImageSize { height: *size, width: *size });
+        let median_ms = median_ms(bench.repeat, &device, || {
+            match tile {
+                None => drop(vae.decode(&latents)?),
+                Some(tile) => drop(vae.decode_in_tiles(&latents, tile, &mut |_| ControlFlow::Continue(()))?),
+            }
+            Ok(())
+        })?;
         Ok(VaeRow { size: *size, median_ms })
     };
     Ok(VaeTable { rows: bench.sizes.iter().map(row).collect::<Result<_>>()? })

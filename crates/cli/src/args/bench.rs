@@ -1,7 +1,7 @@
 //! The arguments of `clearform bench`.
 
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
-use super::{DeviceArgs, DtypeArg, SourceArgs, finite};
+use super::{DeviceArgs, DtypeArg, SourceArgs, VaeTilingArgs, finite};
 use clap::{Args, Subcommand};
 use clearform::bench::WeightFormat;
 use std::path::PathBuf;
@@ -140,12 +140,15 @@ pub struct VaeBenchArgs {
     /// Width and height of the images, in pixels; several separated by commas.
     #[arg(long, default_value = "512,1024", value_delimiter = ',', value_name = "PIXELS", help_heading = INPUT)]
     pub size: Vec<usize>,
-    /// Timed runs, after one warm-up run.
+    /// Timed runs, after one warm-up run; 0 times the first.
     #[arg(long, default_value_t = 3, value_name = "N", help_heading = TIMING)]
     pub repeat: usize,
     /// Where it runs.
     #[command(flatten)]
     pub running: DeviceArgs,
+    /// Whether and how images are decoded in tiles.
+    #[command(flatten)]
+    pub tiling: VaeTilingArgs,
 }
 
 /// `clearform bench tiles`. The defaults give the table of tiles that CLEAR's kernel is compared with.

@@ -1,9 +1,10 @@
 //! The arguments of `clearform generate` and `clearform forward`.
 
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SeedArg, SourceArgs, finite};
+use super::{
+    AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SeedArg, SourceArgs, VaeTilingArgs, finite,
+};
 use clap::Args;
-use clearform::TilingMode;
 use std::path::PathBuf;
 
 /// `clearform generate`.
@@ -89,12 +90,9 @@ pub struct GenerateArgs {
     /// Dtype to compute in [default: the file's; on a GPU bf16 for files in f32].
     #[arg(long, value_enum, help_heading = DEVICE)]
     pub dtype: Option<DtypeArg>,
-    /// Decode the image in tiles: auto (where the whole would take more than about 3 GB of memory), on or off.
-    #[arg(long, default_value_t, value_name = "auto|on|off", help_heading = DEVICE)]
-    pub vae_tiling: TilingMode,
-    /// Width and height of these tiles [default: 768].
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(64..), help_heading = DEVICE)]
-    pub vae_tile_size: Option<u32>,
+    /// Whether and how the image is decoded in tiles.
+    #[command(flatten)]
+    pub tiling: VaeTilingArgs,
     /// How much memory may be taken.
     #[command(flatten)]
     pub memory: MemoryArgs,

@@ -66,8 +66,9 @@ fn model(args: &ModelBenchArgs) -> anyhow::Result<ModelBench> {
 }
 
 fn vae(args: &VaeBenchArgs) -> VaeBench {
-    let VaeBenchArgs { model, size, repeat, running } = args;
-    VaeBench { model: model.clone(), sizes: size.clone(), repeat: *repeat, device: running.device }
+    let VaeBenchArgs { model, size, repeat, running, tiling } = args;
+    let tiling = tiling.into();
+    VaeBench { model: model.clone(), sizes: size.clone(), tiling, repeat: *repeat, device: running.device }
 }
 
 fn tiles(args: &TilesBenchArgs) -> TilesBench {

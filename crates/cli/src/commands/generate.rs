@@ -5,7 +5,7 @@ use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
-    AttentionPlan, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, VaeTiling, generate, parse_plan,
+    AttentionPlan, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, generate, parse_plan,
     prepare_image, read_parameters,
 };
 use clearform_plugin_host::AdapterReport;
@@ -94,7 +94,7 @@ fn options(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> anyh
         guidance: args.guidance.or(recorded.and_then(|recorded| recorded.guidance)),
         true_cfg_scale: args.true_cfg_scale.or(recorded.and_then(|recorded| recorded.true_cfg_scale)).unwrap_or(1.0),
         guided_channels: args.guided_channels,
-        vae_tiling: VaeTiling { mode: args.vae_tiling, tile_size: args.vae_tile_size.map(|size| size as usize) },
+        vae_tiling: (&args.tiling).into(),
         seed: seed.unwrap_or_default(),
         batch: args.batch.or(recorded.map(|recorded| recorded.batch)).unwrap_or(1),
         adapters: args.adapters.options()?,
