@@ -334,8 +334,7 @@ const PLANNED: u64 = 4 << 30;
 fn note_memory(pipeline: &Pipeline, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<()> {
     let size = pipeline.generated_size(request.size.unwrap_or(pipeline.native_size()));
     let plan = pipeline.memory_plan(size, request.batch)?;
-    let streams = plan.stages.iter().any(|stage| stage.residency == Residency::Streamed);
-    if streams || plan.peak() > PLANNED {
+    if plan.residency("transformer") == Residency::Streamed || plan.peak() > PLANNED {
         note(observer, plan);
     }
     Ok(())

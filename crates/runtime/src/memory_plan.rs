@@ -69,8 +69,21 @@ pub(crate) struct PlannedComponent {
     pub name: String,
     pub weights: WeightBytes,
     pub activations: u64,
-    pub can_stream: bool,
+    pub streaming: Streaming,
 }
+
+/// Whether the blocks of a component can be streamed, and what that costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Streaming {
+    Impossible,
+    /// It reads all blocks again for every evaluation.
+    Repeated,
+    /// Every block is needed once in any case.
+    Free,
+}
+
+/// Bytes of weights that are kept although they could be streamed for nothing.
+const SMALL: u64 = 1 << 30;
 
 /// The program, the images and what else stays, in bytes.
 const PROGRAM: u64 = 100 << 20;
@@ -127,14 +140,14 @@ impl StageMemory {
 
 impl PlannedComponent {
     fn stage(self, limit: Option<u64>, offload: OffloadMode) -> StageMemory {
-        let Self { name, weights, activations, can_stream } = self;
+        let Self { name, weights, activations, streaming } = self;
         let fits = limit.is_none_or(|limit| PROGRAM + weights.total + activations <= limit);
-        let streams = can_stream
-            && match offload {
-                OffloadMode::Never => false,
-                OffloadMode::Auto => !fits,
-                OffloadMode::Always => true,
-            };
+        let streams = match (streaming, offload) {
+            (Streaming::Impossible, _) | (_, OffloadMode::Never) => false,
+            (Streaming::Repeated, OffloadMode::Auto) => !fits,
+            (Streaming::Free, OffloadMode::Auto) => !fits || weights.total > SMALL,
+            (_, OffloadMode::Always) => true,
+        };
         let residency = if streams { Residency::Streamed } else { Residency::InMemory };
         let weights = if streams { weights.streamed() } else { weights.total };
         StageMemory { component: name, residency, weights, activations }
@@ -192,7 +205,7 @@ mod tests {
 
     fn component(activations: u64) -> PlannedComponent {
         let weights = WeightBytes { total: 10 << 30, largest_block: 1 << 30, outside: 2 << 30 };
-        PlannedComponent { name: "transformer".to_owned(), weights, activations, can_stream: true }
+        PlannedComponent { name: "transformer".to_owned(), weights, activations, streaming: Streaming::Repeated }
     }
 
     fn plan(activations: u64, limit: u64, offload: OffloadMode) -> Result<MemoryPlan> {
@@ -207,6 +220,13 @@ mod tests {
         assert_eq!(residency(12, OffloadMode::Always), Residency::Streamed);
         assert_eq!(residency(12, OffloadMode::Never), Residency::InMemory);
         assert_eq!(plan(1 << 30, 12, OffloadMode::Always).unwrap().peak(), PROGRAM + (5 << 30));
+        let free = |limit: u64, offload| {
+            let encoder = PlannedComponent { streaming: Streaming::Free, ..component(0) };
+            MemoryPlan::fit(vec![encoder], MemoryOptions { limit: Some(limit << 30), offload }).unwrap().stages[0]
+                .residency
+        };
+        assert_eq!(free(50, OffloadMode::Auto), Residency::Streamed);
+        assert_eq!(free(50, OffloadMode::Never), Residency::InMemory);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! [`Pipeline::memory_plan`]: what the components of a pipeline take.
 
-use crate::memory_plan::PlannedComponent;
+use crate::memory_plan::{PlannedComponent, Streaming};
 use crate::transformer_checkpoint::TRANSFORMER;
 use crate::weight_bytes::WeightBytes;
 use crate::{Components, MemoryPlan, Pipeline, Residency, Result};
@@ -32,8 +32,9 @@ impl Pipeline {
         }
         let names = self.transformer.identified().components();
         let encoders = names.iter().filter(|name| name.starts_with("text_encoder"));
-        let mut components =
-            encoders.map(|name| planned_encoder(&self.components, name)).collect::<Result<Vec<_>>>()?;
+        let mut components = encoders
+            .map(|name| planned_encoder(&self.components, name, self.held.is_some()))
+            .collect::<Result<Vec<_>>>()?;
         components.push(self.planned_transformer(size, batch)?);
         components.extend(self.planned_vae(size)?);
         MemoryPlan::fit(components, self.options.memory)
@@ -56,7 +57,7 @@ impl Pipeline {
             name: TRANSFORMER.to_owned(),
             weights: self.transformer.weight_bytes(self.options.dtype),
             activations: activation_bytes(batch * tokens, width, self.dtype().size_in_bytes()),
-            can_stream: true,
+            streaming: Streaming::Repeated,
         })
     }
 
@@ -70,17 +71,21 @@ impl Pipeline {
             name: VAE.to_owned(),
             weights: WeightBytes::of(self.components.weights(VAE)?.as_ref(), Some(DType::F32)),
             activations,
-            can_stream: false,
+            streaming: Streaming::Impossible,
         }))
     }
 }
 
-/// The text encoder `name` as the plan needs to know it.
-pub(crate) fn planned_encoder(components: &Components, name: &str) -> Result<PlannedComponent> {
+/// The text encoder `name` as the plan needs to know it. One that is released after its prompts needs each block once.
+pub(crate) fn planned_encoder(components: &Components, name: &str, is_held: bool) -> Result<PlannedComponent> {
     let weights = WeightBytes::of(components.weights(name)?.as_ref(), None);
     let config = components.config(name)?;
     let stated = config["architectures"][0].as_str().or(config["_class_name"].as_str());
     let class = TEXT_ENCODERS.iter().find(|class| stated.is_some_and(|stated| class.names.contains(&stated)));
-    let can_stream = class.is_some_and(|class| class.streams);
-    Ok(PlannedComponent { name: name.to_owned(), weights, activations: ENCODER_ACTIVATIONS, can_stream })
+    let streaming = match class.is_some_and(|class| class.streams) {
+        false => Streaming::Impossible,
+        true if is_held => Streaming::Repeated,
+        true => Streaming::Free,
+    };
+    Ok(PlannedComponent { name: name.to_owned(), weights, activations: ENCODER_ACTIVATIONS, streaming })
 }

@@ -74,7 +74,7 @@ impl PipelineTextEncoders<'_> {
         if !self.device.is_cpu() {
             return Ok(Residency::InMemory);
         }
-        let planned = planned_encoder(self.components, component)?;
+        let planned = planned_encoder(self.components, component, self.held.is_some())?;
         Ok(MemoryPlan::fit(vec![planned], self.memory)?.residency(component))
     }
 
