@@ -10,7 +10,7 @@ use clearform_layout::Manifests;
 use clearform_models::families::flux::Flux;
 use clearform_models::{Architecture, InputSizes, ModelFamily as _, random_input};
 use clearform_runtime::{Residency, check_dtype};
-use clearform_weights::{InMemoryTensors, StreamedSource, TensorSource};
+use clearform_weights::{ConvertedSource, InMemoryTensors, StreamedSource, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
@@ -28,6 +28,8 @@ pub struct StepTiming {
     pub device: ComputeDevice,
     /// Dtype to compute in.
     pub dtype: FloatDtype,
+    /// Where the weights of its blocks are while it runs.
+    pub residency: Residency,
 }
 
 /// A FLUX transformer of given sizes.
@@ -47,8 +49,6 @@ pub struct StepBench {
     pub attention: AttentionPlan,
     /// How the weights are stored; `None` is in the dtype to compute in.
     pub format: Option<WeightFormat>,
-    /// Where the weights of its blocks are while it runs.
-    pub residency: Residency,
     /// How it is timed.
     pub timing: StepTiming,
 }
@@ -79,11 +79,7 @@ pub fn bench_step(bench: &StepBench) -> Result<StepRow> {
     check_dtype(&device, timing.dtype.into())?;
     let format = bench.format.unwrap_or(WeightFormat::Dense(timing.dtype.into()));
     let random = RandomWeights::new(Manifests::embedded()?.expected(Flux.name(), &config)?, format)?;
-    let weights: Box<dyn TensorSource> = match bench.residency {
-        _ if !device.is_cpu() => Box::new(InMemoryTensors::load(&random, Some(timing.dtype.into()), &device)?),
-        Residency::InMemory => Box::new(random),
-        Residency::Streamed => Box::new(StreamedSource(Arc::new(random))),
-    };
+    let weights = held(Arc::new(random), timing, &device)?;
     let architecture = Flux.parse(&config)?;
     let model = StepModel { architecture: architecture.as_ref(), weights: weights.as_ref(), timing, device };
     let grids = std::slice::from_ref(&bench.grid);
@@ -100,10 +96,23 @@ pub fn bench_model(bench: &ModelBench) -> Result<StepTable> {
     let transformer = open_transformer_with(&bench.model, &reading)?;
     let device = timing.device.open()?;
     check_dtype(&device, timing.dtype.into())?;
-    let weights = InMemoryTensors::load(&transformer.source(), Some(timing.dtype.into()), &device)?;
-    let model = StepModel { architecture: transformer.architecture(), weights: &weights, timing, device };
+    let weights = held(Arc::new(transformer.source()), timing, &device)?;
+    let model = StepModel { architecture: transformer.architecture(), weights: weights.as_ref(), timing, device };
     let rows = bench.plans.iter().map(|plan| model.rows(plan, &bench.grids)).collect::<Result<Vec<_>>>()?;
     Ok(StepTable { rows: rows.into_iter().flatten().collect() })
+}
+
+/// The weights of `source` as a model holds them that is timed so. On a CPU quantised ones stay as they are.
+fn held(source: Arc<dyn TensorSource>, timing: &StepTiming, device: &Device) -> Result<Box<dyn TensorSource>> {
+    let dtype = Some(timing.dtype.into());
+    if !device.is_cpu() {
+        return Ok(Box::new(InMemoryTensors::load(source.as_ref(), dtype, device)?));
+    }
+    let converted = ConvertedSource::new(source, dtype);
+    Ok(match timing.residency {
+        Residency::InMemory => Box::new(converted),
+        Residency::Streamed => Box::new(StreamedSource(Arc::new(converted))),
+    })
 }
 
 /// FLUX.1-dev's config.json with the width, depth and head size of the options.

@@ -94,9 +94,6 @@ pub struct StepBenchArgs {
     /// What is the same for every evaluation.
     #[command(flatten)]
     pub timing: TimingArgs,
-    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
-    #[arg(long, help_heading = DEVICE)]
-    pub streamed: bool,
 }
 
 /// `clearform bench model`.
@@ -200,4 +197,7 @@ pub struct TimingArgs {
     /// Dtype to compute in.
     #[arg(long, value_enum, default_value = "f32", help_heading = DEVICE)]
     pub dtype: DtypeArg,
+    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
+    #[arg(long, help_heading = DEVICE)]
+    pub streamed: bool,
 }

@@ -50,7 +50,6 @@ fn step(args: &StepBenchArgs) -> anyhow::Result<StepBench> {
         grid: args.grid.clone(),
         attention: parse_plan(&args.attention)?,
         format: args.format,
-        residency: if args.streamed { Residency::Streamed } else { Residency::InMemory },
         timing: timing(&args.timing),
     })
 }
@@ -76,6 +75,7 @@ fn tiles(args: &TilesBenchArgs) -> TilesBench {
 }
 
 fn timing(args: &TimingArgs) -> StepTiming {
-    let TimingArgs { text, repeat, running, dtype } = args;
-    StepTiming { text: *text, repeat: *repeat, device: running.device, dtype: (*dtype).into() }
+    let TimingArgs { text, repeat, running, dtype, streamed } = args;
+    let residency = if *streamed { Residency::Streamed } else { Residency::InMemory };
+    StepTiming { text: *text, repeat: *repeat, device: running.device, dtype: (*dtype).into(), residency }
 }

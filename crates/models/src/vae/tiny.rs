@@ -61,21 +61,8 @@ impl TinyConfig {
         if keys.count("upsampling_scaling_factor", 2)? != 2 {
             return Err(bad("upsampling_scaling_factor", "expected 2"));
         }
-        let levels = |side: &str, default: &[usize]| {
-            let key = format!("{side}_block_out_channels");
-            let channels = keys.counts(&key, &[64; 4])?;
-            let blocks = keys.counts(&format!("num_{side}_blocks"), default)?;
-            match channels.len() == blocks.len() && (1..=8).contains(&channels.len()) && !channels.contains(&0) {
-                true => Ok(channels
-                    .into_iter()
-                    .zip(blocks)
-                    .map(|(channels, blocks)| TinyLevel { channels, blocks })
-                    .collect()),
-                false => Err(bad(&key, format!("expected as many levels as in num_{side}_blocks, 1 to 8"))),
-            }
-        };
-        let encoder: Vec<TinyLevel> = levels("encoder", &[1, 3, 3, 3])?;
-        let decoder: Vec<TinyLevel> = levels("decoder", &[3, 3, 3, 1])?;
+        let encoder = TinyLevel::all(&keys, "encoder", [1, 3, 3, 3])?;
+        let decoder = TinyLevel::all(&keys, "decoder", [3, 3, 3, 1])?;
         if encoder.len() != decoder.len() {
             return Err(bad("num_decoder_blocks", "expected as many levels as in num_encoder_blocks"));
         }
@@ -92,6 +79,20 @@ impl TinyConfig {
             scale,
             shift: keys.number("shift_factor", 0.0)?,
         })
+    }
+}
+
+impl TinyLevel {
+    /// The levels of one side, which has `usual` numbers of blocks by default.
+    fn all(keys: &ConfigKeys, side: &str, usual: [usize; 4]) -> Result<Vec<Self>> {
+        let key = format!("{side}_block_out_channels");
+        let channels = keys.counts(&key, &[64; 4])?;
+        let blocks = keys.counts(&format!("num_{side}_blocks"), &usual)?;
+        if channels.len() != blocks.len() || !(1..=8).contains(&channels.len()) || channels.contains(&0) {
+            return Err(bad(&key, format!("expected as many levels as in num_{side}_blocks, 1 to 8")));
+        }
+        let levels = channels.into_iter().zip(blocks);
+        Ok(levels.map(|(channels, blocks)| Self { channels, blocks }).collect())
     }
 }
 
