@@ -2,6 +2,7 @@
 
 use crate::forecast::{Forecast, announce};
 use crate::observer::{NumberedStages, Observer, Progress, Stage};
+use crate::patch::check_base;
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{
     ExtraComponents, linear_plan, open_original_pipeline, open_original_transformer, open_transformer,
@@ -98,6 +99,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     check_teacher(&options.teacher)?;
     let teacher = open_original_transformer(&options.teacher, &options.model)?;
     let student = open_transformer(&options.model)?;
+    check_base([&options.model, &options.teacher], [&student, &teacher], model.record(), observer)?;
     let (target, overwrite) = options.target();
     let mut staging = match options.training.resume {
         true => StagingDir::resume(target, overwrite)?,

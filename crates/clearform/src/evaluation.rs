@@ -14,6 +14,7 @@ use clearform_runtime::{
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
+use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -84,9 +85,18 @@ pub fn prompts_or_classes(
     }
 }
 
+/// Bytes of a file of prompts, fewer than: a million prompts have less, and a device has no end.
+const MOST_PROMPT_BYTES: u64 = 64 << 20;
+
 /// The prompts in the file at `path`, one per line; empty lines and comments are skipped.
 fn read_prompts(path: &Path, parse: impl Fn(&str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
-    let text = std::fs::read_to_string(path).context(path.display())?;
+    let mut text = String::new();
+    let file = std::fs::File::open(path).context(path.display())?;
+    file.take(MOST_PROMPT_BYTES).read_to_string(&mut text).context(path.display())?;
+    if text.len() as u64 == MOST_PROMPT_BYTES {
+        let reason = format!("{}: expected a file of prompts, found {MOST_PROMPT_BYTES} bytes or more", path.display());
+        return Err(ClearformError::bad_option(reason));
+    }
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let prompts = lines.map(parse).collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {

@@ -2,7 +2,7 @@
 
 use crate::observer::{Observer, note};
 use crate::sources::{linear_plan, note_checkpoint, open_transformer_with, read_options};
-use crate::{ClearformError, Result, SourceOptions, prepare_tensor_file};
+use crate::{Existing, Result, SourceOptions, check_is_no_input, prepare_tensor_file};
 use clearform_attention::AttentionPlan;
 use clearform_convert::AttentionOverlay;
 use clearform_layout::Identified;
@@ -54,8 +54,8 @@ impl ExportOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
-    check_target(options)?;
-    let _folder = prepare_tensor_file(&options.output)?;
+    check_is_no_input(&options.output, &[&options.model])?;
+    let _folder = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);
@@ -85,19 +85,6 @@ fn metadata(config: &Value, plan: Option<&AttentionPlan>) -> BTreeMap<String, St
     let ours = [Some((CONFIG_METADATA, config.to_string())), plan.map(|plan| (PLAN_METADATA, plan.to_toml()))];
     let all = [("format", "pt".to_owned())].into_iter().chain(ours.into_iter().flatten());
     all.map(|(key, text)| (key.to_owned(), text)).collect()
-}
-
-/// Refuses a target that exists, unless it may be replaced.
-fn check_target(options: &ExportOptions) -> Result<()> {
-    let path = options.output.display();
-    let reason = match std::fs::symlink_metadata(&options.output) {
-        Ok(found) if found.is_dir() => format!("{path}: is a folder; expected a file name"),
-        Ok(_) if !options.replace => {
-            format!("{path}: already exists; pass --overwrite to replace it or choose another name")
-        }
-        _ => return Ok(()),
-    };
-    Err(ClearformError::bad_option(reason))
 }
 
 /// The layout named `name`; `original` stands for that of the authors' code, whatever the family calls it.

@@ -2,15 +2,17 @@
 
 use crate::adapters::{AdapterOptions, note_reports};
 use crate::error::WithContext as _;
-use crate::observer::Observer;
+use crate::observer::{Observer, note};
 use crate::sources::{open_transformer_with, read_options};
-use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, prepare_tensor_file};
+use crate::{
+    ClearformError, ComputeDevice, Existing, FloatDtype, Result, SourceOptions, check_is_no_input, prepare_tensor_file,
+};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::Denoiser as _;
 use clearform_plugin_host::{AdapterReport, ControlNetInput, ControlledDenoiser};
 use clearform_runtime::{ActiveControlNet, EditedTransformer, check_dtype, default_dtype};
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _, is_finite};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -41,6 +43,9 @@ pub struct ForwardOptions {
     /// Dtype to compute in; `None` is f32 on a CPU and bf16 on a GPU.
     #[serde(default)]
     pub dtype: Option<FloatDtype>,
+    /// Whether an existing file is replaced.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 impl ForwardOptions {
@@ -55,6 +60,7 @@ impl ForwardOptions {
             adapters: AdapterOptions::default(),
             device: ComputeDevice::default(),
             dtype: None,
+            replace: false,
         }
     }
 }
@@ -73,7 +79,8 @@ impl ForwardOptions {
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
-    let _folder = prepare_tensor_file(&options.output)?;
+    check_is_no_input(&options.output, &[&options.model, &options.inputs])?;
+    let _folder = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
     let device = options.device.open()?;
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;
@@ -94,6 +101,9 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     let denoiser = transformer.build(&plan, Some(dtype), &device)?;
     let sample = ControlledDenoiser::new(denoiser.as_ref(), controls).forward(&input)?;
     let sample = sample.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    if !is_finite(&sample)? {
+        note(observer, "warning: the sample contains NaN or infinity");
+    }
     let shape = sample.dims().to_vec();
     let result = InMemoryTensors::from_iter([("sample".to_owned(), sample)]);
     clearform_weights::save(&options.output, &result, &BTreeMap::new())?;
@@ -109,10 +119,18 @@ fn inputs(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<String,
     let file = Checkpoint::open(path).context("--inputs")?;
     let convert = |name: String| {
         let tensor = file.tensor(&name)?;
+        let exact = EXACT.contains(&name.as_str());
+        if tensor.elem_count() == 0 || (tensor.dtype().is_int() && !exact && !name.starts_with("controlnet_mode")) {
+            return Err(ClearformError::bad_option(format!(
+                "--inputs {}, tensor {name:?}: expected floating-point values, found shape {:?} in {:?}",
+                path.display(),
+                tensor.dims(),
+                tensor.dtype()
+            )));
+        }
         // candle's CUDA backend has no casts from I16 and I32.
         let short = matches!(tensor.dtype(), DType::I16 | DType::I32);
         let tensor = if short { tensor.to_dtype(DType::I64)? } else { tensor }.to_device(device)?;
-        let exact = EXACT.contains(&name.as_str());
         Ok((name, if exact || tensor.dtype().is_int() { tensor } else { tensor.to_dtype(dtype)? }))
     };
     file.tensors().into_iter().map(|info| convert(info.name)).collect()

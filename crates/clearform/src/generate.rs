@@ -191,6 +191,11 @@ impl GenerateOptions {
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
         notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
         notes.extend(self.adapters.without_effect());
+        if self.vae_tiling.tile_size.is_some() && !pipeline.decodes_in_tiles(size) {
+            notes.push(
+                "--vae-tile-size has no effect: the image is decoded whole; --vae-tiling on decodes it in tiles".into(),
+            );
+        }
         notes.extend(pipeline.controlnets().iter().filter_map(|active| idle(active, request.steps)));
         let prompts = texts(std::slice::from_ref(&self.prompt)).into_iter().chain(self.negative_prompt.as_deref());
         notes.extend(prompts.flat_map(|prompt| foreign_syntax_notes(&[prompt])));

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use candle_core::{DType, Device};
-use clearform_distill::Precision;
+use clearform_distill::{Precision, SampleSet};
 use clearform_models::FamilyRegistry;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -131,7 +131,7 @@ impl Default for TrainingOptions {
 impl TrainingOptions {
     /// Whether samples are generated, which needs the whole pipeline: there are none from an earlier run.
     pub fn generates_samples(&self) -> bool {
-        self.samples.as_ref().is_none_or(|folder| !folder.exists())
+        self.samples.as_ref().is_none_or(|folder| !SampleSet::is_in(folder))
     }
 }
 

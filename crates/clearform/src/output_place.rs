@@ -9,6 +9,23 @@ use std::path::{Path, PathBuf};
 /// What other programs call their output.
 const STDOUT: &str = "-";
 
+/// What happens to an output that exists.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Existing {
+    /// It is kept, and the command refused.
+    #[default]
+    Keep,
+    /// It is replaced.
+    Replace,
+}
+
+impl Existing {
+    /// What `--overwrite` allows.
+    pub fn replaced_if(overwrite: bool) -> Self {
+        if overwrite { Self::Replace } else { Self::Keep }
+    }
+}
+
 /// The folder of an output. When this is dropped, what was made of the folder is removed again if nothing was written to
 /// it.
 #[derive(Debug)]
@@ -40,12 +57,18 @@ fn check_is_file(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// As [`prepare_file`], for a safetensors file.
+/// As [`prepare_file`], for a safetensors file. One that exists is replaced only if `existing` allows it.
 ///
 /// # Errors
-/// As [`prepare_file`], or the name ends otherwise than in .safetensors.
-pub fn prepare_tensor_file(path: &Path) -> Result<OutputFolder> {
+/// As [`prepare_file`], or the name ends otherwise than in .safetensors, or the file exists.
+pub fn prepare_tensor_file(path: &Path, existing: Existing) -> Result<OutputFolder> {
     check_is_file(path)?;
+    if existing == Existing::Keep && std::fs::symlink_metadata(path).is_ok() {
+        return Err(ClearformError::bad_option(format!(
+            "{}: already exists; pass --overwrite to replace it or choose another name",
+            path.display()
+        )));
+    }
     if path.extension().is_none_or(|extension| extension != "safetensors") {
         return Err(ClearformError::bad_option(format!(
             "{}: tensors are written as safetensors; expected a name that ends in .safetensors",
@@ -53,6 +76,23 @@ pub fn prepare_tensor_file(path: &Path) -> Result<OutputFolder> {
         )));
     }
     prepare_file(path)
+}
+
+/// Refuses to write to what is read: an output that is one of `inputs`, files or folders, or in one of them.
+///
+/// # Errors
+/// It is.
+pub fn check_is_no_input(output: &Path, inputs: &[&Path]) -> Result<()> {
+    let Ok(real) = output.canonicalize() else { return Ok(()) };
+    let read = inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| real.starts_with(input)));
+    match read {
+        None => Ok(()),
+        Some(input) => Err(ClearformError::bad_option(format!(
+            "{}: belongs to {}, which is read; choose another name",
+            output.display(),
+            input.display()
+        ))),
+    }
 }
 
 /// As [`prepare_file`], for an image, whose format the name states.

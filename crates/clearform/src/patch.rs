@@ -1,18 +1,19 @@
 //! [`extract_patch`] and [`apply_patch`]: distilled attention as one file, and onto other checkpoints.
 
 use crate::observer::{Observer, Progress, Stage, note};
-use crate::output_place::prepare_tensor_file;
+use crate::output_place::{Existing, check_is_no_input, prepare_tensor_file};
 use crate::sources::{
     ExtraComponents, linear_plan, note_checkpoint, open_original_transformer, open_transformer, open_transformer_with,
     read_options,
 };
 use crate::{ClearformError, Result, SourceOptions, WrittenModel};
-use clearform_attention::Radius;
+use clearform_attention::{Radius, learning_layer};
 use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes};
 use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
-use clearform_weights::TensorSource;
+use clearform_weights::{TensorInfo, TensorSource, is_finite};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,8 @@ pub struct ExtractedPatch {
     pub tensors: usize,
 }
 
-/// Writes the distilled attention of the portable model `model`, made from `base`, to the safetensors file `path`.
+/// Writes the distilled attention of the portable model `model`, made from `base`, to the safetensors file `path`, which is
+/// replaced if it exists and `existing` allows it.
 ///
 /// # Errors
 /// A model cannot be read, nothing was distilled, or `model` was not made from `base`.
@@ -36,13 +38,21 @@ pub struct ExtractedPatch {
 ///     "FLUX.1-dev-clear".as_ref(),
 ///     "FLUX.1-dev".as_ref(),
 ///     "clear-r16.safetensors".as_ref(),
+///     clearform::Existing::Keep,
 ///     &mut (),
 /// )?;
 /// println!("{patch}");
 /// # Ok::<(), clearform::ClearformError>(())
 /// ```
-pub fn extract_patch(model: &Path, base: &Path, path: &Path, observer: &mut dyn Observer) -> Result<ExtractedPatch> {
-    let _folder = prepare_tensor_file(path)?;
+pub fn extract_patch(
+    model: &Path,
+    base: &Path,
+    path: &Path,
+    existing: Existing,
+    observer: &mut dyn Observer,
+) -> Result<ExtractedPatch> {
+    check_is_no_input(path, &[model, base])?;
+    let _folder = prepare_tensor_file(path, existing)?;
     let record = PortableModel::open(model)?.record().clone();
     let student = open_transformer(model)?;
     let teacher = open_original_transformer(base, model)?;
@@ -52,14 +62,21 @@ pub fn extract_patch(model: &Path, base: &Path, path: &Path, observer: &mut dyn 
 }
 
 /// Refuses a base from which the model was not made, and notes that it may be a variant of that.
-fn check_base(
+pub(crate) fn check_base(
     [model, base]: [&Path; 2],
     [student, teacher]: [&TransformerCheckpoint; 2],
     record: &ModelRecord,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    let Some(difference) = BaseDifference::largest(&student.source(), &teacher.source())? else { return Ok(()) };
     let [model, base] = [model, base].map(Path::display);
+    let families = [student, teacher].map(|transformer| &transformer.identified().family);
+    if families[0] != families[1] {
+        return Err(ClearformError::bad_option(format!(
+            "{base}: is a model of the family {}, and {model} is one of {}; expected the original that it was made from",
+            families[1], families[0]
+        )));
+    }
+    let Some(difference) = BaseDifference::largest(&student.source(), &teacher.source())? else { return Ok(()) };
     if difference.is_of_another_model() {
         let merged = match record.adapter.is_empty() {
             true => "",
@@ -74,7 +91,7 @@ fn check_base(
         observer,
         format_args!(
             "warning: {base} is a variant of the model that {model} was distilled from, or another number format of it: \
-             {difference}; the patch holds what they differ by in attention, too"
+             {difference}; what they differ by in attention counts as distilled, too"
         ),
     );
     Ok(())
@@ -185,6 +202,8 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let reading = read_options(&reading)?;
     let transformer = open_transformer_with(checkpoint, &reading).map_err(|error| options.explained(error, &patch))?;
     note_checkpoint(transformer.checkpoint(), observer);
+    check_finite(&options.patch, &patch)?;
+    note_untouched(&patch, &transformer, observer);
     let source = transformer.source();
     let patched = patch.apply_to(&source, *mode, base)?;
     let extra = options.extra_components();
@@ -202,6 +221,45 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
     staging.finish(conversion.record(hashes.wait()?)?)?;
     Ok(WrittenModel::new(output, patch.plan(), report, None))
+}
+
+/// Refuses a patch with NaN or infinity.
+fn check_finite(path: &Path, patch: &AttentionPatch) -> Result<()> {
+    for TensorInfo { name, .. } in patch.source().tensors() {
+        if !is_finite(&patch.source().tensor(&name)?)? {
+            let path = path.display();
+            let reason =
+                format!("{path}: tensor {name:?} has NaN or infinity: the patch is damaged, download it again");
+            return Err(ClearformError::bad_option(reason));
+        }
+    }
+    Ok(())
+}
+
+/// Says which attention the patch leaves as it is. A whole patch has all that distillation changes.
+fn note_untouched(patch: &AttentionPatch, transformer: &TransformerCheckpoint, observer: &mut dyn Observer) {
+    let names: BTreeSet<String> = patch.source().tensors().into_iter().map(|info| info.name).collect();
+    let layers: BTreeSet<String> = transformer
+        .source()
+        .tensors()
+        .iter()
+        .filter_map(|info| learning_layer(&info.name).map(str::to_owned))
+        .collect();
+    let distilled = layers.iter().flat_map(|layer| transformer.architecture().distilled_layers(layer));
+    let all: Vec<String> = distilled.flat_map(|layer| layer.parameters).collect();
+    let untouched: Vec<&String> =
+        all.iter().filter(|name| !names.contains(*name) && transformer.source().info(name).is_some()).collect();
+    if let Some(first) = untouched.first() {
+        note(
+            observer,
+            format_args!(
+                "warning: the patch lacks {} of the {} tensors that distillation trains, such as {first}; they stay as \
+                 they are",
+                untouched.len(),
+                all.len()
+            ),
+        );
+    }
 }
 
 impl fmt::Display for ExtractedPatch {

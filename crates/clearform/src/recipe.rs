@@ -163,7 +163,7 @@ impl ResolvedTraining {
         if let Some(edge) = options.sample_size {
             size = ImageSize { height: edge, width: edge };
         }
-        if let Some(folder) = options.samples.as_ref().filter(|folder| folder.exists()) {
+        if let Some(folder) = options.samples.as_ref().filter(|folder| SampleSet::is_in(folder)) {
             let set = SampleSet::open(folder)?;
             let [width, height] = set.settings().size;
             size = ImageSize { height, width };

@@ -58,7 +58,7 @@ impl TrainingSamples {
         let folder = training.options.samples.clone().unwrap_or_else(|| work.join("samples"));
         // Those of an earlier run may have been interrupted.
         let are_complete =
-            training.options.samples.is_some() && folder.exists() && SampleSet::open(&folder)?.is_complete();
+            training.options.samples.is_some() && SampleSet::is_in(&folder) && SampleSet::open(&folder)?.is_complete();
         if are_complete {
             training.note_unused(&folder, observer);
         }
@@ -67,6 +67,7 @@ impl TrainingSamples {
             _ => open_samples(&folder)?,
         };
         if let Some(pipeline) = &pipeline {
+            check_kind(&samples, pipeline, &folder)?;
             note_teacher(&samples, &teacher_name(pipeline), &folder, observer);
         }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
@@ -159,6 +160,19 @@ fn teacher_name(pipeline: &Pipeline) -> String {
     let model = if path.ends_with("transformer") { path.parent().unwrap_or(path) } else { path };
     let model = model.canonicalize().unwrap_or_else(|_| model.to_owned());
     model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// Refuses samples of classes for a model of text, and the reverse.
+fn check_kind(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result<()> {
+    let are_classes = matches!(samples.settings().prompts.first(), Some(Prompt::Class(_)));
+    if are_classes == pipeline.class_count().is_some() {
+        return Ok(());
+    }
+    let [found, expected] = if are_classes { ["classes", "prompts"] } else { ["prompts", "classes"] };
+    Err(ClearformError::bad_option(format!(
+        "{}: its samples are of {found}, and this model takes {expected}: another model drew them; choose another folder",
+        folder.display()
+    )))
 }
 
 fn note_teacher(samples: &SampleSet, teacher: &str, folder: &Path, observer: &mut dyn Observer) {

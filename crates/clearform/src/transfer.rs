@@ -6,7 +6,7 @@ use crate::compared_pair::{ComparedPair, PairMember};
 use crate::error::WithContext as _;
 use crate::evaluation::{EvaluationOptions, EvaluationRun};
 use crate::observer::{Observer, note};
-use crate::output_place::prepare_report;
+use crate::output_place::{Existing, prepare_report};
 use crate::page::Page;
 use crate::patch::{PatchOptions, apply_patch, extract_patch};
 use crate::sources::{default_options, open_transformer};
@@ -282,7 +282,7 @@ impl TransferStudy<'_> {
         let Some(fine_tune) = self.fine_tune else { return Ok(Vec::new()) };
         std::fs::create_dir_all(self.folder).context(self.folder.display())?;
         let file = self.folder.join("attention.safetensors");
-        extract_patch(self.student, self.teacher, &file, observer)?;
+        extract_patch(self.student, self.teacher, &file, Existing::Replace, observer)?;
         let mut models = Vec::new();
         for (name, mode) in [("replace", PatchMode::Replace), ("shift", PatchMode::Shift)] {
             let output = self.folder.join(format!("fine-tune-{name}"));

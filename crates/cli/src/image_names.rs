@@ -30,6 +30,9 @@ pub fn image_names(pattern: &str, batch: usize, is_taken: impl Fn(&Path) -> bool
     free.ok_or_else(|| anyhow::anyhow!("-o {pattern:?}: no free numbers below {MOST}; choose another name"))
 }
 
+/// Digits of a number, at most: those of the largest.
+const MOST_DIGITS: usize = 20;
+
 /// A file name with a number in it.
 struct NumberedName<'a> {
     before: &'a str,
@@ -45,7 +48,9 @@ impl<'a> NumberedName<'a> {
             return Ok(None);
         };
         match rest.split_once('d') {
-            Some((digits, after)) if digits.is_empty() || digits.parse::<usize>().is_ok() => {
+            Some((digits, after))
+                if digits.is_empty() || digits.parse().is_ok_and(|digits: usize| digits <= MOST_DIGITS) =>
+            {
                 Ok(Some(Self { before, separator: "", digits: digits.parse().unwrap_or(1), after }))
             }
             _ => bail!("-o {pattern:?}: expected a number pattern such as %03d"),

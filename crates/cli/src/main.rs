@@ -54,10 +54,13 @@ fn use_one_thread_pool() {
     }
 }
 
-/// An error and its causes, without causes that the text before already ends with.
+/// An error and its causes, without causes that the text before already ends with, and without the backtraces that candle
+/// puts into its messages.
 fn error_message(error: &anyhow::Error) -> String {
     let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+    let without_backtrace = |text: String| text.split("\n   0: ").next().unwrap_or_default().to_owned();
+    let causes = error.chain().map(ToString::to_string).map(without_backtrace);
+    for cause in causes.filter(|cause| !cause.is_empty()) {
         match text.as_str() {
             "" => text = cause,
             before if before.ends_with(&cause) => {}

@@ -21,9 +21,10 @@ impl CommandOutcome {
     }
 }
 
-/// Prints a message on stderr, with control characters escaped.
+/// Prints a message on stderr, with control characters escaped. If its reader is gone, as `tee` after an interrupt, the
+/// work goes on without it.
 pub fn print_message(message: impl Display) {
-    eprintln!("{}", escaped(&message.to_string(), text_escape));
+    let _ = writeln!(std::io::stderr(), "{}", escaped(&message.to_string(), text_escape));
 }
 
 /// What a result is printed as.

@@ -28,7 +28,17 @@ fn forward(model: &Path, inputs: &HashMap<String, Tensor>, more: &[&str]) -> (Te
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(inputs, &input).unwrap();
-    let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--plugin-dir", &plugins()];
+    let arguments = [
+        "forward",
+        text(model),
+        "--inputs",
+        text(&input),
+        "-o",
+        text(&output),
+        "--overwrite",
+        "--plugin-dir",
+        &plugins(),
+    ];
     let message = stderr_of(0, &[&arguments, more].concat());
     (fixture(&output)["sample"].clone(), message)
 }
@@ -76,7 +86,7 @@ fn other_kinds_of_files_are_named() {
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     let plugins = plugins();
     let told = |adapter: &Path, flag: &str| {
-        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--overwrite"];
         let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins, flag, text(adapter)]].concat());
         assert!(!message.contains("panicked") && !output.exists(), "{message}");
         message
@@ -128,7 +138,8 @@ fn unmatched_adapter_tensors_exit_1() {
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     let plugins = plugins();
-    let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--lora", &broken];
+    let arguments =
+        ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--overwrite", "--lora", &broken];
     let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins]].concat());
     assert!(message.contains("totally.unknown") && message.contains("--allow-partial"), "{message}");
     assert!(!output.exists());
@@ -154,7 +165,8 @@ fn refused(adapter: &str, more: &[&str]) -> String {
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     let plugins = plugins();
-    let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--lora", adapter];
+    let arguments =
+        ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--overwrite", "--lora", adapter];
     let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins], more].concat());
     assert!(!message.contains("panicked") && !output.exists(), "{message}");
     message
@@ -424,7 +436,7 @@ fn damaged_adapters_are_refused_with_a_message() {
             .map(|(name, shape)| ((*name).to_owned(), Tensor::ones(*shape, DType::F32, &Device::Cpu).unwrap()));
         candle_core::safetensors::save(&made.collect::<HashMap<_, _>>(), &adapter).unwrap();
         let plugins = plugins();
-        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+        let arguments = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--overwrite"];
         let message = stderr_of(1, &[&arguments[..], &["--plugin-dir", &plugins, "--lora", text(&adapter)]].concat());
         assert!(message.contains(expected), "{tensors:?}: {message}");
         assert!(!message.contains("panicked") && !output.exists(), "{tensors:?}: {message}");
@@ -449,7 +461,7 @@ fn plugins_are_loaded_only_for_their_adapters() {
     more(&["--lora", &lora("kohya")]);
     let (input, output) = (path("in.safetensors"), path("out.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
-    let refused = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output)];
+    let refused = ["forward", text(tiny.path()), "--inputs", text(&input), "-o", text(&output), "--overwrite"];
     let off = ["--plugin-dir", text(&folder), "--no-plugins", "--adapter", text(&adapter)];
     assert!(stderr_of(1, &[&refused[..], &off].concat()).contains("--no-plugins"));
     assert!(!log.exists());

@@ -181,7 +181,10 @@ fn a_patch_carries_attention_to_a_fine_tune() {
     let mut other = Tiny::new();
     other.tensors.insert(EMBEDDER.into(), (&other.tensors[EMBEDDER] * 1.5).unwrap());
     other.save();
-    let said = stderr_of(1, &["patch", "extract", text(&model), "--base", text(other.path()), "-o", text(&patch)]);
+    let kept = stderr_of(1, &["patch", "extract", text(&model), "--base", text(base.path()), "-o", text(&patch)]);
+    assert!(kept.contains("already exists; pass --overwrite"), "{kept}");
+    let extract = ["patch", "extract", text(&model), "--base", text(other.path()), "-o", text(&patch), "--overwrite"];
+    let said = stderr_of(1, &extract);
     assert!(said.contains("is not the model that") && said.contains(EMBEDDER), "{said}");
     let said = stderr_of(1, &["patch", "extract", text(&model), "--base", text(base.path()), "-o", "p.bin"]);
     assert!(said.contains("expected a name that ends in .safetensors"), "{said}");

@@ -55,7 +55,7 @@ impl Case {
         let [model, input, output] = ["model", "in.safetensors", "out.safetensors"].map(|name| self.path(name));
         candle_core::safetensors::save(inputs, &input).unwrap();
         let output = text(&output).to_owned();
-        ["forward", text(&model), "--inputs", text(&input), "-o", &output].map(str::to_owned).into()
+        ["forward", text(&model), "--inputs", text(&input), "-o", &output, "--overwrite"].map(str::to_owned).into()
     }
 
     /// The sample with further arguments.

@@ -364,7 +364,7 @@ fn minrf_images_are_those_of_its_sampler() {
         let inputs = [("hidden_states", z.clone()), ("timestep", time), ("class_labels", labels)];
         let inputs: HashMap<String, Tensor> = inputs.map(|(name, tensor)| (name.to_owned(), tensor)).into();
         candle_core::safetensors::save(&inputs, &input).unwrap();
-        run(0, &["forward", text(&file), "--inputs", text(&input), "-o", text(&output)]);
+        run(0, &["forward", text(&file), "--inputs", text(&input), "-o", text(&output), "--overwrite"]);
         fixture(&output)["sample"].clone()
     };
     let mut z = clearform_sampling::TorchGenerator::new(8).randn((1, 1, 16, 16)).unwrap();
@@ -398,7 +398,7 @@ fn a_converted_original_agrees_with_diffusers() {
     let inputs: HashMap<String, Tensor> = inputs.map(|(name, tensor)| (name.to_owned(), tensor)).collect();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     candle_core::safetensors::save(&inputs, &input).unwrap();
-    run(0, &["forward", text(&model), "--inputs", text(&input), "-o", text(&output)]);
+    run(0, &["forward", text(&model), "--inputs", text(&input), "-o", text(&output), "--overwrite"]);
     let sample = fixture(&output)["sample"].clone();
     assert_close("r3", &sample, &cases["6x6/r3/sample"], if runs_on_gpu() { 2e-2 } else { 2e-5 });
     assert!(relative_error(&sample, &cases["6x6/full/sample"]).unwrap() > 1e-3);

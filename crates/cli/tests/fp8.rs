@@ -103,7 +103,8 @@ fn sample(model: &Path, reading: &[&str], folder: &Path) -> Vec<f32> {
     let inputs: HashMap<String, Tensor> = inputs.map(|(name, tensor)| (name.to_owned(), tensor)).collect();
     let (input, output) = (folder.join("in.safetensors"), folder.join("out.safetensors"));
     candle_core::safetensors::save(&inputs, &input).unwrap();
-    let paths = ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--attention", "full"];
+    let paths =
+        ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--overwrite", "--attention", "full"];
     run(0, &[&paths[..], reading].concat());
     fixture(&output)["sample"].flatten_all().unwrap().to_vec1().unwrap()
 }

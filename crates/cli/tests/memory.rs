@@ -55,9 +55,10 @@ fn what_does_not_fit_is_refused_with_figures() {
     let folder = tempfile::tempdir().unwrap();
     let (base, image) = (repository("assets/mini-flux/base"), folder.path().join("out.png"));
     let generate = ["generate", text(&base), "cat face", "-o", text(&image)];
-    let said = stderr_of(1, &[&generate[..], &["--max-memory", "110M"]].concat());
-    assert!(said.contains("not enough memory: ") && said.contains("--max-memory leaves 115 MB"), "{said}");
-    assert!(said.contains("a smaller --width and --height"), "{said}");
+    let large = ["--width", "2048", "--height", "2048", "--max-memory", "300M"];
+    let said = stderr_of(1, &[&generate[..], &large].concat());
+    assert!(said.contains("not enough memory: transformer") && said.contains("--max-memory leaves 315 MB"), "{said}");
+    assert!(said.contains("pass a smaller --width and --height, or take a file in a smaller format"), "{said}");
     assert!(!image.exists());
     run(0, &[&generate[..], &QUICK, &["--max-memory", "2G"]].concat());
     let said = stderr_of(2, &[&generate[..], &["--max-memory", "2"]].concat());

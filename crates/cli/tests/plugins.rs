@@ -92,9 +92,9 @@ impl Case {
         }
     }
 
-    fn arguments<'a>(&'a self, output: &'a Path) -> [&'a str; 8] {
+    fn arguments<'a>(&'a self, output: &'a Path) -> [&'a str; 9] {
         let [flag, adapter] = &self.adapter;
-        ["forward", text(&self.model), "--inputs", text(&self.inputs), "-o", text(output), flag, adapter]
+        ["forward", text(&self.model), "--inputs", text(&self.inputs), "-o", text(output), "--overwrite", flag, adapter]
     }
 }
 

@@ -172,10 +172,18 @@ fn settings_that_cannot_be_meant_are_refused() {
     let (dit, flux) = (repository("assets/mini-dit/model"), repository(BASE));
     let path = |name: &str| text(&folder.path().join(name)).to_owned();
     let (image, model, classes, lora) = (path("out.png"), path("model"), path("classes.txt"), path("vae.safetensors"));
+    let damaged = path("damaged.safetensors");
+    let [down, up] = [[4usize, 192], [192, 4]].map(|shape| {
+        (candle_core::Tensor::ones(&shape, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap() * f64::NAN)
+            .unwrap()
+    });
+    let module = "transformer.transformer_blocks.0.attn.to_q";
+    let factors = [(format!("{module}.lora_A.weight"), down), (format!("{module}.lora_B.weight"), up)];
+    candle_core::safetensors::save(&factors.into_iter().collect(), &damaged).unwrap();
     std::fs::write(&classes, "3\n10\n").unwrap();
     std::fs::copy(flux.join("vae/diffusion_pytorch_model.safetensors"), &lora).unwrap();
     let convert = ["convert", text(&dit), "-o", &model, "--radius", "4", "--dry-run"];
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["generate", text(&dit), "--class", "10", "-o", &image], "class: expected 0 to 9, found 10"),
         (&["generate", "a cat", text(&flux), "-o", &image], "the model comes before the prompt"),
         (
@@ -186,6 +194,11 @@ fn settings_that_cannot_be_meant_are_refused() {
         (&[&convert[..], &["--losses", "0,0,0"]].concat(), "setting loss: expected weights of 0 or more"),
         (&[&convert[..], &["--require-error", "0.1", "--held-out", "0"]].concat(), "but --held-out is 0"),
         (&["generate", text(&flux), "a cat", "--lora", &lora, "-o", &image], "the file is a VAE"),
+        (&[&convert[..], &["--pool", "1"]].concat(), "is not an integer from 2 to 256"),
+        (&["convert", text(&dit), "-o", &model, "--pool", "300", "--no-distill"], "is not an integer from 2 to 256"),
+        (&["generate", text(&flux), "a cat", "-o", &path("%70000d.png")], "expected a number pattern such as %03d"),
+        (&[&convert[..], &["--prompts", "/dev/zero"]].concat(), "expected a file of prompts"),
+        (&["generate", text(&flux), "a cat", "--lora", &damaged, "-o", &image], "have NaN or infinity"),
     ];
     for (arguments, expected) in cases {
         let said = stderr_of(1, arguments);
@@ -493,4 +506,64 @@ fn adapters_without_effect_are_said() {
     assert!(said.contains("start=0.1 and end=0.2 it acts in none of"), "{said}");
     let said = stderr_of(1, &["generate", text(&base), "-o", text(&output)]);
     assert!(said.contains("pass a prompt, --class N"), "{said}");
+}
+
+/// A file that is read is never written to, and one that exists is kept.
+#[test]
+fn tensors_are_not_written_over_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = Tiny::new();
+    let copied = folder.path().join("model");
+    copy(tiny.path(), &copied);
+    let weights = std::fs::read_dir(&copied).unwrap().map(|entry| entry.unwrap().path());
+    let weights = weights.into_iter().find(|path| path.extension().is_some_and(|kind| kind == "safetensors")).unwrap();
+    let before = std::fs::read(&weights).unwrap();
+    let inputs = folder.path().join("inputs.safetensors");
+    std::fs::write(&inputs, &before).unwrap();
+    let forward = |output: &Path, more: &[&str]| {
+        let arguments = ["forward", text(&copied), "--inputs", text(&inputs), "-o", text(output)];
+        stderr_of(1, &[&arguments, more].concat())
+    };
+    for output in [&weights, &inputs] {
+        let said = forward(output, &["--overwrite"]);
+        assert!(said.contains("which is read; choose another name"), "{said}");
+        assert_eq!(std::fs::read(output).unwrap(), before);
+    }
+    let other = folder.path().join("other.safetensors");
+    std::fs::write(&other, "kept").unwrap();
+    assert!(forward(&other, &[]).contains("already exists; pass --overwrite"));
+    assert_eq!(std::fs::read(&other).unwrap(), b"kept");
+    let export = ["export", text(&copied), "--to", "bfl", "-o", text(&weights), "--overwrite"];
+    assert!(stderr_of(1, &export).contains("which is read"));
+}
+
+/// What a user put beside a model stays there.
+#[test]
+fn other_files_of_a_folder_are_not_replaced_with_the_model() {
+    let (tiny, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let model = folder.path().join("model");
+    let convert = ["convert", text(tiny.path()), "-o", text(&model), "--radius", "3", "--no-distill", "--overwrite"];
+    run(0, &convert);
+    run(0, &convert);
+    std::fs::write(model.join("mine.txt"), "kept").unwrap();
+    let said = stderr_of(1, &convert);
+    assert!(said.contains("holds files that are not the model's, mine.txt: move them"), "{said}");
+    assert!(model.join("mine.txt").exists());
+}
+
+/// As with `2>&1 | tee log` after an interrupt, which ends `tee` too.
+#[test]
+fn a_closed_stderr_ends_no_work() {
+    use std::process::Stdio;
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("out.png");
+    let base = repository(BASE);
+    let mut child = common::clearform(&["generate", text(&base), "cat", "--seed", "random", "-o", text(&image)])
+        .args(QUICK)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success() && image.exists());
 }

@@ -105,6 +105,11 @@ impl AttentionPatch {
         Ok(Self { tensors, plan, base })
     }
 
+    /// Its tensors.
+    pub fn source(&self) -> &dyn TensorSource {
+        &self.tensors
+    }
+
     /// The attention plan that the patch was distilled for.
     pub fn plan(&self) -> &AttentionPlan {
         &self.plan

@@ -16,7 +16,7 @@ use clearform_weights::{InMemoryTensors, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Prompts that are encoded together. Text encoders are loaded once for each such chunk, so larger is faster, but its
 /// features are in memory together: 64 T5 prompts of 512 tokens take 0.5 GB in f32.
@@ -121,7 +121,7 @@ impl SampleSet {
     /// # Errors
     /// There is none, or a newer version created it.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join(FILE);
+        let path = Self::file_in(folder);
         let text = std::fs::read(&path).map_err(|source| DistillError::Io { path: path.clone(), source })?;
         let manifest: SampleManifest = serde_json::from_slice(&text)
             .map_err(|error| bad(&path, format!("not a sample set that this version can read: {error}")))?;
@@ -132,6 +132,15 @@ impl SampleSet {
         check(&manifest.settings)?;
         let files = SampleFiles { folder: folder.to_owned(), settings: manifest.settings };
         Ok(Self { files, teacher: manifest.teacher })
+    }
+
+    /// Whether `folder` holds a set, complete or not.
+    pub fn is_in(folder: &Path) -> bool {
+        Self::file_in(folder).exists()
+    }
+
+    fn file_in(folder: &Path) -> PathBuf {
+        folder.join(FILE)
     }
 
     /// The model that generates the set, if that was recorded.

@@ -9,7 +9,7 @@ use crate::tensors::receive;
 use crate::{Description, Plugin, PluginError, Result};
 use candle_core::Tensor;
 use clearform_plugin_abi::{ADAPTER_INTERFACE, ClearformAdapterTable, ClearformEdit, ClearformEditTensors, OK};
-use clearform_weights::Checkpoint;
+use clearform_weights::{Checkpoint, is_finite};
 use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::path::Path;
@@ -122,6 +122,23 @@ impl Adapter {
                 Ok(values)
             }
         }
+    }
+
+    /// Checks that no tensor of edit `index` has NaN or infinity.
+    pub(crate) fn check_finite(&self, index: usize) -> Result<()> {
+        let (values, magnitude) = self.values(index)?;
+        let tensors = match values {
+            EditValues::LowRank { down, up } => vec![down, up],
+            EditValues::Value(value) => vec![value],
+        };
+        for tensor in tensors.iter().chain(&magnitude) {
+            if !is_finite(tensor)? {
+                return Err(
+                    self.edit_error(&self.edits[index], "its tensors have NaN or infinity: the file is damaged")
+                );
+            }
+        }
+        Ok(())
     }
 
     fn read_values(&self, index: usize) -> Result<EditValuesAndNorms> {

@@ -209,6 +209,15 @@ impl WeightEdits {
         (edits, reports)
     }
 
+    /// Checks that no edit has NaN or infinity. Reads all of them.
+    ///
+    /// # Errors
+    /// The first edit that has, or cannot be read.
+    pub fn check_finite(&self) -> crate::Result<()> {
+        let mut placed = self.components.values().flat_map(BTreeMap::values).flatten();
+        placed.try_for_each(|placed| placed.adapter.check_finite(placed.edit))
+    }
+
     /// Edits of the component `name`, by canonical tensor name.
     pub(crate) fn component(&self, name: &str) -> Option<&BTreeMap<String, Vec<PlacedEdit>>> {
         self.components.get(name)

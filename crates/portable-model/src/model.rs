@@ -3,12 +3,11 @@
 //!
 //! [verifying]: PortableModel::verify
 
-use crate::staging::paths_of;
+use crate::staging::extra_files;
 use crate::{ModelRecord, PortableModelError, Result};
 use clearform_attention::AttentionPlan;
 use clearform_weights::{Checkpoint, digest};
 use serde::Serialize;
-use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
@@ -89,8 +88,7 @@ impl PortableModel {
                 Ok(_) => report.unchanged += 1,
             }
         }
-        let known: BTreeSet<&str> = model.record.file.iter().map(|file| file.path.as_str()).collect();
-        report.extra = paths_of(folder)?.into_iter().filter(|path| !known.contains(path.as_str())).collect();
+        report.extra = extra_files(folder, &model.record)?;
         Ok(report)
     }
 

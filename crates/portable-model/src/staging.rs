@@ -5,7 +5,7 @@ use crate::error::at;
 use crate::{FileRecord, ModelRecord, PortableModelError, Result};
 use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, WeightsError, digest};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
@@ -237,7 +237,7 @@ pub fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
     }
     let is_portable_model = target.join(ModelRecord::FILE).is_file();
     match (overwrite, is_portable_model) {
-        (Overwrite::PortableModel, true) => Ok(()),
+        (Overwrite::PortableModel, true) => check_holds_the_model_alone(target),
         (Overwrite::Never, true) => {
             Err(already_exists(target, "already exists; pass --overwrite to replace it, or choose another name"))
         }
@@ -245,6 +245,26 @@ pub fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
             target,
             "already exists and is not a portable model, so --overwrite does not replace it; choose another name",
         )),
+    }
+}
+
+/// Files in the folder of a model that its record does not have.
+pub(crate) fn extra_files(folder: &Path, record: &ModelRecord) -> Result<Vec<String>> {
+    let known: BTreeSet<&str> = record.file.iter().map(|file| file.path.as_str()).collect();
+    Ok(paths_of(folder)?.into_iter().filter(|path| !known.contains(path.as_str())).collect())
+}
+
+/// Refuses to replace a folder with files that are not the model's. A record that cannot be read says nothing of them.
+fn check_holds_the_model_alone(target: &Path) -> Result<()> {
+    let extra = ModelRecord::read(target).and_then(|record| extra_files(target, &record)).unwrap_or_default();
+    match extra.first() {
+        None => Ok(()),
+        Some(first) => {
+            let more = if extra.len() > 1 { format!(" and {} more", extra.len() - 1) } else { String::new() };
+            let reason =
+                format!("holds files that are not the model's, {first}{more}: move them before it is replaced");
+            Err(already_exists(target, &reason))
+        }
     }
 }
 
@@ -281,7 +301,7 @@ fn copy_file(from: &Path, to: &Path, mode: CopyMode) -> Result<()> {
 }
 
 /// Paths of all files below `folder` except the record, with `/` between folders, sorted.
-pub(crate) fn paths_of(folder: &Path) -> Result<Vec<String>> {
+fn paths_of(folder: &Path) -> Result<Vec<String>> {
     let mut paths = Vec::new();
     for entry in WalkDir::new(folder).sort_by_file_name() {
         let entry = entry.map_err(|error| at(folder)(error.into()))?;

@@ -187,6 +187,7 @@ impl Adapters {
         let (edits, reports) = WeightEdits::place(&parts, &editable_parameters(&transformer, components)?);
         let reports = self.whole(reports);
         reports.iter().try_for_each(|report| self.check(report))?;
+        edits.check_finite()?;
         let edits = Arc::new(edits);
         let transformer = Arc::new(transformer.patched(edits.clone(), self.low_rank, manifests)?);
         Ok(EditedTransformer { transformer, edits, reports })

@@ -62,6 +62,8 @@ pub struct StageMemory {
     pub weights: u64,
     /// Bytes beside the weights.
     pub activations: u64,
+    /// Whether its blocks can be streamed.
+    pub can_stream: bool,
 }
 
 /// A component as the plan needs to know it.
@@ -115,18 +117,14 @@ impl MemoryPlan {
     }
 
     fn refusal(&self, stage: &StageMemory, options: MemoryOptions) -> String {
-        let StageMemory { component, weights, activations, residency } = stage;
+        let StageMemory { component, weights, activations, .. } = stage;
         let [needed, weights, activations] = [stage.bytes(), *weights, *activations].map(Bytes);
         let limit = Bytes(self.limit.unwrap_or_default());
         let source = if options.limit.is_some() { "--max-memory" } else { "the system" };
-        let mut advice = vec!["a smaller --width and --height", "a file in a smaller format such as Q4_K"];
-        if *residency == Residency::InMemory {
-            advice.insert(0, "--offload always");
-        }
+        let advice = stage.advice().join(", or ");
         format!(
             "{component} takes about {needed} ({weights} of weights, {activations} of activations), but {source} leaves \
-             {limit}; pass {}",
-            advice.join(", or ")
+             {limit}; {advice}"
         )
     }
 }
@@ -135,6 +133,23 @@ impl StageMemory {
     /// Bytes that the process takes in this stage.
     pub fn bytes(&self) -> u64 {
         PROGRAM + self.weights + self.activations
+    }
+
+    /// What makes it smaller.
+    fn advice(&self) -> Vec<&'static str> {
+        let mut advice = Vec::new();
+        if self.can_stream && self.residency == Residency::InMemory {
+            advice.push("pass --offload always");
+        }
+        if !self.component.starts_with("text_encoder") {
+            advice.push("pass a smaller --width and --height");
+        }
+        advice.push(match self.component.as_str() {
+            "vae" => "decode with --tae FILE or in smaller tiles (--vae-tiling on --vae-tile-size 256)",
+            _ => "take a file in a smaller format such as Q4_K",
+        });
+        advice.push("allow more memory");
+        advice
     }
 }
 
@@ -150,7 +165,7 @@ impl PlannedComponent {
         };
         let residency = if streams { Residency::Streamed } else { Residency::InMemory };
         let weights = if streams { weights.streamed() } else { weights.total };
-        StageMemory { component: name, residency, weights, activations }
+        StageMemory { component: name, residency, weights, activations, can_stream: streaming != Streaming::Impossible }
     }
 }
 
@@ -236,6 +251,6 @@ mod tests {
         assert!(said.contains("transformer takes about 13.0 GB (4.3 GB of weights, 8.6 GB of activations)"), "{said}");
         assert!(said.contains("--max-memory leaves 11.8 GB") && !said.contains("--offload"), "{said}");
         let said = message(plan(1 << 30, 11, OffloadMode::Never).unwrap_err());
-        assert!(said.contains("pass --offload always, or a smaller"), "{said}");
+        assert!(said.contains("; pass --offload always, or pass a smaller"), "{said}");
     }
 }

@@ -9,8 +9,8 @@ use clearform_layout::activation_bytes;
 use clearform_models::ImageSize;
 use clearform_models::text::TEXT_ENCODERS;
 
-/// Bytes that a text encoder takes beside its weights: T5-XXL's largest weight in f32, and the activations of a few
-/// prompts.
+/// Bytes that a text encoder takes beside its weights, at most: T5-XXL's largest weight in f32, and the activations of a
+/// few prompts. Smaller ones take as much as their weights.
 const ENCODER_ACTIVATIONS: u64 = 400 << 20;
 
 /// Values of a VAE's largest activation that are in memory at a time, in shares of it.
@@ -87,5 +87,10 @@ pub(crate) fn planned_encoder(components: &Components, name: &str, is_held: bool
         true if is_held => Streaming::Repeated,
         true => Streaming::Free,
     };
-    Ok(PlannedComponent { name: name.to_owned(), weights, activations: ENCODER_ACTIVATIONS, streaming })
+    Ok(PlannedComponent {
+        name: name.to_owned(),
+        weights,
+        activations: weights.total.min(ENCODER_ACTIVATIONS),
+        streaming,
+    })
 }

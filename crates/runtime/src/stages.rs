@@ -215,6 +215,11 @@ impl Pipeline {
         }
     }
 
+    /// Whether an image of `size` is decoded in tiles.
+    pub fn decodes_in_tiles(&self, size: ImageSize) -> bool {
+        self.latent_spec.vae().is_some_and(|vae| self.options.vae_tiling.tile(vae, size).is_some())
+    }
+
     /// Refuses images that cannot be decoded on the pipeline's device, before they are denoised.
     ///
     /// # Errors

@@ -37,7 +37,7 @@ pub use json::read_json;
 pub use not_weights::lfs_pointer;
 pub use quantized::{QuantizedFormat, QuantizedMatrix};
 pub use source::{
-    Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, held_bytes, is_quantized, is_weight_dtype,
+    Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, held_bytes, is_finite, is_quantized, is_weight_dtype,
 };
 pub use source_views::{ConvertedSource, StreamedSource};
 pub use stream::Digest;

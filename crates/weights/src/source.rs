@@ -117,6 +117,15 @@ pub trait TensorSource: Send + Sync {
     }
 }
 
+/// Whether `tensor` is free of NaN and infinity.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    // A sum of squares is finite only if every value is.
+    Ok(tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.is_finite())
+}
+
 /// Whether the tensor `info` of `source` is a matrix that stays quantised in memory. Its first row is read.
 pub fn is_quantized(source: &dyn TensorSource, info: &TensorInfo) -> bool {
     quantized_row(source, info).is_some()

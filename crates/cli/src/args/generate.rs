@@ -7,6 +7,9 @@ use super::{
 use clap::Args;
 use std::path::PathBuf;
 
+/// Images of a batch, at most. They are denoised together, so memory ends before.
+const MOST_IMAGES: i64 = 1024;
+
 /// `clearform generate`.
 #[derive(Debug, Args)]
 #[command(
@@ -66,8 +69,8 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N|random", help_heading = SAMPLING)]
     pub seed: Option<SeedArg>,
     /// Number of images [default: 1].
-    #[arg(long, value_name = "N", help_heading = SAMPLING)]
-    pub batch: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_IMAGES), help_heading = SAMPLING)]
+    pub batch: Option<u32>,
     /// Adapters applied to the model.
     #[command(flatten)]
     pub adapters: AdapterArgs,
@@ -123,6 +126,9 @@ pub struct ForwardArgs {
     /// Safetensors file to write; it holds one tensor, `sample`, in f32.
     #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
     pub output: PathBuf,
+    /// Replace the file if it exists.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
     /// Where the model runs.
     #[command(flatten)]
     pub running: DeviceArgs,

@@ -36,6 +36,9 @@ pub struct PatchExtractArgs {
     /// Safetensors file to write the patch to.
     #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
     pub output: PathBuf,
+    /// Replace the file if it exists.
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
 }
 
 /// `clearform patch apply`.

@@ -43,7 +43,7 @@ pub fn within_required_error(model: &WrittenModel, training: &TrainingArgs, outp
 fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
     let attention = match &args.attention {
         Some(text) => parse_plan(text)?,
-        None => AttentionPlan::clear(Radius::new(args.radius)?, args.pool),
+        None => plan_of(Radius::new(args.radius)?, args.pool)?,
     };
     Ok(ConvertOptions {
         reading: (&args.reading).into(),
@@ -58,6 +58,11 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
         device: args.running.device,
         ..ConvertOptions::new(&args.source, &args.output)
     })
+}
+
+/// The plan as its text is read, which checks it.
+fn plan_of(radius: Radius, pool: Option<usize>) -> anyhow::Result<AttentionPlan> {
+    Ok(AttentionPlan::clear(radius, pool).to_string().parse()?)
 }
 
 fn dry_run(options: &ConvertOptions, output: &Output) -> anyhow::Result<CommandOutcome> {

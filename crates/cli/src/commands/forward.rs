@@ -13,6 +13,7 @@ pub fn run(args: &ForwardArgs, output: &Output) -> anyhow::Result<CommandOutcome
         adapters: args.adapters.options()?,
         device: args.running.device,
         dtype: args.dtype.map(Into::into),
+        replace: args.overwrite,
         ..ForwardOptions::new(&args.model, &args.inputs, &args.output)
     };
     output.result(&forward(&options, &mut ProgressBars::default())?)?;

@@ -96,7 +96,7 @@ fn options(args: &GenerateArgs, recorded: Option<&GenerationParameters>) -> anyh
         guided_channels: args.guided_channels,
         vae_tiling: (&args.tiling).into(),
         seed: seed.unwrap_or_default(),
-        batch: args.batch.or(recorded.map(|recorded| recorded.batch)).unwrap_or(1),
+        batch: args.batch.map(|batch| batch as usize).or(recorded.map(|recorded| recorded.batch)).unwrap_or(1),
         adapters: args.adapters.options()?,
         control_images: args.control_image.clone(),
         control_mask: args.control_mask.clone(),

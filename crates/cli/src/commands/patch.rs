@@ -4,13 +4,14 @@ use crate::args::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, Patc
 use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
-use clearform::{PatchMode, PatchOptions, apply_patch, extract_patch};
+use clearform::{Existing, PatchMode, PatchOptions, apply_patch, extract_patch};
 
 /// Extracts or applies a patch.
 pub fn run(args: &PatchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     match &args.action {
-        PatchAction::Extract(PatchExtractArgs { model, base, output: path }) => {
-            output.result(&extract_patch(model, base, path, &mut ProgressBars::default())?)?;
+        PatchAction::Extract(PatchExtractArgs { model, base, output: path, overwrite }) => {
+            let existing = Existing::replaced_if(*overwrite);
+            output.result(&extract_patch(model, base, path, existing, &mut ProgressBars::default())?)?;
         }
         PatchAction::Apply(args) => output.result(&apply_patch(&options(args), &mut ProgressBars::default())?)?,
     }

@@ -156,7 +156,7 @@ pub fn forward_with(model: &Path, further: &[&str], variables: &[(&str, &str)]) 
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     save_inputs(&input);
-    let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output)];
+    let arguments = ["forward", text(model), "--inputs", text(&input), "-o", text(&output), "--overwrite"];
     run_with(0, &[&arguments, further].concat(), variables);
     fixture(&output)["sample"].clone()
 }
