@@ -5,6 +5,7 @@ use crate::conversion_record::ConversionHistory;
 use crate::forecast::{Forecast, announce};
 use crate::inspect::pipeline_scale;
 use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
+use crate::output_place::prepare_folder;
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, default_options, linear_plan, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
@@ -23,7 +24,7 @@ use clearform_runtime::{
     TransformerCheckpoint,
 };
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Window radius where none is given, in tokens. The paper's choice for 1024 px (section 4.1).
 const DEFAULT_RADIUS: f64 = 16.0;
@@ -207,6 +208,8 @@ pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer)
     options.training.iter().try_for_each(check_training)?;
     options.check_source(observer)?;
     check_target(&options.output, options.overwrite)?;
+    let parent = options.output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    drop(prepare_folder(parent.unwrap_or(Path::new(".")))?);
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
     let mut conversion = Conversion { options, source, observer };

@@ -3,7 +3,7 @@
 //! Callers can act between blocks: add the residuals of a ControlNet, recompute a block in backward (gradient
 //! checkpointing), or read activations for the attention loss.
 
-use crate::Result;
+use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attended, Geometry};
 use std::sync::Arc;
@@ -110,9 +110,13 @@ impl DenoiserInput {
     /// Number of samples.
     ///
     /// # Errors
-    /// A timestep that is not one value per sample.
+    /// A timestep that is not one value per sample, or no samples.
     pub fn batch(&self) -> Result<usize> {
-        Ok(self.timestep.dims1()?)
+        let batch = self.latents.dim(0)?;
+        match self.timestep.dims() {
+            [count] if *count == batch && batch > 0 => Ok(batch),
+            found => Err(ModelError::bad_input("timestep", format!("expected shape [{batch}], found {found:?}"))),
+        }
     }
 
     /// The input of samples `start..start + count`.

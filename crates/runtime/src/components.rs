@@ -181,6 +181,13 @@ impl Components {
         transformer_path(&self.model)
     }
 
+    /// The folder of extra components, if none of `names` is taken from it.
+    pub fn unused_folder<'a>(&self, mut names: impl Iterator<Item = &'a String>) -> Option<&Path> {
+        let extra = self.extra.as_deref()?;
+        let is_used = names.any(|name| self.folder(name).is_ok_and(|folder| folder.starts_with(extra)));
+        (!is_used).then_some(extra)
+    }
+
     /// The components in `names` that do not exist.
     pub fn missing<'a>(&self, names: &'a [String]) -> Vec<&'a str> {
         names.iter().map(String::as_str).filter(|name| !self.has(name)).collect()
@@ -357,6 +364,8 @@ mod tests {
         assert!(error.starts_with("scheduler is missing") && error.contains("pass --components DIR"), "{error}");
         let both = Components::new(model.path(), Some(extra.path()));
         assert!(both.require(&names).is_ok());
+        assert_eq!(both.unused_folder(names.iter()), None);
+        assert_eq!(both.unused_folder(names[2..].iter()), Some(extra.path()));
         assert_eq!(both.folder("vae").unwrap(), model.path().join("vae"));
         assert_eq!(both.folder("tokenizer").unwrap(), extra.path().join("tokenizer"));
     }
