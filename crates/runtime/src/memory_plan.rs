@@ -145,7 +145,7 @@ impl StageMemory {
             advice.push("pass a smaller --width and --height");
         }
         advice.push(match self.component.as_str() {
-            "vae" => "decode with --tae FILE or in smaller tiles (--vae-tiling on --vae-tile-size 256)",
+            "vae" => "decode with --tae FILE",
             _ => "take a file in a smaller format such as Q4_K",
         });
         advice.push("allow more memory");
