@@ -37,10 +37,10 @@ for linked in lora controlnet; do
 done
 model flux tests/fixtures/flux/head24
 for format in kohya loha aitoolkit_lokr peft_dora; do
-  checked forward "$work/flux" --inputs tests/fixtures/lora/input.safetensors -o "$work/out.safetensors" \
+  checked forward "$work/flux" --inputs tests/fixtures/lora/input.safetensors -o "$work/out.safetensors" --overwrite \
     --plugin-dir "$work/plugins" --lora "tests/fixtures/lora/$format.safetensors"
 done
 model base tests/fixtures/controlnet/base
-checked forward "$work/base" --inputs tests/fixtures/controlnet/input.safetensors -o "$work/out.safetensors" \
+checked forward "$work/base" --inputs tests/fixtures/controlnet/input.safetensors -o "$work/out.safetensors" --overwrite \
   --plugin-dir "$work/plugins" --controlnet tests/fixtures/controlnet/one-two --controlnet tests/fixtures/controlnet/two-two
 echo "no errors found"
