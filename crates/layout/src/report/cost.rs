@@ -122,7 +122,8 @@ pub struct WeightMemory {
 }
 
 impl CostEstimate {
-    /// Estimates for the size that a model was trained on and for larger ones that it can generate. Empty if the family's manifest does not state what its weights are applied to.
+    /// Estimates for the size that a model was trained on and for larger ones that it can generate. Empty if the
+    /// family's manifest does not state what its weights are applied to.
     pub fn of(identified: &Identified, weights: WeightMemory, scale: PipelineScale) -> Vec<Self> {
         let manifest = identified.manifest();
         let sizes = identified.sizes();
