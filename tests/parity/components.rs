@@ -5,7 +5,7 @@
 mod support;
 
 use clearform_models::text::{ClipConfig, ClipText, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
-use clearform_models::vae::{Autoencoder, AutoencoderKl, AutoencoderTiny, TinyConfig, VaeConfig};
+use clearform_models::vae::{Autoencoder, AutoencoderKl, AutoencoderTiny, TinyConfig, VaeConfig, VaePrecision};
 use clearform_testkit::seeded;
 use serde_json::Value;
 use std::ops::ControlFlow;
@@ -41,7 +41,7 @@ fn vae_with_older_names() {
         source.iter().map(|(name, tensor)| (older_name(name), tensor.clone())).collect();
     assert!(renamed.iter().any(|(name, _)| name.ends_with("attentions.0.query.weight")));
     let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
-    let vae = AutoencoderKl::build(config, &renamed).unwrap();
+    let vae = AutoencoderKl::build(config, &renamed, VaePrecision::F32).unwrap();
     let expected = tensors(&format!("{folder}/expected.safetensors"));
     assert_close(&vae.decode(&expected["latents"]).unwrap(), &expected["decoded"], BOUND, "decoded");
 }
@@ -49,10 +49,10 @@ fn vae_with_older_names() {
 fn check_vae(name: &str) {
     let vae = vae(name);
     let expected = tensors(&format!("components/generation5/{name}/expected.safetensors"));
-    let [mean, log_variance] = vae.moments(&expected["pictures"]).unwrap();
+    let [mean, log_variance] = vae.moments(&expected["pictures"], None).unwrap();
     assert_close(&mean, &expected["mean"], BOUND, "mean");
     assert_close(&log_variance, &expected["logvar"], BOUND, "log-variance");
-    assert_close(&vae.encode(&expected["pictures"]).unwrap(), &expected["latents"], BOUND, "latents");
+    assert_close(&vae.encode(&expected["pictures"], None).unwrap(), &expected["latents"], BOUND, "latents");
     assert_close(&vae.decode(&expected["latents"]).unwrap(), &expected["decoded"], BOUND, "decoded");
 }
 
@@ -167,20 +167,26 @@ fn check_tokens(generation: &str, kind: &str, encode: impl Fn(&str, usize) -> Ve
 fn vae(name: &str) -> AutoencoderKl {
     let folder = format!("components/generation5/{name}");
     let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
-    AutoencoderKl::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors"))).unwrap()
+    AutoencoderKl::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors")), VaePrecision::F32)
+        .unwrap()
 }
 
 fn tiny_vae() -> AutoencoderTiny {
     let folder = "components/generation5/vae-tiny";
     let config = TinyConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
-    AutoencoderTiny::build(config, &weights(&format!("{folder}/diffusion_pytorch_model.safetensors"))).unwrap()
+    AutoencoderTiny::build(
+        config,
+        &weights(&format!("{folder}/diffusion_pytorch_model.safetensors")),
+        VaePrecision::F32,
+    )
+    .unwrap()
 }
 
 #[test]
 fn tiny_autoencoder() {
     let vae = tiny_vae();
     let expected = tensors("components/generation5/vae-tiny/expected.safetensors");
-    assert_close(&vae.encode(&expected["pictures"]).unwrap(), &expected["latents"], BOUND, "latents");
+    assert_close(&vae.encode(&expected["pictures"], None).unwrap(), &expected["latents"], BOUND, "latents");
     let decoded = vae.decode(&expected["latents"]).unwrap();
     assert_close(&decoded, &expected["decoded"], BOUND, "decoded");
     let latents = seeded("latents", &[2, 16, 25, 31], "tiles/");
@@ -191,6 +197,11 @@ fn tiny_autoencoder() {
     }
     let cancelled = vae.decode_in_tiles(&latents, 24, &mut |_| ControlFlow::Break(())).unwrap();
     assert!(cancelled.is_none());
+    let images = seeded("images", &[2, 3, 200, 248], "tiles/");
+    let whole = vae.encode(&images, None).unwrap();
+    for tile in [4, 7, 24] {
+        assert_close(&vae.encode(&images, Some(tile)).unwrap(), &whole, 1e-5, "latents in tiles");
+    }
 }
 
 /// Several tiles in each direction, the last of them cut.
@@ -208,5 +219,8 @@ fn tiles_are_parts_of_the_image() {
         assert_eq!(seen, (1..=9).map(|done| (done, 9)).collect::<Vec<_>>());
         let cancelled = vae.decode_in_tiles(&latents, 24, &mut |_| ControlFlow::Break(())).unwrap();
         assert!(cancelled.is_none());
+        let [height, width] = [50, 61].map(|edge| edge * vae.config().downscale());
+        let image = seeded("images", &[1, 3, height, width], "tiles/");
+        assert_close(&vae.encode(&image, Some(24)).unwrap(), &vae.encode(&image, None).unwrap(), 1e-5, name);
     }
 }

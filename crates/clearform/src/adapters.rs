@@ -204,7 +204,11 @@ impl AdapterOptions {
         let idle = idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag()));
         let off =
             self.adapters.iter().filter(|adapter| adapter.kind != AdapterKind::ControlNet && adapter.strength == 0.0);
-        idle.chain(off.map(|off| format!("{}: has no effect at strength 0", off.path.display()))).collect()
+        let idle_folders = (self.adapters.is_empty() && !self.plugins.folders.is_empty())
+            .then(|| "--plugin-dir has no effect without an adapter".to_owned());
+        idle.chain(idle_folders)
+            .chain(off.map(|off| format!("{}: has no effect at strength 0", off.path.display())))
+            .collect()
     }
 }
 

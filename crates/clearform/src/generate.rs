@@ -8,7 +8,7 @@ use crate::sources::{ExtraComponents, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
-use clearform_models::vae::VaeTiling;
+use clearform_models::vae::{VaePrecision, VaeTiling};
 use clearform_models::{ImageSize, Prompt, StepIndex};
 use clearform_plugin_host::{AdapterReport, is_within};
 use clearform_portable_model::recorded_plan;
@@ -72,6 +72,9 @@ pub struct GenerateOptions {
     /// Whether and how images are decoded in tiles.
     #[serde(default)]
     pub vae_tiling: VaeTiling,
+    /// What the VAE's convolutions multiply.
+    #[serde(default)]
+    pub vae_precision: VaePrecision,
     /// Number of images.
     #[serde(default = "one_image")]
     pub batch: usize,
@@ -127,6 +130,7 @@ impl GenerateOptions {
             seed: 0,
             resolution_binning: with_binning(),
             vae_tiling: VaeTiling::default(),
+            vae_precision: VaePrecision::default(),
             batch: one_image(),
             adapters: AdapterOptions::default(),
             control_images: Vec::new(),
@@ -145,6 +149,7 @@ impl GenerateOptions {
             reading: read_options(&self.reading)?,
             guided_channels: self.guided_channels,
             vae_tiling: self.vae_tiling,
+            vae_precision: self.vae_precision,
             memory: self.memory,
             resolution_binning: self.resolution_binning,
             adapters: self.adapters.open()?,
@@ -195,6 +200,9 @@ impl GenerateOptions {
             notes.push(
                 "--vae-tile-size has no effect: the image is decoded whole; --vae-tiling on decodes it in tiles".into(),
             );
+        }
+        if !self.vae_precision.has_effect_on(&self.device.open()?) {
+            notes.push("--vae-precision bf16 has no effect on this device: the VAE is computed in f32".to_owned());
         }
         notes.extend(pipeline.controlnets().iter().filter_map(|active| idle(active, request.steps)));
         let prompts = texts(std::slice::from_ref(&self.prompt)).into_iter().chain(self.negative_prompt.as_deref());

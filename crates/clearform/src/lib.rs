@@ -90,7 +90,7 @@ pub use clearform_attention::{AttentionError, AttentionPlan, Radius};
 pub use clearform_convert::{ConversionReport, ConvertError, PatchMode};
 pub use clearform_distill::{DistillError, LossEntry, Precision, SampleSet};
 pub use clearform_layout::{Inspection, LayoutError};
-pub use clearform_models::vae::{TilingMode, VaeTiling};
+pub use clearform_models::vae::{TilingMode, VaePrecision, VaeTiling};
 pub use clearform_models::{FamilyRegistry, ImageSize, ModelError, Prompt};
 pub use clearform_plugin_host::{AdapterReport, ExampleResults, PluginError};
 pub use clearform_portable_model::{

@@ -14,7 +14,7 @@ mod headings;
 mod memory;
 mod numbers;
 mod patch;
-mod vae_tiling;
+mod vae;
 
 pub use adapters::{
     AdapterArg, AdapterArgs, ApplyMode, PluginSearchArgs, PluginsAction, PluginsArgs, WeightAdapterArgs,
@@ -34,7 +34,7 @@ pub use generate::{ForwardArgs, GenerateArgs};
 pub use memory::MemoryArgs;
 pub use numbers::{SeedArg, ThreadCount, finite};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
-pub use vae_tiling::VaeTilingArgs;
+pub use vae::VaeArgs;
 
 use clap::{Arg, ArgAction, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use headings::{GENERAL, INPUT};

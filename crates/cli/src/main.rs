@@ -2,28 +2,29 @@
 //! libraries do the work; no other crate prints.
 #![allow(clippy::print_stdout)]
 
+mod allocator;
 mod args;
 mod commands;
 #[cfg(feature = "demo")]
 mod demo;
+mod huge_pages;
 mod image_names;
 mod interrupt;
 mod options;
-mod out_of_memory;
 mod output;
 mod progress;
 mod progress_log;
 mod stage_clock;
 mod usage_tips;
 
+use allocator::ProgramAllocator;
 use args::{Cli, Command, ThreadCount};
 use clearform::ClearformError;
-use out_of_memory::OutOfMemory;
 use output::{CommandOutcome, Format, Output};
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: OutOfMemory = OutOfMemory;
+static ALLOCATOR: ProgramAllocator = ProgramAllocator;
 
 /// Exit codes are a contract: 0 done; 1 failed, or done with something missing; 2 wrong usage (set by clap); 130
 /// interrupted.

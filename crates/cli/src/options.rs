@@ -2,7 +2,7 @@
 
 use crate::args::{
     AdapterArg, AdapterArgs, ApplyMode, ComponentFileArgs, DtypeArg, Duration, LossWeights, MemoryArgs,
-    PluginSearchArgs, PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, VaeTilingArgs, WeightAdapterArgs,
+    PluginSearchArgs, PrecisionArg, SamplingArgs, SourceArgs, Steps, TrainingArgs, VaeArgs, WeightAdapterArgs,
 };
 use anyhow::{Context as _, bail};
 use clearform::evaluation::EvaluationOptions;
@@ -89,8 +89,8 @@ impl From<&SamplingArgs> for EvaluationOptions {
     }
 }
 
-impl From<&VaeTilingArgs> for VaeTiling {
-    fn from(args: &VaeTilingArgs) -> Self {
+impl From<&VaeArgs> for VaeTiling {
+    fn from(args: &VaeArgs) -> Self {
         Self { mode: args.vae_tiling, tile_size: args.vae_tile_size.map(|size| size as usize) }
     }
 }

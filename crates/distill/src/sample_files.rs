@@ -1,7 +1,8 @@
 //! [`SampleFiles`]: the files of a sample set, and what is in which.
 
-use crate::{DistillError, SampleSettings};
+use crate::{DistillError, Result, SampleSettings};
 use clearform_models::Prompt;
+use clearform_weights::{Checkpoint, WeightsError};
 use std::path::{Path, PathBuf};
 
 /// A sample of a set, with its own prompt or the unconditional one.
@@ -70,6 +71,20 @@ impl SampleFiles {
     pub fn ids_path(&self) -> PathBuf {
         self.folder.join("ids.safetensors")
     }
+}
+
+/// Opens a file of a sample set or a training state. Sample sets are checked against their settings, so a file that cannot
+/// be read was cut or changed, and deleting it is the way on.
+///
+/// # Errors
+/// The file cannot be read; the message says what to delete.
+pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
+    let advice = |error: WeightsError| {
+        let text = error.to_string();
+        let reason = text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text);
+        bad(path, format!("{reason}; delete this file and rerun with --resume"))
+    };
+    Checkpoint::open(path).map_err(advice)
 }
 
 /// An error about the file at `path`.

@@ -1,10 +1,10 @@
 //! [`SampleReader`]: reads the samples of a set for training.
 
 use crate::Result;
-use crate::sample_files::{SampleFiles, SampleIndex, bad};
+use crate::sample_files::{SampleFiles, SampleIndex, bad, open};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::Conditions;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -50,7 +50,7 @@ impl<'a> SampleReader<'a> {
     }
 
     fn hold(&mut self, path: PathBuf) -> Result<()> {
-        let file = Checkpoint::open(&path)?;
+        let file = open(&path)?;
         let size: u64 = file.tensors().iter().map(|info| info.byte_count()).sum();
         if size <= self.room {
             self.held.insert(path, InMemoryTensors::load(&file, None, &Device::Cpu)?);
@@ -102,7 +102,7 @@ impl<'a> SampleReader<'a> {
         if let Some(held) = self.held.get(&path) {
             return held.tensor("latents")?.get(row).map_err(|_| lacks());
         }
-        let file = Checkpoint::open(&path)?;
+        let file = open(&path)?;
         let info = file.info("latents").filter(|info| info.shape.first().is_some_and(|&rows| rows > row));
         let info = info.ok_or_else(lacks)?;
         let shape = &info.shape[1..];
@@ -126,7 +126,7 @@ impl<'a> SampleReader<'a> {
     fn tensors(&self, path: &std::path::Path) -> Result<BTreeMap<String, Tensor>> {
         let tensors = match self.held.get(path) {
             Some(held) => held.clone(),
-            None => InMemoryTensors::load(&Checkpoint::open(path)?, None, &Device::Cpu)?,
+            None => InMemoryTensors::load(&open(path)?, None, &Device::Cpu)?,
         };
         Ok(tensors.iter().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect())
     }

@@ -6,6 +6,7 @@
 use crate::{ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attended, Geometry};
+use clearform_ops::add;
 use std::sync::Arc;
 
 /// Inputs that are the same at every denoising step. A family uses those that its class has.
@@ -176,6 +177,17 @@ pub struct HiddenState {
     pub attention: Option<Attended>,
     /// What all blocks read.
     pub context: Arc<BlockContext>,
+}
+
+impl HiddenState {
+    /// Adds a residual to the image stream, whose shape and order it has.
+    ///
+    /// # Errors
+    /// Another shape or dtype.
+    pub fn add_to_image(&mut self, residual: &Tensor) -> Result<()> {
+        self.image = add(&self.image, residual)?;
+        Ok(())
+    }
 }
 
 /// A diffusion transformer that predicts noise, velocity or x0 from noisy latents.

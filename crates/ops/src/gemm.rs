@@ -211,10 +211,10 @@ impl PackedWeight {
 }
 
 /// Packs rows of x.
-struct PackInputRows<'a, E, F> {
-    rows: &'a [E],
-    inputs: usize,
-    out: &'a mut [F],
+pub(crate) struct PackInputRows<'a, E, F> {
+    pub rows: &'a [E],
+    pub inputs: usize,
+    pub out: &'a mut [F],
 }
 
 impl<E: Element, F: Lane<Sum = E::Work>> SimdKernel for PackInputRows<'_, E, F> {

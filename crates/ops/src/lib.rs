@@ -6,6 +6,7 @@
 //! model.
 
 mod adam;
+mod addition;
 mod convolution;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -31,7 +32,8 @@ mod wide_attention;
 mod winograd;
 
 pub use adam::adam_step;
-pub use convolution::{activated_convolution, convolution, upsampled_convolution};
+pub use addition::add;
+pub use convolution::{activated_convolution, convolution, has_bf16_products, upsampled_convolution};
 pub use gated::gated_add;
 pub use gelu::gelu;
 pub use gpu_limit::{MAX_GPU_ELEMENTS, check_gpu_dims, check_gpu_size};

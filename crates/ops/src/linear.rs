@@ -1,6 +1,7 @@
 //! [`linear`]: a linear layer over a [`Weight`]; [`dense_linear`]: over a tensor, which may be frozen. Quantised weights are
 //! in `quantized_linear.rs`.
 
+use crate::addition::add;
 use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
 use crate::kernel::contiguous;
 use crate::matrix_rows::{StorageRef, add_rows, row_count, with_channels};
@@ -33,7 +34,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     };
     for LowRank { down, up, scale } in &weight.low_rank {
         let inner = (dense_linear(x, down, None)? * *scale)?; // (.., rank)
-        y = (y + dense_linear(&inner, up, None)?)?;
+        y = add(&y, &dense_linear(&inner, up, None)?)?;
     }
     Ok(y)
 }

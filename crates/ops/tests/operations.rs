@@ -334,6 +334,26 @@ fn contradicting_shapes_are_errors() {
     }
 }
 
+/// More values than one task has, and both gradients.
+#[test]
+fn a_sum_is_that_of_the_tensor_library() {
+    for dtype in [DType::BF16, DType::F32] {
+        let [a, b] = [1, 2].map(|seed| Var::from_tensor(&noise(&[3, 70, 97], seed).to_dtype(dtype).unwrap()).unwrap());
+        let sum = ops::add(&a, &b).unwrap();
+        let [a, b] = [&a, &b].map(|tensor| tensor.as_detached_tensor().to_dtype(DType::F32).unwrap());
+        let want = (&a + &b).unwrap().to_dtype(dtype).unwrap();
+        assert_eq!(relative_error(&sum, &want), 0.0);
+    }
+    let [a, b] = [1, 2].map(|seed| Var::from_tensor(&noise(&[5, 6], seed).to_dtype(DType::BF16).unwrap()).unwrap());
+    let gradients = ops::add(&a, &b).unwrap().sum_all().unwrap().backward().unwrap();
+    for tensor in [&a, &b] {
+        assert_eq!(
+            gradients.get(tensor).unwrap().to_dtype(DType::F32).unwrap().mean_all().unwrap().to_vec0::<f32>().unwrap(),
+            1.0
+        );
+    }
+}
+
 #[test]
 fn gelu_is_right_far_from_zero() {
     let x = Tensor::new(&[-1e4f32, -30.0, -5.0, 0.0, 5.0, 30.0, 1e4], &Device::Cpu).unwrap();
@@ -399,6 +419,32 @@ fn an_upsampled_convolution_is_that_of_the_enlarged_image() {
         let got = ops::upsampled_convolution(&x, &weight, Some(&bias)).unwrap();
         let error = relative_error(&got, &want);
         assert!(error <= 2e-6, "{image:?}: {error:e}");
+    }
+}
+
+/// The error is a few times what rounding the image to bf16 costs alone; bias, residual and result are f32.
+#[test]
+fn a_weight_in_bf16_rounds_what_is_multiplied() {
+    for image in IMAGES {
+        let [batch, channels, height, width] = image;
+        let f32 = |shape: &[usize], seed| noise(shape, seed).to_dtype(DType::F32).unwrap();
+        let (x, bias, residual) = (f32(&image, 1), f32(&[17], 3), f32(&[batch, 17, height, width], 4));
+        let weight = f32(&[17, channels, 3, 3], 2).to_dtype(DType::BF16).unwrap();
+        let activation =
+            ops::ChannelAffine { scales: vec![1.5; batch * channels], shifts: vec![0.1; batch * channels] };
+        let of = |x: &Tensor, weight: &Tensor| {
+            let activated = ops::activated_convolution(x, &activation, weight, Some(&bias), Some(&residual));
+            let upsampled = ops::upsampled_convolution(x, weight, Some(&bias));
+            [ops::convolution(x, weight, Some(&bias)), activated, upsampled].map(Result::unwrap)
+        };
+        let widened = weight.to_dtype(DType::F32).unwrap();
+        let wanted = of(&x, &widened);
+        let of_rounded = of(&x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(), &widened);
+        for ((got, want), rounded) in of(&x, &weight).iter().zip(&wanted).zip(&of_rounded) {
+            let [error, usual] = [got, rounded].map(|found| relative_error(found, want));
+            assert!(got.dtype() == DType::F32 && error < 16.0 * usual, "{image:?}: {error:e}, {usual:e}");
+            assert!(error > 0.1 * usual || !ops::has_bf16_products(), "{image:?}: {error:e}, {usual:e}");
+        }
     }
 }
 

@@ -147,7 +147,7 @@ impl Denoiser for ControlledDenoiser<'_> {
             state = self.base.block(index, state)?;
             let added = residuals.iter().zip(&tiled).filter(|(residual, _)| residual.blocks.contains(&index));
             for (_, tensor) in added {
-                state.image = (&state.image + tensor)?;
+                state.add_to_image(tensor)?;
             }
         }
         self.base.head(&state)

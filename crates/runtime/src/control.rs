@@ -140,8 +140,8 @@ impl Pipeline {
     /// Latents of a control image in the form that the ControlNet takes.
     fn encode_control(&self, pixels: &Tensor, input: ControlInput) -> Result<Tensor> {
         match input.unshifted {
-            true => self.encode_image(pixels, |vae, image| vae.encode_unshifted(image)),
-            false => self.encode_image(pixels, |vae, image| vae.encode(image)),
+            true => self.encode_image(pixels, |vae, image, tile| vae.encode_unshifted(image, tile)),
+            false => self.encode_image(pixels, |vae, image, tile| vae.encode(image, tile)),
         }
     }
 
@@ -176,7 +176,7 @@ impl Pipeline {
             (true, []) => Err(missing_control()),
             (true, images) => {
                 let pixels = all_pixels(images, batch_spec.size, VAE_RANGE)?;
-                let latents = self.encode_image(&pixels, |vae, image| vae.encode(image))?;
+                let latents = self.encode_image(&pixels, |vae, image, tile| vae.encode(image, tile))?;
                 repeat(&latents, batch_spec.batch).map(Some)
             }
         }
@@ -190,16 +190,18 @@ impl Pipeline {
     fn encode_image(
         &self,
         pixels: &Tensor,
-        encode: impl Fn(&dyn Autoencoder, &Tensor) -> clearform_models::Result<Tensor>,
+        encode: impl Fn(&dyn Autoencoder, &Tensor, Option<usize>) -> clearform_models::Result<Tensor>,
     ) -> Result<Tensor> {
         let vae = self.autoencoder()?.ok_or_else(|| {
             RuntimeError::BadSetting("control images: this model has no VAE to encode them with".to_owned())
         })?;
         let (batch, _, height, width) = pixels.dims4()?;
-        self.check_decodable(ImageSize { height, width })?;
+        let size = ImageSize { height, width };
+        self.check_decodable(size)?;
+        let tile = self.vae_tile(size);
         let encode_one = |index| -> Result<Tensor> {
             let image = pixels.narrow(0, index, 1)?.contiguous()?.to_device(self.device())?;
-            Ok(encode(vae.as_ref(), &image)?)
+            Ok(encode(vae.as_ref(), &image, tile)?)
         };
         let latents = Tensor::cat(&(0..batch).map(encode_one).collect::<Result<Vec<_>>>()?, 0)?;
         Ok(self.transformer().pipeline_spec().pack(&latents)?.0)

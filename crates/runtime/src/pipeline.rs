@@ -8,7 +8,7 @@ use crate::latent_spec::LatentSpec;
 use crate::{ComponentFiles, Components, MemoryOptions, ReadOptions, Result, TransformerCheckpoint};
 use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
-use clearform_models::vae::VaeTiling;
+use clearform_models::vae::{VaePrecision, VaeTiling};
 use clearform_models::{GuidanceKind, ImageSize, NoiseProcess, Prompt};
 use clearform_plugin_host::{AdapterReport, WeightEdits};
 use clearform_portable_model::recorded_plan;
@@ -40,6 +40,8 @@ pub struct PipelineOptions {
     pub resolution_binning: bool,
     /// Whether and how the VAE decodes images in tiles.
     pub vae_tiling: VaeTiling,
+    /// What the VAE's convolutions multiply.
+    pub vae_precision: VaePrecision,
     /// How much memory may be taken.
     pub memory: MemoryOptions,
 }
@@ -61,6 +63,7 @@ impl PipelineOptions {
             adapters: Adapters::default(),
             resolution_binning: true,
             vae_tiling: VaeTiling::default(),
+            vae_precision: VaePrecision::default(),
             memory: MemoryOptions::default(),
         })
     }

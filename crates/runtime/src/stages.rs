@@ -217,7 +217,12 @@ impl Pipeline {
 
     /// Whether an image of `size` is decoded in tiles.
     pub fn decodes_in_tiles(&self, size: ImageSize) -> bool {
-        self.latent_spec.vae().is_some_and(|vae| self.options.vae_tiling.tile(vae, size).is_some())
+        self.vae_tile(size).is_some()
+    }
+
+    /// Latent pixels along the side of the tiles in which the VAE reads or draws an image of `size`; `None` if whole.
+    pub(crate) fn vae_tile(&self, size: ImageSize) -> Option<usize> {
+        self.latent_spec.vae().and_then(|vae| self.options.vae_tiling.tile(vae, size))
     }
 
     /// Refuses images that cannot be decoded on the pipeline's device, before they are denoised.
@@ -255,8 +260,7 @@ impl Pipeline {
         let latents = self.transformer.pipeline_spec().unpack(latents, height, width)?.to_dtype(DType::F32)?;
         self.check_decodable(size)?;
         let Some(vae) = self.autoencoder()? else { return Ok(latents) };
-        let tile = self.latent_spec.vae().and_then(|spec| self.options.vae_tiling.tile(spec, size));
-        if let Some(tile) = tile {
+        if let Some(tile) = self.vae_tile(size) {
             return vae.decode_in_tiles(&latents, tile, progress)?.ok_or_else(|| SamplingError::Cancelled.into());
         }
         let decode_image = |index| vae.decode(&latents.narrow(0, index, 1)?);
@@ -283,7 +287,7 @@ impl Pipeline {
         let Some(spec) = self.latent_spec.vae() else { return Ok(None) };
         let load = || {
             let weights = open_weights(&self.components, "vae", &self.edits, &self.options.device)?;
-            Ok(Arc::from(spec.build(weights.as_ref())?))
+            Ok(Arc::from(spec.build(weights.as_ref(), self.options.vae_precision)?))
         };
         match &self.held {
             Some(held) => held.autoencoder.get_or_load(load).map(Some),

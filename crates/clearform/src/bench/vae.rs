@@ -4,9 +4,10 @@ use super::median_ms;
 use crate::{ClearformError, ComputeDevice, Result};
 use candle_core::{DType, Tensor};
 use clearform_models::ImageSize;
-use clearform_models::vae::{VaeTiling, autoencoder};
-use clearform_runtime::Components;
+use clearform_models::vae::{VaePrecision, VaeTiling, autoencoder};
+use clearform_runtime::{Components, RuntimeError};
 use serde::Serialize;
+use serde_json::Value;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ pub struct VaeBench {
     pub sizes: Vec<usize>,
     /// Whether and how images are decoded in tiles.
     pub tiling: VaeTiling,
+    /// What its convolutions multiply.
+    pub precision: VaePrecision,
     /// Timed runs, after one warm-up run; 0 times the first.
     pub repeat: usize,
     /// Where it runs.
@@ -32,9 +35,9 @@ pub struct VaeBench {
 /// The autoencoder cannot be read, or a size is no multiple of its reduction.
 pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
     let components = Components::new(&bench.model, None);
-    let spec = autoencoder(&components.config("vae")?)?;
+    let spec = autoencoder(&config(&components, bench)?)?;
     let device = bench.device.open()?;
-    let vae = spec.build(components.weights("vae")?.as_ref())?;
+    let vae = spec.build(components.weights("vae")?.as_ref(), bench.precision)?;
     let row = |size: &usize| {
         if *size == 0 || !size.is_multiple_of(spec.downscale()) {
             let reason = format!("--size {size}: expected a positive multiple of {}", spec.downscale());
@@ -54,6 +57,20 @@ pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
         Ok(VaeRow { size: *size, median_ms })
     };
     Ok(VaeTable { rows: bench.sizes.iter().map(row).collect::<Result<_>>()? })
+}
+
+/// The autoencoder's config.
+///
+/// # Errors
+/// The model has none.
+fn config(components: &Components, bench: &VaeBench) -> Result<Value> {
+    components.config("vae").map_err(|error| match error {
+        RuntimeError::MissingComponent { .. } => ClearformError::BadOption(format!(
+            "{}: expected a diffusers folder or a portable model with a folder vae, found none",
+            bench.model.display()
+        )),
+        other => other.into(),
+    })
 }
 
 /// One decoding.

@@ -1,7 +1,7 @@
 //! The arguments of `clearform bench`.
 
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
-use super::{DeviceArgs, DtypeArg, SourceArgs, VaeTilingArgs, finite};
+use super::{DeviceArgs, DtypeArg, SourceArgs, VaeArgs, finite};
 use clap::{Args, Subcommand};
 use clearform::bench::WeightFormat;
 use std::path::PathBuf;
@@ -143,9 +143,9 @@ pub struct VaeBenchArgs {
     /// Where it runs.
     #[command(flatten)]
     pub running: DeviceArgs,
-    /// Whether and how images are decoded in tiles.
+    /// How images are decoded.
     #[command(flatten)]
-    pub tiling: VaeTilingArgs,
+    pub vae: VaeArgs,
 }
 
 /// `clearform bench tiles`. The defaults give the table of tiles that CLEAR's kernel is compared with.

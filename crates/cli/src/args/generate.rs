@@ -1,9 +1,7 @@
 //! The arguments of `clearform generate` and `clearform forward`.
 
 use super::headings::{ADAPTERS, ATTENTION, DEVICE, INPUT, OUTPUT, SAMPLING};
-use super::{
-    AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SeedArg, SourceArgs, VaeTilingArgs, finite,
-};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SeedArg, SourceArgs, VaeArgs, finite};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -93,9 +91,9 @@ pub struct GenerateArgs {
     /// Dtype to compute in [default: the file's; on a GPU bf16 for files in f32].
     #[arg(long, value_enum, help_heading = DEVICE)]
     pub dtype: Option<DtypeArg>,
-    /// Whether and how the image is decoded in tiles.
+    /// How the image is decoded.
     #[command(flatten)]
-    pub tiling: VaeTilingArgs,
+    pub vae: VaeArgs,
     /// How much memory may be taken.
     #[command(flatten)]
     pub memory: MemoryArgs,

@@ -65,9 +65,15 @@ fn model(args: &ModelBenchArgs) -> anyhow::Result<ModelBench> {
 }
 
 fn vae(args: &VaeBenchArgs) -> VaeBench {
-    let VaeBenchArgs { model, size, repeat, running, tiling } = args;
-    let tiling = tiling.into();
-    VaeBench { model: model.clone(), sizes: size.clone(), tiling, repeat: *repeat, device: running.device }
+    let VaeBenchArgs { model, size, repeat, running, vae } = args;
+    VaeBench {
+        model: model.clone(),
+        sizes: size.clone(),
+        tiling: vae.into(),
+        precision: vae.vae_precision,
+        repeat: *repeat,
+        device: running.device,
+    }
 }
 
 fn tiles(args: &TilesBenchArgs) -> TilesBench {

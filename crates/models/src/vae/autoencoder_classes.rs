@@ -1,6 +1,6 @@
 //! [`AUTOENCODERS`]: the classes of autoencoders.
 
-use super::autoencoder::{Autoencoder, AutoencoderSpec};
+use super::autoencoder::{Autoencoder, AutoencoderSpec, VaePrecision};
 use super::tiles::TileProgress;
 use super::tiny::TinyConfig;
 use super::{AutoencoderKl, VaeConfig};
@@ -39,12 +39,12 @@ pub fn autoencoder(config: &Value) -> Result<Box<dyn AutoencoderSpec>> {
 }
 
 impl Autoencoder for AutoencoderKl {
-    fn encode(&self, images: &Tensor) -> Result<Tensor> {
-        Self::encode(self, images)
+    fn encode(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        Self::encode(self, images, tile)
     }
 
-    fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor> {
-        Self::encode_unshifted(self, images)
+    fn encode_unshifted(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        Self::encode_unshifted(self, images, tile)
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
@@ -78,8 +78,8 @@ impl AutoencoderSpec for VaeConfig {
         Self::largest_activation(self, image)
     }
 
-    fn build(&self, source: &dyn TensorSource) -> Result<Box<dyn Autoencoder>> {
-        Ok(Box::new(AutoencoderKl::build(self.clone(), source)?))
+    fn build(&self, source: &dyn TensorSource, precision: VaePrecision) -> Result<Box<dyn Autoencoder>> {
+        Ok(Box::new(AutoencoderKl::build(self.clone(), source, precision)?))
     }
 }
 

@@ -3,7 +3,8 @@
 use super::VaeConfig;
 use super::layers::{AttentionContext, conv, group_norm};
 use super::levels::{MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
-use super::padded_tile::{NormMoments, OwnMoments, PaddedTile};
+use super::padded_tile::{NormMoments, PaddedTile};
+use super::tiles::{Entered, TiledNetwork};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
@@ -43,55 +44,8 @@ impl Decoder {
         })
     }
 
-    /// The image of latents that are decoded whole.
-    ///
-    /// # Shapes
-    /// latents (batch, channels, height, width) -> (batch, 3, height · upscale, width · upscale).
-    pub fn forward(&self, latents: &Tensor) -> candle_core::Result<Tensor> {
-        let entered = self.enter(PaddedTile::whole(latents.clone()), &mut OwnMoments)?;
-        let context = entered.tokens.as_ref().map(|tokens| self.middle.context(tokens)).transpose()?.flatten();
-        Ok(self.leave(entered, context.as_ref(), &mut OwnMoments)?.x)
-    }
-
-    /// The part of the decoder before its attention.
-    pub fn enter(&self, latents: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
-        let tile = PaddedTile { x: self.conv_in.forward(&latents.x)?, ..latents };
-        let (tile, tokens) = self.middle.enter(tile, moments)?;
-        Ok(Entered { tile, tokens })
-    }
-
-    /// The part of the decoder from its attention on. Of a part of an image, margins are cropped as soon as nothing that
-    /// remains reads them.
-    pub fn leave(
-        &self,
-        entered: Entered,
-        context: Option<&AttentionContext>,
-        moments: &mut dyn NormMoments,
-    ) -> candle_core::Result<PaddedTile> {
-        let Entered { tile, tokens } = entered;
-        let mut tile = self.middle.leave(tile, tokens.as_ref().zip(context), moments)?;
-        for (level, reach) in self.levels.iter().zip(self.reach().levels) {
-            tile = level.resnets(tile.cropped(reach.before)?, moments)?;
-            if let Some(smooth) = &level.resample {
-                tile = tile.cropped(reach.after)?.enlarged(|x| smooth.of_upsampled(x))?;
-            }
-        }
-        let x = self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)?;
-        PaddedTile { x, ..tile }.cropped(0)
-    }
-
-    /// What pixels attend to, of the tokens of an image.
-    pub fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
-        self.middle.context(tokens)
-    }
-
-    /// Channels of the pixels that are attended to.
-    pub fn attended_channels(&self) -> usize {
-        self.conv_in.outputs()
-    }
-
     /// How far around a pixel the decoder reads, attention apart.
-    pub fn reach(&self) -> Reach {
+    fn reaches(&self) -> Reaches {
         /// Convolutions of a residual block, each of which reads one pixel further.
         const RESNET: usize = 2;
         let mut levels = Vec::new();
@@ -107,24 +61,61 @@ impl Decoder {
         }
         levels.reverse();
         let attention = after + RESNET;
-        Reach { latents: attention + RESNET + 1, enter: RESNET + 1, levels }
+        Reaches { latents: attention + RESNET + 1, enter: RESNET + 1, levels }
     }
 }
 
-/// A part of an image in the middle of the decoder.
-pub(super) struct Entered {
-    pub tile: PaddedTile,
-    /// Its pixels as attention reads them, if the decoder has one.
-    pub tokens: Option<Tensor>,
+impl TiledNetwork for Decoder {
+    fn input_scale(&self) -> usize {
+        1
+    }
+
+    fn reach(&self) -> [usize; 2] {
+        let Reaches { latents, enter, .. } = self.reaches();
+        [latents, enter]
+    }
+
+    fn enter(&self, latents: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
+        let tile = PaddedTile { x: self.conv_in.forward(&latents.x)?, ..latents };
+        let (tile, tokens) = self.middle.enter(tile, moments)?;
+        Ok(Entered { tile, tokens })
+    }
+
+    /// Margins are cropped as soon as nothing that remains reads them.
+    fn leave(
+        &self,
+        entered: Entered,
+        context: Option<&AttentionContext>,
+        moments: &mut dyn NormMoments,
+    ) -> candle_core::Result<PaddedTile> {
+        let Entered { tile, tokens } = entered;
+        let mut tile = self.middle.leave(tile, tokens.as_ref().zip(context), moments)?;
+        for (level, reach) in self.levels.iter().zip(self.reaches().levels) {
+            tile = level.resnets(tile.cropped(reach.before)?, moments)?;
+            if let Some(smooth) = &level.resample {
+                tile = tile.cropped(reach.after)?.enlarged(|x| smooth.of_upsampled(x))?;
+            }
+        }
+        let x = self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)?;
+        PaddedTile { x, ..tile }.cropped(0)
+    }
+
+    fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
+        self.middle.context(tokens)
+    }
+
+    fn attended_channels(&self) -> usize {
+        self.conv_in.outputs()
+    }
 }
 
 /// How many pixels around a part are read to compute it.
 #[derive(Debug, PartialEq)]
-pub(super) struct Reach {
+struct Reaches {
     /// Latent pixels, by the whole decoder.
-    pub latents: usize,
-    /// Latent pixels, by [`Decoder::enter`].
-    pub enter: usize,
+    latents: usize,
+    /// Latent pixels, before the attention.
+    enter: usize,
     levels: Vec<LevelReach>,
 }
 

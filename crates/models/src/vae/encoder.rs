@@ -1,9 +1,10 @@
 //! [`Encoder`]: images to moments of latents.
 
 use super::VaeConfig;
-use super::layers::{conv, group_norm};
+use super::layers::{AttentionContext, conv, group_norm};
 use super::levels::{HALVING, MidBlock, ResolutionLevel, ResolutionLevelShape, SAME_SIZE};
-use super::padded_tile::{NormMoments as _, OwnMoments, PaddedTile};
+use super::padded_tile::{NormMoments, PaddedTile};
+use super::tiles::{Entered, TiledNetwork};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
@@ -16,6 +17,8 @@ pub(super) struct Encoder {
     conv_in: Convolution,
     levels: Vec<ResolutionLevel>,
     middle: MidBlock,
+    /// Channels of the middle.
+    middle_channels: usize,
     norm_out: GroupNorm,
     conv_out: Convolution,
 }
@@ -37,26 +40,64 @@ impl Encoder {
         Ok(Self {
             conv_in: conv(&builder.pp("conv_in"), [config.image_channels[0], channels[0], 3], SAME_SIZE)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
+            middle_channels: channels[last],
             middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
             norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
             conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME_SIZE)?,
         })
     }
+}
 
-    /// # Shapes
-    /// images (batch, 3, height, width) -> (batch, 2 latent channels, height / downscale, width / downscale).
-    pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
-        let moments = &mut OwnMoments;
-        let mut tile = PaddedTile::whole(self.conv_in.forward(images)?);
+/// images (batch, 3, height, width) -> (batch, 2 latent channels, height / downscale, width / downscale).
+impl TiledNetwork for Encoder {
+    fn input_scale(&self) -> usize {
+        1 << (self.levels.len() - 1)
+    }
+
+    fn reach(&self) -> [usize; 2] {
+        /// Convolutions of a residual block, each of which reads one pixel further.
+        const RESNET: usize = 2;
+        let mut pixels = 1; // conv_in
+        for (index, level) in self.levels.iter().enumerate() {
+            // A downsampler reads two pixels further.
+            pixels += (RESNET * level.resnets.len() + 2 * usize::from(level.resample.is_some())) << index;
+        }
+        let enter = pixels.div_ceil(self.input_scale()) + RESNET;
+        [enter + RESNET + 1, enter]
+    }
+
+    fn enter(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<Entered> {
+        let mut tile = PaddedTile { x: self.conv_in.forward(&tile.x)?, ..tile };
         for level in &self.levels {
             tile = level.resnets(tile, moments)?;
             if let Some(halve) = &level.resample {
                 // diffusers' `Downsample2D` pads only the right and bottom edges.
-                let padded = tile.x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?;
-                tile = PaddedTile::whole(halve.forward(&padded)?);
+                tile = tile.halved(|x| {
+                    halve.forward(&x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?)
+                })?;
             }
         }
-        let tile = self.middle.forward(tile, moments)?;
-        self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)
+        let (tile, tokens) = self.middle.enter(tile, moments)?;
+        Ok(Entered { tile, tokens })
+    }
+
+    fn leave(
+        &self,
+        entered: Entered,
+        context: Option<&AttentionContext>,
+        moments: &mut dyn NormMoments,
+    ) -> candle_core::Result<PaddedTile> {
+        let Entered { tile, tokens } = entered;
+        let tile = self.middle.leave(tile, tokens.as_ref().zip(context), moments)?;
+        let x = self.conv_out.of_activated(&tile.x, &moments.affine(&self.norm_out, &tile)?, None)?;
+        PaddedTile { x, ..tile }.cropped(0)
+    }
+
+    fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
+        self.middle.context(tokens)
+    }
+
+    fn attended_channels(&self) -> usize {
+        self.middle_channels
     }
 }

@@ -67,13 +67,6 @@ impl MidBlock {
         })
     }
 
-    /// The whole block, for an image in one tile.
-    pub fn forward(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> candle_core::Result<PaddedTile> {
-        let (tile, tokens) = self.enter(tile, moments)?;
-        let context = tokens.as_ref().map(|tokens| self.context(tokens)).transpose()?.flatten();
-        self.leave(tile, tokens.as_ref().zip(context.as_ref()), moments)
-    }
-
     /// The first residual block, and its pixels as attention reads them.
     pub fn enter(
         &self,

@@ -1,5 +1,5 @@
 //! [`AutoencoderKl`]: diffusers' `AutoencoderKL`, images to latents and back (latent diffusion, arXiv 2112.10752,
-//! section 3.1), and [`AutoencoderTiny`]. They compute in f32 whatever the dtype of the weights.
+//! section 3.1), and [`AutoencoderTiny`]. They compute in f32 whatever the dtype of the weights, or with products in bf16.
 
 mod autoencoder;
 mod autoencoder_classes;
@@ -12,7 +12,7 @@ mod tiles;
 mod tiling;
 mod tiny;
 
-pub use autoencoder::{Autoencoder, AutoencoderSpec};
+pub use autoencoder::{Autoencoder, AutoencoderSpec, VaePrecision};
 pub use autoencoder_classes::{AUTOENCODERS, AutoencoderClass, autoencoder};
 pub use tiles::TileProgress;
 pub use tiling::{TilingMode, VaeTiling};
@@ -30,7 +30,7 @@ use encoder::Encoder;
 use layers::conv;
 use serde_json::Value;
 use std::ops::ControlFlow;
-use tiles::TileSizes;
+use tiles::{TileSizes, TiledNetwork as _};
 use tiling::MOST_VALUES;
 
 /// Sizes of an `AutoencoderKL` and the scaling of its latents, from its config.json.
@@ -135,8 +135,8 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// A tensor that is missing or misshapen.
-    pub fn build(config: VaeConfig, source: &dyn TensorSource) -> Result<Self> {
-        let builder = WeightBuilder::root(source).in_dtype(DType::F32);
+    pub fn build(config: VaeConfig, source: &dyn TensorSource, precision: VaePrecision) -> Result<Self> {
+        let builder = WeightBuilder::root(source).in_dtype(precision.dtype());
         let latent = config.latent_channels;
         let load_1x1_conv = |wanted: bool, name, channels| {
             let load = || conv(&builder.pp(name), [channels, channels, 1], Conv2dConfig::default());
@@ -156,15 +156,16 @@ impl AutoencoderKl {
         &self.config
     }
 
-    /// Latents of `images` as the transformer takes them: the mode of `latent_dist`, (mean - shift) · scale.
+    /// Latents of `images` as the transformer takes them: the mode of `latent_dist`, (mean - shift) · scale. They are
+    /// encoded in tiles of `tile` latent pixels a side, if that is given; see [`Self::decode_in_tiles`].
     ///
     /// # Shapes
     /// (batch, 3, height, width) in -1..1 -> (batch, channels, height/downscale, width/downscale) in f32.
     ///
     /// # Errors
     /// A rank or number of channels that is not that of an image.
-    pub fn encode(&self, images: &Tensor) -> Result<Tensor> {
-        let [mean, _] = self.moments(images)?;
+    pub fn encode(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        let [mean, _] = self.moments(images, tile)?;
         Ok(((mean - self.config.shift)? * self.config.scale)?)
     }
 
@@ -175,8 +176,8 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor> {
-        let [mean, _] = self.moments(images)?;
+    pub fn encode_unshifted(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        let [mean, _] = self.moments(images, tile)?;
         Ok((mean * self.config.scale)?)
     }
 
@@ -188,8 +189,20 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn moments(&self, images: &Tensor) -> Result<[Tensor; 2]> {
-        let encoded = self.encoder.forward(&images.to_dtype(DType::F32)?)?;
+    pub fn moments(&self, images: &Tensor, tile: Option<usize>) -> Result<[Tensor; 2]> {
+        let images = images.to_dtype(DType::F32)?;
+        let encoded = match tile {
+            None => self.encoder.whole(&images)?,
+            Some(tile) => {
+                let (_, _, height, width) = images.dims4()?;
+                let measured = self.measured_pixels(ImageSize { height, width });
+                let sizes = TileSizes { tile, measured };
+                tiles::each_image(&images, |image| {
+                    tiles::compute(&self.encoder, image, sizes, &mut |_| ControlFlow::Continue(()))
+                })?
+                .map_or_else(|| self.encoder.whole(&images), |encoded| encoded.to_device(images.device()))?
+            }
+        };
         let moments = match &self.quant {
             Some(quant) => quant.forward(&encoded)?,
             None => encoded,
@@ -206,7 +219,7 @@ impl AutoencoderKl {
     /// # Errors
     /// A number of channels that is not [`VaeConfig::latent_channels`].
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        Ok(self.decoder.forward(&self.unscaled(latents)?)?)
+        Ok(self.decoder.whole(&self.unscaled(latents)?)?)
     }
 
     /// As [`Self::decode`], in tiles of `tile` latent pixels a side, which take as much memory whatever the size of the
@@ -228,18 +241,17 @@ impl AutoencoderKl {
         progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
     ) -> Result<Option<Tensor>> {
         let raw = self.unscaled(latents)?;
-        let sizes = TileSizes { tile, measured: self.measured_pixels(latents)? };
-        let decode = |index| tiles::decode(&self.decoder, &raw.narrow(0, index, 1)?, sizes, progress);
-        let images: Option<Vec<Tensor>> = (0..raw.dim(0)?).map(decode).collect::<candle_core::Result<_>>()?;
-        Ok(images.map(|images| Tensor::cat(&images, 0)).transpose()?)
+        let (_, _, height, width) = raw.dims4()?;
+        let [height, width] = [height, width].map(|edge| edge * self.config.downscale());
+        let sizes = TileSizes { tile, measured: self.measured_pixels(ImageSize { height, width }) };
+        Ok(tiles::each_image(&raw, |latents| tiles::compute(&self.decoder, latents, sizes, progress))?)
     }
 
     /// Latent pixels, at most, that fit into memory at a time.
-    fn measured_pixels(&self, latents: &Tensor) -> candle_core::Result<usize> {
-        let (_, _, height, width) = latents.dims4()?;
-        let [image_height, image_width] = [height, width].map(|edge| edge * self.config.downscale());
-        let values = self.config.largest_activation(ImageSize { height: image_height, width: image_width });
-        Ok((MOST_VALUES as f64 / values.max(1) as f64 * (height * width) as f64) as usize)
+    fn measured_pixels(&self, image: ImageSize) -> usize {
+        let values = self.config.largest_activation(image);
+        let pixels = image.height * image.width / self.config.downscale().pow(2);
+        (MOST_VALUES as f64 / values.max(1) as f64 * pixels as f64) as usize
     }
 
     /// Latents as the decoder takes them.

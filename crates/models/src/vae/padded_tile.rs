@@ -40,6 +40,13 @@ impl PaddedTile {
         Ok(Self { x, margins })
     }
 
+    /// The part after `halve` has halved its height and width. Margins are even.
+    pub fn halved(self, halve: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let Margins { rows, columns } = self.margins;
+        let margins = Margins { rows: rows.map(|side| side / 2), columns: columns.map(|side| side / 2) };
+        Ok(Self { x: halve(&self.x)?, margins })
+    }
+
     /// The part after `enlarge` has doubled its height and width.
     pub fn enlarged(self, enlarge: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let Margins { rows, columns } = self.margins;
@@ -48,7 +55,7 @@ impl PaddedTile {
     }
 }
 
-/// Where the group norms of a decoder take their means and variances from.
+/// Where the group norms of a network take their means and variances from.
 pub(super) trait NormMoments {
     /// What `norm` does to each channel of `tile`.
     fn affine(&mut self, norm: &GroupNorm, tile: &PaddedTile) -> Result<ChannelAffine>;

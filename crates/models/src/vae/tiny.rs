@@ -2,10 +2,10 @@
 //! (github.com/madebyollin/taesd), which decode the latents of a large one at a fraction of its cost. They have no norms
 //! and no attention, so an image in tiles is that of the whole.
 
-use super::autoencoder::{Autoencoder, AutoencoderSpec};
+use super::autoencoder::{Autoencoder, AutoencoderSpec, VaePrecision};
 use super::levels::{HALVING, SAME_SIZE};
 use super::padded_tile::PaddedTile;
-use super::tiles::{self, Area, TileProgress};
+use super::tiles::{self, Area, TileProgress, TiledInput};
 use crate::config_keys::{ConfigKeys, bad};
 use crate::layers::Convolution;
 use crate::weight_builder::WeightBuilder;
@@ -117,8 +117,8 @@ impl AutoencoderSpec for TinyConfig {
         levels.map(values).max().unwrap_or(0)
     }
 
-    fn build(&self, source: &dyn TensorSource) -> Result<Box<dyn Autoencoder>> {
-        Ok(Box::new(AutoencoderTiny::build(self.clone(), source)?))
+    fn build(&self, source: &dyn TensorSource, precision: VaePrecision) -> Result<Box<dyn Autoencoder>> {
+        Ok(Box::new(AutoencoderTiny::build(self.clone(), source, precision)?))
     }
 }
 
@@ -127,8 +127,8 @@ impl AutoencoderTiny {
     ///
     /// # Errors
     /// A tensor of the decoder, or of an encoder that is there in part, is missing or misshapen.
-    pub fn build(config: TinyConfig, source: &dyn TensorSource) -> Result<Self> {
-        let builder = WeightBuilder::root(source).in_dtype(DType::F32);
+    pub fn build(config: TinyConfig, source: &dyn TensorSource, precision: VaePrecision) -> Result<Self> {
+        let builder = WeightBuilder::root(source).in_dtype(precision.dtype());
         let encoder = builder.pp("encoder.layers");
         let load_encoder = || TinyEncoder::load(Layers { builder: encoder.clone(), next: 0 }, &config);
         Ok(Self {
@@ -139,13 +139,21 @@ impl AutoencoderTiny {
     }
 
     /// As [`Autoencoder::encode_unshifted`], not scaled either.
-    fn encoded(&self, images: &Tensor) -> Result<Tensor> {
+    fn encoded(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
         let encoder = self.encoder.as_ref().ok_or_else(|| {
             let reason =
                 "this tiny autoencoder has a decoder alone, which cannot read control images; pass one with both";
             ModelError::bad_input("vae", reason)
         })?;
-        Ok(encoder.forward(&images.to_dtype(DType::F32)?)?)
+        let images = images.to_dtype(DType::F32)?;
+        let in_tiles = tile.map(|tile| {
+            let encode = |tile: PaddedTile| encoder.forward(tile);
+            in_tiles(&images, encoder.scale(), [tile, encoder.reach()], &encode, &mut |_| ControlFlow::Continue(()))
+        });
+        match in_tiles.transpose()?.flatten() {
+            Some(encoded) => Ok(encoded.to_device(images.device())?),
+            None => Ok(encoder.forward(PaddedTile::whole(images))?),
+        }
     }
 
     /// Latents as the decoder takes them.
@@ -155,12 +163,12 @@ impl AutoencoderTiny {
 }
 
 impl Autoencoder for AutoencoderTiny {
-    fn encode(&self, images: &Tensor) -> Result<Tensor> {
-        Ok(((self.encoded(images)? - self.config.shift)? * self.config.scale)?)
+    fn encode(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        Ok(((self.encoded(images, tile)? - self.config.shift)? * self.config.scale)?)
     }
 
-    fn encode_unshifted(&self, images: &Tensor) -> Result<Tensor> {
-        Ok((self.encoded(images)? * self.config.scale)?)
+    fn encode_unshifted(&self, images: &Tensor, tile: Option<usize>) -> Result<Tensor> {
+        Ok((self.encoded(images, tile)? * self.config.scale)?)
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
@@ -173,16 +181,26 @@ impl Autoencoder for AutoencoderTiny {
         tile: usize,
         progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
     ) -> Result<Option<Tensor>> {
-        let raw = self.unscaled(latents)?;
-        let reach = self.decoder.reach();
-        let decode_image = |index| {
-            let raw = raw.narrow(0, index, 1)?;
-            let decode = |area: &Area| self.decoder.forward(area.tile(&raw, reach)?)?.to_device(&Device::Cpu);
-            tiles::assemble(&raw, &Area::tiles(&raw, tile)?, &decode, progress)
-        };
-        let images: Option<Vec<Tensor>> = (0..raw.dim(0)?).map(decode_image).collect::<candle_core::Result<_>>()?;
-        Ok(images.map(|images| Tensor::cat(&images, 0)).transpose()?)
+        let decode = |tile: PaddedTile| self.decoder.forward(tile);
+        Ok(in_tiles(&self.unscaled(latents)?, 1, [tile, self.decoder.reach()], &decode, progress)?)
     }
+}
+
+/// What `compute` makes of tiles of images, whose sides and margins are in latent pixels. Without norms and attention they
+/// share nothing.
+fn in_tiles(
+    images: &Tensor,
+    scale: usize,
+    [tile, reach]: [usize; 2],
+    compute: &dyn Fn(PaddedTile) -> candle_core::Result<Tensor>,
+    progress: &mut dyn FnMut(TileProgress) -> ControlFlow<()>,
+) -> candle_core::Result<Option<Tensor>> {
+    tiles::each_image(images, |pixels| {
+        let input = TiledInput { pixels, scale };
+        let [height, width] = input.size()?;
+        let compute = |area: &Area| compute(area.tile(input, reach)?)?.to_device(&Device::Cpu);
+        tiles::assemble(&Area::tiles([height, width], tile), width, &compute, progress)
+    })
 }
 
 /// The weights of diffusers' `nn.Sequential`, layer by layer.
@@ -270,13 +288,32 @@ impl TinyEncoder {
     }
 
     /// # Shapes
-    /// images (batch, 3, height, width) in -1..1 -> (batch, latent channels, height / downscale, width / downscale).
-    fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = ((images + 1.0)? * 0.5)?;
-        for (conv, blocks) in &self.levels {
-            x = forward_all(blocks, conv.forward(&x)?)?;
+    /// (batch, 3, height, width) in -1..1 with margins -> (batch, latent channels, height / downscale, width / downscale)
+    /// without them.
+    fn forward(&self, images: PaddedTile) -> candle_core::Result<Tensor> {
+        let mut tile = PaddedTile { x: images.x.affine(0.5, 0.5)?, ..images };
+        for (index, (conv, blocks)) in self.levels.iter().enumerate() {
+            tile = match index {
+                0 => PaddedTile { x: conv.forward(&tile.x)?, ..tile },
+                _ => tile.halved(|x| conv.forward(x))?,
+            };
+            tile.x = forward_all(blocks, tile.x)?;
         }
-        self.conv_out.forward(&x)
+        tile.x = self.conv_out.forward(&tile.x)?;
+        Ok(tile.cropped(0)?.x)
+    }
+
+    /// Pixels along the side of a latent pixel.
+    fn scale(&self) -> usize {
+        1 << (self.levels.len() - 1)
+    }
+
+    /// How many latent pixels around a part are read.
+    fn reach(&self) -> usize {
+        let blocks = self.levels.iter().map(|(_, blocks)| TinyBlock::REACH * blocks.len());
+        // Each level's convolution reads one of its pixels further, or of those that it halves.
+        let pixels: usize = blocks.enumerate().map(|(level, reach)| (reach + 1) << level).sum();
+        pixels.div_ceil(self.scale()) + 1
     }
 }
 

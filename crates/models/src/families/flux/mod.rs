@@ -20,7 +20,7 @@ use crate::prompt::texts;
 use crate::text::{Padding, TextEncoders, TextRequest, TokenCount};
 use crate::{
     Architecture, BatchSpec, Conditions, Denoiser, DenoiserInput, DistilledLayer, GuidanceKind, InputChannels,
-    ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex,
+    ModelError, ModelFamily, NoiseProcess, PipelineSpec, Prompt, Result, StepIndex,
 };
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
@@ -64,7 +64,7 @@ impl Architecture for FluxConfig {
     fn parse_input(&self, tensors: BTreeMap<String, Tensor>) -> Result<DenoiserInput> {
         let mut arguments = ForwardArguments::new(tensors);
         let latents = arguments.required("hidden_states")?;
-        let timestep = arguments.required("timestep")?;
+        let timestep = checked_timestep(arguments.required("timestep")?)?;
         let conditions = Conditions {
             text: Some(arguments.required("encoder_hidden_states")?),
             pooled: Some(arguments.required("pooled_projections")?),
@@ -133,6 +133,21 @@ impl PipelineSpec for FluxConfig {
 
     fn unpack(&self, tokens: &Tensor, height: usize, width: usize) -> Result<Tensor> {
         latents::unpack(tokens, height, width)
+    }
+}
+
+/// FLUX's class takes the timestep as a share of 1000, unlike the classes of other families.
+///
+/// # Errors
+/// A value is above 1.
+fn checked_timestep(timestep: Tensor) -> Result<Tensor> {
+    let values = timestep.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    match values.into_iter().find(|value| *value > 1.0) {
+        Some(value) => {
+            let reason = format!("expected values from 0 to 1 (divide by 1000), found {value}");
+            Err(ModelError::bad_input("timestep", reason))
+        }
+        None => Ok(timestep),
     }
 }
 

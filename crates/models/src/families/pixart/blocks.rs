@@ -7,7 +7,7 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use crate::{HiddenState, ModelError, Result};
 use candle_core::Tensor;
 use clearform_attention::{Attention, AttentionPlan};
-use clearform_ops::{gated_add, modulated_layer_norm};
+use clearform_ops::{add, gated_add, modulated_layer_norm};
 use clearform_weights::TensorSource;
 
 /// Self-attention, cross-attention to the text, MLP. Shifts, scales and gates are the sum of a modulation for all
@@ -60,7 +60,7 @@ impl PixartBlock {
         let attended = self.attention.attend(qkv, None, &context.geometry)?;
 
         let image = gated_add(&state.image, gate, &self.out.forward(&attended.image.flatten_from(2)?)?)?;
-        let image = (&image + self.cross.forward(&image, &text.tokens, text.mask.as_ref())?)?;
+        let image = add(&image, &self.cross.forward(&image, &text.tokens, text.mask.as_ref())?)?;
         let normed = modulated_layer_norm(&image, mlp_shift, mlp_scale, self.norm_eps)?;
         let image = gated_add(&image, mlp_gate, &self.mlp.forward(&normed)?)?;
         Ok(HiddenState { image, attention: Some(attended), ..state })

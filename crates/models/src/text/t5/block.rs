@@ -8,7 +8,7 @@ use crate::weight_builder::{Linear, WeightBuilder};
 use candle_core::Tensor;
 use candle_nn::ops::softmax_last_dim;
 use clearform_attention::AttentionPlan;
-use clearform_ops::{gelu, rms_norm};
+use clearform_ops::{add, gelu, rms_norm};
 use clearform_weights::TensorSource;
 
 /// Elements of the scores that are in memory at a time, 16 MiB in f32: those of 16 heads at 512 tokens.
@@ -111,7 +111,7 @@ impl T5Attention {
         let qkv = [by_head(&self.query)?, by_head(&self.key)?, by_head(&self.value)?];
         let samples = (0..batch).map(|sample| self.attend(&qkv, sample, bias)).collect::<Result<Vec<_>>>()?;
         let attended = Tensor::stack(&samples, 0)?.transpose(1, 2)?.flatten_from(2)?; // (batch, tokens, heads · head_dim)
-        Ok((x + self.out.forward(&attended)?)?)
+        Ok(add(x, &self.out.forward(&attended)?)?)
     }
 
     /// softmax(q kᵀ + bias) v of one sample. T5 does not divide the scores by √head_dim.
@@ -162,7 +162,7 @@ impl T5FeedForward {
         if let Some(gated) = &self.gated {
             active = (active * gated.forward(&normed)?)?;
         }
-        Ok((x + self.down.forward(&active)?)?)
+        Ok(add(x, &self.down.forward(&active)?)?)
     }
 }
 

@@ -1,12 +1,14 @@
-//! [`OutOfMemory`]: the system's allocator, which ends the program with a message where Rust's would abort it.
+//! [`ProgramAllocator`]: the system's allocator, which ends the program with a message where Rust's would abort it, and asks
+//! for huge pages.
 
+use crate::huge_pages;
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// The system's allocator.
-pub struct OutOfMemory;
+pub struct ProgramAllocator;
 
 // SAFETY: every call is passed on to the system's allocator as it is; a call that fails does not return.
-unsafe impl GlobalAlloc for OutOfMemory {
+unsafe impl GlobalAlloc for ProgramAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller keeps the contract of this function, which is the same.
         given(unsafe { System.alloc(layout) }, layout.size())
@@ -32,6 +34,7 @@ fn given(memory: *mut u8, size: usize) -> *mut u8 {
     if memory.is_null() {
         stop(size);
     }
+    huge_pages::advise(memory, size);
     memory
 }
 
