@@ -212,10 +212,10 @@ impl AdapterOptions {
     }
 }
 
-/// As command-line options, with file names instead of paths.
+/// As command-line options, with file names instead of paths, without those of strength 0, which have no effect.
 impl fmt::Display for AdapterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let each = self.adapters.iter().map(AdapterSpec::to_string);
+        let each = self.adapters.iter().filter(|adapter| adapter.strength != 0.0).map(AdapterSpec::to_string);
         f.write_str(&each.collect::<Vec<_>>().join(" "))
     }
 }

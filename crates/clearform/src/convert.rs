@@ -70,6 +70,9 @@ pub struct ConvertOptions {
     pub device: ComputeDevice,
 }
 
+/// The command, in the record of a run.
+const COMMAND: &str = "convert";
+
 fn default_attention() -> AttentionPlan {
     Radius::new(DEFAULT_RADIUS).map_or_else(|_| AttentionPlan::full(), |radius| AttentionPlan::clear(radius, None))
 }
@@ -109,8 +112,9 @@ impl ConvertOptions {
             return Ok(None);
         }
         let usual = Self::new(&self.source, &self.output);
-        let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(&self.output))?;
-        run_record::say(resumed.as_ref(), self, observer);
+        let work = StagingDir::work_of(&self.output);
+        let resumed = run_record::resumed(COMMAND, self, &usual, &work)?;
+        run_record::say(resumed.as_ref(), self, &work, observer);
         Ok(resumed)
     }
 
@@ -185,7 +189,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(&options.output, options.overwrite)?,
         false => StagingDir::begin(&options.output, options.overwrite)?,
     };
-    let _kept = options.training.is_some().then(|| run_record::keep(options, staging.work())).transpose()?;
+    let _kept = options.training.is_some().then(|| run_record::keep(COMMAND, options, staging.work())).transpose()?;
     let mut conversion = Conversion { options, source, observer };
     let trained = match &options.training {
         Some(training) => Some(conversion.train(training, &staging, &adapters)?),

@@ -41,6 +41,9 @@ pub struct DistillOptions {
     pub device: ComputeDevice,
 }
 
+/// The command, in the record of a run.
+const COMMAND: &str = "distill";
+
 impl DistillOptions {
     /// Trains `model` further against `teacher` and replaces it.
     pub fn new(model: impl Into<PathBuf>, teacher: impl Into<PathBuf>) -> Self {
@@ -69,8 +72,9 @@ impl DistillOptions {
             return Ok(None);
         }
         let usual = Self::new(&self.model, &self.teacher);
-        let resumed = run_record::resumed(self, &usual, &StagingDir::work_of(self.target().0))?;
-        run_record::say(resumed.as_ref(), self, observer);
+        let work = StagingDir::work_of(self.target().0);
+        let resumed = run_record::resumed(COMMAND, self, &usual, &work)?;
+        run_record::say(resumed.as_ref(), self, &work, observer);
         Ok(resumed)
     }
 }
@@ -105,7 +109,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
         true => StagingDir::resume(target, overwrite)?,
         false => StagingDir::begin(target, overwrite)?,
     };
-    let _kept = run_record::keep(options, staging.work())?;
+    let _kept = run_record::keep(COMMAND, options, staging.work())?;
     let pipeline = teacher_pipeline(options, &teacher)?;
     let training = ResolvedTraining::new(&options.training, &teacher, pipeline.as_ref())?;
     announce(&Forecast::new(&teacher, &plan, &training, options.device)?, observer);

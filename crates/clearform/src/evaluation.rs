@@ -97,7 +97,12 @@ fn read_prompts(path: &Path, parse: impl Fn(&str) -> Result<Prompt>) -> Result<V
         let reason = format!("{}: expected a file of prompts, found {MOST_PROMPT_BYTES} bytes or more", path.display());
         return Err(ClearformError::bad_option(reason));
     }
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    // Editors on Windows begin files with a byte order mark.
+    let lines = text
+        .trim_start_matches('\u{feff}')
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'));
     let prompts = lines.map(parse).collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {
         false => Ok(prompts),

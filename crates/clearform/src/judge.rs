@@ -54,14 +54,17 @@ impl<'a> Judge<'a> {
         let wanted = samples.set.read(&indices, &Device::Cpu)?.latents;
         judge.teacher = judge.decode(&wanted)?;
         let path = folder.join("undistilled.safetensors");
-        let before = if path.exists() {
-            Checkpoint::open(&path)?.tensor("latents")?
-        } else {
-            let latents = judge.generate(models.student(), judge.teacher.len(), observer)?;
-            let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
-            std::fs::create_dir_all(folder).context(folder.display())?;
-            clearform_weights::save(&path, &tensors, &BTreeMap::new())?;
-            latents
+        // What is missing or damaged is generated again.
+        let kept = Checkpoint::open(&path).and_then(|file| file.tensor("latents"));
+        let before = match kept {
+            Ok(latents) => latents,
+            Err(_) => {
+                let latents = judge.generate(models.student(), judge.teacher.len(), observer)?;
+                let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
+                std::fs::create_dir_all(folder).context(folder.display())?;
+                clearform_weights::save(&path, &tensors, &BTreeMap::new())?;
+                latents
+            }
         };
         judge.before = judge.decode(&before)?;
         Ok(judge)

@@ -239,12 +239,8 @@ fn check_finite(path: &Path, patch: &AttentionPatch) -> Result<()> {
 /// Says which attention the patch leaves as it is. A whole patch has all that distillation changes.
 fn note_untouched(patch: &AttentionPatch, transformer: &TransformerCheckpoint, observer: &mut dyn Observer) {
     let names: BTreeSet<String> = patch.source().tensors().into_iter().map(|info| info.name).collect();
-    let layers: BTreeSet<String> = transformer
-        .source()
-        .tensors()
-        .iter()
-        .filter_map(|info| learning_layer(&info.name).map(str::to_owned))
-        .collect();
+    let expected = transformer.identified().expected();
+    let layers: BTreeSet<&str> = expected.iter().filter_map(|info| learning_layer(&info.name)).collect();
     let distilled = layers.iter().flat_map(|layer| transformer.architecture().distilled_layers(layer));
     let all: Vec<String> = distilled.flat_map(|layer| layer.parameters).collect();
     let untouched: Vec<&String> =

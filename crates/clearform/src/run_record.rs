@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 const FILE: &str = "options.json";
 
+/// The key of the command that began a run.
+const COMMAND: &str = "command";
+
 /// What a resumed run may change, or is always told: it does not change the result.
 const FREE: [&str; 11] = [
     "source",
@@ -31,13 +34,15 @@ pub struct KeptOptions {
     work: PathBuf,
 }
 
-/// Keeps `options` in the folder `work`.
+/// Keeps the options of `command` in the folder `work`.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn keep(options: &impl Serialize, work: &Path) -> Result<KeptOptions> {
+pub fn keep(command: &str, options: &impl Serialize, work: &Path) -> Result<KeptOptions> {
     let kept = KeptOptions { work: work.to_owned() };
-    clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(options)?)?;
+    let mut recorded = serde_json::to_value(options)?;
+    recorded[COMMAND] = command.into();
+    clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(&recorded)?)?;
     Ok(kept)
 }
 
@@ -57,13 +62,21 @@ impl Drop for KeptOptions {
 /// change. `None` if there is no such run. `usual` are the options of a user who says nothing.
 ///
 /// # Errors
-/// `given` states another value of an option that must stay, or the kept options cannot be read.
-pub fn resumed<T: Serialize + DeserializeOwned>(given: &T, usual: &T, work: &Path) -> Result<Option<T>> {
+/// `given` states another value of an option that must stay, another command than `command` began the run, or the kept
+/// options cannot be read.
+pub fn resumed<T: Serialize + DeserializeOwned>(command: &str, given: &T, usual: &T, work: &Path) -> Result<Option<T>> {
     let path = work.join(FILE);
     if !path.exists() {
         return Ok(None);
     }
     let kept: Value = serde_json::from_slice(&std::fs::read(&path).context(path.display())?).context(path.display())?;
+    if let Some(other) = kept[COMMAND].as_str().filter(|other| *other != command) {
+        return Err(ClearformError::bad_option(format!(
+            "{}: contains an interrupted run of `clearform {other}`; resume it with that command, choose another -o, or \
+             delete the folder to start over",
+            work.display()
+        )));
+    }
     let merged = merge("", kept, serde_json::to_value(given)?, &serde_json::to_value(usual)?);
     let merged = merged.map_err(|reason| {
         let path = path.display();
@@ -74,9 +87,16 @@ pub fn resumed<T: Serialize + DeserializeOwned>(given: &T, usual: &T, work: &Pat
     Ok(Some(serde_json::from_value(merged).context(path.display())?))
 }
 
-/// Says which options a run goes on with, where it should resume one and its own are `given`.
-pub fn say<T: PartialEq>(resumed: Option<&T>, given: &T, observer: &mut dyn Observer) {
+/// Says which options a run in `work` goes on with, where it should resume one and its own are `given`.
+pub fn say<T: PartialEq>(resumed: Option<&T>, given: &T, work: &Path, observer: &mut dyn Observer) {
     match resumed {
+        None if work.exists() => note(
+            observer,
+            format_args!(
+                "{} lacks {FILE}: what is there goes on if these options are those it was begun with",
+                work.display()
+            ),
+        ),
         None => note(observer, "there is no interrupted run to resume: a new one begins"),
         Some(resumed) if resumed != given => note(observer, "the run goes on with the options that it was begun with"),
         Some(_) => {}
@@ -121,12 +141,12 @@ mod tests {
     fn a_resumed_run_knows_its_settings() {
         let folder = tempfile::tempdir().unwrap();
         let usual = ConvertOptions::new("a", "b");
-        assert!(resumed(&usual, &usual, folder.path()).unwrap().is_none());
+        assert!(resumed("convert", &usual, &usual, folder.path()).unwrap().is_none());
         let begun =
             TrainingOptions { steps: Some(7), seed: 3, learning_rate: Some(3e-3), ..TrainingOptions::default() };
-        let _kept = keep(&options("clear:r=4,d=2", begun.clone()), folder.path()).unwrap();
+        let _kept = keep("convert", &options("clear:r=4,d=2", begun.clone()), folder.path()).unwrap();
         let resume = TrainingOptions { resume: true, checkpoint_every: 5, ..TrainingOptions::default() };
-        let goes_on = resumed(&options("clear:r=16", resume), &usual, folder.path()).unwrap().unwrap();
+        let goes_on = resumed("convert", &options("clear:r=16", resume), &usual, folder.path()).unwrap().unwrap();
         let wanted = TrainingOptions { resume: true, checkpoint_every: 5, ..begun };
         assert_eq!(goes_on, options("clear:r=4,d=2", wanted));
     }
@@ -136,13 +156,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let usual = ConvertOptions::new("a", "b");
         let steps = |steps| TrainingOptions { steps: Some(steps), ..TrainingOptions::default() };
-        let _kept = keep(&options("clear:r=4", steps(7)), folder.path()).unwrap();
+        let _kept = keep("convert", &options("clear:r=4", steps(7)), folder.path()).unwrap();
         for (given, says) in [
             (options("clear:r=8", steps(7)), "begun with attention \"clear:r=4\", found \"clear:r=8\""),
             (options("clear:r=4", steps(8)), "begun with steps 7, found 8"),
         ] {
-            let error = resumed(&given, &usual, folder.path()).unwrap_err().to_string();
+            let error = resumed("convert", &given, &usual, folder.path()).unwrap_err().to_string();
             assert!(error.contains(says) && error.contains("options.json"), "{error}");
         }
+        let error = resumed("distill", &usual, &usual, folder.path()).unwrap_err().to_string();
+        assert!(error.contains("an interrupted run of `clearform convert`"), "{error}");
     }
 }

@@ -52,6 +52,13 @@ impl fmt::Display for WrittenModel {
             write!(f, "\n{component}, from the same file: {} tensors used", load_report.used())?;
             write!(f, ", {} skipped", load_report.skipped().count())?;
         }
+        if let Some(first) = report.not_finite.first() {
+            let count = report.not_finite.len();
+            write!(
+                f,
+                "\nwarning: {count} of its tensors have NaN or infinity, such as {first}: the source is damaged"
+            )?;
+        }
         verdict.iter().try_for_each(|verdict| write!(f, "\n{verdict}"))
     }
 }

@@ -5,6 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use clearform_testkit::{assert_close, fixture};
+use clearform_weights::Checkpoint;
 use common::{Tiny, clearform, expected, forward, json, repository, run, runs_on_gpu, stderr_of, text};
 use serde_json::Value;
 
@@ -142,6 +143,17 @@ fn distilling_without_components_names_the_remedies() {
 }
 
 #[test]
+fn a_model_with_nan_is_written_with_a_warning() {
+    let (mut model, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
+    let broken = (&model.tensors[QUERY] * f64::NAN).unwrap();
+    model.tensors.insert(QUERY.into(), broken);
+    model.save();
+    let output = folder.path().join("model");
+    let written = json(0, &["convert", text(model.path()), "-o", text(&output), "--radius", "3", "--no-distill"]);
+    assert_eq!(written["not_finite"], serde_json::json!([QUERY]));
+}
+
+#[test]
 fn a_patch_carries_attention_to_a_fine_tune() {
     let (base, folder) = (Tiny::new(), tempfile::tempdir().unwrap());
     let mut student = Tiny::new();
@@ -181,6 +193,12 @@ fn a_patch_carries_attention_to_a_fine_tune() {
     let mut other = Tiny::new();
     other.tensors.insert(EMBEDDER.into(), (&other.tensors[EMBEDDER] * 1.5).unwrap());
     other.save();
+    let (whole, cut) = (Checkpoint::open(&patch).unwrap(), path("cut.safetensors"));
+    let mut metadata = whole.metadata().clone();
+    metadata.insert("clearform.tensors".to_owned(), "2".to_owned());
+    clearform_weights::save(&cut, &whole, &metadata).unwrap();
+    let said = stderr_of(1, &["patch", "apply", text(&cut), "--to", text(fine_tune.path()), "-o", text(&output)]);
+    assert!(said.contains("expected the 2 tensors that it was extracted with, found 1"), "{said}");
     let kept = stderr_of(1, &["patch", "extract", text(&model), "--base", text(base.path()), "-o", text(&patch)]);
     assert!(kept.contains("already exists; pass --overwrite"), "{kept}");
     let extract = ["patch", "extract", text(&model), "--base", text(other.path()), "-o", text(&patch), "--overwrite"];

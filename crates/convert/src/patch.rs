@@ -39,6 +39,7 @@ const KIND: &str = "clearform.kind";
 const PATCH: &str = "attention-patch";
 const FAMILY: &str = "clearform.family";
 const BASE: &str = "clearform.base_sha256";
+const TENSORS: &str = "clearform.tensors";
 
 impl AttentionPatch {
     /// Writes the attention tensors of `model` that differ from `base`, both under canonical names, to `path`. Returns how
@@ -66,14 +67,14 @@ impl AttentionPatch {
                 "the model's attention is identical to that of its base; there is nothing to extract".into(),
             ));
         }
-        save(path, &changed, &metadata(family, plan, fingerprint(base, &names)?))?;
+        save(path, &changed, &metadata(family, plan, fingerprint(base, &names)?, names.len()))?;
         Ok(names.len())
     }
 
     /// Opens a patch. `radius` is required if neither the metadata nor the file's name contains it.
     ///
     /// # Errors
-    /// The file is not a patch, or the radius is unknown or another than the recorded one.
+    /// The file is not a patch or lacks tensors, or the radius is unknown or another than the recorded one.
     pub fn open(path: &Path, radius: Option<Radius>) -> Result<Self> {
         let tensors = Checkpoint::open(path)?;
         let bad = |reason: String| ConvertError::BadPatch { path: path.to_owned(), reason };
@@ -81,6 +82,12 @@ impl AttentionPatch {
             return Err(bad(format!(
                 "expected only attention tensors, found tensor {:?}; this is not a patch",
                 foreign.name
+            )));
+        }
+        let found = tensors.tensors().len();
+        if let Some(recorded) = tensors.metadata().get(TENSORS).filter(|recorded| **recorded != found.to_string()) {
+            return Err(bad(format!(
+                "expected the {recorded} tensors that it was extracted with, found {found}; extract or download it again"
             )));
         }
         let recorded = match tensors.metadata().get(PLAN_METADATA) {
@@ -338,12 +345,13 @@ fn fingerprint(base: &dyn TensorSource, names: &[String]) -> Result<String> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn metadata(family: &str, plan: &AttentionPlan, base: String) -> BTreeMap<String, String> {
+fn metadata(family: &str, plan: &AttentionPlan, base: String, tensors: usize) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::from([
         (KIND.to_owned(), PATCH.to_owned()),
         (FAMILY.to_owned(), family.to_owned()),
         (PLAN_METADATA.to_owned(), plan.to_toml()),
         (BASE.to_owned(), base),
+        (TENSORS.to_owned(), tensors.to_string()),
     ]);
     if let Policy::Clear { radius, pool } = plan.default_policy() {
         metadata.insert("clearform.radius".to_owned(), radius.tokens().to_string());

@@ -39,6 +39,8 @@ pub struct ConversionReport {
     pub missing_components: Vec<String>,
     /// What became of each tensor of the components that were not copied as files, by component.
     pub component_reports: BTreeMap<String, LoadReport>,
+    /// Tensors of the transformer with NaN or infinity, with which it cannot be computed.
+    pub not_finite: Vec<String>,
     /// Elements of all tensors of the transformer.
     pub parameters: u64,
 }
@@ -111,7 +113,7 @@ impl ConversionPlan {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
         stage.check_disk_space(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
-        self.write_transformer(canonical, &added, &tensors, stage, progress)?;
+        let not_finite = self.write_transformer(canonical, &added, &tensors, stage, progress)?;
         let components = self.write_components(stage)?;
         let source = self.source.as_deref();
         let card = ModelCard { identified: &self.identified, attention: &self.attention, source };
@@ -126,6 +128,7 @@ impl ConversionPlan {
                 .iter()
                 .map(|component| (component.name.clone(), component.load_report.clone()))
                 .collect(),
+            not_finite,
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
     }
@@ -153,6 +156,7 @@ impl ConversionPlan {
         }
     }
 
+    /// Writes the transformer, and returns the names of tensors with NaN or infinity.
     fn write_transformer(
         &self,
         source: &dyn TensorSource,
@@ -160,12 +164,16 @@ impl ConversionPlan {
         tensors: &[TensorInfo],
         stage: &mut StagingDir,
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
-    ) -> Result<()> {
+    ) -> Result<Vec<String>> {
+        let mut not_finite = Vec::new();
         let all = tensors.iter().map(TensorInfo::byte_count).sum();
         let mut done = 0;
         stage.write_tensors(TRANSFORMER_FILE, tensors, |info| {
             let name = &info.name;
             let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
+            if !tensor.is_finite() {
+                not_finite.push(name.clone());
+            }
             done += info.byte_count();
             if progress(done, all).is_break() {
                 return Err(ConvertError::Cancelled);
@@ -173,7 +181,8 @@ impl ConversionPlan {
             Ok(in_dtype_of(info, tensor)?)
         })?;
         let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
-        Ok(stage.write("transformer/config.json", &config)?)
+        stage.write("transformer/config.json", &config)?;
+        Ok(not_finite)
     }
 
     /// Writes or copies every component that is found, and returns their names.

@@ -62,8 +62,8 @@ pub enum DistillError {
     Mismatch(String),
     /// A loss or a gradient is NaN or infinite.
     #[error(
-        "step {step}: the {what} is not finite. Likely cause: a learning rate that is too high, or a damaged teacher; \
-         start over with a lower --lr"
+        "step {step}: the {what} is not finite. Likely cause: a learning rate or a weight of a loss that is too \
+         high, a damaged teacher or damaged samples; delete the work folder and start over with a lower --lr"
     )]
     NotFinite {
         /// The step, counted from 1.

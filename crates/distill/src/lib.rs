@@ -17,6 +17,7 @@ mod backward;
 mod batches;
 mod differences;
 mod error;
+mod fingerprint;
 mod held_out;
 mod learning_rate;
 mod loss_log;

@@ -1,5 +1,6 @@
 //! [`TeacherStudent`]: teacher and student over the same frozen weights. Only the trained parameters exist twice.
 
+use crate::fingerprint::Fingerprint;
 use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
@@ -28,6 +29,7 @@ pub struct TeacherStudent {
     student: Box<dyn Denoiser>,
     process: NoiseProcess,
     masters: BTreeMap<String, Var>,
+    fingerprint: String,
 }
 
 impl TeacherStudent {
@@ -43,6 +45,7 @@ impl TeacherStudent {
         for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
+        let fingerprint = fingerprint(spec, teacher, &masters)?;
         let student = |value: fn(&Var) -> Tensor| {
             let mut weights = teacher.clone();
             masters.iter().for_each(|(name, master)| weights.insert(name.clone(), value(master)));
@@ -54,7 +57,14 @@ impl TeacherStudent {
         let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
         let [teacher, trained, student] =
             [built, trained, student].map(|denoiser| SeparateSamples::if_small(denoiser, parameters, &device));
-        Ok(Self { teacher, trained, student, process: spec.architecture.pipeline_spec().noise_process(), masters })
+        Ok(Self {
+            fingerprint,
+            teacher,
+            trained,
+            student,
+            process: spec.architecture.pipeline_spec().noise_process(),
+            masters,
+        })
     }
 
     /// The model that is learned from.
@@ -94,6 +104,11 @@ impl TeacherStudent {
         &self.masters
     }
 
+    /// Tells this pair, as it was built, from any with other weights, another start or other attention.
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     /// A copy of the trained parameters as they are now.
     ///
     /// # Errors
@@ -117,6 +132,14 @@ impl TeacherStudent {
         }
         Ok(())
     }
+}
+
+fn fingerprint(spec: PairSpec, teacher: &InMemoryTensors, masters: &BTreeMap<String, Var>) -> Result<String> {
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.text(&serde_json::to_string(spec.plan).unwrap_or_else(|_| spec.plan.to_string()));
+    teacher.iter().try_for_each(|(name, tensor)| fingerprint.tensor(name, tensor))?;
+    masters.iter().try_for_each(|(name, master)| fingerprint.tensor(name, master))?;
+    Ok(fingerprint.finish())
 }
 
 /// The masters of a block's attention layers. Families may list a second attention layer that a block does not have.

@@ -191,7 +191,11 @@ impl<'a> TrainingRun<'a> {
         let folder = &checkpoint_dir.folder;
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.clone(), source })?;
         let path = folder.join(STATE_FILE);
-        let requirements = ResumeRequirements { settings: settings.clone(), samples: samples.settings().clone() };
+        let requirements = ResumeRequirements {
+            settings: settings.clone(),
+            samples: samples.settings().clone(),
+            models: models.fingerprint().to_owned(),
+        };
         let state = match (path.exists(), checkpoint_dir.resume) {
             (true, ResumeMode::Resume) => resumed_state(&path, models, requirements)?,
             (true, ResumeMode::Fresh) => {

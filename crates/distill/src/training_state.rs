@@ -1,10 +1,11 @@
 //! [`TrainingState`]: everything that training resumes from, in one file, so that a single rename commits all of it.
 
 use crate::differences::{differences, read_back};
+use crate::sample_files::{bad, open};
 use crate::{DistillError, DistillSettings, OptimizerState, Result, SampleSettings};
 use candle_core::{Device, Tensor};
 use clearform_sampling::TorchGenerator;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
+use clearform_weights::{InMemoryTensors, TensorSource};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,6 +48,9 @@ pub(crate) struct StateMetadata {
 pub(crate) struct ResumeRequirements {
     pub settings: DistillSettings,
     pub samples: SampleSettings,
+    /// What tells teacher, start of the student and attention from others; empty in states of earlier versions.
+    #[serde(default)]
+    pub models: String,
 }
 
 impl StateMetadata {
@@ -81,7 +85,7 @@ impl TrainingState {
     /// # Errors
     /// A file that is not a training state.
     pub(crate) fn recorded_settings(path: &Path) -> Result<DistillSettings> {
-        let file = Checkpoint::open(path)?;
+        let file = open(path)?;
         let found =
             file.metadata().get(REQUIREMENTS).and_then(|text| serde_json::from_str::<ResumeRequirements>(text).ok());
         let requirements = found.ok_or_else(|| bad(path, "not a training state of clearform".to_owned()))?;
@@ -93,7 +97,7 @@ impl TrainingState {
     /// # Errors
     /// [`DistillError::OtherSettings`] if its requirements are not `requirements`; a file that is not a training state.
     pub(crate) fn load(path: &Path, requirements: ResumeRequirements, device: &Device) -> Result<Self> {
-        let file = Checkpoint::open(path)?;
+        let file = open(path)?;
         let metadata = read_metadata(path, file.metadata().get(STATE))?;
         check_requirements(path, file.metadata().get(REQUIREMENTS), &requirements)?;
         let group = |prefix| read_group(&file, prefix, device);
@@ -107,7 +111,7 @@ fn check_requirements(path: &Path, text: Option<&String>, now: &ResumeRequiremen
     let now = read_back(now).map_err(|error| bad(path, error.to_string()))?;
     let found = text.and_then(|text| serde_json::from_str::<ResumeRequirements>(text).ok());
     let differing = match found {
-        Some(found) if found == now => return Ok(()),
+        Some(found) if found.allows(&now) => return Ok(()),
         Some(found) => found.differences(&now),
         None => "all".to_owned(),
     };
@@ -115,8 +119,22 @@ fn check_requirements(path: &Path, text: Option<&String>, now: &ResumeRequiremen
 }
 
 impl ResumeRequirements {
+    /// Whether a training that was begun with these may go on with `now`.
+    fn allows(&self, now: &Self) -> bool {
+        let Self { settings, samples, .. } = self;
+        (settings, samples) == (&now.settings, &now.samples) && self.has_models_of(now)
+    }
+
+    fn has_models_of(&self, now: &Self) -> bool {
+        self.models.is_empty() || self.models == now.models
+    }
+
     fn differences(&self, now: &Self) -> String {
-        let lists = [differences(&self.settings, &now.settings), differences(&self.samples, &now.samples)];
+        let models = match self.has_models_of(now) {
+            true => String::new(),
+            false => "another teacher, another student to start from, or other attention".to_owned(),
+        };
+        let lists = [models, differences(&self.settings, &now.settings), differences(&self.samples, &now.samples)];
         lists.into_iter().filter(|list| !list.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
@@ -141,16 +159,13 @@ fn read_group(source: &dyn TensorSource, prefix: &str, device: &Device) -> Resul
     stripped.map(|(short, name)| Ok((short, source.tensor(&name)?.to_device(device)?))).collect()
 }
 
-fn bad(path: &Path, reason: String) -> DistillError {
-    DistillError::BadFile { path: path.to_owned(), reason }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::{Decay, LearningRate, LossSettings};
     use clearform_models::Prompt;
+    use clearform_weights::Checkpoint;
 
     /// The requirements as the version before the key `denoising` wrote them.
     const OLD: &str = concat!(
@@ -185,7 +200,7 @@ mod tests {
             classifier_free: Some(crate::ClassifierFree { scale: 3.0, unconditional, channels: None }),
             seed: 5,
         };
-        ResumeRequirements { settings, samples }
+        ResumeRequirements { settings, samples, models: "abc".to_owned() }
     }
 
     /// A training state whose metadata are `state` and `requirements`, with one tensor in each group.
@@ -219,8 +234,14 @@ mod tests {
         // Saved again it bears the new key and is still read.
         state.save(&path).unwrap();
         let written = Checkpoint::open(&path).unwrap().metadata()["clearform.settings"].clone();
-        assert_eq!(written, OLD.replace("flow", "denoising"));
+        let renamed = OLD.replace("flow", "denoising");
+        assert_eq!(written, format!(r#"{},"models":"abc"}}"#, &renamed[..renamed.len() - 1]));
         assert_eq!(TrainingState::load(&path, requirements(), &Device::Cpu).unwrap().metadata.step, 4);
+
+        // It is that of these models alone.
+        let others = ResumeRequirements { models: "def".to_owned(), ..requirements() };
+        let error = TrainingState::load(&path, others, &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("another teacher"), "{error}");
     }
 
     #[test]

@@ -232,6 +232,9 @@ pub fn check_target(target: &Path, overwrite: Overwrite) -> Result<()> {
         );
         return Err(already_exists(target, &reason));
     }
+    if target.is_symlink() {
+        return Err(already_exists(target, "is a symbolic link: pass the folder that it stands for, or remove it"));
+    }
     if !target.exists() {
         return Ok(());
     }

@@ -53,14 +53,14 @@ pub struct ImageVerdict {
 }
 
 impl VerdictRecord {
-    /// What is left of the error before training: a share, 1 if nothing was gained.
+    /// What is left of the error before training: a share, 1 if nothing was gained, 0 if there is none.
     pub fn left(&self) -> f64 {
-        self.error_after / self.error_before
+        if self.error_after == 0.0 { 0.0 } else { self.error_after / self.error_before }
     }
 
     /// The error after training as a share of the teacher's power.
     pub fn of_power(&self) -> f64 {
-        self.error_after / self.power
+        if self.error_after == 0.0 { 0.0 } else { self.error_after / self.power }
     }
 }
 

@@ -118,13 +118,13 @@ impl MemoryPlan {
 
     fn refusal(&self, stage: &StageMemory, options: MemoryOptions) -> String {
         let StageMemory { component, weights, activations, .. } = stage;
-        let [needed, weights, activations] = [stage.bytes(), *weights, *activations].map(Bytes);
+        let [needed, program, weights, activations] = [stage.bytes(), PROGRAM, *weights, *activations].map(Bytes);
         let limit = Bytes(self.limit.unwrap_or_default());
         let source = if options.limit.is_some() { "--max-memory" } else { "the system" };
         let advice = stage.advice().join(", or ");
         format!(
-            "{component} takes about {needed} ({weights} of weights, {activations} of activations), but {source} leaves \
-             {limit}; {advice}"
+            "{component} takes about {needed} ({weights} of weights, {activations} of activations, {program} of the \
+             program), but {source} leaves {limit}; {advice}"
         )
     }
 }
@@ -138,6 +138,9 @@ impl StageMemory {
     /// What makes it smaller.
     fn advice(&self) -> Vec<&'static str> {
         let mut advice = Vec::new();
+        if self.weights + self.activations < PROGRAM {
+            return vec!["allow more memory"];
+        }
         if self.can_stream && self.residency == Residency::InMemory {
             advice.push("pass --offload always");
         }
@@ -248,7 +251,12 @@ mod tests {
     fn what_fits_in_no_way_is_refused_with_figures() {
         let message = |error: RuntimeError| error.to_string();
         let said = message(plan(8 << 30, 11, OffloadMode::Auto).unwrap_err());
-        assert!(said.contains("transformer takes about 13.0 GB (4.3 GB of weights, 8.6 GB of activations)"), "{said}");
+        assert!(
+            said.contains(
+                "transformer takes about 13.0 GB (4.3 GB of weights, 8.6 GB of activations, 105 MB of the program)"
+            ),
+            "{said}"
+        );
         assert!(said.contains("--max-memory leaves 11.8 GB") && !said.contains("--offload"), "{said}");
         let said = message(plan(1 << 30, 11, OffloadMode::Never).unwrap_err());
         assert!(said.contains("; pass --offload always, or pass a smaller"), "{said}");

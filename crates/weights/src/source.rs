@@ -48,6 +48,26 @@ pub struct RawTensor {
     pub bytes: Vec<u8>,
 }
 
+impl RawTensor {
+    /// Whether it has no NaN and no infinity. Formats without them have none.
+    pub fn is_finite(&self) -> bool {
+        // The exponent of both has all its bits set. Without an early end the loops are vectors.
+        let halves = |mask: u16| {
+            let values = self.bytes.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
+            !values.fold(false, |found, bits| found | (bits & mask == mask))
+        };
+        match self.dtype {
+            Dtype::BF16 => halves(0x7f80),
+            Dtype::F16 => halves(0x7c00),
+            Dtype::F32 => {
+                let values = self.bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+                !values.fold(false, |found, bits| found | (bits & 0x7f80_0000 == 0x7f80_0000))
+            }
+            _ => true,
+        }
+    }
+}
+
 /// Where tensors come from: a checkpoint, a renamed view of one, or memory. Threads may share a source: one can read the
 /// next block of a model while another computes.
 pub trait TensorSource: Send + Sync {
@@ -271,4 +291,24 @@ impl TensorSource for InMemoryTensors {
 
 fn describe(name: &str, tensor: &Tensor) -> TensorInfo {
     TensorInfo { name: name.to_owned(), dtype: tensor.dtype().into(), shape: tensor.dims().to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_and_infinity_are_found_in_every_format() {
+        let raw = |dtype, bytes: Vec<u8>| RawTensor { dtype, shape: vec![2], bytes };
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let bf16 = [half::bf16::from_f32(1.0), half::bf16::from_f32(value)].map(half::bf16::to_le_bytes).concat();
+            let f16 = [half::f16::from_f32(1.0), half::f16::from_f32(value)].map(half::f16::to_le_bytes).concat();
+            let f32 = [1.0, value].map(f32::to_le_bytes).concat();
+            assert!(
+                ![raw(Dtype::BF16, bf16), raw(Dtype::F16, f16), raw(Dtype::F32, f32)].iter().any(RawTensor::is_finite)
+            );
+        }
+        let largest = [f32::MAX, f32::MIN].map(f32::to_le_bytes).concat();
+        assert!(raw(Dtype::F32, largest).is_finite() && raw(Dtype::I64, vec![0xff; 16]).is_finite());
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::headings::ADAPTERS;
 use clap::{Args, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Where plugins are found.
@@ -111,11 +111,19 @@ impl FromStr for AdapterArg {
     /// and commas themselves.
     fn from_str(text: &str) -> Result<Self, String> {
         let separators = text.match_indices([':', ',']).map(|(at, _)| at);
-        let parsed = separators.filter(|at| *at > 0).find_map(|at| Self::with_settings(&text[..at], &text[at + 1..]));
-        match parsed {
-            Some(parsed) => Ok(parsed),
-            None if text.is_empty() => Err("expected a file".to_owned()),
-            None => Ok(Self { path: PathBuf::from(text), ..Self::default() }),
+        if text.is_empty() {
+            return Err("expected a file".to_owned());
+        }
+        let ends: Vec<usize> = separators.filter(|at| *at > 0).collect();
+        let parsed = ends.iter().find_map(|at| Self::with_settings(&text[..*at], &text[at + 1..]));
+        let parsed = parsed.unwrap_or_else(|| Self { path: PathBuf::from(text), ..Self::default() });
+        match ends.iter().find(|at| Path::new(&text[..**at]).exists()) {
+            Some(at) if !parsed.path.exists() => Err(format!(
+                "expected a strength or KEY=VALUE settings after {}, found {:?}",
+                &text[..*at],
+                &text[*at..]
+            )),
+            _ => parsed.with_each_key_once(),
         }
     }
 }
@@ -132,6 +140,15 @@ impl AdapterArg {
             }
         }
         Some(parsed)
+    }
+
+    fn with_each_key_once(self) -> Result<Self, String> {
+        let mut keys: Vec<&String> = self.settings.iter().map(|(key, _)| key).collect();
+        keys.sort();
+        match keys.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(format!("{} is set twice", pair[0])),
+            None => Ok(self),
+        }
     }
 }
 
@@ -164,5 +181,12 @@ mod tests {
             assert_eq!(text.parse::<AdapterArg>(), Ok(expected), "{text}");
         }
         assert!("".parse::<AdapterArg>().is_err());
+        let twice = "a:1:double=1,double=2".parse::<AdapterArg>().unwrap_err();
+        assert!(twice.contains("double is set twice"), "{twice}");
+        let exists = env!("CARGO_MANIFEST_DIR");
+        for rest in [":", ":0.8:double", ":0.8:0.9"] {
+            let error = format!("{exists}{rest}").parse::<AdapterArg>().unwrap_err();
+            assert!(error.contains(&format!("after {exists}, found {rest:?}")), "{error}");
+        }
     }
 }

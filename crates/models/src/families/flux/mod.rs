@@ -139,10 +139,10 @@ impl PipelineSpec for FluxConfig {
 /// FLUX's class takes the timestep as a share of 1000, unlike the classes of other families.
 ///
 /// # Errors
-/// A value is above 1.
+/// A value is not between 0 and 1.
 fn checked_timestep(timestep: Tensor) -> Result<Tensor> {
     let values = timestep.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    match values.into_iter().find(|value| *value > 1.0) {
+    match values.into_iter().find(|value| !(0.0..=1.0).contains(value)) {
         Some(value) => {
             let reason = format!("expected values from 0 to 1 (divide by 1000), found {value}");
             Err(ModelError::bad_input("timestep", reason))
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn inputs_are_taken_by_name() {
-        let value = |index: usize| Tensor::new(&[index as f32], &Device::Cpu).unwrap();
+        let value = |index: usize| Tensor::new(&[index as f32 / 8.0], &Device::Cpu).unwrap();
         let tensors = INPUTS.iter().enumerate().map(|(index, name)| ((*name).to_owned(), value(index)));
         let input = schnell().parse_input(tensors.collect()).unwrap();
         let conditions = input.conditions;
@@ -176,8 +176,17 @@ mod tests {
             [conditions.text, conditions.pooled, conditions.guidance, conditions.image_ids, conditions.text_ids];
         let [text, pooled, guidance, image_ids, text_ids] = optional.map(Option::unwrap);
         let found = [input.latents, text, pooled, input.timestep, guidance, image_ids, text_ids];
-        let values: Vec<f32> = found.iter().flat_map(|tensor| tensor.to_vec1::<f32>().unwrap()).collect();
+        let values = found.map(|tensor| 8.0 * tensor.to_vec1::<f32>().unwrap()[0]);
         assert_eq!(values, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn a_timestep_out_of_range_is_refused() {
+        for value in [-0.5f32, 1.5, 500.0, f32::NAN] {
+            let value = Tensor::new(&[value], &Device::Cpu).unwrap();
+            let error = schnell().parse_input(INPUTS.map(|name| (name.to_owned(), value.clone())).into()).unwrap_err();
+            assert!(error.to_string().contains("from 0 to 1 (divide by 1000)"), "{error}");
+        }
     }
 
     #[test]
