@@ -1,6 +1,6 @@
 //! [`TransformInput`]: Bᵀ d B of the tiles d of a block.
 
-use super::factor::Factor;
+use super::lane::WinogradLane;
 use super::{Block, TILE, combine};
 use crate::simd::{Isa, Real as _, SimdKernel};
 
@@ -85,7 +85,7 @@ impl Scheme {
     }
 }
 
-impl<F: Factor> SimdKernel for TransformInput<'_, F> {
+impl<F: WinogradLane> SimdKernel for TransformInput<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -126,7 +126,7 @@ impl<F: Factor> SimdKernel for TransformInput<'_, F> {
     }
 }
 
-impl<F: Factor> TransformInput<'_, F> {
+impl<F: WinogradLane> TransformInput<'_, F> {
     /// Reads the lines of a row of tiles; `lines` has those that the row before has read. `pixels` is space for one.
     #[inline(always)]
     fn read_lines<L: Isa>(&self, channel: usize, row: usize, scheme: &Scheme, lines: &mut [f32], pixels: &mut [f32]) {

@@ -7,16 +7,16 @@
 //!
 //! In bf16 what is multiplied is rounded after it was transformed, and sums stay in f32.
 
-mod factor;
 mod input;
+mod lane;
 mod output;
 
 use crate::gemm::PackInputRows;
 use crate::kernel::contiguous;
 use crate::simd::{Bf16Pair, CpuFeatures, dispatch};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
-use factor::Factor;
 use input::{InputImage, TransformInput};
+use lane::WinogradLane;
 use output::StoreOutputs;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -104,8 +104,8 @@ impl WinogradOp {
         let sizes = Sizes { inputs, outputs, image: [height, width] };
         match self.bf16 && CpuFeatures::detect().has_bf16_dot() {
             _ if out.is_empty() => {}
-            true => Problem::<Bf16Pair>::new(self, sizes, weight).convolve(x, residual, &mut out),
-            false => Problem::<f32>::new(self, sizes, weight).convolve(x, residual, &mut out),
+            true => WinogradProblem::<Bf16Pair>::new(self, sizes, weight).convolve(x, residual, &mut out),
+            false => WinogradProblem::<f32>::new(self, sizes, weight).convolve(x, residual, &mut out),
         }
         Ok((CpuStorage::F32(out), shape.into()))
     }
@@ -160,7 +160,7 @@ struct Sizes {
     image: [usize; 2],
 }
 
-struct Problem<'a, F> {
+struct WinogradProblem<'a, F> {
     op: &'a WinogradOp,
     sizes: Sizes,
     /// The transformed weight, (points, points, outputs, lanes of inputs).
@@ -190,7 +190,7 @@ impl SharedOutput {
     }
 }
 
-impl<'a, F: Factor> Problem<'a, F> {
+impl<'a, F: WinogradLane> WinogradProblem<'a, F> {
     fn new(op: &'a WinogradOp, sizes: Sizes, weight: &[f32]) -> Self {
         let Sizes { inputs, outputs, .. } = sizes;
         let rows = filter_rows(op.upsample);
@@ -272,7 +272,7 @@ impl<'a, F: Factor> Problem<'a, F> {
 
     /// # Shapes
     /// transformed as [`TransformInput::out`] -> (points, points, outputs, tiles), rows of tiles being
-    /// [`Factor::padded`].
+    /// [`WinogradLane::padded`].
     fn multiply<'s>(&self, transformed: &[F], tiles: usize, space: &'s mut Vec<f32>) -> &'s [f32] {
         let Sizes { inputs, outputs, .. } = self.sizes;
         let lanes = inputs.div_ceil(F::WIDTH);

@@ -1,9 +1,9 @@
-//! [`Factor`]: what a convolution multiplies, f32 or pairs of bf16.
+//! [`WinogradLane`]: what a convolution multiplies, f32 or pairs of bf16.
 
 use crate::simd::{Bf16Pair, CpuFeatures, Lane, MatrixProduct, ROW, Strided};
 use crate::strided_product::block_product;
 
-pub(super) trait Factor: Lane<Sum = f32> {
+pub(super) trait WinogradLane: Lane<Sum = f32> {
     /// Tiles whose transformed inputs lie together, of a block of `tiles`.
     fn strip(tiles: usize) -> usize;
 
@@ -19,7 +19,7 @@ pub(super) trait Factor: Lane<Sum = f32> {
     fn multiply(filter: &[Self], x: &[Self], out: &mut [f32], outputs: usize);
 }
 
-impl Factor for f32 {
+impl WinogradLane for f32 {
     fn strip(tiles: usize) -> usize {
         tiles
     }
@@ -29,7 +29,7 @@ impl Factor for f32 {
     }
 }
 
-impl Factor for Bf16Pair {
+impl WinogradLane for Bf16Pair {
     fn strip(_: usize) -> usize {
         ROW
     }
