@@ -46,6 +46,18 @@ fn vae_with_older_names() {
     assert_close(&vae.decode(&expected["latents"]).unwrap(), &expected["decoded"], BOUND, "decoded");
 }
 
+/// In both directions, the encoder's other convolutions included.
+#[test]
+fn vae_with_products_of_bf16() {
+    let folder = "components/generation5/vae-flux";
+    let config = VaeConfig::new(&json(&format!("{folder}/config.json"))).unwrap();
+    let weights = weights(&format!("{folder}/diffusion_pytorch_model.safetensors"));
+    let vae = AutoencoderKl::build(config, &weights, VaePrecision::Bf16).unwrap();
+    let expected = tensors(&format!("{folder}/expected.safetensors"));
+    assert_close(&vae.encode(&expected["pictures"], None).unwrap(), &expected["latents"], 3e-2, "latents");
+    assert_close(&vae.decode(&expected["latents"]).unwrap(), &expected["decoded"], 3e-2, "decoded");
+}
+
 fn check_vae(name: &str) {
     let vae = vae(name);
     let expected = tensors(&format!("components/generation5/{name}/expected.safetensors"));

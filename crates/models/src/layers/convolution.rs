@@ -74,13 +74,16 @@ impl Convolution {
         let rows = output_size(height);
         let unfolded_row = batch * channels * kernel * kernel * output_size(width);
         let band = (max_unfolded / unfolded_row.max(1)).max(1);
+        // Weights may be in bf16 beside an image in f32.
+        let in_dtype = |tensor: &Tensor| tensor.to_dtype(x.dtype());
+        let (weight, bias) = (in_dtype(self.0.weight())?, self.0.bias().map(in_dtype).transpose()?);
         if band >= rows {
-            return self.0.forward(x);
+            return Conv2d::new(weight, bias, config).forward(x);
         }
         let padding = config.padding;
         let padded = x.pad_with_zeros(2, padding, padding)?.pad_with_zeros(3, padding, padding)?;
         let unpadded = Conv2dConfig { padding: 0, ..config };
-        let conv = Conv2d::new(self.0.weight().clone(), self.0.bias().cloned(), unpadded);
+        let conv = Conv2d::new(weight, bias, unpadded);
         let convolve_band = |first: usize| {
             let count = band.min(rows - first);
             let input_rows = (count - 1) * config.stride + kernel;
