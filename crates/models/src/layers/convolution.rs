@@ -20,11 +20,6 @@ impl Convolution {
         Self(Conv2d::new(weight, bias, config))
     }
 
-    /// Channels of the output.
-    pub(crate) fn outputs(&self) -> usize {
-        self.0.weight().dims()[0]
-    }
-
     /// The convolution of silu(x · scale + shift), plus `residual`.
     ///
     /// # Shapes

@@ -8,7 +8,6 @@ use super::tiles::{Entered, TiledNetwork};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
-use candle_core::Tensor;
 use candle_nn::Module as _;
 
 /// diffusers' `Decoder`.
@@ -100,12 +99,8 @@ impl TiledNetwork for Decoder {
         PaddedTile { x, ..tile }.cropped(0)
     }
 
-    fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
-        self.middle.context(tokens)
-    }
-
-    fn attended_channels(&self) -> usize {
-        self.conv_in.outputs()
+    fn middle(&self) -> &MidBlock {
+        &self.middle
     }
 }
 

@@ -8,7 +8,7 @@ use super::tiles::{Entered, TiledNetwork};
 use crate::Result;
 use crate::layers::{Convolution, GroupNorm};
 use crate::weight_builder::WeightBuilder;
-use candle_core::{D, Tensor};
+use candle_core::D;
 use candle_nn::Module as _;
 
 /// diffusers' `Encoder`.
@@ -17,8 +17,6 @@ pub(super) struct Encoder {
     conv_in: Convolution,
     levels: Vec<ResolutionLevel>,
     middle: MidBlock,
-    /// Channels of the middle.
-    middle_channels: usize,
     norm_out: GroupNorm,
     conv_out: Convolution,
 }
@@ -40,7 +38,6 @@ impl Encoder {
         Ok(Self {
             conv_in: conv(&builder.pp("conv_in"), [config.image_channels[0], channels[0], 3], SAME_SIZE)?,
             levels: (0..=last).map(level).collect::<Result<_>>()?,
-            middle_channels: channels[last],
             middle: MidBlock::load(&builder.pp("mid_block"), channels[last], config)?,
             norm_out: group_norm(&builder.pp("conv_norm_out"), channels[last], config.groups)?,
             conv_out: conv(&builder.pp("conv_out"), [channels[last], 2 * config.latent_channels, 3], SAME_SIZE)?,
@@ -93,11 +90,7 @@ impl TiledNetwork for Encoder {
         PaddedTile { x, ..tile }.cropped(0)
     }
 
-    fn context(&self, tokens: &Tensor) -> candle_core::Result<Option<AttentionContext>> {
-        self.middle.context(tokens)
-    }
-
-    fn attended_channels(&self) -> usize {
-        self.middle_channels
+    fn middle(&self) -> &MidBlock {
+        &self.middle
     }
 }

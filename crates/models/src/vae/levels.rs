@@ -20,6 +20,7 @@ pub(super) struct ResolutionLevel {
 /// diffusers' `UNetMidBlock2D`.
 #[derive(Debug)]
 pub(super) struct MidBlock {
+    channels: usize,
     first: Resnet,
     attention: Option<SpatialAttention>,
     second: Resnet,
@@ -61,6 +62,7 @@ impl MidBlock {
     pub fn load(builder: &WeightBuilder, channels: usize, config: &VaeConfig) -> Result<Self> {
         let attention = || SpatialAttention::load(&builder.pp("attentions.0"), channels, config.groups);
         Ok(Self {
+            channels,
             first: Resnet::load(&builder.pp("resnets.0"), [channels; 2], config.groups)?,
             attention: config.attention.then(attention).transpose()?,
             second: Resnet::load(&builder.pp("resnets.1"), [channels; 2], config.groups)?,
@@ -76,6 +78,11 @@ impl MidBlock {
         let tile = self.first.forward(tile, moments)?;
         let tokens = self.attention.as_ref().map(|attention| attention.tokens(&tile, moments)).transpose()?;
         Ok((tile, tokens))
+    }
+
+    /// Channels of its pixels.
+    pub fn channels(&self) -> usize {
+        self.channels
     }
 
     /// What pixels attend to, of the tokens of an image; `None` without attention.

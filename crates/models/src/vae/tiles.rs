@@ -7,6 +7,7 @@
 //! the edges between tiles that differ; here they do not.
 
 use super::layers::AttentionContext;
+use super::levels::MidBlock;
 use super::padded_tile::{KeptMoments, Margins, NormMoments, OwnMoments, PaddedTile, RemeasuredMoments, SharedMoments};
 use candle_core::{Device, Result, Tensor};
 use clearform_ops::ChannelAffine;
@@ -23,11 +24,8 @@ pub(super) trait TiledNetwork {
     /// The part before its attention.
     fn enter(&self, tile: PaddedTile, moments: &mut dyn NormMoments) -> Result<Entered>;
 
-    /// What pixels attend to, of the tokens of an image; `None` without attention.
-    fn context(&self, tokens: &Tensor) -> Result<Option<AttentionContext>>;
-
-    /// Channels of the pixels that are attended to.
-    fn attended_channels(&self) -> usize;
+    /// The block with the attention.
+    fn middle(&self) -> &MidBlock;
 
     /// The part from its attention on, which drops the margins.
     fn leave(
@@ -40,7 +38,7 @@ pub(super) trait TiledNetwork {
     /// An image that is computed whole.
     fn whole(&self, input: &Tensor) -> Result<Tensor> {
         let entered = self.enter(PaddedTile::whole(input.clone()), &mut OwnMoments)?;
-        let context = entered.tokens.as_ref().map(|tokens| self.context(tokens)).transpose()?.flatten();
+        let context = entered.tokens.as_ref().map(|tokens| self.middle().context(tokens)).transpose()?.flatten();
         Ok(self.leave(entered, context.as_ref(), &mut OwnMoments)?.x)
     }
 }
@@ -289,7 +287,7 @@ fn context(
     affines: &[ChannelAffine],
 ) -> Result<Option<AttentionContext>> {
     let [height, width] = input.size()?;
-    let most = ATTENDED / network.attended_channels().max(1);
+    let most = ATTENDED / network.middle().channels().max(1);
     let step = (1..).find(|step| height.div_ceil(*step) * width.div_ceil(*step) <= most).unwrap_or(1);
     let mut attended = Vec::new();
     for area in tiles {
@@ -301,7 +299,7 @@ fn context(
             attended.push(tokens.index_select(&Tensor::new(indices, input.pixels.device())?, 1)?);
         }
     }
-    network.context(&Tensor::cat(&attended, 1)?)
+    network.middle().context(&Tensor::cat(&attended, 1)?)
 }
 
 /// The tokens of `part`, which is that of `area`, whose row and column in the image are multiples of `step`.
