@@ -116,6 +116,13 @@ impl AdapterSpec {
         Self { strength, ..self }
     }
 
+    /// Whether it changes anything: at strength 0, or in an empty interval of steps, it does not.
+    pub(crate) fn has_effect(&self) -> bool {
+        let [start, end] = self.interval;
+        let acts = start < end;
+        acts && (self.strength != 0.0 || self.block_strengths.iter().any(|(_, strength)| *strength != 0.0))
+    }
+
     /// Settings that are not the defaults, as `KEY=VALUE`.
     fn settings(&self) -> Vec<String> {
         let blocks = self.block_strengths.iter().map(|(block, strength)| format!("{block}={strength}"));
@@ -203,19 +210,17 @@ impl AdapterOptions {
         let idle = is_set.into_iter().filter(|(is_set, kind, _)| *is_set && !has(*kind));
         let idle = idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag()));
         let off =
-            self.adapters.iter().filter(|adapter| adapter.kind != AdapterKind::ControlNet && adapter.strength == 0.0);
+            self.adapters.iter().filter(|adapter| adapter.kind != AdapterKind::ControlNet && !adapter.has_effect());
         let idle_folders = (self.adapters.is_empty() && !self.plugins.folders.is_empty())
             .then(|| "--plugin-dir has no effect without an adapter".to_owned());
-        idle.chain(idle_folders)
-            .chain(off.map(|off| format!("{}: has no effect at strength 0", off.path.display())))
-            .collect()
+        idle.chain(idle_folders).chain(off.map(|off| format!("{off}: has no effect"))).collect()
     }
 }
 
-/// As command-line options, with file names instead of paths, without those of strength 0, which have no effect.
+/// As command-line options, with file names instead of paths, without those that have no effect.
 impl fmt::Display for AdapterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let each = self.adapters.iter().filter(|adapter| adapter.strength != 0.0).map(AdapterSpec::to_string);
+        let each = self.adapters.iter().filter(|adapter| adapter.has_effect()).map(AdapterSpec::to_string);
         f.write_str(&each.collect::<Vec<_>>().join(" "))
     }
 }

@@ -5,7 +5,7 @@ use crate::comparison_report::{ComparedImages, ComparedModel, ComparisonReport, 
 use crate::evaluation::{EvaluationOptions, EvaluationRun, attention_errors};
 use crate::observer::{Observer, Progress, Stage};
 use crate::output_place::prepare_report;
-use crate::sources::{ExtraComponents, open_original_pipeline, open_pipeline};
+use crate::sources::{ExtraComponents, Opening, open_original_pipeline, open_pipeline};
 use crate::{ComputeDevice, Result};
 use candle_core::{Device, Tensor};
 use clearform_models::{Denoiser, DenoiserInput};
@@ -60,8 +60,10 @@ impl CompareOptions {
     /// Teacher and student, and whether one was made from the other. What one lacks beside its transformer is the
     /// other's.
     fn open(&self, observer: &mut dyn Observer) -> Result<([Pipeline; 2], bool)> {
-        let teacher = open_original_pipeline(&self.teacher, &self.student, self.or_of(&self.student), self.device)?;
-        let student = open_pipeline(&self.student, self.or_of(&self.teacher), self.device)?;
+        let memory = self.evaluation.memory.halved();
+        let opening = |other| Opening { components: self.or_of(other), device: self.device, memory };
+        let teacher = open_original_pipeline(&self.teacher, &self.student, opening(&self.student))?;
+        let student = open_pipeline(&self.student, opening(&self.teacher))?;
         let pair = ComparedPair {
             teacher: PairMember::new(&self.teacher, &teacher),
             student: PairMember::new(&self.student, &student),

@@ -30,7 +30,7 @@ impl ConversionHistory<'_> {
     /// A file cannot be read.
     pub fn add_to(self, record: &mut ModelRecord) -> Result<()> {
         record.component = self.components.in_own_files().map(component_record).collect::<Result<_>>()?;
-        let applied = self.adapters.adapters.iter().filter(|adapter| adapter.strength != 0.0);
+        let applied = self.adapters.adapters.iter().filter(|adapter| adapter.has_effect());
         record.adapter = applied.map(adapter_record).collect::<Result<_>>()?;
         record.distillation = self.distilled;
         let Some(earlier) = earlier_record(self.source)? else { return Ok(()) };

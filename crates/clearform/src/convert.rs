@@ -7,7 +7,7 @@ use crate::inspect::pipeline_scale;
 use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::output_place::prepare_folder;
 use crate::recipe::{ResolvedTraining, check_training};
-use crate::sources::{ExtraComponents, default_options, linear_plan, note_checkpoint, read_options};
+use crate::sources::{ExtraComponents, Opening, default_options, linear_plan, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
 use crate::training_samples::{TrainingSamples, sample_settings};
 use crate::window_gain::WindowGain;
@@ -298,7 +298,13 @@ impl Conversion<'_> {
     fn forecast(&mut self, training: &TrainingOptions, pipeline: Option<&Pipeline>) -> Result<ResolvedTraining> {
         let teacher = &self.source.edited.transformer;
         let training = ResolvedTraining::new(training, teacher, pipeline)?;
-        announce(&Forecast::new(teacher, &self.options.attention, &training, self.options.device)?, self.observer);
+        let device = self.options.device;
+        announce(
+            &Forecast::new(teacher, &self.options.attention, &training, device)?,
+            &training,
+            device,
+            self.observer,
+        )?;
         Ok(training)
     }
 
@@ -308,7 +314,10 @@ impl Conversion<'_> {
         if !components.missing(edited.transformer.identified().components()).is_empty() {
             return Ok(None);
         }
-        let opened = default_options(self.options.extra_components(), self.options.device)?;
+        let ConvertOptions { device, training, .. } = self.options;
+        let memory = training.as_ref().map(|training| training.memory).unwrap_or_default();
+        let components_of = self.options.extra_components();
+        let opened = default_options(Opening { components: components_of, device: *device, memory })?;
         let options = PipelineOptions { adapters: adapters.clone(), ..opened };
         Ok(Some(Pipeline::of_opened(components.clone(), edited.clone(), options)?))
     }

@@ -5,7 +5,7 @@ use crate::observer::{NumberedStages, Observer, Progress, Stage};
 use crate::patch::check_base;
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{
-    ExtraComponents, linear_plan, open_original_pipeline, open_original_transformer, open_transformer,
+    ExtraComponents, Opening, linear_plan, open_original_pipeline, open_original_transformer, open_transformer,
 };
 use crate::training::{self, StudentSpec};
 use crate::training_samples::TrainingSamples;
@@ -112,7 +112,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let _kept = run_record::keep(COMMAND, options, staging.work())?;
     let pipeline = teacher_pipeline(options, &teacher)?;
     let training = ResolvedTraining::new(&options.training, &teacher, pipeline.as_ref())?;
-    announce(&Forecast::new(&teacher, &plan, &training, options.device)?, observer);
+    announce(&Forecast::new(&teacher, &plan, &training, options.device)?, &training, options.device, observer)?;
     let samples = TrainingSamples::gather(pipeline, &training, staging.work(), observer)?;
     let start = student.source();
     let folder = staging.work().join("training");
@@ -156,5 +156,6 @@ fn teacher_pipeline(options: &DistillOptions, teacher: &TransformerCheckpoint) -
     if !missing.is_empty() {
         return Ok(None);
     }
-    open_original_pipeline(&options.teacher, &options.model, extra, options.device).map(Some)
+    let opening = Opening { components: extra, device: options.device, memory: options.training.memory };
+    open_original_pipeline(&options.teacher, &options.model, opening).map(Some)
 }

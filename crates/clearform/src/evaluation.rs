@@ -10,7 +10,8 @@ use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
 use clearform_models::{BatchSpec, Denoiser, DenoiserInput, ImageSize, Noised, Prompt, StepIndex};
 use clearform_runtime::{
-    ComponentFiles, EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, Pipeline, RgbImage, with_control,
+    ComponentFiles, EncodedPrompts, GuidanceScales, ImageBatch, InitialLatents, MemoryOptions, Pipeline, RgbImage,
+    with_control,
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,8 @@ pub struct EvaluationOptions {
     pub steps: Option<usize>,
     /// Seed of the first prompt; each following prompt's is one higher.
     pub seed: u64,
+    /// How much memory may be taken.
+    pub memory: MemoryOptions,
 }
 
 /// What is generated, and how.

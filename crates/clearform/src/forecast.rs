@@ -46,6 +46,9 @@ const PROGRAM: f64 = 26e6;
 /// Bytes of a trained parameter: its f32 master, gradient and two moments.
 const TRAINED_BYTES: f64 = 16.0;
 
+/// What makes a training take less memory.
+const MEMORY_ADVICE: &str = "pass a smaller --batch or --sample-size, or allow more with --max-memory";
+
 /// Above this time the forecast says what else could be done.
 const LONG: Duration = Duration::from_secs(4 * 3600);
 
@@ -105,9 +108,21 @@ impl Forecast {
     }
 }
 
-/// Tells the observer the forecast's notes.
-pub fn announce(forecast: &Forecast, observer: &mut dyn Observer) {
+/// Tells the observer the forecast's notes, and refuses a training that does not fit into memory.
+///
+/// # Errors
+/// [`RuntimeError::NotEnoughMemory`](clearform_runtime::RuntimeError::NotEnoughMemory).
+pub fn announce(
+    forecast: &Forecast,
+    training: &ResolvedTraining,
+    device: ComputeDevice,
+    observer: &mut dyn Observer,
+) -> Result<()> {
     forecast.notes().iter().for_each(|message| observer.note(message));
+    match device {
+        ComputeDevice::Cuda(_) => Ok(()),
+        ComputeDevice::Cpu => Ok(training.options.memory.check("training", forecast.memory as u64, MEMORY_ADVICE)?),
+    }
 }
 
 impl fmt::Display for Forecast {

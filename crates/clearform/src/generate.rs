@@ -4,7 +4,7 @@ use crate::adapters::{AdapterOptions, load_control_images, note_reports};
 use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
-use crate::sources::{ExtraComponents, default_options, read_options};
+use crate::sources::{ExtraComponents, Opening, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
@@ -150,10 +150,9 @@ impl GenerateOptions {
             guided_channels: self.guided_channels,
             vae_tiling: self.vae_tiling,
             vae_precision: self.vae_precision,
-            memory: self.memory,
             resolution_binning: self.resolution_binning,
             adapters: self.adapters.open()?,
-            ..default_options(components, self.device)?
+            ..default_options(Opening { components, device: self.device, memory: self.memory })?
         })
     }
 
@@ -201,7 +200,7 @@ impl GenerateOptions {
                 "--vae-tile-size has no effect: the image is decoded whole; --vae-tiling on decodes it in tiles".into(),
             );
         }
-        if !self.vae_precision.has_effect_on(&self.device.open()?) {
+        if self.vae_precision != self.vae_precision.on(pipeline.device()) {
             notes.push("--vae-precision bf16 has no effect on this device: the VAE is computed in f32".to_owned());
         }
         notes.extend(pipeline.controlnets().iter().filter_map(|active| idle(active, request.steps)));

@@ -73,6 +73,7 @@ pub mod page;
 mod patch;
 mod plugins;
 mod prompt_notes;
+mod published_memory;
 mod recipe;
 mod run_record;
 mod sources;
@@ -119,6 +120,7 @@ pub use output_place::{
 };
 pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
 pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};
+pub use published_memory::{PublishedMemory, published_memory};
 pub use recipe::{ModelSize, Recipe};
 pub use sources::parse_plan;
 pub use training_samples::prepare_samples;

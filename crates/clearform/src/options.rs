@@ -4,6 +4,7 @@ use crate::Result;
 use candle_core::{DType, Device};
 use clearform_distill::{Precision, SampleSet};
 use clearform_models::FamilyRegistry;
+use clearform_runtime::MemoryOptions;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -95,6 +96,8 @@ pub struct TrainingOptions {
     /// Optimizer steps between images of the student in the live report; 0 for none. `None`: a fifth of the steps in a
     /// small model, else none.
     pub images_every: Option<usize>,
+    /// How much memory samples and training may take.
+    pub memory: MemoryOptions,
     /// Seed of samples, noise and timesteps.
     pub seed: u64,
     /// Resumes an interrupted run.
@@ -122,6 +125,7 @@ impl Default for TrainingOptions {
             keep_activations: false,
             checkpoint_every: 50,
             images_every: None,
+            memory: MemoryOptions::default(),
             seed: 0,
             resume: false,
         }

@@ -204,6 +204,13 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     note_checkpoint(transformer.checkpoint(), observer);
     check_finite(&options.patch, &patch)?;
     note_untouched(&patch, &transformer, observer);
+    if let Some(base) = options.base.as_ref().filter(|_| *mode == PatchMode::Replace) {
+        let what = if base.is_dir() { "only gives components" } else { "has no effect" };
+        note(
+            observer,
+            format_args!("--base {}: {what}, since attention is replaced; --mode shift needs it", base.display()),
+        );
+    }
     let source = transformer.source();
     let patched = patch.apply_to(&source, *mode, base)?;
     let extra = options.extra_components();

@@ -41,6 +41,9 @@ const BATCH: usize = 2;
 /// A training that ends when its held-out error is flat has at most so many times the steps of the recipe.
 const MOST_STEPS: usize = 4;
 
+/// A training takes a year at most.
+const MOST_SECONDS: f64 = 365.0 * 24.0 * 3600.0;
+
 /// Steps between images of the live report, at least, by default.
 const FEWEST_STEPS: usize = 20;
 
@@ -250,14 +253,20 @@ pub fn check_training(options: &TrainingOptions) -> Result<()> {
     if options.generates_samples() && recipe.sample_count == 0 {
         return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
     }
+    for (key, number) in [("sample_steps", options.sample_steps), ("checkpoint_every", Some(options.checkpoint_every))]
+    {
+        if number == Some(0) {
+            return Err(ClearformError::bad_option(format!("setting {key}: expected at least 1, found 0")));
+        }
+    }
     if options.until_flat && options.held_out == 0 {
         return Err(ClearformError::bad_option("setting until_flat: needs held-out samples, but held_out is 0"));
     }
     if options.steps.is_some() && options.time.is_some() {
         return Err(ClearformError::bad_option("setting time: excludes setting steps; give one of them"));
     }
-    if options.time.is_some_and(|time| !time.is_finite() || time <= 0.0) {
-        return Err(ClearformError::bad_option("setting time: expected a number of seconds above 0"));
+    if options.time.is_some_and(|time| !(time > 0.0 && time <= MOST_SECONDS)) {
+        return Err(ClearformError::bad_option("setting time: expected a number of seconds above 0, a year at most"));
     }
     Ok(recipe.settings(options).check()?)
 }

@@ -14,7 +14,7 @@ const FILE: &str = "options.json";
 const COMMAND: &str = "command";
 
 /// What a resumed run may change, or is always told: it does not change the result.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "source",
     "model",
     "teacher",
@@ -25,6 +25,7 @@ const FREE: [&str; 11] = [
     "copy_mode",
     "checkpoint_every",
     "images_every",
+    "memory",
     "keep_activations",
 ];
 

@@ -6,7 +6,9 @@ use crate::{ClearformError, ComputeDevice, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Hints, Manifests};
 use clearform_portable_model::recorded_plan;
-use clearform_runtime::{ComponentFiles, Components, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint};
+use clearform_runtime::{
+    ComponentFiles, Components, MemoryOptions, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint,
+};
 use clearform_weights::{Checkpoint, lfs_pointer};
 use serde_json::Value;
 use std::path::Path;
@@ -39,30 +41,37 @@ impl ExtraComponents<'_> {
     }
 }
 
+/// What pipelines are opened with.
+#[derive(Clone, Copy)]
+pub(crate) struct Opening<'a> {
+    /// Components that the model lacks.
+    pub components: ExtraComponents<'a>,
+    /// Where it runs.
+    pub device: ComputeDevice,
+    /// How much memory it may take.
+    pub memory: MemoryOptions,
+}
+
 /// Options to open a pipeline with its own attention plan and dtype, and without adapters.
-pub(crate) fn default_options(components: ExtraComponents, device: ComputeDevice) -> Result<PipelineOptions> {
+pub(crate) fn default_options(opening: Opening) -> Result<PipelineOptions> {
     Ok(PipelineOptions {
-        components: components.folder.map(Path::to_owned),
-        component_files: components.files.clone(),
-        device: device.open()?,
+        components: opening.components.folder.map(Path::to_owned),
+        component_files: opening.components.files.clone(),
+        device: opening.device.open()?,
+        memory: opening.memory,
         ..PipelineOptions::default_options()?
     })
 }
 
 /// Opens `model` with [`default_options`].
-pub(crate) fn open_pipeline(model: &Path, components: ExtraComponents, device: ComputeDevice) -> Result<Pipeline> {
-    Ok(Pipeline::open(model, default_options(components, device)?)?)
+pub(crate) fn open_pipeline(model: &Path, opening: Opening) -> Result<Pipeline> {
+    Ok(Pipeline::open(model, default_options(opening)?)?)
 }
 
 /// Opens `original`, from which the portable model `model` was made, with [`default_options`].
-pub(crate) fn open_original_pipeline(
-    original: &Path,
-    model: &Path,
-    components: ExtraComponents,
-    device: ComputeDevice,
-) -> Result<Pipeline> {
+pub(crate) fn open_original_pipeline(original: &Path, model: &Path, opening: Opening) -> Result<Pipeline> {
     let reading = ReadOptions::default_options()?.of_original(original, model)?;
-    Ok(Pipeline::open(original, PipelineOptions { reading, ..default_options(components, device)? })?)
+    Ok(Pipeline::open(original, PipelineOptions { reading, ..default_options(opening)? })?)
 }
 
 /// Opens the transformer of `model`, read as its record states.

@@ -7,7 +7,9 @@ use crate::recipe::ResolvedTraining;
 use crate::{ClearformError, Result, TrainingOptions};
 use candle_core::Tensor;
 use clearform_attention::AttentionPlan;
-use clearform_distill::{ClassifierFree, SampleSet, SampleSettings, SamplesDone, SamplingSpec};
+use clearform_distill::{
+    ClassifierFree, SampleSet, SampleSettings, SampleTeacher, SamplesDone, SamplingSpec, weights_fingerprint,
+};
 use clearform_models::{BatchSpec, GuidanceKind, ImageSize, Prompt};
 use clearform_runtime::{Pipeline, default_dtype};
 use std::path::Path;
@@ -68,7 +70,7 @@ impl TrainingSamples {
         };
         if let Some(pipeline) = &pipeline {
             check_kind(&samples, pipeline, &folder)?;
-            note_teacher(&samples, &teacher_name(pipeline), &folder, observer);
+            note_teacher(&samples, &sample_teacher(pipeline)?, &folder, observer);
         }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
         let held_out = match pipeline {
@@ -96,8 +98,12 @@ impl HeldOutSamples {
         // Those of an earlier run stay what they are, whatever prompts this one has.
         let set = match SampleSet::open(folder) {
             Ok(set) => set,
-            Err(_) => SampleSet::create(folder, held_out_settings(&pipeline, training, samples)?)?,
+            Err(_) => {
+                let settings = held_out_settings(&pipeline, training, samples)?;
+                SampleSet::create_for(folder, settings, &sample_teacher(&pipeline)?)?
+            }
         };
+        set.check_weights(&sample_teacher(&pipeline)?)?;
         let text_ids = fill(&pipeline, &set, observer)?;
         let sampling_spec = sampling_spec(&pipeline, set.settings(), text_ids)?;
         Ok(Self { set, sampling_spec, pipeline })
@@ -141,7 +147,7 @@ fn generate_samples(
     observer: &mut dyn Observer,
 ) -> Result<SampleSet> {
     let settings = sample_settings(pipeline, training, observer)?;
-    let set = SampleSet::create_for(folder, settings, &teacher_name(pipeline))?;
+    let set = SampleSet::create_for(folder, settings, &sample_teacher(pipeline)?)?;
     if set.is_complete() {
         return Ok(set);
     }
@@ -154,12 +160,13 @@ fn generate_samples(
     Ok(set)
 }
 
-/// What users call the model of `pipeline`: the last part of its path.
-fn teacher_name(pipeline: &Pipeline) -> String {
+/// The model of `pipeline`, which users call by the last part of its path.
+fn sample_teacher(pipeline: &Pipeline) -> Result<SampleTeacher> {
     let path = pipeline.transformer().checkpoint().path();
     let model = if path.ends_with("transformer") { path.parent().unwrap_or(path) } else { path };
     let model = model.canonicalize().unwrap_or_else(|_| model.to_owned());
-    model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned()
+    let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned();
+    Ok(SampleTeacher { name, weights: weights_fingerprint(&pipeline.transformer().source())? })
 }
 
 /// Refuses samples of classes for a model of text, and the reverse.
@@ -175,9 +182,11 @@ fn check_kind(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result
     )))
 }
 
-fn note_teacher(samples: &SampleSet, teacher: &str, folder: &Path, observer: &mut dyn Observer) {
-    if let Some(recorded) = samples.teacher().filter(|recorded| *recorded != teacher) {
-        note(observer, format_args!("the samples in {} were drawn by {recorded}", folder.display()));
+fn note_teacher(samples: &SampleSet, teacher: &SampleTeacher, folder: &Path, observer: &mut dyn Observer) {
+    let Some(recorded) = samples.teacher() else { return };
+    let weights = if recorded.has_other_weights(teacher) { " with other weights" } else { "" };
+    if recorded.name != teacher.name || !weights.is_empty() {
+        note(observer, format_args!("the samples in {} were drawn by {}{weights}", folder.display(), recorded.name));
     }
 }
 

@@ -1,7 +1,7 @@
 //! [`transfer`] and [`TransferStudy`]: what carries over from a model to its linear version. Both generate images from the
 //! same noise: alone, with the weights of a fine-tune, and with adapters that were trained for the original.
 
-use crate::adapters::AdapterOptions;
+use crate::adapters::{AdapterOptions, note_reports};
 use crate::compared_pair::{ComparedPair, PairMember};
 use crate::error::WithContext as _;
 use crate::evaluation::{EvaluationOptions, EvaluationRun};
@@ -9,7 +9,7 @@ use crate::observer::{Observer, note};
 use crate::output_place::{Existing, prepare_report};
 use crate::page::Page;
 use crate::patch::{PatchOptions, apply_patch, extract_patch};
-use crate::sources::{default_options, open_transformer};
+use crate::sources::{Opening, default_options, linear_plan, open_transformer};
 use crate::{ClearformError, ComputeDevice, Result};
 use candle_core::DType;
 use clearform_attention::AttentionPlan;
@@ -73,6 +73,25 @@ impl TransferOptions {
         let student = PairMember { path: &self.student, plan: &plan, transformer: &transformer };
         ComparedPair { teacher, student }.check(observer).map(drop)
     }
+
+    /// Refuses a fine-tune to which the distilled attention cannot be applied.
+    fn check_fine_tune(&self, teacher: &Pipeline) -> Result<()> {
+        let Some(path) = &self.fine_tune else { return Ok(()) };
+        let plan = linear_plan(path)?;
+        let fine_tune = open_transformer(path)?;
+        let [found, expected] = [&fine_tune, teacher.transformer()].map(|model| &model.identified().family);
+        let reason = match plan {
+            Some(plan) => format!("is a linear model already (attention {plan})"),
+            None if found != expected => {
+                format!("is a model of the family {found}, and the original is one of {expected}")
+            }
+            None => return Ok(()),
+        };
+        Err(ClearformError::bad_option(format!(
+            "--fine-tune {}: {reason}; expected a fine-tune of the original",
+            path.display()
+        )))
+    }
 }
 
 /// Measures what carries over from a model to its linear version, by default on a CPU in f32: differences then come
@@ -96,10 +115,13 @@ impl TransferOptions {
 /// ```
 pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Result<TransferReport> {
     let folder = &options.output;
-    let opening = in_exact_dtype(default_options(options.evaluation.extra_components(), options.device)?);
+    let TransferOptions { evaluation, device, .. } = options;
+    let opening = Opening { components: evaluation.extra_components(), device: *device, memory: evaluation.memory };
+    let opening = in_exact_dtype(default_options(opening)?);
     let _made = prepare_report(folder, options.replace)?;
     let teacher = Pipeline::open(&options.teacher, opening.clone())?;
     options.check_pair(&teacher, observer)?;
+    options.check_fine_tune(&teacher)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control() || options.adapters.may_take_control())?;
     let control_images = evaluation.control_images.clone();
@@ -272,6 +294,7 @@ impl TransferStudy<'_> {
 
     fn generate(&self, form: &ModelForm, observer: &mut dyn Observer) -> Result<Vec<RgbImage>> {
         let pipeline = self.open(form)?;
+        note_reports(pipeline.adapter_reports(), pipeline.controlnets(), observer);
         let transformer = pipeline.load_transformer(pipeline.plan(), self.options.dtype)?;
         let latents = self.evaluation.watched_latents(&pipeline, transformer.as_ref(), observer)?;
         self.evaluation.decode(&pipeline, &latents)

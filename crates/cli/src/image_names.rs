@@ -44,6 +44,9 @@ struct NumberedName<'a> {
 impl<'a> NumberedName<'a> {
     /// The name with the place of its number; `None` if it has none.
     fn parse(pattern: &'a str) -> anyhow::Result<Option<Self>> {
+        if pattern.matches('%').count() > 1 {
+            bail!("-o {pattern:?}: expected one number pattern, found several");
+        }
         let Some((before, rest)) = pattern.split_once("%0").or_else(|| pattern.split_once('%')) else {
             return Ok(None);
         };
@@ -84,6 +87,8 @@ mod tests {
         assert_eq!(names("a/%03d.png", 2, &[]), ["a/000.png", "a/001.png"]);
         assert_eq!(names("x-%d.png", 1, &[]), ["x-0.png"]);
         assert!(image_names("x-%s.png", 1, |_| false).is_err());
+        let several = image_names("x-%d-%03d.png", 1, |_| false).unwrap_err().to_string();
+        assert!(several.contains("one number pattern"), "{several}");
         for (folder, batch) in [("o/", 1), ("o/", 2), ("/", 1), (".", 2)] {
             let error = image_names(folder, batch, |_| false).unwrap_err().to_string();
             assert!(error.contains("is a folder; expected a file name, such as"), "{error}");

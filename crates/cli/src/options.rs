@@ -48,9 +48,11 @@ impl From<PrecisionArg> for Precision {
     }
 }
 
-impl From<&TrainingArgs> for TrainingOptions {
-    fn from(args: &TrainingArgs) -> Self {
-        Self {
+impl TrainingArgs {
+    /// The options, with those of memory, which stand elsewhere.
+    pub fn options(&self, memory: &MemoryArgs) -> TrainingOptions {
+        let args = self;
+        TrainingOptions {
             prompts: args.prompts.clone(),
             samples: args.samples.clone(),
             sample_count: args.sample_count,
@@ -69,15 +71,18 @@ impl From<&TrainingArgs> for TrainingOptions {
             keep_activations: args.keep_activations,
             checkpoint_every: args.checkpoint_every,
             images_every: args.images_every,
+            memory: memory.into(),
             seed: args.seed,
             resume: args.resume,
         }
     }
 }
 
-impl From<&SamplingArgs> for EvaluationOptions {
-    fn from(args: &SamplingArgs) -> Self {
-        Self {
+impl SamplingArgs {
+    /// The options, with those of memory, which stand elsewhere.
+    pub fn options(&self, memory: &MemoryArgs) -> EvaluationOptions {
+        let args = self;
+        EvaluationOptions {
             prompts: args.prompts.clone(),
             components: args.components.clone(),
             component_files: (&args.component_files).into(),
@@ -85,6 +90,7 @@ impl From<&SamplingArgs> for EvaluationOptions {
             size: args.size,
             steps: args.steps,
             seed: args.seed.number,
+            memory: memory.into(),
         }
     }
 }

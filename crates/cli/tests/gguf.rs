@@ -3,8 +3,11 @@
 
 mod common;
 
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
+use clearform::{GenerateOptions, Prompt, RgbImage, SourceOptions, generate};
 use clearform_layout::{Dequantized, Hints, Manifests, detect};
+use clearform_runtime::image_metrics::retrieve;
 use clearform_testkit::assert_close;
 use clearform_weights::{InMemoryTensors, TensorSource};
 use common::forms::pixels;
@@ -172,6 +175,56 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         let linear = forward(&plain, &[&["--attention", "clear:r=3"], &config[..]].concat());
         assert_close("converted", &forward(&model, &[]), &linear, 0.0);
         run(0, &["verify", text(&model)]);
+    }
+}
+
+/// The transformer of mini-flux in Black Forest Labs' names, as candle quantises its matrices.
+fn save_quantised(tensors: &HashMap<String, Tensor>, format: GgmlDType, path: &Path) {
+    let quantised = tensors.iter().map(|(name, tensor)| {
+        let is_divisible = tensor.rank() == 2 && tensor.dims()[1].is_multiple_of(BLOCK);
+        let format = if is_divisible { format } else { GgmlDType::F32 };
+        (name, QTensor::quantize(tensor, format).unwrap())
+    });
+    let quantised: Vec<(&String, QTensor)> = quantised.collect();
+    let named: Vec<(&str, &QTensor)> = quantised.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let architecture = gguf_file::Value::String("flux".to_owned());
+    let mut file = std::fs::File::create(path).unwrap();
+    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &named).unwrap();
+}
+
+#[test]
+fn quantised_models_draw_the_right_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = repository("assets/mini-flux/base");
+    let exported = folder.path().join("bfl.safetensors");
+    run(0, &["export", text(&base), "--to", "bfl", "-o", text(&exported)]);
+    let tensors = candle_core::safetensors::load(&exported, &Device::Cpu).unwrap();
+    let in_f32 = tensors.into_iter().map(|(name, tensor)| (name, tensor.to_dtype(DType::F32).unwrap()));
+    let tensors: HashMap<String, Tensor> = in_f32.collect();
+    let names = std::fs::read_to_string(repository("assets/mini-flux/names.txt")).unwrap();
+    // Names from everywhere in the list, each with its own noise.
+    let names: Vec<&str> = names.lines().step_by(8).collect();
+    assert_eq!(names.len(), 16);
+    let drawn = |model: &Path| -> Vec<RgbImage> {
+        let reading = SourceOptions { config: Some(base.join("transformer/config.json")), ..SourceOptions::default() };
+        let draw = |(index, name): (usize, &&str)| {
+            let options = GenerateOptions {
+                reading: reading.clone(),
+                components: Some(base.clone()),
+                steps: Some(8),
+                seed: index as u64,
+                ..GenerateOptions::new(model, Prompt::Text((*name).to_owned()))
+            };
+            generate(&options, &mut ()).unwrap().images.remove(0)
+        };
+        names.iter().enumerate().map(draw).collect()
+    };
+    let originals = drawn(&exported);
+    for format in [GgmlDType::Q8_0, GgmlDType::Q4_0] {
+        let file = folder.path().join(format!("{format:?}.gguf"));
+        save_quantised(&tensors, format, &file);
+        let nearest = retrieve(&drawn(&file), &originals).unwrap();
+        assert_eq!(nearest, (0..names.len()).collect::<Vec<_>>(), "{format:?}");
     }
 }
 

@@ -92,3 +92,47 @@ fn a_limit_of_the_address_space_ends_in_words() {
     }
     assert!((1..8).contains(&refused), "{refused} of 8");
 }
+
+/// The other commands, on small models.
+#[test]
+fn no_command_is_aborted_under_a_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let [flux, dit] = ["assets/mini-flux/base", "assets/mini-dit/model"].map(repository);
+    let commands: [&[&str]; 5] = [
+        &["inspect", text(&flux)],
+        &["convert", text(&flux), "--no-distill", "--radius", "4", "-o", "OUT"],
+        &[
+            "convert",
+            text(&dit),
+            "--radius",
+            "4",
+            "--steps",
+            "2",
+            "--sample-count",
+            "4",
+            "--held-out",
+            "2",
+            "-o",
+            "OUT",
+        ],
+        &["bench", "step", "--width", "256", "--grid", "16x16", "--repeat", "0"],
+        &["generate", text(&dit), "--class", "3", "--steps", "2", "-o", "OUT.png"],
+    ];
+    let limits = [200, 205, 210, 215, 220, 225, 230, 240, 250, 260, 280, 300, 320, 350, 400, 500, 650, 800, 1200, 4000];
+    for (index, command) in commands.iter().enumerate() {
+        let mut finished = 0;
+        for megabytes in limits {
+            let output = folder.path().join(format!("{index}-{megabytes}"));
+            let arguments = command.iter().map(|argument| argument.replace("OUT", text(&output)));
+            let script = format!("ulimit -v {}; exec \"$0\" \"$@\"", megabytes * 1024);
+            let run = Command::new("sh").args(["-c", &script, text(&program())]).args(arguments).output().unwrap();
+            let said = String::from_utf8_lossy(&run.stderr);
+            match run.status.code() {
+                Some(0) => finished += 1,
+                Some(1) => assert!(said.contains("memory"), "{command:?}, {megabytes} MB: {said}"),
+                _ => panic!("{command:?}, {megabytes} MB: {} {said}", run.status),
+            }
+        }
+        assert!(finished > 0, "{command:?}");
+    }
+}

@@ -57,6 +57,18 @@ pub enum DistillError {
         /// The settings that differ, with the recorded and the new value.
         differing: String,
     },
+    /// An incomplete sample set was begun by a model with other weights.
+    #[error(
+        "the samples in {folder} were begun by {recorded} with other weights: pass the model that began them, choose \
+         another -o or --samples, or delete {folder} to draw them anew",
+        folder = folder.display()
+    )]
+    OtherWeights {
+        /// The folder of the set.
+        folder: PathBuf,
+        /// The model that began it.
+        recorded: String,
+    },
     /// Teacher, student and training state do not belong together.
     #[error("{0}")]
     Mismatch(String),

@@ -2,10 +2,21 @@
 
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
+use clearform_weights::TensorSource;
 use sha2::{Digest as _, Sha256};
 
-/// Values of each tensor that are read: all of most biases and norms, and enough of a matrix to tell it from another.
-const VALUES: usize = 1 << 14;
+/// Bytes of each tensor that are read: all of most biases and norms, and enough of a matrix to tell it from another.
+const BYTES: usize = 1 << 16;
+
+/// A hash that tells the model with these tensors from others.
+///
+/// # Errors
+/// A tensor cannot be read.
+pub fn weights_fingerprint(source: &dyn TensorSource) -> Result<String> {
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.source(source)?;
+    Ok(fingerprint.finish())
+}
 
 /// A hash of names, shapes and values.
 #[derive(Default)]
@@ -26,9 +37,23 @@ impl Fingerprint {
         self.text(name);
         self.text(&format!("{:?}", tensor.dims()));
         let flat = tensor.flatten_all()?;
-        let read = flat.narrow(0, 0, flat.elem_count().min(VALUES))?;
+        let read = flat.narrow(0, 0, flat.elem_count().min(BYTES / size_of::<f32>()))?;
         for value in read.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
             self.0.update(value.to_le_bytes());
+        }
+        Ok(())
+    }
+
+    /// Adds the tensors of `source` as they are stored, of each the first bytes.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn source(&mut self, source: &dyn TensorSource) -> Result<()> {
+        for info in source.tensors() {
+            self.text(&info.name);
+            self.text(&format!("{:?} {:?}", info.dtype, info.shape));
+            let read = (info.byte_count() as usize).min(BYTES);
+            self.0.update(source.read_range(&info.name, 0..read)?);
         }
         Ok(())
     }

@@ -53,19 +53,37 @@ pub struct SamplesDone {
     pub fraction: f64,
 }
 
+/// The model that generates a set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleTeacher {
+    /// What users call it.
+    #[serde(rename = "teacher")]
+    pub name: String,
+    /// Its [`weights_fingerprint`](crate::weights_fingerprint); empty in sets of earlier versions.
+    #[serde(rename = "teacher_weights", default, skip_serializing_if = "String::is_empty")]
+    pub weights: String,
+}
+
+impl SampleTeacher {
+    /// Whether the weights of both are known and differ.
+    pub fn has_other_weights(&self, other: &Self) -> bool {
+        ![&self.weights, &other.weights].contains(&&String::new()) && self.weights != other.weights
+    }
+}
+
 /// A set of samples on disk.
 #[derive(Debug)]
 pub struct SampleSet {
     files: SampleFiles,
     /// The model that generates it, if that was recorded.
-    teacher: Option<String>,
+    teacher: Option<SampleTeacher>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct SampleManifest {
     edition: u32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    teacher: Option<String>,
+    #[serde(flatten)]
+    teacher: Option<SampleTeacher>,
     #[serde(flatten)]
     settings: SampleSettings,
 }
@@ -79,20 +97,22 @@ impl SampleSet {
         Self::create_or_open(folder, settings, None)
     }
 
-    /// As [`Self::create`], and records that the model called `teacher` generates the set.
+    /// As [`Self::create`], and records that `teacher` generates the set.
     ///
     /// # Errors
     /// [`DistillError::OtherSettings`] if it was created with other settings, [`DistillError::OtherTeacher`] if these
-    /// are those of another model.
-    pub fn create_for(folder: &Path, settings: SampleSettings, teacher: &str) -> Result<Self> {
-        Self::create_or_open(folder, settings, Some(teacher.to_owned()))
+    /// are those of another model, [`DistillError::OtherWeights`] if it is incomplete and of other weights.
+    pub fn create_for(folder: &Path, settings: SampleSettings, teacher: &SampleTeacher) -> Result<Self> {
+        Self::create_or_open(folder, settings, Some(teacher.clone()))
     }
 
-    fn create_or_open(folder: &Path, settings: SampleSettings, teacher: Option<String>) -> Result<Self> {
+    fn create_or_open(folder: &Path, settings: SampleSettings, teacher: Option<SampleTeacher>) -> Result<Self> {
         check(&settings)?;
         let path = folder.join(FILE);
         if path.exists() {
-            return Self::open(folder)?.require(&settings, teacher);
+            let set = Self::open(folder)?.require(&settings, teacher.as_ref())?;
+            teacher.iter().try_for_each(|teacher| set.check_weights(teacher))?;
+            return Ok(set);
         }
         std::fs::create_dir_all(folder).map_err(|source| DistillError::Io { path: folder.to_owned(), source })?;
         let manifest = SampleManifest { edition: EDITION, teacher: teacher.clone(), settings: settings.clone() };
@@ -102,17 +122,33 @@ impl SampleSet {
     }
 
     /// The set itself, if it has these settings.
-    fn require(self, settings: &SampleSettings, teacher: Option<String>) -> Result<Self> {
+    fn require(self, settings: &SampleSettings, teacher: Option<&SampleTeacher>) -> Result<Self> {
         let folder = self.files.folder.clone();
         let path = folder.join(FILE);
         let settings = read_back(settings).map_err(|error| bad(&path, error.to_string()))?;
         let differing = differences(self.settings(), &settings);
         match (differing.as_str(), &self.teacher, teacher) {
             ("", ..) => Ok(self),
-            (_, Some(recorded), Some(teacher)) if *recorded != teacher => {
-                Err(DistillError::OtherTeacher { folder, recorded: recorded.clone(), teacher, differing })
-            }
+            (_, Some(recorded), Some(teacher)) if recorded.name != teacher.name => Err(DistillError::OtherTeacher {
+                folder,
+                recorded: recorded.name.clone(),
+                teacher: teacher.name.clone(),
+                differing,
+            }),
             _ => Err(DistillError::OtherSettings { path, differing }),
+        }
+    }
+
+    /// Refuses to let `teacher` generate the rest of a set that a model with other weights began.
+    ///
+    /// # Errors
+    /// [`DistillError::OtherWeights`].
+    pub fn check_weights(&self, teacher: &SampleTeacher) -> Result<()> {
+        match &self.teacher {
+            Some(recorded) if recorded.has_other_weights(teacher) && !self.is_complete() => {
+                Err(DistillError::OtherWeights { folder: self.files.folder.clone(), recorded: recorded.name.clone() })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -144,8 +180,8 @@ impl SampleSet {
     }
 
     /// The model that generates the set, if that was recorded.
-    pub fn teacher(&self) -> Option<&str> {
-        self.teacher.as_deref()
+    pub fn teacher(&self) -> Option<&SampleTeacher> {
+        self.teacher.as_ref()
     }
 
     /// What the set contains once it is complete.
@@ -427,14 +463,19 @@ mod tests {
     #[test]
     fn a_set_of_another_model_is_refused_with_its_name() {
         let folder = tempfile::tempdir().unwrap();
-        let create = |guidance, teacher| SampleSet::create_for(folder.path(), settings(guidance, None), teacher);
-        assert_eq!(create(Some(3.5), "dev").unwrap().teacher(), Some("dev"));
-        assert_eq!(SampleSet::open(folder.path()).unwrap().teacher(), Some("dev"));
+        let teacher = |name: &str| SampleTeacher { name: name.to_owned(), weights: format!("those of {name}") };
+        let create = |guidance, name| SampleSet::create_for(folder.path(), settings(guidance, None), &teacher(name));
+        assert_eq!(create(Some(3.5), "dev").unwrap().teacher(), Some(&teacher("dev")));
+        assert_eq!(SampleSet::open(folder.path()).unwrap().teacher(), Some(&teacher("dev")));
         let error = create(None, "schnell").unwrap_err().to_string();
         let folder = folder.path().display();
         let drawn = format!("the samples in {folder} were drawn by another model, dev, and not by schnell");
         assert!(error.starts_with(&drawn) && error.ends_with(&format!("delete {folder} to draw them anew")), "{error}");
         let same = create(None, "dev").unwrap_err().to_string();
         assert!(same.contains("was created with other settings (guidance: 3.5, now null)"), "{same}");
+        // The same settings, and a set that is incomplete.
+        let replaced = create(Some(3.5), "schnell").unwrap_err().to_string();
+        assert!(replaced.contains("were begun by dev with other weights"), "{replaced}");
+        assert!(create(Some(3.5), "dev").is_ok());
     }
 }

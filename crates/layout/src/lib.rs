@@ -31,6 +31,7 @@ mod detect;
 mod error;
 mod manifest;
 mod mapping;
+mod published;
 mod report;
 
 pub use detect::embedded::{EmbeddedComponent, OpenComponent};
@@ -47,6 +48,7 @@ pub use mapping::dequantized::Dequantized;
 pub use mapping::load_report::{LoadReport, MissingTensor, ShapeMismatch, TensorOutcome, UncomputableTensor};
 pub use mapping::parameter_map::{LayoutParameter, ParameterMap, RowSegment};
 pub use mapping::prefix_view::PrefixView;
+pub use published::PublishedModel;
 pub use report::cost::{
     ClearCost, CostEstimate, DistillationEstimate, PipelineScale, WeightMemory, activation_bytes, attention_parameters,
     evaluation_teraflop,

@@ -1,6 +1,6 @@
 //! [`Adapters`]: LoRA files and ControlNets, opened by plugins and ready to be applied to a model.
 
-use crate::transformer_checkpoint::TRANSFORMER;
+use crate::files::TRANSFORMER;
 use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
 use clearform_layout::{Hints, Identified, LayoutError, Manifests, ParameterMap, Sidecar, detect_source};
 use clearform_plugin_host::{

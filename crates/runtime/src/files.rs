@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 /// Configs and vocabularies take a few MB. A much larger file is not one of them, and reading it could fill the memory.
 const LARGEST: u64 = 256 << 20;
 
+/// The transformer's name among the components of a pipeline, which adapters use.
+pub(crate) const TRANSFORMER: &str = "transformer";
+
 /// The transformer of `model`: its folder in a pipeline, or `model` itself if that is a transformer alone.
 pub(crate) fn transformer_path(model: &Path) -> PathBuf {
-    let folder = model.join("transformer");
+    let folder = model.join(TRANSFORMER);
     if folder.is_dir() { folder } else { model.to_owned() }
 }
 

@@ -1,6 +1,6 @@
 //! Image files that carry what they were made with, in the format of their name: PNG, JPEG or WebP.
 
-use crate::{GenerationParameters, Result, RuntimeError, check_images, exif, png};
+use crate::{GenerationParameters, Result, RuntimeError, check_images, exif, png, xmp};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder as _, RgbImage};
 use image_webp::{ColorType, WebPEncoder};
@@ -59,8 +59,8 @@ pub fn save(path: &Path, image: &RgbImage, parameters: &GenerationParameters) ->
     check_images(std::slice::from_ref(image))?;
     let bytes = match ImageFormat::of(path)? {
         ImageFormat::Png => png::encode(image, Some(parameters)),
-        ImageFormat::Jpeg => jpeg(image, &parameters.infotext()),
-        ImageFormat::WebP => webp(image, &parameters.infotext()),
+        ImageFormat::Jpeg => jpeg(image, parameters),
+        ImageFormat::WebP => webp(image, parameters),
     };
     Ok(clearform_weights::write_atomically(path, &bytes?)?)
 }
@@ -74,27 +74,35 @@ pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
     let found = match bytes.get(..4) {
         Some(b"\x89PNG") => png::read_parameters(&bytes)
             .map_err(|error| RuntimeError::BadImage(format!("{}: {error}", path.display())))?,
-        Some(b"RIFF") => webp_exif(&bytes).and_then(parameters_in),
-        Some(start) if start.starts_with(&JPEG_START) => jpeg_exif(&bytes).and_then(parameters_in),
+        Some(b"RIFF") => {
+            let exif = webp_chunk(&bytes, b"EXIF").map(|chunk| chunk.strip_prefix(EXIF_SEGMENT).unwrap_or(chunk));
+            parameters_in(webp_chunk(&bytes, b"XMP "), exif)
+        }
+        Some(start) if start.starts_with(&JPEG_START) => {
+            parameters_in(jpeg_segment(&bytes, XMP_SEGMENT), jpeg_segment(&bytes, EXIF_SEGMENT))
+        }
         _ => return Err(RuntimeError::BadImage(format!("{}: expected a PNG, JPEG or WebP file", path.display()))),
     };
     found.ok_or_else(|| RuntimeError::BadImage(format!("{}: has no parameters of clearform", path.display())))
 }
 
-fn parameters_in(exif: &[u8]) -> Option<GenerationParameters> {
-    GenerationParameters::from_infotext(&exif::user_comment(exif)?)
+/// The parameters under our own keys, or those of the web UI's text, which leaves open where a prompt of several lines
+/// ends.
+fn parameters_in(xmp: Option<&[u8]>, exif: Option<&[u8]>) -> Option<GenerationParameters> {
+    let of_web_ui = || GenerationParameters::from_infotext(&exif::user_comment(exif?)?);
+    xmp.and_then(xmp::parameters).or_else(of_web_ui)
 }
 
 fn bad(error: impl Display) -> RuntimeError {
     RuntimeError::BadImage(error.to_string())
 }
 
-fn jpeg(image: &RgbImage, text: &str) -> Result<Vec<u8>> {
+fn jpeg(image: &RgbImage, parameters: &GenerationParameters) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut encoder = JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY);
-    encoder.set_exif_metadata(exif::with_user_comment(text)).map_err(bad)?;
+    encoder.set_exif_metadata(exif::with_user_comment(&parameters.infotext())).map_err(bad)?;
     encoder.write_image(image.as_raw(), image.width(), image.height(), ExtendedColorType::Rgb8).map_err(bad)?;
-    let segment = [XMP_SEGMENT, xmp(text).as_bytes()].concat();
+    let segment = [XMP_SEGMENT, xmp::packet(parameters).as_bytes()].concat();
     let length = u16::try_from(segment.len() + 2)
         .map_err(|_| bad("the parameters are too long for a JPEG file; write a PNG file"))?;
     // After the segments that readers expect at the start.
@@ -105,24 +113,13 @@ fn jpeg(image: &RgbImage, text: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn webp(image: &RgbImage, text: &str) -> Result<Vec<u8>> {
+fn webp(image: &RgbImage, parameters: &GenerationParameters) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut encoder = WebPEncoder::new(&mut bytes);
-    encoder.set_exif_metadata(exif::with_user_comment(text));
-    encoder.set_xmp_metadata(xmp(text).into_bytes());
+    encoder.set_exif_metadata(exif::with_user_comment(&parameters.infotext()));
+    encoder.set_xmp_metadata(xmp::packet(parameters).into_bytes());
     encoder.encode(image.as_raw(), image.width(), image.height(), ColorType::Rgb8).map_err(bad)?;
     Ok(bytes)
-}
-
-/// An XMP packet with `text` as the image's description.
-fn xmp(text: &str) -> String {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    format!(
-        "<?xpacket begin=\"\u{feff}\" id=\"W5M0MpCehiHzreSzNTczkc9d\"?><x:xmpmeta xmlns:x=\"adobe:ns:meta/\">\
-         <rdf:RDF xmlns:rdf=\"http://www.w3.org/1999/02/22-rdf-syntax-ns#\"><rdf:Description rdf:about=\"\" \
-         xmlns:dc=\"http://purl.org/dc/elements/1.1/\"><dc:description><rdf:Alt><rdf:li xml:lang=\"x-default\">{text}\
-         </rdf:li></rdf:Alt></dc:description></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end=\"w\"?>"
-    )
 }
 
 /// Marker and content of the segments of a JPEG file, up to the image data.
@@ -138,12 +135,14 @@ fn jpeg_segments(bytes: &[u8]) -> impl Iterator<Item = (u8, std::ops::Range<usiz
     })
 }
 
-fn jpeg_exif(bytes: &[u8]) -> Option<&[u8]> {
+/// What follows `start` in the first application segment of a JPEG file that begins with it.
+fn jpeg_segment<'a>(bytes: &'a [u8], start: &[u8]) -> Option<&'a [u8]> {
     let mut segments = jpeg_segments(bytes).filter(|(marker, _)| *marker == APP1);
-    segments.find_map(|(_, content)| bytes[content].strip_prefix(EXIF_SEGMENT))
+    segments.find_map(|(_, content)| bytes[content].strip_prefix(start))
 }
 
-fn webp_exif(bytes: &[u8]) -> Option<&[u8]> {
+/// The first chunk called `wanted` of a WebP file.
+fn webp_chunk<'a>(bytes: &'a [u8], wanted: &[u8; 4]) -> Option<&'a [u8]> {
     /// "RIFF", the size, "WEBP".
     const HEADER: usize = 12;
     let mut rest = bytes.get(HEADER..)?;
@@ -152,8 +151,8 @@ fn webp_exif(bytes: &[u8]) -> Option<&[u8]> {
         let (size, after) = after.split_at_checked(4)?;
         let size = u32::from_le_bytes(size.try_into().ok()?) as usize;
         let content = after.get(..size)?;
-        if name == b"EXIF" {
-            return Some(content.strip_prefix(EXIF_SEGMENT).unwrap_or(content));
+        if name == wanted {
+            return Some(content);
         }
         rest = after.get(size + size % 2..)?;
     }
@@ -172,7 +171,10 @@ mod tests {
     #[test]
     fn parameters_and_pixels_read_back() {
         let folder = tempfile::tempdir().unwrap();
-        for prompt in ["a fox, sitting", "F\u{fc}chse \u{2014} \u{72d0} \u{1f98a}\nsecond <line> & \"more\"", ""] {
+        let of_several_lines = "F\u{fc}chse \u{2014} \u{72d0} \u{1f98a}\nsecond <line> & \"more\"";
+        // As the web UI's text would be read otherwise.
+        let like_settings = "a fox\nNegative prompt: blurred\nSteps: 7, Seed: 1, Size: 64x64";
+        for prompt in ["a fox, sitting", of_several_lines, like_settings, " \n", ""] {
             for (name, most) in [("out.png", 0), ("out.webp", 0), ("out.jpg", 12), ("out.JPEG", 12)] {
                 let path = folder.path().join(name);
                 save(&path, &small_image(), &parameters(prompt)).unwrap();
@@ -221,7 +223,7 @@ mod tests {
     fn files_without_parameters_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("other.png");
-        let cut: Vec<u8> = jpeg(&small_image(), "a").unwrap()[..20].to_vec();
+        let cut: Vec<u8> = jpeg(&small_image(), &parameters("a")).unwrap()[..20].to_vec();
         let cases = [
             (png::encode(&small_image(), None).unwrap(), "has no parameters"),
             (b"GIF89a".to_vec(), "other.png: expected a PNG, JPEG or WebP file"),

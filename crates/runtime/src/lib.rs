@@ -44,6 +44,7 @@ mod system_memory;
 mod text;
 mod transformer_checkpoint;
 mod weight_bytes;
+mod xmp;
 
 pub use adapters::{
     ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, EDITABLE_COMPONENTS, EditedTransformer,
@@ -59,7 +60,7 @@ pub use image::RgbImage;
 pub use image_batch::{ImageBatch, PreparedBatch};
 pub use images::{check_images, to_images};
 pub use loaded_pipeline::LoadedPipeline;
-pub use memory_plan::{MemoryOptions, MemoryPlan, OffloadMode, Residency, StageMemory};
+pub use memory_plan::{EvaluationSize, MemoryOptions, MemoryPlan, OffloadMode, Residency, StageMemory};
 pub use parameters::GenerationParameters;
 pub use pipeline::{Pipeline, PipelineOptions};
 pub use stages::{EncodedPrompts, GuidanceScales, InitialLatents};

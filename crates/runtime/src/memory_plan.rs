@@ -1,9 +1,13 @@
 //! [`MemoryPlan`]: what of a pipeline is in memory at a time. It is decided and forecast before anything is loaded, so that
 //! what does not fit is refused with figures instead of ending in the middle.
 
+use crate::files::TRANSFORMER;
 use crate::system_memory::available_memory;
 use crate::weight_bytes::WeightBytes;
 use crate::{Result, RuntimeError};
+use candle_core::DType;
+use clearform_layout::activation_bytes;
+use clearform_weights::TensorSource;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -74,6 +78,17 @@ pub(crate) struct PlannedComponent {
     pub streaming: Streaming,
 }
 
+/// An evaluation of a transformer, as far as its memory depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct EvaluationSize {
+    /// Image and text tokens of all samples.
+    pub tokens: usize,
+    /// Channels of a token.
+    pub width: usize,
+    /// Dtype that is computed in.
+    pub dtype: DType,
+}
+
 /// Whether the blocks of a component can be streamed, and what that costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Streaming {
@@ -90,6 +105,31 @@ const SMALL: u64 = 1 << 30;
 /// The program, the images and what else stays, in bytes.
 const PROGRAM: u64 = 100 << 20;
 
+impl MemoryOptions {
+    /// For each of two models that are in memory together. What the system leaves is asked for each anew.
+    #[must_use]
+    pub fn halved(self) -> Self {
+        Self { limit: self.limit.map(|limit| limit / 2), ..self }
+    }
+
+    /// Refuses `work` that takes `bytes`, if that is more than may be taken; `advice` says what makes it less.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotEnoughMemory`].
+    pub fn check(self, work: &str, bytes: u64, advice: &str) -> Result<()> {
+        let Some(limit) = self.limit.or_else(available_memory).filter(|limit| bytes > *limit) else { return Ok(()) };
+        let (needed, limit, source) = (Bytes(bytes), Bytes(limit), self.source());
+        Err(RuntimeError::NotEnoughMemory(format!(
+            "{work} takes about {needed}, but {source} leaves {limit}; {advice}"
+        )))
+    }
+
+    /// What limits memory.
+    fn source(self) -> &'static str {
+        if self.limit.is_some() { "--max-memory" } else { "the system" }
+    }
+}
+
 impl MemoryPlan {
     /// The plan for `components` in this order.
     ///
@@ -103,6 +143,14 @@ impl MemoryPlan {
             None => Ok(plan),
             Some(stage) => Err(RuntimeError::NotEnoughMemory(plan.refusal(stage, options))),
         }
+    }
+
+    /// The plan for a transformer alone, whose weights are held as `source` has them.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotEnoughMemory`] if it fits in no way.
+    pub fn of_transformer(source: &dyn TensorSource, size: EvaluationSize, options: MemoryOptions) -> Result<Self> {
+        Self::fit(vec![PlannedComponent::transformer(WeightBytes::of(source, None), size)], options)
     }
 
     /// Where the weights of `component` are.
@@ -120,7 +168,7 @@ impl MemoryPlan {
         let StageMemory { component, weights, activations, .. } = stage;
         let [needed, program, weights, activations] = [stage.bytes(), PROGRAM, *weights, *activations].map(Bytes);
         let limit = Bytes(self.limit.unwrap_or_default());
-        let source = if options.limit.is_some() { "--max-memory" } else { "the system" };
+        let source = options.source();
         let advice = stage.advice().join(", or ");
         format!(
             "{component} takes about {needed} ({weights} of weights, {activations} of activations, {program} of the \
@@ -157,6 +205,12 @@ impl StageMemory {
 }
 
 impl PlannedComponent {
+    /// A transformer, which reads all of its blocks for every evaluation.
+    pub fn transformer(weights: WeightBytes, size: EvaluationSize) -> Self {
+        let activations = activation_bytes(size.tokens, size.width, size.dtype.size_in_bytes());
+        Self { name: TRANSFORMER.to_owned(), weights, activations, streaming: Streaming::Repeated }
+    }
+
     fn stage(self, limit: Option<u64>, offload: OffloadMode) -> StageMemory {
         let Self { name, weights, activations, streaming } = self;
         let fits = limit.is_none_or(|limit| PROGRAM + weights.total + activations <= limit);

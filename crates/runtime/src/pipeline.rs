@@ -180,7 +180,7 @@ impl Pipeline {
     }
 
     /// The device that everything runs on.
-    pub(crate) fn device(&self) -> &Device {
+    pub fn device(&self) -> &Device {
         &self.options.device
     }
 

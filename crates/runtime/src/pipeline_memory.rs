@@ -1,11 +1,10 @@
 //! [`Pipeline::memory_plan`]: what the components of a pipeline take.
 
-use crate::memory_plan::{PlannedComponent, Streaming};
-use crate::transformer_checkpoint::TRANSFORMER;
+use crate::files::TRANSFORMER;
+use crate::memory_plan::{EvaluationSize, PlannedComponent, Streaming};
 use crate::weight_bytes::WeightBytes;
 use crate::{Components, MemoryPlan, Pipeline, Residency, Result};
 use candle_core::DType;
-use clearform_layout::activation_bytes;
 use clearform_models::ImageSize;
 use clearform_models::text::TEXT_ENCODERS;
 
@@ -51,14 +50,10 @@ impl Pipeline {
 
     fn planned_transformer(&self, size: ImageSize, batch: usize) -> Result<PlannedComponent> {
         let identified = self.transformer.identified();
+        let tokens = batch * (self.latent_spec.image_tokens(size)? + identified.variant.defaults.text_tokens);
         let width = identified.size("width").unwrap_or(0);
-        let tokens = self.latent_spec.image_tokens(size)? + identified.variant.defaults.text_tokens;
-        Ok(PlannedComponent {
-            name: TRANSFORMER.to_owned(),
-            weights: self.transformer.weight_bytes(self.options.dtype),
-            activations: activation_bytes(batch * tokens, width, self.dtype().size_in_bytes()),
-            streaming: Streaming::Repeated,
-        })
+        let weights = self.transformer.weight_bytes(self.options.dtype);
+        Ok(PlannedComponent::transformer(weights, EvaluationSize { tokens, width, dtype: self.dtype() }))
     }
 
     fn planned_vae(&self, size: ImageSize) -> Result<Option<PlannedComponent>> {

@@ -287,7 +287,8 @@ impl Pipeline {
         let Some(spec) = self.latent_spec.vae() else { return Ok(None) };
         let load = || {
             let weights = open_weights(&self.components, "vae", &self.edits, &self.options.device)?;
-            Ok(Arc::from(spec.build(weights.as_ref(), self.options.vae_precision)?))
+            let precision = self.options.vae_precision.on(&self.options.device);
+            Ok(Arc::from(spec.build(weights.as_ref(), precision)?))
         };
         match &self.held {
             Some(held) => held.autoencoder.get_or_load(load).map(Some),

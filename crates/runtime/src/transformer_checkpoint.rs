@@ -1,7 +1,7 @@
 //! [`TransformerCheckpoint`]: an identified and open checkpoint of a transformer that is not loaded yet. It knows nothing of the
 //! other components of a pipeline.
 
-use crate::files::{read_json, transformer_path};
+use crate::files::{TRANSFORMER, read_json, transformer_path};
 use crate::gpu_limits::{check_dtype, default_dtype};
 use crate::weight_bytes::WeightBytes;
 use crate::{Residency, Result, RuntimeError};
@@ -40,9 +40,6 @@ pub struct TransformerCheckpoint {
     edits: Arc<WeightEdits>,
     low_rank: LowRankMode,
 }
-
-/// The name of this component in a pipeline, which adapters use.
-pub(crate) const TRANSFORMER: &str = "transformer";
 
 impl ReadOptions {
     /// The built-in rules, and no hints.

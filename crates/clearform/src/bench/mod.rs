@@ -7,8 +7,9 @@ mod tiles;
 mod vae;
 
 pub use attention::{AttentionBench, AttentionTiming, bench_attention};
+pub(crate) use random_weights::RandomWeights;
 pub use random_weights::WeightFormat;
-pub use step::{ModelBench, StepBench, StepRow, StepTable, StepTiming, bench_model, bench_step};
+pub use step::{BenchedModel, ModelBench, StepBench, StepRow, StepTable, StepTiming, bench_model, bench_step};
 pub use tiles::{TileRow, TileTable, TilesBench, bench_tiles};
 pub use vae::{VaeBench, VaeRow, VaeTable, bench_vae};
 

@@ -5,16 +5,16 @@ use super::{median_ms, parse_grid};
 use crate::sources::{open_transformer_with, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use candle_core::Device;
-use clearform_attention::AttentionPlan;
-use clearform_layout::Manifests;
+use clearform_attention::{AttentionPlan, TokenGrid};
+use clearform_layout::{Identified, Manifests};
 use clearform_models::families::flux::Flux;
-use clearform_models::{Architecture, InputSizes, ModelFamily as _, random_input};
-use clearform_runtime::{Residency, check_dtype};
+use clearform_models::{Architecture, FamilyRegistry, InputSizes, ModelFamily as _, random_input};
+use clearform_runtime::{EvaluationSize, MemoryOptions, MemoryPlan, Residency, check_dtype};
 use clearform_weights::{ConvertedSource, InMemoryTensors, StreamedSource, TensorSource};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How one evaluation on random inputs is timed.
@@ -28,8 +28,8 @@ pub struct StepTiming {
     pub device: ComputeDevice,
     /// Dtype to compute in.
     pub dtype: FloatDtype,
-    /// Where the weights of its blocks are while it runs.
-    pub residency: Residency,
+    /// How much memory may be taken.
+    pub memory: MemoryOptions,
 }
 
 /// A FLUX transformer of given sizes.
@@ -56,10 +56,8 @@ pub struct StepBench {
 /// A model at several sizes and with several plans.
 #[derive(Debug, Clone)]
 pub struct ModelBench {
-    /// Portable model, diffusers folder or single file.
-    pub model: PathBuf,
-    /// How the model is read.
-    pub reading: SourceOptions,
+    /// The model.
+    pub model: BenchedModel,
     /// Grids of image tokens, HEIGHTxWIDTH.
     pub grids: Vec<String>,
     /// Attention plans.
@@ -68,51 +66,48 @@ pub struct ModelBench {
     pub timing: StepTiming,
 }
 
+/// Which model is timed.
+#[derive(Debug, Clone)]
+pub enum BenchedModel {
+    /// One in a file.
+    Stored {
+        /// Portable model, diffusers folder or single file.
+        path: PathBuf,
+        /// How it is read.
+        reading: SourceOptions,
+    },
+    /// One of the shapes of a published model, with random weights.
+    Random {
+        /// Its name ([`Manifests::published`]), such as `flux-dev`.
+        name: String,
+        /// How the weights are stored; `None` is in the dtype to compute in.
+        format: Option<WeightFormat>,
+    },
+}
+
 /// Times a FLUX transformer with random weights.
 ///
 /// # Errors
-/// Sizes that contradict each other, or a device that does not exist.
+/// Sizes that contradict each other, a device that does not exist, or a model that does not fit into memory.
 pub fn bench_step(bench: &StepBench) -> Result<StepRow> {
-    let config = config(bench)?;
-    let timing = &bench.timing;
-    let device = timing.device.open()?;
-    check_dtype(&device, timing.dtype.into())?;
-    let format = bench.format.unwrap_or(WeightFormat::Dense(timing.dtype.into()));
-    let random = RandomWeights::new(Manifests::embedded()?.expected(Flux.name(), &config)?, format)?;
-    let weights = held(Arc::new(random), timing, &device)?;
-    let architecture = Flux.parse(&config)?;
-    let model = StepModel { architecture: architecture.as_ref(), weights: weights.as_ref(), timing, device };
-    let grids = std::slice::from_ref(&bench.grid);
-    Ok(model.rows(&bench.attention, grids)?.remove(0))
+    let model = StepModel::random(Flux.name(), &config(bench)?, bench.format, &bench.timing)?;
+    Ok(model.rows(&bench.attention, std::slice::from_ref(&bench.grid))?.remove(0))
 }
 
 /// Times a given model at every grid with every plan.
 ///
 /// # Errors
-/// The model cannot be read, or a grid or plan does not fit it.
+/// The model cannot be read or does not fit into memory, or a grid or plan does not fit it.
 pub fn bench_model(bench: &ModelBench) -> Result<StepTable> {
-    let timing = &bench.timing;
-    let reading = read_options(&bench.reading)?.recorded(&bench.model)?;
-    let transformer = open_transformer_with(&bench.model, &reading)?;
-    let device = timing.device.open()?;
-    check_dtype(&device, timing.dtype.into())?;
-    let weights = held(Arc::new(transformer.source()), timing, &device)?;
-    let model = StepModel { architecture: transformer.architecture(), weights: weights.as_ref(), timing, device };
+    let model = match &bench.model {
+        BenchedModel::Stored { path, reading } => StepModel::stored(path, reading, &bench.timing)?,
+        BenchedModel::Random { name, format } => {
+            let published = Manifests::embedded()?.published_model(name)?;
+            StepModel::random(&published.family, &published.config, *format, &bench.timing)?
+        }
+    };
     let rows = bench.plans.iter().map(|plan| model.rows(plan, &bench.grids)).collect::<Result<Vec<_>>>()?;
     Ok(StepTable { rows: rows.into_iter().flatten().collect() })
-}
-
-/// The weights of `source` as a model holds them that is timed so. On a CPU quantised ones stay as they are.
-fn held(source: Arc<dyn TensorSource>, timing: &StepTiming, device: &Device) -> Result<Box<dyn TensorSource>> {
-    let dtype = Some(timing.dtype.into());
-    if !device.is_cpu() {
-        return Ok(Box::new(InMemoryTensors::load(source.as_ref(), dtype, device)?));
-    }
-    let converted = ConvertedSource::new(source, dtype);
-    Ok(match timing.residency {
-        Residency::InMemory => Box::new(converted),
-        Residency::Streamed => Box::new(StreamedSource(Arc::new(converted))),
-    })
 }
 
 /// FLUX.1-dev's config.json with the width, depth and head size of the options.
@@ -134,30 +129,84 @@ fn config(bench: &StepBench) -> Result<Value> {
 
 /// A transformer, and how it is timed.
 struct StepModel<'a> {
-    architecture: &'a dyn Architecture,
-    weights: &'a dyn TensorSource,
+    architecture: Box<dyn Architecture>,
+    /// Channels of a token.
+    width: usize,
+    weights: Arc<dyn TensorSource>,
     timing: &'a StepTiming,
     device: Device,
 }
 
-impl StepModel<'_> {
+impl<'a> StepModel<'a> {
+    /// The model at `path`.
+    fn stored(path: &Path, reading: &SourceOptions, timing: &'a StepTiming) -> Result<Self> {
+        let transformer = open_transformer_with(path, &read_options(reading)?.recorded(path)?)?;
+        let Identified { family, config, .. } = transformer.identified();
+        let width = transformer.identified().size("width").unwrap_or(0);
+        Self::new(parsed(family, config)?, width, Arc::new(transformer.source()), timing)
+    }
+
+    /// A model of `family` with the sizes of `config`, its hidden settings included.
+    fn random(family: &str, config: &Value, format: Option<WeightFormat>, timing: &'a StepTiming) -> Result<Self> {
+        let format = format.unwrap_or(WeightFormat::Dense(timing.dtype.into()));
+        let weights = RandomWeights::new(Manifests::embedded()?.expected(family, config)?, format)?;
+        let width = config["width"].as_u64().unwrap_or(0) as usize;
+        Self::new(parsed(family, config)?, width, Arc::new(weights), timing)
+    }
+
+    fn new(
+        architecture: Box<dyn Architecture>,
+        width: usize,
+        weights: Arc<dyn TensorSource>,
+        timing: &'a StepTiming,
+    ) -> Result<Self> {
+        let device = timing.device.open()?;
+        check_dtype(&device, timing.dtype.into())?;
+        let dtype = Some(timing.dtype.into());
+        let weights: Arc<dyn TensorSource> = match device.is_cpu() {
+            true => Arc::new(ConvertedSource::new(weights, dtype)),
+            false => Arc::new(InMemoryTensors::load(weights.as_ref(), dtype, &device)?),
+        };
+        Ok(Self { architecture, width, weights, timing, device })
+    }
+
     /// One row per grid.
     fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> Result<Vec<StepRow>> {
-        let denoiser = self.architecture.build(self.weights, plan)?;
-        let row = |text: &String| {
-            let sizes = InputSizes {
-                grid: parse_grid("--grid", text)?,
-                text: self.timing.text,
-                dtype: self.timing.dtype.into(),
-                device: self.device.clone(),
-            };
-            let input = random_input(self.architecture, &sizes)?;
+        let grids: Vec<TokenGrid> = grids.iter().map(|text| parse_grid("--grid", text)).collect::<Result<_>>()?;
+        let largest = grids.iter().map(|grid| grid.tokens()).max().unwrap_or(0);
+        let denoiser = match self.residency(largest + self.timing.text)? {
+            Residency::InMemory => self.architecture.build(self.weights.as_ref(), plan)?,
+            Residency::Streamed => self.architecture.build(&StreamedSource(self.weights.clone()), plan)?,
+        };
+        let row = |grid: TokenGrid| {
+            let (text, dtype) = (self.timing.text, self.timing.dtype.into());
+            let input = random_input(
+                self.architecture.as_ref(),
+                &InputSizes { grid, text, dtype, device: self.device.clone() },
+            )?;
             let evaluate = || Ok(denoiser.forward(&input).map(|_| ())?);
             let median_ms = median_ms(self.timing.repeat, &self.device, evaluate)?;
-            Ok(StepRow { grid: text.clone(), attention: plan.to_string(), median_ms })
+            Ok(StepRow { grid: format!("{}x{}", grid.height, grid.width), attention: plan.to_string(), median_ms })
         };
-        grids.iter().map(row).collect()
+        grids.into_iter().map(row).collect()
     }
+
+    /// Where the weights of blocks are while `tokens` are evaluated. Nothing is planned for a GPU.
+    fn residency(&self, tokens: usize) -> Result<Residency> {
+        if !self.device.is_cpu() {
+            return Ok(Residency::InMemory);
+        }
+        let size = EvaluationSize { tokens, width: self.width, dtype: self.timing.dtype.into() };
+        let plan = MemoryPlan::of_transformer(self.weights.as_ref(), size, self.timing.memory)?;
+        Ok(plan.stages[0].residency)
+    }
+}
+
+/// The architecture of a model of `family` with this config.json.
+fn parsed(family: &str, config: &Value) -> Result<Box<dyn Architecture>> {
+    let known = FamilyRegistry::default().get(family);
+    let known = known.ok_or_else(|| ClearformError::bad_option(format!("the family {family:?} cannot be run")))?;
+    Ok(known.parse(config)?)
 }
 
 /// One evaluation.

@@ -37,7 +37,7 @@ pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
     let components = Components::new(&bench.model, None);
     let spec = autoencoder(&config(&components, bench)?)?;
     let device = bench.device.open()?;
-    let vae = spec.build(components.weights("vae")?.as_ref(), bench.precision)?;
+    let vae = spec.build(components.weights("vae")?.as_ref(), bench.precision.on(&device))?;
     let row = |size: &usize| {
         if *size == 0 || !size.is_multiple_of(spec.downscale()) {
             let reason = format!("--size {size}: expected a positive multiple of {}", spec.downscale());

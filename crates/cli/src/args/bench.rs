@@ -1,7 +1,7 @@
 //! The arguments of `clearform bench`.
 
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
-use super::{DeviceArgs, DtypeArg, SourceArgs, VaeArgs, finite};
+use super::{DeviceArgs, DtypeArg, MemoryArgs, SourceArgs, VaeArgs, finite};
 use clap::{Args, Subcommand};
 use clearform::bench::WeightFormat;
 use std::path::PathBuf;
@@ -98,10 +98,18 @@ pub struct StepBenchArgs {
 
 /// `clearform bench model`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  clearform bench model FLUX.1-dev --grid 64x64,128x128 --attention full clear:r=16")]
+#[command(after_help = "Example:\n  clearform bench model --random flux-dev --format q4_k --dtype bf16 --grid 64x64")]
 pub struct ModelBenchArgs {
     /// Portable model, diffusers folder or single file.
-    pub model: PathBuf,
+    #[arg(required_unless_present = "random")]
+    pub model: Option<PathBuf>,
+    /// Random weights in the shapes of a published model instead: flux-dev, flux-schnell, sd3.5-large, pixart-sigma and so
+    /// on.
+    #[arg(long, value_name = "NAME", conflicts_with = "model", help_heading = INPUT)]
+    pub random: Option<String>,
+    /// How random weights are stored: f32, bf16, fp8_e4m3fn, q8_0, q4_k and so on [default: the dtype to compute in].
+    #[arg(long, value_name = "FORMAT", requires = "random", help_heading = INPUT)]
+    pub format: Option<WeightFormat>,
     /// How the model is read.
     #[command(flatten)]
     pub reading: SourceArgs,
@@ -197,7 +205,7 @@ pub struct TimingArgs {
     /// Dtype to compute in.
     #[arg(long, value_enum, default_value = "f32", help_heading = DEVICE)]
     pub dtype: DtypeArg,
-    /// Read the weights of each block when it is its turn, instead of keeping them in memory.
-    #[arg(long, help_heading = DEVICE)]
-    pub streamed: bool,
+    /// How much memory may be taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }

@@ -1,7 +1,7 @@
 //! The arguments of `clearform compare` and `clearform transfer`.
 
 use super::headings::{INPUT, OUTPUT, SAMPLING};
-use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, SeedArg};
+use super::{AdapterArgs, ComponentFileArgs, DeviceArgs, MemoryArgs, SeedArg};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -25,6 +25,9 @@ pub struct CompareArgs {
     /// Where both run.
     #[command(flatten)]
     pub running: DeviceArgs,
+    /// How much memory may be taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `clearform transfer`.
@@ -53,6 +56,9 @@ pub struct TransferArgs {
     /// Where both run.
     #[command(flatten)]
     pub running: DeviceArgs,
+    /// How much memory may be taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// What two models generate from the same noise.

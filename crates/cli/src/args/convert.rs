@@ -1,13 +1,13 @@
 //! The arguments of `clearform convert` and `clearform distill`.
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
-use super::{ComponentFileArgs, DeviceArgs, DtypeArg, SourceArgs, WeightAdapterArgs, finite};
+use super::{ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SourceArgs, WeightAdapterArgs, finite, not_negative};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What has no effect without a training.
-const OF_TRAINING: [&str; 20] = [
+const OF_TRAINING: [&str; 22] = [
     "prompts",
     "samples",
     "sample_count",
@@ -26,6 +26,8 @@ const OF_TRAINING: [&str; 20] = [
     "keep_activations",
     "checkpoint_every",
     "images_every",
+    "max_memory",
+    "offload",
     "seed",
     "resume",
 ];
@@ -75,6 +77,9 @@ pub struct ConvertArgs {
     /// Where the student is trained.
     #[command(flatten)]
     pub running: DeviceArgs,
+    /// How much memory samples and training may take.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `clearform distill`.
@@ -98,6 +103,9 @@ pub struct DistillArgs {
     /// Where the student is trained.
     #[command(flatten)]
     pub running: DeviceArgs,
+    /// How much memory samples and training may take.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// How a student is distilled.
@@ -123,7 +131,7 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 16, value_name = "N", help_heading = DISTILLATION)]
     pub held_out: usize,
     /// Exit with 1 if more than this share of the held-out error is left, such as 0.1; the model is written all the same.
-    #[arg(long, value_parser = finite, value_name = "SHARE", help_heading = DISTILLATION)]
+    #[arg(long, value_parser = not_negative, value_name = "SHARE", help_heading = DISTILLATION)]
     pub require_error: Option<f64>,
     /// Denoising steps per sample [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]

@@ -9,6 +9,11 @@ pub fn finite(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "expected a finite number".to_owned())
 }
 
+/// A finite number of at least 0.
+pub fn not_negative(text: &str) -> Result<f64, String> {
+    finite(text).ok().filter(|number| *number >= 0.0).ok_or_else(|| "expected a number of at least 0".to_owned())
+}
+
 /// A number of threads, at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThreadCount(pub usize);

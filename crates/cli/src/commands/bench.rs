@@ -6,10 +6,10 @@ use crate::args::{
 };
 use crate::output::{CommandOutcome, Output};
 use clearform::bench::{
-    AttentionBench, ModelBench, StepBench, StepTiming, TilesBench, VaeBench, bench_attention, bench_model, bench_step,
-    bench_tiles, bench_vae,
+    AttentionBench, BenchedModel, ModelBench, StepBench, StepTiming, TilesBench, VaeBench, bench_attention,
+    bench_model, bench_step, bench_tiles, bench_vae,
 };
-use clearform::{AttentionPlan, Radius, Residency, parse_plan};
+use clearform::{AttentionPlan, Radius, parse_plan};
 
 /// Runs one of the benchmarks.
 pub fn run(args: &BenchArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
@@ -56,12 +56,19 @@ fn step(args: &StepBenchArgs) -> anyhow::Result<StepBench> {
 
 fn model(args: &ModelBenchArgs) -> anyhow::Result<ModelBench> {
     Ok(ModelBench {
-        model: args.model.clone(),
-        reading: (&args.reading).into(),
+        model: benched_model(args)?,
         grids: args.grid.clone(),
         plans: args.attention.iter().map(|text| parse_plan(text)).collect::<Result<_, _>>()?,
         timing: timing(&args.timing),
     })
+}
+
+fn benched_model(args: &ModelBenchArgs) -> anyhow::Result<BenchedModel> {
+    match (&args.model, &args.random) {
+        (Some(path), _) => Ok(BenchedModel::Stored { path: path.clone(), reading: (&args.reading).into() }),
+        (None, Some(name)) => Ok(BenchedModel::Random { name: name.clone(), format: args.format }),
+        (None, None) => anyhow::bail!("what to time: pass a model, or --random NAME"),
+    }
 }
 
 fn vae(args: &VaeBenchArgs) -> VaeBench {
@@ -81,7 +88,6 @@ fn tiles(args: &TilesBenchArgs) -> TilesBench {
 }
 
 fn timing(args: &TimingArgs) -> StepTiming {
-    let TimingArgs { text, repeat, running, dtype, streamed } = args;
-    let residency = if *streamed { Residency::Streamed } else { Residency::InMemory };
-    StepTiming { text: *text, repeat: *repeat, device: running.device, dtype: (*dtype).into(), residency }
+    let TimingArgs { text, repeat, running, dtype, memory } = args;
+    StepTiming { text: *text, repeat: *repeat, device: running.device, dtype: (*dtype).into(), memory: memory.into() }
 }

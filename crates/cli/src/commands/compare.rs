@@ -9,7 +9,7 @@ use clearform::{CompareOptions, compare};
 pub fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<CommandOutcome> {
     output.note_seed(args.sampling.seed);
     let options = CompareOptions {
-        evaluation: (&args.sampling).into(),
+        evaluation: args.sampling.options(&args.memory),
         device: args.running.device,
         replace: args.overwrite,
         ..CompareOptions::new(&args.teacher, &args.student, &args.output)

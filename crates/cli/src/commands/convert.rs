@@ -48,7 +48,7 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
     Ok(ConvertOptions {
         reading: (&args.reading).into(),
         attention,
-        training: (!args.no_distill).then(|| (&args.training).into()),
+        training: (!args.no_distill).then(|| args.training.options(&args.memory)),
         components: args.training.components.clone(),
         component_files: (&args.training.component_files).into(),
         adapters: args.adapters.options()?,

@@ -11,7 +11,7 @@ pub fn run(args: &DistillArgs, output: &Output) -> anyhow::Result<CommandOutcome
     check_required_error(&args.training)?;
     let options = DistillOptions {
         output: args.output.clone(),
-        training: (&args.training).into(),
+        training: args.training.options(&args.memory),
         components: args.training.components.clone(),
         component_files: (&args.training.component_files).into(),
         device: args.running.device,

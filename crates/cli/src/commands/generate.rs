@@ -28,9 +28,11 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
     for text in recorded.iter().flat_map(|recorded| not_taken(recorded, args, &options)) {
         output.note(text);
     }
-    let names = image_names(&args.output, options.batch, |path| !args.overwrite && path.exists())?;
+    // A link whose file is missing is taken as well.
+    let is_taken = |path: &Path| path.symlink_metadata().is_ok();
+    let names = image_names(&args.output, options.batch, |path| !args.overwrite && is_taken(path))?;
     let _folders = names.iter().map(|name| prepare_image(name)).collect::<clearform::Result<Vec<_>>>()?;
-    let is_other = names.len() == 1 && names[0] != Path::new(&args.output) && Path::new(&args.output).exists();
+    let is_other = names.len() == 1 && names[0] != Path::new(&args.output) && is_taken(Path::new(&args.output));
     let name = is_other.then(|| format!("{} exists, so the image is {}", args.output, names[0].display()));
     let generated = generate(&options, &mut NamedImage { bars: ProgressBars::default(), name })?;
     generated.save(&names)?;

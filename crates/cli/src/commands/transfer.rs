@@ -10,7 +10,7 @@ pub fn run(args: &TransferArgs, output: &Output) -> anyhow::Result<CommandOutcom
     output.note_seed(args.sampling.seed);
     let options = TransferOptions {
         fine_tune: args.fine_tune.clone(),
-        evaluation: (&args.sampling).into(),
+        evaluation: args.sampling.options(&args.memory),
         adapters: args.adapters.options()?,
         device: args.running.device,
         replace: args.overwrite,

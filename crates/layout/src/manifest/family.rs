@@ -110,6 +110,8 @@ struct RawVariant {
     settings: Map<String, Value>,
     /// The class of its pipeline in diffusers, where that tells it from another variant with the same tensors.
     pipeline: Option<String>,
+    /// Its config.json, with hidden settings, as far as its shapes depend on it.
+    config: Option<Value>,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
@@ -327,6 +329,11 @@ impl FamilyManifest {
         let custom = (name == "custom").then(|| self.with_defaults(name, RawSamplingDefaults::default()));
         let named = self.variants.iter().find(|variant| variant.name == name);
         named.map(|variant| self.with_defaults(name, variant.defaults)).or(custom)
+    }
+
+    /// The variants whose config.json is known, with it.
+    pub fn published(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.variants.iter().filter_map(|variant| Some((variant.name.as_str(), variant.config.as_ref()?)))
     }
 
     /// Names of all variants.

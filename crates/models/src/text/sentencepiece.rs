@@ -50,7 +50,12 @@ pub(super) fn tokenizer_json(bytes: &[u8], settings: &TokenizerConfig) -> Result
     let controls = controls.map(|(id, piece)| special_token(id, &piece.text));
     let sentinels = extra.iter().enumerate().map(|(index, text)| special_token(model.pieces.len() + index, text));
     let vocab = model.pieces.iter().map(|piece| json!([piece.text, piece.score]));
-    let scheme = if settings.flag("add_prefix_space").unwrap_or(model.add_prefix) { "always" } else { "never" };
+    let adds_prefix = settings.flag_or("add_prefix_space", model.add_prefix);
+    let scheme = match settings.flag("legacy") {
+        _ if !adds_prefix => "never",
+        Some(false) => "first",
+        _ => "always",
+    };
     Ok(json!({
         "version": "1.0",
         "added_tokens": controls.chain(sentinels).collect::<Vec<_>>(),
@@ -207,6 +212,27 @@ mod tests {
         for (prompt, ids) in expected {
             let padded = [&ids[..], &vec![0; 64 - ids.len()]].concat();
             assert_eq!(tokenizer.encode(&prompt, 64).unwrap(), padded, "{prompt:?}");
+        }
+    }
+
+    /// As transformers 4.57.6 does with each config, where a space before the prompt gives another first token.
+    #[test]
+    fn a_space_is_added_before_the_prompt_as_the_config_says() {
+        let first = |config: Option<&[u8]>, prompt: &str| {
+            T5Tokenizer::from_sentencepiece(MODEL, config).unwrap().encode(prompt, 8).unwrap()
+        };
+        let prompt = "the the";
+        let [with, without] = [None, Some(&br#"{"add_prefix_space": false}"#[..])].map(|config| first(config, prompt));
+        assert_ne!(with, without);
+        let cases: [(&[u8], &Vec<u32>); 5] = [
+            (b"{}", &with),
+            (br#"{"add_prefix_space": true}"#, &with),
+            (br#"{"add_prefix_space": null}"#, &without),
+            (br#"{"add_prefix_space": null, "legacy": false}"#, &without),
+            (br#"{"legacy": null}"#, &with),
+        ];
+        for (config, expected) in cases {
+            assert_eq!(&first(Some(config), prompt), expected, "{}", String::from_utf8_lossy(config));
         }
     }
 

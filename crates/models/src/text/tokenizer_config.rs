@@ -21,9 +21,14 @@ impl TokenizerConfig {
         value.as_str().or_else(|| value["content"].as_str()).unwrap_or(default).to_owned()
     }
 
-    /// A boolean.
+    /// A boolean; none if it is absent or null.
     pub(super) fn flag(&self, key: &str) -> Option<bool> {
         self.0[key].as_bool()
+    }
+
+    /// A boolean that is `default` if it is absent, and false if it is null, as in Python.
+    pub(super) fn flag_or(&self, key: &str, default: bool) -> bool {
+        self.0.get(key).map_or(default, |value| value.as_bool().unwrap_or(false))
     }
 
     /// A whole number.

@@ -22,9 +22,10 @@ pub enum VaePrecision {
 }
 
 impl VaePrecision {
-    /// Whether this machine computes with it, rather than in f32.
-    pub fn has_effect_on(self, device: &Device) -> bool {
-        self == Self::F32 || device.is_cpu() && has_bf16_products()
+    /// What `device` computes with: this, or f32 where bf16 gains nothing.
+    #[must_use]
+    pub fn on(self, device: &Device) -> Self {
+        if device.is_cpu() && has_bf16_products() { self } else { Self::F32 }
     }
 
     /// The dtype that weights are held in.
