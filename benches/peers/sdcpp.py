@@ -36,26 +36,23 @@ def transformer(path, kind):
     real_size.save_gguf(path, real_size.flux(), pool, gguf.GGMLQuantizationType[kind])
 
 
-def clip(folder):
+def clip(path):
+    """CLIP-L in the names of Hugging Face's files; transformers 5 saves shorter ones."""
+    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                             num_attention_heads=12, max_position_embeddings=77)
-    CLIPTextModel(config).half().save_pretrained(folder)
-    return folder / "model.safetensors"
+    tensors = CLIPTextModel(config).half().state_dict()
+    save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}, path)
+    return path
 
 
 def tae(path):
-    """diffusers' AutoencoderTiny in the names that it takes."""
     from diffusers import AutoencoderTiny
     from safetensors.torch import save_file
 
-    def renamed(name):
-        part, _, number, rest = name.split(".", 3)
-        return f"{part}.layers.{int(number) - (part == 'decoder')}.{rest}"
-
-    tensors = AutoencoderTiny(latent_channels=16).state_dict()
-    save_file({renamed(name): tensor.half().contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.half() for name, tensor in AutoencoderTiny(latent_channels=16).state_dict().items()}, path)
     return path
 
 
@@ -95,7 +92,7 @@ def row(args, folder, kind):
              "--text", TEXT_TOKENS, "--repeat", 1, "--json", "--threads", args.threads])
         return json.loads(printed[:printed.rindex("}") + 1])["rows"][0]["median_ms"]
 
-    parts = [clip(folder / "clip"), tae(folder / "tae.safetensors")]
+    parts = [clip(folder / "clip_l.safetensors"), tae(folder / "tae.safetensors")]
 
     def theirs():
         printed, peaks["stable-diffusion.cpp"] = run(

@@ -145,6 +145,9 @@ fn compared(prompts: &[Prompt], wanted: &[RgbImage], got: &[RgbImage]) -> Result
     Ok(([mean(|pair| pair.psnr), mean(|pair| pair.ssim)], pairs))
 }
 
+/// PSNR in dB by which a student is worse than undistilled before that is said: less may be rounding.
+const HARM: f64 = 0.05;
+
 impl ComparisonReport {
     /// Compares the teacher's images with the student's.
     pub(crate) fn new(
@@ -190,11 +193,12 @@ impl ComparisonReport {
             15.0.. => "draws the same things as its teacher in other ways",
             _ => "draws other pictures than its teacher",
         };
-        let gained =
-            self.undistilled.filter(|_| self.is_pair).map_or(String::new(), |[psnr, _]| match self.psnr >= psnr {
-                true => format!(" Undistilled it has {psnr:.1} dB."),
-                false => format!(" Undistilled it has {psnr:.1} dB, so the distillation did harm."),
-            });
+        let gained = self.undistilled.filter(|_| self.is_pair).map_or(String::new(), |[psnr, _]| {
+            match self.psnr < psnr - HARM {
+                false => format!(" Undistilled it has {psnr:.1} dB."),
+                true => format!(" Undistilled it has {psnr:.1} dB, so the distillation did harm."),
+            }
+        });
         let [width, height] = self.size;
         format!(
             "The student {likeness} ({:.1} dB, SSIM {:.3}).{gained} At {width} x {height} px it is {}.",

@@ -9,11 +9,12 @@ use crate::output_place::prepare_folder;
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{ExtraComponents, Opening, default_options, linear_plan, note_checkpoint, read_options};
 use crate::training::{self, StudentSpec, TrainedStudent};
-use crate::training_samples::{TrainingSamples, sample_settings};
+use crate::training_samples::{TrainingSamples, check_samples_folder, sample_settings};
 use crate::window_gain::WindowGain;
 use crate::{
     ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel, run_record,
 };
+use candle_core::DType;
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
@@ -118,6 +119,13 @@ impl ConvertOptions {
         Ok(resumed)
     }
 
+    /// Refuses settings of the training, and places for its samples, that cannot be used.
+    fn check_training(&self) -> Result<()> {
+        let Some(training) = &self.training else { return Ok(()) };
+        check_training(training)?;
+        check_samples_folder(training, &self.output)
+    }
+
     /// Refuses a linear model as the teacher, and says what has no effect.
     fn check_source(&self, observer: &mut dyn Observer) -> Result<()> {
         self.adapters.without_effect().iter().for_each(|text| note(observer, text));
@@ -176,9 +184,7 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
     let resumed = options.resumed(observer)?;
     let options = resumed.as_ref().unwrap_or(options);
     let observer = &mut NumberedStages::of_conversion(observer, options.training.as_ref());
-    if let Some(training) = &options.training {
-        check_training(training)?;
-    }
+    options.check_training()?;
     options.check_source(observer)?;
     let adapters = options.adapters.open()?;
     let source = OpenSource::open(options, &adapters, observer)?;
@@ -204,12 +210,15 @@ pub fn convert(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<
     Ok(ConvertReport { model, losses: trained.map(|trained| trained.distilled.entries).unwrap_or_default() })
 }
 
-/// Tells `observer` what the conversion would gain and about what it would take. Writes nothing.
+/// Tells `observer` what the conversion would gain and about what it would take. Writes nothing. Returns the options that it
+/// would go by: those that a resumed run was begun with.
 ///
 /// # Errors
 /// As [`convert`], before anything is computed.
-pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<()> {
-    options.training.iter().try_for_each(check_training)?;
+pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer) -> Result<ConvertOptions> {
+    let resumed = options.resumed(observer)?;
+    let options = resumed.as_ref().unwrap_or(options);
+    options.check_training()?;
     options.check_source(observer)?;
     check_target(&options.output, options.overwrite)?;
     let parent = options.output.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -232,7 +241,7 @@ pub fn preview_conversion(options: &ConvertOptions, observer: &mut dyn Observer)
             }
         }
     }
-    Ok(())
+    Ok(options.clone())
 }
 
 /// The source, and where the components of its pipeline are.
@@ -252,8 +261,21 @@ impl OpenSource {
         components.check_weights(transformer.identified().all_components())?;
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
         note_reports(&edited.reports, &[], observer);
+        if options.dtype.is_none() && edited.transformer.is_quantized() {
+            note(
+                observer,
+                "the source is quantised: the transformer is written in bf16; --dtype f32 keeps its exact values",
+            );
+        }
         edited.transformer.check_plan(&options.attention)?;
         Ok(Self { edited, components })
+    }
+
+    /// The dtype to write floating-point tensors in: `given`, or of a quantised source bf16, which it is computed in; `None`
+    /// is the source's.
+    fn written_dtype(&self, given: Option<FloatDtype>) -> Option<DType> {
+        let is_quantized = self.edited.transformer.is_quantized();
+        given.map(Into::into).or(is_quantized.then_some(DType::BF16))
     }
 
     /// What `plan` gains at the size that the model was trained on.
@@ -364,12 +386,12 @@ impl Conversion<'_> {
     }
 
     fn conversion_plan(&self) -> Result<ConversionPlan> {
-        let ConvertOptions { source, attention, dtype, copy_mode, .. } = self.options;
+        let ConvertOptions { source, attention, copy_mode, .. } = self.options;
         let folders = source.is_dir().then(|| source.clone()).into_iter();
         let folders = folders.chain(self.options.components.clone()).collect();
         Ok(ConversionPlan::new(self.source.edited.transformer.identified(), attention.clone())
             .made_from(source.clone())
-            .with_dtype(dtype.map(Into::into))
+            .with_dtype(self.source.written_dtype(self.options.dtype))
             .with_components(folders, *copy_mode)
             .with_component_data(self.source.components.open_embedded()?))
     }

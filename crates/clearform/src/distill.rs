@@ -8,7 +8,7 @@ use crate::sources::{
     ExtraComponents, Opening, linear_plan, open_original_pipeline, open_original_transformer, open_transformer,
 };
 use crate::training::{self, StudentSpec};
-use crate::training_samples::TrainingSamples;
+use crate::training_samples::{TrainingSamples, check_samples_folder};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
 use clearform_convert::{AttentionOverlay, ConversionPlan};
 use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
@@ -61,8 +61,8 @@ impl DistillOptions {
     /// The folder that is written, and whether it may exist.
     fn target(&self) -> (&Path, Overwrite) {
         match self.output.as_deref() {
-            Some(output) if output != self.model => (output, Overwrite::Never),
-            _ => (&self.model, Overwrite::PortableModel),
+            Some(output) => (output, Overwrite::Never),
+            None => (&self.model, Overwrite::PortableModel),
         }
     }
 
@@ -98,6 +98,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let options = resumed.as_ref().unwrap_or(options);
     let observer = &mut NumberedStages::of_conversion(observer, Some(&options.training));
     check_training(&options.training)?;
+    check_samples_folder(&options.training, options.target().0)?;
     let model = PortableModel::open(&options.model)?;
     let plan = model.record().plan()?;
     check_teacher(&options.teacher)?;

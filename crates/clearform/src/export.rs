@@ -55,16 +55,20 @@ impl ExportOptions {
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
     check_is_no_input(&options.output, &[&options.model])?;
-    let _folder = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
+    let output = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);
+    if transformer.is_quantized() {
+        note(observer, "the model is quantised: its tensors are written as the f32 values that they stand for");
+    }
     let layout = layout(transformer.identified(), &options.layout);
     let exported = transformer.identified().to_layout(layout, transformer.source())?.require_complete()?;
     let computed = transformer.architecture().computed_tensors(layout)?;
     let file = AttentionOverlay::new(&exported, &computed);
     let plan = linear_plan(&options.model)?;
-    save(&options.output, &file, &metadata(transformer.config(), plan.as_ref()))?;
+    let metadata = metadata(transformer.config(), plan.as_ref());
+    output.write(|path| save(path, &file, &metadata))?;
     if let Some(plan) = plan {
         note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));
     }

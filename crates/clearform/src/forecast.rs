@@ -3,7 +3,7 @@
 use crate::observer::Observer;
 use crate::recipe::{ModelSize, ResolvedTraining};
 use crate::window_gain::{WindowGain, pairs};
-use crate::{ComputeDevice, Result};
+use crate::{ComputeDevice, Result, TrainingOptions};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_layout::{Identified, attention_parameters, evaluation_teraflop};
@@ -78,7 +78,7 @@ impl Forecast {
         Ok(Self {
             gain: WindowGain::new(identified, plan, grid, pixels, training.model.text_tokens),
             sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
-            training: evaluations(training.trained_samples() * step),
+            training: evaluations(training.trained_samples() * step).map(|time| within(time, &training.options)),
             memory: training_memory(
                 identified,
                 &transformer.source().tensors(),
@@ -105,6 +105,15 @@ impl Forecast {
             );
         }
         notes
+    }
+}
+
+/// The time of a training that would take `time`, if the options limit it.
+fn within(time: Duration, options: &TrainingOptions) -> Duration {
+    match options.time.map(Duration::from_secs_f64) {
+        Some(limit) if options.until_flat => time.min(limit),
+        Some(limit) => limit,
+        None => time,
     }
 }
 

@@ -80,7 +80,7 @@ impl ForwardOptions {
 /// ```
 pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<ForwardReport> {
     check_is_no_input(&options.output, &[&options.model, &options.inputs])?;
-    let _folder = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
+    let file = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
     let device = options.device.open()?;
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;
@@ -106,7 +106,7 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     }
     let shape = sample.dims().to_vec();
     let result = InMemoryTensors::from_iter([("sample".to_owned(), sample)]);
-    clearform_weights::save(&options.output, &result, &BTreeMap::new())?;
+    file.write(|path| clearform_weights::save(path, &result, &BTreeMap::new()))?;
     Ok(ForwardReport { output: options.output.clone(), attention: plan.to_string(), shape, adapters: reports })
 }
 

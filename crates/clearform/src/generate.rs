@@ -1,14 +1,15 @@
 //! [`generate`]: images from a prompt or a class.
 
-use crate::adapters::{AdapterOptions, load_control_images, note_reports};
+use crate::adapters::{AdapterOptions, LoraApplyMode, load_control_images, note_reports};
 use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
+use crate::output_place::TemporaryFile;
 use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::sources::{ExtraComponents, Opening, default_options, read_options};
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
-use clearform_models::vae::{VaePrecision, VaeTiling};
+use clearform_models::vae::{TilingMode, VaePrecision, VaeTiling};
 use clearform_models::{ImageSize, Prompt, StepIndex};
 use clearform_plugin_host::{AdapterReport, is_within};
 use clearform_portable_model::recorded_plan;
@@ -18,6 +19,7 @@ use clearform_runtime::{
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -195,18 +197,37 @@ impl GenerateOptions {
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
         notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
         notes.extend(self.adapters.without_effect());
-        if self.vae_tiling.tile_size.is_some() && !pipeline.decodes_in_tiles(size) {
+        let of_vae = [
+            (self.vae_tiling.mode != TilingMode::default(), "--vae-tiling"),
+            (self.vae_tiling.tile_size.is_some(), "--vae-tile-size"),
+            (self.vae_precision != VaePrecision::default(), "--vae-precision"),
+        ];
+        if !pipeline.has_vae() {
+            let given = of_vae.into_iter().filter(|(is_given, _)| *is_given);
+            notes.extend(given.map(|(_, flag)| format!("{flag} has no effect: the model has no VAE")));
+        } else if self.vae_tiling.tile_size.is_some() && !pipeline.decodes_in_tiles(size) {
             notes.push(
                 "--vae-tile-size has no effect: the image is decoded whole; --vae-tiling on decodes it in tiles".into(),
             );
         }
-        if self.vae_precision != self.vae_precision.on(pipeline.device()) {
+        if pipeline.has_vae() && self.vae_precision != self.vae_precision.on(pipeline.device()) {
             notes.push("--vae-precision bf16 has no effect on this device: the VAE is computed in f32".to_owned());
         }
         notes.extend(pipeline.controlnets().iter().filter_map(|active| idle(active, request.steps)));
         let prompts = texts(std::slice::from_ref(&self.prompt)).into_iter().chain(self.negative_prompt.as_deref());
         notes.extend(prompts.flat_map(|prompt| foreign_syntax_notes(&[prompt])));
         Ok(notes)
+    }
+
+    /// Settings that may change the last bits of pixels and are not the defaults, as command-line options.
+    pub fn computation(&self) -> String {
+        let fused = self.adapters.apply_mode == LoraApplyMode::Immediately && !self.adapters.to_string().is_empty();
+        let settings = [
+            self.dtype.map(|dtype| format!("--dtype {dtype}")),
+            (self.vae_precision != VaePrecision::default()).then(|| format!("--vae-precision {}", self.vae_precision)),
+            fused.then(|| "--lora-apply-mode immediately".to_owned()),
+        ];
+        settings.into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
     /// A student draws well with the attention that it was distilled for.
@@ -276,6 +297,25 @@ impl GeneratedImages {
             image_file::save(path, image, parameters)?;
         }
         Ok(())
+    }
+
+    /// As [`Self::save`], but replaces nothing: where a file has appeared, `rename` gives another name. Returns the names.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_new(&self, paths: &[PathBuf], mut rename: impl FnMut() -> Result<PathBuf>) -> Result<Vec<PathBuf>> {
+        let mut names = paths.to_vec();
+        for (name, (image, parameters)) in names.iter_mut().zip(self.images.iter().zip(&self.parameters)) {
+            let temporary = TemporaryFile::beside(name);
+            temporary.write(|path| image_file::save(path, image, parameters))?;
+            while let Err(error) = temporary.rename_new(name) {
+                if error.kind() != ErrorKind::AlreadyExists {
+                    return Err(error.into());
+                }
+                *name = rename()?;
+            }
+        }
+        Ok(names)
     }
 }
 
@@ -389,6 +429,7 @@ fn parameters(
         model: file_name(&options.model),
         attention: pipeline.plan().to_string(),
         adapters: options.adapters.to_string(),
+        computation: options.computation(),
         number: index + 1,
         batch: request.batch,
     }

@@ -14,6 +14,7 @@ use clearform_runtime::image_metrics::{psnr_of_all, ssim};
 use clearform_sampling::StepProgress;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// Image tokens of all images that are generated for a verdict: 16 of 256 tokens, as mini-flux has, or 4 of 4096.
@@ -48,7 +49,7 @@ impl<'a> Judge<'a> {
         folder: &Path,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
-        let held_out = HeldOut::new(models, &samples.set)?;
+        let held_out = HeldOut::new(models, &samples.set, &mut |done, total| compared(done, total, observer))?;
         let mut judge = Self { samples, held_out, teacher: Vec::new(), before: Vec::new() };
         let indices: Vec<usize> = (0..judge.image_count()?).collect();
         let wanted = samples.set.read(&indices, &Device::Cpu)?.latents;
@@ -99,7 +100,7 @@ impl<'a> Judge<'a> {
     /// As [`Self::new`].
     pub fn verdict(self, models: &TeacherStudent, observer: &mut dyn Observer) -> Result<Verdict> {
         let before = self.held_out.before();
-        let after = self.held_out.errors(models)?;
+        let after = self.held_out.errors(models, &mut |done, total| compared(done, total, observer))?;
         let level = |(index, noise): (usize, f64)| LevelErrors {
             noise,
             power: after.power[index],
@@ -155,6 +156,11 @@ impl<'a> Judge<'a> {
         }
         Ok(images)
     }
+}
+
+/// Tells the observer how many evaluations are compared.
+fn compared(done: usize, total: usize, observer: &mut dyn Observer) -> ControlFlow<()> {
+    observer.progress(&Progress::new(Stage::Comparing, done, total))
 }
 
 /// A student falls short if more than this share of the error is left (with 7% digits are read as their teacher's are,

@@ -116,7 +116,8 @@ pub use inspect::inspect;
 pub use observer::{Observer, Progress, Stage, StageNumber};
 pub use options::{ComputeDevice, FloatDtype, SourceOptions, TrainingOptions};
 pub use output_place::{
-    Existing, OutputFolder, check_is_no_input, prepare_file, prepare_folder, prepare_image, prepare_tensor_file,
+    Existing, OutputFile, OutputFolder, check_is_no_input, prepare_file, prepare_folder, prepare_image,
+    prepare_tensor_file,
 };
 pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
 pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};

@@ -165,6 +165,12 @@ fn open_gpu(index: usize) -> Result<Device> {
     )))
 }
 
+impl fmt::Display for FloatDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(DType::from(*self).as_str())
+    }
+}
+
 impl FromStr for ComputeDevice {
     type Err = String;
 

@@ -2,8 +2,12 @@
 
 use crate::error::WithContext as _;
 use crate::{ClearformError, Result};
+use clearform_convert::ConvertError;
 use clearform_portable_model::surrounding_model;
+use clearform_runtime::RuntimeError;
 use clearform_runtime::image_file::ImageFormat;
+use clearform_weights::WeightsError;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// What other programs call their output.
@@ -24,6 +28,118 @@ impl Existing {
     pub fn replaced_if(overwrite: bool) -> Self {
         if overwrite { Self::Replace } else { Self::Keep }
     }
+}
+
+/// The name under which a file is written until it is whole. What is there when this is dropped is removed.
+#[derive(Debug)]
+pub(crate) struct TemporaryFile {
+    path: PathBuf,
+    /// The name that it gets.
+    target: PathBuf,
+}
+
+impl TemporaryFile {
+    /// One beside `path`, of the same extension.
+    pub fn beside(path: &Path) -> Self {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let path_until_then = path.with_file_name(format!(".clearform-{}-{name}", std::process::id()));
+        Self { path: path_until_then, target: path.to_owned() }
+    }
+
+    /// Lets `write` write to it. An error names the file by the name that it would have got.
+    ///
+    /// # Errors
+    /// `write` fails.
+    pub fn write<T, E>(&self, write: impl FnOnce(&Path) -> std::result::Result<T, E>) -> Result<T>
+    where
+        ClearformError: From<E>,
+    {
+        write(&self.path).map_err(|error| {
+            let mut error = ClearformError::from(error);
+            if let Some(path) = path_of(&mut error).filter(|path| **path == self.path) {
+                path.clone_from(&self.target);
+            }
+            error
+        })
+    }
+
+    /// Gives the file the name `to`, where nothing must be.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] if something is.
+    pub fn rename_new(&self, to: &Path) -> std::io::Result<()> {
+        match std::fs::hard_link(&self.path, to) {
+            // File systems without hard links.
+            Err(error) if error.kind() != ErrorKind::AlreadyExists && to.symlink_metadata().is_err() => {
+                std::fs::rename(&self.path, to)
+            }
+            Err(_) => Err(ErrorKind::AlreadyExists.into()),
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A file that appears once it is whole, in place of another only if that is allowed.
+#[derive(Debug)]
+pub struct OutputFile {
+    path: PathBuf,
+    temporary: TemporaryFile,
+    existing: Existing,
+    _folder: OutputFolder,
+}
+
+impl OutputFile {
+    /// Lets `write` write the file, and gives it its name.
+    ///
+    /// # Errors
+    /// `write` fails, or a file of the name has appeared that may not be replaced.
+    pub fn write<T, E>(self, write: impl FnOnce(&Path) -> std::result::Result<T, E>) -> Result<T>
+    where
+        ClearformError: From<E>,
+    {
+        let written = self.temporary.write(write)?;
+        let published = match self.existing {
+            Existing::Replace => std::fs::rename(&self.temporary.path, &self.path),
+            Existing::Keep => self.temporary.rename_new(&self.path),
+        };
+        match published {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(already_exists(&self.path)),
+            other => other.context(self.path.display()).map(|()| written),
+        }
+    }
+}
+
+/// The path in an error of writing.
+fn path_of(error: &mut ClearformError) -> Option<&mut PathBuf> {
+    let weights = match error {
+        ClearformError::Weights(error) => error,
+        ClearformError::Convert(error) => match error.as_mut() {
+            ConvertError::Weights(error) => error,
+            _ => return None,
+        },
+        ClearformError::Runtime(error) => match error.as_mut() {
+            RuntimeError::Weights(error) => error,
+            _ => return None,
+        },
+        _ => return None,
+    };
+    match weights {
+        WeightsError::Io { path, .. } => Some(path),
+        _ => None,
+    }
+}
+
+fn already_exists(path: &Path) -> ClearformError {
+    ClearformError::bad_option(format!(
+        "{}: already exists; pass --overwrite to replace it or choose another name",
+        path.display()
+    ))
 }
 
 /// The folder of an output. When this is dropped, what was made of the folder is removed again if nothing was written to
@@ -61,13 +177,10 @@ fn check_is_file(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`prepare_file`], or the name ends otherwise than in .safetensors, or the file exists.
-pub fn prepare_tensor_file(path: &Path, existing: Existing) -> Result<OutputFolder> {
+pub fn prepare_tensor_file(path: &Path, existing: Existing) -> Result<OutputFile> {
     check_is_file(path)?;
     if existing == Existing::Keep && std::fs::symlink_metadata(path).is_ok() {
-        return Err(ClearformError::bad_option(format!(
-            "{}: already exists; pass --overwrite to replace it or choose another name",
-            path.display()
-        )));
+        return Err(already_exists(path));
     }
     if path.extension().is_none_or(|extension| extension != "safetensors") {
         return Err(ClearformError::bad_option(format!(
@@ -75,7 +188,8 @@ pub fn prepare_tensor_file(path: &Path, existing: Existing) -> Result<OutputFold
             path.display()
         )));
     }
-    prepare_file(path)
+    let _folder = prepare_file(path)?;
+    Ok(OutputFile { path: path.to_owned(), temporary: TemporaryFile::beside(path), existing, _folder })
 }
 
 /// Refuses to write to what is read: an output that is one of `inputs`, files or folders, or in one of them.

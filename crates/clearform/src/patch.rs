@@ -52,12 +52,14 @@ pub fn extract_patch(
     observer: &mut dyn Observer,
 ) -> Result<ExtractedPatch> {
     check_is_no_input(path, &[model, base])?;
-    let _folder = prepare_tensor_file(path, existing)?;
+    let file = prepare_tensor_file(path, existing)?;
     let record = PortableModel::open(model)?.record().clone();
     let student = open_transformer(model)?;
     let teacher = open_original_transformer(base, model)?;
     check_base([model, base], [&student, &teacher], &record, observer)?;
-    let tensors = AttentionPatch::extract(&student.source(), &teacher.source(), &record.family, &record.plan()?, path)?;
+    let (student, teacher) = (student.source(), teacher.source());
+    let plan = record.plan()?;
+    let tensors = file.write(|path| AttentionPatch::extract(&student, &teacher, &record.family, &plan, path))?;
     Ok(ExtractedPatch { patch: path.to_owned(), tensors })
 }
 

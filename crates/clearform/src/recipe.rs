@@ -180,6 +180,7 @@ impl ResolvedTraining {
     pub fn note_unused(&self, folder: &Path, observer: &mut dyn Observer) {
         let TrainingOptions { sample_count, sample_steps, sample_size, .. } = self.options;
         let given = [
+            (self.options.prompts.is_some(), "--prompts"),
             (sample_count.is_some(), "--sample-count"),
             (sample_steps.is_some(), "--sample-steps"),
             (sample_size.is_some(), "--sample-size"),

@@ -3,6 +3,7 @@
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
 use crate::{ClearformError, Result};
+use clearform_portable_model::StagingDir;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -49,12 +50,10 @@ pub fn keep(command: &str, options: &impl Serialize, work: &Path) -> Result<Kept
 
 impl Drop for KeptOptions {
     fn drop(&mut self) {
-        /// The folder of the model's files, which are not resumed.
-        const STAGE: &str = "stage";
-        let mut entries = std::fs::read_dir(&self.work).into_iter().flatten().flatten();
-        if entries.all(|entry| entry.file_name() == FILE || entry.file_name() == STAGE) {
+        let mut names = std::fs::read_dir(&self.work).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        if names.all(|name| name == FILE || StagingDir::is_scaffold(&name)) {
             let _ = std::fs::remove_file(self.work.join(FILE));
-            let _ = std::fs::remove_dir(&self.work);
+            StagingDir::remove_empty(&self.work);
         }
     }
 }

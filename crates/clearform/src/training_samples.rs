@@ -11,6 +11,7 @@ use clearform_distill::{
     ClassifierFree, SampleSet, SampleSettings, SampleTeacher, SamplesDone, SamplingSpec, weights_fingerprint,
 };
 use clearform_models::{BatchSpec, GuidanceKind, ImageSize, Prompt};
+use clearform_portable_model::{StagingDir, surrounding_model};
 use clearform_runtime::{Pipeline, default_dtype};
 use std::path::Path;
 
@@ -44,6 +45,31 @@ pub struct HeldOutSamples {
     pub sampling_spec: SamplingSpec,
     /// The teacher's pipeline.
     pub pipeline: Pipeline,
+}
+
+/// Refuses a folder of samples that would be taken away with the work on `output`, or that holds something else.
+///
+/// # Errors
+/// It lies in `output` or its work folder or in a portable model, or has other files.
+pub fn check_samples_folder(training: &TrainingOptions, output: &Path) -> Result<()> {
+    let Some(folder) = &training.samples else { return Ok(()) };
+    let refused = |reason: String| {
+        Err(ClearformError::bad_option(format!("--samples {}: {reason}; choose another folder", folder.display())))
+    };
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for taken in [output.to_owned(), StagingDir::work_of(output)] {
+        if absolute(folder).starts_with(absolute(&taken)) {
+            return refused(format!("is in {}, whose files do not stay", taken.display()));
+        }
+    }
+    if let Some(model) = surrounding_model(&folder.join("samples")) {
+        return refused(format!("is in the portable model {}, whose files are recorded", model.display()));
+    }
+    let is_empty = std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
+    if !is_empty && !SampleSet::is_in(folder) {
+        return refused("holds other files".to_owned());
+    }
+    Ok(())
 }
 
 impl TrainingSamples {

@@ -32,7 +32,7 @@ pub use device::{DeviceArgs, DtypeArg};
 pub use files::{ExportArgs, InspectArgs, VerifyArgs};
 pub use generate::{ForwardArgs, GenerateArgs};
 pub use memory::MemoryArgs;
-pub use numbers::{SeedArg, ThreadCount, finite, not_negative};
+pub use numbers::{SeedArg, ThreadCount, at_least_one, finite, not_negative};
 pub use patch::{PatchAction, PatchApplyArgs, PatchArgs, PatchExtractArgs, PatchModeArg};
 pub use vae::VaeArgs;
 

@@ -51,29 +51,28 @@ impl From<PrecisionArg> for Precision {
 impl TrainingArgs {
     /// The options, with those of memory, which stand elsewhere.
     pub fn options(&self, memory: &MemoryArgs) -> TrainingOptions {
-        let args = self;
         TrainingOptions {
-            prompts: args.prompts.clone(),
-            samples: args.samples.clone(),
-            sample_count: args.sample_count,
-            held_out: args.held_out,
-            sample_steps: args.sample_steps,
-            sample_size: args.sample_size,
-            steps: args.steps.and_then(Steps::count),
-            until_flat: args.steps == Some(Steps::Auto),
-            time: args.time.map(|Duration(seconds)| seconds),
-            batch: args.batch,
-            accumulate: args.accumulate,
-            learning_rate: args.lr,
-            losses: args.losses.map(|LossWeights(weights)| weights),
-            attention_every: args.attention_every,
-            precision: args.precision.map(Into::into),
-            keep_activations: args.keep_activations,
-            checkpoint_every: args.checkpoint_every,
-            images_every: args.images_every,
+            prompts: self.prompts.clone(),
+            samples: self.samples.clone(),
+            sample_count: self.sample_count,
+            held_out: self.held_out,
+            sample_steps: self.sample_steps,
+            sample_size: self.sample_size,
+            steps: self.steps.and_then(Steps::count),
+            until_flat: self.steps == Some(Steps::Auto),
+            time: self.time.map(|Duration(seconds)| seconds),
+            batch: self.batch,
+            accumulate: self.accumulate,
+            learning_rate: self.lr,
+            losses: self.losses.map(|LossWeights(weights)| weights),
+            attention_every: self.attention_every,
+            precision: self.precision.map(Into::into),
+            keep_activations: self.keep_activations,
+            checkpoint_every: self.checkpoint_every,
+            images_every: self.images_every,
             memory: memory.into(),
-            seed: args.seed,
-            resume: args.resume,
+            seed: self.seed,
+            resume: self.resume,
         }
     }
 }
@@ -81,15 +80,14 @@ impl TrainingArgs {
 impl SamplingArgs {
     /// The options, with those of memory, which stand elsewhere.
     pub fn options(&self, memory: &MemoryArgs) -> EvaluationOptions {
-        let args = self;
         EvaluationOptions {
-            prompts: args.prompts.clone(),
-            components: args.components.clone(),
-            component_files: (&args.component_files).into(),
-            control_images: args.control_image.clone(),
-            size: args.size,
-            steps: args.steps,
-            seed: args.seed.number,
+            prompts: self.prompts.clone(),
+            components: self.components.clone(),
+            component_files: (&self.component_files).into(),
+            control_images: self.control_image.clone(),
+            size: self.size,
+            steps: self.steps,
+            seed: self.seed.number,
             memory: memory.into(),
         }
     }

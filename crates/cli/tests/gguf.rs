@@ -169,7 +169,7 @@ fn gguf_files_run_and_convert_as_the_tensors_they_stand_for() {
         // In f32 the sums of a weight that stays quantised are those of its parts.
         assert_close("full", &full, &forward(&plain, &config), if format == Format::Q8 { 1e-6 } else { 0.0 });
         assert_close("full, by diffusers", &full, &expected("full"), rounding);
-        let convert = ["convert", text(&file), "-o", text(&model), "--radius", "3", "--no-distill"];
+        let convert = ["convert", text(&file), "-o", text(&model), "--radius", "3", "--no-distill", "--dtype", "f32"];
         let message = stderr_of(0, &[&convert[..], &config].concat());
         assert!(note.is_none_or(|note| message.contains(note)), "{format:?}: {message}");
         let linear = forward(&plain, &[&["--attention", "clear:r=3"], &config[..]].concat());

@@ -567,3 +567,68 @@ fn a_closed_stderr_ends_no_work() {
     drop(child.stderr.take());
     assert!(child.wait().unwrap().success() && image.exists());
 }
+
+/// A conversion that would be resumed is shown with the options it was begun with, and a time limits the forecast.
+#[test]
+fn a_dry_run_shows_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, dit) = (folder.path().join("model"), repository("assets/mini-dit/model"));
+    let convert = ["convert", text(&dit), "-o", text(&model), "--dry-run"];
+    let said = stderr_of(0, &[&convert[..], &["--radius", "4", "--time", "90s"]].concat());
+    assert!(said.contains("90 s for training"), "{said}");
+    let work = folder.path().join("model.work");
+    std::fs::create_dir(&work).unwrap();
+    let begun = json(0, &[&convert[..], &["--radius", "4"]].concat());
+    assert_eq!(begun["family"], "minrf");
+    let record = r#"{"command": "convert", "source": "", "output": "", "attention": "clear:r=5"}"#;
+    std::fs::write(work.join("options.json"), record).unwrap();
+    let said = stderr_of(0, &[&convert[..], &["--resume"]].concat());
+    assert!(said.contains("with attention clear:r=5"), "{said}");
+    let said = stderr_of(1, &[&convert[..], &["--resume", "--radius", "9"]].concat());
+    assert!(said.contains("begun with attention \"clear:r=5\""), "{said}");
+}
+
+/// What pixels depend on in their last bits is recorded, and told where it differs.
+#[test]
+fn the_computation_of_an_image_is_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(generated(folder.path(), &[]).1.computation, "");
+    let (_, recorded) = generated(folder.path(), &["--dtype", "f32", "--vae-precision", "bf16"]);
+    assert_eq!(recorded.computation, "--dtype f32 --vae-precision bf16");
+    let image = folder.path().join("out.png");
+    let (again, base) = (folder.path().join("again.png"), repository(BASE));
+    let generate = ["generate", text(&base), "--from-metadata", text(&image), "-o", text(&again)];
+    let said = stderr_of(0, &generate);
+    assert!(
+        said.contains("was computed with --dtype f32 --vae-precision bf16, and this one is with the defaults"),
+        "{said}"
+    );
+}
+
+/// Tiles never take more than the whole image, and a model without a VAE has none.
+#[test]
+fn tiling_is_planned_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    generated(folder.path(), &["--vae-tiling", "on", "--max-memory", "300M"]);
+    let (dit, image) = (repository("assets/mini-dit/model"), folder.path().join("digit.png"));
+    let generate = ["generate", text(&dit), "--class", "3", "--steps", "1", "-o", text(&image)];
+    let said = stderr_of(0, &[&generate[..], &["--vae-tiling", "on", "--vae-precision", "bf16"]].concat());
+    assert!(said.contains("--vae-tiling has no effect: the model has no VAE"), "{said}");
+    assert!(said.contains("--vae-precision has no effect: the model has no VAE"), "{said}");
+}
+
+/// A variant of a user's manifest is a hint where the manifest is given, and none elsewhere.
+#[test]
+fn a_model_of_a_variant_of_ones_own_opens_without_its_manifest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (manifest, model) = (folder.path().join("my.toml"), folder.path().join("model"));
+    let variant = "[[variant]]\nname = \"mine\"\nwhere = { in_channels = 16, guidance_embeds = false }\n";
+    std::fs::write(&manifest, format!("edition = 1\nfamily = \"flux\"\n\n{variant}")).unwrap();
+    let base = repository(BASE);
+    let convert = ["convert", text(&base), "-o", text(&model), "--radius", "4", "--no-distill"];
+    run(0, &[&convert[..], &["--manifest", text(&manifest)]].concat());
+    let record = std::fs::read_to_string(model.join("clearform.toml")).unwrap();
+    assert!(record.contains("variant = \"mine\""), "{record}");
+    let image = folder.path().join("out.png");
+    run(0, &[&["generate", text(&model), "cat face", "-o", text(&image)], &QUICK[..]].concat());
+}

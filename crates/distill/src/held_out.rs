@@ -1,11 +1,12 @@
 //! [`HeldOut`]: samples that training does not see, on which a student is judged.
 
-use crate::parallel::map_each;
+use crate::parallel::{map_each, map_watched};
 use crate::{Batch, Precision, Result, SampleSet, Samples, TeacherStudent};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::{Denoiser, DenoiserInput, without_variance};
 use clearform_sampling::TorchGenerator;
 use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
 
 /// Noise levels at which predictions are compared: the centres of five equal intervals of [0, 1].
 pub const HELD_OUT_LEVELS: [f64; 5] = [0.1, 0.3, 0.5, 0.7, 0.9];
@@ -52,11 +53,16 @@ impl PredictionErrors {
 }
 
 impl HeldOut {
-    /// Takes the samples of `set`, and compares the student of `models` as it is now with the teacher.
+    /// Takes the samples of `set`, and compares the student of `models` as it is now with the teacher. `watch` is called
+    /// with the evaluations that are done and all of them, and may cancel.
     ///
     /// # Errors
-    /// A sample cannot be read, or a model rejects an input.
-    pub fn new(models: &TeacherStudent, set: &SampleSet) -> Result<Self> {
+    /// A sample cannot be read, or a model rejects an input; [`Cancelled`](clearform_sampling::SamplingError::Cancelled).
+    pub fn new(
+        models: &TeacherStudent,
+        set: &SampleSet,
+        watch: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<Self> {
         let count = set.settings().count;
         let all: Vec<usize> = (0..count).collect();
         let Samples { latents, conditions } = set.read(&all, &models.device())?;
@@ -77,9 +83,10 @@ impl HeldOut {
             let is_quick = sample % HELD_OUT_LEVELS.len() == level;
             Ok(HeldOutEntry { level, is_quick, input, target })
         };
-        let entries = map_each(inputs, models.is_small(), entry)?;
+        let count = inputs.len();
+        let entries = map_watched(inputs, models.is_small(), &mut |done| watch(done, 2 * count), entry)?;
         let mut held_out = Self { entries, before: PredictionErrors::default(), quick_before: 0.0 };
-        held_out.before = held_out.errors(models)?;
+        held_out.before = held_out.errors(models, &mut |done, _| watch(count + done, 2 * count))?;
         held_out.quick_before = held_out.quick_error(models)?;
         Ok(held_out)
     }
@@ -89,14 +96,21 @@ impl HeldOut {
         &self.before
     }
 
-    /// The errors of the student of `models` as it is now.
+    /// The errors of the student of `models` as it is now. `watch` is as in [`Self::new`].
     ///
     /// # Errors
-    /// The student rejects an input.
-    pub fn errors(&self, models: &TeacherStudent) -> Result<PredictionErrors> {
-        let found = map_each(self.entries.iter().collect(), models.is_small(), |entry: &HeldOutEntry| {
+    /// The student rejects an input; [`Cancelled`](clearform_sampling::SamplingError::Cancelled).
+    pub fn errors(
+        &self,
+        models: &TeacherStudent,
+        watch: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<PredictionErrors> {
+        let error = |entry: &HeldOutEntry| {
             Ok((entry.level, entry.squared_error(models.student())?, mean_square(&entry.target)?))
-        })?;
+        };
+        let entries: Vec<&HeldOutEntry> = self.entries.iter().collect();
+        let total = entries.len();
+        let found = map_watched(entries, models.is_small(), &mut |done| watch(done, total), error)?;
         let mut sums = PredictionErrors::default();
         let samples = (found.len() / HELD_OUT_LEVELS.len()).max(1) as f64;
         for (level, error, power) in found {

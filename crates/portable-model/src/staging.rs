@@ -6,12 +6,15 @@ use crate::{FileRecord, ModelRecord, PortableModelError, Result};
 use clearform_weights::{Digest, RawTensor, TensorInfo, TensorSource, WeightsError, digest};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
 
 /// Name of the folder of the model's files within the work folder.
 const STAGE: &str = "stage";
+/// Name of the file there that is locked while a process works on the model.
+const LOCK: &str = "lock";
 
 /// How files are taken from other folders.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +33,9 @@ pub enum CopyMode {
 pub struct StagingDir {
     target: PathBuf,
     work: PathBuf,
+    overwrite: Overwrite,
+    /// Held as long as the work goes on, so that no other process resumes it.
+    _lock: fs::File,
     /// Of files that were hashed while they were written.
     digests: BTreeMap<String, Digest>,
 }
@@ -55,7 +61,7 @@ impl StagingDir {
                 "contains the work of an earlier run; pass --resume to continue it, or delete it to start over",
             ));
         }
-        Self::in_folder(target, work)
+        Self::in_folder(target, work, overwrite)
     }
 
     /// Continues earlier work on `target`, or starts if there is none.
@@ -63,20 +69,33 @@ impl StagingDir {
     /// # Errors
     /// [`PortableModelError::AlreadyExists`] if `target` exists and `overwrite` does not allow to replace it.
     pub fn resume(target: &Path, overwrite: Overwrite) -> Result<Self> {
-        let work = work_folder(target, overwrite)?;
-        // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
-        let left = work.join(STAGE);
-        if left.exists() {
-            fs::remove_dir_all(&left).map_err(at(&left))?;
-        }
-        Self::in_folder(target, work)
+        Self::in_folder(target, work_folder(target, overwrite)?, overwrite)
     }
 
-    /// The value exists before the folder does, so that dropping it deletes only what this run has created.
-    fn in_folder(target: &Path, work: PathBuf) -> Result<Self> {
-        let stage = Self { target: target.to_owned(), work, digests: BTreeMap::new() };
-        fs::create_dir_all(stage.folder()).map_err(at(&stage.work))?;
+    fn in_folder(target: &Path, work: PathBuf, overwrite: Overwrite) -> Result<Self> {
+        fs::create_dir_all(&work).map_err(at(&work))?;
+        let _lock = lock(&work).inspect_err(|_| drop(fs::remove_dir(&work)))?;
+        let stage = Self { target: target.to_owned(), work, overwrite, _lock, digests: BTreeMap::new() };
+        let folder = stage.folder();
+        // A killed run leaves half-written files there, and every file of the stage becomes part of the model.
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(at(&folder))?;
+        }
+        fs::create_dir(&folder).map_err(at(&folder))?;
         Ok(stage)
+    }
+
+    /// Removes the work folder `work` if there is nothing in it to go on with.
+    pub fn remove_empty(work: &Path) {
+        let is_lock = |entry: fs::DirEntry| entry.file_name() == LOCK;
+        if fs::read_dir(work).is_ok_and(|mut left| left.all(|entry| entry.is_ok_and(is_lock))) {
+            let _ = fs::remove_dir_all(work);
+        }
+    }
+
+    /// Whether `name` is that of a file or folder in a work folder that says nothing of the work done.
+    pub fn is_scaffold(name: &OsStr) -> bool {
+        name == STAGE || name == LOCK
     }
 
     /// The folder of the model's files.
@@ -175,6 +194,8 @@ impl StagingDir {
         record.file = paths_of(&folder)?.into_iter().map(|path| self.record_file(path)).collect::<Result<_>>()?;
         record.write(&folder)?;
         sync_folders(&folder)?;
+        // Something may have appeared there while the model was made.
+        check_target(&self.target, self.overwrite)?;
         let old = self.work.join("replaced");
         if self.target.exists() {
             if old.exists() {
@@ -199,7 +220,7 @@ impl Drop for StagingDir {
     fn drop(&mut self) {
         // `drop` cannot return an error; the next run reports what remains.
         let _ = fs::remove_dir_all(self.folder());
-        let _ = fs::remove_dir(&self.work);
+        Self::remove_empty(&self.work);
     }
 }
 
@@ -212,6 +233,18 @@ pub enum Overwrite {
     Never,
     /// A portable model is replaced once the new one is complete. Anything else is never replaced.
     PortableModel,
+}
+
+/// Locks the folder `work` for this process. Where a file system has no locks, nothing is locked.
+fn lock(work: &Path) -> Result<fs::File> {
+    let path = work.join(LOCK);
+    let file = fs::File::create(&path).map_err(at(&path))?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(already_exists(work, "another process works on it: wait for it, or choose another name"))
+        }
+        _ => Ok(file),
+    }
 }
 
 /// The work folder of `target`, if the target may be written.
@@ -406,8 +439,11 @@ mod tests {
         let work = stage.work().to_owned();
         fs::write(work.join("losses.jsonl"), "{}").unwrap();
         stage.write("transformer/half.json", b"{").unwrap();
-        // A killed run does not drop.
-        std::mem::forget(stage);
+        // A killed run leaves all of it.
+        let aside = folder.path().join("aside");
+        fs::rename(&work, &aside).unwrap();
+        drop(stage);
+        fs::rename(&aside, &work).unwrap();
         let stage = StagingDir::resume(&target, Overwrite::Never).unwrap();
         assert!(!stage.folder().join("transformer").exists());
         assert!(work.join("losses.jsonl").exists());
@@ -425,5 +461,18 @@ mod tests {
             error.contains("18446744073709551615 bytes are needed") && error.contains("free some space"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn work_under_way_is_locked_and_what_appears_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
+        let second = StagingDir::resume(&target, Overwrite::Never).unwrap_err().to_string();
+        assert!(second.contains("another process works on it"), "{second}");
+        fs::create_dir(&target).unwrap();
+        let appeared = stage.finish(record()).unwrap_err().to_string();
+        assert!(appeared.contains("already exists"), "{appeared}");
+        assert!(target.exists() && !folder.path().join("model.work").exists());
     }
 }

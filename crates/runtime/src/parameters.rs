@@ -29,6 +29,9 @@ pub struct GenerationParameters {
     pub attention: String,
     /// Adapters, as command-line options; empty if there were none.
     pub adapters: String,
+    /// Settings of the computation that may change the last bits of pixels and are not the defaults, as command-line
+    /// options; empty if there were none.
+    pub computation: String,
     /// Position in the batch, from 1.
     pub number: usize,
     /// Number of images in the batch.
@@ -52,6 +55,7 @@ impl GenerationParameters {
             ("model", self.model.clone()),
             ("attention", self.attention.clone()),
             ("adapters", self.adapters.clone()),
+            ("computation", self.computation.clone()),
             ("picture", self.place()),
         ];
         let scales = [number("guidance", self.guidance), number("true_cfg_scale", self.true_cfg_scale)];
@@ -76,6 +80,7 @@ impl GenerationParameters {
             model: text("model")?.to_owned(),
             attention: text("attention")?.to_owned(),
             adapters: text("adapters").unwrap_or_default().to_owned(),
+            computation: text("computation").unwrap_or_default().to_owned(),
             number: place,
             batch,
         })
@@ -109,6 +114,7 @@ impl GenerationParameters {
             named("Model", &self.model),
             named("Attention", &self.attention),
             named("Adapters", &self.adapters),
+            named("Computation", &self.computation),
             Some(("Picture", self.place())),
             Some(("Version", software())),
         ];
@@ -141,6 +147,7 @@ impl GenerationParameters {
             model: setting("Model").unwrap_or_default().to_owned(),
             attention: setting("Attention").unwrap_or_default().to_owned(),
             adapters: setting("Adapters").unwrap_or_default().to_owned(),
+            computation: setting("Computation").unwrap_or_default().to_owned(),
             number: place,
             batch,
         })
@@ -205,6 +212,7 @@ pub(crate) mod tests {
             model: "mini-flux".to_owned(),
             attention: "clear:r=4".to_owned(),
             adapters: "--lora style:0.8".to_owned(),
+            computation: "--dtype f16".to_owned(),
             number: 2,
             batch: 4,
         }

@@ -58,10 +58,9 @@ impl Pipeline {
 
     fn planned_vae(&self, size: ImageSize) -> Result<Option<PlannedComponent>> {
         let Some(vae) = self.latent_spec.vae() else { return Ok(None) };
-        let activations = match self.options.vae_tiling.tile(vae, size) {
-            Some(_) => TILE_BYTES,
-            None => vae.largest_activation(size) as u64 * VAE_ACTIVATIONS * DType::F32.size_in_bytes() as u64,
-        };
+        let whole = vae.largest_activation(size) as u64 * VAE_ACTIVATIONS * DType::F32.size_in_bytes() as u64;
+        let is_tiled = self.options.vae_tiling.tile(vae, size).is_some();
+        let activations = if is_tiled { whole.min(TILE_BYTES) } else { whole };
         Ok(Some(PlannedComponent {
             name: VAE.to_owned(),
             weights: WeightBytes::of(self.components.weights(VAE)?.as_ref(), Some(DType::F32)),

@@ -215,6 +215,11 @@ impl Pipeline {
         }
     }
 
+    /// Whether the model has a VAE; it generates pixels otherwise.
+    pub fn has_vae(&self) -> bool {
+        self.latent_spec.vae().is_some()
+    }
+
     /// Whether an image of `size` is decoded in tiles.
     pub fn decodes_in_tiles(&self, size: ImageSize) -> bool {
         self.vae_tile(size).is_some()

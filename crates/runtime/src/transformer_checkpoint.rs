@@ -12,7 +12,7 @@ use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, Sep
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
 use clearform_weights::{
-    Checkpoint, ConvertedSource, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, is_quantized,
+    Checkpoint, ConvertedSource, Dtype, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, is_quantized,
 };
 use serde_json::Value;
 use std::path::Path;
@@ -64,8 +64,10 @@ impl ReadOptions {
         if PortableModel::is_portable_model(path) {
             let model = PortableModel::open(path)?;
             self.hints.family.get_or_insert_with(|| model.record().family.clone());
-            // "custom" is what no variant fits; there is nothing to hint at.
-            let variant = Some(model.record().variant.clone()).filter(|variant| variant != "custom");
+            // There is nothing to hint at in "custom", which is what no variant fits, and in one of a manifest that is
+            // not given now.
+            let record = model.record();
+            let variant = Some(record.variant.clone()).filter(|name| self.manifests.has_variant(&record.family, name));
             self.hints.variant = self.hints.variant.or(variant);
         }
         Ok(self)
@@ -182,6 +184,12 @@ impl TransformerCheckpoint {
         });
         let computes = |dtype: &DType| *dtype == DType::BF16 || (*dtype == DType::F16 && !device.is_cpu());
         stored.filter(computes).unwrap_or_else(|| default_dtype(device))
+    }
+
+    /// Whether one of its matrices is stored in a quantised format of GGUF, which is presented as f32.
+    pub fn is_quantized(&self) -> bool {
+        let is_widened = |info: &TensorInfo| info.dtype == Dtype::F32 && is_quantized(&self.canonical, info);
+        self.canonical.tensors().iter().any(is_widened)
     }
 
     /// Refuses a plan that names a layer which the model does not have.

@@ -1,7 +1,7 @@
 //! The arguments of `clearform bench`.
 
 use super::headings::{ATTENTION, DEVICE, INPUT, TIMING};
-use super::{DeviceArgs, DtypeArg, MemoryArgs, SourceArgs, VaeArgs, finite};
+use super::{DeviceArgs, DtypeArg, MemoryArgs, SourceArgs, VaeArgs, at_least_one, finite};
 use clap::{Args, Subcommand};
 use clearform::bench::WeightFormat;
 use std::path::PathBuf;
@@ -194,7 +194,7 @@ pub struct TilesBenchArgs {
 #[derive(Debug, Args)]
 pub struct TimingArgs {
     /// Text tokens, if the model takes text.
-    #[arg(long, default_value_t = 512, value_name = "N", help_heading = INPUT)]
+    #[arg(long, default_value_t = 512, value_parser = at_least_one, value_name = "N", help_heading = INPUT)]
     pub text: usize,
     /// Timed runs, after one warm-up run.
     #[arg(long, default_value_t = 5, value_name = "N", help_heading = TIMING)]

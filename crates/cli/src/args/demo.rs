@@ -1,7 +1,7 @@
 //! The arguments of `clearform demo`.
 
-use super::PluginSearchArgs;
 use super::headings::{ATTENTION, DISTILLATION, OUTPUT};
+use super::{PluginSearchArgs, at_least_one};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 4, value_name = "D", help_heading = ATTENTION)]
     pub pool: usize,
     /// Distillation steps per student.
-    #[arg(long, default_value_t = 1000, value_name = "N", help_heading = DISTILLATION)]
+    #[arg(long, default_value_t = 1000, value_parser = at_least_one, value_name = "N", help_heading = DISTILLATION)]
     pub steps: usize,
     /// Where plugins are; without any the demo leaves out the adapters.
     #[command(flatten)]

@@ -14,6 +14,11 @@ pub fn not_negative(text: &str) -> Result<f64, String> {
     finite(text).ok().filter(|number| *number >= 0.0).ok_or_else(|| "expected a number of at least 0".to_owned())
 }
 
+/// A number of at least 1.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "expected a number of at least 1".to_owned())
+}
+
 /// A number of threads, at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThreadCount(pub usize);

@@ -68,10 +68,11 @@ fn plan_of(radius: Radius, pool: Option<usize>) -> anyhow::Result<AttentionPlan>
 fn dry_run(options: &ConvertOptions, output: &Output) -> anyhow::Result<CommandOutcome> {
     let inspection = inspect(&options.source, &options.reading, &mut ProgressBars::default())?;
     // What cannot be converted is not called complete.
-    if inspection.is_complete() {
-        preview_conversion(options, &mut ProgressBars::default())?;
-    }
-    let ConvertOptions { attention, output: target, .. } = options;
+    let options = match inspection.is_complete() {
+        true => preview_conversion(options, &mut ProgressBars::default())?,
+        false => options.clone(),
+    };
+    let ConvertOptions { attention, output: target, .. } = &options;
     output.note(format_args!("would write {} with attention {attention}", target.display()));
     output.result(&inspection)?;
     Ok(CommandOutcome::complete_if(inspection.is_complete()))

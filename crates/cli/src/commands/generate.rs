@@ -5,8 +5,8 @@ use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
-    AttentionPlan, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, generate, parse_plan,
-    prepare_image, read_parameters,
+    AttentionPlan, ClearformError, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, generate,
+    parse_plan, prepare_image, read_parameters,
 };
 use clearform_plugin_host::AdapterReport;
 use serde::Serialize;
@@ -35,9 +35,16 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
     let is_other = names.len() == 1 && names[0] != Path::new(&args.output) && is_taken(Path::new(&args.output));
     let name = is_other.then(|| format!("{} exists, so the image is {}", args.output, names[0].display()));
     let generated = generate(&options, &mut NamedImage { bars: ProgressBars::default(), name })?;
-    generated.save(&names)?;
+    let another = || {
+        let names =
+            image_names(&args.output, 1, is_taken).map_err(|error| ClearformError::BadOption(error.to_string()))?;
+        output.note(format_args!("a file has appeared meanwhile, so the image is {}", names[0].display()));
+        Ok(names[0].clone())
+    };
+    let images =
+        if args.overwrite { generated.save(&names).map(|()| names)? } else { generated.save_new(&names, another)? };
     output.result(&SavedImages {
-        images: names,
+        images,
         attention: generated.attention,
         seed: options.seed,
         adapters: generated.adapters,
@@ -139,6 +146,11 @@ fn not_taken(recorded: &GenerationParameters, args: &GenerateArgs, options: &Gen
     if !recorded.adapters.is_empty() && recorded.adapters != adapters {
         let given = if adapters.is_empty() { "none is given" } else { &format!("{adapters} is given") };
         notes.push(format!("the image was made with {}; {given}", recorded.adapters));
+    }
+    if recorded.computation != options.computation() {
+        let named = |settings: &str| if settings.is_empty() { "the defaults".to_owned() } else { settings.to_owned() };
+        let [was, is] = [&recorded.computation, &options.computation()].map(|settings| named(settings));
+        notes.push(format!("the image was computed with {was}, and this one is with {is}: pixels may differ a little"));
     }
     if !recorded.attention.is_empty() && args.attention.is_none() && recorded_plan(recorded).is_none() {
         notes.push(format!("the image was made with attention {}, and the model's own is used", recorded.attention));

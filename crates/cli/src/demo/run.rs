@@ -105,15 +105,18 @@ fn generate_samples(
     let training_names: Vec<&str> = names(|index| !is_held_out(index)).collect();
     std::fs::write(&prompts, training_names.join("\n"))?;
     let folder = settings.folder.join("samples");
-    let training = TrainingOptions { prompts: Some(prompts), ..training_options(settings) };
+    let training = TrainingOptions {
+        prompts: Some(prompts),
+        sample_count: Some(SAMPLES),
+        sample_steps: Some(SAMPLE_STEPS),
+        ..training_options(settings)
+    };
     prepare_samples(teacher, &training, &folder, observer)?;
     Ok((folder, begun.elapsed().as_secs_f64()))
 }
 
 fn training_options(settings: &DemoSettings) -> TrainingOptions {
     TrainingOptions {
-        sample_count: Some(SAMPLES),
-        sample_steps: Some(SAMPLE_STEPS),
         steps: Some(settings.steps),
         checkpoint_every: 100,
         held_out: 0, // the demo judges on names of its own

@@ -251,7 +251,7 @@ fn held_out_errors_are_of_fixed_inputs_and_fall() {
     let set = sample_set(&folder.path().join("samples"), sample_settings(), &models);
     let unseen = SampleSettings { seed: 1000, count: 6, ..sample_settings() };
     let unseen = sample_set(&folder.path().join("held-out"), unseen, &models);
-    let held_out = HeldOut::new(&models, &unseen).unwrap();
+    let held_out = HeldOut::new(&models, &unseen, &mut |_, _| ControlFlow::Continue(())).unwrap();
     let before = held_out.before().clone();
     assert_eq!(held_out.quick_share(&models).unwrap(), 1.0);
 
@@ -282,7 +282,7 @@ fn held_out_errors_are_of_fixed_inputs_and_fall() {
     let last = logged.last().unwrap().1;
     assert_eq!(last, held_out.quick_share(&models).unwrap());
     assert!(last < 0.9, "{logged:?}");
-    assert!(held_out.errors(&models).unwrap().mean() < 0.9 * before.mean());
+    assert!(held_out.errors(&models, &mut |_, _| ControlFlow::Continue(())).unwrap().mean() < 0.9 * before.mean());
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn a_training_ends_when_the_held_out_error_is_flat() {
     let fresh = || models("clear:r=2", DType::F32);
     let set = sample_set(&at("samples"), sample_settings(), &fresh());
     let unseen = sample_set(&at("held-out"), SampleSettings { seed: 1000, ..sample_settings() }, &fresh());
-    let held_out = HeldOut::new(&fresh(), &unseen).unwrap();
+    let held_out = HeldOut::new(&fresh(), &unseen, &mut |_, _| ControlFlow::Continue(())).unwrap();
     let settings = DistillSettings {
         steps: 400,
         until_flat: true,

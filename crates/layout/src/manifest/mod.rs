@@ -51,7 +51,8 @@ const COMPONENT_KINDS: &[(&str, &str)] = &[
     ("components/tae.toml", include_str!("../../../../manifests/components/tae.toml")),
     ("components/vae.toml", include_str!("../../../../manifests/components/vae.toml")),
 ];
-const REMEDY: &str = "pass the model's config.json with --config";
+const REMEDY: &str = "pass the model's config.json with --config, or to commands without it a model that `clearform convert` or \
+                      `clearform export` wrote, which has it";
 const REMEDY_FOR_COMPONENTS: &str = "pass its config.json, in a folder of the component's name, with --components";
 
 /// The rules of all families.
@@ -181,6 +182,12 @@ impl Manifests {
         };
         let resolved = ResolvedConfig::new(&known.settings, &BTreeMap::new(), declared)?;
         Ok(known.expected(&resolved.sizes))
+    }
+
+    /// Whether the family has a variant of this name.
+    pub fn has_variant(&self, family: &str, variant: &str) -> bool {
+        let known = self.families.iter().find(|known| known.name == family);
+        variant != "custom" && known.is_some_and(|known| known.variant(variant).is_some())
     }
 
     fn base_family(&self, name: Option<&str>) -> std::result::Result<Option<&FamilyManifest>, String> {
