@@ -27,7 +27,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import real_size  # noqa: E402
 
 TEXT_TOKENS = 256
-STEPS = 2  # the second is not slowed by first reads of the file; the median of both would be
 
 
 def transformer(path, kind):
@@ -72,6 +71,7 @@ def main():
     parser.add_argument("--format", nargs="+", default=["Q8_0"], choices=["Q8_0", "Q4_0"])
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--attention", default="full")
+    parser.add_argument("--steps", type=int, default=2, help="of theirs, whose mean is taken")
     args = alternation.parse(parser)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -97,9 +97,9 @@ def row(args, folder, kind):
     def theirs():
         printed, peaks["stable-diffusion.cpp"] = run(
             [args.sd_cli, "--diffusion-model", model, "--clip_l", parts[0], "--tae", parts[1], "-p", "a fox", "--cfg-scale",
-             1, "--guidance", 3.5, "--steps", STEPS, "-W", args.size, "-H", args.size, "-t", args.threads,
+             1, "--guidance", 3.5, "--steps", args.steps, "-W", args.size, "-H", args.size, "-t", args.threads,
              "--diffusion-fa", "--sampling-method", "euler", "-o", folder / "out.png", "-v"])
-        return float(re.findall(r"sampling completed, taking ([\d.]+)s", printed)[-1]) * 1e3 / STEPS
+        return float(re.findall(r"sampling completed, taking ([\d.]+)s", printed)[-1]) * 1e3 / args.steps
 
     medians = alternation.alternate({"clearform": ours}, {"stable-diffusion.cpp": theirs}, args.rounds)
     ratio = round(medians["stable-diffusion.cpp"] / medians["clearform"], 2)
