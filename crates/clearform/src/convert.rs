@@ -259,6 +259,10 @@ impl OpenSource {
         note_checkpoint(transformer.checkpoint(), observer);
         let components = components.with_embedded(&transformer, &reading)?;
         components.check_weights(transformer.identified().all_components())?;
+        if let Some(unused) = components.unused_folder(transformer.identified().all_components()) {
+            let unused = unused.display();
+            note(observer, format_args!("--components {unused} has no effect: nothing is taken from it"));
+        }
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
         note_reports(&edited.reports, &[], observer);
         if options.dtype.is_none() && edited.transformer.is_quantized() {

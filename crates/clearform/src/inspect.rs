@@ -87,7 +87,9 @@ pub(crate) fn pipeline_scale(components: &Components, identified: &Identified) -
     const USUAL_DOWNSCALE: usize = 8;
     let usual = PipelineScale::usual(identified);
     let text_tokens = usual.text_tokens.min(longest_prompt(components, identified).unwrap_or(usize::MAX));
-    let vae = components.json("vae", "config.json").ok().and_then(|config| autoencoder(&config).ok());
+    let has_vae = identified.all_components().any(|name| name == "vae");
+    let config = has_vae.then(|| components.json("vae", "config.json").ok()).flatten();
+    let vae = config.and_then(|config| autoencoder(&config).ok());
     let with_vae = vae.map_or(usual, |vae| PipelineScale {
         native_side: vae.sample_size(),
         pixels_per_token: (usual.pixels_per_token * vae.downscale() / USUAL_DOWNSCALE).max(1),

@@ -632,3 +632,15 @@ fn a_model_of_a_variant_of_ones_own_opens_without_its_manifest() {
     let image = folder.path().join("out.png");
     run(0, &[&["generate", text(&model), "cat face", "-o", text(&image)], &QUICK[..]].concat());
 }
+
+/// A folder from which a conversion takes nothing is said, and says nothing of the model.
+#[test]
+fn components_that_are_not_used_are_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, dit, base) = (folder.path().join("model"), repository("assets/mini-dit/model"), repository(BASE));
+    let convert = ["convert", text(&dit), "-o", text(&model), "--radius", "4", "--no-distill"];
+    let said = stderr_of(0, &[&convert[..], &["--components", text(&base)]].concat());
+    assert!(said.contains("has no effect: nothing is taken from it") && !said.contains("32 x 32"), "{said}");
+    std::fs::remove_dir_all(&model).unwrap();
+    assert!(!stderr_of(0, &convert).contains("has no effect"));
+}
