@@ -121,15 +121,13 @@ impl HeldOutSamples {
         folder: &Path,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
+        let teacher = sample_teacher(&pipeline)?;
         // Those of an earlier run stay what they are, whatever prompts this one has.
         let set = match SampleSet::open(folder) {
             Ok(set) => set,
-            Err(_) => {
-                let settings = held_out_settings(&pipeline, training, samples)?;
-                SampleSet::create_for(folder, settings, &sample_teacher(&pipeline)?)?
-            }
+            Err(_) => SampleSet::create_for(folder, held_out_settings(&pipeline, training, samples)?, &teacher)?,
         };
-        set.check_weights(&sample_teacher(&pipeline)?)?;
+        set.check_weights(&teacher)?;
         let text_ids = fill(&pipeline, &set, observer)?;
         let sampling_spec = sampling_spec(&pipeline, set.settings(), text_ids)?;
         Ok(Self { set, sampling_spec, pipeline })

@@ -143,7 +143,7 @@ impl<'a> StepModel<'a> {
         let transformer = open_transformer_with(path, &read_options(reading)?.recorded(path)?)?;
         let Identified { family, config, .. } = transformer.identified();
         let width = transformer.identified().size("width").unwrap_or(0);
-        Self::new(parsed(family, config)?, width, Arc::new(transformer.source()), timing)
+        Self::new(parsed(reading.families, family, config)?, width, Arc::new(transformer.source()), timing)
     }
 
     /// A model of `family` with the sizes of `config`, its hidden settings included.
@@ -151,7 +151,7 @@ impl<'a> StepModel<'a> {
         let format = format.unwrap_or(WeightFormat::Dense(timing.dtype.into()));
         let weights = RandomWeights::new(Manifests::embedded()?.expected(family, config)?, format)?;
         let width = config["width"].as_u64().unwrap_or(0) as usize;
-        Self::new(parsed(family, config)?, width, Arc::new(weights), timing)
+        Self::new(parsed(FamilyRegistry::default(), family, config)?, width, Arc::new(weights), timing)
     }
 
     fn new(
@@ -203,8 +203,8 @@ impl<'a> StepModel<'a> {
 }
 
 /// The architecture of a model of `family` with this config.json.
-fn parsed(family: &str, config: &Value) -> Result<Box<dyn Architecture>> {
-    let known = FamilyRegistry::default().get(family);
+fn parsed(families: FamilyRegistry, family: &str, config: &Value) -> Result<Box<dyn Architecture>> {
+    let known = families.get(family);
     let known = known.ok_or_else(|| ClearformError::bad_option(format!("the family {family:?} cannot be run")))?;
     Ok(known.parse(config)?)
 }
