@@ -25,9 +25,10 @@ mkdir -p "$pack/bin" "$pack/checks"
 build_program() {
   local toolkit=$PWD/target/simulated/toolkit
   kernels/simulator/build.sh # the compiler, and libraries to link
-  program=target/simulated/release/clearform
   CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80 \
-    CARGO_TARGET_DIR=$PWD/target/simulated cargo build --release -p clearform-cli --no-default-features --features cuda
+    cargo build --release -p clearform-cli --no-default-features --features cuda
+  program=$work/clearform
+  cp "${CARGO_TARGET_DIR:-target}/release/clearform" "$program" # the next build without CUDA replaces it there
 }
 
 add_program() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds clearform with CUDA on a machine without a GPU or a CUDA toolkit. The result, target/simulated/debug/clearform, runs
+# Builds clearform with CUDA on a machine without a GPU or a CUDA toolkit. The result, target/simulated/clearform, runs
 # on the simulated device, and on a GPU if it is copied there. nvcc comes from PyPI (500 MB); the first build takes minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,6 +27,6 @@ for unused in cublasLt cudart nvrtc; do
   gcc -shared -x c -o "$toolkit/lib64/lib$unused.so" /dev/null
 done
 export CUDA_HOME=$toolkit CUDA_PATH=$toolkit PATH=$toolkit/bin:$PATH CUDA_COMPUTE_CAP=80
-export CARGO_TARGET_DIR=$PWD/target/simulated
 cargo clippy -p clearform-cli --features cuda -- -D warnings # the only place where code of this feature is linted
 cargo build -p clearform-cli --no-default-features --features cuda # the demo has a model inside
+cp "${CARGO_TARGET_DIR:-target}/debug/clearform" target/simulated/ # the next build without CUDA replaces it there

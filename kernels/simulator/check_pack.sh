@@ -23,7 +23,7 @@ fails_with() { # ADVICE STEP
   exit 1
 }
 
-kernels/pack_for_gpu.sh --program "${1:-target/simulated/debug/clearform}" -o "$work/clearform-gpu.tar.xz"
+kernels/pack_for_gpu.sh --program "${1:-target/simulated/clearform}" -o "$work/clearform-gpu.tar.xz"
 tar xJf "$work/clearform-gpu.tar.xz" -C "$work"
 run
 if grep FAILED "$work/gpu-table.md"; then exit 1; fi

@@ -11,7 +11,7 @@ use clearform_distill::{
 use clearform_layout::{CanonicalSource, Hints, Identified, Manifests, Sidecar, detect_source};
 use clearform_models::{Architecture, DenoiserInput, FamilyRegistry, HiddenState};
 use clearform_testkit::{assert_close, fixture, relative_error, seeded_file};
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_weights::{InMemoryTensors, ProductPrecision, TensorSource};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -86,7 +86,8 @@ impl Model {
     fn teacher_student(&self) -> (TeacherStudent, Batch) {
         let weights = self.weights();
         let plan: AttentionPlan = "clear:r=3".parse().unwrap();
-        let recipe = PairSpec { architecture: self.architecture.as_ref(), plan: &plan };
+        let products = ProductPrecision::Full;
+        let recipe = PairSpec { architecture: self.architecture.as_ref(), plan: &plan, products };
         let batch = Batch { input: self.input("gradient"), target: self.cases["gradient/target"].clone() };
         (TeacherStudent::build(recipe, &weights, &weights).unwrap(), batch)
     }

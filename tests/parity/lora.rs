@@ -193,7 +193,7 @@ fn a_patched_source_writes_the_weights_that_it_computes_with() {
     let written = source.read(name).unwrap().to_tensor(name).unwrap();
     let computed = source.tensor(name).unwrap();
     assert_close(&written, &computed, 0.0, name);
-    let Weight { base: BaseWeight::Dense(base), low_rank: terms } = source.weight(name).unwrap() else {
+    let Weight { base: BaseWeight::Dense(base), low_rank: terms, .. } = source.weight(name).unwrap() else {
         panic!("{name}")
     };
     assert_eq!(terms.len(), 1);

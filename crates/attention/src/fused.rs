@@ -19,6 +19,7 @@ use crate::{Attended, Attention, Geometry, Qkv, Window, reference};
 #[cfg(feature = "cuda")]
 use candle_core::bail;
 use candle_core::{CustomOp3, DType, Result, Tensor};
+use clearform_ops::ProductPrecision;
 use clearform_ops::simd::CpuFeatures;
 use operation::AttentionOp;
 use problem::Problem;
@@ -29,18 +30,31 @@ use problem::Problem;
 pub struct TiledAttention {
     window: Window,
     features: CpuFeatures,
+    products: ProductPrecision,
 }
 
 impl TiledAttention {
     /// Attention of `window` with the best instruction set of this processor.
     pub fn new(window: Window) -> Self {
-        Self { window, features: CpuFeatures::detect() }
+        Self { window, features: CpuFeatures::detect(), products: ProductPrecision::Full }
     }
 
     /// Uses another instruction set of this processor on the CPU.
     #[must_use]
     pub fn with_features(self, features: CpuFeatures) -> Self {
         Self { features, ..self }
+    }
+
+    /// Multiplies f32 in another precision on the CPU.
+    #[must_use]
+    pub fn with_products(self, products: ProductPrecision) -> Self {
+        Self { products, ..self }
+    }
+
+    /// Whether values of `dtype` are multiplied as pairs of bf16.
+    fn multiplies_pairs(&self, dtype: DType) -> bool {
+        let rounds = dtype == DType::BF16 || (dtype == DType::F32 && self.products == ProductPrecision::Bf16);
+        rounds && self.features.has_bf16_dot()
     }
 
     fn attend_joint(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
@@ -51,7 +65,7 @@ impl TiledAttention {
         }
         if device.is_cpu() && matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             let problem = Problem::new(sequence, geometry, self.window.radius, self.features)?;
-            return apply(sequence, AttentionOp::new(problem));
+            return apply(sequence, AttentionOp::new(problem, self.multiplies_pairs(dtype)));
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {

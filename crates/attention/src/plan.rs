@@ -3,6 +3,7 @@
 use crate::fused::TiledAttention;
 use crate::{Attention, AttentionError, Policy, Radius, Window, pooled_context};
 use candle_core::{Device, Result, Tensor};
+use clearform_ops::ProductPrecision;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -74,7 +75,12 @@ impl AttentionPlan {
     ///
     /// # Errors
     /// A learned tensor of the wrong shape.
-    pub fn build(&self, layer: &str, learned: &dyn Fn(&str) -> Result<Option<Tensor>>) -> Result<Box<dyn Attention>> {
+    pub fn build(
+        &self,
+        layer: &str,
+        learned: &dyn Fn(&str) -> Result<Option<Tensor>>,
+        products: ProductPrecision,
+    ) -> Result<Box<dyn Attention>> {
         let pool = match self.learned(layer)? {
             None => None,
             Some((name, initial)) => Some(checked(learned(&name)?, initial, &name)?),
@@ -83,7 +89,7 @@ impl AttentionPlan {
             Policy::Full => None,
             Policy::Clear { radius, .. } => Some(radius),
         };
-        Ok(Box::new(TiledAttention::new(Window { radius, pool })))
+        Ok(Box::new(TiledAttention::new(Window { radius, pool }).with_products(products)))
     }
 
     /// Refuses a plan that names a layer which is none of `layers`, those of a model.
@@ -264,7 +270,7 @@ mod tests {
     fn a_learned_tensor_of_another_shape_is_an_error() {
         let plan = AttentionPlan::clear(Radius::new(8.0).unwrap(), Some(4));
         let wrong = |_: &str| pooled_context::initial_weight(2, &Device::Cpu).map(Some);
-        let error = plan.build(LAYER, &wrong).err().unwrap().to_string();
+        let error = plan.build(LAYER, &wrong, ProductPrecision::Full).err().unwrap().to_string();
         assert!(error.contains("processor.spatial_weight") && error.contains("[1, 1, 1, 4, 1, 4, 1]"), "{error}");
     }
 }

@@ -4,6 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::{Attention, AttentionPlan, Geometry, Qkv, TokenGrid};
+use clearform_ops::ProductPrecision;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -52,7 +53,7 @@ impl Call {
             Qkv { query: noise(), key: noise(), value: noise() }
         };
         Self {
-            attention: plan.build("layer", &|_: &str| Ok(None)).unwrap(),
+            attention: plan.build("layer", &|_: &str| Ok(None), ProductPrecision::Full).unwrap(),
             image: random(side * side),
             text: random(TEXT),
             geometry: Geometry::new(vec![TokenGrid::new(side, side).unwrap()]),

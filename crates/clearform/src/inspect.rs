@@ -4,7 +4,7 @@ use crate::error::WithContext as _;
 use crate::forecast::{TrainingBatch, training_memory};
 use crate::observer::Observer;
 use crate::recipe::{ModelSize, Recipe};
-use crate::sources::{note_checkpoint, read_options};
+use crate::sources::{linear_plan, note_checkpoint, read_options};
 use crate::{Result, SourceOptions};
 use clearform_layout::{
     Dequantized, DistillationEstimate, Identified, Inspection, PipelineScale, UnusableComponent, detect,
@@ -51,6 +51,7 @@ pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observ
         .with_unusable(unusable);
     Ok(Inspection {
         takes_guidance: takes_guidance(&identified, &options),
+        attention: linear_plan(source)?.map(|plan| plan.to_string()),
         distillation: distillation(&inspection, &identified, &identified.canonical(&checkpoint).tensors()),
         ..inspection
     })

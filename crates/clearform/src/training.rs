@@ -29,14 +29,15 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<TrainedStudent> {
     let weights = InMemoryTensors::load(&teacher.source(), None, &student.device.open()?)?;
-    let spec = PairSpec { architecture: teacher.architecture(), plan: student.plan };
+    let mut settings = training.settings(student.device);
+    let products = settings.precision.products();
+    let spec = PairSpec { architecture: teacher.architecture(), plan: student.plan, products };
     let pair = TeacherStudent::build(spec, &weights, student.start)?;
     let held_out = samples.held_out.as_ref();
     let judge = held_out.map(|held_out| Judge::new(&pair, held_out, student.folder, observer)).transpose()?;
     let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_every = training.options.checkpoint_every;
     let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
-    let mut settings = training.settings(student.device);
     if let Some(seconds) = training.options.time {
         // A resumed training goes on with the steps that it began with.
         settings.steps = match recorded_settings(&checkpoint_dir)? {

@@ -7,9 +7,10 @@ use crate::{ConvertError, Result};
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Policy, Radius, learning_layer};
 use clearform_portable_model::PLAN_METADATA;
-use clearform_weights::{Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, save};
+use clearform_weights::{
+    Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, content_hash, save,
+};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -337,12 +338,8 @@ fn check_shape(info: &TensorInfo, other: &dyn TensorSource, what: &str) -> Resul
 /// Hash of the tensors of the base that a patch replaces, with their canonical names and stored bytes, so that the same
 /// base is recognised in any layout.
 fn fingerprint(base: &dyn TensorSource, names: &[String]) -> Result<String> {
-    let mut hash = Sha256::new();
-    for name in names.iter().filter(|name| !is_learned(name)) {
-        hash.update(name.as_bytes());
-        hash.update(base.read(name)?.bytes);
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    let names = names.iter().filter(|name| !is_learned(name)).map(String::as_str);
+    Ok(content_hash(base, names)?)
 }
 
 fn metadata(family: &str, plan: &AttentionPlan, base: String, tensors: usize) -> BTreeMap<String, String> {

@@ -60,8 +60,8 @@ fn backward_part(
     watched: &[usize],
 ) -> Result<(Losses, Gradients)> {
     // Nothing before the first block is trained, so teacher and student begin with the same state.
-    let embedded = detached(models.teacher().embed(&batch.input)?);
-    let targets = TeacherTargets::compute(models.teacher(), embedded.clone(), watched)?;
+    let embedded = detached(models.training_teacher().embed(&batch.input)?);
+    let targets = TeacherTargets::compute(models.training_teacher(), embedded.clone(), watched)?;
     let (mut saved, last) = forward(models.student_with_gradients(), embedded, activations)?;
     let mut pass = BackwardPass {
         models,

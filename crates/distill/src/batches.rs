@@ -61,9 +61,9 @@ impl Batch {
         (0..self.input.batch()?).map(sample).collect()
     }
 
-    /// The batch with latents in the dtype of the activations.
+    /// The batch with latents in the dtype of the activations: f32 on a CPU, whose products alone are rounded to bf16.
     pub(crate) fn in_precision(mut self, precision: Precision) -> Result<Self> {
-        if precision == Precision::Bf16 {
+        if precision == Precision::Bf16 && !self.input.latents.device().is_cpu() {
             self.input.latents = self.input.latents.to_dtype(DType::BF16)?;
         }
         Ok(self)

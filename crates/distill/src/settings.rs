@@ -1,6 +1,7 @@
 //! [`DistillSettings`]: how a student is trained. The settings are recorded in the training state.
 
 use crate::{DistillError, Result};
+use clearform_weights::ProductPrecision;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 
@@ -30,7 +31,7 @@ pub struct DistillSettings {
     pub timesteps: Timesteps,
     /// The loss.
     pub loss: LossSettings,
-    /// Dtype of activations; f32. Trained parameters and losses are always f32.
+    /// Precision of activations and products; f32. Trained parameters and losses are always f32.
     pub precision: Precision,
     /// Whether backward recomputes activations or keeps them; recompute.
     pub activations: Activations,
@@ -83,14 +84,25 @@ pub enum Activations {
     Keep,
 }
 
-/// Dtype of activations.
+/// Precision of activations and products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Single precision.
     F32,
-    /// bfloat16: half the memory of activations.
+    /// bfloat16: on a GPU activations are held in it, on a CPU they are f32 and rounded to it where they are multiplied,
+    /// if the processor does that faster.
     Bf16,
+}
+
+impl Precision {
+    /// How f32 activations are multiplied.
+    pub fn products(self) -> ProductPrecision {
+        match self {
+            Self::F32 => ProductPrecision::Full,
+            Self::Bf16 => ProductPrecision::Bf16,
+        }
+    }
 }
 
 /// Learning rate and its schedule.

@@ -5,7 +5,7 @@ use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
 use clearform_models::{Architecture, Denoiser, DistilledLayer, NoiseProcess, SeparateSamples};
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_weights::{InMemoryTensors, ProductPrecision, TensorSource};
 use std::collections::BTreeMap;
 
 /// Trained parameters of a model whose samples run separately, at most: 16 MiB of gradients for each sample.
@@ -18,15 +18,18 @@ pub struct PairSpec<'a> {
     pub architecture: &'a dyn Architecture,
     /// The student's attention; the teacher's is full.
     pub plan: &'a AttentionPlan,
+    /// How f32 activations are multiplied in training. What is evaluated is computed in full precision.
+    pub products: ProductPrecision,
 }
 
 /// A teacher and its student.
 pub struct TeacherStudent {
     teacher: Box<dyn Denoiser>,
-    /// Records its operations for gradients.
-    trained: Box<dyn Denoiser>,
-    /// The same, with the same masters, but records nothing.
     student: Box<dyn Denoiser>,
+    /// The teacher with the products of training.
+    training_teacher: Box<dyn Denoiser>,
+    /// The student with the same masters and the products of training. It records its operations for gradients.
+    trained: Box<dyn Denoiser>,
     process: NoiseProcess,
     masters: BTreeMap<String, Var>,
     fingerprint: String,
@@ -40,28 +43,32 @@ impl TeacherStudent {
     /// # Errors
     /// A tensor is missing or has another shape, or a layer has nothing to train.
     pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
-        let built = spec.architecture.build(teacher, &AttentionPlan::full())?;
+        let full = AttentionPlan::full();
+        let built = spec.architecture.build(teacher, &full)?;
+        let training_weights = teacher.clone().with_products(spec.products);
+        let training_teacher = spec.architecture.build(&training_weights, &full)?;
         let mut masters = BTreeMap::new();
         for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
         let fingerprint = fingerprint(spec, teacher, &masters)?;
-        let student = |value: fn(&Var) -> Tensor| {
-            let mut weights = teacher.clone();
+        let student = |weights: &InMemoryTensors, value: fn(&Var) -> Tensor| {
+            let mut weights = weights.clone();
             masters.iter().for_each(|(name, master)| weights.insert(name.clone(), value(master)));
             spec.architecture.build(&weights, spec.plan)
         };
-        let trained = student(|master| master.as_tensor().clone())?;
-        let student = student(Var::as_detached_tensor)?;
+        let trained = student(&training_weights, |master| master.as_tensor().clone())?;
+        let student = student(teacher, Var::as_detached_tensor)?;
         let parameters = teacher.iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
-        let [teacher, trained, student] =
-            [built, trained, student].map(|denoiser| SeparateSamples::if_small(denoiser, parameters, &device));
+        let [teacher, student, training_teacher, trained] = [built, student, training_teacher, trained]
+            .map(|denoiser| SeparateSamples::if_small(denoiser, parameters, &device));
         Ok(Self {
             fingerprint,
             teacher,
-            trained,
             student,
+            training_teacher,
+            trained,
             process: spec.architecture.pipeline_spec().noise_process(),
             masters,
         })
@@ -72,7 +79,12 @@ impl TeacherStudent {
         self.teacher.as_ref()
     }
 
-    /// The model that learns; it records its operations.
+    /// The same with the products of training.
+    pub fn training_teacher(&self) -> &dyn Denoiser {
+        self.training_teacher.as_ref()
+    }
+
+    /// The model that learns, with the products of training; it records its operations.
     pub fn student_with_gradients(&self) -> &dyn Denoiser {
         self.trained.as_ref()
     }

@@ -5,7 +5,7 @@ use crate::sample_files::{bad, open};
 use crate::{DistillError, DistillSettings, OptimizerState, Result, SampleSettings};
 use candle_core::{Device, Tensor};
 use clearform_sampling::TorchGenerator;
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, content_hash};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,6 +14,8 @@ use std::path::Path;
 const STATE: &str = "clearform.training";
 /// Key of [`ResumeRequirements`].
 const REQUIREMENTS: &str = "clearform.settings";
+/// Key of the [`content_hash`] of the tensors; absent in states of earlier versions.
+const CONTENT: &str = "clearform.content_sha256";
 const EDITION: u32 = 1;
 
 /// The state of a training run after some step.
@@ -76,6 +78,7 @@ impl TrainingState {
         let metadata = BTreeMap::from([
             (STATE.to_owned(), to_json(&self.metadata, path)?),
             (REQUIREMENTS.to_owned(), to_json(&self.requirements, path)?),
+            (CONTENT.to_owned(), hash_of_all(&all)?),
         ]);
         Ok(clearform_weights::save(path, &all, &metadata)?)
     }
@@ -100,9 +103,30 @@ impl TrainingState {
         let file = open(path)?;
         let metadata = read_metadata(path, file.metadata().get(STATE))?;
         check_requirements(path, file.metadata().get(REQUIREMENTS), &requirements)?;
+        check_content(path, &file)?;
         let group = |prefix| read_group(&file, prefix, device);
         let optimizer = OptimizerState { steps: metadata.step, first: group("first/")?, second: group("second/")? };
         Ok(Self { metadata, requirements, masters: group("master/")?, average: group("average/")?, optimizer })
+    }
+}
+
+fn hash_of_all(source: &dyn TensorSource) -> Result<String> {
+    let tensors = source.tensors();
+    let mut names: Vec<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
+    names.sort_unstable();
+    Ok(content_hash(source, names)?)
+}
+
+/// Refuses tensors that have changed since they were written.
+fn check_content(path: &Path, file: &Checkpoint) -> Result<()> {
+    match file.metadata().get(CONTENT) {
+        Some(recorded) if *recorded != hash_of_all(file)? => Err(bad(
+            path,
+            "its tensors have changed since they were written; delete this file and rerun with --resume, which trains \
+             from the first step on"
+                .to_owned(),
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -165,7 +189,6 @@ mod tests {
     use super::*;
     use crate::{Decay, LearningRate, LossSettings};
     use clearform_models::Prompt;
-    use clearform_weights::Checkpoint;
 
     /// The requirements as the version before the key `denoising` wrote them.
     const OLD: &str = concat!(
@@ -242,6 +265,19 @@ mod tests {
         let others = ResumeRequirements { models: "def".to_owned(), ..requirements() };
         let error = TrainingState::load(&path, others, &Device::Cpu).unwrap_err().to_string();
         assert!(error.contains("another teacher"), "{error}");
+    }
+
+    #[test]
+    fn a_state_whose_tensors_changed_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("training.safetensors");
+        write_state(&path, &old_state(), OLD);
+        TrainingState::load(&path, requirements(), &Device::Cpu).unwrap().save(&path).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let error = TrainingState::load(&path, requirements(), &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("have changed") && error.contains("delete this file"), "{error}");
     }
 
     #[test]

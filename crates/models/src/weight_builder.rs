@@ -52,7 +52,7 @@ impl<'a> WeightBuilder<'a> {
 
     /// The tensor `name` as it is stored, with the edits of adapters in it; fails unless its shape is `shape`.
     pub(crate) fn base_weight(&self, name: &str, shape: &[usize]) -> Result<BaseWeight> {
-        let Weight { base, low_rank } = self.source.weight(&self.full_name(name))?;
+        let Weight { base, low_rank, .. } = self.source.weight(&self.full_name(name))?;
         let base = if low_rank.is_empty() { base } else { BaseWeight::Dense(self.tensor(name)?) };
         self.expect_shape(name, &base.shape(), shape)?;
         Ok(base)
@@ -83,12 +83,12 @@ impl<'a> WeightBuilder<'a> {
 
     /// The tensor "weight" with its low-rank terms, which keep their dtype.
     fn weight(&self) -> Result<Weight> {
-        let Weight { base, low_rank } = self.source.weight(&self.full_name("weight"))?;
+        let Weight { base, low_rank, .. } = self.source.weight(&self.full_name("weight"))?;
         let base = match base {
             BaseWeight::Dense(tensor) => BaseWeight::Dense(self.converted(tensor)?),
             quantized @ BaseWeight::Quantized(_) => quantized,
         };
-        Ok(Weight { base, low_rank })
+        Ok(Weight { base, low_rank, products: self.source.products() })
     }
 
     /// Does not touch tensors that have the dtype already: a conversion makes a new tensor, and a trained one must stay
@@ -120,7 +120,7 @@ impl Linear {
             Ok(LowRank { down: down.flatten_from(1)?, up: up.flatten_from(1)?, scale })
         };
         let low_rank = self.weight.low_rank.into_iter().map(flat).collect::<candle_core::Result<_>>()?;
-        let weight = Weight { base, low_rank };
+        let weight = Weight { base, low_rank, products: self.weight.products };
         Ok(Self { weight, bias: self.bias })
     }
 

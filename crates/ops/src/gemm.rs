@@ -8,7 +8,7 @@ use crate::simd::{
     Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, Real, SimdKernel, Strided, pack_transposed,
 };
 use candle_core::DType;
-use clearform_weights::QuantizedMatrix;
+use clearform_weights::{ProductPrecision, QuantizedMatrix};
 use rayon::prelude::*;
 
 /// Rows of x per task, at most: with 32 outputs the accumulators are 12 KiB, which stay in the L1 cache. A multiple of
@@ -39,46 +39,66 @@ impl GemmShape {
         self.rows <= FEW_ROWS
     }
 
-    /// Whether [`product`] is faster than candle's product: in bf16 with any vectors or few rows, and in f32 with AVX2,
-    /// where it saves a tenth of a step of FLUX (measured on Zen 3).
-    pub fn is_faster_than_candle(self, dtype: DType, features: CpuFeatures) -> bool {
+    /// Whether [`product`] is faster than candle's product: in bf16 with any vectors or few rows, and in f32 with pairs
+    /// of bf16 or with AVX2, where it saves a tenth of a step of FLUX (measured on Zen 3).
+    pub fn is_faster_than_candle(self, dtype: DType, mode: GemmMode) -> bool {
         match dtype {
-            DType::BF16 => self.rows <= FEW_ROWS || features.has_simd(),
-            DType::F32 => self.rows > FEW_ROWS && features.is_avx2_only(),
+            DType::BF16 => self.rows <= FEW_ROWS || mode.features.has_simd(),
+            DType::F32 => self.rows > FEW_ROWS && (mode.features.is_avx2_only() || mode.multiplies_pairs(dtype)),
             _ => false,
         }
     }
 }
 
-/// The operands of a product.
+/// The operands of a product. The weight may be of another dtype than x.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct GemmOperands<'a, E> {
+pub(crate) struct GemmOperands<'a, E, W> {
     pub x: &'a [E],
-    pub weight: WeightRows<'a, E>,
+    pub weight: WeightRows<'a, W>,
     pub bias: Option<&'a [E]>,
 }
 
 /// The rows of a weight of (outputs, inputs). Quantised ones are dequantised as they are read, and never as a whole.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum WeightRows<'a, E> {
-    Dense(&'a [E]),
+pub(crate) enum WeightRows<'a, W> {
+    Dense(&'a [W]),
     Quantized(&'a QuantizedMatrix),
+}
+
+/// How products are computed: with which instructions, and of which precision those of f32 are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GemmMode {
+    pub features: CpuFeatures,
+    pub precision: ProductPrecision,
+}
+
+impl GemmMode {
+    /// That of this processor.
+    pub fn detect(precision: ProductPrecision) -> Self {
+        Self { features: CpuFeatures::detect(), precision }
+    }
+
+    /// Whether values of `dtype` are multiplied as pairs of bf16.
+    pub fn multiplies_pairs(self, dtype: DType) -> bool {
+        let rounds = dtype == DType::BF16 || (dtype == DType::F32 && self.precision == ProductPrecision::Bf16);
+        rounds && self.features.has_bf16_dot()
+    }
 }
 
 /// x wᵀ + b, accumulated in f32 and rounded once.
 ///
 /// # Shapes
 /// x (rows, inputs), weight (outputs, inputs), bias (outputs) -> (rows, outputs).
-pub(crate) fn product<E: Element<Work = f32>>(
-    operands: GemmOperands<'_, E>,
+pub(crate) fn product<E: Element<Work = f32>, W: Element<Work = f32>>(
+    operands: GemmOperands<'_, E, W>,
     shape: GemmShape,
-    features: CpuFeatures,
+    mode: GemmMode,
 ) -> Vec<E> {
     let GemmShape { rows, inputs, outputs } = shape;
     if rows == 0 || outputs == 0 || inputs == 0 {
         return only_bias(vec![E::zero(); rows * outputs], operands.bias, outputs);
     }
-    if rows <= FEW_ROWS { small_product(operands, shape, features) } else { packed_product(operands, shape, features) }
+    if rows <= FEW_ROWS { small_product(operands, shape, mode.features) } else { packed_product(operands, shape, mode) }
 }
 
 /// x w, accumulated in f32 and rounded once. With the gradient of [`product`]'s output as x this is the gradient of its
@@ -86,36 +106,36 @@ pub(crate) fn product<E: Element<Work = f32>>(
 ///
 /// # Shapes
 /// x (rows, inputs), weight (inputs, outputs) -> (rows, outputs).
-pub(crate) fn matmul<E: Element<Work = f32>>(x: &[E], weight: &[E], shape: GemmShape, features: CpuFeatures) -> Vec<E> {
+pub(crate) fn matmul<E: Element<Work = f32>, W: Element<Work = f32>>(
+    x: &[E],
+    weight: &[W],
+    shape: GemmShape,
+    mode: GemmMode,
+) -> Vec<E> {
     if shape.rows == 0 || shape.outputs == 0 || shape.inputs == 0 {
         return vec![E::zero(); shape.rows * shape.outputs];
     }
-    let packed = PackedWeight { shape, features };
-    if packs_pairs::<E>(features) {
-        packed.product(x, &packed.pack_columns::<E, Bf16Pair>(weight), None)
+    let packed = PackedWeight { shape, features: mode.features };
+    if mode.multiplies_pairs(E::DTYPE) {
+        packed.product(x, &packed.pack_columns::<W, Bf16Pair>(weight), None)
     } else {
-        packed.product(x, &packed.pack_columns::<E, f32>(weight), None)
+        packed.product(x, &packed.pack_columns::<W, f32>(weight), None)
     }
 }
 
 /// [`product`] of many rows, over a packed weight.
-fn packed_product<E: Element<Work = f32>>(
-    operands: GemmOperands<'_, E>,
+fn packed_product<E: Element<Work = f32>, W: Element<Work = f32>>(
+    operands: GemmOperands<'_, E, W>,
     shape: GemmShape,
-    features: CpuFeatures,
+    mode: GemmMode,
 ) -> Vec<E> {
     let GemmOperands { x, weight, bias } = operands;
-    let packed = PackedWeight { shape, features };
-    if packs_pairs::<E>(features) {
-        packed.product(x, &packed.pack::<E, Bf16Pair>(weight), bias)
+    let packed = PackedWeight { shape, features: mode.features };
+    if mode.multiplies_pairs(E::DTYPE) {
+        packed.product(x, &packed.pack::<W, Bf16Pair>(weight), bias)
     } else {
-        packed.product(x, &packed.pack::<E, f32>(weight), bias)
+        packed.product(x, &packed.pack::<W, f32>(weight), bias)
     }
-}
-
-/// Whether elements are packed as pairs of bf16.
-fn packs_pairs<E: Element>(features: CpuFeatures) -> bool {
-    E::DTYPE == DType::BF16 && features.has_bf16_dot()
 }
 
 /// A product over a weight that is packed in the order in which it is read: `[block of 32 outputs][input /
@@ -127,7 +147,7 @@ struct PackedWeight {
 
 impl PackedWeight {
     /// Packs a weight of (outputs, inputs).
-    fn pack<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: WeightRows<'_, E>) -> Vec<F> {
+    fn pack<W: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: WeightRows<'_, W>) -> Vec<F> {
         match weight {
             WeightRows::Dense(weight) => self.pack_rows(weight),
             WeightRows::Quantized(matrix) => self.pack_quantized(matrix),
@@ -146,7 +166,7 @@ impl PackedWeight {
     }
 
     /// Packs the values of a weight of (outputs, inputs).
-    fn pack_rows<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+    fn pack_rows<W: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[W]) -> Vec<F> {
         let inputs = self.shape.inputs;
         self.pack_blocks(|block, out| {
             let rows = &weight[block * ROW * inputs..];
@@ -155,7 +175,7 @@ impl PackedWeight {
     }
 
     /// Packs a weight of (inputs, outputs).
-    fn pack_columns<E: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[E]) -> Vec<F> {
+    fn pack_columns<W: Element<Work = f32>, F: Lane<Sum = f32>>(&self, weight: &[W]) -> Vec<F> {
         let outputs = self.shape.outputs;
         self.pack_blocks(|block, out| self.features.run(PackWeightColumns { weight, outputs, first: block * ROW, out }))
     }
@@ -289,8 +309,8 @@ impl<E: Element> SimdKernel for StoreTile<'_, E> {
 }
 
 /// [`product`] of few rows, output by output, so that threads divide the weight and each element is read once.
-fn small_product<E: Element<Work = f32>>(
-    operands: GemmOperands<'_, E>,
+fn small_product<E: Element<Work = f32>, W: Element<Work = f32>>(
+    operands: GemmOperands<'_, E, W>,
     shape: GemmShape,
     features: CpuFeatures,
 ) -> Vec<E> {
@@ -408,15 +428,19 @@ mod tests {
         shape.flat_map(|shape| CpuFeatures::available().map(move |features| (shape, features)))
     }
 
+    fn full(features: CpuFeatures) -> GemmMode {
+        GemmMode { features, precision: ProductPrecision::Full }
+    }
+
     /// `step` is the relative distance between neighbouring values of the dtype.
     fn check_sums<E: Element<Work = f32>>(step: f64) {
         for (shape, features) in cases() {
             let GemmShape { rows, inputs, outputs } = shape;
             let x = values::<E>(rows * inputs, 1);
-            let weight = values(outputs * inputs, 2);
+            let weight = values::<E>(outputs * inputs, 2);
             let bias = values(outputs, 3);
             let operands = GemmOperands { x: &x, weight: WeightRows::Dense(&weight), bias: Some(&bias) };
-            let got = product(operands, shape, features);
+            let got = product(operands, shape, full(features));
             assert_eq!(got.len(), rows * outputs);
             for (index, got) in got.iter().enumerate() {
                 let x = &x[index / outputs * inputs..];
@@ -442,13 +466,13 @@ mod tests {
             let weight = values::<E>(outputs * inputs, 2);
             let transposed: Vec<E> =
                 (0..inputs).flat_map(|input| weight[input..].iter().step_by(inputs).copied()).collect();
-            let got = matmul(&x, &transposed, shape, features);
+            let got = matmul(&x, &transposed, shape, full(features));
             let want = match rows {
                 0 => Vec::new(),
                 _ if inputs == 0 => vec![E::zero(); rows * outputs],
                 _ => {
                     let weight = WeightRows::Dense(&weight);
-                    packed_product(GemmOperands { x: &x, weight, bias: None }, shape, features)
+                    packed_product(GemmOperands { x: &x, weight, bias: None }, shape, full(features))
                 }
             };
             assert_eq!(got, want, "{shape:?}, {features:?}");
@@ -462,6 +486,27 @@ mod tests {
     }
 
     #[test]
+    fn rounded_products_of_f32_are_those_of_the_rounded_values() {
+        for (shape, features) in cases().filter(|(shape, _)| !shape.has_few_rows()) {
+            let GemmShape { rows, inputs, outputs } = shape;
+            let x = values::<f32>(rows * inputs, 1);
+            let weight = values::<f32>(outputs * inputs, 2);
+            let round = |values: &[f32]| values.iter().map(|value| bf16::from_f32(*value).to_f32()).collect::<Vec<_>>();
+            let product_of = |x: &[f32], weight: &[f32], precision| {
+                let operands = GemmOperands { x, weight: WeightRows::Dense(weight), bias: None };
+                product(operands, shape, GemmMode { features, precision })
+            };
+            let got = product_of(&x, &weight, ProductPrecision::Bf16);
+            let want = match features.has_bf16_dot() {
+                true => product_of(&round(&x), &round(&weight), ProductPrecision::Full),
+                false => product_of(&x, &weight, ProductPrecision::Full),
+            };
+            let near = |(got, want): (&f32, &f32)| (got - want).abs() <= 1e-5 * want.abs() + 1e-6 * inputs as f32;
+            assert!(got.iter().zip(&want).all(near), "{shape:?}, {features:?}");
+        }
+    }
+
+    #[test]
     fn one_thread_and_three_give_the_same_bits() {
         let shape = GemmShape { rows: 100, inputs: 66, outputs: 40 };
         let x = values::<bf16>(100 * 66, 1);
@@ -469,7 +514,7 @@ mod tests {
         let product_on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let operands = GemmOperands { x: &x, weight: WeightRows::Dense(&weight), bias: None };
-            pool.install(|| product(operands, shape, CpuFeatures::detect()))
+            pool.install(|| product(operands, shape, GemmMode::detect(ProductPrecision::Full)))
         };
         assert_eq!(product_on(1), product_on(3));
     }

@@ -33,6 +33,7 @@ mod winograd;
 
 pub use adam::adam_step;
 pub use addition::add;
+pub use clearform_weights::ProductPrecision;
 pub use convolution::{activated_convolution, convolution, has_bf16_products, upsampled_convolution};
 pub use gated::gated_add;
 pub use gelu::gelu;

@@ -2,19 +2,19 @@
 //! in `quantized_linear.rs`.
 
 use crate::addition::add;
-use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
+use crate::gemm::{self, GemmMode, GemmOperands, GemmShape, WeightRows};
 use crate::kernel::contiguous;
 use crate::matrix_rows::{StorageRef, add_rows, row_count, with_channels};
 use crate::quantized_linear::quantized_linear;
 use crate::reference;
-use crate::simd::{CpuFeatures, Element};
+use crate::simd::Element;
 use crate::strided_product::{StridedMatrix, strided_product};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, MetalStorage, Result, Shape, Tensor,
 };
 use candle_core::{bail, op};
-use clearform_weights::{BaseWeight, LowRank, Weight};
+use clearform_weights::{BaseWeight, LowRank, ProductPrecision, Weight};
 use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -29,7 +29,7 @@ use std::borrow::Cow;
 /// Shapes that contradict each other.
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     let mut y = match &weight.base {
-        BaseWeight::Dense(base) => dense_linear(x, base, bias)?,
+        BaseWeight::Dense(base) => LinearOp { precision: weight.products }.apply(x, base, bias)?,
         BaseWeight::Quantized(matrix) => quantized_linear(x, matrix, bias)?,
     };
     for LowRank { down, up, scale } in &weight.low_rank {
@@ -48,25 +48,35 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
 /// # Errors
 /// Shapes that contradict each other.
 pub fn dense_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (outputs, inputs) = weight.dims2()?;
-    if x.dim(D::Minus1)? != inputs {
-        bail!("linear: x {:?} does not match weight {:?}", x.dims(), weight.dims());
-    }
-    if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
-        bail!("linear: bias {:?} does not match weight {:?}", bias.dims(), weight.dims());
-    }
-    if x.elem_count() == 0 || outputs == 0 {
-        // The kernels do not accept empty operands; the reference does.
-        return reference::dense_linear(x, weight, bias);
-    }
-    let x = x.contiguous()?;
-    match bias {
-        None => x.apply_op2(weight, LinearOp),
-        Some(bias) => x.apply_op3(weight, bias, LinearOp),
-    }
+    LinearOp { precision: ProductPrecision::Full }.apply(x, weight, bias)
 }
 
-struct LinearOp;
+/// [`dense_linear`] with products of f32 in some precision.
+#[derive(Clone, Copy)]
+struct LinearOp {
+    precision: ProductPrecision,
+}
+
+impl LinearOp {
+    fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (outputs, inputs) = weight.dims2()?;
+        if x.dim(D::Minus1)? != inputs {
+            bail!("linear: x {:?} does not match weight {:?}", x.dims(), weight.dims());
+        }
+        if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
+            bail!("linear: bias {:?} does not match weight {:?}", bias.dims(), weight.dims());
+        }
+        if x.elem_count() == 0 || outputs == 0 {
+            // The kernels do not accept empty operands; the reference does.
+            return reference::dense_linear(x, weight, bias);
+        }
+        let x = x.contiguous()?;
+        match bias {
+            None => x.apply_op2(weight, self),
+            Some(bias) => x.apply_op3(weight, bias, self),
+        }
+    }
+}
 
 type WeightAndBiasGradients = (Option<Tensor>, Option<Tensor>);
 type LinearGradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
@@ -77,7 +87,7 @@ impl CustomOp2 for LinearOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        match by_gemm((x, lx), (w, lw), None)? {
+        match self.by_gemm((x, lx), (w, lw), None)? {
             Some(out) => Ok((out, output_shape(lx, lw)?)),
             None => cpu_product((x, lx), (w, lw)),
         }
@@ -92,7 +102,7 @@ impl CustomOp2 for LinearOp {
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<WeightAndBiasGradients> {
-        Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?))
+        Ok((self.input_gradient(x, weight, grad)?, self.weight_gradient(x, weight, grad)?))
     }
 }
 
@@ -110,7 +120,7 @@ impl CustomOp3 for LinearOp {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if let Some(out) = by_gemm((x, lx), (w, lw), Some((b, lb)))? {
+        if let Some(out) = self.by_gemm((x, lx), (w, lw), Some((b, lb)))? {
             return Ok((out, output_shape(lx, lw)?));
         }
         let (mut out, shape) = cpu_product((x, lx), (w, lw))?;
@@ -153,18 +163,18 @@ impl CustomOp3 for LinearOp {
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, _: &Tensor, grad: &Tensor) -> Result<LinearGradients> {
-        Ok((input_gradient(x, weight, grad)?, weight_gradient(x, weight, grad)?, bias_gradient(bias, grad)?))
+        let input = self.input_gradient(x, weight, grad)?;
+        Ok((input, self.weight_gradient(x, weight, grad)?, bias_gradient(bias, grad)?))
     }
 }
 
 /// x wᵀ on the CPU.
 fn cpu_product(x: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
-    let (CpuStorage::F32(_), CpuStorage::F32(_), true) = (x.0, weight.0, weight.1.is_contiguous()) else {
-        return product(x, weight);
-    };
+    let (CpuStorage::F32(_), true) = (x.0, weight.1.is_contiguous()) else { return product(x, weight) };
     let (outputs, inputs) = weight.1.shape().dims2()?;
     let a = StridedMatrix::new(contiguous::<f32>(x.0, x.1)?, row_count(x.1), inputs);
-    let b = StridedMatrix::new(contiguous::<f32>(weight.0, weight.1)?, outputs, inputs);
+    let weight_values = elements::<f32>(weight)?;
+    let b = StridedMatrix::new(&weight_values, outputs, inputs);
     Ok((CpuStorage::F32(strided_product(a, b.transposed())), output_shape(x.1, weight.1)?))
 }
 
@@ -188,47 +198,107 @@ fn output_shape(x: &Layout, weight: &Layout) -> Result<Shape> {
     Ok(with_channels(x, weight.shape().dims2()?.0))
 }
 
-/// x wᵀ + b by [`gemm`], or none where candle is faster.
-fn by_gemm(x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
-    let (outputs, inputs) = weight.1.shape().dims2()?;
-    let features = CpuFeatures::detect();
-    let shape = GemmShape { rows: row_count(x.1), inputs, outputs };
-    let are_contiguous = [Some(x), Some(weight), bias].into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
-    match x.0.dtype() {
-        dtype if !are_contiguous || !shape.is_faster_than_candle(dtype, features) => Ok(None),
-        DType::BF16 => by_gemm_of::<bf16>(x, weight, bias, shape, features).map(Some),
-        DType::F32 => by_gemm_of::<f32>(x, weight, bias, shape, features).map(Some),
-        _ => Ok(None),
+impl LinearOp {
+    /// x wᵀ + b by [`gemm`], or none where candle is faster.
+    fn by_gemm(self, x: StorageRef, weight: StorageRef, bias: Option<StorageRef>) -> Result<Option<CpuStorage>> {
+        let (outputs, inputs) = weight.1.shape().dims2()?;
+        let shape = GemmShape { rows: row_count(x.1), inputs, outputs };
+        let operands = [Some(x), Some(weight), bias];
+        let are_contiguous = operands.into_iter().flatten().all(|(_, layout)| layout.is_contiguous());
+        let mode = GemmMode::detect(self.precision);
+        match x.0.dtype() {
+            dtype if !are_contiguous || !shape.is_faster_than_candle(dtype, mode) => Ok(None),
+            DType::BF16 => by_gemm_of::<bf16>(x, weight, bias, shape, mode).map(Some),
+            DType::F32 => by_gemm_of::<f32>(x, weight, bias, shape, mode).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn input_gradient(self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        if !x.track_op() {
+            return Ok(None);
+        }
+        let grad = rows(grad)?.detach();
+        let weight = weight.detach().contiguous()?;
+        let (rows, inputs) = grad.dims2()?;
+        let shape = GemmShape { rows, inputs, outputs: weight.dim(1)? };
+        let mode = GemmMode::detect(self.precision);
+        let uses_gemm = grad.device().is_cpu() && shape.is_faster_than_candle(grad.dtype(), mode);
+        let gradient = match (uses_gemm, is_f32_on_cpu(&grad)) {
+            (true, _) => grad.apply_op2_no_bwd(&weight, &LinearInputGradient { shape, mode })?,
+            (_, true) => grad.apply_op2_no_bwd(&weight, &InputGradientProduct)?,
+            _ => grad.matmul(&weight.to_dtype(grad.dtype())?)?,
+        };
+        gradient.reshape(x.shape()).map(Some)
+    }
+
+    fn weight_gradient(self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        if !weight.track_op() {
+            return Ok(None);
+        }
+        // In the wider dtype: gradients of f32 master weights must not be rounded to bf16 on the way.
+        let dtype = wider(weight.dtype(), grad.dtype());
+        let x = rows(&x.detach())?;
+        let grad = rows(grad)?;
+        #[cfg(feature = "cuda")]
+        if dtype == DType::F32
+            && let Some(product) = crate::cuda::transposed_product(&grad, &x)?
+        {
+            return product.to_dtype(weight.dtype()).map(Some);
+        }
+        let x = x.to_dtype(dtype)?;
+        let grad = grad.to_dtype(dtype)?;
+        let product = match is_f32_on_cpu(&grad) {
+            true => grad.detach().apply_op2_no_bwd(&x, &WeightGradientProduct(GemmMode::detect(self.precision)))?,
+            false => grad.t()?.matmul(&x)?,
+        };
+        product.to_dtype(weight.dtype()).map(Some)
     }
 }
 
-/// The same in the dtype of x, with weight and bias converted to it.
+/// [`gemm::product`] in the dtype of x, with the bias converted to it.
 fn by_gemm_of<E: Element<Work = f32>>(
     x: StorageRef,
     weight: StorageRef,
     bias: Option<StorageRef>,
     shape: GemmShape,
-    features: CpuFeatures,
+    mode: GemmMode,
 ) -> Result<CpuStorage> {
     let x = elements::<E>(x)?;
-    let weight = elements::<E>(weight)?;
     let bias = bias.map(elements::<E>).transpose()?;
-    let operands = GemmOperands { x: &x, weight: WeightRows::Dense(&weight), bias: bias.as_deref() };
-    Ok(E::to_cpu_storage_owned(gemm::product(operands, shape, features)))
+    let bias = bias.as_deref();
+    let out = match weight.0 {
+        // Masters of a model in bf16 are rounded, as its weights are.
+        CpuStorage::F32(_) if E::DTYPE == DType::F32 => {
+            let weight = WeightRows::Dense(contiguous::<f32>(weight.0, weight.1)?);
+            gemm::product(GemmOperands { x: &x, weight, bias }, shape, mode)
+        }
+        CpuStorage::BF16(_) => {
+            let weight = WeightRows::Dense(contiguous::<bf16>(weight.0, weight.1)?);
+            gemm::product(GemmOperands { x: &x, weight, bias }, shape, mode)
+        }
+        _ => {
+            let weight = elements::<E>(weight)?;
+            gemm::product(GemmOperands { x: &x, weight: WeightRows::Dense(&*weight), bias }, shape, mode)
+        }
+    };
+    Ok(E::to_cpu_storage_owned(out))
 }
 
-/// The elements of a tensor, rounded where they are master weights of a wider dtype.
+/// The elements of a tensor in another dtype.
 fn elements<'a, E: Element<Work = f32>>((storage, layout): StorageRef<'a>) -> Result<Cow<'a, [E]>> {
     if storage.dtype() == E::DTYPE {
         return contiguous(storage, layout).map(Cow::Borrowed);
     }
     match storage {
-        CpuStorage::F32(_) => {
-            let masters = contiguous::<f32>(storage, layout)?;
-            Ok(masters.par_iter().map(|value| E::store(*value)).collect())
-        }
+        CpuStorage::F32(_) => Ok(converted(contiguous::<f32>(storage, layout)?)),
+        CpuStorage::BF16(_) => Ok(converted(contiguous::<bf16>(storage, layout)?)),
         _ => E::cpu_storage_data(storage.to_dtype(layout, E::DTYPE)?).map(Cow::Owned),
     }
+}
+
+fn converted<'a, W: Element<Work = f32>, E: Element<Work = f32>>(values: &[W]) -> Cow<'a, [E]> {
+    values.par_iter().map(|value| E::store(value.load())).collect()
 }
 
 fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) -> Result<(S, Shape)> {
@@ -238,36 +308,24 @@ fn add_bias<S: BackendStorage>((out, shape): (S, Shape), bias: (&S, &Layout)) ->
     Ok((sum, shape))
 }
 
-fn input_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-    if !x.track_op() {
-        return Ok(None);
-    }
-    let grad = rows(grad)?.detach();
-    let weight = weight.detach().to_dtype(grad.dtype())?.contiguous()?;
-    let (rows, inputs) = grad.dims2()?;
-    let outputs = weight.dim(1)?;
-    let shape = GemmShape { rows, inputs, outputs };
-    let uses_gemm = grad.device().is_cpu() && shape.is_faster_than_candle(grad.dtype(), CpuFeatures::detect());
-    let gradient = match (uses_gemm, is_f32_on_cpu(&grad)) {
-        (true, _) => grad.apply_op2_no_bwd(&weight, &LinearInputGradient)?,
-        (_, true) => grad.apply_op2_no_bwd(&weight, &InputGradientProduct)?,
-        _ => grad.matmul(&weight)?,
-    };
-    gradient.reshape(x.shape()).map(Some)
+/// grad w by [`gemm`].
+struct LinearInputGradient {
+    shape: GemmShape,
+    mode: GemmMode,
 }
 
-/// grad w by [`gemm`].
-struct LinearInputGradient;
-
 impl LinearInputGradient {
-    fn run<E: Element<Work = f32>>(grad: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
-        let rows = row_count(grad.1);
-        let (inputs, outputs) = weight.1.shape().dims2()?;
+    fn run<E: Element<Work = f32>>(&self, grad: StorageRef, weight: StorageRef) -> Result<(CpuStorage, Shape)> {
+        let Self { shape, mode } = *self;
         let grad = contiguous::<E>(grad.0, grad.1)?;
-        let weight = contiguous::<E>(weight.0, weight.1)?;
-        let shape = GemmShape { rows, inputs, outputs };
-        let out = gemm::matmul(grad, weight, shape, CpuFeatures::detect());
-        Ok((E::to_cpu_storage_owned(out), (rows, outputs).into()))
+        let out = match weight.0 {
+            CpuStorage::F32(_) if E::DTYPE == DType::F32 => {
+                gemm::matmul(grad, contiguous::<f32>(weight.0, weight.1)?, shape, mode)
+            }
+            CpuStorage::BF16(_) => gemm::matmul(grad, contiguous::<bf16>(weight.0, weight.1)?, shape, mode),
+            _ => gemm::matmul(grad, &elements::<E>(weight)?, shape, mode),
+        };
+        Ok((E::to_cpu_storage_owned(out), (shape.rows, shape.outputs).into()))
     }
 }
 
@@ -278,41 +336,18 @@ impl CustomOp2 for LinearInputGradient {
 
     fn cpu_fwd(&self, grad: &CpuStorage, lg: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
         match grad {
-            CpuStorage::BF16(_) => Self::run::<bf16>((grad, lg), (w, lw)),
-            CpuStorage::F32(_) => Self::run::<f32>((grad, lg), (w, lw)),
+            CpuStorage::BF16(_) => self.run::<bf16>((grad, lg), (w, lw)),
+            CpuStorage::F32(_) => self.run::<f32>((grad, lg), (w, lw)),
             _ => bail!("{}: expected f32 or bf16", self.name()),
         }
     }
-}
-
-fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-    if !weight.track_op() {
-        return Ok(None);
-    }
-    // In the wider dtype: gradients of f32 master weights must not be rounded to bf16 on the way.
-    let dtype = wider(weight.dtype(), grad.dtype());
-    let x = rows(&x.detach())?;
-    let grad = rows(grad)?;
-    #[cfg(feature = "cuda")]
-    if dtype == DType::F32
-        && let Some(product) = crate::cuda::transposed_product(&grad, &x)?
-    {
-        return product.to_dtype(weight.dtype()).map(Some);
-    }
-    let x = x.to_dtype(dtype)?;
-    let grad = grad.to_dtype(dtype)?;
-    let product = match is_f32_on_cpu(&grad) {
-        true => grad.detach().apply_op2_no_bwd(&x, &WeightGradientProduct)?,
-        false => grad.t()?.matmul(&x)?,
-    };
-    product.to_dtype(weight.dtype()).map(Some)
 }
 
 fn is_f32_on_cpu(x: &Tensor) -> bool {
     x.dtype() == DType::F32 && x.device().is_cpu()
 }
 
-/// a b, of contiguous f32 matrices.
+/// a b, of contiguous matrices, a in f32.
 struct InputGradientProduct;
 
 impl CustomOp2 for InputGradientProduct {
@@ -321,14 +356,16 @@ impl CustomOp2 for InputGradientProduct {
     }
 
     fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, columns) = (la.shape().dims2()?.0, lb.shape().dims2()?.1);
-        let product = strided_product(matrix(a, la)?, matrix(b, lb)?);
+        let (inner, columns) = lb.shape().dims2()?;
+        let rows = la.shape().dims2()?.0;
+        let b = elements::<f32>((b, lb))?;
+        let product = strided_product(matrix(a, la)?, StridedMatrix::new(&b, inner, columns));
         Ok((CpuStorage::F32(product), (rows, columns).into()))
     }
 }
 
 /// aᵀ b, of contiguous f32 matrices.
-struct WeightGradientProduct;
+struct WeightGradientProduct(GemmMode);
 
 impl CustomOp2 for WeightGradientProduct {
     fn name(&self) -> &'static str {
@@ -336,9 +373,14 @@ impl CustomOp2 for WeightGradientProduct {
     }
 
     fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, columns) = (la.shape().dims2()?.1, lb.shape().dims2()?.1);
-        let product = strided_product(matrix(a, la)?.transposed(), matrix(b, lb)?);
-        Ok((CpuStorage::F32(product), (rows, columns).into()))
+        let a = matrix(a, la)?;
+        let b = matrix(b, lb)?;
+        let shape = GemmShape { rows: a.columns, inputs: a.rows, outputs: b.columns };
+        let product = match self.0.multiplies_pairs(DType::F32) && shape.is_faster_than_candle(DType::F32, self.0) {
+            true => gemm::matmul(&a.transposed_values(), b.values, shape, self.0),
+            false => strided_product(a.transposed(), b),
+        };
+        Ok((CpuStorage::F32(product), (shape.rows, shape.outputs).into()))
     }
 }
 

@@ -1,14 +1,14 @@
 //! [`quantized_linear`]: a linear layer whose weight stays in the format of its file. Of many rows of x, some rows of the
 //! weight at a time are dequantised and multiplied as others are; of few rows each row as it is read.
 
-use crate::gemm::{self, GemmOperands, GemmShape, WeightRows};
+use crate::gemm::{self, GemmMode, GemmOperands, GemmShape, WeightRows};
 use crate::kernel::contiguous;
 use crate::matrix_rows::{StorageRef, add_rows, row_count, with_channels};
 use crate::simd::{CpuFeatures, Element};
 use crate::strided_product::{StridedMatrix, strided_product_to};
 use candle_core::backend::BackendStorage as _;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
-use clearform_weights::QuantizedMatrix;
+use clearform_weights::{ProductPrecision, QuantizedMatrix};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -63,8 +63,8 @@ impl QuantizedLinear {
     ) -> Result<CpuStorage> {
         let x = contiguous::<E>(x, lx)?;
         let bias = bias.map(|(bias, layout)| contiguous::<E>(bias, layout)).transpose()?;
-        let operands = GemmOperands { x, weight: WeightRows::Quantized(&self.0), bias };
-        Ok(E::to_cpu_storage_owned(gemm::product(operands, shape, CpuFeatures::detect())))
+        let operands = GemmOperands { x, weight: WeightRows::<E>::Quantized(&self.0), bias };
+        Ok(E::to_cpu_storage_owned(gemm::product(operands, shape, GemmMode::detect(ProductPrecision::Full))))
     }
 
     /// Some outputs at a time, by the product that dense weights in f32 go through.

@@ -2,6 +2,7 @@
 //! number of processors before each product, which takes longer than a small one.
 
 use rayon::current_num_threads;
+use rayon::prelude::*;
 
 /// A matrix in memory.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +24,21 @@ impl<'a> StridedMatrix<'a> {
     pub fn transposed(self) -> Self {
         let Self { values, rows, columns, strides: [row, column] } = self;
         Self { values, rows: columns, columns: rows, strides: [column, row] }
+    }
+
+    /// The values of [`Self::transposed`] of a row-major matrix, row by row.
+    pub fn transposed_values(self) -> Vec<f32> {
+        /// Columns that are copied together: a cache line of each row.
+        const COLUMNS: usize = 16;
+        let Self { values, rows, columns, .. } = self;
+        let mut out = vec![0.0; rows * columns];
+        out.par_chunks_mut((COLUMNS * rows).max(1)).enumerate().for_each(|(part, out)| {
+            let first = part * COLUMNS;
+            for (row, values) in values.chunks_exact(columns).enumerate() {
+                out[row..].iter_mut().step_by(rows).zip(&values[first..]).for_each(|(out, value)| *out = *value);
+            }
+        });
+        out
     }
 
     /// Whether every element lies within the values.
@@ -119,6 +135,15 @@ pub(crate) fn block_product(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_transposed() {
+        let values: Vec<f32> = (0..5 * 37).map(|value| value as f32).collect();
+        let matrix = StridedMatrix::new(&values, 5, 37);
+        let transposed = matrix.transposed_values();
+        assert_eq!(transposed[3 * 5 + 2], values[2 * 37 + 3]);
+        assert_eq!(StridedMatrix::new(&transposed, 37, 5).transposed_values(), values);
+    }
 
     #[test]
     fn transposed_factors_give_the_product_by_hand() {

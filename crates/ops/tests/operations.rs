@@ -4,7 +4,7 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_ops::{self as ops, reference};
-use clearform_weights::{BaseWeight, Fp8, LowRank, QuantizedFormat, QuantizedMatrix, Weight};
+use clearform_weights::{BaseWeight, Fp8, LowRank, ProductPrecision, QuantizedFormat, QuantizedMatrix, Weight};
 
 type Operation = fn(&[Tensor]) -> Result<Tensor>;
 
@@ -102,7 +102,7 @@ const CASES: &[Case] = &[
 fn with_terms(a: &[Tensor]) -> Weight {
     let terms = a[3..].chunks_exact(2).zip([0.5, -2.0]);
     let low_rank = terms.map(|(factors, scale)| LowRank { down: factors[0].clone(), up: factors[1].clone(), scale });
-    Weight { base: BaseWeight::Dense(a[1].clone()), low_rank: low_rank.collect() }
+    Weight { base: BaseWeight::Dense(a[1].clone()), low_rank: low_rank.collect(), products: ProductPrecision::Full }
 }
 
 fn noise(shape: &[usize], seed: usize) -> Tensor {
@@ -254,6 +254,28 @@ fn a_master_weight_in_f32_multiplies_as_its_bf16_does() {
         let got = ops::dense_linear(&x, &weight, Some(&bias)).unwrap();
         let want = ops::dense_linear(&x, &weight_in_bf16, Some(&bias_in_bf16)).unwrap();
         assert_eq!(elements(&got), elements(&want), "{rows} rows");
+    }
+}
+
+/// Where the processor multiplies pairs of bf16, results are rounded as much as those of tensors in bf16, and else exact.
+#[test]
+fn products_in_bf16_leave_activations_in_f32() {
+    let [x, w, b, grad] = [&[40, 48][..], &[24, 48], &[24], &[40, 24]].map(|shape| noise(shape, 1));
+    let run = |dtype: DType, products: ProductPrecision| {
+        let [x, w, b] = [&x, &w, &b].map(|tensor| Var::from_tensor(&tensor.to_dtype(dtype).unwrap()).unwrap());
+        let weight = Weight { products, ..Weight::from(w.as_tensor().clone()) };
+        let y = ops::linear(&x, &weight, Some(&b)).unwrap();
+        assert_eq!(y.dtype(), dtype);
+        let store = (&y * grad.to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap().backward().unwrap();
+        [y.clone(), store.get(&x).unwrap().clone(), store.get(&w).unwrap().clone()].map(|tensor| tensor.detach())
+    };
+    let exact = run(DType::F64, ProductPrecision::Full);
+    let rounded = run(DType::F32, ProductPrecision::Bf16);
+    let bf16 = run(DType::BF16, ProductPrecision::Full);
+    for ((exact, rounded), bf16) in exact.iter().zip(&rounded).zip(&bf16) {
+        let [error, usual] = [rounded, bf16].map(|tensor| relative_error(tensor, exact));
+        assert!(error <= usual, "{error:e}, in bf16 {usual:e}");
+        assert_eq!(error > 1e-5, ops::has_bf16_products(), "{error:e}");
     }
 }
 

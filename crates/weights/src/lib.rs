@@ -8,6 +8,7 @@
 //! [`Checkpoint`], which picks the format.
 
 mod checkpoint;
+mod content_hash;
 mod error;
 mod files;
 mod folder;
@@ -29,6 +30,7 @@ mod weight;
 mod writer;
 
 pub use checkpoint::{CONFIG_METADATA, Checkpoint, StoredTensor, opened_checkpoints};
+pub use content_hash::content_hash;
 pub use error::{Result, WeightsError};
 pub use files::{digest, write_atomically};
 pub use fp8::Fp8;
@@ -42,5 +44,5 @@ pub use source::{
 pub use source_views::{ConvertedSource, StreamedSource};
 pub use stream::Digest;
 pub use tensor_file::TensorFile;
-pub use weight::{BaseWeight, LowRank, Weight};
+pub use weight::{BaseWeight, LowRank, ProductPrecision, Weight};
 pub use writer::{save, write};

@@ -1,6 +1,6 @@
 //! [`TensorSource`]: the trait through which models, layouts and writers read tensors, from a file or from memory.
 
-use crate::{QuantizedMatrix, Result, Weight, WeightsError};
+use crate::{ProductPrecision, QuantizedMatrix, Result, Weight, WeightsError};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
@@ -122,6 +122,11 @@ pub trait TensorSource: Send + Sync {
         None
     }
 
+    /// How f32 activations are multiplied in a model that is built from it.
+    fn products(&self) -> ProductPrecision {
+        ProductPrecision::Full
+    }
+
     /// The same tensor as a [`Weight`] to multiply by: a matrix in a quantised format stays in it, and low-rank terms
     /// may be beside it instead of in it. Most sources have no terms.
     ///
@@ -203,6 +208,10 @@ where
         (**self).streamed()
     }
 
+    fn products(&self) -> ProductPrecision {
+        (**self).products()
+    }
+
     fn weight(&self, name: &str) -> Result<Weight> {
         (**self).weight(name)
     }
@@ -237,6 +246,7 @@ impl RawTensor {
 #[derive(Debug, Clone, Default)]
 pub struct InMemoryTensors {
     tensors: BTreeMap<String, Tensor>,
+    products: ProductPrecision,
 }
 
 impl InMemoryTensors {
@@ -251,7 +261,13 @@ impl InMemoryTensors {
             let wanted = dtype.unwrap_or(stored.dtype());
             tensors.insert(info.name, stored.to_dtype(wanted)?.to_device(device)?);
         }
-        Ok(Self { tensors })
+        Ok(Self { tensors, products: ProductPrecision::Full })
+    }
+
+    /// The same tensors, for models that multiply f32 activations in this precision.
+    #[must_use]
+    pub fn with_products(self, products: ProductPrecision) -> Self {
+        Self { products, ..self }
     }
 
     /// Inserts `tensor`, replacing one of the same name.
@@ -267,11 +283,15 @@ impl InMemoryTensors {
 
 impl FromIterator<(String, Tensor)> for InMemoryTensors {
     fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(tensors: I) -> Self {
-        Self { tensors: tensors.into_iter().collect() }
+        Self { tensors: tensors.into_iter().collect(), products: ProductPrecision::Full }
     }
 }
 
 impl TensorSource for InMemoryTensors {
+    fn products(&self) -> ProductPrecision {
+        self.products
+    }
+
     fn tensors(&self) -> Vec<TensorInfo> {
         self.tensors.iter().map(|(name, tensor)| describe(name, tensor)).collect()
     }

@@ -4,6 +4,17 @@ use crate::{QuantizedMatrix, Result};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
+/// How f32 activations are multiplied, by weights and with each other in attention.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ProductPrecision {
+    /// In f32.
+    #[default]
+    Full,
+    /// Rounded to bf16 where the processor multiplies pairs of them, in f32 where it does not; sums are f32. This is
+    /// `torch.set_float32_matmul_precision("medium")`.
+    Bf16,
+}
+
 /// The weight of a linear layer: `base` plus all `low_rank` terms. Their sum is not formed: a caller adds the products
 /// of the terms to the product of the base, which is cheap and rounds nothing to the base's dtype.
 #[derive(Debug, Clone)]
@@ -12,6 +23,8 @@ pub struct Weight {
     pub base: BaseWeight,
     /// The terms that adapters add; most weights have none.
     pub low_rank: Vec<LowRank>,
+    /// The precision of products with `base`.
+    pub products: ProductPrecision,
 }
 
 /// The stored values of a weight, in the form in which they are multiplied.
@@ -75,13 +88,14 @@ pub struct LowRank {
 /// A tensor as a weight without low-rank terms.
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
-        Self { base: BaseWeight::Dense(tensor), low_rank: Vec::new() }
+        Self { base: BaseWeight::Dense(tensor), low_rank: Vec::new(), products: ProductPrecision::Full }
     }
 }
 
 /// A quantised matrix as a weight without low-rank terms.
 impl From<QuantizedMatrix> for Weight {
     fn from(matrix: QuantizedMatrix) -> Self {
-        Self { base: BaseWeight::Quantized(Arc::new(matrix)), low_rank: Vec::new() }
+        let base = BaseWeight::Quantized(Arc::new(matrix));
+        Self { base, low_rank: Vec::new(), products: ProductPrecision::Full }
     }
 }

@@ -14,13 +14,15 @@ use std::sync::OnceLock;
 /// backward.
 pub(super) struct AttentionOp {
     problem: Problem,
+    /// Whether f32 and bf16 are multiplied as pairs of bf16.
+    pairs: bool,
     scales: OnceLock<Vec<[f64; 2]>>,
 }
 
 impl AttentionOp {
     /// The operation for one call.
-    pub fn new(problem: Problem) -> Self {
-        Self { problem, scales: OnceLock::new() }
+    pub fn new(problem: Problem, pairs: bool) -> Self {
+        Self { problem, pairs, scales: OnceLock::new() }
     }
 
     fn forward<E: Element, F: Lane<Sum = E::Work>>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
@@ -70,9 +72,10 @@ impl CustomOp3 for AttentionOp {
     ) -> Result<(CpuStorage, Shape)> {
         let inputs = [(query, query_layout), (key, key_layout), (value, value_layout)];
         let out = match query {
+            CpuStorage::F32(_) if self.pairs => self.forward::<f32, Bf16Pair>(inputs)?,
             CpuStorage::F32(_) => self.forward::<f32, f32>(inputs)?,
             CpuStorage::F64(_) => self.forward::<f64, f64>(inputs)?,
-            CpuStorage::BF16(_) if self.problem.features.has_bf16_dot() => self.forward::<bf16, Bf16Pair>(inputs)?,
+            CpuStorage::BF16(_) if self.pairs => self.forward::<bf16, Bf16Pair>(inputs)?,
             CpuStorage::BF16(_) => self.forward::<bf16, f32>(inputs)?,
             _ => bail!("attention has no kernel for {:?}", query.dtype()),
         };
@@ -83,9 +86,10 @@ impl CustomOp3 for AttentionOp {
         let args = [query, key, value];
         let grad = grad.contiguous()?;
         match query.dtype() {
+            DType::F32 if self.pairs => self.backward::<f32, Bf16Pair>(args, out, &grad),
             DType::F32 => self.backward::<f32, f32>(args, out, &grad),
             DType::F64 => self.backward::<f64, f64>(args, out, &grad),
-            DType::BF16 if self.problem.features.has_bf16_dot() => self.backward::<bf16, Bf16Pair>(args, out, &grad),
+            DType::BF16 if self.pairs => self.backward::<bf16, Bf16Pair>(args, out, &grad),
             DType::BF16 => self.backward::<bf16, f32>(args, out, &grad),
             dtype => bail!("attention has no kernel for {dtype:?}"),
         }

@@ -99,11 +99,12 @@ fn pairs_of_bf16_match_f32_with_every_instruction_set() {
         for features in CpuFeatures::available() {
             let paired = inputs.computed::<bf16, Bf16Pair>(features, 0.0);
             let single = inputs.computed::<bf16, f32>(features, 0.0);
-            for [out, ..] in [&paired, &single] {
+            let rounded = inputs.computed::<f32, Bf16Pair>(features, 0.0);
+            for [out, ..] in [&paired, &single, &rounded] {
                 let error = distance(out, &exact);
                 assert!(error <= 2.0 * plain + 1e-6, "{case:?}, {features:?}: {error:e}, plain {plain:e}");
             }
-            for (got, want) in paired[1..].iter().zip(&single[1..]) {
+            for (got, want) in paired[1..].iter().chain(&rounded[1..]).zip(single[1..].iter().cycle()) {
                 let error = distance(got, want);
                 assert!(error <= 1e-2, "{case:?}, {features:?}: gradients differ by {error:e}");
             }
@@ -125,6 +126,7 @@ fn old_contents_of_the_outputs_are_ignored() {
         check::<f64, f64>(case);
         check::<bf16, f32>(case);
         check::<bf16, Bf16Pair>(case);
+        check::<f32, Bf16Pair>(case);
     }
 }
 

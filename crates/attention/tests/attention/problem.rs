@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use clearform_attention::{
     Attended, Attention, AttentionPlan, Geometry, Policy, Qkv, TileShape, TiledAttention, TokenGrid, Window, reference,
 };
+use clearform_ops::ProductPrecision;
 use clearform_ops::simd::CpuFeatures;
 
 /// The size and plan of a problem.
@@ -149,7 +150,8 @@ pub fn fused(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
 
 /// The attention that the plan builds.
 pub fn planned(inputs: &Inputs, tensors: &[Tensor]) -> Result<Attended> {
-    let attention = plan(&inputs.case).build("layer", &|_: &str| Ok(tensors.get(6).cloned()))?;
+    let attention =
+        plan(&inputs.case).build("layer", &|_: &str| Ok(tensors.get(6).cloned()), ProductPrecision::Full)?;
     attention.attend(qkv(&tensors[3..]), inputs.text(tensors), &inputs.geometry)
 }
 

@@ -5,6 +5,7 @@ use crate::{ClearformError, ComputeDevice, FloatDtype, Result};
 use candle_core::{Device, Tensor, Var};
 use clearform_attention::{Attention, AttentionPlan, Execution, Geometry, Qkv, TileEfficiency};
 use clearform_runtime::check_dtype;
+use clearform_weights::ProductPrecision;
 use serde::Serialize;
 use std::fmt;
 
@@ -65,7 +66,7 @@ impl AttentionCase {
         check_dtype(&device, args.dtype.into())?;
         let random = |tokens| random_qkv(tokens, args, &device);
         Ok(Self {
-            attention: args.attention.build("bench", &|_| Ok(None))?,
+            attention: args.attention.build("bench", &|_| Ok(None), ProductPrecision::Full)?,
             image: random(geometry.tokens())?,
             text: if args.text == 0 { None } else { Some(random(args.text)?) },
             geometry,

@@ -53,7 +53,7 @@ impl Architecture for ToyArchitecture {
             projections: [query?, key?, value?, out?],
             head: source.tensor("head.weight")?,
             heads: self.heads,
-            attention: plan.build(LAYER, &|_| Ok(None))?,
+            attention: plan.build(LAYER, &|_| Ok(None), source.products())?,
             layers: vec![LAYER.to_owned()],
         }))
     }

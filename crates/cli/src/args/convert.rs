@@ -161,8 +161,8 @@ pub struct TrainingArgs {
     /// Apply the attention loss to every Nth block (FLUX: every Nth single-stream block) [default: by the model].
     #[arg(long, value_name = "N", help_heading = DISTILLATION)]
     pub attention_every: Option<usize>,
-    /// Dtype of activations during training; trained parameters are f32 in any case [default: f32 on a CPU, bf16 on a
-    /// GPU].
+    /// Precision of the training: bf16 holds activations in it on a GPU, and multiplies in it on a CPU that does that
+    /// faster. Trained parameters are f32 in any case [default: f32 on a CPU, bf16 on a GPU].
     #[arg(long, value_enum, value_name = "DTYPE", help_heading = DISTILLATION)]
     pub precision: Option<PrecisionArg>,
     /// Keep every block's activations instead of recomputing them: faster, but needs more memory. Small models always do.
@@ -183,7 +183,7 @@ pub struct TrainingArgs {
     pub resume: bool,
 }
 
-/// Dtype of activations during training.
+/// Precision of a training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PrecisionArg {
     /// 32-bit float.

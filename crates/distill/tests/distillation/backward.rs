@@ -1,14 +1,14 @@
 //! Backward block by block compared with one backward pass through the whole model, and the memory of teacher and student.
 
-use crate::support::{architecture, batch, models, steps, values, weights};
+use crate::support::{architecture, batch, models, models_with, steps, values, weights};
 use candle_core::{DType, Tensor};
 use clearform_attention::{Attended, AttentionPlan};
 use clearform_distill::{Activations, Batch, LossSettings, PairSpec, TeacherStudent, backward, prediction_error};
 use clearform_models::{
     Architecture, Denoiser, DenoiserInput, DistilledLayer, HiddenState, InputChannels, PipelineSpec,
 };
-use clearform_testkit::assert_close;
-use clearform_weights::{RawTensor, TensorInfo, TensorSource};
+use clearform_testkit::{assert_close, relative_error};
+use clearform_weights::{ProductPrecision, RawTensor, TensorInfo, TensorSource};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
@@ -71,6 +71,25 @@ fn keeping_activations_changes_no_bit() {
     assert_eq!(gradients.len(), kept.len());
     for (name, gradient) in &gradients {
         assert_eq!(values(gradient), values(&kept[name]), "{name}");
+    }
+}
+
+/// Gradients are rounded where the processor multiplies pairs of bf16; what is evaluated never is.
+#[test]
+fn products_in_bf16_keep_the_gradients() {
+    let batch = batch(&steps(), 1);
+    let [exact, rounded] = [ProductPrecision::Full, ProductPrecision::Bf16].map(|products| {
+        let models = models_with(products, "clear:r=2,d=2", DType::F32);
+        let error = prediction_error(models.teacher(), models.student(), std::slice::from_ref(&batch.input)).unwrap();
+        let (losses, gradients) = backward(&models, &batch, &LossSettings::default(), Activations::Keep).unwrap();
+        (error, losses, gradients)
+    });
+    assert_eq!(exact.0, rounded.0);
+    assert!((exact.1.total - rounded.1.total).abs() < 1e-2 * exact.1.total);
+    for (name, gradient) in &exact.2 {
+        let error = relative_error(&rounded.2[name], gradient).unwrap();
+        assert!(error < 2e-2, "{name}: {error:e}");
+        assert_eq!(error > 1e-6, clearform_ops::has_bf16_products(), "{name}: {error:e}");
     }
 }
 
@@ -141,7 +160,7 @@ fn teacher_and_student_hold_the_frozen_weights_once() {
     let recording = RecordingFlux { flux: architecture(), held: Mutex::default() };
     let weights = weights(DType::BF16);
     let plan = "clear:r=2,d=2".parse().unwrap();
-    let spec = PairSpec { architecture: &recording, plan: &plan };
+    let spec = PairSpec { architecture: &recording, plan: &plan, products: ProductPrecision::Full };
     let models = TeacherStudent::build(spec, &weights, &weights).unwrap();
     let model: usize = weights.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let masters: usize = models.masters().values().map(|master| bytes(master)).sum();
@@ -157,7 +176,7 @@ fn training_continues_from_all_weights_of_an_earlier_student() {
     let teacher = weights(DType::F32);
     let plan = "clear:r=2,d=2".parse().unwrap();
     let architecture = architecture();
-    let spec = PairSpec { architecture: architecture.as_ref(), plan: &plan };
+    let spec = PairSpec { architecture: architecture.as_ref(), plan: &plan, products: ProductPrecision::Full };
     let first = TeacherStudent::build(spec, &teacher, &teacher).unwrap();
     let mut earlier = teacher.clone();
     for (name, master) in first.masters() {

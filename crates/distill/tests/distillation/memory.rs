@@ -10,7 +10,7 @@ use clearform_distill::{
 use clearform_models::families::flux::Flux;
 use clearform_models::{Conditions, ModelFamily as _, Prompt};
 use clearform_sampling::FlowMatchEuler;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, ProductPrecision, TensorSource};
 use serde_json::json;
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -35,9 +35,12 @@ fn two_gigabytes_are_distilled_in_the_memory_that_the_formula_gives() {
         "guidance_embeds": false, "axes_dims_rope": [16, 56, 56], "patch_size": 1,
     });
     let architecture = Flux.parse(&config).unwrap();
-    let models =
-        TeacherStudent::build(PairSpec { architecture: architecture.as_ref(), plan: &plan }, &weights, &weights)
-            .unwrap();
+    let models = TeacherStudent::build(
+        PairSpec { architecture: architecture.as_ref(), plan: &plan, products: ProductPrecision::Full },
+        &weights,
+        &weights,
+    )
+    .unwrap();
     let folder = tempfile::tempdir().unwrap();
     let samples = samples(&folder.path().join("samples"), &models);
     let settings = DistillSettings { steps: 2, batch: 1, ..DistillSettings::default() };

@@ -10,7 +10,7 @@ use clearform_models::families::flux::Flux;
 use clearform_models::{Architecture, Conditions, ModelFamily as _, NoiseProcess, Prompt};
 use clearform_sampling::{FlowMatchEuler, TorchGenerator};
 use clearform_testkit::fixture;
-use clearform_weights::{Checkpoint, InMemoryTensors};
+use clearform_weights::{Checkpoint, InMemoryTensors, ProductPrecision};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -38,9 +38,15 @@ pub fn weights(dtype: DType) -> InMemoryTensors {
 }
 
 pub fn models(plan: &str, dtype: DType) -> TeacherStudent {
+    models_with(ProductPrecision::Full, plan, dtype)
+}
+
+pub fn models_with(products: ProductPrecision, plan: &str, dtype: DType) -> TeacherStudent {
     let plan: AttentionPlan = plan.parse().unwrap();
     let weights = weights(dtype);
-    TeacherStudent::build(PairSpec { architecture: architecture().as_ref(), plan: &plan }, &weights, &weights).unwrap()
+    let architecture = architecture();
+    let spec = PairSpec { architecture: architecture.as_ref(), plan: &plan, products };
+    TeacherStudent::build(spec, &weights, &weights).unwrap()
 }
 
 pub fn image_ids() -> Tensor {

@@ -40,6 +40,7 @@ impl Inspection {
                 format!("{} used, {} skipped, {} not understood", self.used, self.skipped.len(), self.unmatched.len()),
             ),
         ];
+        lines.extend(self.attention.iter().map(|plan| ("attention", plan.clone())));
         if !self.components.is_empty() {
             lines.push(("components", self.components.join(", ")));
         }

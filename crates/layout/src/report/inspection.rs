@@ -55,6 +55,8 @@ pub struct Inspection {
     pub variant: Variant,
     /// Whether a guidance scale acts on it: FLUX.1 schnell and models distilled like it take none.
     pub takes_guidance: bool,
+    /// The attention plan that is recorded for it, as text; `None` for a model whose attention nobody replaced.
+    pub attention: Option<String>,
     /// Name of the layout.
     pub layout: String,
     /// What every name begins with.
@@ -128,6 +130,7 @@ impl Inspection {
             family: identified.family.clone(),
             variant: identified.variant.clone(),
             takes_guidance: true,
+            attention: None,
             layout: identified.layout.clone(),
             prefix: identified.prefix.clone(),
             depth: identified.depths(),

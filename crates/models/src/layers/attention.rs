@@ -51,7 +51,7 @@ pub(crate) fn attention(plan: &AttentionPlan, layer: &str, source: &dyn TensorSo
         Some(_) => source.tensor(name).map(Some).map_err(candle_core::Error::wrap),
         None => Ok(None),
     };
-    Ok(plan.build(layer, &learned)?)
+    Ok(plan.build(layer, &learned, source.products())?)
 }
 
 /// Splits the channels into heads.
