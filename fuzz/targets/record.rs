@@ -24,5 +24,5 @@ fuzz_target!(|bytes: &[u8]| {
 
 fn build(plan: &AttentionPlan) {
     assert_eq!(AttentionPlan::from_toml(&plan.to_toml()).ok().as_ref(), Some(plan));
-    let _ = plan.build(LAYER, &|_| Ok(None));
+    let _ = plan.build(LAYER, &|_| Ok(None), Default::default());
 }

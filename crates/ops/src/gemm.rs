@@ -4,11 +4,14 @@
 //! BENCHMARKS.md has its speed with these block sizes on Zen 4 and Zen 5 (AVX-512 BF16), Emerald Rapids (AMX) and Zen 3
 //! (AVX2).
 
+mod few_rows;
+
 use crate::simd::{
-    Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, Real, SimdKernel, Strided, pack_transposed,
+    Bf16Pair, CpuFeatures, Element, Isa, Lane, MatrixProduct, ROW, SimdKernel, Strided, pack_transposed,
 };
 use candle_core::DType;
 use clearform_weights::{ProductPrecision, QuantizedMatrix};
+use few_rows::small_product;
 use rayon::prelude::*;
 
 /// Rows of x per task, at most: with 32 outputs the accumulators are 12 KiB, which stay in the L1 cache. A multiple of
@@ -21,9 +24,6 @@ const PANEL_ROWS: usize = 12;
 /// Up to so many rows of x the weight is read as it is: packing it, which reads and writes all of it, would cost more
 /// than the product.
 const FEW_ROWS: usize = 8;
-
-/// Outputs per task where rows are few.
-const BLOCK_OUTPUTS: usize = 32;
 
 /// Dimensions of a product.
 #[derive(Debug, Clone, Copy)]
@@ -306,81 +306,6 @@ impl<E: Element> SimdKernel for StoreTile<'_, E> {
             out[..lanes].iter_mut().zip(sums).for_each(|(out, sum)| *out = E::store(*sum));
         }
     }
-}
-
-/// [`product`] of few rows, output by output, so that threads divide the weight and each element is read once.
-fn small_product<E: Element<Work = f32>, W: Element<Work = f32>>(
-    operands: GemmOperands<'_, E, W>,
-    shape: GemmShape,
-    features: CpuFeatures,
-) -> Vec<E> {
-    let GemmOperands { x, weight, bias } = operands;
-    let GemmShape { rows, inputs, outputs } = shape;
-    let x: Vec<f32> = x.iter().map(|value| value.load()).collect();
-    let mut columns = vec![E::zero(); rows * outputs]; // (outputs, rows)
-    columns.par_chunks_mut(BLOCK_OUTPUTS * rows).enumerate().for_each(|(part, out)| {
-        let first = part * BLOCK_OUTPUTS;
-        let count = out.len() / rows;
-        let bias = bias.map(|bias| &bias[first..]);
-        match weight {
-            WeightRows::Dense(weight) => {
-                let weight = &weight[first * inputs..(first + count) * inputs];
-                features.run(DotProducts { out, x: &x, weight, bias, rows });
-            }
-            WeightRows::Quantized(matrix) => {
-                let mut weight = vec![0.0; count * inputs];
-                matrix.dequantize(first, &mut weight);
-                features.run(DotProducts { out, x: &x, weight: &weight, bias, rows });
-            }
-        }
-    });
-    if rows == 1 {
-        return columns;
-    }
-    (0..rows).flat_map(|row| columns[row..].iter().step_by(rows).copied()).collect()
-}
-
-/// `out[output][row] = bias[output] + Σ x(row, input) · weight(output, input)`.
-struct DotProducts<'a, E, W> {
-    out: &'a mut [E],
-    x: &'a [f32],
-    weight: &'a [W],
-    bias: Option<&'a [E]>,
-    rows: usize,
-}
-
-impl<E: Element<Work = f32>, W: Element<Work = f32>> SimdKernel for DotProducts<'_, E, W> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Isa>(self) {
-        let inputs = self.x.len() / self.rows;
-        let outputs = self.out.chunks_exact_mut(self.rows).zip(self.weight.chunks_exact(inputs));
-        for (output, (out, weight)) in outputs.enumerate() {
-            let bias = self.bias.map_or(0.0, |bias| bias[output].load());
-            for (out, x) in out.iter_mut().zip(self.x.chunks_exact(inputs)) {
-                *out = E::store(bias + dot::<W, L>(x, weight));
-            }
-        }
-    }
-}
-
-/// Accumulators of a dot product: four registers of AVX-512 or eight of AVX2, enough independent sums to cover the
-/// latency of multiply-adds, of which two begin per cycle and take four.
-const DOT_LANES: usize = 64;
-
-#[inline(always)]
-fn dot<E: Element<Work = f32>, L: Isa>(x: &[f32], weight: &[E]) -> f32 {
-    let (x_parts, x_rest) = x.as_chunks::<DOT_LANES>();
-    let (weight_parts, weight_rest) = weight.as_chunks::<DOT_LANES>();
-    let mut sums = [0.0; DOT_LANES];
-    for (x, weight) in x_parts.iter().zip(weight_parts) {
-        for sum in 0..DOT_LANES {
-            sums[sum] = x[sum].times_plus::<L>(weight[sum].load(), sums[sum]);
-        }
-    }
-    let rest = x_rest.iter().zip(weight_rest).fold(0.0, |rest, (x, weight)| x.times_plus::<L>(weight.load(), rest));
-    sums.into_iter().fold(rest, |total, sum| total + sum)
 }
 
 /// The product over no inputs.

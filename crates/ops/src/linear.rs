@@ -279,7 +279,7 @@ fn by_gemm_of<E: Element<Work = f32>>(
         }
         _ => {
             let weight = elements::<E>(weight)?;
-            gemm::product(GemmOperands { x: &x, weight: WeightRows::Dense(&*weight), bias }, shape, mode)
+            gemm::product(GemmOperands { x: &x, weight: WeightRows::Dense(&weight), bias }, shape, mode)
         }
     };
     Ok(E::to_cpu_storage_owned(out))
