@@ -6,13 +6,13 @@ use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
 use crate::recipe::ResolvedTraining;
 use crate::{ClearformError, Result, TrainingOptions};
 use candle_core::Tensor;
-use clearform_attention::AttentionPlan;
 use clearform_distill::{
-    ClassifierFree, SampleSet, SampleSettings, SampleTeacher, SamplesDone, SamplingSpec, weights_fingerprint,
+    ClassifierFree, Precision, SampleSet, SampleSettings, SampleTeacher, SamplesDone, SamplingSpec, weights_fingerprint,
 };
 use clearform_models::{BatchSpec, GuidanceKind, ImageSize, Prompt};
 use clearform_portable_model::{StagingDir, surrounding_model};
 use clearform_runtime::{Pipeline, default_dtype};
+use clearform_weights::ProductPrecision;
 use std::path::Path;
 
 /// Image tokens of a batch of samples: 16 images of 256 px or one of 1024 px with FLUX's VAE. A larger batch would take
@@ -128,7 +128,8 @@ impl HeldOutSamples {
             Err(_) => SampleSet::create_for(folder, held_out_settings(&pipeline, training, samples)?, &teacher)?,
         };
         set.check_weights(&teacher)?;
-        let text_ids = fill(&pipeline, &set, observer)?;
+        // The student is measured against them.
+        let text_ids = fill(&pipeline, &set, ProductPrecision::Full, observer)?;
         let sampling_spec = sampling_spec(&pipeline, set.settings(), text_ids)?;
         Ok(Self { set, sampling_spec, pipeline })
     }
@@ -180,7 +181,8 @@ fn generate_samples(
             "the transformer needs a control image, but samples are generated from prompts alone; pass --samples";
         return Err(ClearformError::bad_option(reason));
     }
-    fill(pipeline, &set, observer)?;
+    let products = training.options.precision.map_or(ProductPrecision::Full, Precision::products);
+    fill(pipeline, &set, products, observer)?;
     Ok(set)
 }
 
@@ -215,10 +217,15 @@ fn note_teacher(samples: &SampleSet, teacher: &SampleTeacher, folder: &Path, obs
 }
 
 /// Generates what is missing in `set`. Returns the position ids of the text tokens, if the model takes them.
-fn fill(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Observer) -> Result<Option<Tensor>> {
+fn fill(
+    pipeline: &Pipeline,
+    set: &SampleSet,
+    products: ProductPrecision,
+    observer: &mut dyn Observer,
+) -> Result<Option<Tensor>> {
     let text_ids = encode_prompts(pipeline, set, observer)?;
     if !set.is_complete() {
-        let teacher = pipeline.load_transformer(&AttentionPlan::full(), None)?;
+        let teacher = pipeline.load_teacher(products)?;
         let spec = sampling_spec(pipeline, set.settings(), text_ids.clone())?;
         let mut watch = |SamplesDone { done, total, fraction }| {
             observer.progress(&Progress { fraction, ..Progress::new(Stage::Samples, done, total) })

@@ -5,7 +5,7 @@ use crate::{DistillError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use clearform_attention::AttentionPlan;
 use clearform_models::{Architecture, Denoiser, DistilledLayer, NoiseProcess, SeparateSamples};
-use clearform_weights::{InMemoryTensors, ProductPrecision, TensorSource};
+use clearform_weights::{InMemoryTensors, ProductPrecision, SourceWithProducts, TensorSource};
 use std::collections::BTreeMap;
 
 /// Trained parameters of a model whose samples run separately, at most: 16 MiB of gradients for each sample.
@@ -45,20 +45,20 @@ impl TeacherStudent {
     pub fn build(spec: PairSpec, teacher: &InMemoryTensors, start: &dyn TensorSource) -> Result<Self> {
         let full = AttentionPlan::full();
         let built = spec.architecture.build(teacher, &full)?;
-        let training_weights = teacher.clone().with_products(spec.products);
-        let training_teacher = spec.architecture.build(&training_weights, &full)?;
+        let with_products = |source, products| SourceWithProducts { source, products };
+        let training_teacher = spec.architecture.build(&with_products(teacher.clone(), spec.products), &full)?;
         let mut masters = BTreeMap::new();
         for layer in built.layer_names() {
             masters.extend(layer_masters(layer, spec, teacher, start)?);
         }
         let fingerprint = fingerprint(spec, teacher, &masters)?;
-        let student = |weights: &InMemoryTensors, value: fn(&Var) -> Tensor| {
-            let mut weights = weights.clone();
+        let student = |products, value: fn(&Var) -> Tensor| {
+            let mut weights = teacher.clone();
             masters.iter().for_each(|(name, master)| weights.insert(name.clone(), value(master)));
-            spec.architecture.build(&weights, spec.plan)
+            spec.architecture.build(&with_products(weights, products), spec.plan)
         };
-        let trained = student(&training_weights, |master| master.as_tensor().clone())?;
-        let student = student(teacher, Var::as_detached_tensor)?;
+        let trained = student(spec.products, |master| master.as_tensor().clone())?;
+        let student = student(ProductPrecision::Full, Var::as_detached_tensor)?;
         let parameters = teacher.iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let device = masters.values().next().map_or(Device::Cpu, |master| master.device().clone());
         let [teacher, student, training_teacher, trained] = [built, student, training_teacher, trained]

@@ -64,4 +64,4 @@ pub use memory_plan::{EvaluationSize, MemoryOptions, MemoryPlan, OffloadMode, Re
 pub use parameters::GenerationParameters;
 pub use pipeline::{Pipeline, PipelineOptions};
 pub use stages::{EncodedPrompts, GuidanceScales, InitialLatents};
-pub use transformer_checkpoint::{ReadOptions, TransformerCheckpoint};
+pub use transformer_checkpoint::{BuildSpec, ReadOptions, TransformerCheckpoint};

@@ -2,13 +2,14 @@
 
 use crate::gpu_limits::check_decodable;
 use crate::text::{PipelineTextEncoders, open_weights};
-use crate::{Pipeline, PipelineOptions, Result, RuntimeError, to_images};
+use crate::{BuildSpec, Pipeline, PipelineOptions, Result, RuntimeError, to_images};
 use candle_core::{DType, Tensor};
 use clearform_attention::AttentionPlan;
 use clearform_models::text::TruncatedPrompt;
 use clearform_models::vae::{Autoencoder, TileProgress};
 use clearform_models::{BatchSpec, Conditions, Denoiser, GuidanceKind, ImageSize, Prompt};
 use clearform_sampling::{Guidance, SamplingError, Schedule, TorchGenerator};
+use clearform_weights::ProductPrecision;
 use image::RgbImage;
 use std::cell::RefCell;
 use std::ops::ControlFlow;
@@ -91,8 +92,20 @@ impl Pipeline {
     /// # Errors
     /// A tensor is missing or has a wrong shape, or the transformer does not fit into memory.
     pub fn load_transformer(&self, plan: &AttentionPlan, dtype: Option<DType>) -> Result<Box<dyn Denoiser>> {
+        self.load_with(plan, BuildSpec { dtype, ..BuildSpec::default() })
+    }
+
+    /// The same with full attention, to draw samples from, which multiplies f32 activations in a precision.
+    ///
+    /// # Errors
+    /// As [`Self::load_transformer`].
+    pub fn load_teacher(&self, products: ProductPrecision) -> Result<Box<dyn Denoiser>> {
+        self.load_with(&AttentionPlan::full(), BuildSpec { products, ..BuildSpec::default() })
+    }
+
+    fn load_with(&self, plan: &AttentionPlan, spec: BuildSpec) -> Result<Box<dyn Denoiser>> {
         let residency = self.transformer_residency(self.native_size(), 1)?;
-        self.transformer.build_with(plan, dtype, &self.options.device, residency)
+        self.transformer.build_with(plan, &self.options.device, BuildSpec { residency, ..spec })
     }
 
     /// The noise that diffusers generates with `generator=torch.Generator("cpu").manual_seed(seed)`: one `randn` for the
@@ -279,7 +292,8 @@ impl Pipeline {
         let load = || {
             let residency = self.transformer_residency(size, batch)?;
             let PipelineOptions { dtype, device, .. } = &self.options;
-            self.transformer.build_with(self.plan(), *dtype, device, residency).map(Arc::from)
+            let spec = BuildSpec { dtype: *dtype, residency, ..BuildSpec::default() };
+            self.transformer.build_with(self.plan(), device, spec).map(Arc::from)
         };
         match &self.held {
             Some(held) => held.transformer.get_or_load(load),

@@ -12,7 +12,8 @@ use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, Sep
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::PortableModel;
 use clearform_weights::{
-    Checkpoint, ConvertedSource, Dtype, InMemoryTensors, StreamedSource, TensorInfo, TensorSource, is_quantized,
+    Checkpoint, ConvertedSource, Dtype, InMemoryTensors, ProductPrecision, SourceWithProducts, StreamedSource,
+    TensorInfo, TensorSource, is_quantized,
 };
 use serde_json::Value;
 use std::path::Path;
@@ -207,21 +208,15 @@ impl TransformerCheckpoint {
     /// # Errors
     /// As [`Self::build_with`].
     pub fn build(&self, plan: &AttentionPlan, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Denoiser>> {
-        self.build_with(plan, dtype, device, Residency::InMemory)
+        self.build_with(plan, device, BuildSpec { dtype, ..BuildSpec::default() })
     }
 
-    /// Reads the weights and builds the model. Without `dtype` the weights keep their stored dtypes; on a CPU quantised
-    /// matrices stay quantised in any case. On a GPU all weights are in its memory.
+    /// Reads the weights and builds the model. On a GPU all weights are in its memory.
     ///
     /// # Errors
-    /// A file cannot be read, the plan does not fit the model, or the device has no attention kernel for `dtype`.
-    pub fn build_with(
-        &self,
-        plan: &AttentionPlan,
-        dtype: Option<DType>,
-        device: &Device,
-        residency: Residency,
-    ) -> Result<Box<dyn Denoiser>> {
+    /// A file cannot be read, the plan does not fit the model, or the device has no attention kernel for the dtype.
+    pub fn build_with(&self, plan: &AttentionPlan, device: &Device, spec: BuildSpec) -> Result<Box<dyn Denoiser>> {
+        let BuildSpec { dtype, residency, products } = spec;
         self.check_plan(plan)?;
         if let Some(dtype) = dtype {
             check_dtype(device, dtype)?;
@@ -231,6 +226,7 @@ impl TransformerCheckpoint {
             return Ok(self.architecture.build(&self.edited(in_memory), plan)?);
         }
         let source = self.edited(ConvertedSource::new(self.canonical.clone(), dtype));
+        let source = SourceWithProducts { source, products };
         if residency == Residency::Streamed {
             let denoiser = self.architecture.build(&StreamedSource(Arc::new(source)), plan)?;
             return Ok(Box::new(SharedPasses(denoiser)));
@@ -247,6 +243,17 @@ impl TransformerCheckpoint {
     pub fn parameters(&self) -> usize {
         self.canonical.tensors().iter().map(TensorInfo::element_count).sum::<u64>() as usize
     }
+}
+
+/// How the weights of a model are held and multiplied.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BuildSpec {
+    /// Their dtype; `None` keeps the stored ones. On a CPU quantised matrices stay quantised in any case.
+    pub dtype: Option<DType>,
+    /// Where those of blocks are on a CPU.
+    pub residency: Residency,
+    /// How f32 activations are multiplied on a CPU.
+    pub products: ProductPrecision,
 }
 
 /// The architecture that the config of `identified` describes. `path` is named in errors.

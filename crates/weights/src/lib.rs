@@ -41,7 +41,7 @@ pub use quantized::{QuantizedFormat, QuantizedMatrix};
 pub use source::{
     Dtype, InMemoryTensors, RawTensor, TensorInfo, TensorSource, held_bytes, is_finite, is_quantized, is_weight_dtype,
 };
-pub use source_views::{ConvertedSource, StreamedSource};
+pub use source_views::{ConvertedSource, SourceWithProducts, StreamedSource};
 pub use stream::Digest;
 pub use tensor_file::TensorFile;
 pub use weight::{BaseWeight, LowRank, ProductPrecision, Weight};

@@ -246,7 +246,6 @@ impl RawTensor {
 #[derive(Debug, Clone, Default)]
 pub struct InMemoryTensors {
     tensors: BTreeMap<String, Tensor>,
-    products: ProductPrecision,
 }
 
 impl InMemoryTensors {
@@ -261,13 +260,7 @@ impl InMemoryTensors {
             let wanted = dtype.unwrap_or(stored.dtype());
             tensors.insert(info.name, stored.to_dtype(wanted)?.to_device(device)?);
         }
-        Ok(Self { tensors, products: ProductPrecision::Full })
-    }
-
-    /// The same tensors, for models that multiply f32 activations in this precision.
-    #[must_use]
-    pub fn with_products(self, products: ProductPrecision) -> Self {
-        Self { products, ..self }
+        Ok(Self { tensors })
     }
 
     /// Inserts `tensor`, replacing one of the same name.
@@ -283,15 +276,11 @@ impl InMemoryTensors {
 
 impl FromIterator<(String, Tensor)> for InMemoryTensors {
     fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(tensors: I) -> Self {
-        Self { tensors: tensors.into_iter().collect(), products: ProductPrecision::Full }
+        Self { tensors: tensors.into_iter().collect() }
     }
 }
 
 impl TensorSource for InMemoryTensors {
-    fn products(&self) -> ProductPrecision {
-        self.products
-    }
-
     fn tensors(&self) -> Vec<TensorInfo> {
         self.tensors.iter().map(|(name, tensor)| describe(name, tensor)).collect()
     }

@@ -1,7 +1,7 @@
-//! [`ConvertedSource`] and [`StreamedSource`]: another source, with its tensors in another dtype or to be read again and
-//! again.
+//! [`ConvertedSource`], [`SourceWithProducts`] and [`StreamedSource`]: another source, with its tensors in another dtype,
+//! to be multiplied in another precision, or to be read again and again.
 
-use crate::{QuantizedMatrix, RawTensor, Result, TensorInfo, TensorSource, Weight};
+use crate::{ProductPrecision, QuantizedMatrix, RawTensor, Result, TensorInfo, TensorSource, Weight};
 use candle_core::{DType, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -58,6 +58,53 @@ impl<S: TensorSource> TensorSource for ConvertedSource<S> {
     }
 }
 
+/// A source for models that multiply f32 activations in a precision.
+#[derive(Debug, Clone)]
+pub struct SourceWithProducts<S> {
+    /// Where the tensors come from.
+    pub source: S,
+    /// The precision.
+    pub products: ProductPrecision,
+}
+
+impl<S: TensorSource> TensorSource for SourceWithProducts<S> {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.source.tensors()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.source.info(name)
+    }
+
+    fn read(&self, name: &str) -> Result<RawTensor> {
+        self.source.read(name)
+    }
+
+    fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
+        self.source.read_range(name, range)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.source.tensor(name)
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<QuantizedMatrix>> {
+        self.source.quantized_rows(name, rows)
+    }
+
+    fn streamed(&self) -> Option<Arc<dyn TensorSource>> {
+        self.source.streamed()
+    }
+
+    fn products(&self) -> ProductPrecision {
+        self.products
+    }
+
+    fn weight(&self, name: &str) -> Result<Weight> {
+        self.source.weight(name)
+    }
+}
+
 /// A source that models read their blocks from while they run, instead of keeping them in memory.
 #[derive(Clone)]
 pub struct StreamedSource(pub Arc<dyn TensorSource>);
@@ -89,6 +136,10 @@ impl TensorSource for StreamedSource {
 
     fn streamed(&self) -> Option<Arc<dyn TensorSource>> {
         Some(self.0.clone())
+    }
+
+    fn products(&self) -> ProductPrecision {
+        self.0.products()
     }
 
     fn weight(&self, name: &str) -> Result<Weight> {
