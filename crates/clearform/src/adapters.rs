@@ -220,7 +220,11 @@ impl AdapterOptions {
 /// As command-line options, with file names instead of paths, without those that have no effect.
 impl fmt::Display for AdapterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let each = self.adapters.iter().filter(|adapter| adapter.has_effect()).map(AdapterSpec::to_string);
+        let active: Vec<&AdapterSpec> = self.adapters.iter().filter(|adapter| adapter.has_effect()).collect();
+        let has_controlnet = active.iter().any(|adapter| adapter.kind != AdapterKind::Lora);
+        let attention = self.controlnet_attention.iter().filter(|plan| has_controlnet && *plan != "full");
+        let attention = attention.map(|plan| format!("--controlnet-attention {plan}"));
+        let each = active.iter().map(|adapter| adapter.to_string()).chain(attention);
         f.write_str(&each.collect::<Vec<_>>().join(" "))
     }
 }

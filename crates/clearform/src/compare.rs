@@ -3,7 +3,7 @@
 use crate::compared_pair::{ComparedPair, PairMember};
 use crate::comparison_report::{ComparedImages, ComparedModel, ComparisonReport, MeasuredPair};
 use crate::evaluation::{EvaluationOptions, EvaluationRun, attention_errors};
-use crate::observer::{Observer, Progress, Stage};
+use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::prepare_report;
 use crate::sources::{ExtraComponents, Opening, open_original_pipeline, open_pipeline};
 use crate::{ComputeDevice, Result};
@@ -64,6 +64,12 @@ impl CompareOptions {
         let opening = |other| Opening { components: self.or_of(other), device: self.device, memory };
         let teacher = open_original_pipeline(&self.teacher, &self.student, opening(&self.student))?;
         let student = open_pipeline(&self.student, opening(&self.teacher))?;
+        let given = self.evaluation.extra_components().folder;
+        let is_unused = [&teacher, &student].into_iter().all(|pipeline| pipeline.unused_components().is_some());
+        if let Some(folder) = given.filter(|_| is_unused) {
+            let folder = folder.display();
+            note(observer, format_args!("--components {folder} has no effect: nothing is taken from it"));
+        }
         let pair = ComparedPair {
             teacher: PairMember::new(&self.teacher, &teacher),
             student: PairMember::new(&self.student, &student),

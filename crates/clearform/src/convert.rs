@@ -257,6 +257,7 @@ impl OpenSource {
         let components = options.extra_components().of(&options.source);
         let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
         note_checkpoint(transformer.checkpoint(), observer);
+        transformer.identified().notes.iter().for_each(|text| note(observer, text));
         let components = components.with_embedded(&transformer, &reading)?;
         components.check_weights(transformer.identified().all_components())?;
         if let Some(unused) = components.unused_folder(transformer.identified().all_components()) {

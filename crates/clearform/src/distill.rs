@@ -1,7 +1,7 @@
 //! [`distill`]: trains a converted model further against the original it was made from.
 
 use crate::forecast::{Forecast, announce};
-use crate::observer::{NumberedStages, Observer, Progress, Stage};
+use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
 use crate::patch::check_base;
 use crate::recipe::{ResolvedTraining, check_training};
 use crate::sources::{
@@ -10,8 +10,8 @@ use crate::sources::{
 use crate::training::{self, StudentSpec};
 use crate::training_samples::{TrainingSamples, check_samples_folder};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
-use clearform_convert::{AttentionOverlay, ConversionPlan};
-use clearform_portable_model::{CopyMode, Overwrite, PortableModel, StagingDir};
+use clearform_convert::{AttentionOverlay, ConversionPlan, SourceHashes};
+use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, SourceRecord, StagingDir};
 use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -105,7 +105,12 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let teacher = open_original_transformer(&options.teacher, &options.model)?;
     let student = open_transformer(&options.model)?;
     check_base([&options.model, &options.teacher], [&student, &teacher], model.record(), observer)?;
+    let teacher_files = check_original(&teacher, model.record(), observer)?;
     let (target, overwrite) = options.target();
+    if options.output.is_some() && target.exists() {
+        let reason = format!("{}: already exists; choose another name or remove it", target.display());
+        return Err(ClearformError::bad_option(reason));
+    }
     let mut staging = match options.training.resume {
         true => StagingDir::resume(target, overwrite)?,
         false => StagingDir::begin(target, overwrite)?,
@@ -118,7 +123,9 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let start = student.source();
     let folder = staging.work().join("training");
     let spec = StudentSpec { plan: &plan, start: &start, folder: &folder, device: options.device };
-    let trained = training::train(&teacher, spec, &samples, &training, observer)?;
+    let mut trained = training::train(&teacher, spec, &samples, &training, observer)?;
+    let earlier = model.record().distillation.as_ref();
+    trained.record.earlier_steps = earlier.map_or(0, |earlier| earlier.steps + earlier.earlier_steps);
     let distilled = AttentionOverlay::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .made_from(options.teacher.clone())
@@ -126,12 +133,34 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
     trained.write_report(&staging)?;
-    let mut record = conversion.record(model.record().source.clone())?;
+    let mut record = conversion.record([model.record().source.clone(), teacher_files].concat())?;
     record.component = model.record().component.clone();
     record.adapter = model.record().adapter.clone();
     record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))
+}
+
+/// The files of a teacher that the model was not made from, which is said of; none of the original.
+fn check_original(
+    teacher: &TransformerCheckpoint,
+    record: &ModelRecord,
+    observer: &mut dyn Observer,
+) -> Result<Vec<SourceRecord>> {
+    let files = SourceHashes::start(teacher.checkpoint()).wait()?;
+    let is_known = |file: &SourceRecord| record.source.iter().any(|source| source.sha256 == file.sha256);
+    let others: Vec<SourceRecord> = files.into_iter().filter(|file| !is_known(file)).collect();
+    if let Some(first) = others.first() {
+        note(
+            observer,
+            format_args!(
+                "the teacher's {} is none of the files that the model was made from (clearform.toml); unless its weights \
+                 are the same, the student gets another teacher",
+                first.name
+            ),
+        );
+    }
+    Ok(others)
 }
 
 /// Refuses a linear model as the teacher.

@@ -120,9 +120,15 @@ fn inputs(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<String,
     let convert = |name: String| {
         let tensor = file.tensor(&name)?;
         let exact = EXACT.contains(&name.as_str());
-        if tensor.elem_count() == 0 || (tensor.dtype().is_int() && !exact && !name.starts_with("controlnet_mode")) {
+        let is_integer = tensor.dtype().is_int() && !exact && !name.starts_with("controlnet_mode");
+        let expected = match (tensor.elem_count(), is_integer) {
+            (0, _) => Some("at least one value"),
+            (_, true) => Some("floating-point values"),
+            _ => None,
+        };
+        if let Some(expected) = expected {
             return Err(ClearformError::bad_option(format!(
-                "--inputs {}, tensor {name:?}: expected floating-point values, found shape {:?} in {:?}",
+                "--inputs {}, tensor {name:?}: expected {expected}, found shape {:?} in {:?}",
                 path.display(),
                 tensor.dims(),
                 tensor.dtype()

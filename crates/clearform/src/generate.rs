@@ -5,7 +5,9 @@ use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::TemporaryFile;
 use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
+use crate::recipe::token_grid;
 use crate::sources::{ExtraComponents, Opening, default_options, read_options};
+use crate::window_gain::WindowGain;
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
@@ -195,7 +197,7 @@ impl GenerateOptions {
         let paths = self.control_images.iter().chain(&self.control_mask);
         let images = paths.zip(request.control_images.iter().chain(&request.control_mask));
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
-        notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan)).transpose()?.flatten());
+        notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan, pipeline, size)).transpose()?.flatten());
         notes.extend(self.adapters.without_effect());
         let of_vae = [
             (self.vae_tiling.mode != TilingMode::default(), "--vae-tiling"),
@@ -231,11 +233,17 @@ impl GenerateOptions {
     }
 
     /// A student draws well with the attention that it was distilled for.
-    fn other_plan(&self, plan: &AttentionPlan) -> Result<Option<String>> {
+    fn other_plan(&self, plan: &AttentionPlan, pipeline: &Pipeline, size: ImageSize) -> Result<Option<String>> {
         let own = recorded_plan(&self.model)?.unwrap_or_else(AttentionPlan::full);
-        Ok((*plan != own).then(|| match *plan == AttentionPlan::full() {
-            true => format!("the model's weights are those for attention {own}, not those of the original"),
-            false => format!(
+        let transformer = pipeline.transformer();
+        let grid = token_grid(transformer, Some(pipeline), size)?;
+        let gain = WindowGain::new(transformer.identified(), plan, grid, size.height * size.width, 0);
+        Ok((*plan != own).then(|| match (*plan == AttentionPlan::full(), gain.covers_all()) {
+            (true, _) => format!("the model's weights are those for attention {own}, not those of the original"),
+            (false, true) => {
+                format!("{plan} covers the whole image; the model's weights are those for attention {own}")
+            }
+            (false, false) => format!(
                 "the model's weights are those for attention {own}; it was not distilled for {plan}, so its images are \
                  worse"
             ),

@@ -46,6 +46,7 @@ pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observ
             Err(reason) => unusable.push(UnusableComponent { name, reason }),
         }
     }
+    unusable.extend(refused_config(&identified, &options));
     let inspection = Inspection::of(&identified, &checkpoint)
         .in_pipeline(&identified, pipeline_scale(&components, &identified), sizes)
         .with_unusable(unusable);
@@ -55,6 +56,12 @@ pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observ
         distillation: distillation(&inspection, &identified, &identified.canonical(&checkpoint).tensors()),
         ..inspection
     })
+}
+
+/// The transformer, if its family takes no model of these sizes.
+fn refused_config(identified: &Identified, options: &ReadOptions) -> Option<UnusableComponent> {
+    let refused = options.families.get(&identified.family)?.parse(&identified.config).err()?;
+    Some(UnusableComponent { name: "transformer".to_owned(), reason: refused.to_string() })
 }
 
 /// Whether a guidance scale acts on the model; so it is taken to be for one that cannot be run.

@@ -220,19 +220,29 @@ pub fn prepare_image(path: &Path) -> Result<OutputFolder> {
     prepare_file(path)
 }
 
-/// As [`prepare_folder`], for a report. An earlier one is replaced only if `replace` allows it.
+/// As [`prepare_folder`], for a report. Files that have a name of one of its files are replaced only if `replace` allows
+/// it.
 ///
 /// # Errors
-/// As [`prepare_folder`], or there is a report already.
+/// As [`prepare_folder`], or there is such a file.
 pub fn prepare_report(folder: &Path, replace: bool) -> Result<OutputFolder> {
-    let report = folder.join("report.html");
-    if report.exists() && !replace {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let mut taken = names.filter(|name| name.to_str().is_some_and(is_of_report)).collect::<Vec<_>>();
+    taken.sort_unstable();
+    if let Some(first) = taken.first().filter(|_| !replace) {
         return Err(ClearformError::bad_option(format!(
             "{}: already exists; pass --overwrite to replace it or choose another folder",
-            report.display()
+            folder.join(first).display()
         )));
     }
     prepare_folder(folder)
+}
+
+/// Whether a report has a file or folder of this name.
+fn is_of_report(name: &str) -> bool {
+    const NAMES: [&str; 6] =
+        ["report.html", "report.json", "sheet.png", "attention.safetensors", "fine-tune-replace", "fine-tune-shift"];
+    NAMES.contains(&name) || (name.starts_with("transfer-") && name.ends_with(".png"))
 }
 
 /// Makes the folder `folder`, and checks that files can be written to it.

@@ -8,7 +8,7 @@ use crate::sources::{
 };
 use crate::{ClearformError, Result, SourceOptions, WrittenModel};
 use clearform_attention::{Radius, learning_layer};
-use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes};
+use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes, source_record};
 use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
 use clearform_weights::{TensorInfo, TensorSource, is_finite};
@@ -228,7 +228,8 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let mut staging = StagingDir::begin(output, *overwrite)?;
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
-    staging.finish(conversion.record(hashes.wait()?)?)?;
+    let sources = [hashes.wait()?, vec![source_record(options.patch.clone())?]].concat();
+    staging.finish(conversion.record(sources)?)?;
     Ok(WrittenModel::new(output, patch.plan(), report, None))
 }
 

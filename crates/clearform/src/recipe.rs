@@ -237,7 +237,14 @@ impl ResolvedTraining {
 
 /// The image tokens of an image. The pipeline knows by how much its VAE reduces an image, the transformer alone what is
 /// usual in its family.
-fn token_grid(transformer: &TransformerCheckpoint, pipeline: Option<&Pipeline>, size: ImageSize) -> Result<TokenGrid> {
+///
+/// # Errors
+/// The size is too large, or none of the model's.
+pub fn token_grid(
+    transformer: &TransformerCheckpoint,
+    pipeline: Option<&Pipeline>,
+    size: ImageSize,
+) -> Result<TokenGrid> {
     let usual = transformer.identified().pixels_per_token();
     let pixels = (size.height * size.width) as f64;
     let tokens = pipeline.map(|pipeline| Ok::<_, ClearformError>(pipeline.initial_latents(0, 1, size)?.image_tokens));

@@ -130,6 +130,7 @@ fn distillation_record(settings: &DistillSettings, samples: &SampleSet, distille
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
         steps: distilled.entries.len(),
+        earlier_steps: 0,
         batch: settings.batch * settings.accumulation,
         learning_rate: settings.learning_rate.peak,
         samples: samples.settings().count,

@@ -34,8 +34,12 @@ impl TrainedStudent {
 
     fn summary(&self) -> String {
         let record = &self.record;
+        let earlier = match record.earlier_steps {
+            0 => String::new(),
+            steps => format!(" They follow {steps} steps of earlier trainings, whose errors are those before."),
+        };
         format!(
-            "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.",
+            "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.{earlier}",
             record.steps, record.batch, record.learning_rate, record.samples
         )
     }

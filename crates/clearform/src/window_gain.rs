@@ -6,6 +6,9 @@ use clearform_attention::{AttentionPlan, Geometry, Policy, TokenGrid};
 use clearform_layout::{Identified, PipelineScale, evaluation_teraflop};
 use std::fmt;
 
+/// The share of an image from which on a window saves next to nothing.
+const NEARLY_ALL: f64 = 0.95;
+
 /// What attending to windows gains at one size.
 #[derive(Debug, Clone)]
 pub struct WindowGain {
@@ -54,14 +57,21 @@ impl WindowGain {
         self.warnings().iter().for_each(|warning| observer.note(warning));
     }
 
+    /// Whether each token sees the whole image.
+    pub fn covers_all(&self) -> bool {
+        self.seen > 0.999
+    }
+
     /// What speaks against the plan.
     pub fn warnings(&self) -> Vec<String> {
         let Self { grid, plan, seen, short_reach, .. } = self;
         let mut warnings: Vec<String> = short_reach.iter().cloned().collect();
-        if *seen > 0.999 && plan != "full" {
+        if *seen > NEARLY_ALL && plan != "full" {
             warnings.push(format!(
-                "warning: {plan} covers all of {} x {} tokens, so nothing would be gained; choose a smaller radius",
-                grid.height, grid.width
+                "warning: {plan} covers {} of {} x {} tokens, so nothing would be gained; choose a smaller radius",
+                if self.covers_all() { "all" } else { "nearly all" },
+                grid.height,
+                grid.width
             ));
         }
         warnings

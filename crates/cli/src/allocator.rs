@@ -46,8 +46,8 @@ fn stop(size: usize) -> ! {
     let text = [
         b"error: out of memory: the system refused ".as_slice(),
         decimal(size, &mut digits),
-        b" more bytes; pass --offload always to generate, choose a smaller size, batch or number format, or raise the \
-          limit (ulimit -v, the control group)\n",
+        b" more bytes; pass --offload always to generate, choose a smaller size, batch, number of steps or number format, \
+          or raise the limit (ulimit -v, the control group)\n",
     ];
     write_to_stderr(&text);
     exit()

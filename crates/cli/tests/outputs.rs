@@ -31,7 +31,7 @@ fn the_model_that_is_distilled_is_replaced_only_on_request() {
     let (before, teacher) = (weights(&model), dit());
     let distill = ["distill", text(&model), "--teacher", text(&teacher)];
     let said = stderr_of(1, &[&distill[..], &SHORT, &["-o", text(&model)]].concat());
-    assert!(said.contains("already exists; pass --overwrite"), "{said}");
+    assert!(said.contains("already exists; choose another name"), "{said}");
     assert!(weights(&model) == before);
     run(0, &[&distill[..], &SHORT, &["--overwrite"]].concat());
     assert!(weights(&model) != before);

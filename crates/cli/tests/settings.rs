@@ -27,7 +27,7 @@ fn generated(folder: &Path, more: &[&str]) -> (String, GenerationParameters) {
 #[test]
 fn settings_without_effect_are_said_and_not_recorded() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 10] = [
         (&[], &[]),
         (&["--guidance", "5"], &["--guidance has no effect: this model takes no guidance scale"]),
         (&["--negative-prompt", "dog"], &["--negative-prompt has no effect with --true-cfg-scale 1"]),
@@ -37,6 +37,7 @@ fn settings_without_effect_are_said_and_not_recorded() {
         (&["--allow-partial"], &["--allow-partial has no effect without --lora"]),
         (&["--no-resolution-binning"], &["--no-resolution-binning has no effect"]),
         (&["--attention", "clear:r=3"], &["it was not distilled for clear:r=3"]),
+        (&["--attention", "clear:r=1e9"], &["covers the whole image"]),
     ];
     for (more, expected) in cases {
         let (said, recorded) = generated(folder.path(), more);

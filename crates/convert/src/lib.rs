@@ -18,4 +18,4 @@ mod source_hashes;
 pub use error::{ConvertError, Result};
 pub use patch::{AttentionOverlay, AttentionPatch, BaseDifference, PatchMode};
 pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER_FILE};
-pub use source_hashes::SourceHashes;
+pub use source_hashes::{SourceHashes, source_record};

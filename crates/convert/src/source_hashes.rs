@@ -26,7 +26,11 @@ impl SourceHashes {
     }
 }
 
-fn source_record(path: PathBuf) -> Result<SourceRecord> {
+/// Name and hash of the file at `path`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn source_record(path: PathBuf) -> Result<SourceRecord> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(SourceRecord { name, sha256: digest(&path)?.sha256 })
 }

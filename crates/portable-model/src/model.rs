@@ -77,7 +77,10 @@ impl PortableModel {
     /// # Errors
     /// `folder` is not a portable model, or a file cannot be read.
     pub fn verify(folder: &Path) -> Result<VerifyReport> {
-        let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
+        let record = ModelRecord::read(folder)?;
+        // A link to a model is that model.
+        let folder = &folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        let model = Self { folder: folder.clone(), record };
         let mut report = VerifyReport::default();
         for file in &model.record.file {
             let path = model.path_of(&file.path)?;
@@ -161,6 +164,16 @@ mod tests {
         assert!(report.is_intact() && report.unchanged == 2, "{report}");
         assert_eq!(recorded_plan(&model).unwrap(), Some(AttentionPlan::full()));
         assert_eq!(recorded_plan(folder.path()).unwrap(), None);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_a_model_is_verified_as_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(model(folder.path()), &link).unwrap();
+        let report = PortableModel::verify(&link).unwrap();
+        assert!(report.is_intact() && report.unchanged == 2, "{report}");
     }
 
     #[test]

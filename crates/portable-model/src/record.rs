@@ -93,6 +93,10 @@ pub struct FileRecord {
 pub struct DistillationRecord {
     /// Optimizer steps.
     pub steps: usize,
+    /// Steps of the trainings before it, which the student was taken over from. The verdict's errors before are those that
+    /// they left.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub earlier_steps: usize,
     /// Samples per step.
     pub batch: usize,
     /// Peak learning rate.
@@ -108,6 +112,10 @@ pub struct DistillationRecord {
     /// How near the model is to its teacher; `None` if it was not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<VerdictRecord>,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl ModelRecord {
@@ -230,6 +238,7 @@ sha256 = "11"
         record.file.push(FileRecord { path: "transformer/config.json".into(), size: 3, sha256: "11".into() });
         record.distillation = Some(DistillationRecord {
             steps: 3,
+            earlier_steps: 0,
             batch: 8,
             learning_rate: 6e-4,
             samples: 16,

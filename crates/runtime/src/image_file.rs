@@ -83,7 +83,13 @@ pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
         }
         _ => return Err(RuntimeError::BadImage(format!("{}: expected a PNG, JPEG or WebP file", path.display()))),
     };
-    found.ok_or_else(|| RuntimeError::BadImage(format!("{}: has no parameters of clearform", path.display())))
+    found.ok_or_else(|| {
+        RuntimeError::BadImage(format!(
+            "{}: has no parameters that can be read; expected those of clearform, or of AUTOMATIC1111's web UI with \
+             Steps and Seed as whole numbers from 0 on and a Size",
+            path.display()
+        ))
+    })
 }
 
 /// The parameters under our own keys, or those of the web UI's text, which leaves open where a prompt of several lines

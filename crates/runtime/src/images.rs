@@ -91,7 +91,7 @@ fn to_image(values: &[f32], size: ImageSize, index: usize) -> Result<RgbImage> {
     if values.iter().any(|value| !value.is_finite()) {
         return Err(RuntimeError::BadImage(format!(
             "number {} contains NaN or infinity, so nothing was saved. Likely causes: damaged weights, an adapter \
-             that is too strong, or a dtype whose range is too small for this model; try --dtype f32, on a CPU",
+             that is too strong, or a dtype whose range is too small for this model (f32, on a CPU, has the largest)",
             index + 1
         )));
     }

@@ -79,7 +79,7 @@ impl LatentSpec {
         let nearest = |edge: usize| edge.clamp(multiple, LARGEST / multiple * multiple).next_multiple_of(multiple);
         let ImageSize { height, width } = size;
         Err(RuntimeError::BadSetting(format!(
-            "size: expected multiples of {multiple} up to {LARGEST}, found width {width} and height {height}; try --width {} --height {}",
+            "size: expected multiples of {multiple} up to {LARGEST}, found width {width} and height {height}; the nearest are {} and {}",
             nearest(width),
             nearest(height)
         )))
