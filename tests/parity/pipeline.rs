@@ -44,7 +44,7 @@ fn images_equal_those_of_flux_pipeline() {
 #[test]
 fn an_impossible_size_is_rejected() {
     let error = pipeline().initial_latents(0, 1, ImageSize { height: 128, width: 130 }).unwrap_err().to_string();
-    assert!(error.contains("multiples of 8") && error.contains("--width 136 --height 128"), "{error}");
+    assert!(error.contains("multiples of 8") && error.contains("the nearest are 136 and 128"), "{error}");
 }
 
 fn check_stages(pipeline: &Pipeline, request: &GenerateRequest, expected: &Expected) {

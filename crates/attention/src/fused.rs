@@ -51,12 +51,6 @@ impl TiledAttention {
         Self { products, ..self }
     }
 
-    /// Whether values of `dtype` are multiplied as pairs of bf16.
-    fn multiplies_pairs(&self, dtype: DType) -> bool {
-        let rounds = dtype == DType::BF16 || (dtype == DType::F32 && self.products == ProductPrecision::Bf16);
-        rounds && self.features.has_bf16_dot()
-    }
-
     fn attend_joint(&self, sequence: &JointSequence, geometry: &Geometry) -> Result<Tensor> {
         let device = sequence.query.device();
         let dtype = sequence.query.dtype();
@@ -65,7 +59,8 @@ impl TiledAttention {
         }
         if device.is_cpu() && matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             let problem = Problem::new(sequence, geometry, self.window.radius, self.features)?;
-            return apply(sequence, AttentionOp::new(problem, self.multiplies_pairs(dtype)));
+            let pairs = self.features.multiplies_pairs(dtype, self.products);
+            return apply(sequence, AttentionOp::new(problem, pairs));
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {

@@ -80,8 +80,7 @@ impl GemmMode {
 
     /// Whether values of `dtype` are multiplied as pairs of bf16.
     pub fn multiplies_pairs(self, dtype: DType) -> bool {
-        let rounds = dtype == DType::BF16 || (dtype == DType::F32 && self.precision == ProductPrecision::Bf16);
-        rounds && self.features.has_bf16_dot()
+        self.features.multiplies_pairs(dtype, self.precision)
     }
 }
 

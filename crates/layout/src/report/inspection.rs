@@ -55,7 +55,7 @@ pub struct Inspection {
     pub variant: Variant,
     /// Whether a guidance scale acts on it: FLUX.1 schnell and models distilled like it take none.
     pub takes_guidance: bool,
-    /// The attention plan that is recorded for it, as text; `None` for a model whose attention nobody replaced.
+    /// The attention plan that is recorded for it, as text; `None` for an original model.
     pub attention: Option<String>,
     /// Name of the layout.
     pub layout: String,

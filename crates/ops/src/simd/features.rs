@@ -6,6 +6,8 @@ use super::array::{Array, PairArray};
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{Bf16Pairs, WidenedPairs, Zmm};
 use super::isa::{Isa, SimdKernel};
+use candle_core::DType;
+use clearform_weights::ProductPrecision;
 use std::sync::LazyLock;
 
 /// Runs `kernel` with the best instruction set of this processor.
@@ -59,6 +61,12 @@ impl CpuFeatures {
         return matches!(self.0, IsaLevel::Avx512Bf16 | IsaLevel::Amx);
         #[cfg(not(target_arch = "x86_64"))]
         false
+    }
+
+    /// Whether values of `dtype` are multiplied as pairs of bf16, f32 in `precision`.
+    pub fn multiplies_pairs(self, dtype: DType, precision: ProductPrecision) -> bool {
+        let rounds = dtype == DType::BF16 || (dtype == DType::F32 && precision == ProductPrecision::Bf16);
+        rounds && self.has_bf16_dot()
     }
 
     /// Whether this crate has vector code for it.
