@@ -93,13 +93,16 @@ const MOST_PROMPT_BYTES: u64 = 64 << 20;
 
 /// The prompts in the file at `path`, one per line; empty lines and comments are skipped.
 fn read_prompts(path: &Path, parse: impl Fn(&str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let file = std::fs::File::open(path).context(path.display())?;
-    file.take(MOST_PROMPT_BYTES).read_to_string(&mut text).context(path.display())?;
-    if text.len() as u64 == MOST_PROMPT_BYTES {
+    file.take(MOST_PROMPT_BYTES).read_to_end(&mut bytes).context(path.display())?;
+    if bytes.len() as u64 == MOST_PROMPT_BYTES {
         let reason = format!("{}: expected a file of prompts, found {MOST_PROMPT_BYTES} bytes or more", path.display());
         return Err(ClearformError::bad_option(reason));
     }
+    let text = String::from_utf8(bytes).map_err(|_| {
+        ClearformError::bad_option(format!("{}: expected a text file in UTF-8; save it as such", path.display()))
+    })?;
     // Editors on Windows begin files with a byte order mark.
     let lines = text
         .trim_start_matches('\u{feff}')

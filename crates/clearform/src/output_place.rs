@@ -257,6 +257,10 @@ pub fn prepare_folder(folder: &Path) -> Result<OutputFolder> {
             model.display()
         )));
     }
+    if folder.is_file() {
+        let reason = format!("{}: is a file; expected a folder, or a name for a new one", folder.display());
+        return Err(ClearformError::bad_option(reason));
+    }
     let made = OutputFolder::make(folder)?;
     let probe = folder.join(format!(".clearform-{}", std::process::id()));
     let written = std::fs::write(&probe, []).and_then(|()| std::fs::remove_file(&probe));

@@ -8,8 +8,8 @@ use crate::training_samples::TrainingSamples;
 use crate::{ClearformError, ComputeDevice, Result};
 use clearform_attention::AttentionPlan;
 use clearform_distill::{
-    CheckpointDir, DistillSettings, Distilled, PairSpec, ResumeMode, SampleSet, TeacherStudent, TrainingData,
-    TrainingOutcome, TrainingProgress, distill, recorded_settings, steps_within,
+    CheckpointDir, DistillSettings, Distilled, PairSpec, Precision, ResumeMode, SampleSet, TeacherStudent,
+    TrainingData, TrainingOutcome, TrainingProgress, distill, recorded_settings, steps_within,
 };
 use clearform_portable_model::DistillationRecord;
 use clearform_runtime::TransformerCheckpoint;
@@ -28,8 +28,12 @@ pub fn train(
     training: &ResolvedTraining,
     observer: &mut dyn Observer,
 ) -> Result<TrainedStudent> {
-    let weights = InMemoryTensors::load(&teacher.source(), None, &student.device.open()?)?;
+    let device = student.device.open()?;
+    let weights = InMemoryTensors::load(&teacher.source(), None, &device)?;
     let mut settings = training.settings(student.device);
+    if settings.precision == Precision::Bf16 && !settings.precision.has_effect_on(&device) {
+        note(observer, "--precision bf16 has no effect: this processor multiplies bf16 no faster than f32");
+    }
     let products = settings.precision.products();
     let spec = PairSpec { architecture: teacher.architecture(), plan: student.plan, products };
     let pair = TeacherStudent::build(spec, &weights, student.start)?;

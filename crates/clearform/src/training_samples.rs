@@ -65,6 +65,9 @@ pub fn check_samples_folder(training: &TrainingOptions, output: &Path) -> Result
     if let Some(model) = surrounding_model(&folder.join("samples")) {
         return refused(format!("is in the portable model {}, whose files are recorded", model.display()));
     }
+    if folder.is_file() {
+        return refused("is a file".to_owned());
+    }
     let is_empty = std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
     if !is_empty && !SampleSet::is_in(folder) {
         return refused("holds other files".to_owned());

@@ -14,11 +14,14 @@ const DIGITS: usize = 3;
 /// as needed are free, and a single `out.png` becomes `out-001.png`.
 ///
 /// # Errors
-/// A folder, a pattern other than `%d` or `%0Nd`, or no free numbers.
+/// A folder, a device, a pattern other than `%d` or `%0Nd`, or no free numbers.
 pub fn image_names(pattern: &str, batch: usize, is_taken: impl Fn(&Path) -> bool) -> anyhow::Result<Vec<PathBuf>> {
     if pattern.ends_with(std::path::is_separator) || Path::new(pattern).is_dir() {
         let example = Path::new(pattern).join("out.png");
         bail!("-o {pattern}: is a folder; expected a file name, such as {}", example.display());
+    }
+    if Path::new(pattern).metadata().is_ok_and(|metadata| !metadata.is_file()) {
+        bail!("-o {pattern}: is a device; expected a file name, such as out.png");
     }
     let (name, first) = match NumberedName::parse(pattern)? {
         Some(name) => (name, 0),

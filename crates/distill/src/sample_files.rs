@@ -82,6 +82,8 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     let advice = |error: WeightsError| {
         let text = error.to_string();
         let reason = text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text);
+        // It was not downloaded.
+        let reason = reason.trim_end_matches("download it again").trim_end_matches([':', ',', ' ']);
         bad(path, format!("{reason}; delete this file and rerun with --resume"))
     };
     Checkpoint::open(path).map_err(advice)

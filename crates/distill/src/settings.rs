@@ -1,6 +1,8 @@
 //! [`DistillSettings`]: how a student is trained. The settings are recorded in the training state.
 
 use crate::{DistillError, Result};
+use candle_core::Device;
+use clearform_ops::has_bf16_products;
 use clearform_weights::ProductPrecision;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
@@ -96,6 +98,11 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Whether `device` computes otherwise in it than in f32.
+    pub fn has_effect_on(self, device: &Device) -> bool {
+        self == Self::Bf16 && (!device.is_cpu() || has_bf16_products())
+    }
+
     /// How f32 activations are multiplied.
     pub fn products(self) -> ProductPrecision {
         match self {

@@ -75,9 +75,10 @@ impl PortableModel {
     /// Reads every file in `folder` and compares it with the record. Files that differ are in the report.
     ///
     /// # Errors
-    /// `folder` is not a portable model, or a file cannot be read.
+    /// `folder` is not a portable model, its attention plan is none, or a file cannot be read.
     pub fn verify(folder: &Path) -> Result<VerifyReport> {
         let record = ModelRecord::read(folder)?;
+        record.plan()?;
         // A link to a model is that model.
         let folder = &folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
         let model = Self { folder: folder.clone(), record };

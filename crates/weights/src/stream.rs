@@ -34,15 +34,18 @@ struct WriterThread<T> {
 
 impl HashingWriter {
     /// Writes to `file` from its cursor on.
-    pub fn into_file(mut file: File) -> Self {
-        Self {
-            writing: WriterThread::spawn(move |chunks| chunks.iter().try_for_each(|bytes| file.write_all(&bytes))),
+    ///
+    /// # Errors
+    /// The system starts no thread.
+    pub fn into_file(mut file: File) -> io::Result<Self> {
+        Ok(Self {
+            writing: WriterThread::spawn(move |chunks| chunks.iter().try_for_each(|bytes| file.write_all(&bytes)))?,
             hashing: WriterThread::spawn(|chunks| {
                 let mut hash = RunningDigest::default();
                 chunks.iter().for_each(|bytes| hash.update(&bytes));
                 hash.finish()
-            }),
-        }
+            })?,
+        })
     }
 
     /// Writes and hashes `bytes`. [`Self::finish`] returns an error of writing; [`Self::broken`] detects it earlier.
@@ -65,9 +68,11 @@ impl HashingWriter {
 }
 
 impl<T: Send + 'static> WriterThread<T> {
-    fn spawn(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> Self {
+    fn spawn(work: impl FnOnce(Receiver<Arc<Vec<u8>>>) -> T + Send + 'static) -> io::Result<Self> {
         let (bytes, chunks) = sync_channel(0);
-        Self { bytes, thread: thread::spawn(move || work(chunks)) }
+        let refused = |error| io::Error::other(format!("no thread to write with, for want of memory: {error}"));
+        let thread = thread::Builder::new().spawn(move || work(chunks)).map_err(refused)?;
+        Ok(Self { bytes, thread })
     }
 
     /// Sending to a thread that has ended is not an error here: [`Self::finish`] returns why it ended.
@@ -111,7 +116,7 @@ mod tests {
     #[test]
     fn bytes_arrive_in_order_and_are_hashed() {
         let mut file = tempfile::tempfile().unwrap();
-        let stream = HashingWriter::into_file(file.try_clone().unwrap());
+        let stream = HashingWriter::into_file(file.try_clone().unwrap()).unwrap();
         ["a", "", "b", "c"].iter().for_each(|bytes| stream.send(bytes.as_bytes().to_vec()));
         let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(stream.finish().unwrap(), Digest { size: 3, sha256: known.to_owned() });
@@ -124,7 +129,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_full_disk_is_reported() {
-        let stream = HashingWriter::into_file(File::options().write(true).open("/dev/full").unwrap());
+        let stream = HashingWriter::into_file(File::options().write(true).open("/dev/full").unwrap()).unwrap();
         while !stream.broken() {
             stream.send(vec![0; 9]);
         }

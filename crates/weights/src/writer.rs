@@ -59,7 +59,7 @@ pub fn write<E: From<WeightsError>>(
 fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, HashingWriter)> {
     let file = files::temporary_file_for(path)?;
     files::reserve(file.as_file(), size)?;
-    let stream = HashingWriter::into_file(file.as_file().try_clone()?);
+    let stream = HashingWriter::into_file(file.as_file().try_clone()?)?;
     Ok((file, stream))
 }
 
