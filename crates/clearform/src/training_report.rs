@@ -25,7 +25,7 @@ impl TrainedStudent {
         };
         let prompts: Vec<String> = self.prompts.iter().map(|prompt| format!("{prompt:?}")).collect();
         let text = format!(
-            "{readme}\n## How it was distilled\n\n{} They show, among others: {}.\n{verdict}",
+            "{readme}\n## How it was distilled\n\n{} The samples show, among others: {}.\n{verdict}",
             self.summary(),
             prompts.join(", ")
         );
