@@ -4,8 +4,10 @@ use crate::bundled_plugins::BUNDLED_PLUGINS;
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
 use crate::{ClearformError, Result};
+use clearform_models::StepIndex;
 use clearform_plugin_host::{
     ADAPTER_INTERFACE, AdapterReport, CONTROLNET_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
+    is_within,
 };
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
 use serde::{Deserialize, Serialize};
@@ -193,6 +195,13 @@ impl AdapterOptions {
     /// Whether one of them may be a ControlNet, which takes control images.
     pub(crate) fn may_take_control(&self) -> bool {
         self.adapters.iter().any(|adapter| adapter.kind != AdapterKind::Lora)
+    }
+
+    /// The same without ControlNets that act in none of `steps` steps.
+    pub(crate) fn acting_in(&self, steps: usize) -> Self {
+        let acts =
+            |adapter: &&AdapterSpec| (0..steps).any(|index| is_within(StepIndex { index, steps }, adapter.interval));
+        Self { adapters: self.adapters.iter().filter(acts).cloned().collect(), ..self.clone() }
     }
 
     /// What is said of settings for adapters of which there are none.

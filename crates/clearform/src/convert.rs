@@ -24,6 +24,7 @@ use clearform_runtime::{
     Adapters, ComponentFiles, Components, EDITABLE_COMPONENTS, EditedTransformer, Pipeline, PipelineOptions,
     TransformerCheckpoint,
 };
+use clearform_weights::{Dtype, TensorInfo, TensorSource as _};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -272,6 +273,10 @@ impl OpenSource {
                 "the source is quantised: the transformer is written in bf16; --dtype f32 keeps its exact values",
             );
         }
+        let is_fp8 = |info: &TensorInfo| matches!(info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
+        if options.dtype.is_none() && edited.transformer.checkpoint().tensors().iter().any(is_fp8) {
+            note(observer, "the source is in fp8: the transformer is written in bf16");
+        }
         edited.transformer.check_plan(&options.attention)?;
         Ok(Self { edited, components })
     }
@@ -384,7 +389,10 @@ impl Conversion<'_> {
         Ok(match trained {
             Some(trained) => {
                 let distilled = AttentionOverlay::new(&source, &trained.distilled.tensors);
-                conversion.apply(&distilled, transformer.load_report(), staging, &mut watch)?
+                let mut report = conversion.apply(&distilled, transformer.load_report(), staging, &mut watch)?;
+                let learned = trained.distilled.tensors.iter().map(|(name, _)| name);
+                report.added.extend(learned.filter(|name| source.info(name).is_none()).map(str::to_owned));
+                report
             }
             None => conversion.apply(&source, transformer.load_report(), staging, &mut watch)?,
         })

@@ -128,6 +128,9 @@ pub fn announce(
     observer: &mut dyn Observer,
 ) -> Result<()> {
     forecast.notes().iter().for_each(|message| observer.note(message));
+    if training.options.attention_every.is_some() && training.recipe.loss.attention == 0.0 {
+        observer.note("--attention-every has no effect: the loss of attention outputs has the weight 0 (--losses)");
+    }
     match device {
         ComputeDevice::Cuda(_) => Ok(()),
         ComputeDevice::Cpu => Ok(training.options.memory.check("training", forecast.memory as u64, MEMORY_ADVICE)?),

@@ -436,7 +436,7 @@ fn parameters(
         size: request.size.unwrap_or(pipeline.native_size()),
         model: file_name(&options.model),
         attention: pipeline.plan().to_string(),
-        adapters: options.adapters.to_string(),
+        adapters: options.adapters.acting_in(request.steps).to_string(),
         computation: options.computation(),
         number: index + 1,
         batch: request.batch,

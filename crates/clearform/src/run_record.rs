@@ -15,20 +15,22 @@ const FILE: &str = "options.json";
 const COMMAND: &str = "command";
 
 /// What a resumed run may change, or is always told: it does not change the result.
-const FREE: [&str; 12] = [
+const FREE: [&str; 11] = [
     "source",
     "model",
     "teacher",
     "output",
     "resume",
     "device",
-    "overwrite",
     "copy_mode",
     "checkpoint_every",
     "images_every",
     "memory",
     "keep_activations",
 ];
+
+/// What either may allow, the run that is resumed or the one that resumes it.
+const OVERWRITE: &str = "overwrite";
 
 /// The options of a run under way. Dropped while there is no work to resume, it takes them away.
 #[must_use]
@@ -118,6 +120,7 @@ fn merge(key: &str, kept: Value, given: Value, usual: &Value) -> std::result::Re
             Ok(Value::Object(merged))
         }
         (_, given) if FREE.contains(&key) => Ok(given),
+        (kept, given) if key == OVERWRITE => Ok(if given == *usual { kept } else { given }),
         (kept, given) if given == *usual || given == kept => Ok(kept),
         (kept, given) => Err(format!("the run was begun with {key} {kept}, found {given}")),
     }
@@ -128,6 +131,7 @@ fn merge(key: &str, kept: Value, given: Value, usual: &Value) -> std::result::Re
 mod tests {
     use super::*;
     use crate::{ConvertOptions, TrainingOptions};
+    use clearform_portable_model::Overwrite;
 
     fn options(attention: &str, training: TrainingOptions) -> ConvertOptions {
         ConvertOptions {
@@ -149,6 +153,18 @@ mod tests {
         let goes_on = resumed("convert", &options("clear:r=16", resume), &usual, folder.path()).unwrap().unwrap();
         let wanted = TrainingOptions { resume: true, checkpoint_every: 5, ..begun };
         assert_eq!(goes_on, options("clear:r=4,d=2", wanted));
+    }
+
+    #[test]
+    fn what_may_be_replaced_stays_allowed() {
+        let usual = ConvertOptions::new("a", "b");
+        let replacing = ConvertOptions { overwrite: Overwrite::PortableModel, ..usual.clone() };
+        for (begun, given) in [(&replacing, &usual), (&usual, &replacing)] {
+            let folder = tempfile::tempdir().unwrap();
+            let _kept = keep("convert", begun, folder.path()).unwrap();
+            let goes_on = resumed("convert", given, &usual, folder.path()).unwrap().unwrap();
+            assert_eq!(goes_on.overwrite, Overwrite::PortableModel);
+        }
     }
 
     #[test]

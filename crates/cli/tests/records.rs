@@ -80,6 +80,12 @@ fn the_attention_of_controlnets_is_recorded() {
     run(0, &[&arguments[..], &control, &["--controlnet-attention", "clear:r=3"]].concat());
     let recorded = read_parameters(&image).unwrap().adapters;
     assert_eq!(recorded, "--controlnet controlnet --controlnet-attention clear:r=3");
+    // One that acts in none of the steps is not recorded.
+    let idle = folder.path().join("idle.png");
+    let late = format!("{}:start=0.99", text(&net));
+    let arguments = ["generate", text(&base), "cat", "--steps", "1", "-o", text(&idle), "--controlnet", &late];
+    run(0, &[&arguments[..], &control[2..]].concat());
+    assert_eq!(read_parameters(&idle).unwrap().adapters, "");
     let again = folder.path().join("again.png");
     let from = ["generate", text(&base), "--from-metadata", text(&image), "-o", text(&again)];
     assert!(stderr_of(0, &[&from[..], &control].concat()).contains("--controlnet-attention clear:r=3"));

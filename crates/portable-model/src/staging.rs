@@ -56,6 +56,9 @@ impl StagingDir {
     pub fn begin(target: &Path, overwrite: Overwrite) -> Result<Self> {
         let work = work_folder(target, overwrite)?;
         if work.exists() {
+            if work.join(LOCK).exists() {
+                drop(lock(&work)?); // not that of a run under way
+            }
             return Err(already_exists(
                 &work,
                 "contains the work of an earlier run; pass --resume to continue it, or delete it to start over",
@@ -468,8 +471,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("model");
         let stage = StagingDir::begin(&target, Overwrite::Never).unwrap();
-        let second = StagingDir::resume(&target, Overwrite::Never).unwrap_err().to_string();
-        assert!(second.contains("another process works on it"), "{second}");
+        for second in [StagingDir::resume(&target, Overwrite::Never), StagingDir::begin(&target, Overwrite::Never)] {
+            let error = second.unwrap_err().to_string();
+            assert!(error.contains("another process works on it"), "{error}");
+        }
         fs::create_dir(&target).unwrap();
         let appeared = stage.finish(record()).unwrap_err().to_string();
         assert!(appeared.contains("already exists"), "{appeared}");
