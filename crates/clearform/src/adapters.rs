@@ -199,8 +199,7 @@ impl AdapterOptions {
 
     /// The same without ControlNets that act in none of `steps` steps.
     pub(crate) fn acting_in(&self, steps: usize) -> Self {
-        let acts =
-            |adapter: &&AdapterSpec| (0..steps).any(|index| is_within(StepIndex { index, steps }, adapter.interval));
+        let acts = |adapter: &&AdapterSpec| acts_within(adapter.interval, steps);
         Self { adapters: self.adapters.iter().filter(acts).cloned().collect(), ..self.clone() }
     }
 
@@ -248,6 +247,11 @@ impl fmt::Display for AdapterSpec {
         let settings = self.settings();
         if settings.is_empty() { Ok(()) } else { write!(f, ":{}", settings.join(",")) }
     }
+}
+
+/// Whether one of `steps` steps lies in `interval`.
+pub(crate) fn acts_within(interval: [f64; 2], steps: usize) -> bool {
+    (0..steps).any(|index| is_within(StepIndex { index, steps }, interval))
 }
 
 /// The plugins in the given folders, then those next to the program, then those that are linked into it.

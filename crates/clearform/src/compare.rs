@@ -64,12 +64,10 @@ impl CompareOptions {
         let opening = |other| Opening { components: self.or_of(other), device: self.device, memory };
         let teacher = open_original_pipeline(&self.teacher, &self.student, opening(&self.student))?;
         let student = open_pipeline(&self.student, opening(&self.teacher))?;
-        let given = self.evaluation.extra_components().folder;
-        let is_unused = [&teacher, &student].into_iter().all(|pipeline| pipeline.unused_components().is_some());
-        if let Some(folder) = given.filter(|_| is_unused) {
-            let folder = folder.display();
-            note(observer, format_args!("--components {folder} has no effect: nothing is taken from it"));
-        }
+        // Without a given folder each has the other's, which may well be unused.
+        let is_given = self.evaluation.extra_components().folder.is_some();
+        let unused = teacher.unused_components_note().and(student.unused_components_note());
+        unused.iter().filter(|_| is_given).for_each(|text| note(observer, text));
         let pair = ComparedPair {
             teacher: PairMember::new(&self.teacher, &teacher),
             student: PairMember::new(&self.student, &student),

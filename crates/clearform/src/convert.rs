@@ -261,10 +261,8 @@ impl OpenSource {
         transformer.identified().notes.iter().for_each(|text| note(observer, text));
         let components = components.with_embedded(&transformer, &reading)?;
         components.check_weights(transformer.identified().all_components())?;
-        if let Some(unused) = components.unused_folder(transformer.identified().all_components()) {
-            let unused = unused.display();
-            note(observer, format_args!("--components {unused} has no effect: nothing is taken from it"));
-        }
+        let unused = components.unused_note(transformer.identified().all_components());
+        unused.iter().for_each(|text| note(observer, text));
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;
         note_reports(&edited.reports, &[], observer);
         if options.dtype.is_none() && edited.transformer.is_quantized() {

@@ -1,6 +1,6 @@
 //! [`generate`]: images from a prompt or a class.
 
-use crate::adapters::{AdapterOptions, LoraApplyMode, load_control_images, note_reports};
+use crate::adapters::{AdapterOptions, LoraApplyMode, acts_within, load_control_images, note_reports};
 use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::TemporaryFile;
@@ -12,8 +12,8 @@ use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
 use clearform_models::vae::{TilingMode, VaePrecision, VaeTiling};
-use clearform_models::{ImageSize, Prompt, StepIndex};
-use clearform_plugin_host::{AdapterReport, is_within};
+use clearform_models::{ImageSize, Prompt};
+use clearform_plugin_host::AdapterReport;
 use clearform_portable_model::recorded_plan;
 use clearform_runtime::{
     ActiveControlNet, ComponentFiles, ControlNetSchedule, GenerateRequest, GenerationParameters, GuidanceScales,
@@ -254,8 +254,7 @@ impl GenerateOptions {
 /// What is said of a ControlNet that acts in none of the steps.
 fn idle(active: &ActiveControlNet, steps: usize) -> Option<String> {
     let ControlNetSchedule { interval: [start, end], .. } = active.schedule;
-    let acts = (0..steps).any(|index| is_within(StepIndex { index, steps }, [start, end]));
-    (!acts || active.scale == 0.0).then(|| {
+    (!acts_within([start, end], steps) || active.scale == 0.0).then(|| {
         format!(
             "{}: has no effect: with strength {}, start={start} and end={end} it acts in none of {steps} steps",
             active.controlnet.path().display(),

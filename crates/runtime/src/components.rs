@@ -188,6 +188,12 @@ impl Components {
         (!is_used).then_some(extra)
     }
 
+    /// What is said of the folder of further components if nothing in `names` is taken from it.
+    pub fn unused_note<'a>(&self, names: impl Iterator<Item = &'a String>) -> Option<String> {
+        let folder = self.unused_folder(names)?.display();
+        Some(format!("--components {folder} has no effect: nothing is taken from it"))
+    }
+
     /// The components in `names` that do not exist.
     pub fn missing<'a>(&self, names: &'a [String]) -> Vec<&'a str> {
         names.iter().map(String::as_str).filter(|name| !self.has(name)).collect()

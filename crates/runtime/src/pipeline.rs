@@ -201,16 +201,13 @@ impl Pipeline {
         let missing = self.components.missing(identified.optional_components());
         let missing = missing.into_iter().filter(|component| component.starts_with("text_encoder"));
         let without = |component: &str| format!("{component} is missing and not used; pass --components DIR to add it");
-        let unused = self
-            .unused_components()
-            .map(|folder| format!("--components {} has no effect: nothing is taken from it", folder.display()));
         let notes = identified.notes.iter().chain(self.transformer.checkpoint().notes());
-        notes.cloned().chain(missing.map(without)).chain(unused).collect()
+        notes.cloned().chain(missing.map(without)).chain(self.unused_components_note()).collect()
     }
 
-    /// The folder of further components, if nothing is taken from it.
-    pub fn unused_components(&self) -> Option<&Path> {
-        self.components.unused_folder(self.transformer.identified().all_components())
+    /// What is said of the folder of further components if nothing is taken from it.
+    pub fn unused_components_note(&self) -> Option<String> {
+        self.components.unused_note(self.transformer.identified().all_components())
     }
 
     /// The dtype of the latents, and of the transformer if the options state one.
