@@ -2,9 +2,9 @@
 //! need.
 #![allow(clippy::unwrap_used)] // A failed test says where.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use clearform_attention::{Attention, AttentionPlan, Geometry, Qkv, TokenGrid};
-use clearform_ops::ProductPrecision;
+use clearform_ops::{ProductPrecision, TorchGenerator};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -48,8 +48,9 @@ const TEXT: usize = 40;
 impl Call {
     fn new(side: usize) -> Self {
         let plan: AttentionPlan = "clear:r=4".parse().unwrap();
-        let random = |tokens: usize| {
-            let noise = || Tensor::randn(0f32, 1.0, (1, tokens, HEADS, HEAD_DIM), &Device::Cpu).unwrap();
+        let mut generator = TorchGenerator::new(0);
+        let mut random = |tokens: usize| {
+            let mut noise = || generator.randn((1, tokens, HEADS, HEAD_DIM)).unwrap();
             Qkv { query: noise(), key: noise(), value: noise() }
         };
         Self {

@@ -260,7 +260,9 @@ impl OpenSource {
         note_checkpoint(transformer.checkpoint(), observer);
         transformer.identified().notes.iter().for_each(|text| note(observer, text));
         let components = components.with_embedded(&transformer, &reading)?;
-        components.check_weights(transformer.identified().all_components())?;
+        components.check(transformer.identified())?;
+        let components = components.with_checked_tensors(transformer.identified())?;
+        components.notes().iter().for_each(|text| note(observer, text));
         let unused = components.unused_note(transformer.identified().all_components());
         unused.iter().for_each(|text| note(observer, text));
         let edited = adapters.apply_to(transformer, Some(&components), &reading.manifests)?;

@@ -1,5 +1,8 @@
 //! [`ClearformError`]: errors of the library.
 
+use clearform_distill::DistillError;
+use clearform_runtime::RuntimeError;
+use clearform_sampling::SamplingError;
 use std::fmt::Display;
 
 /// What went wrong. The text names the file, what was expected and found, and what to do.
@@ -101,6 +104,21 @@ impl ClearformError {
     /// [`Self::BadOption`] with this text.
     pub(crate) fn bad_option(text: impl Into<String>) -> Self {
         Self::BadOption(text.into())
+    }
+
+    /// The error, or if it is that a result is not finite, the damage to the weights that explains it, if there is any.
+    pub(crate) fn or_damage(self, damage: impl FnOnce() -> Option<RuntimeError>) -> Self {
+        let is_not_finite = match &self {
+            Self::Runtime(error) => {
+                matches!(**error, RuntimeError::Sampling(SamplingError::NotFinite { .. }) | RuntimeError::BadImage(_))
+            }
+            Self::Distill(error) => matches!(
+                **error,
+                DistillError::Sampling(SamplingError::NotFinite { .. }) | DistillError::NotFinite { .. }
+            ),
+            _ => false,
+        };
+        is_not_finite.then(damage).flatten().map_or(self, Self::from)
     }
 }
 

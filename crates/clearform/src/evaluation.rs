@@ -203,7 +203,8 @@ impl EvaluationRun {
         for start in (0..self.prompts.len()).step_by(batch) {
             let count = batch.min(self.prompts.len() - start);
             let batch = pipeline.prepare(self.batch(pipeline, prompts, start, count)?)?;
-            let latents = batch.denoise(denoiser, &mut |_| step_action(advance(0)))?;
+            let latents = batch.denoise(denoiser, &mut |_| step_action(advance(0)));
+            let latents = latents.map_err(|error| ClearformError::from(error).or_damage(|| pipeline.damage()))?;
             generated.push(latents.to_dtype(DType::F32)?);
             if advance(count).is_break() {
                 return Err(ClearformError::Cancelled);

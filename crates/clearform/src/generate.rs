@@ -161,6 +161,10 @@ impl GenerateOptions {
     }
 
     fn request(&self, pipeline: &Pipeline) -> Result<GenerateRequest> {
+        if self.negative_prompt.is_some() && pipeline.class_count().is_some() {
+            let reason = "--negative-prompt: this model is class-conditional and takes no text; leave it out";
+            return Err(ClearformError::bad_option(reason));
+        }
         let native = pipeline.native_size();
         let SamplingDefaults { steps, guidance, .. } = pipeline.transformer().identified().variant.defaults;
         let height = self.height.unwrap_or(native.height);
@@ -359,7 +363,8 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
         note(observer, text);
     }
     note_memory(&pipeline, &request, observer)?;
-    let images = pipeline.generate(&request, &mut |stage| watch(stage, observer))?;
+    let generated = pipeline.generate(&request, &mut |stage| watch(stage, observer));
+    let images = generated.map_err(|error| ClearformError::from(error).or_damage(|| pipeline.damage()))?;
     let parameters = (0..images.len()).map(|index| parameters(options, &request, &effects, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
     Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })

@@ -47,6 +47,11 @@ pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observ
         }
     }
     unusable.extend(refused_config(&identified, &options));
+    for (name, problem) in components.problems(&identified) {
+        if unusable.iter().all(|known: &UnusableComponent| known.name != name) {
+            unusable.push(UnusableComponent { name, reason: problem.to_string() });
+        }
+    }
     let inspection = Inspection::of(&identified, &checkpoint)
         .in_pipeline(&identified, pipeline_scale(&components, &identified), sizes)
         .with_unusable(unusable);

@@ -217,7 +217,7 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let patched = patch.apply_to(&source, *mode, base)?;
     let extra = options.extra_components();
     let components = extra.of(checkpoint).with_embedded(&transformer, &reading)?;
-    components.check_weights(transformer.identified().all_components())?;
+    components.check(transformer.identified())?;
     let folders = [checkpoint.is_dir().then_some(checkpoint.as_path()), extra.folder];
     let folders = folders.into_iter().flatten().map(Path::to_owned).collect();
     let conversion = ConversionPlan::new(transformer.identified(), patch.plan().clone())

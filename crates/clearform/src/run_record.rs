@@ -71,7 +71,10 @@ pub fn resumed<T: Serialize + DeserializeOwned>(command: &str, given: &T, usual:
     if !path.exists() {
         return Ok(None);
     }
-    let kept: Value = serde_json::from_slice(&std::fs::read(&path).context(path.display())?).context(path.display())?;
+    let kept: Value = serde_json::from_slice(&std::fs::read(&path).context(path.display())?).map_err(|error| {
+        let path = path.display();
+        ClearformError::bad_option(format!("{path}: is damaged: {error}; delete the folder to start over"))
+    })?;
     if let Some(other) = kept[COMMAND].as_str().filter(|other| *other != command) {
         return Err(ClearformError::bad_option(format!(
             "{}: contains an interrupted run of `clearform {other}`; resume it with that command, choose another -o, or \

@@ -55,8 +55,8 @@ pub fn train(
     let report = LiveReport::new(student.folder, judge.as_ref(), images_every);
     note(observer, format_args!("what the training does is shown in {}", report.path().display()));
     let mut watcher = TrainingWatcher { models: &pair, report, held_out: None, failed: None };
-    let outcome =
-        distill(&pair, data, &settings, &checkpoint_dir, &mut |progress| watcher.observe(progress, observer))?;
+    let outcome = distill(&pair, data, &settings, &checkpoint_dir, &mut |progress| watcher.observe(progress, observer));
+    let outcome = outcome.map_err(|error| ClearformError::from(error).or_damage(|| teacher.damage()))?;
     if let Some(error) = watcher.failed {
         return Err(error);
     }

@@ -233,7 +233,8 @@ fn fill(
         let mut watch = |SamplesDone { done, total, fraction }| {
             observer.progress(&Progress { fraction, ..Progress::new(Stage::Samples, done, total) })
         };
-        set.generate_watched(teacher.as_ref(), &spec, &mut watch)?;
+        let generated = set.generate_watched(teacher.as_ref(), &spec, &mut watch);
+        generated.map_err(|error| ClearformError::from(error).or_damage(|| pipeline.damage()))?;
     }
     Ok(text_ids)
 }

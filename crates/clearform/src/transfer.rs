@@ -121,6 +121,7 @@ pub fn transfer(options: &TransferOptions, observer: &mut dyn Observer) -> Resul
     let _made = prepare_report(folder, options.replace)?;
     let teacher = Pipeline::open(&options.teacher, opening.clone())?;
     options.check_pair(&teacher, observer)?;
+    options.adapters.without_effect().iter().for_each(|text| note(observer, text));
     options.check_fine_tune(&teacher)?;
     let evaluation = EvaluationRun::new(&options.evaluation, &teacher)?;
     evaluation.check_control_images(teacher.takes_control() || options.adapters.may_take_control())?;

@@ -331,7 +331,7 @@ fn a_model_of_every_family_can_be_timed() {
     let folder = tempfile::tempdir().unwrap();
     let timed = |model: &Path, further: &[&str]| {
         let common = ["bench", "model", text(model), "--grid", "3x4", "--attention", "full", "clear:r=2"];
-        let table = json(0, &[&common[..], &["--text", "5", "--repeat", "1"], further].concat());
+        let table = json(0, &[&common[..], &["--repeat", "1"], further].concat());
         let rows = table["rows"].as_array().unwrap();
         let cases: Vec<_> =
             rows.iter().map(|row| [&row["grid"], &row["attention"]].map(|cell| cell.as_str().unwrap())).collect();

@@ -4,7 +4,7 @@
 mod common;
 
 use clearform_runtime::image_file::read_parameters;
-use common::{json, repository, run, stderr_of, text};
+use common::{copy_folder, json, repository, run, stderr_of, text};
 use std::fs;
 use std::path::Path;
 
@@ -21,14 +21,6 @@ fn record(model: &Path) -> toml::Table {
 fn sources(model: &Path) -> Vec<String> {
     let sources = record(model)["source"].as_array().unwrap().clone();
     sources.iter().map(|source| source["name"].as_str().unwrap().to_owned()).collect()
-}
-
-/// Copies the files of a folder.
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 #[test]
@@ -48,7 +40,7 @@ fn a_further_distillation_keeps_what_was_before() {
 
     // A teacher with other weights is said and recorded.
     let changed = folder.path().join("changed");
-    copy(&teacher, &changed);
+    copy_folder(&teacher, &changed);
     let weights = changed.join(WEIGHTS);
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -113,7 +105,7 @@ fn a_report_replaces_no_other_files() {
 #[test]
 fn a_config_that_no_model_has_is_not_complete() {
     let folder = tempfile::tempdir().unwrap();
-    copy(&repository("assets/mini-dit/model"), folder.path());
+    copy_folder(&repository("assets/mini-dit/model"), folder.path());
     let path = folder.path().join("config.json");
     let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     config["n_heads"] = 7.into();

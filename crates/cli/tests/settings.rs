@@ -7,8 +7,8 @@ use clearform_runtime::GenerationParameters;
 use clearform_runtime::image_file::read_parameters;
 use clearform_testkit::assemble_pipeline;
 use clearform_weights::{Checkpoint, TensorInfo, TensorSource as _};
-use common::{Tiny, json, repository, run, stderr_of, text};
-use std::path::{Path, PathBuf};
+use common::{Tiny, copy_folder, json, repository, run, stderr_of, text};
+use std::path::Path;
 
 const BASE: &str = "assets/mini-flux/base";
 
@@ -184,7 +184,7 @@ fn settings_that_cannot_be_meant_are_refused() {
     std::fs::write(&classes, "3\n10\n").unwrap();
     std::fs::copy(flux.join("vae/diffusion_pytorch_model.safetensors"), &lora).unwrap();
     let convert = ["convert", text(&dit), "-o", &model, "--radius", "4", "--dry-run"];
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["generate", text(&dit), "--class", "10", "-o", &image], "class: expected 0 to 9, found 10"),
         (&["generate", "a cat", text(&flux), "-o", &image], "the model comes before the prompt"),
         (
@@ -200,6 +200,12 @@ fn settings_that_cannot_be_meant_are_refused() {
         (&["generate", text(&flux), "a cat", "-o", &path("%70000d.png")], "expected a number pattern such as %03d"),
         (&[&convert[..], &["--prompts", "/dev/zero"]].concat(), "expected a file of prompts"),
         (&["generate", text(&flux), "a cat", "--lora", &damaged, "-o", &image], "have NaN or infinity"),
+        (&["generate", text(&flux), "a cat", "--steps", "1000000000000", "-o", &image], "steps: expected 1 to 100000"),
+        (
+            &["generate", text(&dit), "--class", "3", "--negative-prompt", "x", "-o", &image],
+            "takes no text; leave it out",
+        ),
+        (&["bench", "model", text(&dit), "--text", "4"], "--text 4: the model takes no text"),
     ];
     for (arguments, expected) in cases {
         let said = stderr_of(1, arguments);
@@ -280,6 +286,23 @@ fn numbers_out_of_range_are_wrong_usage() {
     }
 }
 
+/// What would be ignored beside another flag.
+#[test]
+fn flags_that_exclude_each_other_are_refused() {
+    let cases: [&[&str]; 4] = [
+        &["convert", "a", "-o", "b", "--no-distill", "--lora-apply-mode", "immediately"],
+        &["convert", "a", "-o", "b", "--no-distill", "--device", "cpu"],
+        &["bench", "attention", "--radius", "4", "--attention", "full"],
+        &["bench", "model", "a", "--format", "q8_0"],
+    ];
+    for arguments in cases {
+        let said = stderr_of(2, arguments);
+        assert!(said.contains("cannot be used with"), "{said}");
+    }
+    let said = stderr_of(2, &["distill", "a", "--teacher", "b", "--resume"]);
+    assert!(said.contains("<--output <DIR>|--overwrite>"), "{said}");
+}
+
 /// A model converted without its pipeline is compared with the teacher's parts.
 #[test]
 fn compare_takes_the_teachers_parts() {
@@ -351,7 +374,7 @@ fn places_that_are_no_models_are_named() {
 fn a_model_has_a_card() {
     let folder = tempfile::tempdir().unwrap();
     let cached = folder.path().join("models--some-body--mini-flux/snapshots/0123");
-    copy(&repository(BASE), &cached);
+    copy_folder(&repository(BASE), &cached);
     std::fs::write(cached.join("README.md"), "---\nlicense: apache-2.0\ntags:\n- icons\n---\n# mini-flux\n").unwrap();
     let model = folder.path().join("linear");
     run(0, &["convert", text(&cached), "-o", text(&model), "--radius", "3", "--no-distill"]);
@@ -363,17 +386,6 @@ fn a_model_has_a_card() {
     }
     for expected in ["`clear:r=3`", "clearform generate", "full attention", "set_attn_processor"] {
         assert!(text.contains(expected), "{expected} in {text}");
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in from.read_dir().unwrap().map(|entry| entry.unwrap()) {
-        let target: PathBuf = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &target),
-            false => drop(std::fs::copy(entry.path(), target).unwrap()),
-        }
     }
 }
 
@@ -515,7 +527,7 @@ fn tensors_are_not_written_over_others() {
     let folder = tempfile::tempdir().unwrap();
     let tiny = Tiny::new();
     let copied = folder.path().join("model");
-    copy(tiny.path(), &copied);
+    copy_folder(tiny.path(), &copied);
     let weights = std::fs::read_dir(&copied).unwrap().map(|entry| entry.unwrap().path());
     let weights = weights.into_iter().find(|path| path.extension().is_some_and(|kind| kind == "safetensors")).unwrap();
     let before = std::fs::read(&weights).unwrap();

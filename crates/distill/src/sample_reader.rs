@@ -4,9 +4,9 @@ use crate::Result;
 use crate::sample_files::{SampleFiles, SampleIndex, bad, open};
 use candle_core::{DType, Device, Tensor};
 use clearform_models::Conditions;
-use clearform_weights::{InMemoryTensors, TensorSource};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, is_finite};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Samples read for training.
 #[derive(Debug, Clone)]
@@ -53,7 +53,8 @@ impl<'a> SampleReader<'a> {
         let file = open(&path)?;
         let size: u64 = file.tensors().iter().map(|info| info.byte_count()).sum();
         if size <= self.room {
-            self.held.insert(path, InMemoryTensors::load(&file, None, &Device::Cpu)?);
+            let held = load(&path, &file)?;
+            self.held.insert(path, held);
             self.room -= size;
         }
         Ok(())
@@ -108,7 +109,9 @@ impl<'a> SampleReader<'a> {
         let shape = &info.shape[1..];
         let size = shape.iter().product::<usize>() * size_of::<f32>();
         let bytes = file.read_range("latents", row * size..(row + 1) * size)?;
-        Ok(Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?)
+        let latents = Tensor::from_raw_buffer(&bytes, DType::F32, shape, &Device::Cpu)?;
+        check_finite(&path, "latents", &latents)?;
+        Ok(latents)
     }
 
     /// The stored tensors of `prompts` by name, one for each prompt.
@@ -123,11 +126,29 @@ impl<'a> SampleReader<'a> {
     }
 
     /// All tensors of a file.
-    fn tensors(&self, path: &std::path::Path) -> Result<BTreeMap<String, Tensor>> {
+    fn tensors(&self, path: &Path) -> Result<BTreeMap<String, Tensor>> {
         let tensors = match self.held.get(path) {
             Some(held) => held.clone(),
-            None => InMemoryTensors::load(&open(path)?, None, &Device::Cpu)?,
+            None => load(path, &open(path)?)?,
         };
         Ok(tensors.iter().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect())
+    }
+}
+
+/// All tensors of `file`, which is that at `path`.
+fn load(path: &Path, file: &Checkpoint) -> Result<InMemoryTensors> {
+    let tensors = InMemoryTensors::load(file, None, &Device::Cpu)?;
+    tensors.iter().try_for_each(|(name, tensor)| check_finite(path, name, tensor))?;
+    Ok(tensors)
+}
+
+/// Refuses a tensor that would make every loss NaN.
+fn check_finite(path: &Path, name: &str, tensor: &Tensor) -> Result<()> {
+    match is_finite(tensor)? {
+        true => Ok(()),
+        false => Err(bad(
+            path,
+            format!("tensor {name:?} contains NaN or infinity; delete this file and rerun with --resume"),
+        )),
     }
 }

@@ -111,12 +111,20 @@ impl DenoiserInput {
     /// Number of samples.
     ///
     /// # Errors
-    /// A timestep that is not one value per sample, or no samples.
+    /// Latents of other than three or four dimensions, a timestep that is not one value per sample, or no samples.
     pub fn batch(&self) -> Result<usize> {
-        let batch = self.latents.dim(0)?;
+        let latents = self.latents.dims();
+        let &[batch, _, _, ..] = latents else {
+            let reason = "expected (batch, tokens, channels) or (batch, channels, height, width)";
+            return Err(ModelError::bad_input("hidden_states", format!("{reason}, found {latents:?}")));
+        };
         match self.timestep.dims() {
             [count] if *count == batch && batch > 0 => Ok(batch),
-            found => Err(ModelError::bad_input("timestep", format!("expected shape [{batch}], found {found:?}"))),
+            found => {
+                let reason =
+                    format!("expected one value for each sample of hidden_states {latents:?}, found {found:?}");
+                Err(ModelError::bad_input("timestep", reason))
+            }
         }
     }
 

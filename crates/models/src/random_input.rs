@@ -1,8 +1,9 @@
-//! [`random_input`]: random arguments for one forward, for benchmarks.
+//! [`random_input`]: random arguments for one forward, for benchmarks. They are the same in every run.
 
 use crate::{Architecture, BatchSpec, Conditions, DenoiserInput, ImageSize, NoiseProcess, Result, StepIndex};
 use candle_core::{DType, Device, Tensor};
 use clearform_attention::TokenGrid;
+use clearform_ops::TorchGenerator;
 
 /// Sizes, dtype and device of a random input.
 #[derive(Debug, Clone)]
@@ -28,7 +29,8 @@ pub fn random_input(architecture: &dyn Architecture, sizes: &InputSizes) -> Resu
     let grid = sizes.grid;
     let text = sizes.text;
     let device = &sizes.device;
-    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(sizes.dtype);
+    let mut generator = TorchGenerator::new(0);
+    let mut random = |shape: &[usize]| generator.randn(shape)?.to_device(device)?.to_dtype(sizes.dtype);
     let size = [grid.height * patch_size, grid.width * patch_size];
     let (latents, image_ids) = pipeline.pack(&random(&[1, channels.latents, size[0], size[1]])?)?;
     let class = || Tensor::zeros(1, DType::U32, device);

@@ -94,14 +94,14 @@ mod tests {
         let input = |classes: &[f32]| {
             let classes = Tensor::new(classes, &Device::Cpu).unwrap();
             DenoiserInput {
-                latents: (classes.reshape(((), 1)).unwrap() * 10.0).unwrap(),
+                latents: (classes.reshape(((), 1, 1)).unwrap() * 10.0).unwrap(),
                 timestep: classes.clone(),
                 step_index: StepIndex::default(),
                 conditions: Conditions { classes: Some(classes), ..Conditions::default() },
             }
         };
         let small = SeparateSamples::if_small(Box::new(OneByOne), 1, &Device::Cpu);
-        let values = |tensor: &Tensor| tensor.to_vec2::<f32>().unwrap();
+        let values = |tensor: &Tensor| tensor.flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(values(&small.forward(&input(&[4.0])).unwrap()), [[44.0]]);
         let found = small.forward_each(&[input(&[1.0, 2.0]), input(&[3.0])]).unwrap();
         assert_eq!(found.iter().map(values).collect::<Vec<_>>(), [vec![vec![11.0], vec![22.0]], vec![vec![33.0]]]);

@@ -2,8 +2,8 @@
 //!
 //! Each is one pass over the rows in f32, f64 or bf16, with a backward that computes only the gradients that are
 //! needed. [`mod@reference`] has the same operations in plain tensor algebra: they are the specification, and the
-//! fallback where there is no kernel. [`simd`] compiles arithmetic for several instruction sets. Nothing here knows a
-//! model.
+//! fallback where there is no kernel. [`simd`] compiles arithmetic for several instruction sets. [`TorchGenerator`]
+//! makes the random numbers of PyTorch. Nothing here knows a model.
 
 mod adam;
 mod addition;
@@ -19,6 +19,7 @@ mod joining;
 mod kernel;
 mod linear;
 mod matrix_rows;
+mod mersenne;
 mod norm;
 mod quantized_linear;
 pub mod reference;
@@ -28,6 +29,7 @@ mod row_copy;
 mod silu;
 pub mod simd;
 mod strided_product;
+mod torch_generator;
 mod wide_attention;
 mod winograd;
 
@@ -45,5 +47,6 @@ pub use norm::{modulated_layer_norm, rms_norm, rms_norm_rope};
 pub use reference::{AdamState, AdamStep};
 pub use rope::rope;
 pub use silu::{silu, swiglu};
+pub use torch_generator::TorchGenerator;
 pub use wide_attention::wide_attention;
 pub use winograd::ChannelAffine;

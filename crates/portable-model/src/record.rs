@@ -159,14 +159,22 @@ impl ModelRecord {
         let invalid = |reason: String| PortableModelError::Invalid { path: path.clone(), reason };
         let table: toml::Table = text.parse().map_err(|error: toml::de::Error| invalid(error.to_string()))?;
         // Before the rest is parsed: fields of a newer edition would only give "unknown field".
-        let edition = table.get("edition").and_then(toml::Value::as_integer);
-        if edition != Some(i64::from(EDITION)) {
-            let found = edition.map_or("none".to_owned(), |edition| edition.to_string());
-            return Err(invalid(format!(
-                "this clearform reads edition {EDITION}, the model has edition {found}; upgrade clearform to read it"
-            )));
+        match table.get("edition").and_then(toml::Value::as_integer) {
+            Some(edition) if edition == i64::from(EDITION) => {}
+            Some(edition) => {
+                return Err(invalid(format!(
+                    "this clearform reads edition {EDITION}, the model has edition {edition}; upgrade clearform to read it"
+                )));
+            }
+            None => {
+                let reason = "expected the record of a portable model, found no edition; copy the file again from where the \
+                              model came from";
+                return Err(invalid(reason.to_owned()));
+            }
         }
-        table.try_into().map_err(|error: toml::de::Error| invalid(error.to_string()))
+        let record: Self = table.try_into().map_err(|error: toml::de::Error| invalid(error.to_string()))?;
+        record.plan().map_err(|error| invalid(format!("attention: {error}")))?;
+        Ok(record)
     }
 
     /// Writes the record into `folder`.

@@ -7,6 +7,7 @@ use crate::{ReadOptions, Result, RuntimeError, TransformerCheckpoint};
 use candle_core::DType;
 use clearform_layout::{Dequantized, EmbeddedComponent, Identified, LayoutError, Manifests, OpenComponent};
 use clearform_portable_model::ComponentData;
+use clearform_sampling::Scheduler;
 use clearform_weights::{Checkpoint, TensorSource, held_bytes, hub_snapshot};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,8 @@ pub struct Components {
     own_paths: ComponentFiles,
     own_files: Vec<SingleFile>,
     file: Option<SingleFile>,
+    /// What the user should know of the components, once the family is known.
+    pub(crate) notes: Vec<String>,
     /// The options that take files, by component; known once the family is.
     options: BTreeMap<String, String>,
     /// The weights in folders that were opened, of which copies of this share each.
@@ -40,7 +43,7 @@ struct SingleFile {
 }
 
 const CONFIG: &str = "config.json";
-const VAE: &str = "vae";
+pub(crate) const VAE: &str = "vae";
 /// How the names of components without tensors begin.
 const WITHOUT_WEIGHTS: [&str; 2] = ["tokenizer", "scheduler"];
 
@@ -54,6 +57,7 @@ impl Components {
             own_paths: ComponentFiles::default(),
             own_files: Vec::new(),
             file: None,
+            notes: Vec::new(),
             options: BTreeMap::new(),
             opened: Arc::default(),
         }
@@ -95,6 +99,11 @@ impl Components {
         self.own_files = own_files.collect::<Result<_>>()?;
         self.open_embedded()?;
         Ok(self)
+    }
+
+    /// What the user should know of the components: tensors that are not used.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The components that are taken from files: the transformer's or their own.
@@ -167,6 +176,21 @@ impl Components {
         Ok(weights)
     }
 
+    /// The folder of component `name` and its weights; `None` if it has none or they are in a single file.
+    pub(crate) fn in_folder(&self, name: &str) -> Result<Option<(PathBuf, FolderWeights)>> {
+        if !has_weights(name) || self.find_embedded(name).is_some() {
+            return Ok(None);
+        }
+        let Ok(folder) = self.folder(name) else { return Ok(None) };
+        Ok(Some((folder.clone(), self.open_folder(folder)?)))
+    }
+
+    /// The file or folder of the weights of component `name`; `None` if it is missing or has none.
+    pub(crate) fn place(&self, name: &str) -> Option<PathBuf> {
+        let file = self.find_embedded(name).map(|(file, _)| file.checkpoint.path().to_owned());
+        file.or_else(|| self.folder(name).ok()).filter(|_| has_weights(name))
+    }
+
     /// The folder of component `name`.
     ///
     /// # Errors
@@ -215,12 +239,17 @@ impl Components {
         read_json(&self.folder(name)?.join(file))
     }
 
-    /// A text file in the folder of component `name`.
+    /// The scheduler of a model `identified`; `None` if it has none.
     ///
     /// # Errors
-    /// The component or the file is missing, or the file is not UTF-8.
-    pub fn text(&self, name: &str, file: &str) -> Result<String> {
-        read_text(&self.folder(name)?.join(file))
+    /// Its scheduler_config.json is missing or damaged, or is that of a scheduler that is not supported.
+    pub fn scheduler(&self, identified: &Identified) -> Result<Option<Scheduler>> {
+        const NAME: &str = "scheduler";
+        let has_one = identified.all_components().any(|component| component == NAME);
+        let Some(folder) = self.folder(NAME).ok().filter(|_| has_one) else { return Ok(None) };
+        let path = folder.join("scheduler_config.json");
+        let scheduler = Scheduler::parse(&read_text(&path)?);
+        scheduler.map(Some).map_err(|error| RuntimeError::BadComponent { path, reason: error.to_string() })
     }
 
     /// The bytes of a file in the folder of component `name`; `None` if the file does not exist.

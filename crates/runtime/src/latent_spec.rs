@@ -1,6 +1,7 @@
 //! [`LatentSpec`]: what a model denoises, latents of a VAE or pixels: their channels, and the image sizes it can generate.
 //! It loads no weights.
 
+use crate::components::VAE;
 use crate::{Components, Result, RuntimeError, TransformerCheckpoint};
 use clearform_models::ImageSize;
 use clearform_models::vae::{AutoencoderSpec, autoencoder};
@@ -25,7 +26,8 @@ impl LatentSpec {
     pub fn new(components: &Components, transformer: &TransformerCheckpoint) -> Result<Self> {
         let spec = transformer.pipeline_spec();
         let has_vae = transformer.identified().components().iter().any(|component| component == "vae");
-        let vae = if has_vae { Some(autoencoder(&components.config("vae")?)?) } else { None };
+        let vae = || autoencoder(&components.config(VAE)?).map_err(|error| components.located(VAE, error));
+        let vae = has_vae.then(vae).transpose()?;
         let in_channels = transformer.architecture().input_channels().latents;
         let (channels, downscale) =
             vae.as_ref().map_or((in_channels, 1), |vae| (vae.latent_channels(), vae.downscale()));

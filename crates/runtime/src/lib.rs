@@ -17,11 +17,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
+mod component_check;
 mod component_files;
 mod components;
 mod control;
 mod control_concat;
 mod control_mask;
+mod damage;
 mod error;
 mod exif;
 mod files;

@@ -97,6 +97,7 @@ impl Pipeline {
         let transformer = TransformerCheckpoint::open(&components.transformer_path(), &reading)?;
         let components = components.with_embedded(&transformer, &reading)?;
         components.require(transformer.identified().components())?;
+        let components = components.with_checked_tensors(transformer.identified())?;
         let edited = options.adapters.apply_to(transformer, Some(&components), &options.reading.manifests)?;
         let plan = options.plan.clone().or(recorded);
         Self::of_opened(components, edited, PipelineOptions { plan, ..options })
@@ -202,7 +203,8 @@ impl Pipeline {
         let missing = missing.into_iter().filter(|component| component.starts_with("text_encoder"));
         let without = |component: &str| format!("{component} is missing and not used; pass --components DIR to add it");
         let notes = identified.notes.iter().chain(self.transformer.checkpoint().notes());
-        notes.cloned().chain(missing.map(without)).chain(self.unused_components_note()).collect()
+        let of_components = self.components.notes().iter().chain(notes).cloned();
+        of_components.chain(missing.map(without)).chain(self.unused_components_note()).collect()
     }
 
     /// What is said of the folder of further components if nothing is taken from it.
@@ -218,11 +220,9 @@ impl Pipeline {
 
 /// The model's scheduler if it has one, else the one its family was published with.
 fn scheduler(components: &Components, transformer: &TransformerCheckpoint) -> Result<Scheduler> {
-    let identified = transformer.identified();
-    let has_one = identified.all_components().any(|component| component == "scheduler");
-    if !has_one || components.folder("scheduler").is_err() {
-        return Ok(Scheduler::default_for(transformer.pipeline_spec().noise_process()));
-    }
-    let scheduler = Scheduler::parse(&components.text("scheduler", "scheduler_config.json")?)?;
-    Ok(scheduler.spaced(transformer.pipeline_spec().spacing()))
+    let spec = transformer.pipeline_spec();
+    Ok(match components.scheduler(transformer.identified())? {
+        None => Scheduler::default_for(spec.noise_process()),
+        Some(scheduler) => scheduler.spaced(spec.spacing()),
+    })
 }

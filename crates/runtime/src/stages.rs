@@ -1,5 +1,6 @@
 //! The stages of a pipeline, one by one: encoding prompts, initial noise, schedule, conditions and guidance, decoding.
 
+use crate::components::VAE;
 use crate::gpu_limits::check_decodable;
 use crate::text::{PipelineTextEncoders, open_weights};
 use crate::{BuildSpec, Pipeline, PipelineOptions, Result, RuntimeError, to_images};
@@ -305,9 +306,10 @@ impl Pipeline {
     pub(crate) fn autoencoder(&self) -> Result<Option<Arc<dyn Autoencoder>>> {
         let Some(spec) = self.latent_spec.vae() else { return Ok(None) };
         let load = || {
-            let weights = open_weights(&self.components, "vae", &self.edits, &self.options.device)?;
+            let weights = open_weights(&self.components, VAE, &self.edits, &self.options.device)?;
             let precision = self.options.vae_precision.on(&self.options.device);
-            Ok(Arc::from(spec.build(weights.as_ref(), precision)?))
+            let built = spec.build(weights.as_ref(), precision);
+            Ok(Arc::from(built.map_err(|error| self.components.located(VAE, error))?))
         };
         match &self.held {
             Some(held) => held.autoencoder.get_or_load(load).map(Some),

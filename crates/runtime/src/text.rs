@@ -1,6 +1,7 @@
 //! [`PipelineTextEncoders`]: the text encoders of a pipeline. Each is loaded when a family calls it and released after the
 //! call. How their outputs are combined is up to the family.
 
+use crate::damage::check_encoding;
 use crate::held_weights::Held;
 use crate::pipeline_memory::planned_encoder;
 use crate::{Components, MemoryOptions, MemoryPlan, Residency, Result, RuntimeError};
@@ -56,6 +57,7 @@ impl TextEncoders for PipelineTextEncoders<'_> {
             None => self.load(request),
         };
         let encoded = encoder.map_err(model_error)?.encode(prompts, request)?;
+        check_encoding(&encoded, self.components, request.component).map_err(model_error)?;
         self.truncated.borrow_mut().extend(encoded.truncated.iter().cloned());
         Ok(encoded)
     }
@@ -65,8 +67,10 @@ impl PipelineTextEncoders<'_> {
     /// Loads the encoder that `request` names.
     fn load(&self, request: &TextRequest) -> Result<Arc<dyn TextEncoder>> {
         let TextEncoderClass { load, streams, .. } = self.class(request)?;
-        let residency = if *streams { self.residency(request.component)? } else { Residency::InMemory };
-        Ok(load(&EncoderComponent { encoders: self, component: request.component, residency })?.into())
+        let component = request.component;
+        let residency = if *streams { self.residency(component)? } else { Residency::InMemory };
+        let loaded = load(&EncoderComponent { encoders: self, component, residency });
+        Ok(loaded.map_err(|error| self.components.located(component, error))?.into())
     }
 
     /// Where the blocks of the encoder `component` are while it runs.
@@ -109,10 +113,30 @@ impl PipelineTextEncoders<'_> {
     }
 }
 
+/// Checks config and tokenizer of the text encoder `component`, if its config.json states a class that is known.
+///
+/// # Errors
+/// A file is missing or damaged.
+pub(crate) fn check_encoder(components: &Components, component: &str) -> Result<()> {
+    let stated = components.config(component)?["architectures"][0].as_str().map(str::to_owned);
+    let class = TEXT_ENCODERS.iter().find(|class| class.names.iter().any(|name| Some(*name) == stated.as_deref()));
+    let Some(class) = class else { return Ok(()) };
+    let encoders = PipelineTextEncoders {
+        components,
+        edits: &Arc::default(),
+        device: &Device::Cpu,
+        memory: MemoryOptions::default(),
+        held: None,
+        truncated: RefCell::default(),
+    };
+    let files = EncoderComponent { encoders: &encoders, component, residency: Residency::InMemory };
+    (class.check)(&files).map_err(|error| components.located(component, error))
+}
+
 /// The files of one text encoder.
 struct EncoderComponent<'a> {
     encoders: &'a PipelineTextEncoders<'a>,
-    component: &'static str,
+    component: &'a str,
     residency: Residency,
 }
 

@@ -45,9 +45,13 @@ impl AcceptedKeys {
 /// Parses the text of scheduler_config.json. Python writes the default of `lambda_min_clipped` as -Infinity, which is
 /// not JSON; it is read as null.
 pub(crate) fn parse(text: &str) -> Result<Value> {
-    serde_json::from_str(text)
-        .or_else(|_| serde_json::from_str(&text.replace(": -Infinity", ": null")))
-        .map_err(|error| bad("(whole file)", format!("expected JSON: {error}")))
+    serde_json::from_str(text).or_else(|_| serde_json::from_str(&text.replace(": -Infinity", ": null"))).map_err(
+        |error| {
+            SamplingError::BadSetting(format!(
+                "expected JSON: {error}; copy the file again from where the model came from"
+            ))
+        },
+    )
 }
 
 /// [`SamplingError::BadScheduler`] for `key`.

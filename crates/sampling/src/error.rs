@@ -4,8 +4,8 @@
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum SamplingError {
-    /// scheduler_config.json has an option that is not supported, or an invalid value.
-    #[error("scheduler_config.json, key {key:?}: {reason}")]
+    /// scheduler_config.json, which the caller knows, has an option that is not supported, or an invalid value.
+    #[error("key {key:?}: {reason}")]
     BadScheduler {
         /// The key.
         key: &'static str,
@@ -15,14 +15,10 @@ pub enum SamplingError {
     /// A setting from which no schedule or guidance can be made.
     #[error("{0}")]
     BadSetting(String),
-    /// A saved generator state that is invalid.
-    #[error("saved random state: {0}")]
-    BadState(String),
     /// The model's prediction contains NaN or infinity.
     #[error(
         "step {step} of {steps}: the model's prediction contains NaN or infinity. Likely causes: damaged weights, an \
-         adapter that is too strong, or a dtype too narrow for this model; check the file with `verify`, or try --dtype \
-         f32, on a CPU"
+         adapter that is too strong, or a dtype too narrow for this model; f32, on a CPU, has the largest range"
     )]
     NotFinite {
         /// The step, counted from 1.

@@ -32,6 +32,9 @@ enum TimeShift {
     Linear,
 }
 
+/// More denoising steps than any image gains from; their schedule would only fill the memory.
+const MOST_STEPS: usize = 100_000;
+
 const ACCEPTED: AcceptedKeys = AcceptedKeys {
     class: class::FLOW_MATCH,
     unsupported: &[
@@ -63,10 +66,10 @@ impl FlowMatchEuler {
     /// `set_timesteps` for `steps` steps over an image of `image_tokens` tokens, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`SamplingError::BadSetting`] for 0 steps.
+    /// [`SamplingError::BadSetting`] for 0 steps, or more than 100,000.
     pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
-        if steps == 0 {
-            return Err(SamplingError::BadSetting("steps: expected at least 1, found 0".to_owned()));
+        if !(1..=MOST_STEPS).contains(&steps) {
+            return Err(SamplingError::BadSetting(format!("steps: expected 1 to {MOST_STEPS}, found {steps}")));
         }
         let mut sigmas: Vec<f32> = match self.spacing {
             StepSpacing::Even => {
@@ -181,7 +184,7 @@ mod tests {
     use serde_json::json;
 
     fn cases() -> Vec<Value> {
-        let all: Value = serde_json::from_str(include_str!("../fixtures/numbers.json")).unwrap();
+        let all: Value = serde_json::from_str(include_str!("../fixtures/schedules.json")).unwrap();
         all["schedules"].as_array().unwrap().clone()
     }
 
@@ -248,6 +251,6 @@ mod tests {
             );
         }
         let error = FlowMatchEuler::default().schedule(0, 256).unwrap_err().to_string();
-        assert!(error.contains("expected at least 1, found 0"), "{error}");
+        assert!(error.contains("expected 1 to 100000, found 0"), "{error}");
     }
 }

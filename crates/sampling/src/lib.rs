@@ -21,17 +21,15 @@ mod dpm;
 mod error;
 mod flow;
 mod guidance;
-mod mersenne;
-mod noise;
 mod schedule;
 mod scheduler;
 
+pub use clearform_ops::TorchGenerator;
 pub use ddim::Ddim;
 pub use denoise::{Start, StepAction, StepProgress, denoise};
 pub use dpm::DpmSolver;
 pub use error::{Result, SamplingError};
 pub use flow::FlowMatchEuler;
 pub use guidance::Guidance;
-pub use noise::TorchGenerator;
 pub use schedule::{Schedule, SolverState};
 pub use scheduler::Scheduler;

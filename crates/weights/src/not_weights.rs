@@ -4,11 +4,16 @@
 const LFS: &[u8] = b"version https://git-lfs";
 const LFS_POINTER: &str = "a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file";
 
+const IMAGE: &str = "an image: `generate --from-metadata` takes its settings, and --control-image its pixels";
+
 /// How files begin that users often have instead of the one they wanted, what each is, and the remedy.
 const DISGUISES: &[(&[u8], &str)] = &[
     (LFS, LFS_POINTER),
     (b"<", "an HTML or XML page, not tensors: the download failed or needs a login; download the file again"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"\x89PNG", IMAGE),
+    (b"\xff\xd8\xff", IMAGE),
+    (b"RIFF", IMAGE),
     (b"{", "JSON text, not tensors: if it is an index, pass the folder that holds it and its shards"),
 ];
 

@@ -4,7 +4,8 @@
 use super::*;
 use crate::{Radius, TokenGrid};
 use backward::BackwardInputs;
-use candle_core::{Device, WithDType as _};
+use candle_core::WithDType as _;
+use clearform_ops::TorchGenerator;
 use clearform_ops::simd::{Bf16Pair, Element, Lane};
 use half::bf16;
 
@@ -27,8 +28,9 @@ const LARGE: Case = ((37, 41), 71, 4, 3.0);
 impl Inputs {
     fn new(((height, width), text, head_dim, radius): Case) -> Self {
         let geometry = Geometry::new(vec![TokenGrid::new(height, width).unwrap()]);
-        let random = |tokens: usize| {
-            let noise = || Tensor::randn(0f32, 1.0, (2, tokens, 2, head_dim), &Device::Cpu).unwrap();
+        let mut generator = TorchGenerator::new(0);
+        let mut random = |tokens: usize| {
+            let mut noise = || generator.randn((2, tokens, 2, head_dim)).unwrap();
             Qkv { query: noise(), key: noise(), value: noise() }.converted(DType::BF16)
         };
         let window = Window { radius: Some(Radius::new(radius).unwrap()), pool: None };

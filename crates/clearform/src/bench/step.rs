@@ -20,8 +20,8 @@ use std::sync::Arc;
 /// How one evaluation on random inputs is timed.
 #[derive(Debug, Clone)]
 pub struct StepTiming {
-    /// Text tokens, if the model takes text.
-    pub text: usize,
+    /// Text tokens; `None` is 512 if the model takes text.
+    pub text: Option<usize>,
     /// Timed runs, after one warm-up run.
     pub repeat: usize,
     /// Where it runs.
@@ -31,6 +31,9 @@ pub struct StepTiming {
     /// How much memory may be taken.
     pub memory: MemoryOptions,
 }
+
+/// Text tokens where no number is given.
+const USUAL_TEXT: usize = 512;
 
 /// A FLUX transformer of given sizes.
 #[derive(Debug, Clone)]
@@ -160,6 +163,9 @@ impl<'a> StepModel<'a> {
         weights: Arc<dyn TensorSource>,
         timing: &'a StepTiming,
     ) -> Result<Self> {
+        if let (Some(text), None) = (timing.text, architecture.input_channels().text) {
+            return Err(ClearformError::bad_option(format!("--text {text}: the model takes no text; leave it out")));
+        }
         let device = timing.device.open()?;
         check_dtype(&device, timing.dtype.into())?;
         let dtype = Some(timing.dtype.into());
@@ -174,12 +180,12 @@ impl<'a> StepModel<'a> {
     fn rows(&self, plan: &AttentionPlan, grids: &[String]) -> Result<Vec<StepRow>> {
         let grids: Vec<TokenGrid> = grids.iter().map(|text| parse_grid("--grid", text)).collect::<Result<_>>()?;
         let largest = grids.iter().map(|grid| grid.tokens()).max().unwrap_or(0);
-        let denoiser = match self.residency(largest + self.timing.text)? {
+        let denoiser = match self.residency(largest + self.text())? {
             Residency::InMemory => self.architecture.build(self.weights.as_ref(), plan)?,
             Residency::Streamed => self.architecture.build(&StreamedSource(self.weights.clone()), plan)?,
         };
         let row = |grid: TokenGrid| {
-            let (text, dtype) = (self.timing.text, self.timing.dtype.into());
+            let (text, dtype) = (self.text(), self.timing.dtype.into());
             let input = random_input(
                 self.architecture.as_ref(),
                 &InputSizes { grid, text, dtype, device: self.device.clone() },
@@ -189,6 +195,12 @@ impl<'a> StepModel<'a> {
             Ok(StepRow { grid: format!("{}x{}", grid.height, grid.width), attention: plan.to_string(), median_ms })
         };
         grids.into_iter().map(row).collect()
+    }
+
+    /// Number of text tokens.
+    fn text(&self) -> usize {
+        let usual = if self.architecture.input_channels().text.is_some() { USUAL_TEXT } else { 0 };
+        self.timing.text.unwrap_or(usual)
     }
 
     /// Where the weights of blocks are while `tokens` are evaluated. Nothing is planned for a GPU.

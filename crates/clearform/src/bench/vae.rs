@@ -2,10 +2,10 @@
 
 use super::median_ms;
 use crate::{ClearformError, ComputeDevice, Result};
-use candle_core::{DType, Tensor};
 use clearform_models::ImageSize;
 use clearform_models::vae::{VaePrecision, VaeTiling, autoencoder};
 use clearform_runtime::{Components, RuntimeError};
+use clearform_sampling::TorchGenerator;
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt;
@@ -44,8 +44,7 @@ pub fn bench_vae(bench: &VaeBench) -> Result<VaeTable> {
             return Err(ClearformError::BadOption(reason));
         }
         let edge = size / spec.downscale();
-        let latents =
-            Tensor::randn(0f32, 1.0, (1, spec.latent_channels(), edge, edge), &device)?.to_dtype(DType::F32)?;
+        let latents = TorchGenerator::new(0).randn((1, spec.latent_channels(), edge, edge))?.to_device(&device)?;
         let tile = bench.tiling.tile(spec.as_ref(), ImageSize { height: *size, width: *size });
         let median_ms = median_ms(bench.repeat, &device, || {
             match tile {

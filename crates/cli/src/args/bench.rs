@@ -50,7 +50,7 @@ pub struct AttentionBenchArgs {
     #[arg(long, default_value_t = 16.0, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
     pub radius: f64,
     /// Attention plan, instead of --radius: `full` or `clear:r=R[,d=D]`.
-    #[arg(long, value_name = "PLAN", help_heading = ATTENTION)]
+    #[arg(long, value_name = "PLAN", conflicts_with = "radius", help_heading = ATTENTION)]
     pub attention: Option<String>,
     /// Time the backward pass too.
     #[arg(long, help_heading = TIMING)]
@@ -108,7 +108,7 @@ pub struct ModelBenchArgs {
     #[arg(long, value_name = "NAME", conflicts_with = "model", help_heading = INPUT)]
     pub random: Option<String>,
     /// How random weights are stored: f32, bf16, fp8_e4m3fn, q8_0, q4_k and so on [default: the dtype to compute in].
-    #[arg(long, value_name = "FORMAT", requires = "random", help_heading = INPUT)]
+    #[arg(long, value_name = "FORMAT", conflicts_with = "model", help_heading = INPUT)]
     pub format: Option<WeightFormat>,
     /// How the model is read.
     #[command(flatten)]
@@ -193,9 +193,9 @@ pub struct TilesBenchArgs {
 /// How one evaluation of a transformer on random inputs is timed.
 #[derive(Debug, Args)]
 pub struct TimingArgs {
-    /// Text tokens, if the model takes text.
-    #[arg(long, default_value_t = 512, value_parser = at_least_one, value_name = "N", help_heading = INPUT)]
-    pub text: usize,
+    /// Text tokens [default: 512 if the model takes text].
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = INPUT)]
+    pub text: Option<usize>,
     /// Timed runs, after one warm-up run.
     #[arg(long, default_value_t = 5, value_name = "N", help_heading = TIMING)]
     pub repeat: usize,

@@ -2,12 +2,12 @@
 
 use super::headings::{ATTENTION, DISTILLATION, INPUT, OUTPUT};
 use super::{ComponentFileArgs, DeviceArgs, DtypeArg, MemoryArgs, SourceArgs, WeightAdapterArgs, finite, not_negative};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What has no effect without a training.
-const OF_TRAINING: [&str; 22] = [
+const OF_TRAINING: [&str; 24] = [
     "prompts",
     "samples",
     "sample_count",
@@ -30,6 +30,8 @@ const OF_TRAINING: [&str; 22] = [
     "offload",
     "seed",
     "resume",
+    "lora_apply_mode",
+    "device",
 ];
 
 /// `clearform convert`.
@@ -84,6 +86,7 @@ pub struct ConvertArgs {
 
 /// `clearform distill`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("target").args(["output", "overwrite"]).required(true)))]
 #[command(after_help = "Example:\n  clearform distill FLUX.1-dev-clear --teacher FLUX.1-dev --steps 2000 -o longer")]
 pub struct DistillArgs {
     /// Portable model to train further.
@@ -95,10 +98,10 @@ pub struct DistillArgs {
     #[command(flatten)]
     pub training: TrainingArgs,
     /// Folder to write the distilled model to.
-    #[arg(short, long, value_name = "DIR", required_unless_present = "overwrite", help_heading = OUTPUT)]
+    #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: Option<PathBuf>,
     /// Replace MODEL.
-    #[arg(long, conflicts_with = "output", help_heading = OUTPUT)]
+    #[arg(long, help_heading = OUTPUT)]
     pub overwrite: bool,
     /// Where the student is trained.
     #[command(flatten)]

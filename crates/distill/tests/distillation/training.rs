@@ -47,9 +47,8 @@ fn assert_equal(got: &Distilled, wanted: &Distilled) {
         assert_eq!(name, wanted_name);
         assert!(values(got).iter().map(|x| x.to_bits()).eq(values(wanted).iter().map(|x| x.to_bits())), "{name}");
     }
-    // A loss that was read back from the log may differ in the last bit of its f64.
     let losses = |distilled: &Distilled| {
-        distilled.entries.iter().map(|entry| (entry.step, entry.losses.total as f32)).collect::<Vec<_>>()
+        distilled.entries.iter().map(|entry| (entry.step, entry.losses.total)).collect::<Vec<_>>()
     };
     assert_eq!(losses(got), losses(wanted));
 }

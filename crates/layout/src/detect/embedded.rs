@@ -73,6 +73,19 @@ impl Identified {
             name: called.to_owned(),
             choices: self.component_files().into_keys().map(str::to_owned).collect(),
         })?;
+        self.component_by_rule(rule, file)
+    }
+
+    /// The component `name`, whose weights are `tensors`; `None` if the family has no rules for it.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unsupported`] or [`LayoutError::Ambiguous`] if the tensors are of no such component or several.
+    pub fn component_named(&self, name: &str, tensors: &dyn TensorSource) -> Result<Option<EmbeddedComponent>> {
+        let rule = self.manifest().component_rules.iter().find(|rule| rule.raw.name == name);
+        rule.map(|rule| self.component_by_rule(rule, tensors)).transpose()
+    }
+
+    fn component_by_rule(&self, rule: &Arc<ComponentRule>, file: &dyn TensorSource) -> Result<EmbeddedComponent> {
         let tensors = file.tensors();
         let names: BTreeSet<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
         Ok(EmbeddedComponent {

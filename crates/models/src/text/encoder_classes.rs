@@ -1,7 +1,7 @@
 //! [`TEXT_ENCODERS`]: the classes of text encoders.
 
 use super::encoder::{TextEncoder, TextEncoderFiles};
-use super::prompt_encoders::{load_clip, load_t5};
+use super::prompt_encoders::{check_clip, check_t5, load_clip, load_t5};
 use crate::Result;
 
 /// A class of text encoders.
@@ -12,10 +12,22 @@ pub struct TextEncoderClass {
     pub streams: bool,
     /// Loads one.
     pub load: fn(&dyn TextEncoderFiles) -> Result<Box<dyn TextEncoder>>,
+    /// Reads what [`Self::load`] does, without the weights.
+    pub check: fn(&dyn TextEncoderFiles) -> Result<()>,
 }
 
 /// Every class of text encoders.
 pub const TEXT_ENCODERS: &[TextEncoderClass] = &[
-    TextEncoderClass { names: &["CLIPTextModel", "CLIPTextModelWithProjection"], streams: false, load: load_clip },
-    TextEncoderClass { names: &["T5EncoderModel", "T5ForConditionalGeneration"], streams: true, load: load_t5 },
+    TextEncoderClass {
+        names: &["CLIPTextModel", "CLIPTextModelWithProjection"],
+        streams: false,
+        load: load_clip,
+        check: check_clip,
+    },
+    TextEncoderClass {
+        names: &["T5EncoderModel", "T5ForConditionalGeneration"],
+        streams: true,
+        load: load_t5,
+        check: check_t5,
+    },
 ];

@@ -38,6 +38,19 @@ pub(super) fn load_clip(files: &dyn TextEncoderFiles) -> Result<Box<dyn TextEnco
     }))
 }
 
+/// Checks the config and the tokenizer of a CLIP text encoder.
+pub(super) fn check_clip(files: &dyn TextEncoderFiles) -> Result<()> {
+    ClipConfig::new(&files.config()?)?;
+    clip_tokenizer(files).map(drop)
+}
+
+/// Checks the config and the tokenizer of a T5 encoder.
+pub(super) fn check_t5(files: &dyn TextEncoderFiles) -> Result<()> {
+    T5Config::new(&files.config()?)?;
+    tokenizer_config::TokenizerConfig::parse(files.tokenizer_file(TOKENIZER_CONFIG)?.as_deref())?;
+    t5_tokenizer(files).map(drop)
+}
+
 /// Loads a T5 encoder with its tokenizer.
 pub(super) fn load_t5(files: &dyn TextEncoderFiles) -> Result<Box<dyn TextEncoder>> {
     let config = T5Config::new(&files.config()?)?;
@@ -103,7 +116,15 @@ fn clip_tokenizer(files: &dyn TextEncoderFiles) -> Result<ClipTokenizer> {
     let settings = files.tokenizer_file(TOKENIZER_CONFIG)?;
     match (files.tokenizer_file("vocab.json")?, files.tokenizer_file("merges.txt")?) {
         (Some(vocab), Some(merges)) => ClipTokenizer::from_vocabulary(&vocab, &merges, settings.as_deref()),
-        _ => ClipTokenizer::from_json(&files.required_tokenizer_file(TOKENIZER)?, settings.as_deref()),
+        (vocab, merges) => {
+            // The file that is asked for is the one that completes what is there.
+            let name = match (files.tokenizer_file(TOKENIZER)?, vocab, merges) {
+                (None, Some(_), None) => "merges.txt",
+                (None, None, Some(_)) => "vocab.json",
+                _ => TOKENIZER,
+            };
+            ClipTokenizer::from_json(&files.required_tokenizer_file(name)?, settings.as_deref())
+        }
     }
 }
 

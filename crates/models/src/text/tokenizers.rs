@@ -201,13 +201,12 @@ fn clip_added_tokens(vocab: &Map<String, Value>, settings: &TokenizerConfig) -> 
 /// The pairs of merges.txt. Its first line is a version.
 fn read_merges(merges: &[u8]) -> Result<Vec<[&str; 2]>> {
     let text = std::str::from_utf8(merges).map_err(|error| bad("merges.txt", error))?;
-    text.trim()
-        .lines()
-        .enumerate()
-        .skip(1)
-        .take(CLIP_MERGES)
-        .map(|(number, line)| read_merge(number + 1, line))
-        .collect()
+    let lines = text.trim().lines().enumerate().skip(1).take(CLIP_MERGES);
+    let merges = lines.map(|(number, line)| read_merge(number + 1, line)).collect::<Result<Vec<_>>>()?;
+    if merges.is_empty() {
+        return Err(bad("merges.txt", "expected a line for each merge, found none"));
+    }
+    Ok(merges)
 }
 
 fn read_merge(number: usize, line: &str) -> Result<[&str; 2]> {

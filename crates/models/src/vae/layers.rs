@@ -162,7 +162,7 @@ mod tests {
         ];
         let source: InMemoryTensors = tensors.chain(norm).collect();
         let attention = SpatialAttention::load(&WeightBuilder::root(&source), 2, 2).unwrap();
-        let tile = PaddedTile::whole(Tensor::randn(0f32, 1., (1, 2, 40, 40), &Device::Cpu).unwrap());
+        let tile = PaddedTile::whole(clearform_ops::TorchGenerator::new(0).randn((1, 2, 40, 40)).unwrap());
         let tokens = attention.tokens(&tile, &mut OwnMoments).unwrap();
         let context = attention.context(&tokens).unwrap();
         let added = (attention.forward(&tile.x, &tokens, &context).unwrap() - &tile.x).unwrap();

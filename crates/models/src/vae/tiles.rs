@@ -321,6 +321,7 @@ fn sampled_tokens(area: &Area, tile: &PaddedTile, step: usize) -> Result<Vec<u32
 mod tests {
     use super::*;
     use crate::vae::{AutoencoderKl, VaeConfig, VaePrecision};
+    use clearform_ops::TorchGenerator;
     use clearform_weights::Checkpoint;
     use std::path::Path;
 
@@ -335,7 +336,7 @@ mod tests {
     #[test]
     fn tiles_of_an_image_that_is_sampled_are_near_it_and_have_no_seams() {
         let vae = autoencoder();
-        let latents = Tensor::randn(0f32, 1.0, (1, vae.config().latent_channels, 96, 96), &Device::Cpu).unwrap();
+        let latents = TorchGenerator::new(0).randn((1, vae.config().latent_channels, 96, 96)).unwrap();
         let whole = vae.decoder.whole(&latents).unwrap();
         let sizes = TileSizes { tile: 40, measured: 96 * 96 / 4 };
         let tiled = compute(&vae.decoder, &latents, sizes, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();

@@ -2,8 +2,7 @@
 //! the same image as in diffusers.
 
 use crate::mersenne::Mersenne;
-use crate::{Result, SamplingError};
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{Device, Result, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
 /// A CPU generator of torch. Successive calls continue one stream. Serialisation keeps the whole state, so a restored
@@ -30,7 +29,7 @@ impl TorchGenerator {
     pub fn randn(&mut self, shape: impl Into<Shape>) -> Result<Tensor> {
         let shape = shape.into();
         let values = self.normal(shape.elem_count());
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Tensor::from_vec(values, shape, &Device::Cpu)
     }
 
     /// `torch.rand(shape, generator=self)`, f32 in [0, 1) on the CPU. Bitwise equal to torch.
@@ -40,7 +39,7 @@ impl TorchGenerator {
     pub fn rand(&mut self, shape: impl Into<Shape>) -> Result<Tensor> {
         let shape = shape.into();
         let values = (0..shape.elem_count()).map(|_| self.uniform_f32()).collect::<Vec<_>>();
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Tensor::from_vec(values, shape, &Device::Cpu)
     }
 
     /// `torch.randint(0, bound, (1,), generator=self)`: an integer in 0..`bound`. A bound of 0 counts as 1.
@@ -123,25 +122,24 @@ impl From<TorchGenerator> for GeneratorState {
 }
 
 impl TryFrom<GeneratorState> for TorchGenerator {
-    type Error = SamplingError;
+    type Error = String;
 
-    fn try_from(saved: GeneratorState) -> Result<Self> {
+    fn try_from(saved: GeneratorState) -> std::result::Result<Self, String> {
         let found = format!("{} words, {} used", saved.words.len(), saved.used);
-        let bits = Mersenne::restore(saved.words, saved.used).ok_or_else(|| {
-            SamplingError::BadState(format!("expected 624 words and at most 624 used, found {found}"))
-        })?;
+        let bits = Mersenne::restore(saved.words, saved.used)
+            .ok_or_else(|| format!("saved random state: expected 624 words and at most 624 used, found {found}"))?;
         Ok(Self { bits, spare: saved.spare.map(f64::from_bits) })
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use serde_json::Value;
 
     fn fixture() -> Value {
-        let all: Value = serde_json::from_str(include_str!("../fixtures/numbers.json")).unwrap();
-        all["noise"].clone()
+        serde_json::from_str(include_str!("../fixtures/random.json")).unwrap()
     }
 
     fn floats(value: &Value) -> Vec<f64> {
