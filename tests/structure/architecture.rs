@@ -12,7 +12,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("ops", &["kernels", "weights"]),
     ("attention", &["kernels", "ops"]),
     ("models", &["attention", "ops", "weights"]),
-    ("sampling", &["models"]),
+    ("sampling", &["models", "ops"]),
     ("portable-model", &["attention", "layout", "weights"]),
     ("convert", &["attention", "layout", "portable-model", "weights"]),
     ("distill", &["attention", "models", "ops", "sampling", "weights"]),

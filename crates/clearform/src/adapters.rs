@@ -10,6 +10,7 @@ use clearform_plugin_host::{
     is_within,
 };
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
+use clearform_weights::read_file;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -203,6 +204,14 @@ impl AdapterOptions {
         Self { adapters: self.adapters.iter().filter(acts).cloned().collect(), ..self.clone() }
     }
 
+    /// The same without adapters that change nothing, as `reports` say.
+    pub(crate) fn with_effect(&self, reports: &[AdapterReport]) -> Self {
+        let is_idle =
+            |adapter: &AdapterSpec| reports.iter().any(|found| found.adapter == adapter.path && !found.has_effect);
+        let active = self.adapters.iter().filter(|adapter| adapter.has_effect() && !is_idle(adapter));
+        Self { adapters: active.cloned().collect(), ..self.clone() }
+    }
+
     /// What is said of settings for adapters of which there are none.
     pub(crate) fn without_effect(&self) -> Vec<String> {
         let has = |kind| self.adapters.iter().any(|adapter| [kind, AdapterKind::Any].contains(&adapter.kind));
@@ -217,11 +226,9 @@ impl AdapterOptions {
         ];
         let idle = is_set.into_iter().filter(|(is_set, kind, _)| *is_set && !has(*kind));
         let idle = idle.map(|(_, kind, flag)| format!("{flag} has no effect without {}", kind.flag()));
-        let off =
-            self.adapters.iter().filter(|adapter| adapter.kind != AdapterKind::ControlNet && !adapter.has_effect());
         let idle_folders = (self.adapters.is_empty() && !self.plugins.folders.is_empty())
             .then(|| "--plugin-dir has no effect without an adapter".to_owned());
-        idle.chain(idle_folders).chain(off.map(|off| format!("{off}: has no effect"))).collect()
+        idle.chain(idle_folders).collect()
     }
 }
 
@@ -283,7 +290,9 @@ pub(crate) fn note_reports(reports: &[AdapterReport], controlnets: &[ActiveContr
 /// A file is not an image.
 pub(crate) fn load_control_images(flag: &str, paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
     let load = |path: &PathBuf| -> Result<RgbImage> {
-        Ok(image::open(path).context(format_args!("{flag} {}", path.display()))?.to_rgb8())
+        let place = format!("{flag} {}", path.display());
+        let bytes = read_file(path).context(&place)?;
+        Ok(image::load_from_memory(&bytes).context(&place)?.to_rgb8())
     };
     paths.iter().map(load).collect()
 }

@@ -41,6 +41,14 @@ impl ComparedPair<'_> {
                 student.path.display()
             )));
         }
+        let [expected, found] = [teacher, student].map(|member| &member.transformer.identified().family);
+        if found != expected {
+            return Err(ClearformError::bad_option(format!(
+                "{}: is a model of the family {found}, and {} is one of {expected}: expected its linear model",
+                student.path.display(),
+                teacher.path.display()
+            )));
+        }
         let canonical = |path: &Path| path.canonicalize().ok();
         if canonical(teacher.path) == canonical(student.path) {
             note(observer, format_args!("warning: {} is compared with itself", teacher.path.display()));

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::adapters::{AdapterOptions, AdapterSpec};
-use clearform_plugin_host::adapter_files;
+use clearform_plugin_host::{AdapterReport, adapter_files};
 use clearform_portable_model::{
     AdapterRecord, ComponentRecord, DistillationRecord, ModelRecord, PortableModel, SourceRecord,
 };
@@ -18,6 +18,8 @@ pub(crate) struct ConversionHistory<'a> {
     pub components: &'a Components,
     /// The adapters that are merged into it.
     pub adapters: &'a AdapterOptions,
+    /// What became of them.
+    pub reports: &'a [AdapterReport],
     /// How the result was distilled.
     pub distilled: Option<DistillationRecord>,
 }
@@ -30,8 +32,8 @@ impl ConversionHistory<'_> {
     /// A file cannot be read.
     pub fn add_to(self, record: &mut ModelRecord) -> Result<()> {
         record.component = self.components.in_own_files().map(component_record).collect::<Result<_>>()?;
-        let applied = self.adapters.adapters.iter().filter(|adapter| adapter.has_effect());
-        record.adapter = applied.map(adapter_record).collect::<Result<_>>()?;
+        let applied = self.adapters.with_effect(self.reports).adapters;
+        record.adapter = applied.iter().map(adapter_record).collect::<Result<_>>()?;
         record.distillation = self.distilled;
         let Some(earlier) = earlier_record(self.source)? else { return Ok(()) };
         if record.adapter.is_empty() && earlier.plan()? == record.plan()? {

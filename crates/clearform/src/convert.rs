@@ -319,10 +319,9 @@ impl Conversion<'_> {
         let training = self.forecast(training, pipeline.as_ref())?;
         let teacher = &self.source.edited.transformer;
         let samples = TrainingSamples::gather(pipeline, &training, staging.work(), self.observer)?;
-        let start = teacher.source();
         let folder = staging.work().join("training");
         let plan = &self.options.attention;
-        let student = StudentSpec { plan, start: &start, folder: &folder, device: self.options.device };
+        let student = StudentSpec { plan, earlier: None, folder: &folder, device: self.options.device };
         training::train(teacher, student, &samples, &training, self.observer)
     }
 
@@ -368,6 +367,7 @@ impl Conversion<'_> {
             source: &self.options.source,
             components: &self.source.components,
             adapters: &self.options.adapters,
+            reports: &self.source.edited.reports,
             distilled: trained.map(|trained| trained.record.clone()),
         };
         history.add_to(&mut record)?;

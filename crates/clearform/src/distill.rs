@@ -122,7 +122,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let samples = TrainingSamples::gather(pipeline, &training, staging.work(), observer)?;
     let start = student.source();
     let folder = staging.work().join("training");
-    let spec = StudentSpec { plan: &plan, start: &start, folder: &folder, device: options.device };
+    let spec = StudentSpec { plan: &plan, earlier: Some(&start), folder: &folder, device: options.device };
     let mut trained = training::train(&teacher, spec, &samples, &training, observer)?;
     let earlier = model.record().distillation.as_ref();
     trained.record.earlier_steps = earlier.map_or(0, |earlier| earlier.steps + earlier.earlier_steps);

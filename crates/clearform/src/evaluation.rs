@@ -2,10 +2,9 @@
 //! compared.
 
 use crate::adapters::control_images_per_prompt;
-use crate::error::WithContext as _;
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::prompt_notes::{foreign_syntax_notes, note_truncated, texts};
-use crate::sources::ExtraComponents;
+use crate::sources::{ExtraComponents, read_text};
 use crate::{ClearformError, Result};
 use candle_core::{DType, Tensor};
 use clearform_models::{BatchSpec, Denoiser, DenoiserInput, ImageSize, Noised, Prompt, StepIndex};
@@ -15,7 +14,6 @@ use clearform_runtime::{
 };
 use clearform_sampling::StepAction;
 use serde::{Deserialize, Serialize};
-use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -88,21 +86,9 @@ pub fn prompts_or_classes(
     }
 }
 
-/// Bytes of a file of prompts, fewer than: a million prompts have less, and a device has no end.
-const MOST_PROMPT_BYTES: u64 = 64 << 20;
-
 /// The prompts in the file at `path`, one per line; empty lines and comments are skipped.
 fn read_prompts(path: &Path, parse: impl Fn(&str) -> Result<Prompt>) -> Result<Vec<Prompt>> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).context(path.display())?;
-    file.take(MOST_PROMPT_BYTES).read_to_end(&mut bytes).context(path.display())?;
-    if bytes.len() as u64 == MOST_PROMPT_BYTES {
-        let reason = format!("{}: expected a file of prompts, found {MOST_PROMPT_BYTES} bytes or more", path.display());
-        return Err(ClearformError::bad_option(reason));
-    }
-    let text = String::from_utf8(bytes).map_err(|_| {
-        ClearformError::bad_option(format!("{}: expected a text file in UTF-8; save it as such", path.display()))
-    })?;
+    let text = read_text(path)?;
     // Editors on Windows begin files with a byte order mark.
     let lines = text
         .trim_start_matches('\u{feff}')

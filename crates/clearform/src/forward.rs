@@ -85,6 +85,7 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     let dtype = options.dtype.map_or(default_dtype(&device), Into::into);
     check_dtype(&device, dtype)?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
+    check_intervals(&options.adapters)?;
     let adapters = options.adapters.open()?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     let EditedTransformer { transformer, reports, .. } = adapters.apply_to(transformer, None, &reading.manifests)?;
@@ -108,6 +109,16 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     let result = InMemoryTensors::from_iter([("sample".to_owned(), sample)]);
     file.write(|path| clearform_weights::save(path, &result, &BTreeMap::new()))?;
     Ok(ForwardReport { output: options.output.clone(), attention: plan.to_string(), shape, adapters: reports })
+}
+
+/// Refuses ControlNets that act in some steps only.
+fn check_intervals(adapters: &AdapterOptions) -> Result<()> {
+    match adapters.adapters.iter().find(|adapter| adapter.interval != [0.0, 1.0]) {
+        None => Ok(()),
+        Some(adapter) => Err(ClearformError::bad_option(format!(
+            "{adapter}: a single evaluation has no steps: leave start and end out"
+        ))),
+    }
 }
 
 /// Inputs that stay in f32: ids, indices and sizes lose too much in 16 bits.

@@ -440,7 +440,7 @@ fn parameters(
         size: request.size.unwrap_or(pipeline.native_size()),
         model: file_name(&options.model),
         attention: pipeline.plan().to_string(),
-        adapters: options.adapters.acting_in(request.steps).to_string(),
+        adapters: options.adapters.acting_in(request.steps).with_effect(pipeline.adapter_reports()).to_string(),
         computation: options.computation(),
         number: index + 1,
         batch: request.batch,

@@ -38,22 +38,32 @@ pub struct KeptOptions {
     work: PathBuf,
 }
 
-/// Keeps the options of `command` in the folder `work`.
+/// Keeps the options of `command` in the folder `work`, unless there is work of unknown options there.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn keep(command: &str, options: &impl Serialize, work: &Path) -> Result<KeptOptions> {
     let kept = KeptOptions { work: work.to_owned() };
+    if !work.join(FILE).exists() && !kept.is_alone() {
+        return Ok(kept);
+    }
     let mut recorded = serde_json::to_value(options)?;
     recorded[COMMAND] = command.into();
     clearform_weights::write_atomically(work.join(FILE), &serde_json::to_vec_pretty(&recorded)?)?;
     Ok(kept)
 }
 
+impl KeptOptions {
+    /// Whether there is no work beside them.
+    fn is_alone(&self) -> bool {
+        let mut names = std::fs::read_dir(&self.work).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.all(|name| name == FILE || StagingDir::is_scaffold(&name))
+    }
+}
+
 impl Drop for KeptOptions {
     fn drop(&mut self) {
-        let mut names = std::fs::read_dir(&self.work).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        if names.all(|name| name == FILE || StagingDir::is_scaffold(&name)) {
+        if self.is_alone() {
             let _ = std::fs::remove_file(self.work.join(FILE));
             StagingDir::remove_empty(&self.work);
         }

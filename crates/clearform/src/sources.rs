@@ -9,7 +9,7 @@ use clearform_portable_model::recorded_plan;
 use clearform_runtime::{
     ComponentFiles, Components, MemoryOptions, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint,
 };
-use clearform_weights::{Checkpoint, lfs_pointer};
+use clearform_weights::{Checkpoint, lfs_pointer, read_file};
 use serde_json::Value;
 use std::path::Path;
 
@@ -109,14 +109,25 @@ pub(crate) fn note_checkpoint(checkpoint: &Checkpoint, observer: &mut dyn Observ
 pub fn parse_plan(text: &str) -> Result<AttentionPlan> {
     let path = Path::new(text);
     if path.extension().is_some_and(|extension| extension == "toml") {
-        let content = std::fs::read_to_string(path).context(path.display())?;
+        let content = read_text(path)?;
         return AttentionPlan::from_toml(&content).context(path.display());
     }
     Ok(text.parse()?)
 }
 
+/// The text of a file.
+///
+/// # Errors
+/// It cannot be read, is no regular file, or is not UTF-8.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let bytes = read_file(path).context(path.display())?;
+    String::from_utf8(bytes).map_err(|_| {
+        ClearformError::bad_option(format!("{}: expected a text file in UTF-8; save it as such", path.display()))
+    })
+}
+
 fn read_json(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).context(path.display())?;
+    let bytes = read_file(path).context(path.display())?;
     if let Some(reason) = lfs_pointer(&bytes) {
         return Err(ClearformError::bad_option(format!("{}: {reason}", path.display())));
     }

@@ -36,9 +36,15 @@ pub fn train(
     }
     let products = settings.precision.products();
     let spec = PairSpec { architecture: teacher.architecture(), plan: student.plan, products };
-    let pair = TeacherStudent::build(spec, &weights, student.start)?;
+    let original = teacher.source();
+    let build = |start: &dyn TensorSource| TeacherStudent::build(spec, &weights, start);
+    let pair = build(student.earlier.unwrap_or(&original))?;
+    // The errors before are those of an undistilled student, also of one that goes on from an earlier training.
+    let undistilled = student.earlier.map(|_| build(&original)).transpose()?;
     let held_out = samples.held_out.as_ref();
-    let judge = held_out.map(|held_out| Judge::new(&pair, held_out, student.folder, observer)).transpose()?;
+    let first = undistilled.as_ref().unwrap_or(&pair);
+    let judge = held_out.map(|held_out| Judge::new(first, held_out, student.folder, observer)).transpose()?;
+    drop(undistilled);
     let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_every = training.options.checkpoint_every;
     let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
@@ -108,8 +114,8 @@ impl TrainingWatcher<'_> {
 pub struct StudentSpec<'a> {
     /// Its attention.
     pub plan: &'a AttentionPlan,
-    /// Initial values of its trained parameters: the teacher, or an earlier student.
-    pub start: &'a dyn TensorSource,
+    /// An earlier student, which it goes on from; `None` begins with the teacher's weights.
+    pub earlier: Option<&'a dyn TensorSource>,
     /// Folder of the training checkpoints.
     pub folder: &'a Path,
     /// Where it is trained.

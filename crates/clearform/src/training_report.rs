@@ -36,7 +36,7 @@ impl TrainedStudent {
         let record = &self.record;
         let earlier = match record.earlier_steps {
             0 => String::new(),
-            steps => format!(" They follow {steps} steps of earlier trainings, whose errors are those before."),
+            steps => format!(" They follow {steps} steps of earlier trainings."),
         };
         format!(
             "{} steps of {} samples at a peak learning rate of {:e}, on {} samples that the teacher generated.{earlier}",

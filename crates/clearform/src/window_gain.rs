@@ -26,17 +26,20 @@ impl WindowGain {
     /// The gain of `plan` for images of `grid` tokens and `pixels` pixels, and for prompts of `text` tokens.
     pub fn new(identified: &Identified, plan: &AttentionPlan, grid: TokenGrid, pixels: usize, text: usize) -> Self {
         let all = pairs(grid);
-        let near = match plan.default_policy() {
-            Policy::Full => all,
-            Policy::Clear { radius, .. } => Geometry::new(vec![grid]).efficiency(radius).inside,
+        let layers = layers(plan, identified);
+        let count: usize = layers.iter().map(|(_, count)| count).sum();
+        let mean = |pairs: &dyn Fn(&Policy) -> u64| {
+            layers.iter().map(|(policy, count)| pairs(policy) as f64 * *count as f64).sum::<f64>() / count.max(1) as f64
         };
-        let teraflop = |near| evaluation_teraflop(identified, grid.tokens(), pixels, near);
+        let seen = mean(&|policy| in_windows(policy, grid));
+        let attended = mean(&|policy| in_windows(policy, grid) + in_pooled_context(policy, grid));
+        let teraflop = |pairs| evaluation_teraflop(identified, grid.tokens(), pixels, pairs);
         Self {
             grid,
             plan: plan.to_string(),
-            seen: near as f64 / all as f64,
-            short_reach: short_reach(plan, identified, grid, text),
-            fewer_operations: teraflop(all).zip(teraflop(near)).map(|(full, clear)| full / clear),
+            seen: seen / all as f64,
+            short_reach: short_reach(plan, &layers, grid, text),
+            fewer_operations: teraflop(all).zip(teraflop(attended as u64)).map(|(full, clear)| full / clear),
         }
     }
 
@@ -78,6 +81,32 @@ impl WindowGain {
     }
 }
 
+/// The policies of a plan, each with the number of layers that have it.
+fn layers(plan: &AttentionPlan, identified: &Identified) -> Vec<(Policy, usize)> {
+    let blocks: usize = identified.depths().values().sum();
+    let own = plan.exceptions().values().map(|policy| (*policy, 1));
+    let others = blocks.saturating_sub(plan.exceptions().len());
+    own.chain([(plan.default_policy(), others)]).filter(|(_, count)| *count > 0).collect()
+}
+
+/// Pairs of image tokens that attend to each other.
+fn in_windows(policy: &Policy, grid: TokenGrid) -> u64 {
+    match policy {
+        Policy::Full => pairs(grid),
+        Policy::Clear { radius, .. } => Geometry::new(vec![grid]).efficiency(*radius).inside,
+    }
+}
+
+/// Pairs of an image token and a cell of the pooled context.
+fn in_pooled_context(policy: &Policy, grid: TokenGrid) -> u64 {
+    match policy {
+        Policy::Clear { pool: Some(edge), .. } => {
+            (grid.tokens() * grid.height.div_ceil(*edge) * grid.width.div_ceil(*edge)) as u64
+        }
+        _ => 0,
+    }
+}
+
 /// Pairs of image tokens.
 pub fn pairs(grid: TokenGrid) -> u64 {
     (grid.tokens() * grid.tokens()) as u64
@@ -96,17 +125,20 @@ impl fmt::Display for WindowGain {
 
 /// Without text and pooled context, what one side of an image has to do with the other passes through the windows of one
 /// block after another, each of which carries it by less than the radius.
-fn short_reach(plan: &AttentionPlan, identified: &Identified, grid: TokenGrid, text: usize) -> Option<String> {
-    let Policy::Clear { radius, pool: None } = plan.default_policy() else { return None };
-    let blocks: usize = identified.depths().values().sum();
+fn short_reach(plan: &AttentionPlan, layers: &[(Policy, usize)], grid: TokenGrid, text: usize) -> Option<String> {
+    let reach_of = |(policy, count): &(Policy, usize)| match policy {
+        Policy::Clear { radius, pool: None } => Some(radius.tokens() * *count as f64),
+        _ => None,
+    };
+    let reach: f64 = layers.iter().map(reach_of).sum::<Option<f64>>()?;
+    let blocks: usize = layers.iter().map(|(_, count)| count).sum();
     let diagonal = ((grid.height * grid.height + grid.width * grid.width) as f64).sqrt();
     let needed = (diagonal / blocks as f64).ceil();
-    (text == 0 && radius.tokens() < needed).then(|| {
+    (text == 0 && reach < diagonal).then(|| {
         format!(
-            "warning: {blocks} blocks of {plan} carry information over {:.0} tokens, less than the diagonal of the image \
-             ({diagonal:.0}), and no text carries it further; choose --radius {needed:.0} or more, or add pooled context \
-             (--pool 4)",
-            blocks as f64 * radius.tokens()
+            "warning: {blocks} blocks of {plan} carry information over {reach:.0} tokens, less than the diagonal of the \
+             image ({diagonal:.0}), and no text carries it further; choose --radius {needed:.0} or more, or add pooled \
+             context (--pool 4)"
         )
     })
 }

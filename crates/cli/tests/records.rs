@@ -37,6 +37,9 @@ fn a_further_distillation_keeps_what_was_before() {
     assert_eq!(record(&longer)["distillation"]["earlier_steps"].as_integer(), Some(2));
     assert!(fs::read_to_string(longer.join("README.md")).unwrap().contains("They follow 2 steps of earlier trainings"));
     assert_eq!(sources(&longer), sources(&model));
+    // The error that is left is a share of the undistilled one, however many trainings there were.
+    let before = |model: &Path| record(model)["distillation"]["verdict"]["error_before"].as_float().unwrap();
+    assert!((before(&longer) / before(&model) - 1.0).abs() < 1e-5, "{} and {}", before(&longer), before(&model));
 
     // A teacher with other weights is said and recorded.
     let changed = folder.path().join("changed");

@@ -184,7 +184,7 @@ fn settings_that_cannot_be_meant_are_refused() {
     std::fs::write(&classes, "3\n10\n").unwrap();
     std::fs::copy(flux.join("vae/diffusion_pytorch_model.safetensors"), &lora).unwrap();
     let convert = ["convert", text(&dit), "-o", &model, "--radius", "4", "--dry-run"];
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["generate", text(&dit), "--class", "10", "-o", &image], "class: expected 0 to 9, found 10"),
         (&["generate", "a cat", text(&flux), "-o", &image], "the model comes before the prompt"),
         (
@@ -198,7 +198,8 @@ fn settings_that_cannot_be_meant_are_refused() {
         (&[&convert[..], &["--pool", "1"]].concat(), "is not an integer from 2 to 256"),
         (&["convert", text(&dit), "-o", &model, "--pool", "300", "--no-distill"], "is not an integer from 2 to 256"),
         (&["generate", text(&flux), "a cat", "-o", &path("%70000d.png")], "expected a number pattern such as %03d"),
-        (&[&convert[..], &["--prompts", "/dev/zero"]].concat(), "expected a file of prompts"),
+        (&[&convert[..], &["--prompts", "/dev/zero"]].concat(), "/dev/zero: not a regular file"),
+        (&["generate", text(&flux), "--from-metadata", "/dev/zero", "-o", &image], "/dev/zero: not a regular file"),
         (&["generate", text(&flux), "a cat", "--lora", &damaged, "-o", &image], "have NaN or infinity"),
         (&["generate", text(&flux), "a cat", "--steps", "1000000000000", "-o", &image], "steps: expected 1 to 100000"),
         (
@@ -513,7 +514,10 @@ fn adapters_without_effect_are_said() {
         stderr_of(0, &[&common[..], &QUICK[..], more].concat())
     };
     let said = generate(&["--lora", &format!("{}:0", text(&lora))]);
-    assert!(said.contains(":0: has no effect"), "{said}");
+    assert!(said.contains("has no effect: its strength") && !said.contains("applied"), "{said}");
+    let said = generate(&["--lora", &format!("{}:1:double=0,single=0", text(&lora))]);
+    assert!(said.contains("has no effect: its strength"), "{said}");
+    assert_eq!(read_parameters(&output).unwrap().adapters, "");
     let never = format!("{}:0.7:start=0.1,end=0.2", text(&net));
     let said = generate(&["--controlnet", &never, "--control-image", text(&image)]);
     assert!(said.contains("start=0.1 and end=0.2 it acts in none of"), "{said}");

@@ -1,6 +1,6 @@
 //! [`ModelCard`]: README.md of a portable model, with the front matter that model hubs read.
 
-use clearform_attention::AttentionPlan;
+use clearform_attention::{AttentionPlan, Policy};
 use clearform_layout::Identified;
 use std::path::{Component, Path};
 
@@ -30,16 +30,36 @@ impl ModelCard<'_> {
         format!(
             "{front}# {name}, linear\n\n\
              A {family} diffusion transformer (variant {variant}) that clearform converted from {source}. Its \
-             attention is `{attention}`: each image token attends to the text and to the image tokens within a radius \
-             (CLEAR, arXiv 2412.16112), so its cost grows with the number of pixels instead of its square. \
+             attention is `{attention}`: each image token attends to {context} (CLEAR, arXiv 2412.16112){cost}. \
              clearform.toml contains the source files, the settings of the distillation, and the size and hash of \
              every file. The license is that of the model it was made from.\n\n\
              ## How to run it\n\n\
              ```sh\nclearform generate FOLDER {prompt} -o out.png\n```\n\n{diffusers}",
             front = self.front_matter(),
+            context = self.context(),
+            cost = if self.has_pooled_context() { "" } else { COST },
             prompt = if self.takes_text() { "\"a lighthouse at dawn\"" } else { "--class 3" },
             diffusers = self.diffusers(),
         )
+    }
+
+    /// What an image token attends to.
+    fn context(&self) -> String {
+        let text = if self.takes_text() { "the text and to " } else { "" };
+        let pooled = if self.has_pooled_context() { ", and to averages of the whole image" } else { "" };
+        format!("{text}the image tokens within a radius{pooled}")
+    }
+
+    fn has_pooled_context(&self) -> bool {
+        let policies = self.attention.exceptions().values().copied();
+        policies
+            .chain([self.attention.default_policy()])
+            .any(|policy| matches!(policy, Policy::Clear { pool: Some(_), .. }))
+    }
+
+    /// The class in diffusers; `None` if it has none.
+    fn class(&self) -> Option<&str> {
+        self.identified.config["_class_name"].as_str().filter(|class| class.ends_with("Transformer2DModel"))
     }
 
     fn takes_text(&self) -> bool {
@@ -48,7 +68,7 @@ impl ModelCard<'_> {
 
     fn front_matter(&self) -> String {
         let mut lines = self.inherited();
-        lines.push("library_name: diffusers".to_owned());
+        lines.extend(self.class().map(|_| "library_name: diffusers".to_owned()));
         lines.push(format!(
             "pipeline_tag: {}",
             if self.takes_text() { "text-to-image" } else { "unconditional-image-generation" }
@@ -83,7 +103,7 @@ impl ModelCard<'_> {
     }
 
     fn diffusers(&self) -> String {
-        let class = self.identified.config["_class_name"].as_str().unwrap_or_default();
+        let Some(class) = self.class() else { return "diffusers has no class for it.\n".to_owned() };
         let plain = "diffusers can load the folder if it has the class in transformer/config.json. It then runs the \
                      transformer with full attention, which is neither linear nor what it was distilled for";
         if class != "FluxTransformer2DModel" {
@@ -99,6 +119,9 @@ impl ModelCard<'_> {
         )
     }
 }
+
+/// What the cost of an evaluation is without pooled context.
+const COST: &str = ", so its cost grows with the number of pixels instead of its square";
 
 /// `organisation/name`, and no path.
 fn is_repository(text: &str) -> bool {

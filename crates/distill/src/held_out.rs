@@ -91,7 +91,7 @@ impl HeldOut {
         Ok(held_out)
     }
 
-    /// The errors of the student when this was made: undistilled, or as an earlier training left it.
+    /// The errors of the student when this was made: undistilled.
     pub fn before(&self) -> &PredictionErrors {
         &self.before
     }

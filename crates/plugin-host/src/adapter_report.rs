@@ -18,6 +18,8 @@ pub struct AdapterReport {
     pub applied: usize,
     /// Number of modules that they edit.
     pub modules: usize,
+    /// Whether they change anything: with a strength or an alpha of 0 they do not.
+    pub has_effect: bool,
     /// Tensors that are deliberately left out, with reasons.
     pub skipped: BTreeMap<String, String>,
     /// Tensors that could not be applied, with reasons.
@@ -45,6 +47,7 @@ impl AdapterReport {
             whole.tensors += part.tensors;
             whole.applied += part.applied;
             whole.modules += part.modules;
+            whole.has_effect |= part.has_effect;
             whole.skipped.extend(part.skipped.into_iter().map(named));
             whole.unmatched.extend(part.unmatched.into_iter().map(named));
             whole.notes.extend(part.notes);
@@ -61,7 +64,10 @@ impl AdapterReport {
 impl std::fmt::Display for AdapterReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { adapter, applied, tensors, modules, .. } = self;
-        write!(f, "{}: applied {applied} of {tensors} tensors to {modules} modules", adapter.display())?;
+        match self.has_effect || *applied == 0 {
+            true => write!(f, "{}: applied {applied} of {tensors} tensors to {modules} modules", adapter.display())?,
+            false => write!(f, "{}: has no effect: its strength or alpha is 0 wherever it fits", adapter.display())?,
+        }
         let mut names_by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (name, reason) in &self.skipped {
             names_by_reason.entry(reason).or_default().push(name);

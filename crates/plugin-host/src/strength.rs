@@ -1,11 +1,11 @@
 //! [`Strength`]: how strongly an adapter is applied, overall and in blocks that are selected by name.
 
-/// A factor for the whole adapter, and further factors for some blocks.
+/// A factor for the whole adapter, and other factors for some blocks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Strength {
-    /// Factor for every parameter.
+    /// Factor for every parameter that `blocks` has none for.
     pub overall: f64,
-    /// Further factors for parameters whose names contain a text, such as "double", "single_blocks.3" or
+    /// Factors for parameters whose names contain a text, such as "double", "single_blocks.3" or
     /// "text_encoder".
     pub blocks: Vec<(String, f64)>,
 }
@@ -35,13 +35,13 @@ impl Strength {
         }
     }
 
-    /// The factor for a parameter of `component`, given its names in different layouts: the overall factor, times that
-    /// of the longest text in `blocks` that one of the names contains.
+    /// The factor for a parameter of `component`, given its names in different layouts: that of the longest text in
+    /// `blocks` that one of the names contains, else the overall factor.
     pub(crate) fn factor(&self, component: &str, names: &[&str]) -> f64 {
         let names: Vec<String> = names.iter().map(|name| format!("{component}.{name}")).collect();
         let matching = self.blocks.iter().filter(|(text, _)| names.iter().any(|name| contains(name, text)));
         let longest = matching.max_by_key(|(text, _)| text.len());
-        self.overall * longest.map_or(1.0, |(_, factor)| *factor)
+        longest.map_or(self.overall, |(_, factor)| *factor)
     }
 
     /// The texts in `blocks` that none of `names` contains. The names begin with their components.
@@ -86,9 +86,9 @@ mod tests {
             let canonical = format!("transformer_blocks.{block}.attn.to_q.weight");
             strength.factor("transformer", &[&canonical, &format!("double_blocks.{block}.img_attn.qkv.weight")])
         };
-        assert_eq!(factor_of_block(0), 0.4);
-        assert_eq!(factor_of_block(1), 1.6);
-        assert_eq!(factor_of_block(11), 0.4);
+        assert_eq!(factor_of_block(0), 0.5);
+        assert_eq!(factor_of_block(1), 2.0);
+        assert_eq!(factor_of_block(11), 0.5);
         assert_eq!(strength.factor("text_encoder_2", &["encoder.block.0"]), 0.0);
         assert_eq!(strength.factor("transformer", &["proj_out.weight"]), 0.8);
         assert_eq!(

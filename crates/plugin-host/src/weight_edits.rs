@@ -152,6 +152,7 @@ struct PlacementCount {
     skipped: BTreeMap<usize, String>,
     unmatched: BTreeMap<usize, String>,
     notes: Vec<String>,
+    has_effect: bool,
 }
 
 impl PlacementCount {
@@ -193,6 +194,7 @@ impl PlacementCount {
             tensors: names.len(),
             applied: self.applied.len(),
             modules: self.modules.len(),
+            has_effect: self.has_effect,
             skipped: by_name(self.skipped),
             unmatched: by_name(self.unmatched),
             idle: scaled.strength.unmatched(&self.edited).into_iter().map(str::to_owned).collect(),
@@ -234,7 +236,7 @@ impl WeightEdits {
         count.skipped.extend(adapter.skipped().iter().cloned());
         for (index, edit) in adapter.edits().iter().enumerate() {
             let found = components.find(edit).and_then(|found| {
-                self.add(scaled, index, found).map_err(NotPlaced::Unmatched)?;
+                count.has_effect |= self.add(scaled, index, found).map_err(NotPlaced::Unmatched)?;
                 Ok(found)
             });
             count.count(edit, found);
@@ -242,20 +244,23 @@ impl WeightEdits {
         count.report(scaled)
     }
 
-    /// Adds edit `index` to every canonical tensor that contains edited rows of the parameter.
-    fn add(&mut self, scaled: &ScaledAdapter, index: usize, found: FoundParameter) -> Result<(), String> {
+    /// Adds edit `index` to every canonical tensor that contains edited rows of the parameter. Returns whether one of them
+    /// may change: those with strength 0 do not.
+    fn add(&mut self, scaled: &ScaledAdapter, index: usize, found: FoundParameter) -> Result<bool, String> {
         let edit = &scaled.adapter.edits()[index];
+        let mut changes = false;
         let edited = edited_rows(edit, found.parameter)?;
         let whole: Arc<[PartOfParameter]> = if edit.decomposed { whole(found.parameter, &edited) } else { [].into() };
         for (canonical, rows) in canonical_rows(found.parameter, edited) {
             let strength = scaled.strength.factor(found.component, &found.names(canonical));
+            changes |= strength != 0.0 && (edit.scale != 0.0 || edit.decomposed);
             let adapter = scaled.adapter.clone();
             let columns = edit.shape[1];
             let placed = PlacedEdit { adapter, edit: index, strength, rows, columns, whole: whole.clone() };
             let edits = self.components.entry(found.component.to_owned()).or_default();
             edits.entry(canonical.to_owned()).or_default().push(placed);
         }
-        Ok(())
+        Ok(changes)
     }
 }
 

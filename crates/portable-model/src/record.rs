@@ -69,7 +69,7 @@ pub struct AdapterRecord {
     pub sha256: String,
     /// The factor it was applied with.
     pub strength: f64,
-    /// Further factors for blocks, by a text that their names contain.
+    /// Factors of blocks instead, by a text that their names contain.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub blocks: BTreeMap<String, f64>,
     /// Its other files: further shards, and peft's adapter_config.json.
@@ -93,8 +93,8 @@ pub struct FileRecord {
 pub struct DistillationRecord {
     /// Optimizer steps.
     pub steps: usize,
-    /// Steps of the trainings before it, which the student was taken over from. The verdict's errors before are those that
-    /// they left.
+    /// Steps of the trainings before it, which the student was taken over from. The verdict's errors before are those
+    /// before all of them.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub earlier_steps: usize,
     /// Samples per step.

@@ -1,7 +1,7 @@
 //! Small files of a model, and where its transformer is.
 
 use crate::{Result, RuntimeError};
-use clearform_weights::lfs_pointer;
+use clearform_weights::{lfs_pointer, read_file};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +28,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
         let reason = format!("expected a small file, found {size} bytes");
         return Err(RuntimeError::BadComponent { path: path.to_owned(), reason });
     }
-    let bytes = std::fs::read(path).map_err(io)?;
+    let bytes = read_file(path).map_err(io)?;
     match lfs_pointer(&bytes) {
         None => Ok(bytes),
         Some(reason) => Err(RuntimeError::BadComponent { path: path.to_owned(), reason }),

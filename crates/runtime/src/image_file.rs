@@ -1,6 +1,7 @@
 //! Image files that carry what they were made with, in the format of their name: PNG, JPEG or WebP.
 
 use crate::{GenerationParameters, Result, RuntimeError, check_images, exif, png, xmp};
+use clearform_weights::read_file;
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder as _, RgbImage};
 use image_webp::{ColorType, WebPEncoder};
@@ -70,7 +71,7 @@ pub fn save(path: &Path, image: &RgbImage, parameters: &GenerationParameters) ->
 /// # Errors
 /// The file cannot be read, or is not a PNG, JPEG or WebP file with parameters.
 pub fn read_parameters(path: &Path) -> Result<GenerationParameters> {
-    let bytes = std::fs::read(path).map_err(|source| RuntimeError::Io { path: path.to_owned(), source })?;
+    let bytes = read_file(path).map_err(|source| RuntimeError::Io { path: path.to_owned(), source })?;
     let found = match bytes.get(..4) {
         Some(b"\x89PNG") => png::read_parameters(&bytes)
             .map_err(|error| RuntimeError::BadImage(format!("{}: {error}", path.display())))?,

@@ -99,13 +99,21 @@ impl TransformerCheckpoint {
     pub fn open(path: &Path, reading: &ReadOptions) -> Result<Self> {
         let bad_checkpoint = |source| RuntimeError::BadCheckpoint { path: path.to_owned(), source };
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
-        let identified = detect(&checkpoint, &reading.manifests, &reading.hints).map_err(bad_checkpoint)?;
+        let mut identified = detect(&checkpoint, &reading.manifests, &reading.hints).map_err(bad_checkpoint)?;
         let families = reading.families;
         let architecture = architecture(path, &identified, families)?;
         let canonical = identified.canonical(checkpoint);
         let canonical =
             if reading.allow_unmatched { canonical.require_sufficient() } else { canonical.require_complete() };
         let canonical = canonical.map_err(bad_checkpoint)?;
+        let unknown: Vec<&str> = canonical.load_report().unmatched().map(|(name, _)| name).collect();
+        identified.notes.extend(unknown.first().map(|first| {
+            format!(
+                "{}: tensors that are not understood are left out: {first:?}, {} in all",
+                path.display(),
+                unknown.len()
+            )
+        }));
         Ok(Self {
             architecture,
             families,

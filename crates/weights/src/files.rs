@@ -94,6 +94,20 @@ pub(crate) fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Vec
     Ok(bytes)
 }
 
+/// The bytes of a regular file of at most 1 GiB: a device or pipe could block or never end.
+///
+/// # Errors
+/// It cannot be read, or is no such file.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    const LARGEST: u64 = 1 << 30;
+    let metadata = std::fs::metadata(path)?;
+    match (metadata.is_file(), metadata.len()) {
+        (false, _) => Err(io::Error::other("not a regular file")),
+        (true, size) if size > LARGEST => Err(io::Error::other(format!("expected a small file, found {size} bytes"))),
+        (true, _) => std::fs::read(path),
+    }
+}
+
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

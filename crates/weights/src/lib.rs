@@ -32,7 +32,7 @@ mod writer;
 pub use checkpoint::{CONFIG_METADATA, Checkpoint, StoredTensor, opened_checkpoints};
 pub use content_hash::content_hash;
 pub use error::{Result, WeightsError};
-pub use files::{digest, write_atomically};
+pub use files::{digest, read_file, write_atomically};
 pub use fp8::Fp8;
 pub use hub_cache::hub_snapshot;
 pub use json::read_json;

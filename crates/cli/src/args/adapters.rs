@@ -49,7 +49,7 @@ pub struct PluginCheckArgs {
 /// Adapters that edit weights.
 #[derive(Debug, Clone, Default, Args)]
 pub struct WeightAdapterArgs {
-    /// LoRA, LoHa or LoKr with strength W (default 1); KEY=W sets the strength of blocks whose names contain KEY
+    /// LoRA, LoHa or LoKr with strength W (default 1); KEY=W sets that of blocks whose names contain KEY instead
     /// (double=1,single=0.5). May be repeated.
     #[arg(long, value_name = "FILE[:W][:KEY=W,..]", help_heading = ADAPTERS)]
     pub lora: Vec<AdapterArg>,

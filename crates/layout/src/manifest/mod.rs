@@ -23,7 +23,7 @@ use crate::manifest::config::{DeclaredConfig, ResolvedConfig};
 use crate::manifest::family::{FamilyManifest, RawFamily};
 use crate::manifest::shape::ExpectedTensor;
 use crate::manifest::unsupported::UnsupportedModels;
-use clearform_weights::WeightsError;
+use clearform_weights::{WeightsError, read_file};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -136,7 +136,8 @@ impl Manifests {
     pub fn with_file(mut self, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |source| WeightsError::Io { path: path.to_owned(), source };
-        let text = std::fs::read_to_string(path).map_err(io)?;
+        let text =
+            read_file(path).and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other)).map_err(io)?;
         self.add(&path.display().to_string(), &text)?;
         Ok(self)
     }

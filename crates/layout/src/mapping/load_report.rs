@@ -183,8 +183,12 @@ impl fmt::Display for LoadReport {
         let shown = problems.len().min(MOST_PROBLEMS);
         f.write_str(&problems[..shown].join("; "))?;
         match problems.len() - shown {
-            0 => Ok(()),
-            more => write!(f, "; and {more} more"),
+            0 => {}
+            more => write!(f, "; and {more} more")?,
+        }
+        match self.is_sufficient() && !problems.is_empty() {
+            true => f.write_str("; --allow-unmatched goes on without what is not understood"),
+            false => Ok(()),
         }
     }
 }
