@@ -11,8 +11,10 @@ use clearform_plugin_host::{
 };
 use clearform_runtime::{ActiveControlNet, AdapterRequest, Adapters, ControlNetSchedule, RgbImage};
 use clearform_weights::read_file;
+use image::{DynamicImage, ImageDecoder as _, ImageReader};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 /// Adapters to apply, in order, and how.
@@ -289,12 +291,28 @@ pub(crate) fn note_reports(reports: &[AdapterReport], controlnets: &[ActiveContr
 /// # Errors
 /// A file is not an image.
 pub(crate) fn load_control_images(flag: &str, paths: &[PathBuf]) -> Result<Vec<RgbImage>> {
-    let load = |path: &PathBuf| -> Result<RgbImage> {
-        let place = format!("{flag} {}", path.display());
-        let bytes = read_file(path).context(&place)?;
-        Ok(image::load_from_memory(&bytes).context(&place)?.to_rgb8())
-    };
-    paths.iter().map(load).collect()
+    paths.iter().map(|path| load_image(path).context(format_args!("{flag} {}", path.display()))).collect()
+}
+
+/// The pixels of the image at `path`, turned as its EXIF data says.
+fn load_image(path: &Path) -> Result<RgbImage> {
+    let bytes = read_file(path)?;
+    if is_cut_jpeg(&bytes) {
+        return Err(ClearformError::bad_option("the image is cut short; copy it again"));
+    }
+    let mut decoder = ImageReader::new(Cursor::new(&bytes)).with_guessed_format()?.into_decoder()?;
+    let orientation = decoder.orientation()?;
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
+    Ok(image.to_rgb8())
+}
+
+/// Whether a JPEG file lacks the marker of its end, without which the decoder would fill in grey. Thumbnails, which have one
+/// too, are at its beginning.
+fn is_cut_jpeg(bytes: &[u8]) -> bool {
+    let is_jpeg = bytes.starts_with(b"\xff\xd8");
+    let end = bytes.windows(2).rposition(|marker| marker == b"\xff\xd9");
+    is_jpeg && end.is_none_or(|end| end < bytes.len() / 2)
 }
 
 /// One control image for each of `count` prompts; a single one serves all.

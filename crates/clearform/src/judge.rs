@@ -12,7 +12,7 @@ use clearform_portable_model::{ImageVerdict, LevelErrors, VerdictRecord};
 use clearform_runtime::RgbImage;
 use clearform_runtime::image_metrics::{psnr_of_all, ssim};
 use clearform_sampling::StepProgress;
-use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _};
+use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource as _, is_finite};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -55,11 +55,12 @@ impl<'a> Judge<'a> {
         let wanted = samples.set.read(&indices, &Device::Cpu)?.latents;
         judge.teacher = judge.decode(&wanted)?;
         let path = folder.join("undistilled.safetensors");
-        // What is missing or damaged is generated again.
-        let kept = Checkpoint::open(&path).and_then(|file| file.tensor("latents"));
-        let before = match kept {
-            Ok(latents) => latents,
-            Err(_) => {
+        // What is missing, damaged or of another number of samples is generated again.
+        let kept = Checkpoint::open(&path).and_then(|file| file.tensor("latents")).ok();
+        let fits = |latents: &Tensor| latents.dims() == wanted.dims() && is_finite(latents).is_ok_and(|finite| finite);
+        let before = match kept.filter(fits) {
+            Some(latents) => latents,
+            None => {
                 let latents = judge.generate(models.student(), judge.teacher.len(), observer)?;
                 let tensors = InMemoryTensors::from_iter([("latents".to_owned(), latents.clone())]);
                 std::fs::create_dir_all(folder).context(folder.display())?;

@@ -252,6 +252,9 @@ pub fn token_grid(
     Ok(TokenGrid::new(size.height.div_ceil(token.max(1)), size.width.div_ceil(token.max(1)))?)
 }
 
+/// More samples than any distillation draws.
+const MOST_SAMPLES: usize = 1_000_000;
+
 /// Checks the settings of a training before anything is made for it.
 ///
 /// # Errors
@@ -260,6 +263,12 @@ pub fn check_training(options: &TrainingOptions) -> Result<()> {
     let recipe = Recipe::for_model(ModelSize::default()).with(options);
     if options.generates_samples() && recipe.sample_count == 0 {
         return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
+    }
+    for (key, number) in [("sample_count", recipe.sample_count), ("held_out", options.held_out)] {
+        if number > MOST_SAMPLES {
+            let reason = format!("setting {key}: expected at most {MOST_SAMPLES}, found {number}");
+            return Err(ClearformError::bad_option(reason));
+        }
     }
     for (key, number) in [("sample_steps", options.sample_steps), ("checkpoint_every", Some(options.checkpoint_every))]
     {

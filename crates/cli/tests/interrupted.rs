@@ -52,6 +52,20 @@ fn kill_time(length: Duration, kill: u32) -> Duration {
     length * (kill * 7 % 10 + 1) / 12
 }
 
+/// Images in the work folder that are of other samples than those of this run.
+#[test]
+fn images_that_do_not_fit_are_drawn_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, model) = (repository("assets/mini-dit/model"), folder.path().join("model"));
+    let training = folder.path().join("model.work/training");
+    std::fs::create_dir_all(&training).unwrap();
+    let latents = candle_core::Tensor::zeros((1, 1, 32, 32), candle_core::DType::F32, &candle_core::Device::Cpu);
+    let kept = [("latents".to_owned(), latents.unwrap())];
+    candle_core::safetensors::save(&kept.into(), training.join("undistilled.safetensors")).unwrap();
+    let convert = ["convert", text(&base), "-o", text(&model), "--radius", "4", "--sample-count", "2", "--steps", "2"];
+    run(0, &[&convert[..], &["--sample-steps", "2", "--held-out", "2", "--images-every", "1", "--resume"]].concat());
+}
+
 /// Samples in the work folder that another model has drawn.
 #[test]
 fn samples_of_another_model_are_named_with_the_ways_out() {

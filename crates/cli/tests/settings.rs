@@ -184,7 +184,7 @@ fn settings_that_cannot_be_meant_are_refused() {
     std::fs::write(&classes, "3\n10\n").unwrap();
     std::fs::copy(flux.join("vae/diffusion_pytorch_model.safetensors"), &lora).unwrap();
     let convert = ["convert", text(&dit), "-o", &model, "--radius", "4", "--dry-run"];
-    let cases: [(&[&str], &str); 16] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["generate", text(&dit), "--class", "10", "-o", &image], "class: expected 0 to 9, found 10"),
         (&["generate", "a cat", text(&flux), "-o", &image], "the model comes before the prompt"),
         (
@@ -193,6 +193,7 @@ fn settings_that_cannot_be_meant_are_refused() {
         ),
         (&[&convert[..], &["--prompts", "none.txt"]].concat(), "none.txt"),
         (&[&convert[..], &["--losses", "0,0,0"]].concat(), "setting loss: expected weights of 0 or more"),
+        (&[&convert[..], &["--held-out", "100000000000"]].concat(), "setting held_out: expected at most 1000000"),
         (&[&convert[..], &["--require-error", "0.1", "--held-out", "0"]].concat(), "but --held-out is 0"),
         (&["generate", text(&flux), "a cat", "--lora", &lora, "-o", &image], "the file is a VAE"),
         (&[&convert[..], &["--pool", "1"]].concat(), "is not an integer from 2 to 256"),
@@ -259,6 +260,14 @@ fn a_control_image_of_another_shape_is_said() {
     let controlnet = repository("assets/mini-flux/controlnet");
     let (said, _) = generated(folder.path(), &["--controlnet", text(&controlnet), "--control-image", text(&edges)]);
     assert!(said.contains("edges.png: 128 x 64 px, but the image has 64 x 64; it is resized"), "{said}");
+    let photograph = folder.path().join("edges.jpg");
+    control.save(&photograph).unwrap();
+    let bytes = std::fs::read(&photograph).unwrap();
+    std::fs::write(&photograph, &bytes[..bytes.len() / 2]).unwrap();
+    let common = ["generate", text(&repository(BASE)), "cat", "--controlnet", text(&controlnet)].map(str::to_owned);
+    let common: Vec<&str> = common.iter().map(String::as_str).collect();
+    let said = stderr_of(1, &[&common[..], &["--control-image", text(&photograph)]].concat());
+    assert!(said.contains("edges.jpg: the image is cut short"), "{said}");
 }
 
 #[test]
