@@ -40,11 +40,11 @@ pub fn train(
     let build = |start: &dyn TensorSource| TeacherStudent::build(spec, &weights, start);
     let pair = build(student.earlier.unwrap_or(&original))?;
     // The errors before are those of an undistilled student, also of one that goes on from an earlier training.
-    let undistilled = student.earlier.map(|_| build(&original)).transpose()?;
-    let held_out = samples.held_out.as_ref();
-    let first = undistilled.as_ref().unwrap_or(&pair);
-    let judge = held_out.map(|held_out| Judge::new(first, held_out, student.folder, observer)).transpose()?;
-    drop(undistilled);
+    let judge = |held_out| {
+        let undistilled = student.earlier.map(|_| build(&original)).transpose()?;
+        Judge::new(undistilled.as_ref().unwrap_or(&pair), held_out, student.folder, observer)
+    };
+    let judge = samples.held_out.as_ref().map(judge).transpose()?;
     let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_every = training.options.checkpoint_every;
     let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
