@@ -68,7 +68,7 @@ pub fn train(
     }
     let TrainingOutcome::Finished(distilled) = outcome else { return Err(ClearformError::Cancelled) };
     let verdict = judge.map(|judge| judge.verdict(&pair, observer)).transpose()?;
-    if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.entries.len())) {
+    if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.steps)) {
         observer.note(&warning);
     }
     let record = DistillationRecord {
@@ -139,7 +139,7 @@ fn distillation_record(settings: &DistillSettings, samples: &SampleSet, distille
     // The last tenth of the steps: the loss of a single batch is noisy.
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
-        steps: distilled.entries.len(),
+        steps: distilled.steps,
         earlier_steps: 0,
         batch: settings.batch * settings.accumulation,
         learning_rate: settings.learning_rate.peak,

@@ -67,7 +67,9 @@ pub struct Distilled {
     /// Trained parameters by canonical name, f32: the moving average if there is one, else the masters. The student has
     /// them too.
     pub tensors: InMemoryTensors,
-    /// The loss log of all steps.
+    /// Number of optimizer steps.
+    pub steps: usize,
+    /// The loss log: of all steps, unless its file was changed between runs.
     pub entries: Vec<LossEntry>,
     /// Seconds of training, over all runs.
     pub seconds: f64,
@@ -312,7 +314,12 @@ impl<'a> TrainingRun<'a> {
         }
         let tensors = self.models.snapshot()?;
         let seconds = self.metadata.seconds;
-        Ok(Distilled { tensors: tensors.into_iter().collect(), entries: self.loss_log.into_entries(), seconds })
+        Ok(Distilled {
+            tensors: tensors.into_iter().collect(),
+            steps: self.metadata.step,
+            entries: self.loss_log.into_entries(),
+            seconds,
+        })
     }
 }
 
