@@ -100,8 +100,8 @@ def repeats(args):
 
 def main():
     args = arguments()
-    options = ["--grid", args.grid, "--radius", str(args.radius), "--heads", str(args.heads)]
-    options += ["--backward"] * args.backward + (["--attention", args.attention] if args.attention else [])
+    plan = ["--attention", args.attention] if args.attention else ["--radius", str(args.radius)]
+    options = ["--grid", args.grid, *plan, "--heads", str(args.heads)] + ["--backward"] * args.backward
     flops = []
 
     def ours():
