@@ -34,9 +34,10 @@ use std::path::Path;
 pub fn inspect(source: &Path, reading: &SourceOptions, observer: &mut dyn Observer) -> Result<Inspection> {
     let components = Components::new(source, None);
     let path = components.transformer_path();
-    let options = read_options(reading)?;
+    let options = read_options(reading)?.recorded(source)?;
     let checkpoint = Dequantized::open(&path, &options.manifests)?;
-    let identified = detect(&checkpoint, &options.manifests, &options.hints).context(path.display())?;
+    let mut identified = detect(&checkpoint, &options.manifests, &options.hints).context(path.display())?;
+    identified.notes.extend(options.notes.iter().cloned());
     note_checkpoint(checkpoint.source(), observer);
     let mut sizes = BTreeMap::new();
     let mut unusable = Vec::new();

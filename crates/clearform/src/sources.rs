@@ -22,7 +22,8 @@ pub(crate) fn read_options(options: &SourceOptions) -> Result<ReadOptions> {
     };
     let config = options.config.as_deref().map(read_json).transpose()?;
     let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config, ..Hints::default() };
-    Ok(ReadOptions { manifests, hints, allow_unmatched: options.allow_unmatched, families: options.families })
+    let SourceOptions { allow_unmatched, families, .. } = *options;
+    Ok(ReadOptions { manifests, hints, allow_unmatched, families, notes: Vec::new() })
 }
 
 /// Where the components come from that a model lacks.

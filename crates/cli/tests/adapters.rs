@@ -396,7 +396,7 @@ fn damaged_adapters_are_refused_with_a_message() {
     let (input, output, adapter) = (path("in.safetensors"), path("out.safetensors"), path("adapter.safetensors"));
     candle_core::safetensors::save(&lora_inputs(), &input).unwrap();
     type Case<'a> = (&'a [(&'a str, &'a [usize])], &'a str);
-    let cases: [Case; 12] = [
+    let cases: [Case; 13] = [
         (&[("proj_out.lora_A.weight", &[2, 48])], "the factor that belongs to it is missing from the file"),
         (
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 3])],
@@ -409,7 +409,12 @@ fn damaged_adapters_are_refused_with_a_message() {
             &[("proj_out.lora_A.weight", &[2, 48]), ("proj_out.lora_B.weight", &[16, 2]), ("proj_out.alpha", &[2])],
             "expected one finite value",
         ),
-        (&[("proj_out.lora_A.weight", &[2, 90]), ("proj_out.lora_B.weight", &[16, 2])], "has the wrong shape"),
+        // A module that takes no control image is not widened, and one that does only by as many channels as it has.
+        (&[("proj_out.lora_A.weight", &[2, 96]), ("proj_out.lora_B.weight", &[16, 2])], "expected 16 x 48 for"),
+        (
+            &[("x_embedder.lora_A.weight", &[2, 20]), ("x_embedder.lora_B.weight", &[48, 2])],
+            "expected 48 x 16 (or 32 with a control image) for \"x_embedder.weight\", found 48 x 20",
+        ),
         (
             &[("proj_out.hada_w1_a", &[16, 2]), ("proj_out.hada_w1_b", &[2, 48])],
             "only one of the two products of a LoHa",

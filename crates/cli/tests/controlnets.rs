@@ -164,6 +164,21 @@ fn a_net_that_cannot_be_computed_with_is_refused() {
     assert!(message.contains(name) && message.contains("I64"), "{message}");
 }
 
+/// Whichever tensor is missing, the file is known as a ControlNet, and the tensor or what follows from it is named.
+#[test]
+fn a_net_that_lacks_a_tensor_is_refused() {
+    let case = Case::flux();
+    let whole: HashMap<_, _> =
+        fixture(case.fixtures.join("one-two/diffusion_pytorch_model.safetensors")).into_iter().collect();
+    for name in whole.keys() {
+        let mut cut = whole.clone();
+        cut.remove(name);
+        case.write("cut", "one-two", &cut);
+        let message = case.error(&case.inputs, &["--controlnet", text(&case.path("cut"))]);
+        assert!(message.contains(text(&case.path("cut"))) && message.contains(name), "{name}: {message}");
+    }
+}
+
 #[test]
 fn controlnets_of_stable_diffusion_3_agree_with_diffusers() {
     let case = Case::sd3();

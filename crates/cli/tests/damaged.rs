@@ -59,6 +59,20 @@ fn weights_with_nan_are_named_when_a_result_has_nan() {
 }
 
 #[test]
+fn a_controlnet_with_nan_is_named_when_a_result_has_nan() {
+    let folder = tempfile::tempdir().unwrap();
+    let [net, image, output] = ["net", "edges.png", "out.png"].map(|name| folder.path().join(name));
+    copy_folder(&repository("assets/mini-flux/controlnet"), &net);
+    image::RgbImage::new(128, 128).save(&image).unwrap();
+    damage(&net.join("diffusion_pytorch_model.safetensors"), "controlnet_blocks.0.weight");
+    let base = repository("assets/mini-flux/base");
+    let control = ["--controlnet", text(&net), "--control-image", text(&image)];
+    let arguments = ["generate", text(&base), "cat", "--steps=1", "-o", text(&output)];
+    let said = stderr_of(1, &[&arguments[..], &control].concat());
+    assert!(said.contains("\"controlnet_blocks.0.weight\" contains NaN") && said.contains(text(&net)), "{said}");
+}
+
+#[test]
 fn samples_with_nan_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let [samples, output] = ["samples", "out"].map(|name| folder.path().join(name));

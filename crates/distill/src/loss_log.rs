@@ -1,4 +1,4 @@
-//! [`LossLog`]: `losses.jsonl`, the losses of every step as JSON lines. On resume it is cut back to the checkpoint.
+//! [`LossLog`]: the losses of every step. They are kept in the training state; `losses.jsonl` shows them while it runs.
 
 use crate::{DistillError, Losses, Result};
 use serde::{Deserialize, Serialize};
@@ -33,23 +33,17 @@ pub(crate) struct LossLog {
 }
 
 impl LossLog {
-    /// Opens the log and removes the entries after `step`, since those steps are going to be repeated.
-    pub(crate) fn open(path: &Path, step: usize) -> Result<Self> {
+    /// Writes `entries` to `path`, over what is there; further ones are added to both.
+    pub(crate) fn create(path: &Path, entries: Vec<LossEntry>) -> Result<Self> {
         let io = |source| DistillError::Io { path: path.to_owned(), source };
-        let text = if path.exists() { std::fs::read_to_string(path).map_err(io)? } else { String::new() };
-        // A line that was cut off when the program was killed does not parse and is dropped.
-        let lines = text.lines().filter_map(|line| Some((line, serde_json::from_str::<LossEntry>(line).ok()?)));
-        let (lines, entries): (Vec<&str>, Vec<LossEntry>) = lines.filter(|(_, entry)| entry.step <= step).unzip();
-        let kept: String = lines.iter().flat_map(|line| [line, "\n"]).collect();
-        clearform_weights::write_atomically(path, kept.as_bytes())?;
+        clearform_weights::write_atomically(path, to_lines(&entries).map_err(io)?.as_bytes())?;
         let file = OpenOptions::new().append(true).open(path).map_err(io)?;
         Ok(Self { path: path.to_owned(), file, entries })
     }
 
     pub(crate) fn add(&mut self, entry: LossEntry) -> Result<()> {
         let io = |source| DistillError::Io { path: self.path.clone(), source };
-        let line = serde_json::to_string(&entry).map_err(|error| io(error.into()))? + "\n";
-        self.file.write_all(line.as_bytes()).map_err(io)?;
+        self.file.write_all(to_lines(&[entry]).map_err(io)?.as_bytes()).map_err(io)?;
         self.entries.push(entry);
         Ok(())
     }
@@ -63,49 +57,55 @@ impl LossLog {
     }
 }
 
+/// The entries as JSON, one in each line.
+pub(crate) fn to_lines(entries: &[LossEntry]) -> std::io::Result<String> {
+    entries.iter().map(|entry| Ok(serde_json::to_string(entry)? + "\n")).collect()
+}
+
+/// The entries in `text` up to `step`. A line that was cut off when the program was killed does not parse and is dropped.
+pub(crate) fn from_lines(text: &str, step: usize) -> Vec<LossEntry> {
+    let entries = text.lines().filter_map(|line| serde_json::from_str::<LossEntry>(line).ok());
+    entries.filter(|entry| entry.step <= step).collect()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
+    fn entry(step: usize) -> LossEntry {
+        let losses = Losses { total: 0.1, ..Losses::default() };
+        LossEntry { step, losses, norm: 1.0, rate: 0.5, seconds: 2.0, held_out: (step == 2).then_some(0.75) }
+    }
+
     #[test]
-    fn entries_after_the_checkpoint_are_removed() {
+    fn the_file_shows_the_entries_and_is_not_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("losses.jsonl");
-        let entry = |step| LossEntry {
-            step,
-            losses: Losses { total: 0.1, ..Losses::default() },
-            norm: 1.0,
-            rate: 0.5,
-            seconds: 2.0,
-            held_out: (step == 2).then_some(0.75),
-        };
-        let mut log = LossLog::open(&path, 0).unwrap();
-        (1..=4).for_each(|step| log.add(entry(step)).unwrap());
-        std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + "{\"step\":5,\"den").unwrap();
-        let mut log = LossLog::open(&path, 2).unwrap();
+        std::fs::write(&path, "of a step that is going to be repeated").unwrap();
+        let mut log = LossLog::create(&path, vec![entry(1), entry(2)]).unwrap();
         log.add(entry(3)).unwrap();
-        assert_eq!(log.into_entries(), [entry(1), entry(2), entry(3)]);
-        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(from_lines(&text, 3), [entry(1), entry(2), entry(3)]);
+        assert_eq!(log.into_entries(), from_lines(&text, 3));
+    }
+
+    #[test]
+    fn entries_after_the_checkpoint_and_cut_lines_are_dropped() {
+        let text = to_lines(&[entry(1), entry(2), entry(3)]).unwrap() + "{\"step\":2,\"den";
+        assert_eq!(from_lines(&text, 2), [entry(1), entry(2)]);
     }
 
     /// Lines as versions before the key `denoising` wrote them.
     #[test]
-    fn a_log_of_an_earlier_version_is_continued() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("losses.jsonl");
+    fn a_log_of_an_earlier_version_is_read() {
         let old = "{\"step\":1,\"flow\":0.75,\"prediction\":0.5,\"attention\":0.25,\"total\":1.125,\"norm\":2.0,\"rate\":0.001,\"seconds\":3.5}\n\
                    {\"step\":2,\"flow\":0.5,\"prediction\":0.25,\"attention\":0.125,\"total\":0.6875,\"norm\":1.0,\"rate\":0.002,\"seconds\":7.0}\n";
-        std::fs::write(&path, old).unwrap();
         let losses = Losses { denoising: 0.75, prediction: 0.5, attention: 0.25, total: 1.125 };
         let first = LossEntry { step: 1, losses, norm: 2.0, rate: 0.001, seconds: 3.5, held_out: None };
         let losses = Losses { denoising: 0.5, prediction: 0.25, attention: 0.125, total: 0.6875 };
         let second = LossEntry { step: 2, losses, norm: 1.0, rate: 0.002, seconds: 7.0, held_out: None };
-        let mut log = LossLog::open(&path, 2).unwrap();
-        let third = LossEntry { step: 3, ..second };
-        log.add(third).unwrap();
-        assert_eq!(log.into_entries(), [first, second, third]);
-        // Old and new lines side by side are read again.
-        assert_eq!(LossLog::open(&path, 3).unwrap().into_entries(), [first, second, third]);
+        assert_eq!(from_lines(old, 2), [first, second]);
+        assert_eq!(from_lines(&to_lines(&[first, second]).unwrap(), 2), [first, second]);
     }
 }

@@ -3,7 +3,7 @@
 use crate::backward::add_gradients;
 use crate::learning_rate::{DecaySteps, is_flat};
 use crate::loss_log::LossLog;
-use crate::training_state::{ResumeRequirements, StateMetadata, TrainingState};
+use crate::training_state::{LOSS_FILE, ResumeRequirements, StateMetadata, TrainingState};
 use crate::{
     Batches, DistillError, DistillSettings, Gradients, HeldOut, LossEntry, Losses, OptimizerState, Result, SampleSet,
     TeacherStudent, backward, clip_gradients,
@@ -69,7 +69,7 @@ pub struct Distilled {
     pub tensors: InMemoryTensors,
     /// Number of optimizer steps.
     pub steps: usize,
-    /// The loss log: of all steps, unless its file was changed between runs.
+    /// The loss log.
     pub entries: Vec<LossEntry>,
     /// Seconds of training, over all runs.
     pub seconds: f64,
@@ -206,9 +206,9 @@ impl<'a> TrainingRun<'a> {
             }
             (false, _) => first_state(models, requirements)?,
         };
-        let TrainingState { metadata, requirements, average, optimizer, .. } = state;
+        let TrainingState { metadata, requirements, average, optimizer, losses, .. } = state;
         let batches = Batches::new(samples, settings, models, metadata.generator.clone())?;
-        let loss_log = LossLog::open(&folder.join("losses.jsonl"), metadata.step)?;
+        let loss_log = LossLog::create(&folder.join(LOSS_FILE), losses)?;
         Ok(Self { models, settings, batches, held_out, optimizer, average, metadata, requirements, loss_log, path })
     }
 
@@ -304,6 +304,7 @@ impl<'a> TrainingRun<'a> {
             masters: masters.map(|(name, master)| (name.clone(), master.as_detached_tensor())).collect(),
             average: self.average.clone(),
             optimizer: self.optimizer.clone(),
+            losses: self.loss_log.entries().to_vec(),
         };
         state.save(&self.path)
     }
@@ -339,6 +340,7 @@ fn first_state(models: &TeacherStudent, requirements: ResumeRequirements) -> Res
         masters: BTreeMap::new(),
         average,
         optimizer: OptimizerState::default(),
+        losses: Vec::new(),
         requirements,
     })
 }

@@ -1,13 +1,15 @@
 //! [`TrainingState`]: everything that training resumes from, in one file, so that a single rename commits all of it.
 
 use crate::differences::{differences, read_back};
+use crate::loss_log::{from_lines, to_lines};
 use crate::sample_files::{bad, open};
-use crate::{DistillError, DistillSettings, OptimizerState, Result, SampleSettings};
+use crate::{DistillError, DistillSettings, LossEntry, OptimizerState, Result, SampleSettings};
 use candle_core::{Device, Tensor};
 use clearform_sampling::TorchGenerator;
 use clearform_weights::{Checkpoint, InMemoryTensors, TensorSource, content_hash};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Key of [`StateMetadata`] in the metadata of the safetensors file.
@@ -16,6 +18,10 @@ const STATE: &str = "clearform.training";
 const REQUIREMENTS: &str = "clearform.settings";
 /// Key of the [`content_hash`] of the tensors; absent in states of earlier versions.
 const CONTENT: &str = "clearform.content_sha256";
+/// Name of the tensor with the losses of all steps, as bytes of JSON lines; absent in states of earlier versions.
+const LOSSES: &str = "losses";
+/// The file in the same folder that states of earlier versions have their losses from.
+pub(crate) const LOSS_FILE: &str = "losses.jsonl";
 const EDITION: u32 = 1;
 
 /// The state of a training run after some step.
@@ -28,6 +34,8 @@ pub(crate) struct TrainingState {
     /// Their moving average; empty if there is none.
     pub average: BTreeMap<String, Tensor>,
     pub optimizer: OptimizerState,
+    /// The losses of all steps.
+    pub losses: Vec<LossEntry>,
 }
 
 /// The state besides tensors.
@@ -75,6 +83,8 @@ impl TrainingState {
         for (group, tensors) in groups {
             tensors.iter().for_each(|(name, tensor)| all.insert(format!("{group}/{name}"), tensor.clone()));
         }
+        let losses = to_lines(&self.losses).map_err(|error| bad(path, error.to_string()))?;
+        all.insert(LOSSES.to_owned(), Tensor::new(losses.as_bytes(), &Device::Cpu)?);
         let metadata = BTreeMap::from([
             (STATE.to_owned(), to_json(&self.metadata, path)?),
             (REQUIREMENTS.to_owned(), to_json(&self.requirements, path)?),
@@ -106,7 +116,8 @@ impl TrainingState {
         check_content(path, &file)?;
         let group = |prefix| read_group(&file, prefix, device);
         let optimizer = OptimizerState { steps: metadata.step, first: group("first/")?, second: group("second/")? };
-        Ok(Self { metadata, requirements, masters: group("master/")?, average: group("average/")?, optimizer })
+        let losses = read_losses(&file, path, metadata.step)?;
+        Ok(Self { metadata, requirements, masters: group("master/")?, average: group("average/")?, optimizer, losses })
     }
 }
 
@@ -175,6 +186,21 @@ fn read_metadata(path: &Path, text: Option<&String>) -> Result<StateMetadata> {
 
 fn to_json<T: Serialize>(value: &T, path: &Path) -> Result<String> {
     serde_json::to_string(value).map_err(|error| bad(path, error.to_string()))
+}
+
+/// The losses of the steps up to `step`: from the state, or for one of an earlier version from the file beside it, if there is
+/// one.
+fn read_losses(state: &Checkpoint, path: &Path, step: usize) -> Result<Vec<LossEntry>> {
+    if state.tensors().iter().any(|info| info.name == LOSSES) {
+        let text = String::from_utf8_lossy(&state.tensor(LOSSES)?.to_vec1::<u8>()?).into_owned();
+        return Ok(from_lines(&text, step));
+    }
+    let path = path.with_file_name(LOSS_FILE);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(from_lines(&text, step)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(DistillError::Io { path, source }),
+    }
 }
 
 fn read_group(source: &dyn TensorSource, prefix: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {

@@ -13,7 +13,7 @@ use clearform_plugin_abi::{
     CONTROL_LATENTS, CONTROL_PIXELS, CONTROLNET_INTERFACE, ClearformBase, ClearformBranchInfo, ClearformBranchTable,
     ClearformStep, ClearformText, EMBEDDED_LATENTS, FAILED, OK, UNSHIFTED_CONTROL, ZERO_POOLED,
 };
-use clearform_weights::Checkpoint;
+use clearform_weights::{Checkpoint, TensorSource};
 use serde_json::Value;
 use std::ffi::c_void;
 use std::path::Path;
@@ -132,6 +132,11 @@ impl ControlNet {
     /// The ControlNet's file or folder.
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// The tensors of the file.
+    pub fn tensors(&self) -> &dyn TensorSource {
+        self.file.tensors()
     }
 
     /// The plugin's messages to the user since the last call, with the path of the file.

@@ -56,6 +56,11 @@ impl PluginFile {
         Ok(Self { table: Box::new(table), contents })
     }
 
+    /// Its tensors as the plugin reads them.
+    pub fn tensors(&self) -> &dyn TensorSource {
+        &self.contents.checkpoint
+    }
+
     /// The C struct, valid as long as `self` is.
     pub fn table(&self) -> *const ClearformFile {
         &raw const *self.table

@@ -311,8 +311,8 @@ fn plain_edit(edit: &Edit) -> bool {
     matches!(edit.kind, EditKind::LowRank | EditKind::Delta) && !edit.decomposed && edit.first_row.is_none()
 }
 
-/// The rows of `parameter` that `edit` covers. An edit of a whole matrix may also add columns; whether the model
-/// accepts the new size is checked later. One that was made for the plain model of the family may have fewer.
+/// The rows of `parameter` that `edit` covers. An edit of a whole matrix may also add the columns with which the model takes
+/// a control image. One that was made for the plain model of the family may have fewer.
 fn edited_rows(edit: &Edit, parameter: &LayoutParameter) -> Result<Range<usize>, String> {
     let rows = parameter.shape.first().copied().unwrap_or(1);
     let columns = parameter.shape.iter().skip(1).product::<usize>();
@@ -322,16 +322,19 @@ fn edited_rows(edit: &Edit, parameter: &LayoutParameter) -> Result<Range<usize>,
         None => edit_rows == rows,
         Some(_) => edit_rows.checked_add(first).is_some_and(|end| end <= rows),
     };
-    let can_widen = parameter.shape.len() == 2 && edit.first_row.is_none();
-    let can_widen = can_widen && matches!(edit.kind, EditKind::LowRank | EditKind::Delta | EditKind::Replace);
+    let is_matrix = parameter.shape.len() == 2 && edit.first_row.is_none();
+    let is_widening = is_matrix && matches!(edit.kind, EditKind::LowRank | EditKind::Delta | EditKind::Replace);
+    let is_widening = is_widening && parameter.control_columns == Some(edit_columns);
     // A factor applies to its whole row, so the columns of a scaling edit do not matter.
     let columns_fit = edit_columns == columns || edit.kind == EditKind::Scale;
     let is_plain = parameter.plain_columns == Some(edit_columns) && plain_edit(edit);
-    if rows_fit && (columns_fit || is_plain || (can_widen && edit_columns > columns)) {
+    if rows_fit && (columns_fit || is_plain || is_widening) {
         return Ok(first..first + edit_rows);
     }
+    let widened = parameter.control_columns.map(|columns| format!(" (or {columns} with a control image)"));
+    let widened = widened.filter(|_| is_matrix).unwrap_or_default();
     Err(format!(
-        "expected {rows} x {columns} for {:?}, found {edit_rows} x {edit_columns}: the adapter was made for another \
+        "expected {rows} x {columns}{widened} for {:?}, found {edit_rows} x {edit_columns}: the adapter was made for another \
          model",
         parameter.name
     ))

@@ -2,15 +2,21 @@
 
 use crate::{Components, Pipeline, Result, RuntimeError, TransformerCheckpoint};
 use clearform_models::text::EncodedText;
+use clearform_plugin_host::ControlNet;
 use clearform_weights::{TensorSource, is_finite};
 use std::path::Path;
+use std::sync::Arc;
 
 impl Pipeline {
-    /// The first tensor of the transformer or of another component that contains NaN or infinity, if there is one. All
-    /// weights are read.
+    /// The first tensor of the transformer, of another component or of a ControlNet that contains NaN or infinity, if there is
+    /// one. All weights are read.
     pub fn damage(&self) -> Option<RuntimeError> {
-        let names = self.transformer().identified().all_components();
-        self.transformer().damage().or_else(|| names.filter_map(|name| damage_of(self.components(), name)).next())
+        let mut names = self.transformer().identified().all_components();
+        let of_component = |name: &String| damage_of(self.components(), name);
+        let mut controlnets = self.controlnets().iter().map(|active| &active.controlnet);
+        let of_controlnet = |net: &Arc<ControlNet>| damaged(net.path(), net.tensors());
+        let damage = self.transformer().damage().or_else(|| names.find_map(of_component));
+        damage.or_else(|| controlnets.find_map(of_controlnet))
     }
 }
 

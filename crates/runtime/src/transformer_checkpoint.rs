@@ -10,7 +10,7 @@ use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{CanonicalSource, Dequantized, Hints, Identified, LoadReport, Manifests, detect};
 use clearform_models::{Architecture, Denoiser, FamilyRegistry, PipelineSpec, SeparateSamples, SharedPasses};
 use clearform_plugin_host::{LowRankMode, PatchedSource, WeightEdits};
-use clearform_portable_model::PortableModel;
+use clearform_portable_model::{ModelRecord, PortableModel};
 use clearform_weights::{
     Checkpoint, ConvertedSource, Dtype, InMemoryTensors, ProductPrecision, SourceWithProducts, StreamedSource,
     TensorInfo, TensorSource, is_quantized,
@@ -30,6 +30,8 @@ pub struct ReadOptions {
     pub allow_unmatched: bool,
     /// The families that can be run.
     pub families: FamilyRegistry,
+    /// What is to be said of what was recorded and is not used.
+    pub notes: Vec<String>,
 }
 
 /// A transformer on disk, with its tensors under canonical names.
@@ -53,6 +55,7 @@ impl ReadOptions {
             hints: Hints::default(),
             allow_unmatched: false,
             families: FamilyRegistry::default(),
+            notes: Vec::new(),
         })
     }
 
@@ -60,16 +63,27 @@ impl ReadOptions {
     /// nothing for other models.
     ///
     /// # Errors
-    /// The record cannot be read, or a file does not have the recorded size.
+    /// The record cannot be read or states an unknown family, or a file does not have the recorded size.
     pub fn recorded(mut self, path: &Path) -> Result<Self> {
-        if PortableModel::is_portable_model(path) {
-            let model = PortableModel::open(path)?;
-            self.hints.family.get_or_insert_with(|| model.record().family.clone());
-            // There is nothing to hint at in "custom", which is what no variant fits, and in one of a manifest that is
-            // not given now.
-            let record = model.record();
-            let variant = Some(record.variant.clone()).filter(|name| self.manifests.has_variant(&record.family, name));
-            self.hints.variant = self.hints.variant.or(variant);
+        if !PortableModel::is_portable_model(path) {
+            return Ok(self);
+        }
+        let model = PortableModel::open(path)?;
+        let ModelRecord { family, variant, .. } = model.record();
+        let given_with = "if it was converted with --manifest FILE, give it again";
+        let known = self.manifests.families();
+        if self.hints.family.is_none() && !known.contains(family) {
+            let reason = format!("the family {family:?} is unknown, expected one of {known:?}; {given_with}");
+            return Err(RuntimeError::BadComponent { path: path.join(ModelRecord::FILE), reason });
+        }
+        self.hints.family.get_or_insert_with(|| family.clone());
+        // "custom" is what no variant fits, so that there is nothing to hint at.
+        if self.hints.variant.is_none() && self.manifests.has_variant(family, variant) {
+            self.hints.variant = Some(variant.clone());
+        } else if self.hints.variant.is_none() && variant != "custom" {
+            let record = path.join(ModelRecord::FILE);
+            self.notes
+                .push(format!("{}: the variant {variant:?} is unknown and not used; {given_with}", record.display()));
         }
         Ok(self)
     }
@@ -100,6 +114,7 @@ impl TransformerCheckpoint {
         let bad_checkpoint = |source| RuntimeError::BadCheckpoint { path: path.to_owned(), source };
         let checkpoint = Dequantized::open(path, &reading.manifests)?;
         let mut identified = detect(&checkpoint, &reading.manifests, &reading.hints).map_err(bad_checkpoint)?;
+        identified.notes.extend(reading.notes.iter().cloned());
         let families = reading.families;
         let architecture = architecture(path, &identified, families)?;
         let canonical = identified.canonical(checkpoint);

@@ -145,6 +145,12 @@ fn a_resumed_training_ends_with_the_same_tensors() {
     assert!(matches!(train(&at("stopped"), &set, ResumeMode::Fresh, &mut stop), TrainingOutcome::Stopped { step: 3 }));
     assert_equal(&finished(train(&at("stopped"), &set, ResumeMode::Resume, proceed)), &straight);
 
+    // The losses are the state's, whatever becomes of the file that shows them.
+    std::fs::remove_file(at("stopped/losses.jsonl")).unwrap();
+    assert_equal(&finished(train(&at("stopped"), &set, ResumeMode::Resume, proceed)), &straight);
+    let log = std::fs::read_to_string(at("stopped/losses.jsonl")).unwrap();
+    assert_eq!(log.lines().count(), 6);
+
     // Killed in step 5: the checkpoint is that of step 4, and the log is ahead of it.
     let kept = at("kept.safetensors");
     let mut kill = |progress: &TrainingProgress| match progress.entry.step {

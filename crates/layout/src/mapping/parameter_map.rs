@@ -32,6 +32,9 @@ pub struct LayoutParameter {
     /// Elements of a row in the plain model of the family, if this one takes further channels of a control image or a
     /// mask.
     pub plain_columns: Option<usize>,
+    /// Elements of a row once the model takes a control image beside its latents, if this is where it takes them and this
+    /// one does not.
+    pub control_columns: Option<usize>,
 }
 
 /// Every parameter of a model by its names in all layouts.
@@ -58,6 +61,7 @@ impl ParameterMap {
         let canonical: Vec<_> = canonical.map(|info| (info.name.clone(), info)).collect();
         let context = MappingContext { family: manifest, sizes: Some(sizes) };
         let plain_columns = plain_columns(manifest, sizes);
+        let control_columns = control_columns(manifest, sizes);
         for layout in &manifest.layouts {
             map.prefixes.extend(layout.prefixes.iter().map(|prefix| underscored(prefix)));
             let foreign = Mapping::new(&layout.outward, &canonical, context).tensors.into_values();
@@ -65,8 +69,9 @@ impl ParameterMap {
             let inward = Mapping::new(&layout.inward, &foreign, context);
             for (name, info) in foreign {
                 let segments = segments(&name, &inward);
-                let plain_columns = segments.first().and_then(|one| plain_columns.get(&one.canonical)).copied();
-                let parameter = LayoutParameter { name, shape: info.shape, segments, plain_columns };
+                let of = |columns: &BTreeMap<String, usize>| columns.get(&segments.first()?.canonical).copied();
+                let [plain_columns, control_columns] = [of(&plain_columns), of(&control_columns)];
+                let parameter = LayoutParameter { name, shape: info.shape, segments, plain_columns, control_columns };
                 map.add(parameter, layout);
             }
         }
@@ -116,7 +121,8 @@ impl ParameterMap {
             let segments = vec![RowSegment { from: 0..rows, canonical: info.name.clone(), to: 0 }];
             let key = underscored(info.name.strip_prefix(prefix).unwrap_or(&info.name));
             let shape = info.shape.clone();
-            (key, LayoutParameter { name: info.name.clone(), shape, segments, plain_columns: None })
+            let name = info.name.clone();
+            (key, LayoutParameter { name, shape, segments, plain_columns: None, control_columns: None })
         };
         Self {
             parameters: tensors.iter().map(keyed_parameter).collect(),
@@ -161,7 +167,8 @@ fn parts(parameter: &LayoutParameter) -> Vec<LayoutParameter> {
         let rows = segment.from.len();
         let shape = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
         let segments = vec![RowSegment { from: 0..rows, ..segment.clone() }];
-        LayoutParameter { name: format!("{module}.{number}.{kind}"), shape, segments, plain_columns: None }
+        let name = format!("{module}.{number}.{kind}");
+        LayoutParameter { name, shape, segments, plain_columns: None, control_columns: None }
     };
     segments.iter().enumerate().map(part).collect()
 }
@@ -173,13 +180,26 @@ fn plain_columns(manifest: &FamilyManifest, sizes: &ConfigValues) -> BTreeMap<St
     let Some(outputs) = outputs.filter(|outputs| inputs.is_some_and(|inputs| inputs > *outputs)) else {
         return BTreeMap::new();
     };
-    let mut plain = sizes.clone();
-    plain.set("in_channels".to_owned(), outputs.into());
-    let widened = manifest.expected(sizes).into_iter().zip(manifest.expected(&plain));
-    let narrower = widened.filter(|(actual, plain)| actual.shape != plain.shape).map(|(_, plain)| plain);
+    columns_with(manifest, sizes, outputs)
+}
+
+/// Elements of a row of the tensors that have more in a model which takes a control image beside its latents: twice the
+/// channels. Empty if this one takes more than its latents already.
+fn control_columns(manifest: &FamilyManifest, sizes: &ConfigValues) -> BTreeMap<String, usize> {
+    let [inputs, outputs] = ["in_channels", "out_channels"].map(|key| sizes.integer(key));
+    let plain = inputs.filter(|_| inputs == outputs);
+    plain.map(|channels| columns_with(manifest, sizes, 2 * channels)).unwrap_or_default()
+}
+
+/// Elements of a row, in a model of `sizes` but for `channels` at its input, of the tensors whose shapes that changes.
+fn columns_with(manifest: &FamilyManifest, sizes: &ConfigValues, channels: usize) -> BTreeMap<String, usize> {
+    let mut other = sizes.clone();
+    other.set("in_channels".to_owned(), channels.into());
+    let pairs = manifest.expected(sizes).into_iter().zip(manifest.expected(&other));
+    let changed = pairs.filter(|(actual, other)| actual.shape != other.shape).map(|(_, other)| other);
     let columns =
-        |plain: ExpectedTensor| Some((plain.name, plain.shape.into_iter().skip(1).product::<Option<usize>>()?));
-    narrower.filter_map(columns).collect()
+        |tensor: ExpectedTensor| Some((tensor.name, tensor.shape.into_iter().skip(1).product::<Option<usize>>()?));
+    changed.filter_map(columns).collect()
 }
 
 fn underscored(name: &str) -> String {
