@@ -4,6 +4,7 @@ use crate::bundled_plugins::BUNDLED_PLUGINS;
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
 use crate::{ClearformError, Result};
+use clearform_attention::AttentionPlan;
 use clearform_models::StepIndex;
 use clearform_plugin_host::{
     ADAPTER_INTERFACE, AdapterReport, CONTROLNET_INTERFACE, LowRankMode, PluginChoice, PluginRegistry, Strength,
@@ -190,6 +191,7 @@ impl AdapterOptions {
             LoraApplyMode::Immediately => LowRankMode::Fused,
         };
         if let Some(attention) = &self.controlnet_attention {
+            attention.parse::<AttentionPlan>().context("--controlnet-attention")?;
             adapters.controlnet_attention.clone_from(attention);
         }
         Ok(adapters)
@@ -277,6 +279,26 @@ pub(crate) fn plugin_registry(options: &PluginOptions) -> Result<PluginRegistry>
     Ok(PluginRegistry::scan(&folders)?.with_linked(&BUNDLED_PLUGINS))
 }
 
+/// A ControlNet that acted.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ControlNetReport {
+    /// Its file or folder.
+    pub controlnet: PathBuf,
+    /// Factor of its residuals.
+    pub strength: f64,
+    /// Start and end, as fractions of the steps.
+    pub interval: [f64; 2],
+    /// Its mode, if it is a union.
+    pub mode: Option<usize>,
+}
+
+impl From<&ActiveControlNet> for ControlNetReport {
+    fn from(ActiveControlNet { controlnet, scale, schedule }: &ActiveControlNet) -> Self {
+        let ControlNetSchedule { interval, mode } = *schedule;
+        Self { controlnet: controlnet.path().to_owned(), strength: *scale, interval, mode }
+    }
+}
+
 /// Passes on how many tensors of each adapter were applied, and the plugins' notes.
 pub(crate) fn note_reports(reports: &[AdapterReport], controlnets: &[ActiveControlNet], observer: &mut dyn Observer) {
     for report in reports {
@@ -300,7 +322,11 @@ fn load_image(path: &Path) -> Result<RgbImage> {
     if is_cut_jpeg(&bytes) {
         return Err(ClearformError::bad_option("the image is cut short; copy it again"));
     }
-    let mut decoder = ImageReader::new(Cursor::new(&bytes)).with_guessed_format()?.into_decoder()?;
+    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format()?;
+    if !reader.format().is_some_and(|format| format.reading_enabled()) {
+        return Err(ClearformError::bad_option("is no image of a format that is read; save it as PNG, JPEG or WebP"));
+    }
+    let mut decoder = reader.into_decoder()?;
     let orientation = decoder.orientation()?;
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);

@@ -40,6 +40,7 @@ impl ConversionHistory<'_> {
             record.distillation = record.distillation.take().or(earlier.distillation);
         }
         record.adapter.splice(0..0, earlier.adapter);
+        record.patch = earlier.patch;
         let own: Vec<String> = record.component.iter().map(|component| component.name.clone()).collect();
         record.component.extend(earlier.component.into_iter().filter(|component| !own.contains(&component.name)));
         Ok(())

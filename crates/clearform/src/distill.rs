@@ -136,6 +136,7 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let mut record = conversion.record([model.record().source.clone(), teacher_files].concat())?;
     record.component = model.record().component.clone();
     record.adapter = model.record().adapter.clone();
+    record.patch = model.record().patch.clone();
     record.distillation = Some(trained.record.clone());
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))

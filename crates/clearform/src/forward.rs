@@ -1,6 +1,6 @@
 //! [`forward`]: runs the transformer once on given tensors, for example to compare it with diffusers.
 
-use crate::adapters::{AdapterOptions, note_reports};
+use crate::adapters::{AdapterOptions, ControlNetReport, note_reports};
 use crate::error::WithContext as _;
 use crate::observer::{Observer, note};
 use crate::sources::{open_transformer_with, read_options};
@@ -108,7 +108,9 @@ pub fn forward(options: &ForwardOptions, observer: &mut dyn Observer) -> Result<
     let shape = sample.dims().to_vec();
     let result = InMemoryTensors::from_iter([("sample".to_owned(), sample)]);
     file.write(|path| clearform_weights::save(path, &result, &BTreeMap::new()))?;
-    Ok(ForwardReport { output: options.output.clone(), attention: plan.to_string(), shape, adapters: reports })
+    let (output, attention) = (options.output.clone(), plan.to_string());
+    let controlnets = controlnets.iter().map(ControlNetReport::from).collect();
+    Ok(ForwardReport { output, attention, shape, adapters: reports, controlnets })
 }
 
 /// Refuses ControlNets that act in some steps only.
@@ -226,6 +228,8 @@ pub struct ForwardReport {
     pub shape: Vec<usize>,
     /// How many tensors of each weight adapter were applied.
     pub adapters: Vec<AdapterReport>,
+    /// The ControlNets.
+    pub controlnets: Vec<ControlNetReport>,
 }
 
 impl fmt::Display for ForwardReport {

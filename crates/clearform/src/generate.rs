@@ -1,6 +1,8 @@
 //! [`generate`]: images from a prompt or a class.
 
-use crate::adapters::{AdapterOptions, LoraApplyMode, acts_within, load_control_images, note_reports};
+use crate::adapters::{
+    AdapterOptions, ControlNetReport, LoraApplyMode, acts_within, load_control_images, note_reports,
+};
 use crate::guidance_effects::{GivenGuidance, GuidanceEffects};
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::TemporaryFile;
@@ -292,6 +294,8 @@ pub struct GeneratedImages {
     pub attention: String,
     /// How many tensors of each weight adapter were applied.
     pub adapters: Vec<AdapterReport>,
+    /// The ControlNets.
+    pub controlnets: Vec<ControlNetReport>,
 }
 
 impl GeneratedImages {
@@ -367,7 +371,8 @@ pub fn generate(options: &GenerateOptions, observer: &mut dyn Observer) -> Resul
     let images = generated.map_err(|error| ClearformError::from(error).or_damage(|| pipeline.damage()))?;
     let parameters = (0..images.len()).map(|index| parameters(options, &request, &effects, &pipeline, index)).collect();
     let attention = pipeline.plan().to_string();
-    Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec() })
+    let controlnets = pipeline.controlnets().iter().map(ControlNetReport::from).collect();
+    Ok(GeneratedImages { images, parameters, attention, adapters: pipeline.adapter_reports().to_vec(), controlnets })
 }
 
 /// Notes that images are generated in another size than was asked for.

@@ -86,7 +86,7 @@ mod verify;
 mod window_gain;
 mod written_model;
 
-pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, LoraApplyMode, PluginOptions};
+pub use adapters::{AdapterKind, AdapterOptions, AdapterSpec, ControlNetReport, LoraApplyMode, PluginOptions};
 pub use clearform_attention::{AttentionError, AttentionPlan, Radius};
 pub use clearform_convert::{ConversionReport, ConvertError, PatchMode};
 pub use clearform_distill::{DistillError, LossEntry, Precision, SampleSet};

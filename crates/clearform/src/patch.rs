@@ -1,5 +1,7 @@
 //! [`extract_patch`] and [`apply_patch`]: distilled attention as one file, and onto other checkpoints.
 
+use crate::adapters::AdapterOptions;
+use crate::conversion_record::ConversionHistory;
 use crate::observer::{Observer, Progress, Stage, note};
 use crate::output_place::{Existing, check_is_no_input, prepare_tensor_file};
 use crate::sources::{
@@ -9,7 +11,7 @@ use crate::sources::{
 use crate::{ClearformError, Result, SourceOptions, WrittenModel};
 use clearform_attention::{Radius, learning_layer};
 use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes, source_record};
-use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, StagingDir};
+use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PatchRecord, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
 use clearform_weights::{TensorInfo, TensorSource, is_finite};
 use serde::{Deserialize, Serialize};
@@ -151,6 +153,15 @@ impl PatchOptions {
         ExtraComponents { folder: self.components.as_deref().or(of_base), files: &self.component_files }
     }
 
+    fn patch_record(&self) -> PatchRecord {
+        let name = |path: &Path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let (mode, base) = match self.mode {
+            PatchMode::Replace => ("replace", None),
+            PatchMode::Shift => ("shift", self.base.as_deref().map(name)),
+        };
+        PatchRecord { file: name(&self.patch), mode: mode.to_owned(), base }
+    }
+
     /// Why the checkpoint is no model of the patch's family: it may be one of another family.
     fn explained(&self, error: ClearformError, patch: &AttentionPatch) -> ClearformError {
         let (Ok(found), Some(family)) = (open_transformer(&self.checkpoint), patch.family()) else { return error };
@@ -229,7 +240,14 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&patched, transformer.load_report(), &mut staging, &mut watch)?;
     let sources = [hashes.wait()?, vec![source_record(options.patch.clone())?]].concat();
-    staging.finish(conversion.record(sources)?)?;
+    let mut record = conversion.record(sources)?;
+    let (adapters, reports) = (&AdapterOptions::default(), &[]);
+    let history = ConversionHistory { source: checkpoint, components: &components, adapters, reports, distilled: None };
+    history.add_to(&mut record)?;
+    // What an earlier distillation trained is replaced.
+    record.distillation = None;
+    record.patch = Some(options.patch_record());
+    staging.finish(record)?;
     Ok(WrittenModel::new(output, patch.plan(), report, None))
 }
 

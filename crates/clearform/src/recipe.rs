@@ -3,7 +3,7 @@
 use crate::observer::{Observer, note};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions};
 use clearform_attention::TokenGrid;
-use clearform_distill::{Activations, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
+use clearform_distill::{Activations, DistillError, DistillSettings, LearningRate, LossSettings, Precision, SampleSet};
 use clearform_layout::{Identified, SamplingDefaults};
 use clearform_models::{ImageSize, Prompt, SeparateSamples};
 use clearform_runtime::{Pipeline, TransformerCheckpoint};
@@ -261,29 +261,45 @@ const MOST_SAMPLES: usize = 1_000_000;
 /// A setting is out of range.
 pub fn check_training(options: &TrainingOptions) -> Result<()> {
     let recipe = Recipe::for_model(ModelSize::default()).with(options);
-    if options.generates_samples() && recipe.sample_count == 0 {
-        return Err(ClearformError::bad_option("setting sample_count: expected at least 1, found 0"));
-    }
-    for (key, number) in [("sample_count", recipe.sample_count), ("held_out", options.held_out)] {
-        if number > MOST_SAMPLES {
-            let reason = format!("setting {key}: expected at most {MOST_SAMPLES}, found {number}");
-            return Err(ClearformError::bad_option(reason));
+    let refused = |flag: &str, reason: String| Err(ClearformError::bad_option(format!("{flag}: {reason}")));
+    let fewest = usize::from(options.generates_samples());
+    for (flag, number, range) in [
+        ("--sample-count", recipe.sample_count, fewest..=MOST_SAMPLES),
+        ("--held-out", options.held_out, 0..=MOST_SAMPLES),
+        ("--sample-steps", options.sample_steps.unwrap_or(1), 1..=usize::MAX),
+        ("--checkpoint-every", options.checkpoint_every, 1..=usize::MAX),
+    ] {
+        if number < *range.start() {
+            return refused(flag, format!("expected at least {}, found {number}", range.start()));
         }
-    }
-    for (key, number) in [("sample_steps", options.sample_steps), ("checkpoint_every", Some(options.checkpoint_every))]
-    {
-        if number == Some(0) {
-            return Err(ClearformError::bad_option(format!("setting {key}: expected at least 1, found 0")));
+        if number > *range.end() {
+            return refused(flag, format!("expected at most {}, found {number}", range.end()));
         }
     }
     if options.until_flat && options.held_out == 0 {
-        return Err(ClearformError::bad_option("setting until_flat: needs held-out samples, but held_out is 0"));
+        return refused("--steps auto", "needs samples that are held out, but --held-out is 0".to_owned());
     }
     if options.steps.is_some() && options.time.is_some() {
-        return Err(ClearformError::bad_option("setting time: excludes setting steps; give one of them"));
+        return refused("--time", "excludes --steps; give one of them".to_owned());
     }
     if options.time.is_some_and(|time| !(time > 0.0 && time <= MOST_SECONDS)) {
-        return Err(ClearformError::bad_option("setting time: expected a number of seconds above 0, a year at most"));
+        return refused("--time", "expected a number of seconds above 0, a year at most".to_owned());
     }
-    Ok(recipe.settings(options).check()?)
+    match recipe.settings(options).check() {
+        Err(DistillError::BadSetting { key, reason }) => refused(flag_of(key), reason),
+        checked => Ok(checked?),
+    }
+}
+
+/// The command line's option for a setting of the training loop.
+fn flag_of(setting: &'static str) -> &'static str {
+    match setting {
+        "steps" => "--steps",
+        "batch" => "--batch",
+        "accumulation" => "--accumulate",
+        "loss.every" => "--attention-every",
+        "loss" => "--losses",
+        "learning_rate.peak" => "--lr",
+        other => other,
+    }
 }

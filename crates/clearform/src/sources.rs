@@ -9,8 +9,8 @@ use clearform_portable_model::recorded_plan;
 use clearform_runtime::{
     ComponentFiles, Components, MemoryOptions, Pipeline, PipelineOptions, ReadOptions, TransformerCheckpoint,
 };
-use clearform_weights::{Checkpoint, lfs_pointer, read_file};
-use serde_json::Value;
+use clearform_weights::{Checkpoint, read_file, read_json};
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// The built-in manifests with that of the options, and the hints that they give.
@@ -20,7 +20,7 @@ pub(crate) fn read_options(options: &SourceOptions) -> Result<ReadOptions> {
         Some(path) => embedded.with_file(path)?,
         None => embedded,
     };
-    let config = options.config.as_deref().map(read_json).transpose()?;
+    let config = options.config.as_deref().map(read_json::<Map<String, Value>>).transpose()?.map(Value::Object);
     let hints = Hints { family: options.family.clone(), variant: options.variant.clone(), config, ..Hints::default() };
     let SourceOptions { allow_unmatched, families, .. } = *options;
     Ok(ReadOptions { manifests, hints, allow_unmatched, families, notes: Vec::new() })
@@ -125,12 +125,4 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| {
         ClearformError::bad_option(format!("{}: expected a text file in UTF-8; save it as such", path.display()))
     })
-}
-
-fn read_json(path: &Path) -> Result<Value> {
-    let bytes = read_file(path).context(path.display())?;
-    if let Some(reason) = lfs_pointer(&bytes) {
-        return Err(ClearformError::bad_option(format!("{}: {reason}", path.display())));
-    }
-    serde_json::from_slice(&bytes).context(format_args!("{}: expected JSON", path.display()))
 }

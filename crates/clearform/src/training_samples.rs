@@ -98,7 +98,7 @@ impl TrainingSamples {
             _ => open_samples(&folder)?,
         };
         if let Some(pipeline) = &pipeline {
-            check_kind(&samples, pipeline, &folder)?;
+            check_fit(&samples, pipeline, &folder)?;
             note_teacher(&samples, &sample_teacher(pipeline)?, &folder, observer);
         }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
@@ -198,17 +198,25 @@ fn sample_teacher(pipeline: &Pipeline) -> Result<SampleTeacher> {
     Ok(SampleTeacher { name, weights: weights_fingerprint(&pipeline.transformer().source())? })
 }
 
-/// Refuses samples of classes for a model of text, and the reverse.
-fn check_kind(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result<()> {
-    let are_classes = matches!(samples.settings().prompts.first(), Some(Prompt::Class(_)));
-    if are_classes == pipeline.class_count().is_some() {
-        return Ok(());
+/// Refuses samples of classes for a model of text and the reverse, of classes that it does not have, and of other latents.
+fn check_fit(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result<()> {
+    let SampleSettings { prompts, size: [width, height], .. } = samples.settings();
+    let refused = |reason: String| {
+        let folder = folder.display();
+        Err(ClearformError::bad_option(format!("{folder}: {reason}: another model drew them; choose another folder")))
+    };
+    let are_classes = matches!(prompts.first(), Some(Prompt::Class(_)));
+    if are_classes != pipeline.class_count().is_some() {
+        let [found, expected] = if are_classes { ["classes", "prompts"] } else { ["prompts", "classes"] };
+        return refused(format!("its samples are of {found}, and this model takes {expected}"));
     }
-    let [found, expected] = if are_classes { ["classes", "prompts"] } else { ["prompts", "classes"] };
-    Err(ClearformError::bad_option(format!(
-        "{}: its samples are of {found}, and this model takes {expected}: another model drew them; choose another folder",
-        folder.display()
-    )))
+    let is_beyond = |prompt: &&Prompt| matches!((prompt, pipeline.class_count()), (Prompt::Class(class), Some(count)) if *class >= count);
+    if let Some(class) = prompts.iter().find(is_beyond) {
+        let last = pipeline.class_count().unwrap_or_default().saturating_sub(1);
+        return refused(format!("it has samples of class {class}, and this model has 0 to {last}"));
+    }
+    let latents = pipeline.initial_latents(0, 1, ImageSize { height: *height, width: *width })?;
+    Ok(samples.check_latents(&latents.tensor.dims()[1..])?)
 }
 
 fn note_teacher(samples: &SampleSet, teacher: &SampleTeacher, folder: &Path, observer: &mut dyn Observer) {

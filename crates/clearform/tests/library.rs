@@ -125,11 +125,8 @@ fn settings_out_of_range_are_refused_before_anything_is_made() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("model");
     let cases = [
-        (TrainingOptions { steps: Some(0), ..quick_training() }, "setting steps: expected at least 1, found 0"),
-        (
-            TrainingOptions { sample_count: Some(0), ..quick_training() },
-            "setting sample_count: expected at least 1, found 0",
-        ),
+        (TrainingOptions { steps: Some(0), ..quick_training() }, "--steps: expected at least 1, found 0"),
+        (TrainingOptions { sample_count: Some(0), ..quick_training() }, "--sample-count: expected at least 1, found 0"),
     ];
     for (training, message) in cases {
         let options = ConvertOptions { training: Some(training), ..quick_conversion(&output) };

@@ -83,8 +83,25 @@ fn samples_with_nan_are_named() {
     let batch = fs::read_dir(&samples).unwrap().map(|entry| entry.unwrap().path());
     let batch = batch.filter(|path| text(path).contains("batch")).min().unwrap();
     damage(&batch, "latents");
-    let said = stderr_of(1, &[&convert[..], &["--overwrite"]].concat());
+    let refused = || {
+        let said = stderr_of(1, &[&convert[..], &["--overwrite"]].concat());
+        let _ = fs::remove_dir_all(output.with_added_extension("work"));
+        said
+    };
+    let said = refused();
     assert!(said.contains(text(&batch)) && said.contains("tensor \"latents\" contains NaN"), "{said}");
+    // Latents of images of another size, and a class that the model does not have.
+    let mut tensors = candle_core::safetensors::load(&batch, &Device::Cpu).unwrap();
+    tensors.insert("latents".to_owned(), Tensor::zeros((2, 3, 16, 16), DType::F32, &Device::Cpu).unwrap());
+    candle_core::safetensors::save(&tensors, &batch).unwrap();
+    let said = refused();
+    assert!(said.contains(text(&batch)) && said.contains("expected \"latents\" [2, 1, 32, 32]"), "{said}");
+    let settings = samples.join("set.json");
+    let of_others =
+        fs::read_to_string(&settings).unwrap().replacen("\"prompts\": [\n    0", "\"prompts\": [\n    77", 1);
+    fs::write(&settings, of_others).unwrap();
+    let said = refused();
+    assert!(said.contains("samples of class 77, and this model has 0 to 9"), "{said}");
 }
 
 #[test]

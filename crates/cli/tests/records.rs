@@ -56,12 +56,30 @@ fn a_further_distillation_keeps_what_was_before() {
 #[test]
 fn a_patch_is_one_of_a_models_sources() {
     let folder = tempfile::tempdir().unwrap();
-    let [model, patch, patched] = ["model", "p.safetensors", "patched"].map(|name| folder.path().join(name));
+    let [model, patch, patched, again] =
+        ["model", "p.safetensors", "patched", "again"].map(|name| folder.path().join(name));
     let base = repository("assets/mini-dit/model");
     run(0, &[&["convert", text(&base), "-o", text(&model), "--radius", "4"], &SHORT[..]].concat());
     run(0, &["patch", "extract", text(&model), "--base", text(&base), "-o", text(&patch)]);
     run(0, &["patch", "apply", text(&patch), "--to", text(&base), "-o", text(&patched)]);
     assert_eq!(sources(&patched).last().map(String::as_str), Some("p.safetensors"));
+    let [recorded, shifted] = [record(&patched)["patch"].clone(), {
+        let shift = ["--mode", "shift", "--base", text(&base), "--overwrite"];
+        run(0, &[&["patch", "apply", text(&patch), "--to", text(&base), "-o", text(&patched)], &shift[..]].concat());
+        record(&patched)["patch"].clone()
+    }];
+    assert_eq!(
+        [&recorded["file"], &recorded["mode"]].map(toml::Value::as_str),
+        [Some("p.safetensors"), Some("replace")]
+    );
+    assert_eq!([&shifted["mode"], &shifted["base"]].map(toml::Value::as_str), [Some("shift"), Some("model")]);
+    // What is made from it keeps that.
+    run(0, &["convert", text(&patched), "-o", text(&again), "--radius", "4", "--no-distill"]);
+    assert_eq!(record(&again)["patch"], shifted);
+    let distillation = &record(&model)["distillation"];
+    assert_eq!(distillation["losses"].as_array().unwrap().len(), 3);
+    assert_eq!(distillation["sample_size"], toml::Value::from(vec![32, 32]));
+    assert_eq!(distillation["sample_steps"].as_integer(), Some(2));
 }
 
 #[test]

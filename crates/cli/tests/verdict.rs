@@ -97,8 +97,8 @@ fn an_open_end_needs_held_out_samples_and_excludes_nothing_else() {
         let arguments = ["convert", text(&teacher), "-o", text(&model)];
         stderr_of(code, &arguments.into_iter().chain(options.split(' ')).collect::<Vec<_>>())
     };
-    assert!(refused(1, "--steps auto --held-out 0").contains("needs held-out samples"));
-    assert!(refused(1, "--steps 5 --time 1m").contains("excludes setting steps"));
+    assert!(refused(1, "--steps auto --held-out 0").contains("needs samples that are held out"));
+    assert!(refused(1, "--steps 5 --time 1m").contains("excludes --steps"));
     assert!(refused(2, "--steps some").contains("expected a number or auto"));
     assert!(!model.exists());
     // The time is then the most that it may take.

@@ -2,7 +2,7 @@
 
 use crate::{DistillError, Result, SampleSettings};
 use clearform_models::Prompt;
-use clearform_weights::{Checkpoint, WeightsError};
+use clearform_weights::{Checkpoint, TensorSource as _, WeightsError};
 use std::path::{Path, PathBuf};
 
 /// A sample of a set, with its own prompt or the unconditional one.
@@ -65,6 +65,27 @@ impl SampleFiles {
     /// The file that holds the latents of batch number `batch`.
     pub fn batch_path(&self, batch: usize) -> PathBuf {
         self.folder.join(format!("batch-{batch:05}.safetensors"))
+    }
+
+    /// Refuses latents of another shape than `sample`, that of one sample. Reads headers only.
+    ///
+    /// # Errors
+    /// A file cannot be read, or holds others.
+    pub fn check_latents(&self, sample: &[usize]) -> Result<()> {
+        let SampleSettings { count, batch, size: [width, height], .. } = self.settings;
+        for (index, first) in (0..count).step_by(batch).enumerate() {
+            let path = self.batch_path(index);
+            let expected = [&[batch.min(count - first)], sample].concat();
+            let found = open(&path)?.info("latents").map(|info| info.shape).unwrap_or_default();
+            if found != expected {
+                let reason = format!(
+                    "expected \"latents\" {expected:?} of images of {width} x {height} px, found {found:?}; delete this file \
+                     and rerun with --resume, or choose another folder"
+                );
+                return Err(bad(&path, reason));
+            }
+        }
+        Ok(())
     }
 
     /// The file that holds the position ids, which all samples share.

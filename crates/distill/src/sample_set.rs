@@ -199,6 +199,14 @@ impl SampleSet {
         self.missing_prompts().is_empty() && self.files.ids_path().exists() && self.missing_batches().is_empty()
     }
 
+    /// Refuses a complete set whose latents have another shape than `sample`, that of one sample. Reads headers only.
+    ///
+    /// # Errors
+    /// A file cannot be read, or holds others.
+    pub fn check_latents(&self, sample: &[usize]) -> Result<()> {
+        self.files.check_latents(sample)
+    }
+
     /// Encodes the prompts that are not encoded yet. `encode` returns conditions with a row for each prompt it is given.
     ///
     /// # Errors

@@ -278,6 +278,9 @@ fn settings_that_change_the_result_are_required() {
         }
         model.open(&source).1.require_complete().unwrap();
     }
+    let other = json!({ "_class_name": "FluxTransformer2DModel" });
+    let error = detect(&Model::new(sd3, dims(2, 32)).canonical(), Some(&other), &Hints::default()).unwrap_err();
+    assert!(error.to_string().contains("config.json is for the class \"FluxTransformer2DModel\""), "{error}");
 }
 
 #[test]

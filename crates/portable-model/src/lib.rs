@@ -20,6 +20,8 @@ mod verdict;
 pub use component::ComponentData;
 pub use error::{PortableModelError, Result};
 pub use model::{PLAN_METADATA, PortableModel, VerifyReport, recorded_plan};
-pub use record::{AdapterRecord, ComponentRecord, DistillationRecord, FileRecord, ModelRecord, SourceRecord};
+pub use record::{
+    AdapterRecord, ComponentRecord, DistillationRecord, FileRecord, ModelRecord, PatchRecord, SourceRecord,
+};
 pub use staging::{CopyMode, Overwrite, StagingDir, check_target, surrounding_model};
 pub use verdict::{ImageVerdict, LevelErrors, VerdictRecord};

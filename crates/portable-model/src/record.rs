@@ -32,6 +32,9 @@ pub struct ModelRecord {
     /// Adapters that were merged into the weights, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapter: Vec<AdapterRecord>,
+    /// The attention patch that was applied to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patch: Option<PatchRecord>,
     /// How the model was distilled; `None` if it was not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distillation: Option<DistillationRecord>,
@@ -77,6 +80,18 @@ pub struct AdapterRecord {
     pub file: Vec<SourceRecord>,
 }
 
+/// An attention patch that was applied to a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PatchRecord {
+    /// Its file's name, without folders.
+    pub file: String,
+    /// `replace` if its tensors replaced the model's, `shift` if the model's moved by what distillation changed.
+    pub mode: String,
+    /// Name of the patch's teacher, from which that was computed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+}
+
 /// A file of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
@@ -101,8 +116,18 @@ pub struct DistillationRecord {
     pub batch: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// Weights of the losses: against the target, the teacher's prediction and its attention outputs. Earlier versions did
+    /// not record them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub losses: Option<[f64; 3]>,
     /// Number of training samples.
     pub samples: usize,
+    /// Width and height of the samples in pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample_size: Option<[usize; 2]>,
+    /// Denoising steps of a sample.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample_steps: Option<usize>,
     /// Seed of noise and timesteps.
     pub seed: u64,
     /// Loss of the first step.
@@ -140,6 +165,7 @@ impl ModelRecord {
             source: Vec::new(),
             component: Vec::new(),
             adapter: Vec::new(),
+            patch: None,
             distillation: None,
             file: Vec::new(),
         })
@@ -249,7 +275,10 @@ sha256 = "11"
             earlier_steps: 0,
             batch: 8,
             learning_rate: 6e-4,
+            losses: None,
             samples: 16,
+            sample_size: None,
+            sample_steps: None,
             seed: 1,
             first_loss: 2.0,
             last_loss: 0.5,
@@ -290,6 +319,11 @@ sha256 = "11"
         written.adapter.push(AdapterRecord { blocks, file: vec![shard], ..adapter() });
         let [name, file, sha256] = ["vae", "ae.safetensors", "44"].map(str::to_owned);
         written.component.push(ComponentRecord { name, file, sha256 });
+        let [file, mode] = ["clear-r4.safetensors", "shift"].map(str::to_owned);
+        written.patch = Some(PatchRecord { file, mode, base: Some("FLUX.1-dev".to_owned()) });
+        let distillation = written.distillation.as_mut().unwrap();
+        distillation.losses = Some([0.0, 1.0, 0.5]);
+        (distillation.sample_size, distillation.sample_steps) = (Some([256, 128]), Some(20));
         written.write(folder.path()).unwrap();
         let read = ModelRecord::read(folder.path()).unwrap();
         assert_eq!(read, written);

@@ -108,11 +108,14 @@ impl FromStr for AdapterArg {
     type Err = String;
 
     /// The path ends at the first separator after which only a strength and settings follow: paths may contain colons
-    /// and commas themselves.
+    /// and commas themselves. One that exists as it is written is taken as it is.
     fn from_str(text: &str) -> Result<Self, String> {
         let separators = text.match_indices([':', ',']).map(|(at, _)| at);
         if text.is_empty() {
             return Err("expected a file".to_owned());
+        }
+        if Path::new(text).exists() {
+            return Ok(Self { path: PathBuf::from(text), ..Self::default() });
         }
         let ends: Vec<usize> = separators.filter(|at| *at > 0).collect();
         let parsed = ends.iter().find_map(|at| Self::with_settings(&text[..*at], &text[at + 1..]));

@@ -5,8 +5,8 @@ use crate::image_names::image_names;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
-    AttentionPlan, ClearformError, GenerateOptions, GenerationParameters, Observer, Progress, Prompt, generate,
-    parse_plan, prepare_image, read_parameters,
+    AttentionPlan, ClearformError, ControlNetReport, GenerateOptions, GenerationParameters, Observer, Progress, Prompt,
+    generate, parse_plan, prepare_image, read_parameters,
 };
 use clearform_plugin_host::AdapterReport;
 use serde::Serialize;
@@ -48,6 +48,7 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<CommandOutcom
         attention: generated.attention,
         seed: options.seed,
         adapters: generated.adapters,
+        controlnets: generated.controlnets,
     })?;
     Ok(CommandOutcome::Complete)
 }
@@ -166,6 +167,8 @@ struct SavedImages {
     seed: u64,
     /// How many tensors of each weight adapter were applied.
     adapters: Vec<AdapterReport>,
+    /// The ControlNets.
+    controlnets: Vec<ControlNetReport>,
 }
 
 impl fmt::Display for SavedImages {

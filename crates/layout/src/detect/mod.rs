@@ -109,7 +109,7 @@ pub fn detect_source(
     let declared_with_layout =
         DeclaredConfig { layout: Some(&candidate.layout().settings), variant: variant_settings, ..declared };
     let resolved = ResolvedConfig::new(&candidate.family.settings, &tensors, declared_with_layout);
-    let mut resolved = resolved.map_err(|error| candidate.explain(error))?;
+    let mut resolved = resolved.map_err(|error| candidate.explain(error, config))?;
     check_class(&candidate.family, &mut resolved, declared, hints);
     let variant = variant(&candidate.family, &mut resolved, hints)?;
     candidate.evidence.append(&mut resolved.evidence);
@@ -334,15 +334,15 @@ impl Identified {
 }
 
 impl Candidate {
-    /// Adds the notes on missing signature tensors to an error: they may be why a setting cannot be determined.
-    fn explain(&self, error: LayoutError) -> LayoutError {
-        match error {
-            LayoutError::Ambiguous { what, reason } => {
-                let notes = self.notes.iter().map(|note| format!("; {note}"));
-                LayoutError::Ambiguous { what, reason: reason + &notes.collect::<String>() }
-            }
-            other => other,
-        }
+    /// Adds why a setting may be one that cannot be determined: missing signature tensors, or a config.json of another class.
+    fn explain(&self, error: LayoutError, config: Option<&Value>) -> LayoutError {
+        let LayoutError::Ambiguous { what, reason } = error else { return error };
+        let class = config.and_then(|config| config.get("_class_name")?.as_str());
+        let other_class = class.filter(|class| !self.family.is_class(class)).map(|class| {
+            format!("config.json is for the class {class:?}, and the tensors are of {:?}", self.family.class)
+        });
+        let notes = self.notes.iter().cloned().chain(other_class).map(|note| format!("; {note}"));
+        LayoutError::Ambiguous { what, reason: reason + &notes.collect::<String>() }
     }
 
     fn identified(
