@@ -213,7 +213,7 @@ fn check_fit(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result<
     let is_beyond = |prompt: &&Prompt| matches!((prompt, pipeline.class_count()), (Prompt::Class(class), Some(count)) if *class >= count);
     if let Some(class) = prompts.iter().find(is_beyond) {
         let last = pipeline.class_count().unwrap_or_default().saturating_sub(1);
-        return refused(format!("it has samples of class {class}, and this model has 0 to {last}"));
+        return refused(format!("it has samples of {class}, and this model has 0 to {last}"));
     }
     let latents = pipeline.initial_latents(0, 1, ImageSize { height: *height, width: *width })?;
     Ok(samples.check_latents(&latents.tensor.dims()[1..])?)
