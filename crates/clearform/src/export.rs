@@ -1,18 +1,27 @@
-//! [`export`]: writes the transformer to one file, with the tensor names of another layout.
+//! [`export`]: writes the transformer to one file, with the tensor names of another layout, as safetensors or as GGUF.
 
 use crate::observer::{Observer, note};
+use crate::output_place::{OutputFile, prepare_file_ending_in};
 use crate::sources::{linear_plan, note_checkpoint, open_transformer_with, read_options};
-use crate::{Existing, Result, SourceOptions, check_is_no_input, prepare_tensor_file};
+use crate::{ClearformError, Existing, Result, SourceOptions, check_is_no_input};
+use candle_core::quantized::GgmlDType;
 use clearform_attention::AttentionPlan;
-use clearform_convert::AttentionOverlay;
+use clearform_convert::{AttentionOverlay, GgufPlan};
 use clearform_layout::Identified;
 use clearform_portable_model::PLAN_METADATA;
-use clearform_weights::{CONFIG_METADATA, TensorSource as _, save};
+use clearform_weights::{CONFIG_METADATA, TensorSource, block_format_name, block_format_named, save};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+
+/// The layout, and the ending, of GGUF files.
+const GGUF: &str = "gguf";
+/// Formats of blocks, by stable-diffusion.cpp's names.
+const FORMATS: &str = "q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k";
+/// The key in a safetensors file's metadata that transformers requires.
+const SAFETENSORS_KIND: &str = "format";
 
 /// What [`export`] does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,10 +29,14 @@ use std::path::PathBuf;
 pub struct ExportOptions {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
-    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), or another layout of the family.
+    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), or another layout of the family. `gguf` is
+    /// that of the authors, which other programs expect in GGUF files.
     pub layout: String,
-    /// Safetensors file to write.
+    /// File to write: safetensors, or GGUF if its name ends in .gguf.
     pub output: PathBuf,
+    /// Format of GGUF for the matrices of the model's blocks, such as `q8_0` or `q4_k`; `None` keeps the stored one.
+    #[serde(default)]
+    pub quantize: Option<String>,
     /// How the model is read.
     #[serde(default)]
     pub reading: SourceOptions,
@@ -36,7 +49,24 @@ impl ExportOptions {
     /// Writes the transformer of `model` to `output` in `layout`.
     pub fn new(model: impl Into<PathBuf>, layout: &str, output: impl Into<PathBuf>) -> Self {
         let reading = SourceOptions::default();
-        Self { model: model.into(), layout: layout.to_owned(), output: output.into(), reading, replace: false }
+        let (model, layout, output) = (model.into(), layout.to_owned(), output.into());
+        Self { model, layout, output, quantize: None, reading, replace: false }
+    }
+
+    /// Whether GGUF is written.
+    fn is_gguf(&self) -> bool {
+        self.layout == GGUF || self.output.extension().is_some_and(|extension| extension == GGUF)
+    }
+
+    fn blocks(&self) -> Result<Option<GgmlDType>> {
+        let Some(name) = &self.quantize else { return Ok(None) };
+        if !self.is_gguf() {
+            let reason = "--quantize: safetensors has no such formats; pass --to gguf, or an output that ends in .gguf";
+            return Err(ClearformError::bad_option(reason));
+        }
+        let found = block_format_named(name).map(Some);
+        found
+            .ok_or_else(|| ClearformError::bad_option(format!("--quantize: expected one of {FORMATS}, found {name:?}")))
     }
 }
 
@@ -55,11 +85,13 @@ impl ExportOptions {
 /// ```
 pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<ExportReport> {
     check_is_no_input(&options.output, &[&options.model])?;
-    let output = prepare_tensor_file(&options.output, Existing::replaced_if(options.replace))?;
+    let blocks = options.blocks()?;
+    let ending = if options.is_gguf() { GGUF } else { "safetensors" };
+    let output = prepare_file_ending_in(ending, &options.output, Existing::replaced_if(options.replace))?;
     let reading = read_options(&options.reading)?.recorded(&options.model)?;
     let transformer = open_transformer_with(&options.model, &reading)?;
     note_checkpoint(transformer.checkpoint(), observer);
-    if transformer.is_quantized() {
+    if transformer.is_quantized() && !options.is_gguf() {
         note(observer, "the model is quantised: its tensors are written as the f32 values that they stand for");
     }
     let layout = layout(transformer.identified(), &options.layout);
@@ -68,7 +100,11 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     let file = AttentionOverlay::new(&exported, &computed);
     let plan = linear_plan(&options.model)?;
     let metadata = metadata(transformer.config(), plan.as_ref());
-    output.write(|path| save(path, &file, &metadata))?;
+    if options.is_gguf() {
+        write_gguf(output, &file, blocks, &transformer.identified().family, metadata, observer)?;
+    } else {
+        output.write(|path| save(path, &file, &metadata))?;
+    }
     if let Some(plan) = plan {
         note(observer, format_args!("the file's metadata hold the plan {plan}, which other programs do not read"));
     }
@@ -83,11 +119,33 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     })
 }
 
+/// Writes `file` as GGUF, whose architecture is called as the family is, as ComfyUI-GGUF does it.
+fn write_gguf(
+    output: OutputFile,
+    file: &dyn TensorSource,
+    blocks: Option<GgmlDType>,
+    family: &str,
+    mut metadata: BTreeMap<String, String>,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    metadata.insert("general.architecture".to_owned(), family.to_owned());
+    metadata.remove(SAFETENSORS_KIND);
+    let plan = GgufPlan::new(file, blocks)?;
+    if let Some(blocks) = blocks {
+        let (quantized, all, name) = (plan.quantized(), plan.tensors(), block_format_name(blocks));
+        note(observer, format_args!("{quantized} of {all} tensors are quantised, the matrices of the model's blocks"));
+        if !plan.fallbacks().is_empty() {
+            note(observer, format_args!("rows that {name} does not divide: {}", plan.fallbacks()));
+        }
+    }
+    output.write(|path| plan.write(path, &metadata))
+}
+
 /// What other programs expect, and what reading the file again takes: the sizes that its tensors do not tell, and the
 /// attention plan.
 fn metadata(config: &Value, plan: Option<&AttentionPlan>) -> BTreeMap<String, String> {
     let ours = [Some((CONFIG_METADATA, config.to_string())), plan.map(|plan| (PLAN_METADATA, plan.to_toml()))];
-    let all = [("format", "pt".to_owned())].into_iter().chain(ours.into_iter().flatten());
+    let all = [(SAFETENSORS_KIND, "pt".to_owned())].into_iter().chain(ours.into_iter().flatten());
     all.map(|(key, text)| (key.to_owned(), text)).collect()
 }
 
@@ -95,7 +153,7 @@ fn metadata(config: &Value, plan: Option<&AttentionPlan>) -> BTreeMap<String, St
 fn layout<'a>(identified: &'a Identified, name: &'a str) -> &'a str {
     let of_authors = || identified.layouts().find(|layout| !["diffusers", "comfy"].contains(layout));
     match name {
-        "original" => of_authors().unwrap_or(name),
+        "original" | GGUF => of_authors().unwrap_or(name),
         _ => name,
     }
 }

@@ -178,13 +178,21 @@ fn check_is_file(path: &Path) -> Result<()> {
 /// # Errors
 /// As [`prepare_file`], or the name ends otherwise than in .safetensors, or the file exists.
 pub fn prepare_tensor_file(path: &Path, existing: Existing) -> Result<OutputFile> {
+    prepare_file_ending_in("safetensors", path, existing)
+}
+
+/// As [`prepare_tensor_file`], for a file whose name must end in `ending`.
+///
+/// # Errors
+/// As [`prepare_tensor_file`].
+pub(crate) fn prepare_file_ending_in(ending: &str, path: &Path, existing: Existing) -> Result<OutputFile> {
     check_is_file(path)?;
     if existing == Existing::Keep && std::fs::symlink_metadata(path).is_ok() {
         return Err(already_exists(path));
     }
-    if path.extension().is_none_or(|extension| extension != "safetensors") {
+    if path.extension().is_none_or(|extension| extension != ending) {
         return Err(ClearformError::bad_option(format!(
-            "{}: tensors are written as safetensors; expected a name that ends in .safetensors",
+            "{}: tensors are written as {ending}; expected a name that ends in .{ending}",
             path.display()
         )));
     }

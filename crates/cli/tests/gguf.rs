@@ -273,3 +273,37 @@ fn quantised_matrices_stay_so_in_memory_and_draw() {
     let sum: u64 = with_lora.iter().zip(&plain_with_lora).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
     assert!(with_lora != quantised && sum < with_lora.len() as u64 / 100, "{sum}");
 }
+
+/// What `export` writes is what was asked for, and an export of it has the same bytes; nothing quantised is in safetensors.
+#[test]
+fn a_model_is_exported_in_blocks() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = repository("assets/mini-flux/base");
+    let export = |model: &Path, output: &Path, more: &[&str]| {
+        stderr_of(0, &[&["export", text(model), "--to", "gguf", "-o", text(output)], more].concat())
+    };
+    let said = export(&base, &path("q8_0.gguf"), &["--quantize", "q8_0"]);
+    assert!(said.contains("32 of 96 tensors are quantised"), "{said}");
+    export(&path("q8_0.gguf"), &path("again.gguf"), &[]);
+    assert_eq!(std::fs::read(path("q8_0.gguf")).unwrap(), std::fs::read(path("again.gguf")).unwrap());
+    // 192 columns are no whole blocks of 256 values.
+    let said = export(&base, &path("q4_k.gguf"), &["--quantize", "q4_k"]);
+    assert!(said.contains("rows that Q4_K does not divide: 28 in Q5_0"), "{said}");
+    let stored = &json(0, &["inspect", text(&path("q4_k.gguf"))])["stored"];
+    assert!(stored.to_string().contains("Q4_K") && stored.to_string().contains("Q5_0"), "{stored}");
+    for (options, expected) in [
+        (
+            ["--to", "comfy", "-o", text(&path("x.safetensors")), "--quantize", "q8_0"],
+            "safetensors has no such formats",
+        ),
+        (["--to", "gguf", "-o", text(&path("x.gguf")), "--quantize", "q9"], "expected one of q4_0"),
+        (["--to", "gguf", "-o", text(&path("x.safetensors")), "--quantize", "q8_0"], "a name that ends in .gguf"),
+    ] {
+        let said = stderr_of(1, &[&["export", text(&base)], &options[..]].concat());
+        assert!(said.contains(expected), "{said}");
+    }
+    let image = path("fox.png");
+    let generate = ["generate", text(&path("q8_0.gguf")), "fox", "--components", text(&base), "--steps", "2"];
+    run(0, &[&generate[..], &["-o", text(&image)]].concat());
+}

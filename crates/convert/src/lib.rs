@@ -13,9 +13,11 @@ mod error;
 mod model_card;
 mod patch;
 mod plan;
+mod quantization;
 mod source_hashes;
 
 pub use error::{ConvertError, Result};
 pub use patch::{AttentionOverlay, AttentionPatch, BaseDifference, PatchMode};
 pub use plan::{ConversionPlan, ConversionReport, TRANSFORMER_FILE};
+pub use quantization::GgufPlan;
 pub use source_hashes::{SourceHashes, source_record};

@@ -8,11 +8,12 @@ use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, Policy, Radius, learning_layer};
 use clearform_portable_model::PLAN_METADATA;
 use clearform_weights::{
-    Checkpoint, InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError, content_hash, save,
+    Checkpoint, InMemoryTensors, QuantizedMatrix, RawTensor, TensorInfo, TensorSource, WeightsError, content_hash, save,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 /// How a patch is applied to a model.
@@ -215,6 +216,20 @@ impl TensorSource for AttentionOverlay<'_> {
             return self.target.read(name);
         }
         InMemoryTensors::from_iter([(name.to_owned(), self.patched(name)?)]).read(name)
+    }
+
+    fn read_range(&self, name: &str, range: Range<usize>) -> clearform_weights::Result<Vec<u8>> {
+        match self.patch.info(name) {
+            None => self.target.read_range(name, range),
+            Some(_) => InMemoryTensors::from_iter([(name.to_owned(), self.patched(name)?)]).read_range(name, range),
+        }
+    }
+
+    fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
+        match self.patch.info(name) {
+            None => self.target.quantized_rows(name, rows),
+            Some(_) => Ok(None),
+        }
     }
 }
 

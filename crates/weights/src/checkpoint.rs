@@ -118,7 +118,7 @@ impl Checkpoint {
     pub fn stored(&self, name: &str) -> Option<StoredTensor> {
         let (_, entry) = self.tensors.get(name)?;
         Some(match entry.view.blocks() {
-            Some((format, bytes)) => StoredTensor { format: gguf::name_of(format).to_owned(), bytes },
+            Some((format, bytes)) => StoredTensor { format: gguf::block_format_name(format).to_owned(), bytes },
             None => StoredTensor { format: format!("{:?}", entry.dtype), bytes: entry.view.size() },
         })
     }

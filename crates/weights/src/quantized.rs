@@ -58,6 +58,11 @@ impl QuantizedMatrix {
         [self.rows, self.columns]
     }
 
+    /// Its bytes without the scales, row-major.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Bytes that it takes in memory.
     pub fn byte_count(&self) -> usize {
         self.bytes.len() + size_of::<f32>() * self.scales.len()

@@ -56,7 +56,7 @@ pub fn write<E: From<WeightsError>>(
     Ok(digest)
 }
 
-fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, HashingWriter)> {
+pub(crate) fn begin(path: &Path, size: u64) -> io::Result<(NamedTempFile, HashingWriter)> {
     let file = files::temporary_file_for(path)?;
     files::reserve(file.as_file(), size)?;
     let stream = HashingWriter::into_file(file.as_file().try_clone()?)?;

@@ -20,19 +20,24 @@ pub struct InspectArgs {
 /// `clearform export`.
 #[derive(Debug, Args)]
 #[command(after_help = "The file's metadata hold the attention plan, which other programs do not read.\n\n\
-                        Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors")]
+                        Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors\n  \
+                        clearform export FLUX.1-dev-clear --to gguf --quantize q4_k -o flux-clear-q4_k.gguf")]
 pub struct ExportArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,
     /// How the model is read.
     #[command(flatten)]
     pub reading: SourceArgs,
-    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), or another layout of the family.
+    /// Layout whose tensor names to use: `diffusers`, `original` (the authors'), another layout of the family, or `gguf`: a
+    /// GGUF file with the authors' names, as stable-diffusion.cpp and ComfyUI-GGUF read them.
     #[arg(long, value_name = "LAYOUT", help_heading = OUTPUT)]
     pub to: String,
-    /// Safetensors file to write.
+    /// File to write: safetensors, or GGUF if its name ends in .gguf.
     #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
     pub output: PathBuf,
+    /// Quantise the matrices of the model's blocks: `q8_0`, `q4_0`, `q4_1`, `q5_0`, `q5_1`, or `q2_k` to `q6_k`. GGUF only.
+    #[arg(long, value_name = "FORMAT", help_heading = OUTPUT)]
+    pub quantize: Option<String>,
     /// Replace the output file if it exists.
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: bool,

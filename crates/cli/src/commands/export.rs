@@ -10,6 +10,7 @@ pub fn run(args: &ExportArgs, output: &Output) -> anyhow::Result<CommandOutcome>
     let options = ExportOptions {
         reading: (&args.reading).into(),
         replace: args.overwrite,
+        quantize: args.quantize.clone(),
         ..ExportOptions::new(&args.model, &args.to, &args.output)
     };
     output.result(&export(&options, &mut ProgressBars::default())?)?;

@@ -74,6 +74,19 @@ impl GgufType {
         named.map_or("blocks", |format| format.1)
     }
 
+    /// The type of blocks with this name, in letters of either case.
+    pub fn blocks_named(name: &str) -> Option<GgmlDType> {
+        FORMATS.iter().find_map(|format| match format.2 {
+            Some(Self::Blocks(blocks)) if format.1.eq_ignore_ascii_case(name) => Some(blocks),
+            _ => None,
+        })
+    }
+
+    /// Its number in files; none for a dtype that GGUF does not have.
+    pub fn number(self) -> Option<u32> {
+        FORMATS.iter().find(|format| format.2 == Some(self)).map(|format| format.0 as u32)
+    }
+
     /// (values, bytes) of a block; a plain value is a block of one.
     pub fn block(self) -> (u64, u64) {
         match self {

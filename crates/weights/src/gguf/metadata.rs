@@ -13,21 +13,21 @@ const LARGEST_ALIGNMENT: u64 = 65_536;
 const ALIGNMENT_KEY: &str = "general.alignment";
 /// ComfyUI-GGUF writes this before the name of a tensor that it reshaped so that rows fit the blocks: the original
 /// shape, outermost dimension first. A key for a missing tensor is ignored.
-const SHAPE_KEY: &str = "comfy.gguf.orig_shape.";
+pub(super) const SHAPE_KEY: &str = "comfy.gguf.orig_shape.";
 /// Real files have some dozens.
 const MOST_KEYS: u64 = 200_000;
 /// Longer strings are whole tokenizers and chat templates.
-const LONGEST_TEXT: u64 = 4096;
+const LONGEST_TEXT: u64 = 65_536;
 /// A longer list is not a shape.
 const MOST_DIMENSIONS: u64 = 8;
 /// Nesting of lists, which are read recursively.
 const DEEPEST: u32 = 16;
 
 // Numbers of value types, as the specification gives them.
-const U32: u64 = 4;
-const I32: u64 = 5;
-const TEXT: u64 = 8;
-const LIST: u64 = 9;
+pub(super) const U32: u64 = 4;
+pub(super) const I32: u64 = 5;
+pub(super) const TEXT: u64 = 8;
+pub(super) const LIST: u64 = 9;
 /// Bytes of an empty string (its length) and of an empty list (its type and length).
 const LEAST_TEXT: u64 = 8;
 const LEAST_LIST: u64 = 12;

@@ -8,6 +8,9 @@ mod directory;
 mod format;
 mod metadata;
 mod reader;
+mod writer;
+
+pub use writer::{GgufEntry, GgufSink, write_gguf};
 
 use crate::error::printed;
 use crate::header::Header;
@@ -54,8 +57,13 @@ pub(crate) fn read(file: &TensorFile) -> Result<Header> {
 }
 
 /// The name of a type of blocks in GGUF.
-pub(crate) fn name_of(blocks: GgmlDType) -> &'static str {
+pub fn block_format_name(blocks: GgmlDType) -> &'static str {
     GgufType::name_of(blocks)
+}
+
+/// The type of blocks with this name, in letters of either case.
+pub fn block_format_named(name: &str) -> Option<GgmlDType> {
+    GgufType::blocks_named(name)
 }
 
 /// Reads the head of the file: (number of tensors, number of metadata keys).
