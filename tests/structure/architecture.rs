@@ -14,7 +14,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("models", &["attention", "ops", "weights"]),
     ("sampling", &["models", "ops"]),
     ("portable-model", &["attention", "layout", "weights"]),
-    ("convert", &["attention", "layout", "portable-model", "weights"]),
+    ("convert", &["attention", "layout", "ops", "portable-model", "weights"]),
     ("distill", &["attention", "models", "ops", "sampling", "weights"]),
     ("plugin-host", &["layout", "models", "plugin-abi", "weights"]),
     ("runtime", &["attention", "layout", "models", "plugin-host", "portable-model", "sampling", "weights"]),

@@ -36,8 +36,10 @@ impl ConversionHistory<'_> {
         record.adapter = applied.iter().map(adapter_record).collect::<Result<_>>()?;
         record.distillation = self.distilled;
         let Some(earlier) = earlier_record(self.source)? else { return Ok(()) };
-        if record.adapter.is_empty() && earlier.plan()? == record.plan()? {
-            record.distillation = record.distillation.take().or(earlier.distillation);
+        // Its figures hold for the weights as they were distilled, with that attention.
+        if record.adapter.is_empty() && record.distillation.is_none() {
+            let attention = earlier.distilled_for();
+            record.distillation = earlier.distillation.map(|earlier| DistillationRecord { attention, ..earlier });
         }
         record.adapter.splice(0..0, earlier.adapter);
         record.patch = earlier.patch;

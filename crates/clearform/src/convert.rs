@@ -2,6 +2,7 @@
 
 use crate::adapters::{AdapterOptions, note_reports};
 use crate::conversion_record::ConversionHistory;
+use crate::export::block_format;
 use crate::forecast::{Forecast, announce};
 use crate::inspect::pipeline_scale;
 use crate::observer::{NumberedStages, Observer, Progress, Stage, note};
@@ -15,6 +16,7 @@ use crate::{
     ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions, TrainingOptions, WrittenModel, run_record,
 };
 use candle_core::DType;
+use candle_core::quantized::GgmlDType;
 use clearform_attention::{AttentionPlan, Radius};
 use clearform_convert::{AttentionOverlay, ConversionPlan, ConversionReport, SourceHashes};
 use clearform_distill::LossEntry;
@@ -61,6 +63,9 @@ pub struct ConvertOptions {
     /// Dtype of the written transformer; `None` is the source's.
     #[serde(default)]
     pub dtype: Option<FloatDtype>,
+    /// Format of GGUF for the matrices of the transformer's blocks, such as `q8_0` or `q4_k`; `None` writes safetensors.
+    #[serde(default)]
+    pub quantize: Option<String>,
     /// How components are taken from other folders.
     #[serde(default)]
     pub copy_mode: CopyMode,
@@ -96,6 +101,7 @@ impl ConvertOptions {
             component_files: ComponentFiles::default(),
             adapters: AdapterOptions::default(),
             dtype: None,
+            quantize: None,
             copy_mode: CopyMode::default(),
             overwrite: Overwrite::default(),
             device: ComputeDevice::default(),
@@ -120,6 +126,11 @@ impl ConvertOptions {
         Ok(resumed)
     }
 
+    /// The format of blocks that is asked for.
+    fn blocks(&self) -> Result<Option<GgmlDType>> {
+        self.quantize.as_deref().map(block_format).transpose()
+    }
+
     /// Refuses settings of the training, and places for its samples, that cannot be used.
     fn check_training(&self) -> Result<()> {
         let Some(training) = &self.training else { return Ok(()) };
@@ -129,6 +140,7 @@ impl ConvertOptions {
 
     /// Refuses a linear model as the teacher, and says what has no effect.
     fn check_source(&self, observer: &mut dyn Observer) -> Result<()> {
+        self.blocks()?;
         self.adapters.without_effect().iter().for_each(|text| note(observer, text));
         let Some(plan) = linear_plan(&self.source)? else {
             return Ok(());
@@ -358,9 +370,6 @@ impl Conversion<'_> {
         // Hashing the source runs in the background while the model is written.
         let hashes = SourceHashes::start(self.source.edited.transformer.checkpoint());
         let report = self.write_transformer(&conversion, &mut staging, trained)?;
-        if let Some(trained) = trained {
-            trained.write_report(&staging)?;
-        }
         merge_into_components(&self.source.components, &self.source.edited.edits, &mut staging)?;
         let mut record = conversion.record(hashes.wait()?)?;
         let history = ConversionHistory {
@@ -371,6 +380,10 @@ impl Conversion<'_> {
             distilled: trained.map(|trained| trained.record.clone()),
         };
         history.add_to(&mut record)?;
+        conversion.write_card(&record, &staging)?;
+        if let Some(trained) = trained {
+            trained.write_report(&staging)?;
+        }
         staging.finish(record)?;
         Ok(report)
     }
@@ -382,7 +395,9 @@ impl Conversion<'_> {
         trained: Option<&TrainedStudent>,
     ) -> Result<ConversionReport> {
         let transformer = &self.source.edited.transformer;
-        let source = transformer.source();
+        // What is merged is rounded once, to what is written.
+        let wide = self.options.dtype.filter(|dtype| *dtype == FloatDtype::F32).map(Into::into);
+        let source = transformer.source_in(wide);
         let observer = &mut *self.observer;
         let mut watch =
             |done: u64, total: u64| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
@@ -405,6 +420,7 @@ impl Conversion<'_> {
         Ok(ConversionPlan::new(self.source.edited.transformer.identified(), attention.clone())
             .made_from(source.clone())
             .with_dtype(self.source.written_dtype(self.options.dtype))
+            .quantized(self.options.blocks()?)
             .with_components(folders, *copy_mode)
             .with_component_data(self.source.components.open_embedded()?))
     }

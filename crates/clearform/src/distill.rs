@@ -10,6 +10,7 @@ use crate::sources::{
 use crate::training::{self, StudentSpec};
 use crate::training_samples::{TrainingSamples, check_samples_folder};
 use crate::{ClearformError, ComputeDevice, Result, TrainingOptions, WrittenModel, run_record};
+use candle_core::DType;
 use clearform_convert::{AttentionOverlay, ConversionPlan, SourceHashes};
 use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PortableModel, SourceRecord, StagingDir};
 use clearform_runtime::{ComponentFiles, Pipeline, ReadOptions, TransformerCheckpoint};
@@ -129,15 +130,18 @@ pub fn distill(options: &DistillOptions, observer: &mut dyn Observer) -> Result<
     let distilled = AttentionOverlay::new(&start, &trained.distilled.tensors);
     let conversion = ConversionPlan::new(student.identified(), plan.clone())
         .made_from(options.teacher.clone())
+        // What was trained is not in the blocks of a quantised student.
+        .with_dtype(student.is_quantized().then_some(DType::BF16))
         .with_components(vec![options.model.clone()], CopyMode::Copy);
     let mut watch = |done, total| observer.progress(&Progress::new(Stage::Writing, done as usize, total as usize));
     let report = conversion.apply(&distilled, student.load_report(), &mut staging, &mut watch)?;
-    trained.write_report(&staging)?;
     let mut record = conversion.record([model.record().source.clone(), teacher_files].concat())?;
     record.component = model.record().component.clone();
     record.adapter = model.record().adapter.clone();
     record.patch = model.record().patch.clone();
     record.distillation = Some(trained.record.clone());
+    conversion.write_card(&record, &staging)?;
+    trained.write_report(&staging)?;
     staging.finish(record)?;
     Ok(WrittenModel::new(target, &plan, report, Some(&trained.record)))
 }

@@ -9,11 +9,12 @@ use clearform_attention::AttentionPlan;
 use clearform_convert::{AttentionOverlay, GgufPlan};
 use clearform_layout::Identified;
 use clearform_portable_model::PLAN_METADATA;
-use clearform_weights::{CONFIG_METADATA, TensorSource, block_format_name, block_format_named, save};
+use clearform_weights::{CONFIG_METADATA, TensorSource, block_format_named, save};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// The layout, and the ending, of GGUF files.
@@ -64,9 +65,7 @@ impl ExportOptions {
             let reason = "--quantize: safetensors has no such formats; pass --to gguf, or an output that ends in .gguf";
             return Err(ClearformError::bad_option(reason));
         }
-        let found = block_format_named(name).map(Some);
-        found
-            .ok_or_else(|| ClearformError::bad_option(format!("--quantize: expected one of {FORMATS}, found {name:?}")))
+        block_format(name).map(Some)
     }
 }
 
@@ -119,7 +118,7 @@ pub fn export(options: &ExportOptions, observer: &mut dyn Observer) -> Result<Ex
     })
 }
 
-/// Writes `file` as GGUF, whose architecture is called as the family is, as ComfyUI-GGUF does it.
+/// Writes `file` as GGUF.
 fn write_gguf(
     output: OutputFile,
     file: &dyn TensorSource,
@@ -128,17 +127,18 @@ fn write_gguf(
     mut metadata: BTreeMap<String, String>,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    metadata.insert("general.architecture".to_owned(), family.to_owned());
     metadata.remove(SAFETENSORS_KIND);
     let plan = GgufPlan::new(file, blocks)?;
     if let Some(blocks) = blocks {
-        let (quantized, all, name) = (plan.quantized(), plan.tensors(), block_format_name(blocks));
-        note(observer, format_args!("{quantized} of {all} tensors are quantised, the matrices of the model's blocks"));
-        if !plan.fallbacks().is_empty() {
-            note(observer, format_args!("rows that {name} does not divide: {}", plan.fallbacks()));
-        }
+        note(observer, plan.summary(blocks));
     }
-    output.write(|path| plan.write(path, &metadata))
+    output.write(|path| plan.write(path, family, metadata, &mut |_| ControlFlow::Continue(()))).map(drop)
+}
+
+/// The format of blocks that `--quantize` calls `name`.
+pub(crate) fn block_format(name: &str) -> Result<GgmlDType> {
+    block_format_named(name)
+        .ok_or_else(|| ClearformError::bad_option(format!("--quantize: expected one of {FORMATS}, found {name:?}")))
 }
 
 /// What other programs expect, and what reading the file again takes: the sizes that its tensors do not tell, and the

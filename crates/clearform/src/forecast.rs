@@ -67,7 +67,8 @@ impl Forecast {
         let pixels = training.size;
         let grid = training.grid;
         let pixels = pixels.height * pixels.width;
-        let full = || evaluation_teraflop(identified, grid.tokens(), pixels, pairs(grid));
+        let text = training.model.text_tokens;
+        let full = || evaluation_teraflop(identified, grid.tokens(), pixels, text, pairs(grid));
         let evaluation = match device {
             ComputeDevice::Cpu if training.model.is_small() => Some(timed_evaluation(transformer, training)?),
             ComputeDevice::Cpu => full().map(|teraflop| Duration::from_secs_f64(teraflop / measured_rate())),
@@ -76,7 +77,7 @@ impl Forecast {
         let step = if training.keeps_activations(device) { STEP_EVALUATIONS } else { RECOMPUTED_EVALUATIONS };
         let evaluations = |count: f64| evaluation.map(|time| time.mul_f64(count));
         Ok(Self {
-            gain: WindowGain::new(identified, plan, grid, pixels, training.model.text_tokens),
+            gain: WindowGain::new(identified, plan, grid, pixels, text),
             sampling: evaluations(training.sampling_evaluations(identified.variant.defaults)),
             training: evaluations(training.trained_samples() * step).map(|time| within(time, &training.options)),
             memory: training_memory(

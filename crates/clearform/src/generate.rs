@@ -11,12 +11,13 @@ use crate::recipe::token_grid;
 use crate::sources::{ExtraComponents, Opening, default_options, read_options};
 use crate::window_gain::WindowGain;
 use crate::{ClearformError, ComputeDevice, FloatDtype, Result, SourceOptions};
+use candle_core::Device;
 use clearform_attention::AttentionPlan;
 use clearform_layout::SamplingDefaults;
 use clearform_models::vae::{TilingMode, VaePrecision, VaeTiling};
 use clearform_models::{ImageSize, Prompt};
 use clearform_plugin_host::AdapterReport;
-use clearform_portable_model::recorded_plan;
+use clearform_portable_model::{PortableModel, recorded_plan};
 use clearform_runtime::{
     ActiveControlNet, ComponentFiles, ControlNetSchedule, GenerateRequest, GenerationParameters, GuidanceScales,
     MemoryOptions, Pipeline, PipelineOptions, PipelineStage, Residency, RgbImage, image_file,
@@ -203,7 +204,7 @@ impl GenerateOptions {
         let paths = self.control_images.iter().chain(&self.control_mask);
         let images = paths.zip(request.control_images.iter().chain(&request.control_mask));
         let mut notes: Vec<String> = images.filter_map(|(path, image)| reshaped(path, image, size)).collect();
-        notes.extend(self.attention.as_ref().map(|plan| self.other_plan(plan, pipeline, size)).transpose()?.flatten());
+        notes.extend(self.other_plan(pipeline.plan(), pipeline, size)?);
         notes.extend(self.adapters.without_effect());
         let of_vae = [
             (self.vae_tiling.mode != TilingMode::default(), "--vae-tiling"),
@@ -228,11 +229,13 @@ impl GenerateOptions {
     }
 
     /// Settings that may change the last bits of pixels and are not the defaults, as command-line options.
-    pub fn computation(&self) -> String {
+    pub fn computation(&self, device: &Device) -> String {
         let fused = self.adapters.apply_mode == LoraApplyMode::Immediately && !self.adapters.to_string().is_empty();
         let settings = [
             self.dtype.map(|dtype| format!("--dtype {dtype}")),
-            (self.vae_precision != VaePrecision::default()).then(|| format!("--vae-precision {}", self.vae_precision)),
+            Some(self.vae_precision.on(device))
+                .filter(|precision| *precision != VaePrecision::default())
+                .map(|precision| format!("--vae-precision {precision}")),
             fused.then(|| "--lora-apply-mode immediately".to_owned()),
         ];
         settings.into_iter().flatten().collect::<Vec<_>>().join(" ")
@@ -240,11 +243,15 @@ impl GenerateOptions {
 
     /// A student draws well with the attention that it was distilled for.
     fn other_plan(&self, plan: &AttentionPlan, pipeline: &Pipeline, size: ImageSize) -> Result<Option<String>> {
-        let own = recorded_plan(&self.model)?.unwrap_or_else(AttentionPlan::full);
+        let own = match PortableModel::is_portable_model(&self.model) {
+            true => PortableModel::open(&self.model)?.record().distilled_for(),
+            false => recorded_plan(&self.model)?.map(|plan| plan.to_string()),
+        };
+        let own = own.unwrap_or_else(|| AttentionPlan::full().to_string());
         let transformer = pipeline.transformer();
         let grid = token_grid(transformer, Some(pipeline), size)?;
         let gain = WindowGain::new(transformer.identified(), plan, grid, size.height * size.width, 0);
-        Ok((*plan != own).then(|| match (*plan == AttentionPlan::full(), gain.covers_all()) {
+        Ok((plan.to_string() != own).then(|| match (*plan == AttentionPlan::full(), gain.covers_all()) {
             (true, _) => format!("the model's weights are those for attention {own}, not those of the original"),
             (false, true) => {
                 format!("{plan} covers the whole image; the model's weights are those for attention {own}")
@@ -446,7 +453,7 @@ fn parameters(
         model: file_name(&options.model),
         attention: pipeline.plan().to_string(),
         adapters: options.adapters.acting_in(request.steps).with_effect(pipeline.adapter_reports()).to_string(),
-        computation: options.computation(),
+        computation: options.computation(pipeline.device()),
         number: index + 1,
         batch: request.batch,
     }

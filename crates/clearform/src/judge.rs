@@ -77,6 +77,14 @@ impl<'a> Judge<'a> {
         &self.held_out
     }
 
+    /// The mean error of the student of `models` as it is now.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn error_of(&self, models: &TeacherStudent, observer: &mut dyn Observer) -> Result<f64> {
+        Ok(self.held_out.errors(models, &mut |done, total| compared(done, total, observer))?.mean())
+    }
+
     /// The teacher's images, and those of the student before training from the same noise.
     pub fn images_before(&self) -> [&[RgbImage]; 2] {
         [&self.teacher, &self.before]

@@ -123,7 +123,7 @@ pub use patch::{ExtractedPatch, PatchOptions, apply_patch, extract_patch};
 pub use plugins::{ListedPlugin, PluginCheck, PluginListing, check_plugin, list_plugins};
 pub use published_memory::{PublishedMemory, published_memory};
 pub use recipe::{ModelSize, Recipe};
-pub use sources::parse_plan;
+pub use sources::{linear_plan, parse_plan};
 pub use training_samples::prepare_samples;
 pub use transfer::{TransferCondition, TransferOptions, TransferReport, TransferStudy, transfer};
 pub use verify::verify;

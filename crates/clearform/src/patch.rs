@@ -9,7 +9,7 @@ use crate::sources::{
     read_options,
 };
 use crate::{ClearformError, Result, SourceOptions, WrittenModel};
-use clearform_attention::{Radius, learning_layer};
+use clearform_attention::{AttentionPlan, Radius, learning_layer};
 use clearform_convert::{AttentionPatch, BaseDifference, ConversionPlan, PatchMode, SourceHashes, source_record};
 use clearform_portable_model::{CopyMode, ModelRecord, Overwrite, PatchRecord, PortableModel, StagingDir};
 use clearform_runtime::{ComponentFiles, TransformerCheckpoint};
@@ -153,13 +153,13 @@ impl PatchOptions {
         ExtraComponents { folder: self.components.as_deref().or(of_base), files: &self.component_files }
     }
 
-    fn patch_record(&self) -> PatchRecord {
+    fn patch_record(&self, attention: &AttentionPlan) -> PatchRecord {
         let name = |path: &Path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let (mode, base) = match self.mode {
             PatchMode::Replace => ("replace", None),
             PatchMode::Shift => ("shift", self.base.as_deref().map(name)),
         };
-        PatchRecord { file: name(&self.patch), mode: mode.to_owned(), base }
+        PatchRecord { file: name(&self.patch), attention: attention.to_string(), mode: mode.to_owned(), base }
     }
 
     /// Why the checkpoint is no model of the patch's family: it may be one of another family.
@@ -246,7 +246,8 @@ pub fn apply_patch(options: &PatchOptions, observer: &mut dyn Observer) -> Resul
     history.add_to(&mut record)?;
     // What an earlier distillation trained is replaced.
     record.distillation = None;
-    record.patch = Some(options.patch_record());
+    record.patch = Some(options.patch_record(patch.plan()));
+    conversion.write_card(&record, &staging)?;
     staging.finish(record)?;
     Ok(WrittenModel::new(output, patch.plan(), report, None))
 }

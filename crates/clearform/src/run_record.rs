@@ -15,19 +15,11 @@ const FILE: &str = "options.json";
 const COMMAND: &str = "command";
 
 /// What a resumed run may change, or is always told: it does not change the result.
-const FREE: [&str; 11] = [
-    "source",
-    "model",
-    "teacher",
-    "output",
-    "resume",
-    "device",
-    "copy_mode",
-    "checkpoint_every",
-    "images_every",
-    "memory",
-    "keep_activations",
-];
+const FREE: [&str; 8] =
+    ["output", "resume", "device", "copy_mode", "checkpoint_every", "images_every", "memory", "keep_activations"];
+
+/// Models that a run is about. They may have moved since it was begun.
+const MODELS: [&str; 3] = ["source", "model", "teacher"];
 
 /// What either may allow, the run that is resumed or the one that resumes it.
 const OVERWRITE: &str = "overwrite";
@@ -133,10 +125,17 @@ fn merge(key: &str, kept: Value, given: Value, usual: &Value) -> std::result::Re
             Ok(Value::Object(merged))
         }
         (_, given) if FREE.contains(&key) => Ok(given),
+        (kept, given) if MODELS.contains(&key) && !are_two_places(&kept, &given) => Ok(given),
         (kept, given) if key == OVERWRITE => Ok(if given == *usual { kept } else { given }),
-        (kept, given) if given == *usual || given == kept => Ok(kept),
+        (kept, given) if (given == *usual && !MODELS.contains(&key)) || given == kept => Ok(kept),
         (kept, given) => Err(format!("the run was begun with {key} {kept}, found {given}")),
     }
+}
+
+/// Whether both paths lead somewhere, and not to the same place.
+fn are_two_places(kept: &Value, given: &Value) -> bool {
+    let place = |path: &Value| std::fs::canonicalize(path.as_str()?).ok();
+    matches!((place(kept), place(given)), (Some(kept), Some(given)) if kept != given)
 }
 
 #[cfg(test)]
@@ -178,6 +177,22 @@ mod tests {
             let goes_on = resumed("convert", given, &usual, folder.path()).unwrap().unwrap();
             assert_eq!(goes_on.overwrite, Overwrite::PortableModel);
         }
+    }
+
+    /// A model may have moved since, but must not be another one.
+    #[test]
+    fn another_source_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
+        std::fs::create_dir(&first).unwrap();
+        let of = |source: &Path| ConvertOptions::new(source, "b");
+        let _kept = keep("convert", &of(&first), folder.path()).unwrap();
+        let go_on = |source: &Path| resumed("convert", &of(source), &of(source), folder.path());
+        assert_eq!(go_on(&second).unwrap(), Some(of(&second)));
+        std::fs::create_dir(&second).unwrap();
+        let error = go_on(&second).unwrap_err().to_string();
+        assert!(error.contains("the run was begun with source"), "{error}");
+        assert!(go_on(&first.join(".")).is_ok());
     }
 
     #[test]

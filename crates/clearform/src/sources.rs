@@ -92,7 +92,7 @@ pub(crate) fn open_transformer_with(model: &Path, options: &ReadOptions) -> Resu
 }
 
 /// The plan that the model at `path` records, if it is a linear model.
-pub(crate) fn linear_plan(path: &Path) -> Result<Option<AttentionPlan>> {
+pub fn linear_plan(path: &Path) -> Result<Option<AttentionPlan>> {
     Ok(recorded_plan(path)?.filter(|plan| *plan != AttentionPlan::full()))
 }
 

@@ -45,6 +45,10 @@ pub fn train(
         Judge::new(undistilled.as_ref().unwrap_or(&pair), held_out, student.folder, observer)
     };
     let judge = samples.held_out.as_ref().map(judge).transpose()?;
+    let error_at_start = match (&judge, student.earlier) {
+        (Some(judge), Some(_)) => Some(judge.error_of(&pair, observer)?),
+        _ => None,
+    };
     let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_every = training.options.checkpoint_every;
     let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
@@ -71,7 +75,20 @@ pub fn train(
     if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.steps)) {
         observer.note(&warning);
     }
+    let after = verdict.as_ref().map(|verdict| verdict.record.error_after);
+    if let (Some(before), Some(after)) = (error_at_start, after)
+        && after > before
+    {
+        note(
+            observer,
+            format_args!(
+                "warning: this training made the student worse: its error was {before:.4}, and is {after:.4}; lower --lr, or \
+                 train longer"
+            ),
+        );
+    }
     let record = DistillationRecord {
+        attention: Some(student.plan.to_string()),
         verdict: verdict.as_ref().map(|verdict| verdict.record.clone()),
         ..distillation_record(&settings, &samples.samples, &distilled)
     };
@@ -139,6 +156,7 @@ fn distillation_record(settings: &DistillSettings, samples: &SampleSet, distille
     // The last tenth of the steps: the loss of a single batch is noisy.
     let last = &losses[losses.len() - (losses.len() / 10).max(1).min(losses.len())..];
     DistillationRecord {
+        attention: None,
         steps: distilled.steps,
         earlier_steps: 0,
         batch: settings.batch * settings.accumulation,

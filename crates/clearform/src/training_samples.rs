@@ -13,6 +13,7 @@ use clearform_models::{BatchSpec, GuidanceKind, ImageSize, Prompt};
 use clearform_portable_model::{StagingDir, surrounding_model};
 use clearform_runtime::{Pipeline, default_dtype};
 use clearform_weights::ProductPrecision;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Image tokens of a batch of samples: 16 images of 256 px or one of 1024 px with FLUX's VAE. A larger batch would take
@@ -125,6 +126,12 @@ impl HeldOutSamples {
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         let teacher = sample_teacher(&pipeline)?;
+        // The student is judged beside its own teacher, also where another drew the samples that it is trained on.
+        let is_of_others = |recorded: &SampleTeacher| recorded.has_other_weights(&teacher);
+        let folder = match SampleSet::open(folder).ok().and_then(|set| set.teacher().map(is_of_others)) {
+            Some(true) => &folder.with_added_extension(short_name(&teacher)),
+            _ => folder,
+        };
         // Those of an earlier run stay what they are, whatever prompts this one has.
         let set = match SampleSet::open(folder) {
             Ok(set) => set,
@@ -195,7 +202,11 @@ fn sample_teacher(pipeline: &Pipeline) -> Result<SampleTeacher> {
     let model = if path.ends_with("transformer") { path.parent().unwrap_or(path) } else { path };
     let model = model.canonicalize().unwrap_or_else(|_| model.to_owned());
     let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned();
-    Ok(SampleTeacher { name, weights: weights_fingerprint(&pipeline.transformer().source())? })
+    let weights = weights_fingerprint(&pipeline.transformer().source())?;
+    let encoders = pipeline.text_encoders()?;
+    let encoders = encoders.iter().map(|encoder| weights_fingerprint(encoder.as_ref()));
+    let encoders = encoders.collect::<clearform_distill::Result<Vec<_>>>()?.join("-");
+    Ok(SampleTeacher { name, weights, encoders })
 }
 
 /// Refuses samples of classes for a model of text and the reverse, of classes that it does not have, and of other latents.
@@ -219,9 +230,18 @@ fn check_fit(samples: &SampleSet, pipeline: &Pipeline, folder: &Path) -> Result<
     Ok(samples.check_latents(&latents.tensor.dims()[1..])?)
 }
 
+/// A few letters that tell models with these weights and text encoders from others.
+fn short_name(teacher: &SampleTeacher) -> String {
+    let start = |hash: &str| hash.chars().take(8).collect::<String>();
+    [&teacher.weights, &teacher.encoders].map(|hash| start(hash)).join("-")
+}
+
 fn note_teacher(samples: &SampleSet, teacher: &SampleTeacher, folder: &Path, observer: &mut dyn Observer) {
     let Some(recorded) = samples.teacher() else { return };
-    let weights = if recorded.has_other_weights(teacher) { " with other weights" } else { "" };
+    let weights = match recorded.has_other_weights(teacher) {
+        true => " with other weights or text encoders; the student is judged on samples of its own teacher",
+        false => "",
+    };
     if recorded.name != teacher.name || !weights.is_empty() {
         note(observer, format_args!("the samples in {} were drawn by {}{weights}", folder.display(), recorded.name));
     }
@@ -259,7 +279,7 @@ fn encode_prompts(pipeline: &Pipeline, set: &SampleSet, observer: &mut dyn Obser
         let batch_spec = BatchSpec { size: ImageSize { height, width }, batch: prompts.len(), guidance: 0.0 };
         pipeline.add_size_conditions(&encoded, batch_spec)
     })?;
-    note_truncated(&too_long, set.settings().prompts.len(), observer);
+    note_truncated(&too_long, set.settings().prompts.len().min(set.settings().count), observer);
     match text_ids {
         Some(text_ids) => Ok(text_ids),
         // All prompts were encoded by an earlier run.
@@ -294,8 +314,17 @@ pub fn sample_settings(
     let unseen = held_out.iter().filter(|prompt| !prompts.contains(prompt)).cloned();
     let all: Vec<Prompt> = prompts.iter().cloned().chain(unseen).collect();
     foreign_syntax_notes(&texts(&all)).iter().for_each(|text| note(observer, text));
-    if training.options.prompts.is_some() && !prompts.contains(&held_out[0]) {
+    let are_unseen = !prompts.contains(&held_out[0]);
+    if training.options.prompts.is_some() && are_unseen {
         note(observer, format_args!("{} of {} prompts are held out for the verdict", held_out.len(), all.len()));
+    } else if training.options.held_out > 0 && !are_unseen && matches!(all[0], Prompt::Text(_)) {
+        note(
+            observer,
+            format_args!(
+                "{} prompts are too few to hold some out: the verdict is on prompts that are trained on, with other noise",
+                all.len()
+            ),
+        );
     }
     let size = training.size;
     let latents = pipeline.initial_latents(0, 1, size)?;
@@ -324,7 +353,10 @@ pub fn sample_settings(
 /// on, with other noise, and so is a model with few prompts.
 fn prompts(pipeline: &Pipeline, training: &ResolvedTraining) -> Result<(Vec<Prompt>, Vec<Prompt>)> {
     let path = training.options.prompts.as_deref();
-    let all = prompts_or_classes(pipeline, path, DEFAULT_PROMPTS, training.recipe.sample_count)?;
+    let mut all = prompts_or_classes(pipeline, path, DEFAULT_PROMPTS, training.recipe.sample_count)?;
+    // A text that is given twice would be trained on and held out. Classes may be repeated to be drawn more often.
+    let mut known = BTreeSet::new();
+    all.retain(|prompt| matches!(prompt, Prompt::Class(_)) || known.insert(prompt.to_string()));
     Ok(split_prompts(all, training.options.held_out))
 }
 

@@ -33,7 +33,7 @@ impl WindowGain {
         };
         let seen = mean(&|policy| in_windows(policy, grid));
         let attended = mean(&|policy| in_windows(policy, grid) + in_pooled_context(policy, grid));
-        let teraflop = |pairs| evaluation_teraflop(identified, grid.tokens(), pixels, pairs);
+        let teraflop = |pairs| evaluation_teraflop(identified, grid.tokens(), pixels, text, pairs);
         Self {
             grid,
             plan: plan.to_string(),
@@ -51,7 +51,7 @@ impl WindowGain {
         let side = scale.side(identified);
         let tokens = side.div_ceil(scale.pixels_per_token.max(1));
         let grid = TokenGrid::new(tokens, tokens)?;
-        Ok(Self::new(identified, plan, grid, side * side, identified.variant.defaults.text_tokens))
+        Ok(Self::new(identified, plan, grid, side * side, scale.text_tokens))
     }
 
     /// Tells the observer the gain, and what speaks against the plan.

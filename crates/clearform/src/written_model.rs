@@ -49,8 +49,11 @@ impl fmt::Display for WrittenModel {
             f.write_str("generate takes them from a pipeline of the same family with --components DIR")?;
         }
         for (component, load_report) in &report.component_reports {
-            write!(f, "\n{component}, from the same file: {} tensors used", load_report.used())?;
+            write!(f, "\n{component}, from a file: {} tensors used", load_report.used())?;
             write!(f, ", {} skipped", load_report.skipped().count())?;
+        }
+        if let Some(quantized) = &report.quantized {
+            write!(f, "\n{quantized}")?;
         }
         if let Some(first) = report.not_finite.first() {
             let count = report.not_finite.len();

@@ -253,8 +253,10 @@ fn a_conversion_of_a_linear_model_keeps_its_record() {
     };
     let same = convert("3");
     assert!(same.contains("steps = 7") && same.contains("style.safetensors"), "{same}");
+    // The weights stay those that were distilled for the other radius.
     let other = convert("4");
-    assert!(!other.contains("steps = 7") && other.contains("style.safetensors"), "{other}");
+    assert!(other.contains("steps = 7") && other.contains("attention = \"clear:r=3\""), "{other}");
+    assert!(other.contains("style.safetensors") && other.contains("default = \"clear:r=4\""), "{other}");
 }
 
 #[test]

@@ -303,7 +303,34 @@ fn a_model_is_exported_in_blocks() {
         let said = stderr_of(1, &[&["export", text(&base)], &options[..]].concat());
         assert!(said.contains(expected), "{said}");
     }
-    let image = path("fox.png");
-    let generate = ["generate", text(&path("q8_0.gguf")), "fox", "--components", text(&base), "--steps", "2"];
+    let (model, image) = (path("q8_0.gguf"), path("fox.png"));
+    let generate = ["generate", text(&model), "fox", "--components", text(&base), "--steps", "2"];
     run(0, &[&generate[..], &["-o", text(&image)]].concat());
+}
+
+/// A portable model may hold GGUF: what is trained is quantised with the rest, and every command knows it.
+#[test]
+fn a_model_is_converted_to_blocks() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let [base, model, longer] = [repository("assets/mini-dit/model"), path("model"), path("longer")];
+    let short = ["--sample-count", "2", "--sample-steps", "2", "--held-out", "2", "--steps", "2"];
+    let convert = ["convert", text(&base), "-o", text(&model), "--radius", "4", "--quantize", "q8_0"];
+    run(0, &[&convert[..], &short].concat());
+    run(0, &["verify", text(&model)]);
+    let inspected = json(0, &["inspect", text(&model)]);
+    assert!(
+        inspected["complete"].as_bool().unwrap() && inspected["stored"].to_string().contains("Q8_0"),
+        "{inspected}"
+    );
+    assert_eq!(inspected["attention"], "clear:r=4");
+    // The transformer's folder alone knows its plan, too.
+    let alone = json(0, &["inspect", text(&model.join("transformer"))]);
+    assert_eq!(alone["attention"], "clear:r=4");
+    run(0, &["generate", text(&model), "--class", "3", "--steps", "2", "-o", text(&path("three.png"))]);
+    run(0, &["patch", "extract", text(&model), "--base", text(&base), "-o", text(&path("patch.safetensors"))]);
+    run(0, &[&["distill", text(&model), "--teacher", text(&base), "-o", text(&longer)], &short[..]].concat());
+    run(0, &["verify", text(&longer)]);
+    let refused = stderr_of(1, &["convert", text(&base), "-o", text(&path("x")), "--quantize", "q9", "--no-distill"]);
+    assert!(refused.contains("--quantize: expected one of q4_0") && !path("x").exists(), "{refused}");
 }

@@ -2,6 +2,7 @@
 
 use clearform_attention::{AttentionPlan, Policy};
 use clearform_layout::Identified;
+use clearform_portable_model::{AdapterRecord, ModelRecord, PatchRecord};
 use std::path::{Component, Path};
 
 /// Keys of a source's front matter that hold for what is made of it.
@@ -15,6 +16,8 @@ pub struct ModelCard<'a> {
     pub attention: &'a AttentionPlan,
     /// Where the source was read from.
     pub source: Option<&'a Path>,
+    /// What was done to it.
+    pub record: &'a ModelRecord,
 }
 
 impl ModelCard<'_> {
@@ -31,16 +34,47 @@ impl ModelCard<'_> {
             "{front}# {name}, linear\n\n\
              A {family} diffusion transformer (variant {variant}) that clearform converted from {source}. Its \
              attention is `{attention}`: each image token attends to {context} (CLEAR, arXiv 2412.16112){cost}. \
-             clearform.toml contains the source files, the settings of the distillation, and the size and hash of \
-             every file. The license is that of the model it was made from.\n\n\
+             {origin}{adapters}clearform.toml contains the source files, {settings}and the size and hash of every file. The \
+             license is that of the model it was made from.\n\n\
              ## How to run it\n\n\
              ```sh\nclearform generate FOLDER {prompt} -o out.png\n```\n\n{diffusers}",
             front = self.front_matter(),
             context = self.context(),
+            origin = self.origin(),
+            adapters = self.adapters(),
+            settings = if self.record.distillation.is_some() { "the settings of the distillation, " } else { "" },
             cost = if self.has_pooled_context() { "" } else { COST },
             prompt = if self.takes_text() { "\"a lighthouse at dawn\"" } else { "--class 3" },
             diffusers = self.diffusers(),
         )
+    }
+
+    /// Where its attention has its weights from.
+    fn origin(&self) -> String {
+        let ModelRecord { patch, distillation, .. } = self.record;
+        match (patch, distillation, self.record.distilled_for()) {
+            (_, Some(_), Some(attention)) if attention != self.attention.to_string() => {
+                format!("It was distilled for `{attention}`, so that its images are worse than with that. ")
+            }
+            (_, Some(_), _) => String::new(),
+            (Some(PatchRecord { file, .. }), ..) => format!("Its attention is that of the patch `{file}`. "),
+            (None, None, _) if self.attention == &AttentionPlan::full() => String::new(),
+            (None, None, _) => {
+                "It was not distilled: its weights are those of the source, which was trained with full \
+                                attention, so its images are worse than the source's. "
+                    .to_owned()
+            }
+        }
+    }
+
+    /// The adapters that were merged into it.
+    fn adapters(&self) -> String {
+        let named = |AdapterRecord { name, strength, .. }: &AdapterRecord| match strength {
+            1.0 => format!("`{name}`"),
+            strength => format!("`{name}` (strength {strength})"),
+        };
+        let names: Vec<String> = self.record.adapter.iter().map(named).collect();
+        if names.is_empty() { String::new() } else { format!("Merged into it: {}. ", names.join(", ")) }
     }
 
     /// What an image token attends to.
@@ -104,8 +138,11 @@ impl ModelCard<'_> {
 
     fn diffusers(&self) -> String {
         let Some(class) = self.class() else { return "diffusers has no class for it.\n".to_owned() };
-        let plain = "diffusers can load the folder if it has the class in transformer/config.json. It then runs the \
-                     transformer with full attention, which is neither linear nor what it was distilled for";
+        let distilled = if self.record.distilled_for().is_some() { ", nor what it was distilled for" } else { "" };
+        let plain = format!(
+            "diffusers can load the folder if it has the class in transformer/config.json. It then runs the transformer with \
+             full attention, which is not linear{distilled}"
+        );
         if class != "FluxTransformer2DModel" {
             return format!("{plain}.\n");
         }

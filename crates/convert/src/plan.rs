@@ -1,11 +1,12 @@
 //! [`ConversionPlan`]: what a conversion writes, and [writing](ConversionPlan::apply) it, one tensor at a time.
 
 use crate::model_card::ModelCard;
-use crate::{ConvertError, Result};
+use crate::{AttentionOverlay, ConvertError, GgufPlan, Result};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 use clearform_attention::{AttentionPlan, learning_layer};
 use clearform_layout::{Identified, LoadReport};
-use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, SourceRecord, StagingDir};
+use clearform_portable_model::{ComponentData, CopyMode, ModelRecord, PLAN_METADATA, SourceRecord, StagingDir};
 use clearform_weights::{InMemoryTensors, RawTensor, TensorInfo, TensorSource, WeightsError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,9 @@ use std::path::PathBuf;
 
 /// Path of the transformer's tensors in a portable model.
 pub const TRANSFORMER_FILE: &str = "transformer/diffusion_pytorch_model.safetensors";
+
+/// The same of a quantised transformer.
+const QUANTIZED_FILE: &str = "transformer/diffusion_pytorch_model.gguf";
 
 /// What a conversion writes.
 pub struct ConversionPlan {
@@ -24,6 +28,7 @@ pub struct ConversionPlan {
     copy_mode: CopyMode,
     component_data: Vec<ComponentData>,
     source: Option<PathBuf>,
+    quantize: Option<GgmlDType>,
 }
 
 /// What was written.
@@ -41,6 +46,8 @@ pub struct ConversionReport {
     pub component_reports: BTreeMap<String, LoadReport>,
     /// Tensors of the transformer with NaN or infinity, with which it cannot be computed.
     pub not_finite: Vec<String>,
+    /// Which matrices were quantised, and how; `None` if none was asked for.
+    pub quantized: Option<String>,
     /// Elements of all tensors of the transformer.
     pub parameters: u64,
 }
@@ -56,7 +63,15 @@ impl ConversionPlan {
             copy_mode: CopyMode::Copy,
             component_data: Vec::new(),
             source: None,
+            quantize: None,
         }
+    }
+
+    /// Writes the transformer as GGUF, with the matrices of its blocks in this format; `None` writes safetensors.
+    #[must_use]
+    pub fn quantized(mut self, format: Option<GgmlDType>) -> Self {
+        self.quantize = format;
+        self
     }
 
     /// Names the model that the transformer was read from in README.md.
@@ -112,12 +127,13 @@ impl ConversionPlan {
     ) -> Result<ConversionReport> {
         let added = self.added(canonical)?;
         let tensors = self.outputs(canonical, &added)?;
-        stage.check_disk_space(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
-        let not_finite = self.write_transformer(canonical, &added, &tensors, stage, progress)?;
+        let (not_finite, quantized) = match self.quantize {
+            Some(format) => (Vec::new(), Some(self.write_quantized(canonical, &added, format, stage, progress)?)),
+            None => (self.write_transformer(canonical, &added, &tensors, stage, progress)?, None),
+        };
+        let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
+        stage.write("transformer/config.json", &config)?;
         let components = self.write_components(stage)?;
-        let source = self.source.as_deref();
-        let card = ModelCard { identified: &self.identified, attention: &self.attention, source };
-        stage.write("README.md", card.text().as_bytes())?;
         Ok(ConversionReport {
             load_report: load_report.clone(),
             added: added.iter().map(|(name, _)| name.to_owned()).collect(),
@@ -129,8 +145,19 @@ impl ConversionPlan {
                 .map(|component| (component.name.clone(), component.load_report.clone()))
                 .collect(),
             not_finite,
+            quantized,
             parameters: tensors.iter().map(|info| info.shape.iter().product::<usize>() as u64).sum(),
         })
+    }
+
+    /// Writes README.md, the model's card, by what `record` says of the model.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_card(&self, record: &ModelRecord, stage: &StagingDir) -> Result<()> {
+        let source = self.source.as_deref();
+        let card = ModelCard { identified: &self.identified, attention: &self.attention, source, record };
+        Ok(stage.write("README.md", card.text().as_bytes())?)
     }
 
     /// Learned tensors of the attention plan that the source lacks.
@@ -165,10 +192,11 @@ impl ConversionPlan {
         stage: &mut StagingDir,
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<Vec<String>> {
+        stage.check_disk_space(tensors.iter().map(TensorInfo::byte_count).sum::<u64>() + self.component_bytes())?;
         let mut not_finite = Vec::new();
         let all = tensors.iter().map(TensorInfo::byte_count).sum();
         let mut done = 0;
-        stage.write_tensors(TRANSFORMER_FILE, tensors, |info| {
+        stage.write_tensors(TRANSFORMER_FILE, tensors, self.metadata(), |info| {
             let name = &info.name;
             let tensor = if added.info(name).is_some() { added.read(name)? } else { source.read(name)? };
             if !tensor.is_finite() {
@@ -180,9 +208,36 @@ impl ConversionPlan {
             }
             Ok(in_dtype_of(info, tensor)?)
         })?;
-        let config = serde_json::to_vec_pretty(&self.identified.config).unwrap_or_default();
-        stage.write("transformer/config.json", &config)?;
         Ok(not_finite)
+    }
+
+    /// Writes the transformer with the matrices of its blocks in `format`, and returns what is said of them.
+    fn write_quantized(
+        &self,
+        source: &dyn TensorSource,
+        added: &InMemoryTensors,
+        format: GgmlDType,
+        stage: &mut StagingDir,
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+    ) -> Result<String> {
+        let all = AttentionOverlay::new(source, added);
+        let plan = GgufPlan::new(&all, Some(format))?;
+        let size = plan.byte_count()?;
+        stage.check_disk_space(size + self.component_bytes())?;
+        let mut done = 0;
+        let mut watch = |bytes: u64| {
+            done += bytes;
+            progress(done, size)
+        };
+        let family = &self.identified.family;
+        stage.write_with(QUANTIZED_FILE, |file| plan.write(file, family, self.metadata(), &mut watch))?;
+        Ok(plan.summary(format))
+    }
+
+    /// Metadata of the transformer's file: alone, without the record, it still says what it is meant to run with.
+    fn metadata(&self) -> BTreeMap<String, String> {
+        let plan = (PLAN_METADATA.to_owned(), self.attention.to_toml());
+        Some(plan).filter(|_| self.attention != AttentionPlan::full()).into_iter().collect()
     }
 
     /// Writes or copies every component that is found, and returns their names.

@@ -1,15 +1,15 @@
 //! [`GgufPlan`]: how each tensor of a model is stored in a GGUF file, and its bytes.
 
-use crate::Result;
+use crate::{ConvertError, Result};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use clearform_ops::quantize;
 use clearform_weights::{
-    Dtype, GgufEntry, GgufSink, TensorInfo, TensorSource, WeightsError, block_format_name, is_finite, is_quantized,
-    write_gguf,
+    Digest, Dtype, GgufEntry, GgufSink, TensorInfo, TensorSource, WeightsError, block_format_for, block_format_name,
+    is_finite, is_quantized, write_gguf,
 };
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 /// Values of a matrix that are converted at a time: 16 MiB of f32.
@@ -42,43 +42,59 @@ impl<'a> GgufPlan<'a> {
         Ok(plan)
     }
 
-    /// Which formats matrices have in place of the one asked for, as text; empty if there are none.
-    pub fn fallbacks(&self) -> String {
+    /// What is said of the formats of the matrices, where `wanted` was asked for.
+    pub fn summary(&self, wanted: GgmlDType) -> String {
+        let quantized = self.entries.iter().filter(|entry| entry.blocks.is_some()).count();
         let named = |(format, count): (&Option<&str>, &usize)| match format {
             Some(format) => format!("{count} in {format}"),
             None => format!("{count} as they are"),
         };
-        self.fallbacks.iter().map(named).collect::<Vec<_>>().join(", ")
+        let others = self.fallbacks.iter().map(named).collect::<Vec<_>>().join(", ");
+        let name = block_format_name(wanted);
+        let others = if others.is_empty() { others } else { format!("; rows that {name} does not divide: {others}") };
+        let all = self.entries.len();
+        format!("{quantized} of {all} tensors are quantised, the matrices of the model's blocks{others}")
     }
 
-    /// Number of matrices in blocks.
-    pub fn quantized(&self) -> usize {
-        self.entries.iter().filter(|entry| entry.blocks.is_some()).count()
-    }
-
-    /// Number of tensors.
-    pub fn tensors(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Writes the file, with `texts` as metadata.
+    /// Bytes of all tensors in the file.
     ///
     /// # Errors
-    /// A tensor cannot be read, is not finite and would be quantised, or the file cannot be written.
-    pub fn write(&self, path: &Path, texts: &BTreeMap<String, String>) -> Result<()> {
-        write_gguf(path, &self.entries, texts, |entry, sink| self.send(entry, sink)).map(drop)
+    /// GGUF has no type for a tensor.
+    pub fn byte_count(&self) -> Result<u64> {
+        self.entries.iter().map(|entry| Ok(entry.byte_count()?)).sum()
     }
 
-    /// The format for a matrix: `format`, or where its rows are no whole number of blocks the one that llama.cpp takes.
+    /// Writes the file of a model of `family`, with `texts` as further metadata. `progress` gets the bytes of each tensor that
+    /// is written, and may cancel.
+    ///
+    /// # Errors
+    /// [`ConvertError::Cancelled`]; a tensor cannot be read, is not finite and would be quantised, or the file cannot be
+    /// written.
+    pub fn write(
+        &self,
+        path: &Path,
+        family: &str,
+        mut texts: BTreeMap<String, String>,
+        progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Digest> {
+        // So ComfyUI-GGUF calls its families.
+        texts.insert("general.architecture".to_owned(), family.to_owned());
+        write_gguf(path, &self.entries, &texts, |entry, sink| {
+            self.send(entry, sink)?;
+            match progress(entry.byte_count()?) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(ConvertError::Cancelled),
+            }
+        })
+    }
+
+    /// The format for a matrix, where `format` is wanted.
     fn blocks_for(&mut self, info: &TensorInfo, format: GgmlDType) -> Option<GgmlDType> {
-        let columns = info.shape[1];
-        let fits = |format: &GgmlDType| columns.is_multiple_of(format.block_size());
-        if fits(&format) {
-            return Some(format);
+        let found = block_format_for(format, info.shape[1]);
+        if found != Some(format) {
+            *self.fallbacks.entry(found.map(block_format_name)).or_default() += 1;
         }
-        let fallback = Some(fallback(format)).filter(fits);
-        *self.fallbacks.entry(fallback.map(block_format_name)).or_default() += 1;
-        fallback
+        found
     }
 
     fn send(&self, entry: &GgufEntry, sink: &mut GgufSink) -> Result<()> {
@@ -137,17 +153,6 @@ fn is_block_matrix(info: &TensorInfo) -> bool {
         is_list && !pair[1].is_empty() && pair[1].bytes().all(|byte| byte.is_ascii_digit())
     };
     info.shape.len() == 2 && parts.windows(2).any(is_numbered)
-}
-
-/// The format of 32 values in a block that llama.cpp takes for rows that a K format does not divide; itself for the others.
-fn fallback(format: GgmlDType) -> GgmlDType {
-    match format {
-        GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
-        GgmlDType::Q4K => GgmlDType::Q5_0,
-        GgmlDType::Q5K => GgmlDType::Q5_1,
-        GgmlDType::Q6K => GgmlDType::Q8_0,
-        other => other,
-    }
 }
 
 /// The format of blocks that a matrix is stored in.

@@ -58,7 +58,9 @@ fn write(plan: &ConversionPlan, checkpoint: &Checkpoint, source: &dyn TensorSour
     assert!(report.load_report.is_complete());
     assert_eq!(report.load_report.used(), checkpoint.tensors().len());
     assert!(!target.exists());
-    stage.finish(plan.record(SourceHashes::start(checkpoint).wait().unwrap()).unwrap()).unwrap();
+    let record = plan.record(SourceHashes::start(checkpoint).wait().unwrap()).unwrap();
+    plan.write_card(&record, &stage).unwrap();
+    stage.finish(record).unwrap();
     let written = Checkpoint::open(target.join(TRANSFORMER_FILE)).unwrap().tensors();
     let bytes: u64 = written.iter().map(TensorInfo::byte_count).sum();
     assert_eq!(progress.len(), written.len());
@@ -83,7 +85,7 @@ fn a_pipeline_becomes_a_portable_model() {
     let hash = digest(root.join("transformer/diffusion_pytorch_model.safetensors")).unwrap().sha256;
     assert_eq!(opened.record().source[0].sha256, hash);
     assert_eq!(std::fs::read_to_string(model.join("vae/deep/config.json")).unwrap(), "{}");
-    assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("full attention"));
+    assert!(std::fs::read_to_string(model.join("README.md")).unwrap().contains("It was not distilled"));
     let report = PortableModel::verify(&model).unwrap();
     assert!(report.is_intact() && report.unchanged == 5, "{report}");
 

@@ -62,12 +62,16 @@ pub struct SampleTeacher {
     /// Its [`weights_fingerprint`](crate::weights_fingerprint); empty in sets of earlier versions.
     #[serde(rename = "teacher_weights", default, skip_serializing_if = "String::is_empty")]
     pub weights: String,
+    /// The same of its text encoders, which decide what a prompt asks for; empty without any.
+    #[serde(rename = "teacher_encoders", default, skip_serializing_if = "String::is_empty")]
+    pub encoders: String,
 }
 
 impl SampleTeacher {
-    /// Whether the weights of both are known and differ.
+    /// Whether the weights of both, or those of their text encoders, are known and differ.
     pub fn has_other_weights(&self, other: &Self) -> bool {
-        ![&self.weights, &other.weights].contains(&&String::new()) && self.weights != other.weights
+        let differ = |a: &String, b: &String| !a.is_empty() && !b.is_empty() && a != b;
+        differ(&self.weights, &other.weights) || differ(&self.encoders, &other.encoders)
     }
 }
 
@@ -471,7 +475,11 @@ mod tests {
     #[test]
     fn a_set_of_another_model_is_refused_with_its_name() {
         let folder = tempfile::tempdir().unwrap();
-        let teacher = |name: &str| SampleTeacher { name: name.to_owned(), weights: format!("those of {name}") };
+        let teacher = |name: &str| SampleTeacher {
+            name: name.to_owned(),
+            weights: format!("those of {name}"),
+            encoders: String::new(),
+        };
         let create = |guidance, name| SampleSet::create_for(folder.path(), settings(guidance, None), &teacher(name));
         assert_eq!(create(Some(3.5), "dev").unwrap().teacher(), Some(&teacher("dev")));
         assert_eq!(SampleSet::open(folder.path()).unwrap().teacher(), Some(&teacher("dev")));

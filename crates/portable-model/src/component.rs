@@ -4,6 +4,7 @@ use crate::{PortableModelError, Result, StagingDir};
 use clearform_layout::LoadReport;
 use clearform_weights::{TensorInfo, TensorSource};
 use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// A VAE or a text encoder.
 pub struct ComponentData {
@@ -32,7 +33,7 @@ impl ComponentData {
         let Self { name, config, tensors, .. } = self;
         let is_transformers = name.starts_with("text_encoder");
         let file = if is_transformers { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-        stage.write_tensors(&format!("{name}/{file}"), &tensors.tensors(), |info| {
+        stage.write_tensors(&format!("{name}/{file}"), &tensors.tensors(), BTreeMap::new(), |info| {
             Ok::<_, PortableModelError>(tensors.read(&info.name)?)
         })?;
         stage.write(&format!("{name}/config.json"), &serde_json::to_vec_pretty(config).unwrap_or_default())

@@ -18,11 +18,11 @@ pub struct PortableModel {
     record: ModelRecord,
 }
 
-/// Key of a safetensors file's metadata: the attention plan of the transformer in it, in TOML.
+/// Key of a file's metadata: the attention plan of the transformer in it, in TOML.
 pub const PLAN_METADATA: &str = "clearform.attention";
 
-/// The attention plan that is recorded for the model at `path`, in its clearform.toml or in the metadata of its single
-/// file; `None` if there is none. Opening a portable model checks the sizes of its files.
+/// The attention plan that is recorded for the model at `path`, in its clearform.toml, or in the metadata of its single file
+/// or the folder of a transformer; `None` if there is none. Opening a portable model checks the sizes of its files.
 ///
 /// # Errors
 /// As [`PortableModel::open`], or what the metadata holds is no plan.
@@ -30,9 +30,15 @@ pub fn recorded_plan(path: &Path) -> Result<Option<AttentionPlan>> {
     if PortableModel::is_portable_model(path) {
         return Ok(Some(PortableModel::open(path)?.record().plan()?));
     }
-    let is_file = path.extension().is_some_and(|extension| extension == "safetensors");
+    if let Some(model) =
+        path.parent().filter(|model| path.ends_with("transformer") && PortableModel::is_portable_model(model))
+    {
+        return recorded_plan(model);
+    }
+    let is_bare = path.join("config.json").is_file() && !path.join("model_index.json").exists();
+    let is_file = path.extension().is_some_and(|extension| extension == "safetensors" || extension == "gguf");
     // A damaged file is reported where its tensors are read.
-    let Some(file) = is_file.then(|| Checkpoint::open(path).ok()).flatten() else { return Ok(None) };
+    let Some(file) = (is_bare || is_file).then(|| Checkpoint::open(path).ok()).flatten() else { return Ok(None) };
     let plan = file.metadata().get(PLAN_METADATA).map(|text| AttentionPlan::from_toml(text));
     plan.transpose().map_err(|error| PortableModelError::Invalid { path: path.to_owned(), reason: error.to_string() })
 }
@@ -43,13 +49,14 @@ impl PortableModel {
         path.join(ModelRecord::FILE).is_file()
     }
 
-    /// Opens the model in `folder` and compares the size of every file with the record.
+    /// Opens the model in `folder` and compares the size of every file with the record, but for pages for people, which no
+    /// command reads and an owner may edit.
     ///
     /// # Errors
     /// `folder` is not a portable model or has an unknown edition, or a file is missing or has another size.
     pub fn open(folder: &Path) -> Result<Self> {
         let model = Self { folder: folder.to_owned(), record: ModelRecord::read(folder)? };
-        for file in &model.record.file {
+        for file in model.record.file.iter().filter(|file| !is_page(&file.path)) {
             let found = std::fs::metadata(model.path_of(&file.path)?).map(|metadata| metadata.len()).ok();
             if found != Some(file.size) {
                 let found = found.map_or("no file".to_owned(), |size| format!("{size} bytes"));
@@ -108,6 +115,11 @@ impl PortableModel {
     fn invalid(&self, reason: String) -> PortableModelError {
         PortableModelError::Invalid { path: self.folder.join(ModelRecord::FILE), reason }
     }
+}
+
+/// Whether a file of a model is a page for people: its card, or a report.
+fn is_page(path: &str) -> bool {
+    !path.contains('/') && [".md", ".html"].iter().any(|ending| path.ends_with(ending))
 }
 
 /// How a model's files compare with its record.
@@ -188,7 +200,10 @@ mod tests {
         assert_eq!(report.changed, ["vae/config.json"]);
         assert_eq!(report.missing, ["README.md"]);
         assert_eq!(report.extra, ["more"]);
-        assert!(PortableModel::open(&model).unwrap_err().to_string().contains("README.md"));
+        // Pages for people are the owner's.
+        assert!(PortableModel::open(&model).is_ok());
+        std::fs::remove_file(model.join("vae/config.json")).unwrap();
+        assert!(PortableModel::open(&model).unwrap_err().to_string().contains("vae/config.json"));
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub struct AdapterRecord {
 pub struct PatchRecord {
     /// Its file's name, without folders.
     pub file: String,
+    /// The attention that it was distilled for.
+    pub attention: String,
     /// `replace` if its tensors replaced the model's, `shift` if the model's moved by what distillation changed.
     pub mode: String,
     /// Name of the patch's teacher, from which that was computed.
@@ -106,6 +108,9 @@ pub struct FileRecord {
 /// How a model was distilled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DistillationRecord {
+    /// The attention that it was distilled for; `None` in records of earlier versions, whose model has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<String>,
     /// Optimizer steps.
     pub steps: usize,
     /// Steps of the trainings before it, which the student was taken over from. The verdict's errors before are those
@@ -214,6 +219,16 @@ impl ModelRecord {
         Ok(clearform_weights::write_atomically(path, text.as_bytes())?)
     }
 
+    /// The attention that its weights were distilled for, by training or by a patch; `None` if they are the source's own.
+    pub fn distilled_for(&self) -> Option<String> {
+        let by_training = self.distillation.as_ref().map(|record| record.attention.clone());
+        let by_patch = self.patch.as_ref().map(|patch| patch.attention.clone());
+        match by_training {
+            Some(recorded) => recorded.or_else(|| Some(self.plan().ok()?.to_string())),
+            None => by_patch,
+        }
+    }
+
     /// The attention plan.
     ///
     /// # Errors
@@ -271,6 +286,7 @@ sha256 = "11"
         record.source.push(SourceRecord { name: "a \"b\".safetensors".into(), sha256: "00".into() });
         record.file.push(FileRecord { path: "transformer/config.json".into(), size: 3, sha256: "11".into() });
         record.distillation = Some(DistillationRecord {
+            attention: None,
             steps: 3,
             earlier_steps: 0,
             batch: 8,
@@ -320,7 +336,8 @@ sha256 = "11"
         let [name, file, sha256] = ["vae", "ae.safetensors", "44"].map(str::to_owned);
         written.component.push(ComponentRecord { name, file, sha256 });
         let [file, mode] = ["clear-r4.safetensors", "shift"].map(str::to_owned);
-        written.patch = Some(PatchRecord { file, mode, base: Some("FLUX.1-dev".to_owned()) });
+        let attention = "clear:r=4".to_owned();
+        written.patch = Some(PatchRecord { file, attention, mode, base: Some("FLUX.1-dev".to_owned()) });
         let distillation = written.distillation.as_mut().unwrap();
         distillation.losses = Some([0.0, 1.0, 0.5]);
         (distillation.sample_size, distillation.sample_steps) = (Some([256, 128]), Some(20));

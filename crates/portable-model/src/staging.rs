@@ -128,7 +128,8 @@ impl StagingDir {
         Ok(())
     }
 
-    /// Writes `tensors`, which `read` returns in order and one at a time, to the file at `path` within the model.
+    /// Writes `tensors`, which `read` returns in order and one at a time, to the file at `path` within the model, with
+    /// `metadata`.
     ///
     /// # Errors
     /// `read` fails, or the file cannot be written.
@@ -136,14 +137,26 @@ impl StagingDir {
         &mut self,
         path: &str,
         tensors: &[TensorInfo],
+        mut metadata: BTreeMap<String, String>,
         read: impl FnMut(&TensorInfo) -> std::result::Result<RawTensor, E>,
+    ) -> std::result::Result<(), E> {
+        // transformers refuses safetensors files without this key.
+        metadata.insert("format".to_owned(), "pt".to_owned());
+        self.write_with(path, |file| clearform_weights::write(file, tensors, &metadata, read))
+    }
+
+    /// Lets `write` write the file at `path` within the model.
+    ///
+    /// # Errors
+    /// `write` fails, or the file's folder cannot be made.
+    pub fn write_with<E: From<PortableModelError>>(
+        &mut self,
+        path: &str,
+        write: impl FnOnce(&Path) -> std::result::Result<Digest, E>,
     ) -> std::result::Result<(), E> {
         let file = self.folder().join(path);
         create_parent(&file)?;
-        // transformers refuses safetensors files without this key.
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let digest = clearform_weights::write(&file, tensors, &metadata, read)?;
-        self.digests.insert(path.to_owned(), digest);
+        self.digests.insert(path.to_owned(), write(&file)?);
         Ok(())
     }
 
@@ -172,7 +185,9 @@ impl StagingDir {
         }
         let is_diffusers = old.iter().any(|path| path.to_string_lossy().contains("diffusion_pytorch_model"));
         let file = if is_diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
-        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), |info| Ok(source.read(&info.name)?))
+        self.write_tensors(&format!("{name}/{file}"), &source.tensors(), BTreeMap::new(), |info| {
+            Ok(source.read(&info.name)?)
+        })
     }
 
     /// Checks that `needed` bytes are free on the disk of the work folder.

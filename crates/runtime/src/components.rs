@@ -345,10 +345,28 @@ impl SingleFile {
         let component = identified.component_in_own_file(called, checkpoint.as_ref());
         let component = component.map_err(|error| RuntimeError::BadComponent {
             path: path.to_owned(),
-            reason: format!("given with {}: {error}", option_of(called)),
+            reason: format!(
+                "given with {}: {}",
+                option_of(called),
+                half_vae(&error, &checkpoint).unwrap_or_else(|| error.to_string())
+            ),
         })?;
         Ok(Self { checkpoint, components: vec![component], allow_unmatched: reading.allow_unmatched })
     }
+}
+
+/// What is missing of a file that is known as a VAE and is none for want of one half.
+fn half_vae(error: &LayoutError, file: &Checkpoint) -> Option<String> {
+    if !matches!(error, LayoutError::Unsupported { name, .. } if name == "a VAE") {
+        return None;
+    }
+    let has = |half: &str| file.tensors().iter().any(|info| info.name.contains(half));
+    let missing = match (has("encoder."), has("decoder.")) {
+        (false, true) => "encoder",
+        (true, false) => "decoder",
+        _ => return None,
+    };
+    Some(format!("a VAE without its {missing}, expected both halves; pass the whole VAE"))
 }
 
 /// The command's option for a file that users call `called`.

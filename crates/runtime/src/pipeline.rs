@@ -10,9 +10,10 @@ use candle_core::{DType, Device};
 use clearform_attention::AttentionPlan;
 use clearform_models::vae::{VaePrecision, VaeTiling};
 use clearform_models::{GuidanceKind, ImageSize, NoiseProcess, Prompt};
-use clearform_plugin_host::{AdapterReport, WeightEdits};
+use clearform_plugin_host::{AdapterReport, LowRankMode, PatchedSource, WeightEdits};
 use clearform_portable_model::recorded_plan;
 use clearform_sampling::Scheduler;
+use clearform_weights::TensorSource;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -139,6 +140,20 @@ impl Pipeline {
     /// The components of the model.
     pub fn components(&self) -> &Components {
         &self.components
+    }
+
+    /// The tensors of each text encoder that it has, with the edits of adapters merged.
+    ///
+    /// # Errors
+    /// A file is damaged.
+    pub fn text_encoders(&self) -> Result<Vec<Box<dyn TensorSource>>> {
+        let names = self.transformer.identified().all_components();
+        let names = names.filter(|name| name.starts_with("text_encoder") && self.components.has(name));
+        let edited = |name: &String| -> Result<Box<dyn TensorSource>> {
+            let stored = self.components.weights(name)?;
+            Ok(Box::new(PatchedSource::new(stored, self.edits.clone(), name, LowRankMode::Fused)))
+        };
+        names.map(edited).collect()
     }
 
     /// The transformer, which is not loaded.

@@ -193,6 +193,11 @@ impl TransformerCheckpoint {
         self.edited(self.canonical.clone())
     }
 
+    /// The same in `dtype`, to which a tensor is converted before it is edited; `None` is the stored one.
+    pub fn source_in(&self, dtype: Option<DType>) -> impl TensorSource + use<> {
+        self.edited(ConvertedSource::new(self.canonical.clone(), dtype))
+    }
+
     fn edited<S: TensorSource>(&self, source: S) -> PatchedSource<S> {
         PatchedSource::new(source, self.edits.clone(), TRANSFORMER, self.low_rank)
     }

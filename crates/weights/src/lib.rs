@@ -34,7 +34,7 @@ pub use content_hash::content_hash;
 pub use error::{Result, WeightsError};
 pub use files::{digest, read_file, write_atomically};
 pub use fp8::Fp8;
-pub use gguf::{GgufEntry, GgufSink, block_format_name, block_format_named, write_gguf};
+pub use gguf::{GgufEntry, GgufSink, block_format_for, block_format_name, block_format_named, write_gguf};
 pub use hub_cache::hub_snapshot;
 pub use json::read_json;
 pub use not_weights::lfs_pointer;

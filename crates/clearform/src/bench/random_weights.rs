@@ -5,7 +5,9 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use clearform_layout::ExpectedTensor;
 use clearform_sampling::TorchGenerator;
-use clearform_weights::{Fp8, QuantizedFormat, QuantizedMatrix, RawTensor, TensorInfo, TensorSource, WeightsError};
+use clearform_weights::{
+    Fp8, QuantizedFormat, QuantizedMatrix, RawTensor, TensorInfo, TensorSource, WeightsError, block_format_for,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -86,9 +88,12 @@ pub struct RandomWeights {
     shapes: BTreeMap<String, Vec<usize>>,
     format: WeightFormat,
     values: Vec<f32>,
-    /// The values in the format; empty if it is a dtype.
-    blocks: Vec<u8>,
+    /// The values in the format, and in those of rows that it does not divide; empty if it is a dtype.
+    blocks: Vec<(QuantizedFormat, Vec<u8>)>,
 }
+
+/// Values in the blocks of formats other than the K formats.
+const SMALL_BLOCK: usize = 32;
 
 impl RandomWeights {
     /// The tensors `expected` of a model, those apart that it may lack.
@@ -106,11 +111,16 @@ impl RandomWeights {
         let blocks = match format {
             WeightFormat::Dense(_) => Vec::new(),
             WeightFormat::Quantized(QuantizedFormat::Blocks(format)) => {
-                QTensor::quantize(&values, format)?.data()?.to_vec()
+                // Rows of one small block are divided by the format that stands in for a K format.
+                let formats = [Some(format), block_format_for(format, SMALL_BLOCK)];
+                let blocks = formats.into_iter().flatten().map(|format| {
+                    Ok((QuantizedFormat::Blocks(format), QTensor::quantize(&values, format)?.data()?.to_vec()))
+                });
+                blocks.collect::<candle_core::Result<_>>()?
             }
             // Values of about 1, to which a scale is given.
-            WeightFormat::Quantized(QuantizedFormat::Fp8(_)) => {
-                (0..POOL).map(|index| (index * 89 % 64) as u8).collect()
+            WeightFormat::Quantized(fp8) => {
+                vec![(fp8, (0..POOL).map(|index| (index * 89 % 64) as u8).collect())]
             }
         };
         let values = values.to_vec1()?;
@@ -152,15 +162,16 @@ impl TensorSource for RandomWeights {
     }
 
     fn quantized_rows(&self, name: &str, rows: Range<usize>) -> clearform_weights::Result<Option<QuantizedMatrix>> {
-        let (WeightFormat::Quantized(format), [_, columns]) = (self.format, self.shape(name)?) else { return Ok(None) };
-        let Some(row) = format.row_bytes(*columns) else { return Ok(None) };
+        let [_, columns] = self.shape(name)? else { return Ok(None) };
+        let found = self.blocks.iter().find_map(|(format, blocks)| Some((format, blocks, format.row_bytes(*columns)?)));
+        let Some((format, blocks, row)) = found else { return Ok(None) };
         let (block, scales) = match format {
             QuantizedFormat::Blocks(format) => (format.type_size(), Vec::new()),
             QuantizedFormat::Fp8(_) => (1, vec![SPREAD as f32]),
         };
-        let first = (start(name) * block + rows.start * row) % self.blocks.len();
-        let bytes = repeated(&self.blocks, first, rows.len() * row);
-        QuantizedMatrix::new(format, [rows.len(), *columns], bytes, scales).map(Some)
+        let first = (start(name) * block + rows.start * row) % blocks.len();
+        let bytes = repeated(blocks, first, rows.len() * row);
+        QuantizedMatrix::new(*format, [rows.len(), *columns], bytes, scales).map(Some)
     }
 }
 

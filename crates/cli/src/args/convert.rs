@@ -43,9 +43,9 @@ pub struct ConvertArgs {
     /// How the source is read.
     #[command(flatten)]
     pub reading: SourceArgs,
-    /// Window radius, in tokens.
-    #[arg(long, default_value_t = 16.0, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
-    pub radius: f64,
+    /// Window radius, in tokens [default: 16; without distilling, that of a source that is linear already].
+    #[arg(long, value_parser = finite, value_name = "R", help_heading = ATTENTION)]
+    pub radius: Option<f64>,
     /// Also attend to the whole image, averaged over D x D cells.
     #[arg(long, value_name = "D", help_heading = ATTENTION)]
     pub pool: Option<usize>,
@@ -67,6 +67,9 @@ pub struct ConvertArgs {
     /// Dtype of the written transformer [default: the source's].
     #[arg(long, value_enum, help_heading = OUTPUT)]
     pub dtype: Option<DtypeArg>,
+    /// Write GGUF, with the matrices of the blocks in `q8_0`, `q4_0`, `q4_1`, `q5_0`, `q5_1`, or `q2_k` to `q6_k`.
+    #[arg(long, value_name = "FORMAT", conflicts_with = "dtype", help_heading = OUTPUT)]
+    pub quantize: Option<String>,
     /// Hard-link the components instead of copying them.
     #[arg(long, help_heading = OUTPUT)]
     pub link: bool,

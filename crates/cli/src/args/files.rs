@@ -20,8 +20,7 @@ pub struct InspectArgs {
 /// `clearform export`.
 #[derive(Debug, Args)]
 #[command(after_help = "The file's metadata hold the attention plan, which other programs do not read.\n\n\
-                        Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors\n  \
-                        clearform export FLUX.1-dev-clear --to gguf --quantize q4_k -o flux-clear-q4_k.gguf")]
+                        Example:\n  clearform export FLUX.1-dev-clear --to comfy -o flux-clear.safetensors")]
 pub struct ExportArgs {
     /// Portable model, diffusers folder or single file.
     pub model: PathBuf,

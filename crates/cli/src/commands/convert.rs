@@ -5,8 +5,8 @@ use crate::options::overwrite_if;
 use crate::output::{CommandOutcome, Output};
 use crate::progress::ProgressBars;
 use clearform::{
-    AttentionPlan, ConvertOptions, CopyMode, Radius, VerdictRecord, WrittenModel, convert, inspect, parse_plan,
-    preview_conversion,
+    AttentionPlan, ConvertOptions, CopyMode, Radius, VerdictRecord, WrittenModel, convert, inspect, linear_plan,
+    parse_plan, preview_conversion,
 };
 
 /// Converts, or with `--dry-run` shows what would be done.
@@ -41,9 +41,13 @@ pub fn within_required_error(model: &WrittenModel, training: &TrainingArgs, outp
 }
 
 fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
+    let is_open = args.no_distill && args.radius.is_none() && args.pool.is_none();
     let attention = match &args.attention {
         Some(text) => parse_plan(text)?,
-        None => plan_of(Radius::new(args.radius)?, args.pool)?,
+        None => match is_open.then(|| linear_plan(&args.source)).transpose()?.flatten() {
+            Some(plan) => plan,
+            None => plan_of(Radius::new(args.radius.unwrap_or(USUAL_RADIUS))?, args.pool)?,
+        },
     };
     Ok(ConvertOptions {
         reading: (&args.reading).into(),
@@ -53,12 +57,16 @@ fn options(args: &ConvertArgs) -> anyhow::Result<ConvertOptions> {
         component_files: (&args.training.component_files).into(),
         adapters: args.adapters.options()?,
         dtype: args.dtype.map(Into::into),
+        quantize: args.quantize.clone(),
         copy_mode: if args.link { CopyMode::Link } else { CopyMode::Copy },
         overwrite: overwrite_if(args.overwrite),
         device: args.running.device,
         ..ConvertOptions::new(&args.source, &args.output)
     })
 }
+
+/// The radius of the models that CLEAR's authors published.
+const USUAL_RADIUS: f64 = 16.0;
 
 /// The plan as its text is read, which checks it.
 fn plan_of(radius: Radius, pool: Option<usize>) -> anyhow::Result<AttentionPlan> {

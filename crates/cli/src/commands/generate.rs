@@ -148,9 +148,11 @@ fn not_taken(recorded: &GenerationParameters, args: &GenerateArgs, options: &Gen
         let given = if adapters.is_empty() { "none is given" } else { &format!("{adapters} is given") };
         notes.push(format!("the image was made with {}; {given}", recorded.adapters));
     }
-    if recorded.computation != options.computation() {
+    // A device that cannot be opened is reported where it is used.
+    let computation = options.device.open().map(|device| options.computation(&device)).unwrap_or_default();
+    if recorded.computation != computation {
         let named = |settings: &str| if settings.is_empty() { "the defaults".to_owned() } else { settings.to_owned() };
-        let [was, is] = [&recorded.computation, &options.computation()].map(|settings| named(settings));
+        let [was, is] = [&recorded.computation, &computation].map(|settings| named(settings));
         notes.push(format!("the image was computed with {was}, and this one is with {is}: pixels may differ a little"));
     }
     if !recorded.attention.is_empty() && args.attention.is_none() && recorded_plan(recorded).is_none() {

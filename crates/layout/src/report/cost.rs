@@ -165,11 +165,16 @@ impl CostEstimate {
     }
 }
 
-/// 10^12 operations of one evaluation of the model on an image of `tokens` and `pixels`, in which `near` pairs of image
-/// tokens attend to each other. `None` if the family's manifest does not state what its weights are applied to.
-pub fn evaluation_teraflop(identified: &Identified, tokens: usize, pixels: usize, near: u64) -> Option<f64> {
+/// 10^12 operations of one evaluation of the model on an image of `tokens` and `pixels` with a prompt of `text` tokens, in which
+/// `near` pairs of image tokens attend to each other. `None` if the family's manifest does not state what its weights are applied to.
+pub fn evaluation_teraflop(
+    identified: &Identified,
+    tokens: usize,
+    pixels: usize,
+    text: usize,
+    near: u64,
+) -> Option<f64> {
     let flops = FlopCount::of(identified.manifest(), identified.sizes());
-    let text = identified.variant.defaults.text_tokens;
     let image = EstimatedImage { tokens: tokens as f64, text, pixels: pixels as f64 };
     flops.is_known().then(|| image.teraflop(&flops, near as f64))
 }

@@ -1,6 +1,6 @@
 //! [`AffineBlock`]: blocks in which a value is scale · code - offset (Q2_K, Q4_K, Q5_K).
 
-use super::lanes::{Block, Codes, Lanes, inverse, largest, rounded, total, within};
+use super::lanes::{BlockValues, Codes, Lanes, inverse, largest, rounded, total, within};
 use half::f16;
 
 /// A block of 256 values in groups of 16 or 32, each with a scale and an offset that are codes too.
@@ -28,7 +28,7 @@ const STEPS: [f32; 15] = [-0.95, -0.8, -0.65, -0.5, -0.35, -0.2, -0.05, 0.0, 0.1
 impl AffineBlock {
     /// `values` in groups of `V` vectors, with codes up to `most` and codes of scales and offsets up to `most_of_groups`.
     #[inline(always)]
-    pub fn fit<const V: usize>(values: &Block, most: u8, most_of_groups: u8) -> Self {
+    pub fn fit<const V: usize>(values: &BlockValues, most: u8, most_of_groups: u8) -> Self {
         let mut groups = [Group::default(); 16];
         let (mut scale, mut offset) = (0.0f32, 0.0f32);
         for group in 0..16 / V {
@@ -51,14 +51,19 @@ impl AffineBlock {
 
     /// The block with these scales and offsets, and the nearest codes.
     #[inline(always)]
-    fn with<const V: usize>(values: &Block, most: u8, [scale, offset]: [f16; 2], groups: &[[f32; 2]; 16]) -> Self {
+    fn with<const V: usize>(
+        values: &BlockValues,
+        most: u8,
+        [scale, offset]: [f16; 2],
+        groups: &[[f32; 2]; 16],
+    ) -> Self {
         let mut codes = [[0; 16]; 16];
-        for vector in 0..16 {
+        for (vector, values) in values.iter().enumerate() {
             let [of_scale, of_offset] = groups[vector / V];
             let by = inverse(scale.to_f32() * of_scale);
             let added = offset.to_f32() * of_offset;
             for lane in 0..16 {
-                codes[vector][lane] = within(rounded((values[vector][lane] + added) * by), 0.0, f32::from(most)) as u8;
+                codes[vector][lane] = within(rounded((values[lane] + added) * by), 0.0, f32::from(most)) as u8;
             }
         }
         Self { scale, offset, groups: groups.map(|group| group.map(|code| code as u8)), codes }
@@ -67,12 +72,12 @@ impl AffineBlock {
     /// The scale and offset of the block that are best for its codes: the solution of the normal equations of
     /// x ≈ scale · (group's scale · code) - offset · (group's offset).
     #[inline(always)]
-    fn refined<const V: usize>(&self, values: &Block) -> [f16; 2] {
+    fn refined<const V: usize>(&self, values: &BlockValues) -> [f16; 2] {
         let mut sums = [[0.0f32; 16]; 5];
-        for vector in 0..16 {
+        for (vector, values) in values.iter().enumerate() {
             let [of_scale, of_offset] = self.groups[vector / V].map(f32::from);
             for lane in 0..16 {
-                let (x, a) = (values[vector][lane], of_scale * f32::from(self.codes[vector][lane]));
+                let (x, a) = (values[lane], of_scale * f32::from(self.codes[vector][lane]));
                 let terms = [a * a, a * of_offset, of_offset * of_offset, a * x, of_offset * x];
                 sums.iter_mut().zip(terms).for_each(|(sum, term)| sum[lane] += term);
             }
@@ -88,13 +93,13 @@ impl AffineBlock {
 
     /// The sum of the squared errors.
     #[inline(always)]
-    fn error<const V: usize>(&self, values: &Block) -> f32 {
+    fn error<const V: usize>(&self, values: &BlockValues) -> f32 {
         let mut sum = [0.0f32; 16];
-        for vector in 0..16 {
+        for (vector, values) in values.iter().enumerate() {
             let [of_scale, of_offset] = self.groups[vector / V].map(f32::from);
             let (scale, offset) = (self.scale.to_f32() * of_scale, self.offset.to_f32() * of_offset);
             for lane in 0..16 {
-                let error = scale * f32::from(self.codes[vector][lane]) - offset - values[vector][lane];
+                let error = scale * f32::from(self.codes[vector][lane]) - offset - values[lane];
                 sum[lane] += error * error;
             }
         }

@@ -4,13 +4,13 @@
 /// One vector.
 pub type Lanes = [f32; 16];
 /// A block.
-pub type Block = [Lanes; 16];
+pub type BlockValues = [Lanes; 16];
 /// The codes of a block's values.
 pub type Codes = [[u8; 16]; 16];
 
 /// The values as vectors.
 #[inline(always)]
-pub fn block(values: &[f32; 256]) -> Block {
+pub fn block(values: &[f32; 256]) -> BlockValues {
     std::array::from_fn(|vector| std::array::from_fn(|lane| values[16 * vector + lane]))
 }
 

@@ -9,7 +9,7 @@ use crate::simd::{Isa, SimdKernel, dispatch};
 use affine::AffineBlock;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, GgmlType};
-use lanes::Block;
+use lanes::BlockValues;
 use rayon::prelude::*;
 use symmetric::SymmetricBlock;
 
@@ -71,7 +71,7 @@ impl SimdKernel for KBlocks<'_> {
 }
 
 #[inline(always)]
-fn quantize_block(format: GgmlDType, values: &Block, out: &mut [u8]) {
+fn quantize_block(format: GgmlDType, values: &BlockValues, out: &mut [u8]) {
     match format {
         GgmlDType::Q2K => packing::q2_k(&AffineBlock::fit::<1>(values, 3, 15), out),
         GgmlDType::Q4K => packing::q4_k(&AffineBlock::fit::<2>(values, 15, 63), out),

@@ -1,6 +1,6 @@
 //! [`SymmetricBlock`]: blocks in which a value is scale · code, with codes of either sign (Q3_K, Q6_K).
 
-use super::lanes::{Block, Lanes, inverse, largest, rounded, total, within};
+use super::lanes::{BlockValues, Lanes, inverse, largest, rounded, total, within};
 use half::f16;
 
 /// A block of 256 values in groups of 16, each with a scale that is a code too.
@@ -19,7 +19,7 @@ const STEPS: [f32; 13] = [-0.9, -0.75, -0.6, -0.45, -0.3, -0.15, 0.0, 0.15, 0.3,
 impl SymmetricBlock {
     /// `values` with codes from -`steps` to `steps` - 1, and codes of scales from -`steps_of_groups` on.
     #[inline(always)]
-    pub fn fit(values: &Block, steps: u8, steps_of_groups: u8) -> Self {
+    pub fn fit(values: &BlockValues, steps: u8, steps_of_groups: u8) -> Self {
         let (steps, steps_of_groups) = (f32::from(steps), f32::from(steps_of_groups));
         let mut scales = [0.0f32; 16];
         (0..16).for_each(|group| scales[group] = fit_group(&values[group], steps));
@@ -33,12 +33,12 @@ impl SymmetricBlock {
 
     /// The block with these scales, and the nearest codes.
     #[inline(always)]
-    fn with(values: &Block, steps: f32, scale: f16, groups: &[f32; 16]) -> Self {
+    fn with(values: &BlockValues, steps: f32, scale: f16, groups: &[f32; 16]) -> Self {
         let mut codes = [[0; 16]; 16];
-        for group in 0..16 {
+        for (group, values) in values.iter().enumerate() {
             let by = inverse(scale.to_f32() * groups[group]);
             for lane in 0..16 {
-                codes[group][lane] = within(rounded(values[group][lane] * by), -steps, steps - 1.0) as i8;
+                codes[group][lane] = within(rounded(values[lane] * by), -steps, steps - 1.0) as i8;
             }
         }
         Self { scale, groups: groups.map(|code| code as i8), codes }
@@ -46,13 +46,13 @@ impl SymmetricBlock {
 
     /// The scale of the block that is best for its codes, by least squares.
     #[inline(always)]
-    fn refined(&self, values: &Block) -> f16 {
+    fn refined(&self, values: &BlockValues) -> f16 {
         let (mut squares, mut products) = ([0.0f32; 16], [0.0f32; 16]);
-        for group in 0..16 {
+        for (group, values) in values.iter().enumerate() {
             for lane in 0..16 {
                 let code = f32::from(self.groups[group]) * f32::from(self.codes[group][lane]);
                 squares[lane] += code * code;
-                products[lane] += code * values[group][lane];
+                products[lane] += code * values[lane];
             }
         }
         f16::from_f32(total(&products) * inverse(total(&squares)))
@@ -60,12 +60,12 @@ impl SymmetricBlock {
 
     /// The sum of the squared errors.
     #[inline(always)]
-    fn error(&self, values: &Block) -> f32 {
+    fn error(&self, values: &BlockValues) -> f32 {
         let mut sum = [0.0f32; 16];
-        for group in 0..16 {
+        for (group, values) in values.iter().enumerate() {
             let scale = self.scale.to_f32() * f32::from(self.groups[group]);
             for lane in 0..16 {
-                let error = scale * f32::from(self.codes[group][lane]) - values[group][lane];
+                let error = scale * f32::from(self.codes[group][lane]) - values[lane];
                 sum[lane] += error * error;
             }
         }

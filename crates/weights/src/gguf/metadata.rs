@@ -17,7 +17,10 @@ pub(super) const SHAPE_KEY: &str = "comfy.gguf.orig_shape.";
 /// Real files have some dozens.
 const MOST_KEYS: u64 = 200_000;
 /// Longer strings are whole tokenizers and chat templates.
-const LONGEST_TEXT: u64 = 65_536;
+const LONGEST_TEXT: u64 = 4096;
+/// What clearform writes itself: a model's config, and a plan that may name every layer.
+const OWN_KEYS: &str = "clearform.";
+const LONGEST_OWN_TEXT: u64 = 1 << 20;
 /// A longer list is not a shape.
 const MOST_DIMENSIONS: u64 = 8;
 /// Nesting of lists, which are read recursively.
@@ -65,7 +68,8 @@ impl GgufMetadata {
             let key = reader.name()?;
             reader.enter(format!("metadata {}", printed(&key)));
             let kind = reader.number(4)?;
-            let value = value(reader, kind)?;
+            let longest = if key.starts_with(OWN_KEYS) { LONGEST_OWN_TEXT } else { LONGEST_TEXT };
+            let value = value(reader, kind, longest)?;
             if !known.insert(key.clone()) {
                 return Err(reader.bad("the key is given twice"));
             }
@@ -102,10 +106,10 @@ fn alignment(reader: &GgufReader, value: &GgufValue) -> Result<u64> {
     }
 }
 
-fn value(reader: &mut GgufReader, kind: u64) -> Result<GgufValue> {
+fn value(reader: &mut GgufReader, kind: u64, longest: u64) -> Result<GgufValue> {
     match kind {
         U32 => reader.number(4).map(GgufValue::U32),
-        TEXT => text(reader),
+        TEXT => text(reader, longest),
         LIST => list(reader, 0),
         _ => {
             let width = width(reader, kind)?;
@@ -115,9 +119,9 @@ fn value(reader: &mut GgufReader, kind: u64) -> Result<GgufValue> {
     }
 }
 
-fn text(reader: &mut GgufReader) -> Result<GgufValue> {
+fn text(reader: &mut GgufReader, longest: u64) -> Result<GgufValue> {
     let length = reader.number(8)?;
-    if length > LONGEST_TEXT {
+    if length > longest {
         reader.skip(length)?;
         return Ok(GgufValue::Other);
     }

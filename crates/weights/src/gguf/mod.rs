@@ -66,6 +66,19 @@ pub fn block_format_named(name: &str) -> Option<GgmlDType> {
     GgufType::blocks_named(name)
 }
 
+/// The format of blocks for rows of `columns` values where `format` is wanted: itself, or the one that llama.cpp takes if those
+/// are no whole number of its blocks; `None` if they are none of either.
+pub fn block_format_for(format: GgmlDType, columns: usize) -> Option<GgmlDType> {
+    let fallback = match format {
+        GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
+        GgmlDType::Q4K => GgmlDType::Q5_0,
+        GgmlDType::Q5K => GgmlDType::Q5_1,
+        GgmlDType::Q6K => GgmlDType::Q8_0,
+        other => other,
+    };
+    [format, fallback].into_iter().find(|format| columns.is_multiple_of(format.block_size()))
+}
+
 /// Reads the head of the file: (number of tensors, number of metadata keys).
 fn counts(reader: &mut GgufReader) -> Result<(u64, u64)> {
     reader.take(MAGIC.len() as u64)?;
