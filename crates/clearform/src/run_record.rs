@@ -185,9 +185,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
         std::fs::create_dir(&first).unwrap();
+        let work = folder.path().join("work");
+        std::fs::create_dir(&work).unwrap();
         let of = |source: &Path| ConvertOptions::new(source, "b");
-        let _kept = keep("convert", &of(&first), folder.path()).unwrap();
-        let go_on = |source: &Path| resumed("convert", &of(source), &of(source), folder.path());
+        let _kept = keep("convert", &of(&first), &work).unwrap();
+        let go_on = |source: &Path| resumed("convert", &of(source), &of(source), &work);
         assert_eq!(go_on(&second).unwrap(), Some(of(&second)));
         std::fs::create_dir(&second).unwrap();
         let error = go_on(&second).unwrap_err().to_string();

@@ -5,8 +5,8 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use clearform_ops::quantize;
 use clearform_weights::{
-    Digest, Dtype, GgufEntry, GgufSink, TensorInfo, TensorSource, WeightsError, block_format_for, block_format_name,
-    is_finite, is_quantized, write_gguf,
+    Digest, Dtype, GgufEntry, GgufSink, RawTensor, TensorInfo, TensorSource, WeightsError, block_format_for,
+    block_format_name, is_finite, is_quantized, write_gguf,
 };
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -14,6 +14,9 @@ use std::path::Path;
 
 /// Values of a matrix that are converted at a time: 16 MiB of f32.
 const VALUES_AT_ONCE: usize = 1 << 22;
+
+/// A tensor of up to 256 MiB is read at once, since what edits or replaces it may have to be computed as a whole.
+const WHOLE: u64 = 1 << 28;
 
 /// How the tensors of a model are stored in a GGUF file: the matrices of its blocks in one format, with another where rows are
 /// no multiple of that one's blocks; what has no blocks as it is, but vectors in f32. So stable-diffusion.cpp and
@@ -105,13 +108,15 @@ impl<'a> GgufPlan<'a> {
         };
         let [rows, columns] = [info.shape[0], info.shape[1]];
         let is_stored = stored_blocks(self.source, info)? == Some(*blocks);
+        let stored = self.source.info(&info.name).ok_or_else(|| WeightsError::Missing { name: info.name.clone() })?;
+        let whole = (!is_stored && stored.byte_count() <= WHOLE).then(|| self.source.read(&info.name)).transpose()?;
         let step = (VALUES_AT_ONCE / columns.max(1)).max(1);
         for first in (0..rows).step_by(step) {
             let some = first..(first + step).min(rows);
             let kept = if is_stored { self.source.quantized_rows(&info.name, some.clone())? } else { None };
             match kept {
                 Some(rows) => sink.send(rows.into_bytes()),
-                None => sink.send(quantize(*blocks, &self.rows(info, some)?)),
+                None => sink.send(quantize(*blocks, &self.rows(&stored, whole.as_ref(), some)?)),
             }
         }
         Ok(())
@@ -127,14 +132,17 @@ impl<'a> GgufPlan<'a> {
         Ok(clearform_weights::InMemoryTensors::from_iter([(info.name.clone(), values)]).read(&info.name)?.bytes)
     }
 
-    /// Some rows of a matrix in f32.
-    fn rows(&self, info: &TensorInfo, rows: Range<usize>) -> Result<Vec<f32>> {
-        let TensorInfo { name, shape, .. } = info;
-        let stored = self.source.info(name).ok_or_else(|| WeightsError::Missing { name: name.clone() })?.dtype;
-        let row = shape[1] * stored.bitsize() / 8;
-        let bytes = self.source.read_range(name, rows.start * row..rows.end * row)?;
+    /// Some rows of a matrix in f32, from all of its bytes if they have been read.
+    fn rows(&self, stored: &TensorInfo, whole: Option<&RawTensor>, rows: Range<usize>) -> Result<Vec<f32>> {
+        let TensorInfo { name, dtype, shape } = stored;
+        let row = shape[1] * dtype.bitsize() / 8;
+        let range = rows.start * row..rows.end * row;
         let shape = [rows.len(), shape[1]];
-        let values = Tensor::from_raw_buffer(&bytes, DType::try_from(stored)?, &shape, &Device::Cpu)?;
+        let tensor = |bytes: &[u8]| Tensor::from_raw_buffer(bytes, DType::try_from(*dtype)?, &shape, &Device::Cpu);
+        let values = match whole {
+            Some(whole) => tensor(&whole.bytes[range])?,
+            None => tensor(&self.source.read_range(name, range)?)?,
+        };
         let values = values.to_dtype(DType::F32)?;
         if !is_finite(&values)? {
             let reason = "contains NaN or infinity, which no quantised format has; copy the file again from where the model \
