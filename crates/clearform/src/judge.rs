@@ -197,6 +197,16 @@ pub fn warning(record: &VerdictRecord, steps: usize) -> Option<String> {
     })
 }
 
+/// A warning of a training after which the error of a student is larger than before, if it was one of an earlier training.
+pub fn harm(before: Option<f64>, after: f64) -> Option<String> {
+    before.filter(|before| after > *before).map(|before| {
+        format!(
+            "warning: this training made the student worse: its error was {before:.4}, and is {after:.4}; lower --lr, or \
+             train longer"
+        )
+    })
+}
+
 /// `None` for images smaller than the window of SSIM.
 fn mean_ssim(wanted: &[RgbImage], got: &[RgbImage]) -> Option<f64> {
     let values = wanted.iter().zip(got).map(|(wanted, got)| ssim(wanted, got).ok()).collect::<Option<Vec<_>>>()?;

@@ -1,6 +1,6 @@
 //! Trains a student on samples and judges it, for `convert`, `distill` and `demo`.
 
-use crate::judge::{Judge, Verdict, warning};
+use crate::judge::{Judge, Verdict, harm, warning};
 use crate::live_report::LiveReport;
 use crate::observer::{Observer, Progress, Stage, StandingProgress, note};
 use crate::recipe::ResolvedTraining;
@@ -45,10 +45,8 @@ pub fn train(
         Judge::new(undistilled.as_ref().unwrap_or(&pair), held_out, student.folder, observer)
     };
     let judge = samples.held_out.as_ref().map(judge).transpose()?;
-    let error_at_start = match (&judge, student.earlier) {
-        (Some(judge), Some(_)) => Some(judge.error_of(&pair, observer)?),
-        _ => None,
-    };
+    let goes_on = judge.as_ref().filter(|_| student.earlier.is_some());
+    let error_at_start = goes_on.map(|judge| judge.error_of(&pair, observer)).transpose()?;
     let start = if training.options.resume { ResumeMode::Resume } else { ResumeMode::Fresh };
     let checkpoint_every = training.options.checkpoint_every;
     let checkpoint_dir = CheckpointDir { folder: student.folder.to_owned(), checkpoint_every, resume: start };
@@ -72,20 +70,9 @@ pub fn train(
     }
     let TrainingOutcome::Finished(distilled) = outcome else { return Err(ClearformError::Cancelled) };
     let verdict = judge.map(|judge| judge.verdict(&pair, observer)).transpose()?;
-    if let Some(warning) = verdict.as_ref().and_then(|verdict| warning(&verdict.record, distilled.steps)) {
-        observer.note(&warning);
-    }
-    let after = verdict.as_ref().map(|verdict| verdict.record.error_after);
-    if let (Some(before), Some(after)) = (error_at_start, after)
-        && after > before
-    {
-        note(
-            observer,
-            format_args!(
-                "warning: this training made the student worse: its error was {before:.4}, and is {after:.4}; lower --lr, or \
-                 train longer"
-            ),
-        );
+    if let Some(Verdict { record, .. }) = &verdict {
+        let warnings = [warning(record, distilled.steps), harm(error_at_start, record.error_after)];
+        warnings.iter().flatten().for_each(|warning| observer.note(warning));
     }
     let record = DistillationRecord {
         attention: Some(student.plan.to_string()),

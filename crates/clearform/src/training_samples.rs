@@ -94,19 +94,23 @@ impl TrainingSamples {
         if are_complete {
             training.note_unused(&folder, observer);
         }
+        let named = |pipeline: Pipeline| Ok::<_, ClearformError>((sample_teacher(&pipeline)?, pipeline));
+        let pipeline = pipeline.map(named).transpose()?;
         let samples = match &pipeline {
-            Some(pipeline) if !are_complete => generate_samples(pipeline, training, &folder, observer)?,
+            Some((teacher, pipeline)) if !are_complete => {
+                generate_samples(pipeline, teacher, training, &folder, observer)?
+            }
             _ => open_samples(&folder)?,
         };
-        if let Some(pipeline) = &pipeline {
+        if let Some((teacher, pipeline)) = &pipeline {
             check_fit(&samples, pipeline, &folder)?;
-            note_teacher(&samples, &sample_teacher(pipeline)?, &folder, observer);
+            note_teacher(&samples, teacher, &folder, observer);
         }
         let folder = folder.join(format!("held-out-{}", training.options.held_out));
         let held_out = match pipeline {
             _ if training.options.held_out == 0 => None,
-            Some(pipeline) if !pipeline.takes_control() => {
-                Some(HeldOutSamples::prepare(pipeline, training, &samples, &folder, observer)?)
+            Some((teacher, pipeline)) if !pipeline.takes_control() => {
+                Some(HeldOutSamples::prepare(pipeline, &teacher, training, &samples, &folder, observer)?)
             }
             _ => {
                 note(observer, "no verdict: the pipeline cannot generate samples to hold out");
@@ -120,24 +124,24 @@ impl TrainingSamples {
 impl HeldOutSamples {
     fn prepare(
         pipeline: Pipeline,
+        teacher: &SampleTeacher,
         training: &ResolvedTraining,
         samples: &SampleSet,
         folder: &Path,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
-        let teacher = sample_teacher(&pipeline)?;
         // The student is judged beside its own teacher, also where another drew the samples that it is trained on.
-        let is_of_others = |recorded: &SampleTeacher| recorded.has_other_weights(&teacher);
+        let is_of_others = |recorded: &SampleTeacher| recorded.has_other_weights(teacher);
         let folder = match SampleSet::open(folder).ok().and_then(|set| set.teacher().map(is_of_others)) {
-            Some(true) => &folder.with_added_extension(short_name(&teacher)),
+            Some(true) => &folder.with_added_extension(short_name(teacher)),
             _ => folder,
         };
         // Those of an earlier run stay what they are, whatever prompts this one has.
         let set = match SampleSet::open(folder) {
             Ok(set) => set,
-            Err(_) => SampleSet::create_for(folder, held_out_settings(&pipeline, training, samples)?, &teacher)?,
+            Err(_) => SampleSet::create_for(folder, held_out_settings(&pipeline, training, samples)?, teacher)?,
         };
-        set.check_weights(&teacher)?;
+        set.check_weights(teacher)?;
         // The student is measured against them.
         let text_ids = fill(&pipeline, &set, ProductPrecision::Full, observer)?;
         let sampling_spec = sampling_spec(&pipeline, set.settings(), text_ids)?;
@@ -172,17 +176,18 @@ pub fn prepare_samples(
     observer: &mut dyn Observer,
 ) -> Result<SampleSet> {
     let training = ResolvedTraining::new(options, pipeline.transformer(), Some(pipeline))?;
-    generate_samples(pipeline, &training, folder, observer)
+    generate_samples(pipeline, &sample_teacher(pipeline)?, &training, folder, observer)
 }
 
 fn generate_samples(
     pipeline: &Pipeline,
+    teacher: &SampleTeacher,
     training: &ResolvedTraining,
     folder: &Path,
     observer: &mut dyn Observer,
 ) -> Result<SampleSet> {
     let settings = sample_settings(pipeline, training, observer)?;
-    let set = SampleSet::create_for(folder, settings, &sample_teacher(pipeline)?)?;
+    let set = SampleSet::create_for(folder, settings, teacher)?;
     if set.is_complete() {
         return Ok(set);
     }

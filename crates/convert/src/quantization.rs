@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use clearform_ops::quantize;
 use clearform_weights::{
     Digest, Dtype, GgufEntry, GgufSink, RawTensor, TensorInfo, TensorSource, WeightsError, block_format_for,
-    block_format_name, is_finite, is_quantized, write_gguf,
+    block_format_name, is_finite, write_gguf,
 };
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -36,8 +36,8 @@ impl<'a> GgufPlan<'a> {
         for info in source.tensors() {
             let blocks = match format {
                 Some(format) if is_block_matrix(&info) => plan.blocks_for(&info, format),
-                None if is_quantized(source, &info) => stored_blocks(source, &info)?,
-                _ => None,
+                Some(_) => None,
+                None => stored_blocks(source, &info)?,
             };
             let dtype = plain_dtype(&info);
             plan.entries.push(GgufEntry { info: TensorInfo { dtype, ..info }, blocks });
